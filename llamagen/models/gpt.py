@@ -1,0 +1,266 @@
+"""The autoregressive model: a Llama that predicts the codes of a picture in raster order after a condition.
+
+Shapes: B batch, C condition positions, L codes of a picture, T positions of this call, S positions seen so far (T included),
+D width, H heads, G key-value heads, E width of a head, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
+from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.kv_cache import KVCache
+from llamagen.models.rope import rope_table, rotate
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the width, in float32, then scale."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D), same dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class DropPath(nn.Module):
+    """Skip a residual branch for whole samples in training, and scale the rest up to keep the mean."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        if not self.training or self.probability == 0.0:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
+        return x * kept / (1.0 - self.probability)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fused projections, rotary positions and grouped key-value heads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.attn_dropout = config.attn_dropout
+        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, D).
+            rope: (T, E / 2, 2), rotation of the T positions.
+            mask: bool, broadcastable to (B, 1, T, S), True where attended; without it plainly causal.
+            cache: read and extended, if given.
+            layer: this layer's index in the cache.
+
+        Returns:
+            (B, T, D).
+        """
+        widths = [self.n_head * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).split(widths, dim=-1))
+        q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=self.kv_heads != self.n_head,
+        )
+        return cast(Tensor, self.resid_dropout(self.wo(attended.transpose(1, 2).flatten(2))))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        return cast(Tensor, self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: GPTConfig, drop_path: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """(B, T, D) → (B, T, D); the arguments are those of :meth:`Attention.forward`."""
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache, layer))
+        return x + cast(Tensor, self.drop_path(self.feed_forward(self.ffn_norm(x))))
+
+
+class GPT(nn.Module):
+    """Llama over image codes with a class label or a caption in front (arXiv 2406.06525, section 2.2).
+
+    State-dict names and shapes are those of the published checkpoints.
+
+    Args:
+        config: shape of the model.
+    """
+
+    rope: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = build_conditioner(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        last = max(config.n_layer - 1, 1)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, config.drop_path * layer / last) for layer in range(config.n_layer)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rope", self._make_rope(self.output.weight.device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) for linears and embeddings, ones for norms, zero for the head: the first loss is ln(V)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, CaptionEmbedder):
+                module.reset_parameters()
+        nn.init.zeros_(self.output.weight)
+
+    def _make_rope(self, device: torch.device) -> Tensor:
+        config = self.config
+        return rope_table(
+            config.grid_size,
+            config.head_dim,
+            config.rope_base,
+            config.condition_length,
+            config.rope_condition,
+            device,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
+        # The rotary table is derived, not learned: made anew after every move, it survives `to_empty` from the meta
+        # device and is never rounded by a cast to bfloat16.
+        super()._apply(fn, recurse)
+        self.rope = self._make_rope(self.output.weight.device)
+        return self
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        condition: Tensor | None = None,
+        *,
+        caption_lengths: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits of the codes that follow.
+
+        Training and scoring: ``gpt(codes[:, :-1], condition)`` gives the logits of all L codes.
+        Cached decoding: first ``gpt(None, condition, cache=cache)``, then ``gpt(last_code, cache=cache)`` for each code.
+
+        Args:
+            tokens: (B, T) int64 codes in [0, V), T from 0 to L − 1; None means T = 0.
+            condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left. Given in the first
+                call for a sequence, left out in the later, cached ones.
+            caption_lengths: (B,) int64, how many of the last caption positions are real; all, if not given. The padded
+                ones are attended to by nobody but themselves. Needed in every call for padded captions.
+            drop_condition: (B,) bool, True for samples without a condition. By default drawn with probability
+                ``condition_dropout`` in training, and nowhere in evaluation.
+            cache: keys and values of the earlier positions; extended by this call.
+
+        Returns:
+            (B, T + 1, V) if the condition is given, else (B, T, V): logits of the code behind each position.
+
+        Raises:
+            ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape, or
+                the sequence is too long.
+        """
+        start = 0 if cache is None else cache.length
+        self._check_condition(condition, start)
+        parts = []
+        if condition is not None:
+            if drop_condition is None and self.training and self.config.condition_dropout > 0:
+                drop_condition = draw_dropped(len(condition), self.config.condition_dropout, condition.device)
+            parts.append(self.cls_embedding(condition, drop_condition))
+        if tokens is not None and tokens.shape[1] > 0:
+            parts.append(self.tok_embeddings(tokens))
+        if not parts:
+            raise ValueError("neither tokens nor a condition were given; pass at least one of them")
+        x = torch.cat(parts, dim=1)
+        stop = start + x.shape[1]
+        if stop >= len(self.rope):
+            raise ValueError(
+                f"{stop - self.config.condition_length} codes were given, but a model of block_size "
+                f"{self.config.block_size} predicts the last one from {self.config.block_size - 1}"
+            )
+        mask = self._attention_mask(x, start, caption_lengths)
+        x = self.tok_dropout(x)
+        for layer, block in enumerate(self.layers):
+            x = block(x, self.rope[start:stop], mask, cache, layer)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        if condition is not None:
+            x = x[:, self.config.condition_length - 1 :]
+        return cast(Tensor, self.output(self.norm(x)))
+
+    def _check_condition(self, condition: Tensor | None, start: int) -> None:
+        if (condition is None) != (start > 0):
+            raise ValueError(
+                "the condition belongs to the first call for a sequence and only there: "
+                f"{'it is missing' if condition is None else 'it was given again'} at position {start}"
+            )
+        if condition is None:
+            return
+        if self.config.condition == "class" and condition.dim() != 1:
+            raise ValueError(f"class labels must have shape (B,), not {tuple(condition.shape)}")
+        features = (self.config.caption_length, self.config.caption_dim)
+        if self.config.condition == "text" and condition.shape[1:] != features:
+            raise ValueError(
+                f"caption features must have shape (B, {features[0]}, {features[1]}), not {tuple(condition.shape)}"
+            )
+
+    def _attention_mask(self, x: Tensor, start: int, caption_lengths: Tensor | None) -> Tensor | None:
+        """Causal and padding mask (B or 1, 1, T, S), or None where plain causality says it all."""
+        span = x.shape[1]
+        if caption_lengths is None and (start == 0 or span == 1):
+            return None
+        query = torch.arange(start, start + span, device=x.device)[:, None]
+        key = torch.arange(start + span, device=x.device)
+        causal = key <= query
+        if caption_lengths is None:
+            return causal[None, None]
+        real = key >= self.config.condition_length - caption_lengths[:, None]
+        return (causal & (real[:, None, :] | (key == query)))[:, None]

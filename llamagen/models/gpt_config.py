@@ -1,0 +1,128 @@
+"""The shape of an autoregressive model."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides the parameters and the function of a :class:`~llamagen.models.gpt.GPT`.
+
+    The defaults are those of the paper (arXiv 2406.06525, section 2.2) and its published checkpoints at 256 px.
+
+    Args:
+        dim: width of the residual stream.
+        n_layer: number of transformer blocks.
+        n_head: number of query heads; ``dim / n_head`` must be a multiple of 4.
+        n_kv_head: number of key-value heads for grouped-query attention; ``n_head`` if not given.
+        multiple_of: the feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: factor on the feed-forward width of 8/3 ``dim``, before rounding.
+        rope_base: wavelength base of the rotary embedding.
+        norm_eps: added to the mean square in RMSNorm.
+        vocab_size: number of codes of the image tokenizer.
+        block_size: number of codes of a picture, a square number (256 for 16 × 16).
+        condition: ``"class"`` for labels, ``"text"`` for caption features.
+        num_classes: number of labels; one more row stands for "no class".
+        caption_dim: width of the caption features (2048 for FLAN-T5-XL).
+        caption_length: number of caption positions.
+        condition_dropout: probability of training a sample without its condition, for classifier-free guidance.
+        token_dropout: dropout on the embedded sequence, condition included.
+        resid_dropout: dropout on the output of attention.
+        ffn_dropout: dropout on the output of the feed-forward layer.
+        attn_dropout: dropout on the attention weights.
+        drop_path: probability of skipping a branch in the last block, growing linearly from 0 in the first.
+        rope_condition: rotation of the condition positions, see :func:`~llamagen.models.rope.rope_table`.
+            Published checkpoints need ``"zero"``.
+    """
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    vocab_size: int = 16384
+    block_size: int = 256
+    condition: Literal["class", "text"] = "class"
+    num_classes: int = 1000
+    caption_dim: int = 2048
+    caption_length: int = 120
+    condition_dropout: float = 0.1
+    token_dropout: float = 0.1
+    resid_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+    attn_dropout: float = 0.0
+    drop_path: float = 0.0
+    rope_condition: Literal["zero", "identity"] = "zero"
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        for name in (
+            "dim",
+            "n_layer",
+            "n_head",
+            "multiple_of",
+            "vocab_size",
+            "block_size",
+            "num_classes",
+            "caption_dim",
+            "caption_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.n_head or self.head_dim % 4:
+            raise ValueError(
+                f"dim {self.dim} over n_head {self.n_head} gives heads of width {self.dim / self.n_head:g}; "
+                "choose them so that the width is a multiple of 4, as the 2-D rotary embedding needs"
+            )
+        if self.kv_heads < 1 or self.n_head % self.kv_heads:
+            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+        if self.grid_size**2 != self.block_size:
+            raise ValueError(
+                f"block_size {self.block_size} is not a square number; it is grid × grid, for example 16 × 16 = 256"
+            )
+        if self.condition not in ("class", "text"):
+            raise ValueError(f"condition is {self.condition!r}; it must be 'class' or 'text'")
+        if self.rope_condition not in ("zero", "identity"):
+            raise ValueError(f"rope_condition is {self.rope_condition!r}; it must be 'zero' or 'identity'")
+        for name in (
+            "condition_dropout",
+            "token_dropout",
+            "resid_dropout",
+            "ffn_dropout",
+            "attn_dropout",
+            "drop_path",
+        ):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def grid_size(self) -> int:
+        """Height and width of the code grid."""
+        return isqrt(self.block_size)
+
+    @property
+    def condition_length(self) -> int:
+        """Number of positions before the first code."""
+        return 1 if self.condition == "class" else self.caption_length
+
+    @property
+    def ffn_dim(self) -> int:
+        """Inner width of the SwiGLU feed-forward layer: 8/3 ``dim``, scaled and rounded up."""
+        width = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
