@@ -1,0 +1,5 @@
+"""``torchmetrics.Metric``s."""
+
+from llamagen.metrics.codebook import CodebookUsage
+
+__all__ = ["CodebookUsage"]

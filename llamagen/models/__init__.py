@@ -1,0 +1,1 @@
+"""Pure ``nn.Module``s: the image tokenizer, the autoregressive model, the discriminators."""

@@ -28,7 +28,7 @@ class PatchGAN(nn.Module):
             ]
             width = wider
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
-        self.min_size = 2 ** (num_layers + 1) + 2 ** num_layers
+        self.min_size = 2 ** (num_layers + 1) + 2**num_layers
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

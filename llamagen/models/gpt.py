@@ -1,7 +1,7 @@
 """The autoregressive model: a Llama that predicts the codes of a picture in raster order after a condition.
 
-Shapes: B batch, C condition positions, L codes of a picture, T positions of this call, S positions seen so far (T included),
-D width, H heads, G key-value heads, E width of a head, V vocabulary.
+Shapes: B batch, C condition positions, L codes of a picture, T positions of this call, S positions seen so far (T
+included), D width, H heads, G key-value heads, E width of a head, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -189,7 +189,8 @@ class GPT(nn.Module):
         """Logits of the codes that follow.
 
         Training and scoring: ``gpt(codes[:, :-1], condition)`` gives the logits of all L codes.
-        Cached decoding: first ``gpt(None, condition, cache=cache)``, then ``gpt(last_code, cache=cache)`` for each code.
+        Cached decoding: first ``gpt(None, condition, cache=cache)``, then ``gpt(last_code, cache=cache)`` for each
+        code.
 
         Args:
             tokens: (B, T) int64 codes in [0, V), T from 0 to L − 1; None means T = 0.
@@ -205,8 +206,8 @@ class GPT(nn.Module):
             (B, T + 1, V) if the condition is given, else (B, T, V): logits of the code behind each position.
 
         Raises:
-            ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape, or
-                the sequence is too long.
+            ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape,
+                or the sequence is too long.
         """
         start = 0 if cache is None else cache.length
         self._check_condition(condition, start)

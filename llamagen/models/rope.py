@@ -17,8 +17,8 @@ def rope_table(
     """Cosine and sine of every position: the condition first, then the codes in raster order.
 
     The first half of a head's pairs turns with the row of the code, the second half with its column.
-    Condition positions have no place on the grid. The published models give them cosine 0 *and* sine 0, which sets their
-    queries and keys to zero (``"zero"``); ``"identity"`` leaves them unturned (cosine 1, sine 0).
+    Condition positions have no place on the grid. The published models give them cosine 0 *and* sine 0, which sets
+    their queries and keys to zero (``"zero"``); ``"identity"`` leaves them unturned (cosine 1, sine 0).
 
     Args:
         grid_size: height and width of the code grid; there are ``grid_size ** 2`` codes.

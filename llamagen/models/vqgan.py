@@ -54,7 +54,7 @@ class VQGANConfig:
     @property
     def downsampling(self) -> int:
         """Pixels to a code, along each side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return 1 << (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> tuple[int, ...]:

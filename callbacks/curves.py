@@ -1,0 +1,75 @@
+"""Learning curves as a picture in the run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+class LearningCurves(pl.Callback):
+    """Draw every logged number over the optimizer steps into ``curves.png``, at each validation and at the end.
+
+    Training numbers are taken every ``log_every_n_steps`` steps of the trainer. The curves so far are in the
+    checkpoint: a resumed run continues them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._history: dict[str, list[list[float]]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far: name → [step, value] pairs."""
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the curves."""
+        self._history = state_dict["history"]
+
+    def _record(self, trainer: pl.Trainer, stage: str) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(f"{stage}/"):
+                self._history.setdefault(name, []).append([float(trainer.global_step), float(value)])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the training numbers now and then."""
+        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        stepped = (batch_idx + 1) % max(trainer.accumulate_grad_batches, 1) == 0
+        if trainer.is_global_zero and stepped and trainer.global_step % every == 0:
+            self._record(trainer, "train")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the validation numbers and draw."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._record(trainer, "val")
+            self._draw(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the last stretch."""
+        if trainer.is_global_zero:
+            self._draw(trainer)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        # A figure of its own, without pyplot: no global state, no window system. Imported here for its start-up time.
+        from matplotlib.figure import Figure
+
+        names = sorted({name.partition("/")[2] for name in self._history})
+        if not names:
+            return
+        columns = min(3, len(names))
+        rows = -(-len(names) // columns)
+        figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+        for position, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, position + 1)
+            axes.set_title(name)
+            axes.set_xlabel("step")
+            for stage in ("train", "val"):
+                if points := self._history.get(f"{stage}/{name}"):
+                    axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) < 30 else None)
+            axes.legend()
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".curves.png.tmp"
+        figure.savefig(temporary, format="png", dpi=80)
+        temporary.replace(folder / "curves.png")

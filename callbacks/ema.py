@@ -1,0 +1,139 @@
+"""Exponential moving average of the generator's parameters."""
+
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llamagen.checkpoint import EMA_STATE, ENTRY, averaged_weights
+
+
+class HasGenerator(Protocol):
+    """A module that says which of its networks is averaged."""
+
+    @property
+    def generator(self) -> nn.Module:
+        """The network to average."""
+
+
+class EMA(pl.Callback):
+    """Average the generator's parameters over the optimizer's steps, and evaluate, sample and predict with the average.
+
+    The average lives in the optimizer's state of each parameter, next to its moments. So it is saved, restored and
+    moved with them, steps that the optimizer skips do not count, and accumulated gradients count once. The
+    discriminator, LPIPS and buffers are not averaged.
+
+    Args:
+        decay: share of the old average that a step keeps; 0.9999 in the paper. A run of n steps wants at most about
+            ``1 − 10 / n``.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
+        self.decay = decay
+        self._parameters: list[nn.Parameter] = []
+        self._optimizer: Optimizer | None = None
+        self._initial: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._swapped = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Follow the optimizer."""
+        generator = cast(HasGenerator, pl_module).generator
+        averaged = {id(parameter) for parameter in generator.parameters() if parameter.requires_grad}
+        self._optimizer = trainer.optimizers[0]
+        self._parameters = [p for p in _ordered_parameters(self._optimizer) if id(p) in averaged]
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The average starts from the weights before the first step. They cannot be put into the optimizer's state yet:
+        # it sets up its moments only where the state is empty.
+        if not self._has_average():
+            self._initial = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._initial:
+            for parameter, initial in zip(self._parameters, self._initial, strict=True):
+                optimizer.state[parameter][EMA_STATE] = initial
+            self._initial = []
+        averages = [optimizer.state[parameter][EMA_STATE] for parameter in self._parameters]
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in self._parameters], 1.0 - self.decay)
+
+    def _has_average(self) -> bool:
+        assert self._optimizer is not None
+        return bool(self._parameters) and EMA_STATE in self._optimizer.state[self._parameters[0]]
+
+    def _swap(self) -> None:
+        """Exchange weights and averages by exchanging their storage: nothing is copied."""
+        if self._optimizer is None or not self._has_average():
+            return
+        for parameter in self._parameters:
+            state = self._optimizer.state[parameter]
+            parameter.data, state[EMA_STATE] = state[EMA_STATE], parameter.data
+        self._swapped = not self._swapped
+
+    def _swap_back(self) -> None:
+        if self._swapped:
+            self._swap()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate with the average."""
+        self._swap()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on training with the weights."""
+        self._swap_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no averages behind in the place of weights."""
+        self._swap_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizer."""
+        self._swap_back()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._parameters, self._optimizer = [], [], None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the names of the optimizer's parameters, so that the averages can be found without the model."""
+        if self._optimizer is None:
+            return
+        if self._swapped:
+            raise RuntimeError("a checkpoint was asked for while the averages are in the place of the weights")
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        checkpoint.setdefault(ENTRY, {})["ema_names"] = [names[id(p)] for p in _ordered_parameters(self._optimizer)]
+
+    @torch.no_grad()
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Outside of ``fit`` there is no optimizer: put the averages in the place of the weights.
+
+        Raises:
+            ValueError: if the checkpoint has no averages.
+        """
+        if trainer.state.fn == "fit":
+            return
+        averages = averaged_weights(checkpoint)
+        if not averages:
+            raise ValueError("the checkpoint has no EMA weights; run without the EMA callback to use its raw weights")
+        parameters = dict(pl_module.named_parameters())
+        for name, average in averages.items():
+            parameters[name].copy_(average)
+
+
+def _ordered_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters in the order in which a saved optimizer numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

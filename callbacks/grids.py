@@ -1,0 +1,105 @@
+"""Pictures to look at while a model trains."""
+
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from callbacks.pictures import grid_image, publish
+from llamagen.models.vqgan import to_uint8
+
+
+class Reconstructs(Protocol):
+    """A module that encodes and decodes pictures."""
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → the same."""
+
+
+class Samples(Protocol):
+    """A module that draws pictures."""
+
+    device: torch.device
+
+    def sample(self, condition: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
+
+
+class ReconstructionGrid(pl.Callback):
+    """At each validation: pictures of the first validation batch above what the tokenizer makes of them.
+
+    Args:
+        count: number of pictures.
+    """
+
+    def __init__(self, count: int = 10) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"count is {count}; it must be at least 1")
+        self.count = count
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the grid from the first batch, on the first rank."""
+        if batch_idx > 0 or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        images = batch["images"][: self.count]
+        reconstructed = cast(Reconstructs, pl_module).reconstruct(images)
+        rows = [list(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()) for x in (images, reconstructed)]
+        publish(trainer, grid_image(rows), "reconstructions")
+
+
+class SampleGrid(pl.Callback):
+    """At validations: pictures that the model draws, a row for each class, always of the same classes and seed.
+
+    Args:
+        classes: which classes, or how many: 10 means 0 to 9.
+        per_class: pictures of each.
+        every_n_validations: draw at every n-th validation.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, classes: int | list[int] = 8, per_class: int = 8, every_n_validations: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
+        if not self.classes or per_class < 1 or every_n_validations < 1:
+            raise ValueError(
+                f"classes is {classes}, per_class {per_class} and every_n_validations {every_n_validations}; "
+                "there must be at least one class, and the others must be at least 1"
+            )
+        self.per_class, self.every_n_validations, self.seed = per_class, every_n_validations, seed
+        self._validations = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the grid, on the first rank."""
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations or not trainer.is_global_zero:
+            return
+        module = cast(Samples, pl_module)
+        condition = torch.tensor(self.classes, device=module.device).repeat_interleave(self.per_class)
+        images, _ = module.sample(condition, torch.arange(len(condition), device=module.device), self.seed)
+        pictures = images.cpu().numpy()
+        rows = [list(row) for row in np.split(pictures, len(self.classes))]
+        publish(trainer, grid_image(rows), "samples")

@@ -1,0 +1,51 @@
+"""Grids of pictures, as files in the run's folder and in the loggers that take images."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+from PIL import Image
+
+MARGIN = 2
+
+
+def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
+    """Pictures in rows, on grey.
+
+    Args:
+        rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
+    """
+    height, width, _ = rows[0][0].shape
+    columns = max(len(row) for row in rows)
+    canvas = np.full(
+        (len(rows) * (height + MARGIN) + MARGIN, columns * (width + MARGIN) + MARGIN, 3), 128, dtype=np.uint8
+    )
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            top, left = MARGIN + r * (height + MARGIN), MARGIN + c * (width + MARGIN)
+            canvas[top : top + height, left : left + width] = picture
+    return Image.fromarray(canvas)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="png")
+    temporary.replace(path)
+
+
+def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:
+    """Save a grid as ``<run folder>/<name>/step_<step>.png`` and show it in every logger that takes images.
+
+    Args:
+        trainer: its ``default_root_dir`` is the run's folder, its ``global_step`` the step.
+        image: the grid.
+        name: what it shows, for example ``"samples"``.
+    """
+    save_png(image, Path(trainer.default_root_dir) / name / f"step_{trainer.global_step:07d}.png")
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[image], step=trainer.global_step)
+        elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):
+            add_image(name, np.array(image), trainer.global_step, dataformats="HWC")

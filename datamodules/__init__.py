@@ -1,0 +1,8 @@
+"""The one data layer that both modules share."""
+
+from datamodules.codes import CodeDataModule
+from datamodules.digits import DigitsDataModule
+from datamodules.images import ImageDataModule
+from datamodules.samples import SampleDataModule
+
+__all__ = ["CodeDataModule", "DigitsDataModule", "ImageDataModule", "SampleDataModule"]

@@ -1,0 +1,132 @@
+"""Training batches in a reproducible order, from the very sample at which a run was stopped."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.order import count_batches, epoch_order, share_out
+
+Address = tuple[int, int]
+"""A sample as a dataset is asked for it: its number and the epoch, which together decide its augmentation."""
+
+
+class TrainLoader:
+    """An endless supply of epochs whose place can be saved and restored.
+
+    Each iteration is one epoch; the first one after :meth:`load_state_dict` is the rest of the saved epoch. The place
+    is counted in samples over all ranks, as they are handed out and not as workers prefetch them, so it is right for
+    any number of workers and can be shared out anew over another number of ranks.
+
+    Args:
+        dataset: maps an :data:`Address` to a sample, and has a length.
+        batch_size: samples a rank and batch.
+        num_workers: processes that prepare batches; 0 for none.
+        seed: decides the order of each epoch.
+        rank: this rank.
+        world_size: number of ranks.
+        pin_memory: prepare batches in pinned memory, for a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pin_memory: bool,
+    ) -> None:
+        self.count = len(dataset)  # type: ignore[arg-type]
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.epoch, self.consumed = -1, 0
+        self._resume = False
+        if len(self) == 0:
+            raise ValueError(f"{self.count} training samples cannot be shared out over {world_size} ranks; use fewer")
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=_Remaining(self),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, the same on every rank."""
+        return count_batches(self.count, self.batch_size, self.world_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the next epoch, or of the rest of a restored one."""
+        # A generator: the place moves when the first batch is asked for, so an iterator that nobody uses costs nothing.
+        if not (self._resume and self.consumed < self.count):
+            self.epoch, self.consumed = self.epoch + 1, 0
+        self._resume = False
+        for batch in self._loader:
+            self.consumed = min(self.consumed + self.batch_size * self.world_size, self.count)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Place: epoch, and samples of it that all ranks together have consumed."""
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at a saved place with the next iteration."""
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self._resume = True
+
+
+class _Remaining:
+    """What is left of a loader's epoch, as addresses; read anew at each iteration."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        loader = self.loader
+        epoch = loader.epoch
+        order = epoch_order(loader.count, loader.seed, epoch)
+        for batch in share_out(order, loader.consumed, loader.batch_size, loader.rank, loader.world_size):
+            yield [(int(number), epoch) for number in batch]
+
+
+class EvaluationLoader:
+    """Every sample once, in order: rank r takes the samples r, r + world_size, … and nobody gets one twice.
+
+    Ranks may have unequal numbers of batches, so nothing in a step may wait for another rank. Like :class:`TrainLoader`
+    it is no DataLoader: Lightning would share out its samples a second time.
+
+    Args:
+        dataset: maps an :data:`Address` to a sample, and has a length.
+        batch_size: samples a rank and batch.
+        num_workers: processes that prepare batches; 0 for none.
+        rank: this rank.
+        world_size: number of ranks.
+        pin_memory: prepare batches in pinned memory, for a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        num_workers: int,
+        rank: int,
+        world_size: int,
+        pin_memory: bool,
+    ) -> None:
+        numbers = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+        batches = [
+            [(number, 0) for number in numbers[first : first + batch_size]]
+            for first in range(0, len(numbers), batch_size)
+        ]
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory
+        )
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, from the first."""
+        return iter(self._loader)

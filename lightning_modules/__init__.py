@@ -1,0 +1,7 @@
+"""Training logic of the two models."""
+
+from lightning_modules.argen import ARGenModule
+from lightning_modules.optimization import AdamWConfig
+from lightning_modules.vqgan import VQGANLossConfig, VQGANModule
+
+__all__ = ["ARGenModule", "AdamWConfig", "VQGANLossConfig", "VQGANModule"]

@@ -1,0 +1,61 @@
+"""What both modules share: a step's randomness is its own, and a checkpoint says what it holds."""
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from llamagen.checkpoint import ENTRY, check_fits, describe
+from llamagen.models.gpt import GPT
+from llamagen.models.vqgan import VQGAN
+
+
+class GenerativeModule(pl.LightningModule):
+    """Base of :class:`VQGANModule` and :class:`ARGenModule`.
+
+    Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank, so that
+    a resumed run draws what an uninterrupted one would have drawn, whatever validation or a callback drew in between.
+    The seed is that of ``seed_everything`` and stays with the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step_seed: int | None = None
+
+    @property
+    def generator(self) -> GPT | VQGAN:
+        """The network that is kept in the end: what EMA averages and a checkpoint describes."""
+        raise NotImplementedError
+
+    @property
+    def generator_prefix(self) -> str:
+        """Where the generator's weights are in the state dict."""
+        return next(f"{name}." for name, module in self.named_children() if module is self.generator)
+
+    def on_fit_start(self) -> None:
+        """Fix the seed of the run, unless a checkpoint brought it."""
+        if self._step_seed is None:
+            self._step_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step."""
+        assert self._step_seed is not None
+        micro_batch = batch_idx % max(self.trainer.accumulate_grad_batches, 1)
+        counters = [self._step_seed, self.global_step, micro_batch, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint holds; primitives only, so that it loads with ``weights_only``."""
+        checkpoint.setdefault(ENTRY, {}).update(describe(self.generator, self.generator_prefix))
+        checkpoint[ENTRY]["step_seed"] = self._step_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model before anything is changed.
+
+        Raises:
+            ValueError: in one line, with what differs.
+        """
+        check_fits(checkpoint, self.generator)
+        self._step_seed = checkpoint[ENTRY]["step_seed"]

@@ -1,0 +1,38 @@
+"""Losses that keep latents and codebook entries together. B batch, E codebook width, h × w grid, K codes."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+ENTROPY_TEMPERATURE = 0.01
+
+
+def codebook_loss(entries: Tensor, latent: Tensor) -> Tensor:
+    """Pull the chosen entries to the latents: ``mean((entries − sg(latent))²)``, both (B, E, h, w)."""
+    return F.mse_loss(entries, latent.detach())
+
+
+def commitment_loss(entries: Tensor, latent: Tensor) -> Tensor:
+    """Pull the latents to the chosen entries: ``mean((sg(entries) − latent)²)``, both (B, E, h, w)."""
+    return F.mse_loss(latent, entries.detach())
+
+
+def entropy_loss(latent: Tensor, codebook: Tensor) -> Tensor:
+    """Reward sharp choices that spread over the whole codebook.
+
+    With p = softmax(−squared distance / 0.01): the mean entropy of p over the positions, minus the entropy of the mean
+    p. Holds a (B · h · w, K) tensor, so compute it only if it has a weight.
+
+    Args:
+        latent: (B, E, h, w), l2-normalised.
+        codebook: (K, E), l2-normalised.
+
+    Returns:
+        Scalar.
+    """
+    vectors = latent.movedim(1, -1).flatten(0, -2)
+    distance = vectors.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * vectors @ codebook.T
+    logits = -distance / ENTROPY_TEMPERATURE
+    probabilities = logits.softmax(dim=-1)
+    each = -(probabilities * (logits + 1e-5).log_softmax(dim=-1)).sum(-1).mean()
+    mean = probabilities.mean(dim=0)
+    return each + (mean * (mean + 1e-5).log()).sum()

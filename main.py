@@ -1,0 +1,112 @@
+"""The command line of all stages: ``python main.py fit|validate|test|predict --config … [--config …]``."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+import callbacks  # noqa: F401  makes the classes known by their short names
+import datamodules  # noqa: F401
+import lightning_modules  # noqa: F401
+
+
+class RunConfig(SaveConfigCallback):
+    """Write the whole configuration of a stage into the run's folder, as ``fit.yaml``, ``predict.yaml`` and so on.
+
+    It is written when data, model and checkpoint have been found to be in order: a run that cannot start leaves nothing
+    behind. A new run does not write over an old one.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse the folder of another run.
+
+        Raises:
+            ValueError: if ``fit`` starts anew where a run already is.
+        """
+        if stage == "fit" and self.config.get("ckpt_path") is None and self._path(trainer).exists():
+            folder = trainer.default_root_dir
+            raise ValueError(
+                f"{folder} already holds a run; choose another --trainer.default_root_dir, or go on with it by "
+                f"--ckpt_path {folder}/checkpoints/last.ckpt"
+            )
+
+    @staticmethod
+    def _path(trainer: pl.Trainer) -> Path:
+        assert trainer.state.fn is not None
+        return Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.yaml"
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(yaml.safe_load(text))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``fit.yaml``."""
+        self._save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``validate.yaml``."""
+        if trainer.state.fn == "validate":
+            self._save(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``test.yaml``."""
+        self._save(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``predict.yaml``."""
+        self._save(trainer)
+
+
+class LlamaGenCLI(LightningCLI):
+    """LightningCLI in which the command line always wins over what a checkpoint says."""
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyperparameters override the configuration. Ours are checked, not obeyed.
+        if self.config.get("subcommand") is None:
+            return
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            self.parser.error(f"--ckpt_path {path} does not exist; give the .ckpt file of a run")
+
+    def before_instantiate_classes(self) -> None:
+        """Predictions go to their writers; do not collect them in memory."""
+        if self.subcommand == "predict":
+            self.config.predict.return_predictions = False
+
+
+def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
+    """Run a stage.
+
+    Args:
+        args: instead of the command line's.
+    """
+    # `${trainer.default_root_dir}` in a YAML file means the key of the same stage, `fit.trainer.default_root_dir`.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return LlamaGenCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=RunConfig,
+        auto_configure_optimizers=False,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The quantiser takes the nearest entry, passes gradients straight through, and computes in float32."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llamagen.losses import codebook_loss, commitment_loss
+from llamagen.models.quantizer import VectorQuantizer
+from tests.golden import fill, normal_input
+
+
+def quantizer() -> VectorQuantizer:
+    return fill(VectorQuantizer(32, 4))
+
+
+def latent() -> Tensor:
+    """Raw latents (2, 4, 3, 5), of lengths far from 1."""
+    return 3.0 * normal_input("quantizer/latent", (2, 4, 3, 5))
+
+
+def test_each_vector_gets_the_entry_at_the_smallest_distance() -> None:
+    model, raw = quantizer(), latent()
+    entries = F.normalize(model.embedding.weight.double(), dim=-1)
+    codes = model(raw).codes
+    assert codes.shape == (2, 3, 5)
+    assert codes.dtype == torch.int64
+    for batch in range(2):
+        for row in range(3):
+            for column in range(5):
+                vector = raw[batch, :, row, column].double()
+                distances = (entries - vector / vector.norm()).square().sum(-1)
+                assert codes[batch, row, column] == distances.argmin()
+    assert len(codes.unique()) > 8
+
+
+def test_parts_are_unit_vectors_and_belong_together() -> None:
+    model, raw = quantizer(), latent()
+    quantized, codes, normalized, entries = model(raw)
+    torch.testing.assert_close(normalized, raw / raw.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(entries.norm(dim=1), torch.ones(2, 3, 5))
+    torch.testing.assert_close(quantized, entries)
+    assert torch.equal(entries, model.lookup(codes))
+    weight = model.embedding.weight[codes[1, 2, 3]]
+    torch.testing.assert_close(entries[1, :, 2, 3], weight / weight.norm())
+
+
+def test_the_length_of_a_latent_does_not_matter() -> None:
+    model, raw = quantizer(), latent()
+    assert torch.equal(model(raw).codes, model(100.0 * raw).codes)
+
+
+def test_an_entry_is_its_own_nearest() -> None:
+    model = quantizer()
+    codes = torch.arange(32).view(2, 4, 4)
+    assert torch.equal(model(model.lookup(codes)).codes, codes)
+
+
+def test_the_gradient_is_that_of_the_identity_on_the_normalised_latent() -> None:
+    model, direction = quantizer(), normal_input("quantizer/direction", (2, 4, 3, 5))
+    through, identity = (latent().requires_grad_() for _ in range(2))
+    (model(through).quantized * direction).sum().backward()
+    (F.normalize(identity, dim=1) * direction).sum().backward()
+    assert through.grad is not None and identity.grad is not None
+    assert torch.equal(through.grad, identity.grad)
+    assert through.grad.abs().max() > 0
+    assert model.embedding.weight.grad is None
+
+
+def test_the_codebook_loss_reaches_only_the_codebook() -> None:
+    model, raw = quantizer(), latent().requires_grad_()
+    quantized = model(raw)
+    codebook_loss(quantized.entries, quantized.latent).backward()
+    assert raw.grad is None
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    chosen = torch.zeros(32, dtype=torch.bool).index_fill(0, quantized.codes.flatten(), True)
+    assert torch.equal(gradient.ne(0).any(-1), chosen)
+
+
+def test_the_commitment_loss_reaches_only_the_encoder() -> None:
+    model, raw = quantizer(), latent().requires_grad_()
+    quantized = model(raw)
+    commitment_loss(quantized.entries, quantized.latent).backward()
+    assert model.embedding.weight.grad is None
+    assert raw.grad is not None and raw.grad.ne(0).any(1).all()
+
+
+def test_a_step_on_the_codebook_loss_brings_entries_and_latents_together() -> None:
+    model, raw = quantizer(), latent()
+    before = codebook_loss(model(raw).entries, model(raw).latent)
+    before.backward()
+    with torch.no_grad():
+        assert model.embedding.weight.grad is not None
+        model.embedding.weight -= 0.5 * model.embedding.weight.grad
+        assert codebook_loss(model(raw).entries, model(raw).latent) < before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantisation_is_float32_under_autocast(dtype: torch.dtype) -> None:
+    # Entries that bfloat16 cannot tell apart: a dot product in low precision would choose others.
+    model, raw = VectorQuantizer(256, 4), latent().to(dtype)
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.ones(4) + 0.01 * normal_input("quantizer/close", (256, 4)))
+    expected = model(raw.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(raw)
+    assert torch.equal(found.codes, expected.codes)
+    assert [part.dtype for part in (found.quantized, found.latent, found.entries)] == [torch.float32] * 3
+    assert torch.equal(found.latent, expected.latent)
+    assert torch.equal(found.entries, expected.entries)
+
+
+def test_entries_start_on_the_unit_sphere_all_different() -> None:
+    torch.manual_seed(0)
+    weight = VectorQuantizer(64, 8).embedding.weight
+    torch.testing.assert_close(weight.norm(dim=-1), torch.ones(64))
+    assert len(weight.unique(dim=0)) == 64
+
+
+def test_the_published_usage_window_is_kept_and_never_written() -> None:
+    model = quantizer().train()
+    model(latent())
+    window = model.state_dict()["codebook_used"]
+    assert window.shape == (65536,)
+    assert window.abs().max() == 0
+    assert not window.requires_grad

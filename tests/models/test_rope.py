@@ -1,0 +1,104 @@
+"""The 2-D rotary embedding: rows and columns turn the right pairs, and the table survives every move of the model."""
+
+import cmath
+from typing import Literal
+
+import pytest
+import torch
+
+from llamagen.models.gpt import GPT
+from llamagen.models.rope import rope_table, rotate
+from tests.golden import fill, normal_input
+from tests.small_models import codes_for, condition_for, small_gpt
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 64])
+@pytest.mark.parametrize("base", [10000.0, 100.0])
+def test_first_half_of_the_pairs_turns_with_the_row_and_second_with_the_column(head_dim: int, base: float) -> None:
+    grid, pairs = 5, head_dim // 4
+    table = rope_table(grid, head_dim, base, 1, "zero")
+    assert table.shape == (1 + grid**2, head_dim // 2, 2)
+    for position in range(grid**2):
+        row, column = divmod(position, grid)
+        for pair in range(head_dim // 2):
+            angle = (row if pair < pairs else column) * base ** (-(pair % pairs) / pairs)
+            turn = cmath.exp(1j * angle)
+            assert table[1 + position, pair].tolist() == pytest.approx([turn.real, turn.imag], abs=1e-5)
+
+
+def test_interleaved_pairs_turn_as_complex_numbers() -> None:
+    table = rope_table(3, 8, 10000.0, 0, "zero")
+    x = normal_input("rope/x", (2, 9, 3, 8))
+    numbers = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+    expected = torch.view_as_real(numbers * torch.view_as_complex(table)[:, None]).flatten(-2)
+    torch.testing.assert_close(rotate(x, table), expected)
+
+
+def test_scores_depend_on_the_difference_of_positions_only() -> None:
+    grid = 4
+    table = rope_table(grid, 8, 10000.0, 0, "zero")
+    query, key = normal_input("rope/query", (8,)), normal_input("rope/key", (8,))
+    queries, keys = (rotate(each.expand(1, grid**2, 1, 8), table)[0, :, 0] for each in (query, key))
+    scores = (queries @ keys.T).view(grid, grid, grid, grid)
+    for row, column, down, right in [(0, 0, 1, 2), (2, 1, -1, 1), (3, 3, -2, -3)]:
+        for top in range(max(0, -down), min(grid, grid - down)):
+            for left in range(max(0, -right), min(grid, grid - right)):
+                expected = scores[row, column, row + down, column + right]
+                torch.testing.assert_close(scores[top, left, top + down, left + right], expected, atol=1e-5, rtol=0)
+    assert abs(scores[0, 0, 0, 1] - scores[0, 0, 1, 0]) > 1e-3
+
+
+def test_condition_positions_are_set_to_zero_or_left_alone() -> None:
+    x = normal_input("rope/condition", (1, 3, 2, 8))
+    assert rotate(x, rope_table(2, 8, 10000.0, 3, "zero")[:3]).abs().max() == 0
+    assert torch.equal(rotate(x, rope_table(2, 8, 10000.0, 3, "identity")[:3]), x)
+
+
+@pytest.mark.parametrize("rotation", ["zero", "identity"])
+def test_codes_turn_alike_whatever_the_condition_rotation_and_length(rotation: Literal["zero", "identity"]) -> None:
+    expected = rope_table(4, 8, 10000.0, 0, "zero")
+    assert torch.equal(rope_table(4, 8, 10000.0, 7, rotation)[7:], expected)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_zero_and_identity_rotation_are_different_models(kind: str) -> None:
+    zero, identity = (small_gpt(condition=kind, rope_condition=rotation) for rotation in ("zero", "identity"))
+    codes, condition = codes_for(zero, 2, 15), condition_for(zero, 2)
+    with torch.no_grad():
+        difference = (zero(codes, condition) - identity(codes, condition)).abs().amax(-1)
+    assert (difference[:, 1:] > 1e-3).all()
+
+
+def test_rotation_keeps_dtype_and_computes_in_float32() -> None:
+    table = rope_table(3, 8, 10000.0, 0, "zero")
+    x = normal_input("rope/dtype", (1, 9, 1, 8)).bfloat16()
+    assert torch.equal(rotate(x, table), rotate(x.float(), table).bfloat16())
+
+
+@pytest.mark.parametrize("rotation", ["zero", "identity"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_table_is_never_rounded_by_a_cast(rotation: str, dtype: torch.dtype) -> None:
+    gpt = small_gpt(rope_condition=rotation)
+    table = gpt.rope.clone()
+    parent = torch.nn.ModuleDict({"gpt": gpt})
+    for moved in (gpt.to(dtype), parent.to(dtype)):
+        assert next(moved.parameters()).dtype == dtype
+        assert gpt.rope.dtype == torch.float32
+        assert torch.equal(gpt.rope, table)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_the_table_survives_the_way_over_the_meta_device(kind: str) -> None:
+    expected = small_gpt(condition=kind)
+    with torch.device("meta"):
+        gpt = GPT(expected.config)
+    assert gpt.rope.is_meta
+    gpt = fill(gpt.to_empty(device="cpu")).eval()
+    assert torch.equal(gpt.rope, expected.rope)
+    codes, condition = codes_for(gpt, 2, 15), condition_for(gpt, 2)
+    with torch.no_grad():
+        assert torch.equal(gpt(codes, condition), expected(codes, condition))
+
+
+def test_the_table_is_not_in_the_state_dict() -> None:
+    assert [name for name in small_gpt().state_dict() if "rope" in name or "freqs" in name] == []

@@ -1,0 +1,44 @@
+"""The tokenizer and its discriminator compute what the published implementations compute."""
+
+import pytest
+import torch
+
+from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
+from llamagen.models.discriminator import PatchGAN
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from tests.golden import assert_matches, fill, golden, normal_input
+
+MULTIPLIERS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}
+
+
+@pytest.mark.parametrize("entry", MULTIPLIERS)
+def test_tokenizer_gives_the_published_codes_pictures_and_losses(entry: str) -> None:
+    record = golden(entry)
+    with torch.device("meta"):
+        vqgan = VQGAN(VQGANConfig(channel_multipliers=MULTIPLIERS[entry]))
+    fill(vqgan.to_empty(device="cpu")).eval()
+    images = normal_input(record["image"], (record["batch"], 3, record["size"], record["size"])).tanh()
+    before_quantisation: list[torch.Tensor] = []
+    vqgan.quant_conv.register_forward_hook(lambda _module, _inputs, output: before_quantisation.append(output))
+    with torch.no_grad():
+        reconstruction, encoding = vqgan(images)
+    assert_matches(before_quantisation[0], record["latent"])
+    assert encoding.codes.flatten().tolist() == torch.tensor(record["indices"]).flatten().tolist()
+    assert_matches(encoding.quantized, record["quantized"])
+    assert_matches(reconstruction, record["reconstruction"])
+
+    losses = {
+        "vq_loss": codebook_loss(encoding.entries, encoding.latent),
+        "commit_loss": 0.25 * commitment_loss(encoding.entries, encoding.latent),
+        "entropy_loss_ratio_0.1": 0.1 * entropy_loss(encoding.latent, vqgan.quantize.codebook()),
+    }
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(record[name], abs=1e-6 if "entropy" not in name else 1e-4), name
+
+
+def test_patchgan_in_training_mode_gives_the_published_logits() -> None:
+    record = golden("PatchGAN")
+    images = normal_input("PatchGAN/image", (2, 3, record["size"], record["size"])).tanh()
+    with torch.no_grad():
+        logits = fill(PatchGAN()).train()(images)
+    assert_matches(logits, record["logits_train"])

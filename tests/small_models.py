@@ -1,0 +1,63 @@
+"""Models that are small enough for a test of a moment, with weights that make every part of them matter."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from tests.golden import fill, integer_input, normal_input
+
+CLASS_GPT = GPTConfig(
+    dim=32, n_layer=2, n_head=4, multiple_of=16, vocab_size=48, block_size=16, num_classes=7,
+    condition_dropout=0.0, token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0,
+)  # fmt: skip
+TEXT_GPT = replace(CLASS_GPT, condition="text", caption_dim=12, caption_length=6)
+SMALL_VQGAN = VQGANConfig(
+    channels=32, channel_multipliers=(1, 1, 2), num_res_blocks=1, z_channels=16, codebook_size=64, codebook_dim=4
+)
+
+GPT_VARIANTS: dict[str, dict[str, Any]] = {
+    "class": {},
+    "class, grouped queries": {"n_kv_head": 2},
+    "class, one key-value head, identity rotation": {"n_kv_head": 1, "rope_condition": "identity"},
+    "text": {"condition": "text"},
+    "text, grouped queries, identity rotation": {"condition": "text", "n_kv_head": 2, "rope_condition": "identity"},
+}
+
+
+def small_gpt(**options: Any) -> GPT:
+    """A GPT of :data:`CLASS_GPT` or :data:`TEXT_GPT` with some options changed, filled, in evaluation mode."""
+    base = TEXT_GPT if options.get("condition") == "text" else CLASS_GPT
+    return fill(GPT(replace(base, **options))).eval()
+
+
+def small_vqgan(**options: Any) -> VQGAN:
+    """A VQGAN of :data:`SMALL_VQGAN` with some options changed, filled, in evaluation mode."""
+    return fill(VQGAN(replace(SMALL_VQGAN, **options))).eval()
+
+
+def condition_for(gpt: GPT, batch_size: int) -> Tensor:
+    """Labels that differ from row to row, or caption features (not zeroed where they may be padded)."""
+    if gpt.config.condition == "class":
+        return torch.arange(batch_size) % gpt.config.num_classes
+    return normal_input("small/caption", (batch_size, gpt.config.caption_length, gpt.config.caption_dim))
+
+
+def caption_lengths_for(gpt: GPT, batch_size: int) -> Tensor | None:
+    """A different number of real caption positions for each row, at least 1; None for class labels."""
+    if gpt.config.condition == "class":
+        return None
+    return torch.arange(batch_size) % gpt.config.caption_length + 1
+
+
+def codes_for(gpt: GPT, batch_size: int, count: int) -> Tensor:
+    """The first ``count`` codes of some pictures."""
+    return integer_input("small/codes", gpt.config.vocab_size, (batch_size, gpt.config.block_size))[:, :count]
+
+
+def images_for(batch_size: int, height: int, width: int) -> Tensor:
+    """Pictures in [-1, 1]."""
+    return normal_input("small/image", (batch_size, 3, height, width)).tanh()
