@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 import callbacks  # noqa: F401  makes the classes known by their short names
@@ -53,6 +53,15 @@ class RunConfig(SaveConfigCallback):
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(yaml.safe_load(text))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove the folders that a logger has made for a run that did not start."""
+        if self.already_saved or not trainer.is_global_zero or trainer.log_dir is None:
+            return
+        root, folder = Path(trainer.default_root_dir).absolute(), Path(trainer.log_dir).absolute()
+        while folder.is_relative_to(root) and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``fit.yaml``."""
         self._save(trainer)
@@ -72,7 +81,11 @@ class RunConfig(SaveConfigCallback):
 
 
 class LlamaGenCLI(LightningCLI):
-    """LightningCLI in which the command line always wins over what a checkpoint says."""
+    """LightningCLI in which the command line always wins over what a checkpoint says, and no key may be abbreviated."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that does not take `max_epoch` for `max_epochs`, and resolves `${…}` when all files are merged."""
+        return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters override the configuration. Ours are checked, not obeyed.
@@ -103,7 +116,6 @@ def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
         subclass_mode_data=True,
         save_config_callback=RunConfig,
         auto_configure_optimizers=False,
-        parser_kwargs={"parser_mode": "omegaconf+"},
         args=args,
     )
 

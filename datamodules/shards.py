@@ -19,6 +19,7 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 META_FILE = "meta.json"
+END_OF_ARCHIVE = 1024
 IMAGES_FORMAT = "llamagen-images"
 CODES_FORMAT = "llamagen-codes"
 
@@ -87,6 +88,11 @@ def index_shard(path: Path) -> list[Sample]:
     """
     samples: list[Sample] = []
     end = path.stat().st_size
+    # tarfile takes a file that ends inside a header for a shorter archive; a whole one ends with two blocks of zeros.
+    with path.open("rb") as file:
+        file.seek(max(0, end - END_OF_ARCHIVE))
+        if file.read() != bytes(END_OF_ARCHIVE):
+            raise ValueError(f"shard {path} is not a whole tar file (its end is missing); write it again")
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:

@@ -1,8 +1,19 @@
 """Settings of the whole test suite."""
 
+import pytest
 import torch
+
+from tests.pipeline import Pipeline
 
 
 def pytest_configure() -> None:
     """One thread: small tensors are several times faster so where cores are shared, and sums keep their order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A small run of the four commands, made once and only read by tests."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
+    pipeline.run()
+    return pipeline

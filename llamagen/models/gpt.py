@@ -196,8 +196,8 @@ class GPT(nn.Module):
             tokens: (B, T) int64 codes in [0, V), T from 0 to L − 1; None means T = 0.
             condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left. Given in the first
                 call for a sequence, left out in the later, cached ones.
-            caption_lengths: (B,) int64, how many of the last caption positions are real; all, if not given. The padded
-                ones are attended to by nobody but themselves. Needed in every call for padded captions.
+            caption_lengths: (B,) int64 in 1 … C, how many of the last caption positions are real; all, if not given.
+                The padded ones are attended to by nobody but themselves. Needed in every call for padded captions.
             drop_condition: (B,) bool, True for samples without a condition. By default drawn with probability
                 ``condition_dropout`` in training, and nowhere in evaluation.
             cache: keys and values of the earlier positions; extended by this call.
@@ -210,7 +210,7 @@ class GPT(nn.Module):
                 or the sequence is too long.
         """
         start = 0 if cache is None else cache.length
-        self._check_condition(condition, start)
+        self._check_shapes(tokens, condition, caption_lengths, start)
         parts = []
         if condition is not None:
             if drop_condition is None and self.training and self.config.condition_dropout > 0:
@@ -237,20 +237,28 @@ class GPT(nn.Module):
             x = x[:, self.config.condition_length - 1 :]
         return cast(Tensor, self.output(self.norm(x)))
 
-    def _check_condition(self, condition: Tensor | None, start: int) -> None:
+    def _check_shapes(
+        self, tokens: Tensor | None, condition: Tensor | None, caption_lengths: Tensor | None, start: int
+    ) -> None:
         if (condition is None) != (start > 0):
             raise ValueError(
                 "the condition belongs to the first call for a sequence and only there: "
                 f"{'it is missing' if condition is None else 'it was given again'} at position {start}"
             )
-        if condition is None:
-            return
-        if self.config.condition == "class" and condition.dim() != 1:
+        if condition is not None and self.config.condition == "class" and condition.dim() != 1:
             raise ValueError(f"class labels must have shape (B,), not {tuple(condition.shape)}")
         features = (self.config.caption_length, self.config.caption_dim)
-        if self.config.condition == "text" and condition.shape[1:] != features:
+        if condition is not None and self.config.condition == "text" and condition.shape[1:] != features:
             raise ValueError(
                 f"caption features must have shape (B, {features[0]}, {features[1]}), not {tuple(condition.shape)}"
+            )
+        rows = next((len(given) for given in (condition, tokens) if given is not None), 0)
+        if tokens is not None and (tokens.dim() != 2 or len(tokens) != rows):
+            raise ValueError(f"tokens must have shape ({rows}, T), not {tuple(tokens.shape)}")
+        if caption_lengths is not None and (self.config.condition == "class" or caption_lengths.shape != (rows,)):
+            raise ValueError(
+                f"caption_lengths must have shape ({rows},) and belongs to a text-conditional model; it has shape "
+                f"{tuple(caption_lengths.shape)} and the model's condition is {self.config.condition!r}"
             )
 
     def _attention_mask(self, x: Tensor, start: int, caption_lengths: Tensor | None) -> Tensor | None:

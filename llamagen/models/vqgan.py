@@ -291,6 +291,7 @@ class VQGAN(nn.Module):
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantised latents (B, E, h, w) to pictures (B, 3, H, W), about [-1, 1], not clamped."""
+        quantized = quantized.to(self.post_quant_conv.weight.dtype)
         return cast(Tensor, self.decoder(self.post_quant_conv(quantized)))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -307,7 +308,7 @@ class VQGAN(nn.Module):
         """
         if codes.dim() != 3:
             raise ValueError(f"codes must have shape (B, h, w), not {tuple(codes.shape)}")
-        return self.decode(self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype))
+        return self.decode(self.quantize.lookup(codes))
 
     def forward(self, images: Tensor) -> VQGANOutput:
         """Reconstruct pictures (B, 3, H, W) in [-1, 1] through their codes."""

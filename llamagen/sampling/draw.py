@@ -14,7 +14,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     Args:
         logits: (B, V) float32.
         top_k: keep the k largest, and what equals the k-th; 0 keeps all.
-        top_p: keep the smallest set of most likely codes whose probability reaches this; 1 keeps all.
+        top_p: keep a code if the more likely ones have at most this probability together; 1 keeps all.
 
     Returns:
         (B, V) float32, a new tensor where something was removed.
@@ -45,7 +45,9 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     logits = logits.float()
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
+    # With the largest logit at 0 no temperature, however low, makes a logit overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
+    logits = filter_logits(logits, config.top_k, config.top_p)
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
     # The first code whose cumulative probability exceeds the target: a code of probability 0 never is.
     target = uniform[:, None] * cumulative[:, -1:]

@@ -39,19 +39,13 @@ def generate(
         (B, L) int64 codes in raster order, L = ``block_size``.
 
     Raises:
-        ValueError: if a label is outside the model's classes, or shapes do not fit.
+        ValueError: if a label is outside the model's classes, a caption length outside 1 … C, or shapes do not fit.
     """
     config = config or SamplingConfig()
     batch = len(condition)
-    if gpt.config.condition == "class" and batch:
-        lowest, highest = int(condition.min()), int(condition.max())
-        if lowest < 0 or highest >= gpt.config.num_classes:
-            raise ValueError(
-                f"class {lowest if lowest < 0 else highest} was asked for, but the model knows the classes "
-                f"0 to {gpt.config.num_classes - 1}"
-            )
     if indices is None:
         indices = torch.arange(batch, device=condition.device)
+    _check(gpt, condition, caption_lengths, indices)
     length = gpt.config.block_size
     guided = config.guided_steps(length)
     drop_condition = torch.zeros(batch, dtype=torch.bool, device=condition.device)
@@ -62,7 +56,7 @@ def generate(
     cache = KVCache.allocate(gpt.config, len(condition), condition.device, _compute_dtype(gpt))
     codes = torch.empty(batch, length, dtype=torch.int64, device=condition.device)
 
-    was_training = gpt.training
+    modes = [(module, module.training) for module in gpt.modules()]
     gpt.eval()
     try:
         logits = gpt(None, condition, caption_lengths=caption_lengths, drop_condition=drop_condition, cache=cache)
@@ -82,8 +76,29 @@ def generate(
                 caption_lengths = None if caption_lengths is None else caption_lengths[:batch]
             logits = gpt(last, caption_lengths=caption_lengths, cache=cache)
     finally:
-        gpt.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     return codes
+
+
+def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices: Tensor) -> None:
+    """Once for all codes, what the model does not check at each of them: it would have to wait for the device."""
+    batch, config = len(condition), gpt.config
+    if indices.shape != (batch,):
+        raise ValueError(f"indices must have shape ({batch},), one for each condition, not {tuple(indices.shape)}")
+    if batch and config.condition == "class" and condition.dim() == 1:
+        lowest, highest = int(condition.min()), int(condition.max())
+        if lowest < 0 or highest >= config.num_classes:
+            raise ValueError(
+                f"class {lowest if lowest < 0 else highest} was asked for, but the model knows the classes "
+                f"0 to {config.num_classes - 1}"
+            )
+    if batch and caption_lengths is not None:
+        lowest, highest = int(caption_lengths.min()), int(caption_lengths.max())
+        if lowest < 1 or highest > config.condition_length:
+            raise ValueError(
+                f"caption_lengths holds {lowest if lowest < 1 else highest}; each must be 1 to {config.condition_length}"
+            )
 
 
 def _compute_dtype(gpt: GPT) -> torch.dtype:

@@ -20,7 +20,8 @@ def test_the_discriminator_learns_from_judgements_inside_the_margin_only() -> No
     loss = hinge_discriminator_loss(real, fake)
     assert loss.item() == pytest.approx(0.5 * (4.5 / 4 + 6.5 / 3))
     loss.backward()
-    assert real.grad is not None and fake.grad is not None
+    assert real.grad is not None
+    assert fake.grad is not None
     torch.testing.assert_close(real.grad, torch.tensor([0.0, 0.0, -0.125, -0.125]))
     torch.testing.assert_close(fake.grad, torch.tensor([0.0, 1 / 6, 1 / 6]))
 

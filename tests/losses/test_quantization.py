@@ -30,14 +30,16 @@ def test_codebook_and_commitment_loss_are_the_mean_squared_distance() -> None:
 def test_the_codebook_loss_moves_entries_towards_latents_and_nothing_else() -> None:
     entries, latent = pair()
     codebook_loss(entries, latent).backward()
-    assert latent.grad is None and entries.grad is not None
+    assert latent.grad is None
+    assert entries.grad is not None
     torch.testing.assert_close(entries.grad, 2 * (entries - latent).detach() / 72)
 
 
 def test_the_commitment_loss_moves_latents_towards_entries_and_nothing_else() -> None:
     entries, latent = pair()
     commitment_loss(entries, latent).backward()
-    assert entries.grad is None and latent.grad is not None
+    assert entries.grad is None
+    assert latent.grad is not None
     torch.testing.assert_close(latent.grad, 2 * (latent - entries).detach() / 72)
 
 
@@ -48,9 +50,9 @@ def slow_entropy_loss(vectors: list[list[float]], codebook: list[list[float]]) -
         logits = [-sum((a - b) ** 2 for a, b in zip(vector, entry, strict=True)) / 0.01 for entry in codebook]
         weights = [exp(logit - max(logits)) for logit in logits]
         choices.append([weight / sum(weights) for weight in weights])
-    each: float = sum(-sum(p * log(p) for p in choice if p > 0) for choice in choices) / len(choices)
+    each = sum(-sum(p * log(p) for p in choice if p > 0) for choice in choices) / len(choices)
     mean = [sum(column) / len(choices) for column in zip(*choices, strict=True)]
-    return each + sum(p * log(p + 1e-5) for p in mean)
+    return float(each + sum(p * log(p + 1e-5) for p in mean))
 
 
 def test_the_entropy_loss_is_its_formula() -> None:
@@ -76,5 +78,6 @@ def test_the_entropy_loss_trains_encoder_and_codebook() -> None:
     codebook = F.normalize(normal_input("entropy/codebook", (200, 3)), dim=-1).requires_grad_()
     entropy_loss(latent, codebook).backward()
     for tensor in (latent, codebook):
-        assert tensor.grad is not None and tensor.grad.isfinite().all()
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
         assert tensor.grad.any()

@@ -62,6 +62,23 @@ def test_what_lies_in_padded_caption_positions_changes_no_logit(rotation: str) -
 
 
 @pytest.mark.parametrize("rotation", ["zero", "identity"])
+def test_a_padded_caption_position_attends_to_itself_alone(rotation: str) -> None:
+    gpt = small_gpt(condition="text", rope_condition=rotation)
+    attention = gpt.layers[0].get_submodule("attention")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+    lengths = torch.tensor([1, 4])
+    padding = torch.arange(6) < 6 - lengths[:, None]
+    with torch.no_grad():
+        gpt(None, condition_for(gpt, 2), caption_lengths=lengths)
+        ((x, found),) = seen
+        values = x @ attention.get_parameter("wqkv.weight")[-32:].T
+        expected = values @ attention.get_parameter("wo.weight").T
+    torch.testing.assert_close(found[padding], expected[padding], atol=1e-5, rtol=0)
+    assert not torch.allclose(found[1, -1], expected[1, -1], atol=1e-2)
+
+
+@pytest.mark.parametrize("rotation", ["zero", "identity"])
 def test_a_full_caption_needs_no_lengths(rotation: str) -> None:
     gpt = small_gpt(condition="text", rope_condition=rotation)
     features, codes = condition_for(gpt, 2), codes_for(gpt, 2, 15)
@@ -118,7 +135,8 @@ def test_rms_norm_divides_by_the_root_mean_square_in_float32() -> None:
     expected = torch.tensor([[1.0, -2.0, 9.0, 20.0]]) / (9.0 + 0.5) ** 0.5
     torch.testing.assert_close(found, expected)
     # 300² overflows float16, so its mean square exists in float32 only.
-    assert norm.half()(torch.full((1, 4), 300.0, dtype=torch.float16)).isfinite().all()
+    low = norm.half()(torch.full((1, 4), 300.0, dtype=torch.float16))
+    assert low.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
 
 def test_drop_path_grows_linearly_with_depth() -> None:
@@ -159,14 +177,17 @@ def test_a_cast_model_computes_in_its_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_gets_a_gradient(variant: str) -> None:
     gpt = small_gpt(**GPT_VARIANTS[variant])
-    gpt(codes_for(gpt, 7, 15), condition_for(gpt, 7)).square().mean().backward()
-    without = [name for name, weight in gpt.named_parameters() if weight.grad is None or not weight.grad.any()]
-    assert without == []
+    lengths = caption_lengths_for(gpt, 7)
+    gpt(codes_for(gpt, 7, 15), condition_for(gpt, 7), caption_lengths=lengths).square().mean().backward()
+    for name, weight in gpt.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.any(), name
+        assert weight.grad.isfinite().all(), name
 
 
 def test_too_many_codes_are_refused_with_their_number() -> None:
     gpt = small_gpt()
-    with pytest.raises(ValueError, match="16 codes .* block_size 16"):
+    with pytest.raises(ValueError, match=r"16 codes .* block_size 16"):
         gpt(codes_for(gpt, 2, 16), condition_for(gpt, 2))
 
 
@@ -185,3 +206,21 @@ def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape
     with pytest.raises(ValueError) as error:
         gpt(None, torch.zeros(shape, dtype=dtype))
     assert f"not {shape}" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"tokens must have shape \(2, T\)"):
+        small_gpt()(torch.zeros(shape, dtype=torch.int64), torch.arange(2))
+
+
+@pytest.mark.parametrize("lengths", [[2], [1, 2], [[1, 1, 1]]])
+def test_a_wrong_number_of_caption_lengths_is_refused(lengths: list[int]) -> None:
+    gpt = small_gpt(condition="text")
+    with pytest.raises(ValueError, match=r"caption_lengths must have shape \(3,\)"):
+        gpt(None, condition_for(gpt, 3), caption_lengths=torch.tensor(lengths))
+
+
+def test_caption_lengths_are_refused_by_a_class_model() -> None:
+    with pytest.raises(ValueError, match="belongs to a text-conditional model"):
+        small_gpt()(None, torch.arange(2), caption_lengths=torch.tensor([1, 1]))

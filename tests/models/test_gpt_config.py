@@ -115,6 +115,8 @@ def test_a_shape_that_cannot_be_built_is_refused_by_name_and_value(
         (3200, 256, None, 8704),
         (96, 32, 1.3, 352),
         (96, 1, 1.3, 332),
+        (100, 1, None, 266),
+        (100, 1, 1.3, 345),
         (96, 256, None, 256),
         (100, 256, None, 512),
     ],
@@ -137,3 +139,9 @@ def test_ffn_dim_is_eight_thirds_scaled_and_rounded_up(
 def test_derived_sizes(options: dict[str, Any], expected: tuple[int, ...]) -> None:
     config = replace(CLASS_GPT, **options)
     assert (config.head_dim, config.kv_heads, config.grid_size, config.condition_length) == expected
+
+
+@pytest.mark.parametrize("name", ["ffn_dim_multiplier", "rope_base", "norm_eps"])
+def test_a_negative_scale_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1.0|{name} -1.0"):
+        replace(CLASS_GPT, **{name: -1.0})

@@ -61,7 +61,8 @@ def test_the_gradient_is_that_of_the_identity_on_the_normalised_latent() -> None
     through, identity = (latent().requires_grad_() for _ in range(2))
     (model(through).quantized * direction).sum().backward()
     (F.normalize(identity, dim=1) * direction).sum().backward()
-    assert through.grad is not None and identity.grad is not None
+    assert through.grad is not None
+    assert identity.grad is not None
     assert torch.equal(through.grad, identity.grad)
     assert through.grad.abs().max() > 0
     assert model.embedding.weight.grad is None
@@ -83,7 +84,8 @@ def test_the_commitment_loss_reaches_only_the_encoder() -> None:
     quantized = model(raw)
     commitment_loss(quantized.entries, quantized.latent).backward()
     assert model.embedding.weight.grad is None
-    assert raw.grad is not None and raw.grad.ne(0).any(1).all()
+    assert raw.grad is not None
+    assert raw.grad.ne(0).any(1).all()
 
 
 def test_a_step_on_the_codebook_loss_brings_entries_and_latents_together() -> None:

@@ -195,3 +195,8 @@ def test_to_uint8_truncates_as_published_and_clamps() -> None:
     expected = [int(min(max(127.5 * value + 128, 0), 255)) for value in noise.tolist()]
     assert (to_uint8(noise).int() - torch.tensor(expected)).abs().max() <= 1
     assert to_uint8(noise.bfloat16()).dtype == torch.uint8
+
+
+def test_a_bfloat16_tokenizer_reconstructs() -> None:
+    vqgan = small_vqgan().to(torch.bfloat16)
+    assert vqgan(images_for(2, 16, 16).bfloat16()).reconstruction.dtype == torch.bfloat16

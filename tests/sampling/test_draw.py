@@ -163,3 +163,9 @@ def test_logits_of_low_precision_are_drawn_from_in_float32(dtype: torch.dtype) -
     numbers = uniform(0, torch.arange(200), 0)
     config = SamplingConfig(0.7, 500, 0.9)
     assert torch.equal(draw(logits, config, numbers), draw(logits.float(), config, numbers))
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45])
+def test_a_tiny_temperature_is_greedy_and_never_leaves_the_vocabulary(temperature: float) -> None:
+    logits = torch.tensor([[5.0, 90.0, 1.0]])
+    assert draw(logits, SamplingConfig(temperature), torch.tensor([0.3], dtype=torch.float64)).item() == 1

@@ -194,3 +194,24 @@ def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape
     with pytest.raises(ValueError) as error:
         generate(gpt, torch.zeros(shape, dtype=torch.int64))
     assert f"not {shape}" in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_wrong_number_of_indices_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=r"indices must have shape \(5,\)"):
+        generate(small_gpt(), torch.zeros(5, dtype=torch.int64), indices=torch.arange(count))
+
+
+@pytest.mark.parametrize("length", [0, 7])
+def test_a_caption_length_outside_of_the_caption_is_refused(length: int) -> None:
+    gpt = small_gpt(condition="text")
+    with pytest.raises(ValueError, match=f"caption_lengths holds {length}; each must be 1 to 6"):
+        generate(gpt, condition_for(gpt, 2), caption_lengths=torch.tensor([3, length]))
+
+
+def test_a_part_in_evaluation_mode_stays_so() -> None:
+    gpt = small_gpt().train()
+    gpt.layers[0].eval()
+    generate(gpt, torch.arange(2))
+    assert gpt.training
+    assert not gpt.layers[0].training

@@ -1,0 +1,62 @@
+"""Shards, pictures and errors that the tests of the data layer share."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datamodules.loader import Address
+from datamodules.shards import ShardSetWriter
+
+
+class Numbers(Dataset[Address]):
+    """A dataset whose samples say as what they were asked for: (number, epoch)."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, address: Address) -> Address:
+        return address
+
+
+def assert_one_line(error: pytest.ExceptionInfo[ValueError], *phrases: str | Path) -> None:
+    """The message is one line and holds all phrases."""
+    message = str(error.value)
+    assert "\n" not in message
+    for phrase in phrases:
+        assert str(phrase) in message
+
+
+def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
+    """A picture as the bytes of a file."""
+    buffer = BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def grey_picture(level: int, size: int = 4) -> bytes:
+    """A PNG of one grey level."""
+    return encode(Image.fromarray(np.full((size, size), level, np.uint8)))
+
+
+def write_shards(folder: Path, samples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
+    """Shards of (key, parts) in a folder."""
+    with ShardSetWriter(folder, folder.name, per_shard) as writer:
+        for key, parts in samples:
+            writer.write(key, parts)
+    return writer.shards
+
+
+def write_pictures(root: Path, train: int, val: int) -> None:
+    """A set of pictures: sample i of a split has key ``split/i``, grey level i and class i mod 5."""
+    for split, count in (("train", train), ("val", val)):
+        samples = [(f"{split}/{i}", {"png": grey_picture(i), "cls": str(i % 5).encode()}) for i in range(count)]
+        write_shards(root / split, samples)

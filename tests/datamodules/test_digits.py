@@ -1,0 +1,117 @@
+"""The digits: written once, whole or not at all, with the pixels of scikit-learn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from datamodules import digits
+from datamodules.digits import DigitsDataModule
+from datamodules.shards import META_FILE, ShardSetWriter, read_meta, write_meta
+from tests.datamodules.shard_files import assert_one_line
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> DigitsDataModule:
+    """The digits in their own size."""
+    data = DigitsDataModule(tmp_path_factory.mktemp("data") / "digits", image_size=8, batch_size=100)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def files(root: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*")}
+
+
+def test_the_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
+    keys = {split: [sample.key for sample in written.datasets[split].samples] for split in ("train", "val")}  # type: ignore[attr-defined]
+    assert {split: len(names) for split, names in keys.items()} == {"train": 1497, "val": 300}
+    assert sorted(keys["train"] + keys["val"]) == [f"{number:06d}" for number in range(1797)]
+    meta = read_meta(written.root, "")
+    assert {split: entry["count"] for split, entry in meta["splits"].items()} == {"train": 1497, "val": 300}
+    assert (meta["format"], meta["num_classes"]) == ("llamagen-images", 10)
+    for split, entry in meta["splits"].items():
+        assert entry["shards"] == sorted(path.name for path in (written.root / split).iterdir())
+
+
+def test_pixels_and_labels_are_those_of_scikit_learn(written: DigitsDataModule) -> None:
+    reference = load_digits()
+    seen = 0
+    for loader in written.predict_dataloader():
+        for batch in loader:
+            numbers = [int(key) for key in batch["keys"]]
+            sixteenths = (batch["images"].numpy() + 1) * 8
+            assert batch["images"].shape[1:] == (3, 8, 8)
+            assert abs(sixteenths - reference.images[numbers][:, None]).max() < 16 / 255
+            assert np.array_equal(batch["labels"], reference.target[numbers])
+            seen += len(numbers)
+    assert seen == 1797
+
+
+def test_every_class_is_in_both_splits(written: DigitsDataModule) -> None:
+    for loader in written.predict_dataloader():
+        counts = np.bincount(np.concatenate([batch["labels"] for batch in loader]), minlength=10)
+        assert counts.min() > 0.7 * counts.mean()
+        assert counts.shape == (10,)
+
+
+def test_digits_are_enlarged_to_the_image_size(written: DigitsDataModule) -> None:
+    enlarged = DigitsDataModule(written.root, image_size=32, batch_size=4)
+    enlarged.setup("validate")
+    assert next(iter(enlarged.val_dataloader()))["images"].shape == (4, 3, 32, 32)
+
+
+def test_digits_that_are_there_are_not_written_again(written: DigitsDataModule) -> None:
+    before = files(written.root)
+    DigitsDataModule(written.root).prepare_data()
+    assert files(written.root) == before
+    assert len(before) == 1 + 2 + 3 + 1  # meta.json, two folders, shards of 500
+
+
+@pytest.mark.parametrize("stop", [0, 700, 1796])
+def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    write = ShardSetWriter.write
+
+    def interrupted(writer: ShardSetWriter, key: str, parts: dict[str, bytes]) -> None:
+        if key == f"{stop:06d}":
+            raise KeyboardInterrupt
+        write(writer, key, parts)
+
+    monkeypatch.setattr(ShardSetWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DigitsDataModule(tmp_path / "data" / "digits").prepare_data()
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_interrupt_before_the_description_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(root: Path, meta: dict[str, object]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "write_meta", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DigitsDataModule(tmp_path / "digits").prepare_data()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digits_can_be_written_after_an_interrupt(tmp_path: Path, written: DigitsDataModule) -> None:
+    (tmp_path / ".digits-interrupted").mkdir()
+    data = DigitsDataModule(tmp_path / "digits")
+    data.prepare_data()
+    assert read_meta(data.root, "") == read_meta(written.root, "")
+
+
+def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError) as error:
+        DigitsDataModule(tmp_path).prepare_data()
+    assert_one_line(error, tmp_path, f"no {META_FILE}", "choose another root")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_of_something_else_than_pictures_is_refused(tmp_path: Path) -> None:
+    write_meta(tmp_path, {"format": "llamagen-codes"})
+    with pytest.raises(ValueError) as error:
+        DigitsDataModule(tmp_path).prepare_data()
+    assert_one_line(error, tmp_path, "choose another root")

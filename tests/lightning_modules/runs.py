@@ -1,0 +1,79 @@
+"""Small trainings with the Trainer itself, for tests of single parts."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from callbacks import EMA
+from datamodules import CodeDataModule, DigitsDataModule
+from lightning_modules import AdamWConfig, ARGenModule, VQGANLossConfig, VQGANModule
+from lightning_modules.base import GenerativeModule
+from lightning_modules.vqgan import PatchGANConfig
+from llamagen.models.gpt import GPTConfig
+from llamagen.models.vqgan import VQGANConfig
+from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
+
+
+def vqgan_module(seed: int = 0, **loss: Any) -> VQGANModule:
+    """A tokenizer with a discriminator that starts at step 3, the same for the same seed."""
+    pl.seed_everything(seed, verbose=False)
+    return VQGANModule(
+        VQGANConfig(**TOKENIZER_NET, dropout=0.1),
+        VQGANLossConfig(**{"adversarial_start": 3, **loss}),
+        PatchGANConfig(channels=8, num_layers=1),
+        AdamWConfig(lr=1e-3, weight_decay=0.1, warmup_steps=4),
+    )
+
+
+def argen_module(seed: int = 0, tokenizer: Path | None = None, **net: Any) -> ARGenModule:
+    """A GPT with every dropout on, the same for the same seed."""
+    pl.seed_everything(seed, verbose=False)
+    return ARGenModule(GPTConfig(**{**GPT_NET, "drop_path": 0.1, **net}), AdamWConfig(lr=1e-3), tokenizer=tokenizer)
+
+
+def datamodule_for(module: pl.LightningModule, pipeline: Pipeline, batch_size: int = 200) -> pl.LightningDataModule:
+    """Digits for a tokenizer, codes for a GPT: 8 batches an epoch, the last one smaller."""
+    if isinstance(module, VQGANModule):
+        return DigitsDataModule(pipeline.digits, image_size=8, batch_size=batch_size)
+    return CodeDataModule(pipeline.codes, batch_size=batch_size, num_workers=0)
+
+
+def train(
+    module: GenerativeModule,
+    pipeline: Pipeline,
+    folder: Path,
+    *callbacks: pl.Callback,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> pl.Trainer:
+    """Fit on one CPU process, with EMA, a checkpoint every ``every`` steps, and no output."""
+    every = options.pop("every", None)
+    checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=every)
+    trainer = pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 1,
+            "gradient_clip_val": 1.0,
+            "callbacks": [EMA(0.9), checkpoint, *callbacks],
+            **options,
+        }
+    )
+    trainer.fit(module, datamodule_for(module, pipeline), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def state_of(module: GenerativeModule, trainer: pl.Trainer) -> dict[str, Tensor]:
+    """Weights, buffers, moments and averages after a run."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for index, entries in trainer.optimizers[0].state_dict()["state"].items():
+        state |= {f"{index}/{name}": torch.as_tensor(value).clone() for name, value in entries.items()}
+    return state

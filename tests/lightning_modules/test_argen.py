@@ -1,0 +1,161 @@
+"""Training and sampling of the autoregressive model."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.nn import functional as F
+
+from datamodules import CodeDataModule
+from lightning_modules import ARGenModule
+from lightning_modules.optimization import AdamWConfig, build_adamw
+from llamagen.sampling import SamplingConfig, generate
+from tests.lightning_modules.runs import argen_module, datamodule_for, train
+from tests.pipeline import Pipeline
+
+
+def evaluator() -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def test_a_fresh_model_has_the_loss_of_a_uniform_guess(pipeline: Pipeline) -> None:
+    module = argen_module()
+    (metrics,) = evaluator().validate(module, datamodule_for(module, pipeline, batch_size=70), verbose=False)
+    assert metrics["val/loss"] == pytest.approx(math.log(32), abs=1e-5)
+
+
+def test_validation_is_the_cross_entropy_of_the_whole_set(pipeline: Pipeline) -> None:
+    module = argen_module()
+    torch.nn.init.normal_(module.gpt.output.weight)
+    data = datamodule_for(module, pipeline, batch_size=70)
+    (validated,) = evaluator().validate(module, data, verbose=False)
+    (tested,) = evaluator().test(module, data, verbose=False)
+    samples = [data.datasets["val"][number, 0] for number in range(300)]
+    codes = torch.stack([sample["codes"] for sample in samples])
+    labels = torch.tensor([sample["condition"] for sample in samples])
+    with torch.no_grad():
+        logits = module.gpt.eval()(codes[:, :-1], labels)
+    expected = F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item()
+    assert validated["val/loss"] == pytest.approx(expected, rel=1e-5)
+    assert tested["test/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_loss(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = argen_module()
+    losses: list[float] = []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    train(module, pipeline, tmp_path, Recorder(), max_steps=30)
+    assert losses[0] == pytest.approx(math.log(32), abs=1e-4)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_tokenizer_is_outside_of_the_model(pipeline: Pipeline) -> None:
+    with_tokenizer, without = argen_module(tokenizer=pipeline.tokenizer), argen_module()
+    assert with_tokenizer.state_dict().keys() == without.state_dict().keys()
+    assert len(list(with_tokenizer.parameters())) == len(list(without.parameters()))
+
+
+def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
+    module = argen_module(tokenizer=pipeline.tokenizer)
+    module.sampling = SamplingConfig(guidance_scale=2.0, top_k=5)
+    labels, indices = torch.tensor([3, 1, 4]), torch.tensor([10, 11, 12])
+    images, codes = module.sample(labels, indices, seed=7)
+    assert torch.equal(codes, generate(module.gpt, labels, module.sampling, seed=7, indices=indices))
+    assert (images.shape, images.dtype) == ((3, 8, 8, 3), torch.uint8)
+    vqgan = module._tokenizer[0]
+    with torch.no_grad():
+        decoded = vqgan.decode_codes(codes.unflatten(1, (4, 4))).permute(0, 2, 3, 1)
+    assert (images.float() - (decoded.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
+
+
+def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
+    with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
+        argen_module().sample(torch.tensor([0]), torch.tensor([0]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("net", "phrase"),
+    [
+        ({"block_size": 64}, "4 × 4 = 16 codes a picture, but the model's block_size is 64; set block_size to 16"),
+        ({"vocab_size": 64}, "vocabulary of 32, but the model's vocab_size is 64; set vocab_size to 32"),
+        ({"num_classes": 9}, "10 classes, but the model's num_classes is 9; set num_classes to 10"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(
+    net: dict[str, int], phrase: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as error:
+        train(argen_module(**net), pipeline, tmp_path, max_steps=1)
+    assert phrase in str(error.value)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_codes_and_checkpoints_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(pipeline.codes, tmp_path / "codes")
+    meta = json.loads((tmp_path / "codes/meta.json").read_text())
+    (tmp_path / "codes/meta.json").write_text(json.dumps({**meta, "tokenizer": "0" * 64}))
+    other = CodeDataModule(tmp_path / "codes", batch_size=100, num_workers=0)
+    module = argen_module(tokenizer=pipeline.tokenizer)
+    with pytest.raises(ValueError, match="the codes were extracted with a tokenizer of other weights"):
+        evaluator().validate(module, other)
+    with pytest.raises(ValueError, match="the checkpoint was trained on codes with a tokenizer of other weights"):
+        evaluator().validate(argen_module(), other, ckpt_path=pipeline.argen)
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda root: root / "nowhere.ckpt", "does not exist"),
+        (lambda root: root / "digits/meta.json", "cannot be read as a checkpoint"),
+        (lambda root: root / "argen/checkpoints/last.ckpt", "holds GPT, not a VQGAN"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_refused(make: Any, phrase: str, pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError) as error:
+        argen_module(tokenizer=make(pipeline.root))
+    assert phrase in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="has 32 codes, but the model's vocab_size is 16"):
+        argen_module(tokenizer=pipeline.tokenizer, vocab_size=16)
+
+
+def test_weight_decay_is_on_matrices_only() -> None:
+    module: ARGenModule = argen_module()
+    groups = build_adamw([module], AdamWConfig(weight_decay=0.3))["optimizer"].param_groups
+    assert {group["weight_decay"]: min(p.dim() for p in group["params"]) for group in groups} == {0.3: 2, 0.0: 1}
+    assert all(p.dim() >= 2 for p in groups[0]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+
+
+def test_warmup_grows_linearly_to_the_learning_rate() -> None:
+    built = build_adamw([torch.nn.Linear(2, 2)], AdamWConfig(lr=0.1, warmup_steps=4))
+    rates = []
+    for _ in range(6):
+        rates.append(built["optimizer"].param_groups[0]["lr"])
+        built["optimizer"].step()
+        built["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -1.0}, {"warmup_steps": -1}])
+def test_optimizer_settings_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
+        AdamWConfig(**options)

@@ -1,0 +1,86 @@
+"""A stopped and resumed run ends like an uninterrupted one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_modules.base import GenerativeModule
+from tests.lightning_modules.runs import argen_module, state_of, train, vqgan_module
+from tests.pipeline import Pipeline
+
+STEPS = 11  # of 8 an epoch
+
+Make = Callable[..., GenerativeModule]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Make, dict[str, torch.Tensor]]:
+    """Where each module's run ends if nothing stops it."""
+    states = {}
+    for make in (vqgan_module, argen_module):
+        module = make()
+        trainer = train(module, pipeline, tmp_path_factory.mktemp("whole"), max_steps=STEPS)
+        states[make] = state_of(module, trainer)
+    return states
+
+
+class DrawsFromTheGlobalGenerator(pl.Callback):
+    """What sample grids or metrics of others may do between two steps."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.randn(7)
+
+
+@pytest.mark.parametrize("make", [vqgan_module, argen_module])
+@pytest.mark.parametrize(
+    ("stop", "every", "resume_from"),
+    [
+        ({"max_epochs": 1}, None, "last.ckpt"),
+        ({"max_steps": 5}, None, "last.ckpt"),
+        ({"max_steps": 9}, None, "last.ckpt"),
+        # The first run goes on past the checkpoint, like one that is killed.
+        ({"max_steps": 7}, 5, "last.ckpt"),
+    ],
+    ids=["at the end of an epoch", "in the first epoch", "in the second epoch", "killed after a checkpoint"],
+)
+def test_a_resumed_run_ends_in_the_same_weights(
+    make: Make,
+    stop: dict[str, int],
+    every: int | None,
+    resume_from: str,
+    uninterrupted: dict[Make, dict[str, torch.Tensor]],
+    pipeline: Pipeline,
+    tmp_path: Path,
+) -> None:
+    expected = uninterrupted[make]
+    train(make(), pipeline, tmp_path / "first", every=every, **stop)
+    # Another seed: everything has to come from the checkpoint.
+    resumed = make(seed=99)
+    trainer = train(
+        resumed,
+        pipeline,
+        tmp_path / "second",
+        DrawsFromTheGlobalGenerator(),
+        ckpt_path=tmp_path / "first/checkpoints" / resume_from,
+        max_steps=STEPS,
+    )
+    assert trainer.global_step == STEPS
+    state = state_of(resumed, trainer)
+    assert state.keys() == expected.keys()
+    assert any(name.endswith("/ema") for name in state)
+    different = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert different == []
+
+
+def test_runs_of_different_seeds_differ(pipeline: Pipeline, tmp_path: Path) -> None:
+    first, second = argen_module(), argen_module()
+    second.gpt.load_state_dict(first.gpt.state_dict())
+    pl.seed_everything(0, verbose=False)
+    train(first, pipeline, tmp_path / "a", max_steps=2)
+    pl.seed_everything(1, verbose=False)
+    train(second, pipeline, tmp_path / "b", max_steps=2)
+    assert not torch.equal(first.gpt.tok_embeddings.weight, second.gpt.tok_embeddings.weight)

@@ -1,0 +1,196 @@
+"""The house keeps its plan: who imports whom, what things are called, how long files are, what has to be installed."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks")
+SOURCES = sorted(
+    [*(path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).rglob("*.py")), ROOT / "main.py"]
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+OURS = (*PACKAGES, "main", "benchmarks", "tests")
+
+# What of ours a room may import beside itself.
+ROOMS = {
+    "llamagen": (),
+    "llamagen/models": (),
+    "llamagen/losses": (),
+    "llamagen/metrics": (),
+    "llamagen/sampling": ("llamagen.models",),
+    "lightning_modules": ("llamagen",),
+    "datamodules": (),
+    "callbacks": ("llamagen", "datamodules.shards"),
+}
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
+MOST_LINES = 400
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DEPENDENCIES = PYPROJECT["project"]["dependencies"]
+DIRECT = [*DEPENDENCIES, *(line for extra in PYPROJECT["project"]["optional-dependencies"].values() for line in extra)]
+PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Every module that a source imports, wherever in it; ``from a import b`` is a.b if that is a module of ours."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if node.module.split(".")[0] in OURS and is_module(full) else node.module
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def forbidden_imports(source: str, room: str) -> list[str]:
+    """What a source of a room imports although it may not."""
+    allowed = (room.replace("/", "."), *ROOMS[room])
+    return [
+        module
+        for module in imported_modules(source)
+        if module.split(".")[0] in OURS and not any(within(module, package) for package in allowed)
+    ]
+
+
+def distribution(requirement: str) -> str:
+    """Normal form of the name in a requirement."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, without zeros at the end."""
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def satisfies(version: str, requirement: str) -> bool:
+    """A version lies within the bounds of a requirement, which are all >= or <."""
+    bounds = re.findall(r"(>=|<)([0-9.]+)", requirement)
+    return all((release(version) >= release(bound)) == (sign == ">=") for sign, bound in bounds)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    paths = sorted((ROOT / room).rglob("*.py"))
+    assert paths
+    found = {relative(path): forbidden_imports(path.read_text(), room) for path in paths}
+    assert {path: modules for path, modules in found.items() if modules} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "room", "allowed"),
+    [
+        ("import torch", "llamagen/models", True),
+        ("from llamagen.models.gpt import GPT", "llamagen/sampling", True),
+        ("from llamagen.models import gpt", "llamagen/losses", False),
+        ("import llamagen.models.gpt", "llamagen/metrics", False),
+        ("from llamagen.sampling import generate", "llamagen/models", False),
+        ("def f():\n    from lightning_modules import VQGANModule", "callbacks", False),
+        ("from datamodules import shards", "callbacks", True),
+        ("from datamodules.shards import index_shard", "callbacks", True),
+        ("from datamodules import ImageDataModule", "callbacks", False),
+        ("from llamagen.models.gpt import GPT", "datamodules", False),
+        ("import callbacks", "lightning_modules", False),
+        ("from main import main", "lightning_modules", False),
+        ("from tests.golden import fill", "llamagen", False),
+    ],
+)
+def test_the_walk_sees_every_form_of_import(source: str, room: str, allowed: bool) -> None:
+    assert (forbidden_imports(source, room) == []) is allowed
+
+
+def test_every_room_of_the_house_is_in_the_plan() -> None:
+    rooms = {relative(path.parent) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    assert rooms == set(ROOMS)
+
+
+def test_the_core_never_imports_lightning() -> None:
+    found = {
+        (relative(path), module)
+        for path in SOURCES
+        if within(relative(path).replace("/", "."), "llamagen")
+        for module in imported_modules(path.read_text())
+        if re.match(r"(pytorch_)?lightning(_fabric)?(\.|$)", module)
+    }
+    assert found == set()
+
+
+def test_things_are_called_by_what_they_are() -> None:
+    folders = [ROOT / name for name in (*PACKAGES, "benchmarks", "configs", "tests")]
+    paths = [ROOT / "main.py", *folders, *(path for folder in folders for path in folder.rglob("*"))]
+    vague = [relative(path) for path in paths if VAGUE & set(path.name.lower().split(".")[0].split("_"))]
+    assert vague == []
+    assert len(paths) > 50
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=relative)
+def test_a_file_is_not_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def test_every_package_is_installed() -> None:
+    tool = PYPROJECT["tool"]["setuptools"]
+    packages = {relative(path.parent) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    patterns = tool["packages"]["find"]["include"]
+    for package in packages:
+        assert (ROOT / package / "__init__.py").is_file()
+        assert any(fnmatchcase(package.replace("/", "."), pattern) for pattern in patterns)
+    assert tool["py-modules"] == ["main"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_what_a_source_imports_is_a_declared_dependency(path: Path) -> None:
+    declared = {distribution(line) for line in DEPENDENCIES}
+    providers = packages_distributions()
+    for module in imported_modules(path.read_text()):
+        top = module.split(".")[0]
+        if top not in sys.stdlib_module_names and top not in OURS:
+            assert declared & {distribution(name) for name in providers[top]}, top
+
+
+def test_constraints_are_exact_pins_and_each_distribution_has_one() -> None:
+    assert [line for line in PINS if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    names = [distribution(line) for line in PINS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("requirement", DIRECT)
+def test_a_direct_dependency_is_bounded_and_pinned_within_its_bounds(requirement: str) -> None:
+    pins = {distribution(line): line.split("==")[1] for line in PINS}
+    assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z]+\])?>=[0-9.]+,<[0-9.]+", requirement)
+    assert satisfies(pins[distribution(requirement)], requirement)
+
+
+@pytest.mark.parametrize(
+    ("version", "satisfied"),
+    [("10.9.9", False), ("11", True), ("11.0.0", True), ("12.9", True), ("13", False), ("13.0.0", False)],
+)
+def test_bounds_are_compared_as_numbers(version: str, satisfied: bool) -> None:
+    assert satisfies(version, "pillow>=11,<13") is satisfied

@@ -1,0 +1,244 @@
+"""The command line: what a user can get wrong, and what more than one process changes."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import main
+from datamodules.shards import ShardSetWriter, read_meta, write_meta
+from tests.pipeline import Pipeline
+
+PATIENCE = 240
+"""Seconds after which a command of several processes is taken for hanging and killed."""
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--model.init_args.net.n_layers=3"], "n_layers"),
+        (["--trainer.max_epoch=3"], "max_epoch"),
+        (["--model.init_args.net.n_layer=many"], "n_layer"),
+        (["--model.init_args.net.condition=sound"], "condition"),
+        (["--model.init_args.net.dim=30"], "dim 30 over n_head 2"),
+        (["--model.class_path=Transformer"], "Transformer"),
+        (["--config=configs/nowhere.yaml"], "configs/nowhere.yaml"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--model.init_args.sampling.top_p=1.5"], "top_p is 1.5"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    arguments: list[str], phrase: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main.main(["fit", *pipeline.argen_arguments(tmp_path / "run"), *arguments])
+    assert phrase in (str(error.value) + capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_shows_the_merged_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main.main(
+            [
+                *("fit", "--config", "configs/argen/base.yaml", "--config", "configs/argen/size/XL.yaml"),
+                *("--trainer.default_root_dir=elsewhere", "--model.init_args.net.dim=640", "--print_config"),
+            ]
+        )
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    net = config["model"]["init_args"]["net"]
+    assert (net["n_layer"], net["n_head"], net["dim"], net["vocab_size"]) == (36, 20, 640, 16384)
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "elsewhere"
+
+
+def copy_of(pipeline: Pipeline, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pipeline.codes, tmp_path / "codes"))
+
+
+def missing(pipeline: Pipeline, tmp_path: Path) -> Path:
+    return tmp_path / "codes"
+
+
+def empty(pipeline: Pipeline, tmp_path: Path) -> Path:
+    (tmp_path / "codes").mkdir()
+    return tmp_path / "codes"
+
+
+def without_shards(pipeline: Pipeline, tmp_path: Path) -> Path:
+    root = copy_of(pipeline, tmp_path)
+    for shard in (root / "train").iterdir():
+        shard.unlink()
+    return root
+
+
+def truncated(pipeline: Pipeline, tmp_path: Path) -> Path:
+    root = copy_of(pipeline, tmp_path)
+    shard = next((root / "train").iterdir())
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 - 700])
+    return root
+
+
+def outside_of_the_vocabulary(pipeline: Pipeline, tmp_path: Path) -> Path:
+    root = copy_of(pipeline, tmp_path)
+    shutil.rmtree(root / "train")
+    with ShardSetWriter(root / "train", "train", 100) as writer:
+        for number in range(20):
+            codes = np.full((1, 4, 4), 31 if number < 19 else 32, dtype=np.uint16)
+            buffer = BytesIO()
+            np.save(buffer, codes)
+            writer.write(f"{number:06d}", {"npy": buffer.getvalue(), "cls": b"3"})
+    meta = read_meta(root, "")
+    meta["splits"]["train"]["count"] = 20
+    write_meta(root, meta)
+    return root
+
+
+def other_grid(pipeline: Pipeline, tmp_path: Path) -> Path:
+    root = copy_of(pipeline, tmp_path)
+    for split in ("train", "val"):
+        shutil.rmtree(root / split)
+        with ShardSetWriter(root / split, split, 100) as writer:
+            buffer = BytesIO()
+            np.save(buffer, np.zeros((1, 8, 8), dtype=np.uint16))
+            writer.write("0", {"npy": buffer.getvalue(), "cls": b"3"})
+    meta = read_meta(root, "")
+    splits = {split: {**entry, "count": 1} for split, entry in meta["splits"].items()}
+    write_meta(root, {**meta, "grid": [8, 8], "splits": splits})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("prepare", "phrase"),
+    [
+        (missing, "does not exist; write the codes first"),
+        (empty, "has no meta.json, so it was not written to its end; write the codes first"),
+        (without_shards, "holds no .tar file; write the codes first"),
+        (truncated, "write it again"),
+        (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
+        (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes a picture, but the model's block_size is 16"),
+    ],
+)
+def test_bad_codes_end_in_one_line_and_write_nothing(
+    prepare: Callable[[Pipeline, Path], Path], phrase: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    root = prepare(pipeline, tmp_path)
+    with pytest.raises(ValueError) as error:
+        main.main(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
+    assert phrase in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_missing_pictures_end_in_one_line_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = pipeline.tokenizer_arguments(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"(does not exist|has no train folder|exists but has no meta\.json)") as error:
+        main.main(
+            [
+                *("fit", *arguments, "--data.class_path=ImageDataModule"),
+                f"--data.init_args.root={tmp_path / folder}",
+            ]
+        )
+    assert "\n" not in str(error.value)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
+    stage: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    arguments = pipeline.argen_arguments(tmp_path / "run")
+    if stage == "predict":
+        arguments = pipeline.sample_arguments(tmp_path / "run")[1:]
+    else:
+        arguments.append(f"--data.init_args.root={pipeline.codes}")
+    with pytest.raises(ValueError, match="the checkpoint holds a VQGAN, but a GPT is to be loaded") as error:
+        main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}"])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_and_test_report_the_loss(pipeline: Pipeline, tmp_path: Path) -> None:
+    for stage, name in (("validate", "val/loss"), ("test", "test/loss")):
+        arguments = pipeline.argen_arguments(tmp_path / stage)
+        cli = main.main(
+            [stage, *arguments, f"--data.init_args.root={pipeline.codes}", f"--ckpt_path={pipeline.argen}"]
+        )
+        assert 0 < cli.trainer.callback_metrics[name] < 4
+        assert (tmp_path / stage / f"{stage}.yaml").is_file()
+
+
+def test_a_run_writes_its_configuration_and_is_not_written_over(pipeline: Pipeline) -> None:
+    folder = pipeline.root / "argen"
+    config = yaml.safe_load((folder / "fit.yaml").read_text())
+    assert config["model"]["init_args"]["net"]["dim"] == 32
+    before = {path: path.stat().st_mtime_ns for path in files(folder)}
+    with pytest.raises(ValueError, match="already holds a run; choose another"):
+        main.main(["fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={pipeline.codes}"])
+    assert {path: path.stat().st_mtime_ns for path in files(folder)} == before
+
+
+def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) -> None:
+    data = f"--data.init_args.root={pipeline.codes}"
+    main.main(["fit", *pipeline.argen_arguments(tmp_path), data, "--trainer.max_steps=5"])
+    last = tmp_path / "checkpoints/last.ckpt"
+    main.main(["fit", *pipeline.argen_arguments(tmp_path), data, f"--ckpt_path={last}"])
+    resumed, whole = (torch.load(path, weights_only=True) for path in (last, pipeline.argen))
+    assert resumed["global_step"] == whole["global_step"] == 8
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+
+
+def two_processes(arguments: list[str]) -> str:
+    """Run a command on two CPU processes; a hang is an error, not a wait."""
+    command = [sys.executable, "main.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
+    two_processes([*pipeline.extract_arguments(tmp_path / "codes"), f"--ckpt_path={pipeline.tokenizer}"])
+    meta, single = (read_meta(root, "") for root in (tmp_path / "codes", pipeline.codes))
+    assert len(meta["splits"]["train"]["shards"]) == 2
+    assert {**meta, "splits": None} == {**single, "splits": None}
+
+    def contents(root: Path) -> dict[str, bytes]:
+        result: dict[str, bytes] = {}
+        for shard in sorted(root.glob("*/*.tar")):
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    assert member.name not in result
+                    result[member.name] = file.read()
+        return result
+
+    assert contents(tmp_path / "codes") == contents(pipeline.codes)
+
+
+def test_two_processes_train_both_networks_and_sample_the_pictures_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
+    two_processes(["fit", *pipeline.tokenizer_arguments(tmp_path / "tokenizer"), "--data.init_args.batch_size=50"])
+    checkpoint = torch.load(tmp_path / "tokenizer/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 8
+    assert checkpoint["DigitsDataModule"] == {"train": {"epoch": 0, "consumed": 800}}
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+    two_processes([*pipeline.sample_arguments(tmp_path / "samples"), f"--ckpt_path={pipeline.argen}"])
+    with np.load(tmp_path / "samples/samples.npz") as two, np.load(pipeline.samples / "samples.npz") as one:
+        assert np.array_equal(two["arr_1"], one["arr_1"])
+        # The codes are equal; the decoder's convolutions may round differently for another batch size.
+        assert np.abs(two["arr_0"].astype(int) - one["arr_0"].astype(int)).max() <= 1

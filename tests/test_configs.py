@@ -1,0 +1,181 @@
+"""Every shipped YAML parses on top of its base, takes effect, and has the published size."""
+
+import contextlib
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from main import main
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODELS = ("argen", "vqgan")
+BASES = [f"{model}/base.yaml" for model in MODELS]
+OVERLAYS = {
+    model: sorted(
+        path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / model).rglob("*.yaml") if path.stem != "base"
+    )
+    for model in MODELS
+}
+LOGGERS = sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "logger").glob("*.yaml"))
+FOR_PREDICTION = {"sample", "extract"}
+CASES = [
+    ("predict" if Path(overlay).stem in FOR_PREDICTION else "fit", (f"{model}/base.yaml", overlay))
+    for model in MODELS
+    for overlay in (*OVERLAYS[model], *LOGGERS)
+]
+# The chains of the quickstart, and the stages that need no overlay.
+CASES += [(stage, (base,)) for stage in ("fit", "validate", "test", "predict") for base in BASES]
+CASES += [
+    ("predict", ("argen/base.yaml", "argen/digits.yaml", "argen/sample.yaml")),
+    ("predict", ("argen/base.yaml", "argen/size/XL.yaml", "argen/sample.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
+    ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
+]
+
+# arXiv 2406.06525, table 1, with the class embedding; 16,384 codes and 1,000 classes.
+GPT_PARAMETERS = {
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "XXXL": 3_893_027_840,
+    "1B": 1_199_616_000,
+    "3B": 3_096_659_200,
+    "7B": 6_614_589_440,
+}
+TOKENIZER_PARAMETERS = {("vqgan/base.yaml",): 71_883_403, ("vqgan/base.yaml", "vqgan/vq8.yaml"): 70_109_835}
+
+
+@cache
+def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The whole configuration of a stage, as the command line prints it."""
+    arguments = [argument for name in names for argument in ("--config", str(CONFIGS / name))]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        main([stage, *arguments, "--print_config"])
+    assert end.value.code == 0
+    parsed: dict[str, Any] = yaml.safe_load(output.getvalue())
+    return parsed
+
+
+def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
+    """Where a configuration does not say what a YAML file says."""
+    if isinstance(wanted, dict):
+        if not isinstance(parsed, dict):
+            return [where]
+        return [path for key in wanted for path in differences(wanted[key], parsed.get(key), f"{where}.{key}")]
+    if isinstance(wanted, list):
+        if not isinstance(parsed, list) or len(parsed) != len(wanted):
+            return [where]
+        return [
+            path
+            for i, pair in enumerate(zip(wanted, parsed, strict=True))
+            for path in differences(*pair, f"{where}[{i}]")
+        ]
+    if isinstance(wanted, str) and "${" in wanted:
+        return [where] if not isinstance(parsed, str) or "${" in parsed else []
+    if where.endswith("class_path"):  # printed in full
+        return [] if str(parsed).split(".")[-1] == wanted.split(".")[-1] else [where]
+    return [] if parsed == wanted else [where]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"), CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_every_shipped_configuration_parses_and_the_last_file_takes_effect(stage: str, names: tuple[str, ...]) -> None:
+    parsed = parse(stage, names)
+    assert differences(yaml.safe_load((CONFIGS / names[-1]).read_text()), parsed) == []
+
+
+def test_every_file_is_in_a_case() -> None:
+    shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
+    assert shipped == {name for _, names in CASES for name in names}
+    assert set(BASES) <= shipped
+
+
+def test_the_values_that_do_not_arrive_are_found() -> None:
+    assert differences({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}, "d": 1}) == [".a.b[1].c"]
+    assert differences({"a": "${b}/x", "c": {"d": 1}}, {"a": "${b}/x", "c": None}) == [".a", ".c"]
+    assert differences({"class_path": "EMA"}, {"class_path": "callbacks.EMA"}) == []
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "argen" / "size").iterdir()), ids=lambda path: path.name)
+def test_a_size_has_the_published_number_of_parameters(path: Path) -> None:
+    net = parse("fit", ("argen/base.yaml", f"argen/size/{path.name}"))["model"]["init_args"]["net"]
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**net))
+    assert parameters(gpt) == GPT_PARAMETERS[path.stem]
+
+
+def test_every_published_size_is_shipped() -> None:
+    assert {path.stem for path in (CONFIGS / "argen" / "size").iterdir()} == set(GPT_PARAMETERS)
+
+
+def test_the_base_is_gpt_b() -> None:
+    small, base = (
+        parse("fit", names)["model"] for names in (("argen/base.yaml", "argen/size/B.yaml"), ("argen/base.yaml",))
+    )
+    assert small == base
+
+
+@pytest.mark.parametrize("names", TOKENIZER_PARAMETERS, ids="+".join)
+def test_a_tokenizer_has_the_published_number_of_parameters(names: tuple[str, ...]) -> None:
+    net = parse("fit", names)["model"]["init_args"]["net"]
+    with torch.device("meta"):
+        vqgan = VQGAN(VQGANConfig(**net))
+    assert parameters(vqgan) == TOKENIZER_PARAMETERS[names]
+
+
+def test_the_codes_of_the_quickstart_fit_both_of_its_models() -> None:
+    tokenizer = parse("fit", ("vqgan/base.yaml", "vqgan/digits.yaml"))
+    argen = parse("fit", ("argen/base.yaml", "argen/digits.yaml"))
+    net = tokenizer["model"]["init_args"]["net"]
+    side = tokenizer["data"]["init_args"]["image_size"] // 2 ** (len(net["channel_multipliers"]) - 1)
+    assert argen["model"]["init_args"]["net"]["block_size"] == side**2
+    assert argen["model"]["init_args"]["net"]["vocab_size"] == net["codebook_size"]
+    codes = parse("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml"))
+    assert argen["data"]["init_args"]["root"] == codes["trainer"]["default_root_dir"]
+    run = tokenizer["trainer"]["default_root_dir"]
+    assert argen["model"]["init_args"]["tokenizer"] == f"{run}/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("model", "init_args", "net", "n_layers"),
+        ("model", "init_args", "optimizer", "learning_rate"),
+        ("model", "init_args", "nets"),
+        ("data", "init_args", "batchsize"),
+        ("trainer", "max_epoch"),
+        ("modle",),
+    ],
+    ids=".".join,
+)
+def test_an_unknown_key_of_an_overlay_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, keys: tuple[str, ...]
+) -> None:
+    tree: Any = 3
+    for key in reversed(keys):
+        tree = {key: tree}
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(CONFIGS / base), "--config", str(overlay), "--print_config"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert keys[-1] in captured.err.replace(str(overlay), "")
+    assert captured.out == ""
