@@ -1,6 +1,6 @@
 # Two commands for a start: `make quickstart` and `make test`. `make help` lists the others.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
 # Extra arguments for pip. On Linux without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" saves a
 # download of some gigabytes.

@@ -3,8 +3,12 @@
 import gc
 import weakref
 from itertools import islice, pairwise
+from multiprocessing import active_children
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
 from datamodules.loader import EvaluationLoader, TrainLoader
 from datamodules.order import epoch_order
@@ -162,6 +166,32 @@ def test_a_dropped_loader_is_freed_without_the_garbage_collector() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+class Counting(pl.LightningModule):
+    """Trains a number that nobody needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.number * batch[0].sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_a_fit_that_stops_within_an_epoch_ends_its_workers(tmp_path: Path) -> None:
+    before = set(active_children())
+    source = loader(num_workers=2)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Counting(), source)
+    assert source.state_dict() == {"epoch": 0, "consumed": 6}
+    assert set(active_children()) == before
 
 
 def test_too_few_samples_for_the_ranks_are_refused() -> None:
