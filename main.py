@@ -1,5 +1,6 @@
 """The command line of all stages: ``python main.py fit|validate|test|predict --config … [--config …]``."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     Args:
         args: instead of the command line's.
     """
+    # What predict does not need of a training run, its configuration leaves out on purpose.
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     # `${trainer.default_root_dir}` in a YAML file means the key of the same stage, `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return LlamaGenCLI(

@@ -38,6 +38,8 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 0")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be at least 0")
         self.root, self.batch_size, self.num_workers, self.seed = Path(root), batch_size, num_workers, seed
         self.datasets: dict[str, Dataset[Any]] = {}
         self._train_loader: TrainLoader | None = None
@@ -108,7 +110,8 @@ class ShardDataModule(pl.LightningDataModule):
     # a DataModule's state it always restores.
     def state_dict(self) -> dict[str, Any]:
         """Place of the training data."""
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        place = self._place if self._train_loader is None else self._train_loader.state_dict()
+        return {} if place is None else {"train": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at a saved place."""

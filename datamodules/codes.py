@@ -42,11 +42,12 @@ class CodeDataset(Dataset[dict[str, Any]]):
         sample = self.samples[number]
         where = f"sample {sample.key} of {sample.shard}"
         again = f"extract the codes again, or correct {META_FILE}"
+        data = sample.read("npy")
         try:
-            codes = np.load(BytesIO(sample.read("npy")), allow_pickle=False)
-        except (EOFError, OSError) as error:
+            codes = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
+        except (EOFError, OSError, ValueError) as error:
             raise ValueError(f"the codes of {where} cannot be read ({error}); {again}") from error
-        label = int(sample.read("cls"))
+        label = sample.read_label()
         if codes.shape != self.shape or codes.dtype != np.uint16:
             raise ValueError(
                 f"{where} holds {codes.dtype} codes of shape {codes.shape}, not uint16 of {self.shape}; {again}"
@@ -97,6 +98,16 @@ class CodeDataModule(ShardDataModule):
         needed = {"format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits"}
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
             raise ValueError(f"{self.root / META_FILE} does not describe codes; {self.hint}")
+        numbers = [meta[name] for name in ("vocabulary", "views", "num_classes")]
+        grid, splits = meta["grid"], meta["splits"]
+        if not (
+            isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in numbers + grid)
+        ):
+            raise ValueError(
+                f"vocabulary, grid, views or num_classes of {self.root / META_FILE} are wrong; {self.hint}"
+            )
+        if not (isinstance(splits, dict) and all(isinstance(split, dict) for split in splits.values())):
+            raise ValueError(f"splits of {self.root / META_FILE} is wrong; {self.hint}")
         self.code_meta = meta
         super().setup(stage)
 

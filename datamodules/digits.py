@@ -1,7 +1,7 @@
 """The 1,797 handwritten digits that scikit-learn ships, as a set of shards like any other."""
 
+import os
 import shutil
-import tempfile
 from io import BytesIO
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
-from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSetWriter, describe_split, write_meta
+from datamodules.shards import IMAGES_FORMAT, ShardSetWriter, describe_split, read_meta, write_meta
 
 VALIDATION_EVERY = 6
 SAMPLES_PER_SHARD = 500
@@ -28,7 +28,8 @@ def write_digits(root: Path) -> None:
 
     digits = load_digits()
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    temporary = root.with_name(f".{root.name}-{os.getpid()}.tmp")
+    temporary.mkdir()
     try:
         splits = {}
         for split in SPLITS:
@@ -74,5 +75,5 @@ class DigitsDataModule(ImageDataModule):
         """
         if not self.root.exists():
             write_digits(self.root)
-        elif not (self.root / META_FILE).is_file():
-            raise ValueError(f"{self.root} exists but has no {META_FILE}; delete it or choose another root")
+        elif read_meta(self.root, hint := "delete it or choose another root").get("format") != IMAGES_FORMAT:
+            raise ValueError(f"{self.root} holds something else than pictures; {hint}")

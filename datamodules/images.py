@@ -39,6 +39,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; 16-bit greys lose their lower byte, where Pillow would cut them off at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
@@ -71,11 +78,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"sample {sample.key} of {sample.shard} has no picture; it needs one of {', '.join(EXTENSIONS)}"
             )
+        data = sample.read(extension)
         try:
-            image = ImageOps.exif_transpose(Image.open(BytesIO(sample.read(extension)))).convert("RGB")
-        except OSError as error:
+            image = to_rgb(ImageOps.exif_transpose(Image.open(BytesIO(data))))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them by Pillow
             raise ValueError(f"the picture of sample {sample.key} in {sample.shard} is broken ({error})") from error
-        label = int(sample.read("cls")) if "cls" in sample.members else NO_LABEL
+        label = sample.read_label() if "cls" in sample.members else NO_LABEL
         return {"images": to_tensor(centre_crop(image, self.image_size)), "labels": label, "keys": sample.key}
 
 

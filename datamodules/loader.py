@@ -40,13 +40,13 @@ class TrainLoader:
     ) -> None:
         self.count = len(dataset)  # type: ignore[arg-type]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.epoch, self.consumed = -1, 0
+        self._order = _Remaining(self.count, batch_size, seed, rank, world_size)
         self._resume = False
         if len(self) == 0:
             raise ValueError(f"{self.count} training samples cannot be shared out over {world_size} ranks; use fewer")
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=_Remaining(self),
+            batch_sampler=self._order,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -59,34 +59,52 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or of the rest of a restored one."""
         # A generator: the place moves when the first batch is asked for, so an iterator that nobody uses costs nothing.
-        if not (self._resume and self.consumed < self.count):
-            self.epoch, self.consumed = self.epoch + 1, 0
+        place = self._order
+        if not (self._resume and self._left() >= self.world_size):
+            place.epoch, place.consumed = place.epoch + 1, 0
         self._resume = False
         for batch in self._loader:
-            self.consumed = min(self.consumed + self.batch_size * self.world_size, self.count)
+            place.consumed += self.batch_size * self.world_size
+            if self._left() < self.world_size:  # these are left out: the epoch is over
+                place.consumed = self.count
             yield batch
+
+    # Lightning ends the workers of a DataLoader at the end of a fit by way of this attribute.
+    @property
+    def _iterator(self) -> Any:
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self._loader._iterator = value
+
+    def _left(self) -> int:
+        return self.count - self._order.consumed
 
     def state_dict(self) -> dict[str, int]:
         """Place: epoch, and samples of it that all ranks together have consumed."""
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        return {"epoch": self._order.epoch, "consumed": self._order.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at a saved place with the next iteration."""
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self._resume = True
+        self._order.epoch, self._order.consumed = state["epoch"], state["consumed"]
+        self._resume = state["epoch"] >= 0
 
 
 class _Remaining:
-    """What is left of a loader's epoch, as addresses; read anew at each iteration."""
+    """A place, and what is left of its epoch, as addresses; read anew at each iteration.
 
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
+    It does not know the loader: in a cycle of references the garbage collector closes the queues of the workers before
+    they are told to end, and then waits for each of them for five seconds.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.count, self.seed, self.share = count, seed, (batch_size, rank, world_size)
+        self.epoch, self.consumed = -1, 0
 
     def __iter__(self) -> Iterator[list[Address]]:
-        loader = self.loader
-        epoch = loader.epoch
-        order = epoch_order(loader.count, loader.seed, epoch)
-        for batch in share_out(order, loader.consumed, loader.batch_size, loader.rank, loader.world_size):
+        epoch = self.epoch
+        for batch in share_out(epoch_order(self.count, self.seed, epoch), self.consumed, *self.share):
             yield [(int(number), epoch) for number in batch]
 
 

@@ -33,8 +33,8 @@ class SampleDataModule(pl.LightningDataModule):
     def __init__(self, classes: int | list[int] = 1000, per_class: int = 50, batch_size: int = 64) -> None:
         super().__init__()
         self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
-        if not self.classes or min(self.classes) < 0:
-            raise ValueError(f"classes is {classes}; give a positive number, or a list of class numbers")
+        if not self.classes or min(self.classes) < 0 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes is {classes}; give a positive number, or a list of different class numbers")
         if per_class < 1 or batch_size < 1:
             raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1")
         self.per_class, self.batch_size = per_class, batch_size

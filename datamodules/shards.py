@@ -19,7 +19,6 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 META_FILE = "meta.json"
-END_OF_ARCHIVE = 1024
 IMAGES_FORMAT = "llamagen-images"
 CODES_FORMAT = "llamagen-codes"
 
@@ -61,6 +60,18 @@ class Sample(NamedTuple):
             raise ValueError(f"shard {self.shard} ends inside sample {self.key}; write it again")
         return data
 
+    def read_label(self) -> int:
+        """The class, from the cls part.
+
+        Raises:
+            ValueError: if the sample has no such part, or it is not a whole number.
+        """
+        text = self.read("cls")
+        try:
+            return int(text)
+        except ValueError as error:
+            raise ValueError(f"the class (.cls) of sample {self.key} of {self.shard} is {text!r}, no number") from error
+
 
 def find_shards(folder: Path, hint: str) -> list[Path]:
     """The tar files of a folder, sorted by name.
@@ -88,13 +99,8 @@ def index_shard(path: Path) -> list[Sample]:
     """
     samples: list[Sample] = []
     end = path.stat().st_size
-    # tarfile takes a file that ends inside a header for a shorter archive; a whole one ends with two blocks of zeros.
-    with path.open("rb") as file:
-        file.seek(max(0, end - END_OF_ARCHIVE))
-        if file.read() != bytes(END_OF_ARCHIVE):
-            raise ValueError(f"shard {path} is not a whole tar file (its end is missing); write it again")
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -106,6 +112,10 @@ def index_shard(path: Path) -> list[Sample]:
                 if not samples or samples[-1].key != key:
                     samples.append(Sample(str(path), key, {}))
                 samples[-1].members[extension.lower()] = Member(member.offset_data, member.size)
+            # tarfile takes a damaged or missing header for the end; the true end is marked by a block of zeros.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"shard {path} is not a whole tar file (no end mark); write it again")
     except tarfile.TarError as error:
         raise ValueError(f"shard {path} is not a whole tar file ({error}); write it again") from error
     return samples
@@ -124,7 +134,7 @@ def read_meta(root: Path, hint: str) -> dict[str, Any]:
         raise ValueError(f"shard folder {root} has no {META_FILE}, so it was not written to its end; {hint}")
     try:
         meta = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}); {hint}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold a JSON object; {hint}")
@@ -162,9 +172,15 @@ class ShardSetWriter:
         return self.folder / f".{self.prefix}-{len(self.shards):06d}.tar.tmp"
 
     def write(self, key: str, parts: Mapping[str, bytes]) -> None:
-        """Add a sample: its key and the bytes of each part by extension."""
+        """Add a sample: its key and the bytes of each part by extension.
+
+        Raises:
+            ValueError: if the key would be read back as another one.
+        """
+        if not key or "." in key.rpartition("/")[2]:
+            raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty or hold a dot")
         if self._writer is None:
-            self._writer = webdataset.TarWriter(str(self._temporary), encoder=False)
+            self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
             self._in_shard = 0
         self._writer.write({"__key__": key, **parts})
         self.count += 1
@@ -175,7 +191,7 @@ class ShardSetWriter:
     def _finish_shard(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        self._writer.close()  # on an error, __exit__ and abort remove the file
         self._writer = None
         shard = self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
         self._temporary.replace(shard)
@@ -184,9 +200,11 @@ class ShardSetWriter:
     def abort(self) -> None:
         """Drop the file that is being written."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._temporary.unlink()
+            writer, self._writer = self._writer, None
+            try:
+                writer.close()
+            finally:
+                self._temporary.unlink()
 
     def __enter__(self) -> "ShardSetWriter":
         return self
@@ -194,9 +212,10 @@ class ShardSetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish_shard()
-        else:
+        try:
+            if kind is None:
+                self._finish_shard()
+        finally:
             self.abort()
 
     close = _finish_shard

@@ -174,9 +174,7 @@ def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
 def test_validate_and_test_report_the_loss(pipeline: Pipeline, tmp_path: Path) -> None:
     for stage, name in (("validate", "val/loss"), ("test", "test/loss")):
         arguments = pipeline.argen_arguments(tmp_path / stage)
-        cli = main.main(
-            [stage, *arguments, f"--data.init_args.root={pipeline.codes}", f"--ckpt_path={pipeline.argen}"]
-        )
+        cli = main.main([stage, *arguments, f"--data.init_args.root={pipeline.codes}", f"--ckpt_path={pipeline.argen}"])
         assert 0 < cli.trainer.callback_metrics[name] < 4
         assert (tmp_path / stage / f"{stage}.yaml").is_file()
 

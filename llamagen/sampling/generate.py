@@ -97,7 +97,7 @@ def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices:
         lowest, highest = int(caption_lengths.min()), int(caption_lengths.max())
         if lowest < 1 or highest > config.condition_length:
             raise ValueError(
-                f"caption_lengths holds {lowest if lowest < 1 else highest}; each must be 1 to {config.condition_length}"
+                f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
             )
 
 

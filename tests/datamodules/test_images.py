@@ -219,10 +219,6 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
     return ImageDataModule(root, **{"image_size": 4, "batch_size": 3, "num_workers": 0, **options})
 
 
-def grey_levels(batch: dict[str, Any]) -> list[int]:
-    return levels(batch["images"][:, :, 0, 0].T[:, :, None])[:, 0, 0].round().astype(int).tolist()
-
-
 def test_batches_hold_pictures_labels_and_keys_that_belong_together(tmp_path: Path) -> None:
     write_pictures(tmp_path, train=10, val=4)
     data = image_data(tmp_path)

@@ -48,6 +48,7 @@ def test_batches_have_the_batch_size() -> None:
         ({"classes": -2}, "classes is -2"),
         ({"classes": []}, "classes is []"),
         ({"classes": [3, -1]}, "classes is [3, -1]"),
+        ({"classes": [3, 1, 3]}, "classes is [3, 1, 3]"),
         ({"per_class": 0}, "per_class is 0"),
         ({"batch_size": 0}, "batch_size 0"),
     ],

@@ -269,3 +269,18 @@ def test_an_impossible_shard_size_is_refused(tmp_path: Path, per_shard: int) -> 
         ShardSetWriter(tmp_path / "train", "train", per_shard)
     assert_one_line(error, f"samples_per_shard is {per_shard}", "at least 1")
     assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "folder.d/a.b", "folder/"])
+def test_a_key_that_would_be_read_back_as_another_is_refused(key: str, tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path, "s", 10) as writer, pytest.raises(ValueError, match="cannot be written"):
+        writer.write(key, {"cls": b"1"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_samples_make_the_same_file(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with ShardSetWriter(tmp_path / name, "s", 10) as writer:
+            writer.write("a", {"cls": b"1"})
+    first, second = (next((tmp_path / name).iterdir()) for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()

@@ -205,7 +205,7 @@ def test_a_wrong_number_of_indices_is_refused(count: int) -> None:
 @pytest.mark.parametrize("length", [0, 7])
 def test_a_caption_length_outside_of_the_caption_is_refused(length: int) -> None:
     gpt = small_gpt(condition="text")
-    with pytest.raises(ValueError, match=f"caption_lengths holds {length}; each must be 1 to 6"):
+    with pytest.raises(ValueError, match=f"caption_lengths holds {length}, not 1 to 6"):
         generate(gpt, condition_for(gpt, 2), caption_lengths=torch.tensor([3, length]))
 
 
