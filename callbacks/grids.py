@@ -1,5 +1,6 @@
 """Pictures to look at while a model trains."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -22,6 +23,9 @@ class Samples(Protocol):
     """A module that draws pictures."""
 
     device: torch.device
+
+    def check_sampling(self, classes: Sequence[int]) -> None:
+        """A ``ValueError`` if pictures of these classes cannot be drawn."""
 
     def sample(self, condition: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Labels (B,) and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
@@ -81,6 +85,10 @@ class SampleGrid(pl.Callback):
             )
         self.per_class, self.every_n_validations, self.seed = per_class, every_n_validations, seed
         self._validations = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find out now, not at the first validation, that the module cannot draw these pictures."""
+        cast(Samples, pl_module).check_sampling(self.classes)
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were."""

@@ -177,7 +177,8 @@ class ShardSetWriter:
         Raises:
             ValueError: if the key would be read back as another one.
         """
-        if not key or "." in key.rpartition("/")[2]:
+        name = key.rpartition("/")[2]
+        if not name or "." in name:
             raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty or hold a dot")
         if self._writer is None:
             self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
@@ -186,9 +187,10 @@ class ShardSetWriter:
         self.count += 1
         self._in_shard += 1
         if self._in_shard == self.samples_per_shard:
-            self._finish_shard()
+            self.close()
 
-    def _finish_shard(self) -> None:
+    def close(self) -> None:
+        """Give the last file its name."""
         if self._writer is None:
             return
         self._writer.close()  # on an error, __exit__ and abort remove the file
@@ -214,11 +216,9 @@ class ShardSetWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish_shard()
+                self.close()
         finally:
             self.abort()
-
-    close = _finish_shard
 
 
 def describe_split(shards: Sequence[Path], count: int) -> dict[str, Any]:

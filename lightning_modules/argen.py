@@ -1,5 +1,6 @@
 """Training and sampling of the autoregressive model. B batch, L codes, V vocabulary, H × W pixels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,35 @@ class ARGenModule(GenerativeModule):
         return self.gpt
 
     def setup(self, stage: str) -> None:
-        """Refuse codes that do not fit the model.
+        """Refuse codes or requests that do not fit the model, before anything is written.
 
         Raises:
-            ValueError: if vocabulary, grid, number of classes or tokenizer differ.
+            ValueError: if vocabulary, grid, number of classes or tokenizer differ, or pictures cannot be drawn.
         """
-        meta = getattr(getattr(self.trainer, "datamodule", None), "code_meta", None)
-        if meta is not None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if (meta := getattr(datamodule, "code_meta", None)) is not None:
             self._check_codes(meta)
+        if stage == "predict":
+            self.check_sampling(getattr(datamodule, "classes", ()))
+
+    def check_sampling(self, classes: Sequence[int]) -> None:
+        """Refuse to draw pictures that cannot be drawn.
+
+        Args:
+            classes: labels that will be asked for.
+
+        Raises:
+            ValueError: if there is no tokenizer to turn codes into pictures, or the model does not know a class.
+        """
+        if not self._tokenizer:
+            raise ValueError(
+                "sampling needs the image tokenizer; set model.init_args.tokenizer to the checkpoint of its run"
+            )
+        if unknown := [label for label in classes if not 0 <= label < self.gpt.config.num_classes]:
+            raise ValueError(
+                f"class {unknown[0]} was asked for, but the model knows the classes 0 to "
+                f"{self.gpt.config.num_classes - 1}; ask for fewer classes"
+            )
 
     def _check_codes(self, meta: dict[str, Any]) -> None:
         config = self.gpt.config
@@ -154,10 +176,7 @@ class ARGenModule(GenerativeModule):
         Raises:
             ValueError: if the module has no tokenizer to turn codes into pictures.
         """
-        if not self._tokenizer:
-            raise ValueError(
-                "sampling needs the image tokenizer; set model.init_args.tokenizer to the checkpoint of its run"
-            )
+        self.check_sampling(())
         codes = generate(
             self.gpt, condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices
         )

@@ -1,6 +1,7 @@
 """What both modules share: a step's randomness is its own, and a checkpoint says what it holds."""
 
 import os
+from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,9 +26,9 @@ class GenerativeModule(pl.LightningModule):
         self._step_seed: int | None = None
 
     @property
+    @abstractmethod
     def generator(self) -> GPT | VQGAN:
         """The network that is kept in the end: what EMA averages and a checkpoint describes."""
-        raise NotImplementedError
 
     @property
     def generator_prefix(self) -> str:

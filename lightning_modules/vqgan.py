@@ -100,6 +100,25 @@ class VQGANModule(GenerativeModule):
         """The tokenizer."""
         return self.vqgan
 
+    def setup(self, stage: str) -> None:
+        """Refuse pictures that do not fit the networks, now and not when the discriminator starts.
+
+        Raises:
+            ValueError: if the size is not a multiple of the downsampling factor, or too small for the discriminator.
+        """
+        size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
+        if size is None:
+            return
+        if size % self.vqgan.config.downsampling:
+            raise ValueError(
+                f"image_size is {size}; the tokenizer needs a multiple of {self.vqgan.config.downsampling}"
+            )
+        if self.discriminator is not None and size < self.discriminator.min_size:
+            raise ValueError(
+                f"image_size is {size}, but the discriminator needs at least {self.discriminator.min_size}; lower "
+                "model.init_args.discriminator.num_layers"
+            )
+
     def forward(self, images: Tensor) -> VQGANOutput:
         """Reconstruct pictures (B, 3, H, W) in [-1, 1]."""
         output: VQGANOutput = self.vqgan(images)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datamodules import CodeDataModule
+from callbacks import SampleGrid
+from datamodules import CodeDataModule, SampleDataModule
 from lightning_modules import ARGenModule
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.sampling import SamplingConfig, generate
@@ -86,6 +87,16 @@ def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
 def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
     with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
         argen_module().sample(torch.tensor([0]), torch.tensor([0]), seed=0)
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
+        train(argen_module(), pipeline, tmp_path, SampleGrid(classes=2), max_steps=1)
+    with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
+        train(argen_module(tokenizer=pipeline.tokenizer), pipeline, tmp_path, SampleGrid(classes=11), max_steps=1)
+    with pytest.raises(ValueError, match="class 17 was asked for"):
+        evaluator().predict(argen_module(tokenizer=pipeline.tokenizer), SampleDataModule(classes=[3, 17]))
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_modules.vqgan import frozen
+from datamodules import DigitsDataModule
+from lightning_modules import VQGANModule
+from lightning_modules.vqgan import PatchGANConfig, frozen
 from llamagen.losses import codebook_loss, commitment_loss, hinge_discriminator_loss, hinge_generator_loss
+from llamagen.models.vqgan import VQGANConfig
 from tests.lightning_modules.runs import argen_module, datamodule_for, train, vqgan_module
-from tests.pipeline import Pipeline
+from tests.pipeline import TOKENIZER_NET, Pipeline
 
 
 def copies(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -155,3 +158,17 @@ def test_the_checkpoint_of_another_model_is_refused(pipeline: Pipeline, tmp_path
 def test_negative_weights_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1"):
         vqgan_module(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("image_size", "layers", "phrase"),
+    [(9, 1, "image_size is 9; the tokenizer needs a multiple of 2"), (8, 2, "the discriminator needs at least 12")],
+)
+def test_pictures_that_do_not_fit_are_refused_before_training(
+    image_size: int, layers: int, phrase: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    module = VQGANModule(VQGANConfig(**TOKENIZER_NET), discriminator=PatchGANConfig(num_layers=layers))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=phrase):
+        trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=image_size))
+    assert not list(tmp_path.iterdir())
