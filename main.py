@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
+from llamagen.checkpoint import read_checkpoint
 
 
 class RunConfig(SaveConfigCallback):
@@ -56,9 +57,11 @@ class RunConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the folders that a logger has made for a run that did not start."""
-        if self.already_saved or not trainer.is_global_zero or trainer.log_dir is None:
+        if self.already_saved or not trainer.is_global_zero:
             return
-        root, folder = Path(trainer.default_root_dir).absolute(), Path(trainer.log_dir).absolute()
+        # Not `trainer.log_dir`: it waits for the other processes, which may not be here.
+        made = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
+        root, folder = Path(trainer.default_root_dir).absolute(), Path(made).absolute()
         while folder.is_relative_to(root) and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
@@ -93,8 +96,25 @@ class LlamaGenCLI(LightningCLI):
         if self.config.get("subcommand") is None:
             return
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
-            self.parser.error(f"--ckpt_path {path} does not exist; give the .ckpt file of a run")
+        if path is None and self.config.subcommand != "fit":
+            self.parser.error(
+                f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run"
+            )
+        if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                self.parser.error(f"--ckpt_path: {error}")
+
+    def instantiate_classes(self) -> None:
+        """Say what is wrong with a model or its data in the words of the one who found out, not of each one above."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reason = error
+            while isinstance(reason.__cause__, ValueError):
+                reason = reason.__cause__
+            self.parser.error(str(reason))
 
     def before_instantiate_classes(self) -> None:
         """Predictions go to their writers; do not collect them in memory."""

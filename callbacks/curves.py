@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 class LearningCurves(pl.Callback):
@@ -25,6 +26,7 @@ class LearningCurves(pl.Callback):
         """Continue the curves."""
         self._history = state_dict["history"]
 
+    @rank_zero_only
     def _record(self, trainer: pl.Trainer, stage: str) -> None:
         for name, value in trainer.callback_metrics.items():
             if name.startswith(f"{stage}/"):
@@ -36,20 +38,20 @@ class LearningCurves(pl.Callback):
         """Take the training numbers now and then."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         stepped = (batch_idx + 1) % max(trainer.accumulate_grad_batches, 1) == 0
-        if trainer.is_global_zero and stepped and trainer.global_step % every == 0:
+        if stepped and trainer.global_step % every == 0:
             self._record(trainer, "train")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the validation numbers and draw."""
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._record(trainer, "val")
             self._draw(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the last stretch."""
-        if trainer.is_global_zero:
-            self._draw(trainer)
+        self._draw(trainer)
 
+    @rank_zero_only
     def _draw(self, trainer: pl.Trainer) -> None:
         # A figure of its own, without pyplot: no global state, no window system. Imported here for its start-up time.
         from matplotlib.figure import Figure

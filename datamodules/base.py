@@ -69,6 +69,8 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled by (seed, epoch), from the saved place if a checkpoint brought one."""
         rank, world_size = self._ranks()
+        if self._train_loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
+            self._place = self._train_loader.state_dict()  # reload_dataloaders_every_n_epochs
         self._train_loader = TrainLoader(
             self.datasets["train"],
             self.batch_size,
@@ -110,8 +112,13 @@ class ShardDataModule(pl.LightningDataModule):
     # a DataModule's state it always restores.
     def state_dict(self) -> dict[str, Any]:
         """Place of the training data."""
-        place = self._place if self._train_loader is None else self._train_loader.state_dict()
-        return {} if place is None else {"train": place}
+        if self._train_loader is None:
+            return {} if self._place is None else {"train": self._place}
+        place = self._train_loader.state_dict()
+        if self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # The epoch is over, also where `limit_train_batches` leaves samples of it.
+            place["consumed"] = self._train_loader.count
+        return {"train": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at a saved place."""

@@ -103,7 +103,9 @@ class ARGenModule(GenerativeModule):
         if (height, width) != (config.grid_size, config.grid_size):
             raise ValueError(
                 f"the tokenizer's grid is {height} × {width} = {height * width} codes a picture, but the model's "
-                f"block_size is {config.block_size}; set block_size to {height * width} or extract other codes"
+                f"block_size is {config.block_size}; "
+                + (f"set block_size to {height * width}" if height == width else "the model needs a square grid")
+                + " or extract other codes"
             )
         if config.condition == "class" and meta["num_classes"] > config.num_classes:
             raise ValueError(

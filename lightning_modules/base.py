@@ -59,4 +59,15 @@ class GenerativeModule(pl.LightningModule):
             ValueError: in one line, with what differs.
         """
         check_fits(checkpoint, self.generator)
+        _reopen_epoch(checkpoint)
         self._step_seed = checkpoint[ENTRY]["step_seed"]
+
+
+def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that ``max_steps`` stopped within an epoch go on within it: Lightning counts the epoch as finished."""
+    loop = checkpoint["loops"]["fit_loop"]
+    batch = loop["epoch_loop.batch_progress"]
+    if batch["current"]["ready"] > 0 and not batch["is_last_batch"]:
+        for span in ("total", "current"):
+            epochs = loop["epoch_progress"][span]
+            epochs["processed"] = epochs["completed"] = epochs["ready"] - 1

@@ -189,7 +189,7 @@ class VQGANModule(GenerativeModule):
                 nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Reconstruction losses, PSNR and codebook usage under ``val/``."""
+        """Reconstruction losses, PSNR (of the mean squared error over the set) and codebook usage under ``val/``."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:

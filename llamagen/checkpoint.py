@@ -9,6 +9,7 @@ state.
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,6 +34,30 @@ def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     return {"architecture": type(model).__name__, "config": config, "prefix": prefix}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A training checkpoint of this project; tensors are read from the file when they are used.
+
+    Args:
+        path: its file.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        ValueError: in one line, if there is no such file or it is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(ENTRY), dict):
+        raise ValueError(f"{path} was not written by a training run of this project; give the .ckpt file of a run")
+    return checkpoint
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
@@ -70,8 +95,10 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Averaged (EMA) parameters of a training checkpoint by their name in ``state_dict``; empty if there are none."""
-    names = checkpoint.get(ENTRY, {}).get("ema_names", [])
+    names = checkpoint.get(ENTRY, {}).get("ema_names")
     averages: dict[str, Tensor] = {}
+    if names is None:  # or of a run that went on without averaging
+        return averages
     for optimizer in checkpoint.get("optimizer_states", []):
         for index, state in optimizer["state"].items():
             if EMA_STATE in state:
@@ -91,17 +118,10 @@ def load_vqgan(path: str | Path) -> VQGAN:
     Raises:
         ValueError: if there is no such file or it holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"tokenizer checkpoint {path} does not exist; give the .ckpt file of a tokenizer run")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    entry = checkpoint.get(ENTRY) if isinstance(checkpoint, dict) else None
-    if not isinstance(entry, dict) or entry.get("architecture") != "VQGAN":
-        found = entry["architecture"] if isinstance(entry, dict) else "something else"
-        raise ValueError(f"{path} holds {found}, not a VQGAN; give the checkpoint of a tokenizer run")
+    checkpoint = read_checkpoint(path)
+    entry = checkpoint[ENTRY]
+    if entry["architecture"] != "VQGAN":
+        raise ValueError(f"{path} holds a {entry['architecture']}, not a VQGAN; give the checkpoint of a tokenizer run")
     vqgan = VQGAN(VQGANConfig(**entry["config"]))
     check_fits(checkpoint, vqgan)
     weights = {**checkpoint["state_dict"], **averaged_weights(checkpoint)}

@@ -37,6 +37,9 @@ def files(folder: Path) -> list[Path]:
         (["--config=configs/nowhere.yaml"], "configs/nowhere.yaml"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--model.init_args.sampling.top_p=1.5"], "top_p is 1.5"),
+        (["--ckpt_path=README.md"], "README.md cannot be read as a checkpoint"),
+        (["--ckpt_path=configs"], "configs does not exist; give the .ckpt file"),
+        (["--model.init_args.tokenizer=README.md"], "error: README.md cannot be read as a checkpoint"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -46,6 +49,30 @@ def test_a_wrong_argument_is_named(
         main.main(["fit", *pipeline.argen_arguments(tmp_path / "run"), *arguments])
     assert phrase in (str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_stage_without_a_trained_model_is_refused(
+    stage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main.main([stage, *pipeline.sample_arguments(tmp_path / "run")[1:]])
+    assert f"{stage} needs a trained model; give --ckpt_path" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_published_checkpoint_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
+    with pytest.raises(SystemExit):
+        main.main(["fit", "--config", "configs/argen/base.yaml", f"--ckpt_path={tmp_path / 'published.pt'}"])
+    assert "published.pt was not written by a training run of this project" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_is_the_end_of_the_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    arguments = pipeline.argen_arguments(tmp_path)
+    data = f"--data.init_args.root={pipeline.codes}"
+    main.main(["fit", *arguments, data, "--trainer.max_steps=7"])
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
 
 
 def test_print_config_shows_the_merged_configuration(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,16 +227,27 @@ def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) ->
         assert torch.equal(resumed["state_dict"][name], weight), name
 
 
-def two_processes(arguments: list[str]) -> str:
+def two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command on two CPU processes; a hang is an error, not a wait."""
     command = [sys.executable, "main.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def succeeds(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    root = other_grid(pipeline, tmp_path)
+    done = two_processes(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
+    assert done.returncode != 0
+    assert "ValueError: the tokenizer's grid is 8 × 8 = 64 codes a picture" in done.stderr
+    assert "gloo" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
-    two_processes([*pipeline.extract_arguments(tmp_path / "codes"), f"--ckpt_path={pipeline.tokenizer}"])
+    succeeds(two_processes([*pipeline.extract_arguments(tmp_path / "codes"), f"--ckpt_path={pipeline.tokenizer}"]))
     meta, single = (read_meta(root, "") for root in (tmp_path / "codes", pipeline.codes))
     assert len(meta["splits"]["train"]["shards"]) == 2
     assert {**meta, "splits": None} == {**single, "splits": None}
@@ -229,13 +267,14 @@ def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Pa
 
 
 def test_two_processes_train_both_networks_and_sample_the_pictures_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
-    two_processes(["fit", *pipeline.tokenizer_arguments(tmp_path / "tokenizer"), "--data.init_args.batch_size=50"])
+    arguments = ["fit", *pipeline.tokenizer_arguments(tmp_path / "tokenizer"), "--data.init_args.batch_size=50"]
+    succeeds(two_processes(arguments))
     checkpoint = torch.load(tmp_path / "tokenizer/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 8
     assert checkpoint["DigitsDataModule"] == {"train": {"epoch": 0, "consumed": 800}}
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
-    two_processes([*pipeline.sample_arguments(tmp_path / "samples"), f"--ckpt_path={pipeline.argen}"])
+    succeeds(two_processes([*pipeline.sample_arguments(tmp_path / "samples"), f"--ckpt_path={pipeline.argen}"]))
     with np.load(tmp_path / "samples/samples.npz") as two, np.load(pipeline.samples / "samples.npz") as one:
         assert np.array_equal(two["arr_1"], one["arr_1"])
         # The codes are equal; the decoder's convolutions may round differently for another batch size.

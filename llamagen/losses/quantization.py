@@ -1,5 +1,6 @@
 """Losses that keep latents and codebook entries together. B batch, E codebook width, h × w grid, K codes."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,9 +28,13 @@ def entropy_loss(latent: Tensor, codebook: Tensor) -> Tensor:
         codebook: (K, E), l2-normalised.
 
     Returns:
-        Scalar.
+        Scalar, computed in float32 also under autocast.
     """
-    vectors = latent.movedim(1, -1).flatten(0, -2)
+    with torch.autocast(latent.device.type, enabled=False):
+        return _entropy_loss(latent.movedim(1, -1).flatten(0, -2).float(), codebook.float())
+
+
+def _entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
     distance = vectors.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * vectors @ codebook.T
     logits = -distance / ENTROPY_TEMPERATURE
     probabilities = logits.softmax(dim=-1)

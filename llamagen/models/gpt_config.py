@@ -75,6 +75,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier <= 0:
             raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it must be positive, or not given")
+        if self.ffn_dim < 1:
+            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, which leaves no feed-forward width")
         if self.rope_base <= 0 or self.norm_eps < 0:
             raise ValueError(f"rope_base is {self.rope_base} and norm_eps {self.norm_eps}; they must be > 0 and ≥ 0")
         if self.dim % self.n_head or self.head_dim % 4:

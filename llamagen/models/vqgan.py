@@ -304,10 +304,14 @@ class VQGAN(nn.Module):
             (B, 3, H, W), about [-1, 1], not clamped.
 
         Raises:
-            ValueError: if the shape does not fit.
+            ValueError: if shape or codes do not fit.
         """
         if codes.dim() != 3:
             raise ValueError(f"codes must have shape (B, h, w), not {tuple(codes.shape)}")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
+            raise ValueError(
+                f"codes {codes.min()} … {codes.max()} do not fit a codebook of {self.config.codebook_size} entries"
+            )
         return self.decode(self.quantize.lookup(codes))
 
     def forward(self, images: Tensor) -> VQGANOutput:

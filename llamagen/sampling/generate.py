@@ -61,7 +61,7 @@ def generate(
     try:
         logits = gpt(None, condition, caption_lengths=caption_lengths, drop_condition=drop_condition, cache=cache)
         for step in range(length):
-            logits = logits[:, -1]
+            logits = logits[:, -1].float()
             if step < guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + config.guidance_scale * (conditional - unconditional)

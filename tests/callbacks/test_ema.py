@@ -109,6 +109,16 @@ def test_other_stages_use_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp
     assert torch.equal(load_vqgan(path).decoder.conv_out.weight, expected)
 
 
+def test_a_run_that_goes_on_without_averaging_leaves_a_readable_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
+    train(vqgan_module(), pipeline, tmp_path / "first", max_steps=2)
+    module = vqgan_module()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=3, limit_val_batches=0, enable_checkpointing=False)
+    first = tmp_path / "first/checkpoints/last.ckpt"
+    trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8, batch_size=200), ckpt_path=first)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    assert torch.equal(load_vqgan(tmp_path / "second.ckpt").decoder.conv_out.weight, module.get_parameter(PROBE))
+
+
 def test_a_checkpoint_without_averages_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     trainer = pl.Trainer(

@@ -133,7 +133,7 @@ def test_codes_and_checkpoints_of_another_tokenizer_are_refused(pipeline: Pipeli
     [
         (lambda root: root / "nowhere.ckpt", "does not exist"),
         (lambda root: root / "digits/meta.json", "cannot be read as a checkpoint"),
-        (lambda root: root / "argen/checkpoints/last.ckpt", "holds GPT, not a VQGAN"),
+        (lambda root: root / "argen/checkpoints/last.ckpt", "holds a GPT, not a VQGAN"),
     ],
 )
 def test_a_tokenizer_that_is_none_is_refused(make: Any, phrase: str, pipeline: Pipeline) -> None:

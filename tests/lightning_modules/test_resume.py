@@ -76,6 +76,30 @@ def test_a_resumed_run_ends_in_the_same_weights(
     assert different == []
 
 
+@pytest.mark.parametrize(
+    ("make", "stop", "options"),
+    [
+        (vqgan_module, {"max_steps": 11}, {}),
+        (argen_module, {"max_steps": 11}, {}),
+        (argen_module, {"max_steps": 3}, {"accumulate_grad_batches": 2}),
+        (argen_module, {"max_epochs": 1}, {"limit_train_batches": 5}),
+    ],
+    ids=["tokenizer", "argen", "accumulated", "limited"],
+)
+def test_a_stopped_run_goes_on_to_the_end_of_its_last_epoch(
+    make: Make, stop: dict[str, int], options: dict[str, int], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    whole, resumed = make(), make()
+    expected = train(whole, pipeline, tmp_path / "whole", max_epochs=2, **options)
+    train(resumed, pipeline, tmp_path / "first", **stop, **options)
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    resumed = make(seed=99)
+    trainer = train(resumed, pipeline, tmp_path / "second", ckpt_path=last, max_epochs=2, **options)
+    assert (trainer.global_step, trainer.current_epoch) == (expected.global_step, 2)
+    state, whole_state = state_of(resumed, trainer), state_of(whole, expected)
+    assert [name for name in whole_state if not torch.equal(state[name], whole_state[name])] == []
+
+
 def test_runs_of_different_seeds_differ(pipeline: Pipeline, tmp_path: Path) -> None:
     first, second = argen_module(), argen_module()
     second.gpt.load_state_dict(first.gpt.state_dict())

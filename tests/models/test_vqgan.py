@@ -200,3 +200,9 @@ def test_to_uint8_truncates_as_published_and_clamps() -> None:
 def test_a_bfloat16_tokenizer_reconstructs() -> None:
     vqgan = small_vqgan().to(torch.bfloat16)
     assert vqgan(images_for(2, 16, 16).bfloat16()).reconstruction.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("code", [-1, 64])
+def test_a_code_outside_of_the_codebook_is_refused(code: int) -> None:
+    with pytest.raises(ValueError, match="do not fit a codebook of 64 entries"):
+        small_vqgan().decode_codes(torch.full((1, 2, 2), code))
