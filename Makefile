@@ -12,7 +12,7 @@ TOKENIZER := --config configs/vqgan/base.yaml --config configs/vqgan/digits.yaml
 ARGEN := --config configs/argen/base.yaml --config configs/argen/digits.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart digits-accuracy test test-slow lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy test test-slow lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,11 +45,14 @@ quickstart: install ## from handwritten digits to new ones: train both models an
 	@echo; echo "Done. Open $(RUN)/samples/grid.png: a row of new pictures for each digit."
 	@echo "What the tokenizer keeps of a picture: $$(ls $(RUN)/tokenizer/reconstructions/*.png | tail -1)"
 
+benchmark-quickstart: install ## time and accuracy of the quickstart in an empty clone and environment
+	$(BIN)/python benchmarks/quickstart.py
+
 digits-accuracy: install ## how many of the quickstart's digits a classifier recognises
 	$(BIN)/python benchmarks/digits_accuracy.py $(RUN)/samples/samples.npz
 
 test: install-dev ## the whole CPU test suite, with coverage
-	$(BIN)/python -m pytest -m "not slow and not gpu and not network" --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network" --cov --cov-report=term
 
 test-slow: install-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -41,6 +41,7 @@ class ShardDataModule(pl.LightningDataModule):
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be at least 0")
         self.root, self.batch_size, self.num_workers, self.seed = Path(root), batch_size, num_workers, seed
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
         self.datasets: dict[str, Dataset[Any]] = {}
         self._train_loader: TrainLoader | None = None
         self._place: dict[str, int] | None = None
@@ -97,12 +98,19 @@ class ShardDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order."""
+        """The validation split, in order.
+
+        Raises:
+            ValueError: if a rank would get no sample, and so nothing to take into the mean.
+        """
+        count, world_size = len(self.datasets["val"]), self._ranks()[1]  # type: ignore[arg-type]
+        if count < world_size:
+            raise ValueError(f"{count} validation samples cannot be shared out over {world_size} ranks; use fewer")
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order."""
-        return self._evaluation_loader("val")
+        """The validation split, in order, like :meth:`val_dataloader`."""
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> list[EvaluationLoader]:
         """Each of :attr:`predict_splits`, in order."""

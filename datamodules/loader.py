@@ -132,10 +132,7 @@ class EvaluationLoader:
         world_size: int,
         pin_memory: bool,
     ) -> None:
-        count = len(dataset)  # type: ignore[arg-type]
-        if count < world_size:
-            raise ValueError(f"{count} samples cannot be shared out over {world_size} ranks; use fewer")
-        numbers = range(rank, count, world_size)
+        numbers = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
         batches = [
             [(number, 0) for number in numbers[first : first + batch_size]]
             for first in range(0, len(numbers), batch_size)

@@ -32,6 +32,7 @@ class SampleDataModule(pl.LightningDataModule):
 
     def __init__(self, classes: int | list[int] = 1000, per_class: int = 50, batch_size: int = 64) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer pictures than ranks
         self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
         if not self.classes or min(self.classes) < 0 or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes is {classes}; give a positive number, or a list of different class numbers")

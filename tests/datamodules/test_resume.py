@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,3 +90,37 @@ def test_validation_does_not_move_the_place(root: Path) -> None:
     place = data.state_dict()
     assert keys(data.val_dataloader()) == ["val/0", "val/1"]
     assert data.state_dict() == place == {"train": {"epoch": 0, "consumed": 2}}
+
+
+def trainer_of(epoch: int = 0, world_size: int = 1) -> Any:
+    progress = SimpleNamespace(is_last_batch=False)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    return SimpleNamespace(global_rank=0, world_size=world_size, current_epoch=epoch, fit_loop=loop)
+
+
+def test_a_reloaded_loader_goes_on_with_the_next_epoch(root: Path) -> None:
+    data = image_data(root)
+    data.trainer = trainer_of()
+    first = keys(data.train_dataloader())
+    data.trainer = trainer_of(epoch=1)
+    loader = data.train_dataloader()
+    second = keys(loader)
+    assert loader.state_dict()["epoch"] == 1
+    assert sorted(second) == sorted(first)
+    assert second != first
+
+
+def test_an_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
+    data = image_data(root)
+    data.trainer = trainer_of()
+    next(iter(data.train_dataloader()))
+    assert data.state_dict() == {"train": {"epoch": 0, "consumed": 2}}
+    data.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+    assert data.state_dict() == {"train": {"epoch": 0, "consumed": 11}}
+
+
+def test_fewer_validation_samples_than_ranks_are_refused(root: Path) -> None:
+    data = image_data(root)
+    data.trainer = trainer_of(world_size=3)
+    with pytest.raises(ValueError, match="2 validation samples cannot be shared out over 3 ranks"):
+        data.val_dataloader()
