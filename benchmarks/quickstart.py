@@ -43,9 +43,9 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": "python benchmarks/quickstart.py",
     }
-    for name, value in record["seconds"].items():  # type: ignore[union-attr]
+    for name, value in record["seconds"].items():
         print(f"{name:>18} | {value:6.0f} s")
-    print(f"{'digits recognised':>18} | {record['digits_accuracy']['all']:.3f}")  # type: ignore[call-overload, index]
+    print(f"{'digits recognised':>18} | {record['digits_accuracy']['all']:.3f}")
     print(json.dumps(record))
 
 

@@ -65,6 +65,8 @@ class GenerativeModule(pl.LightningModule):
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Let a run that ``max_steps`` stopped within an epoch go on within it: Lightning counts the epoch as finished."""
+    if "loops" not in checkpoint:  # weights only
+        return
     loop = checkpoint["loops"]["fit_loop"]
     batch = loop["epoch_loop.batch_progress"]
     if batch["current"]["ready"] > 0 and not batch["is_last_batch"]:

@@ -10,7 +10,7 @@ import torch
 from callbacks import EMA
 from datamodules import DigitsDataModule
 from llamagen.checkpoint import averaged_weights, load_vqgan
-from tests.lightning_modules.runs import train, vqgan_module
+from tests.lightning_modules.runs import evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
 PROBE = "vqgan.decoder.conv_out.weight"
@@ -94,15 +94,7 @@ def test_other_stages_use_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp
     path = tmp_path / "checkpoints/last.ckpt"
     expected = averaged_weights(torch.load(path, weights_only=True))[PROBE]
     recorder = Recorder()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_val_batches=1,
-        callbacks=[EMA(0.9), recorder],
-    )
+    trainer = evaluator(EMA(0.9), recorder, limit_val_batches=1)
     data = DigitsDataModule(pipeline.digits, image_size=8)
     trainer.validate(vqgan_module(seed=5), data, ckpt_path=path, verbose=False)
     assert torch.equal(recorder.validations[0], expected)
@@ -112,7 +104,7 @@ def test_other_stages_use_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp
 def test_a_run_that_goes_on_without_averaging_leaves_a_readable_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
     train(vqgan_module(), pipeline, tmp_path / "first", max_steps=2)
     module = vqgan_module()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=3, limit_val_batches=0, enable_checkpointing=False)
+    trainer = evaluator(max_steps=3, limit_val_batches=0)
     first = tmp_path / "first/checkpoints/last.ckpt"
     trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8, batch_size=200), ckpt_path=first)
     trainer.save_checkpoint(tmp_path / "second.ckpt")
@@ -121,21 +113,14 @@ def test_a_run_that_goes_on_without_averaging_leaves_a_readable_checkpoint(pipel
 
 def test_a_checkpoint_without_averages_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        max_steps=1,
-        limit_val_batches=0,
-    )
+    trainer = evaluator(max_steps=1, limit_val_batches=0)
     trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8))
     trainer.save_checkpoint(tmp_path / "raw.ckpt")
     assert torch.equal(load_vqgan(tmp_path / "raw.ckpt").decoder.conv_out.weight, module.get_parameter(PROBE))
-    evaluator = pl.Trainer(accelerator="cpu", logger=False, callbacks=[EMA()], enable_checkpointing=False)
     with pytest.raises(ValueError, match="no EMA weights"):
-        evaluator.validate(module, DigitsDataModule(pipeline.digits, image_size=8), ckpt_path=tmp_path / "raw.ckpt")
+        evaluator(EMA()).validate(
+            module, DigitsDataModule(pipeline.digits, image_size=8), ckpt_path=tmp_path / "raw.ckpt"
+        )
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

@@ -77,3 +77,16 @@ def state_of(module: GenerativeModule, trainer: pl.Trainer) -> dict[str, Tensor]
     for index, entries in trainer.optimizers[0].state_dict()["state"].items():
         state |= {f"{index}/{name}": torch.as_tensor(value).clone() for name, value in entries.items()}
     return state
+
+
+def evaluator(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """A trainer on one CPU process that writes nothing and says nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=list(callbacks),
+        **options,
+    )

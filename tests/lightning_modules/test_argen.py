@@ -16,18 +16,8 @@ from datamodules import CodeDataModule, SampleDataModule
 from lightning_modules import ARGenModule
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.sampling import SamplingConfig, generate
-from tests.lightning_modules.runs import argen_module, datamodule_for, train
+from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train
 from tests.pipeline import Pipeline
-
-
-def evaluator() -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
 
 
 def test_a_fresh_model_has_the_loss_of_a_uniform_guess(pipeline: Pipeline) -> None:

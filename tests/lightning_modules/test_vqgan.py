@@ -14,7 +14,7 @@ from lightning_modules import VQGANModule
 from lightning_modules.vqgan import PatchGANConfig, frozen
 from llamagen.losses import codebook_loss, commitment_loss, hinge_discriminator_loss, hinge_generator_loss
 from llamagen.models.vqgan import VQGANConfig
-from tests.lightning_modules.runs import argen_module, datamodule_for, train, vqgan_module
+from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train, vqgan_module
 from tests.pipeline import TOKENIZER_NET, Pipeline
 
 
@@ -119,14 +119,7 @@ def test_each_network_is_clipped_by_itself() -> None:
 
 def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = evaluator(default_root_dir=tmp_path)
     data = datamodule_for(module, pipeline, batch_size=70)
     (validated,) = trainer.validate(module, data, verbose=False)
     (tested,) = trainer.test(module, data, verbose=False)
@@ -168,7 +161,7 @@ def test_pictures_that_do_not_fit_are_refused_before_training(
     image_size: int, layers: int, phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = VQGANModule(VQGANConfig(**TOKENIZER_NET), discriminator=PatchGANConfig(num_layers=layers))
-    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer = evaluator(default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=phrase):
         trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=image_size))
     assert not list(tmp_path.iterdir())
