@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
+from callbacks.whole_file import whole_file
 from llamagen.checkpoint import read_checkpoint
 
 
@@ -45,12 +46,9 @@ class RunConfig(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
-        path = self._path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        with whole_file(self._path(trainer)) as temporary:
+            temporary.write_text(text)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(yaml.safe_load(text))

@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from callbacks.whole_file import whole_file
+
 
 class LearningCurves(pl.Callback):
     """Draw every logged number over the optimizer steps into ``curves.png``, at each validation and at the end.
@@ -70,8 +72,5 @@ class LearningCurves(pl.Callback):
                 if points := self._history.get(f"{stage}/{name}"):
                     axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) < 30 else None)
             axes.legend()
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".curves.png.tmp"
-        figure.savefig(temporary, format="png", dpi=80)
-        temporary.replace(folder / "curves.png")
+        with whole_file(Path(trainer.default_root_dir) / "curves.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=80)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.pictures import grid_image, save_png
+from callbacks.whole_file import whole_file
 
 NAME = "{index:06d}_class{label}.png"
 PATTERN = "*_class*.png"
@@ -94,8 +95,7 @@ def write_archive(path: Path, files: Sequence[Path], labels: Sequence[int]) -> N
         labels: their classes.
     """
     shape = (len(files), *_pixels(files[0]).shape)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, header)
@@ -103,4 +103,3 @@ def write_archive(path: Path, files: Sequence[Path], labels: Sequence[int]) -> N
                 entry.write(_pixels(file).tobytes())
         with archive.open("arr_1.npy", "w") as entry:
             np.lib.format.write_array(entry, np.array(labels, dtype=np.int64))
-    temporary.replace(path)

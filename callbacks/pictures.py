@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import numpy as np
 from PIL import Image
 
+from callbacks.whole_file import whole_file
+
 MARGIN = 2
 
 
@@ -28,11 +30,9 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="png")
-    temporary.replace(path)
+    """Write a PNG, whole or not at all; its folder is made if it does not exist."""
+    with whole_file(path) as temporary:
+        image.save(temporary, format="png")
 
 
 def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:

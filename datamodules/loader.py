@@ -39,7 +39,7 @@ class TrainLoader:
         pin_memory: bool,
     ) -> None:
         self.count = len(dataset)  # type: ignore[arg-type]
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.batch_size, self.world_size = batch_size, world_size
         self._order = _Remaining(self.count, batch_size, seed, rank, world_size)
         self._resume = False
         if len(self) == 0:

@@ -65,7 +65,7 @@ def generate(
             if step < guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + config.guidance_scale * (conditional - unconditional)
-            codes[:, step] = draw(logits[:batch], config, uniform(seed, indices, step))
+            codes[:, step] = draw(logits, config, uniform(seed, indices, step))
             if step == length - 1:
                 break
             last = codes[:, step : step + 1]
