@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
-from callbacks.whole_file import whole_file
 from llamagen.checkpoint import read_checkpoint
+from llamagen.whole_file import whole_file
 
 
 class RunConfig(SaveConfigCallback):
@@ -93,10 +93,12 @@ class LlamaGenCLI(LightningCLI):
         # Lightning would let the checkpoint's hyperparameters override the configuration. Ours are checked, not obeyed.
         if self.config.get("subcommand") is None:
             return
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is None and self.config.subcommand != "fit":
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path is None and self.config.subcommand != "fit" and not config.get("model.init_args.init_from"):
             self.parser.error(
-                f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run"
+                f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
+                "--model.init_args.init_from, a file of weights"
             )
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
             try:

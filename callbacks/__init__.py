@@ -1,9 +1,18 @@
 """What happens around training: averages, pictures, files."""
 
 from callbacks.code_writer import CodeWriter
+from callbacks.codebook import CodebookHistogram
 from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
 
-__all__ = ["EMA", "CodeWriter", "ImageWriter", "LearningCurves", "ReconstructionGrid", "SampleGrid"]
+__all__ = [
+    "EMA",
+    "CodeWriter",
+    "CodebookHistogram",
+    "ImageWriter",
+    "LearningCurves",
+    "ReconstructionGrid",
+    "SampleGrid",
+]

@@ -6,11 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from callbacks.whole_file import whole_file
+from callbacks.pictures import batches_seen
+from llamagen.whole_file import whole_file
 
 
 class LearningCurves(pl.Callback):
-    """Draw every logged number over the optimizer steps into ``curves.png``, at each validation and at the end.
+    """Draw every logged number over the batches seen into ``curves.png``, at each validation and at the end.
 
     Training numbers are taken every ``log_every_n_steps`` steps of the trainer. The curves so far are in the
     checkpoint: a resumed run continues them.
@@ -21,7 +22,7 @@ class LearningCurves(pl.Callback):
         self._history: dict[str, list[list[float]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far: name → [step, value] pairs."""
+        """The curves so far: name → [batches seen, value] pairs."""
         return {"history": self._history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -32,7 +33,7 @@ class LearningCurves(pl.Callback):
     def _record(self, trainer: pl.Trainer, stage: str) -> None:
         for name, value in trainer.callback_metrics.items():
             if name.startswith(f"{stage}/"):
-                self._history.setdefault(name, []).append([float(trainer.global_step), float(value)])
+                self._history.setdefault(name, []).append([float(batches_seen(trainer)), float(value)])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,7 +68,7 @@ class LearningCurves(pl.Callback):
         for position, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, position + 1)
             axes.set_title(name)
-            axes.set_xlabel("step")
+            axes.set_xlabel("batches")
             for stage in ("train", "val"):
                 if points := self._history.get(f"{stage}/{name}"):
                     axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) < 30 else None)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from callbacks.pictures import grid_image, publish
+from callbacks.pictures import batches_seen, grid_image, publish
 from llamagen.models.vqgan import to_uint8
 
 
@@ -32,19 +32,25 @@ class Samples(Protocol):
 
 
 class ReconstructionGrid(pl.Callback):
-    """At each validation: pictures of the first validation batch above what the tokenizer makes of them.
+    """Pictures above what the tokenizer makes of them: at each validation, and every so many batches if asked for.
+
+    The pictures are the first ones of the validation set (before the first validation, of the training batch).
 
     Args:
         count: number of pictures.
+        every_n_batches: draw also after each so many training batches, with the weights of that moment and not their
+            average; 0 for validations only.
     """
 
-    def __init__(self, count: int = 10) -> None:
+    def __init__(self, count: int = 10, every_n_batches: int = 0) -> None:
         super().__init__()
-        if count < 1:
-            raise ValueError(f"count is {count}; it must be at least 1")
-        self.count = count
+        if count < 1 or every_n_batches < 0:
+            raise ValueError(
+                f"count is {count} and every_n_batches {every_n_batches}; they must be at least 1 and at least 0"
+            )
+        self.count, self.every_n_batches = count, every_n_batches
+        self._images: Tensor | None = None
 
-    @torch.no_grad()
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -55,10 +61,26 @@ class ReconstructionGrid(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the grid from the first batch, on the first rank."""
-        if batch_idx > 0 or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx > 0 or not trainer.is_global_zero:
             return
-        images = batch["images"][: self.count]
-        reconstructed = cast(Reconstructs, pl_module).reconstruct(images)
+        self._images = batch["images"][: self.count].clone()
+        if not trainer.sanity_checking:
+            self._draw(trainer, pl_module, self._images)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the grid when it is time, on the first rank."""
+        if self.every_n_batches and trainer.is_global_zero and batches_seen(trainer) % self.every_n_batches == 0:
+            self._draw(trainer, pl_module, batch["images"][: self.count] if self._images is None else self._images)
+
+    @torch.no_grad()
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> None:
+        training = pl_module.training
+        pl_module.eval()
+        with trainer.precision_plugin.forward_context():
+            reconstructed = cast(Reconstructs, pl_module).reconstruct(images)
+        pl_module.train(training)
         rows = [list(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()) for x in (images, reconstructed)]
         publish(trainer, grid_image(rows), "reconstructions")
 

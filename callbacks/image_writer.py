@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.pictures import grid_image, save_png
-from callbacks.whole_file import whole_file
+from llamagen.whole_file import whole_file
 
 NAME = "{index:06d}_class{label}.png"
 PATTERN = "*_class*.png"

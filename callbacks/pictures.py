@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 from PIL import Image
 
-from callbacks.whole_file import whole_file
+from llamagen.whole_file import whole_file
 
 MARGIN = 2
 
@@ -35,17 +35,23 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="png")
 
 
+def batches_seen(trainer: pl.Trainer) -> int:
+    """Batches that a rank has trained on: the x axis of everything that is logged."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
 def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:
-    """Save a grid as ``<run folder>/<name>/step_<step>.png`` and show it in every logger that takes images.
+    """Save a picture as ``<run folder>/<name>/step_<batches seen>.png`` and show it in every logger that takes images.
 
     Args:
-        trainer: its ``default_root_dir`` is the run's folder, its ``global_step`` the step.
-        image: the grid.
+        trainer: its ``default_root_dir`` is the run's folder.
+        image: the grid or figure.
         name: what it shows, for example ``"samples"``.
     """
-    save_png(image, Path(trainer.default_root_dir) / name / f"step_{trainer.global_step:07d}.png")
+    step = batches_seen(trainer)
+    save_png(image, Path(trainer.default_root_dir) / name / f"step_{step:07d}.png")
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
-            logger.log_image(key=name, images=[image], step=trainer.global_step)
+            logger.log_image(key=name, images=[image], step=step)
         elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):
-            add_image(name, np.array(image), trainer.global_step, dataformats="HWC")
+            add_image(name, np.array(image), step, dataformats="HWC")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.loader import Address
+from datamodules.loader import NO_EPOCH, Address
 from datamodules.shards import CODES_FORMAT, META_FILE, Sample, read_meta
 
 MOST_CHECKED = 20_000
@@ -21,7 +21,7 @@ class CodeDataset(Dataset[dict[str, Any]]):
     Args:
         samples: with an npy member (A, h, w) uint16 and a cls member.
         meta: description of the set: vocabulary, grid, number of classes, views.
-        draw_view: draw one of the views by (seed, epoch, sample); else take the first.
+        draw_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
         seed: of the draws.
     """
 
@@ -64,7 +64,8 @@ class CodeDataset(Dataset[dict[str, Any]]):
         """``codes`` (L,) int64, ``condition`` int and ``keys`` of a sample."""
         number, epoch = address
         codes, label = self.read(number)
-        view = np.random.default_rng([self.seed, epoch, number]).integers(len(codes)) if self.draw_view else 0
+        draw = self.draw_view and epoch != NO_EPOCH
+        view = np.random.default_rng([self.seed, epoch, number]).integers(len(codes)) if draw else 0
         return {
             "codes": torch.from_numpy(codes[view].astype(np.int64).flatten()),
             "condition": label,

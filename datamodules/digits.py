@@ -47,7 +47,7 @@ def write_digits(root: Path) -> None:
 
 
 class DigitsDataModule(ImageDataModule):
-    """Handwritten digits, written once as shards and then read like any other pictures.
+    """Handwritten digits, written once as shards and then read like any other pictures; neither cropped nor mirrored.
 
     Args:
         root: folder of the shards; written there if it does not exist.
@@ -65,7 +65,7 @@ class DigitsDataModule(ImageDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(root, image_size, batch_size, num_workers, seed)
+        super().__init__(root, image_size, batch_size, num_workers, seed, random_crop=False, flip=False)
 
     def prepare_data(self) -> None:
         """Write the shards, on one process, if they are not there.

@@ -10,6 +10,9 @@ from datamodules.order import count_batches, epoch_order, share_out
 Address = tuple[int, int]
 """A sample as a dataset is asked for it: its number and the epoch, which together decide its augmentation."""
 
+NO_EPOCH = -1
+"""In place of the epoch: the sample as it is, without anything random."""
+
 
 class TrainLoader:
     """An endless supply of epochs whose place can be saved and restored.
@@ -109,7 +112,7 @@ class _Remaining:
 
 
 class EvaluationLoader:
-    """Every sample once, in order: rank r takes the samples r, r + world_size, … and nobody gets one twice.
+    """Every sample once, as it is, in order: rank r takes the samples r, r + world_size, … and nobody gets one twice.
 
     Ranks may have unequal numbers of batches, so nothing in a step may wait for another rank. Like :class:`TrainLoader`
     it is no DataLoader: Lightning would share out its samples a second time.
@@ -134,7 +137,7 @@ class EvaluationLoader:
     ) -> None:
         numbers = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
         batches = [
-            [(number, 0) for number in numbers[first : first + batch_size]]
+            [(number, NO_EPOCH) for number in numbers[first : first + batch_size]]
             for first in range(0, len(numbers), batch_size)
         ]
         self._loader: DataLoader[Any] = DataLoader(

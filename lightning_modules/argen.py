@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.base import GenerativeModule
-from lightning_modules.optimization import AdamWConfig, build_adamw
+from lightning_modules.optimization import AdamWConfig
 from llamagen.checkpoint import ENTRY, load_vqgan, weights_checksum
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, to_uint8
@@ -38,9 +38,8 @@ class ARGenModule(GenerativeModule):
         tokenizer: Path | str | None = None,
         sample_seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer or AdamWConfig())
         self.gpt = GPT(net)
-        self.optimizer_config = optimizer or AdamWConfig()
         self.sampling = sampling or SamplingConfig()
         self.sample_seed = sample_seed
         # In a tuple, so that nn.Module does not see it.
@@ -195,4 +194,4 @@ class ARGenModule(GenerativeModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the whole model."""
-        return build_adamw([self.gpt], self.optimizer_config)
+        return self.build_optimizer([self.gpt])

@@ -2,12 +2,15 @@
 
 import os
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import nn
 
+from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.checkpoint import ENTRY, check_fits, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
@@ -19,10 +22,16 @@ class GenerativeModule(pl.LightningModule):
     Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank, so that
     a resumed run draws what an uninterrupted one would have drawn, whatever validation or a callback drew in between.
     The seed is that of ``seed_everything`` and stays with the checkpoint.
+
+    The x axis of everything that is logged is the number of batches that a rank has seen.
+
+    Args:
+        optimizer: settings of AdamW.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: AdamWConfig) -> None:
         super().__init__()
+        self.optimizer_config = optimizer
         self._step_seed: int | None = None
 
     @property
@@ -46,6 +55,29 @@ class GenerativeModule(pl.LightningModule):
         micro_batch = batch_idx % max(self.trainer.accumulate_grad_batches, 1)
         counters = [self._step_seed, self.global_step, micro_batch, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> 1))
+        self._log_batches_seen()
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self) -> None:
+        """Place the numbers of an epoch on the x axis."""
+        self._log_batches_seen()
+
+    def on_validation_epoch_end(self) -> None:
+        """Place the numbers of a validation on the x axis."""
+        self._log_batches_seen()
+
+    def on_test_epoch_end(self) -> None:
+        """Place the numbers of a test on the x axis."""
+        self._log_batches_seen()
+
+    def _log_batches_seen(self) -> None:
+        # Loggers take what is logged as "step" for the x axis.
+        self.log("step", float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
+
+    def build_optimizer(self, networks: Iterable[nn.Module]) -> dict[str, Any]:
+        """One AdamW over several networks with the module's settings, as ``configure_optimizers`` returns it."""
+        total = self.trainer.estimated_stepping_batches if self.optimizer_config.schedule == "cosine" else float("inf")
+        return build_adamw(networks, self.optimizer_config, total, fused=self.trainer.precision != "16-mixed")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint holds; primitives only, so that it loads with ``weights_only``."""

@@ -1,8 +1,9 @@
 """The optimizer of both modules."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW
@@ -11,19 +12,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW with a constant learning rate, as in the paper, after an optional linear warmup.
+    """AdamW with a constant learning rate, as in the paper, or a falling one, after an optional linear warmup.
 
     Args:
         lr: learning rate.
         betas: decay of the first and second moments.
         weight_decay: on tensors of two and more dimensions only.
         warmup_steps: optimizer steps over which the rate grows from ``lr / warmup_steps`` to ``lr``; 0 for none.
+        schedule: what follows: ``constant``, or ``cosine`` for half a cosine down to ``final_lr`` at the end of the run.
+        final_lr: where the cosine ends; without effect on a constant rate.
     """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -35,18 +40,46 @@ class AdamWConfig:
             raise ValueError(
                 f"weight_decay is {self.weight_decay} and warmup_steps {self.warmup_steps}; both must be at least 0"
             )
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule is {self.schedule!r}; it must be constant or cosine")
+        if not 0.0 <= self.final_lr <= self.lr:
+            raise ValueError(f"final_lr is {self.final_lr}; it must be between 0 and lr, {self.lr}")
+
+    def rate(self, step: int, total_steps: float) -> float:
+        """Learning rate of a step.
+
+        Args:
+            step: number of the optimizer step, from 0.
+            total_steps: steps of the run; may be infinite for a constant rate.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / max(1.0, total_steps - self.warmup_steps))
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def build_adamw(networks: Iterable[nn.Module], config: AdamWConfig) -> dict[str, Any]:
+def build_adamw(
+    networks: Iterable[nn.Module], config: AdamWConfig, total_steps: float = math.inf, fused: bool = False
+) -> dict[str, Any]:
     """One AdamW over several networks, in the form that ``configure_optimizers`` returns.
 
     Args:
         networks: whose trainable parameters to optimise.
         config: its settings.
+        total_steps: optimizer steps of the run, for the cosine.
+        fused: one pass over the parameters a step; not with a GradScaler, which would leave unscaling to the optimizer
+            and so clip scaled gradients.
 
     Returns:
         The optimizer, with a group for decayed and one for other parameters of each network, and its schedule by step.
+
+    Raises:
+        ValueError: if a cosine is asked for and the run has no end.
     """
+    if config.schedule == "cosine" and math.isinf(total_steps):
+        raise ValueError("schedule is cosine, which needs to know the end of the run; set max_epochs or max_steps")
     groups = []
     for network in networks:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -54,9 +87,10 @@ def build_adamw(networks: Iterable[nn.Module], config: AdamWConfig) -> dict[str,
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    groups = [group for group in groups if group["params"]]
+    optimizer = AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        return config.rate(step, total_steps) / config.lr
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

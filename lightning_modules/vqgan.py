@@ -1,67 +1,30 @@
-"""Training of the image tokenizer. B batch, H × W pixels, h × w code grid."""
+"""Training of the image tokenizer. B batch, H × W pixels, h × w code grid, K codes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from lightning_modules.base import GenerativeModule
-from lightning_modules.optimization import AdamWConfig, build_adamw
-from llamagen.losses import (
-    codebook_loss,
-    commitment_loss,
-    entropy_loss,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
-from llamagen.metrics import CodebookUsage
-from llamagen.models.discriminator import PatchGAN
-from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
-
-
-@dataclass(frozen=True)
-class VQGANLossConfig:
-    """Weights of the tokenizer's loss (arXiv 2406.06525, section 2.1).
-
-    Args:
-        reconstruction_weight: of the mean squared error of the pixels.
-        codebook_weight: of the term that pulls codebook entries to the latents.
-        commitment_weight: of the term that pulls latents to the codebook entries.
-        entropy_weight: of the term that rewards use of the whole codebook; not computed at 0.
-        adversarial_weight: of the generator's adversarial loss; at 0 there is no discriminator.
-        adversarial_start: optimizer step at which the adversarial loss and the discriminator's training begin.
-    """
-
-    reconstruction_weight: float = 1.0
-    codebook_weight: float = 1.0
-    commitment_weight: float = 0.25
-    entropy_weight: float = 0.0
-    adversarial_weight: float = 0.5
-    adversarial_start: int = 20_000
-
-    def __post_init__(self) -> None:
-        """Refuse negative weights."""
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
-
-
-@dataclass(frozen=True)
-class PatchGANConfig:
-    """Shape of the discriminator.
-
-    Args:
-        channels: width of its first convolution.
-        num_layers: convolutions of stride 2; fewer for small pictures.
-    """
-
-    channels: int = 64
-    num_layers: int = 3
+from lightning_modules.code_revival import CodeRevival
+from lightning_modules.optimization import AdamWConfig
+from lightning_modules.vqgan_config import VQGANLossConfig
+from llamagen.checkpoint import ENTRY
+from llamagen.losses import ADVERSARIAL_LOSSES, adaptive_weight, codebook_loss, commitment_loss, entropy_loss
+from llamagen.losses.lecam import LeCAM
+from llamagen.metrics import CodebookUsage, FrechetDistance
+from llamagen.models.across_ranks import mean_over_ranks
+from llamagen.models.augmentation import DiscriminatorAugmentation
+from llamagen.models.discriminator import Discriminator, PatchGAN
+from llamagen.models.lpips import LPIPS, read_vgg16
+from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput, to_uint8
+from llamagen.weights import load_weights, read_weights
 
 
 class VQGANModule(GenerativeModule):
@@ -69,59 +32,133 @@ class VQGANModule(GenerativeModule):
 
     Each step reconstructs, takes the generator's loss with the discriminator frozen, takes the discriminator's loss on
     the detached reconstruction, and returns their sum: neither network sees the other's gradient, and the result is
-    that of two optimizers.
+    that of two optimizers. On several ranks it is that of one process with the whole batch.
 
     Args:
         net: shape of the tokenizer.
-        loss: weights of its loss.
-        discriminator: shape of the PatchGAN.
+        loss: terms of its loss and their weights.
+        discriminator: ``PatchGAN`` (the default) or ``StyleGAN``, with its settings.
         optimizer: settings of AdamW, for both networks.
+        augmentation: what is done to pictures before the discriminator sees them, real or not: any of ``color``,
+            ``translation`` and ``cutout``; for few pictures.
+        lpips_weights: file of the VGG16 that LPIPS needs, as torchvision publishes it; None looks into torch.hub's
+            cache and downloads it if it is not there.
+        rfid_features: module that turns pictures (B, 3, H, W), float32 in 0 … 255, into features (B, F); validation and
+            test then measure the Fréchet distance of reconstructions from pictures over them.
+        revive_codes_every: optimizer steps after which codes that were not used meanwhile are moved to latents of the
+            current batch; 0 for never.
+        init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
+        init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
+        channels_last: keep the channels of a pixel together in memory, which suits convolutions on GPUs.
+        compile: compile encoder, decoder and LPIPS; takes minutes at the start.
+        activation_checkpointing: recompute the blocks of encoder and decoder in the backward pass; less memory for a
+            third more work.
     """
 
     def __init__(
         self,
         net: VQGANConfig | None = None,
         loss: VQGANLossConfig | None = None,
-        discriminator: PatchGANConfig | None = None,
+        discriminator: Discriminator | None = None,
         optimizer: AdamWConfig | None = None,
+        augmentation: Sequence[Literal["color", "translation", "cutout"]] = (),
+        lpips_weights: Path | str | None = None,
+        rfid_features: nn.Module | None = None,
+        revive_codes_every: int = 0,
+        init_from: Path | str | None = None,
+        init_averaged: bool = True,
+        channels_last: bool = True,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer or AdamWConfig(weight_decay=0.0))
         self.loss_config = loss or VQGANLossConfig()
-        self.optimizer_config = optimizer or AdamWConfig(weight_decay=0.0)
         self.vqgan = VQGAN(net)
-        shape = discriminator or PatchGANConfig()
+        self.vqgan.checkpoint_activations(activation_checkpointing)
         adversarial = self.loss_config.adversarial_weight > 0
-        self.discriminator = PatchGAN(shape.channels, shape.num_layers) if adversarial else None
+        self.discriminator = (discriminator or PatchGAN()) if adversarial else None
+        self.augmentation = DiscriminatorAugmentation(augmentation)
+        self.lecam = LeCAM() if adversarial and self.loss_config.lecam_weight > 0 else None
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._compile = compile
+        if lpips_weights is not None and not Path(lpips_weights).is_file():
+            raise ValueError(f"lpips_weights {lpips_weights} does not exist; give the file of torchvision's VGG16")
+        self.lpips_weights = lpips_weights
+        # In tuples, so that nn.Module does not see them: they are in no state dict and no optimizer.
+        self._lpips: tuple[LPIPS, ...] = ()
+        self._rfid_features = () if rfid_features is None else (rfid_features,)
+        self._rfid: tuple[FrechetDistance, ...] = ()
+        size = self.vqgan.config.codebook_size
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
-        self.codebook_usage = CodebookUsage(self.vqgan.config.codebook_size)
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
+        self.codebook_usage, self.train_codebook_usage = CodebookUsage(size), CodebookUsage(size)
+        if revive_codes_every < 0:
+            raise ValueError(f"revive_codes_every is {revive_codes_every}; it must be at least 0")
+        self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
+        self._revived: int | None = None
+        self._handles: list[Any] = []
+        self.code_counts: dict[str, Tensor] = {}
+        if init_from is not None:
+            self._start_from(init_from, init_averaged)
+
+    def _start_from(self, path: Path | str, averaged: bool) -> None:
+        weights = read_weights(path, averaged)
+        if weights.architecture not in (None, "VQGAN"):
+            raise ValueError(
+                f"init_from {path} holds a {weights.architecture}, not a VQGAN; give a tokenizer's weights"
+            )
+        load_weights(self.vqgan, weights.state, weights.source)
+        if self.discriminator is None:
+            return
+        if weights.discriminator is None:
+            rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
+        else:
+            load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path}")
 
     @property
     def generator(self) -> VQGAN:
         """The tokenizer."""
         return self.vqgan
 
+    def prepare_data(self) -> None:
+        """Fetch the weights of LPIPS, in one process of each machine."""
+        if self._needs_lpips:
+            read_vgg16(self.lpips_weights)
+
+    @property
+    def _needs_lpips(self) -> bool:
+        return self.loss_config.perceptual_weight > 0 and self.trainer.state.fn != "predict"
+
     def setup(self, stage: str) -> None:
-        """Refuse pictures that do not fit the networks, now and not when the discriminator starts.
+        """Refuse pictures that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
 
         Raises:
-            ValueError: if the size is not a multiple of the downsampling factor, or too small for the discriminator.
+            ValueError: if the size is not a multiple of the downsampling factor, or does not fit the discriminator.
         """
         size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
-        if size is None:
-            return
-        if size % self.vqgan.config.downsampling:
-            raise ValueError(
-                f"image_size is {size}; the tokenizer needs a multiple of {self.vqgan.config.downsampling}"
-            )
-        if self.discriminator is not None and size < self.discriminator.min_size:
-            raise ValueError(
-                f"image_size is {size}, but the discriminator needs at least {self.discriminator.min_size}; lower "
-                "model.init_args.discriminator.num_layers"
-            )
+        if size is not None:
+            if size % self.vqgan.config.downsampling:
+                raise ValueError(
+                    f"image_size is {size}; the tokenizer needs a multiple of {self.vqgan.config.downsampling}"
+                )
+            if self.discriminator is not None:
+                self.discriminator.check_size(size)
+        if self._needs_lpips and not self._lpips:
+            self._lpips = (LPIPS(read_vgg16(self.lpips_weights)).to(memory_format=self.memory_format),)
+        if self._rfid_features and stage != "predict":
+            if size is None:
+                raise ValueError("rfid_features needs a DataModule with an image_size")
+            self._rfid = (FrechetDistance(self._rfid_features[0], size),)
+        for network in (self.vqgan, self.discriminator):
+            if network is not None:
+                network.to(memory_format=self.memory_format)
+        if self._compile:
+            for part in (self.vqgan.encoder, self.vqgan.decoder, *self._lpips):
+                part.compile()  # in place: the names in the state dict stay
 
     def forward(self, images: Tensor) -> VQGANOutput:
         """Reconstruct pictures (B, 3, H, W) in [-1, 1]."""
-        output: VQGANOutput = self.vqgan(images)
+        output: VQGANOutput = self.vqgan(images.to(memory_format=self.memory_format))
         return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -134,37 +171,91 @@ class VQGANModule(GenerativeModule):
         return self.discriminator is not None and self.global_step >= self.loss_config.adversarial_start
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of ``batch["images"]`` (B, 3, H, W) in [-1, 1]: the generator's plus the discriminator's."""
-        images = batch["images"]
+        """Loss of ``batch["images"]`` (B, 3, H, W) in [-1, 1]: the generator's plus the discriminator's.
+
+        Raises:
+            FloatingPointError: if a term is not finite on any rank.
+        """
+        images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
         loss, terms = self._generator_terms(images, output)
         discriminator_loss: Tensor | float = 0.0
         if self.discriminator is not None and self._adversarial:
             with frozen(self.discriminator):
-                terms["generator"] = hinge_generator_loss(self.discriminator(output.reconstruction))
-            loss = loss + self.loss_config.adversarial_weight * terms["generator"]
-            real, fake = self.discriminator(images), self.discriminator(output.reconstruction.detach())
-            terms["logits_real"], terms["logits_fake"] = real.mean(), fake.mean()
-            terms["discriminator"] = discriminator_loss = hinge_discriminator_loss(real, fake)
-        elif self.discriminator is not None:
+                judged = self.discriminator(self.augmentation(output.reconstruction))
+            terms["generator"] = ADVERSARIAL_LOSSES[self.loss_config.adversarial].generator(judged.float())
+            loss = loss + self._adversarial_weight(terms) * terms["generator"]
+            discriminator_loss = self._discriminator_loss(images, output.reconstruction.detach(), terms)
+        elif self.discriminator is not None and self.trainer.world_size > 1:
             # DDP waits for every parameter: before the start they take part with a gradient of zero.
             discriminator_loss = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
+        self._check_finite(terms)
+        self.train_codebook_usage.update(output.encoding.codes)
+        if self.revival is not None:
+            self.revival.see(output.encoding)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(images))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss + discriminator_loss
 
     def _generator_terms(self, images: Tensor, output: VQGANOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss without the adversarial part, and its unweighted terms."""
-        encoding, weights = output.encoding, self.loss_config
+        encoding, config = output.encoding, self.loss_config
+        difference = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
         terms = {
-            "reconstruction": F.mse_loss(output.reconstruction.float(), images.float()),
+            "reconstruction": difference(output.reconstruction.float(), images.float()),
             "codebook": codebook_loss(encoding.entries, encoding.latent),
             "commitment": commitment_loss(encoding.entries, encoding.latent),
         }
-        if weights.entropy_weight > 0:
-            terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook())
-        loss = sum((getattr(weights, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
+        if self._lpips:
+            terms["perceptual"] = self._lpips[0].to(images.device)(output.reconstruction, images).mean()
+        if config.entropy_weight > 0:
+            terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook(), mean_over_ranks)
+        loss = sum((getattr(config, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
         return loss, terms
+
+    def _adversarial_weight(self, terms: dict[str, Tensor]) -> Tensor | float:
+        config = self.loss_config
+        if not config.adaptive_weight:
+            return config.adversarial_weight
+        pixels = config.reconstruction_weight * terms["reconstruction"]
+        if "perceptual" in terms:
+            pixels = pixels + config.perceptual_weight * terms["perceptual"]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        weight = adaptive_weight(
+            pixels,
+            terms["generator"],
+            self.vqgan.decoder.last_weight,
+            mean_over_ranks,
+            1.0 if scaler is None else scaler.get_scale(),
+        )
+        if scaler is not None:  # too large a scale, which the scaler finds out by itself
+            weight = weight.nan_to_num(0.0)
+        terms["adaptive_weight"] = weight
+        return config.adversarial_weight * weight
+
+    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        assert self.discriminator is not None
+        real = self.discriminator(self.augmentation(images)).float()
+        fake = self.discriminator(self.augmentation(reconstruction)).float()
+        terms["logits_real"], terms["logits_fake"] = real.mean(), fake.mean()
+        terms["discriminator"] = ADVERSARIAL_LOSSES[self.loss_config.adversarial].discriminator(real, fake)
+        if self.lecam is None:
+            return terms["discriminator"]
+        means = mean_over_ranks(torch.stack([terms["logits_real"], terms["logits_fake"]]).detach())
+        self.lecam.update(*means)
+        terms["lecam"] = self.lecam(real, fake)
+        return terms["discriminator"] + self.loss_config.lecam_weight * terms["lecam"]
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+        broken = ~torch.stack([value.detach().float() for value in terms.values()]).isfinite()
+        if self.trainer.world_size > 1:  # all ranks stop, or none: nobody waits for one that is gone
+            broken = self.trainer.strategy.reduce(broken.float(), reduce_op="sum") > 0
+        if broken.any():
+            names = [name for name, bad in zip(terms, broken.tolist(), strict=True) if bad]
+            raise FloatingPointError(
+                f"{', '.join(names)} not finite at step {self.global_step}; the last checkpoint is from before it. Go on "
+                "from there with a lower learning rate or another seed, or in 32-bit precision"
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the discriminator alone before its start: no moments, no weight decay."""
@@ -177,19 +268,65 @@ class VQGANModule(GenerativeModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each network by itself, so that a wild discriminator does not slow the tokenizer."""
-        if not gradient_clip_val:
-            return
-        for network in (self.vqgan, self.discriminator):
-            if network is None:
+        """Clip each network by itself, so that a wild discriminator does not slow the tokenizer.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
+        """
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
+            gradients = [] if network is None else [p.grad for p in network.parameters() if p.grad is not None]
+            if network is None or not gradients:
                 continue
-            if gradient_clip_algorithm == "value":
+            norm = nn.utils.get_total_norm(gradients)
+            self.log(f"train/grad_norm_{name}", norm)
+            if not scaled and not norm.isfinite():
+                raise FloatingPointError(
+                    f"the gradient of the {name} is not finite at step {self.global_step}; its weights are still those "
+                    "of the step before. Go on from the last checkpoint with a lower learning rate or another seed"
+                )
+            if gradient_clip_val and gradient_clip_algorithm == "value":
                 nn.utils.clip_grad_value_(network.parameters(), gradient_clip_val)
-            else:
-                nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
+            elif gradient_clip_val:
+                nn.utils.clip_grads_with_norm_(network.parameters(), gradient_clip_val, norm)
+
+    def on_fit_start(self) -> None:
+        """Follow the optimizer, for the revival of codes."""
+        super().on_fit_start()
+        if self.revival is not None:
+            self._handles = [self.trainer.optimizers[0].register_step_post_hook(self._revive_codes)]
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _revive_codes(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.revival is not None
+        if self.revival.is_due(optimizer, self.vqgan.quantize):
+            self._revived = self.revival.revive(self.vqgan.quantize, optimizer, self.trainer.strategy)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log how many codes came back to life."""
+        if self._revived is not None:
+            self.log("train/revived_codes", float(self._revived))
+            self._revived = None
+
+    def on_train_epoch_end(self) -> None:
+        """Codebook usage and perplexity of the epoch, over all ranks, under ``train/``."""
+        super().on_train_epoch_end()
+        self._log_usage(self.train_codebook_usage, "train")
+        self.train_codebook_usage.reset()
+
+    def _log_usage(self, metric: CodebookUsage, stage: str) -> None:
+        statistics = metric.compute()
+        self.log(f"{stage}/codebook_usage", statistics.usage)
+        self.log(f"{stage}/codebook_perplexity", statistics.perplexity)
+        self.code_counts[stage] = statistics.counts
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Reconstruction losses, PSNR (of the mean squared error over the set) and codebook usage under ``val/``."""
+        """Loss terms, PSNR (of the mean squared error over the set), SSIM, codebook usage, rFID under ``val/``."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -197,39 +334,72 @@ class VQGANModule(GenerativeModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        images = batch["images"]
+        images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
-        loss, terms = self._generator_terms(images, output)
-        self.psnr.update(((output.reconstruction.float() + 1) / 2).clamp(0, 1), (images.float() + 1) / 2)
+        with torch.autocast(images.device.type, enabled=False):  # numbers to compare are not rounded to 16 bits
+            output = output._replace(reconstruction=output.reconstruction.float())
+            loss, terms = self._generator_terms(images, output)
+            found, wanted = (output.reconstruction.clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
+            self.psnr.update(found, wanted)
+            self.ssim.update(found, wanted)
         self.codebook_usage.update(output.encoding.codes)
-        scalars = {f"{stage}/{name}": value for name, value in terms.items()}
+        for rfid in self._rfid:
+            rfid.to(images.device)
+            rfid.update(to_uint8(images), real=True)
+            rfid.update(to_uint8(output.reconstruction), real=False)
+        scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over the whole validation set and all ranks."""
+        super().on_validation_epoch_end()
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Metrics over the whole test set and all ranks."""
+        super().on_test_epoch_end()
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        # Computed here, not handed to `log` as metrics: usage has two results.
-        usage = self.codebook_usage.compute()
+        # Computed here, not handed to `log` as metrics: usage has several results.
         self.log(f"{stage}/psnr", self.psnr.compute(), prog_bar=True)
-        self.log_dict({f"{stage}/codebook_{name}": value for name, value in usage.items()})
-        self.psnr.reset()
-        self.codebook_usage.reset()
+        self.log(f"{stage}/ssim", self.ssim.compute())
+        self._log_usage(self.codebook_usage, stage)
+        for rfid in self._rfid:
+            self.log(f"{stage}/rfid_{type(rfid.features).__name__}", rfid.compute().float())
+        for metric in (self.psnr, self.ssim, self.codebook_usage, *self._rfid):
+            metric.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Codes of ``batch["images"]``: (B, A, h, w) int64, with A = 1 view of each picture."""
-        return self.vqgan.encode(batch["images"]).codes.unsqueeze(1)
+        return self.vqgan.encode(batch["images"].to(memory_format=self.memory_format)).codes.unsqueeze(1)
 
     def configure_optimizers(self) -> Any:
         """One AdamW for both networks."""
-        networks = [self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator]
-        return build_adamw(networks, self.optimizer_config)
+        return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how often each code was used since the epoch began, over all ranks."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[ENTRY]["code_counts"] = [
+            self.trainer.strategy.reduce(counts.clone(), reduce_op="sum") for counts in self._running_counts()
+        ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting, on the first rank.
+
+        Raises:
+            ValueError: if it is the checkpoint of another model.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self.trainer.is_global_zero:
+            for counts, saved in zip(self._running_counts(), checkpoint[ENTRY].get("code_counts", []), strict=False):
+                counts.copy_(saved)
+
+    def _running_counts(self) -> list[Tensor]:
+        metrics = [self.train_codebook_usage] + ([] if self.revival is None else [self.revival.usage])
+        return [metric.counts for metric in metrics]
 
 
 @contextmanager

@@ -9,17 +9,24 @@ state.
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llamagen.models.gpt import GPT
+from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
-
-ENTRY = "llamagen"
-EMA_STATE = "ema"
+from llamagen.weights import EMA_STATE as EMA_STATE
+from llamagen.weights import (
+    ENTRY,
+    Weights,
+    differences,
+    infer_vqgan_config,
+    load_weights,
+    read_torch_file,
+    read_weights,
+)
+from llamagen.weights import averaged_weights as averaged_weights
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
@@ -51,10 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    checkpoint = read_torch_file(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(ENTRY), dict):
         raise ValueError(f"{path} was not written by a training run of this project; give the .ckpt file of a run")
     return checkpoint
@@ -79,38 +83,53 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
             f"a {wanted} run"
         )
-    weights = {
-        key.removeprefix(entry["prefix"]): tuple(value.shape)
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith(entry["prefix"])
-    }
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if weights != shapes:
-        differing = sorted(set(weights.items()) ^ set(shapes.items()))[0][0]
+    prefix = entry["prefix"]
+    weights = {key.removeprefix(prefix): w for key, w in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    differing = differences(weights, model.state_dict())
+    if differing:
         raise ValueError(
-            f"the checkpoint's {wanted} has another shape: {differing} is {weights.get(differing, 'missing')} there "
-            f"and {shapes.get(differing, 'missing')} here; use the configuration that it was trained with"
+            f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
         )
 
 
-def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Averaged (EMA) parameters of a training checkpoint by their name in ``state_dict``; empty if there are none."""
-    names = checkpoint.get(ENTRY, {}).get("ema_names")
-    averages: dict[str, Tensor] = {}
-    if names is None:  # or of a run that went on without averaging
-        return averages
-    for optimizer in checkpoint.get("optimizer_states", []):
-        for index, state in optimizer["state"].items():
-            if EMA_STATE in state:
-                averages[names[int(index)]] = state[EMA_STATE]
-    return averages
+def build_model(weights: Weights) -> GPT | VQGAN:
+    """The model that weights belong to, with these weights, in evaluation mode, frozen.
+
+    Args:
+        weights: as read. If they do not say what they are, they are a tokenizer, and their shapes give its
+            configuration.
+
+    Returns:
+        The model, on the CPU, float32. Random numbers are not drawn.
+
+    Raises:
+        ValueError: in one line, if they are something else.
+    """
+    with torch.device("meta"):
+        model = _empty_model(weights)
+    model = model.to_empty(device="cpu")
+    load_weights(model, weights.state, weights.source)
+    return model.eval().requires_grad_(False)
+
+
+def _empty_model(weights: Weights) -> GPT | VQGAN:
+    if weights.architecture is None:
+        return VQGAN(infer_vqgan_config(weights.state, weights.source))
+    try:
+        if weights.architecture == "VQGAN":
+            return VQGAN(VQGANConfig(**(weights.config or {})))
+        if weights.architecture == "GPT":
+            return GPT(GPTConfig(**(weights.config or {})))
+    except TypeError as error:
+        raise ValueError(f"{weights.source}: the file says a configuration that is none ({error})") from error
+    raise ValueError(f"{weights.source}: the file holds a {weights.architecture}, which this version does not know")
 
 
 def load_vqgan(path: str | Path) -> VQGAN:
-    """The image tokenizer of a training checkpoint: averaged weights if it has them, in evaluation mode, frozen.
+    """The image tokenizer of a file: averaged weights if it has them, in evaluation mode, frozen.
 
     Args:
-        path: checkpoint file of a tokenizer run.
+        path: checkpoint of a tokenizer run, published ``.pt``, or safetensors.
 
     Returns:
         The model, on the CPU.
@@ -118,16 +137,12 @@ def load_vqgan(path: str | Path) -> VQGAN:
     Raises:
         ValueError: if there is no such file or it holds something else.
     """
-    checkpoint = read_checkpoint(path)
-    entry = checkpoint[ENTRY]
-    if entry["architecture"] != "VQGAN":
-        raise ValueError(f"{path} holds a {entry['architecture']}, not a VQGAN; give the checkpoint of a tokenizer run")
-    vqgan = VQGAN(VQGANConfig(**entry["config"]))
-    check_fits(checkpoint, vqgan)
-    weights = {**checkpoint["state_dict"], **averaged_weights(checkpoint)}
-    prefix = entry["prefix"]
-    vqgan.load_state_dict({key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)})
-    return vqgan.eval().requires_grad_(False)
+    weights = read_weights(path)
+    if weights.architecture not in (None, "VQGAN"):
+        raise ValueError(f"{path} holds a {weights.architecture}, not a VQGAN; give the weights of a tokenizer")
+    model = build_model(weights)
+    assert isinstance(model, VQGAN)
+    return model
 
 
 def weights_checksum(model: nn.Module) -> str:
@@ -135,5 +150,5 @@ def weights_checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

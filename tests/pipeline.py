@@ -13,6 +13,7 @@ TOKENIZER_NET = {
     "codebook_size": 32,
     "codebook_dim": 4,
 }
+PATCHGAN = {"channels": 8, "num_layers": 1}
 GPT_NET = {
     "dim": 32,
     "n_layer": 2,
@@ -64,7 +65,7 @@ class Pipeline:
         return [
             *("--config", "configs/vqgan/base.yaml", "--config", "configs/vqgan/digits.yaml"),
             *(f"--model.init_args.net.{key}={value}" for key, value in TOKENIZER_NET.items()),
-            *("--model.init_args.discriminator.num_layers=1", "--model.init_args.discriminator.channels=8"),
+            *(f"--model.init_args.discriminator.init_args.{key}={value}" for key, value in PATCHGAN.items()),
             *("--data.init_args.image_size=8", f"--data.init_args.root={self.digits}"),
             *("--model.init_args.loss.adversarial_start=4", "--trainer.max_steps=8", "--trainer.limit_val_batches=2"),
             *("--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=1"),

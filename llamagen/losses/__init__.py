@@ -1,12 +1,27 @@
 """Loss terms as pure functions."""
 
-from llamagen.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from llamagen.losses.adaptive_weight import adaptive_weight
+from llamagen.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    AdversarialLoss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    logistic_discriminator_loss,
+    non_saturating_generator_loss,
+)
+from llamagen.losses.lecam import LeCAM
 from llamagen.losses.quantization import codebook_loss, commitment_loss, entropy_loss
 
 __all__ = [
+    "ADVERSARIAL_LOSSES",
+    "AdversarialLoss",
+    "LeCAM",
+    "adaptive_weight",
     "codebook_loss",
     "commitment_loss",
     "entropy_loss",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "logistic_discriminator_loss",
+    "non_saturating_generator_loss",
 ]

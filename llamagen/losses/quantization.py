@@ -1,5 +1,7 @@
 """Losses that keep latents and codebook entries together. B batch, E codebook width, h × w grid, K codes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ def commitment_loss(entries: Tensor, latent: Tensor) -> Tensor:
     return F.mse_loss(latent, entries.detach())
 
 
-def entropy_loss(latent: Tensor, codebook: Tensor) -> Tensor:
+def entropy_loss(latent: Tensor, codebook: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Reward sharp choices that spread over the whole codebook.
 
     With p = softmax(−squared distance / 0.01): the mean entropy of p over the positions, minus the entropy of the mean
@@ -26,18 +28,22 @@ def entropy_loss(latent: Tensor, codebook: Tensor) -> Tensor:
     Args:
         latent: (B, E, h, w), l2-normalised.
         codebook: (K, E), l2-normalised.
+        mean_over_ranks: differentiable mean of a tensor over the ranks of a distributed run; the mean p is that of the
+            global batch then.
 
     Returns:
         Scalar, computed in float32 also under autocast.
     """
     with torch.autocast(latent.device.type, enabled=False):
-        return _entropy_loss(latent.movedim(1, -1).flatten(0, -2).float(), codebook.float())
+        return _entropy_loss(latent.movedim(1, -1).flatten(0, -2).float(), codebook.float(), mean_over_ranks)
 
 
-def _entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
+def _entropy_loss(vectors: Tensor, codebook: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
     distance = vectors.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * vectors @ codebook.T
     logits = -distance / ENTROPY_TEMPERATURE
     probabilities = logits.softmax(dim=-1)
     each = -(probabilities * (logits + 1e-5).log_softmax(dim=-1)).sum(-1).mean()
     mean = probabilities.mean(dim=0)
+    if mean_over_ranks is not None:
+        mean = mean_over_ranks(mean)
     return each + (mean * (mean + 1e-5).log()).sum()

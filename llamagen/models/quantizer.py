@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PUBLISHED_USAGE_WINDOW = 65536
+MOST_SIMILARITIES = 1 << 25
+"""Numbers in the largest block of similarities: 128 MiB."""
+MOST_SIMILARITIES_ON_CPU = 1 << 18
+"""The same on a CPU: 1 MiB, which stays in its cache."""
 
 
 class Quantized(NamedTuple):
@@ -66,12 +70,31 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(latent.device.type, enabled=False):
             latent = F.normalize(latent.float(), dim=1)
             codebook = self.codebook()
-            # On the unit sphere the nearest entry is the one with the largest dot product.
-            with torch.no_grad():
-                codes = (latent.movedim(1, -1) @ codebook.T).argmax(dim=-1)
+            codes = nearest_codes(latent, codebook)
             entries = F.embedding(codes, codebook).movedim(-1, 1)
             return Quantized(latent + (entries - latent).detach(), codes, latent, entries)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Entries of codes: (B, h, w) int64 → (B, E, h, w) float32."""
         return F.embedding(codes, self.codebook()).movedim(-1, 1)
+
+
+@torch.no_grad()
+def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
+    """The entry of the codebook that is nearest to each vector; the first one among equals.
+
+    On the unit sphere it is the one with the largest dot product. Dot products are held for one block of vectors at a
+    time, never for all of them.
+
+    Args:
+        latent: (B, E, h, w), l2-normalised, float32.
+        codebook: (K, E), l2-normalised, float32.
+
+    Returns:
+        Codes (B, h, w) int64.
+    """
+    vectors = latent.movedim(1, -1)
+    most = MOST_SIMILARITIES_ON_CPU if latent.device.type == "cpu" else MOST_SIMILARITIES
+    rows = max(1, most // len(codebook))
+    blocks = vectors.reshape(-1, vectors.shape[-1]).split(rows)
+    return torch.cat([(block @ codebook.T).argmax(dim=-1) for block in blocks]).view(vectors.shape[:-1])

@@ -3,12 +3,14 @@
 Shapes: B batch, H × W pixels, h × w = H / f × W / f grid, f = 2 ** (levels − 1), Z latent width, E codebook width.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.quantizer import VectorQuantizer
 
@@ -170,15 +172,31 @@ class Level(nn.Module):
         )
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) → (B, out, H', W')."""
+    def parts(self) -> Iterator[nn.Module]:
+        """Its blocks in the order in which they are applied: (B, in, H, W) → (B, out, H', W')."""
         for index, block in enumerate(self.res):
-            x = block(x)
+            yield block
             if self.attn:
-                x = self.attn[index](x)
+                yield self.attn[index]
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
-                x = getattr(self, name)(x)
+                yield getattr(self, name)
+
+
+class Blocks(nn.Module):
+    """What encoder and decoder share: running a list of blocks, whose activations may be recomputed."""
+
+    checkpoint_activations = False
+
+    def run(self, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+        """Apply blocks in turn; with ``checkpoint_activations`` each keeps its input only, for the backward pass."""
+        for block in blocks:
+            if isinstance(block, Level):
+                x = self.run(x, block.parts())
+            elif self.checkpoint_activations and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+            else:
+                x = block(x)
         return x
 
 
@@ -193,7 +211,7 @@ def middle(channels: int, dropout: float) -> nn.ModuleList:
     )
 
 
-class Encoder(nn.Module):
+class Encoder(Blocks):
     """Pictures to latents."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -215,13 +233,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, Z, h, w)."""
-        x = self.conv_in(images)
-        for block in (*self.conv_blocks, *self.mid):
-            x = block(x)
+        x = self.run(self.conv_in(images), (*self.conv_blocks, *self.mid))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
 
 
-class Decoder(nn.Module):
+class Decoder(Blocks):
     """Latents to pictures; its levels are stored lowest resolution first."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -247,9 +263,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """(B, Z, h, w) → (B, 3, H, W)."""
-        x = self.conv_in(latent)
-        for block in (*self.mid, *self.conv_blocks):
-            x = block(x)
+        x = self.run(self.conv_in(latent), (*self.mid, *self.conv_blocks))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
 
 
@@ -268,6 +282,10 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them: less memory, more work."""
+        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = enabled
 
     def encode(self, images: Tensor) -> Encoding:
         """Pictures to codes.

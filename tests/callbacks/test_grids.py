@@ -11,6 +11,13 @@ from callbacks import ReconstructionGrid, SampleGrid
 from callbacks.pictures import grid_image, publish
 
 
+def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
+    """What a callback asks of a trainer after so many batches."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches - 1))
+    settings = {"loggers": [], "sanity_checking": False, "is_global_zero": True, **options}
+    return SimpleNamespace(default_root_dir=str(folder), fit_loop=loop, **settings)
+
+
 def test_a_grid_places_each_picture_in_its_cell() -> None:
     pictures = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
     grid = np.array(grid_image([pictures[:2], pictures[2:]]))
@@ -26,7 +33,7 @@ def test_a_grid_goes_to_the_folder_and_to_loggers_that_take_images(tmp_path: Pat
     wandb = SimpleNamespace(log_image=lambda **arguments: calls.append(arguments))
     board = SimpleNamespace(experiment=SimpleNamespace(add_image=lambda *a, **k: calls.append((a, k))))
     csv = SimpleNamespace(experiment=SimpleNamespace())
-    trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path), global_step=7, loggers=[wandb, board, csv])
+    trainer = trainer_at(7, tmp_path, loggers=[wandb, board, csv])
     publish(trainer, grid_image([[np.zeros((4, 4, 3), dtype=np.uint8)]]), "samples")
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000007.png"]
     assert (calls[0]["key"], calls[0]["step"]) == ("samples", 7)
@@ -64,9 +71,7 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
     callback = SampleGrid(classes=[3, 1], per_class=2, every_n_validations=3)
     module: Any = Module()
     for step in range(1, 8):
-        trainer: Any = SimpleNamespace(
-            default_root_dir=str(tmp_path), global_step=step, loggers=[], sanity_checking=False, is_global_zero=True
-        )
+        trainer = trainer_at(step, tmp_path)
         if step == 5:
             restored = SampleGrid(classes=[3, 1], per_class=2, every_n_validations=3)
             restored.load_state_dict(callback.state_dict())

@@ -122,6 +122,13 @@ def test_validation_takes_the_first_view(tmp_path: Path) -> None:
     assert list(data.datasets) == ["val"]
 
 
+def test_evaluation_of_the_training_split_takes_the_first_view_too(tmp_path: Path) -> None:
+    write_codes(tmp_path)
+    loader = code_data(tmp_path).predict_dataloader()[0]
+    codes = [codes for batch in loader for codes in batch["codes"].tolist()]
+    assert codes == [codes_of("train", number)[0].flatten().tolist() for number in range(9)]
+
+
 GOOD = codes_of("train", 0)
 OUTSIDE = GOOD.copy()
 OUTSIDE[-1, -1, -1] = VOCABULARY

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.images import NO_LABEL, ImageDataModule, ImageDataset, centre_crop, to_tensor
+from datamodules.images import NO_LABEL, ImageDataModule, ImageDataset, to_tensor
+from datamodules.loader import NO_EPOCH
 from datamodules.shards import index_shard
 from tests.datamodules.shard_files import assert_one_line, encode, write_pictures, write_shards
 
@@ -22,74 +23,12 @@ PNG = encode(Image.fromarray(COLOURS))
 def read_parts(folder: Path, parts: dict[str, bytes], image_size: int = 8) -> dict[str, Any]:
     """The sample that comes out of these files."""
     (shard,) = write_shards(folder / "train", [("folder/key", parts)])
-    return ImageDataset(index_shard(shard), image_size)[0, 0]
+    return ImageDataset(index_shard(shard), image_size)[0, NO_EPOCH]
 
 
 def levels(images: torch.Tensor) -> np.ndarray:
     """(3, H, W) in [-1, 1] as (H, W, 3) in 0 … 255, float."""
     return ((images + 1) * 127.5).permute(1, 2, 0).numpy()
-
-
-def random_grey(height: int, width: int, multiple: int) -> np.ndarray:
-    """Levels whose mean over ``multiple`` pixels is a whole number."""
-    return np.random.default_rng(1).integers(0, 256 // multiple, (height, width)).astype(np.uint8) * multiple
-
-
-def block_means(levels: np.ndarray, side: int) -> np.ndarray:
-    height, width = levels.shape
-    return levels.reshape(height // side, side, width // side, side).mean((1, 3))
-
-
-@pytest.mark.parametrize("size", [1, 7, 32])
-@pytest.mark.parametrize("source", [(32, 32), (33, 32), (31, 97), (97, 31), (500, 375), (64, 64), (5, 3), (1, 40)])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_the_crop_has_the_size_and_the_mode(source: tuple[int, int], size: int, mode: str) -> None:
-    cropped = centre_crop(Image.new(mode, source, 200 if mode == "L" else (200, 100, 0)), size)
-    assert (cropped.size, cropped.mode) == ((size, size), mode)
-    assert cropped.getextrema() == ((200, 200) if mode == "L" else ((200, 200), (100, 100), (0, 0)))
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "rows", "columns"),
-    [
-        (8, 8, slice(0, 8), slice(0, 8)),
-        (8, 12, slice(0, 8), slice(2, 10)),
-        (12, 8, slice(2, 10), slice(0, 8)),
-        (8, 11, slice(0, 8), slice(1, 9)),
-        (11, 8, slice(1, 9), slice(0, 8)),
-    ],
-)
-def test_a_picture_whose_short_side_fits_is_cut_and_not_resized(
-    height: int, width: int, rows: slice, columns: slice
-) -> None:
-    source = random_grey(height, width, 1)
-    assert np.array_equal(np.asarray(centre_crop(Image.fromarray(source), 8)), source[rows, columns])
-
-
-@pytest.mark.parametrize(("height", "width", "side"), [(16, 16, 2), (16, 24, 2), (24, 16, 2), (32, 32, 4), (32, 48, 4)])
-def test_a_large_picture_is_halved_by_means_of_boxes(height: int, width: int, side: int) -> None:
-    source = random_grey(height, width, side * side)
-    means = block_means(source, side)
-    top, left = (means.shape[0] - 8) // 2, (means.shape[1] - 8) // 2
-    assert np.array_equal(np.asarray(centre_crop(Image.fromarray(source), 8)), means[top : top + 8, left : left + 8])
-
-
-@pytest.mark.parametrize("side", [3, 5, 9, 15])
-def test_a_picture_of_less_than_twice_the_size_is_resized_bicubically(side: int) -> None:
-    source = Image.fromarray(random_grey(side, side, 1))
-    assert np.array_equal(
-        np.asarray(centre_crop(source, 8)), np.asarray(source.resize((8, 8), Image.Resampling.BICUBIC))
-    )
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 60, 16), (60, 40, 16), (10, 20, 16), (128, 64, 24)])
-def test_the_crop_is_centred(height: int, width: int, size: int) -> None:
-    y, x = np.mgrid[:height, :width]
-    hill = 255 - 4 * np.hypot(y - (height - 1) / 2, x - (width - 1) / 2)
-    cropped = np.asarray(centre_crop(Image.fromarray(hill.clip(0, 255).astype(np.uint8)), size)).astype(int)
-    assert abs(cropped - cropped[::-1]).max() <= 1
-    assert abs(cropped - cropped[:, ::-1]).max() <= 1
-    assert cropped.max() - cropped.min() > 20
 
 
 def test_levels_are_mapped_onto_minus_one_to_one() -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from datamodules.loader import EvaluationLoader, TrainLoader
+from datamodules.loader import NO_EPOCH, EvaluationLoader, TrainLoader
 from datamodules.order import epoch_order
 from tests.datamodules.shard_files import Numbers, assert_one_line
 from tests.datamodules.test_order import CASES
@@ -213,6 +213,7 @@ def test_evaluation_sees_every_sample_once_in_order(
         batches = take(source)
         assert len(batches) == len(source)
         assert numbers(batches) == list(range(rank, count, world_size))
+        assert {epoch for batch in batches for _, epoch in batch} <= {NO_EPOCH}
         assert all(len(batch) == batch_size for batch in batches[:-1])
         assert take(source) == batches
         seen += numbers(batches)
@@ -222,5 +223,4 @@ def test_evaluation_sees_every_sample_once_in_order(
 def test_ranks_may_have_unequal_numbers_of_evaluation_batches() -> None:
     ranks = [EvaluationLoader(Numbers(5), 2, 0, rank, 2, pin_memory=False) for rank in range(2)]
     assert [len(rank) for rank in ranks] == [2, 1]
-    assert take(ranks[0]) == [[(0, 0), (2, 0)], [(4, 0)]]
-    assert take(ranks[1]) == [[(1, 0), (3, 0)]]
+    assert [[numbers([batch]) for batch in take(rank)] for rank in ranks] == [[[0, 2], [4]], [[1, 3]]]

@@ -12,20 +12,23 @@ from callbacks import EMA
 from datamodules import CodeDataModule, DigitsDataModule
 from lightning_modules import AdamWConfig, ARGenModule, VQGANLossConfig, VQGANModule
 from lightning_modules.base import GenerativeModule
-from lightning_modules.vqgan import PatchGANConfig
+from llamagen.models.discriminator import PatchGAN
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
 
 
-def vqgan_module(seed: int = 0, **loss: Any) -> VQGANModule:
-    """A tokenizer with a discriminator that starts at step 3, the same for the same seed."""
+def vqgan_module(seed: int = 0, options: dict[str, Any] | None = None, **loss: Any) -> VQGANModule:
+    """A tokenizer with a discriminator that starts at step 3, without LPIPS, the same for the same seed."""
     pl.seed_everything(seed, verbose=False)
     return VQGANModule(
         VQGANConfig(**TOKENIZER_NET, dropout=0.1),
-        VQGANLossConfig(**{"adversarial_start": 3, **loss}),
-        PatchGANConfig(channels=8, num_layers=1),
-        AdamWConfig(lr=1e-3, weight_decay=0.1, warmup_steps=4),
+        VQGANLossConfig(**{"adversarial_start": 3, "perceptual_weight": 0.0, **loss}),
+        **{
+            "discriminator": PatchGAN(channels=8, num_layers=1),
+            "optimizer": AdamWConfig(lr=1e-3, weight_decay=0.1, warmup_steps=4),
+            **(options or {}),
+        },
     )
 
 

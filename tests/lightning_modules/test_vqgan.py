@@ -10,12 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from datamodules import DigitsDataModule
-from lightning_modules import VQGANModule
-from lightning_modules.vqgan import PatchGANConfig, frozen
+from lightning_modules.vqgan import frozen
 from llamagen.losses import codebook_loss, commitment_loss, hinge_discriminator_loss, hinge_generator_loss
-from llamagen.models.vqgan import VQGANConfig
+from llamagen.models.discriminator import PatchGAN
 from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train, vqgan_module
-from tests.pipeline import TOKENIZER_NET, Pipeline
+from tests.pipeline import Pipeline
 
 
 def copies(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +45,9 @@ def test_without_adversarial_weight_there_is_no_discriminator(pipeline: Pipeline
 
 
 def test_one_optimizer_trains_like_two(pipeline: Pipeline, tmp_path: Path) -> None:
-    module, reference = vqgan_module(adversarial_start=0), vqgan_module(adversarial_start=0)
+    # One memory format, so that convolutions add in one order.
+    options = {"channels_last": False}
+    module, reference = (vqgan_module(options=options, adversarial_start=0) for _ in range(2))
     for each in (module, reference):
         each.vqgan.apply(lambda part: setattr(part, "p", 0.0) if isinstance(part, nn.Dropout) else None)
     assert reference.discriminator is not None
@@ -64,7 +65,7 @@ def test_one_optimizer_trains_like_two(pipeline: Pipeline, tmp_path: Path) -> No
         decayed = [p for p in network.parameters() if p.dim() >= 2]
         others = [p for p in network.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas))
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: (step + 1) / 4))
     reference.train()
     for images in batches:
@@ -97,24 +98,36 @@ def test_a_frozen_network_passes_gradients_on_and_keeps_none() -> None:
     assert network.weight.requires_grad
 
 
-def test_each_network_is_clipped_by_itself() -> None:
-    module = vqgan_module()
-    assert module.discriminator is not None
-    for scale, network in ((10.0, module.vqgan), (0.01, module.discriminator)):
-        gradient = torch.cat([torch.ones(p.numel()) for p in network.parameters()])
-        for parameter in network.parameters():
-            parameter.grad = torch.full_like(parameter, scale / gradient.norm())
-    module.configure_gradient_clipping(torch.optim.SGD(module.parameters()), gradient_clip_val=1.0)
+class LargeGradients(pl.Callback):
+    """Gradients of norm 10 for the tokenizer and 0.01 for the discriminator, and what clipping makes of them."""
 
-    def norm(network: nn.Module) -> float:
-        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm().item()
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for scale, network in ((10.0, pl_module.vqgan), (0.01, pl_module.discriminator)):
+            gradients = [parameter.grad for parameter in network.parameters()]
+            size = sum(gradient.numel() for gradient in gradients) ** 0.5
+            for gradient in gradients:
+                gradient.fill_(scale / size)
 
-    assert norm(module.vqgan) == pytest.approx(1.0, rel=1e-4)
-    assert norm(module.discriminator) == pytest.approx(0.01, rel=1e-4)
-    module.configure_gradient_clipping(
-        torch.optim.SGD(module.parameters()), gradient_clip_val=1e-5, gradient_clip_algorithm="value"
-    )
-    assert max(p.grad.abs().max().item() for p in module.parameters() if p.grad is not None) <= 1e-5
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if pl_module.vqgan.quant_conv.weight.grad is not None:
+            networks = {"vqgan": pl_module.vqgan, "discriminator": pl_module.discriminator}
+            self.gradients = {
+                name: torch.cat([p.grad.flatten() for p in network.parameters()]) for name, network in networks.items()
+            }
+
+
+def test_each_network_is_clipped_by_itself(pipeline: Pipeline, tmp_path: Path) -> None:
+    watch = LargeGradients()
+    module = vqgan_module(adversarial_start=0)
+    train(module, pipeline, tmp_path / "norm", watch, max_steps=2)
+    assert watch.gradients["vqgan"].norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert watch.gradients["discriminator"].norm().item() == pytest.approx(0.01, rel=1e-4)
+    logged = module.trainer.callback_metrics
+    assert logged["train/grad_norm_vqgan"].item() == pytest.approx(10.0, rel=1e-4)
+    assert logged["train/grad_norm_discriminator"].item() == pytest.approx(0.01, rel=1e-4)
+    by_value = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": "value"}
+    train(vqgan_module(adversarial_start=0), pipeline, tmp_path / "value", watch, max_steps=2, **by_value)
+    assert all(gradient.abs().max() <= 1e-5 for gradient in watch.gradients.values())
 
 
 def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -160,7 +173,7 @@ def test_negative_weights_are_refused(name: str) -> None:
 def test_pictures_that_do_not_fit_are_refused_before_training(
     image_size: int, layers: int, phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    module = VQGANModule(VQGANConfig(**TOKENIZER_NET), discriminator=PatchGANConfig(num_layers=layers))
+    module = vqgan_module(options={"discriminator": PatchGAN(num_layers=layers)})
     trainer = evaluator(default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=phrase):
         trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=image_size))

@@ -1,10 +1,15 @@
-"""The PatchGAN judges patches, and says so when a picture is smaller than one."""
+"""The PatchGAN judges patches, the StyleGAN discriminator whole pictures; both say so when a picture does not fit."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from llamagen.models.discriminator import PatchGAN
-from tests.golden import fill
+from llamagen.models.discriminator import Blur, Discriminator, PatchGAN, StyleGAN
+from llamagen.models.sync_batch_norm import SyncBatchNorm2d
+from tests.golden import assert_matches, fill, golden, normal_input, published_state_dict
 from tests.small_models import images_for
 
 
@@ -17,7 +22,7 @@ def test_the_smallest_picture_gives_one_patch_and_a_smaller_one_is_refused(layer
             model.main(images_for(2, *size))
         with pytest.raises(ValueError) as error:
             model(images_for(2, *size))
-        assert f"at least {smallest} px, not {size}" in str(error.value)
+        assert f"pictures have {smallest - 1} px, but the discriminator needs at least {smallest}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,117 @@ def test_a_shape_that_cannot_be_built_is_refused_by_value(options: dict[str, int
     with pytest.raises(ValueError) as error:
         PatchGAN(**options)
     assert [f"{name} {value}" for name, value in options.items() if f"{name} {value}" not in str(error.value)] == []
+
+
+def test_norms_see_the_pictures_of_all_ranks() -> None:
+    norms = [module for module in PatchGAN(channels=2).modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [type(norm) for norm in norms] == [SyncBatchNorm2d] * 3
+
+
+def test_stylegan_gives_the_published_logits() -> None:
+    record = golden("StyleGAN")
+    images = normal_input("StyleGAN/image", (2, 3, record["size"], record["size"])).tanh()
+    with torch.no_grad():
+        logits = fill(StyleGAN(record["size"])).train()(images)
+    assert_matches(logits, record["logits_train"])
+
+
+def test_stylegan_has_the_published_state_dict_and_256_px_by_default() -> None:
+    parameters, entries = published_state_dict("StyleGAN 256")
+    with torch.device("meta"):
+        model = StyleGAN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    found = {
+        name: (str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        for name, value in model.state_dict().items()
+    }
+    assert found == entries
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [
+        (8, [512, 512]),
+        (32, [512, 512, 512, 512]),
+        (64, [256, 512, 512, 512, 512]),
+        (1024, [16, 32, 64, 128, 256, 512, 512, 512, 512]),
+    ],
+)
+def test_stylegan_is_wider_where_pictures_are_smaller(size: int, widths: list[int]) -> None:
+    with torch.device("meta"):
+        model = StyleGAN(size)
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 1)
+    weights = dict(model.named_parameters())
+    blocks = [weights[f"blocks.{2 + index}.conv_res.weight"] for index in range(len(widths) - 1)]
+    assert [weights["blocks.0.weight"].shape[0], *(weight.shape[0] for weight in blocks)] == widths
+    assert f"blocks.{1 + len(widths)}.conv_res.weight" not in weights
+
+
+@pytest.mark.parametrize("size", [0, 4, 48, 100, 2048, -8])
+def test_stylegan_of_a_size_that_cannot_be_built_is_refused_by_value(size: int) -> None:
+    with pytest.raises(ValueError, match=f"image_size is {size}; .*power of two from 8 to 1024"):
+        StyleGAN(size)
+
+
+@pytest.mark.parametrize(("height", "width", "named"), [(8, 8, 8), (16, 32, 32), (32, 16, 32)])
+def test_stylegan_refuses_pictures_of_another_size(height: int, width: int, named: int) -> None:
+    with torch.device("meta"):
+        model = StyleGAN(16)
+        with pytest.raises(ValueError, match=f"pictures have {named} px, but the discriminator is built for 16"):
+            model(torch.empty(1, 3, height, width))
+
+
+@pytest.mark.parametrize(
+    ("model", "fitting", "others"), [("patch", (24, 25, 256), (23, 8)), ("style", (32,), (31, 64))]
+)
+def test_a_size_is_checked_without_pictures(model: str, fitting: tuple[int, ...], others: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        discriminator: Discriminator = PatchGAN() if model == "patch" else StyleGAN(32)
+    for size in fitting:
+        discriminator.check_size(size)
+    for size in others:
+        with pytest.raises(ValueError, match=f"pictures have {size} px"):
+            discriminator.check_size(size)
+
+
+def test_blur_spreads_a_point_as_binomials_and_reflects_at_the_border() -> None:
+    images = torch.zeros(1, 2, 5, 5)
+    images[0, 0, 2, 2] = 16.0
+    images[0, 1, 0, 1] = 16.0
+    inside, border = Blur()(images)[0]
+    binomial = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0])
+    torch.testing.assert_close(inside, torch.outer(binomial, binomial))
+    # The row above the first is the second, and the column left of the first is the second, which has the point.
+    torch.testing.assert_close(
+        border, torch.outer(torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([2.0, 2.0, 1.0, 0.0, 0.0]))
+    )
+
+
+@pytest.mark.parametrize("kind", ["patch", "style"])
+def test_logits_do_not_depend_on_the_memory_format(kind: str) -> None:
+    model = fill(PatchGAN(channels=4, num_layers=1) if kind == "patch" else StyleGAN(8)).eval()
+    images = images_for(2, 8, 8)
+    other = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(other, model.to(memory_format=torch.contiguous_format)(images), atol=1e-5, rtol=1e-5)
+
+
+def test_stylegan_works_under_autocast_and_its_gradient_reaches_pictures_and_weights() -> None:
+    model = fill(StyleGAN(8))
+    images = images_for(2, 8, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(images), atol=0.05, rtol=0)
+    logits.sum().backward()
+    for tensor in (images, *model.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_kornia_is_imported_when_it_is_used_and_not_before() -> None:
+    code = (
+        "import sys, llamagen.models.discriminator, llamagen.models.augmentation, llamagen.models.lpips;"
+        "assert not {'kornia', 'safetensors', 'torchmetrics'} & set(sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)

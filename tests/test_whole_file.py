@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.whole_file import whole_file
+from llamagen.whole_file import whole_file
 
 
 def test_a_file_gets_its_name_when_it_is_written(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Weights of a checkpoint as a file of their own: ``python -m llamagen.export CHECKPOINT OUT [--raw] [--overwrite]``.
+
+CHECKPOINT is anything that :func:`~llamagen.weights.read_weights` reads. The suffix of OUT chooses the format:
+
+- ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are.
+- ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamagen.checkpoint import build_model, describe
+from llamagen.models.gpt import GPT
+from llamagen.models.vqgan import VQGAN
+from llamagen.weights import ENTRY, read_weights
+from llamagen.whole_file import whole_file
+
+SUFFIXES = (".pt", ".safetensors")
+
+
+def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool = False) -> None:
+    """Write the weights of a checkpoint, in its dtype, and say so in one line.
+
+    They are loaded into their architecture first, so what is written is known to fit.
+
+    Args:
+        checkpoint: file of weights.
+        out: file to write, ``.pt`` or ``.safetensors``; it is there whole or not at all.
+        averaged: take averages (EMA) where the checkpoint has them.
+        overwrite: replace ``out`` if it exists.
+
+    Raises:
+        ValueError: in one line, if the checkpoint is not what it should be, or ``out`` cannot be written.
+    """
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
+    weights = read_weights(checkpoint, averaged)
+    model = build_model(weights)
+    # Cloned, because they may be views, share storage, or have a memory format, none of which belongs into the file.
+    state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
+    with whole_file(out) as temporary:
+        if out.suffix == ".pt":
+            torch.save({"model": state}, temporary)
+        else:
+            _save_safetensors(state, model, weights.averaged, temporary)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
+
+
+def _save_safetensors(state: dict[str, Tensor], model: GPT | VQGAN, averaged: bool, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    said = describe(model, prefix="")
+    entry = {"architecture": said["architecture"], "config": said["config"], "averaged": averaged}
+    save_file(state, path, {ENTRY: json.dumps(entry)})
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m llamagen.export",
+        description="Write the weights of a checkpoint into a file of their own.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run's .ckpt, a published .pt, or .safetensors")
+    parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
+    parser.add_argument("--raw", action="store_true", help="take raw weights, although there are averages (EMA)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    options = parser.parse_args(args)
+    try:
+        export(options.checkpoint, options.out, not options.raw, options.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

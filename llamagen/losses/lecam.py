@@ -1,0 +1,38 @@
+"""LeCAM regularisation of a discriminator that sees few pictures (arXiv 2104.03310)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DECAY = 0.99
+
+
+class LeCAM(nn.Module):
+    """Keep the logits of real pictures near the usual logits of fakes, and the other way round.
+
+    The usual ones are exponential moving averages (decay 0.99) of the mean logits, which start at the first batch. They
+    are buffers, so that a resumed run goes on with them.
+    """
+
+    real: Tensor
+    fake: Tensor
+    started: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("real", "fake", "started"):
+            self.register_buffer(name, torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Take the mean logits of a batch (over all ranks), scalars, into the averages."""
+        weight = torch.where(self.started > 0, 1.0 - DECAY, 1.0)
+        self.real.lerp_(real.float(), weight)
+        self.fake.lerp_(fake.float(), weight)
+        self.started.fill_(1.0)
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """``mean(relu(real − usual fake)²) + mean(relu(usual real − fake)²)`` of logits of any shape, a scalar."""
+        above = F.relu(real.float() - self.fake).square().mean()
+        below = F.relu(self.real - fake.float()).square().mean()
+        return above + below

@@ -1,0 +1,189 @@
+"""Training pictures vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.digits import DigitsDataModule
+from datamodules.images import ImageDataModule, ImageDataset
+from datamodules.loader import NO_EPOCH
+from datamodules.shards import index_shard
+from tests.datamodules.shard_files import encode, write_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
+
+SIZE, COUNT = 8, 12
+LEVELS = np.linspace(0, 255, 40).astype(np.uint8)
+PICTURE = encode(Image.fromarray(np.stack([np.tile(LEVELS, (30, 1)), np.full((30, 40), 9, np.uint8)] * 2, 2)[..., :3]))
+"""30 × 40 pixels whose red rises from left to right: a mirrored piece falls."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The same picture again and again."""
+    for split, count in (("train", COUNT), ("val", 5)):
+        write_shards(tmp_path / split, [(f"{split}{number:02d}", {"png": PICTURE}) for number in range(count)])
+    return tmp_path
+
+
+def image_data(root: Path, **options: Any) -> ImageDataModule:
+    data = ImageDataModule(root, **{"image_size": SIZE, "batch_size": 2, "num_workers": 0, "seed": 3, **options})
+    data.setup("predict")
+    return data
+
+
+def dataset(root: Path, **options: Any) -> ImageDataset:
+    return ImageDataset(
+        [sample for shard in sorted((root / "train").iterdir()) for sample in index_shard(shard)], SIZE, **options
+    )
+
+
+def plain(root: Path) -> Tensor:
+    """The picture without augmentation."""
+    images: Tensor = dataset(root)[0, NO_EPOCH]["images"]
+    return images
+
+
+def by_key(batches: Any) -> dict[str, Tensor]:
+    return {key: image for batch in batches for key, image in zip(batch["keys"], batch["images"], strict=True)}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def variants(images: Any) -> int:
+    """How many different pictures there are."""
+    return len({image.numpy().tobytes() for image in images})
+
+
+def rising(image: Tensor) -> bool:
+    return bool(image[0, 0, 0] < image[0, 0, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"random_crop": True, "flip": True}, {"random_crop": True}, {"flip": True}])
+def test_without_an_epoch_there_is_no_augmentation(root: Path, options: dict[str, bool]) -> None:
+    pictures = dataset(root, **options)
+    for number in range(COUNT):
+        assert torch.equal(pictures[number, NO_EPOCH]["images"], plain(root))
+
+
+def test_without_options_no_epoch_changes_anything(root: Path) -> None:
+    pictures = dataset(root)
+    assert (
+        variants([plain(root), *(pictures[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
+    )
+
+
+def test_flips_alone_mirror_the_centre_crop_half_of_the_time(root: Path) -> None:
+    pictures = dataset(root, flip=True)
+    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
+    kept, mirrored = (
+        sum(torch.equal(image, wanted) for image in images) for wanted in (plain(root), plain(root).flip(2))
+    )
+    assert kept + mirrored == len(images) == 600
+    assert 240 < mirrored < 360  # 300 ± 12
+
+
+def test_random_crops_alone_are_not_mirrored(root: Path) -> None:
+    pictures = dataset(root, random_crop=True)
+    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(10)]
+    assert variants(images) > 10
+    assert all(rising(image) for image in images)
+
+
+def test_both_together_give_crops_of_which_half_are_mirrored(root: Path) -> None:
+    pictures = dataset(root, random_crop=True, flip=True)
+    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
+    assert variants(images) > 20
+    assert 240 < sum(rising(image) for image in images) < 360
+
+
+def test_a_picture_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
+    def views(seed: int) -> list[list[Tensor]]:
+        pictures = dataset(root, random_crop=True, flip=True, seed=seed)
+        return [[pictures[number, epoch]["images"] for number in range(COUNT)] for epoch in range(3)]
+
+    first, again, other = views(1), views(1), views(2)
+    assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
+    assert len({torch.stack(epoch).numpy().tobytes() for epoch in [*first, *other]}) == 6
+    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all samples of an epoch
+    assert all(variants(sample) > 1 for sample in list(zip(*first, strict=True))[:4])
+
+
+def test_training_is_augmented_unless_options_say_no(root: Path) -> None:
+    def epoch(**options: Any) -> list[Tensor]:
+        return list(by_key(image_data(root, **options).train_dataloader()).values())
+
+    assert variants(epoch()) > 3
+    assert not all(rising(image) for image in epoch())
+    crops = epoch(flip=False)
+    assert variants(crops) > 3
+    assert all(rising(image) for image in crops)
+    assert variants(epoch(random_crop=False)) == 2
+    assert variants([*epoch(random_crop=False, flip=False), plain(root)]) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_is_never_augmented(root: Path, num_workers: int) -> None:
+    data = image_data(root, num_workers=num_workers)
+    by_key(data.train_dataloader())  # that training went before changes nothing
+    loaders = [data.val_dataloader(), data.test_dataloader(), *data.predict_dataloader()]
+    found = [by_key(loader) for loader in loaders]
+    assert [len(images) for images in found] == [5, 5, COUNT, 5]
+    assert all(torch.equal(image, plain(root)) for images in found for image in images.values())
+
+
+def test_the_validation_split_has_no_augmentation_whatever_epoch_is_asked_for(root: Path) -> None:
+    validation = image_data(root).datasets["val"]
+    assert all(torch.equal(validation[0, epoch]["images"], plain(root)) for epoch in (NO_EPOCH, 0, 1, 2, 3))
+
+
+def epochs(data: ImageDataModule, count: int = 2) -> list[dict[str, Tensor]]:
+    loader = data.train_dataloader()
+    return [by_key(loader) for _ in range(count)]
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"batch_size": 5}])
+def test_workers_and_batch_size_change_no_picture(root: Path, options: dict[str, int]) -> None:
+    expected, found = epochs(image_data(root)), epochs(image_data(root, **options))
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert not equal(*expected)
+
+
+def test_ranks_change_no_picture(root: Path) -> None:
+    together: list[dict[str, Tensor]] = [{}, {}]
+    for rank in range(2):
+        data = image_data(root)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, current_epoch=0)  # type: ignore[assignment]
+        for seen, share in zip(together, epochs(data), strict=True):
+            seen |= share
+    assert all(equal(a, b) for a, b in zip(epochs(image_data(root)), together, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_goes_on_with_the_same_pictures(root: Path, num_workers: int) -> None:
+    expected = epochs(image_data(root))
+    stopped = image_data(root, num_workers=num_workers)
+    loader = stopped.train_dataloader()
+    by_key(loader)
+    batches = iter(loader)
+    before = by_key(next(batches) for _ in range(2))
+    resumed = image_data(root, num_workers=num_workers, batch_size=3)
+    resumed.load_state_dict(stopped.state_dict())
+    rest = by_key(resumed.train_dataloader())
+    assert len(rest) == COUNT - 4
+    assert equal(before | rest, expected[1])
+
+
+def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path) -> None:
+    data = DigitsDataModule(tmp_path / "digits", image_size=SIZE, batch_size=500)
+    data.prepare_data()
+    data.setup("predict")
+    assert equal(by_key(data.train_dataloader()), by_key(data.predict_dataloader()[0]))

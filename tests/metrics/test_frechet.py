@@ -1,0 +1,316 @@
+"""The Fréchet distance is that of scipy's matrix root, however pictures come, and leaves no trace in state dicts."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from llamagen.metrics import FrechetDistance, frechet_distance
+from tests.ranks import run_on_ranks
+
+SIZE = 8
+
+
+class Projection(nn.Module):
+    """Features of pictures of one size: a fixed random projection of the pixels, far from zero, and dropout."""
+
+    def __init__(self, width: int = 16, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * SIZE * SIZE, width)
+        self.dropout = nn.Dropout(0.5)
+        self.shape = shape
+        generator = torch.Generator().manual_seed(width)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(self.linear.weight.shape, generator=generator) / 255)
+            self.linear.bias.fill_(100.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.dropout(self.linear(images.flatten(1)))
+        return features.unflatten(1, (-1, *self.shape)) if self.shape else features
+
+
+class Anything(nn.Module):
+    """A module that gives what it is told to."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Any:
+        return self.function(images)
+
+
+def pictures(count: int, seed: int, least: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(least, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+
+
+def measure(real: Tensor, fake: Tensor, batch_size: int = 100, features: nn.Module | None = None) -> Tensor:
+    metric = FrechetDistance(features or Projection(), SIZE)
+    for images, is_real in ((real, True), (fake, False)):
+        for batch in images.split(batch_size):
+            metric.update(batch, is_real)
+    distance: Tensor = metric.compute()
+    return distance
+
+
+def by_scipy(features: np.ndarray, other: np.ndarray) -> float:
+    """The formula of arXiv 1706.08500 with the matrix root itself."""
+    covariance, other_covariance = np.cov(features, rowvar=False), np.cov(other, rowvar=False)
+    root = scipy.linalg.sqrtm(covariance @ other_covariance)
+    difference = features.mean(0) - other.mean(0)
+    return float(difference @ difference + np.trace(covariance + other_covariance) - 2 * np.trace(root).real)
+
+
+def random_features(count: int, width: int, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    mixed = generator.normal(size=(count, width)) @ generator.normal(size=(width, width))
+    return mixed + generator.normal(size=width)
+
+
+def gaussian(features: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features, rowvar=False))
+
+
+def test_diagonal_gaussians_have_the_distance_of_the_closed_form() -> None:
+    mean, other_mean = torch.tensor([1.0, 2.0, -3.0]).double(), torch.tensor([1.5, 0.0, -3.0]).double()
+    scale, other_scale = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([3.0, 2.0, 0.5]).double()
+    distance = frechet_distance(mean, scale.square().diag(), other_mean, other_scale.square().diag())
+    assert distance.dtype == torch.float64
+    assert distance.item() == pytest.approx(0.25 + 4.0 + (4.0 + 0.0 + 0.25), abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "other_count"), [(500, 400), (500, 40), (40, 500), (40, 30)])
+def test_it_is_the_distance_of_scipy_also_with_fewer_samples_than_features(count: int, other_count: int) -> None:
+    features, other = random_features(count, 64, seed=1), random_features(other_count, 64, seed=2)
+    distance = frechet_distance(*gaussian(features), *gaussian(other)).item()
+    assert distance == pytest.approx(by_scipy(features, other), rel=1e-3)
+    assert distance == pytest.approx(frechet_distance(*gaussian(other), *gaussian(features)).item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("count", [500, 40])
+def test_a_gaussian_has_no_distance_from_itself(count: int) -> None:
+    features = random_features(count, 64, seed=1)
+    distance = frechet_distance(*gaussian(features), *gaussian(features)).item()
+    assert 0 <= distance < 1e-6 * np.trace(np.cov(features, rowvar=False))
+
+
+@pytest.mark.parametrize("count", [60, 10])
+def test_pictures_have_no_distance_from_themselves(count: int) -> None:
+    assert 0 <= measure(pictures(count, 1), pictures(count, 1).flip(0)).item() < 1e-6
+
+
+@pytest.mark.parametrize("count", [60, 10])
+def test_the_distance_of_pictures_is_that_of_their_features(count: int) -> None:
+    real, fake = pictures(count, 1), pictures(50, 2, least=60)
+    with torch.no_grad():
+        features = [Projection().eval().double()(images.double()).numpy() for images in (real, fake)]
+    distance = measure(real, fake)
+    assert (distance.shape, distance.dtype) == ((), torch.float64)
+    assert distance.item() == pytest.approx(by_scipy(*features), rel=1e-4)
+    assert distance > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_the_batch_size_does_not_matter(batch_size: int) -> None:
+    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    assert measure(real, fake, batch_size).item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
+
+
+def test_features_that_hardly_differ_far_from_zero_keep_their_digits() -> None:
+    # Mean 1e4, deviation 0.1: in float32 the difference of the two sums of squares is noise.
+    features = Anything(lambda images: 1e4 + 0.1 * images[:, :, 0, 0].double())
+    real, fake = pictures(200, 1), pictures(200, 2, least=100)
+    expected = by_scipy(*(0.1 * images[:, :, 0, 0].double().numpy() for images in (real, fake)))
+    assert measure(real, fake, features=features).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_features_of_several_dimensions_are_flattened(shape: tuple[int, ...]) -> None:
+    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    assert torch.equal(measure(real, fake, features=Projection(shape=shape)), measure(real, fake))
+
+
+def test_features_see_the_levels_of_the_files_as_float32() -> None:
+    seen: list[Tensor] = []
+    metric = FrechetDistance(Anything(lambda images: (seen.append(images), images.mean((2, 3)))[1]), SIZE)
+    images = pictures(4, 1)
+    metric.update(images, real=True)
+    assert {tuple(probe.shape[1:]) for probe in seen} == {(3, SIZE, SIZE)}
+    assert {probe.dtype for probe in seen} == {torch.float32}
+    assert seen[0].eq(0).all()
+    assert torch.equal(seen[-1], images.float())
+
+
+def distance_of_a_rank(rank: int) -> dict[str, Tensor]:
+    metric = FrechetDistance(Projection(), SIZE)
+    metric.update(pictures(60, 1)[rank::2], real=True)
+    if rank == 0:  # a rank may have nothing
+        metric.update(pictures(50, 2, least=60), real=False)
+    return {"distance": metric.compute()}
+
+
+def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
+    expected = measure(pictures(60, 1), pictures(50, 2, least=60)).item()
+    for result in run_on_ranks(distance_of_a_rank, tmp_path):
+        assert result["distance"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_halves_add_up_to_the_whole() -> None:
+    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    halves = [FrechetDistance(Projection(), SIZE) for _ in range(2)]
+    for rank, half in enumerate(halves):
+        half.update(real[rank::2], real=True)
+        half.update(fake[rank::2], real=False)
+    merged = FrechetDistance(Projection(), SIZE)
+    merged.update(real[:0], real=True)
+    for name in merged._defaults:
+        setattr(merged, name, getattr(halves[0], name) + getattr(halves[1], name))
+    assert merged.compute().item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
+
+
+def test_a_reset_forgets_the_pictures() -> None:
+    metric = FrechetDistance(Projection(), SIZE)
+    metric.update(pictures(9, 3), real=True)
+    metric.update(pictures(9, 4), real=False)
+    metric.reset()
+    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    assert torch.equal(metric.compute(), measure(real, fake))
+
+
+def test_the_features_are_frozen_and_in_no_state_dict() -> None:
+    owner = nn.Module()
+    features = Projection().train()
+    owner.metric = FrechetDistance(features, SIZE)
+    owner.metric.persistent(True)
+    names = {f"metric.{side}_{name}" for side in ("real", "fake") for name in ("sum", "outer", "count")}
+    assert set(owner.state_dict()) == names
+    assert list(owner.parameters()) == []
+    assert owner.metric.features is features
+    assert not any(module.training for module in features.modules())
+    assert not any(parameter.requires_grad for parameter in features.parameters())
+    owner.train()
+    assert not features.dropout.training
+
+
+def test_no_gradient_and_no_autocast_reach_the_features() -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def features(images: Tensor) -> Tensor:
+        rows = images.flatten(1)
+        seen.append((torch.is_grad_enabled(), (rows @ rows.T[:, :2]).dtype))
+        return rows[:, :4]
+
+    metric = FrechetDistance(Anything(features), SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metric.update(pictures(4, 1), real=True)
+    assert set(seen) == {(False, torch.float32)}
+    assert not metric.real_outer.requires_grad
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.float(),
+        lambda module: module.bfloat16(),
+        lambda module: module.to(torch.bfloat16),  # as Lightning's bf16-true does
+        lambda module: module.to("cpu", torch.float16),
+        lambda module: module.metric.set_dtype(torch.float32),
+    ],
+)
+def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callable[[Any], Any]) -> None:
+    owner = nn.Module()
+    owner.metric = metric = FrechetDistance(Projection(), SIZE)
+    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    metric.update(real, real=True)
+    cast(owner)
+    metric.update(fake, real=False)
+    assert torch.equal(metric.compute(), measure(real, fake))
+    metric.reset()
+    assert {metric.real_sum.dtype, metric.fake_outer.dtype} == {torch.float64}
+
+
+def test_statistics_go_to_another_device() -> None:
+    metric = FrechetDistance(Projection(), SIZE).to("meta")
+    states = [getattr(metric, name) for name in metric._defaults]
+    assert {state.device.type for state in [*states, *metric._defaults.values()]} == {"meta"}
+    assert metric.device.type == "meta"
+    assert [state.dtype for state in states] == [torch.float64, torch.float64, torch.int64] * 2
+
+
+@pytest.mark.gpu
+def test_features_follow_the_pictures_to_the_gpu() -> None:
+    metric = FrechetDistance(Projection(), SIZE).cuda()
+    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    metric.update(real.cuda(), real=True)
+    metric.update(fake.cuda(), real=False)
+    distance = metric.compute()
+    assert distance.is_cuda
+    assert distance.item() == pytest.approx(measure(real, fake).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
+def test_a_copy_goes_on_where_the_original_was(way: Callable[[FrechetDistance], FrechetDistance]) -> None:
+    original = FrechetDistance(Projection(), SIZE)
+    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    original.update(real, real=True)
+    copied = way(original)
+    copied.update(fake, real=False)
+    assert torch.equal(copied.compute(), measure(real, fake))
+    assert copied.features is not original.features
+    assert original.fake_count == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "phrase"),
+    [
+        (lambda images: images.mean((1, 2, 3)), r"\(2,\)"),
+        (lambda images: images.mean(), r"\(\)"),
+        (lambda images: images.flatten(1)[:1], r"\(1, 192\)"),
+        (lambda images: (images.flatten(1),), "tuple"),
+    ],
+)
+def test_a_module_that_gives_no_row_for_each_picture_is_refused(function: Callable[[Tensor], Any], phrase: str) -> None:
+    with pytest.raises(ValueError, match=f"Anything gives {phrase} for 2 pictures"):
+        FrechetDistance(Anything(function), SIZE)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(4, 3, SIZE, SIZE),
+        torch.zeros(4, 3, SIZE, SIZE, dtype=torch.int64),
+        torch.zeros(3, SIZE, SIZE, dtype=torch.uint8),
+        torch.zeros(4, 1, SIZE, SIZE, dtype=torch.uint8),
+        torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8),
+    ],
+)
+def test_what_is_no_picture_of_a_file_is_refused(images: Tensor) -> None:
+    metric = FrechetDistance(Projection(), SIZE)
+    with pytest.raises(ValueError, match=r"must be uint8 of shape \(B, 3, H, W\), not") as error:
+        metric.update(images, real=True)
+    assert str(images.dtype) in str(error.value)
+    assert str(tuple(images.shape)) in str(error.value)
+
+
+def test_another_number_of_features_than_expected_is_refused() -> None:
+    metric = FrechetDistance(Anything(lambda images: images.flatten(1)), SIZE)
+    with pytest.raises(ValueError, match=r"gives 48 features for pictures of \(4, 4\), not 192"):
+        metric.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=True)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize(("real", "fake", "phrase"), [(0, 5, "0 real"), (1, 5, "1 real"), (5, 1, "1 fake")])
+def test_too_few_pictures_are_refused_and_counted(real: int, fake: int, phrase: str) -> None:
+    with pytest.raises(ValueError, match=f"{phrase} pictures are too few"):
+        measure(pictures(real, 1), pictures(fake, 2), features=Anything(lambda images: images.mean((2, 3))))

@@ -1,0 +1,214 @@
+"""What the discriminator is shown: random, unclipped changes that differ from picture to picture and let gradients by."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamagen.models.augmentation import POLICIES, DiscriminatorAugmentation
+from tests.small_models import images_for
+
+SIZES = [(32, 32), (24, 40), (33, 17)]
+
+
+def changed(policy: str, images: Tensor, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    result: Tensor = DiscriminatorAugmentation([policy])(images)
+    return result
+
+
+def ramp(batch_size: int, height: int, width: int) -> Tensor:
+    """Pictures whose every pixel has its own number, from 1 on, in all channels."""
+    numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, 1, height, width)
+    return numbers.repeat(batch_size, 3, 1, 1)
+
+
+def test_an_empty_policy_gives_the_pictures_themselves_and_draws_nothing() -> None:
+    images = images_for(2, 16, 16)
+    before = torch.get_rng_state()
+    assert DiscriminatorAugmentation()(images) is images
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("policy", "named"), [(["colour"], "'colour'"), (["color", "flip"], "'flip'"), ([""], "''")])
+def test_an_unknown_name_is_refused(policy: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} is unknown; choose from color, translation, cutout"):
+        DiscriminatorAugmentation(policy)
+
+
+def test_a_repeated_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\['cutout', 'color', 'cutout'\] names one twice"):
+        DiscriminatorAugmentation(["cutout", "color", "cutout"])
+
+
+@pytest.mark.parametrize("policy", [*((name,) for name in POLICIES), POLICIES], ids="+".join)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_policy_changes_every_picture_differently_and_again_by_seed(
+    policy: tuple[str, ...], size: tuple[int, int]
+) -> None:
+    images = images_for(1, *size).repeat(8, 1, 1, 1)
+    augment = DiscriminatorAugmentation(policy)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(augment(images))
+    first, again, other = results
+    assert first.shape == images.shape
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(augment(images), other), "a second call draws anew"
+    assert len({tuple(picture.flatten().tolist()) for picture in first}) > 4
+    assert sum(not torch.equal(before, after) for before, after in zip(images, first, strict=True)) >= 7
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_order_in_which_names_are_given_does_not_matter(name: str) -> None:
+    images = images_for(3, 16, 16)
+    results = []
+    for policy in (POLICIES, (name, *(other for other in POLICIES if other != name))):
+        torch.manual_seed(3)
+        results.append(DiscriminatorAugmentation(policy)(images))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_values_are_not_clipped(name: str) -> None:
+    images = 5 * images_for(4, 32, 32)
+    result = changed(name, images)
+    assert result.max() > 3
+    assert result.min() < -3
+    if name != "color":  # moved or gone, never altered
+        assert torch.isin(result[result != 0], images).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_gradients_reach_the_pictures_and_are_those_of_finite_differences(name: str) -> None:
+    images = images_for(3, 16, 16).requires_grad_()
+    weights = images_for(3, 16, 16).flip(0)
+    (changed(name, images) * weights).sum().backward()
+    assert images.grad is not None
+    assert (images.grad != 0).float().mean() > 0.5
+    direction = images_for(3, 16, 16).flip(3)
+    with torch.no_grad():  # every policy is linear in the pictures, up to a constant
+        numeric = ((changed(name, images + direction) - changed(name, images)) * weights).sum()
+    torch.testing.assert_close(numeric, (images.grad * direction).sum(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["translation", "cutout"])
+def test_the_gradient_is_where_pixels_are_still_seen(name: str) -> None:
+    images = ramp(6, 16, 24).requires_grad_()
+    result = changed(name, images)
+    result.sum().backward()
+    assert images.grad is not None
+    for picture, after, grad in zip(images.detach(), result.detach(), images.grad, strict=True):
+        assert torch.equal(grad, torch.isin(picture, after).float())
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_translation_moves_by_whole_pixels_up_to_an_eighth_over_grey(height: int, width: int) -> None:
+    images = ramp(1, height, width).repeat(300, 1, 1, 1)
+    result = changed("translation", images)
+    seen = set()
+    for picture in result[:, 0]:
+        row, column = (picture != 0).nonzero()[0].tolist()
+        # The first pixel that is left says how far all of them have moved.
+        origin = int(picture[row, column].item()) - 1
+        down, right = row - origin // width, column - origin % width
+        expected = torch.zeros(height, width)
+        expected[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = images[
+            0, 0, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+        ]
+        assert torch.equal(picture, expected)
+        seen.add((down, right))
+    down_most, right_most = height // 8, width // 8
+    assert {down for down, _ in seen} == set(range(-down_most, down_most + 1))
+    assert {right for _, right in seen} == set(range(-right_most, right_most + 1))
+    assert len({abs(down) - abs(right) for down, right in seen}) > 1, "the two directions are drawn separately"
+    assert torch.equal(result[:, 0], result[:, 2]), "channels stay together"
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 16), (17, 8)])
+def test_cutout_is_a_grey_square_of_half_the_side_anywhere_inside(size: int, side: int) -> None:
+    result = changed("cutout", ramp(400, size, size))
+    corners = []
+    for picture in result:
+        holes = (picture == 0).nonzero()
+        assert len(holes) == 3 * side**2
+        first, last = holes.min(0).values, holes.max(0).values
+        assert (last - first + 1).tolist() == [3, side, side]
+        corners.append(first[1:])
+    for corner in torch.stack(corners).T:
+        assert set(corner.tolist()) == set(range(size - side + 1))
+
+
+def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> None:
+    torch.manual_seed(0)
+    count = 500
+    # One picture, whose channels and pixels differ, so that the three changes can be told apart.
+    images = images_for(1, 16, 16)
+    result = changed("color", images.repeat(count, 1, 1, 1))
+    brightness = (result - images).mean((1, 2, 3))
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+
+    def grey_and_rest(pictures: Tensor) -> tuple[Tensor, Tensor]:
+        grey = (pictures * luma).sum(1, keepdim=True)
+        return grey, pictures - grey
+
+    grey, rest = grey_and_rest(images)
+    new_grey, new_rest = grey_and_rest(result)
+    contrast = new_grey.std((1, 2, 3)) / grey.std()
+    saturation = new_rest.std((1, 2, 3)) / rest.std() / contrast
+    # The mean that contrast keeps depends a little on saturation, as the luma's weights are not equal.
+    for values, low, high, slack in (
+        (brightness, -0.5, 0.5, 0.05),
+        (contrast, 0.5, 1.5, 1e-4),
+        (saturation, 0, 2, 1e-4),
+    ):
+        assert low - slack <= values.min() < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < values.max() <= high + slack
+        assert abs(values.mean() - (low + high) / 2) < 0.05 * (high - low)
+    draws = torch.stack([brightness, contrast, saturation])
+    assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.2, "the three are drawn separately"
+
+
+def test_color_keeps_a_grey_picture_grey_and_flat() -> None:
+    result = changed("color", torch.full((5, 3, 8, 8), 0.25))
+    torch.testing.assert_close(result, result[:, :1, :1, :1].expand_as(result))
+    assert result.std(0).max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_computes_in_float32_and_gives_the_dtype_back(dtype: torch.dtype) -> None:
+    images = images_for(4, 16, 16).to(dtype)
+    for policy in POLICIES:
+        expected = changed(policy, images.float()).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = changed(policy, images)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_default_dtype_of_half_precision_changes_no_draw(name: str) -> None:
+    images = images_for(4, 32, 32)
+    expected = changed(name, images)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = changed(name, images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_memory_format_changes_nothing(name: str) -> None:
+    images = images_for(4, 16, 16)
+    torch.testing.assert_close(
+        changed(name, images.to(memory_format=torch.channels_last)), changed(name, images), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_it_has_no_weights_and_changes_in_evaluation_mode_too() -> None:
+    augment = DiscriminatorAugmentation(POLICIES).eval()
+    images = images_for(2, 16, 16)
+    assert augment.state_dict() == {}
+    assert not torch.equal(augment(images), images)

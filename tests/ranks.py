@@ -1,0 +1,50 @@
+"""Functions on several gloo processes that end by themselves, even if one hangs."""
+
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 120
+"""Seconds after which processes are taken for hanging and killed."""
+
+
+def _one_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, out: Path, args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(rank, *args), out / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(function: Callable[..., Any], out: Path, *args: Any, world_size: int = 2) -> list[Any]:
+    """What ``function(rank, *args)`` gives on each rank; it must be defined at the top of a module.
+
+    Raises:
+        AssertionError: if a rank fails, or has not ended after :data:`PATIENCE` seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_one_rank, args=(function, rank, world_size, port, out, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + PATIENCE
+    try:
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
