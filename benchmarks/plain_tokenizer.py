@@ -5,15 +5,19 @@ backward pass each, the average as a second copy of the model. The networks' wei
 """
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from llamagen.losses import hinge_discriminator_loss, hinge_generator_loss
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.lpips import LPIPS
 from llamagen.models.vqgan import VQGAN, AttentionBlock
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class PlainAttention(AttentionBlock):
@@ -40,6 +44,12 @@ def quantize(latent: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     return z + (entries - z).detach(), loss
 
 
+def contiguous(network: Network) -> Network:
+    """The network with the usual memory format."""
+    convert_conv2d_weight_memory_format(network, torch.contiguous_format)
+    return network
+
+
 class PlainStep:
     """Both networks, their optimizers, and a step.
 
@@ -50,12 +60,12 @@ class PlainStep:
     """
 
     def __init__(self, vqgan: VQGAN, discriminator: PatchGAN, lpips: LPIPS) -> None:
-        self.vqgan = copy.deepcopy(vqgan).to(memory_format=torch.contiguous_format).train()
+        self.vqgan = contiguous(copy.deepcopy(vqgan)).train()
+        self.discriminator = contiguous(copy.deepcopy(discriminator)).train()
+        self.lpips = contiguous(copy.deepcopy(lpips))
         for module in self.vqgan.modules():
             if isinstance(module, AttentionBlock):
                 module.__class__ = PlainAttention
-        self.discriminator = copy.deepcopy(discriminator).to(memory_format=torch.contiguous_format).train()
-        self.lpips = copy.deepcopy(lpips).to(memory_format=torch.contiguous_format)
         self.average = copy.deepcopy(self.vqgan)
         self.optimizers = [
             torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,16 +1,16 @@
 """Time and memory of a training step of the tokenizer, beside a plain implementation of the same step.
 
-    python benchmarks/tokenizer_step.py --image-size 128 --batch-size 4 [--compile] [--device cuda]
+    python -m benchmarks.tokenizer_step --image-size 128 --batch-size 4 [--compile] [--device cuda]
 
-The step is that of ``VQGANModule`` in Lightning's Trainer: VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW, EMA.
-After each of its steps one of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random weights here:
-they do not change its cost. Prints tables, then one line of JSON.
+The step is that of ``VQGANModule`` in Lightning's Trainer: VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW,
+EMA. After each of its steps one of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random
+weights here: they do not change its cost. A last step of each is profiled: where its time goes, beside the time that
+its convolutions alone would take at the best rate of this machine. Prints tables, then one line of JSON.
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,15 +22,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.operators import OperatorTimes, convolution_flops, fastest_convolution
 from benchmarks.plain_tokenizer import PlainStep, quantize
 from callbacks import EMA
 from lightning_modules import VQGANLossConfig, VQGANModule
+from llamagen.models.discriminator import PatchGAN
 from llamagen.models.lpips import LPIPS
 
-WARM_UP = 2
+WARM_UP = 3
+SIDES = ("ours", "plain")
+Part = Callable[[Tensor], Tensor]
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--contiguous", action="store_true", help="without channels_last")
-    parser.add_argument("--memory-of", choices=["ours", "plain"], help="only run this one and print its peak memory")
+    parser.add_argument("--memory-of", choices=SIDES, help="only run this one and print its peak memory")
     return parser.parse_args()
 
 
@@ -68,30 +72,46 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 class Stopwatch(pl.Callback):
-    """Times each step of the Trainer, and after it one of the peer."""
+    """Times each step of the Trainer, and after it one of the peer; the last step of each is profiled instead."""
 
-    def __init__(self, plain: bool, autocast: Callable[[], torch.autocast]) -> None:
-        self.times: dict[str, list[float]] = {"ours": [], "plain": []}
-        self.autocast, self.with_plain, self.plain = autocast, plain, None  # type: ignore[var-annotated]
+    def __init__(self, options: argparse.Namespace, steps: int) -> None:
+        self.options, self.last = options, steps - 1
+        self.times: dict[str, list[float]] = {name: [] for name in SIDES}
+        self.operators: dict[str, dict[str, float]] = {}
+        self.plain: PlainStep | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start."""
+        self.profiler = OperatorTimes(self.options.device) if batch_idx == self.last else None
+        self._start()
+
+    def _start(self) -> None:
         synchronize()
+        if self.profiler is not None:
+            self.profiler.start()
         self.start = time.perf_counter()
+
+    def _stop(self, name: str) -> None:
+        synchronize()
+        if self.profiler is None:
+            self.times[name].append(time.perf_counter() - self.start)
+        else:
+            self.operators[name] = self.profiler.stop()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop, and let the peer do a step."""
-        synchronize()
-        self.times["ours"].append(time.perf_counter() - self.start)
-        if self.with_plain:
-            if self.plain is None:
-                self.plain = PlainStep(pl_module.vqgan, pl_module.discriminator, pl_module._lpips[0])
-            with torch.enable_grad():
-                start = time.perf_counter()
-                self.plain(batch["images"], self.autocast())
-                synchronize()
-                self.times["plain"].append(time.perf_counter() - start)
-        print(f"step {batch_idx}: " + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in self.times.items() if v), flush=True)
+        self._stop("ours")
+        if self.plain is None:
+            self.plain = PlainStep(pl_module.vqgan, pl_module.discriminator, pl_module._lpips[0])
+        if self.profiler is not None:
+            self.profiler = OperatorTimes(self.options.device)
+        with torch.enable_grad():
+            self._start()
+            self.plain(batch["images"], autocast_of(self.options)())
+            self._stop("plain")
+        if self.profiler is None:
+            seconds = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in self.times.items())
+            print(f"step {batch_idx}: {seconds}", flush=True)
 
 
 def build(options: argparse.Namespace, folder: Path) -> VQGANModule:
@@ -108,9 +128,12 @@ def autocast_of(options: argparse.Namespace) -> Callable[[], torch.autocast]:
     return lambda: torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def train(options: argparse.Namespace, module: VQGANModule, watch: Stopwatch, steps: int) -> None:
-    shape = (options.batch_size, 3, options.image_size, options.image_size)
-    batches = DataLoader([{"images": torch.randn(shape).tanh()} for _ in range(steps)], batch_size=None)  # type: ignore[arg-type,var-annotated]
+def pictures(options: argparse.Namespace) -> Tensor:
+    return torch.randn(options.batch_size, 3, options.image_size, options.image_size).tanh()
+
+
+def train(options: argparse.Namespace, module: VQGANModule, steps: int, *callbacks: pl.Callback) -> None:
+    batches: Any = [{"images": pictures(options)} for _ in range(steps)]
     pl.Trainer(
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
@@ -121,21 +144,19 @@ def train(options: argparse.Namespace, module: VQGANModule, watch: Stopwatch, st
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[EMA(), watch],
-    ).fit(module, batches)
+        callbacks=[EMA(), *callbacks],
+    ).fit(module, DataLoader(batches, batch_size=None))
 
 
-def time_part(
-    part: Callable[..., Tensor], inputs: list[Tensor], autocast: Callable[[], torch.autocast], steps: int
-) -> dict[str, Any]:
+def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> dict[str, dict[str, float]]:
     """Forward and backward time of a part, seconds."""
     forward, backward = [], []
     for _ in range(steps + WARM_UP):
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        leaf = x.detach().requires_grad_()
         synchronize()
         start = time.perf_counter()
         with autocast():
-            y = part(*leaves)
+            y = part(leaf)
         synchronize()
         middle = time.perf_counter()
         y.float().sum().backward()
@@ -145,55 +166,71 @@ def time_part(
     return {"forward": spread(forward[WARM_UP:]), "backward": spread(backward[WARM_UP:])}
 
 
+def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> dict[str, tuple[Part, Tensor]]:
+    """Each part of a step as a function, and its input."""
+    vqgan, discriminator = step.vqgan.to(images.device), step.discriminator
+    assert discriminator is not None
+    weight = vqgan.quantize.embedding.weight
+    if isinstance(step, VQGANModule):
+        lpips = step._lpips[0].to(images.device)
+        images = images.to(memory_format=step.memory_format)
+        quantizer: Part = lambda z: vqgan.quantize(z).quantized  # noqa: E731
+    else:
+        lpips = step.lpips.to(images.device)
+        quantizer = lambda z: quantize(z, weight)[0]  # noqa: E731
+    return {
+        "encoder": (vqgan.encoder, images),
+        "quantiser": (quantizer, latent),
+        "decoder": (vqgan.decode, latent),
+        "LPIPS": (lambda x: lpips(x, images), images),
+        "discriminator": (discriminator.to(images.device), images),
+    }
+
+
 def time_parts(options: argparse.Namespace, module: VQGANModule, plain: PlainStep) -> dict[str, dict[str, Any]]:
     """Each part of both steps by itself, with a gradient to its input."""
-    device, steps = torch.device(options.device), max(3, options.steps // 2)
-    size, grid = options.image_size, options.image_size // 16
-    images = torch.randn(options.batch_size, 3, size, size, device=device).tanh()
-    latent = torch.randn(options.batch_size, 8, grid, grid, device=device)
-    autocast, table = autocast_of(options), {}
-    for name, vqgan, discriminator, lpips, layout in (
-        ("ours", module.vqgan, module.discriminator, module._lpips[0], module.memory_format),
-        ("plain", plain.vqgan, plain.discriminator, plain.lpips, torch.contiguous_format),
-    ):
-        vqgan, x = vqgan.to(device), images.to(memory_format=layout)
-        assert discriminator is not None
-        weight = vqgan.quantize.embedding.weight
-        quantizer: Callable[..., Tensor] = (
-            (lambda z, q=vqgan.quantize: q(z).quantized) if name == "ours" else (lambda z, w=weight: quantize(z, w)[0])
-        )
-        parts: dict[str, tuple[nn.Module | Callable[..., Tensor], list[Tensor]]] = {
-            "encoder": (vqgan.encoder, [x]),
-            "quantiser": (quantizer, [latent]),
-            "decoder": (lambda z, v=vqgan: v.decoder(v.post_quant_conv(z)), [latent]),
-            "LPIPS": (lambda z, y=x, p=lpips.to(device): p(z, y), [x]),
-            "discriminator": (discriminator.to(device), [x]),
-        }
-        table[name] = {part: time_part(call, inputs, autocast, steps) for part, (call, inputs) in parts.items()}
-    return table
+    steps, autocast, grid = max(3, options.steps // 2), autocast_of(options), options.image_size // 16
+    images = pictures(options).to(options.device)
+    latent = torch.randn(options.batch_size, 8, grid, grid, device=options.device)
+    steps_by_name: dict[str, VQGANModule | PlainStep] = {"ours": module, "plain": plain}
+    return {
+        name: {part: time_part(call, x, autocast, steps) for part, (call, x) in parts_of(step, images, latent).items()}
+        for name, step in steps_by_name.items()
+    }
+
+
+def plain_step(options: argparse.Namespace, module: VQGANModule) -> Callable[[], None]:
+    """A step of the peer that can be repeated."""
+    device = torch.device(options.device)
+    assert isinstance(module.discriminator, PatchGAN)
+    lpips = LPIPS.from_weights(module.lpips_weights).to(device)
+    plain = PlainStep(module.vqgan.to(device), module.discriminator.to(device), lpips)
+    images = pictures(options).to(device)
+    return lambda: plain(images, autocast_of(options)())
+
+
+def resident(field: str) -> float:
+    """Memory of this process in GiB: ``VmRSS``, or its peak ``VmHWM``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
 
 
 def peak_memory(options: argparse.Namespace, module: VQGANModule) -> float:
     """Peak memory of two steps in GiB: of the GPU's allocator, or of the process without what it had before."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    watch = Stopwatch(False, autocast_of(options))
+    before = resident("VmRSS")
     if options.memory_of == "ours":
-        train(options, module, watch, 2)
+        train(options, module, 2)
     else:
-        module._lpips = (LPIPS.from_weights(module.lpips_weights),)
-        device = torch.device(options.device)
-        assert module.discriminator is not None
-        plain = PlainStep(module.vqgan.to(device), module.discriminator.to(device), module._lpips[0].to(device))  # type: ignore[arg-type]
-        images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device).tanh()
+        step = plain_step(options, module)
         for _ in range(2):
-            plain(images, watch.autocast())
+            step()
     if options.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    return resident("VmHWM") - before
 
 
 def memory_in_own_process(kind: str) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", kind]
+    command = [sys.executable, "-m", "benchmarks.tokenizer_step", *sys.argv[1:], "--memory-of", kind]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.strip().splitlines()[-1])
 
@@ -206,21 +243,36 @@ def machine(options: argparse.Namespace) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def convolution_limit(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """What the convolutions of a step alone cost: operations, the machine's best rate, and so seconds."""
+    flops = convolution_flops(plain_step(options, build(options, folder)))
+    rate = fastest_convolution(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    return {"tflop": round(flops / 1e12, 3), "tflop_a_second": round(rate / 1e12, 3), "seconds": round(flops / rate, 3)}
+
+
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print the tables and the line of JSON."""
-    print(f"\n{'step':14}{'median s':>10}{'quartiles':>20}{'pictures/s':>12}{'peak GiB':>10}")
-    for name in ("ours", "plain"):
-        step = result[name]
+    print(f"\n{'step':22}{'median s':>10}{'quartiles':>20}{'pictures/s':>12}{'peak GiB':>10}")
+    for name in SIDES:
+        step, memory = result[name], result["peak_gib"][name]
         print(
-            f"{name:14}{step['median']:10.3f}{step['q1']:12.3f} {step['q3']:7.3f}{options.batch_size / step['median']:12.2f}"
-            f"{result['peak_gib'][name]:10.2f}"
+            f"{name:22}{step['median']:10.3f}{step['q1']:12.3f} {step['q3']:7.3f}"
+            f"{options.batch_size / step['median']:12.2f}{memory:10.2f}"
         )
-    print(f"\nplain / ours: {result['ratio']:.2f}\n\n{'part':14}{'ours f + b s':>18}{'plain f + b s':>18}{'ratio':>8}")
+    print(f"\nplain / ours: {result['ratio']:.2f}\n\n{'part':22}{'ours f + b s':>18}{'plain f + b s':>18}{'ratio':>8}")
     for part in result["parts"]["ours"]:
-        sides = [result["parts"][name][part] for name in ("ours", "plain")]
+        sides = [result["parts"][name][part] for name in SIDES]
         both = [side["forward"]["median"] + side["backward"]["median"] for side in sides]
         cells = [f"{side['forward']['median']:9.4f} {side['backward']['median']:8.4f}" for side in sides]
-        print(f"{part:14}{cells[0]:>18}{cells[1]:>18}{both[1] / both[0]:8.2f}")
+        print(f"{part:22}{cells[0]:>18}{cells[1]:>18}{both[1] / both[0]:8.2f}")
+    print(f"\n{'operators of a step':22}{'ours s':>10}{'plain s':>10}")
+    for kind in result["operators"]["ours"]:
+        print(f"{kind:22}" + "".join(f"{result['operators'][name][kind]:10.3f}" for name in SIDES))
+    limit = result["convolution_limit"]
+    print(
+        f"\nconvolutions alone: {limit['tflop']:.2f} TFLOP at {limit['tflop_a_second']:.2f} TFLOP/s, the best of this "
+        f"machine: {limit['seconds']:.2f} s; plain / that: {result['plain']['median'] / limit['seconds']:.2f}"
+    )
     print("\n" + json.dumps(result))
 
 
@@ -231,20 +283,24 @@ def main() -> None:
         if options.memory_of:
             print(peak_memory(options, module))
             return
-        watch = Stopwatch(True, autocast_of(options))
-        train(options, module, watch, options.steps + WARM_UP)
+        steps = options.steps + WARM_UP + 1
+        watch = Stopwatch(options, steps)
+        train(options, module, steps, watch)
         times = {name: each[WARM_UP:] for name, each in watch.times.items()}
         assert watch.plain is not None
         result: dict[str, Any] = {
             "benchmark": "tokenizer_step",
+            "command": " ".join(["python -m benchmarks.tokenizer_step", *sys.argv[1:]]),
             "machine": machine(options),
             "torch": torch.__version__,
             "options": {k: v for k, v in vars(options).items() if k != "memory_of"},
             **{name: spread(each) for name, each in times.items()},
             "ratio": round(statistics.median(times["plain"]) / statistics.median(times["ours"]), 3),
             "parts": time_parts(options, module, watch.plain),
+            "operators": watch.operators,
+            "convolution_limit": convolution_limit(options, Path(folder)),
         }
-    result["peak_gib"] = {name: round(memory_in_own_process(name), 2) for name in ("ours", "plain")}
+    result["peak_gib"] = {name: round(memory_in_own_process(name), 2) for name in SIDES}
     report(options, result)
 
 

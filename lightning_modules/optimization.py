@@ -19,7 +19,7 @@ class AdamWConfig:
         betas: decay of the first and second moments.
         weight_decay: on tensors of two and more dimensions only.
         warmup_steps: optimizer steps over which the rate grows from ``lr / warmup_steps`` to ``lr``; 0 for none.
-        schedule: what follows: ``constant``, or ``cosine`` for half a cosine down to ``final_lr`` at the end of the run.
+        schedule: what follows: ``constant``, or ``cosine``, half a cosine down to ``final_lr`` at the end of the run.
         final_lr: where the cosine ends; without effect on a constant rate.
     """
 

@@ -1,7 +1,6 @@
 """Training of the image tokenizer. B batch, H × W pixels, h × w code grid, K codes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,21 +8,21 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from lightning_modules.adversarial import AdversarialGame, Terms
 from lightning_modules.base import GenerativeModule
 from lightning_modules.code_revival import CodeRevival
 from lightning_modules.optimization import AdamWConfig
+from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
 from llamagen.checkpoint import ENTRY
-from llamagen.losses import ADVERSARIAL_LOSSES, adaptive_weight, codebook_loss, commitment_loss, entropy_loss
-from llamagen.losses.lecam import LeCAM
-from llamagen.metrics import CodebookUsage, FrechetDistance
+from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
+from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
-from llamagen.models.augmentation import DiscriminatorAugmentation
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, read_vgg16
-from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput, to_uint8
+from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.weights import load_weights, read_weights
 
 
@@ -77,21 +76,17 @@ class VQGANModule(GenerativeModule):
         self.vqgan.checkpoint_activations(activation_checkpointing)
         adversarial = self.loss_config.adversarial_weight > 0
         self.discriminator = (discriminator or PatchGAN()) if adversarial else None
-        self.augmentation = DiscriminatorAugmentation(augmentation)
-        self.lecam = LeCAM() if adversarial and self.loss_config.lecam_weight > 0 else None
+        self.game = AdversarialGame(self.loss_config, augmentation) if adversarial else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._compile = compile
         if lpips_weights is not None and not Path(lpips_weights).is_file():
             raise ValueError(f"lpips_weights {lpips_weights} does not exist; give the file of torchvision's VGG16")
         self.lpips_weights = lpips_weights
-        # In tuples, so that nn.Module does not see them: they are in no state dict and no optimizer.
+        # In a tuple, so that nn.Module does not see it: it is in no state dict and no optimizer.
         self._lpips: tuple[LPIPS, ...] = ()
-        self._rfid_features = () if rfid_features is None else (rfid_features,)
-        self._rfid: tuple[FrechetDistance, ...] = ()
         size = self.vqgan.config.codebook_size
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
-        self.codebook_usage, self.train_codebook_usage = CodebookUsage(size), CodebookUsage(size)
+        self.metrics = ReconstructionMetrics(size, rfid_features)
+        self.train_codebook_usage = CodebookUsage(size)
         if revive_codes_every < 0:
             raise ValueError(f"revive_codes_every is {revive_codes_every}; it must be at least 0")
         self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
@@ -144,14 +139,12 @@ class VQGANModule(GenerativeModule):
             if self.discriminator is not None:
                 self.discriminator.check_size(size)
         if self._needs_lpips and not self._lpips:
-            self._lpips = (LPIPS(read_vgg16(self.lpips_weights)).to(memory_format=self.memory_format),)
-        if self._rfid_features and stage != "predict":
-            if size is None:
-                raise ValueError("rfid_features needs a DataModule with an image_size")
-            self._rfid = (FrechetDistance(self._rfid_features[0], size),)
-        for network in (self.vqgan, self.discriminator):
+            self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)
+        if stage != "predict":
+            self.metrics.prepare(size)
+        for network in (self.vqgan, self.discriminator, *self._lpips):
             if network is not None:
-                network.to(memory_format=self.memory_format)
+                convert_conv2d_weight_memory_format(network, self.memory_format)
         if self._compile:
             for part in (self.vqgan.encoder, self.vqgan.decoder, *self._lpips):
                 part.compile()  # in place: the names in the state dict stay
@@ -170,6 +163,11 @@ class VQGANModule(GenerativeModule):
     def _adversarial(self) -> bool:
         return self.discriminator is not None and self.global_step >= self.loss_config.adversarial_start
 
+    @property
+    def _scaler(self) -> Any:
+        """The GradScaler of a run in float16, else None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of ``batch["images"]`` (B, 3, H, W) in [-1, 1]: the generator's plus the discriminator's.
 
@@ -178,14 +176,16 @@ class VQGANModule(GenerativeModule):
         """
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
-        loss, terms = self._generator_terms(images, output)
+        loss, terms = self._generator_terms(images, output, mean_over_ranks)
         discriminator_loss: Tensor | float = 0.0
-        if self.discriminator is not None and self._adversarial:
-            with frozen(self.discriminator):
-                judged = self.discriminator(self.augmentation(output.reconstruction))
-            terms["generator"] = ADVERSARIAL_LOSSES[self.loss_config.adversarial].generator(judged.float())
-            loss = loss + self._adversarial_weight(terms) * terms["generator"]
-            discriminator_loss = self._discriminator_loss(images, output.reconstruction.detach(), terms)
+        if self.game is not None and self.discriminator is not None and self._adversarial:
+            terms["generator"] = self.game.generator_loss(self.discriminator, output.reconstruction)
+            weight = self.game.generator_weight(terms, self.vqgan.decoder.last_weight, self._scaler)
+            loss = loss + weight * terms["generator"]
+            discriminator_loss, more = self.game.discriminator_loss(
+                self.discriminator, images, output.reconstruction.detach()
+            )
+            terms |= more
         elif self.discriminator is not None and self.trainer.world_size > 1:
             # DDP waits for every parameter: before the start they take part with a gradient of zero.
             discriminator_loss = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
@@ -197,7 +197,9 @@ class VQGANModule(GenerativeModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss + discriminator_loss
 
-    def _generator_terms(self, images: Tensor, output: VQGANOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_terms(
+        self, images: Tensor, output: VQGANOutput, mean_of_ranks: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Terms]:
         """The generator's loss without the adversarial part, and its unweighted terms."""
         encoding, config = output.encoding, self.loss_config
         difference = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
@@ -209,52 +211,19 @@ class VQGANModule(GenerativeModule):
         if self._lpips:
             terms["perceptual"] = self._lpips[0].to(images.device)(output.reconstruction, images).mean()
         if config.entropy_weight > 0:
-            terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook(), mean_over_ranks)
+            terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook(), mean_of_ranks)
         loss = sum((getattr(config, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
         return loss, terms
 
-    def _adversarial_weight(self, terms: dict[str, Tensor]) -> Tensor | float:
-        config = self.loss_config
-        if not config.adaptive_weight:
-            return config.adversarial_weight
-        pixels = config.reconstruction_weight * terms["reconstruction"]
-        if "perceptual" in terms:
-            pixels = pixels + config.perceptual_weight * terms["perceptual"]
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        weight = adaptive_weight(
-            pixels,
-            terms["generator"],
-            self.vqgan.decoder.last_weight,
-            mean_over_ranks,
-            1.0 if scaler is None else scaler.get_scale(),
-        )
-        if scaler is not None:  # too large a scale, which the scaler finds out by itself
-            weight = weight.nan_to_num(0.0)
-        terms["adaptive_weight"] = weight
-        return config.adversarial_weight * weight
-
-    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        assert self.discriminator is not None
-        real = self.discriminator(self.augmentation(images)).float()
-        fake = self.discriminator(self.augmentation(reconstruction)).float()
-        terms["logits_real"], terms["logits_fake"] = real.mean(), fake.mean()
-        terms["discriminator"] = ADVERSARIAL_LOSSES[self.loss_config.adversarial].discriminator(real, fake)
-        if self.lecam is None:
-            return terms["discriminator"]
-        means = mean_over_ranks(torch.stack([terms["logits_real"], terms["logits_fake"]]).detach())
-        self.lecam.update(*means)
-        terms["lecam"] = self.lecam(real, fake)
-        return terms["discriminator"] + self.loss_config.lecam_weight * terms["lecam"]
-
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+    def _check_finite(self, terms: Terms) -> None:
         broken = ~torch.stack([value.detach().float() for value in terms.values()]).isfinite()
         if self.trainer.world_size > 1:  # all ranks stop, or none: nobody waits for one that is gone
             broken = self.trainer.strategy.reduce(broken.float(), reduce_op="sum") > 0
         if broken.any():
             names = [name for name, bad in zip(terms, broken.tolist(), strict=True) if bad]
             raise FloatingPointError(
-                f"{', '.join(names)} not finite at step {self.global_step}; the last checkpoint is from before it. Go on "
-                "from there with a lower learning rate or another seed, or in 32-bit precision"
+                f"{', '.join(names)} not finite at step {self.global_step}; the last checkpoint is from before it. Go "
+                "on from there with a lower learning rate or another seed, or in 32-bit precision"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -273,14 +242,13 @@ class VQGANModule(GenerativeModule):
         Raises:
             FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
         """
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
             gradients = [] if network is None else [p.grad for p in network.parameters() if p.grad is not None]
             if network is None or not gradients:
                 continue
             norm = nn.utils.get_total_norm(gradients)
             self.log(f"train/grad_norm_{name}", norm)
-            if not scaled and not norm.isfinite():
+            if self._scaler is None and not norm.isfinite():
                 raise FloatingPointError(
                     f"the gradient of the {name} is not finite at step {self.global_step}; its weights are still those "
                     "of the step before. Go on from the last checkpoint with a lower learning rate or another seed"
@@ -316,17 +284,16 @@ class VQGANModule(GenerativeModule):
     def on_train_epoch_end(self) -> None:
         """Codebook usage and perplexity of the epoch, over all ranks, under ``train/``."""
         super().on_train_epoch_end()
-        self._log_usage(self.train_codebook_usage, "train")
+        self._log_usage(self.train_codebook_usage.compute(), "train")
         self.train_codebook_usage.reset()
 
-    def _log_usage(self, metric: CodebookUsage, stage: str) -> None:
-        statistics = metric.compute()
+    def _log_usage(self, statistics: CodebookStatistics, stage: str) -> None:
         self.log(f"{stage}/codebook_usage", statistics.usage)
         self.log(f"{stage}/codebook_perplexity", statistics.perplexity)
         self.code_counts[stage] = statistics.counts
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss terms, PSNR (of the mean squared error over the set), SSIM, codebook usage, rFID under ``val/``."""
+        """Loss terms, PSNR, SSIM, codebook usage and rFID under ``val/``; LPIPS is its loss term."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -336,17 +303,11 @@ class VQGANModule(GenerativeModule):
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
+        self.metrics.update(images, output.reconstruction, output.encoding.codes)
         with torch.autocast(images.device.type, enabled=False):  # numbers to compare are not rounded to 16 bits
             output = output._replace(reconstruction=output.reconstruction.float())
-            loss, terms = self._generator_terms(images, output)
-            found, wanted = (output.reconstruction.clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
-            self.psnr.update(found, wanted)
-            self.ssim.update(found, wanted)
-        self.codebook_usage.update(output.encoding.codes)
-        for rfid in self._rfid:
-            rfid.to(images.device)
-            rfid.update(to_uint8(images), real=True)
-            rfid.update(to_uint8(output.reconstruction), real=False)
+            # Ranks may have unequal numbers of batches here, so none may wait for another.
+            loss, terms = self._generator_terms(images, output, None)
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
@@ -363,13 +324,10 @@ class VQGANModule(GenerativeModule):
 
     def _log_metrics(self, stage: str) -> None:
         # Computed here, not handed to `log` as metrics: usage has several results.
-        self.log(f"{stage}/psnr", self.psnr.compute(), prog_bar=True)
-        self.log(f"{stage}/ssim", self.ssim.compute())
-        self._log_usage(self.codebook_usage, stage)
-        for rfid in self._rfid:
-            self.log(f"{stage}/rfid_{type(rfid.features).__name__}", rfid.compute().float())
-        for metric in (self.psnr, self.ssim, self.codebook_usage, *self._rfid):
-            metric.reset()
+        numbers, usage = self.metrics.finish()
+        for name, value in numbers.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "psnr")
+        self._log_usage(usage, stage)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Codes of ``batch["images"]``: (B, A, h, w) int64, with A = 1 view of each picture."""
@@ -400,13 +358,3 @@ class VQGANModule(GenerativeModule):
     def _running_counts(self) -> list[Tensor]:
         metrics = [self.train_codebook_usage] + ([] if self.revival is None else [self.revival.usage])
         return [metric.counts for metric in metrics]
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network but not into its parameters."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

@@ -38,4 +38,5 @@ def adaptive_weight(
     if mean_over_ranks is not None:
         gradients = mean_over_ranks(gradients)
     reconstruction, generator = gradients.flatten(1).norm(dim=1)
-    return (reconstruction / (generator + EPSILON)).clamp(max=LARGEST).detach()
+    ratio: Tensor = (reconstruction / (generator + EPSILON)).clamp(max=LARGEST)
+    return ratio.detach()

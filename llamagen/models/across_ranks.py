@@ -31,7 +31,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of a tensor of any shape over all ranks, which must all call it; the gradient is that of the losses' sum."""
     if world_size() == 1:
         return x
-    total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(x)
     return total
 
 

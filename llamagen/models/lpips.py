@@ -4,7 +4,6 @@ import importlib.util
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ class LPIPS(nn.Module):
                 distance = distance + self._distance(x, y, level)
                 level += 1
             x, y = layer(x), layer(y)
-        return cast(Tensor, distance + self._distance(x, y, level))
+        return distance + self._distance(x, y, level)
 
     def _distance(self, x: Tensor, y: Tensor, level: int) -> Tensor:
         """(B,) float32 of features (B, C, h, w)."""
@@ -97,7 +96,8 @@ class LPIPS(nn.Module):
 def normalise(features: Tensor) -> Tensor:
     """(B, C, H, W) with unit vectors over channels, float32."""
     features = features.float()
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPSILON)
+    normalised: Tensor = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPSILON)
+    return normalised
 
 
 def vgg16_layers() -> nn.Sequential:

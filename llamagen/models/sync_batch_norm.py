@@ -19,8 +19,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """
         if not self.training or world_size() == 1:
             return super().forward(x)
+        assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.autocast(x.device.type, enabled=False):
             # Sums of what is left without the running mean, which all ranks share: nothing large cancels, and one
             # reduction is enough.
@@ -30,12 +32,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             sums = sum_over_ranks(torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count]))
             first, second, total = sums.split([len(shift), len(shift), 1])
             mean = first / total
-            variance = second / total - mean.square()
+            variance = (second / total - mean.square()).clamp(min=0)
             with torch.no_grad():
-                momentum = self.momentum if self.momentum is not None else 0.1
-                self.num_batches_tracked += 1  # type: ignore[operator]
-                self.running_mean += momentum * mean
-                self.running_var.lerp_(variance * total / (total - 1), momentum)
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * total / (total - 1), self.momentum)
             scale = (variance + self.eps).rsqrt() * self.weight
             normalised = (values - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        return normalised.to(x.dtype)
+        result: Tensor = normalised.to(x.dtype)
+        return result

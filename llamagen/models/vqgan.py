@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llamagen.models.norm_silu import norm_silu
 from llamagen.models.quantizer import VectorQuantizer
 
 GROUPS = 32
@@ -114,8 +115,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        y = self.conv1(norm_silu(self.norm1, x))
+        y = self.conv2(self.dropout(norm_silu(self.norm2, y)))
         return cast(Tensor, self.nin_shortcut(x) + y)
 
 
@@ -234,7 +235,7 @@ class Encoder(Blocks):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, Z, h, w)."""
         x = self.run(self.conv_in(images), (*self.conv_blocks, *self.mid))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return cast(Tensor, self.conv_out(norm_silu(self.norm_out, x)))
 
 
 class Decoder(Blocks):
@@ -264,7 +265,7 @@ class Decoder(Blocks):
     def forward(self, latent: Tensor) -> Tensor:
         """(B, Z, h, w) → (B, 3, H, W)."""
         x = self.run(self.conv_in(latent), (*self.mid, *self.conv_blocks))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return cast(Tensor, self.conv_out(norm_silu(self.norm_out, x)))
 
 
 class VQGAN(nn.Module):

@@ -1,4 +1,4 @@
-"""What the discriminator is shown: random, unclipped changes that differ from picture to picture and let gradients by."""
+"""What a discriminator is shown: gradients and values pass, every picture is changed differently, within its ranges."""
 
 import pytest
 import torch
