@@ -4,8 +4,8 @@
 
 The step is that of ``VQGANModule`` in Lightning's Trainer: VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW,
 EMA. After each of its steps one of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random
-weights here: they do not change its cost. A last step of each is profiled: where its time goes, beside the time that
-its convolutions alone would take at the best rate of this machine. Prints tables, then one line of JSON.
+weights here: they do not change its cost. The last steps are profiled: where their time goes, beside what their
+convolutions alone would take at the best rate of this machine. Prints tables, then one line of JSON.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.lpips import LPIPS
 
-WARM_UP = 3
+WARM_UP, PROFILED = 3, 3
 SIDES = ("ours", "plain")
 Part = Callable[[Tensor], Tensor]
 
@@ -72,17 +72,17 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 class Stopwatch(pl.Callback):
-    """Times each step of the Trainer, and after it one of the peer; the last step of each is profiled instead."""
+    """Times each step of the Trainer, and after it one of the peer; the last steps of each are profiled instead."""
 
     def __init__(self, options: argparse.Namespace, steps: int) -> None:
-        self.options, self.last = options, steps - 1
+        self.options, self.first_profiled = options, steps - PROFILED
         self.times: dict[str, list[float]] = {name: [] for name in SIDES}
-        self.operators: dict[str, dict[str, float]] = {}
+        self.profiles: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
         self.plain: PlainStep | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start."""
-        self.profiler = OperatorTimes(self.options.device) if batch_idx == self.last else None
+        self.profiler = OperatorTimes(self.options.device) if batch_idx >= self.first_profiled else None
         self._start()
 
     def _start(self) -> None:
@@ -96,7 +96,7 @@ class Stopwatch(pl.Callback):
         if self.profiler is None:
             self.times[name].append(time.perf_counter() - self.start)
         else:
-            self.operators[name] = self.profiler.stop()
+            self.profiles[name].append(self.profiler.stop())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop, and let the peer do a step."""
@@ -112,6 +112,11 @@ class Stopwatch(pl.Callback):
         if self.profiler is None:
             seconds = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in self.times.items())
             print(f"step {batch_idx}: {seconds}", flush=True)
+
+
+def medians(profiles: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds by kind of operator, each the median of several steps."""
+    return {kind: round(statistics.median(each[kind] for each in profiles), 3) for kind in profiles[0]}
 
 
 def build(options: argparse.Namespace, folder: Path) -> VQGANModule:
@@ -283,7 +288,7 @@ def main() -> None:
         if options.memory_of:
             print(peak_memory(options, module))
             return
-        steps = options.steps + WARM_UP + 1
+        steps = WARM_UP + options.steps + PROFILED
         watch = Stopwatch(options, steps)
         train(options, module, steps, watch)
         times = {name: each[WARM_UP:] for name, each in watch.times.items()}
@@ -297,7 +302,7 @@ def main() -> None:
             **{name: spread(each) for name, each in times.items()},
             "ratio": round(statistics.median(times["plain"]) / statistics.median(times["ours"]), 3),
             "parts": time_parts(options, module, watch.plain),
-            "operators": watch.operators,
+            "operators": {name: medians(watch.profiles[name]) for name in SIDES},
             "convolution_limit": convolution_limit(options, Path(folder)),
         }
     result["peak_gib"] = {name: round(memory_in_own_process(name), 2) for name in SIDES}

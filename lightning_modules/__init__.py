@@ -2,6 +2,7 @@
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.optimization import AdamWConfig
-from lightning_modules.vqgan import VQGANLossConfig, VQGANModule
+from lightning_modules.vqgan import VQGANModule
+from lightning_modules.vqgan_config import VQGANLossConfig
 
 __all__ = ["ARGenModule", "AdamWConfig", "VQGANLossConfig", "VQGANModule"]

@@ -41,7 +41,7 @@ class VQGANModule(GenerativeModule):
         augmentation: what is done to pictures before the discriminator sees them, real or not: any of ``color``,
             ``translation`` and ``cutout``; for few pictures.
         lpips_weights: file of the VGG16 that LPIPS needs, as torchvision publishes it; None looks into torch.hub's
-            cache and downloads it if it is not there.
+            cache and downloads it if it is not there. If given, validation measures LPIPS also where it has no weight.
         rfid_features: module that turns pictures (B, 3, H, W), float32 in 0 … 255, into features (B, F); validation and
             test then measure the Fréchet distance of reconstructions from pictures over them.
         revive_codes_every: optimizer steps after which codes that were not used meanwhile are moved to latents of the
@@ -122,7 +122,8 @@ class VQGANModule(GenerativeModule):
 
     @property
     def _needs_lpips(self) -> bool:
-        return self.loss_config.perceptual_weight > 0 and self.trainer.state.fn != "predict"
+        wanted = self.loss_config.perceptual_weight > 0 or self.lpips_weights is not None
+        return wanted and self.trainer.state.fn != "predict"
 
     def setup(self, stage: str) -> None:
         """Refuse pictures that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
@@ -208,7 +209,7 @@ class VQGANModule(GenerativeModule):
             "codebook": codebook_loss(encoding.entries, encoding.latent),
             "commitment": commitment_loss(encoding.entries, encoding.latent),
         }
-        if self._lpips:
+        if self._lpips and (config.perceptual_weight > 0 or not self.training):
             terms["perceptual"] = self._lpips[0].to(images.device)(output.reconstruction, images).mean()
         if config.entropy_weight > 0:
             terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook(), mean_of_ranks)

@@ -1,7 +1,11 @@
-"""Functions on several gloo processes that end by themselves, even if one hangs."""
+"""Functions and commands on several gloo processes that end by themselves, even if one hangs."""
 
 import multiprocessing
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +14,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120
+PATIENCE = 180
 """Seconds after which processes are taken for hanging and killed."""
+
+
+def ended(command: list[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; all processes that it started are killed if it hangs.
+
+    Raises:
+        subprocess.TimeoutExpired: after :data:`PATIENCE` seconds.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=patience)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of the command line on two CPU processes, with DDP."""
+    return ended([sys.executable, "main.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"])
+
+
+def succeeds(done: subprocess.CompletedProcess[str]) -> None:
+    """A command ended well; if not, the end of what it said is shown."""
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _one_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, out: Path, args: Any) -> None:

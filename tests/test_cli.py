@@ -1,8 +1,6 @@
 """The command line: what a user can get wrong, and what more than one process changes."""
 
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -16,9 +14,7 @@ import yaml
 import main
 from datamodules.shards import ShardSetWriter, read_meta, write_meta
 from tests.pipeline import Pipeline
-
-PATIENCE = 240
-"""Seconds after which a command of several processes is taken for hanging and killed."""
+from tests.ranks import succeeds, two_processes
 
 
 def files(folder: Path) -> list[Path]:
@@ -225,16 +221,6 @@ def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) ->
     assert resumed["global_step"] == whole["global_step"] == 8
     for name, weight in whole["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], weight), name
-
-
-def two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command on two CPU processes; a hang is an error, not a wait."""
-    command = [sys.executable, "main.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-
-
-def succeeds(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             variance = (second / total - mean.square()).clamp(min=0)
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean, self.momentum)
+                self.running_mean.add_(mean, alpha=self.momentum)  # which is the shift so far
                 self.running_var.lerp_(variance * total / (total - 1), self.momentum)
             scale = (variance + self.eps).rsqrt() * self.weight
             normalised = (values - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)

@@ -38,10 +38,12 @@ def argen_module(seed: int = 0, tokenizer: Path | None = None, **net: Any) -> AR
     return ARGenModule(GPTConfig(**{**GPT_NET, "drop_path": 0.1, **net}), AdamWConfig(lr=1e-3), tokenizer=tokenizer)
 
 
-def datamodule_for(module: pl.LightningModule, pipeline: Pipeline, batch_size: int = 200) -> pl.LightningDataModule:
+def datamodule_for(
+    module: pl.LightningModule, pipeline: Pipeline, batch_size: int = 200, image_size: int = 8
+) -> pl.LightningDataModule:
     """Digits for a tokenizer, codes for a GPT: 8 batches an epoch, the last one smaller."""
     if isinstance(module, VQGANModule):
-        return DigitsDataModule(pipeline.digits, image_size=8, batch_size=batch_size)
+        return DigitsDataModule(pipeline.digits, image_size=image_size, batch_size=batch_size)
     return CodeDataModule(pipeline.codes, batch_size=batch_size, num_workers=0)
 
 
@@ -53,8 +55,12 @@ def train(
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> pl.Trainer:
-    """Fit on one CPU process, with EMA, a checkpoint every ``every`` steps, and no output."""
+    """Fit on one CPU process, with EMA, a checkpoint every ``every`` steps, and no output.
+
+    Options are those of the trainer, and ``batch_size`` and ``image_size`` of the data.
+    """
     every = options.pop("every", None)
+    data = {name: options.pop(name) for name in ("batch_size", "image_size") if name in options}
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=every)
     trainer = pl.Trainer(
         **{
@@ -70,7 +76,7 @@ def train(
             **options,
         }
     )
-    trainer.fit(module, datamodule_for(module, pipeline), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule_for(module, pipeline, **data), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

@@ -1,0 +1,23 @@
+"""A picture that is not a number."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+class Poison(pl.Callback):
+    """Puts a NaN into a picture of one training batch.
+
+    Args:
+        batch: number of the batch, from 0.
+        rank: on which rank.
+    """
+
+    def __init__(self, batch: int, rank: int = 0) -> None:
+        super().__init__()
+        self.batch, self.rank = batch, rank
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Poison the batch."""
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            batch["images"][0, 0, 0, 0] = float("nan")

@@ -1,0 +1,116 @@
+"""Codes that nothing is near to come back to life where latents are, on all ranks alike."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.code_revival import CodeRevival
+from llamagen.models.quantizer import VectorQuantizer
+from llamagen.models.vqgan import Encoding
+from tests.golden import normal_input
+from tests.lightning_modules.runs import train, vqgan_module
+from tests.pipeline import Pipeline
+from tests.ranks import run_on_ranks
+
+SIZE, WIDTH = 40, 4
+
+
+class Broadcast:
+    """As Lightning's strategies broadcast."""
+
+    @staticmethod
+    def broadcast(value: Any) -> Any:
+        if not dist.is_initialized():
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+def revived(rank: int) -> dict[str, Any]:
+    """A codebook of which only some entries are near to latents, before and after a revival."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(SIZE, WIDTH)
+    weight = quantizer.embedding.weight
+    optimizer = torch.optim.AdamW([weight], lr=0.01)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.state[weight]["ema"] = torch.full_like(weight, 7.0)
+    revival = CodeRevival(SIZE, every=1)
+    latent = normal_input(f"latents/{rank}", (1, WIDTH, 3, 5))
+    parts = quantizer(latent)
+    revival.see(Encoding(parts.codes, parts.quantized, parts.latent, parts.entries))
+    before = weight.detach().clone()
+    count = revival.revive(quantizer, optimizer, Broadcast)
+    state = optimizer.state[weight]
+    return {
+        "before": before,
+        "after": weight.detach().clone(),
+        "codes": parts.codes,
+        "latent": parts.latent.movedim(1, -1).flatten(0, -2),
+        "count": count,
+        **{name: state[name].clone() for name in ("exp_avg", "exp_avg_sq", "ema")},
+    }
+
+
+def check(found: dict[str, Any], used: Tensor, latent: Tensor) -> None:
+    dead = torch.ones(SIZE, dtype=torch.bool)
+    dead[used.flatten()] = False
+    moved = (found["before"] != found["after"]).any(1)
+    assert not (moved & ~dead).any()
+    assert found["count"] == moved.sum() == min(int(dead.sum()), len(latent))
+    # Each is one of the latents, and none was taken twice.
+    near = (found["after"][moved] @ latent.T).max(1)
+    torch.testing.assert_close(near.values, torch.ones(len(near.values)))
+    assert len(set(near.indices.tolist())) == len(near.indices)
+    assert (found["exp_avg"][moved] == 0).all()
+    assert (found["exp_avg_sq"][moved] == 0).all()
+    assert (found["exp_avg"][~moved] != 0).all()
+    assert torch.equal(found["ema"][moved], found["after"][moved])
+    assert (found["ema"][~moved] == 7).all()
+
+
+def test_dead_codes_become_latents_and_their_history_is_forgotten() -> None:
+    found = revived(0)
+    check(found, found["codes"], found["latent"])
+
+
+def test_ranks_revive_what_none_of_them_used_alike(tmp_path: Path) -> None:
+    ranks = run_on_ranks(revived, tmp_path)
+    used = torch.cat([rank["codes"].flatten() for rank in ranks])
+    assert len(used.unique()) > max(len(rank["codes"].unique()) for rank in ranks)
+    for rank in ranks:
+        check(rank, used, ranks[0]["latent"])
+    assert torch.equal(ranks[0]["after"], ranks[1]["after"])
+
+
+@pytest.mark.parametrize(("step", "due"), [(1, False), (4, True), (6, False), (8, True)])
+def test_it_is_due_every_so_many_steps_of_the_optimizer(step: int, due: bool) -> None:
+    quantizer: Any = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+    optimizer: Any = SimpleNamespace(state={quantizer.embedding.weight: {"step": torch.tensor(float(step))}})
+    assert CodeRevival(SIZE, every=4).is_due(optimizer, quantizer) == due
+
+
+def test_a_run_that_revives_codes_uses_more_of_them(pipeline: Pipeline, tmp_path: Path) -> None:
+    used = {}
+    for every in (0, 4):
+        # All entries but one are far from every latent.
+        module = vqgan_module(options={"revive_codes_every": every})
+        with torch.no_grad():
+            module.vqgan.quantize.embedding.weight.copy_(F.normalize(torch.ones(32, 4)) + 1e-4 * torch.randn(32, 4))
+        train(module, pipeline, tmp_path / str(every), max_steps=8)
+        used[every] = module.trainer.callback_metrics["val/codebook_usage"].item()
+        logged = "train/revived_codes" in module.trainer.callback_metrics
+        assert logged == (every > 0)
+    assert used[4] > 2 * used[0]
+
+
+def test_a_negative_interval_is_refused() -> None:
+    with pytest.raises(ValueError, match="revive_codes_every is -1"):
+        vqgan_module(options={"revive_codes_every": -1})

@@ -1,0 +1,202 @@
+"""Every option of the tokenizer's training has an effect, and the effect that it is meant to have."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules import AdamWConfig, VQGANLossConfig, VQGANModule
+from llamagen.models.discriminator import PatchGAN, StyleGAN
+from llamagen.models.lpips import LPIPS
+from tests.lightning_modules.runs import train, vqgan_module
+from tests.pipeline import Pipeline
+
+SIZE = 16  # which LPIPS needs
+LOSS_CHANGES: dict[str, Any] = {
+    "reconstruction": "l1",
+    "reconstruction_weight": 2.0,
+    "perceptual_weight": 1.0,
+    "codebook_weight": 2.0,
+    "commitment_weight": 0.5,
+    "entropy_weight": 0.1,
+    "adversarial": "non_saturating",
+    "adversarial_weight": 1.0,
+    "adversarial_start": 1,
+    "adaptive_weight": True,
+    "lecam_weight": 0.5,
+}
+Make = Callable[[Path], Any]
+OPTION_CHANGES: dict[str, Make] = {
+    "discriminator": lambda vgg: StyleGAN(SIZE),
+    "optimizer": lambda vgg: AdamWConfig(lr=2e-3),
+    "augmentation": lambda vgg: ("color", "translation", "cutout"),
+    "lpips_weights": lambda vgg: vgg,
+    "rfid_features": lambda vgg: Mean(),
+    "revive_codes_every": lambda vgg: 1,
+    "channels_last": lambda vgg: False,
+    "activation_checkpointing": lambda vgg: True,
+}
+ELSEWHERE = {
+    "net": "tests/models/test_vqgan.py",
+    "loss": "here, term by term",
+    "init_from": "test_vqgan_weights.py",
+    "init_averaged": "test_vqgan_weights.py",
+    "compile": "test_vqgan_speed.py",
+}
+
+
+class Mean(nn.Module):
+    """Mean colour, as features of rFID."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, 3)."""
+        return images.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with VGG16's shapes and random numbers."""
+    path = tmp_path_factory.mktemp("vgg16") / "vgg16.pth"
+    torch.manual_seed(0)
+    shapes = LPIPS.vgg16_shapes()
+    torch.save(
+        {name: torch.randn(shape) * (2 / max(shape[1:].numel(), 1)) ** 0.5 for name, shape in shapes.items()}, path
+    )
+    return path
+
+
+def run(pipeline: Pipeline, folder: Path, options: dict[str, Any], **loss: Any) -> tuple[dict[str, Tensor], set[str]]:
+    """Weights after three steps, and the names of what was logged."""
+    module = vqgan_module(options=options, **{"adversarial_start": 0, **loss})
+    train(module, pipeline, folder, max_steps=3, val_check_interval=3, batch_size=16, image_size=SIZE)
+    return {name: value.clone() for name, value in module.state_dict().items()}, set(module.trainer.callback_metrics)
+
+
+@pytest.fixture(scope="module")
+def usual(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], set[str]]:
+    """What comes out if nothing is changed."""
+    return run(pipeline, tmp_path_factory.mktemp("usual"), {})
+
+
+def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() != other.keys() or any(
+        not torch.allclose(one[name].float(), other[name].float(), rtol=1e-3, atol=1e-5) for name in one
+    )
+
+
+def test_the_tables_of_changes_are_complete() -> None:
+    assert set(LOSS_CHANGES) == {field.name for field in fields(VQGANLossConfig)}
+    assert set(OPTION_CHANGES) | set(ELSEWHERE) == set(signature(VQGANModule).parameters)
+
+
+def test_the_same_options_give_the_same_weights(
+    usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    weights, logged = run(pipeline, tmp_path, {})
+    assert all(torch.equal(weights[name], value) for name, value in usual[0].items())
+    assert logged == usual[1]
+
+
+@pytest.mark.parametrize("name", LOSS_CHANGES)
+def test_every_option_of_the_loss_changes_the_result(
+    name: str, usual: tuple[dict[str, Tensor], set[str]], vgg16: Path, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    options = {"lpips_weights": vgg16} if name == "perceptual_weight" else {}
+    weights, logged = run(pipeline, tmp_path, options, **{name: LOSS_CHANGES[name]})
+    assert differ(weights, usual[0])
+    added = {
+        "perceptual_weight": {"train/perceptual", "val/lpips"},
+        "entropy_weight": {"train/entropy", "val/entropy"},
+        "adaptive_weight": {"train/adaptive_weight"},
+        "lecam_weight": {"train/lecam"},
+    }
+    assert logged - usual[1] == added.get(name, set())
+
+
+@pytest.mark.parametrize("other", ["vanilla", "non_saturating"])
+def test_every_adversarial_loss_changes_the_result(
+    other: str, usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    assert differ(run(pipeline, tmp_path, {}, adversarial=other)[0], usual[0])
+
+
+def test_losses_are_different_games(pipeline: Pipeline, tmp_path: Path) -> None:
+    results = [run(pipeline, tmp_path / name, {}, adversarial=name)[0] for name in ("vanilla", "non_saturating")]
+    assert differ(*results)
+
+
+@pytest.mark.parametrize("name", ["discriminator", "optimizer", "augmentation", "revive_codes_every"])
+def test_an_option_changes_the_result(
+    name: str, usual: tuple[dict[str, Tensor], set[str]], vgg16: Path, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    assert differ(run(pipeline, tmp_path, {name: OPTION_CHANGES[name](vgg16)})[0], usual[0])
+
+
+@pytest.mark.parametrize(("name", "metric"), [("rfid_features", "val/rfid_Mean"), ("lpips_weights", "val/lpips")])
+def test_an_option_adds_a_measurement_and_nothing_else(
+    name: str,
+    metric: str,
+    usual: tuple[dict[str, Tensor], set[str]],
+    vgg16: Path,
+    pipeline: Pipeline,
+    tmp_path: Path,
+) -> None:
+    weights, logged = run(pipeline, tmp_path, {name: OPTION_CHANGES[name](vgg16)})
+    assert logged - usual[1] == {metric}
+    assert not differ(weights, usual[0])
+
+
+@pytest.mark.parametrize("name", ["color", "translation", "cutout"])
+def test_every_augmentation_changes_the_result(
+    name: str, usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    assert differ(run(pipeline, tmp_path, {"augmentation": (name,)})[0], usual[0])
+
+
+def test_the_augmentation_is_before_the_discriminator_alone(
+    usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    # Before the start of the discriminator nothing is augmented.
+    late = [
+        run(pipeline, tmp_path / str(len(policy)), {"augmentation": policy}, adversarial_start=9)[0]
+        for policy in ((), ("color", "cutout"))
+    ]
+    assert all(torch.equal(late[0][name], late[1][name]) for name in late[0])
+
+
+def test_another_network_for_lpips_changes_the_result(vgg16: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({name: value.flip(0) for name, value in torch.load(vgg16, weights_only=True).items()}, other)
+    one, two = (
+        run(pipeline, tmp_path / path.stem, {"lpips_weights": path}, perceptual_weight=1.0)[0]
+        for path in (vgg16, other)
+    )
+    assert differ(one, two)
+
+
+def test_the_discriminator_can_be_left_to_the_default(pipeline: Pipeline) -> None:
+    module = vqgan_module(options={"discriminator": None})
+    assert isinstance(module.discriminator, PatchGAN)
+    assert sum(parameter.numel() for parameter in module.discriminator.parameters()) == sum(
+        parameter.numel() for parameter in PatchGAN(64, 3).parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"reconstruction": "l3"}, "reconstruction is 'l3'; choose one of l2, l1"),
+        ({"adversarial": "wgan"}, "adversarial is 'wgan'; choose one of hinge, vanilla, non_saturating"),
+        ({"lecam_weight": -1.0}, "lecam_weight is -1.0; it must be at least 0"),
+        ({"perceptual_weight": float("nan")}, "perceptual_weight is nan; it must be at least 0"),
+    ],
+)
+def test_a_loss_without_a_meaning_is_refused(options: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(ValueError) as error:
+        VQGANLossConfig(**options)
+    assert str(error.value) == phrase

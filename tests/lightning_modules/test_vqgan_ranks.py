@@ -1,0 +1,84 @@
+"""Two ranks with half of the batch each train the tokenizer as one process does with the whole batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import main
+from tests.pipeline import Pipeline
+from tests.ranks import succeeds, two_processes
+
+STEPS, BATCH = 6, 32  # later a latent between two codes takes one here and the other there
+LR = 1e-3
+CASES = {
+    "fixed weight": [],
+    "adaptive weight": ["--model.init_args.loss.adaptive_weight=true"],
+    "LeCAM and accumulation": [
+        "--model.init_args.loss.adaptive_weight=true",
+        "--model.init_args.loss.adversarial=non_saturating",
+        "--model.init_args.loss.lecam_weight=0.5",
+        "--trainer.accumulate_grad_batches=2",
+    ],
+}
+START = 2
+"""Step at which the discriminator begins: so both that and the steps before are seen."""
+
+
+def arguments(pipeline: Pipeline, folder: Path, batch_size: int, *more: str) -> list[str]:
+    return [
+        *("fit", *pipeline.tokenizer_arguments(folder)),
+        # Two channels to a group of the norms: with one, they would take the biases of convolutions out again.
+        "--model.init_args.net.channels=64",
+        f"--model.init_args.loss.adversarial_start={START}",
+        f"--model.init_args.optimizer.lr={LR}",
+        f"--data.init_args.batch_size={batch_size}",
+        f"--trainer.max_steps={STEPS}",
+        *more,
+    ]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == STEPS
+    return content
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_reach_the_weights_of_one(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
+    succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case])))
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert any("discriminator" in name for name in one["state_dict"])
+    untrained = arguments(pipeline, tmp_path / "start", BATCH, *CASES[case], "--trainer.max_steps=0")
+    start = main.main(untrained).model.state_dict()
+    differing = []
+    for name, weight in one["state_dict"].items():
+        # Attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes steps of.
+        if name.endswith(".k.bias"):
+            continue
+        moved = (weight.float() - start[name].float()).norm()
+        if (weight.float() - two["state_dict"][name].float()).norm() > 1e-3 * moved + 1e-6:
+            differing.append(name)
+    assert differing == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
+    checkpoints = {"dirpath": str(tmp_path / "run/checkpoints"), "save_last": True, "every_n_train_steps": 3}
+    callbacks = [
+        {"class_path": "ModelCheckpoint", "init_args": checkpoints},
+        {"class_path": "tests.lightning_modules.poison.Poison", "init_args": {"batch": 4, "rank": rank}},
+    ]
+    (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    overlay = f"--config={tmp_path / 'callbacks.yaml'}"
+    done = two_processes(arguments(pipeline, tmp_path / "run", BATCH // 2, overlay))
+    assert done.returncode != 0
+    assert "reconstruction" in done.stderr
+    assert "not finite at step 4" in done.stderr
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
