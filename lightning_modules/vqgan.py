@@ -147,6 +147,8 @@ class VQGANModule(GenerativeModule):
             if network is not None:
                 convert_conv2d_weight_memory_format(network, self.memory_format)
         if self._compile:
+            if self.loss_config.adaptive_weight:  # it runs through the compiled decoder a second time
+                torch._functorch.config.donated_buffer = False
             for part in (self.vqgan.encoder, self.vqgan.decoder, *self._lpips):
                 part.compile()  # in place: the names in the state dict stay
 
