@@ -137,7 +137,7 @@ class VQGANModule(GenerativeModule):
                 raise ValueError(
                     f"image_size is {size}; the tokenizer needs a multiple of {self.vqgan.config.downsampling}"
                 )
-            if self.discriminator is not None:
+            if self.discriminator is not None and stage == "fit":
                 self.discriminator.check_size(size)
         if self._needs_lpips and not self._lpips:
             self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)

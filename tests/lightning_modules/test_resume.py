@@ -17,11 +17,20 @@ STEPS = 11  # of 8 an epoch
 Make = Callable[..., GenerativeModule]
 
 
+def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
+    """A tokenizer with all that remembers something or draws."""
+    options = {
+        "revive_codes_every": 3,
+        "augmentation": ("color", "translation", "cutout"),
+    }
+    return vqgan_module(seed, options, lecam_weight=0.1, adaptive_weight=True, adversarial="non_saturating")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Make, dict[str, torch.Tensor]]:
     """Where each module's run ends if nothing stops it."""
     states = {}
-    for make in (vqgan_module, argen_module):
+    for make in (vqgan_module, vqgan_with_everything, argen_module):
         module = make()
         trainer = train(module, pipeline, tmp_path_factory.mktemp("whole"), max_steps=STEPS)
         states[make] = state_of(module, trainer)
@@ -35,7 +44,7 @@ class DrawsFromTheGlobalGenerator(pl.Callback):
         torch.randn(7)
 
 
-@pytest.mark.parametrize("make", [vqgan_module, argen_module])
+@pytest.mark.parametrize("make", [vqgan_module, vqgan_with_everything, argen_module])
 @pytest.mark.parametrize(
     ("stop", "every", "resume_from"),
     [

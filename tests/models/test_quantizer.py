@@ -1,12 +1,14 @@
 """The quantiser takes the nearest entry, passes gradients straight through, and computes in float32."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llamagen.losses import codebook_loss, commitment_loss
-from llamagen.models.quantizer import VectorQuantizer
+from llamagen.models.quantizer import VectorQuantizer, nearest_codes
 from tests.golden import fill, normal_input
 
 
@@ -127,3 +129,27 @@ def test_the_published_usage_window_is_kept_and_never_written() -> None:
     assert window.shape == (65536,)
     assert window.abs().max() == 0
     assert not window.requires_grad
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 1 << 18])
+def test_codes_do_not_depend_on_the_size_of_the_blocks(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = F.normalize(normal_input("blocks/latent", (3, 4, 5, 2)), dim=1)
+    codebook = F.normalize(normal_input("blocks/codebook", (16, 4)), dim=1)
+    whole = torch.cdist(vectors.movedim(1, -1).reshape(-1, 4), codebook).argmin(1).view(3, 5, 2)
+    largest = 0
+    argmax = torch.Tensor.argmax
+
+    def watched(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return argmax(x, *arguments, **options)
+
+    monkeypatch.setattr("llamagen.models.quantizer.MOST_SIMILARITIES_ON_CPU", most)
+    monkeypatch.setattr(torch.Tensor, "argmax", watched)
+    assert torch.equal(nearest_codes(vectors, codebook), whole)
+    assert largest == min(max(most // 16, 1), 30) * 16
+
+
+def test_the_first_of_equal_entries_is_taken() -> None:
+    codebook = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), dim=1)
+    assert nearest_codes(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), codebook).item() == 0

@@ -1,0 +1,197 @@
+"""What a training of the tokenizer says while it goes on, where it says it, and how it stops."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks import CodebookHistogram, LearningCurves, ReconstructionGrid
+from lightning_modules import AdamWConfig
+from lightning_modules.optimization import build_adamw
+from tests.lightning_modules.poison import Poison
+from tests.lightning_modules.runs import argen_module, train, vqgan_module
+from tests.pipeline import Pipeline
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("make", [vqgan_module, argen_module])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_x_axis_is_the_number_of_batches_seen(
+    accumulate: int, make: Any, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    train(
+        make(),
+        pipeline,
+        tmp_path,
+        LearningCurves(),
+        logger=CSVLogger(tmp_path, "logs"),
+        log_every_n_steps=1,
+        max_steps=6,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=4,
+    )
+    logged = rows(tmp_path)
+    training = [int(row["step"]) for row in logged if row.get("train/loss")]
+    assert training == list(range(accumulate, 6 * accumulate + 1, accumulate))
+    validation = [int(row["step"]) for row in logged if row.get("val/loss")]
+    assert validation == list(range(4, 6 * accumulate + 1, 4))
+    curves = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["LearningCurves"]["history"]
+    assert [x for x, _ in curves["val/loss"]] == validation[: len(curves["val/loss"])]
+
+
+def test_every_term_is_logged_once_it_is_there(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = vqgan_module(adversarial_start=2)
+    train(
+        module,
+        pipeline,
+        tmp_path,
+        logger=CSVLogger(tmp_path, "logs"),
+        log_every_n_steps=1,
+        max_steps=4,
+        val_check_interval=4,
+    )
+    logged = rows(tmp_path)
+    with_generator = [int(row["step"]) for row in logged if row["train/generator"]]
+    assert with_generator == [3, 4]  # after the batches that are steps 2 and 3
+    for name in ("discriminator", "logits_real", "logits_fake"):
+        assert [int(row["step"]) for row in logged if row[f"train/{name}"]] == with_generator
+    always = ("reconstruction", "codebook", "commitment", "lr", "grad_norm_vqgan")
+    assert all(row[f"train/{name}"] for name in always for row in logged if row["train/loss"])
+    last = logged[-1]
+    for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity", "reconstruction"):
+        assert any(row[f"val/{name}"] for row in logged), last
+    total = {name: float(logged[0][f"train/{name}"]) for name in ("reconstruction", "codebook", "commitment")}
+    expected = total["reconstruction"] + total["codebook"] + 0.25 * total["commitment"]
+    assert float(logged[0]["train/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_discriminator_is_not_even_asked_before_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = vqgan_module(adversarial_start=2)
+    assert module.discriminator is not None
+    calls: list[int] = []
+    module.discriminator.register_forward_hook(lambda *_: calls.append(module.global_step))
+    train(module, pipeline, tmp_path, max_steps=4, val_check_interval=2)
+    assert calls == [2, 2, 2, 3, 3, 3]  # reconstruction, then picture and reconstruction
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_checkpoint(
+    step: int, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    module = vqgan_module()
+    message = rf"^reconstruction, .* not finite at step {step}; the last checkpoint is from before it"
+    with pytest.raises(FloatingPointError, match=message):
+        train(module, pipeline, tmp_path, Poison(step), every=2, max_steps=8)
+    for weight in module.parameters():
+        assert weight.isfinite().all()
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert last.exists() == (step == 4)
+    if step == 4:
+        checkpoint = torch.load(last, weights_only=True)
+        assert checkpoint["global_step"] == 4
+        assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+        resumed = vqgan_module()
+        train(resumed, pipeline, tmp_path / "on", ckpt_path=last, max_steps=6)
+        assert resumed.trainer.global_step == 6
+
+
+@pytest.mark.parametrize("term", ["perceptual", "entropy", "generator", "discriminator", "lecam"])
+def test_the_term_that_is_not_finite_is_named(
+    term: str, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = vqgan_module(adversarial_start=0, entropy_weight=0.1, lecam_weight=0.1)
+    broken = torch.tensor(float("inf"))
+    if term == "entropy":
+        monkeypatch.setattr("lightning_modules.vqgan.entropy_loss", lambda *_: broken)
+    elif term == "perceptual":
+        object.__setattr__(module.loss_config, "perceptual_weight", 1.0)
+        monkeypatch.setattr("lightning_modules.vqgan.read_vgg16", lambda _: {})
+        monkeypatch.setattr("lightning_modules.vqgan.LPIPS", lambda _: BrokenDistance())
+    elif term == "lecam":
+        assert module.game is not None
+        monkeypatch.setattr(module.game, "lecam", BrokenLeCAM())
+    else:
+        assert module.game is not None
+        losses = module.game.losses._replace(**{term: lambda *_: broken})
+        monkeypatch.setattr(module.game, "losses", losses)
+    with pytest.raises(FloatingPointError, match=rf"^{term} not finite at step 0"):
+        train(module, pipeline, tmp_path, max_steps=2)
+
+
+class BrokenDistance(torch.nn.Module):
+    """An LPIPS without a result."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.new_full((len(x),), float("nan"))
+
+
+class BrokenLeCAM(torch.nn.Module):
+    """A LeCAM without a result."""
+
+    def update(self, *_: Any) -> None:
+        pass
+
+    def forward(self, *_: Any) -> torch.Tensor:
+        return torch.tensor(float("nan"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = vqgan_module()
+    module.vqgan.decoder.conv_out.bias.register_hook(lambda gradient: gradient * float("nan"))
+    before = module.vqgan.encoder.conv_in.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="the gradient of the vqgan is not finite at step 0"):
+        train(module, pipeline, tmp_path, max_steps=2)
+    assert torch.equal(before, module.vqgan.encoder.conv_in.weight)
+
+
+def test_pictures_of_reconstructions_and_codes_are_left_at_the_chosen_batches(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    callbacks = (ReconstructionGrid(count=3, every_n_batches=3), CodebookHistogram(), LearningCurves())
+    train(vqgan_module(), pipeline, tmp_path, *callbacks, max_steps=8, val_check_interval=4)
+    names = sorted(path.name for path in (tmp_path / "reconstructions").iterdir())
+    assert names == [f"step_{step:07d}.png" for step in (3, 4, 6, 8)]
+    assert len(list((tmp_path / "codebook").iterdir())) == 2
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (7, 0.55), (10, 0.1), (12, 0.1)]
+)
+def test_the_rate_grows_then_falls_by_half_a_cosine(step: int, expected: float) -> None:
+    config = AdamWConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr=0.1)
+    assert config.rate(step, 10) == pytest.approx(expected)
+    assert AdamWConfig(lr=1.0, warmup_steps=4).rate(step, 10) == pytest.approx(min(1.0, (step + 1) / 4))
+
+
+def test_the_optimizer_follows_the_schedule_of_the_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    settings = AdamWConfig(lr=1e-3, warmup_steps=2, schedule="cosine", final_lr=1e-4)
+    module = vqgan_module(options={"optimizer": settings})
+    train(module, pipeline, tmp_path, logger=CSVLogger(tmp_path, "logs"), log_every_n_steps=1, max_steps=6)
+    rates = [float(row["train/lr"]) for row in rows(tmp_path) if row["train/loss"]]
+    assert rates == pytest.approx([settings.rate(step, 6) for step in range(6)])
+
+
+def test_a_cosine_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+        build_adamw([torch.nn.Linear(1, 1)], AdamWConfig(schedule="cosine"))
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"schedule": "linear"}, "schedule is 'linear'; it must be constant or cosine"),
+        ({"final_lr": 1.0}, "final_lr is 1.0; it must be between 0 and lr, 0.0001"),
+    ],
+)
+def test_a_schedule_without_a_meaning_is_refused(options: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(phrase)):
+        AdamWConfig(**options)

@@ -1,0 +1,162 @@
+"""The tokenizer starts from weights that others, or earlier runs, have trained."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from lightning_modules import VQGANModule
+from llamagen.export import export
+from llamagen.models.discriminator import PatchGAN
+from llamagen.models.lpips import VGG16_ADDRESS, VGG16_FILE
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from tests.golden import fill
+from tests.lightning_modules.runs import State, evaluator, train, vqgan_module
+from tests.pipeline import PATCHGAN, TOKENIZER_NET, Pipeline
+
+NEW_DISCRIMINATOR = "has no discriminator: training starts with a new one"
+
+
+@pytest.fixture(scope="module")
+def weights() -> State:
+    """Of the tokenizer of the tests, unlike any initial ones."""
+    return fill(VQGAN(VQGANConfig(**TOKENIZER_NET))).state_dict()
+
+
+def assert_holds(module: Any, wanted: State) -> None:
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_fine_tuning_from_published_weights_starts_a_new_discriminator_and_says_so(
+    weights: State, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    torch.save({"model": weights}, tmp_path / "vq.pt")
+    with pytest.warns(UserWarning, match=NEW_DISCRIMINATOR):
+        module = vqgan_module(options={"init_from": tmp_path / "vq.pt"}, adversarial_start=0)
+    assert_holds(module.vqgan, weights)
+    trainer = train(module, pipeline, tmp_path / "run", max_steps=2)
+    assert trainer.global_step == 2
+    assert not torch.equal(module.vqgan.encoder.conv_in.weight, weights["encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_published_training_checkpoint_brings_its_discriminator_and_its_averages_by_choice(
+    averaged: bool, weights: State, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    judge = fill(PatchGAN(**PATCHGAN)).state_dict()
+    half = {name: value * 0.5 for name, value in weights.items()}
+    content = {"model": weights, "ema": half, "discriminator": judge, "optimizer": {"state": {}}, "steps": 3}
+    torch.save({**content, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "0000003.pt")
+    module = vqgan_module(options={"init_from": tmp_path / "0000003.pt", "init_averaged": averaged})
+    assert_holds(module.vqgan, half if averaged else weights)
+    assert_holds(module.discriminator, judge)
+    assert not [warning for warning in recwarn if NEW_DISCRIMINATOR in str(warning.message)]
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_run_of_this_project_brings_both_networks(averaged: bool, pipeline: Pipeline) -> None:
+    checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
+    module = vqgan_module(options={"init_from": pipeline.tokenizer, "init_averaged": averaged})
+    raw = {name.removeprefix("vqgan."): v for name, v in checkpoint["state_dict"].items() if name.startswith("vqgan.")}
+    same = [torch.equal(value, raw[name]) for name, value in module.vqgan.named_parameters()]
+    assert all(same) if not averaged else not any(same)
+    assert module.discriminator is not None
+    for name, value in module.discriminator.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"discriminator.{name}"]), name
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_trained(weights: State, tmp_path: Path) -> None:
+    wrong: dict[str, Tensor] = {**weights, "encoder.conv_in.weight": torch.zeros(1, 2), "extra": torch.zeros(1)}
+    del wrong["decoder.conv_out.bias"]
+    torch.save({"model": wrong}, tmp_path / "vq.pt")
+    with pytest.raises(ValueError) as error:
+        vqgan_module(options={"init_from": tmp_path / "vq.pt"})
+    message = str(error.value)
+    assert "\n" not in message
+    assert "missing: decoder.conv_out.bias" in message
+    assert "unexpected: extra" in message
+    assert "encoder.conv_in.weight is (1, 2) there and (32, 3, 3, 3) here" in message
+
+
+def test_a_discriminator_of_another_shape_is_refused(weights: State, tmp_path: Path) -> None:
+    torch.save({"model": weights, "discriminator": PatchGAN(4, 1).state_dict()}, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match=r"the discriminator of .*of another shape: main\.0\.weight is"):
+        vqgan_module(options={"init_from": tmp_path / "vq.pt"})
+
+
+def test_the_weights_of_a_gpt_are_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="holds a GPT, not a VQGAN; give a tokenizer's weights"):
+        vqgan_module(options={"init_from": pipeline.argen})
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_published_weights_are_evaluated_and_extracted_from_the_command_line(
+    suffix: str, weights: State, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    torch.save({"model": weights}, tmp_path / "vq.pt")
+    path = tmp_path / "vq.pt"
+    if suffix != ".pt":
+        path = tmp_path / f"vq{suffix}"
+        export(tmp_path / "vq.pt", path)
+    start = f"--model.init_args.init_from={path}"
+    arguments = pipeline.tokenizer_arguments(tmp_path / "validation")
+    cli = main.main(["validate", *arguments, start, "--trainer.limit_val_batches=null"])
+    reference = VQGANModule(VQGANConfig(**TOKENIZER_NET), cli.model.loss_config)
+    reference.vqgan.load_state_dict(weights)
+    (expected,) = evaluator().validate(reference, cli.datamodule, verbose=False)
+    found = cli.trainer.callback_metrics
+    for name in ("val/psnr", "val/ssim", "val/codebook_usage", "val/codebook_perplexity", "val/reconstruction"):
+        assert found[name].item() == pytest.approx(expected[name], rel=1e-4)
+    main.main([*pipeline.extract_arguments(tmp_path / "codes"), start])
+    assert (tmp_path / "codes/meta.json").is_file()
+
+
+def test_a_stage_without_any_weights_says_how_to_give_them(
+    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["validate", *pipeline.tokenizer_arguments(tmp_path / "run")])
+    message = capsys.readouterr().err
+    assert "--ckpt_path" in message
+    assert "--model.init_args.init_from" in message
+
+
+def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_to_do(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    arguments = pipeline.tokenizer_arguments(tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        main.main(["fit", *arguments, "--model.init_args.loss.perceptual_weight=1"])
+    for part in (VGG16_FILE, VGG16_ADDRESS, "model.init_args.lpips_weights", str(tmp_path / "cache")):
+        assert part in str(error.value)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main.main(["fit", *arguments, f"--model.init_args.lpips_weights={tmp_path / 'none.pth'}"])
+
+
+def test_lpips_is_in_no_state_dict_no_optimizer_and_no_average(pipeline: Pipeline, tmp_path: Path) -> None:
+    from llamagen.models.lpips import LPIPS
+
+    path = tmp_path / "vgg16.pth"
+    torch.save({name: torch.rand(shape) * 0.01 for name, shape in LPIPS.vgg16_shapes().items()}, path)
+    module = vqgan_module(options={"lpips_weights": path}, perceptual_weight=1.0)
+    trainer = train(module, pipeline, tmp_path / "run", max_steps=2, batch_size=8, image_size=16)
+    (lpips,) = module._lpips
+    own = {id(parameter) for parameter in lpips.parameters()}
+    assert own
+    assert not own & {id(parameter) for parameter in module.parameters()}
+    assert not own & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+    assert not lpips.training
+    names = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in names if "lpips" in name or "features" in name]
+    expected = torch.load(path, weights_only=True)
+    for name, value in lpips.named_parameters():
+        assert torch.equal(value, expected[name])

@@ -1,0 +1,78 @@
+"""Usage of the codebook: every code is counted, over all batches and ranks."""
+
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.codebook import histogram
+from llamagen.metrics import CodebookUsage
+from tests.ranks import run_on_ranks
+
+
+def test_usage_and_perplexity_are_those_of_all_batches() -> None:
+    metric = CodebookUsage(8)
+    metric.update(torch.tensor([[[0, 0], [3, 0]]]))
+    metric.update(torch.tensor([7, 7]))
+    usage, perplexity, counts = metric.compute()
+    assert usage.item() == 3 / 8
+    assert perplexity.item() == pytest.approx(exp(-(3 / 6 * log(3 / 6) + 1 / 6 * log(1 / 6) + 2 / 6 * log(2 / 6))))
+    assert counts.tolist() == [3, 0, 0, 1, 0, 0, 0, 2]
+
+
+def test_nothing_counted_is_no_usage() -> None:
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        usage, perplexity, _ = CodebookUsage(8).compute()
+    assert (usage.item(), perplexity.item()) == (0.0, 1.0)
+
+
+def test_all_codes_alike_have_the_largest_perplexity() -> None:
+    metric = CodebookUsage(16)
+    metric.update(torch.arange(16).repeat(3))
+    usage, perplexity, _ = metric.compute()
+    assert usage.item() == 1.0
+    assert perplexity.item() == pytest.approx(16.0)
+
+
+def test_a_reset_forgets_and_the_result_does_not_change_with_later_batches() -> None:
+    metric = CodebookUsage(4)
+    metric.update(torch.tensor([1]))
+    counts = metric.compute().counts
+    metric.update(torch.tensor([1, 2]))
+    assert counts.tolist() == [0, 1, 0, 0]
+    metric.reset()
+    metric.update(torch.tensor([3]))
+    assert metric.compute().counts.tolist() == [0, 0, 0, 1]
+
+
+def one_rank(rank: int) -> dict[str, Any]:
+    metric = CodebookUsage(6)
+    for code in ([0, 1], [1])[rank]:  # unequal numbers of batches
+        metric.update(torch.tensor([code, 5 - rank]))
+    return metric.compute()._asdict()
+
+
+def test_ranks_count_together(tmp_path: Path) -> None:
+    for rank in run_on_ranks(one_rank, tmp_path):
+        assert rank["counts"].tolist() == [1, 2, 0, 0, 1, 2]
+        assert rank["usage"].item() == pytest.approx(4 / 6)
+
+
+def test_more_codes_than_the_published_window_are_counted() -> None:
+    metric = CodebookUsage(4)
+    metric.update(torch.full((70_000,), 2))
+    assert metric.compute().counts.tolist() == [0, 0, 70_000, 0]
+
+
+def test_dead_codes_are_red_in_the_histogram() -> None:
+    def red(used: int) -> int:
+        counts = torch.zeros(100, dtype=torch.int64)
+        counts[:used] = 5
+        pixels = torch.tensor(list(histogram({"val": counts.numpy()}).getdata())).float()
+        return int(((pixels[:, 0] - pixels[:, 1]) > 30).sum())
+
+    few, many = red(90), red(10)
+    assert many > 5 * few > 0
+    assert red(100) == 0
