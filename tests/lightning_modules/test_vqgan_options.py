@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_modules import AdamWConfig, VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN, StyleGAN
-from llamagen.models.lpips import LPIPS
 from tests.lightning_modules.runs import train, vqgan_module
 from tests.pipeline import Pipeline
+from tests.vgg16 import vgg16_state
 
 SIZE = 16  # which LPIPS needs
 LOSS_CHANGES: dict[str, Any] = {
@@ -60,13 +60,9 @@ class Mean(nn.Module):
 
 @pytest.fixture(scope="module")
 def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with VGG16's shapes and random numbers."""
+    """A file of VGG16's weights."""
     path = tmp_path_factory.mktemp("vgg16") / "vgg16.pth"
-    torch.manual_seed(0)
-    shapes = LPIPS.vgg16_shapes()
-    torch.save(
-        {name: torch.randn(shape) * (2 / max(shape[1:].numel(), 1)) ** 0.5 for name, shape in shapes.items()}, path
-    )
+    torch.save(vgg16_state(), path)
     return path
 
 

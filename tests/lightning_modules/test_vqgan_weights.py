@@ -17,6 +17,7 @@ from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.golden import fill
 from tests.lightning_modules.runs import State, evaluator, train, vqgan_module
 from tests.pipeline import PATCHGAN, TOKENIZER_NET, Pipeline
+from tests.vgg16 import vgg16_state
 
 NEW_DISCRIMINATOR = "has no discriminator: training starts with a new one"
 
@@ -142,10 +143,8 @@ def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_t
 
 
 def test_lpips_is_in_no_state_dict_no_optimizer_and_no_average(pipeline: Pipeline, tmp_path: Path) -> None:
-    from llamagen.models.lpips import LPIPS
-
     path = tmp_path / "vgg16.pth"
-    torch.save({name: torch.rand(shape) * 0.01 for name, shape in LPIPS.vgg16_shapes().items()}, path)
+    torch.save(vgg16_state(), path)
     module = vqgan_module(options={"lpips_weights": path}, perceptual_weight=1.0)
     trainer = train(module, pipeline, tmp_path / "run", max_steps=2, batch_size=8, image_size=16)
     (lpips,) = module._lpips
@@ -157,6 +156,5 @@ def test_lpips_is_in_no_state_dict_no_optimizer_and_no_average(pipeline: Pipelin
     assert not lpips.training
     names = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert not [name for name in names if "lpips" in name or "features" in name]
-    expected = torch.load(path, weights_only=True)
     for name, value in lpips.named_parameters():
-        assert torch.equal(value, expected[name])
+        assert torch.equal(value, vgg16_state()[name])
