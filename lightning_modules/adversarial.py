@@ -54,9 +54,9 @@ class AdversarialGame(nn.Module):
             pixels = pixels + config.perceptual_weight * terms["perceptual"]
         scale = 1.0 if scaler is None else scaler.get_scale()
         weight = adaptive_weight(pixels, terms["generator"], last_weight, mean_over_ranks, scale)
-        if scaler is not None:  # too large a scale, which the scaler finds out by itself
-            weight = weight.nan_to_num(0.0)
-        terms["adaptive_weight"] = weight
+        # In float16 it is not a number where the scale is too large: the whole gradient then is none, so the scaler
+        # skips the step and halves the scale. Only the log gets a number.
+        terms["adaptive_weight"] = weight if scaler is None else weight.nan_to_num(0.0)
         return config.adversarial_weight * weight
 
     def discriminator_loss(

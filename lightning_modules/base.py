@@ -93,6 +93,9 @@ class GenerativeModule(pl.LightningModule):
         check_fits(checkpoint, self.generator)
         _reopen_epoch(checkpoint)
         self._step_seed = checkpoint[ENTRY]["step_seed"]
+        if self.trainer.state.fn != "fit" and "loops" in checkpoint:  # else Lightning restores it
+            seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+            self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = seen
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """How much of pictures is left after encoding and decoding. B batch, H × W pixels, h × w code grid."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -30,6 +32,11 @@ class ReconstructionMetrics(nn.Module):
         # In tuples, so that nn.Module does not see them: they are in no state dict.
         self._rfid_features = () if rfid_features is None else (rfid_features,)
         self._rfid: tuple[FrechetDistance, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Go along to another device, but not to another precision: sums over a set need theirs."""
+        moved: nn.Module = super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+        return moved
 
     def prepare(self, image_size: int | None) -> None:
         """Get rFID ready for pictures of this side in pixels.

@@ -23,7 +23,7 @@ from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, read_vgg16
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from llamagen.weights import load_weights, read_weights
+from llamagen.weights import differences, load_weights, read_weights
 
 
 class VQGANModule(GenerativeModule):
@@ -93,6 +93,7 @@ class VQGANModule(GenerativeModule):
         self._revived: int | None = None
         self._handles: list[Any] = []
         self.code_counts: dict[str, Tensor] = {}
+        self._broken_in_validation: Terms = {}
         if init_from is not None:
             self._start_from(init_from, init_averaged)
 
@@ -108,7 +109,8 @@ class VQGANModule(GenerativeModule):
         if weights.discriminator is None:
             rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
         else:
-            load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path}")
+            advice = "choose its model.init_args.discriminator, or leave it out of the file with llamagen.export"
+            load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({advice})")
 
     @property
     def generator(self) -> VQGAN:
@@ -192,7 +194,7 @@ class VQGANModule(GenerativeModule):
         elif self.discriminator is not None and self.trainer.world_size > 1:
             # DDP waits for every parameter: before the start they take part with a gradient of zero.
             discriminator_loss = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
-        self._check_finite(terms)
+        self._check_finite({name: ~value.detach().isfinite() for name, value in terms.items()})
         self.train_codebook_usage.update(output.encoding.codes)
         if self.revival is not None:
             self.revival.see(output.encoding)
@@ -218,15 +220,15 @@ class VQGANModule(GenerativeModule):
         loss = sum((getattr(config, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
         return loss, terms
 
-    def _check_finite(self, terms: Terms) -> None:
-        broken = ~torch.stack([value.detach().float() for value in terms.values()]).isfinite()
+    def _check_finite(self, broken: Terms, during: str = "") -> None:
+        flags = torch.stack(list(broken.values()))
         if self.trainer.world_size > 1:  # all ranks stop, or none: nobody waits for one that is gone
-            broken = self.trainer.strategy.reduce(broken.float(), reduce_op="sum") > 0
-        if broken.any():
-            names = [name for name, bad in zip(terms, broken.tolist(), strict=True) if bad]
+            flags = self.trainer.strategy.reduce(flags.float(), reduce_op="sum") > 0
+        if flags.any():
+            names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
             raise FloatingPointError(
-                f"{', '.join(names)} not finite at step {self.global_step}; the last checkpoint is from before it. Go "
-                "on from there with a lower learning rate or another seed, or in 32-bit precision"
+                f"{', '.join(names)} not finite{during} at step {self.global_step}; go on from the last checkpoint, if "
+                "there is one, with a lower learning rate or another seed, or in 32-bit precision"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -311,13 +313,22 @@ class VQGANModule(GenerativeModule):
             output = output._replace(reconstruction=output.reconstruction.float())
             # Ranks may have unequal numbers of batches here, so none may wait for another.
             loss, terms = self._generator_terms(images, output, None)
+        for name, value in terms.items():
+            self._broken_in_validation[name] = ~value.isfinite() | self._broken_in_validation.get(name, False)
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Metrics over the whole validation set and all ranks."""
+        """Metrics over the whole validation set and all ranks.
+
+        Raises:
+            FloatingPointError: if a term is not finite while training: before a checkpoint is made of such weights.
+        """
         super().on_validation_epoch_end()
+        broken, self._broken_in_validation = self._broken_in_validation, {}
+        if self.trainer.state.fn == "fit":
+            self._check_finite(broken, " in validation")
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
@@ -348,12 +359,24 @@ class VQGANModule(GenerativeModule):
         ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting, on the first rank.
+        """Go on counting, on the first rank. Outside of ``fit`` the discriminator does not matter, and is not loaded.
 
         Raises:
-            ValueError: if it is the checkpoint of another model.
+            ValueError: if it is the checkpoint of another model, or training is to go on with another discriminator.
         """
         super().on_load_checkpoint(checkpoint)
+        state, own = checkpoint["state_dict"], self.state_dict()
+        judges = ({name: v for name, v in each.items() if name.startswith("discriminator.")} for each in (state, own))
+        fit = self.trainer.state.fn == "fit"
+        if fit and (differing := differences(*judges)):
+            raise ValueError(
+                f"the checkpoint's discriminator is another one: {differing}; use model.init_args.discriminator and "
+                "loss.adversarial_weight of its run, or start anew with model.init_args.init_from"
+            )
+        optional = ("game.",) if fit else ("game.", "discriminator.")
+        for name in [name for name in state if name.startswith(optional) and name not in own]:
+            del state[name]
+        state |= {name: v for name, v in own.items() if name.startswith(optional) and not (fit and name in state)}
         if self.trainer.is_global_zero:
             for counts, saved in zip(self._running_counts(), checkpoint[ENTRY].get("code_counts", []), strict=False):
                 counts.copy_(saved)

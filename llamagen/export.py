@@ -44,21 +44,32 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
     model = build_model(weights)
     # Cloned, because they may be views, share storage, or have a memory format, none of which belongs into the file.
     state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
-    with whole_file(out) as temporary:
-        if out.suffix == ".pt":
-            torch.save({"model": state}, temporary)
-        else:
-            _save_safetensors(state, model, weights.averaged, temporary)
+    try:
+        with whole_file(out) as temporary:
+            if out.suffix == ".pt":
+                torch.save({"model": state}, temporary)
+            else:
+                _save_safetensors(state, model, weights.averaged, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
 
 
 def _save_safetensors(state: dict[str, Tensor], model: GPT | VQGAN, averaged: bool, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     said = describe(model, prefix="")
     entry = {"architecture": said["architecture"], "config": said["config"], "averaged": averaged}
-    save_file(state, path, {ENTRY: json.dumps(entry)})
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(state, path, {ENTRY: json.dumps(entry)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)  # readable for whom other files are, which safetensors' own are not
 
 
 def main(args: list[str] | None = None) -> None:

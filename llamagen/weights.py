@@ -121,7 +121,11 @@ def read_torch_file(path: Path) -> Any:
 def _of_our_run(path: Path, checkpoint: dict[str, Any], averaged: bool) -> Weights:
     """A training checkpoint of this project."""
     entry, state = checkpoint[ENTRY], checkpoint.get("state_dict")
-    if not isinstance(state, dict) or not {"architecture", "config", "prefix"} <= entry.keys():
+    if (
+        not isinstance(state, dict)
+        or not isinstance(entry.get("prefix"), str)
+        or not {"architecture", "config"} <= entry.keys()
+    ):
         raise ValueError(f"{path} lacks a part of a training checkpoint; give a .ckpt file as a run wrote it")
     averages = averaged_weights(checkpoint)
     weights = {**state, **averages} if averaged else state
@@ -165,6 +169,8 @@ def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     for optimizer in checkpoint.get("optimizer_states", []):
         for index, state in optimizer["state"].items():
             if EMA_STATE in state:
+                if int(index) >= len(names):
+                    raise ValueError(f"the checkpoint names {len(names)} averages but holds more; it is damaged")
                 averages[names[int(index)]] = state[EMA_STATE]
     return averages
 
@@ -211,11 +217,17 @@ def differences(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
         here: entries of the model.
 
     Returns:
-        Missing, unexpected and wrongly shaped entries in one line, at most 20 of each; empty if there are none.
+        Missing, unexpected and wrongly shaped entries in one line, at most 20 of each, and those that hold no real
+        floating-point numbers; empty if there are none.
     """
     parts = {
         "missing": [name for name in here if name not in there],
         "unexpected": [name for name in there if name not in here],
+        "no real floating-point numbers": [
+            f"{name} ({str(there[name].dtype).removeprefix('torch.')})"
+            for name, value in here.items()
+            if name in there and value.is_floating_point() and not there[name].is_floating_point()
+        ],
         "of another shape": [
             f"{name} is {tuple(there[name].shape)} there and {tuple(value.shape)} here"
             for name, value in here.items()

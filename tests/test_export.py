@@ -177,7 +177,7 @@ def test_a_write_that_fails_leaves_nothing(
 
     monkeypatch.setattr(torch, "save", fail)
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"cannot be written .disk full.; choose another place"):
         export(published, tmp_path / f"new/out{suffix}")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -220,3 +220,18 @@ def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
         "python -m llamagen.export: error: nowhere.pt does not exist; give a file of weights"
     )
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_place_that_cannot_be_written_is_named(suffix: str, published: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written .*; choose another place") as error:
+        export(published, tmp_path / f"file/out{suffix}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_exported_files_can_be_read_by_whom_other_files_can(suffix: str, published: Path, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    export(published, tmp_path / f"out{suffix}")
+    assert (tmp_path / f"out{suffix}").stat().st_mode == (tmp_path / "usual").stat().st_mode

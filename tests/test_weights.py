@@ -376,3 +376,19 @@ def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> Non
     check_fits(checkpoint, other)
     with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
         check_fits(checkpoint, small_gpt())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state: State) -> None:
+    name = "encoder.conv_in.weight"
+    with pytest.raises(ValueError, match=f"no real floating-point numbers: {name} .{str(dtype)[6:]}"):
+        load_weights(small_vqgan(), {**state, name: state[name].to(dtype)}, "these")
+
+
+def test_a_crafted_entry_ends_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
+    for changes, phrase in (({"prefix": 3}, "lacks a part"), ({"ema_names": ["x"]}, "names 1 averages but holds more")):
+        checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
+        checkpoint["llamagen"] |= changes
+        torch.save(checkpoint, tmp_path / "crafted.ckpt")
+        with pytest.raises(ValueError, match=phrase):
+            read_weights(tmp_path / "crafted.ckpt")

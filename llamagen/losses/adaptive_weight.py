@@ -27,7 +27,8 @@ def adaptive_weight(
         scale: both losses are multiplied by it for the backward pass, so that gradients survive in float16.
 
     Returns:
-        Ratio of the norms (1e-4 added to the lower one) in [0, 1e4], a scalar without gradient.
+        Ratio of the norms (1e-4 added to the lower one) in [0, 1e4], a scalar without gradient; NaN if one of them is
+        not finite.
     """
     gradients = torch.stack(
         [
@@ -39,4 +40,5 @@ def adaptive_weight(
         gradients = mean_over_ranks(gradients)
     reconstruction, generator = gradients.flatten(1).norm(dim=1)
     ratio: Tensor = (reconstruction / (generator + EPSILON)).clamp(max=LARGEST)
-    return ratio.detach()
+    # An infinite norm is an overflow, not a reason for a weight of 0.
+    return torch.where((reconstruction + generator).isfinite(), ratio, torch.nan).detach()

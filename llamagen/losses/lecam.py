@@ -1,5 +1,7 @@
 """LeCAM regularisation of a discriminator that sees few pictures (arXiv 2104.03310)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +32,11 @@ class LeCAM(nn.Module):
         self.real.lerp_(real.float(), weight)
         self.fake.lerp_(fake.float(), weight)
         self.started.fill_(1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Go along to another device, but stay in float32: an average this slow would stand still in 16 bits."""
+        moved: nn.Module = super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+        return moved
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """``mean(relu(real − usual fake)²) + mean(relu(usual real − fake)²)`` of logits of any shape, a scalar."""

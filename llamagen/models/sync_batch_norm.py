@@ -26,7 +26,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(x.device.type, enabled=False):
             # Sums of what is left without the running mean, which all ranks share: nothing large cancels, and one
             # reduction is enough.
-            shift = self.running_mean.clone()
+            shift = self.running_mean.float()
             values = x.float() - shift.view(1, -1, 1, 1)
             count = torch.full_like(shift[:1], x.numel() / x.shape[1])
             sums = sum_over_ranks(torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count]))
@@ -35,8 +35,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             variance = (second / total - mean.square()).clamp(min=0)
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                self.running_mean.add_(mean, alpha=self.momentum)  # which is the shift so far
-                self.running_var.lerp_(variance * total / (total - 1), self.momentum)
+                self.running_mean.copy_(shift + self.momentum * mean)
+                self.running_var.copy_(
+                    torch.lerp(self.running_var.float(), variance * total / (total - 1), self.momentum)
+                )
             scale = (variance + self.eps).rsqrt() * self.weight
             normalised = (values - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         result: Tensor = normalised.to(x.dtype)

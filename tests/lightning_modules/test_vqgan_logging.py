@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+import main
 from callbacks import CodebookHistogram, LearningCurves, ReconstructionGrid
 from lightning_modules import AdamWConfig
 from lightning_modules.optimization import build_adamw
@@ -45,6 +46,17 @@ def test_the_x_axis_is_the_number_of_batches_seen(
     assert validation == list(range(4, 6 * accumulate + 1, 4))
     curves = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["LearningCurves"]["history"]
     assert [x for x, _ in curves["val/loss"]] == validation[: len(curves["val/loss"])]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_the_x_axis_of_an_evaluation_is_where_its_checkpoint_was_made(
+    stage: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    arguments = pipeline.tokenizer_arguments(tmp_path)
+    main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}", "--trainer.limit_test_batches=2"])
+    assert {int(row["step"]) for row in rows(tmp_path)} == {8}
+    if stage == "validate":
+        assert [path.name for path in (tmp_path / "reconstructions").iterdir()] == ["step_0000008.png"]
 
 
 def test_every_term_is_logged_once_it_is_there(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -87,7 +99,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_chec
     step: int, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module()
-    message = rf"^reconstruction, .* not finite at step {step}; the last checkpoint is from before it"
+    message = rf"^reconstruction, .* not finite at step {step}; go on from the last checkpoint, if there is one"
     with pytest.raises(FloatingPointError, match=message):
         train(module, pipeline, tmp_path, Poison(step), every=2, max_steps=8)
     for weight in module.parameters():
@@ -101,6 +113,31 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_chec
         resumed = vqgan_module()
         train(resumed, pipeline, tmp_path / "on", ckpt_path=last, max_steps=6)
         assert resumed.trainer.global_step == 6
+
+
+class PoisonedValidation(Poison):
+    """Puts a NaN into a picture of the second validation."""
+
+    def __init__(self) -> None:
+        super().__init__(batch=0)
+        self.validations = 0
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self.validations += batch_idx == 0
+        if self.validations == 2:
+            self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        if trainer.validating or trainer.sanity_checking or not pl_module.training:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+def test_weights_whose_validation_is_not_a_number_do_not_replace_the_last_good_checkpoint(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; go on from"):
+        train(vqgan_module(), pipeline, tmp_path, PoisonedValidation(), max_steps=9, val_check_interval=3)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
 @pytest.mark.parametrize("term", ["perceptual", "entropy", "generator", "discriminator", "lecam"])

@@ -122,6 +122,7 @@ class Scales(pl.Callback):
 
     def __init__(self) -> None:
         self.scales: list[float] = []
+        self.weights: list[float] = []
         self.norms: list[float] = []
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -131,6 +132,7 @@ class Scales(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.scales.append(trainer.precision_plugin.scaler.get_scale())
+        self.weights.append(float(trainer.callback_metrics.get("train/adaptive_weight", 1.0)))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -148,6 +150,8 @@ def test_float16_skips_steps_that_overflow_and_clips_unscaled_gradients(
     assert watch.scales[0] < 2.0**40  # the first step overflowed
     assert watch.scales[-1] == watch.scales[-5]  # and later ones did not
     assert watch.norms[-1] <= 0.0101
+    # An overflow in the adaptive weight is one of the step: it is not taken for a weight of 0 for ever.
+    assert min(watch.weights[-5:]) > 0
     for name, value in module.state_dict().items():
         assert value.isfinite().all(), name
     assert not torch.equal(start["vqgan.decoder.conv_in.weight"], module.state_dict()["vqgan.decoder.conv_in.weight"])

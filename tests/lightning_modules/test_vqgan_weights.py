@@ -11,11 +11,11 @@ from torch import Tensor
 import main
 from lightning_modules import VQGANModule
 from llamagen.export import export
-from llamagen.models.discriminator import PatchGAN
+from llamagen.models.discriminator import PatchGAN, StyleGAN
 from llamagen.models.lpips import VGG16_ADDRESS, VGG16_FILE
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.golden import fill
-from tests.lightning_modules.runs import State, evaluator, train, vqgan_module
+from tests.lightning_modules.runs import State, datamodule_for, evaluator, train, vqgan_module
 from tests.pipeline import PATCHGAN, TOKENIZER_NET, Pipeline
 from tests.vgg16 import vgg16_state
 
@@ -88,6 +88,38 @@ def test_a_discriminator_of_another_shape_is_refused(weights: State, tmp_path: P
     torch.save({"model": weights, "discriminator": PatchGAN(4, 1).state_dict()}, tmp_path / "vq.pt")
     with pytest.raises(ValueError, match=r"the discriminator of .*of another shape: main\.0\.weight is"):
         vqgan_module(options={"init_from": tmp_path / "vq.pt"})
+
+
+OTHER_LOSSES = {
+    "another discriminator": ({"discriminator": StyleGAN(8)}, {}),
+    "no discriminator": ({}, {"adversarial_weight": 0.0}),
+    "LeCAM": ({}, {"lecam_weight": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LOSSES)
+def test_the_discriminator_does_not_matter_outside_of_training(case: str, pipeline: Pipeline) -> None:
+    options, loss = OTHER_LOSSES[case]
+    module, same = vqgan_module(options=options, **loss), vqgan_module()
+    for each in (module, same):
+        evaluator().validate(each, datamodule_for(each, pipeline), ckpt_path=pipeline.tokenizer, verbose=False)
+    assert_holds(module.vqgan, same.vqgan.state_dict())
+
+
+@pytest.mark.parametrize("case", ["another discriminator", "no discriminator"])
+def test_training_does_not_go_on_with_another_discriminator(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    options, loss = OTHER_LOSSES[case]
+    with pytest.raises(ValueError, match=r"the checkpoint.s discriminator is another one: .*start anew with") as error:
+        train(vqgan_module(options=options, **loss), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
+    assert "\n" not in str(error.value)
+
+
+def test_training_goes_on_with_lecam_switched_on_and_off(pipeline: Pipeline, tmp_path: Path) -> None:
+    last = Path("checkpoints/last.ckpt")
+    train(vqgan_module(lecam_weight=0.1), pipeline, tmp_path / "a", ckpt_path=pipeline.tokenizer, max_steps=9)
+    train(vqgan_module(), pipeline, tmp_path / "b", ckpt_path=tmp_path / "a" / last, max_steps=10)
+    names = [torch.load(tmp_path / run / last, weights_only=True)["state_dict"] for run in "ab"]
+    assert [any("lecam" in name for name in each) for each in names] == [True, False]
 
 
 def test_the_weights_of_a_gpt_are_refused(pipeline: Pipeline) -> None:

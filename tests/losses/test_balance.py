@@ -32,6 +32,22 @@ def test_gradients_that_float16_cannot_hold_survive_by_the_scale() -> None:
     assert found.item() == pytest.approx(4e-9 / (8e-9 + 1e-4), rel=0.1)
 
 
+def test_a_gradient_that_overflows_is_no_weight_of_zero() -> None:
+    weight = torch.ones(4, dtype=torch.float16, requires_grad=True)
+    pixels, game = (factor * weight.float().square().sum() for factor in (1.0, 10.0))
+    assert adaptive_weight(pixels, game, weight, scale=2.0**14).isnan()
+    assert adaptive_weight(game, pixels, weight, scale=2.0**14).isnan()
+
+
+def test_the_averages_stay_in_float32_where_all_else_is_in_sixteen_bits() -> None:
+    lecam = LeCAM().to(torch.bfloat16)
+    for _ in range(300):
+        lecam.update(torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(0.0))
+        lecam.real.add_(0)
+    lecam.update(torch.tensor(3.0), torch.tensor(0.0))
+    assert lecam.real.item() == pytest.approx(1.02)
+
+
 def test_the_usual_logits_start_at_the_first_and_follow_slowly() -> None:
     lecam = LeCAM()
     lecam.update(torch.tensor(1.0), torch.tensor(-2.0))

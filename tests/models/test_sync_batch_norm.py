@@ -60,6 +60,22 @@ def test_two_ranks_normalise_like_one_process_with_the_whole_batch(tmp_path: Pat
             torch.testing.assert_close(rank[name], value, atol=1e-4, rtol=1e-5)
 
 
+def one_rank_in_sixteen_bits(rank: int) -> Tensor:
+    norm = filled().to(torch.bfloat16)
+    norm(pictures()[2 * rank : 2 * rank + 2].bfloat16())
+    assert norm.running_mean is not None
+    return norm.running_mean
+
+
+def test_ranks_agree_in_sixteen_bits_too(tmp_path: Path) -> None:
+    one, two = run_on_ranks(one_rank_in_sixteen_bits, tmp_path)
+    assert torch.equal(one, two)
+    expected = nn.BatchNorm2d(3)
+    expected(pictures())
+    assert expected.running_mean is not None
+    torch.testing.assert_close(one.float(), expected.running_mean, atol=0.03, rtol=0.01)
+
+
 def test_one_process_uses_batch_norm_itself() -> None:
     norm, reference = filled(), nn.BatchNorm2d(3)
     reference.load_state_dict(norm.state_dict())
