@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
 from benchmarks.operators import OperatorTimes, convolution_flops, fastest_convolution
@@ -153,8 +154,8 @@ def train(options: argparse.Namespace, module: VQGANModule, steps: int, *callbac
     ).fit(module, DataLoader(batches, batch_size=None))
 
 
-def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> dict[str, dict[str, float]]:
-    """Forward and backward time of a part, seconds."""
+def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> dict[str, Any]:
+    """Forward and backward time of a part in seconds, and what it keeps for the backward pass in MiB."""
     forward, backward = [], []
     for _ in range(steps + WARM_UP):
         leaf = x.detach().requires_grad_()
@@ -168,7 +169,26 @@ def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], ste
         synchronize()
         forward.append(middle - start)
         backward.append(time.perf_counter() - middle)
-    return {"forward": spread(forward[WARM_UP:]), "backward": spread(backward[WARM_UP:])}
+    return {
+        "forward": spread(forward[WARM_UP:]),
+        "backward": spread(backward[WARM_UP:]),
+        "kept_mib": round(kept_for_backward(part, x, autocast) / 2**20, 1),
+    }
+
+
+def kept_for_backward(part: Part, x: Tensor, autocast: Callable[[], torch.autocast]) -> int:
+    """Bytes of the tensors that a part saves for its gradient, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
+        y = part(x.detach().requires_grad_())
+    del y
+    return sum(kept.values())
 
 
 def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> dict[str, tuple[Part, Tensor]]:
@@ -264,12 +284,14 @@ def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
             f"{name:22}{step['median']:10.3f}{step['q1']:12.3f} {step['q3']:7.3f}"
             f"{options.batch_size / step['median']:12.2f}{memory:10.2f}"
         )
-    print(f"\nplain / ours: {result['ratio']:.2f}\n\n{'part':22}{'ours f + b s':>18}{'plain f + b s':>18}{'ratio':>8}")
+    print(f"\nplain / ours: {result['ratio']:.2f}")
+    print(f"\n{'part':22}{'ours f + b s':>18}{'plain f + b s':>18}{'ratio':>8}{'ours, plain keep MiB':>24}")
     for part in result["parts"]["ours"]:
         sides = [result["parts"][name][part] for name in SIDES]
         both = [side["forward"]["median"] + side["backward"]["median"] for side in sides]
         cells = [f"{side['forward']['median']:9.4f} {side['backward']['median']:8.4f}" for side in sides]
-        print(f"{part:22}{cells[0]:>18}{cells[1]:>18}{both[1] / both[0]:8.2f}")
+        kept = "".join(f"{side['kept_mib']:12.1f}" for side in sides)
+        print(f"{part:22}{cells[0]:>18}{cells[1]:>18}{both[1] / both[0]:8.2f}{kept}")
     print(f"\n{'operators of a step':22}{'ours s':>10}{'plain s':>10}")
     for kind in result["operators"]["ours"]:
         print(f"{kind:22}" + "".join(f"{result['operators'][name][kind]:10.3f}" for name in SIDES))

@@ -21,7 +21,7 @@ from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
-from llamagen.models.lpips import LPIPS, read_vgg16
+from llamagen.models.lpips import LPIPS, MIN_SIZE, read_vgg16
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.weights import differences, load_weights, read_weights
 
@@ -131,7 +131,7 @@ class VQGANModule(GenerativeModule):
         """Refuse pictures that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
 
         Raises:
-            ValueError: if the size is not a multiple of the downsampling factor, or does not fit the discriminator.
+            ValueError: if the size is not a multiple of the downsampling factor, or does not suit a network.
         """
         size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
         if size is not None:
@@ -141,6 +141,11 @@ class VQGANModule(GenerativeModule):
                 )
             if self.discriminator is not None and stage == "fit":
                 self.discriminator.check_size(size)
+            if self._needs_lpips and size < MIN_SIZE:
+                raise ValueError(
+                    f"image_size is {size}; LPIPS needs at least {MIN_SIZE}, or "
+                    "model.init_args.loss.perceptual_weight 0 to do without it"
+                )
         if self._needs_lpips and not self._lpips:
             self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)
         if stage != "predict":
