@@ -90,6 +90,23 @@ def test_ranks_revive_what_none_of_them_used_alike(tmp_path: Path) -> None:
     assert torch.equal(ranks[0]["after"], ranks[1]["after"])
 
 
+def test_a_code_is_dead_if_it_was_not_used_since_the_last_revival() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(SIZE, WIDTH)
+    optimizer = torch.optim.AdamW([quantizer.embedding.weight])
+    revival = CodeRevival(SIZE, every=1)
+    counts = []
+    for used in (range(0, 30), range(10, 40)):
+        codes = torch.tensor(list(used)).view(1, 5, 6)
+        vectors = F.normalize(normal_input(f"since/{used[0]}", (1, WIDTH, 5, 6)), dim=1)
+        revival.see(Encoding(codes, vectors, vectors, vectors))
+        before = quantizer.embedding.weight.detach().clone()
+        counts.append(revival.revive(quantizer, optimizer, Broadcast))
+        moved = (before != quantizer.embedding.weight).any(1).nonzero().flatten().tolist()
+        assert moved == [code for code in range(SIZE) if code not in used]
+    assert counts == [10, 10]
+
+
 @pytest.mark.parametrize(("step", "due"), [(1, False), (4, True), (6, False), (8, True)])
 def test_it_is_due_every_so_many_steps_of_the_optimizer(step: int, due: bool) -> None:
     quantizer: Any = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from datamodules import DigitsDataModule
 from lightning_modules.adversarial import frozen
@@ -141,9 +142,12 @@ def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -
         output = module.eval()(images)
     error = ((output.reconstruction.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
     psnr = (-10 * error.log10()).mean().item()  # of each picture, then the mean, as in the paper
+    pixels = [(x.clamp(-1, 1) + 1) / 2 for x in (output.reconstruction, images)]
+    ssim = structural_similarity_index_measure(*pixels, data_range=1.0)
     used = len(output.encoding.codes.unique()) / 32
     for stage, metrics in (("val", validated), ("test", tested)):
         assert metrics[f"{stage}/psnr"] == pytest.approx(psnr, abs=1e-3)
+        assert metrics[f"{stage}/ssim"] == pytest.approx(float(ssim), abs=1e-4)
         assert metrics[f"{stage}/codebook_usage"] == pytest.approx(used)
         expected = F.mse_loss(output.reconstruction, images).item()
         assert metrics[f"{stage}/reconstruction"] == pytest.approx(expected, rel=1e-4)

@@ -2,7 +2,9 @@
 
 import csv
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,7 +162,7 @@ def test_the_term_that_is_not_finite_is_named(
         losses = module.game.losses._replace(**{term: lambda *_: broken})
         monkeypatch.setattr(module.game, "losses", losses)
     with pytest.raises(FloatingPointError, match=rf"^{term} not finite at step 0"):
-        train(module, pipeline, tmp_path, max_steps=2)
+        train(module, pipeline, tmp_path, max_steps=2, batch_size=8, image_size=16)
 
 
 class BrokenDistance(torch.nn.Module):
@@ -178,6 +180,18 @@ class BrokenLeCAM(torch.nn.Module):
 
     def forward(self, *_: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_rank_stops_for_what_is_not_finite_on_another(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = vqgan_module()
+    reduce = SimpleNamespace(reduce=lambda flags, reduce_op: flags + torch.tensor([0.0, float(elsewhere)]))
+    trainer = SimpleNamespace(world_size=2, strategy=reduce, global_step=7)
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    monkeypatch.setattr(type(module), "global_step", 7)
+    terms = {name: torch.tensor(False) for name in ("codebook", "generator")}
+    with pytest.raises(FloatingPointError, match=r"^generator not finite at step 7") if elsewhere else nullcontext():
+        module._check_finite(terms)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:

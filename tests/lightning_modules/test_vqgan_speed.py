@@ -150,6 +150,8 @@ def test_float16_skips_steps_that_overflow_and_clips_unscaled_gradients(
     assert watch.scales[0] < 2.0**40  # the first step overflowed
     assert watch.scales[-1] == watch.scales[-5]  # and later ones did not
     assert watch.norms[-1] <= 0.0101
+    # What was clipped was unscaled: the norm of scaled gradients is that many times larger.
+    assert module.trainer.callback_metrics["train/grad_norm_vqgan"] < 1e-3 * watch.scales[-1]
     # An overflow in the adaptive weight is one of the step: it is not taken for a weight of 0 for ever.
     assert min(watch.weights[-5:]) > 0
     for name, value in module.state_dict().items():
