@@ -31,7 +31,7 @@ from benchmarks.plain_tokenizer import PlainStep, quantize
 from callbacks import EMA
 from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
-from llamagen.models.lpips import LPIPS
+from llamagen.models.lpips import LPIPS, read_vgg16
 
 WARM_UP, PROFILED = 3, 3
 SIDES = ("ours", "plain")
@@ -228,7 +228,7 @@ def plain_step(options: argparse.Namespace, module: VQGANModule) -> Callable[[],
     """A step of the peer that can be repeated."""
     device = torch.device(options.device)
     assert isinstance(module.discriminator, PatchGAN)
-    lpips = LPIPS.from_weights(module.lpips_weights).to(device)
+    lpips = LPIPS(read_vgg16(module.lpips_weights)).to(device)
     plain = PlainStep(module.vqgan.to(device), module.discriminator.to(device), lpips)
     images = pictures(options).to(device)
     return lambda: plain(images, autocast_of(options)())

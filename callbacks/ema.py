@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llamagen.checkpoint import EMA_STATE, ENTRY, averaged_weights
+from llamagen.weights import EMA_STATE, ENTRY, averaged_weights
 
 
 class HasGenerator(Protocol):

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
-from llamagen.checkpoint import ENTRY, load_vqgan, weights_checksum
+from llamagen.checkpoint import load_vqgan, weights_checksum
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.sampling import SamplingConfig, generate
+from llamagen.weights import ENTRY
 
 
 class ARGenModule(GenerativeModule):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
-from llamagen.checkpoint import ENTRY, check_fits, describe
+from llamagen.checkpoint import check_fits, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
+from llamagen.weights import ENTRY
 
 
 class GenerativeModule(pl.LightningModule):

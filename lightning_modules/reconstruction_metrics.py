@@ -77,6 +77,9 @@ class ReconstructionMetrics(nn.Module):
         for rfid in self._rfid:
             numbers[f"rfid_{type(rfid.features).__name__}"] = rfid.compute().float()
         usage: CodebookStatistics = self.codebook_usage.compute()
-        for metric in (self.psnr, self.ssim, self.codebook_usage, *self._rfid):
-            metric.reset()
+        with torch.inference_mode(
+            False
+        ):  # an evaluation may be followed by a training, which cannot write to its tensors
+            for metric in (self.psnr, self.ssim, self.codebook_usage, *self._rfid):
+                metric.reset()
         return numbers, usage

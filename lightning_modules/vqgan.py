@@ -16,14 +16,13 @@ from lightning_modules.code_revival import CodeRevival
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
-from llamagen.checkpoint import ENTRY
 from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
-from llamagen.models.lpips import LPIPS, MIN_SIZE, read_vgg16
+from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from llamagen.weights import differences, load_weights, read_weights
+from llamagen.weights import ENTRY, below, differences, load_weights, read_weights
 
 
 class VQGANModule(GenerativeModule):
@@ -79,8 +78,8 @@ class VQGANModule(GenerativeModule):
         self.game = AdversarialGame(self.loss_config, augmentation) if adversarial else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._compile = compile
-        if lpips_weights is not None and not Path(lpips_weights).is_file():
-            raise ValueError(f"lpips_weights {lpips_weights} does not exist; give the file of torchvision's VGG16")
+        if lpips_weights is not None:
+            fetch_vgg16(lpips_weights)
         self.lpips_weights = lpips_weights
         # In a tuple, so that nn.Module does not see it: it is in no state dict and no optimizer.
         self._lpips: tuple[LPIPS, ...] = ()
@@ -120,7 +119,7 @@ class VQGANModule(GenerativeModule):
     def prepare_data(self) -> None:
         """Fetch the weights of LPIPS, in one process of each machine."""
         if self._needs_lpips:
-            read_vgg16(self.lpips_weights)
+            fetch_vgg16(self.lpips_weights)
 
     @property
     def _needs_lpips(self) -> bool:
@@ -318,7 +317,7 @@ class VQGANModule(GenerativeModule):
             output = output._replace(reconstruction=output.reconstruction.float())
             # Ranks may have unequal numbers of batches here, so none may wait for another.
             loss, terms = self._generator_terms(images, output, None)
-        for name, value in terms.items():
+        for name, value in terms.items() if self.trainer.state.fn == "fit" else ():
             self._broken_in_validation[name] = ~value.isfinite() | self._broken_in_validation.get(name, False)
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
@@ -332,7 +331,7 @@ class VQGANModule(GenerativeModule):
         """
         super().on_validation_epoch_end()
         broken, self._broken_in_validation = self._broken_in_validation, {}
-        if self.trainer.state.fn == "fit":
+        if broken:
             self._check_finite(broken, " in validation")
         self._log_metrics("val")
 
@@ -371,17 +370,19 @@ class VQGANModule(GenerativeModule):
         """
         super().on_load_checkpoint(checkpoint)
         state, own = checkpoint["state_dict"], self.state_dict()
-        judges = ({name: v for name, v in each.items() if name.startswith("discriminator.")} for each in (state, own))
         fit = self.trainer.state.fn == "fit"
-        if fit and (differing := differences(*judges)):
+        if fit and (differing := differences(below("discriminator.", state), below("discriminator.", own))):
             raise ValueError(
                 f"the checkpoint's discriminator is another one: {differing}; use model.init_args.discriminator and "
                 "loss.adversarial_weight of its run, or start anew with model.init_args.init_from"
             )
         optional = ("game.",) if fit else ("game.", "discriminator.")
-        for name in [name for name in state if name.startswith(optional) and name not in own]:
-            del state[name]
-        state |= {name: v for name, v in own.items() if name.startswith(optional) and not (fit and name in state)}
+        saved = {name: state.pop(name) for name in list(state) if name.startswith(optional)}
+        state |= {
+            name: saved[name] if fit and name in saved else value
+            for name, value in own.items()
+            if name.startswith(optional)
+        }
         if self.trainer.is_global_zero:
             for counts, saved in zip(self._running_counts(), checkpoint[ENTRY].get("code_counts", []), strict=False):
                 counts.copy_(saved)

@@ -16,17 +16,16 @@ from torch import nn
 
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
-from llamagen.weights import EMA_STATE as EMA_STATE
 from llamagen.weights import (
     ENTRY,
     Weights,
+    below,
     differences,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
     read_weights,
 )
-from llamagen.weights import averaged_weights as averaged_weights
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
@@ -83,9 +82,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
             f"a {wanted} run"
         )
-    prefix = entry["prefix"]
-    weights = {key.removeprefix(prefix): w for key, w in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    differing = differences(weights, model.state_dict())
+    differing = differences(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
             f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"

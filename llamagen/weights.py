@@ -130,9 +130,9 @@ def _of_our_run(path: Path, checkpoint: dict[str, Any], averaged: bool) -> Weigh
     averages = averaged_weights(checkpoint)
     weights = {**state, **averages} if averaged else state
     prefix = entry["prefix"]
-    discriminator = _below("discriminator.", weights)
+    discriminator = below("discriminator.", weights)
     return Weights(
-        _entries(_below(prefix, weights), path),
+        _entries(below(prefix, weights), path),
         _entries(discriminator, path) if discriminator else None,
         entry["config"],
         entry["architecture"],
@@ -181,7 +181,8 @@ def _source(path: Path, averaged: bool, with_averages: bool) -> str:
     return f"{path}, {'EMA' if averaged else 'raw'} weights"
 
 
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -191,7 +192,7 @@ def _entries(state: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no weights by name where they are looked for; give another file")
     for wrapper in WRAPPERS * 2:  # either may be inside of the other
         if all(name.startswith(wrapper) for name in state):
-            state = _below(wrapper, state)
+            state = below(wrapper, state)
     state = {name: value for name, value in state.items() if name != DERIVED}
     junk = [name for name, value in state.items() if not _is_dense(value)]
     if junk:

@@ -61,3 +61,11 @@ def codes_for(gpt: GPT, batch_size: int, count: int) -> Tensor:
 def images_for(batch_size: int, height: int, width: int) -> Tensor:
     """Pictures in [-1, 1]."""
     return normal_input("small/image", (batch_size, 3, height, width)).tanh()
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Two state dicts have the same entries, bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name

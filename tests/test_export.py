@@ -12,7 +12,6 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from llamagen.checkpoint import build_model, load_vqgan
 from llamagen.export import export, main
@@ -21,16 +20,9 @@ from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.weights import read_weights
 from tests.golden import assert_matches, fill, golden, normal_input
 from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
-from tests.small_models import SMALL_VQGAN, codes_for, condition_for, small_gpt, small_vqgan
+from tests.small_models import SMALL_VQGAN, assert_same, codes_for, condition_for, small_gpt, small_vqgan
 
 FORMATS = [".pt", ".safetensors"]
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture

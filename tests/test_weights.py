@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llamagen.checkpoint import averaged_weights, build_model, check_fits, describe, load_vqgan
+from llamagen.checkpoint import build_model, check_fits, describe, load_vqgan
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.vqgan import VQGAN, VQGANConfig
-from llamagen.weights import MOST_LISTED, Weights, infer_vqgan_config, load_weights, read_weights
+from llamagen.weights import MOST_LISTED, Weights, averaged_weights, infer_vqgan_config, load_weights, read_weights
 from tests.golden import fill, published_state_dict
 from tests.pipeline import TOKENIZER_NET, Pipeline
-from tests.small_models import SMALL_VQGAN, small_gpt, small_vqgan
+from tests.small_models import SMALL_VQGAN, assert_same, small_gpt, small_vqgan
 
 State = dict[str, Tensor]
 
@@ -28,13 +28,6 @@ def scaled(state: State, factor: float) -> State:
 
 def prefixed(state: State, prefix: str) -> State:
     return {prefix + name: value for name, value in state.items()}
-
-
-def assert_same(found: State, wanted: State) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture(scope="module")

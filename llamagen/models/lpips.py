@@ -44,11 +44,6 @@ class LPIPS(nn.Module):
             self.register_buffer(f"head{index}", head, persistent=False)
         self.requires_grad_(False).eval()
 
-    @classmethod
-    def from_weights(cls, path: Path | str | None) -> "LPIPS":
-        """With the weights of a file, or of torch.hub's cache; see :func:`read_vgg16`."""
-        return cls(read_vgg16(path))
-
     @staticmethod
     def vgg16_shapes() -> dict[str, torch.Size]:
         """Names and shapes of the weights that are needed."""
@@ -124,12 +119,28 @@ def read_heads() -> list[Tensor]:
     return [heads[f"lin{index}.model.1.weight"] for index in range(len(WIDTHS))]
 
 
+def fetch_vgg16(path: Path | str | None = None) -> Path:
+    """The file that torchvision publishes of VGG16, downloaded if need be; it is not read.
+
+    Args:
+        path: the file; None looks into torch.hub's cache folder, and downloads it if it is not there.
+
+    Raises:
+        ValueError: in one line, if it cannot be had.
+    """
+    file = Path(path) if path is not None else Path(get_dir()) / "checkpoints" / VGG16_FILE
+    if not file.is_file():
+        if path is not None:
+            raise ValueError(f"{OPTION} {file} does not exist; get {VGG16_ADDRESS}")
+        _download(file)
+    return file
+
+
 def read_vgg16(path: Path | str | None = None) -> dict[str, Tensor]:
     """Weights and biases of VGG16's convolutions, from a file that torchvision publishes.
 
     Args:
-        path: the file (its classifier is not read), a ``.pth`` or ``.safetensors``; None looks into torch.hub's cache
-            folder, and downloads the file if it is not there.
+        path: the file (its classifier is not read), a ``.pth`` or ``.safetensors``; as for :func:`fetch_vgg16`.
 
     Returns:
         ``features.<i>.weight`` and ``features.<i>.bias``, float32, on the CPU.
@@ -137,11 +148,7 @@ def read_vgg16(path: Path | str | None = None) -> dict[str, Tensor]:
     Raises:
         ValueError: in one line, if the file cannot be had, is damaged or is something else.
     """
-    file = Path(path) if path is not None else Path(get_dir()) / "checkpoints" / VGG16_FILE
-    if not file.is_file():
-        if path is not None:
-            raise ValueError(f"{OPTION} {file} does not exist; get {VGG16_ADDRESS}")
-        _download(file)
+    file = fetch_vgg16(path)
     try:
         found = {name: value.float() for name, value in _load(file).items() if not name.startswith("classifier.")}
     except Exception as error:  # a damaged file can raise anything

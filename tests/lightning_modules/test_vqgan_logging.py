@@ -3,6 +3,7 @@
 import csv
 import re
 from contextlib import nullcontext
+from math import isnan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from callbacks import CodebookHistogram, LearningCurves, ReconstructionGrid
 from lightning_modules import AdamWConfig
 from lightning_modules.optimization import build_adamw
 from tests.lightning_modules.poison import Poison
-from tests.lightning_modules.runs import argen_module, train, vqgan_module
+from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
 
@@ -142,6 +143,21 @@ def test_weights_whose_validation_is_not_a_number_do_not_replace_the_last_good_c
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+class PoisonedTest(Poison):
+    """Puts a NaN into a picture of a test."""
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+def test_what_was_not_finite_in_a_test_does_not_stop_a_later_training(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = vqgan_module()
+    (tested,) = evaluator(PoisonedTest(0)).test(module, datamodule_for(module, pipeline), verbose=False)
+    assert isnan(tested["test/reconstruction"])
+    train(module, pipeline, tmp_path, max_steps=2, val_check_interval=2)
+    assert module.trainer.global_step == 2
+
+
 @pytest.mark.parametrize("term", ["perceptual", "entropy", "generator", "discriminator", "lecam"])
 def test_the_term_that_is_not_finite_is_named(
     term: str, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +168,8 @@ def test_the_term_that_is_not_finite_is_named(
         monkeypatch.setattr("lightning_modules.vqgan.entropy_loss", lambda *_: broken)
     elif term == "perceptual":
         object.__setattr__(module.loss_config, "perceptual_weight", 1.0)
-        monkeypatch.setattr("lightning_modules.vqgan.read_vgg16", lambda _: {})
+        for name in ("fetch_vgg16", "read_vgg16"):
+            monkeypatch.setattr(f"lightning_modules.vqgan.{name}", lambda _: {})
         monkeypatch.setattr("lightning_modules.vqgan.LPIPS", lambda _: BrokenDistance())
     elif term == "lecam":
         assert module.game is not None

@@ -51,7 +51,7 @@ def test_weights_are_read_from_every_format_without_the_classifier(
     found = read_vgg16(tmp_path / name)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], value) for key, value in state.items())
-    assert LPIPS.from_weights(str(tmp_path / name)).features[28].weight.equal(state["features.28.weight"])
+    assert LPIPS(read_vgg16(str(tmp_path / name))).features[28].weight.equal(state["features.28.weight"])
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path, state: State) -> None:
