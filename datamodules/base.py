@@ -1,120 +1,301 @@
-"""The base of every DataModule that reads shards."""
+"""The base of every DataModule that reads pictures or codes."""
 
+import hashlib
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datamodules.bad_samples import REASONS, Tally
+from datamodules.index import SampleIndex
 from datamodules.loader import EvaluationLoader, TrainLoader
-from datamodules.shards import Sample, find_shards, index_shard
-
-SPLITS = ("train", "val")
+from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches
+from datamodules.remote import ShardCache, check_presence
+from datamodules.sources import SPLITS, Source, find_sources, hold_out
+from datamodules.stream import StreamIndex
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Shards in ``root/train`` and ``root/val``; training in a reproducible, resumable order.
+    """Samples from folders and shards, near or far; training in a reproducible, resumable order.
 
     ``fit`` trains on ``train`` and validates on ``val``, ``validate`` and ``test`` read ``val``, ``predict`` reads
-    both, in the order of :attr:`predict_splits`.
+    both, in the order of :attr:`predict_splits`. Remote shards are fetched whole into ``cache_dir`` before training.
 
     Args:
-        root: folder of the set.
+        root: folder or address of the set. Within it ``train`` and ``val``, each a folder of class folders or of
+            shards; or the class folders or shards themselves; or shards by a pattern, as for ``train``.
         batch_size: samples a rank and batch.
+        train: instead of all of ``root``, a folder, or shards by path or address (``http(s)://``, ``s3://``, ``gs://``)
+            with patterns like ``{000..123}``; or a list of these.
+        val: the same for validation, instead of what is in ``root``.
+        val_share: share of the training samples that is kept for validation where there is nothing else for it, drawn
+            by their keys.
         num_workers: processes a rank that prepare batches; 0 for none.
         seed: decides the order of each training epoch, and random choices within a sample.
+        remainder: of an epoch's samples that do not fill a batch on every rank: ``keep`` them, so that the last batches
+            are smaller, ``drop`` them, or ``repeat`` the first ones to fill up.
+        resampled_epoch: None reads every training sample once an epoch. A number draws shards at random with
+            replacement, without end, for sets that are too large to be fetched or shuffled whole; it says after how
+            many samples an epoch is over.
+        max_bad_share: share of samples that may be broken and are skipped; more is an error.
+        cache_dir: where remote shards and the indexes of shards are kept; None for ``~/.cache/llamagen``.
+        cache_gb: with ``resampled_epoch``, gigabytes of remote shards to keep.
+        allow_pipe: let addresses like ``pipe:aws s3 cp … -`` run their command.
     """
 
-    hint = "give the folder that holds the shards of each split"
-    """What to do if there are no shards; ends the error message."""
+    extensions: tuple[str, ...] = ()
+    """A sample needs one of these members."""
+
+    hint = "give the folder that holds the data of each split"
+    """What to do if there are no data; ends the error message."""
 
     predict_splits = SPLITS
 
-    def __init__(self, root: Path | str, batch_size: int, num_workers: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        batch_size: int = 16,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        val_share: float = 0.05,
+        num_workers: int = 4,
+        seed: int = 0,
+        remainder: Remainder = "keep",
+        resampled_epoch: int | None = None,
+        max_bad_share: float = 0.05,
+        cache_dir: Path | str | None = None,
+        cache_gb: float = 100.0,
+        allow_pipe: bool = False,
+    ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be at least 0")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must be at least 0")
-        self.root, self.batch_size, self.num_workers, self.seed = Path(root), batch_size, num_workers, seed
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if resampled_epoch is not None and resampled_epoch < 1:
+            raise ValueError(f"resampled_epoch is {resampled_epoch}; it must be at least 1, or null")
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {max_bad_share}; it must lie between 0 and 1")
+        if cache_gb <= 0:
+            raise ValueError(f"cache_gb is {cache_gb}; it must be positive")
+        self.root = None if root is None else str(root)
+        self.train, self.val, self.val_share = train, val, val_share
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share
+        self.allow_pipe = allow_pipe
+        self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
+        self.meta: dict[str, Any] = {}
+        self.class_names: list[str] = []
+        self.captioned = False
+        self.tallies: dict[str, Tally] = {}
         self.datasets: dict[str, Dataset[Any]] = {}
+        self._sources: dict[str, Source | None] | None = None
+        self._indexes: dict[str, SampleIndex | StreamIndex] = {}
         self._train_loader: TrainLoader | None = None
         self._place: dict[str, int] | None = None
+        self._shards: dict[str, tuple[int, Collection[int]]] = {}
 
     @abstractmethod
-    def build_dataset(self, split: str, samples: list[Sample]) -> Dataset[Any]:
+    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> Dataset[Any]:
         """The dataset of a split's samples; it is asked for (number, epoch) and has a length."""
 
-    def setup(self, stage: str) -> None:
-        """Index the shards of the splits that the stage reads.
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def prepare_data(self) -> None:
+        """Fetch shards and read their headers, in one process of each machine.
 
         Raises:
-            ValueError: if a folder is missing, empty or damaged.
+            ValueError: if something is missing.
         """
-        for split in ("val",) if stage in ("validate", "test") else SPLITS:
-            if split not in self.datasets:
-                shards = find_shards(self.root / split, self.hint)
-                samples = [sample for shard in shards for sample in index_shard(shard)]
-                if not samples:
-                    raise ValueError(f"the shards of {self.root / split} hold no samples; {self.hint}")
-                self.datasets[split] = self.build_dataset(split, samples)
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        if stage is not None:
+            for split in _splits_of(stage):
+                self._index(split)
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+    def setup(self, stage: str) -> None:
+        """Index the splits that the stage reads.
+
+        Raises:
+            ValueError: if something is missing, empty, or too much of it cannot be used.
+        """
+        if stage == "predict" and self.resampled_epoch:
+            raise ValueError("predict reads each sample once; leave resampled_epoch out")
+        self.tallies = {}
+        for split in _splits_of(stage):
+            samples = self._index(split)
+            bad = samples.bad if isinstance(samples, SampleIndex) else ()
+            if isinstance(samples, SampleIndex):
+                self.captioned = self.captioned or "txt" in samples.members or "json" in samples.members
+            count = self.resampled_epoch if isinstance(samples, StreamIndex) else len(samples)
+            if self._found()["val"] is None:  # two parts of one source: few held-out samples say little of its share
+                count = sum(len(index) for index in self._indexes.values())
+            self.tallies[split] = Tally(split, count or 0, bad, self.max_bad_share, keep=stage == "predict")
+            if not len(samples):
+                raise ValueError(f"the {split} data in {self._found()[split].name} hold no samples; {self.hint}")
+            self.datasets[split] = self.build_dataset(split, samples, stage)
+
+    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Make out training and validation split, and the set's description.
+
+        Raises:
+            ValueError: if there is nothing.
+        """
+        return find_sources(self.root, self.train, self.val, self.hint, self.allow_pipe)
+
+    def _found(self) -> dict[str, Any]:
+        if self._sources is None:
+            train, val, self.meta = self.find()
+            self._sources = {"train": train, "val": val}
+            self.class_names = list(train.classes) if train is not None else []
+        return self._sources
+
+    def _index(self, split: str) -> SampleIndex | StreamIndex:
+        if split not in self._indexes:
+            source = self._found()[split]
+            if source is None and (split == "train" or self.resampled_epoch):
+                raise ValueError(f"there are no {split} data; {self.hint}")
+            if split == "train" and self.resampled_epoch:
+                check_presence(source.shards)
+                self._indexes[split] = StreamIndex(source, self.cache, self.extensions, self.labels_needed)
+            elif source is None or (split == "train" and self._found()["val"] is None):
+                train = self._whole(self._found()["train"])
+                held_out = hold_out(train, self.val_share)
+                # What is bad is counted with the training samples.
+                validation = train.select(np.flatnonzero(held_out))
+                validation.bad = []
+                self._indexes |= {"train": train.select(np.flatnonzero(~held_out)), "val": validation}
+            else:
+                self._indexes[split] = self._whole(source)
+        return self._indexes[split]
+
+    def _whole(self, source: Source | None) -> SampleIndex:
+        if source is None:
+            raise ValueError(f"there are no training data; {self.hint}")
+        return source.index(self.cache).usable(self.extensions, self.labels_needed)
+
+    @property
+    def labels_needed(self) -> bool | None:
+        """Whether each sample needs a class; None if it is enough that all have one or none has."""
+        return None
+
+    def _plan(self) -> EpochPlan | StreamPlan:
+        samples, ranks = self._indexes["train"], (self.rank, self.world_size)
+        if isinstance(samples, StreamIndex):
+            size = samples.shards, samples.per_draw, self.resampled_epoch or 0
+            return StreamPlan(*size, self.batch_size, self.seed, *ranks)
+        return EpochPlan(len(samples), self.batch_size, self.seed, *ranks, self.remainder)
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled by (seed, epoch), from the saved place if a checkpoint brought one."""
-        rank, world_size = self._ranks()
         if self._train_loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
             self._place = self._train_loader.state_dict()  # reload_dataloaders_every_n_epochs
         self._train_loader = TrainLoader(
-            self.datasets["train"],
-            self.batch_size,
-            self.num_workers,
-            self.seed,
-            rank,
-            world_size,
-            pin_memory=torch.cuda.is_available(),
+            self.datasets["train"], self._plan(), self.num_workers, torch.cuda.is_available(), self.tallies["train"]
         )
         if self._place is not None:
             self._train_loader.load_state_dict(self._place)
             self._place = None
         return self._train_loader
 
-    def _evaluation_loader(self, split: str) -> EvaluationLoader:
-        rank, world_size = self._ranks()
-        return EvaluationLoader(
-            self.datasets[split],
-            self.batch_size,
-            self.num_workers,
-            rank,
-            world_size,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _evaluation_loader(self, split: str, batches: list[Any]) -> EvaluationLoader:
+        pin_memory = torch.cuda.is_available()
+        return EvaluationLoader(self.datasets[split], batches, self.num_workers, pin_memory, self.tallies[split])
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order.
+        """The validation split, in order: rank r takes every world_size-th sample, from the r-th on.
 
         Raises:
             ValueError: if a rank would get no sample, and so nothing to take into the mean.
         """
-        count, world_size = len(self.datasets["val"]), self._ranks()[1]  # type: ignore[arg-type]
-        if count < world_size:
-            raise ValueError(f"{count} validation samples cannot be shared out over {world_size} ranks; use fewer")
-        return self._evaluation_loader("val")
+        count = len(self._indexes["val"])
+        if count < self.world_size:
+            raise ValueError(
+                f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks"
+            )
+        return self._evaluation_loader(
+            "val", evaluation_batches(range(self.rank, count, self.world_size), self.batch_size)
+        )
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation split, in order, like :meth:`val_dataloader`."""
         return self.val_dataloader()
 
+    def plan_shards(self, split: str, samples_per_shard: int, done: Collection[int]) -> None:
+        """Let ``predict`` read a split in pieces, each piece on one rank, and leave out those that are done.
+
+        Args:
+            split: of the data.
+            samples_per_shard: size of a piece.
+            done: numbers of the pieces to leave out.
+        """
+        self._shards[split] = samples_per_shard, done
+
     def predict_dataloader(self) -> list[EvaluationLoader]:
-        """Each of :attr:`predict_splits`, in order."""
-        return [self._evaluation_loader(split) for split in self.predict_splits]
+        """Each of :attr:`predict_splits`, in order; no batch holds samples of two pieces of :meth:`plan_shards`."""
+        loaders = []
+        for split in self.predict_splits:
+            count = len(self._indexes[split])
+            size, done = self._shards.get(split, (None, ()))
+            if size is None:
+                batches = evaluation_batches(range(self.rank, count, self.world_size), self.batch_size)
+            else:
+                left = [number for number in range(-(-count // size)) if number not in done]
+                batches = [
+                    batch
+                    for number in left[self.rank :: self.world_size]
+                    for batch in evaluation_batches(
+                        range(number * size, min((number + 1) * size, count)), self.batch_size
+                    )
+                ]
+            loaders.append(self._evaluation_loader(split, batches))
+        return loaders
+
+    def fingerprint(self, split: str) -> str:
+        """Checksum of the keys of a split's samples, in their order."""
+        index = self._indexes[split]
+        assert isinstance(index, SampleIndex)
+        return hashlib.sha256(index.keys.block + index.keys.ends.tobytes()).hexdigest()
+
+    def batches_done(self, state_dict: dict[str, Any]) -> tuple[int, int] | None:
+        """Of the epoch of a saved state: how many batches a rank would have seen here, and of how many."""
+        if "train" not in state_dict:
+            return None
+        plan = self._plan()
+        whole = len(plan.ends(0))
+        return whole - len(plan.ends(state_dict["train"]["consumed"])), whole
+
+    def finish_tally(self, split: str) -> dict[str, int]:
+        """End an epoch of a split: what was skipped by reason, over all ranks, judged and set back to zero.
+
+        Raises:
+            ValueError: if it was too much.
+        """
+        tally = self.tallies[split]
+        counts = torch.tensor([tally.counts[reason] for reason in REASONS])
+        if self.world_size > 1:
+            strategy = self.trainer.strategy  # type: ignore[union-attr]
+            counts = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
+        tally.check(counts.tolist())
+        tally.reset()
+        known = Counter(sample.reason for sample in tally.known)
+        total = {reason: count + known[reason] for reason, count in zip(REASONS, counts.tolist(), strict=True)}
+        return {reason: count for reason, count in total.items() if count}
 
     # Lightning restores the place of a resumable loader only if it takes the checkpoint for one from within an epoch;
     # a DataModule's state it always restores.
@@ -125,9 +306,13 @@ class ShardDataModule(pl.LightningDataModule):
         place = self._train_loader.state_dict()
         if self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             # The epoch is over, also where `limit_train_batches` leaves samples of it.
-            place["consumed"] = self._train_loader.count
+            place["consumed"] = self._train_loader.plan.count
         return {"train": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at a saved place."""
         self._place = state_dict.get("train")
+
+
+def _splits_of(stage: str) -> tuple[str, ...]:
+    return ("val",) if stage in ("validate", "validating", "test", "testing") else SPLITS

@@ -6,120 +6,192 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.loader import NO_EPOCH, Address
-from datamodules.shards import CODES_FORMAT, META_FILE, Sample, read_meta
+from datamodules.dataset import SampleDataset
+from datamodules.index import NO_LABEL, SampleIndex
+from datamodules.order import NO_EPOCH, Address, draw
+from datamodules.shards import CODES_FORMAT, META_FILE
+from datamodules.sources import Source
+from datamodules.stream import StreamIndex
 
-MOST_CHECKED = 20_000
+PROBED = 1000
+"""Samples that are read before training starts, to see that the set is what its description says."""
 
 
-class CodeDataset(Dataset[dict[str, Any]]):
-    """Reads the codes of shard samples; in training a view is drawn at random for each sample and epoch.
+class CodeDataset(SampleDataset):
+    """Reads the codes of samples; in training a view is drawn at random for each sample and epoch.
 
     Args:
-        samples: with an npy member (A, h, w) uint16 and a cls member.
+        samples: with an npy member (A, h, w) uint16.
         meta: description of the set: vocabulary, grid, number of classes, views.
         draw_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
         seed: of the draws.
+        captions: read captions, too.
+        never_empty: see :class:`~datamodules.dataset.SampleDataset`.
     """
 
-    def __init__(self, samples: list[Sample], meta: dict[str, Any], draw_view: bool, seed: int) -> None:
-        self.samples, self.draw_view, self.seed = samples, draw_view, seed
+    def __init__(
+        self,
+        samples: SampleIndex | StreamIndex,
+        meta: dict[str, Any],
+        draw_view: bool,
+        seed: int,
+        captions: bool = False,
+        never_empty: bool = False,
+    ) -> None:
+        super().__init__(samples, never_empty)
+        self.draw_view, self.seed, self.captions = draw_view, seed, captions
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
         self.shape = (meta["views"], *meta["grid"])
+        buffer = BytesIO()
+        np.save(buffer, np.empty(self.shape, np.uint16))
+        self._size = len(buffer.getvalue())
+        self._header = buffer.getvalue()[: self._size - 2 * int(np.prod(self.shape))]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, number: int) -> tuple[np.ndarray, int]:
-        """Codes (A, h, w) uint16 and label of a sample.
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        """Codes, class and key of a sample.
 
         Raises:
-            ValueError: if they are not what ``meta.json`` says.
+            BadSampleError: if it has none, or not what ``meta.json`` says.
         """
-        sample = self.samples[number]
-        where = f"sample {sample.key} of {sample.shard}"
-        again = f"extract the codes again, or correct {META_FILE}"
-        data = sample.read("npy")
-        try:
-            codes = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
-        except (EOFError, OSError, ValueError) as error:
-            raise ValueError(f"the codes of {where} cannot be read ({error}); {again}") from error
-        label = sample.read_label()
-        if codes.shape != self.shape or codes.dtype != np.uint16:
-            raise ValueError(
-                f"{where} holds {codes.dtype} codes of shape {codes.shape}, not uint16 of {self.shape}; {again}"
-            )
-        if codes.max() >= self.vocabulary:
-            raise ValueError(
-                f"{where} holds code {codes.max()}, outside of the vocabulary of {self.vocabulary}; {again}"
-            )
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"{where} has class {label}, outside of the {self.num_classes} classes; {again}")
-        return codes, label
+        samples, _, skipped = self.read_many([(number, epoch)])
+        if skipped:
+            raise BadSampleError(skipped[0].reason, skipped[0].message)
+        return samples[0]
 
-    def __getitem__(self, address: Address) -> dict[str, Any]:
-        """``codes`` (L,) int64, ``condition`` int and ``keys`` of a sample."""
-        number, epoch = address
-        codes, label = self.read(number)
-        draw = self.draw_view and epoch != NO_EPOCH
-        view = np.random.default_rng([self.seed, epoch, number]).integers(len(codes)) if draw else 0
-        return {
-            "codes": torch.from_numpy(codes[view].astype(np.int64).flatten()),
-            "condition": label,
-            "keys": self.samples[number].key,
-        }
+    def read_many(self, addresses: list[Address]) -> tuple[list[dict[str, Any]], list[int], list[Skipped]]:
+        """What of the addressed samples can be used, their numbers, and what cannot."""
+        numbers = np.array([number for number, _ in addresses], np.int64)
+        epoch = addresses[0][1]
+        views = draw(self.seed, epoch, numbers, self.shape[0]) if self.draw_view and epoch != NO_EPOCH else 0 * numbers
+        samples, good, skipped = [], [], []
+        for number, view in zip(numbers.tolist(), views.tolist(), strict=True):
+            try:
+                samples.append(self._read_view(number, view))
+                good.append(number)
+            except BadSampleError as error:
+                skipped.append(Skipped(number, self._key(number), error.reason, str(error)))
+        return samples, good, skipped
+
+    def _read_view(self, number: int, view: int) -> dict[str, Any]:
+        index, place = self.samples.locate(number)
+        member = index.member(place, "npy")
+        data = index.files.read(*member) if member is not None and member.size == self._size else b""
+        if len(data) == self._size and data.startswith(self._header):
+            length = self.shape[1] * self.shape[2]
+            codes = np.frombuffer(data, np.uint16, length, len(self._header) + 2 * length * view)
+        else:  # written by another program, or broken
+            codes = self._parse(index, place)[view].flatten()
+        if (highest := codes.max()) >= self.vocabulary:
+            raise self._broken(index, place, f"code {highest}, outside of the vocabulary of {self.vocabulary}")
+        parts = {"codes": codes, "keys": index.keys[place]}
+        if (label := int(index.labels[place])) != NO_LABEL:
+            if label >= self.num_classes:
+                raise self._broken(
+                    index, place, f"class {label}, outside of the {self.num_classes} classes", "wrong label"
+                )
+            parts["condition"] = label
+        return {**parts, "captions": index[place].read_caption()} if self.captions else parts
+
+    def _parse(self, index: SampleIndex, place: int) -> np.ndarray:
+        file = BytesIO(index[place].read("npy"))
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read_header(file)
+            # Nothing is made of the size that a header claims: it is compared first.
+            if shape == self.shape and dtype == np.uint16:
+                return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
+        except Exception as error:  # of an npy file that may hold anything
+            raise self._broken(index, place, f"an npy file that cannot be read ({error})") from error
+        raise self._broken(index, place, f"{dtype} codes of shape {shape}, not uint16 of {self.shape}")
+
+    @staticmethod
+    def _broken(index: SampleIndex, place: int, what: str, reason: str = "broken codes") -> BadSampleError:
+        sample = index[place]
+        again = f"extract the codes again, or correct {META_FILE}"
+        return BadSampleError(reason, f"sample {sample.key} of {sample.source} holds {what}; {again}")
+
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``codes`` (B, L) int64, ``keys``, and as far as there are any ``condition`` (B,) int64 and ``captions``."""
+        batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+        batch["codes"] = torch.from_numpy(np.stack(batch["codes"]).astype(np.int64))
+        if "condition" in batch:
+            batch["condition"] = torch.tensor(batch["condition"])
+        return batch
 
 
 class CodeDataModule(ShardDataModule):
-    """Codes with class labels, from the shards that ``predict`` of the tokenizer wrote.
+    """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote.
 
     Args:
-        root: folder that ``predict`` wrote: ``meta.json``, ``train`` and ``val``.
+        root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``.
         batch_size: pictures a rank and batch.
-        num_workers: processes a rank that read codes; 0 for none.
-        seed: decides the order of each training epoch and the views.
     """
 
+    extensions = ("npy",)
     hint = "write the codes first, with `python main.py predict` of the tokenizer"
 
-    def __init__(self, root: Path | str, batch_size: int = 256, num_workers: int = 4, seed: int = 0) -> None:
-        super().__init__(root, batch_size, num_workers, seed)
+    def __init__(self, root: Path | str, batch_size: int = 256, **data: Any) -> None:
+        super().__init__(root, batch_size, **data)
         self.code_meta: dict[str, Any] = {}
 
-    def setup(self, stage: str) -> None:
-        """Read the description, index the shards and check what is in them.
+    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Make out the splits and read the description.
 
         Raises:
-            ValueError: if something is missing, not complete, or not what ``meta.json`` says.
+            ValueError: if something is missing or not as it should be.
         """
-        meta = read_meta(self.root, self.hint)
+        train, val, meta = super().find()
         needed = {"format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits"}
+        if not meta:
+            raise ValueError(f"{self.root} has no {META_FILE}, so the codes were not written to their end; {self.hint}")
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
-            raise ValueError(f"{self.root / META_FILE} does not describe codes; {self.hint}")
-        numbers = [meta[name] for name in ("vocabulary", "views", "num_classes")]
-        grid, splits = meta["grid"], meta["splits"]
+            raise ValueError(f"{META_FILE} of {self.root} does not describe codes; {self.hint}")
+        numbers = [meta[name] for name in ("vocabulary", "views")]
+        grid = meta["grid"]
         if not (
-            isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in numbers + grid)
+            isinstance(grid, list)
+            and len(grid) == 2
+            and all(isinstance(n, int) and n > 0 for n in numbers + grid)
+            and isinstance(meta["num_classes"], int)
+            and meta["num_classes"] >= 0
         ):
             raise ValueError(
-                f"vocabulary, grid, views or num_classes of {self.root / META_FILE} are wrong; {self.hint}"
+                f"vocabulary, grid, views or num_classes in {META_FILE} of {self.root} are wrong; {self.hint}"
             )
-        if not (isinstance(splits, dict) and all(isinstance(split, dict) for split in splits.values())):
-            raise ValueError(f"splits of {self.root / META_FILE} is wrong; {self.hint}")
         self.code_meta = meta
-        super().setup(stage)
+        return train, val, meta
 
-    def build_dataset(self, split: str, samples: list[Sample]) -> Dataset[Any]:
-        """Codes of a split, after a look at up to 20,000 of them; the others are checked as they are read."""
-        expected = self.code_meta["splits"].get(split, {}).get("count")
-        if len(samples) != expected:
-            raise ValueError(
-                f"{self.root / split} holds {len(samples)} samples, but {META_FILE} says {expected}; {self.hint}"
-            )
-        dataset = CodeDataset(samples, self.code_meta, draw_view=split == SPLITS[0], seed=self.seed)
-        for number in range(0, len(samples), -(-len(samples) // MOST_CHECKED)):
-            dataset.read(number)
+    @property
+    def labels_needed(self) -> bool | None:
+        """Whether the set has classes."""
+        return bool(self.code_meta.get("num_classes"))
+
+    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CodeDataset:
+        """Codes of a split, after a look at some of them; the others are checked as they are read.
+
+        Raises:
+            ValueError: if too many of these cannot be used.
+        """
+        train = split == SPLITS[0]
+        dataset = CodeDataset(
+            samples,
+            self.code_meta,
+            draw_view=train,
+            seed=self.seed,
+            captions=self.captioned,
+            never_empty=train and stage == "fit",
+        )
+        if isinstance(samples, SampleIndex):
+            probe = range(0, len(samples), -(-len(samples) // PROBED))
+            skipped = dataset.read_many([(number, NO_EPOCH) for number in probe])[2]
+            if len(skipped) > self.max_bad_share * len(probe):
+                raise ValueError(
+                    f"{len(skipped)} of {len(probe)} samples that were tried cannot be used: {skipped[0].message}"
+                )
         return dataset

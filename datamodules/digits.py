@@ -4,13 +4,14 @@ import os
 import shutil
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
-from datamodules.shards import IMAGES_FORMAT, ShardSetWriter, describe_split, read_meta, write_meta
+from datamodules.shards import IMAGES_FORMAT, ShardSet, read_meta
+from datamodules.sources import SPLITS
 
 VALIDATION_EVERY = 6
 SAMPLES_PER_SHARD = 500
@@ -29,18 +30,24 @@ def write_digits(root: Path) -> None:
     digits = load_digits()
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = root.with_name(f".{root.name}-{os.getpid()}.tmp")
-    temporary.mkdir()
     try:
-        splits = {}
-        for split in SPLITS:
-            with ShardSetWriter(temporary / split, split, SAMPLES_PER_SHARD) as writer:
-                for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-                    if (number % VALIDATION_EVERY == 0) == (split == "val"):
+        shards = ShardSet(temporary, {}, hint="")
+        shards.begin(SPLITS)
+        numbers = np.arange(len(digits.target))
+        for_validation = numbers % VALIDATION_EVERY == 0
+        written = {}
+        for split, chosen in (("train", numbers[~for_validation]), ("val", numbers[for_validation])):
+            pieces = [chosen[first : first + SAMPLES_PER_SHARD] for first in range(0, len(chosen), SAMPLES_PER_SHARD)]
+            for piece, members in enumerate(pieces):
+                with shards.shard(split, piece) as writer:
+                    for number in members:
                         buffer = BytesIO()
-                        Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(buffer, format="png")
-                        writer.write(f"{number:06d}", {"png": buffer.getvalue(), "cls": str(label).encode()})
-            splits[split] = describe_split(writer.shards, writer.count)
-        write_meta(temporary, {"format": IMAGES_FORMAT, "num_classes": 10, "splits": splits})
+                        pixels = (digits.images[number] * 255 / 16).round().astype(np.uint8)
+                        Image.fromarray(pixels).save(buffer, format="png")
+                        writer.write(f"{number:06d}", {"png": buffer.getvalue()}, int(digits.target[number]))
+            written[split] = len(pieces)
+        meta = {"format": IMAGES_FORMAT, "classes": [str(digit) for digit in range(10)]}
+        shards.finish(written, meta, known={}, max_bad_share=0.0)
         temporary.rename(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +61,6 @@ class DigitsDataModule(ImageDataModule):
         image_size: side of the pictures in pixels; the originals have 8 and are enlarged bicubically.
         batch_size: pictures a rank and batch.
         num_workers: processes a rank that decode pictures; 0 for none.
-        seed: decides the order of each training epoch.
     """
 
     def __init__(
@@ -63,9 +69,9 @@ class DigitsDataModule(ImageDataModule):
         image_size: int = 32,
         batch_size: int = 32,
         num_workers: int = 0,
-        seed: int = 0,
+        **data: Any,
     ) -> None:
-        super().__init__(root, image_size, batch_size, num_workers, seed, random_crop=False, flip=False)
+        super().__init__(root, image_size, batch_size, num_workers=num_workers, random_crop=False, flip=False, **data)
 
     def prepare_data(self) -> None:
         """Write the shards, on one process, if they are not there.
@@ -73,7 +79,9 @@ class DigitsDataModule(ImageDataModule):
         Raises:
             ValueError: if the folder exists and holds something else.
         """
-        if not self.root.exists():
-            write_digits(self.root)
-        elif read_meta(self.root, hint := "delete it or choose another root").get("format") != IMAGES_FORMAT:
-            raise ValueError(f"{self.root} holds something else than pictures; {hint}")
+        root = Path(str(self.root))
+        if not root.exists():
+            write_digits(root)
+        elif read_meta(root, hint := "delete it or choose another root").get("format") != IMAGES_FORMAT:
+            raise ValueError(f"{root} holds something else than pictures; {hint}")
+        super().prepare_data()

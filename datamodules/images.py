@@ -1,118 +1,160 @@
-"""Pictures for the tokenizer: (3, H, W) float32 in [-1, 1], a label and a key. H = W = ``image_size``."""
+"""Pictures for the tokenizer: float32 in [-1, 1], a label and a key. B batch, A views, H = W = ``image_size``."""
 
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from datamodules.bad_samples import BadSampleError
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.crops import centre_crop, random_crop, random_flip
-from datamodules.loader import NO_EPOCH, Address
-from datamodules.shards import Sample
+from datamodules.crops import centre_crop, random_crop, random_flip, ten_crops, view_names
+from datamodules.dataset import SampleDataset
+from datamodules.index import NO_LABEL, PICTURES, SampleIndex
+from datamodules.order import NO_EPOCH
+from datamodules.pictures import read_picture
+from datamodules.stream import StreamIndex
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-NO_LABEL = -1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; 16-bit greys lose their lower byte, where Pillow would cut them off at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+Views = Literal["centre", "flip", "ten_crop"]
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """Pixels (…, H, W, 3) uint8 as (…, 3, H, W) float32 in [-1, 1], the channels of a pixel together in memory."""
+    levels = torch.from_numpy(pixels).float()
+    return levels.div_(127.5).sub_(1.0).movedim(-1, -3)
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
-    """Decodes the pictures of shard samples; asked for without an epoch, it gives their centre crop.
+class ImageDataset(SampleDataset):
+    """Decodes pictures; asked for without an epoch, it gives their views, which is the centre crop alone by default.
 
     Args:
-        samples: with a png, jpg, jpeg or webp member and, if they have a class, a cls member.
+        samples: with a png, jpg, jpeg or webp member.
         image_size: side of the pictures in pixels.
         random_crop: within an epoch, draw size and place of the crop by (seed, epoch, sample).
         flip: within an epoch, mirror half of the pictures, drawn likewise.
         seed: of the draws.
-    """
-
-    def __init__(
-        self, samples: list[Sample], image_size: int, random_crop: bool = False, flip: bool = False, seed: int = 0
-    ) -> None:
-        self.samples, self.image_size = samples, image_size
-        self.random_crop, self.flip, self.seed = random_crop, flip, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, address: Address) -> dict[str, Any]:
-        """``images`` (3, H, W), ``labels`` int (−1 without a class) and ``keys`` of a sample.
-
-        Raises:
-            ValueError: if the sample has no picture or a broken one.
-        """
-        number, epoch = address
-        sample = self.samples[number]
-        extension = next((extension for extension in EXTENSIONS if extension in sample.members), None)
-        if extension is None:
-            raise ValueError(
-                f"sample {sample.key} of {sample.shard} has no picture; it needs one of {', '.join(EXTENSIONS)}"
-            )
-        data = sample.read(extension)
-        try:
-            image = to_rgb(ImageOps.exif_transpose(Image.open(BytesIO(data))))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them by Pillow
-            raise ValueError(f"the picture of sample {sample.key} in {sample.shard} is broken ({error})") from error
-        label = sample.read_label() if "cls" in sample.members else NO_LABEL
-        return {"images": to_tensor(self._cut(image, number, epoch)), "labels": label, "keys": sample.key}
-
-    def _cut(self, image: Image.Image, number: int, epoch: int) -> Image.Image:
-        if epoch == NO_EPOCH:
-            return centre_crop(image, self.image_size)
-        generator = np.random.default_rng([self.seed, epoch, number])
-        if self.random_crop:
-            image = random_crop(image, self.image_size, generator)
-        else:
-            image = centre_crop(image, self.image_size)
-        return random_flip(image, generator) if self.flip else image
-
-
-class ImageDataModule(ShardDataModule):
-    """Pictures from webdataset shards, cropped as in ADM: in the middle, except for training.
-
-    Args:
-        root: folder with the shards of each split in ``train`` and ``val``.
-        image_size: side of the pictures in pixels.
-        batch_size: pictures a rank and batch.
-        num_workers: processes a rank that decode pictures; 0 for none.
-        seed: decides the order of each training epoch, and its crops and flips.
-        random_crop: train on crops of random size and place, of at least 0.8 of the picture's short side.
-        flip: train on pictures of which half are mirrored.
+        views: see :func:`~datamodules.crops.view_names`; more than one makes the pictures (A, 3, H, W).
+        crop_ranges: of ten crops.
+        captions: read captions, too.
+        never_empty: see :class:`~datamodules.dataset.SampleDataset`.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        samples: SampleIndex | StreamIndex,
+        image_size: int,
+        random_crop: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+        views: Views = "centre",
+        crop_ranges: Sequence[float] = (),
+        captions: bool = False,
+        never_empty: bool = False,
+    ) -> None:
+        super().__init__(samples, never_empty)
+        self.image_size, self.random_crop, self.flip, self.seed = image_size, random_crop, flip, seed
+        self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
+
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        """Pixels, label and key of a sample.
+
+        Raises:
+            BadSampleError: if it has no picture or a broken one.
+        """
+        sample = self.samples[number]
+        extension = next((extension for extension in PICTURES if extension in sample.members), None)
+        if extension is None:
+            needed = ", ".join(PICTURES)
+            raise BadSampleError(
+                "no picture", f"sample {sample.key} of {sample.source} has no picture; it needs one of {needed}"
+            )
+        pixels = read_picture(sample.read(extension), f"sample {sample.key} of {sample.source}")
+        parts = {"pixels": self._cut(pixels, number, epoch), "labels": sample.label, "keys": sample.key}
+        if not self.captions:
+            return parts
+        caption = sample.read_caption()
+        if not caption and sample.label == NO_LABEL:
+            raise BadSampleError(
+                "no caption", f"sample {sample.key} of {sample.source} has neither class nor caption"
+            )
+        return {**parts, "captions": caption}
+
+    def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
+        if epoch == NO_EPOCH:
+            if self.views == "ten_crop":
+                return np.stack(ten_crops(pixels, self.image_size, self.crop_ranges))
+            centre = centre_crop(pixels, self.image_size)
+            return centre if self.views == "centre" else np.stack([centre, centre[:, ::-1]])
+        generator = np.random.default_rng([self.seed, epoch, number])
+        if self.random_crop:
+            pixels = random_crop(pixels, self.image_size, generator)
+        else:
+            pixels = centre_crop(pixels, self.image_size)
+        return random_flip(pixels, generator) if self.flip else pixels
+
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64 (−1 for none), ``keys``, ``captions``."""
+        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+        views = batch.pop("pixels")
+        pixels = np.empty((len(views), *views[0].shape), np.uint8)
+        for number, view in enumerate(views):
+            pixels[number] = view
+        return {"images": to_tensor(pixels), **batch, "labels": torch.tensor(batch["labels"])}
+
+
+class ImageDataModule(ShardDataModule):
+    """Pictures, cropped as in ADM: in the middle, except for training.
+
+    Args:
+        image_size: side of the pictures in pixels.
+        batch_size: pictures a rank and batch.
+        random_crop: train on crops of random size and place, of at least 0.8 of the picture's short side.
+        flip: train on pictures of which half are mirrored.
+        views: of which views ``predict`` makes codes: ``centre``, ``flip`` (that and its mirror image), or ``ten_crop``
+            (the middle and the corners of two larger centre crops, and their mirror images: 20 views).
+        crop_ranges: sizes of these larger crops, as shares of ``image_size``.
+    """
+
+    extensions = PICTURES
+    hint = "give a folder of class folders, or one with webdataset shards, for training as train within it"
+
+    def __init__(
+        self,
+        root: Path | str | None = None,
         image_size: int = 256,
         batch_size: int = 16,
-        num_workers: int = 4,
-        seed: int = 0,
         random_crop: bool = True,
         flip: bool = True,
+        views: Views = "centre",
+        crop_ranges: Sequence[float] = (1.1, 1.05),
+        **data: Any,
     ) -> None:
-        super().__init__(root, batch_size, num_workers, seed)
+        super().__init__(root, batch_size, **data)
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        if not crop_ranges or min(crop_ranges) < 1:
+            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1")
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
+        self.views, self.crop_ranges = views, list(crop_ranges)
 
-    def build_dataset(self, split: str, samples: list[Sample]) -> Dataset[Any]:
+    @property
+    def view_names(self) -> list[str]:
+        """Names of the views of which ``predict`` makes codes."""
+        return view_names(self.views, self.crop_ranges)
+
+    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> ImageDataset:
         """Pictures of a split; those of the training split vary from epoch to epoch."""
-        train = split == SPLITS[0]
-        return ImageDataset(samples, self.image_size, self.random_crop and train, self.flip and train, self.seed)
+        train, predict = split == SPLITS[0], stage == "predict"
+        return ImageDataset(
+            samples,
+            self.image_size,
+            self.random_crop and train,
+            self.flip and train,
+            self.seed,
+            self.views if predict else "centre",
+            self.crop_ranges,
+            captions=predict and self.captioned,
+            never_empty=train and stage == "fit",
+        )

@@ -3,7 +3,8 @@
 import lightning.pytorch as pl
 from torch.utils.data import Dataset
 
-from datamodules.loader import Address, EvaluationLoader
+from datamodules.loader import EvaluationLoader
+from datamodules.order import Address, evaluation_batches
 
 
 class ClassRequests(Dataset[dict[str, int]]):
@@ -44,4 +45,5 @@ class SampleDataModule(pl.LightningDataModule):
         """The requests of this rank, in order."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         requests = ClassRequests(self.classes, self.per_class)
-        return EvaluationLoader(requests, self.batch_size, 0, rank, world_size, pin_memory=False)
+        batches = evaluation_batches(range(rank, len(requests), world_size), self.batch_size)
+        return EvaluationLoader(requests, batches, num_workers=0)

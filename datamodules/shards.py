@@ -1,139 +1,46 @@
-"""The shard format: webdataset tar files, written whole or not at all, and read by index.
+"""The shard format: webdataset tar files, and sets of them, written shard by shard, each whole or not at all.
 
-A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A set of shards is a folder for each
-split (``train``, ``val``) beside a ``meta.json``, which is written last: without it the set is not complete.
-
-webdataset writes the files and splits the names. Reading goes through an index of our own: webdataset streams, so it
-has neither a global shuffle nor a place inside an epoch to return to.
+A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A set is a folder for each split
+(``train``, ``val``) beside a ``meta.json``, which is written last: without it the set is not complete.
 """
 
+import hashlib
 import json
 import os
-import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import webdataset
-from webdataset.tariterators import base_plus_ext
+
+from datamodules.bad_samples import Skipped, Tally
+from datamodules.remote import is_remote, read_small
 
 META_FILE = "meta.json"
+PLAN_FILE = ".plan.json"
 IMAGES_FORMAT = "llamagen-images"
 CODES_FORMAT = "llamagen-codes"
 
 
-class Member(NamedTuple):
-    """Where the bytes of a sample's part lie: ``size`` bytes from ``offset`` of its shard."""
-
-    offset: int
-    size: int
-
-
-class Sample(NamedTuple):
-    """A sample of a shard.
-
-    Attributes:
-        shard: its tar file.
-        key: its name within the set.
-        members: its parts by extension, lower case and without the leading dot.
-    """
-
-    shard: str
-    key: str
-    members: dict[str, Member]
-
-    def read(self, extension: str) -> bytes:
-        """The bytes of a part.
-
-        Raises:
-            ValueError: if the sample has no such part, or the file ends before it.
-        """
-        if extension not in self.members:
-            raise ValueError(
-                f"sample {self.key} of {self.shard} has no .{extension} member, only {sorted(self.members)}"
-            )
-        offset, size = self.members[extension]
-        with open(self.shard, "rb") as file:
-            data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise ValueError(f"shard {self.shard} ends inside sample {self.key}; write it again")
-        return data
-
-    def read_label(self) -> int:
-        """The class, from the cls part.
-
-        Raises:
-            ValueError: if the sample has no such part, or it is not a whole number.
-        """
-        text = self.read("cls")
-        try:
-            return int(text)
-        except ValueError as error:
-            raise ValueError(f"the class (.cls) of sample {self.key} of {self.shard} is {text!r}, no number") from error
-
-
-def find_shards(folder: Path, hint: str) -> list[Path]:
-    """The tar files of a folder, sorted by name.
-
-    Args:
-        folder: where to look.
-        hint: what to do if there are none; ends the message.
-
-    Raises:
-        ValueError: if the folder is missing or holds no tar file.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"shard folder {folder} does not exist; {hint}")
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise ValueError(f"shard folder {folder} holds no .tar file; {hint}")
-    return shards
-
-
-def index_shard(path: Path) -> list[Sample]:
-    """The samples of a tar file in their order, from its headers alone.
-
-    Raises:
-        ValueError: if the file is not a whole tar file.
-    """
-    samples: list[Sample] = []
-    end = path.stat().st_size
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, extension = base_plus_ext(member.name)
-                if not key:
-                    continue
-                if member.offset_data + member.size > end:
-                    raise ValueError(f"shard {path} ends inside {member.name}; write it again")
-                if not samples or samples[-1].key != key:
-                    samples.append(Sample(str(path), key, {}))
-                samples[-1].members[extension.lower()] = Member(member.offset_data, member.size)
-            # tarfile takes a damaged or missing header for the end; the true end is marked by a block of zeros.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError(f"shard {path} is not a whole tar file (no end mark); write it again")
-    except tarfile.TarError as error:
-        raise ValueError(f"shard {path} is not a whole tar file ({error}); write it again") from error
-    return samples
-
-
-def read_meta(root: Path, hint: str) -> dict[str, Any]:
-    """The description of a set of shards.
+def read_meta(root: Path | str, hint: str) -> dict[str, Any]:
+    """The description of a set of shards, from its folder or address.
 
     Raises:
         ValueError: if the set is missing or was not completed.
     """
-    path = root / META_FILE
-    if not root.is_dir():
+    path = f"{str(root).rstrip('/')}/{META_FILE}"
+    if is_remote(path):
+        text = read_small(path)
+    elif not Path(root).is_dir():
         raise ValueError(f"shard folder {root} does not exist; {hint}")
-    if not path.is_file():
+    elif not Path(path).is_file():
         raise ValueError(f"shard folder {root} has no {META_FILE}, so it was not written to its end; {hint}")
+    else:
+        text = Path(path).read_bytes()
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(text)
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}); {hint}") from error
     if not isinstance(meta, dict):
@@ -141,86 +48,227 @@ def read_meta(root: Path, hint: str) -> dict[str, Any]:
     return meta
 
 
-def write_meta(root: Path, meta: Mapping[str, Any]) -> None:
-    """Complete a set of shards: write its description under a temporary name, then rename it."""
-    temporary = root / f".{META_FILE}.tmp"
-    temporary.write_text(json.dumps(meta, indent=2) + "\n")
-    temporary.replace(root / META_FILE)
+class ShardNote(NamedTuple):
+    """What ``meta.json`` says of a shard.
 
-
-class ShardSetWriter:
-    """Writes samples into numbered tar files; each gets its name when it is whole. A context manager.
-
-    Args:
-        folder: where the files go; made if it does not exist.
-        prefix: start of the file names, before ``-000000.tar``.
-        samples_per_shard: when to begin the next file.
+    Attributes:
+        name: of its file.
+        samples: how many it holds.
+        sha256: checksum of its file.
     """
 
-    def __init__(self, folder: Path, prefix: str, samples_per_shard: int) -> None:
-        if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
-        self.shards: list[Path] = []
+    name: str
+    samples: int
+    sha256: str
+
+
+def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[ShardNote]:
+    """What ``meta.json`` says of the shards of a split.
+
+    Raises:
+        ValueError: if they are not described as they should be; a name is the name of a file and no path.
+    """
+    try:
+        shards = meta["splits"][split]["shards"]
+        notes = [ShardNote(str(note["name"]), int(note["count"]), str(note["sha256"])) for note in shards]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{META_FILE} of {root} does not describe the shards of {split}; write the set again"
+        ) from error
+    for name, _, _ in notes:
+        if not name.endswith(".tar") or "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"{META_FILE} of {root} names the shard {name!r}, which is no file name; correct it")
+    return notes
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class ShardWriter:
+    """Writes a tar file of samples, which gets its name when it is whole. A context manager: an error leaves nothing.
+
+    Beside it, a note says what it holds.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        count: samples that were written.
+        highest_label: −1 if none had one.
+        skipped: put what was planned for the shard and could not be used in here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.count = 0
-        self._writer: webdataset.TarWriter | None = None
-        self._in_shard = 0
+        self.highest_label = -1
+        self.skipped: list[Skipped] = []
+        self._last_key = ""
+        self._temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+        self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
 
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / f".{self.prefix}-{len(self.shards):06d}.tar.tmp"
+    def write(self, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
+        """Add a sample.
 
-    def write(self, key: str, parts: Mapping[str, bytes]) -> None:
-        """Add a sample: its key and the bytes of each part by extension.
+        Args:
+            key: its name.
+            parts: the bytes of each part by extension.
+            label: its class, written as a cls part; −1 for none.
 
         Raises:
-            ValueError: if the key would be read back as another one.
+            ValueError: if the key would be read back as another one, or is the one before.
         """
         name = key.rpartition("/")[2]
         if not name or "." in name:
             raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty or hold a dot")
-        if self._writer is None:
-            self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
-            self._in_shard = 0
-        self._writer.write({"__key__": key, **parts})
+        if key == self._last_key:
+            raise ValueError(f"key {key!r} cannot be written twice in a row; give each sample a key of its own")
+        labelled = {"cls": str(label).encode()} if label >= 0 else {}
+        self._writer.write({"__key__": key, **parts, **labelled})
+        self._last_key = key
         self.count += 1
-        self._in_shard += 1
-        if self._in_shard == self.samples_per_shard:
-            self.close()
+        self.highest_label = max(self.highest_label, label)
 
     def close(self) -> None:
-        """Give the last file its name."""
-        if self._writer is None:
-            return
-        self._writer.close()  # on an error, __exit__ and abort remove the file
-        self._writer = None
-        shard = self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
-        self._temporary.replace(shard)
-        self.shards.append(shard)
+        """Give the file its name."""
+        try:
+            self._writer.close()
+            with self._temporary.open("rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            note = {"count": self.count, "bytes": self._temporary.stat().st_size, "sha256": checksum}
+            more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
+            _write_json(_note(self.path), {**note, **more})
+            self._temporary.replace(self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """Drop the file that is being written."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            try:
-                writer.close()
-            finally:
-                self._temporary.unlink()
+        """Drop what was written."""
+        try:
+            self._writer.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
-    def __enter__(self) -> "ShardSetWriter":
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
+        if kind is None:
+            self.close()
+        else:
             self.abort()
 
 
-def describe_split(shards: Sequence[Path], count: int) -> dict[str, Any]:
-    """A split's entry in ``meta.json``."""
-    return {"count": count, "shards": [shard.name for shard in shards]}
+class ShardSet:
+    """A set of shards that is being written, by several processes if need be, and gone on with where it was stopped.
+
+    Which samples go into which shard is planned before. A shard gets its name when it is whole; its number of samples
+    and its checksum are put down beside it until ``meta.json`` takes them up.
+
+    Args:
+        root: folder of the set.
+        plan: what decides the contents of the set, primitives only; a set that was begun with another plan is refused.
+        hint: what to do then; ends the message.
+    """
+
+    def __init__(self, root: Path, plan: Mapping[str, Any], hint: str) -> None:
+        self.root, self.plan, self.hint = root, json.loads(json.dumps(plan)), hint
+
+    def check(self) -> None:
+        """See that the set can be begun or gone on with; changes nothing.
+
+        Raises:
+            ValueError: if the folder holds a complete set, one with another plan, or shards that nobody planned.
+        """
+        if (self.root / META_FILE).exists():
+            raise ValueError(f"{self.root} already holds a complete set; {self.hint}")
+        plan = self.root / PLAN_FILE
+        if plan.is_file():
+            begun = json.loads(plan.read_text())
+            if differing := sorted(key for key in begun | self.plan if begun.get(key) != self.plan.get(key)):
+                raise ValueError(f"{self.root} was begun with another {', '.join(differing)}; {self.hint}")
+        elif shards := sorted(self.root.glob("*/*.tar")):
+            raise ValueError(f"{self.root} already holds shards ({shards[0].name}); {self.hint}")
+
+    def begin(self, splits: Sequence[str]) -> None:
+        """Make the folders and put the plan down; on one process."""
+        for split in splits:
+            (self.root / split).mkdir(parents=True, exist_ok=True)
+        _write_json(self.root / PLAN_FILE, self.plan)
+        for leftover in self.root.glob("*/.*.tar-*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def path(self, split: str, number: int) -> Path:
+        """Where shard ``number`` of a split goes."""
+        return self.root / split / f"{split}-{number:06d}.tar"
+
+    def is_written(self, split: str, number: int) -> bool:
+        """Whether a shard is there, whole."""
+        path = self.path(split, number)
+        return path.exists() and _note(path).exists()
+
+    def shard(self, split: str, number: int) -> ShardWriter:
+        """A writer for a shard."""
+        return ShardWriter(self.path(split, number))
+
+    def finish(
+        self,
+        shards: Mapping[str, int],
+        meta: Mapping[str, Any],
+        known: Mapping[str, Sequence[Skipped]],
+        max_bad_share: float,
+    ) -> None:
+        """Complete the set: describe it in ``meta.json``; on one process.
+
+        Args:
+            shards: number of shards of each split.
+            meta: more entries. ``num_classes`` grows to the highest label + 1.
+            known: what of each split was known not to be usable before the shards were planned. All that is not in the
+                set stands in ``skipped.tsv``, if there is anything.
+            max_bad_share: greatest tolerable share of what is not in the set.
+
+        Raises:
+            ValueError: if a shard is not there, or too much could not be used.
+        """
+        splits = {}
+        highest = -1
+        notes, lines = [], []
+        everything, missing = 0, list[Skipped]()
+        for split, number_of_shards in shards.items():
+            entries, bad = [], list(known.get(split, ()))
+            for number in range(number_of_shards):
+                path = self.path(split, number)
+                if not self.is_written(split, number):
+                    raise ValueError(f"shard {path} was not written to its end; run the same command again to go on")
+                note = json.loads(_note(path).read_text())
+                highest = max(highest, note.pop("highest_label"))
+                bad += [Skipped(*sample) for sample in note.pop("bad")]
+                entries.append({"name": path.name, **note})
+                notes.append(_note(path))
+            count = sum(entry["count"] for entry in entries)
+            everything += count
+            missing += bad
+            reasons = Counter(sample.reason for sample in bad)
+            splits[split] = {"count": count, "skipped": reasons, "shards": entries}
+            lines += ["\t".join((split, s.key, s.reason, " ".join(s.message.split()))) for s in bad]
+        Tally("the set", everything, missing, max_bad_share)
+        if lines:
+            temporary = self.root / ".skipped.tsv.tmp"
+            temporary.write_text("\n".join(["split\tkey\treason\tmessage", *lines]) + "\n")
+            temporary.replace(self.root / "skipped.tsv")
+        _write_json(
+            self.root / META_FILE,
+            {**meta, "num_classes": max(meta.get("num_classes", 0), highest + 1), "splits": splits},
+        )
+        for note in notes:
+            note.unlink()
+        (self.root / PLAN_FILE).unlink()
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")

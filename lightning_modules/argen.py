@@ -107,6 +107,8 @@ class ARGenModule(GenerativeModule):
                 + (f"set block_size to {height * width}" if height == width else "the model needs a square grid")
                 + " or extract other codes"
             )
+        if config.condition == "class" and not meta["num_classes"]:
+            raise ValueError("the codes have no classes, which the model needs; extract codes of pictures with classes")
         if config.condition == "class" and meta["num_classes"] > config.num_classes:
             raise ValueError(
                 f"the codes have {meta['num_classes']} classes, but the model's num_classes is {config.num_classes}; "

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
@@ -60,16 +61,34 @@ class GenerativeModule(pl.LightningModule):
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
-        """Place the numbers of an epoch on the x axis."""
+        """Place the numbers of an epoch on the x axis, and log what of the data could not be used."""
         self._log_batches_seen()
+        self._log_skipped("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Place the numbers of a validation on the x axis."""
+        """Place the numbers of a validation on the x axis, and log what of the data could not be used."""
         self._log_batches_seen()
+        self._log_skipped("val")
 
     def on_test_epoch_end(self) -> None:
-        """Place the numbers of a test on the x axis."""
+        """Place the numbers of a test on the x axis, and log what of the data could not be used."""
         self._log_batches_seen()
+        self._log_skipped("val")
+
+    def _log_skipped(self, split: str) -> None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if split not in getattr(datamodule, "tallies", ()):
+            return
+        examples = [sample.message for sample in (*datamodule.tallies[split].seen, *datamodule.tallies[split].known)][
+            :1
+        ]
+        counts = datamodule.finish_tally(split)  # over all ranks, so each logs the same
+        for reason, count in counts.items():
+            self.log(f"skipped/{split}/{reason.replace(' ', '_')}", float(count))
+        if counts:
+            numbers = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+            story = "; e.g. ".join([numbers, *examples])
+            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({story})")
 
     def _log_batches_seen(self) -> None:
         # Loggers take what is logged as "step" for the x axis.
@@ -93,10 +112,25 @@ class GenerativeModule(pl.LightningModule):
         """
         check_fits(checkpoint, self.generator)
         _reopen_epoch(checkpoint)
+        self._count_batches_anew(checkpoint)
         self._step_seed = checkpoint[ENTRY]["step_seed"]
         if self.trainer.state.fn != "fit" and "loops" in checkpoint:  # else Lightning restores it
             seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
             self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = seen
+
+    def _count_batches_anew(self, checkpoint: dict[str, Any]) -> None:
+        """Let the rest of an epoch be as long as it is here: on another number of ranks, or with other batches.
+
+        Lightning counts the batches of a rank and ends the epoch at the number that a whole one has.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.state.fn != "fit" or "loops" not in checkpoint or not hasattr(datamodule, "batches_done"):
+            return
+        done, whole = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if 0 < done < whole and not progress["is_last_batch"]:
+            for state in ("ready", "started", "processed", "completed"):
+                progress["current"][state] = done
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

@@ -348,8 +348,11 @@ class VQGANModule(GenerativeModule):
         self._log_usage(usage, stage)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Codes of ``batch["images"]``: (B, A, h, w) int64, with A = 1 view of each picture."""
-        return self.vqgan.encode(batch["images"].to(memory_format=self.memory_format)).codes.unsqueeze(1)
+        """Codes (B, A, h, w) int64 of ``batch["images"]``, (B, A, 3, H, W) with A views of each, or (B, 3, H, W)."""
+        images = batch["images"] if batch["images"].ndim == 5 else batch["images"].unsqueeze(1)
+        codes: Tensor = self.vqgan.encode(images.flatten(0, 1).contiguous(memory_format=self.memory_format)).codes
+        views: Tensor = codes.unflatten(0, images.shape[:2])
+        return views
 
     def configure_optimizers(self) -> Any:
         """One AdamW for both networks."""

@@ -65,7 +65,7 @@ def run_on_ranks(function: Callable[..., Any], out: Path, *args: Any, world_size
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_one_rank, args=(function, rank, world_size, port, out, args), daemon=True)
+        context.Process(target=_one_rank, args=(function, rank, world_size, port, out, args))
         for rank in range(world_size)
     ]
     for process in processes:

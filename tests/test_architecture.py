@@ -184,7 +184,7 @@ def test_constraints_are_exact_pins_and_each_distribution_has_one() -> None:
 @pytest.mark.parametrize("requirement", DIRECT)
 def test_a_direct_dependency_is_bounded_and_pinned_within_its_bounds(requirement: str) -> None:
     pins = {distribution(line): line.split("==")[1] for line in PINS}
-    assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z]+\])?>=[0-9.]+,<[0-9.]+", requirement)
+    assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z0-9]+\])?>=[0-9.]+,<[0-9.]+", requirement)
     assert satisfies(pins[distribution(requirement)], requirement)
 
 

@@ -1,7 +1,6 @@
 """The command line: what a user can get wrong, and what more than one process changes."""
 
 import shutil
-import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import yaml
 
 import main
-from datamodules.shards import ShardSetWriter, read_meta, write_meta
+from datamodules.shards import META_FILE, ShardSet, read_meta
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 
@@ -99,10 +98,9 @@ def empty(pipeline: Pipeline, tmp_path: Path) -> Path:
     return tmp_path / "codes"
 
 
-def without_shards(pipeline: Pipeline, tmp_path: Path) -> Path:
+def without_a_shard(pipeline: Pipeline, tmp_path: Path) -> Path:
     root = copy_of(pipeline, tmp_path)
-    for shard in (root / "train").iterdir():
-        shard.unlink()
+    next((root / "train").iterdir()).unlink()
     return root
 
 
@@ -113,32 +111,32 @@ def truncated(pipeline: Pipeline, tmp_path: Path) -> Path:
     return root
 
 
-def outside_of_the_vocabulary(pipeline: Pipeline, tmp_path: Path) -> Path:
-    root = copy_of(pipeline, tmp_path)
-    shutil.rmtree(root / "train")
-    with ShardSetWriter(root / "train", "train", 100) as writer:
-        for number in range(20):
-            codes = np.full((1, 4, 4), 31 if number < 19 else 32, dtype=np.uint16)
-            buffer = BytesIO()
-            np.save(buffer, codes)
-            writer.write(f"{number:06d}", {"npy": buffer.getvalue(), "cls": b"3"})
-    meta = read_meta(root, "")
-    meta["splits"]["train"]["count"] = 20
-    write_meta(root, meta)
+def rewritten(pipeline: Pipeline, root: Path, codes: list[np.ndarray], **meta: object) -> Path:
+    """A set with these codes in each split, and the description of the pipeline's but for ``meta``."""
+    shards = ShardSet(root, {}, "")
+    shards.begin(["train", "val"])
+    for split in ("train", "val"):
+        with shards.shard(split, 0) as writer:
+            for number, array in enumerate(codes):
+                buffer = BytesIO()
+                np.save(buffer, array)
+                writer.write(f"{number:06d}", {"npy": buffer.getvalue()}, 3)
+    shards.finish({"train": 1, "val": 1}, read_meta(pipeline.codes, "") | meta, {}, 0.0)
     return root
 
 
+def outside_of_the_vocabulary(pipeline: Pipeline, tmp_path: Path) -> Path:
+    codes = [np.full((1, 4, 4), 31 if number < 17 else 32, np.uint16) for number in range(20)]
+    return rewritten(pipeline, tmp_path / "codes", codes)
+
+
 def other_grid(pipeline: Pipeline, tmp_path: Path) -> Path:
+    return rewritten(pipeline, tmp_path / "codes", [np.zeros((1, 8, 8), np.uint16)], grid=[8, 8])
+
+
+def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
     root = copy_of(pipeline, tmp_path)
-    for split in ("train", "val"):
-        shutil.rmtree(root / split)
-        with ShardSetWriter(root / split, split, 100) as writer:
-            buffer = BytesIO()
-            np.save(buffer, np.zeros((1, 8, 8), dtype=np.uint16))
-            writer.write("0", {"npy": buffer.getvalue(), "cls": b"3"})
-    meta = read_meta(root, "")
-    splits = {split: {**entry, "count": 1} for split, entry in meta["splits"].items()}
-    write_meta(root, {**meta, "grid": [8, 8], "splits": splits})
+    (root / META_FILE).unlink()
     return root
 
 
@@ -146,9 +144,10 @@ def other_grid(pipeline: Pipeline, tmp_path: Path) -> Path:
     ("prepare", "phrase"),
     [
         (missing, "does not exist; write the codes first"),
-        (empty, "has no meta.json, so it was not written to its end; write the codes first"),
-        (without_shards, "holds no .tar file; write the codes first"),
-        (truncated, "write it again"),
+        (empty, "holds neither .tar files nor folders of pictures; write the codes first"),
+        (not_finished, "has no meta.json, so the codes were not written to their end; write the codes first"),
+        (without_a_shard, "train-000000.tar does not exist"),
+        (truncated, "samples of train cannot be used, more than max_bad_share 0.05 (truncated shard: "),
         (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
         (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes a picture, but the model's block_size is 16"),
     ],
@@ -168,7 +167,9 @@ def test_bad_codes_end_in_one_line_and_write_nothing(
 def test_missing_pictures_end_in_one_line_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     arguments = pipeline.tokenizer_arguments(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"(does not exist|has no train folder|exists but has no meta\.json)") as error:
+    with pytest.raises(
+        ValueError, match=r"(does not exist|neither \.tar files nor folders of pictures); give a"
+    ) as error:
         main.main(
             [
                 *("fit", *arguments, "--data.class_path=ImageDataModule"),
@@ -188,7 +189,7 @@ def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
         arguments = pipeline.sample_arguments(tmp_path / "run")[1:]
     else:
         arguments.append(f"--data.init_args.root={pipeline.codes}")
-    with pytest.raises(ValueError, match="the checkpoint holds a VQGAN, but a GPT is to be loaded") as error:
+    with pytest.raises(ValueError, match=r"the checkpoint holds a VQGAN, but a GPT is to be loaded") as error:
         main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}"])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
@@ -207,7 +208,7 @@ def test_a_run_writes_its_configuration_and_is_not_written_over(pipeline: Pipeli
     config = yaml.safe_load((folder / "fit.yaml").read_text())
     assert config["model"]["init_args"]["net"]["dim"] == 32
     before = {path: path.stat().st_mtime_ns for path in files(folder)}
-    with pytest.raises(ValueError, match="already holds a run; choose another"):
+    with pytest.raises(ValueError, match=r"already holds a run; choose another"):
         main.main(["fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={pipeline.codes}"])
     assert {path: path.stat().st_mtime_ns for path in files(folder)} == before
 
@@ -234,22 +235,10 @@ def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, 
 
 def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
     succeeds(two_processes([*pipeline.extract_arguments(tmp_path / "codes"), f"--ckpt_path={pipeline.tokenizer}"]))
-    meta, single = (read_meta(root, "") for root in (tmp_path / "codes", pipeline.codes))
-    assert len(meta["splits"]["train"]["shards"]) == 2
-    assert {**meta, "splits": None} == {**single, "splits": None}
-
-    def contents(root: Path) -> dict[str, bytes]:
-        result: dict[str, bytes] = {}
-        for shard in sorted(root.glob("*/*.tar")):
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    assert member.name not in result
-                    result[member.name] = file.read()
-        return result
-
-    assert contents(tmp_path / "codes") == contents(pipeline.codes)
+    written = {path.relative_to(pipeline.codes) for path in pipeline.codes.rglob("*") if path.is_file()}
+    assert {path.relative_to(tmp_path / "codes") for path in files(tmp_path / "codes")} == written
+    for path in written - {Path("predict.yaml")}:
+        assert (tmp_path / "codes" / path).read_bytes() == (pipeline.codes / path).read_bytes(), path
 
 
 def test_two_processes_train_both_networks_and_sample_the_pictures_of_one(pipeline: Pipeline, tmp_path: Path) -> None:

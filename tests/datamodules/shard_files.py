@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.loader import Address
-from datamodules.shards import ShardSetWriter
+from datamodules.order import Address
+from datamodules.shards import ShardWriter
 
 
 class Numbers(Dataset[Address]):
@@ -48,11 +48,15 @@ def grey_picture(level: int, size: int = 4) -> bytes:
 
 
 def write_shards(folder: Path, samples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
-    """Shards of (key, parts) in a folder."""
-    with ShardSetWriter(folder, folder.name, per_shard) as writer:
-        for key, parts in samples:
-            writer.write(key, parts)
-    return writer.shards
+    """Shards of (key, parts) in a folder, ``<folder>/<name>-000000.tar`` and so on; no folder for no samples."""
+    paths = []
+    for number, first in enumerate(range(0, len(samples), per_shard)):
+        folder.mkdir(parents=True, exist_ok=True)
+        paths.append(folder / f"{folder.name}-{number:06d}.tar")
+        with ShardWriter(paths[-1]) as writer:
+            for key, parts in samples[first : first + per_shard]:
+                writer.write(key, parts)
+    return paths
 
 
 def write_pictures(root: Path, train: int, val: int) -> None:

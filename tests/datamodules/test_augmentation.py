@@ -1,5 +1,6 @@
 """Training pictures vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
 
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.crops import centre_crop, ten_crops
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule, ImageDataset
-from datamodules.loader import NO_EPOCH
-from datamodules.shards import index_shard
+from datamodules.index import SampleIndex, index_shard
+from datamodules.order import NO_EPOCH
 from tests.datamodules.shard_files import encode, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
@@ -39,9 +41,8 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
 
 
 def dataset(root: Path, **options: Any) -> ImageDataset:
-    return ImageDataset(
-        [sample for shard in sorted((root / "train").iterdir()) for sample in index_shard(shard)], SIZE, **options
-    )
+    shards = sorted((root / "train").glob("*.tar"))
+    return ImageDataset(SampleIndex.concatenate([index_shard(shard) for shard in shards]), SIZE, **options)
 
 
 def plain(root: Path) -> Tensor:
@@ -187,3 +188,46 @@ def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path) -> None:
     data.prepare_data()
     data.setup("predict")
     assert equal(by_key(data.train_dataloader()), by_key(data.predict_dataloader()[0]))
+
+
+def test_a_picture_does_not_depend_on_its_batch(root: Path) -> None:
+    pictures = dataset(root, random_crop=True, flip=True)
+    together = pictures.__getitems__([(number, 1) for number in (7, 3, 0, 11)])
+    assert together["numbers"].tolist() == [7, 3, 0, 11]
+    for number, image in zip((7, 3, 0, 11), together["images"], strict=True):
+        assert torch.equal(image, pictures[number, 1]["images"])
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    """(…, 3, H, W) in [-1, 1] as levels (…, H, W, 3)."""
+    levels: np.ndarray = ((image + 1) * 127.5).round().movedim(-3, -1).numpy().astype(np.uint8)
+    return levels
+
+
+def test_views_are_those_of_the_names(root: Path) -> None:
+    source = np.asarray(Image.open(BytesIO(PICTURE)))
+    centre = centre_crop(source, SIZE)
+    for views, expected in (
+        ("flip", [centre, centre[:, ::-1]]),
+        ("ten_crop", ten_crops(source, SIZE, [1.5, 1.25])),
+    ):
+        data = image_data(root, views=views, crop_ranges=[1.5, 1.25])
+        assert len(data.view_names) == len(expected)
+        for loader in data.predict_dataloader():
+            batch = next(iter(loader))
+            assert batch["images"].shape == (2, len(expected), 3, SIZE, SIZE)
+            assert batch["images"].dtype == torch.float32
+            assert np.array_equal(pixels(batch["images"]), np.stack([expected, expected]))
+
+
+def test_only_predict_makes_several_views(root: Path) -> None:
+    data = image_data(root, views="ten_crop")
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["images"].shape == (2, 3, SIZE, SIZE)
+
+
+def test_by_default_the_crops_are_those_of_llamagen(tmp_path: Path) -> None:
+    data = ImageDataModule(tmp_path, views="ten_crop")
+    assert (len(data.view_names), data.view_names[0], data.view_names[10]) == (20, "1.1 centre", "1.05 centre")
+    assert ImageDataModule(tmp_path).view_names == ["centre"]

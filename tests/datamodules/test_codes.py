@@ -1,4 +1,4 @@
-"""Codes: views are drawn in training alone, and what does not fit its description is refused before training."""
+"""Codes: views are drawn in training alone, and what does not fit its description is skipped, counted or refused."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.codes import CodeDataModule
-from datamodules.shards import META_FILE, describe_split, write_meta
+from datamodules.shards import META_FILE, ShardSet
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 VIEWS, HEIGHT, WIDTH, VOCABULARY, CLASSES = 3, 2, 4, 50, 5
@@ -30,40 +30,35 @@ def codes_of(split: str, number: int) -> np.ndarray:
     return rng.integers(0, VOCABULARY, (VIEWS, HEIGHT, WIDTH)).astype(np.uint16)
 
 
-def write_codes(root: Path, changed: dict[tuple[str, int], dict[str, bytes]] | None = None) -> None:
-    """A set of codes; ``changed`` replaces the parts of single samples."""
-    splits = {}
+def write_codes(root: Path, changed: dict[tuple[str, int], dict[str, bytes]] | None = None, **meta: Any) -> None:
+    """A set of codes in shards of 4; ``changed`` replaces the parts of single samples, ``meta`` the description."""
+    shards = ShardSet(root, {}, "")
+    shards.begin(list(COUNTS))
     for split, count in COUNTS.items():
-        samples = [
-            (f"{split}{number}", {"npy": array_file(codes_of(split, number)), "cls": str(number % CLASSES).encode()})
-            for number in range(count)
-        ]
-        for (changed_split, number), parts in (changed or {}).items():
-            if changed_split == split:
-                samples[number] = (samples[number][0], parts)
-        splits[split] = describe_split(write_shards(root / split, samples, per_shard=4), count)
-    write_meta(
-        root,
-        {
-            "format": "llamagen-codes",
-            "vocabulary": VOCABULARY,
-            "grid": [HEIGHT, WIDTH],
-            "views": VIEWS,
-            "num_classes": CLASSES,
-            "tokenizer": "0" * 64,
-            "splits": splits,
-        },
-    )
+        for shard in range(-(-count // 4)):
+            with shards.shard(split, shard) as writer:
+                for number in range(shard * 4, min(shard * 4 + 4, count)):
+                    parts = {"npy": array_file(codes_of(split, number)), "cls": str(number % CLASSES).encode()}
+                    writer.write(f"{split}{number}", (changed or {}).get((split, number), parts))
+    described = {
+        "format": "llamagen-codes",
+        "vocabulary": VOCABULARY,
+        "grid": [HEIGHT, WIDTH],
+        "views": VIEWS,
+        "num_classes": CLASSES,
+        "tokenizer": "0" * 64,
+    }
+    shards.finish({"train": 3, "val": 1}, described | meta, {}, 0.0)
 
 
 def change_meta(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     meta = json.loads((root / META_FILE).read_text())
     change(meta)
-    write_meta(root, meta)
+    (root / META_FILE).write_text(json.dumps(meta))
 
 
-def code_data(root: Path, stage: str = "fit", seed: int = 0, batch_size: int = 4) -> CodeDataModule:
-    data = CodeDataModule(root, batch_size, num_workers=0, seed=seed)
+def code_data(root: Path, stage: str = "fit", batch_size: int = 4, **options: Any) -> CodeDataModule:
+    data = CodeDataModule(root, batch_size, num_workers=0, **options)
     data.setup(stage)
     return data
 
@@ -131,56 +126,122 @@ def test_evaluation_of_the_training_split_takes_the_first_view_too(tmp_path: Pat
 
 GOOD = codes_of("train", 0)
 OUTSIDE = GOOD.copy()
-OUTSIDE[-1, -1, -1] = VOCABULARY
-BAD_PARTS: dict[str, tuple[dict[str, bytes], str]] = {
-    "code outside of the vocabulary": ({"npy": array_file(OUTSIDE), "cls": b"0"}, f"code {VOCABULARY}, outside"),
-    "int64 codes": ({"npy": array_file(GOOD.astype(np.int64)), "cls": b"0"}, "int64 codes"),
-    "float codes": ({"npy": array_file(GOOD.astype(np.float32)), "cls": b"0"}, "float32 codes"),
-    "without views": ({"npy": array_file(GOOD[0]), "cls": b"0"}, "(2, 4)"),
-    "too few views": ({"npy": array_file(GOOD[:2]), "cls": b"0"}, "(2, 2, 4)"),
-    "turned grid": ({"npy": array_file(GOOD.transpose(0, 2, 1)), "cls": b"0"}, "(3, 4, 2)"),
-    "class too high": ({"npy": array_file(GOOD), "cls": b"5"}, "class 5"),
-    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "class -1"),
-    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "dog"),
-    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "cls"),
-    "no class": ({"npy": array_file(GOOD)}, "no .cls member"),
-    "no codes": ({"cls": b"0"}, "no .npy member"),
-    "empty file": ({"npy": b"", "cls": b"0"}, "cannot be read"),
-    "half a file": ({"npy": array_file(GOOD)[:150], "cls": b"0"}, "cannot be read"),
-    "no array file": ({"npy": b"not an array", "cls": b"0"}, "cannot be read"),
-    "pickled objects": ({"npy": array_file(np.array([None, 1])), "cls": b"0"}, "cannot be read"),
-    "zip file": ({"npy": b"PK\x03\x04" + bytes(40), "cls": b"0"}, "cannot be read"),
+OUTSIDE[0, -1, -1] = VOCABULARY
+BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "code too high": ({"npy": array_file(OUTSIDE), "cls": b"0"}, "broken codes", f"code {VOCABULARY}, outside"),
+    "int64 codes": ({"npy": array_file(GOOD.astype(np.int64)), "cls": b"0"}, "broken codes", "int64 codes"),
+    "float codes": ({"npy": array_file(GOOD.astype(np.float16)), "cls": b"0"}, "broken codes", "float16 codes"),
+    "big-endian codes": ({"npy": array_file(GOOD.astype(">u2")), "cls": b"0"}, "broken codes", ">u2 codes"),
+    "without views": ({"npy": array_file(GOOD[0]), "cls": b"0"}, "broken codes", "(2, 4)"),
+    "too few views": ({"npy": array_file(GOOD[:2]), "cls": b"0"}, "broken codes", "(2, 2, 4)"),
+    "turned grid": ({"npy": array_file(GOOD.transpose(0, 2, 1).copy()), "cls": b"0"}, "broken codes", "(3, 4, 2)"),
+    "class too high": ({"npy": array_file(GOOD), "cls": b"5"}, "wrong label", "class 5"),
+    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "wrong label", "that is no number"),
+    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "wrong label", "that is no number"),
+    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "wrong label", "that is no number"),
+    "no class": ({"npy": array_file(GOOD)}, "no label", "no class (.cls)"),
+    "no codes": ({"cls": b"0"}, "no codes", "has none of npy"),
+    "empty file": ({"npy": b"", "cls": b"0"}, "empty file", "is empty"),
+    "half a file": ({"npy": array_file(GOOD)[:150], "cls": b"0"}, "broken codes", "cannot be read"),
+    "longer file": ({"npy": array_file(GOOD) + b"more", "cls": b"0"}, "broken codes", "cannot be read"),
+    "no array file": ({"npy": b"not an array", "cls": b"0"}, "broken codes", "cannot be read"),
+    "zeros": ({"npy": bytes(len(array_file(GOOD))), "cls": b"0"}, "broken codes", "cannot be read"),
+    "pickled objects": ({"npy": array_file(np.array([None, 1])), "cls": b"0"}, "broken codes", "object codes"),
+    "zip file": ({"npy": b"PK\x03\x04" + bytes(40), "cls": b"0"}, "broken codes", "cannot be read"),
 }
 
 
-@pytest.mark.parametrize(("split", "number"), [("train", 0), ("train", 5), ("train", 8), ("val", 3)])
+@pytest.mark.parametrize(("split", "number"), [("train", 5), ("val", 3)])
 @pytest.mark.parametrize("bad", BAD_PARTS)
-def test_a_sample_that_does_not_fit_its_description_is_refused_by_setup(
+def test_too_many_samples_that_do_not_fit_the_description_are_refused_by_setup(
     tmp_path: Path, split: str, number: int, bad: str
 ) -> None:
-    parts, phrase = BAD_PARTS[bad]
-    write_codes(tmp_path, {(split, number): parts})
+    parts, _, phrase = BAD_PARTS[bad]
+    write_codes(tmp_path, {(split, number): parts}, num_classes=CLASSES)
+    change_meta(tmp_path, lambda meta: meta.update(num_classes=CLASSES))  # it had grown to the highest label + 1
     with pytest.raises(ValueError) as error:
         code_data(tmp_path)
-    assert_one_line(error, tmp_path / split, f"{split}{number}", phrase)
+    assert_one_line(error, tmp_path / split, f"sample {split}{number}", phrase)
+
+
+@pytest.mark.parametrize("bad", BAD_PARTS)
+def test_a_few_samples_that_do_not_fit_the_description_are_skipped_and_counted(tmp_path: Path, bad: str) -> None:
+    parts, reason, phrase = BAD_PARTS[bad]
+    write_codes(tmp_path, {("train", 5): parts})
+    data = code_data(tmp_path, max_bad_share=0.12)
+    for _ in range(2):
+        keys = [key for batch in data.train_dataloader() for key in batch["keys"]]
+        assert sorted(keys) == [f"train{number}" for number in range(COUNTS["train"]) if number != 5]
+        tally = data.tallies["train"]
+        assert tally.by_reason() == {reason: 1}
+        assert phrase in tally.describe()
+        data.finish_tally("train")
+
+
+def test_a_broken_view_costs_the_epochs_that_draw_it(tmp_path: Path) -> None:
+    codes = codes_of("train", 5)
+    codes[2, 0, 0] = VOCABULARY
+    write_codes(tmp_path, {("train", 5): {"npy": array_file(codes), "cls": b"0"}})
+    whole = tmp_path / "whole"
+    write_codes(whole)
+    drawn = views_drawn(code_data(whole), epochs=12)
+    data = code_data(tmp_path, max_bad_share=0.12)
+    loader = data.train_dataloader()
+    there = []
+    for _ in range(12):
+        there.append("train5" in [key for batch in loader for key in batch["keys"]])
+        assert data.finish_tally("train") == ({} if there[-1] else {"broken codes": 1})
+    assert there == [views["train5"] != 2 for views in drawn]
+    assert len(set(there)) == 2
+
+
+@pytest.mark.parametrize("kind", ["Fortran order", "version 2"])
+def test_codes_that_another_program_wrote_are_read(tmp_path: Path, kind: str) -> None:
+    buffer = BytesIO()
+    codes = np.asfortranarray(GOOD) if kind == "Fortran order" else GOOD
+    np.lib.format.write_array(buffer, codes, version=(2, 0) if kind == "version 2" else None)
+    assert buffer.getvalue() != array_file(GOOD)
+    write_codes(tmp_path, {("val", 1): {"npy": buffer.getvalue(), "cls": b"0"}})
+    (batch,) = code_data(tmp_path, "validate").val_dataloader()
+    assert batch["codes"][1].tolist() == GOOD[0].flatten().tolist()
+
+
+def test_captions_are_read_where_there_are_no_classes(tmp_path: Path) -> None:
+    parts = {
+        (split, number): {"npy": array_file(codes_of(split, number)), "txt": f"number {number}".encode()}
+        for split, count in COUNTS.items()
+        for number in range(count)
+    }
+    write_codes(tmp_path, parts, num_classes=0)
+    (batch,) = code_data(tmp_path, "validate").val_dataloader()
+    assert batch["captions"] == [f"number {number}" for number in range(COUNTS["val"])]
+    assert "condition" not in batch
 
 
 BAD_META: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     **{
         f"without {entry}": (lambda meta, entry=entry: meta.pop(entry), "does not describe codes")
-        for entry in ("format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits")
+        for entry in ("vocabulary", "grid", "views", "num_classes", "tokenizer")
     },
+    "without format": (lambda meta: meta.pop("format"), "does not describe codes"),
+    "without splits": (lambda meta: meta.pop("splits"), f"splits in {META_FILE}"),
     "another format": (lambda meta: meta.update(format="llamagen-images"), "does not describe codes"),
-    "more samples": (lambda meta: meta["splits"]["val"].update(count=5), "says 5"),
-    "fewer samples": (lambda meta: meta["splits"]["train"].update(count=8), "says 8"),
-    "no such split": (lambda meta: meta["splits"].pop("val"), "says None"),
+    "more samples": (lambda meta: meta["splits"]["val"]["shards"][0].update(count=5), "says 5"),
+    "fewer samples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
+    "no training split": (lambda meta: meta["splits"].pop("train"), CodeDataModule.hint),
     "smaller vocabulary": (lambda meta: meta.update(vocabulary=10), "vocabulary of 10"),
     "fewer classes": (lambda meta: meta.update(num_classes=2), "2 classes"),
+    "no classes": (lambda meta: meta.update(num_classes=0), "0 classes"),
     "another grid": (lambda meta: meta.update(grid=[4, 4]), "(3, 4, 4)"),
     "other views": (lambda meta: meta.update(views=1), "(1, 2, 4)"),
     "grid no list": (lambda meta: meta.update(grid=8), META_FILE),
+    "grid of three": (lambda meta: meta.update(grid=[2, 4, 1]), META_FILE),
+    "grid of zeros": (lambda meta: meta.update(grid=[0, 4]), META_FILE),
     "vocabulary no number": (lambda meta: meta.update(vocabulary="many"), META_FILE),
+    "number of classes negative": (lambda meta: meta.update(num_classes=-1), META_FILE),
     "splits no object": (lambda meta: meta.update(splits=["train", "val"]), META_FILE),
+    "shards no list": (lambda meta: meta["splits"]["val"].update(shards=3), META_FILE),
+    "shard by a path": (lambda meta: meta["splits"]["val"]["shards"][0].update(name="../a.tar"), META_FILE),
 }
 
 
@@ -191,19 +252,46 @@ def test_a_description_that_does_not_fit_is_refused_by_setup(tmp_path: Path, bad
     change_meta(tmp_path, change)
     with pytest.raises(ValueError) as error:
         code_data(tmp_path)
-    assert_one_line(error, tmp_path, phrase)
+    assert_one_line(error, phrase)
+    if bad != "no training split":
+        assert_one_line(error, tmp_path)
 
 
-def test_missing_shards_and_codes_not_written_to_their_end_are_refused(tmp_path: Path) -> None:
+def test_a_set_that_was_not_written_to_its_end_is_refused(tmp_path: Path) -> None:
+    write_codes(tmp_path / "codes")
+    (tmp_path / "codes" / META_FILE).unlink()
+    with pytest.raises(ValueError) as error:
+        code_data(tmp_path / "codes")
+    assert_one_line(error, tmp_path / "codes", META_FILE, "not written to their end", CodeDataModule.hint)
+    with pytest.raises(ValueError) as error:
+        code_data(tmp_path / "nowhere")
+    assert_one_line(error, tmp_path / "nowhere", "does not exist", CodeDataModule.hint)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_codes(tmp_path)
     (tmp_path / "train" / "train-000001.tar").unlink()
     with pytest.raises(ValueError) as error:
         code_data(tmp_path)
-    assert_one_line(error, tmp_path / "train", "5 samples", "says 9", CodeDataModule.hint)
-    (tmp_path / META_FILE).unlink()
+    assert_one_line(error, tmp_path / "train" / "train-000001.tar", "does not exist")
+
+
+def test_a_shard_that_is_not_in_the_description_is_passed_over(tmp_path: Path) -> None:
+    write_codes(tmp_path)
+    write_shards(tmp_path / "stray", [("stray", {"npy": array_file(GOOD), "cls": b"0"})])
+    (tmp_path / "stray/stray-000000.tar").rename(tmp_path / "train/train-000007.tar")
+    keys = [key for batch in code_data(tmp_path).train_dataloader() for key in batch["keys"]]
+    assert sorted(keys) == [f"train{number}" for number in range(COUNTS["train"])]
+
+
+def test_the_samples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path) -> None:
+    write_codes(tmp_path)
+    shard = tmp_path / "train/train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[: 2 * 2048 + 600])
+    data = code_data(tmp_path, max_bad_share=0.23)
+    keys = [key for batch in data.train_dataloader() for key in batch["keys"]]
+    assert sorted(keys) == [f"train{number}" for number in range(COUNTS["train"]) if number not in (6, 7)]
+    assert data.tallies["train"].by_reason() == {"truncated shard": 2}
     with pytest.raises(ValueError) as error:
-        code_data(tmp_path)
-    assert_one_line(error, tmp_path, META_FILE, "not written to its end", CodeDataModule.hint)
-    with pytest.raises(ValueError) as error:
-        code_data(tmp_path / "nowhere")
-    assert_one_line(error, tmp_path / "nowhere", "does not exist", CodeDataModule.hint)
+        code_data(tmp_path, max_bad_share=0.22)
+    assert_one_line(error, "2 of 9 samples of train", "truncated shard: 2", shard, "max_bad_share 0.22")

@@ -1,14 +1,17 @@
 """The digits: written once, whole or not at all, with the pixels of scikit-learn."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from datamodules import digits
 from datamodules.digits import DigitsDataModule
-from datamodules.shards import META_FILE, ShardSetWriter, read_meta, write_meta
+from datamodules.shards import META_FILE, ShardSet, ShardWriter, read_meta
 from tests.datamodules.shard_files import assert_one_line
 
 
@@ -26,14 +29,20 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_the_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
-    keys = {split: [sample.key for sample in written.datasets[split].samples] for split in ("train", "val")}  # type: ignore[attr-defined]
+    keys = {split: list(written.datasets[split].samples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
     assert {split: len(names) for split, names in keys.items()} == {"train": 1497, "val": 300}
     assert sorted(keys["train"] + keys["val"]) == [f"{number:06d}" for number in range(1797)]
-    meta = read_meta(written.root, "")
+    root = Path(str(written.root))
+    meta = read_meta(root, "")
     assert {split: entry["count"] for split, entry in meta["splits"].items()} == {"train": 1497, "val": 300}
-    assert (meta["format"], meta["num_classes"]) == ("llamagen-images", 10)
+    assert (meta["format"], meta["num_classes"], meta["classes"]) == ("llamagen-images", 10, list("0123456789"))
+    assert written.class_names == meta["classes"]
     for split, entry in meta["splits"].items():
-        assert entry["shards"] == sorted(path.name for path in (written.root / split).iterdir())
+        shards = sorted((root / split).iterdir())
+        assert [(shard["name"], shard["bytes"], shard["sha256"]) for shard in entry["shards"]] == [
+            (path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in shards
+        ]
+        assert sum(shard["count"] for shard in entry["shards"]) == entry["count"]
 
 
 def test_pixels_and_labels_are_those_of_scikit_learn(written: DigitsDataModule) -> None:
@@ -64,32 +73,32 @@ def test_digits_are_enlarged_to_the_image_size(written: DigitsDataModule) -> Non
 
 
 def test_digits_that_are_there_are_not_written_again(written: DigitsDataModule) -> None:
-    before = files(written.root)
+    before = files(Path(str(written.root)))
     DigitsDataModule(written.root).prepare_data()
-    assert files(written.root) == before
+    assert files(Path(str(written.root))) == before
     assert len(before) == 1 + 2 + 3 + 1  # meta.json, two folders, shards of 500
 
 
 @pytest.mark.parametrize("stop", [0, 700, 1796])
 def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    write = ShardSetWriter.write
+    write = ShardWriter.write
 
-    def interrupted(writer: ShardSetWriter, key: str, parts: dict[str, bytes]) -> None:
+    def interrupted(writer: ShardWriter, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
         if key == f"{stop:06d}":
             raise KeyboardInterrupt
-        write(writer, key, parts)
+        write(writer, key, parts, label)
 
-    monkeypatch.setattr(ShardSetWriter, "write", interrupted)
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DigitsDataModule(tmp_path / "data" / "digits").prepare_data()
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_an_interrupt_before_the_description_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(root: Path, meta: dict[str, object]) -> None:
+    def interrupted(shards: ShardSet, *args: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(digits, "write_meta", interrupted)
+    monkeypatch.setattr(ShardSet, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DigitsDataModule(tmp_path / "digits").prepare_data()
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +108,7 @@ def test_digits_can_be_written_after_an_interrupt(tmp_path: Path, written: Digit
     (tmp_path / ".digits-interrupted").mkdir()
     data = DigitsDataModule(tmp_path / "digits")
     data.prepare_data()
-    assert read_meta(data.root, "") == read_meta(written.root, "")
+    assert read_meta(str(data.root), "") == read_meta(str(written.root), "")
 
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
@@ -111,7 +120,7 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_than_pictures_is_refused(tmp_path: Path) -> None:
-    write_meta(tmp_path, {"format": "llamagen-codes"})
+    (tmp_path / META_FILE).write_text(json.dumps({"format": "llamagen-codes"}))
     with pytest.raises(ValueError) as error:
         DigitsDataModule(tmp_path).prepare_data()
     assert_one_line(error, tmp_path, "choose another root")

@@ -1,7 +1,5 @@
-"""Pictures of any mode, size and orientation become (3, H, W) float32 in [-1, 1]."""
+"""Pictures for the tokenizer: (3, H, W) float32 in [-1, 1] with label and key, from the splits that a stage reads."""
 
-import struct
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.images import NO_LABEL, ImageDataModule, ImageDataset, to_tensor
-from datamodules.loader import NO_EPOCH
-from datamodules.shards import index_shard
-from tests.datamodules.shard_files import assert_one_line, encode, write_pictures, write_shards
+from datamodules.bad_samples import BadSampleError
+from datamodules.crops import centre_crop
+from datamodules.images import ImageDataModule, ImageDataset, to_tensor
+from datamodules.index import NO_LABEL, index_shard
+from datamodules.order import NO_EPOCH
+from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_pictures, write_shards
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 PNG = encode(Image.fromarray(COLOURS))
 
 
-def read_parts(folder: Path, parts: dict[str, bytes], image_size: int = 8) -> dict[str, Any]:
+def read_parts(folder: Path, parts: dict[str, bytes], image_size: int = 8, **options: Any) -> dict[str, Any]:
     """The sample that comes out of these files."""
     (shard,) = write_shards(folder / "train", [("folder/key", parts)])
-    return ImageDataset(index_shard(shard), image_size)[0, NO_EPOCH]
+    return ImageDataset(index_shard(shard), image_size, **options)[0, NO_EPOCH]
 
 
 def levels(images: torch.Tensor) -> np.ndarray:
@@ -33,10 +33,19 @@ def levels(images: torch.Tensor) -> np.ndarray:
 
 def test_levels_are_mapped_onto_minus_one_to_one() -> None:
     row = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
-    tensor = to_tensor(Image.fromarray(row))
+    tensor = to_tensor(row)
     assert (tensor.dtype, tensor.shape) == (torch.float32, (3, 1, 256))
     assert (tensor[0, 0, 0], tensor[0, 0, -1]) == (-1.0, 1.0)
     torch.testing.assert_close(tensor[1, 0], torch.linspace(-1, 1, 256), atol=1e-6, rtol=0)
+
+
+def test_pictures_of_any_number_of_dimensions_keep_their_places() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 6, 3), dtype=np.uint8)
+    tensor = to_tensor(pixels)
+    assert tensor.shape == (2, 5, 3, 4, 6)
+    assert torch.equal(tensor[1, 3], to_tensor(pixels[1, 3]))
+    assert tensor.movedim(-3, -1).is_contiguous()  # the channels of a pixel lie together
+    assert pixels.dtype == np.uint8
 
 
 def test_a_picture_comes_with_its_label_and_key(tmp_path: Path) -> None:
@@ -51,110 +60,70 @@ def test_a_picture_without_a_class_has_no_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extension", "kind", "options"),
-    [("png", "png", {}), ("PNG", "png", {}), ("webp", "webp", {"lossless": True})],
+    ("extension", "kind"), [("png", "png"), ("PNG", "png"), ("webp", "webp"), ("jpg", "jpeg"), ("JPEG", "jpeg")]
 )
-def test_lossless_pictures_keep_every_pixel(tmp_path: Path, extension: str, kind: str, options: dict[str, Any]) -> None:
-    sample = read_parts(tmp_path, {extension: encode(Image.fromarray(COLOURS), kind, **options)})
-    assert np.array_equal(levels(sample["images"]).round(), COLOURS)
+def test_a_picture_has_one_of_four_suffixes(tmp_path: Path, extension: str, kind: str) -> None:
+    sample = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
+    assert abs(levels(sample["images"]) - (200, 100, 50)).max() <= 4
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "JPEG"])
-def test_jpeg_pictures_keep_their_colour(tmp_path: Path, extension: str) -> None:
-    sample = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), "jpeg")})
-    assert abs(levels(sample["images"]) - (200, 100, 50)).max() <= 3
+def test_the_suffix_does_not_decide_how_a_picture_is_read(tmp_path: Path) -> None:
+    assert np.array_equal(levels(read_parts(tmp_path, {"jpg": PNG})["images"]).round(), COLOURS)
+
+
+def test_a_picture_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
+    source = np.random.default_rng(1).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    found = levels(read_parts(tmp_path, {"png": encode(Image.fromarray(source))}, image_size=12)["images"])
+    assert np.array_equal(found.round(), centre_crop(source, 12))
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "kind", "expected"),
+    ("parts", "caption"),
     [
-        ("1", 1, "png", (255, 255, 255)),
-        ("L", 90, "png", (90, 90, 90)),
-        ("LA", (90, 10), "png", (90, 90, 90)),
-        ("P", 3, "png", (30, 40, 50)),
-        ("RGBA", (200, 100, 50, 10), "png", (200, 100, 50)),
-        ("CMYK", (0, 100, 200, 30), "jpeg", (225, 137, 49)),
-        # 16 bits, 40000 / 257: not cut off at 255, as Pillow's own conversion does.
-        ("I;16", 40000, "png", (155.6, 155.6, 155.6)),
+        ({"txt": b" a dog\n"}, "a dog"),
+        ({"json": b'{"caption": "a cat"}'}, "a cat"),
+        ({"txt": b"a dog", "json": b'{"caption": "a cat"}'}, "a dog"),
+        ({"json": b'{"caption": 3}'}, ""),
+        ({"json": b"no json"}, ""),
+        ({"json": b"[1]"}, ""),
+        ({"txt": b"\xff"}, ""),
+        ({}, ""),
     ],
+    ids=str,
 )
-def test_every_mode_becomes_rgb(
-    tmp_path: Path, mode: str, colour: Any, kind: str, expected: tuple[float, float, float]
+def test_a_caption_is_read_where_it_is_asked_for(tmp_path: Path, parts: dict[str, bytes], caption: str) -> None:
+    labelled = {"png": PNG, "cls": b"1", **parts}
+    assert read_parts(tmp_path, labelled, captions=True)["captions"] == caption
+    assert "captions" not in read_parts(tmp_path / "again", labelled)
+    if caption:
+        assert read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)["captions"] == caption
+    else:
+        with pytest.raises(BadSampleError, match=r"folder/key of .* has neither class nor caption") as error:
+            read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)
+        assert error.value.reason == "no caption"
+        read_parts(tmp_path / "not asked", {"png": PNG, **parts})
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason", "phrase"),
+    [
+        ({"png": b"this is not a picture"}, "broken picture", "is broken"),
+        ({"png": PNG[: len(PNG) // 2]}, "broken picture", "is broken"),
+        ({"png": b""}, "empty file", "is empty"),
+        ({"cls": b"1"}, "no picture", "has no picture; it needs one of jpg, jpeg, png, webp"),
+    ],
+    ids=str,
+)
+def test_a_sample_without_a_usable_picture_is_refused(
+    tmp_path: Path, parts: dict[str, bytes], reason: str, phrase: str
 ) -> None:
-    picture = Image.new(mode, (8, 8), colour)
-    if mode == "P":
-        picture.putpalette(
-            [channel for entry in range(4) for channel in (entry * 10, entry * 10 + 10, entry * 10 + 20)]
-        )
-    images = read_parts(tmp_path, {"jpg" if kind == "jpeg" else kind: encode(picture, kind)})["images"]
-    assert images.shape == (3, 8, 8)
-    assert abs(levels(images) - expected).max() <= 3
+    with pytest.raises(BadSampleError) as error:
+        read_parts(tmp_path, parts)
+    assert error.value.reason == reason
+    assert_one_line(error, tmp_path / "train", "sample folder/key", phrase)
 
 
-def test_sixteen_bit_greys_keep_their_steps(tmp_path: Path) -> None:
-    greys = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
-    images = read_parts(tmp_path, {"png": encode(Image.fromarray(greys))})["images"]
-    assert abs(levels(images) - greys[..., None] / 257).max() <= 1
-
-
-ORIENTATIONS = {
-    1: COLOURS,
-    2: COLOURS[:, ::-1],
-    3: COLOURS[::-1, ::-1],
-    4: COLOURS[::-1],
-    5: COLOURS.transpose(1, 0, 2),
-    6: np.rot90(COLOURS, -1),
-    7: COLOURS[::-1, ::-1].transpose(1, 0, 2),
-    8: np.rot90(COLOURS, 1),
-}
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_picture_is_turned_as_its_exif_orientation_says(tmp_path: Path, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    images = read_parts(tmp_path, {"png": encode(Image.fromarray(COLOURS), exif=exif)})["images"]
-    assert np.array_equal(levels(images).round(), ORIENTATIONS[orientation])
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-BROKEN = {
-    "no bytes": b"",
-    "no picture": b"this is not a picture",
-    "half a file": PNG[: len(PNG) // 2],
-    "damaged data": NOISE[:2000] + bytes(5000) + NOISE[7000:],
-    "chunk of a wrong length": NOISE.replace(struct.pack(">I", NOISE.index(b"IEND") - NOISE.index(b"IDAT") - 12),
-    b"\0\0\5\0", 1), "header too short": PNG[:8] + png_chunk(b"IHDR", b"\0\0\0\1"),
-    "too many pixels": PNG[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)) +
-    PNG[33:], "damaged EXIF": PNG[:33] + png_chunk(b"eXIf", b"this is no TIFF header") + PNG[33:],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
-def test_a_broken_picture_is_refused(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(ValueError) as error:
-        read_parts(tmp_path, {"png": data, "cls": b"1"})
-    assert_one_line(error, tmp_path / "train", "sample folder/key", "is broken")
-
-
-def test_a_sample_without_a_picture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as error:
-        read_parts(tmp_path, {"gif": b"GIF89a", "cls": b"1"})
-    assert_one_line(error, tmp_path / "train", "sample folder/key", "has no picture", "png, jpg, jpeg, webp")
-
-
-@pytest.mark.parametrize("label", [b"dog", b"", b"1.5", b"\xff"], ids=str)
-def test_a_class_that_is_no_number_is_refused_with_its_sample(tmp_path: Path, label: bytes) -> None:
-    with pytest.raises(ValueError) as error:
-        read_parts(tmp_path, {"png": PNG, "cls": label})
-    assert_one_line(error, tmp_path / "train", "folder/key")
-
-
-def image_data(root: Path, **options: Any) -> ImageDataModule:
+def image_data(root: Path | None, **options: Any) -> ImageDataModule:
     return ImageDataModule(root, **{"image_size": 4, "batch_size": 3, "num_workers": 0, **options})
 
 
@@ -205,12 +174,92 @@ def test_the_trainer_says_which_share_a_rank_gets(tmp_path: Path) -> None:
     assert keys["val"] == [f"val/{i}" for i in (0, 2, 4, 1, 3)]
 
 
-@pytest.mark.parametrize(("stage", "missing"), [("fit", "train"), ("predict", "train"), ("validate", "val")])
-def test_a_missing_split_is_refused(tmp_path: Path, stage: str, missing: str) -> None:
-    write_pictures(tmp_path, train=0 if missing == "train" else 3, val=0 if missing == "val" else 3)
+@pytest.mark.parametrize("stage", ["fit", "predict"])
+def test_data_without_a_training_split_are_refused(tmp_path: Path, stage: str) -> None:
+    write_pictures(tmp_path, train=0, val=3)
     with pytest.raises(ValueError) as error:
         image_data(tmp_path).setup(stage)
-    assert_one_line(error, tmp_path / missing, "no .tar file", ImageDataModule.hint)
+    assert_one_line(error, "no train data", ImageDataModule.hint)
+
+
+def test_a_folder_that_does_not_exist_or_holds_nothing_is_refused(tmp_path: Path) -> None:
+    for root, phrase in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "holds neither .tar files nor folders")):
+        with pytest.raises(ValueError) as error:
+            image_data(root).setup("fit")
+        assert_one_line(error, root, phrase, ImageDataModule.hint)
+
+
+def all_keys(data: ImageDataModule) -> dict[str, list[str]]:
+    """The keys of each split in their order."""
+    data.setup("predict")
+    return {
+        split: [key for batch in loader for key in batch["keys"]]
+        for split, loader in zip(data.predict_splits, data.predict_dataloader(), strict=True)
+    }
+
+
+def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
+    write_pictures(tmp_path, train=140, val=0)
+    whole = [f"train/{number}" for number in range(140)]
+    keys = all_keys(image_data(tmp_path, val_share=0.2))
+    assert sorted(keys["train"] + keys["val"]) == sorted(whole)
+    assert 14 < len(keys["val"]) < 42  # 28 ± 5
+    assert all(part == [key for key in whole if key in part] for part in keys.values())  # in their order
+    assert keys["val"] != whole[: len(keys["val"])]
+    # Drawn by the keys alone: neither seed nor stage nor more samples change it, and a larger share holds the smaller.
+    assert all_keys(image_data(tmp_path, val_share=0.2, seed=7)) == keys
+    validation = image_data(tmp_path, val_share=0.2)
+    validation.setup("validate")
+    assert [key for batch in validation.val_dataloader() for key in batch["keys"]] == keys["val"]
+    assert set(keys["val"]) < set(all_keys(image_data(tmp_path, val_share=0.4))["val"])
+    write_pictures(tmp_path / "more", train=180, val=0)
+    more = all_keys(image_data(tmp_path / "more", val_share=0.2))
+    assert [key for key in more["val"] if int(key.split("/")[1]) < 140] == keys["val"]
+
+
+def test_at_least_one_sample_is_held_out(tmp_path: Path) -> None:
+    write_pictures(tmp_path, train=5, val=0)
+    keys = all_keys(image_data(tmp_path, val_share=1e-6))
+    assert (len(keys["train"]), len(keys["val"])) == (4, 1)
+
+
+def test_a_validation_split_is_not_mixed_with_a_held_out_share(tmp_path: Path) -> None:
+    write_pictures(tmp_path, train=20, val=3)
+    keys = all_keys(image_data(tmp_path, val_share=0.5))
+    assert (len(keys["train"]), len(keys["val"])) == (20, 3)
+
+
+def test_a_folder_of_shards_without_splits_is_the_training_source(tmp_path: Path) -> None:
+    write_shards(tmp_path, [(f"{number:02d}", {"png": grey_picture(number)}) for number in range(40)])
+    keys = all_keys(image_data(tmp_path, val_share=0.2))
+    assert sorted(keys["train"] + keys["val"]) == [f"{number:02d}" for number in range(40)]
+    assert keys["val"]
+
+
+def test_a_folder_of_class_folders_without_splits_is_the_training_source(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / ("dog", "cat")[number % 2]).mkdir(exist_ok=True)
+        (tmp_path / ("dog", "cat")[number % 2] / f"{number:02d}.png").write_bytes(grey_picture(number))
+    data = image_data(tmp_path, val_share=0.2)
+    keys = all_keys(data)
+    assert sorted(keys["train"] + keys["val"]) == sorted(f"{('dog', 'cat')[n % 2]}/{n:02d}" for n in range(40))
+    assert keys["val"]
+    assert data.class_names == ["cat", "dog"]
+    for loader in data.predict_dataloader():
+        for batch in loader:
+            assert batch["labels"].tolist() == [int(key.startswith("dog")) for key in batch["keys"]]
+            assert levels(batch["images"][0]).round().max() == int(batch["keys"][0].split("/")[1])
+
+
+def test_train_and_val_can_be_named_one_by_one(tmp_path: Path) -> None:
+    write_pictures(tmp_path, train=7, val=4)
+    patterns = {
+        split: f"{tmp_path}/{split}/{split}-{{000000..00000{n}}}.tar" for split, n in (("train", 2), ("val", 1))
+    }
+    keys = all_keys(image_data(None, **patterns))
+    assert keys == {split: [f"{split}/{i}" for i in range(n)] for split, n in (("train", 7), ("val", 4))}
+    swapped = image_data(tmp_path, val=patterns["train"])
+    assert all_keys(swapped)["val"] == keys["train"]
 
 
 def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
@@ -230,10 +279,42 @@ def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": -1}, "seed is -1"),
+        ({"resampled_epoch": 0}, "resampled_epoch is 0"),
+        ({"crop_ranges": [1.1, 0.9]}, "crop_ranges is [1.1, 0.9]"),
+        ({"crop_ranges": []}, "crop_ranges is []"),
     ],
     ids=str,
 )
-def test_an_impossible_option_is_refused_by_name_and_value(options: dict[str, int], phrase: str) -> None:
+def test_an_impossible_option_is_refused_by_name_and_value(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         image_data(Path("nowhere"), **options)
     assert_one_line(error, phrase, "at least")
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"val_share": 0.0}, "val_share is 0.0"),
+        ({"val_share": 1.0}, "val_share is 1.0"),
+        ({"max_bad_share": -0.1}, "max_bad_share is -0.1"),
+        ({"max_bad_share": 1.1}, "max_bad_share is 1.1"),
+        ({"cache_gb": 0.0}, "cache_gb is 0.0"),
+    ],
+    ids=str,
+)
+def test_a_share_or_size_out_of_range_is_refused(options: dict[str, float], phrase: str) -> None:
+    with pytest.raises(ValueError) as error:
+        image_data(Path("nowhere"), **options)
+    assert_one_line(error, phrase, "must")
+
+
+def test_train_is_read_instead_of_all_of_root(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "other", train=20, val=5)
+    write_pictures(tmp_path, train=8, val=4)
+    keys = all_keys(image_data(tmp_path / "other", train=str(tmp_path / "train"), val_share=0.3))
+    assert sorted(keys["train"] + keys["val"]) == [f"train/{i}" for i in range(8)]
+
+
+def test_without_root_and_train_there_is_nothing_to_read() -> None:
+    with pytest.raises(ValueError, match=r"neither root nor train is given; give a folder"):
+        image_data(None).setup("fit")

@@ -1,6 +1,7 @@
 """The state of a DataModule: training data go on where the checkpoint was written."""
 
 import io
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def image_data(root: Path, **options: int) -> ImageDataModule:
-    data = ImageDataModule(root, **{"image_size": 4, "batch_size": 2, "num_workers": 0, "seed": 9, **options})  # type: ignore[arg-type]
+def image_data(root: Path, **options: Any) -> ImageDataModule:
+    data = ImageDataModule(root, **{"image_size": 4, "batch_size": 2, "num_workers": 0, "seed": 9, **options})
     data.setup("fit")
     return data
 
@@ -92,10 +93,10 @@ def test_validation_does_not_move_the_place(root: Path) -> None:
     assert data.state_dict() == place == {"train": {"epoch": 0, "consumed": 2}}
 
 
-def trainer_of(epoch: int = 0, world_size: int = 1) -> Any:
+def trainer_of(epoch: int = 0, world_size: int = 1, rank: int = 0) -> Any:
     progress = SimpleNamespace(is_last_batch=False)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    return SimpleNamespace(global_rank=0, world_size=world_size, current_epoch=epoch, fit_loop=loop)
+    return SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch, fit_loop=loop)
 
 
 def test_a_reloaded_loader_goes_on_with_the_next_epoch(root: Path) -> None:
@@ -124,3 +125,62 @@ def test_fewer_validation_samples_than_ranks_are_refused(root: Path) -> None:
     data.trainer = trainer_of(world_size=3)
     with pytest.raises(ValueError, match="2 validation samples cannot be shared out over 3 ranks"):
         data.val_dataloader()
+
+
+def on_ranks(root: Path, world_size: int, place: dict[str, Any] | None, done: int | None, **options: Any) -> list[Any]:
+    """Of each rank: the keys of its next ``done`` batches, or of the rest of an epoch, and its state then."""
+    found = []
+    for rank in range(world_size):
+        data = image_data(root, **options)
+        data.trainer = trainer_of(world_size=world_size, rank=rank)
+        if place is not None:
+            data.load_state_dict(place)
+        batches = keys(islice(data.train_dataloader(), done))
+        found.append((batches, saved_and_loaded(data.state_dict())))
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (1, 5)])
+def test_an_epoch_goes_on_over_another_number_of_ranks_without_loss(root: Path, before: int, after: int) -> None:
+    started = on_ranks(root, before, None, 1)
+    places = [place for _, place in started]
+    assert places == [{"train": {"epoch": 0, "consumed": 2 * before}}] * before
+    finished = on_ranks(root, after, places[0], None)
+    seen = [key for batches, _ in [*started, *finished] for key in batches]
+    assert sorted(seen) == sorted(f"train/{number}" for number in range(11))
+    assert [place for _, place in finished] == [{"train": {"epoch": 0, "consumed": 11}}] * after
+
+
+def test_a_resampled_epoch_goes_on_at_the_saved_place(root: Path) -> None:
+    loader = image_data(root, resampled_epoch=20).train_dataloader()
+    expected = [keys(loader) for _ in range(2)]
+    assert [len(epoch) for epoch in expected] == [20, 20]
+    assert expected[0] != expected[1]
+    stopped = image_data(root, resampled_epoch=20)
+    before = keys(islice(stopped.train_dataloader(), 3))
+    resumed = image_data(root, resampled_epoch=20)
+    resumed.load_state_dict(saved_and_loaded(stopped.state_dict()))
+    loader = resumed.train_dataloader()
+    assert before + keys(loader) == expected[0]
+    assert keys(loader) == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("consumed", "batch_size", "expected"), [(0, 2, (0, 6)), (4, 2, (2, 6)), (4, 5, (1, 3)), (11, 2, (6, 6))]
+)
+def test_a_saved_place_is_told_in_batches_of_here(
+    root: Path, consumed: int, batch_size: int, expected: tuple[int, int]
+) -> None:
+    data = image_data(root, batch_size=batch_size)
+    assert data.batches_done({"train": {"epoch": 3, "consumed": consumed}}) == expected
+    assert data.batches_done({}) is None
+
+
+@pytest.mark.parametrize(("remainder", "batches"), [("keep", 6), ("drop", 5), ("repeat", 6)])
+def test_the_remainder_is_kept_dropped_or_filled_up(root: Path, remainder: str, batches: int) -> None:
+    loader = image_data(root, remainder=remainder).train_dataloader()
+    found = [keys([batch]) for batch in loader]
+    assert len(found) == len(loader) == batches
+    first = keys(image_data(root).train_dataloader())
+    wanted = {"keep": first, "drop": first[:10], "repeat": [*first, first[0]]}[remainder]
+    assert [key for batch in found for key in batch] == wanted

@@ -1,176 +1,309 @@
-"""The shard format: what is written is read, whole or not at all, and damage is named."""
+"""The shard format: a shard is whole or not there, and a set is gone on with and never mixed with another."""
 
-import io
-import tarfile
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 
-from datamodules.shards import (
-    META_FILE,
-    Sample,
-    ShardSetWriter,
-    describe_split,
-    find_shards,
-    index_shard,
-    read_meta,
-    write_meta,
-)
-from tests.datamodules.shard_files import assert_one_line, write_shards
+from datamodules.bad_samples import Skipped
+from datamodules.index import index_shard
+from datamodules.shards import META_FILE, PLAN_FILE, ShardNote, ShardSet, ShardWriter, read_meta, shard_notes
+from tests.datamodules.shard_files import assert_one_line
 
 HINT = "write it with the quickstart"
 SAMPLES = [
     ("000000", {"png": b"picture", "cls": b"3"}),
     ("folder.v1.0/000001", {"png": bytes(range(256)) * 5, "cls": b"17"}),
-    ("000002", {"tar.gz": b"", "seg.npy": b"\x00" * 512, "cls": b"4"}),
+    ("000002", {"npy": b"\x00" * 512, "cls": b"4"}),
     ("a b/ü", {"JPG": b"x" * 513}),
-    ("000004", {"cls": b"0"}),
 ]
+PLAN = {"seed": 3, "sizes": (4, 5)}
 
 
-def contents(samples: list[Sample]) -> list[tuple[str, dict[str, bytes]]]:
-    """Key and parts of each sample, read from its shard."""
-    return [(sample.key, {part: sample.read(part) for part in sample.members}) for sample in samples]
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    """A tar file as plain ``tarfile`` makes it."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-
-
-@pytest.mark.parametrize("per_shard", [1, 2, 5, 100])
-def test_what_is_written_is_read(tmp_path: Path, per_shard: int) -> None:
-    shards = write_shards(tmp_path / "train", SAMPLES, per_shard)
-    assert [shard.name for shard in shards] == [f"train-{i:06d}.tar" for i in range(-(-len(SAMPLES) // per_shard))]
-    assert find_shards(tmp_path / "train", HINT) == shards
-    indexed = [index_shard(shard) for shard in shards]
-    assert [len(samples) for samples in indexed[:-1]] == [per_shard] * (len(shards) - 1)
-    expected = [(key, {part.lower(): data for part, data in parts.items()}) for key, parts in SAMPLES]
-    assert contents([sample for samples in indexed for sample in samples]) == expected
-
-
-def test_a_shard_set_is_described_by_its_count_and_file_names(tmp_path: Path) -> None:
-    with ShardSetWriter(tmp_path / "val", "val", 2) as writer:
-        for key, parts in SAMPLES:
+def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    with ShardWriter(path) as writer:
+        for key, parts in samples:
             writer.write(key, parts)
-    write_meta(tmp_path, {"splits": {"val": describe_split(writer.shards, writer.count)}})
-    shards = ["val-000000.tar", "val-000001.tar", "val-000002.tar"]
-    assert read_meta(tmp_path, HINT) == {"splits": {"val": {"count": 5, "shards": shards}}}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [META_FILE, "val"]
 
 
-def test_the_shards_are_read_by_webdataset(tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path / "train", SAMPLES[:3])
+def fill(shards: ShardSet, split: str, number: int, labels: list[int], skipped: list[Skipped] | None = None) -> None:
+    """Write a shard with a sample for each label."""
+    with shards.shard(split, number) as writer:
+        for place, label in enumerate(labels):
+            writer.write(f"{split}{number}-{place}", {"txt": b"words"}, label)
+        writer.skipped = skipped or []
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES)
+    found = [(s.key, {part: s.read(part) for part in s.members}, s.label) for s in index_shard(tmp_path / "a.tar")]
+    lower = [(key, {part.lower(): data for part, data in parts.items()}) for key, parts in SAMPLES]
+    assert [(key, parts) for key, parts, _ in found] == lower
+    assert [label for _, _, label in found] == [3, 17, 4, -1]
+
+
+def test_a_shard_is_read_by_webdataset(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES)
     found = [
         (sample["__key__"], {part: data for part, data in sample.items() if not part.startswith("__")})
-        for sample in webdataset.WebDataset(str(shard), shardshuffle=False)
+        for sample in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     ]
-    assert found == SAMPLES[:3]
+    assert found == [(key, {part.lower(): data for part, data in parts.items()}) for key, parts in SAMPLES]
 
 
-def test_a_tar_file_of_webdataset_is_read(tmp_path: Path) -> None:
-    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=2, encoder=False, verbose=0) as writer:
-        for key, parts in SAMPLES[:3]:
-            writer.write({"__key__": key, **parts})
-    shards = find_shards(tmp_path, HINT)
-    assert len(shards) == 2
-    assert contents([sample for shard in shards for sample in index_shard(shard)]) == SAMPLES[:3]
+def test_the_same_samples_make_the_same_file(tmp_path: Path) -> None:
+    for name in ("first.tar", "second.tar"):
+        write_shard(tmp_path / name, SAMPLES)
+    assert (tmp_path / "first.tar").read_bytes() == (tmp_path / "second.tar").read_bytes()
 
 
-def test_a_plain_tar_file_is_read_without_its_folders_links_and_hidden_files(tmp_path: Path) -> None:
-    path = tmp_path / "plain.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, kind in (("./n0144.jpg", tarfile.DIRTYPE), ("./n0144.jpg/1.cls", tarfile.SYMTYPE)):
-            header = tarfile.TarInfo(name)
-            header.type = kind
-            tar.addfile(header)
-        for name in ("./n0144.jpg/0.JPEG", "./n0144.jpg/0.cls", "./._0.JPEG", "./README", f"./{'long' * 60}/2.png"):
-            header = tarfile.TarInfo(name)
-            header.size = len(name)
-            tar.addfile(header, io.BytesIO(name.encode()))
-    first, second = index_shard(path)
-    assert (first.key, first.read("jpeg"), first.read("cls")) == (
-        "./n0144.jpg/0",
-        b"./n0144.jpg/0.JPEG",
-        b"./n0144.jpg/0.cls",
-    )
-    assert second.key == f"./{'long' * 60}/2"
-    assert list(second.members) == ["png"]
+def test_a_label_is_written_as_a_cls_part_unless_there_is_none(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for key, label in (("a", 12), ("b", -1), ("c", 0)):
+            writer.write(key, {"txt": b"words"}, label)
+    assert (writer.count, writer.highest_label) == (3, 12)
+    found = index_shard(tmp_path / "a.tar")
+    assert [sorted(sample.members) for sample in found] == [["cls", "txt"], ["txt"], ["cls", "txt"]]
+    assert [found[0].read("cls"), found[2].read("cls")] == [b"12", b"0"]
 
 
-def test_a_tar_file_without_samples_has_none(tmp_path: Path) -> None:
-    write_tar(tmp_path / "none.tar", {})
-    assert index_shard(tmp_path / "none.tar") == []
+def test_an_unfinished_shard_has_a_hidden_name(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a.tar")
+    writer.write(*SAMPLES[0])
+    (name,) = files(tmp_path)
+    assert name.startswith(".")
+    assert name.endswith(".tmp")
+    writer.close()
+    assert set(files(tmp_path)) == {"a.tar", ".a.tar.json"}
 
 
-def test_a_missing_part_is_named_with_those_that_are_there(tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path / "train", SAMPLES[:1])
+def write_and_fail(writer: ShardWriter) -> None:
+    with writer:
+        writer.write(*SAMPLES[0])
+        raise KeyboardInterrupt
+
+
+def write_a_bad_part(writer: ShardWriter) -> None:
+    bad: Any = {"cls": b"0", "png": 3}
+    with writer:
+        writer.write(*SAMPLES[0])
+        writer.write("2", bad)
+
+
+def end_with_error(writer: ShardWriter) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(writer)
+
+
+def end_with_bad_part(writer: ShardWriter) -> None:
+    with pytest.raises(ValueError):
+        write_a_bad_part(writer)
+
+
+def end_with_abort(writer: ShardWriter) -> None:
+    writer.write(*SAMPLES[0])
+    writer.abort()
+
+
+@pytest.mark.parametrize("end", [end_with_error, end_with_bad_part, end_with_abort])
+def test_a_stopped_writer_leaves_nothing(tmp_path: Path, end: Callable[[ShardWriter], None]) -> None:
+    end(ShardWriter(tmp_path / "a.tar"))
+    assert files(tmp_path) == {}
+
+
+def test_a_stopped_writer_leaves_an_older_shard_as_it_was(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES[:1])
+    before = files(tmp_path)
+    end_with_error(ShardWriter(tmp_path / "a.tar"))
+    assert files(tmp_path) == before
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = webdataset.TarWriter.close
+
+    def fail(writer: webdataset.TarWriter) -> None:
+        close(writer)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(webdataset.TarWriter, "close", fail)
+    with pytest.raises(OSError, match="no space"), ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(*SAMPLES[0])
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "folder.d/a.b", "folder/"])
+def test_a_key_that_would_be_read_back_as_another_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written") as error, ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(key, {"cls": b"1"})
+    assert_one_line(error, repr(key))
+    assert files(tmp_path) == {}
+
+
+def test_a_key_twice_in_a_row_is_refused_as_it_would_be_read_as_one_sample(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written") as error:
+        write_shard(tmp_path / "a.tar", [SAMPLES[0], SAMPLES[0]])
+    assert_one_line(error, repr(SAMPLES[0][0]), "twice")
+    assert files(tmp_path) == {}
+
+
+def test_a_finished_set_is_described_by_counts_sizes_and_checksums(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.check()
+    shards.begin(["train", "val"])
+    fill(shards, "train", 0, [0, 5])
+    fill(shards, "train", 1, [2])
+    fill(shards, "val", 0, [-1, -1, -1])
+    shards.finish({"train": 2, "val": 1}, {"format": "words"}, {}, 0.0)
+    names = {"train": ["train-000000.tar", "train-000001.tar"], "val": ["val-000000.tar"]}
+    assert set(files(tmp_path)) == {META_FILE, *(f"{split}/{name}" for split in names for name in names[split])}
+    meta = read_meta(tmp_path, HINT)
+    assert (meta["format"], meta["num_classes"]) == ("words", 6)
+    assert {split: entry["count"] for split, entry in meta["splits"].items()} == {"train": 3, "val": 3}
+    for split, counts in {"train": [2, 1], "val": [3]}.items():
+        contents = [(tmp_path / split / name).read_bytes() for name in names[split]]
+        assert meta["splits"][split]["shards"] == [
+            {"name": name, "count": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, count, data in zip(names[split], counts, contents, strict=True)
+        ]
+        assert shard_notes(meta, split, tmp_path) == [
+            ShardNote(name, count, hashlib.sha256(data).hexdigest())
+            for name, count, data in zip(names[split], counts, contents, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 3), (3, 3), (10, 10)])
+def test_the_number_of_classes_grows_to_the_highest_label(tmp_path: Path, given: int, expected: int) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [2, 1])
+    shards.finish({"train": 1}, {"num_classes": given}, {}, 0.0)
+    assert read_meta(tmp_path, HINT)["num_classes"] == expected
+
+
+def test_what_is_not_in_the_set_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train", "val"])
+    fill(shards, "train", 0, [0], [Skipped(1, "dog/1", "empty file", "sample dog/1 is\tempty\nindeed")])
+    fill(shards, "train", 1, [0], [Skipped(3, "dog/3", "empty file", "sample dog/3 is empty")])
+    fill(shards, "val", 0, [0])
+    known = {"train": [Skipped(-1, "dog/7", "no label", "sample dog/7 has none")]}
+    shards.finish({"train": 2, "val": 1}, {}, known, 0.7)
+    splits = read_meta(tmp_path, HINT)["splits"]
+    assert splits["train"]["skipped"] == {"empty file": 2, "no label": 1}
+    assert splits["train"]["count"] == 2
+    assert splits["val"]["skipped"] == {}
+    assert (tmp_path / "skipped.tsv").read_text().splitlines() == [
+        "split\tkey\treason\tmessage",
+        "train\tdog/7\tno label\tsample dog/7 has none",
+        "train\tdog/1\tempty file\tsample dog/1 is empty indeed",
+        "train\tdog/3\tempty file\tsample dog/3 is empty",
+    ]
+
+
+def test_too_much_that_is_not_in_the_set_is_refused(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [0, 1, 2], [Skipped(3, "dog/1", "empty file", "sample dog/1 is empty")])
     with pytest.raises(ValueError) as error:
-        index_shard(shard)[0].read("npy")
-    assert_one_line(error, shard, "000000", ".npy", "cls", "png")
+        shards.finish({"train": 1}, {}, {}, 0.24)
+    assert_one_line(error, "1 of 4 samples of the set", "empty file: 1", "sample dog/1 is empty", "0.24")
+    assert not (tmp_path / META_FILE).exists()
+    shards.finish({"train": 1}, {}, {}, 0.25)
+    assert (tmp_path / META_FILE).exists()
 
 
-# A member is a header of 512 bytes and its data, padded to a multiple of 512.
-MEMBERS = {"0.bin": bytes(700), "0.cls": b"1", "1.bin": bytes(700), "1.cls": b"1"}
-PLACES = {
-    "empty file": 0,
-    "inside the first header": 100,
-    "inside data": 512 + 300,
-    "inside padding": 512 + 700 + 10,
-    "between members of a sample": 1536,
-    "inside a later header": 1536 + 200,
-    "between samples": 2560,
-    "inside the last data": 4096 + 512,
-    "before the end mark": 5120,
-}
-
-
-@pytest.mark.parametrize("size", PLACES.values(), ids=PLACES)
-def test_a_truncated_shard_is_refused(tmp_path: Path, size: int) -> None:
-    shard = tmp_path / "train.tar"
-    write_tar(shard, MEMBERS)
-    assert len(index_shard(shard)) == 2
-    shard.write_bytes(shard.read_bytes()[:size])
+def test_a_set_without_one_of_its_shards_is_not_finished(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [0])
+    fill(shards, "train", 2, [0])
     with pytest.raises(ValueError) as error:
-        index_shard(shard)
-    assert_one_line(error, shard, "write it again")
+        shards.finish({"train": 3}, {}, {}, 0.0)
+    assert_one_line(error, "train-000001.tar", "run the same command again")
+    assert not (tmp_path / META_FILE).exists()
 
 
-@pytest.mark.parametrize("offset", [0, 1536, 2560], ids=["first member", "second member", "second sample"])
-def test_a_shard_with_a_damaged_header_is_refused(tmp_path: Path, offset: int) -> None:
-    shard = tmp_path / "train.tar"
-    write_tar(shard, MEMBERS)
-    data = shard.read_bytes()
-    shard.write_bytes(data[:offset] + b"\x55" * 512 + data[offset + 512 :])
+def test_a_shard_counts_as_written_only_when_it_is_whole(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    assert not shards.is_written("train", 0)
+    writer = shards.shard("train", 0)
+    writer.write(*SAMPLES[0])
+    assert not shards.is_written("train", 0)
+    writer.close()
+    assert shards.is_written("train", 0)
+    assert not shards.is_written("train", 1)
+    (tmp_path / "train/.train-000000.tar.json").unlink()
+    assert not shards.is_written("train", 0)
+
+
+def test_a_set_is_gone_on_with_and_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [0])
+    before = files(tmp_path)
+    (tmp_path / "train/.train-000001.tar-4711.tmp").write_bytes(b"half")
+    again = ShardSet(tmp_path, PLAN, HINT)
+    again.check()
+    again.begin(["train"])
+    assert files(tmp_path) == before
+    fill(again, "train", 1, [0])
+    again.finish({"train": 2}, {}, {}, 0.0)
+    assert [note.samples for note in shard_notes(read_meta(tmp_path, HINT), "train", tmp_path)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "phrase"),
+    [
+        ({**PLAN, "seed": 4}, "another seed"),
+        ({"sizes": [4, 5], "colour": "red"}, "another colour, seed"),
+        ({"seed": 3, "sizes": [4, 6]}, "another sizes"),
+    ],
+)
+def test_a_set_that_was_begun_with_another_plan_is_refused(tmp_path: Path, plan: dict[str, Any], phrase: str) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [0])
+    before = files(tmp_path)
     with pytest.raises(ValueError) as error:
-        index_shard(shard)
-    assert_one_line(error, shard, "write it again")
+        ShardSet(tmp_path, plan, HINT).check()
+    assert_one_line(error, tmp_path, f"begun with {phrase};", HINT)
+    assert files(tmp_path) == before
 
 
-def test_a_shard_that_shrinks_after_indexing_is_refused_on_reading(tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path / "train", [("0", {"bin": bytes(700)})])
-    (sample,) = index_shard(shard)
-    shard.write_bytes(shard.read_bytes()[: sample.members["bin"].offset + 600])
+def test_a_complete_set_is_refused(tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards.begin(["train"])
+    fill(shards, "train", 0, [0])
+    shards.finish({"train": 1}, {}, {}, 0.0)
+    assert not (tmp_path / PLAN_FILE).exists()
     with pytest.raises(ValueError) as error:
-        sample.read("bin")
-    assert_one_line(error, shard, "sample 0", "write it again")
+        shards.check()
+    assert_one_line(error, tmp_path, "already holds a complete set", HINT)
 
 
-def test_a_missing_and_an_empty_shard_folder_are_refused(tmp_path: Path) -> None:
+def test_shards_that_nobody_planned_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train/other.tar", SAMPLES)
     with pytest.raises(ValueError) as error:
-        find_shards(tmp_path / "nowhere", HINT)
-    assert_one_line(error, tmp_path / "nowhere", "does not exist", HINT)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / ".train-000000.tar.tmp").touch()
-    with pytest.raises(ValueError) as error:
-        find_shards(tmp_path / "empty", HINT)
-    assert_one_line(error, tmp_path / "empty", "no .tar file", HINT)
+        ShardSet(tmp_path, PLAN, HINT).check()
+    assert_one_line(error, tmp_path, "other.tar", HINT)
+
+
+def test_another_file_in_the_folder_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "predict.yaml").touch()
+    ShardSet(tmp_path, PLAN, HINT).check()
+    ShardSet(tmp_path / "nowhere", PLAN, HINT).check()
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,89 +331,36 @@ def test_a_description_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert_one_line(error, tmp_path / "nowhere", "does not exist", HINT)
 
 
-def write_and_fail(writer: ShardSetWriter) -> None:
-    with writer:
-        for key, parts in SAMPLES[:3]:
-            writer.write(key, parts)
-        raise KeyboardInterrupt
+def test_a_folder_with_a_slash_at_its_end_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / META_FILE).write_text(json.dumps({"format": "words"}))
+    assert read_meta(f"{tmp_path}/", HINT) == {"format": "words"}
 
 
-def write_a_bad_part(writer: ShardSetWriter) -> None:
-    with writer:
-        for key, parts in [*SAMPLES[:2], ("2", {"cls": b"0", "png": 3})]:
-            writer.write(key, parts)  # type: ignore[arg-type]
+NOTE = {"name": "train-000000.tar", "count": 3, "sha256": "0" * 64}
 
 
-def end_with_error(writer: ShardSetWriter) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail(writer)
-
-
-def end_with_bad_part(writer: ShardSetWriter) -> None:
-    with pytest.raises(ValueError):
-        write_a_bad_part(writer)
-
-
-def end_with_abort(writer: ShardSetWriter) -> None:
-    for key, parts in SAMPLES[:3]:
-        writer.write(key, parts)
-    writer.abort()
-
-
-@pytest.mark.parametrize("end", [end_with_error, end_with_bad_part, end_with_abort])
-def test_a_stopped_writer_leaves_only_whole_shards(tmp_path: Path, end: Callable[[ShardSetWriter], None]) -> None:
-    end(ShardSetWriter(tmp_path, "train", 2))
-    (shard,) = tmp_path.iterdir()
-    assert shard.name == "train-000000.tar"
-    assert contents(index_shard(shard)) == SAMPLES[:2]
-
-
-def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    close = webdataset.TarWriter.close
-
-    def fail(writer: webdataset.TarWriter) -> None:
-        close(writer)
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(webdataset.TarWriter, "close", fail)
-    with pytest.raises(OSError, match="no space"), ShardSetWriter(tmp_path, "train", 10) as writer:
-        writer.write(*SAMPLES[0])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unfinished_shard_has_a_temporary_name(tmp_path: Path) -> None:
-    writer = ShardSetWriter(tmp_path, "train", 2)
-    writer.write(*SAMPLES[0])
-    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
-    writer.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
-
-
-def test_a_writer_without_samples_writes_no_file(tmp_path: Path) -> None:
-    with ShardSetWriter(tmp_path / "train", "train", 2) as writer:
-        pass
-    assert (writer.shards, writer.count) == ([], 0)
-    assert list((tmp_path / "train").iterdir()) == []
-
-
-@pytest.mark.parametrize("per_shard", [0, -1])
-def test_an_impossible_shard_size_is_refused(tmp_path: Path, per_shard: int) -> None:
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {},
+        None,
+        ["train"],
+        {"train": None},
+        {"train": {"count": 3}},
+        {"train": {"shards": ["train-000000.tar"]}},
+        {"train": {"shards": [{**NOTE, "count": "many"}]}},
+        {"train": {"shards": [{"name": "train-000000.tar", "count": 3}]}},
+    ],
+    ids=str,
+)
+def test_a_description_without_the_shards_of_a_split_is_refused(tmp_path: Path, splits: Any) -> None:
     with pytest.raises(ValueError) as error:
-        ShardSetWriter(tmp_path / "train", "train", per_shard)
-    assert_one_line(error, f"samples_per_shard is {per_shard}", "at least 1")
-    assert not (tmp_path / "train").exists()
+        shard_notes({"splits": splits}, "train", tmp_path)
+    assert_one_line(error, tmp_path, META_FILE, "the shards of train", "write the set again")
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "folder.d/a.b", "folder/"])
-def test_a_key_that_would_be_read_back_as_another_is_refused(key: str, tmp_path: Path) -> None:
-    with ShardSetWriter(tmp_path, "s", 10) as writer, pytest.raises(ValueError, match="cannot be written"):
-        writer.write(key, {"cls": b"1"})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_same_samples_make_the_same_file(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        with ShardSetWriter(tmp_path / name, "s", 10) as writer:
-            writer.write("a", {"cls": b"1"})
-    first, second = (next((tmp_path / name).iterdir()) for name in ("first", "second"))
-    assert first.read_bytes() == second.read_bytes()
+@pytest.mark.parametrize("name", ["../a.tar", "/etc/a.tar", "..\\a.tar", ".a.tar", "a.zip", "", "b/a.tar"])
+def test_a_shard_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        shard_notes({"splits": {"train": {"shards": [NOTE, {**NOTE, "name": name}]}}}, "train", tmp_path)
+    assert_one_line(error, tmp_path, repr(name), "no file name")

@@ -1,0 +1,121 @@
+"""Samples that cannot be used: skipped, counted by reason, and fatal where they are too many."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+REASONS = (
+    "truncated shard",
+    "empty file",
+    "no picture",
+    "broken picture",
+    "too many pixels",
+    "no label",
+    "wrong label",
+    "no caption",
+    "no codes",
+    "broken codes",
+)
+"""Why a sample may be skipped. All ranks count in this order."""
+
+MOST_EXAMPLES = 5
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used.
+
+    Args:
+        reason: one of :data:`REASONS`.
+        message: the whole story in one line, with key and place.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Skipped(NamedTuple):
+    """A sample that was skipped.
+
+    Attributes:
+        number: of the sample within its split; −1 if it never got one.
+        key: its key, or what is known of it.
+        reason: one of :data:`REASONS`.
+        message: the whole story in one line.
+    """
+
+    number: int
+    key: str
+    reason: str
+    message: str
+
+
+class Tally:
+    """Counts what was skipped of a split, and raises when it is too much.
+
+    Args:
+        split: name of the split, for messages.
+        count: usable samples that an epoch should have, over all ranks.
+        known: what was found to be bad before any sample was read, the same on every rank.
+        max_share: greatest tolerable share of bad samples.
+        keep: remember every skipped sample, not only examples.
+
+    Raises:
+        ValueError: if what is known is too much already.
+    """
+
+    def __init__(
+        self, split: str, count: int, known: Iterable[Skipped] = (), max_share: float = 0.05, keep: bool = False
+    ) -> None:
+        self.split, self.known, self.max_share, self.keep = split, list(known), max_share, keep
+        self.total = count + len(self.known)
+        self.counts: Counter[str] = Counter()
+        self.seen: list[Skipped] = []
+        self._check(0)
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Count samples that this rank skipped.
+
+        Raises:
+            ValueError: if this rank alone has skipped too many.
+        """
+        for sample in skipped:
+            self.counts[sample.reason] += 1
+            if self.keep or len(self.seen) < MOST_EXAMPLES:
+                self.seen.append(sample)
+        self._check(self.counts.total())
+
+    def check(self, counts: Iterable[int]) -> None:
+        """Judge the sum over all ranks.
+
+        Args:
+            counts: number for each of :data:`REASONS` that ranks skipped while reading.
+
+        Raises:
+            ValueError: if it is too much.
+        """
+        self.counts = Counter(dict(zip(REASONS, counts, strict=True)))
+        self._check(self.counts.total())
+
+    def _check(self, read: int) -> None:
+        bad = read + len(self.known)
+        if bad > self.max_share * self.total:
+            raise ValueError(
+                f"{bad} of {self.total} samples of {self.split} cannot be used, more than max_bad_share "
+                f"{self.max_share:g} ({self.describe()}); mend the data, or raise max_bad_share"
+            )
+
+    def by_reason(self) -> Counter[str]:
+        """Numbers by reason, with what was known before reading."""
+        return +self.counts + Counter(sample.reason for sample in self.known)
+
+    def describe(self) -> str:
+        """Numbers by reason, and an example, in one line."""
+        numbers = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.by_reason().items()))
+        examples = [sample.message for sample in (*self.seen, *self.known)][:1]
+        return "; e.g. ".join([numbers, *examples])
+
+    def reset(self) -> None:
+        """Begin the next epoch."""
+        self.counts.clear()
+        self.seen.clear()

@@ -1,0 +1,85 @@
+"""The base of datasets that skip what they cannot use."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from datamodules.bad_samples import BadSampleError, Skipped
+from datamodules.index import SampleIndex
+from datamodules.loader import SKIPPED
+from datamodules.order import Address
+from datamodules.stream import StreamIndex
+
+MOST_ATTEMPTS = 100
+
+
+class SampleDataset(Dataset[dict[str, Any]]):
+    """Samples by number and epoch; a batch leaves out what cannot be used, and says so.
+
+    Args:
+        samples: the samples.
+        never_empty: where nothing of a batch can be used, put another sample in its place. For training, where other
+            ranks would wait for one without a batch, and Lightning ends an epoch properly only at its planned last one.
+    """
+
+    def __init__(self, samples: SampleIndex | StreamIndex, never_empty: bool = False) -> None:
+        self.samples, self.never_empty = samples, never_empty
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @abstractmethod
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        """The parts of a sample.
+
+        Raises:
+            BadSampleError: if it cannot be used.
+        """
+
+    @abstractmethod
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of what :meth:`read` gave, at least one."""
+
+    def read_many(self, addresses: list[Address]) -> tuple[list[dict[str, Any]], list[int], list[Skipped]]:
+        """What of the addressed samples can be used, their numbers, and what cannot."""
+        samples: list[dict[str, Any]] = []
+        numbers: list[int] = []
+        skipped: list[Skipped] = []
+        for number, epoch in addresses:
+            try:
+                samples.append(self.read(number, epoch))
+                numbers.append(number)
+            except BadSampleError as error:
+                skipped.append(Skipped(number, self._key(number), error.reason, str(error)))
+        return samples, numbers, skipped
+
+    def _key(self, number: int) -> str:
+        try:
+            index, place = self.samples.locate(number)
+        except BadSampleError:
+            return ""
+        key: str = index.keys[place]
+        return key
+
+    def __getitem__(self, address: Address) -> dict[str, Any]:
+        """One sample.
+
+        Raises:
+            BadSampleError: if it cannot be used.
+        """
+        batch = self.join([self.read(*address)])
+        return {name: part[0].item() if name in ("labels", "condition") else part[0] for name, part in batch.items()}
+
+    def __getitems__(self, addresses: list[Address]) -> dict[str, Any]:
+        """A batch of the samples that can be used, with ``numbers`` (B,) int64; the others under ``skipped``."""
+        samples, numbers, skipped = self.read_many(addresses)
+        number, epoch = addresses[0]
+        for attempt in range(1, MOST_ATTEMPTS + 1 if self.never_empty else 0):
+            if numbers:
+                break
+            samples, numbers, _ = self.read_many([(self.samples.another(number, attempt), epoch)])
+        batch = {**self.join(samples), "numbers": torch.tensor(numbers)} if numbers else {}
+        skipped += self.samples.take_news()
+        return {**batch, SKIPPED: skipped} if skipped else batch

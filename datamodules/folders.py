@@ -1,0 +1,65 @@
+"""A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.index import PICTURES, SampleIndex, Strings
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the classes, sorted; a class's number is its place in this list."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def index_folder(root: Path, classes: list[str]) -> SampleIndex:
+    """The pictures of a folder of class folders, sorted by path.
+
+    A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
+    same one, the suffix is added to it.
+
+    Args:
+        root: the folder.
+        classes: names of the classes; a folder of another name is refused.
+
+    Raises:
+        ValueError: if a class folder is not among ``classes``.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    files: list[str] = []
+    keys: list[str] = []
+    labels: list[int] = []
+    suffixes: list[str] = []
+    taken: set[str] = set()
+    for name in class_folders(root):
+        if name not in numbers:
+            raise ValueError(
+                f"{root} has the class folder {name}, which is none of the {len(classes)} classes of the training "
+                "pictures; rename or remove it"
+            )
+        for folder, below, names in os.walk(root / name, followlinks=True):
+            below[:] = sorted(entry for entry in below if not entry.startswith("."))
+            for file in sorted(names):
+                stem, _, suffix = file.rpartition(".")
+                if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
+                    continue
+                path = os.path.join(folder, file)
+                key = f"{os.path.relpath(folder, root)}/{stem.replace('.', '_')}".replace(os.sep, "/")
+                if key in taken:
+                    key = f"{key}_{suffix}"
+                while key in taken:
+                    key += "_"
+                taken.add(key)
+                files.append(path)
+                keys.append(key)
+                labels.append(numbers[name])
+                suffixes.append(suffix.lower())
+    kinds = np.array(suffixes, dtype="U4")
+    members = {}
+    for suffix in PICTURES:
+        if (present := kinds == suffix).any():
+            members[suffix] = np.where(present[:, None], [0, -1], -1).astype(np.int64)
+    count = len(files)
+    return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64))

@@ -1,0 +1,370 @@
+"""Where each sample lies: columns of numbers, so that millions of samples cost megabytes and no start-up time.
+
+webdataset streams shards, so it has neither a shuffle over a whole set, nor a place inside an epoch to return to.
+torchdata's stateful loader returns to a place only on the same number of ranks and workers. So tar shards are read here
+by an index of their headers, and a sample is a number.
+"""
+
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext
+
+from datamodules.bad_samples import BadSampleError, Skipped
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = (*PICTURES, "cls", "txt", "json", "npy")
+"""The only members of a shard that are ever read."""
+
+NO_LABEL = -1
+WRONG_LABEL = -2
+MOST_LABEL_BYTES = 32
+MOST_TEXT_BYTES = 1 << 20
+MOST_OPEN_FILES = 128
+
+
+class Strings(Sequence[str]):
+    """Strings as one block of bytes: no object for each.
+
+    Args:
+        block: all of them in UTF-8, one after the other.
+        ends: (N,) int64, where each ends.
+    """
+
+    def __init__(self, block: bytes, ends: np.ndarray) -> None:
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def of(cls, strings: Sequence[str]) -> "Strings":
+        """From ordinary strings."""
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        return cls(b"".join(encoded), np.cumsum([len(string) for string in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        start = self.ends[number - 1] if number else 0
+        return self.block[start : self.ends[number]].decode("utf-8", "surrogateescape")
+
+    def take(self, numbers: np.ndarray) -> "Strings":
+        """Some of them, in the given order."""
+        ends = self.ends
+        starts = np.concatenate([[0], ends[:-1]])
+        parts = [self.block[start:end] for start, end in zip(starts[numbers], ends[numbers], strict=True)]
+        return Strings(b"".join(parts), np.cumsum(ends[numbers] - starts[numbers], dtype=np.int64))
+
+    @staticmethod
+    def concatenate(parts: Sequence["Strings"]) -> "Strings":
+        """One after the other."""
+        starts = np.cumsum([0, *(len(part.block) for part in parts[:-1])])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=True)]
+        return Strings(b"".join(part.block for part in parts), np.concatenate(ends))
+
+
+class OpenFiles:
+    """Files that stay open for reading at a place, the least recently used one closed when they are too many."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def open(self, path: str) -> int:
+        """The descriptor of a file."""
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY)
+            if len(self._descriptors) > MOST_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        else:
+            self._descriptors.move_to_end(path)
+        return descriptor
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, fewer if the file ends before."""
+        return os.pread(self.open(path), size, offset)
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def __reduce__(self) -> Any:  # a copy in another process opens files of its own
+        return OpenFiles, ()
+
+
+class Member(NamedTuple):
+    """A part of a sample: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is −1."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class Sample(NamedTuple):
+    """A sample.
+
+    Attributes:
+        source: the shard, or the folder of its class.
+        key: its name within the set.
+        members: its parts by extension, lower case and without the leading dot.
+        label: its class, −1 if it has none.
+        files: reads them.
+    """
+
+    source: str
+    key: str
+    members: dict[str, Member]
+    label: int
+    files: OpenFiles
+
+    def read(self, extension: str) -> bytes:
+        """The bytes of a part.
+
+        Raises:
+            BadSampleError: if it is missing, empty or cut off.
+        """
+        if extension not in self.members:
+            raise BadSampleError(
+                "no codes" if extension == "npy" else "no picture",
+                f"sample {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
+            )
+        path, offset, size = self.members[extension]
+        try:
+            if size < 0:
+                with open(path, "rb") as file:
+                    data = file.read()
+            else:
+                data = self.files.read(path, offset, size)
+        except OSError as error:
+            raise BadSampleError(
+                "empty file", f"sample {self.key} of {self.source} cannot be read ({error})"
+            ) from error
+        if len(data) < size:
+            raise BadSampleError("truncated shard", f"shard {path} ends inside sample {self.key}; write it again")
+        if not data:
+            raise BadSampleError("empty file", f"the .{extension} of sample {self.key} of {self.source} is empty")
+        return data
+
+    def read_caption(self) -> str:
+        """The caption: the txt part, or ``caption`` in the json part, as img2dataset has them; '' for none."""
+        if text := self.read_text("txt"):
+            return text
+        try:
+            said = json.loads(self.read_text("json") or "null")
+        except (ValueError, RecursionError):
+            return ""
+        caption = said.get("caption") if isinstance(said, dict) else None
+        return caption if isinstance(caption, str) else ""
+
+    def read_text(self, extension: str) -> str:
+        """A text part, without white space around it; '' if there is none, it is huge, or not UTF-8."""
+        member = self.members.get(extension)
+        if member is None or not 0 < member.size <= MOST_TEXT_BYTES:
+            return ""
+        try:
+            return self.read(extension).decode().strip()
+        except UnicodeDecodeError:
+            return ""
+
+
+class SampleIndex(Sequence[Sample]):
+    """All samples of a set, as columns. N samples, F files.
+
+    Args:
+        paths: (F,) the files: shards, or pictures.
+        file_of: (N,) int64, in which file each sample is.
+        keys: (N,) their names.
+        members: (N, 2) int64 for each extension: offset and size; an offset of −1 says that it is missing.
+        labels: (N,) int64, −1 for none.
+        bad: what is known not to be usable, and so not among the N.
+    """
+
+    def __init__(
+        self,
+        paths: Strings,
+        file_of: np.ndarray,
+        keys: Strings,
+        members: dict[str, np.ndarray],
+        labels: np.ndarray,
+        bad: Sequence[Skipped] = (),
+    ) -> None:
+        self.paths, self.file_of, self.keys, self.members, self.labels = paths, file_of, keys, members, labels
+        self.bad = list(bad)
+        self.files = OpenFiles()
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Sample ``number``."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        path = self.paths[int(self.file_of[number])]
+        members = {
+            extension: Member(path, int(column[number, 0]), int(column[number, 1]))
+            for extension, column in self.members.items()
+            if column[number, 0] >= 0
+        }
+        source = path if path.endswith(".tar") else os.path.dirname(path)
+        return Sample(source, self.keys[number], members, int(self.labels[number]), self.files)
+
+    def locate(self, number: int) -> tuple["SampleIndex", int]:
+        """The index that a sample is in, and its place there."""
+        return self, number
+
+    def member(self, number: int, extension: str) -> Member | None:
+        """Where a part of sample ``number`` lies; None if it is missing."""
+        column = self.members.get(extension)
+        offset, size = column[number].tolist() if column is not None else (-1, 0)
+        return Member(self.paths[self.file_of[number]], offset, size) if offset >= 0 else None
+
+    def another(self, number: int, attempt: int) -> int:
+        """A sample that can stand in for ``number``."""
+        return (number + attempt) % len(self)
+
+    def take_news(self) -> list[Skipped]:
+        """Nothing: what is not usable is known from the beginning, under ``bad``."""
+        return []
+
+    def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "SampleIndex":
+        """Some of the samples, in the given order, and more that are not usable."""
+        return SampleIndex(
+            self.paths,
+            self.file_of[numbers],
+            self.keys.take(numbers),
+            {extension: column[numbers] for extension, column in self.members.items()},
+            self.labels[numbers],
+            [*self.bad, *bad],
+        )
+
+    def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "SampleIndex":
+        """Without the samples that lack what is needed.
+
+        Args:
+            extensions: one of these members is needed.
+            labels_needed: whether each needs a class; None if some have one.
+        """
+        offsets = [self.members[extension][:, 0] for extension in extensions if extension in self.members]
+        sizes = [self.members[extension] for extension in extensions if extension in self.members]
+        has_member = np.any([offset >= 0 for offset in offsets], axis=0) if offsets else np.zeros(len(self), bool)
+        empty = np.any([(s[:, 0] >= 0) & (s[:, 1] == 0) for s in sizes], axis=0) if sizes else ~has_member
+        # What stands beside the samples, like a README.txt, says nothing about them.
+        labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
+        missing = "no codes" if "npy" in extensions else "no picture"
+        texts = [self.members[extension][:, 0] >= 0 for extension in ("txt", "json") if extension in self.members]
+        has_text = np.any(texts, axis=0) if texts else np.zeros(len(self), bool)
+        faults = [
+            (~has_member, missing, f"has none of {', '.join(extensions)}"),
+            (has_member & empty, "empty file", "is empty"),
+            (self.labels == WRONG_LABEL, "wrong label", "has a class (.cls) that is no number"),
+        ]
+        if labelled:
+            faults.append((self.labels == NO_LABEL, "no label", "has no class (.cls)"))
+        elif has_text[has_member].any():
+            faults.append((~has_text, "no caption", "has no caption (.txt or .json)"))
+        good = np.ones(len(self), bool)
+        bad = []
+        for mask, reason, story in faults:
+            for number in np.flatnonzero(mask & good):
+                sample = self[int(number)]
+                bad.append(Skipped(-1, sample.key, reason, f"sample {sample.key} of {sample.source} {story}"))
+            good &= ~mask
+        return self if good.all() else self.select(np.flatnonzero(good), bad)
+
+    @staticmethod
+    def concatenate(parts: Sequence["SampleIndex"]) -> "SampleIndex":
+        """One after the other."""
+        starts = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])
+        extensions = [extension for extension in EXTENSIONS if any(extension in part.members for part in parts)]
+        return SampleIndex(
+            Strings.concatenate([part.paths for part in parts]),
+            np.concatenate([part.file_of + start for part, start in zip(parts, starts, strict=True)]),
+            Strings.concatenate([part.keys for part in parts]),
+            {
+                extension: np.concatenate(
+                    [part.members.get(extension, np.full((len(part), 2), -1, np.int64)) for part in parts]
+                )
+                for extension in extensions
+            },
+            np.concatenate([part.labels for part in parts]),
+            [sample for part in parts for sample in part.bad],
+        )
+
+
+def read_label(text: bytes) -> int:
+    """The class that a .cls member holds, or :data:`WRONG_LABEL`."""
+    try:
+        label = int(text)
+    except ValueError:
+        return WRONG_LABEL
+    return label if 0 <= label < 2**31 else WRONG_LABEL
+
+
+def index_shard(path: Path) -> SampleIndex:
+    """The samples of a tar file in their order, from its headers and labels.
+
+    Members of other types than :data:`EXTENSIONS` are passed over, links and folders too; names are never used as
+    paths. Of a file that ends too early, the whole samples are taken, and the loss is put down under ``bad``.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    keys: list[str] = []
+    rows: list[dict[str, tuple[int, int]]] = []
+    labels: list[int] = []
+    fault, half = "", ""
+    try:
+        end = path.stat().st_size
+        with path.open("rb") as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        key, extension = base_plus_ext(member.name)
+                        extension = (extension or "").lower()
+                        if not member.isreg() or not key or extension not in EXTENSIONS:
+                            continue
+                        if member.offset_data + member.size > end:
+                            fault, half = f"ends inside {member.name}", key
+                            break
+                        if not keys or keys[-1] != key:
+                            keys.append(key)
+                            rows.append({})
+                            labels.append(NO_LABEL)
+                        rows[-1][extension] = (member.offset_data, member.size)
+                        if extension == "cls":
+                            text = os.pread(file.fileno(), min(member.size, MOST_LABEL_BYTES + 1), member.offset_data)
+                            labels[-1] = read_label(text) if len(text) <= MOST_LABEL_BYTES else WRONG_LABEL
+                    # tarfile takes a damaged or missing header for the end; the true end is a block of zeros.
+                    file.seek(tar.offset)
+                    if not fault and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                        fault = "has no end mark"
+            except tarfile.TarError as error:
+                fault = f"is not a whole tar file ({error})"
+    except OSError as error:
+        raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
+    bad = []
+    if fault:
+        lost = half
+        parts: set[str] = set().union(*rows[:-1])
+        # Where no next sample has begun, the last one may be cut off between its parts.
+        if rows and (half == keys[-1] or (not half and parts - set(rows[-1]))):
+            lost = keys[-1]
+            del keys[-1], rows[-1], labels[-1]
+        bad.append(Skipped(-1, lost, "truncated shard", f"shard {path} {fault}; write it again"))
+    members = {}
+    for extension in EXTENSIONS:
+        if any(extension in row for row in rows):
+            members[extension] = np.array([row.get(extension, (-1, -1)) for row in rows], np.int64).reshape(-1, 2)
+    return SampleIndex(
+        Strings.of([str(path)]),
+        np.zeros(len(keys), np.int64),
+        Strings.of(keys),
+        members,
+        np.array(labels, np.int64),
+        bad,
+    )

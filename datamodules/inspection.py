@@ -1,0 +1,243 @@
+"""What a data set holds: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
+
+Reads every sample as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
+reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataModule takes: pictures or codes.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datamodules.bad_samples import BadSampleError, Skipped
+from datamodules.codes import CodeDataModule
+from datamodules.crops import centre_crop
+from datamodules.images import ImageDataModule
+from datamodules.index import PICTURES, SampleIndex
+from datamodules.order import NO_EPOCH
+from datamodules.pictures import open_picture, read_picture
+from datamodules.shards import CODES_FORMAT
+from datamodules.sources import SPLITS, find_sources
+
+TILE = 112
+COLUMNS = 10
+ROWS = 6
+EXAMPLES = 5
+
+
+class Facts(Dataset[Any]):
+    """Of each picture: width, height, kind, colour mode, and whether it can be used.
+
+    Args:
+        samples: of a split.
+        decode: decode the pixels, too: slower, but finds all that is broken.
+    """
+
+    def __init__(self, samples: SampleIndex, decode: bool) -> None:
+        self.samples, self.decode = samples, decode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Any:
+        """``(width, height, kind, mode)``, or what is wrong with it."""
+        sample = self.samples[number]
+        where = f"sample {sample.key} of {sample.source}"
+        try:
+            data = sample.read(next(extension for extension in PICTURES if extension in sample.members))
+            image = open_picture(data, where)
+            if self.decode:
+                read_picture(data, where)
+        except BadSampleError as error:
+            return Skipped(number, sample.key, error.reason, str(error))
+        return image.width, image.height, str(image.format), image.mode
+
+
+def inspect(
+    root: str, sheet: Path | None = None, decode: bool = True, num_workers: int = 2, seed: int = 0
+) -> list[str]:
+    """Describe a data set.
+
+    Args:
+        root: of pictures or codes, as a DataModule takes it.
+        sheet: PNG file for a contact sheet of pictures; None writes none.
+        decode: decode every picture, not only its header.
+        num_workers: processes that read pictures; 0 for none.
+        seed: of the choice of pictures for the sheet.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        ValueError: if there is nothing, or a shard is missing.
+    """
+    meta = find_sources(root, None, None, "give the folder or address of a data set")[2]
+    if meta.get("format") == CODES_FORMAT:
+        if sheet is not None:
+            raise ValueError(f"{root} holds codes, of which there is no contact sheet; leave --sheet out")
+        return _inspect_codes(root)
+    data = ImageDataModule(root, max_bad_share=1.0)
+    data.setup("predict")
+    lines = [f"{root}: pictures"]
+    for split in SPLITS:
+        samples: SampleIndex = data.datasets[split].samples  # type: ignore[attr-defined]
+        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(samples)}"]
+        lines += _classes(samples.labels, data.class_names)
+        facts, bad = _read(Facts(samples, decode), num_workers, split)
+        lines += _pictures(facts) + _bad([*samples.bad, *bad])
+        captions = samples.members.get("txt")
+        if captions is not None:
+            lines.append(f"  captions: {(captions[:, 0] >= 0).sum():,}")
+    if sheet is not None:
+        samples = data.datasets[SPLITS[0]].samples  # type: ignore[attr-defined]
+        _write_sheet(samples, data.class_names, sheet, seed)
+        lines += ["", f"contact sheet: {sheet}"]
+    return lines
+
+
+def _inspect_codes(root: str) -> list[str]:
+    data = CodeDataModule(root, max_bad_share=1.0)
+    data.setup("fit")
+    meta = data.code_meta
+    height, width = meta["grid"]
+    lines = [
+        f"{root}: codes, {height} × {width} a picture out of {meta['vocabulary']}, {meta['views']} views, tokenizer "
+        f"{meta['tokenizer'][:12]}"
+    ]
+    for split in SPLITS:
+        dataset: Any = data.datasets[split]
+        samples: SampleIndex = dataset.samples
+        used = np.zeros(meta["vocabulary"], bool)
+        bad = []
+        for first in tqdm(range(0, len(samples), 1000), split, leave=False):
+            addresses = [(number, NO_EPOCH) for number in range(first, min(first + 1000, len(samples)))]
+            good, _, skipped = dataset.read_many(addresses)
+            bad += skipped
+            for sample in good:
+                used[sample["codes"]] = True
+        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(samples)}"]
+        lines += _classes(samples.labels, data.class_names)
+        lines += [f"  codes in use (first view): {used.mean():.1%}", *_bad([*samples.bad, *bad])]
+    return lines
+
+
+def _in_files(samples: SampleIndex) -> str:
+    shards = sum(path.endswith(".tar") for path in samples.paths)
+    return f"in {shards} shards" if shards else "in a folder"
+
+
+def _classes(labels: np.ndarray, names: list[str]) -> list[str]:
+    labels = labels[labels >= 0]
+    if not len(labels):
+        return ["  classes: none"]
+    counts = np.bincount(labels)
+    present = np.flatnonzero(counts)
+    line = f"  classes: {len(present):,}" + (f" of {len(names):,}" if names else f", numbers up to {labels.max()}")
+    fewest, most = int(present[counts[present].argmin()]), int(counts.argmax())
+
+    def name(label: int) -> str:
+        return names[label] if label < len(names) else str(label)
+
+    return [
+        f"{line}; samples a class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
+        f"median {int(np.median(counts[present]))}"
+    ]
+
+
+def _read(facts: Facts, num_workers: int, split: str) -> tuple[list[Any], list[Skipped]]:
+    good, bad = [], []
+    loader = DataLoader(facts, batch_size=64, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(facts), desc=split, unit="picture", leave=False) as bar:
+        for batch in loader:
+            for fact in batch:
+                if isinstance(fact, Skipped):
+                    bad.append(fact)
+                else:
+                    good.append(fact)
+            bar.update(len(batch))
+    return good, bad
+
+
+def _pictures(facts: list[Any]) -> list[str]:
+    if not facts:
+        return []
+    widths, heights, kinds, modes = zip(*facts, strict=True)
+    short = np.minimum(widths, heights)
+    low, middle, high = np.percentile(short, [5, 50, 95])
+    return [
+        f"  short side: {short.min()} to {short.max()} px, median {middle:.0f}, nine tenths {low:.0f} to {high:.0f}",
+        f"  width: {min(widths)} to {max(widths)} px, height: {min(heights)} to {max(heights)} px",
+        f"  kinds: {_numbers(Counter(kinds))}; colours: {_numbers(Counter(modes))}",
+    ]
+
+
+def _numbers(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+
+
+def _bad(bad: list[Skipped]) -> list[str]:
+    if not bad:
+        return ["  bad samples: none"]
+    lines = [f"  bad samples: {len(bad):,} ({_numbers(Counter(sample.reason for sample in bad))})"]
+    return lines + [f"    {sample.message}" for sample in bad[:EXAMPLES]]
+
+
+def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) -> None:
+    """Pictures drawn at random, sorted by class, with the class below each."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    tiles: list[tuple[int, Image.Image]] = []
+    for number in order:
+        if len(tiles) == COLUMNS * ROWS:
+            break
+        sample = samples[int(number)]
+        try:
+            data = sample.read(next(extension for extension in PICTURES if extension in sample.members))
+            tiles.append((sample.label, Image.fromarray(centre_crop(read_picture(data, sample.key), TILE))))
+        except BadSampleError:
+            continue
+    rows = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + 18) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (label, picture) in enumerate(sorted(tiles, key=lambda tile: tile[0])):
+        left, top = 4 + place % COLUMNS * (TILE + 4), 4 + place // COLUMNS * (TILE + 18)
+        sheet.paste(picture, (left, top))
+        name = names[label] if 0 <= label < len(names) else str(label) if label >= 0 else ""
+        pen.text((left, top + TILE + 1), name[:18], fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        sheet.save(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m datamodules.inspection", description="Say what a data set holds.", allow_abbrev=False
+    )
+    parser.add_argument("root", help="folder or address of pictures or codes")
+    parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of pictures")
+    parser.add_argument("--headers_only", action="store_true", help="do not decode the pictures: faster, finds less")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures for the sheet (default: 0)")
+    options = parser.parse_args(args)
+    try:
+        lines = inspect(options.root, options.sheet, not options.headers_only, options.num_workers, options.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

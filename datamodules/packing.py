@@ -1,0 +1,180 @@
+"""Turn pictures into webdataset shards: ``python -m datamodules.packing SOURCE OUT``.
+
+SOURCE is what a DataModule takes as root: a folder of class folders, one with ``train`` and ``val``, or shards, to pack
+them anew. OUT gets ``train``, ``val`` and at last ``meta.json``. The same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from datamodules.bad_samples import BadSampleError, Skipped
+from datamodules.images import ImageDataModule
+from datamodules.index import PICTURES, Sample, SampleIndex
+from datamodules.shards import IMAGES_FORMAT, ShardSet
+from datamodules.sources import SPLITS
+
+PARTS = (*PICTURES, "txt", "json")
+
+
+def pack(
+    source: str,
+    out: Path,
+    shard_mb: float = 500.0,
+    val_share: float = 0.05,
+    seed: int = 0,
+    workers: int | None = None,
+    max_bad_share: float = 0.05,
+) -> None:
+    """Write a set of shards, and say so in one line.
+
+    Files are copied as they are; what is in them is seen to when they are read.
+
+    Args:
+        source: a data set as a DataModule takes it.
+        out: folder of the new set.
+        shard_mb: megabytes (10⁶ bytes) that a shard may have, unless a single sample has more.
+        val_share: share that is kept for validation where ``source`` has nothing for it.
+        seed: of the order of the samples.
+        workers: processes; None for as many as there are cores.
+        max_bad_share: share of files that may be empty or unreadable.
+
+    Raises:
+        ValueError: in one line, if there is nothing to pack, too much is bad, or ``out`` holds something else.
+    """
+    if shard_mb <= 0:
+        raise ValueError(f"shard_mb is {shard_mb}; it must be positive")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be at least 0")
+    data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share)
+    data.setup("predict")
+    indexes = {split: data.datasets[split].samples for split in SPLITS}  # type: ignore[attr-defined]
+    sizes = {split: _sizes_in_tar(index) for split, index in indexes.items()}
+    plan = {
+        "format": IMAGES_FORMAT,
+        "samples": {split: data.fingerprint(split) for split in SPLITS},
+        "sizes": {split: hashlib.sha256(sizes[split].tobytes()).hexdigest() for split in SPLITS},
+        "shard_mb": shard_mb,
+        "seed": seed,
+    }
+    shards = ShardSet(out, plan, hint="delete it or choose another folder")
+    shards.check()
+    pieces = {split: list(_pieces(sizes[split], shard_mb * 1e6, seed)) for split in SPLITS}
+    shards.begin(SPLITS)
+    left = [
+        (split, number)
+        for split in SPLITS
+        for number in range(len(pieces[split]))
+        if not shards.is_written(split, number)
+    ]
+    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(len(left), 1)), get_context("spawn")) as pool:
+        jobs = [pool.submit(_write, shards, *job, indexes[job[0]].select(pieces[job[0]][job[1]])) for job in left]
+        try:
+            for job in tqdm(as_completed(jobs), "packing", len(jobs), unit="shard"):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    meta = {"format": IMAGES_FORMAT, "classes": data.class_names, "num_classes": len(data.class_names)}
+    known = {split: data.tallies[split].known for split in SPLITS}
+    shards.finish({split: len(pieces[split]) for split in SPLITS}, meta, known, max_bad_share)
+    counts = ", ".join(f"{len(indexes[split]):,} for {split} in {len(pieces[split])} shards" for split in SPLITS)
+    print(f"{out}: {counts}")
+
+
+def _pieces(sizes: np.ndarray, most_bytes: float, seed: int) -> Iterator[np.ndarray]:
+    """The samples of each shard: shuffled, and cut where the next one would make the file too large."""
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    first, total = 0, 0
+    for place, number in enumerate(order):
+        if place > first and total + sizes[number] > most_bytes - tarfile.RECORDSIZE:
+            yield order[first:place]
+            first, total = place, 0
+        total += sizes[number]
+    if len(order):
+        yield order[first:]
+
+
+def _sizes_in_tar(index: SampleIndex) -> np.ndarray:
+    """Bytes that each sample takes in a tar file, (N,) int64."""
+    lengths = np.diff(index.keys.ends, prepend=0)
+    is_foreign = np.bitwise_or.reduceat(np.frombuffer(index.keys.block, np.uint8), index.keys.ends - lengths) > 127
+    # A name that is long or not ASCII has a header and blocks of its own.
+    header_blocks = 1 + np.where(is_foreign | (lengths > 90), 2 + (lengths + 50) // tarfile.BLOCKSIZE, 0)
+    blocks = np.where(index.labels >= 0, header_blocks + 1, 0)
+    for extension in PARTS:
+        if extension in index.members:
+            offset, size = index.members[extension].T
+            blocks += np.where(offset >= 0, header_blocks - (-_sizes(index, size) // tarfile.BLOCKSIZE), 0)
+    return blocks * tarfile.BLOCKSIZE
+
+
+def _sizes(index: SampleIndex, sizes: np.ndarray) -> np.ndarray:
+    """Of members, with those of whole files looked up."""
+    whole = np.flatnonzero(sizes < 0)
+    looked_up = sizes.copy()
+    for number in whole:
+        try:
+            looked_up[number] = os.stat(index.paths[int(index.file_of[number])]).st_size
+        except OSError:  # it is skipped when it is read
+            looked_up[number] = 0
+    return looked_up
+
+
+def _write(shards: ShardSet, split: str, number: int, samples: SampleIndex) -> None:
+    taken: set[str] = set()
+    with shards.shard(split, number) as writer:
+        for sample in samples:
+            key = sample.key
+            while key in taken:  # the keys of several shards may be unique within each of them alone
+                key += "_"
+            try:
+                writer.write(key, _parts(sample), sample.label)
+                taken.add(key)
+            except BadSampleError as error:
+                writer.skipped.append(Skipped(-1, sample.key, error.reason, str(error)))
+
+
+def _parts(sample: Sample) -> dict[str, bytes]:
+    return {extension: sample.read(extension) for extension in PARTS if extension in sample.members}
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m datamodules.packing", description="Turn pictures into webdataset shards.", allow_abbrev=False
+    )
+    parser.add_argument("source", help="folder of class folders, one with train and val, or shards")
+    parser.add_argument("out", type=Path, help="folder of the new set")
+    parser.add_argument("--shard_mb", type=float, default=500.0, help="megabytes a shard (default: 500)")
+    parser.add_argument(
+        "--val_share", type=float, default=0.05, help="share kept for validation where SOURCE has none (default: 0.05)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument(
+        "--max_bad_share", type=float, default=0.05, help="share of files that may be unreadable (default: 0.05)"
+    )
+    options = parser.parse_args(args)
+    try:
+        pack(**vars(options))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a user names as a data set, made out: folders of class folders, shards by path, pattern or address."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+
+from datamodules.folders import class_folders, index_folder
+from datamodules.index import SampleIndex
+from datamodules.index_store import IndexStore
+from datamodules.remote import PIPE, ShardCache, check_address, check_presence, is_remote
+from datamodules.shards import CODES_FORMAT, IMAGES_FORMAT, META_FILE, ShardNote, read_meta, shard_notes
+
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Source:
+    """A split of a data set.
+
+    Attributes:
+        name: what the user called it.
+        shards: addresses of its shards; none for a folder.
+        folder: the folder of class folders, else None.
+        classes: names of the classes, where they are known.
+        described: how many samples each shard holds, and its checksum, where that is known.
+    """
+
+    name: str
+    shards: list[str] = field(default_factory=list)
+    folder: Path | None = None
+    classes: list[str] = field(default_factory=list)
+    described: dict[str, ShardNote] = field(default_factory=dict)
+
+    def index(self, cache: ShardCache) -> SampleIndex:
+        """Its samples, after fetching what is not on this machine.
+
+        Raises:
+            ValueError: if something is missing.
+        """
+        if self.folder is not None:
+            return index_folder(self.folder, self.classes)
+        check_presence(address for address in self.shards if not is_remote(address))
+        checksums = {address: note.sha256 for address, note in self.described.items()}
+        counts = [self.described[address].samples if address in self.described else None for address in self.shards]
+        return IndexStore(cache.folder).index_all(cache.fetch_all(self.shards, checksums), counts)
+
+
+def find_source(name: str | Sequence[str], hint: str, allow_pipe: bool = False) -> Source:
+    """Make out one split.
+
+    Args:
+        name: a folder of shards or of class folders; a path or address of a shard, with ``{000..123}`` and ``{a,b}`` as
+            in a shell; or a list of these.
+        hint: what to do if there is nothing; ends the message.
+        allow_pipe: let ``pipe:`` addresses run their command.
+
+    Raises:
+        ValueError: if there is nothing, or an address is not allowed.
+    """
+    if not isinstance(name, str):
+        parts = [find_source(part, hint, allow_pipe) for part in name]
+        if not parts or (len(parts) > 1 and any(part.folder is not None for part in parts)):
+            raise ValueError(f"{list(name)} must be shards, or one folder of class folders; {hint}")
+        if len(parts) == 1:
+            return parts[0]
+        return Source(f"{parts[0].name}, …", [shard for part in parts for shard in part.shards])
+    if not is_remote(name) and not name.endswith(".tar"):
+        return _find_folder(Path(name), hint)
+    # A command may hold braces of its own, which are no pattern.
+    shards = [name] if name.startswith(PIPE) else list(expand_urls(name))
+    for address in shards:
+        check_address(address, allow_pipe)
+    return Source(name, shards)
+
+
+def _find_folder(folder: Path, hint: str) -> Source:
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist; {hint}")
+    if shards := sorted(str(path) for path in folder.glob("*.tar")):
+        return Source(str(folder), shards)
+    if classes := class_folders(folder):
+        return Source(str(folder), folder=folder, classes=classes)
+    raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {hint}")
+
+
+def find_sources(
+    root: Path | str | None,
+    train: str | Sequence[str] | None,
+    val: str | Sequence[str] | None,
+    hint: str,
+    allow_pipe: bool = False,
+) -> tuple[Source | None, Source | None, dict[str, Any]]:
+    """Make out a data set.
+
+    Args:
+        root: folder or address of a set: ``train`` and ``val`` within it, or, for a folder without ``train``, itself;
+            or shards, by a path, an address or a pattern.
+        train: shards or a folder for training, instead of all of ``root``.
+        val: shards or a folder for validation, instead of what is in ``root``.
+        hint: what to do if there is nothing; ends the message.
+        allow_pipe: let ``pipe:`` addresses run their command.
+
+    Returns:
+        Training split and validation split, each if there is one, and the set's ``meta.json`` if it has one.
+
+    Raises:
+        ValueError: if there is nothing, something is missing, or an address is not allowed.
+    """
+    meta: dict[str, Any] = {}
+    if train is not None:
+        found = {"train": find_source(train, hint, allow_pipe)}
+    elif root is not None:
+        meta, found = _look_into(str(root), hint, allow_pipe)
+    else:
+        raise ValueError(f"neither root nor train is given; {hint}")
+    if val is not None:
+        found["val"] = find_source(val, hint, allow_pipe)
+    training, validation = found.get("train"), found.get("val")
+    if training is not None and validation is not None and validation.folder is not None and training.classes:
+        validation.classes = training.classes
+    return training, validation, meta
+
+
+def _look_into(root: str, hint: str, allow_pipe: bool) -> tuple[dict[str, Any], dict[str, Source]]:
+    if root.endswith(".tar") or root.startswith(PIPE):
+        return {}, {"train": find_source(root, hint, allow_pipe)}
+    if is_remote(root):
+        check_address(root, allow_pipe)
+    folder = Path(root)
+    meta: dict[str, Any] = {}
+    if is_remote(root) or (folder / META_FILE).is_file():
+        meta = read_meta(root, hint)
+        if meta.get("format") in (IMAGES_FORMAT, CODES_FORMAT):  # else it is about something else
+            described = meta.get("splits")
+            if not isinstance(described, dict):
+                raise ValueError(f"splits in {META_FILE} of {root} is wrong; {hint}")
+            return meta, {split: _described(root, split, meta) for split in SPLITS if split in described}
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist; {hint}")
+    splits = [split for split in SPLITS if (folder / split).is_dir()]
+    if not splits:
+        return meta, {"train": _find_folder(folder, hint)}
+    return meta, {split: _find_folder(folder / split, hint) for split in splits}
+
+
+def _described(root: str, split: str, meta: dict[str, Any]) -> Source:
+    base = f"{root.rstrip('/')}/{split}"
+    notes = {f"{base}/{note.name}": note for note in shard_notes(meta, split, root)}
+    return Source(base, list(notes), classes=meta.get("classes") or [], described=notes)
+
+
+def hold_out(index: SampleIndex, share: float) -> np.ndarray:
+    """Which samples are for validation, (N,) bool, at least one; by their keys alone, so new ones move no others."""
+    ends, block = index.keys.ends, index.keys.block
+    starts = np.concatenate([[0], ends])[:-1]
+    drawn = [zlib.crc32(block[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return np.array(drawn, np.int64) <= max(share * 2**32, min(drawn, default=0))
