@@ -76,9 +76,7 @@ class ImageDataset(SampleDataset):
             return parts
         caption = sample.read_caption()
         if not caption and sample.label == NO_LABEL:
-            raise BadSampleError(
-                "no caption", f"sample {sample.key} of {sample.source} has neither class nor caption"
-            )
+            raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} has neither class nor caption")
         return {**parts, "captions": caption}
 
     def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:

@@ -129,8 +129,9 @@ class GenerativeModule(pl.LightningModule):
         done, whole = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if 0 < done < whole and not progress["is_last_batch"]:
-            for state in ("ready", "started", "processed", "completed"):
-                progress["current"][state] = done
+            shift = done - progress["current"]["ready"]  # the others may lag by one, which means something to Lightning
+            for state in progress["current"]:
+                progress["current"][state] += shift
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

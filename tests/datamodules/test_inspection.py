@@ -155,7 +155,7 @@ def test_the_contact_sheet_of_many_pictures_is_drawn_as_the_seed_says(tmp_path: 
 
 
 def write_codes(root: Path, broken: bool = False) -> Path:
-    """Codes of 6 and 2 pictures, 2 views each; the first views use 3 of 8 entries."""
+    """Codes of 6 and 2 pictures, 2 views each; the first views use 4 of 8 entries."""
     shards = ShardSet(root, {}, "")
     shards.begin(["train", "val"])
     for split, count in (("train", 6), ("val", 2)):
@@ -163,7 +163,7 @@ def write_codes(root: Path, broken: bool = False) -> Path:
             for number in range(count):
                 buffer = BytesIO()
                 codes = np.full((2, 1, 2), 7 if split == "train" else 1, np.uint16)
-                codes[0] = 9 if broken and number == 3 else number % 3
+                codes[0, 0] = 9 if broken and number == 3 else number % 3, 6
                 np.save(buffer, codes)
                 writer.write(f"{split}{number}", {"npy": buffer.getvalue()}, min(number, 2))
     meta = {
@@ -184,12 +184,12 @@ def test_codes_are_described(tmp_path: Path) -> None:
         "",
         "train: 6 samples, in 1 shards",
         "  classes: 3 of 3; samples a class: 1 (ant) to 4 (dog), median 1",
-        "  codes in use (first view): 37.5%",
+        "  codes in use (first view): 50.0%",
         "  bad samples: none",
         "",
         "val: 2 samples, in 1 shards",
         "  classes: 2 of 3; samples a class: 1 (ant) to 1 (ant), median 1",
-        "  codes in use (first view): 25.0%",
+        "  codes in use (first view): 37.5%",
         "  bad samples: none",
     ]
 

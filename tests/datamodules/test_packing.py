@@ -294,9 +294,10 @@ def test_samples_of_shards_that_use_the_same_keys_stay_apart(tmp_path: Path) -> 
     assert read_meta(tmp_path / "out", "")["splits"]["train"]["count"] == len(samples_of(tmp_path / "out", "train"))
 
 
-def test_long_and_foreign_names_count_towards_the_size_of_a_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["ü", "long name " * 12, "langer Name ü " * 12], ids=["foreign", "long", "both"])
+def test_long_and_foreign_names_count_towards_the_size_of_a_shard(tmp_path: Path, folder: str) -> None:
     for number in range(200):
-        path = tmp_path / "source/ü" / ("langer Name " * 12) / f"{number:03d}.png"
+        path = tmp_path / "source/a" / folder / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"picture")
     pack(str(tmp_path / "source"), tmp_path / "out", shard_mb=0.1, val_share=0.01, workers=1)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import CodeDataModule
 from datamodules.order import epoch_order
@@ -39,20 +40,19 @@ class Keys(pl.Callback):
 def fit(
     root: Path, folder: Path, num_workers: int, devices: int, max_steps: int, ckpt: Path | None, batch_size: int = BATCH
 ) -> Keys:
-    """Train for some steps, then save; what each batch held."""
+    """Train for some steps, and save with the last of them; what each batch held."""
     keys = Keys()
+    saving = ModelCheckpoint(folder, f"workers{num_workers}", every_n_train_steps=max_steps if ckpt is None else 10**6)
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=max_steps,
-        max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, callbacks=[keys], limit_val_batches=0,
+        max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[keys, saving], limit_val_batches=0,
     )  # fmt: skip
     net = GPTConfig(
         dim=8, n_layer=1, n_head=1, multiple_of=4, vocab_size=8, block_size=4, num_classes=5, resid_dropout=0.0
     )
     data = CodeDataModule(root, batch_size, num_workers=num_workers, seed=SEED)
     trainer.fit(ARGenModule(net), data, ckpt_path=None if ckpt is None else str(ckpt))
-    if ckpt is None:
-        trainer.save_checkpoint(folder / f"workers{num_workers}.ckpt")
     return keys
 
 
