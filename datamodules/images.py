@@ -20,10 +20,19 @@ from datamodules.stream import StreamIndex
 Views = Literal["centre", "flip", "ten_crop"]
 
 
+def to_planes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (…, H, W, 3) as (…, 3, H, W), contiguous: planes, as the resizing kernel leaves them."""
+    return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
+
+
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels (…, H, W, 3) uint8 as (…, 3, H, W) float32 in [-1, 1], the channels of a pixel together in memory."""
-    levels = torch.from_numpy(pixels).float()
-    return levels.div_(127.5).sub_(1.0).movedim(-1, -3)
+    """Pixels (…, H, W, 3) uint8 as (…, 3, H, W) float32 in [-1, 1]."""
+    return scale(torch.from_numpy(to_planes(pixels)))
+
+
+def scale(levels: Tensor) -> Tensor:
+    """Levels 0 to 255 uint8 as float32 in [-1, 1]."""
+    return levels.float().div_(127.5).sub_(1.0)
 
 
 class ImageDataset(SampleDataset):
@@ -58,7 +67,7 @@ class ImageDataset(SampleDataset):
         self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Pixels, label and key of a sample.
+        """Planes, label and key of a sample.
 
         Raises:
             BadSampleError: if it has no picture or a broken one.
@@ -71,7 +80,12 @@ class ImageDataset(SampleDataset):
                 "no picture", f"sample {sample.key} of {sample.source} has no picture; it needs one of {needed}"
             )
         pixels = read_picture(sample.read(extension), f"sample {sample.key} of {sample.source}")
-        parts = {"pixels": self._cut(pixels, number, epoch), "labels": sample.label, "keys": sample.key}
+        # Contiguous, and so a copy: a piece would keep the whole picture in memory until the batch is full.
+        parts = {
+            "planes": to_planes(self._cut(pixels, number, epoch)),
+            "labels": sample.label,
+            "keys": sample.key,
+        }
         if not self.captions:
             return parts
         caption = sample.read_caption()
@@ -95,11 +109,8 @@ class ImageDataset(SampleDataset):
     def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64 (−1 for none), ``keys``, ``captions``."""
         batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        views = batch.pop("pixels")
-        pixels = np.empty((len(views), *views[0].shape), np.uint8)
-        for number, view in enumerate(views):
-            pixels[number] = view
-        return {"images": to_tensor(pixels), **batch, "labels": torch.tensor(batch["labels"])}
+        images = scale(torch.from_numpy(np.stack(batch.pop("planes"))))
+        return {"images": images, **batch, "labels": torch.tensor(batch["labels"])}
 
 
 class ImageDataModule(ShardDataModule):

@@ -44,7 +44,7 @@ def test_pictures_of_any_number_of_dimensions_keep_their_places() -> None:
     tensor = to_tensor(pixels)
     assert tensor.shape == (2, 5, 3, 4, 6)
     assert torch.equal(tensor[1, 3], to_tensor(pixels[1, 3]))
-    assert tensor.movedim(-3, -1).is_contiguous()  # the channels of a pixel lie together
+    assert tensor.is_contiguous()
     assert pixels.dtype == np.uint8
 
 
