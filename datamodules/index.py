@@ -233,9 +233,10 @@ class SampleIndex(Sequence[Sample]):
 
     def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "SampleIndex":
         """Some of the samples, in the given order, and more that are not usable."""
+        files, file_of = np.unique(self.file_of[numbers], return_inverse=True)
         return SampleIndex(
-            self.paths,
-            self.file_of[numbers],
+            self.paths.take(files),
+            file_of,
             self.keys.take(numbers),
             {extension: column[numbers] for extension, column in self.members.items()},
             self.labels[numbers],
