@@ -99,6 +99,7 @@ class CodeWriter(pl.Callback):
             "view_names": data.view_names,
             "samples_per_shard": self.samples_per_shard,
             "pictures": {split: data.fingerprint(split) for split in data.predict_splits},
+            "classes": data.class_names,
         }
         hint = "delete it or choose another folder"
         self._set = ShardSet(Path(trainer.default_root_dir), plan, hint)

@@ -59,49 +59,64 @@ class Tally:
         known: what was found to be bad before any sample was read, the same on every rank.
         max_share: greatest tolerable share of bad samples.
         keep: remember every skipped sample, not only examples.
+        alone: judge while reading. A rank among others must not: it would leave them waiting.
 
     Raises:
         ValueError: if what is known is too much already.
     """
 
     def __init__(
-        self, split: str, count: int, known: Iterable[Skipped] = (), max_share: float = 0.05, keep: bool = False
+        self,
+        split: str,
+        count: int,
+        known: Iterable[Skipped] = (),
+        max_share: float = 0.05,
+        keep: bool = False,
+        alone: bool = True,
     ) -> None:
-        self.split, self.known, self.max_share, self.keep = split, list(known), max_share, keep
+        self.split, self.known, self.max_share, self.keep, self.alone = split, list(known), max_share, keep, alone
         self.total = count + len(self.known)
+        self.opened = 0
         self.counts: Counter[str] = Counter()
         self.seen: list[Skipped] = []
         self._check(0)
 
-    def add(self, skipped: Iterable[Skipped]) -> None:
+    def add(self, skipped: Iterable[Skipped], opened: int = 0) -> None:
         """Count samples that this rank skipped.
 
+        Args:
+            skipped: the samples.
+            opened: samples, good and bad, of shards whose headers told of some of them; the share is one of these, too.
+
         Raises:
-            ValueError: if this rank alone has skipped too many.
+            ValueError: if they are too many, unless other ranks are to be asked.
         """
+        self.opened += opened
         for sample in skipped:
             self.counts[sample.reason] += 1
             if self.keep or len(self.seen) < MOST_EXAMPLES:
                 self.seen.append(sample)
-        self._check(self.counts.total())
+        if self.alone:
+            self._check(self.counts.total())
 
-    def check(self, counts: Iterable[int]) -> None:
+    def check(self, counts: Iterable[int], opened: int = 0) -> None:
         """Judge the sum over all ranks.
 
         Args:
             counts: number for each of :data:`REASONS` that ranks skipped while reading.
+            opened: see :meth:`add`.
 
         Raises:
             ValueError: if it is too much.
         """
-        self.counts = Counter(dict(zip(REASONS, counts, strict=True)))
+        self.counts, self.opened = Counter(dict(zip(REASONS, counts, strict=True))), opened
         self._check(self.counts.total())
 
     def _check(self, read: int) -> None:
-        bad = read + len(self.known)
-        if bad > self.max_share * self.total:
+        bad, total = read + len(self.known), self.total + self.opened
+        if bad > self.max_share * total:
             raise ValueError(
-                f"{bad} of {self.total} samples of {self.split} cannot be used, more than max_bad_share "
+                f"{bad} of {total} samples of {self.split} cannot be used, more than max_bad_share "
                 f"{self.max_share:g} ({self.describe()}); mend the data, or raise max_bad_share"
             )
 
@@ -117,5 +132,6 @@ class Tally:
 
     def reset(self) -> None:
         """Begin the next epoch."""
+        self.opened = 0
         self.counts.clear()
         self.seen.clear()

@@ -2,7 +2,6 @@
 
 import hashlib
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -145,9 +144,11 @@ class ShardDataModule(pl.LightningDataModule):
             count = self.resampled_epoch if isinstance(samples, StreamIndex) else len(samples)
             if self._found()["val"] is None:  # two parts of one source: few held-out samples say little of its share
                 count = sum(len(index) for index in self._indexes.values())
-            self.tallies[split] = Tally(split, count or 0, bad, self.max_bad_share, keep=stage == "predict")
+            keep, alone = stage == "predict", self.world_size == 1
+            self.tallies[split] = Tally(split, count or 0, bad, self.max_bad_share, keep, alone)
             if not len(samples):
-                raise ValueError(f"the {split} data in {self._found()[split].name} hold no samples; {self.hint}")
+                source = self._found()[split] or self._found()["train"]
+                raise ValueError(f"the {split} data in {source.name} hold no samples that can be used; {self.hint}")
             self.datasets[split] = self.build_dataset(split, samples, stage)
 
     def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
@@ -213,9 +214,10 @@ class ShardDataModule(pl.LightningDataModule):
             self._place = None
         return self._train_loader
 
-    def _evaluation_loader(self, split: str, batches: list[Any]) -> EvaluationLoader:
+    def _evaluation_loader(self, split: str, batches: list[Any], never_empty: bool = False) -> EvaluationLoader:
         pin_memory = torch.cuda.is_available()
-        return EvaluationLoader(self.datasets[split], batches, self.num_workers, pin_memory, self.tallies[split])
+        tally = self.tallies[split]
+        return EvaluationLoader(self.datasets[split], batches, self.num_workers, pin_memory, tally, never_empty)
 
     def val_dataloader(self) -> EvaluationLoader:
         """The validation split, in order: rank r takes every world_size-th sample, from the r-th on.
@@ -228,9 +230,8 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks"
             )
-        return self._evaluation_loader(
-            "val", evaluation_batches(range(self.rank, count, self.world_size), self.batch_size)
-        )
+        batches = evaluation_batches(range(self.rank, count, self.world_size), self.batch_size)
+        return self._evaluation_loader("val", batches, never_empty=True)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation split, in order, like :meth:`val_dataloader`."""
@@ -267,10 +268,11 @@ class ShardDataModule(pl.LightningDataModule):
         return loaders
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of the keys of a split's samples, in their order."""
+        """Checksum of keys and classes of a split's samples, in their order."""
         index = self._indexes[split]
         assert isinstance(index, SampleIndex)
-        return hashlib.sha256(index.keys.block + index.keys.ends.tobytes()).hexdigest()
+        columns = index.keys.block, index.keys.ends.tobytes(), index.labels.tobytes()
+        return hashlib.sha256(b"".join(columns)).hexdigest()
 
     def batches_done(self, state_dict: dict[str, Any]) -> tuple[int, int] | None:
         """Of the epoch of a saved state: how many batches a rank would have seen here, and of how many."""
@@ -287,14 +289,14 @@ class ShardDataModule(pl.LightningDataModule):
             ValueError: if it was too much.
         """
         tally = self.tallies[split]
-        counts = torch.tensor([tally.counts[reason] for reason in REASONS])
+        counts = torch.tensor([*(tally.counts[reason] for reason in REASONS), tally.opened])
         if self.world_size > 1:
             strategy = self.trainer.strategy  # type: ignore[union-attr]
             counts = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
-        tally.check(counts.tolist())
+        *read, opened = counts.tolist()
+        tally.check(read, opened)
+        total = {reason: tally.by_reason()[reason] for reason in REASONS}
         tally.reset()
-        known = Counter(sample.reason for sample in tally.known)
-        total = {reason: count + known[reason] for reason, count in zip(REASONS, counts.tolist(), strict=True)}
         return {reason: count for reason, count in total.items() if count}
 
     # Lightning restores the place of a resumable loader only if it takes the checkpoint for one from within an epoch;

@@ -12,7 +12,7 @@ from datamodules.base import SPLITS, ShardDataModule
 from datamodules.dataset import SampleDataset
 from datamodules.index import NO_LABEL, SampleIndex
 from datamodules.order import NO_EPOCH, Address, draw
-from datamodules.shards import CODES_FORMAT, META_FILE
+from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.sources import Source
 from datamodules.stream import StreamIndex
 
@@ -129,7 +129,8 @@ class CodeDataModule(ShardDataModule):
     """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote.
 
     Args:
-        root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``.
+        root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``; ``train`` and ``val``
+            of this DataModule may name other shards that ``meta.json`` describes.
         batch_size: pictures a rank and batch.
     """
 
@@ -148,8 +149,7 @@ class CodeDataModule(ShardDataModule):
         """
         train, val, meta = super().find()
         needed = {"format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits"}
-        if not meta:
-            raise ValueError(f"{self.root} has no {META_FILE}, so the codes were not written to their end; {self.hint}")
+        meta = meta or read_meta(str(self.root), self.hint)  # it is not read yet where shards are named by themselves
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
             raise ValueError(f"{META_FILE} of {self.root} does not describe codes; {self.hint}")
         numbers = [meta[name] for name in ("vocabulary", "views")]

@@ -80,6 +80,8 @@ class SampleDataset(Dataset[dict[str, Any]]):
             if numbers:
                 break
             samples, numbers, _ = self.read_many([(self.samples.another(number, attempt), epoch)])
+        if self.never_empty and not numbers:
+            raise ValueError(f"{MOST_ATTEMPTS} samples in a row cannot be used, the last: {skipped[-1].message}")
         batch = {**self.join(samples), "numbers": torch.tensor(numbers)} if numbers else {}
-        skipped += self.samples.take_news()
-        return {**batch, SKIPPED: skipped} if skipped else batch
+        news, opened = self.samples.take_news()
+        return {**batch, SKIPPED: (skipped + news, opened)} if skipped or news else batch

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.index import PICTURES, SampleIndex, Strings
+from datamodules.bad_samples import Skipped
+from datamodules.index import OTHER_PICTURES, PICTURES, SampleIndex, Strings
 
 
 def class_folders(root: Path) -> list[str]:
@@ -32,6 +33,7 @@ def index_folder(root: Path, classes: list[str]) -> SampleIndex:
     keys: list[str] = []
     labels: list[int] = []
     suffixes: list[str] = []
+    bad: list[Skipped] = []
     taken: set[str] = set()
     for name in class_folders(root):
         if name not in numbers:
@@ -43,9 +45,12 @@ def index_folder(root: Path, classes: list[str]) -> SampleIndex:
             below[:] = sorted(entry for entry in below if not entry.startswith("."))
             for file in sorted(names):
                 stem, _, suffix = file.rpartition(".")
+                path = os.path.join(folder, file)
+                if stem and not file.startswith(".") and suffix.lower() in OTHER_PICTURES:
+                    story = f"{path} is no {', '.join(PICTURES)}; convert it, or remove it"
+                    bad.append(Skipped(-1, os.path.relpath(path, root), "no picture", story))
                 if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
                     continue
-                path = os.path.join(folder, file)
                 key = f"{os.path.relpath(folder, root)}/{stem.replace('.', '_')}".replace(os.sep, "/")
                 if key in taken:
                     key = f"{key}_{suffix}"
@@ -62,4 +67,4 @@ def index_folder(root: Path, classes: list[str]) -> SampleIndex:
         if (present := kinds == suffix).any():
             members[suffix] = np.where(present[:, None], [0, -1], -1).astype(np.int64)
     count = len(files)
-    return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64))
+    return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64), bad)

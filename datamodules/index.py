@@ -7,14 +7,11 @@ by an index of their headers, and a sample is a number.
 
 import json
 import os
-import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from datamodules.bad_samples import BadSampleError, Skipped
 
@@ -22,9 +19,11 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 EXTENSIONS = (*PICTURES, "cls", "txt", "json", "npy")
 """The only members of a shard that are ever read."""
 
+OTHER_PICTURES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic", "heif", "avif", "jxl")
+"""Pictures that are not read, but are missed where they are the only ones."""
+
 NO_LABEL = -1
 WRONG_LABEL = -2
-MOST_LABEL_BYTES = 32
 MOST_TEXT_BYTES = 1 << 20
 MOST_OPEN_FILES = 128
 
@@ -159,7 +158,8 @@ class Sample(NamedTuple):
         except (ValueError, RecursionError):
             return ""
         caption = said.get("caption") if isinstance(said, dict) else None
-        return caption if isinstance(caption, str) else ""
+        # JSON can hold half of a character, which no file can.
+        return caption.encode(errors="replace").decode().strip() if isinstance(caption, str) else ""
 
     def read_text(self, extension: str) -> str:
         """A text part, without white space around it; '' if there is none, it is huge, or not UTF-8."""
@@ -227,9 +227,9 @@ class SampleIndex(Sequence[Sample]):
         """A sample that can stand in for ``number``."""
         return (number + attempt) % len(self)
 
-    def take_news(self) -> list[Skipped]:
+    def take_news(self) -> tuple[list[Skipped], int]:
         """Nothing: what is not usable is known from the beginning, under ``bad``."""
-        return []
+        return [], 0
 
     def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "SampleIndex":
         """Some of the samples, in the given order, and more that are not usable."""
@@ -295,77 +295,3 @@ class SampleIndex(Sequence[Sample]):
             np.concatenate([part.labels for part in parts]),
             [sample for part in parts for sample in part.bad],
         )
-
-
-def read_label(text: bytes) -> int:
-    """The class that a .cls member holds, or :data:`WRONG_LABEL`."""
-    try:
-        label = int(text)
-    except ValueError:
-        return WRONG_LABEL
-    return label if 0 <= label < 2**31 else WRONG_LABEL
-
-
-def index_shard(path: Path) -> SampleIndex:
-    """The samples of a tar file in their order, from its headers and labels.
-
-    Members of other types than :data:`EXTENSIONS` are passed over, links and folders too; names are never used as
-    paths. Of a file that ends too early, the whole samples are taken, and the loss is put down under ``bad``.
-
-    Raises:
-        ValueError: if the file cannot be read.
-    """
-    keys: list[str] = []
-    rows: list[dict[str, tuple[int, int]]] = []
-    labels: list[int] = []
-    fault, half = "", ""
-    try:
-        end = path.stat().st_size
-        with path.open("rb") as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        key, extension = base_plus_ext(member.name)
-                        extension = (extension or "").lower()
-                        if not member.isreg() or not key or extension not in EXTENSIONS:
-                            continue
-                        if member.offset_data + member.size > end:
-                            fault, half = f"ends inside {member.name}", key
-                            break
-                        if not keys or keys[-1] != key:
-                            keys.append(key)
-                            rows.append({})
-                            labels.append(NO_LABEL)
-                        rows[-1][extension] = (member.offset_data, member.size)
-                        if extension == "cls":
-                            text = os.pread(file.fileno(), min(member.size, MOST_LABEL_BYTES + 1), member.offset_data)
-                            labels[-1] = read_label(text) if len(text) <= MOST_LABEL_BYTES else WRONG_LABEL
-                    # tarfile takes a damaged or missing header for the end; the true end is a block of zeros.
-                    file.seek(tar.offset)
-                    if not fault and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                        fault = "has no end mark"
-            except tarfile.TarError as error:
-                fault = f"is not a whole tar file ({error})"
-    except OSError as error:
-        raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
-    bad = []
-    if fault:
-        lost = half
-        parts: set[str] = set().union(*rows[:-1])
-        # Where no next sample has begun, the last one may be cut off between its parts.
-        if rows and (half == keys[-1] or (not half and parts - set(rows[-1]))):
-            lost = keys[-1]
-            del keys[-1], rows[-1], labels[-1]
-        bad.append(Skipped(-1, lost, "truncated shard", f"shard {path} {fault}; write it again"))
-    members = {}
-    for extension in EXTENSIONS:
-        if any(extension in row for row in rows):
-            members[extension] = np.array([row.get(extension, (-1, -1)) for row in rows], np.int64).reshape(-1, 2)
-    return SampleIndex(
-        Strings.of([str(path)]),
-        np.zeros(len(keys), np.int64),
-        Strings.of(keys),
-        members,
-        np.array(labels, np.int64),
-        bad,
-    )

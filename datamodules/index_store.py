@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -13,9 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.bad_samples import Skipped
-from datamodules.index import SampleIndex, Strings, index_shard
+from datamodules.index import SampleIndex, Strings
+from datamodules.tar_index import index_shard
 
 VERSION = 1
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+"""Of processes that only move bytes: forked ones start at once, and run no script anew that does not expect it."""
 MANY = 64
 """From so many new shards on they are indexed by several processes."""
 
@@ -66,7 +70,7 @@ class IndexStore:
         missing = [shard for shard in shards if not shard.exists() or not self._path(shard).exists()]
         if len(missing) >= MANY:
             workers = min(os.cpu_count() or 1, 16)
-            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            with ProcessPoolExecutor(workers, get_context(START_METHOD)) as pool:
                 for _ in tqdm(pool.map(self._remember, missing), "reading headers", len(missing), unit="shard"):
                     pass
         indexes = [self.index(shard) for shard in shards]

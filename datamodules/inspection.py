@@ -5,6 +5,7 @@ reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataM
 """
 
 import argparse
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from tqdm import tqdm
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
-from datamodules.images import ImageDataModule
 from datamodules.index import PICTURES, SampleIndex
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
-from datamodules.shards import CODES_FORMAT
-from datamodules.sources import SPLITS, find_sources
+from datamodules.remote import ShardCache, is_remote
+from datamodules.shards import CODES_FORMAT, shard_notes
+from datamodules.sources import SPLITS, Source, find_sources
 
 TILE = 112
 COLUMNS = 10
 ROWS = 6
 EXAMPLES = 5
+HINT = "give the folder or address of a data set"
 
 
 class Facts(Dataset[Any]):
@@ -76,28 +78,47 @@ def inspect(
     Raises:
         ValueError: if there is nothing, or a shard is missing.
     """
-    meta = find_sources(root, None, None, "give the folder or address of a data set")[2]
+    train, val, meta = find_sources(root, None, None, HINT)
     if meta.get("format") == CODES_FORMAT:
         if sheet is not None:
             raise ValueError(f"{root} holds codes, of which there is no contact sheet; leave --sheet out")
         return _inspect_codes(root)
-    data = ImageDataModule(root, max_bad_share=1.0)
-    data.setup("predict")
+    cache = ShardCache()
     lines = [f"{root}: pictures"]
-    for split in SPLITS:
-        samples: SampleIndex = data.datasets[split].samples  # type: ignore[attr-defined]
-        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(samples)}"]
-        lines += _classes(samples.labels, data.class_names)
-        facts, bad = _read(Facts(samples, decode), num_workers, split)
+    shown: list[SampleIndex] = []
+    # What has no validation split is shown as it is, and not as a DataModule would divide it.
+    for name, source in (("train" if val is not None else "all", train), ("val", val)):
+        if source is None:
+            continue
+        samples = source.index(cache).usable(PICTURES)
+        shown.append(samples)
+        lines += ["", f"{name}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
+        lines += _classes(samples.labels, source.classes)
+        facts, bad = _read(Facts(samples, decode), num_workers, name)
         lines += _pictures(facts) + _bad([*samples.bad, *bad])
-        captions = samples.members.get("txt")
-        if captions is not None:
-            lines.append(f"  captions: {(captions[:, 0] >= 0).sum():,}")
+        if "txt" in samples.members:
+            lines.append(f"  captions: {(samples.members['txt'][:, 0] >= 0).sum():,}")
+        if decode:
+            lines += _checksums(source)
     if sheet is not None:
-        samples = data.datasets[SPLITS[0]].samples  # type: ignore[attr-defined]
-        _write_sheet(samples, data.class_names, sheet, seed)
+        classes = train.classes if train is not None else []
+        _write_sheet(shown[0], classes, sheet, seed)
         lines += ["", f"contact sheet: {sheet}"]
     return lines
+
+
+def _checksums(source: Source) -> list[str]:
+    """Of local shards that are described; remote ones were compared when they were fetched."""
+    described = {path: note for path, note in source.described.items() if not is_remote(path)}
+    if not described:
+        return []
+    wrong = []
+    for path, note in tqdm(described.items(), "checksums", unit="shard", leave=False):
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != note.sha256:
+                wrong.append(f"    {path} is not what was written")
+    right = len(described) - len(wrong)
+    return [f"  checksums: {right} of {len(described)} right", *wrong]
 
 
 def _inspect_codes(root: str) -> list[str]:
@@ -120,15 +141,14 @@ def _inspect_codes(root: str) -> list[str]:
             bad += skipped
             for sample in good:
                 used[sample["codes"]] = True
-        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(samples)}"]
+        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(shard_notes(meta, split, root)))}"]
         lines += _classes(samples.labels, data.class_names)
         lines += [f"  codes in use (first view): {used.mean():.1%}", *_bad([*samples.bad, *bad])]
     return lines
 
 
-def _in_files(samples: SampleIndex) -> str:
-    shards = sum(path.endswith(".tar") for path in samples.paths)
-    return f"in {shards} shards" if shards else "in a folder"
+def _in_files(shards: int) -> str:
+    return f"in {shards} shards" if shards else "in folders"
 
 
 def _classes(labels: np.ndarray, names: list[str]) -> list[str]:

@@ -6,10 +6,12 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.bad_samples import Tally
-from datamodules.order import Address, Plan
+from datamodules.order import NO_EPOCH, Address, Plan
 
 SKIPPED = "skipped"
-"""Entry of a dataset's batch: what could not be used. A batch of which nothing could be used has no other entry."""
+"""Entry of a dataset's batch: arguments of :meth:`~datamodules.bad_samples.Tally.add`. A batch of which nothing could
+be
+used has no other entry."""
 
 
 class TrainLoader:
@@ -110,6 +112,8 @@ class EvaluationLoader:
         num_workers: processes that prepare batches; 0 for none.
         pin_memory: prepare batches in pinned memory, for a GPU.
         tally: counts what could not be used.
+        never_empty: where nothing can be used, give one sample of another rank. For validation, where ranks wait for
+            each other's metrics.
     """
 
     def __init__(
@@ -119,8 +123,9 @@ class EvaluationLoader:
         num_workers: int,
         pin_memory: bool = False,
         tally: Tally | None = None,
+        never_empty: bool = False,
     ) -> None:
-        self.tally = tally
+        self.tally, self.never_empty = tally, never_empty
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -137,18 +142,30 @@ class EvaluationLoader:
         """The batches, from the first."""
         if self.tally is not None:
             self.tally.reset()
+        empty = True
         for batch in self._loader:
             if usable(batch, self.tally):
+                empty = False
                 yield batch
+        if empty and self.never_empty and len(self):
+            yield self._stand_in()
+
+    def _stand_in(self) -> Any:
+        """A batch of one sample of the set, whichever can be used."""
+        for number in range(len(self._loader.dataset)):  # type: ignore[arg-type]
+            batch = self._loader.dataset.__getitems__([(number, NO_EPOCH)])  # type: ignore[attr-defined]
+            if usable(batch, None):
+                return batch
+        raise ValueError("none of the samples can be used; look at the data with `python -m datamodules.inspection`")
 
 
 def usable(batch: Any, tally: Tally | None) -> bool:
     """Take the entry :data:`SKIPPED` out of a batch and count it; whether anything is left of the batch."""
     if not isinstance(batch, dict):
         return True
-    skipped = batch.pop(SKIPPED, ())
+    skipped, opened = batch.pop(SKIPPED, ((), 0))
     if skipped and tally is not None:
-        tally.add(skipped)
+        tally.add(skipped, opened)
     return bool(batch)
 
 

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.images import ImageDataModule
 from datamodules.index import PICTURES, Sample, SampleIndex
+from datamodules.index_store import START_METHOD
+from datamodules.remote import is_remote
 from datamodules.shards import IMAGES_FORMAT, ShardSet
 from datamodules.sources import SPLITS
 
@@ -56,6 +58,8 @@ def pack(
         raise ValueError(f"workers is {workers}; it must be at least 1")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")
+    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{out} lies within {source} and would become a part of it; choose another folder")
     data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share)
     data.setup("predict")
     indexes = {split: data.datasets[split].samples for split in SPLITS}  # type: ignore[attr-defined]
@@ -64,6 +68,7 @@ def pack(
         "format": IMAGES_FORMAT,
         "samples": {split: data.fingerprint(split) for split in SPLITS},
         "sizes": {split: hashlib.sha256(sizes[split].tobytes()).hexdigest() for split in SPLITS},
+        "classes": data.class_names,
         "shard_mb": shard_mb,
         "seed": seed,
     }
@@ -77,7 +82,7 @@ def pack(
         for number in range(len(pieces[split]))
         if not shards.is_written(split, number)
     ]
-    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(len(left), 1)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(len(left), 1)), get_context(START_METHOD)) as pool:
         jobs = [pool.submit(_write, shards, *job, indexes[job[0]].select(pieces[job[0]][job[1]])) for job in left]
         try:
             for job in tqdm(as_completed(jobs), "packing", len(jobs), unit="shard"):
@@ -132,15 +137,10 @@ def _sizes(index: SampleIndex, sizes: np.ndarray) -> np.ndarray:
 
 
 def _write(shards: ShardSet, split: str, number: int, samples: SampleIndex) -> None:
-    taken: set[str] = set()
     with shards.shard(split, number) as writer:
         for sample in samples:
-            key = sample.key
-            while key in taken:  # the keys of several shards may be unique within each of them alone
-                key += "_"
             try:
-                writer.write(key, _parts(sample), sample.label)
-                taken.add(key)
+                writer.write(sample.key, _parts(sample), sample.label)
             except BadSampleError as error:
                 writer.skipped.append(Skipped(-1, sample.key, error.reason, str(error)))
 

@@ -16,6 +16,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 89_478_485
 """A picture that claims to have more is refused before it is decoded; Pillow warns from here on."""
 
+MOST_STRETCHED = 100
+"""Longer side by shorter side, from where on a picture is refused."""
+
 ORIENTATION = 0x0112
 
 TURNS = {
@@ -56,6 +59,12 @@ def open_picture(data: bytes, where: str) -> Image.Image:
         raise BadSampleError(
             "too many pixels",
             f"the picture of {where} has {image.width} × {image.height} pixels, more than {MOST_PIXELS}",
+        )
+    if max(image.size) > MOST_STRETCHED * min(image.size):
+        raise BadSampleError(
+            "too many pixels",
+            f"the picture of {where} has {image.width} × {image.height} pixels; a square as high as its short side is "
+            f"less than 1/{MOST_STRETCHED} of it, and enlarging it would take gigabytes",
         )
     return image
 

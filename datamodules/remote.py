@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import fsspec
+from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
 EXTRAS = {"s3": "s3", "gs": "gs"}
@@ -20,6 +21,8 @@ PIPE = "pipe:"
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled before each further one."""
+SILENCE = 60.0
+"""Seconds without a byte after which a server is taken to be gone."""
 THREADS = 16
 ABANDONED = 3600.0
 """Seconds without progress after which a half-fetched file is taken for that of a killed process."""
@@ -55,7 +58,10 @@ def check_address(address: str, allow_pipe: bool) -> None:
 
 def _file_system(address: str) -> tuple[Any, str]:
     scheme = address.split("://")[0]
-    options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}
+    options = {}
+    if scheme.startswith("http"):  # a large shard may take its time, but not fall silent
+        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        options["client_kwargs"] = {"trust_env": True, "timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
@@ -74,7 +80,7 @@ def patiently(action: Callable[[], T], address: str) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except (OSError, EOFError, RuntimeError, TimeoutError, subprocess.SubprocessError, _client_error()) as error:
+        except (OSError, EOFError, RuntimeError, TimeoutError, subprocess.SubprocessError, ClientError) as error:
             gone = isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (403, 404, 410)
             if gone or attempt == ATTEMPTS - 1:
                 said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -84,12 +90,6 @@ def patiently(action: Callable[[], T], address: str) -> T:
                 ) from error
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError
-
-
-def _client_error() -> type[BaseException]:
-    from aiohttp import ClientError  # comes with fsspec's http
-
-    return ClientError
 
 
 def read_small(address: str) -> bytes:

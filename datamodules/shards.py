@@ -106,7 +106,7 @@ class ShardWriter:
         self.count = 0
         self.highest_label = -1
         self.skipped: list[Skipped] = []
-        self._last_key = ""
+        self._keys: set[str] = set()
         self._temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
         self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
 
@@ -114,21 +114,21 @@ class ShardWriter:
         """Add a sample.
 
         Args:
-            key: its name.
+            key: its name; ``_`` is added while another sample of the file has it.
             parts: the bytes of each part by extension.
             label: its class, written as a cls part; −1 for none.
 
         Raises:
-            ValueError: if the key would be read back as another one, or is the one before.
+            ValueError: if the key would be read back as another one.
         """
         name = key.rpartition("/")[2]
         if not name or "." in name:
             raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty or hold a dot")
-        if key == self._last_key:
-            raise ValueError(f"key {key!r} cannot be written twice in a row; give each sample a key of its own")
+        while key in self._keys:  # the keys of several shards may be unique within each of them alone
+            key += "_"
         labelled = {"cls": str(label).encode()} if label >= 0 else {}
         self._writer.write({"__key__": key, **parts, **labelled})
-        self._last_key = key
+        self._keys.add(key)
         self.count += 1
         self.highest_label = max(self.highest_label, label)
 
@@ -255,11 +255,12 @@ class ShardSet:
             missing += bad
             reasons = Counter(sample.reason for sample in bad)
             splits[split] = {"count": count, "skipped": reasons, "shards": entries}
-            lines += ["\t".join((split, s.key, s.reason, " ".join(s.message.split()))) for s in bad]
+            lines += ["\t".join(" ".join(text.split()) for text in (split, *sample[1:])) for sample in bad]
         Tally("the set", everything, missing, max_bad_share)
         if lines:
             temporary = self.root / ".skipped.tsv.tmp"
-            temporary.write_text("\n".join(["split\tkey\treason\tmessage", *lines]) + "\n")
+            table = "\n".join(["split\tkey\treason\tmessage", *lines]) + "\n"
+            temporary.write_text(table, encoding="utf-8", errors="backslashreplace")  # names of files may be anything
             temporary.replace(self.root / "skipped.tsv")
         _write_json(
             self.root / META_FILE,

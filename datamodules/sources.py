@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -142,10 +142,15 @@ def _look_into(root: str, hint: str, allow_pipe: bool) -> tuple[dict[str, Any], 
             return meta, {split: _described(root, split, meta) for split in SPLITS if split in described}
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist; {hint}")
-    splits = [split for split in SPLITS if (folder / split).is_dir()]
+    # A class may be called train, too.
+    splits = [split for split in SPLITS if (folder / split).is_dir() and _holds_samples(folder / split)]
     if not splits:
         return meta, {"train": _find_folder(folder, hint)}
     return meta, {split: _find_folder(folder / split, hint) for split in splits}
+
+
+def _holds_samples(folder: Path) -> bool:
+    return any(path.is_dir() or path.suffix == ".tar" for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _described(root: str, split: str, meta: dict[str, Any]) -> Source:
@@ -155,8 +160,18 @@ def _described(root: str, split: str, meta: dict[str, Any]) -> Source:
 
 
 def hold_out(index: SampleIndex, share: float) -> np.ndarray:
-    """Which samples are for validation, (N,) bool, at least one; by their keys alone, so new ones move no others."""
+    """Which samples are for validation, (N,) bool: at least one, and not all, of two and more.
+
+    They are drawn by keys and names of shards, so that new samples move no others.
+    """
     ends, block = index.keys.ends, index.keys.block
     starts = np.concatenate([[0], ends])[:-1]
-    drawn = [zlib.crc32(block[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return np.array(drawn, np.int64) <= max(share * 2**32, min(drawn, default=0))
+    # The keys of several shards may be unique within each of them alone.
+    names = [PurePath(path).name if path.endswith(".tar") else "" for path in index.paths]
+    seeds = np.array([zlib.crc32(name.encode(errors="surrogateescape")) for name in names], np.int64)[index.file_of]
+    spans = zip(starts.tolist(), ends.tolist(), seeds.tolist(), strict=True)
+    drawn = np.array([zlib.crc32(block[start:end], seed) for start, end, seed in spans], np.int64)
+    chosen: np.ndarray = drawn < share * 2**32
+    if len(index) > 1 and chosen.all():
+        chosen = drawn < drawn.max()
+    return chosen if chosen.any() or len(index) < 2 else drawn == drawn.min()

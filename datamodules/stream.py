@@ -36,6 +36,7 @@ class StreamIndex(Sequence[Sample]):
         self.source, self.cache, self._needed = source, cache, (tuple(extensions), labels_needed)
         self._indexes: OrderedDict[int, SampleIndex] = OrderedDict()
         self._news: list[Skipped] = []
+        self._opened = 0
         self.per_draw = len(self._shard(0))
         if not self.per_draw:
             raise ValueError(f"shard {source.shards[0]} holds no samples that can be used; leave it out")
@@ -52,7 +53,9 @@ class StreamIndex(Sequence[Sample]):
     def _shard(self, number: int) -> SampleIndex:
         if number not in self._indexes:
             self._indexes[number] = index = self._open(self.source.shards[number])
-            self._news += index.bad
+            if index.bad:
+                self._news += index.bad
+                self._opened += len(index) + len(index.bad)
             if len(self._indexes) > MOST_INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(number)
@@ -93,7 +96,8 @@ class StreamIndex(Sequence[Sample]):
         """A sample of another shard."""
         return ((number >> SHARD_BITS) + attempt) % self.shards << SHARD_BITS
 
-    def take_news(self) -> list[Skipped]:
-        """What was found not to be usable since the last time, by opening shards."""
-        news, self._news = self._news, []
+    def take_news(self) -> tuple[list[Skipped], int]:
+        """What was found not to be usable since the last time, by opening shards, and of how many samples in these."""
+        news, self._news = (self._news, self._opened), []
+        self._opened = 0
         return news

@@ -11,8 +11,8 @@ from PIL import Image
 
 from callbacks import CodeWriter
 from datamodules import CodeDataModule, ImageDataModule
-from datamodules.index import index_shard
 from datamodules.shards import META_FILE, PLAN_FILE, ShardWriter, read_meta
+from datamodules.tar_index import index_shard
 from lightning_modules import VQGANModule
 from llamagen.checkpoint import weights_checksum
 from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_shards

@@ -11,12 +11,13 @@ import torch
 from datamodules.bad_samples import MOST_EXAMPLES, REASONS, BadSampleError, Skipped, Tally
 from datamodules.dataset import MOST_ATTEMPTS, SampleDataset
 from datamodules.images import ImageDataModule, ImageDataset
-from datamodules.index import SampleIndex, index_shard
+from datamodules.index import SampleIndex
 from datamodules.loader import SKIPPED
 from datamodules.order import NO_EPOCH, SHARD_BITS, epoch_order
 from datamodules.remote import ShardCache
 from datamodules.sources import Source
 from datamodules.stream import StreamIndex
+from datamodules.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
@@ -144,7 +145,7 @@ def test_a_batch_leaves_out_exactly_what_cannot_be_used_and_says_so(samples: Sam
     assert batch.keys() == {"value", "labels", "numbers", SKIPPED}
     assert (batch["numbers"].dtype, batch["numbers"].tolist()) == (torch.int64, [3, 11])
     assert batch["value"].tolist() == [31, 111]
-    assert batch[SKIPPED] == [skip(7), skip(2)]
+    assert batch[SKIPPED] == ([skip(7), skip(2)], 0)
     assert dataset.asked == [(7, 1), (3, 1), (2, 1), (11, 1)]
 
 
@@ -155,7 +156,7 @@ def test_a_batch_without_faults_says_nothing(samples: SampleIndex) -> None:
 
 
 def test_a_batch_of_which_nothing_can_be_used_has_nothing_but_the_reasons(samples: SampleIndex) -> None:
-    assert Picky(samples, {2, 3}).__getitems__([(3, 0), (2, 0)]) == {SKIPPED: [skip(3), skip(2)]}
+    assert Picky(samples, {2, 3}).__getitems__([(3, 0), (2, 0)]) == {SKIPPED: ([skip(3), skip(2)], 0)}
 
 
 def test_where_no_batch_may_be_empty_the_next_usable_sample_takes_the_place(samples: SampleIndex) -> None:
@@ -163,13 +164,14 @@ def test_where_no_batch_may_be_empty_the_next_usable_sample_takes_the_place(samp
     batch = dataset.__getitems__([(10, 4), (1, 4)])
     assert batch["numbers"].tolist() == [2]
     assert batch["value"].tolist() == [24]
-    assert batch[SKIPPED] == [skip(10), skip(1)]  # what was tried in their place is counted in its own turn
+    assert batch[SKIPPED] == ([skip(10), skip(1)], 0)  # what was tried in their place is counted in its own turn
     assert dataset.asked == [(10, 4), (1, 4), (11, 4), (0, 4), (1, 4), (2, 4)]
 
 
 def test_where_nothing_at_all_can_be_used_the_search_ends(samples: SampleIndex) -> None:
     dataset = Picky(samples, set(range(COUNT)), never_empty=True)
-    assert dataset.__getitems__([(5, 0)]) == {SKIPPED: [skip(5)]}
+    with pytest.raises(ValueError, match=r"100 samples in a row cannot be used, .*sample 5 is broken"):
+        dataset.__getitems__([(5, 0)])
     assert len(dataset.asked) == 1 + MOST_ATTEMPTS
 
 
@@ -197,11 +199,11 @@ def test_what_opening_a_shard_of_a_stream_shows_is_told_once(tmp_path: Path) -> 
     numbers = [(1 << SHARD_BITS), (1 << SHARD_BITS) + 1, 2]
     batch = dataset.__getitems__([(number, 0) for number in numbers])
     assert batch["numbers"].tolist() == [numbers[0], numbers[2]]
-    assert [(sample.key, sample.reason) for sample in batch[SKIPPED]] == [
+    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [
         ("k05", "broken picture"),
         ("k04", "no picture"),
     ]
-    assert [sample.key for sample in dataset.__getitems__([(numbers[1], 0)])[SKIPPED]] == ["k05"]
+    assert [sample.key for sample in dataset.__getitems__([(numbers[1], 0)])[SKIPPED][0]] == ["k05"]
 
 
 def test_in_a_stream_a_sample_of_another_shard_takes_the_place(tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_in_a_stream_a_sample_of_another_shard_takes_the_place(tmp_path: Path) -
     dataset = Picky(stream(tmp_path), {last, last + 1, first}, never_empty=True)
     batch = dataset.__getitems__([(last + 1, 2)])
     assert batch["numbers"].tolist() == [second]
-    assert [(sample.number, sample.key) for sample in batch[SKIPPED]] == [(last + 1, "k10")]
+    assert [(sample.number, sample.key) for sample in batch[SKIPPED][0]] == [(last + 1, "k10")]
 
 
 def test_a_shard_of_a_stream_without_samples_is_counted_and_passed_over(tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_shard_of_a_stream_without_samples_is_counted_and_passed_over(tmp_path
     dataset = ImageDataset(samples, image_size=4, never_empty=True)
     batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0), (0, 0)])
     assert batch["keys"] == ["k00"]
-    assert [(sample.key, sample.reason) for sample in batch[SKIPPED]] == [("", "truncated shard")]
+    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [("", "truncated shard")]
     batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0)])
     assert batch["keys"] == ["k09"]
 

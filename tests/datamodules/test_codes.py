@@ -262,7 +262,7 @@ def test_a_set_that_was_not_written_to_its_end_is_refused(tmp_path: Path) -> Non
     (tmp_path / "codes" / META_FILE).unlink()
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "codes")
-    assert_one_line(error, tmp_path / "codes", META_FILE, "not written to their end", CodeDataModule.hint)
+    assert_one_line(error, tmp_path / "codes", META_FILE, "not written to its end", CodeDataModule.hint)
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "nowhere")
     assert_one_line(error, tmp_path / "nowhere", "does not exist", CodeDataModule.hint)

@@ -12,8 +12,9 @@ from PIL import Image
 from datamodules.bad_samples import BadSampleError
 from datamodules.crops import centre_crop
 from datamodules.images import ImageDataModule, ImageDataset, to_tensor
-from datamodules.index import NO_LABEL, index_shard
+from datamodules.index import NO_LABEL
 from datamodules.order import NO_EPOCH
+from datamodules.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_pictures, write_shards
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from datamodules.bad_samples import BadSampleError
-from datamodules.index import WRONG_LABEL, Sample, SampleIndex, index_shard, read_label
+from datamodules.index import WRONG_LABEL, Sample, SampleIndex
+from datamodules.tar_index import index_shard, read_label
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 SAMPLES = [
@@ -68,7 +69,73 @@ def test_a_plain_tar_file_is_read_without_its_folders_links_and_hidden_files(tmp
 
 def test_members_that_nobody_reads_are_passed_over(tmp_path: Path) -> None:
     members = {"0.mp3": b"a", "0.seg.png": b"b", "0.tar.gz": b"c", "1.png": b"d", "1.mp3": b"e", "2.mp3": b"f"}
-    assert contents(index_shard(write_tar(tmp_path / "a.tar", members))) == [("1", {"png": b"d"})]
+    index = index_shard(write_tar(tmp_path / "a.tar", members))
+    assert contents(index) == [("0.seg", {}), ("1", {"png": b"d"})]  # the former may be a sample whose key has a dot
+    assert contents(index.usable(("png",))) == [("1", {"png": b"d"})]
+
+
+@pytest.mark.parametrize(
+    ("members", "good", "lost"),
+    [
+        ({"0.jpg": b"a", "1.gif": b"b", "1.cls": b"1", "2.jpg": b"c", "3.BMP": b"d"}, ["0", "2"], ["1", "3"]),
+        ({"n.0.jpg": b"a", "n.0.cls": b"1", "n.1.jpg": b"b", "n.1.cls": b"1", "m.jpg": b"c"}, ["m"], ["n.0", "n.1"]),
+        ({"0.jpg": b"a", "0.mask.png": b"b", "1.jpg": b"c"}, ["0", "1"], []),
+    ],
+    ids=["other kinds of pictures", "keys with a dot", "a second picture of a sample"],
+)
+def test_pictures_that_are_not_read_are_missed(
+    tmp_path: Path, members: dict[str, bytes], good: list[str], lost: list[str]
+) -> None:
+    index = index_shard(write_tar(tmp_path / "a.tar", members)).usable(("jpg", "png"), labels_needed=False)
+    assert [sample.key for sample in index] == good
+    assert [(sample.key, sample.reason) for sample in index.bad] == [(key, "no picture") for key in lost]
+
+
+def test_a_part_that_comes_again_begins_another_sample(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            for extension in ("jpg", "cls"):
+                entry = tarfile.TarInfo(f"same.{extension}")
+                entry.size = 1
+                tar.addfile(entry, io.BytesIO(str(number).encode()))
+    index = index_shard(tmp_path / "a.tar")
+    assert [sample.read("jpg") for sample in index] == [b"0", b"1", b"2"]
+    assert index.labels.tolist() == [0, 1, 2]
+
+
+def header(name: str, size: int) -> bytes:
+    """The header of a member that claims a size, which may be negative."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(format=tarfile.GNU_FORMAT))
+    block[124:136] = (b"\xff" + (size + 256**11).to_bytes(11, "big")) if size < 0 else f"{size:011o}\0".encode()
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block)
+
+
+@pytest.mark.parametrize("size", [-1, -5, -512, -1024, -(2**40)])
+@pytest.mark.parametrize("name", ["b.jpg", "b.bin"])
+def test_a_header_with_a_negative_size_ends_the_shard_and_not_the_reader(tmp_path: Path, name: str, size: int) -> None:
+    parts = [header("0.jpg", 0), header("a.jpg", 0), header(name, size), bytes(1024)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    index = index_shard(tmp_path / "a.tar")
+    assert {sample.key for sample in index} <= {"0", "a"}
+    assert [sample.reason for sample in index.bad] == ["truncated shard"]
+    assert all(row.tolist() >= [-1, -1] for column in index.members.values() for row in column)
+
+
+@pytest.mark.parametrize(
+    "record", [b"30 GNU.sparse.size=abc\n", b"99999999999999999999 size=1\n", b"20 size=not-a-number\n"]
+)
+def test_a_broken_extended_header_costs_what_comes_behind_it(tmp_path: Path, record: bytes) -> None:
+    extended = bytearray(header("pax", len(record)))
+    extended[156:157] = b"x"
+    extended[148:156] = b" " * 8
+    extended[148:156] = f"{sum(extended):06o}\0 ".encode()
+    parts = [header("0.jpg", 0), bytes(extended), record.ljust(512, b"\0"), header("1.jpg", 0), bytes(1024)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    index = index_shard(tmp_path / "a.tar")
+    assert index[0].key == "0"
+    assert len(index) + len(index.bad) == 2
 
 
 def test_a_tar_file_without_samples_has_none(tmp_path: Path) -> None:

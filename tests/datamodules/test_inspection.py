@@ -56,7 +56,7 @@ def test_counts_classes_sizes_and_kinds_are_those_of_the_pictures(folder: Path) 
     lines = inspect(str(folder), num_workers=0)
     assert lines[0] == f"{folder}: pictures"
     assert section(lines, "val").splitlines() == [
-        "val: 1 samples, in a folder",
+        "val: 1 samples, in folders",
         "  classes: 1 of 3; samples a class: 1 (dog) to 1 (dog), median 1",
         "  short side: 8 to 8 px, median 8, nine tenths 8 to 8",
         "  width: 8 to 8 px, height: 9 to 9 px",
@@ -65,7 +65,7 @@ def test_counts_classes_sizes_and_kinds_are_those_of_the_pictures(folder: Path) 
     ]
     train = section(lines, "train")
     assert train.startswith(
-        "train: 11 samples, in a folder\n  classes: 3 of 3; samples a class: 3 (ant) to 4 (cat), median 4\n"
+        "train: 11 samples, in folders\n  classes: 3 of 3; samples a class: 3 (ant) to 4 (cat), median 4\n"
     )
     assert "  short side: 10 to 70 px, median 10, nine tenths 10 to 63\n" in train
     assert "  width: 10 to 90 px, height: 10 to 70 px\n" in train

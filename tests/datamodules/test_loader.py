@@ -318,7 +318,7 @@ class Leaky(Dataset[Any]):
         good = [number for number, _ in addresses if number % self.of]
         bad = [Skipped(number, str(number), "empty file", "") for number, _ in addresses if number % self.of == 0]
         batch = {"numbers": torch.tensor(good)} if good else {}
-        return {**batch, SKIPPED: bad} if bad else batch
+        return {**batch, SKIPPED: (bad, 0)} if bad else batch
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -265,11 +265,18 @@ def test_a_jpeg_with_a_fault_is_read_as_pillow_reads_it(options: dict[str, bool]
 def test_the_greatest_number_of_pixels_is_allowed_and_one_more_is_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        allowed = open_picture(png_header(5, MOST_PIXELS // 5) + PNG[33:], WHERE)
-        assert allowed.width * allowed.height == MOST_PIXELS
-        for width, height in ((2, MOST_PIXELS // 2 + 1), (9460, 9460), (100_000, 100_000)):
+        allowed = open_picture(png_header(1765, MOST_PIXELS // 1765) + PNG[33:], WHERE)
+        assert MOST_PIXELS - 1765 < allowed.width * allowed.height <= MOST_PIXELS
+        for width, height in ((1765, MOST_PIXELS // 1765 + 1), (9460, 9460), (100_000, 100_000)):
             error = refusal(png_header(width, height) + PNG[33:])
             assert error.reason == "too many pixels"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 4000), (20_000, 1), (10, 1001)])
+def test_a_picture_that_would_become_huge_when_it_is_enlarged_is_refused(width: int, height: int) -> None:
+    error = refusal(encode(Image.new("L", (width, height))))
+    assert error.reason == "too many pixels"
+    assert read_picture(encode(Image.new("L", (10, 1000))), WHERE).shape == (1000, 10, 3)
 
 
 def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

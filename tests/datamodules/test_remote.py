@@ -164,6 +164,17 @@ def test_a_server_that_is_not_there_is_an_error_with_the_address(tmp_path: Path)
     assert_one_line(error, address.split("-")[0], "cannot be had", "after 5 attempts")
 
 
+def test_a_server_that_never_answers_is_an_error_with_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/train.tar"
+        with pytest.raises(ValueError) as error:
+            ShardCache(tmp_path).fetch(address)
+    assert_one_line(error, address, "after 5 attempts")
+
+
 def test_a_shard_that_is_missing_on_the_server_is_an_error_at_once(tmp_path: Path, serve: Any) -> None:
     write_pictures(tmp_path / "set", train=6, val=0)
     server = serve(tmp_path / "set")

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import CodeDataModule
+from datamodules import CodeDataModule, ImageDataModule
 from datamodules.order import epoch_order
-from lightning_modules import ARGenModule
+from lightning_modules import ARGenModule, VQGANLossConfig, VQGANModule
+from llamagen.models.discriminator import PatchGAN
 from llamagen.models.gpt import GPTConfig
+from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.code_sets import write_codes
+from tests.datamodules.shard_files import grey_picture, write_shards
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*", "ignore:.*save_last.*")
@@ -122,6 +125,29 @@ def test_one_process_goes_on_where_two_were_stopped(root: Path, tmp_path: Path) 
     for workers in WORKERS:
         after = fit(root, tmp_path, workers, 1, -1, tmp_path / f"workers{workers}.ckpt").seen
         assert_planned([rank[workers] for rank in before], [after], STOPS[2][workers] * BATCH * 2)
+
+
+def validate_almost_nothing(rank: int, root: Path, folder: Path) -> list[float]:
+    as_rank(rank)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, val_check_interval=1,
+    )  # fmt: skip
+    data = ImageDataModule(str(root), image_size=8, batch_size=2, num_workers=0, max_bad_share=0.9)
+    net = VQGANConfig(
+        channels=32, channel_multipliers=(1, 1), num_res_blocks=1, z_channels=16, codebook_size=32, codebook_dim=4
+    )
+    loss = VQGANLossConfig(perceptual_weight=0.0, adversarial_weight=0.5, adversarial_start=0)
+    module = VQGANModule(net, loss, discriminator=PatchGAN(8, 1))
+    trainer.fit(module, data)
+    return [trainer.global_step, float(trainer.callback_metrics["skipped/val/broken_picture"])]
+
+
+def test_a_rank_without_a_usable_validation_sample_does_not_let_the_other_wait(tmp_path: Path) -> None:
+    pictures = {f"{number}": {"png": grey_picture(number), "cls": b"1"} for number in range(8)}
+    write_shards(tmp_path / "set/train", list(pictures.items()))
+    write_shards(tmp_path / "set/val", [("good", pictures["0"]), ("bad", {"png": b"no picture", "cls": b"1"})])
+    assert run_on_ranks(validate_almost_nothing, tmp_path, tmp_path / "set", tmp_path) == [[2, 1.0]] * 2
 
 
 def test_ranks_whose_whole_batch_is_broken_do_not_let_the_others_wait(tmp_path: Path) -> None:
