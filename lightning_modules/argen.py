@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.checkpoint import load_vqgan, weights_checksum
+from llamagen.losses import linear_cross_entropy, linear_surprise
+from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.sampling import SamplingConfig, generate
@@ -29,6 +31,8 @@ class ARGenModule(GenerativeModule):
         sampling: how pictures are drawn in ``predict`` and in sample grids.
         tokenizer: checkpoint of the tokenizer run whose codes the model learns.
         sample_seed: seed of the pictures that ``predict`` draws.
+        loss: what is added to the cross entropy.
+        activation_checkpointing: recompute the blocks in the backward pass; less memory for a third more work.
     """
 
     def __init__(
@@ -38,9 +42,14 @@ class ARGenModule(GenerativeModule):
         sampling: SamplingConfig | None = None,
         tokenizer: Path | str | None = None,
         sample_seed: int = 0,
+        loss: ARGenLossConfig | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer or AdamWConfig())
+        self.loss_config = loss or ARGenLossConfig()
         self.gpt = GPT(net)
+        self.gpt.checkpoint_activations(activation_checkpointing)
+        self.prediction = CodePrediction(net.block_size)
         self.sampling = sampling or SamplingConfig()
         self.sample_seed = sample_seed
         # In a tuple, so that nn.Module does not see it.
@@ -144,24 +153,75 @@ class ARGenModule(GenerativeModule):
         logits: Tensor = self.gpt(codes[:, :-1], condition, caption_lengths=caption_lengths)
         return logits
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        codes = batch["codes"]
-        logits = self(codes, batch["condition"], batch.get("caption_lengths"))
-        return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+        hidden = self.gpt.features(
+            batch["codes"][:, :-1], batch["condition"], caption_lengths=batch.get("caption_lengths")
+        )
+        return hidden.flatten(0, 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean cross entropy of ``batch["codes"]`` (B, L) int64 given ``batch["condition"]``, in nats a code."""
-        loss = self._loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["codes"]))
+        """Loss of ``batch["codes"]`` (B, L) int64 given ``batch["condition"]``; ``train/loss`` is in nats a code.
+
+        Raises:
+            FloatingPointError: if it is not finite on any rank.
+        """
+        codes, config = batch["codes"], self.loss_config
+        loss, nats = linear_cross_entropy(
+            self._hidden(batch), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
+        )
+        self.check_finite({"loss": ~loss.detach().isfinite()})
+        self.log("train/loss", nats, prog_bar=True, batch_size=len(codes))
         return loss
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and log the norm.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
+        """
+        self.clip("gpt", self.gpt, gradient_clip_val, gradient_clip_algorithm)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same without dropout, as ``val/loss``."""
-        self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch["codes"]), sync_dist=True)
+        """Cross entropy, perplexity and share of right guesses without dropout and smoothing, under ``val/``."""
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same as ``test/loss``."""
-        self.log("test/loss", self._loss(batch), prog_bar=True, batch_size=len(batch["codes"]), sync_dist=True)
+        """The same under ``test/``."""
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        codes = batch["codes"]
+        nats, rank = linear_surprise(self._hidden(batch), self.gpt.output.weight, codes.flatten())
+        self.prediction.update(nats.view_as(codes), rank.view_as(codes))
+
+    def on_validation_epoch_end(self) -> None:
+        """Numbers over the whole validation set and all ranks.
+
+        Raises:
+            FloatingPointError: if the loss is not finite while training: before a checkpoint is made of such weights.
+        """
+        super().on_validation_epoch_end()
+        self._log_prediction("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Numbers over the whole test set and all ranks."""
+        super().on_test_epoch_end()
+        self._log_prediction("test")
+
+    def _log_prediction(self, stage: str) -> None:
+        numbers = self.prediction.compute()
+        self.prediction.reset()
+        if self.trainer.state.fn == "fit":
+            self.check_finite({"loss": ~numbers.nats.isfinite()}, " in validation")
+        self.log(f"{stage}/loss", numbers.nats, prog_bar=True)
+        self.log(f"{stage}/perplexity", numbers.perplexity)
+        self.log(f"{stage}/top1", numbers.top1)
+        self.log(f"{stage}/top5", numbers.top5)
 
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None

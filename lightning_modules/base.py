@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.checkpoint import check_fits, describe
@@ -93,6 +93,58 @@ class GenerativeModule(pl.LightningModule):
     def _log_batches_seen(self) -> None:
         # Loggers take what is logged as "step" for the x axis.
         self.log("step", float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler of a run in float16, else None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def check_finite(self, broken: dict[str, Tensor], during: str = "") -> None:
+        """Stop all ranks, or none, where a term of the loss is not finite: nobody waits for one that is gone.
+
+        Args:
+            broken: scalar bool for each term, True where it is not finite on this rank.
+            during: ends the message.
+
+        Raises:
+            FloatingPointError: with the names of the terms.
+        """
+        flags = torch.stack(list(broken.values()))
+        if self.trainer.world_size > 1:
+            flags = self.trainer.strategy.reduce(flags.float(), reduce_op="sum") > 0
+        if flags.any():
+            names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
+            raise FloatingPointError(
+                f"{', '.join(names)} not finite{during} at step {self.global_step}; go on from the last checkpoint, if "
+                "there is one, with a lower learning rate or another seed, or in 32-bit precision"
+            )
+
+    def clip(self, name: str, network: nn.Module, most: float | None, algorithm: str | None) -> None:
+        """Log the norm of a network's gradient, and clip it.
+
+        Args:
+            name: of the network.
+            network: whose gradients, as far as it has any.
+            most: what to clip to; None or 0 for nothing.
+            algorithm: ``value`` clips each entry, all else the norm.
+
+        Raises:
+            FloatingPointError: if the gradient is not finite, unless a GradScaler skips such steps.
+        """
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = nn.utils.get_total_norm(gradients)
+        self.log(f"train/grad_norm_{name}", norm)
+        if self.scaler is None and not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient of the {name} is not finite at step {self.global_step}; its weights are still those of "
+                "the step before. Go on from the last checkpoint with a lower learning rate or another seed"
+            )
+        if most and algorithm == "value":
+            nn.utils.clip_grad_value_(network.parameters(), most)
+        elif most:
+            nn.utils.clip_grads_with_norm_(network.parameters(), most, norm)
 
     def build_optimizer(self, networks: Iterable[nn.Module]) -> dict[str, Any]:
         """One AdamW over several networks with the module's settings, as ``configure_optimizers`` returns it."""

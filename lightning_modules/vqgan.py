@@ -172,11 +172,6 @@ class VQGANModule(GenerativeModule):
     def _adversarial(self) -> bool:
         return self.discriminator is not None and self.global_step >= self.loss_config.adversarial_start
 
-    @property
-    def _scaler(self) -> Any:
-        """The GradScaler of a run in float16, else None."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of ``batch["images"]`` (B, 3, H, W) in [-1, 1]: the generator's plus the discriminator's.
 
@@ -189,7 +184,7 @@ class VQGANModule(GenerativeModule):
         discriminator_loss: Tensor | float = 0.0
         if self.game is not None and self.discriminator is not None and self._adversarial:
             terms["generator"] = self.game.generator_loss(self.discriminator, output.reconstruction)
-            weight = self.game.generator_weight(terms, self.vqgan.decoder.last_weight, self._scaler)
+            weight = self.game.generator_weight(terms, self.vqgan.decoder.last_weight, self.scaler)
             loss = loss + weight * terms["generator"]
             discriminator_loss, more = self.game.discriminator_loss(
                 self.discriminator, images, output.reconstruction.detach()
@@ -198,7 +193,7 @@ class VQGANModule(GenerativeModule):
         elif self.discriminator is not None and self.trainer.world_size > 1:
             # DDP waits for every parameter: before the start they take part with a gradient of zero.
             discriminator_loss = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
-        self._check_finite({name: ~value.detach().isfinite() for name, value in terms.items()})
+        self.check_finite({name: ~value.detach().isfinite() for name, value in terms.items()})
         self.train_codebook_usage.update(output.encoding.codes)
         if self.revival is not None:
             self.revival.see(output.encoding)
@@ -224,17 +219,6 @@ class VQGANModule(GenerativeModule):
         loss = sum((getattr(config, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
         return loss, terms
 
-    def _check_finite(self, broken: Terms, during: str = "") -> None:
-        flags = torch.stack(list(broken.values()))
-        if self.trainer.world_size > 1:  # all ranks stop, or none: nobody waits for one that is gone
-            flags = self.trainer.strategy.reduce(flags.float(), reduce_op="sum") > 0
-        if flags.any():
-            names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
-            raise FloatingPointError(
-                f"{', '.join(names)} not finite{during} at step {self.global_step}; go on from the last checkpoint, if "
-                "there is one, with a lower learning rate or another seed, or in 32-bit precision"
-            )
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the discriminator alone before its start: no moments, no weight decay."""
         if self.discriminator is not None and not self._adversarial:
@@ -252,20 +236,8 @@ class VQGANModule(GenerativeModule):
             FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
         """
         for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
-            gradients = [] if network is None else [p.grad for p in network.parameters() if p.grad is not None]
-            if network is None or not gradients:
-                continue
-            norm = nn.utils.get_total_norm(gradients)
-            self.log(f"train/grad_norm_{name}", norm)
-            if self._scaler is None and not norm.isfinite():
-                raise FloatingPointError(
-                    f"the gradient of the {name} is not finite at step {self.global_step}; its weights are still those "
-                    "of the step before. Go on from the last checkpoint with a lower learning rate or another seed"
-                )
-            if gradient_clip_val and gradient_clip_algorithm == "value":
-                nn.utils.clip_grad_value_(network.parameters(), gradient_clip_val)
-            elif gradient_clip_val:
-                nn.utils.clip_grads_with_norm_(network.parameters(), gradient_clip_val, norm)
+            if network is not None:
+                self.clip(name, network, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         """Follow the optimizer, for the revival of codes."""
@@ -332,7 +304,7 @@ class VQGANModule(GenerativeModule):
         super().on_validation_epoch_end()
         broken, self._broken_in_validation = self._broken_in_validation, {}
         if broken:
-            self._check_finite(broken, " in validation")
+            self.check_finite(broken, " in validation")
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:

@@ -10,18 +10,23 @@ from llamagen.losses.adversarial import (
     non_saturating_generator_loss,
 )
 from llamagen.losses.lecam import LeCAM
+from llamagen.losses.linear_cross_entropy import CrossEntropy, Surprise, linear_cross_entropy, linear_surprise
 from llamagen.losses.quantization import codebook_loss, commitment_loss, entropy_loss
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
     "AdversarialLoss",
+    "CrossEntropy",
     "LeCAM",
+    "Surprise",
     "adaptive_weight",
     "codebook_loss",
     "commitment_loss",
     "entropy_loss",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "linear_cross_entropy",
+    "linear_surprise",
     "logistic_discriminator_loss",
     "non_saturating_generator_loss",
 ]

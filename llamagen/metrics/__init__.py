@@ -2,5 +2,13 @@
 
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage
 from llamagen.metrics.frechet import FrechetDistance, frechet_distance
+from llamagen.metrics.prediction import CodePrediction, PredictionStatistics
 
-__all__ = ["CodebookStatistics", "CodebookUsage", "FrechetDistance", "frechet_distance"]
+__all__ = [
+    "CodePrediction",
+    "CodebookStatistics",
+    "CodebookUsage",
+    "FrechetDistance",
+    "PredictionStatistics",
+    "frechet_distance",
+]

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
 from llamagen.models.gpt_config import GPTConfig
@@ -136,6 +137,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self._recompute = False
         self.cls_embedding = build_conditioner(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
@@ -177,6 +179,10 @@ class GPT(nn.Module):
         self.rope = self._make_rope(self.output.weight.device)
         return self
 
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """In training, keep only the inputs of the blocks and compute the rest again in the backward pass."""
+        self._recompute = enabled
+
     def forward(
         self,
         tokens: Tensor | None,
@@ -209,6 +215,27 @@ class GPT(nn.Module):
             ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape,
                 or the sequence is too long.
         """
+        hidden = self.features(
+            tokens, condition, caption_lengths=caption_lengths, drop_condition=drop_condition, cache=cache
+        )
+        return cast(Tensor, self.output(hidden))
+
+    def features(
+        self,
+        tokens: Tensor | None,
+        condition: Tensor | None = None,
+        *,
+        caption_lengths: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head makes logits of, for a loss that does not hold all of them.
+
+        Arguments and errors are those of :meth:`forward`.
+
+        Returns:
+            (B, T + 1, D) if the condition is given, else (B, T, D).
+        """
         start = 0 if cache is None else cache.length
         self._check_shapes(tokens, condition, caption_lengths, start)
         parts = []
@@ -230,12 +257,15 @@ class GPT(nn.Module):
         mask = self._attention_mask(x, start, caption_lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
-            x = block(x, self.rope[start:stop], mask, cache, layer)
+            if self._recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.rope[start:stop], mask, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, self.rope[start:stop], mask, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         if condition is not None:
             x = x[:, self.config.condition_length - 1 :]
-        return cast(Tensor, self.output(self.norm(x)))
+        return cast(Tensor, self.norm(x))
 
     def _check_shapes(
         self, tokens: Tensor | None, condition: Tensor | None, caption_lengths: Tensor | None, start: int

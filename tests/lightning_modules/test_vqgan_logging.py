@@ -208,7 +208,7 @@ def test_a_rank_stops_for_what_is_not_finite_on_another(elsewhere: bool, monkeyp
     monkeypatch.setattr(type(module), "global_step", 7)
     terms = {name: torch.tensor(False) for name in ("codebook", "generator")}
     with pytest.raises(FloatingPointError, match=r"^generator not finite at step 7") if elsewhere else nullcontext():
-        module._check_finite(terms)
+        module.check_finite(terms)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""The autoregressive model's loss in numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ARGenLossConfig:
+    """What is added to the cross entropy; the paper adds nothing.
+
+    Args:
+        label_smoothing: share of the target probability that is spread over all codes.
+        z_loss: weight of the squared logarithm of the partition function, which keeps logits small (PaLM: 1e-4).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.z_loss < 0.0:
+            raise ValueError(f"z_loss is {self.z_loss}; it must be at least 0")

@@ -1,0 +1,142 @@
+"""Cross entropy of a linear head that never holds all logits. N rows, D width, V vocabulary."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+MOST_LOGITS = 1 << 24
+"""Logits that are held at a time: 64 MiB in float32."""
+
+
+class CrossEntropy(NamedTuple):
+    """Results of :func:`linear_cross_entropy`.
+
+    Attributes:
+        loss: scalar float32, what is minimised: the mean over rows, with label smoothing and z-loss.
+        nats: scalar float32, the mean cross entropy alone, without a gradient.
+    """
+
+    loss: Tensor
+    nats: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    most_logits: int = MOST_LOGITS,
+) -> CrossEntropy:
+    """Mean cross entropy of ``hidden @ weight.T``, some rows at a time.
+
+    The gradient is made on the way, while the logits of a few rows are at hand, so that they are computed once and kept
+    nowhere. Matrix products are in the dtype of autocast, all else in float32.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), of the head.
+        targets: (N,) int64.
+        label_smoothing: share of the target probability that is spread over all entries (Szegedy et al., 2016).
+        z_loss: weight of the squared logarithm of the partition function, which keeps logits small (PaLM, 2022).
+        most_logits: that may be held at a time.
+    """
+    loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, most_logits)
+    return CrossEntropy(loss, nats)
+
+
+class Surprise(NamedTuple):
+    """Results of :func:`linear_surprise`.
+
+    Attributes:
+        nats: (N,) float32, cross entropy of each row.
+        rank: (N,) int64, how many entries have larger logits than the target: 0 if it is the first guess.
+    """
+
+    nats: Tensor
+    rank: Tensor
+
+
+@torch.no_grad()
+def linear_surprise(hidden: Tensor, weight: Tensor, targets: Tensor, most_logits: int = MOST_LOGITS) -> Surprise:
+    """How well each row of ``hidden @ weight.T`` predicts its target, some rows at a time; without a gradient.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), of the head.
+        targets: (N,) int64.
+        most_logits: that may be held at a time.
+    """
+    nats, rank = [], []
+    rows = max(1, most_logits // len(weight))
+    for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = F.linear(part, weight.to(part.dtype)).float()
+        of_target = logits.gather(1, target[:, None])
+        nats.append((logits.logsumexp(-1, keepdim=True) - of_target)[:, 0])
+        rank.append((logits > of_target).sum(-1))
+    return Surprise(torch.cat(nats), torch.cat(rank))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        most_logits: int,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        head = weight.to(dtype)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, most_logits // len(weight))
+        with torch.autocast(device, enabled=False):
+            for first in range(0, len(hidden), rows):
+                part, target = hidden[first : first + rows].to(dtype), targets[first : first + rows, None]
+                logits = F.linear(part, head).float()
+                partition = logits.logsumexp(-1, keepdim=True)
+                surprise = partition - logits.gather(1, target)
+                nats += surprise.sum()
+                each = surprise
+                if label_smoothing:
+                    each = surprise.lerp(partition - logits.mean(-1, keepdim=True), label_smoothing)
+                loss += (each + z_loss * partition.square() if z_loss else each).sum()
+                if not (wants_hidden or wants_weight):
+                    continue
+                # Not divided by N: in float16 it would vanish.
+                gradient = logits.sub_(partition).exp_()
+                if z_loss:
+                    gradient *= 1.0 + 2.0 * z_loss * partition
+                gradient.scatter_add_(1, target, torch.full_like(partition, label_smoothing - 1.0))
+                if label_smoothing:
+                    gradient -= label_smoothing / len(weight)
+                narrow = gradient.to(dtype)
+                if hidden_gradient is not None:
+                    torch.mm(narrow, head, out=hidden_gradient[first : first + rows])
+                if weight_gradient is not None:
+                    weight_gradient += narrow.T @ part
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.count = len(hidden)
+        nats /= len(hidden)
+        ctx.mark_non_differentiable(nats)
+        return loss / len(hidden), nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scale = loss_gradient / ctx.count
+        gradients = [
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None, None, None)
