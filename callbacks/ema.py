@@ -61,6 +61,8 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if all(parameter.grad is None for parameter in self._parameters):  # a step that was left out does not count
+            return
         if self._initial:
             for parameter, initial in zip(self._parameters, self._initial, strict=True):
                 optimizer.state[parameter][EMA_STATE] = initial

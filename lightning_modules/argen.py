@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,13 +10,14 @@ from torch import Tensor
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
+from llamagen.adaptation import adapt_to
 from llamagen.checkpoint import load_vqgan, weights_checksum
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.sampling import SamplingConfig, generate
-from llamagen.weights import ENTRY
+from llamagen.weights import ENTRY, load_weights, read_weights
 
 
 class ARGenModule(GenerativeModule):
@@ -32,6 +33,12 @@ class ARGenModule(GenerativeModule):
         tokenizer: checkpoint of the tokenizer run whose codes the model learns.
         sample_seed: seed of the pictures that ``predict`` draws.
         loss: what is added to the cross entropy.
+        init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
+        init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
+        init_adapt: what may differ from ``init_from`` on purpose: ``block_size``, for pictures of another size, and
+            ``num_classes``, whose classes are then new.
+        max_grad_norm: norm of the gradient, before clipping, above which the run is taken to diverge and stops.
+        skip_bad_steps: instead of stopping, leave out steps whose gradient is not finite or above ``max_grad_norm``.
         activation_checkpointing: recompute the blocks in the backward pass; less memory for a third more work.
     """
 
@@ -43,13 +50,28 @@ class ARGenModule(GenerativeModule):
         tokenizer: Path | str | None = None,
         sample_seed: int = 0,
         loss: ARGenLossConfig | None = None,
+        init_from: Path | str | None = None,
+        init_averaged: bool = True,
+        init_adapt: Sequence[Literal["block_size", "num_classes"]] = (),
+        max_grad_norm: float | None = None,
+        skip_bad_steps: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer or AdamWConfig())
         self.loss_config = loss or ARGenLossConfig()
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
+        self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
         self.gpt = GPT(net)
         self.gpt.checkpoint_activations(activation_checkpointing)
         self.prediction = CodePrediction(net.block_size)
+        if init_from is not None:
+            weights = read_weights(init_from, init_averaged)
+            load_weights(self.gpt, adapt_to(self.gpt, weights, init_adapt), weights.source)
+        elif init_adapt:
+            raise ValueError(
+                f"init_adapt is {list(init_adapt)}, but there is no init_from; give the weights to start from"
+            )
         self.sampling = sampling or SamplingConfig()
         self.sample_seed = sample_seed
         # In a tuple, so that nn.Module does not see it.
@@ -169,7 +191,8 @@ class ARGenModule(GenerativeModule):
         loss, nats = linear_cross_entropy(
             self._hidden(batch), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
         )
-        self.check_finite({"loss": ~loss.detach().isfinite()})
+        if not self.skip_bad_steps:  # else its gradient tells, on all ranks
+            self.check_finite({"loss": ~loss.detach().isfinite()})
         self.log("train/loss", nats, prog_bar=True, batch_size=len(codes))
         return loss
 
@@ -182,9 +205,9 @@ class ARGenModule(GenerativeModule):
         """Clip, and log the norm.
 
         Raises:
-            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
+            FloatingPointError: if the gradient is not finite or too large, unless such steps are skipped.
         """
-        self.clip("gpt", self.gpt, gradient_clip_val, gradient_clip_algorithm)
+        self.clip("gpt", self.gpt, gradient_clip_val, gradient_clip_algorithm, self.max_grad_norm, self.skip_bad_steps)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Cross entropy, perplexity and share of right guesses without dropout and smoothing, under ``val/``."""

@@ -119,7 +119,15 @@ class GenerativeModule(pl.LightningModule):
                 "there is one, with a lower learning rate or another seed, or in 32-bit precision"
             )
 
-    def clip(self, name: str, network: nn.Module, most: float | None, algorithm: str | None) -> None:
+    def clip(
+        self,
+        name: str,
+        network: nn.Module,
+        most: float | None,
+        algorithm: str | None,
+        wild: float | None = None,
+        skip: bool = False,
+    ) -> None:
         """Log the norm of a network's gradient, and clip it.
 
         Args:
@@ -127,19 +135,32 @@ class GenerativeModule(pl.LightningModule):
             network: whose gradients, as far as it has any.
             most: what to clip to; None or 0 for nothing.
             algorithm: ``value`` clips each entry, all else the norm.
+            wild: norm above which the run is taken to diverge; None for no limit.
+            skip: take a gradient that is not finite or wild away, so that the step changes nothing.
 
         Raises:
-            FloatingPointError: if the gradient is not finite, unless a GradScaler skips such steps.
+            FloatingPointError: if the gradient is not finite or wild, and such steps are not skipped; a GradScaler
+                skips those that are not finite by itself.
         """
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         if not gradients:
             return
         norm = nn.utils.get_total_norm(gradients)
         self.log(f"train/grad_norm_{name}", norm)
-        if self.scaler is None and not norm.isfinite():
+        fault = ""
+        if not norm.isfinite():
+            fault = "is not finite" if self.scaler is None else ""
+        elif wild is not None and norm > wild:
+            fault = f"has a norm of {norm:.4g}, more than {wild:g},"
+        if skip:
+            self.log("train/skipped_steps", float(bool(fault)), on_step=True)
+        if fault and skip:
+            network.zero_grad(set_to_none=True)
+            return
+        if fault:
             raise FloatingPointError(
-                f"the gradient of the {name} is not finite at step {self.global_step}; its weights are still those of "
-                "the step before. Go on from the last checkpoint with a lower learning rate or another seed"
+                f"the gradient of the {name} {fault} at step {self.global_step}; its weights are still those of the "
+                "step before. Go on from the last checkpoint with a lower learning rate or another seed"
             )
         if most and algorithm == "value":
             nn.utils.clip_grad_value_(network.parameters(), most)

@@ -105,6 +105,55 @@ def test_a_gradient_that_is_not_a_number_stops_before_the_step(pipeline: Pipelin
     assert all(weight.isfinite().all() for weight in module.parameters())
 
 
+class Explode(pl.Callback):
+    """Multiplies the gradient of a step."""
+
+    def __init__(self, step: int, factor: float) -> None:
+        self.step, self.factor = step, factor
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            for parameter in pl_module.gpt.parameters():
+                parameter.grad *= self.factor
+
+
+def test_an_exploding_gradient_stops_with_the_step_and_the_norm(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = argen_module()
+    module.max_grad_norm = 100.0
+    with pytest.raises(
+        FloatingPointError, match=r"^the gradient of the gpt has a norm of .*, more than 100, at step 3"
+    ):
+        train(module, pipeline, tmp_path, Explode(3, 1e6), every=2, max_steps=6)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("factor", [1e6, float("nan"), float("inf")])
+def test_a_step_that_is_left_out_changes_nothing_but_the_count(
+    pipeline: Pipeline, tmp_path: Path, factor: float
+) -> None:
+    module = argen_module()
+    module.max_grad_norm, module.skip_bad_steps = 100.0, True
+    states, skipped = [], []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            states.append(state_of(pl_module, trainer))
+            skipped.append(float(trainer.callback_metrics["train/skipped_steps"]))
+
+    train(module, pipeline, tmp_path, Explode(2, factor), Recorder(), max_steps=4)
+    assert skipped == [0.0, 0.0, 1.0, 0.0]
+    assert any(name.endswith("/ema") for name in states[0])
+    for name, value in states[1].items():  # weights, moments and averages
+        assert torch.equal(value, states[2][name]), name
+    assert not torch.equal(states[2]["gpt.output.weight"], states[3]["gpt.output.weight"])
+    assert all(value.isfinite().all() for value in states[3].values())
+
+
+def test_a_limit_without_a_meaning_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^max_grad_norm is 0.0; it must be positive"):
+        ARGenModule(argen_module().gpt.config, max_grad_norm=0.0)
+
+
 def test_the_norm_of_the_gradient_is_logged_and_clipped(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     norms: list[float] = []
