@@ -1,0 +1,86 @@
+"""A run that is killed and started again with the same command ends like one that was left alone."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+from lightning_modules.base import GenerativeModule
+from tests.pipeline import Pipeline
+
+STEPS = 15
+# Within the first epoch of 8 batches, at its end, within the second one, before and after a checkpoint.
+KILLS = [1, 4, 7, 8, 13]
+
+
+def arguments(pipeline: Pipeline, folder: Path) -> list[str]:
+    """A training that keeps a checkpoint every third step, and goes on with the last one if there is one."""
+    kept = [item for item in pipeline.argen_arguments(folder) if not item.startswith(("--trainer.max_steps",))]
+    checkpoints = f"{{dirpath: {folder}/checkpoints, save_last: true, every_n_train_steps: 3}}"
+    ema, saving = "{class_path: EMA, init_args: {decay: 0.9}}", "{class_path: ModelCheckpoint, init_args: "
+    callbacks = f"--trainer.callbacks=[{ema}, {{class_path: LearningCurves}}, {saving}{checkpoints}}}]"
+    return [
+        *("fit", *kept, callbacks, f"--data.init_args.root={pipeline.codes}", "--data.init_args.batch_size=200"),
+        *(f"--trainer.max_steps={STEPS}", "--trainer.accumulate_grad_batches=1", "--ckpt_path=last"),
+    ]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    return checkpoint
+
+
+def run_until_killed(command: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command in a process of its own, which is killed as soon as a batch of that step is over."""
+
+    def die(self: GenerativeModule, *_: Any) -> None:
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerativeModule, "on_train_batch_end", die)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                main.main(command)
+            finally:
+                os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("left_alone")
+    main.main(arguments(pipeline, folder))
+    return state(folder)
+
+
+@pytest.mark.parametrize("step", KILLS)
+def test_a_killed_run_ends_in_the_weights_of_one_that_was_left_alone(
+    pipeline: Pipeline,
+    left_alone: dict[str, Any],
+    tmp_path: Path,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = arguments(pipeline, tmp_path)
+    run_until_killed(command, step, monkeypatch)
+    if step >= 3:
+        assert state(tmp_path)["global_step"] == step // 3 * 3
+    main.main(command)
+    ended = state(tmp_path)
+    assert ended["global_step"] == left_alone["global_step"] == STEPS
+    assert ended["CodeDataModule"] == left_alone["CodeDataModule"]
+    for name, value in left_alone["state_dict"].items():
+        assert torch.equal(ended["state_dict"][name], value), name
+    moments = ended["optimizer_states"][0]["state"]
+    for index, entries in left_alone["optimizer_states"][0]["state"].items():
+        assert "ema" in entries
+        for name, value in entries.items():
+            assert torch.equal(moments[index][name], value), (index, name)
