@@ -6,6 +6,7 @@ from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
+from callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
@@ -15,4 +16,5 @@ __all__ = [
     "LearningCurves",
     "ReconstructionGrid",
     "SampleGrid",
+    "Throughput",
 ]

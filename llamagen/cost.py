@@ -1,4 +1,4 @@
-"""What an autoregressive model costs, before it is trained: ``python -m llamagen.cost --config FILE [--config FILE …]``.
+"""What an autoregressive model costs, before it is trained: ``python -m llamagen.cost --config FILE …``.
 
 The files are those of ``main.py fit``, a base and its overlays; later ones win. Read are the model's ``net`` and
 ``activation_checkpointing``, the data's ``batch_size``, ``trainer.precision``, and whether ``EMA`` is a callback.
@@ -19,11 +19,7 @@ from llamagen.losses.linear_cross_entropy import MOST_LOGITS
 from llamagen.models.gpt_config import GPTConfig
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
-"""Of Lightning: bytes of a parameter and of an entry of the residual stream, bytes of an operand of a matrix product."""
-
-FORWARD_AND_BACKWARD = 6
-"""Operations of a training step for each weight of a matrix and each position: a multiplication and an addition in the
-forward pass, twice as many in the backward pass."""
+"""Of Lightning: bytes of a parameter and of an entry of the residual stream, and of an operand of a matrix product."""
 
 
 def head_parameters(config: GPTConfig) -> int:
@@ -62,8 +58,9 @@ def flops_per_sequence(config: GPTConfig) -> float:
     Of the model, not of the hardware: blocks that are recomputed do not count, so that a share of the peak (MFU, PaLM,
     arXiv 2204.02311, appendix B) is one of useful work. With T positions, L codes and C condition positions:
 
-    - ``6 T`` for each weight of the blocks, ``6 L`` for each of the head, which sees no caption positions but the last,
-      and for text ``6 C`` for each of the caption projection. Embeddings are looked up and do not count.
+    - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
+      of the head, which sees no caption positions but the last, and for text ``6 C`` for each of the caption
+      projection. Embeddings are looked up and do not count.
     - ``12 n_layer dim T S`` for attention, S being the mean number of positions that one attends to (queries by keys
       and weights by values are ``4 dim S`` in the forward pass). It is causal: S = (T + 1) / 2, and what a kernel does
       for masked positions is no work of the model. PaLM's convention is S = T.
@@ -77,7 +74,7 @@ def flops_per_sequence(config: GPTConfig) -> float:
         + config.condition_length * caption_parameters(config)
     )
     attention = 12 * config.n_layer * config.dim * length * (length + 1) / 2
-    return float(FORWARD_AND_BACKWARD * matrices + attention)
+    return float(6 * matrices + attention)
 
 
 def flops_per_token(config: GPTConfig) -> float:
@@ -139,7 +136,7 @@ def activations(
 
     Fused attention is assumed; on GPUs it pads heads to a multiple of 8 and copies queries, keys and values for that,
     and dropout within it keeps no mask. A mask for padded captions is c bytes for each pair of positions. Blocks that
-    are recomputed keep their input, ``r D``, alone. Drop path keeps next to nothing.
+    are recomputed keep their input, ``r D``, alone, and share one mask of a byte. Drop path keeps next to nothing.
 
     Args:
         config: of the model.
@@ -169,11 +166,12 @@ def activations(
     ends = 8 * codes + length * mask(config.token_dropout, residual)
     if config.condition == "text":
         block += compute * length**2
+        ends += length**2 if checkpointing else 0
         ends += compute * config.caption_length * (config.caption_dim + 2 * dim)
     else:
         ends += 8
-    # The last norm reads the whole stream, and writes what predicts a code.
-    ends += 4 * length * dim + codes * (residual * dim + 4)
+    # The last norm keeps what predicts a code, which in float32 is a part of the whole stream.
+    ends += 4 * (length if residual == 4 else codes) * dim + codes * (residual * dim + 4)
     if checkpointing:
         kept, recomputed = config.n_layer * residual * length * dim + ends, block
     else:
@@ -187,8 +185,7 @@ class Head(NamedTuple):
 
     Attributes:
         kept: gradients of what the head reads, as an operand of a matrix product, and of its weights, in float32.
-        moment: what it reads, its weights as an operand, and for the rows at hand logits and their exponentials in
-            float32 and the gradient as an operand.
+        moment: what it reads, its weights as an operand, and the logits at hand in float32 and as an operand.
     """
 
     kept: int
@@ -208,7 +205,7 @@ def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     logits = min(rows, max(1, MOST_LOGITS // config.vocab_size)) * config.vocab_size
     narrow = compute * head_parameters(config) if residual != compute else 0
     kept = compute * rows * config.dim + 4 * head_parameters(config)
-    return Head(kept, residual * rows * config.dim + narrow + logits * (8 + (compute if compute != 4 else 0)))
+    return Head(kept, residual * rows * config.dim + narrow + logits * (4 if compute == 4 else 4 + compute))
 
 
 @dataclass(frozen=True)
@@ -289,10 +286,8 @@ def read_run(paths: list[Path], batch_size: int | None = None, precision: str | 
         return value
 
     callbacks = at("trainer", "callbacks")
-    classes = [
-        str(callback.get("class_path") if isinstance(callback, dict) else callback)
-        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
-    ]
+    entries = callbacks if isinstance(callbacks, list) else [callbacks]
+    classes = [str(entry.get("class_path") if isinstance(entry, dict) else entry) for entry in entries]
     run = Run(
         net=_net(at("model", "init_args", "net")),
         batch_size=at("data", "init_args", "batch_size") if batch_size is None else batch_size,
@@ -318,7 +313,9 @@ def _net(values: Any) -> GPTConfig:
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"model.init_args.net has no {unknown[0]!r}; it has {', '.join(known)}")
     # YAML 1.1 takes 1e-5 for a string.
-    numbers = {name: float(v) if known[name] is float and isinstance(v, str) else v for name, v in values.items()}
+    numbers: dict[str, Any] = {
+        name: float(v) if known[name] is float and isinstance(v, str) else v for name, v in values.items()
+    }
     try:
         return GPTConfig(**numbers)
     except TypeError as error:
@@ -341,7 +338,7 @@ def report(run: Run, pictures: int, mfu: float, peak_tflops: float, gpus: int) -
     if not 0.0 < mfu <= 1.0:
         raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
     for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops), ("gpus", gpus)):
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
     net, days = run.net, gpu_days(run.net, pictures, mfu, peak_tflops)
     rows = [
@@ -355,7 +352,7 @@ def report(run: Run, pictures: int, mfu: float, peak_tflops: float, gpus: int) -
         ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {gpus} GPU{'s' if gpus > 1 else ''}"),
     ]
     parts = memory(run, gpus)
-    rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items()]
+    rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items() if size]
     rows += [("  total", f"{sum(parts.values()) / 1e9:8.2f} GB")]
     for checkpointing, words in ((False, "without"), (True, "with")):
         kept = activations(net, run.batch_size, run.precision, checkpointing)
@@ -376,9 +373,7 @@ def main(args: list[str] | None = None) -> None:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, action="append", required=True, help="as for main.py fit; later ones win"
-    )
+    parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones win")
     parser.add_argument("--batch_size", type=int, help="sequences on each GPU, instead of the configuration's")
     parser.add_argument("--pictures", type=int, default=384_000_000, help="pictures times epochs: 300 of ImageNet")
     parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak that training reaches")
@@ -386,8 +381,8 @@ def main(args: list[str] | None = None) -> None:
         "--peak_tflops",
         type=float,
         default=989.0,
-        help="10^12 operations a second of the GPU: its data sheet's for dense (not sparse) bfloat16 products with sums "
-        "in float32, such as 989 for H100 and H200 SXM, 312 for A100; in 32-true those for float32 or TF32",
+        help="10^12 operations a second of the GPU, on its data sheet for dense (not sparse) bfloat16 products: 989 "
+        "for H100 and H200 SXM, 312 for A100; in 32-true, its number for float32 or TF32",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
     parser.add_argument("--gpus", type=int, default=8, help="that share the work, each with the whole model (DDP)")

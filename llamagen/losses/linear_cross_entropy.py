@@ -103,19 +103,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, len(hidden), rows):
                 part, target = hidden[first : first + rows].to(dtype), targets[first : first + rows, None]
                 logits = F.linear(part, head).float()
-                partition = logits.logsumexp(-1, keepdim=True)
-                surprise = partition - logits.gather(1, target)
+                of_target = logits.gather(1, target)
+                of_all = logits.mean(-1, keepdim=True) if label_smoothing else of_target
+                # In place, and exp once: what is left are the probabilities, which the gradient needs.
+                largest = logits.amax(-1, keepdim=True)
+                total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+                partition = total.log() + largest
+                surprise = partition - of_target
                 nats += surprise.sum()
-                each = surprise
-                if label_smoothing:
-                    each = surprise.lerp(partition - logits.mean(-1, keepdim=True), label_smoothing)
+                each = surprise.lerp(partition - of_all, label_smoothing) if label_smoothing else surprise
                 loss += (each + z_loss * partition.square() if z_loss else each).sum()
                 if not (wants_hidden or wants_weight):
                     continue
                 # Not divided by N: in float16 it would vanish.
-                gradient = logits.sub_(partition).exp_()
-                if z_loss:
-                    gradient *= 1.0 + 2.0 * z_loss * partition
+                gradient = logits.mul_((1.0 + 2.0 * z_loss * partition) / total if z_loss else total.reciprocal())
                 gradient.scatter_add_(1, target, torch.full_like(partition, label_smoothing - 1.0))
                 if label_smoothing:
                     gradient -= label_smoothing / len(weight)
