@@ -182,7 +182,7 @@ class CodeWriter(pl.Callback):
             "image_size": data.image_size,
             "num_classes": len(data.class_names),
             "classes": data.class_names,
-            "tokenizer": weights_checksum(tokenizer),
+            "tokenizer": self._set.plan["tokenizer"],
         }
         shards = {split: self._pieces(data, split) for split in data.predict_splits}
         known = {split: data.tallies[split].known for split in data.predict_splits}

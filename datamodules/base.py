@@ -91,7 +91,6 @@ class ShardDataModule(pl.LightningDataModule):
         self.allow_pipe = allow_pipe
         self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
-        self.meta: dict[str, Any] = {}
         self.class_names: list[str] = []
         self.captioned = False
         self.tallies: dict[str, Tally] = {}
@@ -161,7 +160,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _found(self) -> dict[str, Any]:
         if self._sources is None:
-            train, val, self.meta = self.find()
+            train, val, _ = self.find()
             self._sources = {"train": train, "val": val}
             self.class_names = list(train.classes) if train is not None else []
         return self._sources

@@ -25,11 +25,6 @@ def to_planes(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels (…, H, W, 3) uint8 as (…, 3, H, W) float32 in [-1, 1]."""
-    return scale(torch.from_numpy(to_planes(pixels)))
-
-
 def scale(levels: Tensor) -> Tensor:
     """Levels 0 to 255 uint8 as float32 in [-1, 1]."""
     return levels.float().div_(127.5).sub_(1.0)
@@ -73,13 +68,7 @@ class ImageDataset(SampleDataset):
             BadSampleError: if it has no picture or a broken one.
         """
         sample = self.samples[number]
-        extension = next((extension for extension in PICTURES if extension in sample.members), None)
-        if extension is None:
-            needed = ", ".join(PICTURES)
-            raise BadSampleError(
-                "no picture", f"sample {sample.key} of {sample.source} has no picture; it needs one of {needed}"
-            )
-        pixels = read_picture(sample.read(extension), f"sample {sample.key} of {sample.source}")
+        pixels = read_picture(sample.read_picture(), f"sample {sample.key} of {sample.source}")
         # Contiguous, and so a copy: a piece would keep the whole picture in memory until the batch is full.
         parts = {
             "planes": to_planes(self._cut(pixels, number, epoch)),

@@ -149,6 +149,20 @@ class Sample(NamedTuple):
             raise BadSampleError("empty file", f"the .{extension} of sample {self.key} of {self.source} is empty")
         return data
 
+    def read_picture(self) -> bytes:
+        """The bytes of the picture, whichever of :data:`PICTURES` it is.
+
+        Raises:
+            BadSampleError: if it is missing, empty or cut off.
+        """
+        extension = next((extension for extension in PICTURES if extension in self.members), None)
+        if extension is None:
+            raise BadSampleError(
+                "no picture",
+                f"sample {self.key} of {self.source} has no picture; it needs one of {', '.join(PICTURES)}",
+            )
+        return self.read(extension)
+
     def read_caption(self) -> str:
         """The caption: the txt part, or ``caption`` in the json part, as img2dataset has them; '' for none."""
         if text := self.read_text("txt"):
@@ -250,10 +264,12 @@ class SampleIndex(Sequence[Sample]):
             extensions: one of these members is needed.
             labels_needed: whether each needs a class; None if some have one.
         """
-        offsets = [self.members[extension][:, 0] for extension in extensions if extension in self.members]
-        sizes = [self.members[extension] for extension in extensions if extension in self.members]
-        has_member = np.any([offset >= 0 for offset in offsets], axis=0) if offsets else np.zeros(len(self), bool)
-        empty = np.any([(s[:, 0] >= 0) & (s[:, 1] == 0) for s in sizes], axis=0) if sizes else ~has_member
+        columns = [self.members[extension] for extension in extensions if extension in self.members]
+        has_member = np.zeros(len(self), bool)
+        empty = has_member.copy()
+        for offsets, sizes in (column.T for column in columns):
+            has_member |= offsets >= 0
+            empty |= (offsets >= 0) & (sizes == 0)
         # What stands beside the samples, like a README.txt, says nothing about them.
         labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
         missing = "no codes" if "npy" in extensions else "no picture"

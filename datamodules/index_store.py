@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
 
 from datamodules.bad_samples import Skipped
+from datamodules.files import whole_file
 from datamodules.index import SampleIndex, Strings
 from datamodules.tar_index import index_shard
 
@@ -92,24 +92,18 @@ class IndexStore:
 
 
 def _save(path: Path, index: SampleIndex) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
     columns = {f"member_{extension}": column for extension, column in index.members.items()}
     bad = Strings.of([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                keys=np.frombuffer(index.keys.block, np.uint8),
-                key_ends=index.keys.ends,
-                labels=index.labels,
-                bad=np.frombuffer(bad.block, np.uint8),
-                bad_ends=bad.ends,
-                **columns,  # type: ignore[arg-type]
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            keys=np.frombuffer(index.keys.block, np.uint8),
+            key_ends=index.keys.ends,
+            labels=index.labels,
+            bad=np.frombuffer(bad.block, np.uint8),
+            bad_ends=bad.ends,
+            **columns,  # type: ignore[arg-type]
+        )
 
 
 def _load(path: Path, shard: Path) -> SampleIndex:

@@ -5,7 +5,6 @@ reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataM
 """
 
 import argparse
-import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
+from datamodules.files import sha256_of, whole_file
 from datamodules.index import PICTURES, SampleIndex
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
@@ -51,7 +51,7 @@ class Facts(Dataset[Any]):
         sample = self.samples[number]
         where = f"sample {sample.key} of {sample.source}"
         try:
-            data = sample.read(next(extension for extension in PICTURES if extension in sample.members))
+            data = sample.read_picture()
             image = open_picture(data, where)
             if self.decode:
                 read_picture(data, where)
@@ -114,9 +114,8 @@ def _checksums(source: Source) -> list[str]:
         return []
     wrong = []
     for path, note in tqdm(described.items(), "checksums", unit="shard", leave=False):
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != note.sha256:
-                wrong.append(f"    {path} is not what was written")
+        if sha256_of(path) != note.sha256:
+            wrong.append(f"    {path} is not what was written")
     right = len(described) - len(wrong)
     return [f"  checksums: {right} of {len(described)} right", *wrong]
 
@@ -216,8 +215,8 @@ def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) 
             break
         sample = samples[int(number)]
         try:
-            data = sample.read(next(extension for extension in PICTURES if extension in sample.members))
-            tiles.append((sample.label, Image.fromarray(centre_crop(read_picture(data, sample.key), TILE))))
+            pixels = read_picture(sample.read_picture(), sample.key)
+            tiles.append((sample.label, Image.fromarray(centre_crop(pixels, TILE))))
         except BadSampleError:
             continue
     rows = -(-len(tiles) // COLUMNS)
@@ -228,13 +227,8 @@ def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) 
         sheet.paste(picture, (left, top))
         name = names[label] if 0 <= label < len(names) else str(label) if label >= 0 else ""
         pen.text((left, top + TILE + 1), name[:18], fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         sheet.save(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(args: list[str] | None = None) -> None:

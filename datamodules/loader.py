@@ -9,9 +9,8 @@ from datamodules.bad_samples import Tally
 from datamodules.order import NO_EPOCH, Address, Plan
 
 SKIPPED = "skipped"
-"""Entry of a dataset's batch: arguments of :meth:`~datamodules.bad_samples.Tally.add`. A batch of which nothing could
-be
-used has no other entry."""
+"""Entry of a dataset's batch: arguments of :meth:`~datamodules.bad_samples.Tally.add`. A batch of which
+nothing could be used has no other entry."""
 
 
 class TrainLoader:
@@ -58,7 +57,7 @@ class TrainLoader:
         ends = self.plan.ends(place.consumed).tolist()
         ends[-1] = self.plan.count  # where samples are left out, the epoch is over all the same
         for end, batch in zip(ends, self._loader, strict=True):
-            place.consumed = min(end, self.plan.count)
+            place.consumed = end
             if usable(batch, self.tally):
                 yield batch
 

@@ -30,11 +30,9 @@ class Plan(Protocol):
 
     Attributes:
         count: samples of an epoch, over all ranks.
-        world_size: number of ranks.
     """
 
     count: int
-    world_size: int
 
     def ends(self, consumed: int) -> np.ndarray:
         """Samples that all ranks have consumed after each batch of the rest of an epoch."""

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import fsspec
 from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
-EXTRAS = {"s3": "s3", "gs": "gs"}
+from datamodules.files import sha256_of, whole_file
+
+EXTRAS = ("s3", "gs")
+"""Schemes that need a package more, which the extra of the same name installs."""
 SCHEMES = ("http", "https", *EXTRAS)
 PIPE = "pipe:"
 ATTEMPTS = 5
@@ -66,7 +68,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise ValueError(
-            f"{address} needs a package that is not installed; pip install 'llamagen-lightning[{EXTRAS[scheme]}]'"
+            f"{address} needs a package that is not installed; pip install 'llamagen-lightning[{scheme}]'"
         ) from error
     return system, str(path)
 
@@ -165,18 +167,12 @@ class ShardCache:
                 os.utime(path)
             return path
         check_address(address, self.allow_pipe)
-        path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f".{path.name}-*.tmp"):
             with suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > ABANDONED:
                     leftover.unlink()
-        # The folder may be shared by machines, on which process numbers are not unique.
-        temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
-        try:
+        with whole_file(path) as temporary:
             patiently(lambda: self._copy(address, temporary, checksum), address)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         if self.most_bytes is not None:
             self._make_room(path)
         return path
@@ -192,12 +188,8 @@ class ShardCache:
         size = target.stat().st_size
         if (expected := system.info(path).get("size")) not in (None, size):
             raise EOFError(f"{size} of {expected} bytes came")
-        if checksum is not None:
-            with target.open("rb") as file:
-                if (found := hashlib.file_digest(file, "sha256").hexdigest()) != checksum:
-                    raise EOFError(
-                        f"its SHA-256 is {found[:12]}…, not {checksum[:12]}… as the description of its set says"
-                    )
+        if checksum is not None and (found := sha256_of(target)) != checksum:
+            raise EOFError(f"its SHA-256 is {found[:12]}…, not {checksum[:12]}… as the description of its set says")
 
     def _make_room(self, newest: Path) -> None:
         sizes = {}

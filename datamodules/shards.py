@@ -4,7 +4,6 @@ A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A
 (``train``, ``val``) beside a ``meta.json``, which is written last: without it the set is not complete.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import webdataset
 
 from datamodules.bad_samples import Skipped, Tally
+from datamodules.files import sha256_of, whole_file
 from datamodules.remote import is_remote, read_small
 
 META_FILE = "meta.json"
@@ -82,9 +82,8 @@ def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[S
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class ShardWriter:
@@ -136,9 +135,8 @@ class ShardWriter:
         """Give the file its name."""
         try:
             self._writer.close()
-            with self._temporary.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            note = {"count": self.count, "bytes": self._temporary.stat().st_size, "sha256": checksum}
+            size, checksum = self._temporary.stat().st_size, sha256_of(self._temporary)
+            note = {"count": self.count, "bytes": size, "sha256": checksum}
             more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
             _write_json(_note(self.path), {**note, **more})
             self._temporary.replace(self.path)
@@ -258,10 +256,9 @@ class ShardSet:
             lines += ["\t".join(" ".join(text.split()) for text in (split, *sample[1:])) for sample in bad]
         Tally("the set", everything, missing, max_bad_share)
         if lines:
-            temporary = self.root / ".skipped.tsv.tmp"
             table = "\n".join(["split\tkey\treason\tmessage", *lines]) + "\n"
-            temporary.write_text(table, encoding="utf-8", errors="backslashreplace")  # names of files may be anything
-            temporary.replace(self.root / "skipped.tsv")
+            with whole_file(self.root / "skipped.tsv") as temporary:  # names of files may be anything
+                temporary.write_text(table, encoding="utf-8", errors="backslashreplace")
         _write_json(
             self.root / META_FILE,
             {**meta, "num_classes": max(meta.get("num_classes", 0), highest + 1), "splits": splits},

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
@@ -47,14 +48,12 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
             raise ValueError(f"{differing}; set {name} to {there}")
     state = dict(weights.state)
     table, own = state.get(TABLE), gpt.state_dict().get(TABLE)
-    if "num_classes" in adapt and table is not None and own is not None and table.shape[1:] == own.shape[1:]:
-        if len(table) != len(own):
-            rows = own.clone()
-            rows[-1] = table[-1]
-            state[TABLE] = rows
-    elif table is not None and own is not None and len(table) != len(own) and table.shape[1:] == own.shape[1:]:
+    if table is None or own is None or len(table) == len(own) or table.shape[1:] != own.shape[1:]:
+        return state
+    if "num_classes" not in adapt:
         raise ValueError(
             f"{weights.source}: they know {len(table) - 1} classes, here there are {len(own) - 1}; set num_classes to "
             f"{len(table) - 1}, or, if new classes are meant, give init_adapt [num_classes]"
         )
+    state[TABLE] = torch.cat([own[:-1], table[-1:].to(own)])
     return state

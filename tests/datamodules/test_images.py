@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.bad_samples import BadSampleError
 from datamodules.crops import centre_crop
-from datamodules.images import ImageDataModule, ImageDataset, to_tensor
+from datamodules.images import ImageDataModule, ImageDataset, scale, to_planes
 from datamodules.index import NO_LABEL
 from datamodules.order import NO_EPOCH
 from datamodules.tar_index import index_shard
@@ -34,7 +34,7 @@ def levels(images: torch.Tensor) -> np.ndarray:
 
 def test_levels_are_mapped_onto_minus_one_to_one() -> None:
     row = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
-    tensor = to_tensor(row)
+    tensor = scale(torch.from_numpy(to_planes(row)))
     assert (tensor.dtype, tensor.shape) == (torch.float32, (3, 1, 256))
     assert (tensor[0, 0, 0], tensor[0, 0, -1]) == (-1.0, 1.0)
     torch.testing.assert_close(tensor[1, 0], torch.linspace(-1, 1, 256), atol=1e-6, rtol=0)
@@ -42,9 +42,9 @@ def test_levels_are_mapped_onto_minus_one_to_one() -> None:
 
 def test_pictures_of_any_number_of_dimensions_keep_their_places() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 6, 3), dtype=np.uint8)
-    tensor = to_tensor(pixels)
+    tensor = scale(torch.from_numpy(to_planes(pixels)))
     assert tensor.shape == (2, 5, 3, 4, 6)
-    assert torch.equal(tensor[1, 3], to_tensor(pixels[1, 3]))
+    assert torch.equal(tensor[1, 3], scale(torch.from_numpy(to_planes(pixels[1, 3]))))
     assert tensor.is_contiguous()
     assert pixels.dtype == np.uint8
 
