@@ -9,10 +9,11 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
-import lightning_modules  # noqa: F401
+from lightning_modules import CheckpointFiles
 from llamagen.checkpoint import read_checkpoint
 from llamagen.whole_file import whole_file
 
@@ -102,7 +103,7 @@ class LlamaGenCLI(LightningCLI):
             )
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
             try:
-                read_checkpoint(path)
+                read_checkpoint(path, wanted=lambda _: False)
             except ValueError as error:
                 self.parser.error(f"--ckpt_path: {error}")
 
@@ -115,6 +116,13 @@ class LlamaGenCLI(LightningCLI):
             while isinstance(reason.__cause__, ValueError):
                 reason = reason.__cause__
             self.parser.error(str(reason))
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A trainer that reads sharded checkpoints, whatever its strategy."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         """Predictions go to their writers; do not collect them in memory."""

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llamagen.checkpoint import read_checkpoint
+from llamagen.models.sharding import is_sharded, take_apart
+from llamagen.models.whole_tensor import copy_whole_
 from llamagen.weights import EMA_STATE, ENTRY, averaged_weights
 
 
@@ -36,6 +39,8 @@ class EMA(pl.Callback):
             raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
         self.decay = decay
         self._parameters: list[nn.Parameter] = []
+        self._names: list[str] = []
+        self._generator: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         self._initial: list[Tensor] = []
         self._handles: list[Any] = []
@@ -43,9 +48,11 @@ class EMA(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow the optimizer."""
-        generator = cast(HasGenerator, pl_module).generator
-        averaged = {id(parameter) for parameter in generator.parameters() if parameter.requires_grad}
+        self._generator = cast(HasGenerator, pl_module).generator
+        averaged = {id(parameter) for parameter in self._generator.parameters() if parameter.requires_grad}
         self._optimizer = trainer.optimizers[0]
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._names = [names[id(parameter)] for parameter in _ordered_parameters(self._optimizer)]
         self._parameters = [p for p in _ordered_parameters(self._optimizer) if id(p) in averaged]
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
@@ -74,13 +81,18 @@ class EMA(pl.Callback):
         assert self._optimizer is not None
         return bool(self._parameters) and EMA_STATE in self._optimizer.state[self._parameters[0]]
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange weights and averages by exchanging their storage: nothing is copied."""
+        """Exchange weights and averages in place, a tensor at a time: graphs and shards point to their storage."""
         if self._optimizer is None or not self._has_average():
             return
+        assert self._generator is not None
+        take_apart(self._generator)
         for parameter in self._parameters:
-            state = self._optimizer.state[parameter]
-            parameter.data, state[EMA_STATE] = state[EMA_STATE], parameter.data
+            average, weights = self._optimizer.state[parameter][EMA_STATE], parameter.detach()
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
         self._swapped = not self._swapped
 
     def _swap_back(self) -> None:
@@ -104,7 +116,8 @@ class EMA(pl.Callback):
         self._swap_back()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._parameters, self._optimizer = [], [], None
+        self._handles, self._parameters, self._names = [], [], []
+        self._optimizer = self._generator = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -114,8 +127,7 @@ class EMA(pl.Callback):
             return
         if self._swapped:
             raise RuntimeError("a checkpoint was asked for while the averages are in the place of the weights")
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        checkpoint.setdefault(ENTRY, {})["ema_names"] = [names[id(p)] for p in _ordered_parameters(self._optimizer)]
+        checkpoint.setdefault(ENTRY, {})["ema_names"] = list(self._names)
 
     @torch.no_grad()
     def on_load_checkpoint(
@@ -128,12 +140,14 @@ class EMA(pl.Callback):
         """
         if trainer.state.fn == "fit":
             return
+        if is_sharded(cast(HasGenerator, pl_module).generator):  # and so is not told what the file holds
+            checkpoint = read_checkpoint(trainer.ckpt_path)  # type: ignore[arg-type]
         averages = averaged_weights(checkpoint)
         if not averages:
             raise ValueError("the checkpoint has no EMA weights; run without the EMA callback to use its raw weights")
         parameters = dict(pl_module.named_parameters())
         for name, average in averages.items():
-            parameters[name].copy_(average)
+            copy_whole_(parameters[name], average)
 
 
 def _ordered_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

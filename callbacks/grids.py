@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from callbacks.pictures import batches_seen, grid_image, publish
+from llamagen.models.sharding import is_sharded
 from llamagen.models.vqgan import to_uint8
 
 
@@ -121,15 +122,16 @@ class SampleGrid(pl.Callback):
         self._validations = state_dict["validations"]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the grid, on the first rank."""
+        """Draw the grid, on the first rank; where no rank has the whole model, all take part."""
         if trainer.sanity_checking:
             return
         self._validations += 1
-        if self._validations % self.every_n_validations or not trainer.is_global_zero:
+        if self._validations % self.every_n_validations or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         module = cast(Samples, pl_module)
         condition = torch.tensor(self.classes, device=module.device).repeat_interleave(self.per_class)
         images, _ = module.sample(condition, torch.arange(len(condition), device=module.device), self.seed)
         pictures = images.cpu().numpy()
         rows = [list(row) for row in np.split(pictures, len(self.classes))]
-        publish(trainer, grid_image(rows), "samples")
+        if trainer.is_global_zero:
+            publish(trainer, grid_image(rows), "samples")

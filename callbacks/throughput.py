@@ -44,8 +44,9 @@ class Throughput(pl.Callback):
     - ``tokens_a_second`` and ``sequences_a_second``: codes and pictures that all ranks have trained on.
     - ``tflops_a_second``: of this rank's device, in 10¹² operations; those of the model, without recomputed blocks.
     - ``mfu``: its share of the peak, if that is known.
+    - ``hours``: what the whole run has taken until then, the part before it was resumed included.
 
-    Each is over the time since it was logged last, with what lies between steps (waiting for data), but without
+    Each but the last is over the time since it was logged last, with what lies between steps (waiting for data), but without
     validation, checkpoints and the time between epochs. The device is only waited for at the ends of such stretches.
     The first number holds whatever is slow at the start. Checkpoints of weights alone, which callbacks do not hear of,
     are not left out.
@@ -63,6 +64,7 @@ class Throughput(pl.Callback):
         self._clear()
         self._started: float | None = None
         self._step = 0
+        self._hours = 0.0
 
     def _clear(self) -> None:
         self._seconds, self._sequences, self._tokens = 0.0, 0, 0
@@ -78,6 +80,15 @@ class Throughput(pl.Callback):
                 f"{type(pl_module).__name__} does not say its operations; leave Throughput out of trainer.callbacks"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The time that the run has taken."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return {"hours": self._hours + running / 3600}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._hours = state_dict["hours"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
         self._clear()
@@ -92,7 +103,9 @@ class Throughput(pl.Callback):
 
     def _stop(self, pl_module: pl.LightningModule) -> None:
         if self._started is not None:
-            self._seconds += _now(pl_module.device) - self._started
+            passed = _now(pl_module.device) - self._started
+            self._seconds += passed
+            self._hours += passed / 3600
             self._started = None
 
     def on_train_batch_end(
@@ -123,6 +136,7 @@ class Throughput(pl.Callback):
             "sequences_a_second": sequences / self._seconds,
             "tokens_a_second": tokens / self._seconds,
             "tflops_a_second": work / self._seconds,
+            "hours": self._hours,
         }
         if peak := self.peak_tflops or known_peak(pl_module.device):
             numbers["mfu"] = numbers["tflops_a_second"] / peak

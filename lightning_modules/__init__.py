@@ -3,7 +3,16 @@
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.optimization import AdamWConfig
+from lightning_modules.sharded_strategy import CheckpointFiles, ShardedStrategy
 from lightning_modules.vqgan import VQGANModule
 from lightning_modules.vqgan_config import VQGANLossConfig
 
-__all__ = ["ARGenLossConfig", "ARGenModule", "AdamWConfig", "VQGANLossConfig", "VQGANModule"]
+__all__ = [
+    "ARGenLossConfig",
+    "ARGenModule",
+    "AdamWConfig",
+    "CheckpointFiles",
+    "ShardedStrategy",
+    "VQGANLossConfig",
+    "VQGANModule",
+]

@@ -16,6 +16,7 @@ from llamagen.cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.sharding import shard
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.sampling import SamplingConfig, generate
 from llamagen.weights import ENTRY, load_weights, read_weights
@@ -66,10 +67,10 @@ class ARGenModule(GenerativeModule):
         self.gpt = GPT(net)
         self.gpt.checkpoint_activations(activation_checkpointing)
         self.prediction = CodePrediction(net.block_size)
-        if init_from is not None:
-            weights = read_weights(init_from, init_averaged)
-            load_weights(self.gpt, adapt_to(self.gpt, weights, init_adapt), weights.source)
-        elif init_adapt:
+        self._start = read_weights(init_from, init_averaged) if init_from is not None else None
+        self._init_adapt = init_adapt
+        self._load_start()  # on the meta device it is seen that they fit
+        if self._start is None and init_adapt:
             raise ValueError(
                 f"init_adapt is {list(init_adapt)}, but there is no init_from; give the weights to start from"
             )
@@ -87,6 +88,42 @@ class ARGenModule(GenerativeModule):
                 )
             self._tokenizer = (vqgan,)
             self._tokenizer_checksum = weights_checksum(vqgan)
+
+    def _load_start(self) -> None:
+        if self._start is not None:
+            state = adapt_to(self.gpt, self._start, self._init_adapt)
+            load_weights(self.gpt, state, self._start.source)
+
+    def configure_model(self) -> None:
+        """Spread the parameters over ranks, if the strategy is Lightning's ``ModelParallelStrategy`` (FSDP2).
+
+        A model that was built on the meta device gets its weights now, which are those that it would have without any
+        strategy; no process ever holds all of them.
+
+        Raises:
+            ValueError: if the strategy wants tensors to be computed in parts, or the precision is not right under it.
+        """
+        if self.device_mesh is not None:
+            mesh, precision = self.device_mesh, self.trainer.precision
+            if mesh["tensor_parallel"].size() > 1:
+                raise ValueError(
+                    f"tensor_parallel_size is {mesh['tensor_parallel'].size()}, but only parameters are spread over "
+                    "ranks here; set tensor_parallel_size to 1, and data_parallel_size to the number of ranks"
+                )
+            if precision not in ("32-true", "bf16-mixed", "bf16-true"):
+                raise ValueError(f"precision {precision} is not right with sharded parameters; use bf16-mixed")
+            shard(self.gpt, mesh["data_parallel"], torch.bfloat16 if precision == "bf16-mixed" else None)
+            if self.trainer.state.fn == "fit":
+                # What is gathered in inference mode could not be trained on.
+                self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+        if any(parameter.is_meta for parameter in self.gpt.parameters()):
+            self.gpt.to_empty(device="cpu" if self.device_mesh is None else self.trainer.strategy.root_device)
+            self.gpt.reset_parameters()
+            self._load_start()
+        if self.device_mesh is not None:
+            for buffer in self.gpt.buffers():  # whole on each rank, and drawn anew without a seed
+                buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))
+        self._start = None
 
     @property
     def generator(self) -> GPT:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.checkpoint import check_fits, describe
@@ -45,6 +46,18 @@ class GenerativeModule(pl.LightningModule):
     def generator_prefix(self) -> str:
         """Where the generator's weights are in the state dict."""
         return next(f"{name}." for name, module in self.named_children() if module is self.generator)
+
+    def configure_model(self) -> None:
+        """Refuse a strategy that spreads parameters over ranks, unless a module knows how to.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if self.device_mesh is not None:
+            raise ValueError(
+                f"{type(self).__name__} is small enough for each GPU; set trainer.strategy to ddp, not to one that "
+                "shards its parameters"
+            )
 
     def on_fit_start(self) -> None:
         """Fix the seed of the run, unless a checkpoint brought it."""
@@ -145,7 +158,8 @@ class GenerativeModule(pl.LightningModule):
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         if not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients)
+        spread = nn.utils.get_total_norm(gradients)  # its parts, where gradients are sharded
+        norm = spread.full_tensor() if isinstance(spread, DTensor) else spread
         self.log(f"train/grad_norm_{name}", norm)
         fault = ""
         if not norm.isfinite():
@@ -165,7 +179,7 @@ class GenerativeModule(pl.LightningModule):
         if most and algorithm == "value":
             nn.utils.clip_grad_value_(network.parameters(), most)
         elif most:
-            nn.utils.clip_grads_with_norm_(network.parameters(), most, norm)
+            nn.utils.clip_grads_with_norm_(network.parameters(), most, spread)
 
     def build_optimizer(self, networks: Iterable[nn.Module]) -> dict[str, Any]:
         """One AdamW over several networks with the module's settings, as ``configure_optimizers`` returns it."""

@@ -7,6 +7,7 @@ state.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.sharded_checkpoint import not_moments
 from llamagen.weights import (
     ENTRY,
     Weights,
@@ -39,14 +41,20 @@ def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
         Primitives only, so that the checkpoint loads with ``weights_only``.
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
-    return {"architecture": type(model).__name__, "config": config, "prefix": prefix}
+    return {"architecture": architecture_of(model), "config": config, "prefix": prefix}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A training checkpoint of this project; tensors are read from the file when they are used.
+def architecture_of(model: GPT | VQGAN) -> str:
+    """Its class, whatever became of it when its parameters were spread over ranks."""
+    return "GPT" if isinstance(model, GPT) else "VQGAN"
+
+
+def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moments) -> dict[str, Any]:
+    """A training checkpoint of this project; tensors of a file are read when they are used.
 
     Args:
-        path: its file.
+        path: its file, or the folder of a sharded one.
+        wanted: which tensors of a sharded one to read, see :func:`~llamagen.sharded_checkpoint.read_sharded`.
 
     Returns:
         The checkpoint, on the CPU.
@@ -55,9 +63,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: in one line, if there is no such file or it is something else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
-    checkpoint = read_torch_file(path)
+    checkpoint = read_torch_file(path, wanted)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(ENTRY), dict):
         raise ValueError(f"{path} was not written by a training run of this project; give the .ckpt file of a run")
     return checkpoint
@@ -74,7 +82,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
         ValueError: in one line, with what differs.
     """
     entry = checkpoint.get(ENTRY)
-    wanted = type(model).__name__
+    wanted = architecture_of(model)
     if not isinstance(entry, dict):
         raise ValueError(f"the checkpoint was not written by this project's {wanted} training; choose another file")
     if entry["architecture"] != wanted:
@@ -82,6 +90,8 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
             f"a {wanted} run"
         )
+    if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
+        return
     differing = differences(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(

@@ -6,7 +6,7 @@ Read are published ``.pt`` files and training checkpoints, training checkpoints 
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.models.vqgan import VQGANConfig
+from llamagen.models.whole_tensor import copy_whole_
+from llamagen.sharded_checkpoint import META_FILE, is_sharded_checkpoint, not_moments, read_sharded
 
 ENTRY = "llamagen"
 EMA_STATE = "ema"
@@ -50,8 +52,8 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
 
     Args:
         path: published ``.pt``, ``.pth`` or ``.bin`` (under ``model``, ``module`` or ``state_dict``, or bare), a
-            published training checkpoint, a training checkpoint of this project, or ``.safetensors``. The prefixes of
-            DDP and ``torch.compile`` and a stored rotary table are removed.
+            published training checkpoint, a training checkpoint of this project (a sharded one is a folder), or
+            ``.safetensors``. The prefixes of DDP and ``torch.compile`` and a stored rotary table are removed.
         averaged: take averages (EMA) where the file has them; otherwise, or without them, the raw weights.
 
     Returns:
@@ -61,9 +63,7 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
         ValueError: in one line, if there is no such file, it is damaged, needs code to be read, or holds no weights.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; if it is a sharded checkpoint, merge its shards into one file first")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} does not exist; give a file of weights")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, averaged)
@@ -94,12 +94,20 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     )
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> Any:
     """What ``torch.save`` wrote: tensors, primitives and ``argparse.Namespace``, mapped from the file if possible.
+
+    Args:
+        path: the file, or the folder of a sharded checkpoint.
+        wanted: which tensors of the latter to read.
 
     Raises:
         ValueError: in one line, if the file is damaged, something else, or needs other code to be read.
     """
+    if path.is_dir():
+        if not is_sharded_checkpoint(path):
+            raise ValueError(f"{path} is a folder, but no sharded checkpoint that was written to its end")
+        return read_sharded(path, read_torch_file(path / META_FILE), wanted)
     try:
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP  # written before torch 1.6 if not: cannot be mapped
@@ -252,7 +260,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     differing = differences(state, model.state_dict())
     if differing:
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {differing}")
-    model.load_state_dict(state)
+    for name, tensor in model.state_dict().items():
+        copy_whole_(tensor, state[name])
 
 
 def infer_vqgan_config(state: Mapping[str, Tensor], source: str = "these weights") -> VQGANConfig:

@@ -5,6 +5,7 @@ included), D width, H heads, G key-value heads, E width of a head, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, dra
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.kv_cache import KVCache
 from llamagen.models.rope import rope_table, rotate
+from llamagen.models.whole_tensor import draw_whole_
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
@@ -151,15 +153,18 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) for linears and embeddings, ones for norms, zero for the head: the first loss is ln(V)."""
+        """Normal(0, 0.02) for linears and embeddings, ones for norms, zero for the head: the first loss is ln(V).
+
+        From the same seed of the CPU's generator a model whose parameters are spread over ranks gets the same ones.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                draw_whole_(module.weight, partial(nn.init.normal_, std=0.02))
             elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+                draw_whole_(module.weight, nn.init.ones_)
             elif isinstance(module, CaptionEmbedder):
                 module.reset_parameters()
-        nn.init.zeros_(self.output.weight)
+        draw_whole_(self.output.weight, nn.init.zeros_)
 
     def _make_rope(self, device: torch.device) -> Tensor:
         config = self.config

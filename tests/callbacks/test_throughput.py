@@ -128,12 +128,15 @@ def test_speed_is_over_the_time_since_the_last_number_with_its_waiting_for_data(
     logged = fit(clock, tmp_path, Throughput(), limit_train_batches=12)
     # The first window starts with its first batch at hand; steps without a number log none.
     assert list(logged) == [4, 8, 12]
+    whole = -LOAD
     for step, seconds in ((4, 4 * STEP + 3 * LOAD), (8, 4 * (STEP + LOAD)), (12, 4 * (STEP + LOAD))):
+        whole += 4 * (STEP + LOAD)
         assert logged[step] == pytest.approx(
             {
                 "train/sequences_a_second": 4 * ROWS / seconds,
                 "train/tokens_a_second": 4 * ROWS * LENGTH / seconds,
                 "train/tflops_a_second": 4 * ROWS * WORK / 1e12 / seconds,
+                "train/hours": whole / 3600,
             }
         )
 
@@ -171,6 +174,17 @@ def test_a_window_goes_on_in_the_next_epoch(clock: Clock, tmp_path: Path) -> Non
 def test_the_device_is_waited_for_at_the_ends_of_windows_alone(clock: Clock, tmp_path: Path) -> None:
     fit(clock, tmp_path, Throughput(), limit_train_batches=12, log_every_n_steps=6)
     assert clock.asked == 1 + 2 * 2 + 1  # at the start, at both ends between windows, and at the end of the epoch
+
+
+def test_hours_are_those_of_the_whole_run(clock: Clock, tmp_path: Path) -> None:
+    first, second = Throughput(), Throughput()
+    before = fit(clock, tmp_path, first, limit_train_batches=8)[8]["train/hours"]
+    assert first.state_dict() == {"hours": pytest.approx(before)}
+    second.load_state_dict(first.state_dict())
+    assert fit(clock, tmp_path, second, limit_train_batches=8)[8]["train/hours"] == pytest.approx(2 * before)
+    second.on_train_batch_start(cast(Any, None), cast(Any, SimpleNamespace(device=torch.device("cpu"))), None, 0)
+    clock.now += 36.0
+    assert second.state_dict() == {"hours": pytest.approx(2 * before + 0.01)}
 
 
 def test_nothing_is_logged_where_a_trainer_logs_nothing(clock: Clock, tmp_path: Path) -> None:
@@ -224,6 +238,7 @@ def test_sequences_are_those_of_all_ranks_and_operations_those_of_this_one(clock
         "train/sequences_a_second": pytest.approx((2 * ROWS + 1) / 10),
         "train/tokens_a_second": pytest.approx((2 * ROWS * LENGTH + 1) / 10),
         "train/tflops_a_second": pytest.approx(ROWS * WORK / 1e13),
+        "train/hours": pytest.approx(10 / 3600),
     }
 
 
