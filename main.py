@@ -1,10 +1,12 @@
 """The command line of all stages: ``python main.py fit|validate|test|predict --config … [--config …]``."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,6 +18,9 @@ import datamodules  # noqa: F401
 from lightning_modules import CheckpointFiles
 from llamagen.checkpoint import read_checkpoint
 from llamagen.whole_file import whole_file
+
+PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
+SHARDED = "lightning_modules.ShardedStrategy"
 
 
 class RunConfig(SaveConfigCallback):
@@ -109,8 +114,12 @@ class LlamaGenCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Say what is wrong with a model or its data in the words of the one who found out, not of each one above."""
+        strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
+        sharded = strategy == "sharded" or getattr(strategy, "class_path", None) == SHARDED
         try:
-            super().instantiate_classes()
+            # What is to be spread over ranks gets its memory when it is.
+            with torch.device("meta") if sharded else nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             reason = error
             while isinstance(reason.__cause__, ValueError):
@@ -119,15 +128,20 @@ class LlamaGenCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer that reads sharded checkpoints, whatever its strategy."""
-        trainer = super().instantiate_trainer(**kwargs)
+        with torch.device("cpu"):
+            trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         return trainer
 
     def before_instantiate_classes(self) -> None:
-        """Predictions go to their writers; do not collect them in memory."""
+        """Predictions go to their writers, and are not collected in memory; checkpoints get their names when whole."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand == "predict":
-            self.config.predict.return_predictions = False
+            config.return_predictions = False
+        strategy = config.trainer.strategy
+        if getattr(strategy, "class_path", None) == PLAIN_SHARDED:
+            strategy.class_path = SHARDED
 
 
 def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:

@@ -130,7 +130,8 @@ class SampleGrid(pl.Callback):
             return
         module = cast(Samples, pl_module)
         condition = torch.tensor(self.classes, device=module.device).repeat_interleave(self.per_class)
-        images, _ = module.sample(condition, torch.arange(len(condition), device=module.device), self.seed)
+        with trainer.precision_plugin.forward_context():
+            images, _ = module.sample(condition, torch.arange(len(condition), device=module.device), self.seed)
         pictures = images.cpu().numpy()
         rows = [list(row) for row in np.split(pictures, len(self.classes))]
         if trainer.is_global_zero:

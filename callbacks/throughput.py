@@ -46,8 +46,9 @@ class Throughput(pl.Callback):
     - ``mfu``: its share of the peak, if that is known.
     - ``hours``: what the whole run has taken until then, the part before it was resumed included.
 
-    Each but the last is over the time since it was logged last, with what lies between steps (waiting for data), but without
-    validation, checkpoints and the time between epochs. The device is only waited for at the ends of such stretches.
+    Each but the last is over the time since it was logged last, with what lies between steps (waiting for data), but
+    without validation, checkpoints and the time between epochs. The device is only waited for at the ends of such
+    stretches.
     The first number holds whatever is slow at the start. Checkpoints of weights alone, which callbacks do not hear of,
     are not left out.
 

@@ -64,9 +64,11 @@ class ARGenModule(GenerativeModule):
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
         self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
+        self._generator_state = torch.get_rng_state()
         self.gpt = GPT(net)
         self.gpt.checkpoint_activations(activation_checkpointing)
-        self.prediction = CodePrediction(net.block_size)
+        with torch.device("cpu"):  # also where the model is built on the meta device
+            self.prediction = CodePrediction(net.block_size)
         self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
         self._load_start()  # on the meta device it is seen that they fit
@@ -80,7 +82,8 @@ class ARGenModule(GenerativeModule):
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
         if tokenizer is not None:
-            vqgan = load_vqgan(tokenizer)
+            with torch.device("cpu"):
+                vqgan = load_vqgan(tokenizer)
             if vqgan.config.codebook_size != net.vocab_size:
                 raise ValueError(
                     f"the tokenizer {tokenizer} has {vqgan.config.codebook_size} codes, but the model's vocab_size is "
@@ -118,7 +121,9 @@ class ARGenModule(GenerativeModule):
                 self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
         if any(parameter.is_meta for parameter in self.gpt.parameters()):
             self.gpt.to_empty(device="cpu" if self.device_mesh is None else self.trainer.strategy.root_device)
-            self.gpt.reset_parameters()
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self._generator_state)
+                self.gpt.reset_parameters()
             self._load_start()
         if self.device_mesh is not None:
             for buffer in self.gpt.buffers():  # whole on each rank, and drawn anew without a seed

@@ -3,15 +3,19 @@
 import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_modules.base import GenerativeModule
 from llamagen.checkpoint import check_fits, read_checkpoint
-from llamagen.sharded_checkpoint import is_sharded_checkpoint
+from llamagen.models.whole_tensor import copy_whole_
+from llamagen.sharded_checkpoint import is_sharded_checkpoint, numbered
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -22,6 +26,8 @@ class ShardedStrategy(ModelParallelStrategy):
     another strategy. ``python -m llamagen.export`` makes one file of weights of it.
 
     Args:
+        data_parallel_size: number of ranks that share the parameters; by default all.
+        tensor_parallel_size: must be 1.
         save_distributed_checkpoint: ``False`` gathers all on the first rank, in one file.
         process_group_backend: by default that of the device: ``nccl``, or ``gloo`` on CPUs.
         timeout: after which a rank that does not answer is taken to be gone.
@@ -29,16 +35,20 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(
         self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        super().__init__(
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+        )
 
     def setup_environment(self) -> None:
-        """Take every rank there is."""
-        assert self.parallel_devices is not None
-        self._data_parallel_size = len(self.parallel_devices) * self.num_nodes
+        """Take every rank there is, unless something else was asked for."""
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
+            self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -61,16 +71,48 @@ class ShardedStrategy(ModelParallelStrategy):
             _remove(old)
         self.barrier()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Numbered as in every other checkpoint: in one file Lightning numbers parameters as the model does."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        return state if self._save_distributed_checkpoint or not state else numbered(state)
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load into the model and its optimizer.
 
         Raises:
             ValueError: in one line, if it is the checkpoint of another model; nothing is changed then.
         """
-        module = self.lightning_module
+        module, path = self.lightning_module, Path(self.broadcast(checkpoint_path))
         assert isinstance(module, GenerativeModule)
-        check_fits(read_checkpoint(checkpoint_path, wanted=lambda _: False), module.generator)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = read_checkpoint(path, wanted=lambda _: False)
+        check_fits(checkpoint, module.generator)
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        # Lightning would take the optimizer's parameters to be in the order of the model's.
+        weights = checkpoint.pop("state_dict")
+        for name, tensor in module.state_dict().items():
+            copy_whole_(tensor, weights[name])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            _load_optimizer(optimizer, state)
+        return checkpoint
+
+
+def _load_optimizer(optimizer: Optimizer, whole: dict[str, Any]) -> None:
+    """Give an optimizer the state that was saved where every parameter was whole."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {name: _part_of(value, parameters[int(number)]) for name, value in entries.items()}
+        for number, entries in whole["state"].items()
+    }
+    optimizer.load_state_dict({**whole, "state": state})
+
+
+def _part_of(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
+        return value
+    part = torch.empty_like(parameter, dtype=value.dtype)
+    copy_whole_(part, value)
+    return part
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2 over all ranks")

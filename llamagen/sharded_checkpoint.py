@@ -5,6 +5,7 @@ tensor beside them.
 """
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,12 @@ def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bo
             if isinstance(entry, BytesStorageMetadata) and not name.endswith("_extra_state")
         }
         asked = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta} | plain
-        dcp.load(asked, storage_reader=reader, planner=_Planner(False, False), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+            dcp.load(asked, storage_reader=reader, planner=_Planner(False, False), no_dist=True)
         return {**rest, **_nested(tensors | {name: asked[name] for name in plain}, index)}
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: {' '.join(str(error).split())}") from error
+    except _RefusedError as error:
+        raise ValueError(f"{path} is refused: {error}") from error
     except (Exception, CheckpointException) as error:  # of files that may hold anything; the latter is no Exception
         raise ValueError(
             f"{path} cannot be read as a sharded checkpoint ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -104,11 +107,15 @@ class _Reader(dcp.FileSystemReader):
         return index
 
 
+class _RefusedError(Exception):
+    pass
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it needs {module}.{name}, and code that a file names is not run")
+        raise _RefusedError(f"it needs {module}.{name}, and code that a file names is not run")
 
 
 class _Planner(DefaultLoadPlanner):
@@ -132,15 +139,21 @@ def _nested(entries: Mapping[str, Any], index: Metadata) -> dict[str, Any]:
             optimizer["state"].setdefault(keys[1], {})[keys[2]] = value
         else:
             optimizer["param_groups"] = _grown(optimizer["param_groups"], keys[1:], value)
-    for optimizer in optimizers.values():
-        numbers: dict[str, int] = {}
-        for group in optimizer["param_groups"]:
-            for name in group["params"]:
-                numbers[name] = len(numbers)
-            group["params"] = [numbers[name] for name in group["params"]]
-        optimizer["state"] = {numbers[name]: state for name, state in optimizer["state"].items()}
-    states = [optimizers[number] for number in sorted(optimizers)]
+    states = [numbered(optimizers[number]) for number in sorted(optimizers)]
     return {"state_dict": weights} | ({"optimizer_states": states} if states else {})
+
+
+def numbered(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer whose parameters have other numbers or names: numbered as they stand in its groups."""
+    numbers: dict[Any, int] = {}
+    for group in optimizer["param_groups"]:
+        numbers |= {name: len(numbers) + place for place, name in enumerate(group["params"])}
+    return {
+        "state": {numbers[name]: entries for name, entries in optimizer["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]
+        ],
+    }
 
 
 def _grown(groups: list[dict[str, Any]], keys: list[Any], value: Any) -> list[dict[str, Any]]:

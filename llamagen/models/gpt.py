@@ -140,16 +140,19 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self._recompute = False
-        self.cls_embedding = build_conditioner(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.tok_dropout = nn.Dropout(config.token_dropout)
-        last = max(config.n_layer - 1, 1)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, config.drop_path * layer / last) for layer in range(config.n_layer)
-        )
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rope", self._make_rope(self.output.weight.device), persistent=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # parameters are drawn once, and not first as PyTorch does
+            self.cls_embedding = build_conditioner(config)
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            self.tok_dropout = nn.Dropout(config.token_dropout)
+            last = max(config.n_layer - 1, 1)
+            self.layers = nn.ModuleList(
+                TransformerBlock(config, config.drop_path * layer / last) for layer in range(config.n_layer)
+            )
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.register_buffer("rope", self._make_rope(self.output.weight.device), persistent=False)
+        self.to_empty(device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

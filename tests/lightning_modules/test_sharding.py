@@ -1,0 +1,330 @@
+"""Parameters that are spread over ranks (FSDP2) train like whole ones, and their checkpoints fit everywhere."""
+
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import main
+from lightning_modules import ARGenModule, ShardedStrategy
+from llamagen.checkpoint import read_checkpoint
+from llamagen.export import export
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.sharding import is_sharded, shard
+from llamagen.models.whole_tensor import copy_whole_
+from llamagen.weights import averaged_weights, read_weights
+from tests.lightning_modules.runs import argen_module, vqgan_module
+from tests.lightning_modules.test_argen_ranks import STEPS, arguments
+from tests.pipeline import GPT_NET, Pipeline
+from tests.ranks import ended, run_on_ranks, succeeds
+
+HALF = STEPS // 2
+SHARDED = ("--trainer.strategy=sharded",)
+LIGHTNINGS = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.strategy.process_group_backend=gloo",
+)
+
+
+def command(pipeline: Pipeline, folder: Path, processes: int, *more: str) -> list[str]:
+    """Of a training with the same whole batches on any number of processes."""
+    return [*arguments(pipeline, folder, 200 // processes), f"--trainer.devices={processes}", *more]
+
+
+def run(pipeline: Pipeline, folder: Path, processes: int, *more: str) -> Path:
+    """Train, in processes of its own if they are several, and give the last checkpoint."""
+    if processes == 1 and not any("strategy" in item for item in more):
+        main.main(command(pipeline, folder, 1, *more))
+    else:
+        succeeds(ended([sys.executable, "main.py", *command(pipeline, folder, processes, *more)]))
+    return folder / "checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def one(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of one process, after all steps."""
+    return run(pipeline, tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def half(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of one process, after half of the steps."""
+    return run(pipeline, tmp_path_factory.mktemp("half"), 1, f"--trainer.max_steps={HALF}")
+
+
+@pytest.fixture(scope="module")
+def sharded_half(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of two processes, after half of the steps."""
+    folder = tmp_path_factory.mktemp("sharded_half")
+    return run(pipeline, folder, 2, *LIGHTNINGS, f"--trainer.max_steps={HALF}")
+
+
+def everything(path: Path) -> dict[str, Any]:
+    return read_checkpoint(path, wanted=lambda _: True)
+
+
+def tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights, moments and averages."""
+    found: dict[str, Tensor] = dict(checkpoint["state_dict"])
+    for number, entries in checkpoint["optimizer_states"][0]["state"].items():
+        found |= {f"{number} {name}": value for name, value in entries.items()}
+    return found
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """Two checkpoints say the same, up to rounding."""
+    first, second = everything(one), everything(other)
+    assert first["global_step"] == second["global_step"] == STEPS
+    assert first["llamagen"] == second["llamagen"]
+    assert first["optimizer_states"][0]["param_groups"] == second["optimizer_states"][0]["param_groups"]
+    assert first["CodeDataModule"] == second["CodeDataModule"]
+    wanted, found = tensors(first), tensors(second)
+    assert wanted.keys() == found.keys()
+    assert any(name.endswith(" ema") for name in wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("more", [SHARDED, (*SHARDED, "--model.init_args.activation_checkpointing=true")])
+def test_two_sharded_ranks_reach_weights_moments_and_averages_of_one(
+    more: tuple[str, ...], pipeline: Pipeline, one: Path, tmp_path: Path
+) -> None:
+    two = run(pipeline, tmp_path, 2, *more)
+    assert len(list(two.glob("*.distcp"))) == 2
+    assert_alike(one, two)
+    assert not list(two.parent.glob(".*"))
+
+
+def test_a_sharded_checkpoint_goes_on_in_one_process(
+    pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
+) -> None:
+    assert_alike(one, run(pipeline, tmp_path, 1, f"--ckpt_path={sharded_half}"))
+
+
+def test_a_sharded_checkpoint_goes_on_in_one_process_of_the_same_strategy(
+    pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
+) -> None:
+    assert_alike(one, run(pipeline, tmp_path, 1, *SHARDED, f"--ckpt_path={sharded_half}"))
+
+
+def test_the_checkpoint_of_one_process_goes_on_in_two_sharded_ones(
+    pipeline: Pipeline, one: Path, half: Path, tmp_path: Path
+) -> None:
+    assert_alike(one, run(pipeline, tmp_path, 2, *LIGHTNINGS, f"--ckpt_path={half}"))
+
+
+def test_shards_gathered_into_one_file_are_numbered_like_any_other(
+    pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
+) -> None:
+    one_file = "--trainer.strategy.save_distributed_checkpoint=false"
+    two = run(pipeline, tmp_path, 2, *LIGHTNINGS, one_file, f"--ckpt_path={sharded_half}")
+    assert two.is_file()
+    assert_alike(one, two)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_sharded_checkpoint_becomes_one_file_of_weights(
+    suffix: str, averaged: bool, half: Path, sharded_half: Path, tmp_path: Path
+) -> None:
+    for path, name in ((half, "whole"), (sharded_half, "sharded")):
+        export(path, tmp_path / (name + suffix), averaged)
+    wanted, found = (read_weights(tmp_path / (name + suffix)).state for name in ("whole", "sharded"))
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_sharded_ranks_validate_and_sample_with_averages_like_one(
+    pipeline: Pipeline, half: Path, sharded_half: Path, tmp_path: Path
+) -> None:
+    ema = "--trainer.callbacks=[{class_path: EMA}]"
+    for name, path, more in (("one", half, ["--trainer.devices=1"]), ("two", sharded_half, ["--trainer.devices=2"])):
+        more += SHARDED if name == "two" else ()
+        shared = [f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path / name}", *more]
+        validate = ["validate", *pipeline.argen_arguments(tmp_path / name), f"--data.init_args.root={pipeline.codes}"]
+        options = [item for item in validate if not item.startswith(("--trainer.max_steps", "--trainer.val_check"))]
+        done = ended([sys.executable, "main.py", *options, ema, "--trainer.limit_val_batches=1.0", *shared])
+        succeeds(done)
+        sampled = ended([sys.executable, "main.py", *pipeline.sample_arguments(tmp_path / name), *shared])
+        succeeds(sampled)
+    rows = [(tmp_path / name / "logs/version_0/metrics.csv").read_text().splitlines() for name in ("one", "two")]
+    one, two = (dict(zip(lines[0].split(","), lines[1].split(","), strict=True)) for lines in rows)
+    assert one.keys() == two.keys() >= {"val/loss", "val/top5"}
+    for name in ("val/loss", "val/perplexity", "val/top1", "val/top5"):
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
+    pictures = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
+    assert len(pictures) == 30
+    same = [(tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in pictures]
+    assert sum(same) >= 29  # a draw may fall on the other side of a boundary by rounding
+
+
+def test_the_checkpoint_of_another_model_is_refused_before_anything_is_read(
+    pipeline: Pipeline, half: Path, tmp_path: Path
+) -> None:
+    wide = "--model.init_args.net.dim=64"
+    folder = tmp_path / "run"
+    done = ended([sys.executable, "main.py", *command(pipeline, folder, 1, *SHARDED, wide, f"--ckpt_path={half}")])
+    assert done.returncode != 0
+    assert "the checkpoint's GPT has another shape" in done.stderr
+    assert not folder.exists()
+
+
+def _initial(rank: int, weights: str) -> dict[str, Tensor]:
+    """What a sharded model begins with that was built on the meta device."""
+    torch.manual_seed(0)
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    with torch.device("meta"):
+        module = ARGenModule(GPTConfig(**GPT_NET), init_from=weights or None)
+    module._device_mesh = mesh
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
+    module._trainer = SimpleNamespace(precision="32-true", strategy=strategy, state=SimpleNamespace(fn="validate"))
+    torch.manual_seed(rank + 1)
+    module.configure_model()
+    module.configure_model()
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    assert sum(p.to_local().numel() for p in module.parameters()) < 0.7 * sum(p.numel() for p in module.parameters())
+    return {name: value.full_tensor() for name, value in module.gpt.state_dict().items()}
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_model_without_memory_gets_the_weights_that_it_would_have(
+    from_file: bool, half: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    wanted = read_weights(half).state if from_file else GPT(GPTConfig(**GPT_NET)).state_dict()
+    for found in run_on_ranks(_initial, tmp_path, str(half) if from_file else ""):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name
+
+
+def test_a_model_without_memory_gets_it_without_a_strategy_too(half: Path) -> None:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        module = ARGenModule(GPTConfig(**GPT_NET))
+    module.configure_model()
+    torch.manual_seed(0)
+    for name, value in GPT(GPTConfig(**GPT_NET)).state_dict().items():
+        assert torch.equal(module.gpt.state_dict()[name], value)
+    with torch.device("meta"), pytest.raises(ValueError, match="they do not fit"):
+        ARGenModule(GPTConfig(**{**GPT_NET, "dim": 64}), init_from=half)
+
+
+def _uneven(rank: int) -> list[Tensor]:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    gpt = GPT(GPTConfig(**GPT_NET))
+    shard(gpt, mesh)
+    assert is_sharded(gpt)
+    table = gpt.cls_embedding.embedding_table.weight
+    whole = torch.arange(table.numel()).view(table.shape)
+    copy_whole_(table.data, whole)
+    return [table.full_tensor().detach(), whole]
+
+
+def test_a_whole_tensor_is_copied_into_uneven_parts(tmp_path: Path) -> None:
+    for found, wanted in run_on_ranks(_uneven, tmp_path):
+        assert len(found) % 2
+        assert torch.equal(found, wanted.float())
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_code_in_the_index_of_shards_is_refused_and_does_not_run(sharded_half: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "last.ckpt"
+    shutil.copytree(sharded_half, copy)
+    (copy / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    with pytest.raises(ValueError, match=r"is refused: it needs (posix|nt).system") as error:
+        read_weights(copy)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.pt"])
+def test_damaged_shards_are_refused_in_one_line(file: str, sharded_half: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "last.ckpt"
+    shutil.copytree(sharded_half, copy)
+    (copy / file).write_bytes((copy / file).read_bytes()[:100])
+    with pytest.raises(ValueError, match="it is damaged") as error:
+        read_weights(copy)
+    assert "\n" not in str(error.value)
+    (copy / file).unlink()
+    with pytest.raises(ValueError, match=r"is damaged|no sharded checkpoint that was written to its end"):
+        read_weights(copy)
+
+
+def test_averages_of_a_sharded_checkpoint_are_found(half: Path, sharded_half: Path) -> None:
+    wanted, found = averaged_weights(everything(half)), averaged_weights(everything(sharded_half))
+    assert list(wanted) == list(found)
+    raw = everything(half)["state_dict"]
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(value, raw[name])
+
+
+def _with_mesh(module: Any, data: int, tensor: int, precision: str = "32-true") -> Any:
+    module._device_mesh = {name: SimpleNamespace(size=lambda n=n: n) for name, n in
+                           (("data_parallel", data), ("tensor_parallel", tensor))}  # fmt: skip
+    module._trainer = SimpleNamespace(precision=precision, state=SimpleNamespace(fn="fit"))
+    return module
+
+
+def test_what_cannot_be_sharded_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set tensor_parallel_size to 1"):
+        _with_mesh(argen_module(), 1, 2).configure_model()
+    with pytest.raises(ValueError, match="precision 16-mixed is not right with sharded parameters"):
+        _with_mesh(argen_module(), 2, 1, "16-mixed").configure_model()
+    with pytest.raises(ValueError, match="VQGANModule is small enough for each GPU"):
+        _with_mesh(vqgan_module(), 2, 1).configure_model()
+
+
+def test_a_sharded_checkpoint_that_is_not_finished_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    (path / "meta.pt").touch()
+    strategy: Any = SimpleNamespace(broadcast=lambda value: value, global_rank=0, barrier=lambda: None)
+    monkeypatch.setattr(strategy, "_save_distributed_checkpoint", True, raising=False)
+    written: list[Path] = []
+
+    def save(self: Any, checkpoint: dict[str, Any], filepath: Path, options: Any = None) -> None:
+        filepath.mkdir()
+        written.append(filepath)
+        if "fails" in checkpoint:
+            raise OSError("no space left")
+        (filepath / "new").touch()
+
+    parent = ShardedStrategy.__mro__[1]
+    monkeypatch.setattr(parent, "save_checkpoint", save)
+    whole = object.__new__(ShardedStrategy)
+    for name in ("broadcast", "barrier"):
+        monkeypatch.setattr(ShardedStrategy, name, lambda self, *value: value[0] if value else None)
+    monkeypatch.setattr(ShardedStrategy, "global_rank", 0)
+    whole._save_distributed_checkpoint = True
+    with pytest.raises(OSError, match="no space left"):
+        whole.save_checkpoint({"fails": True}, path)
+    assert [file.name for file in path.iterdir()] == ["meta.pt"]
+    whole.save_checkpoint({}, path)
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path not in written
