@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.kv_cache import KVCache
+from llamagen.models.kv_cache import KVCache, LayerCache
 from llamagen.models.rope import rope_table, rotate
 from llamagen.models.whole_tensor import draw_whole_
 
@@ -39,13 +39,23 @@ class RMSNorm(nn.Module):
 class DropPath(nn.Module):
     """Skip a residual branch for whole samples in training, and scale the rest up to keep the mean."""
 
+    probability: Tensor
+
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.probability = probability
+        self.active = probability > 0.0
+        # A tensor, because a compiled block is compiled anew for each other number; derived, as the rotary table is.
+        self._make_probability = partial(torch.full, (), probability)
+        self.register_buffer("probability", self._make_probability(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropPath":
+        super()._apply(fn, recurse)
+        self.probability = self._make_probability(device=self.probability.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
-        if not self.training or self.probability == 0.0:
+        if not self.training or not self.active:
             return x
         kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
         return x * kept / (1.0 - self.probability)
@@ -62,15 +72,14 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """Attend.
 
         Args:
             x: (B, T, D).
             rope: (T, E / 2, 2), rotation of the T positions.
             mask: bool, broadcastable to (B, 1, T, S), True where attended; without it plainly causal.
-            cache: read and extended, if given.
-            layer: this layer's index in the cache.
+            cache: this layer's, read and extended, if given.
 
         Returns:
             (B, T, D).
@@ -79,7 +88,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).split(widths, dim=-1))
         q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
+            k, v = cache.append(k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
         attended = F.scaled_dot_product_attention(
             q,
@@ -119,9 +128,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """(B, T, D) → (B, T, D); the arguments are those of :meth:`Attention.forward`."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache, layer))
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
         return x + cast(Tensor, self.drop_path(self.feed_forward(self.ffn_norm(x))))
 
 
@@ -190,6 +199,11 @@ class GPT(nn.Module):
     def checkpoint_activations(self, enabled: bool) -> None:
         """In training, keep only the inputs of the blocks and compute the rest again in the backward pass."""
         self._recompute = enabled
+
+    def compile_blocks(self) -> None:
+        """Compile each block, in place: the names in the state dict stay. All blocks share their code."""
+        for block in self.layers:
+            block.compile()
 
     def forward(
         self,
@@ -265,10 +279,11 @@ class GPT(nn.Module):
         mask = self._attention_mask(x, start, caption_lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
+            part = None if cache is None else cache.layer(layer)
             if self._recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, self.rope[start:stop], mask, cache, layer, use_reentrant=False)
+                x = checkpoint(block, x, self.rope[start:stop], mask, part, use_reentrant=False)
             else:
-                x = block(x, self.rope[start:stop], mask, cache, layer)
+                x = block(x, self.rope[start:stop], mask, part)
         if cache is not None:
             cache.advance(x.shape[1])
         if condition is not None:

@@ -1,11 +1,46 @@
 """Keys and values of the positions that a GPT has already seen."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamagen.models.gpt_config import GPTConfig
+
+
+class LayerCache(NamedTuple):
+    """What one layer sees of a :class:`KVCache`.
+
+    Attributes:
+        keys: (B, G, P, E).
+        values: (B, G, P, E).
+        length: number of positions that are filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind the filled part.
+
+        Args:
+            keys: (B, G, T, E) of T new positions.
+            values: (B, G, T, E).
+
+        Returns:
+            Views of the filled part, the new positions included: keys and values (B, G, length + T, E).
+
+        Raises:
+            ValueError: if the new positions do not fit.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {self.keys.shape[2]} positions and cannot take position {end}")
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 @dataclass
@@ -37,26 +72,9 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.kv_heads, positions, config.head_dim)
         return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values behind the filled part; call :meth:`advance` after the last layer.
-
-        Args:
-            layer: index of the layer.
-            keys: (B, G, T, E) of T new positions.
-            values: (B, G, T, E).
-
-        Returns:
-            Views of the filled part, the new positions included: keys and values (B, G, length + T, E).
-
-        Raises:
-            ValueError: if the new positions do not fit.
-        """
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions and cannot take position {end}")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def layer(self, index: int) -> LayerCache:
+        """The part of a layer, to be appended to; call :meth:`advance` after the last layer."""
+        return LayerCache(self.keys[index], self.values[index], self.length)
 
     def advance(self, positions: int) -> None:
         """Count ``positions`` new positions as filled."""

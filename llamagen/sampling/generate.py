@@ -11,6 +11,7 @@ from llamagen.sampling.noise import uniform
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # blocks that are compiled for training would be so anew for each position
 def generate(
     gpt: GPT,
     condition: Tensor,

@@ -105,9 +105,9 @@ def test_first_rows_go_on_alone_in_the_same_memory() -> None:
 def test_append_writes_behind_the_filled_part_and_advance_counts() -> None:
     cache = KVCache.allocate(CLASS_GPT, 1)
     first, second = torch.randn(2, 1, 4, 3, 8, generator=torch.Generator().manual_seed(0))
-    cache.append(1, first, -first)
+    cache.layer(1).append(first, -first)
     cache.advance(3)
-    keys, values = cache.append(1, second, -second)
+    keys, values = cache.layer(1).append(second, -second)
     assert torch.equal(keys, torch.cat([first, second], dim=2))
     assert torch.equal(values, -torch.cat([first, second], dim=2))
     assert cache.length == 3
@@ -116,9 +116,9 @@ def test_append_writes_behind_the_filled_part_and_advance_counts() -> None:
 def test_a_full_cache_refuses_one_more_position() -> None:
     cache = KVCache.allocate(CLASS_GPT, 1)
     cache.advance(15)
-    cache.append(0, torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
+    cache.layer(0).append(torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
     with pytest.raises(ValueError, match="holds 16 positions and cannot take position 17"):
-        cache.append(0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
+        cache.layer(0).append(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
 
 
 def test_one_code_too_many_is_refused_from_a_cache_too() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT
-from llamagen.models.kv_cache import KVCache
+from llamagen.models.kv_cache import LayerCache
 from llamagen.sampling import SamplingConfig, draw, generate, uniform
 from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for, small_gpt
 
@@ -160,7 +160,7 @@ def test_the_cache_has_the_dtype_of_the_keys(weights: torch.dtype, autocast: boo
 
     def look(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         cache = inputs[3]
-        assert isinstance(cache, KVCache)
+        assert isinstance(cache, LayerCache)
         found.update({cache.keys.dtype, cache.values.dtype})
 
     gpt.layers[0].register_forward_pre_hook(look)
