@@ -6,6 +6,7 @@ from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
+from callbacks.positions import PositionLoss
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CodebookHistogram",
     "ImageWriter",
     "LearningCurves",
+    "PositionLoss",
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",

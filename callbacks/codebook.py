@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import publish
+from callbacks.pictures import figure_image, publish
 
 
 class CountsCodes(Protocol):
@@ -40,8 +40,7 @@ def histogram(counts: dict[str, np.ndarray]) -> Image.Image:
     Args:
         counts: by stage, (K,) integers.
     """
-    # Figures of their own, without pyplot: no global state, no window system. Imported here for its start-up time.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Without pyplot: no global state, no window system. Imported here for its start-up time.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8 * len(counts)), layout="constrained")
@@ -57,6 +56,4 @@ def histogram(counts: dict[str, np.ndarray]) -> Image.Image:
         axes.set_title(f"{stage}: {used:,} of {size:,} codes used ({used / size:.1%}), {size - used:,} dead (red)")
         axes.set_xlabel("codes, most frequent first")
         axes.set_ylabel("times used")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return figure_image(figure)

@@ -48,6 +48,7 @@ class LearningCurves(pl.Callback):
         """Take the validation numbers and draw."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._record(trainer, "val")
+            self._record(trainer, "val_raw")
             self._draw(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,7 +70,7 @@ class LearningCurves(pl.Callback):
             axes = figure.add_subplot(rows, columns, position + 1)
             axes.set_title(name)
             axes.set_xlabel("batches")
-            for stage in ("train", "val"):
+            for stage in ("train", "val", "val_raw"):
                 if points := self._history.get(f"{stage}/{name}"):
                     axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) < 30 else None)
             axes.legend()

@@ -21,6 +21,13 @@ class HasGenerator(Protocol):
         """The network to average."""
 
 
+class Evaluates(HasGenerator, Protocol):
+    """A module that can be told where the numbers of a batch belong."""
+
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Count a batch among those of a stage, and log their numbers under its name at the end of the validation."""
+
+
 class EMA(pl.Callback):
     """Average the generator's parameters over the optimizer's steps, and evaluate, sample and predict with the average.
 
@@ -31,13 +38,14 @@ class EMA(pl.Callback):
     Args:
         decay: share of the old average that a step keeps; 0.9999 in the paper. A run of n steps wants at most about
             ``1 − 10 / n``.
+        validate_raw: in training, validate the weights themselves, too, under ``val_raw/``; takes twice as long.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: float = 0.9999, validate_raw: bool = False) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
-        self.decay = decay
+        self.decay, self.validate_raw = decay, validate_raw
         self._parameters: list[nn.Parameter] = []
         self._names: list[str] = []
         self._generator: nn.Module | None = None
@@ -45,6 +53,17 @@ class EMA(pl.Callback):
         self._initial: list[Tensor] = []
         self._handles: list[Any] = []
         self._swapped = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to validate twice what can be validated only once.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if self.validate_raw and not hasattr(pl_module, "evaluate"):
+            raise ValueError(
+                f"validate_raw is true, but {type(pl_module).__name__} validates one set of weights; leave it out"
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow the optimizer."""
@@ -102,6 +121,22 @@ class EMA(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate with the average."""
         self._swap()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same batch with the weights themselves, if asked for."""
+        if self.validate_raw and self._swapped:
+            self._swap()
+            with trainer.precision_plugin.forward_context():
+                cast(Evaluates, pl_module).evaluate(batch, "val_raw")
+            self._swap()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on training with the weights."""

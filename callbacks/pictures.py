@@ -1,6 +1,7 @@
 """Grids of pictures, as files in the run's folder and in the loggers that take images."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,6 +28,15 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
             top, left = MARGIN + r * (height + MARGIN), MARGIN + c * (width + MARGIN)
             canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(canvas)
+
+
+def figure_image(figure: Any) -> Image.Image:
+    """A matplotlib ``Figure`` as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import GenerativeModule
@@ -71,7 +71,10 @@ class ARGenModule(GenerativeModule):
         self.gpt.checkpoint_activations(activation_checkpointing)
         self._compile = compile
         with torch.device("cpu"):  # also where the model is built on the meta device
-            self.prediction = CodePrediction(net.block_size)
+            self.predictions = nn.ModuleDict(
+                {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
+            )
+        self.nats_by_position: dict[str, Tensor] = {}
         self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
         self._load_start()  # on the meta device it is seen that they fit
@@ -265,16 +268,17 @@ class ARGenModule(GenerativeModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Cross entropy, perplexity and share of right guesses without dropout and smoothing, under ``val/``."""
-        self._evaluate(batch)
+        self.evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same under ``test/``."""
-        self._evaluate(batch)
+        self.evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Any]) -> None:
+    def evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over."""
         codes = batch["codes"]
         nats, rank = linear_surprise(self._hidden(batch), self.gpt.output.weight, codes.flatten())
-        self.prediction.update(nats.view_as(codes), rank.view_as(codes))
+        cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
 
     def on_validation_epoch_end(self) -> None:
         """Numbers over the whole validation set and all ranks.
@@ -283,16 +287,22 @@ class ARGenModule(GenerativeModule):
             FloatingPointError: if the loss is not finite while training: before a checkpoint is made of such weights.
         """
         super().on_validation_epoch_end()
+        self.nats_by_position.clear()
         self._log_prediction("val")
+        if cast(CodePrediction, self.predictions["val_raw"]).update_called:
+            self._log_prediction("val_raw")
 
     def on_test_epoch_end(self) -> None:
         """Numbers over the whole test set and all ranks."""
         super().on_test_epoch_end()
+        self.nats_by_position.clear()
         self._log_prediction("test")
 
     def _log_prediction(self, stage: str) -> None:
-        numbers = self.prediction.compute()
-        self.prediction.reset()
+        prediction = cast(CodePrediction, self.predictions[stage])
+        numbers = prediction.compute()
+        prediction.reset()
+        self.nats_by_position[stage] = numbers.nats_by_position
         if self.trainer.state.fn == "fit":
             self.check_finite({"loss": ~numbers.nats.isfinite()}, " in validation")
         self.log(f"{stage}/loss", numbers.nats, prog_bar=True)

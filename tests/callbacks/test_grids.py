@@ -1,5 +1,6 @@
 """Grids of pictures."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
     """What a callback asks of a trainer after so many batches."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches - 1))
     settings = {"loggers": [], "sanity_checking": False, "is_global_zero": True, **options}
-    return SimpleNamespace(default_root_dir=str(folder), fit_loop=loop, **settings)
+    precision = SimpleNamespace(forward_context=nullcontext)
+    return SimpleNamespace(default_root_dir=str(folder), fit_loop=loop, precision_plugin=precision, **settings)
 
 
 def test_a_grid_places_each_picture_in_its_cell() -> None:
@@ -59,7 +61,7 @@ def test_an_empty_grid_is_refused(make: Any) -> None:
 def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
     import torch
 
-    class Module:
+    class Module(torch.nn.Module):
         device = torch.device("cpu")
 
         def check_sampling(self, classes: list[int]) -> None:
