@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from torch import nn
 
-from llamagen.models.gpt import GPT, GPTConfig
+from lightning_modules import ARGenModule
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from main import main
 
@@ -40,6 +42,19 @@ CASES += [
     ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
     ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
 ]
+
+# Every base × overlay of the second model.
+SIZES, HARDWARE = (
+    [None, *(f"argen/{kind}/{path.name}" for path in sorted((CONFIGS / "argen" / kind).iterdir()))]
+    for kind in ("size", "hardware")
+)
+PIXELS = {None: 256, "argen/256px.yaml": 256, "argen/384px.yaml": 384, "argen/512px.yaml": 512}
+CHAINS = [
+    ("argen/base.yaml", *(name for name in names if name is not None))
+    for names in itertools.product(SIZES, PIXELS, HARDWARE)
+]
+SAME_AS_BASE = {"argen/size/B.yaml", "argen/256px.yaml"}
+ALSO_IN_BASE = {".model.init_args.net.n_layer", ".model.init_args.net.n_head", ".model.init_args.net.dim"}
 
 # arXiv 2406.06525, table 1, with the class embedding; 16,384 codes and 1,000 classes.
 GPT_PARAMETERS = {
@@ -88,6 +103,13 @@ def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
     return [] if parsed == wanted else [where]
 
 
+def leaves(tree: Any, where: str = "") -> list[str]:
+    """Paths of all values of a YAML file."""
+    if isinstance(tree, dict):
+        return [path for key, value in tree.items() for path in leaves(value, f"{where}.{key}")]
+    return [where]
+
+
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -112,12 +134,39 @@ def test_the_values_that_do_not_arrive_are_found() -> None:
     assert differences({"class_path": "EMA"}, {"class_path": "callbacks.EMA"}) == []
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "argen" / "size").iterdir()), ids=lambda path: path.name)
-def test_a_size_has_the_published_number_of_parameters(path: Path) -> None:
-    net = parse("fit", ("argen/base.yaml", f"argen/size/{path.name}"))["model"]["init_args"]["net"]
+@pytest.mark.parametrize("names", CHAINS, ids=lambda names: "+".join(names[1:]) or "base")
+def test_every_overlay_takes_effect_on_every_other_and_builds_the_published_model(names: tuple[str, ...]) -> None:
+    parsed = parse("fit", names)
+    for name in names[1:]:  # they share no key, so each says what it says in any company
+        assert differences(yaml.safe_load((CONFIGS / name).read_text()), parsed) == []
+    parser = ArgumentParser()
+    parser.add_class_arguments(ARGenModule, "model")
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(**net))
-    assert parameters(gpt) == GPT_PARAMETERS[path.stem]
+        module = parser.instantiate(parser.parse_object({"model": parsed["model"]["init_args"]})).model
+    size = next((Path(name).stem for name in names if "/size/" in name), "B")
+    assert parameters(module.gpt) == GPT_PARAMETERS[size]
+    pixels = next(PIXELS[name] for name in [*names, None] if name in PIXELS)
+    assert module.gpt.config.grid_size == pixels // 16
+
+
+@pytest.mark.parametrize("name", [name for name in (*SIZES, *PIXELS, *HARDWARE) if name is not None])
+def test_no_key_of_an_overlay_repeats_the_base(name: str) -> None:
+    overlay = yaml.safe_load((CONFIGS / name).read_text())
+    keys = leaves(overlay)
+    assert len(keys) >= 1
+    repeated = set(keys) - set(differences(overlay, parse("fit", ("argen/base.yaml",))))
+    assert (repeated == set(keys)) if name in SAME_AS_BASE else (repeated <= ALSO_IN_BASE)
+
+
+def test_hardware_and_batches_make_the_global_batch_of_the_paper() -> None:
+    batches = {}
+    for name in HARDWARE[1:]:
+        assert name is not None
+        parsed = parse("fit", ("argen/base.yaml", name))
+        trainer, batch = parsed["trainer"], parsed["data"]["init_args"]["batch_size"]
+        ranks = int(trainer["devices"]) * int(trainer["num_nodes"])
+        batches[Path(name).stem] = batch * ranks * trainer["accumulate_grad_batches"]
+    assert batches == {"one_gpu": 256, "ddp": 256, "ddp_nodes": 256, "fsdp": 512, "fsdp_nodes": 512}
 
 
 def test_every_published_size_is_shipped() -> None:
