@@ -12,7 +12,7 @@ from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.adaptation import adapt_to
 from llamagen.checkpoint import load_vqgan, weights_checksum
-from llamagen.cost import flops_per_sequence
+from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
@@ -146,7 +146,7 @@ class ARGenModule(GenerativeModule):
 
     @property
     def flops_per_sequence(self) -> float:
-        """Operations of the model in a training step for one picture, see :mod:`llamagen.cost`."""
+        """Operations of the model in a training step for one picture, see :mod:`llamagen.gpt_cost`."""
         return flops_per_sequence(self.gpt.config)
 
     def setup(self, stage: str) -> None:

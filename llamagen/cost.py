@@ -1,211 +1,34 @@
 """What an autoregressive model costs, before it is trained: ``python -m llamagen.cost --config FILE …``.
 
 The files are those of ``main.py fit``, a base and its overlays; later ones win. Read are the model's ``net`` and
-``activation_checkpointing``, the data's ``batch_size``, ``trainer.precision``, and whether ``EMA`` is a callback.
+``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``, ``num_nodes`` and
+``strategy``, and whether ``EMA`` is a callback.
 
-Memory is that of one GPU that holds the whole model, as with one GPU or DDP. Not counted are what CUDA itself and
-PyTorch's allocator take (allow 2 GB and some percent), and what a single operator of the backward pass needs for a
-moment.
+Memory is that of one GPU. Not counted are what CUDA itself and PyTorch's allocator take (allow 2 GB and some percent),
+and what a single operator of the backward pass needs for a moment.
 """
 
 import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from llamagen.losses.linear_cross_entropy import MOST_LOGITS
+from llamagen.gpt_cost import (
+    PRECISIONS,
+    activations,
+    block_parameters,
+    cache_bytes_per_token,
+    flops_per_sequence,
+    flops_per_token,
+    gpu_days,
+    head,
+    parameters,
+)
 from llamagen.models.gpt_config import GPTConfig
 
-PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
-"""Of Lightning: bytes of a parameter and of an entry of the residual stream, and of an operand of a matrix product."""
-
-
-def head_parameters(config: GPTConfig) -> int:
-    """Weights of the head."""
-    return config.vocab_size * config.dim
-
-
-def block_parameters(config: GPTConfig) -> int:
-    """Weights of one block that take part in matrix products."""
-    attention = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim + config.dim**2
-    return attention + 3 * config.dim * config.ffn_dim
-
-
-def caption_parameters(config: GPTConfig) -> int:
-    """Weights of the projection of caption features; 0 for a class-conditional model."""
-    return 0 if config.condition == "class" else (config.caption_dim + config.dim) * config.dim
-
-
-def parameters(config: GPTConfig) -> int:
-    """All parameters of a :class:`~llamagen.models.gpt.GPT`, exactly."""
-    labels = (config.num_classes + 1) * config.dim if config.condition == "class" else 0
-    norms = (2 * config.n_layer + 1) * config.dim
-    embeddings = labels + config.vocab_size * config.dim
-    matrices = config.n_layer * block_parameters(config) + head_parameters(config) + caption_parameters(config)
-    return embeddings + norms + matrices
-
-
-def positions(config: GPTConfig) -> int:
-    """Positions of a training sequence: the condition and all codes but the last, which nothing follows."""
-    return config.condition_length + config.block_size - 1
-
-
-def flops_per_sequence(config: GPTConfig) -> float:
-    """Floating-point operations of one training step for one picture, a multiplication and an addition being two.
-
-    Of the model, not of the hardware: blocks that are recomputed do not count, so that a share of the peak (MFU, PaLM,
-    arXiv 2204.02311, appendix B) is one of useful work. With T positions, L codes and C condition positions:
-
-    - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
-      of the head, which sees no caption positions but the last, and for text ``6 C`` for each of the caption
-      projection. Embeddings are looked up and do not count.
-    - ``12 n_layer dim T S`` for attention, S being the mean number of positions that one attends to (queries by keys
-      and weights by values are ``4 dim S`` in the forward pass). It is causal: S = (T + 1) / 2, and what a kernel does
-      for masked positions is no work of the model. PaLM's convention is S = T.
-
-    Norms, rotation, softmax, SwiGLU's product and the optimizer are left out, as is usual.
-    """
-    length = positions(config)
-    matrices = (
-        length * config.n_layer * block_parameters(config)
-        + config.block_size * head_parameters(config)
-        + config.condition_length * caption_parameters(config)
-    )
-    attention = 12 * config.n_layer * config.dim * length * (length + 1) / 2
-    return float(6 * matrices + attention)
-
-
-def flops_per_token(config: GPTConfig) -> float:
-    """:func:`flops_per_sequence` over the number of codes.
-
-    For class-conditional models, which have as many positions as codes, it is ``6`` times the weights of matrices plus
-    ``12 n_layer dim (L + 1) / 2``.
-    """
-    return flops_per_sequence(config) / config.block_size
-
-
-def gpu_days(config: GPTConfig, pictures: float, mfu: float, peak_tflops: float) -> float:
-    """Days of one GPU: ``pictures * flops_per_sequence / (mfu * peak * 86400)``.
-
-    Args:
-        config: of the model.
-        pictures: to train on, counted as often as they are seen.
-        mfu: share of the peak that is reached.
-        peak_tflops: of the GPU, in 10¹² operations a second.
-    """
-    return pictures * flops_per_sequence(config) / (mfu * peak_tflops * 1e12 * 86400)
-
-
-def cache_bytes_per_token(config: GPTConfig, precision: str) -> int:
-    """Bytes of keys and values that sampling keeps for each position of each sequence (twice as many with guidance)."""
-    return 2 * config.n_layer * config.kv_heads * config.head_dim * PRECISIONS[precision][1]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What a training step keeps between its forward and its backward pass, in bytes.
-
-    Attributes:
-        kept: by the embedding, the blocks and the last norm.
-        recomputed: of one block, for a moment in the backward pass; 0 if nothing is recomputed.
-        narrow_weights: bfloat16 copies of the weights, which autocast makes once a step and keeps.
-    """
-
-    kept: int
-    recomputed: int
-    narrow_weights: int
-
-
-def activations(
-    config: GPTConfig, batch_size: int, precision: str, checkpointing: bool = False, cuda: bool = True
-) -> Activations:
-    """Bytes that are kept for the backward pass, storage by storage, without those of the head.
-
-    Of each position, with r bytes an entry of the residual stream, c of an operand of a matrix product, D width, F
-    feed-forward width, H and G query and key-value heads of width E, a block keeps
-
-    - for each of its two norms ``(4 + r) D + 4``: the input in float32 (which is the residual stream itself, unless
-      that is bfloat16), the normalised one, and the factor;
-    - ``c D`` for the input of wqkv, and for that of w1 and w3, which under autocast are two copies;
-    - ``c (H + 2 G) E`` for the output of wqkv, which the values are a part of, ``c (H + G) E`` for the turned queries
-      and keys, ``c D`` for attention's output, which is also the input of wo, and ``4 H`` for its logsumexp;
-    - ``4 c F`` for w1's output, its SiLU, w3's output, and the product, which is the input of w2;
-    - ``D`` for each dropout's mask, if there is any: a byte on GPUs, on CPUs an entry of the dropout's input.
-
-    Fused attention is assumed; on GPUs it pads heads to a multiple of 8 and copies queries, keys and values for that,
-    and dropout within it keeps no mask. A mask for padded captions is c bytes for each pair of positions. Blocks that
-    are recomputed keep their input, ``r D``, alone, and share one mask of a byte. Drop path keeps next to nothing.
-
-    Args:
-        config: of the model.
-        batch_size: sequences on this GPU.
-        precision: one of :data:`PRECISIONS`.
-        checkpointing: blocks are recomputed.
-        cuda: on a GPU; else on a CPU, where attention dropout is not accounted for.
-    """
-    residual, compute = PRECISIONS[precision]
-    autocast = residual != compute
-    dim, length, codes = config.dim, positions(config), config.block_size
-    heads, head_dim = config.n_head + config.kv_heads, config.head_dim
-
-    def mask(probability: float, size: int) -> int:
-        return (1 if cuda else size) * dim if probability else 0
-
-    norm = (4 + residual) * dim + 4
-    attention = compute * (dim + heads * head_dim) + 4 * config.n_head
-    if cuda and head_dim % 8:
-        padded = -(-head_dim // 8) * 8
-        attention += compute * (heads + config.kv_heads + config.n_head) * padded - compute * heads * head_dim
-    else:
-        attention += compute * (heads + config.kv_heads) * head_dim
-    inputs = compute * dim * (3 if autocast else 2)
-    masks = mask(config.resid_dropout, compute) + mask(config.ffn_dropout, compute)
-    block = length * (2 * norm + inputs + attention + 4 * compute * config.ffn_dim + masks)
-    ends = 8 * codes + length * mask(config.token_dropout, residual)
-    if config.condition == "text":
-        block += compute * length**2
-        ends += length**2 if checkpointing else 0
-        ends += compute * config.caption_length * (config.caption_dim + 2 * dim)
-    else:
-        ends += 8
-    # The last norm keeps what predicts a code, which in float32 is a part of the whole stream.
-    ends += 4 * (length if residual == 4 else codes) * dim + codes * (residual * dim + 4)
-    if checkpointing:
-        kept, recomputed = config.n_layer * residual * length * dim + ends, block
-    else:
-        kept, recomputed = config.n_layer * block + ends, 0
-    matrices = config.n_layer * block_parameters(config) + caption_parameters(config)
-    return Activations(batch_size * kept, batch_size * recomputed, compute * matrices if autocast else 0)
-
-
-class Head(NamedTuple):
-    """Bytes of :func:`~llamagen.losses.linear_cross_entropy`.
-
-    Attributes:
-        kept: gradients of what the head reads, as an operand of a matrix product, and of its weights, in float32.
-        moment: what it reads, its weights as an operand, and the logits at hand in float32 and as an operand.
-    """
-
-    kept: int
-    moment: int
-
-
-def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
-    """Memory of the loss, which holds at most ``MOST_LOGITS`` logits at a time.
-
-    Args:
-        config: of the model.
-        batch_size: sequences on this GPU.
-        precision: one of :data:`PRECISIONS`.
-    """
-    residual, compute = PRECISIONS[precision]
-    rows = batch_size * config.block_size
-    logits = min(rows, max(1, MOST_LOGITS // config.vocab_size)) * config.vocab_size
-    narrow = compute * head_parameters(config) if residual != compute else 0
-    kept = compute * rows * config.dim + 4 * head_parameters(config)
-    return Head(kept, residual * rows * config.dim + narrow + logits * (4 if compute == 4 else 4 + compute))
+SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
 
 
 @dataclass(frozen=True)
@@ -218,6 +41,8 @@ class Run:
         precision: one of :data:`PRECISIONS`.
         checkpointing: blocks are recomputed in the backward pass.
         ema: the parameters are averaged.
+        gpus: how many share the work.
+        sharded: they share the parameters, too (FSDP2).
     """
 
     net: GPTConfig
@@ -225,27 +50,38 @@ class Run:
     precision: str = "32-true"
     checkpointing: bool = False
     ema: bool = False
+    gpus: int = 1
+    sharded: bool = False
 
 
-def memory(run: Run, gpus: int = 1) -> dict[str, int]:
+def memory(run: Run) -> dict[str, int]:
     """Bytes on each GPU, by what they are for; their sum is the peak of a step, give or take what is not counted.
+
+    Several GPUs with whole models hold DDP's buckets beside the gradients. Where they share the parameters, each holds
+    its part of all that is kept, and for a moment what is put together: embeddings, last norm and head with their
+    gradients, two blocks in the precision of their products, and the gradients of one, also in float32.
 
     Args:
         run: the run.
-        gpus: more than one hold DDP's buckets beside the gradients.
     """
-    size = PRECISIONS[run.precision][0] * parameters(run.net)
+    width, compute = PRECISIONS[run.precision]
+    whole = width * parameters(run.net)
+    size = -(-whole // run.gpus) if run.sharded else whole
+    block = block_parameters(run.net) + 2 * run.net.dim
+    ends = parameters(run.net) - run.net.n_layer * block
+    together = 2 * width * ends + (3 * compute + 4) * block
     kept = activations(run.net, run.batch_size, run.precision, run.checkpointing)
     loss = head(run.net, run.batch_size, run.precision)
     return {
         "weights": size,
         "gradients": size,
-        "buckets of DDP": size if gpus > 1 else 0,
+        "buckets of DDP": size if run.gpus > 1 and not run.sharded else 0,
         "moments of AdamW": 2 * size,
         "EMA": size if run.ema else 0,
         "activations": kept.kept,
         "one recomputed block": kept.recomputed,
-        "autocast's weights": kept.narrow_weights,
+        "autocast's weights": 0 if run.sharded else kept.narrow_weights,
+        "parameters put together": together if run.sharded else 0,
         "gradients of the loss": loss.kept,
         "logits, for a moment": loss.moment,
     }
@@ -258,13 +94,16 @@ def merge(base: Any, overlay: Any) -> Any:
     return overlay
 
 
-def read_run(paths: list[Path], batch_size: int | None = None, precision: str | None = None) -> Run:
+def read_run(
+    paths: list[Path], batch_size: int | None = None, precision: str | None = None, gpus: int | None = None
+) -> Run:
     """A run out of the configurations of ``main.py fit``.
 
     Args:
         paths: YAML files, of which later ones win.
         batch_size: instead of theirs.
         precision: instead of theirs.
+        gpus: instead of theirs; 8 if they name no number.
 
     Raises:
         ValueError: in one line, if a file cannot be read, or something is missing or makes no sense.
@@ -285,25 +124,37 @@ def read_run(paths: list[Path], batch_size: int | None = None, precision: str | 
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
+    devices, nodes, strategy = (at("trainer", key) for key in ("devices", "num_nodes", "strategy"))
+    if gpus is None:
+        gpus = devices * (nodes or 1) if isinstance(devices, int) and isinstance(nodes, int | None) else 8
     callbacks = at("trainer", "callbacks")
     entries = callbacks if isinstance(callbacks, list) else [callbacks]
-    classes = [str(entry.get("class_path") if isinstance(entry, dict) else entry) for entry in entries]
+    classes = [_last_name(entry) for entry in entries]
     run = Run(
         net=_net(at("model", "init_args", "net")),
         batch_size=at("data", "init_args", "batch_size") if batch_size is None else batch_size,
         precision=precision or str(at("trainer", "precision") or "32-true"),
         checkpointing=at("model", "init_args", "activation_checkpointing") or False,
-        ema=any(name.split(".")[-1] == "EMA" for name in classes),
+        ema="EMA" in classes,
+        gpus=gpus,
+        sharded=_last_name(strategy) in SHARDED,
     )
     if not isinstance(run.batch_size, int) or run.batch_size < 1:
         raise ValueError(
             f"batch_size is {run.batch_size}; set data.init_args.batch_size or --batch_size, at least 1 for each GPU"
         )
+    if run.gpus < 1:
+        raise ValueError(f"gpus is {run.gpus}; it must be above 0")
     if run.precision not in PRECISIONS:
         raise ValueError(f"precision is {run.precision}; memory is known for {', '.join(PRECISIONS)}")
     if not isinstance(run.checkpointing, bool):
         raise ValueError(f"activation_checkpointing is {run.checkpointing!r}; it must be true or false")
     return run
+
+
+def _last_name(entry: Any) -> str:
+    """Of the class that an entry of a configuration names."""
+    return str(entry.get("class_path") if isinstance(entry, dict) else entry).split(".")[-1]
 
 
 def _net(values: Any) -> GPTConfig:
@@ -322,7 +173,7 @@ def _net(values: Any) -> GPTConfig:
         raise ValueError(f"model.init_args.net makes no model ({error})") from error
 
 
-def report(run: Run, pictures: int, mfu: float, peak_tflops: float, gpus: int) -> str:
+def report(run: Run, pictures: int, mfu: float, peak_tflops: float) -> str:
     """All numbers as text.
 
     Args:
@@ -330,28 +181,28 @@ def report(run: Run, pictures: int, mfu: float, peak_tflops: float, gpus: int) -
         pictures: to train on, counted as often as they are seen.
         mfu: share of the peak that is reached.
         peak_tflops: of a GPU.
-        gpus: how many share the work.
 
     Raises:
         ValueError: if a number makes no sense.
     """
     if not 0.0 < mfu <= 1.0:
         raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
-    for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops), ("gpus", gpus)):
+    for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops)):
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
     net, days = run.net, gpu_days(run.net, pictures, mfu, peak_tflops)
+    shared = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', which share the parameters' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
         ("training FLOPs a token", f"{flops_per_token(net):.4g}"),
         ("training FLOPs a sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
         ("GPU days", f"{days:,.4g} for {pictures:,} pictures at {mfu:g} of {peak_tflops:g} TFLOP/s"),
-        ("days on all GPUs", f"{days / gpus:,.4g} on {gpus}"),
+        ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
         ("KV cache a token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
         ("", ""),
-        ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {gpus} GPU{'s' if gpus > 1 else ''}"),
+        ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {shared}"),
     ]
-    parts = memory(run, gpus)
+    parts = memory(run)
     rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items() if size]
     rows += [("  total", f"{sum(parts.values()) / 1e9:8.2f} GB")]
     for checkpointing, words in ((False, "without"), (True, "with")):
@@ -385,11 +236,11 @@ def main(args: list[str] | None = None) -> None:
         "for H100 and H200 SXM, 312 for A100; in 32-true, its number for float32 or TF32",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
-    parser.add_argument("--gpus", type=int, default=8, help="that share the work, each with the whole model (DDP)")
+    parser.add_argument("--gpus", type=int, help="that share the work, instead of the configuration's, or 8")
     options = parser.parse_args(args)
     try:
-        run = read_run(options.config, options.batch_size, options.precision)
-        text = report(run, options.pictures, options.mfu, options.peak_tflops, options.gpus)
+        run = read_run(options.config, options.batch_size, options.precision, options.gpus)
+        text = report(run, options.pictures, options.mfu, options.peak_tflops)
     except ValueError as error:
         parser.error(str(error))
     print(text)
