@@ -13,6 +13,13 @@ from lightning_modules.base import GenerativeModule
 from tests.pipeline import Pipeline
 
 STEPS = 15
+# Float16 with a GradScaler, as on a GPU; it begins too high and grows again, so that some steps are skipped.
+SCALER = "{device: cpu, init_scale: 1.0e+10, backoff_factor: 1.0e-3, growth_factor: 1.0e+3, growth_interval: 4}"
+SCALED = [
+    "--trainer.precision=null",
+    "--trainer.plugins+={class_path: MixedPrecision, init_args: {precision: 16-mixed, device: cpu, scaler: "
+    f"{{class_path: torch.amp.GradScaler, init_args: {SCALER}}}}}}}",
+]
 # Within the first epoch of 8 batches, at its end, within the second one, before and after a checkpoint.
 KILLS = [1, 4, 7, 8, 13]
 
@@ -61,6 +68,13 @@ def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
     return state(folder)
 
 
+@pytest.fixture(scope="module")
+def left_alone_in_float16(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("left_alone_in_float16")
+    main.main([*arguments(pipeline, folder), *SCALED])
+    return state(folder)
+
+
 @pytest.mark.parametrize("step", KILLS)
 def test_a_killed_run_ends_in_the_weights_of_one_that_was_left_alone(
     pipeline: Pipeline,
@@ -69,7 +83,27 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_left_alone(
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = arguments(pipeline, tmp_path)
+    assert_ends_alike(arguments(pipeline, tmp_path), left_alone, tmp_path, step, monkeypatch)
+
+
+@pytest.mark.parametrize("step", [4, 13])
+def test_a_killed_run_in_float16_goes_on_with_its_scaler(
+    pipeline: Pipeline,
+    left_alone_in_float16: dict[str, Any],
+    tmp_path: Path,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = left_alone_in_float16["optimizer_states"][0]["state"][0]["step"]
+    assert STEPS // 2 < taken < STEPS  # the scaler has skipped some
+    command = [*arguments(pipeline, tmp_path), *SCALED]
+    assert_ends_alike(command, left_alone_in_float16, tmp_path, step, monkeypatch)
+
+
+def assert_ends_alike(
+    command: list[str], left_alone: dict[str, Any], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill a run at a step, start it again by the same command, and compare it with one that was left alone."""
     run_until_killed(command, step, monkeypatch)
     if step >= 3:
         assert state(tmp_path)["global_step"] == step // 3 * 3
@@ -77,9 +111,11 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_left_alone(
     ended = state(tmp_path)
     assert ended["global_step"] == left_alone["global_step"] == STEPS
     assert ended["CodeDataModule"] == left_alone["CodeDataModule"]
+    assert ended.get("MixedPrecision") == left_alone.get("MixedPrecision")
     for name, value in left_alone["state_dict"].items():
         assert torch.equal(ended["state_dict"][name], value), name
     moments = ended["optimizer_states"][0]["state"]
+    assert len(moments) > 10
     for index, entries in left_alone["optimizer_states"][0]["state"].items():
         assert "ema" in entries
         for name, value in entries.items():
