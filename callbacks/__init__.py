@@ -7,6 +7,7 @@ from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
 from callbacks.positions import PositionLoss
+from callbacks.requeue import Requeue
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LearningCurves",
     "PositionLoss",
     "ReconstructionGrid",
+    "Requeue",
     "SampleGrid",
     "Throughput",
 ]
