@@ -118,7 +118,8 @@ def activations(
       that is bfloat16), the normalised one, and the factor;
     - ``c D`` for the input of wqkv, and for that of w1 and w3, which under autocast are two copies;
     - ``c (H + 2 G) E`` for the output of wqkv, which the values are a part of, ``c (H + G) E`` for the turned queries
-      and keys, ``c D`` for attention's output, which is also the input of wo, and ``4 H`` for its logsumexp;
+      and keys, ``c D`` for attention's output, which is also the input of wo, and ``4 H`` for its logsumexp
+      (but not where :mod:`~llamagen.models.causal_attention` has a kernel of its own);
     - ``4 c F`` for w1's output, its SiLU, w3's output, and the product, which is the input of w2;
     - ``D`` for each dropout's mask, if there is any: a byte on GPUs, on CPUs an entry of the dropout's input.
 
@@ -142,7 +143,9 @@ def activations(
         return (1 if cuda else size) * dim if probability else 0
 
     norm = (4 + residual) * dim + 4
-    attention = compute * (dim + heads * head_dim) + 4 * config.n_head
+    attention = compute * (dim + heads * head_dim)
+    if cuda or compute == 4 or config.condition == "text" or config.kv_heads != config.n_head:
+        attention += 4 * config.n_head  # which causal_attention does without
     if cuda and head_dim % 8:
         padded = -(-head_dim // 8) * 8
         attention += compute * (heads + config.kv_heads + config.n_head) * padded - compute * heads * head_dim
@@ -192,5 +195,6 @@ def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     rows = batch_size * config.block_size
     logits = min(rows, max(1, MOST_LOGITS // config.vocab_size)) * config.vocab_size
     narrow = compute * head_parameters(config) if residual != compute else 0
-    kept = compute * rows * config.dim + 4 * head_parameters(config)
+    at_once = rows * config.vocab_size <= MOST_LOGITS
+    kept = compute * rows * config.dim + (compute if at_once else 4) * head_parameters(config)
     return Head(kept, residual * rows * config.dim + narrow + logits * (4 if compute == 4 else 4 + compute))

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 MOST_LOGITS = 1 << 24
 """Logits that are held at a time: 64 MiB in float32."""
+CACHED_LOGITS = 1 << 20
+"""Of them, logits that a CPU turns into probabilities at a time: 4 MiB in float32."""
 
 
 class CrossEntropy(NamedTuple):
@@ -80,6 +82,30 @@ def linear_surprise(hidden: Tensor, weight: Tensor, targets: Tensor, most_logits
     return Surprise(torch.cat(nats), torch.cat(rank))
 
 
+def _to_gradient(logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float) -> CrossEntropy:
+    """Turn logits (N, V), in place, into the gradient of the sum over rows; that sum, with and without what is added.
+
+    It is not divided by the number of rows: in float16 it would vanish.
+    """
+    wide = logits.float()  # themselves, where they are float32
+    of_target = wide.gather(1, target)
+    of_all = wide.mean(-1, keepdim=True) if label_smoothing else of_target
+    # In place, and exp once: what is left are the probabilities, which the gradient needs.
+    largest = wide.amax(-1, keepdim=True)
+    total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
+    partition = total.log() + largest
+    surprise = partition - of_target
+    each = surprise.lerp(partition - of_all, label_smoothing) if label_smoothing else surprise
+    loss = (each + z_loss * partition.square() if z_loss else each).sum()
+    wide.mul_((1.0 + 2.0 * z_loss * partition) / total if z_loss else total.reciprocal())
+    wide.scatter_add_(1, target, torch.full_like(partition, label_smoothing - 1.0))
+    if label_smoothing:
+        wide -= label_smoothing / wide.shape[1]
+    if wide is not logits:
+        logits.copy_(wide)
+    return CrossEntropy(loss, surprise.sum())
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,35 +122,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        weight_gradient: Tensor | None = None
         loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, most_logits // len(weight))
+        # On CPUs what is done in float32 stays in the cache; on GPUs a kernel wants as much as there is.
+        rows_at_once = max(1, CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), rows):
                 part, target = hidden[first : first + rows].to(dtype), targets[first : first + rows, None]
-                logits = F.linear(part, head).float()
-                of_target = logits.gather(1, target)
-                of_all = logits.mean(-1, keepdim=True) if label_smoothing else of_target
-                # In place, and exp once: what is left are the probabilities, which the gradient needs.
-                largest = logits.amax(-1, keepdim=True)
-                total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-                partition = total.log() + largest
-                surprise = partition - of_target
-                nats += surprise.sum()
-                each = surprise.lerp(partition - of_all, label_smoothing) if label_smoothing else surprise
-                loss += (each + z_loss * partition.square() if z_loss else each).sum()
-                if not (wants_hidden or wants_weight):
-                    continue
-                # Not divided by N: in float16 it would vanish.
-                gradient = logits.mul_((1.0 + 2.0 * z_loss * partition) / total if z_loss else total.reciprocal())
-                gradient.scatter_add_(1, target, torch.full_like(partition, label_smoothing - 1.0))
-                if label_smoothing:
-                    gradient -= label_smoothing / len(weight)
-                narrow = gradient.to(dtype)
+                logits = F.linear(part, head)
+                for piece, wanted in zip(logits.split(rows_at_once), target.split(rows_at_once), strict=True):
+                    terms = _to_gradient(piece, wanted, label_smoothing, z_loss)
+                    loss += terms.loss
+                    nats += terms.nats
                 if hidden_gradient is not None:
-                    torch.mm(narrow, head, out=hidden_gradient[first : first + rows])
-                if weight_gradient is not None:
-                    weight_gradient += narrow.T @ part
+                    torch.mm(logits, head, out=hidden_gradient[first : first + rows])
+                if not wants_weight:
+                    continue
+                product = logits.T @ part
+                if weight_gradient is None:
+                    weight_gradient = product if len(hidden) <= rows else product.float()
+                else:
+                    weight_gradient += product
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.count = len(hidden)
@@ -137,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scale = loss_gradient / ctx.count
         gradients = [
-            None if gradient is None else (gradient * scale).to(dtype)
+            None if gradient is None else gradient.to(dtype, copy=True).mul_(scale)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None, None, None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.kv_cache import KVCache, LayerCache
@@ -90,15 +91,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
-            enable_gqa=self.kv_heads != self.n_head,
-        )
+        causal, dropout = mask is None and q.shape[2] > 1, self.attn_dropout if self.training else 0.0
+        if causal and not dropout and self.kv_heads == self.n_head and cache is None:
+            attended = causal_attention(q, k, v)
+        else:
+            grouped = self.kv_heads != self.n_head
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
         return cast(Tensor, self.resid_dropout(self.wo(attended.transpose(1, 2).flatten(2))))
 
 

@@ -1,0 +1,117 @@
+"""Causal attention in bfloat16 on CPUs, where PyTorch's fused kernel takes twice as long. On GPUs its kernels are used.
+
+Scores are rounded to bfloat16 before the softmax, which is in float32, as where attention is written out under autocast
+(the fused kernel keeps them in float32). Neither keeps anything but its arguments and its result for the backward pass.
+
+Shapes: B batch, H heads, T positions, E width of a head.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CACHED_SCORES = 1 << 20
+"""Scores that are worked on at a time: 4 MiB in float32."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position attends to itself and those before it.
+
+    Args:
+        q: (B, H, T, E).
+        k: (B, H, T, E).
+        v: (B, H, T, E).
+
+    Returns:
+        (B, H, T, E), in the dtype of ``q``.
+    """
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        attended: Tensor = _attend(q, k, v)
+        return attended
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class _Probabilities:
+    """The softmax of scores of some heads, in memory that is used again: fresh memory costs more than arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        _, heads, length, width = like.shape
+        self.heads = min(heads, max(1, CACHED_SCORES // length**2))
+        self.scale = width**-0.5
+        later = torch.ones(length, length, dtype=torch.bool).triu_(1)
+        self.bias = torch.zeros(length, length, dtype=like.dtype).masked_fill_(later, float("-inf"))
+        self.narrow = like.new_empty(self.heads, length, length)
+        self.wide = self.narrow.new_empty(self.narrow.shape, dtype=_wide(like.dtype))
+
+    def pieces(self, like: Tensor) -> Iterator[tuple[int, slice]]:
+        """A sample and some of its heads at a time."""
+        for sample in range(like.shape[0]):
+            for first in range(0, like.shape[1], self.heads):
+                yield sample, slice(first, min(first + self.heads, like.shape[1]))
+
+    def of(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, T, E) → probabilities (h, T, T), wide and narrow."""
+        narrow, wide = self.narrow[: len(q)], self.wide[: len(q)]
+        torch.baddbmm(self.bias.expand_as(narrow), q, k.transpose(1, 2), alpha=self.scale, out=narrow)
+        torch.softmax(wide.copy_(narrow), -1, out=wide)
+        return wide, narrow.copy_(wide)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def _by_position(like: Tensor) -> Tensor:
+    """Empty (B, H, T, E), in memory (B, T, H, E), as projections leave and take it."""
+    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@torch.library.custom_op("llamagen::causal_attention", mutates_args=(), device_types="cpu")
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attended, probabilities = _by_position(q), _Probabilities(q)
+    for sample, heads in probabilities.pieces(q):
+        _, narrow = probabilities.of(q[sample, heads], k[sample, heads])
+        attended[sample, heads] = torch.bmm(narrow, v[sample, heads])
+    return attended
+
+
+@torch.library.custom_op("llamagen::causal_attention_backward", mutates_args=(), device_types="cpu")
+def _gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_gradient, k_gradient, v_gradient = _by_position(q), _by_position(k), _by_position(v)
+    probabilities = _Probabilities(q)
+    scale, by_score = probabilities.scale, torch.empty_like(probabilities.wide)
+    for sample, heads in probabilities.pieces(q):
+        given, keys, queries = gradient[sample, heads], k[sample, heads], q[sample, heads]
+        wide, narrow = probabilities.of(queries, keys)
+        v_gradient[sample, heads] = torch.bmm(narrow.transpose(1, 2), given)
+        mean = (given * attended[sample, heads]).sum(-1, keepdim=True, dtype=wide.dtype)
+        torch.bmm(given, v[sample, heads].transpose(1, 2), out=narrow)
+        narrow.copy_(by_score[: len(wide)].copy_(narrow).sub_(mean).mul_(wide))
+        q_gradient[sample, heads] = torch.bmm(narrow, keys).mul_(scale)
+        k_gradient[sample, heads] = torch.bmm(narrow.transpose(1, 2), queries).mul_(scale)
+    return q_gradient, k_gradient, v_gradient
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _by_position(q)
+
+
+@_gradients.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_position(q), _by_position(k), _by_position(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _gradients(gradient, *ctx.saved_tensors)
+    return gradients
+
+
+_attend.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,75 @@
+"""Attention in bfloat16 on CPUs is attention: as exact as bfloat16 allows, with its gradient, eager and compiled."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llamagen.models import causal_attention as module
+from llamagen.models.causal_attention import _attend, causal_attention
+
+
+def inputs(dtype: torch.dtype, batch: int = 2, heads: int = 3, length: int = 33, width: int = 16) -> list[Tensor]:
+    """Queries, keys and values, laid out as projections leave them."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, batch, length, heads, width, generator=generator, dtype=torch.float64)
+    return [each.to(dtype).transpose(1, 2).requires_grad_() for each in drawn]
+
+
+def results(attend: object, dtype: torch.dtype) -> list[Tensor]:
+    """What comes out, and the gradients, in float64."""
+    leaves = inputs(dtype)
+    attended = attend(*leaves)  # type: ignore[operator]
+    gradient = torch.randn(attended.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    attended.backward(gradient.to(dtype))
+    grads = [leaf.grad for leaf in leaves]
+    assert all(grad is not None for grad in grads)
+    return [attended.detach().double(), *(grad.double() for grad in grads if grad is not None)]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("scores", [1 << 20, 2 * 33 * 33, 1])
+def test_in_float64_it_is_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHED_SCORES", scores)
+    for found, wanted in zip(results(_attend, torch.float64), results(fused, torch.float64), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_in_bfloat16_it_is_about_as_exact_as_the_fused_kernel() -> None:
+    exact = results(fused, torch.float64)
+    narrow = [each.bfloat16().double() for each in inputs(torch.float64)]
+    assert len(narrow) == 3
+    errors = [
+        [
+            float((found - wanted).norm() / wanted.norm())
+            for found, wanted in zip(results(f, torch.bfloat16), exact, strict=True)
+        ]
+        for f in (causal_attention, fused)
+    ]
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours < max(2.0 * theirs, 0.005)
+
+
+def test_the_kernel_of_its_own_is_for_bfloat16_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(module, "_attend", lambda q, k, v: calls.append(q.dtype) or q)
+    for dtype in (torch.bfloat16, torch.float32):
+        causal_attention(*inputs(dtype))
+    assert calls == [torch.bfloat16]
+
+
+def test_it_is_one_operator_of_a_compiled_graph() -> None:
+    compiled = torch.compile(causal_attention, backend="aot_eager_decomp_partition", fullgraph=True)
+    for found, wanted in zip(results(compiled, torch.bfloat16), results(causal_attention, torch.bfloat16), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_operators_say_of_their_results_what_they_are() -> None:
+    torch.library.opcheck(_attend, tuple(inputs(torch.bfloat16)))
+
+
+def test_the_result_lies_by_position() -> None:
+    assert causal_attention(*inputs(torch.bfloat16)).transpose(1, 2).is_contiguous()
