@@ -121,7 +121,7 @@ def activations(
       and keys, ``c D`` for attention's output, which is also the input of wo, and ``4 H`` for its logsumexp
       (but not where :mod:`~llamagen.models.causal_attention` has a kernel of its own);
     - ``4 c F`` for w1's output, its SiLU, w3's output, and the product, which is the input of w2;
-    - ``D`` for each dropout's mask, if there is any: a byte on GPUs, on CPUs an entry of the dropout's input.
+    - ``D`` for each dropout's mask, if there is any.
 
     Fused attention is assumed; on GPUs it pads heads to a multiple of 8 and copies queries, keys and values for that,
     and dropout within it keeps no mask. A mask for padded captions is c bytes for each pair of positions. Blocks that
@@ -139,8 +139,8 @@ def activations(
     dim, length, codes = config.dim, positions(config), config.block_size
     heads, head_dim = config.n_head + config.kv_heads, config.head_dim
 
-    def mask(probability: float, size: int) -> int:
-        return (1 if cuda else size) * dim if probability else 0
+    def mask(probability: float) -> int:
+        return dim if probability else 0
 
     norm = (4 + residual) * dim + 4
     attention = compute * (dim + heads * head_dim)
@@ -152,9 +152,9 @@ def activations(
     else:
         attention += compute * (heads + config.kv_heads) * head_dim
     inputs = compute * dim * (3 if autocast else 2)
-    masks = mask(config.resid_dropout, compute) + mask(config.ffn_dropout, compute)
+    masks = mask(config.resid_dropout) + mask(config.ffn_dropout)
     block = length * (2 * norm + inputs + attention + 4 * compute * config.ffn_dim + masks)
-    ends = 8 * codes + length * mask(config.token_dropout, residual)
+    ends = 8 * codes + length * mask(config.token_dropout)
     if config.condition == "text":
         block += compute * length**2
         ends += length**2 if checkpointing else 0

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
+from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.kv_cache import KVCache, LayerCache
 from llamagen.models.rope import rope_table, rotate
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         self.attn_dropout = config.attn_dropout
         self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """Attend.
@@ -108,7 +109,7 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+        self.ffn_dropout = Dropout(config.ffn_dropout, place=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
@@ -151,7 +152,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # parameters are drawn once, and not first as PyTorch does
             self.cls_embedding = build_conditioner(config)
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-            self.tok_dropout = nn.Dropout(config.token_dropout)
+            self.tok_dropout = Dropout(config.token_dropout)
             last = max(config.n_layer - 1, 1)
             self.layers = nn.ModuleList(
                 TransformerBlock(config, config.drop_path * layer / last) for layer in range(config.n_layer)
