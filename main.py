@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
-from lightning_modules import CheckpointFiles
+from lightning_modules import ARGenModule, CheckpointFiles
 from llamagen.checkpoint import read_checkpoint
 from llamagen.whole_file import whole_file
 
@@ -40,7 +40,7 @@ class RunConfig(SaveConfigCallback):
             folder = trainer.default_root_dir
             raise ValueError(
                 f"{folder} already holds a run; choose another --trainer.default_root_dir, or go on with it by "
-                f"--ckpt_path {folder}/checkpoints/last.ckpt"
+                "--ckpt_path last"
             )
 
     @staticmethod
@@ -120,6 +120,11 @@ class LlamaGenCLI(LightningCLI):
             # What is to be spread over ranks gets its memory when it is.
             with torch.device("meta") if sharded else nullcontext():
                 super().instantiate_classes()
+            if sharded and not isinstance(self.model, ARGenModule):
+                raise ValueError(
+                    f"{type(self.model).__name__} is small enough for each GPU; set trainer.strategy to ddp, not to "
+                    "one that shards its parameters"
+                )
         except ValueError as error:
             reason = error
             while isinstance(reason.__cause__, ValueError):

@@ -176,7 +176,8 @@ class EMA(pl.Callback):
         if trainer.state.fn == "fit":
             return
         if is_sharded(cast(HasGenerator, pl_module).generator):  # and so is not told what the file holds
-            checkpoint = read_checkpoint(trainer.ckpt_path)  # type: ignore[arg-type]
+            path: Any = trainer.ckpt_path
+            checkpoint = read_checkpoint(path, wanted=lambda name: name.endswith(f".{EMA_STATE}"))
         averages = averaged_weights(checkpoint)
         if not averages:
             raise ValueError("the checkpoint has no EMA weights; run without the EMA callback to use its raw weights")

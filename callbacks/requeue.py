@@ -26,15 +26,28 @@ class Requeue(pl.Callback):
         self.number = _number(signal)
         self._previous: Any = None
         self._asked = self._stopping = False
+        self._listening = False
+        self._limit: Any = None
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen, before Lightning does."""
+        """Listen, before Lightning does.
+
+        Raises:
+            ValueError: if nothing would be saved at the end.
+        """
         if stage == "fit":
+            saved = [getattr(each, "_save_on_train_epoch_end", None) for each in trainer.checkpoint_callbacks]
+            if not any(saved):
+                raise ValueError(
+                    "Requeue ends a run within an epoch, where no callback would save it; give a ModelCheckpoint "
+                    "save_on_train_epoch_end: true"
+                )
             self._asked = self._stopping = False
             self._previous = signal.signal(self.number, self._ask)
+            self._listening = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,12 +62,25 @@ class Requeue(pl.Callback):
         if asked:
             rank_zero_info(f"asked to stop by a signal: ending at step {trainer.global_step}")
             self._stopping = trainer.should_stop = True
+            # There is no time for a validation, which a run that is left alone would not have here.
+            self._limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def _hear_no_more(self) -> None:
+        if self._listening:
+            signal.signal(self.number, signal.SIG_DFL if self._previous is None else self._previous)
+            self._listening = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The signal means again what it meant."""
+        self._hear_no_more()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """When all is saved, put the job back."""
         if stage != "fit":
             return
-        signal.signal(self.number, self._previous)
+        self._hear_no_more()
+        if self._stopping:
+            trainer.limit_val_batches = self._limit
         job = os.environ.get("SLURM_JOB_ID")
         if not self._stopping or job is None or not trainer.is_global_zero:
             return

@@ -185,7 +185,7 @@ class CodeDataModule(ShardDataModule):
             draw_view=train,
             seed=self.seed,
             captions=self.captioned,
-            never_empty=train and stage == "fit",
+            never_empty=(train and stage == "fit") or self.ranks_wait,
         )
         if isinstance(samples, SampleIndex):
             probe = range(0, len(samples), -(-len(samples) // PROBED))

@@ -154,5 +154,5 @@ class ImageDataModule(ShardDataModule):
             self.views if predict else "centre",
             self.crop_ranges,
             captions=predict and self.captioned,
-            never_empty=train and stage == "fit",
+            never_empty=(train and stage == "fit") or self.ranks_wait,
         )

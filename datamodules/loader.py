@@ -102,8 +102,8 @@ class _Place:
 class EvaluationLoader:
     """Given batches, in order.
 
-    Ranks may have unequal numbers of them, so nothing in a step may wait for another rank. Like :class:`TrainLoader` it
-    is no DataLoader: Lightning would share out its samples a second time.
+    Ranks may have unequal numbers of them; where a step waits for other ranks, they are shared out equally. Like
+    :class:`TrainLoader` it is no DataLoader: Lightning would share out its samples a second time.
 
     Args:
         dataset: as in :class:`TrainLoader`.

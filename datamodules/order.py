@@ -6,6 +6,7 @@ shared out anew over another number of them.
 """
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Literal, Protocol
 
 import numpy as np
@@ -173,6 +174,38 @@ def evaluation_batches(numbers: range | np.ndarray, batch_size: int) -> list[lis
         [(int(number), NO_EPOCH) for number in numbers[first : first + batch_size]]
         for first in range(0, len(numbers), batch_size)
     ]
+
+
+def shared_batches(
+    count: int, batch_size: int, rank: int, world_size: int, equally: bool = False
+) -> list[list[Address]]:
+    """The batches of a rank, which takes every ``world_size``-th sample, from the ``rank``-th on.
+
+    Args:
+        count: samples of the set.
+        batch_size: most samples of a batch.
+        rank: this rank.
+        world_size: number of ranks.
+        equally: all ranks get the same number of batches, as they must where they wait for each other in each; then one
+            batch of a rank that has a sample less may be cut in two.
+
+    Raises:
+        ValueError: if ``equally`` cannot be.
+    """
+    batches = evaluation_batches(range(rank, count, world_size), batch_size)
+    if not equally:
+        return batches
+    most = ceil(ceil(count / world_size) / batch_size)
+    if count // world_size < most:
+        raise ValueError(
+            f"{count} samples in batches of {batch_size} cannot be shared out over {world_size} ranks that wait for "
+            "each other, as they do where parameters are sharded; use larger batches or fewer ranks"
+        )
+    if len(batches) < most:
+        longest = max(range(len(batches)), key=lambda place: len(batches[place]))
+        half = len(batches[longest]) // 2
+        batches[longest : longest + 1] = [batches[longest][:half], batches[longest][half:]]
+    return batches
 
 
 def draw(seed: int, epoch: int, numbers: np.ndarray, below: int) -> np.ndarray:

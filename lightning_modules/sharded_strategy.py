@@ -89,10 +89,12 @@ class ShardedStrategy(ModelParallelStrategy):
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
         # Lightning would take the optimizer's parameters to be in the order of the model's.
+        if self.optimizers and "optimizer_states" not in checkpoint:
+            raise ValueError(f"{path} holds weights alone; begin a new run with them by model.init_args.init_from")
         weights = checkpoint.pop("state_dict")
         for name, tensor in module.state_dict().items():
             copy_whole_(tensor, weights[name])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             _load_optimizer(optimizer, state)
         return checkpoint
 

@@ -125,6 +125,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_gradient: Tensor | None = None
         loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, most_logits // len(weight))
+        if dtype is torch.float16:  # or the sum over rows could be too large for it
+            rows = min(rows, 1024)
         # On CPUs what is done in float32 stays in the cache; on GPUs a kernel wants as much as there is.
         rows_at_once = max(1, CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         with torch.autocast(device, enabled=False):

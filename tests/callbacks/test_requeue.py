@@ -10,8 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks import Requeue
+from callbacks import EMA, Requeue
 from tests.lightning_modules.runs import argen_module, state_of, train
 from tests.pipeline import Pipeline
 from tests.ranks import ended, succeeds
@@ -26,6 +27,12 @@ class Kill(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.batch and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def run(pipeline: Pipeline, folder: Path, *more: pl.Callback, module: Any = None, **options: Any) -> pl.Trainer:
+    """Train, and save at the end of an epoch and of the run."""
+    saving = ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_train_epoch_end=True)
+    return train(module or argen_module(), pipeline, folder, callbacks=[EMA(0.9), saving, *more], **options)
 
 
 @pytest.fixture
@@ -46,17 +53,30 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
     alone = argen_module()
-    wanted = state_of(alone, train(alone, pipeline, tmp_path / "alone", **options))
-    first = argen_module()
-    trainer = train(first, pipeline, tmp_path / "run", Requeue(), Kill(2), **options)
+    wanted = state_of(alone, run(pipeline, tmp_path / "alone", module=alone, **options))
+    trainer = run(pipeline, tmp_path / "run", Requeue(), Kill(2), **options)
     assert trainer.global_step == (3 if accumulate == 1 else 2)  # batches 0, 1, 2 and, to complete its step, 3
     assert scontrol.read_text() == "requeue 4711\n"
     second = argen_module()
     last = tmp_path / "run/checkpoints/last.ckpt"
-    found = state_of(second, train(second, pipeline, tmp_path / "run", Requeue(), ckpt_path=last, **options))
+    found = state_of(second, run(pipeline, tmp_path / "run", Requeue(), module=second, ckpt_path=last, **options))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     assert scontrol.read_text() == "requeue 4711\n"
+
+
+def test_there_is_no_validation_before_all_is_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            validated.append(trainer.global_step)
+
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", save_on_train_epoch_end=True)
+    trainer = run(pipeline, tmp_path / "run", Requeue(), Kill(4), Watch(), best, max_epochs=1, val_check_interval=3)
+    assert validated == [3]
+    assert trainer.limit_val_batches == 1
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_a_task_of_an_array_is_put_back_by_its_number(
@@ -64,7 +84,7 @@ def test_a_task_of_an_array_is_put_back_by_its_number(
 ) -> None:
     for name, value in (("SLURM_JOB_ID", "4713"), ("SLURM_ARRAY_JOB_ID", "4711"), ("SLURM_ARRAY_TASK_ID", "2")):
         monkeypatch.setenv(name, value)
-    train(argen_module(), pipeline, tmp_path / "run", Requeue(), Kill(0), max_epochs=1)
+    run(pipeline, tmp_path / "run", Requeue(), Kill(0), max_epochs=1)
     assert scontrol.read_text() == "requeue 4711_2\n"
 
 
@@ -72,7 +92,7 @@ def test_without_slurm_a_run_ends_and_the_signal_means_again_what_it_meant(
     pipeline: Pipeline, tmp_path: Path, scontrol: Path
 ) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    trainer = train(argen_module(), pipeline, tmp_path / "run", Requeue(), Kill(4), max_epochs=1)
+    trainer = run(pipeline, tmp_path / "run", Requeue(), Kill(4), max_epochs=1)
     assert trainer.global_step == 5
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
     assert signal.getsignal(signal.SIGUSR1) == before
@@ -85,20 +105,19 @@ def test_a_queue_that_does_not_answer_is_a_warning(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="job 4711 could not be put back"):
-        train(argen_module(), pipeline, tmp_path / "run", Requeue(), Kill(0), max_epochs=1)
+        run(pipeline, tmp_path / "run", Requeue(), Kill(0), max_epochs=1)
 
 
 SCRIPT = """
 from pathlib import Path
 from callbacks import Requeue
-from tests.callbacks.test_requeue import Kill
-from tests.lightning_modules.runs import argen_module, train
+from tests.callbacks.test_requeue import Kill, run
 from tests.pipeline import Pipeline
 
 folder = Path({folder!r})
 pipeline = Pipeline(Path({pipeline!r}))
-trainer = train(
-    argen_module(), pipeline, folder, Requeue(), Kill(1, rank=1), max_epochs=1, devices=2, strategy="ddp",
+trainer = run(
+    pipeline, folder, Requeue(), Kill(1, rank=1), max_epochs=1, devices=2, strategy="ddp",
     batch_size=100, use_distributed_sampler=False,
 )
 (folder / f"rank{{trainer.global_rank}}").write_text(str(trainer.global_step))
@@ -110,6 +129,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pipeline: Pipeline, tmp
     script.write_text(SCRIPT.format(folder=str(tmp_path), pipeline=str(pipeline.root)))
     succeeds(ended(["env", f"PYTHONPATH={Path.cwd()}", sys.executable, str(script)]))
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+def test_a_run_that_would_not_be_saved_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a ModelCheckpoint save_on_train_epoch_end: true"):
+        train(argen_module(), pipeline, tmp_path, Requeue(), max_epochs=1)
 
 
 def test_a_signal_that_does_not_exist_is_refused() -> None:

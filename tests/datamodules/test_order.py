@@ -16,6 +16,7 @@ from datamodules.order import (
     draw,
     epoch_order,
     evaluation_batches,
+    shared_batches,
 )
 from tests.datamodules.shard_files import assert_one_line
 
@@ -370,3 +371,30 @@ def test_evaluation_batches_are_plain_numbers_also_from_an_array() -> None:
     batches = evaluation_batches(np.array([5, 2, 9]), 2)
     assert batches == [[(5, NO_EPOCH), (2, NO_EPOCH)], [(9, NO_EPOCH)]]
     assert {type(number) for batch in batches for number, _ in batch} == {int}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_ranks_that_wait_for_each_other_get_equally_many_batches(batch_size: int, world_size: int) -> None:
+    for count in range(world_size, 60):
+        shares = [shared_batches(count, batch_size, rank, world_size, equally=True) for rank in range(world_size)]
+        assert len({len(batches) for batches in shares}) == 1
+        for rank, batches in enumerate(shares):
+            assert all(1 <= len(batch) <= batch_size for batch in batches)
+            numbers = [number for batch in batches for number, _ in batch]
+            assert numbers == list(range(rank, count, world_size))
+            plain = shared_batches(count, batch_size, rank, world_size)
+            assert len(plain) in (len(batches), len(batches) - 1)
+            if len(plain) == len(batches):
+                assert plain == batches
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world_size"), [(3, 1, 2), (1, 4, 2), (10, 1, 8)])
+def test_what_cannot_be_shared_out_equally_is_refused(count: int, batch_size: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} samples in batches of {batch_size} cannot be shared out"):
+        shared_batches(count, batch_size, 0, world_size, equally=True)
+
+
+def test_where_nobody_waits_batches_are_as_large_as_they_may_be() -> None:
+    assert [len(batch) for batch in shared_batches(9, 4, 1, 2)] == [4]
+    assert [len(batch) for batch in shared_batches(9, 4, 1, 2, equally=True)] == [2, 2]

@@ -120,3 +120,15 @@ def test_surprise_is_the_cross_entropy_and_the_place_of_each_target(most_logits:
     order = logits.argsort(-1, descending=True)
     assert torch.equal(found.rank, (order == targets[:, None]).int().argmax(-1))
     assert not found.nats.requires_grad
+
+
+def test_many_rows_with_the_same_target_do_not_overflow_float16() -> None:
+    torch.manual_seed(0)
+    hidden = (5.0 + torch.randn(16384, 8)).half()
+    weight = torch.zeros(1024, 8, requires_grad=True)
+    targets = torch.zeros(16384, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        linear_cross_entropy(hidden, weight, targets).loss.backward()
+    assert weight.grad is not None
+    wanted = -hidden.float().mean(0) * (1 - 1 / 1024)
+    torch.testing.assert_close(weight.grad[0], wanted, rtol=5e-3, atol=0)
