@@ -59,7 +59,7 @@ class Requeue(pl.Callback):
         if trainer.world_size > 1:
             flag = torch.tensor(float(asked), device=pl_module.device)
             asked = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
-        if asked:
+        if asked and not self._stopping:
             rank_zero_info(f"asked to stop by a signal: ending at step {trainer.global_step}")
             self._stopping = trainer.should_stop = True
             # There is no time for a validation, which a run that is left alone would not have here.

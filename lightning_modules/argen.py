@@ -107,7 +107,7 @@ class ARGenModule(GenerativeModule):
         """Spread the parameters over ranks, if the strategy is Lightning's ``ModelParallelStrategy`` (FSDP2).
 
         A model that was built on the meta device gets its weights now, which are those that it would have without any
-        strategy; no process ever holds all of them.
+        strategy; no device ever holds all of them.
 
         Raises:
             ValueError: if the strategy wants tensors to be computed in parts, or the precision is not right under it.

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llamagen.models.gpt import GPT
 from llamagen.weights import Weights
@@ -55,5 +56,7 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
             f"{weights.source}: they know {len(table) - 1} classes, here there are {len(own) - 1}; set num_classes to "
             f"{len(table) - 1}, or, if new classes are meant, give init_adapt [num_classes]"
         )
+    if isinstance(own, DTensor) and not own.is_meta:  # spread over ranks
+        own = own.full_tensor()
     state[TABLE] = torch.cat([own[:-1], table[-1:].to(own)])
     return state

@@ -210,12 +210,12 @@ def test_a_tokenizer_is_not_sharded(capsys: pytest.CaptureFixture[str]) -> None:
     assert "VQGANModule is small enough for each GPU; set trainer.strategy to ddp" in capsys.readouterr().err
 
 
-def _initial(rank: int, weights: str) -> dict[str, Tensor]:
+def _initial(rank: int, weights: str, num_classes: int) -> dict[str, Tensor]:
     """What a sharded model begins with that was built on the meta device."""
     torch.manual_seed(0)
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     with torch.device("meta"):
-        module = ARGenModule(GPTConfig(**GPT_NET), init_from=weights or None)
+        module = _start(weights, num_classes)
     module._device_mesh = mesh
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
     module._trainer = SimpleNamespace(precision="32-true", strategy=strategy, state=SimpleNamespace(fn="validate"))
@@ -227,13 +227,19 @@ def _initial(rank: int, weights: str) -> dict[str, Tensor]:
     return {name: value.full_tensor() for name, value in module.gpt.state_dict().items()}
 
 
-@pytest.mark.parametrize("from_file", [False, True])
+def _start(weights: str, num_classes: int) -> ARGenModule:
+    config = GPTConfig(**{**GPT_NET, "num_classes": num_classes})
+    return ARGenModule(config, init_from=weights or None, init_adapt=["num_classes"] if num_classes == 12 else ())
+
+
+@pytest.mark.parametrize(("from_file", "num_classes"), [(False, 10), (True, 10), (True, 12)])
 def test_a_model_without_memory_gets_the_weights_that_it_would_have(
-    from_file: bool, half: Path, tmp_path: Path
+    from_file: bool, num_classes: int, half: Path, tmp_path: Path
 ) -> None:
+    weights = str(half) if from_file else ""
     torch.manual_seed(0)
-    wanted = read_weights(half).state if from_file else GPT(GPTConfig(**GPT_NET)).state_dict()
-    for found in run_on_ranks(_initial, tmp_path, str(half) if from_file else ""):
+    wanted = _start(weights, num_classes).gpt.state_dict()
+    for found in run_on_ranks(_initial, tmp_path, weights, num_classes):
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert torch.equal(value, wanted[name]), name
