@@ -106,7 +106,10 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
     """
     if path.is_dir():
         if not is_sharded_checkpoint(path):
-            raise ValueError(f"{path} is a folder, but no sharded checkpoint that was written to its end")
+            raise ValueError(
+                f"{path} is a folder, but no sharded checkpoint that was written to its end; give the .ckpt of a run, "
+                "or a file of weights"
+            )
         return read_sharded(path, read_torch_file(path / META_FILE), wanted)
     try:
         with path.open("rb") as file:

@@ -33,7 +33,7 @@ def files(folder: Path) -> list[Path]:
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--model.init_args.sampling.top_p=1.5"], "top_p is 1.5"),
         (["--ckpt_path=README.md"], "README.md cannot be read as a checkpoint"),
-        (["--ckpt_path=configs"], "configs does not exist; give the .ckpt file"),
+        (["--ckpt_path=configs"], "configs is a folder, but no sharded checkpoint"),
         (["--model.init_args.tokenizer=README.md"], "error: README.md cannot be read as a checkpoint"),
     ],
 )

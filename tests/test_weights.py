@@ -208,7 +208,7 @@ def cut_old(path: Path) -> None:
     [
         ("vq.pt", lambda path: None, "vq.pt does not exist; give"),
         ("vq.safetensors", lambda path: None, "vq.safetensors does not exist; give"),
-        ("vq.pt", Path.mkdir, "vq.pt is a folder; if it is a sharded checkpoint, merge"),
+        ("vq.pt", Path.mkdir, "vq.pt is a folder, but no sharded checkpoint that was written to its end"),
         ("vq.pt", cut, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", cut_old, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", Path.touch, "vq.pt cannot be read as a checkpoint (EOFError)"),
