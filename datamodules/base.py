@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from datamodules.bad_samples import REASONS, Tally
 from datamodules.index import SampleIndex
-from datamodules.loader import EvaluationLoader, TrainLoader
+from datamodules.loader import EvaluationLoader, TrainLoader, ranks_wait
 from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
 from datamodules.remote import ShardCache, check_presence
 from datamodules.sources import SPLITS, Source, find_sources, hold_out
@@ -114,11 +114,6 @@ class ShardDataModule(pl.LightningDataModule):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.trainer.world_size if self.trainer is not None else 1
-
-    @property
-    def ranks_wait(self) -> bool:
-        """Whether ranks wait for each other in each step of an evaluation, because none has the whole model."""
-        return getattr(getattr(self.trainer, "lightning_module", None), "device_mesh", None) is not None
 
     def prepare_data(self) -> None:
         """Fetch shards and read their headers, in one process of each machine.
@@ -234,7 +229,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks"
             )
-        batches = shared_batches(count, self.batch_size, self.rank, self.world_size, self.ranks_wait)
+        batches = shared_batches(count, self.batch_size, self.rank, self.world_size, ranks_wait(self.trainer))
         return self._evaluation_loader("val", batches, never_empty=True)
 
     def test_dataloader(self) -> EvaluationLoader:

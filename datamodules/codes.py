@@ -11,6 +11,7 @@ from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.base import SPLITS, ShardDataModule
 from datamodules.dataset import SampleDataset
 from datamodules.index import NO_LABEL, SampleIndex
+from datamodules.loader import ranks_wait
 from datamodules.order import NO_EPOCH, Address, draw
 from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.sources import Source
@@ -185,7 +186,7 @@ class CodeDataModule(ShardDataModule):
             draw_view=train,
             seed=self.seed,
             captions=self.captioned,
-            never_empty=(train and stage == "fit") or self.ranks_wait,
+            never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
         )
         if isinstance(samples, SampleIndex):
             probe = range(0, len(samples), -(-len(samples) // PROBED))

@@ -13,6 +13,7 @@ from datamodules.base import SPLITS, ShardDataModule
 from datamodules.crops import centre_crop, random_crop, random_flip, ten_crops, view_names
 from datamodules.dataset import SampleDataset
 from datamodules.index import NO_LABEL, PICTURES, SampleIndex
+from datamodules.loader import ranks_wait
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import read_picture
 from datamodules.stream import StreamIndex
@@ -154,5 +155,5 @@ class ImageDataModule(ShardDataModule):
             self.views if predict else "centre",
             self.crop_ranges,
             captions=predict and self.captioned,
-            never_empty=(train and stage == "fit") or self.ranks_wait,
+            never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
         )

@@ -158,6 +158,15 @@ class EvaluationLoader:
         raise ValueError("none of the samples can be used; look at the data with `python -m datamodules.inspection`")
 
 
+def ranks_wait(trainer: Any) -> bool:
+    """Whether ranks wait for each other in each step of an evaluation, because none has the whole model.
+
+    Args:
+        trainer: Lightning's, or None.
+    """
+    return getattr(getattr(trainer, "lightning_module", None), "device_mesh", None) is not None
+
+
 def usable(batch: Any, tally: Tally | None) -> bool:
     """Take the entry :data:`SKIPPED` out of a batch and count it; whether anything is left of the batch."""
     if not isinstance(batch, dict):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 from torch.utils.data import Dataset
 
-from datamodules.loader import EvaluationLoader
+from datamodules.loader import EvaluationLoader, ranks_wait
 from datamodules.order import Address, shared_batches
 
 
@@ -45,7 +45,5 @@ class SampleDataModule(pl.LightningDataModule):
         """The requests of this rank, in order."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         requests = ClassRequests(self.classes, self.per_class)
-        module = getattr(self.trainer, "lightning_module", None)
-        waiting = getattr(module, "device_mesh", None) is not None  # for each other, as no rank has the whole model
-        batches = shared_batches(len(requests), self.batch_size, rank, world_size, waiting)
+        batches = shared_batches(len(requests), self.batch_size, rank, world_size, ranks_wait(self.trainer))
         return EvaluationLoader(requests, batches, num_workers=0)
