@@ -1,8 +1,19 @@
-"""Sampling: logits to codes, and the decode loop. Runs without Lightning."""
+"""Sampling: logits to codes, and the decode loop, compiled or not. Runs without Lightning."""
 
 from llamagen.sampling.config import SamplingConfig
-from llamagen.sampling.draw import draw, filter_logits
+from llamagen.sampling.draw import draw, filter_logits, guide
 from llamagen.sampling.generate import generate
-from llamagen.sampling.noise import uniform
+from llamagen.sampling.noise import gumbel, seed_tensor
+from llamagen.sampling.sampler import Sampler, compute_dtype
 
-__all__ = ["SamplingConfig", "draw", "filter_logits", "generate", "uniform"]
+__all__ = [
+    "Sampler",
+    "SamplingConfig",
+    "compute_dtype",
+    "draw",
+    "filter_logits",
+    "generate",
+    "guide",
+    "gumbel",
+    "seed_tensor",
+]

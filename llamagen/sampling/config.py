@@ -1,6 +1,10 @@
 """How codes are drawn from the model's logits."""
 
 from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,12 @@ class SamplingConfig:
             the computation.
         guidance_steps: guide only the first so many codes, then go on with the conditional branch alone; all of them,
             if not given.
+        guidance_start: leave the first so many codes without guidance.
+        guidance_schedule: how the scale at code t of L rises from 1 to s: ``constant`` is s everywhere; ``linear``
+            ``1 + (s − 1) t / L`` (Muse, arXiv 2301.00704, section 2.7); ``cosine``
+            ``1 + (s − 1) (1 − cos(π t / L)) / 2``; ``power_cosine`` the same with ``(t / L)`` to a power (MDT, arXiv
+            2303.14389; RAR, arXiv 2411.00776).
+        guidance_power: that power; above 1 guidance comes later.
     """
 
     temperature: float = 1.0
@@ -22,6 +32,9 @@ class SamplingConfig:
     top_p: float = 1.0
     guidance_scale: float = 1.0
     guidance_steps: int | None = None
+    guidance_start: int = 0
+    guidance_schedule: Schedule = "constant"
+    guidance_power: float = 4.0
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -35,9 +48,32 @@ class SamplingConfig:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 0, and 1 is off")
         if self.guidance_steps is not None and self.guidance_steps < 0:
             raise ValueError(f"guidance_steps is {self.guidance_steps}; it must be at least 0")
+        if self.guidance_start < 0:
+            raise ValueError(f"guidance_start is {self.guidance_start}; it must be at least 0")
+        if self.guidance_schedule not in ("constant", "linear", "cosine", "power_cosine"):
+            raise ValueError(
+                f"guidance_schedule is {self.guidance_schedule!r}; it must be constant, linear, cosine or power_cosine"
+            )
+        if not 0.0 < self.guidance_power < float("inf"):
+            raise ValueError(f"guidance_power is {self.guidance_power}; it must be positive")
+
+    def guidance_scales(self, length: int) -> list[float]:
+        """The scale at each of ``length`` codes; 1 where there is no guidance."""
+        stop = length if self.guidance_steps is None else min(self.guidance_steps, length)
+        return [
+            1.0 + (self.guidance_scale - 1.0) * self._rise(step / length) if self.guidance_start <= step < stop else 1.0
+            for step in range(length)
+        ]
 
     def guided_steps(self, length: int) -> int:
         """Of ``length`` codes, how many need the unconditional branch; they are the first."""
-        if self.guidance_scale == 1.0:
-            return 0
-        return length if self.guidance_steps is None else min(self.guidance_steps, length)
+        scales = self.guidance_scales(length)
+        return max((step + 1 for step, scale in enumerate(scales) if scale != 1.0), default=0)
+
+    def _rise(self, part: float) -> float:
+        if self.guidance_schedule == "constant":
+            return 1.0
+        if self.guidance_schedule == "linear":
+            return part
+        power = self.guidance_power if self.guidance_schedule == "power_cosine" else 1.0
+        return (1.0 - cos(pi * part**power)) / 2.0

@@ -1,4 +1,4 @@
-"""From logits to a code: top-k, top-p, temperature, and the draw itself. B batch, V vocabulary."""
+"""From logits to codes: guidance, temperature, top-k, top-p, and the draw itself. B batch, V vocabulary."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,25 @@ from torch import Tensor
 from llamagen.sampling.config import SamplingConfig
 
 
+def guide(logits: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance, ``unconditional + scale · (conditional − unconditional)``.
+
+    Args:
+        logits: (2 B, V) float32, the conditional rows first.
+        scale: scalar float32; at 1 the conditional rows come out bit for bit.
+
+    Returns:
+        (B, V) float32.
+    """
+    conditional, unconditional = logits.chunk(2)
+    return torch.where(scale == 1.0, conditional, unconditional + scale * (conditional - unconditional))
+
+
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Set the logits of codes that are not to be drawn to minus infinity.
 
-    Top-k comes first; top-p then counts the probabilities of what is left. The most likely code always stays.
+    Top-k comes first; top-p then counts the probabilities of what is left. The most likely code always stays, and codes
+    that are equally likely stay or go together. Only top-p sorts, and with top-k only the k largest.
 
     Args:
         logits: (B, V) float32.
@@ -19,25 +34,30 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     Returns:
         (B, V) float32, a new tensor where something was removed.
     """
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
+    limited, nucleus = 0 < top_k < logits.shape[-1], top_p < 1.0
+    if not limited and not nucleus:
+        return logits
+    if limited:
+        ordered = logits.topk(top_k, dim=-1, sorted=nucleus).values
+    else:
+        ordered = logits.sort(dim=-1, descending=True).values
+    if nucleus:
         probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        removed = torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before > top_p)
-        logits = logits.masked_fill(removed, -torch.inf)
-    return logits
+        more_likely = probabilities.cumsum(dim=-1) - probabilities
+        ordered = ordered.masked_fill(more_likely > top_p, torch.inf)
+    return logits.masked_fill(logits < ordered.amin(dim=-1, keepdim=True), -torch.inf)
 
 
-def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
-    """Draw one code for each row by inverting the cumulative distribution.
+def draw(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -> Tensor:
+    """Draw one code for each row: the largest sum of logit and Gumbel noise.
+
+    That is a draw from the distribution (Gumbel's maximum). Rounding can only change it where two sums are almost
+    equal, not wherever one of thousands of cumulative probabilities is close to a number.
 
     Args:
-        logits: (B, V), any float dtype; computed in float32, the cumulative sum in float64.
+        logits: (B, V), any float dtype; computed in float32.
         config: temperature, top-k and top-p.
-        uniform: (B,) float64 in [0, 1), one number for each row.
+        noise: (B, V) float32, see :func:`~llamagen.sampling.noise.gumbel`; not needed at temperature 0.
 
     Returns:
         (B,) int64.
@@ -45,10 +65,7 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     logits = logits.float()
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
+    assert noise is not None
     # With the largest logit at 0 no temperature, however low, makes a logit overflow.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
-    logits = filter_logits(logits, config.top_k, config.top_p)
-    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
-    # The first code whose cumulative probability exceeds the target: a code of probability 0 never is.
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return (filter_logits(logits, config.top_k, config.top_p) + noise).argmax(dim=-1)

@@ -1,13 +1,14 @@
-"""Random numbers that belong to a sample: a pure function of seed, sample index and step.
+"""Random numbers that belong to a sample: a pure function of seed, sample index, step and code.
 
-Counter-based, so picture i of a run is the same picture in any batch, on any rank and after any interruption.
+Counter-based, so picture i of a run is the same picture in any batch, on any rank and after any interruption. Whole
+tensors of them are made on the device, within a compiled step too.
 """
 
 import torch
 from torch import Tensor
 
-# The finaliser of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), as signed
-# 64-bit numbers; integer products wrap around.
+# SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014) in signed 64-bit numbers;
+# integer products wrap around.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
@@ -23,19 +24,28 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def uniform(seed: int, index: Tensor, step: int) -> Tensor:
-    """One uniform number for each sample of a step.
+def seed_tensor(seed: int, device: torch.device | None = None) -> Tensor:
+    """A seed, any integer taken modulo 2⁶⁴, as a scalar int64 tensor."""
+    return torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device)
+
+
+def gumbel(seed: Tensor, index: Tensor, step: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise for each sample of a step and each code.
 
     Args:
-        seed: of the run; any integer, taken modulo 2⁶⁴.
+        seed: scalar int64, see :func:`seed_tensor`.
         index: (B,) int64, the number of each sample within the run.
-        step: number of the code within the sample.
+        step: scalar int64, the number of the code within the sample.
+        count: number of codes V.
 
     Returns:
-        (B,) float64 in [0, 1 − 2⁻⁵²].
+        (B, V) float32 in [-2.9, 23].
     """
-    signed = (seed + 2**63) % 2**64 - 2**63
-    state = _mix(torch.full_like(index, signed) + _GOLDEN)
+    state = _mix(seed.expand_as(index) + _GOLDEN)
     state = _mix((state ^ index) + _GOLDEN)
     state = _mix((state ^ step) + _GOLDEN)
-    return _shifted(state, 12).double() * 2.0**-52
+    counter = torch.arange(1, count + 1, device=index.device) * _GOLDEN
+    bits = _shifted(_mix(state[:, None] + counter), 32)
+    # Below 1 in float32, and with all its digits near 0, where the largest noise comes from.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.sampling import SamplingConfig, draw, filter_logits, uniform
+from llamagen.sampling import SamplingConfig, draw, filter_logits, guide, gumbel, seed_tensor
 from tests.golden import golden, normal_input
 
-LARGEST_UNIFORM = 1 - 2**-52
+
+def noise_for(logits: Tensor) -> Tensor:
+    return gumbel(seed_tensor(0), torch.arange(len(logits)), torch.tensor(0), logits.shape[1])
 
 
 def kept(logits: Tensor) -> list[list[int]]:
@@ -23,7 +25,8 @@ def log_probabilities(*probabilities: float) -> Tensor:
 
 def frequencies(logits: Tensor, config: SamplingConfig, count: int = 20_000) -> Tensor:
     """How often each code of one row of logits (1, V) is drawn, (V,) int64."""
-    codes = draw(logits.expand(count, -1), config, uniform(0, torch.arange(count), 0))
+    rows = logits.expand(count, -1)
+    codes = draw(rows, config, noise_for(rows))
     return torch.bincount(codes, minlength=logits.shape[-1])
 
 
@@ -72,7 +75,7 @@ def test_filtering_leaves_its_input_alone(top_k: int, top_p: float) -> None:
     logits = normal_input("filter/logits", (4, 50))
     before = logits.clone()
     filter_logits(logits, top_k, top_p)
-    draw(logits, SamplingConfig(0.7, top_k, top_p), uniform(0, torch.arange(4), 0))
+    draw(logits, SamplingConfig(0.7, top_k, top_p), noise_for(logits))
     assert torch.equal(logits, before)
 
 
@@ -96,15 +99,12 @@ def test_top_p_counts_the_probabilities_at_the_temperature() -> None:
     assert frequencies(logits, SamplingConfig(4.0, top_p=0.6)).count_nonzero() == 2
 
 
-def test_a_row_has_its_own_number_and_its_own_filter() -> None:
-    logits = torch.tensor(
-        [[0.0, 0.0, -inf, -inf], [0.0, 0.0, -inf, -inf], [-inf, -inf, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]]
-    )
-    numbers = torch.tensor([0.4, 0.6, 0.6, 0.9], dtype=torch.float64)
-    assert draw(logits, SamplingConfig(top_p=0.99), numbers).tolist() == [0, 1, 3, 0]
+def test_a_row_has_its_own_noise_and_its_own_filter() -> None:
+    logits = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, -inf], [-inf, 0.0, 0.0], [9.0, 0.0, 0.0]])
+    noise = torch.tensor([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0], [9.0, 0.0, 1.0], [0.0, 20.0, 0.0]])
+    assert draw(logits, SamplingConfig(top_p=0.99), noise).tolist() == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, LARGEST_UNIFORM])
 @pytest.mark.parametrize(
     ("logits", "possible"),
     [
@@ -115,38 +115,42 @@ def test_a_row_has_its_own_number_and_its_own_filter() -> None:
         ([-200.0, 0.0, -200.0], {1}),
     ],
 )
-def test_a_code_of_probability_zero_is_never_drawn(logits: list[float], possible: set[int], number: float) -> None:
-    code = draw(torch.tensor([logits]), SamplingConfig(), torch.tensor([number], dtype=torch.float64))
-    assert code.dtype == torch.int64
-    assert code.item() in possible
+def test_a_code_of_probability_zero_is_never_drawn(logits: list[float], possible: set[int]) -> None:
+    rows = torch.tensor([logits]).expand(3000, -1)
+    codes = draw(rows, SamplingConfig(), noise_for(rows))
+    assert codes.dtype == torch.int64
+    assert set(codes.tolist()) == possible
 
 
-@pytest.mark.parametrize("vocabulary", [2, 7, 1000, 16384])
-def test_the_smallest_and_largest_number_give_a_code_of_the_vocabulary(vocabulary: int) -> None:
-    logits = 3.0 * normal_input("draw/ends", (200, vocabulary))
-    lowest, highest = (
-        draw(logits, SamplingConfig(), torch.full((200,), number, dtype=torch.float64))
-        for number in (0.0, LARGEST_UNIFORM)
-    )
-    assert (lowest == 0).all()
-    assert highest.max() == vocabulary - 1
-    assert (logits.gather(1, highest[:, None]).isfinite()).all()
+def test_probabilities_of_a_millionth_are_drawn_as_often_as_they_should() -> None:
+    # 16,383 codes of 1e-6 each beside one of almost all the rest: what a coarse uniform number would lose.
+    rows = torch.cat([torch.zeros(1, 1), torch.full((1, 16_383), -13.8)], dim=1).expand(2000, -1)
+    share = (draw(rows, SamplingConfig(), noise_for(rows)) > 0).double().mean().item()
+    expected = 1 - rows[0].double().softmax(-1)[0].item()
+    assert share == pytest.approx(expected, abs=4 * (expected / 2000) ** 0.5)
 
 
-def test_cumulative_sums_keep_small_probabilities_apart() -> None:
-    # In float32 a sum near 1 has steps of 6e-8; these 2000 codes of 1e-10 each would be lost.
-    logits = torch.cat([torch.zeros(1, 1), torch.full((1, 2000), -23.0)], dim=1)
-    tail = 2000 * torch.tensor(-23.0).exp().double()
-    numbers = 1 - tail * torch.linspace(0.05, 0.95, 50, dtype=torch.float64)
-    codes = draw(logits.expand(50, -1), SamplingConfig(), numbers)
-    assert (codes > 0).all()
-    assert (codes.diff() < 0).all()
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.75, 4.0])
+def test_guidance_moves_away_from_the_unconditional_rows(scale: float) -> None:
+    logits = normal_input("guide/logits", (6, 50))
+    expected = scale * logits[:3] + (1 - scale) * logits[3:]
+    torch.testing.assert_close(guide(logits, torch.tensor(scale)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_scale_of_one_gives_the_conditional_rows_bit_for_bit() -> None:
+    logits = normal_input("guide/logits", (6, 50))
+    assert torch.equal(guide(logits, torch.tensor(1.0)), logits[:3])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.4), (2, 0.4)])
+def test_equally_likely_codes_stay_or_go_together(top_k: int, top_p: float) -> None:
+    assert kept(filter_logits(log_probabilities(0.3, 0.1, 0.3, 0.3), top_k, top_p)) == [[0, 2, 3]]
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(0.0), SamplingConfig(0.0, 5, 0.5), SamplingConfig(3.0, top_k=1)])
 def test_temperature_zero_and_top_k_one_are_greedy(config: SamplingConfig) -> None:
     logits = normal_input("draw/greedy", (500, 40))
-    assert torch.equal(draw(logits, config, uniform(0, torch.arange(500), 0)), logits.argmax(-1))
+    assert torch.equal(draw(logits, config, noise_for(logits)), logits.argmax(-1))
 
 
 def test_a_low_temperature_sharpens_and_a_high_one_flattens() -> None:
@@ -160,7 +164,7 @@ def test_a_low_temperature_sharpens_and_a_high_one_flattens() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_low_precision_are_drawn_from_in_float32(dtype: torch.dtype) -> None:
     logits = normal_input("draw/logits", (200, 3000)).to(dtype)
-    numbers = uniform(0, torch.arange(200), 0)
+    numbers = noise_for(logits)
     config = SamplingConfig(0.7, 500, 0.9)
     assert torch.equal(draw(logits, config, numbers), draw(logits.float(), config, numbers))
 
@@ -168,4 +172,4 @@ def test_logits_of_low_precision_are_drawn_from_in_float32(dtype: torch.dtype) -
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45])
 def test_a_tiny_temperature_is_greedy_and_never_leaves_the_vocabulary(temperature: float) -> None:
     logits = torch.tensor([[5.0, 90.0, 1.0]])
-    assert draw(logits, SamplingConfig(temperature), torch.tensor([0.3], dtype=torch.float64)).item() == 1
+    assert draw(logits, SamplingConfig(temperature), noise_for(logits)).item() == 1

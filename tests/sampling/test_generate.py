@@ -6,40 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import LayerCache
-from llamagen.sampling import SamplingConfig, draw, generate, uniform
+from llamagen.sampling import SamplingConfig, generate
+from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for, small_gpt
-
-SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "greedy, guided": {"temperature": 0.0, "guidance_scale": 3.0},
-    "greedy, guided for 5 codes": {"temperature": 0.0, "guidance_scale": 3.0, "guidance_steps": 5},
-    "sampled": SAMPLED,
-    "sampled, guided": {**SAMPLED, "guidance_scale": 2.0},
-    "sampled, guided for 1 code": {**SAMPLED, "guidance_scale": 4.0, "guidance_steps": 1},
-    "sampled, guided for no code": {**SAMPLED, "guidance_scale": 4.0, "guidance_steps": 0},
-    "sampled, guided for more codes than there are": {**SAMPLED, "guidance_scale": 2.0, "guidance_steps": 99},
-    "sampled, without the condition": {**SAMPLED, "guidance_scale": 0.0},
-}
-
-
-@torch.no_grad()
-def plain_loop(
-    gpt: GPT, condition: Tensor, config: SamplingConfig, lengths: Tensor | None, seed: int, indices: Tensor
-) -> Tensor:
-    """What :func:`generate` does, without a cache and with a pass for each branch."""
-    batch = len(condition)
-    codes = torch.empty(batch, 0, dtype=torch.int64)
-    for step in range(gpt.config.block_size):
-        logits = gpt(codes, condition, caption_lengths=lengths)[:, -1]
-        if config.guidance_steps is None or step < config.guidance_steps:
-            dropped = torch.ones(batch, dtype=torch.bool)
-            other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
-            logits = config.guidance_scale * logits + (1 - config.guidance_scale) * other
-        codes = torch.cat([codes, draw(logits, config, uniform(seed, indices, step))[:, None]], dim=1)
-    return codes
 
 
 @pytest.mark.parametrize("setting", list(SETTINGS))

@@ -1,11 +1,13 @@
-"""Random numbers are a pure function of seed, sample and step, computed as published for SplitMix64."""
+"""Noise is a pure function of seed, sample, step and code, computed as published for SplitMix64."""
 
 from itertools import product
+from math import log, log1p
 
 import pytest
 import torch
+from torch import Tensor
 
-from llamagen.sampling import uniform
+from llamagen.sampling import gumbel, seed_tensor
 
 MASK = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -19,12 +21,17 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def slow_uniform(seed: int, index: int, step: int) -> float:
-    """Seed, index and step, each mixed into the state by one round; the upper 52 bits are the number."""
+def slow_gumbel(seed: int, index: int, step: int, code: int) -> float:
+    """Seed, index and step, each mixed into the state by one round; then the stream of that state, code by code."""
     state = splitmix64(seed & MASK)
     state = splitmix64(state ^ (index & MASK))
     state = splitmix64(state ^ (step & MASK))
-    return (state >> 12) / 2**52
+    uniform = ((splitmix64(state + code * GOLDEN_GAMMA & MASK) >> 32) + 0.5) / 2**32
+    return -log(-log1p(-uniform))
+
+
+def noise(seed: int, indices: list[int] | Tensor, step: int, count: int) -> Tensor:
+    return gumbel(seed_tensor(seed), torch.as_tensor(indices), torch.tensor(step), count)
 
 
 def test_the_slow_reference_gives_the_known_first_numbers_of_splitmix64() -> None:
@@ -33,59 +40,63 @@ def test_the_slow_reference_gives_the_known_first_numbers_of_splitmix64() -> Non
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, -1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 2**64 + 5])
-def test_numbers_are_those_of_the_slow_reference(seed: int) -> None:
+def test_noise_is_that_of_the_slow_reference(seed: int) -> None:
     indices = [0, 1, 2, 49_999, 2**31, 2**40 + 7, 2**63 - 1]
     for step in (0, 1, 255, 1023):
-        expected = [slow_uniform(seed, index, step) for index in indices]
-        assert uniform(seed, torch.tensor(indices), step).tolist() == expected
+        expected = [[slow_gumbel(seed, index, step, code) for code in range(9)] for index in indices]
+        assert noise(seed, indices, step, 9).tolist() == [pytest.approx(row, rel=1e-5, abs=1e-5) for row in expected]
 
 
-def test_numbers_are_float64_from_zero_to_below_one() -> None:
-    numbers = uniform(0, torch.arange(100_000), 0)
-    assert numbers.dtype == torch.float64
-    assert numbers.min() >= 0
-    assert numbers.max() <= 1 - 2**-52
-    assert len(numbers.unique()) == 100_000
+def test_noise_follows_gumbels_distribution() -> None:
+    values = noise(0, torch.arange(400), 0, 1000)
+    assert values.dtype == torch.float32
+    assert -2.9 < float(values.min()) < float(values.max()) < 23
+    assert values.max() > 11  # of 400,000 values
+    uniform = torch.exp(-torch.exp(-values.double())).flatten()
+    observed = torch.histc(uniform, 50, 0.0, 1.0)
+    chi_square = ((observed - 8000) ** 2 / 8000).sum().item()
+    assert chi_square < 85.4  # 49 degrees of freedom: exceeded once in 1000
 
 
-def test_a_number_does_not_depend_on_its_batch() -> None:
+def test_a_sample_s_noise_does_not_depend_on_its_batch_nor_on_the_number_of_codes() -> None:
     order = torch.tensor([7, 3, 3, 999, 0])
-    together = uniform(5, torch.arange(1000), 9)
-    assert torch.equal(uniform(5, order, 9), together[order])
-    assert uniform(5, torch.tensor([7]), 9).item() == together[7].item()
+    together = noise(5, torch.arange(1000), 9, 20)
+    assert torch.equal(noise(5, order, 9, 20), together[order])
+    assert torch.equal(noise(5, [7], 9, 11)[0], together[7, :11])
 
 
-@pytest.mark.parametrize("varied", ["index", "step", "seed"])
-def test_numbers_are_uniform_along_every_axis(varied: str) -> None:
+@pytest.mark.parametrize("varied", ["index", "step", "seed", "code"])
+def test_noise_is_random_along_every_axis(varied: str) -> None:
     count, bins = 20_000, 20
     if varied == "index":
-        numbers = uniform(3, torch.arange(count), 17)
+        values = noise(3, torch.arange(count), 17, 1)
     elif varied == "step":
-        numbers = torch.cat([uniform(3, torch.arange(10), step) for step in range(count // 10)])
+        values = torch.cat([noise(3, torch.arange(10), step, 1) for step in range(count // 10)])
+    elif varied == "seed":
+        values = torch.cat([noise(seed, torch.arange(10), 17, 1) for seed in range(count // 10)])
     else:
-        numbers = torch.cat([uniform(seed, torch.arange(10), 17) for seed in range(count // 10)])
-    observed = torch.histc(numbers, bins, 0.0, 1.0)
+        values = noise(3, [4], 17, count)
+    observed = torch.histc(torch.exp(-torch.exp(-values)).flatten(), bins, 0.0, 1.0)
     chi_square = ((observed - count / bins) ** 2 / (count / bins)).sum().item()
     assert chi_square < 43.8  # 19 degrees of freedom: exceeded once in 1000
-    assert numbers.mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(("seed", "shift", "step"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 1)])
 def test_neighbouring_seeds_samples_and_steps_are_unrelated(seed: int, shift: int, step: int) -> None:
-    indices = torch.arange(20_000)
-    pair = torch.stack([uniform(0, indices, 0), uniform(seed, indices + shift, step)])
+    indices = torch.arange(2_000)
+    pair = torch.stack([noise(0, indices, 0, 10).flatten(), noise(seed, indices + shift, step, 10).flatten()])
     assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.03
 
 
 def test_seed_index_and_step_are_not_interchangeable() -> None:
-    numbers = {uniform(a, torch.tensor([b]), c).item() for a, b, c in product(range(6), repeat=3)}
+    numbers = {noise(a, [b], c, 1).item() for a, b, c in product(range(6), repeat=3)}
     assert len(numbers) == 6**3
 
 
 def test_the_global_random_state_is_neither_read_nor_moved() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = uniform(0, torch.arange(5), 0)
+    first = noise(0, [0, 1, 2], 0, 5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert torch.equal(uniform(0, torch.arange(5), 0), first)
+    assert torch.equal(noise(0, [0, 1, 2], 0, 5), first)

@@ -1,0 +1,107 @@
+// Vectors of floats as wide as the machine's, in the compilers' own notation: the same source for x86 and Arm.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+typedef uint16_t bf16;
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
+typedef int8_t bvec __attribute__((vector_size(LANES)));
+
+static inline float wide(float x) { return x; }
+static inline float wide(int8_t x) { return x; }
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+static inline void store(float x, float* to) { *to = x; }
+static inline void store(float x, bf16* to) {  // round to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *to = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline vec load(const float* from) {
+    vec value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+static inline vec load(const bf16* from) {
+    hvec half;
+    memcpy(&half, from, sizeof half);
+    uvec bits = __builtin_convertvector(half, uvec) << 16;
+    vec value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static inline vec load(const int8_t* from) {
+    bvec bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, vec);
+}
+static inline float sum(vec v) {
+    typedef float quarter __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    typedef float half __attribute__((vector_size(32)));
+    half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+    quarter q = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+    quarter q = v;
+#endif
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+static inline vec exponential(vec x) {  // of numbers up to 0, within 2e-7 of the value
+    const vec low = vec{} - 87.0f;
+    x = x < low ? low : x;
+    ivec whole = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);
+    vec n = __builtin_convertvector(whole, vec);
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec exponent = (whole + 127) << 23;
+    vec power;
+    memcpy(&power, &exponent, sizeof power);
+    return p * power;
+}
+static inline vec logarithm(vec x) {  // of positive normal numbers, within 2e-7 of the value or of 1
+    ivec bits;
+    memcpy(&bits, &x, sizeof bits);
+    ivec exponent = ((bits >> 23) & 0xff) - 126;
+    bits = (bits & 0x007fffff) | 0x3f000000;
+    vec m;  // in [0.5, 1)
+    memcpy(&m, &bits, sizeof m);
+    const ivec low = m < 0.707106781186547524f;  // -1 or 0
+    exponent += low;
+    vec n = __builtin_convertvector(exponent, vec);
+    m = (low ? m + m : m) - 1.0f;
+    const vec square = m * m;
+    vec p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * square - n * 2.12194440e-4f - square * 0.5f;
+    return m + p + n * 0.693359375f;
+}

@@ -1,0 +1,166 @@
+"""Codes of one batch, one position after the other. B pictures, R rows (2 B where guided), L codes, V vocabulary."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT
+from llamagen.models.kv_cache import KVCache
+from llamagen.sampling.config import SamplingConfig
+from llamagen.sampling.cpu_step import CPUStep
+from llamagen.sampling.decode_weights import DecodeWeights
+from llamagen.sampling.draw import draw, guide
+from llamagen.sampling.noise import gumbel, seed_tensor
+
+
+class Decoder:
+    """Draws codes by calls of the model, on any device.
+
+    The cache is allocated once, for as many rows as were ever needed. Conditional rows come first; when no later code
+    is guided, the unconditional ones are left out.
+
+    Args:
+        gpt: the model, in evaluation mode.
+        batch_size: pictures B; each call is for so many.
+        dtype: of the cache.
+    """
+
+    def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
+        self.gpt, self.batch_size, self.dtype = gpt, batch_size, dtype
+        self.device = gpt.output.weight.device
+        self._memory: KVCache | None = None
+
+    def __call__(
+        self,
+        condition: Tensor,
+        config: SamplingConfig,
+        caption_lengths: Tensor | None,
+        seed: int,
+        indices: Tensor,
+    ) -> Tensor:
+        """Draw the codes of a batch; arguments as in :func:`~llamagen.sampling.generate.generate`.
+
+        Returns:
+            (B, L) int64.
+        """
+        length = self.gpt.config.block_size
+        guided = config.guided_steps(length)
+        dropped = torch.zeros(len(condition), dtype=torch.bool, device=self.device)
+        if guided:
+            condition, dropped = torch.cat([condition, condition]), torch.cat([dropped, ~dropped])
+            caption_lengths = None if caption_lengths is None else torch.cat([caption_lengths, caption_lengths])
+        self.cache, self.caption_lengths = self._cache(len(condition)), caption_lengths
+        self.codes = torch.empty(self.batch_size, length, dtype=torch.int64, device=self.device)
+        self._begin(config, seed, indices)
+        self._draw(self._prefill(condition, dropped), 0)
+        for step in range(1, length):
+            if step == guided:
+                self.cache = self.cache.first_rows(self.batch_size)
+                self.caption_lengths = None if caption_lengths is None else caption_lengths[: self.batch_size]
+            self._advance(step, step < guided)
+        return self.codes
+
+    def _cache(self, rows: int) -> KVCache:
+        if self._memory is None or self._memory.keys.shape[1] < rows:
+            self._memory = None  # before more is allocated
+            self._memory = KVCache.allocate(self.gpt.config, rows, self.device, self.dtype)
+        self._memory.length = 0
+        return self._memory.first_rows(rows)
+
+    def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
+        self.config, self.indices = config, indices
+        self.seed = seed_tensor(seed, self.device)
+        self.steps = torch.arange(self.codes.shape[1], device=self.device)
+        self.scales = torch.tensor(config.guidance_scales(self.codes.shape[1]), device=self.device)
+
+    def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        """Logits (R, V) of the first code."""
+        logits = self.gpt(
+            None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
+        )
+        return cast(Tensor, logits[:, -1])
+
+    def _advance(self, step: int, guided: bool) -> None:
+        """From code ``step - 1`` to the next."""
+        last = self.codes[:, step - 1 : step]
+        tokens = torch.cat([last, last]) if guided else last
+        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
+        self._draw(logits[:, -1], step)
+
+    def _draw(self, logits: Tensor, step: int) -> None:
+        self.codes[:, step] = next_code(
+            logits, self.config, self.scales[step], self.seed, self.indices, self.steps[step]
+        )
+
+
+def next_code(
+    logits: Tensor, config: SamplingConfig, scale: Tensor, seed: Tensor, indices: Tensor, step: Tensor
+) -> Tensor:
+    """Guide, if there are twice as many rows as samples, and draw.
+
+    Args:
+        logits: (R, V), any float dtype.
+        config: temperature, top-k and top-p.
+        scale: scalar float32 of the guidance.
+        seed: scalar int64.
+        indices: (B,) int64.
+        step: scalar int64.
+
+    Returns:
+        (B,) int64.
+    """
+    logits = logits.float()
+    if len(logits) > len(indices):
+        logits = guide(logits, scale)
+    noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, logits.shape[1])
+    return draw(logits, config, noise)
+
+
+class CPUDecoder(Decoder):
+    """The same by code that is compiled for the processor.
+
+    Args:
+        gpt: the model, on the CPU.
+        batch_size: pictures B.
+        dtype: of products and cache, float32 or bfloat16.
+        int8: keep the weights as int8.
+
+    Raises:
+        ValueError: if it cannot be compiled.
+    """
+
+    def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
+        super().__init__(gpt, batch_size, dtype)
+        self.step = CPUStep(DecodeWeights.of(gpt, dtype, int8))
+        self.logits = torch.empty(0)
+
+    def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
+        self.config, self.indices, self.run_seed = config, indices.contiguous(), seed
+        self.guidance = config.guidance_scales(self.codes.shape[1])
+        lengths = self.caption_lengths
+        self.first = None if lengths is None else (self.gpt.config.condition_length - lengths).int()
+        rows = self.cache.keys.shape[1]
+        if len(self.logits) < rows:
+            self.logits = torch.empty(rows, self.gpt.config.vocab_size)
+
+    def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        # A sample at a time, so that its numbers are the same in any batch.
+        with torch.autocast("cpu", enabled=False):
+            for row in range(len(condition)):
+                x = self.gpt.cls_embedding(condition[row : row + 1], dropped[row : row + 1])
+                cache = KVCache(self.cache.keys[:, row:], self.cache.values[:, row:])
+                first = None if self.first is None else self.first[row:]
+                self.step(x.float().contiguous(), cache.first_rows(1), first, self.logits[row : row + 1])
+        self.cache.advance(self.gpt.config.condition_length)
+        return self.logits[: len(condition)]
+
+    def _advance(self, step: int, guided: bool) -> None:
+        last = self.codes[:, step - 1]
+        x = self.gpt.tok_embeddings(torch.cat([last, last]) if guided else last)[:, None].float()
+        logits = self.logits[: len(x)]
+        self.step(x.contiguous(), self.cache, self.first, logits)
+        self._draw(logits, step)
+
+    def _draw(self, logits: Tensor, step: int) -> None:
+        self.step.draw(logits, self.config, self.guidance[step], self.run_seed, self.indices, step, self.codes)

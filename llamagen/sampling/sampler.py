@@ -1,0 +1,144 @@
+"""Condition → codes, batch after batch with the same memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT
+from llamagen.sampling.config import SamplingConfig
+from llamagen.sampling.decoder import CPUDecoder, Decoder
+
+
+class Sampler:
+    """Draws the codes of pictures (arXiv 2406.06525, section 2.3).
+
+    The condition is read once (prefill), then one code a step is decoded with a key-value cache, which is allocated
+    once for all calls. Guidance runs both branches in one batch. Compiled, a step reads each weight once: on CPUs
+    (float32, bfloat16) by C++ code for the processor, on NVIDIA GPUs by Triton kernels in a CUDA graph.
+
+    A sample's random numbers depend on seed and index alone. In float32 its codes are the same in any batch. In
+    bfloat16 and float16 they are on CPUs, compiled; else logits are rounded differently in batches of another size,
+    and where two codes are almost equally likely the other one may follow, and with it another picture of the same
+    distribution.
+
+    Args:
+        gpt: the model. It is used in evaluation mode and left as it was found.
+        batch_size: pictures that are drawn together; a call may ask for more or fewer.
+        compiled: draw with compiled steps. Weights that must be converted (to bfloat16 under autocast, or to int8) are
+            copied now: changes to them in place are not seen.
+        int8: keep the weights of compiled steps as int8, with a factor for each output. Half the memory of bfloat16,
+            and less to read.
+
+    Raises:
+        ValueError: if it cannot be compiled here.
+    """
+
+    def __init__(self, gpt: GPT, batch_size: int, *, compiled: bool = False, int8: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if int8 and not compiled:
+            raise ValueError("int8 weights are for compiled sampling; set compiled too")
+        self.gpt, self.batch_size = gpt, batch_size
+        dtype = compute_dtype(gpt)
+        if not compiled:
+            self.decoder = Decoder(gpt, batch_size, dtype)
+        elif gpt.output.weight.device.type == "cpu":
+            self.decoder = CPUDecoder(gpt, batch_size, dtype, int8)
+        else:
+            raise ValueError(f"sampling cannot be compiled for {gpt.output.weight.device.type}; leave compiled out")
+
+    # Not in inference mode, where Lightning predicts: the cache must serve calls outside of it, too.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(
+        self,
+        condition: Tensor,
+        config: SamplingConfig | None = None,
+        *,
+        caption_lengths: Tensor | None = None,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the codes of one picture for each condition.
+
+        Args:
+            condition: (N,) int64 labels, or (N, C, caption_dim) caption features padded on the left.
+            config: how to draw; the model's own distribution by default.
+            caption_lengths: (N,) int64, how many of the last caption positions are real; all, if not given. The
+                unconditional branch uses the same padding.
+            seed: seed of the run.
+            indices: (N,) int64, number of each sample within the run; 0 … N − 1, if not given. Seed and number decide a
+                sample's random numbers, whatever else is in the batch.
+
+        Returns:
+            (N, L) int64 codes in raster order, L = ``block_size``.
+
+        Raises:
+            ValueError: if a label is outside the model's classes, a caption length outside 1 … C, or shapes do not fit.
+        """
+        config = config or SamplingConfig()
+        if indices is None:
+            indices = torch.arange(len(condition), device=condition.device)
+        _check(self.gpt, condition, caption_lengths, indices)
+        codes = []
+        with _evaluating(self.gpt):
+            for start in range(0, len(condition), self.batch_size):
+                rows = torch.arange(start, start + self.batch_size, device=condition.device)
+                rows = rows.clamp(max=len(condition) - 1)  # a batch is always full
+                lengths = None if caption_lengths is None else caption_lengths[rows]
+                drawn = self.decoder(condition[rows], config, lengths, seed, indices[rows])
+                codes.append(drawn[: len(condition) - start])
+        return torch.cat(codes) if codes else condition.new_empty((0, self.gpt.config.block_size), dtype=torch.int64)
+
+
+@contextmanager
+def _evaluating(gpt: GPT) -> Iterator[None]:
+    modes = [(module, module.training) for module in gpt.modules()]
+    gpt.eval()
+    try:
+        # Blocks that are compiled for training would be so anew for each position.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices: Tensor) -> None:
+    """Once for all codes, what the model does not check at each of them: it would have to wait for the device."""
+    batch, config = len(condition), gpt.config
+    if indices.shape != (batch,):
+        raise ValueError(f"indices must have shape ({batch},), one for each condition, not {tuple(indices.shape)}")
+    shape = () if config.condition == "class" else (config.caption_length, config.caption_dim)
+    if condition.shape[1:] != shape:
+        kind = "class labels" if config.condition == "class" else "caption features"
+        wanted = ", ".join(["B", *map(str, shape)]) + ("" if shape else ",")
+        raise ValueError(f"{kind} must have shape ({wanted}), not {tuple(condition.shape)}")
+    if caption_lengths is not None and (config.condition == "class" or caption_lengths.shape != (batch,)):
+        raise ValueError(
+            f"caption_lengths must have shape ({batch},) and belongs to a text-conditional model; it has shape "
+            f"{tuple(caption_lengths.shape)} and the model's condition is {config.condition!r}"
+        )
+    if batch and config.condition == "class":
+        lowest, highest = int(condition.min()), int(condition.max())
+        if lowest < 0 or highest >= config.num_classes:
+            raise ValueError(
+                f"class {lowest if lowest < 0 else highest} was asked for, but the model knows the classes "
+                f"0 to {config.num_classes - 1}"
+            )
+    if batch and caption_lengths is not None:
+        lowest, highest = int(caption_lengths.min()), int(caption_lengths.max())
+        if lowest < 1 or highest > config.condition_length:
+            raise ValueError(
+                f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
+            )
+
+
+def compute_dtype(gpt: GPT) -> torch.dtype:
+    """The dtype in which the model computes its keys and values."""
+    weight = gpt.output.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

@@ -1,0 +1,51 @@
+"""Sampling written out: without a cache, and with a pass of the whole sequence for each branch and code."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT
+from llamagen.sampling import SamplingConfig, draw, gumbel, seed_tensor
+
+SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy, guided": {"temperature": 0.0, "guidance_scale": 3.0},
+    "greedy, guided for 5 codes": {"temperature": 0.0, "guidance_scale": 3.0, "guidance_steps": 5},
+    "sampled": SAMPLED,
+    "sampled, guided": {**SAMPLED, "guidance_scale": 2.0},
+    "sampled, guided for 1 code": {**SAMPLED, "guidance_scale": 4.0, "guidance_steps": 1},
+    "sampled, guided for no code": {**SAMPLED, "guidance_scale": 4.0, "guidance_steps": 0},
+    "sampled, guided for more codes than there are": {**SAMPLED, "guidance_scale": 2.0, "guidance_steps": 99},
+    "sampled, without the condition": {**SAMPLED, "guidance_scale": 0.0},
+    "sampled, guided from code 3 to 9": {**SAMPLED, "guidance_scale": 4.0, "guidance_start": 3, "guidance_steps": 9},
+    "sampled, linear": {**SAMPLED, "guidance_scale": 4.0, "guidance_schedule": "linear"},
+    "greedy, cosine": {"temperature": 0.0, "guidance_scale": 4.0, "guidance_schedule": "cosine"},
+    "sampled, power cosine": {
+        **SAMPLED,
+        "guidance_scale": 4.0,
+        "guidance_schedule": "power_cosine",
+        "guidance_power": 2,
+    },
+    "sampled by top-k alone": {"top_k": 9, "guidance_scale": 2.0},
+    "sampled by top-p alone": {"top_p": 0.7, "guidance_scale": 2.0},
+    "sampled from all codes": {"temperature": 1.3, "guidance_scale": 2.0},
+}
+
+
+@torch.no_grad()
+def plain_loop(
+    gpt: GPT, condition: Tensor, config: SamplingConfig, lengths: Tensor | None, seed: int, indices: Tensor
+) -> Tensor:
+    """(B, L) codes of a model in evaluation mode."""
+    batch = len(condition)
+    codes = torch.empty(batch, 0, dtype=torch.int64)
+    for step in range(gpt.config.block_size):
+        logits = gpt(codes, condition, caption_lengths=lengths)[:, -1]
+        dropped, scale = torch.ones(batch, dtype=torch.bool), config.guidance_scales(gpt.config.block_size)[step]
+        other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
+        logits = scale * logits + (1 - scale) * other
+        noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), gpt.config.vocab_size)
+        codes = torch.cat([codes, draw(logits, config, noise)[:, None]], dim=1)
+    return codes
