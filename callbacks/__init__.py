@@ -2,6 +2,7 @@
 
 from callbacks.code_writer import CodeWriter
 from callbacks.codebook import CodebookHistogram
+from callbacks.compiled_sampling import CompiledSampling
 from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
@@ -14,6 +15,7 @@ __all__ = [
     "EMA",
     "CodeWriter",
     "CodebookHistogram",
+    "CompiledSampling",
     "ImageWriter",
     "LearningCurves",
     "PositionLoss",

@@ -58,7 +58,7 @@ class ImageWriter(pl.Callback):
     ) -> None:
         """Write the pictures ``outputs["images"]`` (B, H, W, 3) uint8 of a batch."""
         root = Path(trainer.default_root_dir)
-        pictures = outputs["images"].cpu().numpy()
+        pictures = outputs["images"].numpy()
         labels, indices = batch["condition"].tolist(), outputs["index"].tolist()
         for picture, label, index in zip(pictures, labels, indices, strict=True):
             save_png(Image.fromarray(picture), root / NAME.format(index=index, label=label))

@@ -16,9 +16,9 @@ from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
-from llamagen.models.sharding import shard
-from llamagen.models.vqgan import VQGAN, to_uint8
-from llamagen.sampling import SamplingConfig, generate
+from llamagen.models.sharding import is_sharded, shard
+from llamagen.models.vqgan import VQGAN
+from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
 from llamagen.weights import ENTRY, load_weights, read_weights
 
 
@@ -84,6 +84,7 @@ class ARGenModule(GenerativeModule):
             )
         self.sampling = sampling or SamplingConfig()
         self.sample_seed = sample_seed
+        self.sampler: PictureSampler | None = None  # of a callback that keeps one
         # In a tuple, so that nn.Module does not see it.
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
@@ -161,6 +162,11 @@ class ARGenModule(GenerativeModule):
         if stage == "predict":
             self.check_sampling(getattr(datamodule, "classes", ()))
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether there is a tokenizer, to turn codes into pictures."""
+        return bool(self._tokenizer)
+
     def check_sampling(self, classes: Sequence[int]) -> None:
         """Refuse to draw pictures that cannot be drawn.
 
@@ -170,7 +176,7 @@ class ARGenModule(GenerativeModule):
         Raises:
             ValueError: if there is no tokenizer to turn codes into pictures, or the model does not know a class.
         """
-        if not self._tokenizer:
+        if not self.can_sample:
             raise ValueError(
                 "sampling needs the image tokenizer; set model.init_args.tokenizer to the checkpoint of its run"
             )
@@ -310,10 +316,21 @@ class ARGenModule(GenerativeModule):
         self.log(f"{stage}/top1", numbers.top1)
         self.log(f"{stage}/top5", numbers.top5)
 
-    def sample(
+    def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> PictureSampler:
+        """What draws the module's pictures, see :class:`~llamagen.sampling.PictureSampler`.
+
+        Raises:
+            ValueError: if the module has no tokenizer, or it cannot be compiled.
+        """
+        self.check_sampling(())
+        if compiled and is_sharded(self.gpt):
+            raise ValueError("sampling cannot be compiled while parameters are spread over ranks; leave it out")
+        return PictureSampler(self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8)
+
+    def draw(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw pictures with the module's sampling settings.
+    ) -> tuple[Pictures, Tensor]:
+        """Draw pictures with the module's sampling settings, and do not wait for them.
 
         Args:
             condition: (B,) labels or (B, C, caption_dim) caption features.
@@ -322,24 +339,24 @@ class ARGenModule(GenerativeModule):
             caption_lengths: (B,) int64, for padded captions.
 
         Returns:
-            Pictures (B, H, W, 3) uint8 and codes (B, L) int64.
+            B pictures and codes (B, L) int64.
 
         Raises:
             ValueError: if the module has no tokenizer to turn codes into pictures.
         """
-        self.check_sampling(())
-        codes = generate(
-            self.gpt, condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices
-        )
-        grid = self.gpt.config.grid_size
-        tokenizer = self._tokenizer[0].to(codes.device)
-        with torch.no_grad():
-            pictures = to_uint8(tokenizer.decode_codes(codes.unflatten(1, (grid, grid))))
-        return pictures.permute(0, 2, 3, 1), codes
+        sampler = self.sampler or self.build_sampler(max(len(condition), 1))
+        return sampler(condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Pictures for ``batch["condition"]``: ``images`` (B, H, W, 3) uint8, ``codes`` (B, L), ``index`` (B,)."""
-        images, codes = self.sample(batch["condition"], batch["index"], self.sample_seed, batch.get("caption_lengths"))
+    def sample(
+        self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`draw`, but pictures come as (B, H, W, 3) uint8."""
+        pictures, codes = self.draw(condition, indices, seed, caption_lengths)
+        return pictures.tensor(), codes
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Pictures for ``batch["condition"]``: ``images``, ``codes`` (B, L), ``index`` (B,)."""
+        images, codes = self.draw(batch["condition"], batch["index"], self.sample_seed, batch.get("caption_lengths"))
         return {"images": images, "codes": codes, "index": batch["index"]}
 
     def configure_optimizers(self) -> Any:

@@ -4,9 +4,14 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.draw import draw, filter_logits, guide
 from llamagen.sampling.generate import generate
 from llamagen.sampling.noise import gumbel, seed_tensor
+from llamagen.sampling.picture_sampler import PictureSampler
+from llamagen.sampling.pixels import Pictures, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
 
 __all__ = [
+    "PictureSampler",
+    "Pictures",
+    "PixelDecoder",
     "Sampler",
     "SamplingConfig",
     "compute_dtype",

@@ -17,14 +17,16 @@ from llamagen.sampling.noise import gumbel, seed_tensor
 class Decoder:
     """Draws codes by calls of the model, on any device.
 
-    The cache is allocated once, for as many rows as were ever needed. Conditional rows come first; when no later code
-    is guided, the unconditional ones are left out.
+    The cache is allocated once, for the largest batch. Conditional rows come first; when no later code is guided, the
+    unconditional ones are left out.
 
     Args:
         gpt: the model, in evaluation mode.
-        batch_size: pictures B; each call is for so many.
+        batch_size: pictures of the largest batch.
         dtype: of the cache.
     """
+
+    full_batches = False  # whether each batch must have its full size
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
         self.gpt, self.batch_size, self.dtype = gpt, batch_size, dtype
@@ -44,29 +46,38 @@ class Decoder:
         Returns:
             (B, L) int64.
         """
-        length = self.gpt.config.block_size
+        length, self.batch = self.gpt.config.block_size, len(condition)
         guided = config.guided_steps(length)
-        dropped = torch.zeros(len(condition), dtype=torch.bool, device=self.device)
+        dropped = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         if guided:
             condition, dropped = torch.cat([condition, condition]), torch.cat([dropped, ~dropped])
             caption_lengths = None if caption_lengths is None else torch.cat([caption_lengths, caption_lengths])
-        self.cache, self.caption_lengths = self._cache(len(condition)), caption_lengths
-        self.codes = torch.empty(self.batch_size, length, dtype=torch.int64, device=self.device)
+        self.cache, self.caption_lengths = self._cache(guided > 0), caption_lengths
+        self.codes = torch.empty(self.batch, length, dtype=torch.int64, device=self.device)
         self._begin(config, seed, indices)
         self._draw(self._prefill(condition, dropped), 0)
         for step in range(1, length):
             if step == guided:
-                self.cache = self.cache.first_rows(self.batch_size)
-                self.caption_lengths = None if caption_lengths is None else caption_lengths[: self.batch_size]
+                self.cache = self.cache.first_rows(self.batch)
+                self.caption_lengths = None if caption_lengths is None else caption_lengths[: self.batch]
             self._advance(step, step < guided)
         return self.codes
 
-    def _cache(self, rows: int) -> KVCache:
+    def prepare(self, config: SamplingConfig) -> None:
+        """Allocate, and compile what is compiled, before the first batch."""
+        self._allocate(config.guided_steps(self.gpt.config.block_size) > 0)
+
+    def _allocate(self, guided: bool) -> KVCache:
+        rows = 2 * self.batch_size if guided else self.batch_size
         if self._memory is None or self._memory.keys.shape[1] < rows:
             self._memory = None  # before more is allocated
             self._memory = KVCache.allocate(self.gpt.config, rows, self.device, self.dtype)
-        self._memory.length = 0
-        return self._memory.first_rows(rows)
+        return self._memory
+
+    def _cache(self, guided: bool) -> KVCache:
+        memory = self._allocate(guided)
+        memory.length = 0
+        return memory.first_rows(2 * self.batch if guided else self.batch)
 
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.config, self.indices = config, indices

@@ -49,6 +49,13 @@ class Sampler:
         else:
             raise ValueError(f"sampling cannot be compiled for {gpt.output.weight.device.type}; leave compiled out")
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self, config: SamplingConfig) -> None:
+        """Allocate the memory, and compile what is compiled, for calls with these settings."""
+        with _evaluating(self.gpt):
+            self.decoder.prepare(config)
+
     # Not in inference mode, where Lightning predicts: the cache must serve calls outside of it, too.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -85,8 +92,9 @@ class Sampler:
         codes = []
         with _evaluating(self.gpt):
             for start in range(0, len(condition), self.batch_size):
-                rows = torch.arange(start, start + self.batch_size, device=condition.device)
-                rows = rows.clamp(max=len(condition) - 1)  # a batch is always full
+                stop = start + self.batch_size if self.decoder.full_batches else len(condition)
+                rows = torch.arange(start, min(stop, start + self.batch_size), device=condition.device)
+                rows = rows.clamp(max=len(condition) - 1)
                 lengths = None if caption_lengths is None else caption_lengths[rows]
                 drawn = self.decoder(condition[rows], config, lengths, seed, indices[rows])
                 codes.append(drawn[: len(condition) - start])

@@ -1,0 +1,188 @@
+"""Compiled sampling lives as long as an evaluation, draws with the weights that are evaluated, and leaves no memory."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+import main
+from callbacks import EMA, CompiledSampling, SampleGrid
+from datamodules import SampleDataModule
+from lightning_modules import ARGenModule
+from llamagen.sampling import SamplingConfig, generate
+from llamagen.sampling.decode_weights import DecodeWeights
+from llamagen.sampling.decoder import CPUDecoder
+from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
+from tests.pipeline import Pipeline
+
+
+def module_for(pipeline: Pipeline, **net: Any) -> ARGenModule:
+    module = argen_module(tokenizer=pipeline.tokenizer, **net)
+    module.sampling = SamplingConfig(top_k=9, guidance_scale=2.0)
+    return module
+
+
+class Watch(pl.Callback):
+    """Looks at the sampler where others would use it, and whether anything of it is left in training."""
+
+    def __init__(self) -> None:
+        self.decoders: list[CPUDecoder] = []
+        self.codes: list[bool] = []
+        self.left: list[int] = []
+        self.memory: list[weakref.ref[Any]] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        assert pl_module.sampler is not None
+        decoder = pl_module.sampler.sampler.decoder
+        assert isinstance(decoder, CPUDecoder)
+        self.memory += [weakref.ref(decoder), weakref.ref(decoder._memory.keys), weakref.ref(decoder.step.weights)]
+        labels = torch.arange(3)
+        _, codes = pl_module.draw(labels, labels, seed=4)
+        expected = generate(pl_module.gpt, labels, pl_module.sampling, seed=4)
+        self.codes.append(torch.equal(codes, expected))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        gc.collect()
+        assert pl_module.sampler is None
+        self.left.append(sum(reference() is not None for reference in self.memory))
+
+
+def test_a_validation_draws_by_compiled_steps_with_the_averages_and_training_goes_on_without_a_trace(
+    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watch()
+    train(
+        module_for(pipeline), pipeline, tmp_path, CompiledSampling(True), SampleGrid(classes=2), watch,
+        max_steps=6, val_check_interval=2,
+    )  # fmt: skip
+    assert watch.codes == [True] * 3
+    assert len(watch.memory) == 9
+    assert watch.left == [0] * 6
+    assert capsys.readouterr().out.count("compiled sampling in float32, 64 pictures at a time: ready after") == 3
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_copies_are_made_of_the_averages_wherever_the_callback_stands(
+    first: bool, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    equal: list[bool] = []
+
+    class Compare(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            copied = pl_module.sampler.sampler.decoder.step.weights
+            assert copied.dtype is torch.bfloat16
+            averages = DecodeWeights.of(pl_module.gpt, torch.bfloat16)
+            equal.append(torch.equal(copied.layers[1].w2.values, averages.layers[1].w2.values))
+
+    order = [CompiledSampling(True), EMA(0.9)] if first else [EMA(0.9), CompiledSampling(True)]
+    module = module_for(pipeline)
+    trainer = train(
+        module, pipeline, tmp_path, max_steps=3, val_check_interval=3, precision="bf16-mixed",
+        callbacks=[*order, Compare()],
+    )  # fmt: skip
+    assert equal == [True]
+    average = trainer.optimizers[0].state[module.gpt.layers[1].feed_forward.w2.weight]["ema"]
+    assert not torch.equal(average, module.gpt.layers[1].feed_forward.w2.weight)
+
+
+def test_auto_compiles_large_models_and_no_others(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, built = module_for(pipeline), []
+    build = ARGenModule.build_sampler
+    monkeypatch.setattr(
+        ARGenModule, "build_sampler", lambda self, size, compiled=False, int8=False: built.append(compiled)
+        or build(self, size, compiled, int8),
+    )  # fmt: skip
+    requests = SampleDataModule(2, 3, batch_size=5)
+    evaluator(CompiledSampling()).predict(module, requests)
+    assert True not in built
+    evaluator(CompiledSampling(False)).predict(module, requests)
+    assert True not in built
+    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 20_000)
+    assert sum(p.numel() for p in module.gpt.parameters()) > 20_000
+    evaluator(CompiledSampling()).predict(module, requests)
+    assert built[-1] is True
+
+
+def test_auto_samples_without_where_it_cannot_be_compiled(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 1)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("no compiler here")
+
+    monkeypatch.setattr("llamagen.sampling.cpu_step.cpu_library", refuse)
+    module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=5)
+    with pytest.warns(UserWarning, match="sampling is not compiled: no compiler here"):
+        outputs = evaluator(CompiledSampling()).predict(module, requests)
+    assert outputs is not None
+    assert sum(len(batch["codes"]) for batch in outputs) == 6
+    with pytest.raises(ValueError, match="no compiler here"):
+        evaluator(CompiledSampling(True)).predict(module, requests)
+    assert module.sampler is None
+
+
+def test_auto_needs_no_tokenizer_where_nobody_draws(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 1)
+    train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
+
+
+def test_predict_writes_the_same_pictures_compiled_or_not(pipeline: Pipeline, tmp_path: Path) -> None:
+    more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
+    main.main([*pipeline.sample_arguments(tmp_path), *more, f"--ckpt_path={pipeline.argen}"])
+    with np.load(tmp_path / "samples.npz") as compiled, np.load(pipeline.samples / "samples.npz") as eager:
+        assert np.array_equal(compiled["arr_0"], eager["arr_0"])
+        assert np.array_equal(compiled["arr_1"], eager["arr_1"])
+
+
+def test_predict_draws_as_many_at_a_time_as_its_batches_have(pipeline: Pipeline, capsys: Any) -> None:
+    evaluator(CompiledSampling(True)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
+    evaluator(CompiledSampling(True, batch_size=2)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
+    said = capsys.readouterr().out
+    assert "float32, 5 pictures at a time" in said
+    assert "float32, 2 pictures at a time" in said
+
+
+def test_int8_draws_from_rounded_weights(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds: list[torch.dtype] = []
+
+    class Look(pl.Callback):
+        def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            kinds.append(pl_module.sampler.sampler.decoder.step.weights.layers[0].wqkv.values.dtype)
+
+    evaluator(CompiledSampling(True, int8=True), Look()).predict(module_for(pipeline), SampleDataModule(2, 1))
+    assert kinds == [torch.int8]
+    assert "float32, int8 weights" in capsys.readouterr().out
+
+
+def test_the_sampler_is_freed_after_test_predict_and_an_exception(pipeline: Pipeline) -> None:
+    module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=2)
+
+    class Stumble(pl.Callback):
+        def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            assert pl_module.sampler is not None
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        evaluator(CompiledSampling(True), Stumble()).predict(module, requests)
+    assert module.sampler is None
+    evaluator(CompiledSampling(True)).predict(module, requests)
+    assert module.sampler is None
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [({"batch_size": 0}, "batch_size is 0"), ({"enabled": False, "int8": True}, "compiled sampling is not enabled")],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(ValueError, match=phrase):
+        CompiledSampling(**options)
+
+
+def test_a_tokenizer_draws_no_pictures(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VQGANModule draws no pictures; leave out CompiledSampling"):
+        train(vqgan_module(), pipeline, tmp_path, CompiledSampling(), max_steps=1)
