@@ -53,7 +53,7 @@ class Decoder:
             condition, dropped = torch.cat([condition, condition]), torch.cat([dropped, ~dropped])
             caption_lengths = None if caption_lengths is None else torch.cat([caption_lengths, caption_lengths])
         self.cache, self.caption_lengths = self._cache(guided > 0), caption_lengths
-        self.codes = torch.empty(self.batch, length, dtype=torch.int64, device=self.device)
+        self.codes = self._new_codes()
         self._begin(config, seed, indices)
         self._draw(self._prefill(condition, dropped), 0)
         for step in range(1, length):
@@ -62,6 +62,9 @@ class Decoder:
                 self.caption_lengths = None if caption_lengths is None else caption_lengths[: self.batch]
             self._advance(step, step < guided)
         return self.codes
+
+    def _new_codes(self) -> Tensor:
+        return torch.empty(self.batch, self.gpt.config.block_size, dtype=torch.int64, device=self.device)
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate, and compile what is compiled, before the first batch."""

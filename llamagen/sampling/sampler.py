@@ -9,6 +9,7 @@ from torch import Tensor
 from llamagen.models.gpt import GPT
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decoder import CPUDecoder, Decoder
+from llamagen.sampling.gpu_decoder import GPUDecoder
 
 
 class Sampler:
@@ -46,6 +47,8 @@ class Sampler:
             self.decoder = Decoder(gpt, batch_size, dtype)
         elif gpt.output.weight.device.type == "cpu":
             self.decoder = CPUDecoder(gpt, batch_size, dtype, int8)
+        elif gpt.output.weight.device.type == "cuda":
+            self.decoder = GPUDecoder(gpt, batch_size, dtype, int8)
         else:
             raise ValueError(f"sampling cannot be compiled for {gpt.output.weight.device.type}; leave compiled out")
 
@@ -97,7 +100,7 @@ class Sampler:
                 rows = rows.clamp(max=len(condition) - 1)
                 lengths = None if caption_lengths is None else caption_lengths[rows]
                 drawn = self.decoder(condition[rows], config, lengths, seed, indices[rows])
-                codes.append(drawn[: len(condition) - start])
+                codes.append(drawn[: len(condition) - start].clone())  # the next batch may use its memory
         return torch.cat(codes) if codes else condition.new_empty((0, self.gpt.config.block_size), dtype=torch.int64)
 
 

@@ -1,0 +1,88 @@
+"""On a GPU a compiled sampler draws the codes of plain sampling by replaying graphs, without waiting for the device."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
+from tests.sampling.plain import SETTINGS, plain_loop
+from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for, small_gpt, small_vqgan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CASES = [("class", setting) for setting in SETTINGS]
+CASES += [(variant, setting) for variant in GPT_VARIANTS for setting in ("greedy, guided", "sampled, linear")]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("variant", "setting"), CASES)
+def test_codes_are_those_of_plain_uncached_sampling(variant: str, setting: str, compiled: bool) -> None:
+    cpu, config = small_gpt(**GPT_VARIANTS[variant]), SamplingConfig(**SETTINGS[setting])
+    condition, lengths, indices = condition_for(cpu, 5), caption_lengths_for(cpu, 5), torch.arange(5) * 37
+    expected = plain_loop(cpu, condition, config, lengths, 11, indices)
+    sampler = Sampler(small_gpt(**GPT_VARIANTS[variant]).to("cuda"), 3, compiled=compiled)
+    some = None if lengths is None else lengths.cuda()
+    for _ in range(2):  # the second time with graphs and memory that are there
+        found = sampler(condition.cuda(), config, caption_lengths=some, seed=11, indices=indices.cuda())
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_float32_codes_are_the_same_for_all_batch_sizes(kind: str) -> None:
+    gpt, config = small_gpt(condition=kind).to("cuda"), SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=9)
+    cpu = small_gpt(condition=kind)
+    condition, lengths = condition_for(cpu, 64).cuda(), caption_lengths_for(cpu, 64)
+    some = None if lengths is None else lengths.cuda()
+    drawn = [Sampler(gpt, size, compiled=True)(condition, config, caption_lengths=some) for size in (1, 7, 64)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
+def test_one_sampler_serves_changing_settings_seeds_and_sizes() -> None:
+    gpt, cpu = small_gpt().to("cuda"), small_gpt()
+    sampler = Sampler(gpt, 4, compiled=True)
+    calls: list[tuple[int, int, dict[str, Any]]] = [
+        (4, 0, {}), (2, 5, {"guidance_scale": 3.0}), (4, 5, {"guidance_scale": 1.5, "top_k": 4}), (1, 0, {}),
+    ]  # fmt: skip
+    for count, seed, options in calls:
+        labels, config = torch.arange(count), SamplingConfig(**options)
+        expected = plain_loop(cpu, labels, config, None, seed, torch.arange(count))
+        assert torch.equal(sampler(labels.cuda(), config, seed=seed).cpu(), expected)
+
+
+def test_no_code_waits_for_the_device() -> None:
+    sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
+    labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
+    expected = sampler(labels, config, seed=3)
+    decoder, indices = sampler.decoder, torch.arange(4, device="cuda")
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            found = decoder(labels, config, None, 3, indices)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_bfloat16_under_autocast(int8: bool) -> None:
+    gpt = small_gpt().to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        sampler = Sampler(gpt, 8, compiled=True, int8=int8)
+    codes = sampler(torch.arange(8, device="cuda") % 7, SamplingConfig(0.0, guidance_scale=2.0))
+    expected = Sampler(gpt, 8)(torch.arange(8, device="cuda") % 7, SamplingConfig(0.0, guidance_scale=2.0))
+    assert (codes == expected)[:, 0].float().mean() > 0.7  # the first code has no history that could differ
+
+
+def test_pixels_are_decoded_beside_the_next_batch() -> None:
+    vqgan, codes = small_vqgan(), torch.randint(64, (5, 4, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = PixelDecoder(vqgan, torch.device("cpu"), torch.float32)(codes).numpy().astype(int)
+    pixels = PixelDecoder(small_vqgan(), torch.device("cuda"), torch.float32)
+    pictures = pixels(codes.cuda())
+    assert abs(pictures.numpy().astype(int) - expected).max() <= 1
+    assert abs(pictures.tensor().cpu().numpy().astype(int) - expected).max() <= 1
