@@ -101,5 +101,5 @@ class SampleFolder:
 
 
 def _short(value: Any) -> str:
-    """A value for a message; of a checksum the beginning."""
-    return value[:12] if isinstance(value, str) else str(value)
+    """A value for a message; of a SHA-256 the beginning."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

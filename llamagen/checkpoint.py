@@ -153,6 +153,8 @@ def load_vqgan(path: str | Path) -> VQGAN:
     return model
 
 
+@torch.inference_mode(False)  # in which spread tensors cannot be put together
+@torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
 
