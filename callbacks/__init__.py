@@ -8,6 +8,7 @@ from callbacks.ema import EMA
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
 from callbacks.positions import PositionLoss
+from callbacks.progress import SamplingProgress
 from callbacks.requeue import Requeue
 from callbacks.throughput import Throughput
 
@@ -22,5 +23,6 @@ __all__ = [
     "ReconstructionGrid",
     "Requeue",
     "SampleGrid",
+    "SamplingProgress",
     "Throughput",
 ]

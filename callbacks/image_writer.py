@@ -1,29 +1,67 @@
 """Writes the pictures that ``predict`` of the autoregressive model yields. N pictures of H × W pixels."""
 
+import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
-from torch import Tensor
+from torch import nn
+from tqdm import tqdm
 
+from callbacks.compiled_sampling import CompiledSampling
+from callbacks.picture_threads import PictureThreads
 from callbacks.pictures import grid_image, save_png
+from callbacks.sample_folder import ARCHIVE, GRID, SampleFolder
+from llamagen.checkpoint import weights_checksum
+from llamagen.sampling import Pictures
 from llamagen.whole_file import whole_file
 
-NAME = "{index:06d}_class{label}.png"
-PATTERN = "*_class*.png"
-ARCHIVE = "samples.npz"
-GRID = "grid.png"
+T = TypeVar("T")
+
+
+class SamplingModule(Protocol):
+    """A module that draws pictures."""
+
+    sampling: Any
+    """Dataclass of what decides a picture, beside its label and the seed."""
+    sample_seed: int
+
+    @property
+    def generator(self) -> nn.Module:
+        """The model whose codes become pictures."""
+
+    @property
+    def tokenizer_checksum(self) -> str | None:
+        """Of the tokenizer that makes pictures of codes."""
+
+
+class PictureRequests(Protocol):
+    """A DataModule that asks for pictures."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each picture, (N,) int64."""
+
+    def leave_out(self, done: Iterable[int]) -> None:
+        """Ask for all pictures but these indices."""
 
 
 class ImageWriter(pl.Callback):
-    """Write each picture as ``{index:06d}_class{label}.png`` into the run's folder, then all in one ``samples.npz``.
+    """Write each picture as ``pictures/<label>/{index:06d}_class{label}.png`` into the run's folder, then all in one
+    ``samples.npz``.
 
     The archive has the form that ADM's evaluation reads: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` int64 labels (N,),
-    in the order of the index. ``grid.png`` shows a row for each class.
+    in the order of the index. ``grid.png`` shows a row for each class. ``pictures`` is a folder of class folders.
+
+    The command of a stopped run goes on with the pictures that are not there yet, on any number of ranks and with any
+    batch size. The archive is written when all are there.
 
     Args:
         grid_columns: pictures of a class in the grid.
@@ -35,50 +73,131 @@ class ImageWriter(pl.Callback):
         if grid_columns < 1 or grid_rows < 1:
             raise ValueError(f"the grid is {grid_rows} × {grid_columns}; both must be at least 1")
         self.grid_columns, self.grid_rows = grid_columns, grid_rows
+        self._folder: SampleFolder | None = None
+        self._threads: PictureThreads | None = None
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a folder that already holds pictures: they would be mixed into the archive.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave out the pictures that are there.
 
         Raises:
-            ValueError: in this case.
+            ValueError: if the folder holds a complete run, or pictures of something else.
         """
-        root = Path(trainer.default_root_dir)
-        if any(root.glob(PATTERN)) or (root / ARCHIVE).exists():
-            raise ValueError(f"{root} already holds samples; delete them or choose another folder")
-        trainer.strategy.barrier("sample folder checked")
+        if stage != "predict":
+            return
+        data = cast(PictureRequests, trainer.datamodule)  # type: ignore[attr-defined]
+        folder = SampleFolder(Path(trainer.default_root_dir), data.labels)
+        self._folder, self._threads = folder, None
+
+        def drawn() -> list[int]:
+            folder.check_free()
+            return folder.drawn()
+
+        # One listing for all ranks, of which none may write before they have it.
+        data.leave_out(of_first_rank(trainer, drawn))
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put down what the run is begun with, or see that it was begun with the same.
+
+        Raises:
+            ValueError: if labels, seed, sampling settings, precision, model or tokenizer differ.
+        """
+        assert self._folder is not None
+        folder, module = self._folder, cast(SamplingModule, pl_module)
+        plan = {
+            "format": "llamagen-samples",
+            "number of pictures": len(folder.labels),
+            "order of labels": hashlib.sha256(folder.labels.astype("<i8").tobytes()).hexdigest(),
+            "sample_seed": module.sample_seed,
+            **{f"sampling.{name}": value for name, value in asdict(module.sampling).items()},
+            "precision": str(trainer.precision),
+            "int8": any(isinstance(c, CompiledSampling) and c.int8 for c in trainer.callbacks),  # type: ignore[attr-defined]
+            "model": weights_checksum(module.generator),  # of all ranks, where they share the parameters
+            "tokenizer": module.tokenizer_checksum,
+        }
+        of_first_rank(trainer, lambda: folder.begin(plan))
+        self._threads = PictureThreads()
 
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: dict[str, Tensor],
+        outputs: dict[str, Any],
         batch: dict[str, Any],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the pictures ``outputs["images"]`` (B, H, W, 3) uint8 of a batch."""
-        root = Path(trainer.default_root_dir)
-        pictures = outputs["images"].numpy()
-        labels, indices = batch["condition"].tolist(), outputs["index"].tolist()
-        for picture, label, index in zip(pictures, labels, indices, strict=True):
-            save_png(Image.fromarray(picture), root / NAME.format(index=index, label=label))
+        """Have the pictures ``outputs["images"]`` of a batch written while the next are drawn."""
+        assert self._folder is not None
+        assert self._threads is not None
+        for row, index in enumerate(outputs["index"].tolist()):
+            self._threads.write(partial(_picture, outputs["images"], row), self._folder.path(index))
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until every rank has written its pictures."""
+        assert self._threads is not None
+        self._threads.finish()
+        trainer.strategy.barrier("pictures written")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """When every rank has written its pictures, collect them in the archive and draw the grid."""
-        trainer.strategy.barrier("samples written")
+        """If all pictures are there, draw the grid and collect them in the archive, which completes the folder."""
         if not trainer.is_global_zero:
             return
-        root = Path(trainer.default_root_dir)
-        files = sorted(root.glob(PATTERN))
-        labels = [int(file.stem.rpartition("_class")[2]) for file in files]
-        write_archive(root / ARCHIVE, files, labels)
-        by_class = {label: [f for f, of in zip(files, labels, strict=True) if of == label] for label in set(labels)}
-        rows = [
-            [_pixels(file) for file in by_class[label][: self.grid_columns]]
-            for label in sorted(by_class)[: self.grid_rows]
-        ]
-        save_png(grid_image(rows), root / GRID)
-        print(f"wrote {len(files)} pictures; look at {root / GRID}")
+        assert self._folder is not None
+        folder, count = self._folder, len(self._folder.labels)
+        if missing := count - len(folder.drawn()):
+            rank_zero_warn(
+                f"{missing} of {count} pictures are missing in {folder.root}, so {ARCHIVE} was not written; run the "
+                "same command without a limit to go on"
+            )
+            return
+        save_png(grid_image(self._grid_rows(folder)), folder.root / GRID)
+        write_archive(folder, show_progress=trainer.progress_bar_callback is not None)
+        print(f"{count} pictures are there; look at {folder.root / GRID}")
+
+    def _grid_rows(self, folder: SampleFolder) -> list[list[np.ndarray]]:
+        order = np.argsort(folder.labels, kind="stable")
+        _, firsts = np.unique(folder.labels[order], return_index=True)
+        rows = np.split(order, firsts[1:])[: self.grid_rows]
+        return [[_pixels(folder.path(index)) for index in row[: self.grid_columns].tolist()] for row in rows]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Complete the folder where this rank had nothing to draw; Lightning then starts no prediction on it.
+
+        Raises:
+            ValueError: see :meth:`on_predict_start`.
+        """
+        if stage == "predict" and self._threads is None:
+            self.on_predict_start(trainer, pl_module)
+            self.on_predict_epoch_end(trainer, pl_module)
+            self.on_predict_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """End the threads; the pictures that they have begun are written."""
+        if self._threads is not None:
+            self._threads.cancel()
+
+
+def of_first_rank(trainer: pl.Trainer, task: Callable[[], T]) -> T:
+    """What a task gives on the first rank, on every rank.
+
+    Raises:
+        ValueError: of the task, on every rank, so that none waits for another.
+    """
+    result, refusal = cast(T, None), ""
+    if trainer.is_global_zero:
+        try:
+            result = task()
+        except ValueError as error:
+            refusal = str(error)
+    result, refusal = trainer.strategy.broadcast((result, refusal))
+    if refusal:
+        raise ValueError(refusal)
+    return result
+
+
+def _picture(pictures: Pictures, row: int) -> np.ndarray:
+    picture: np.ndarray = pictures.numpy()[row]  # waits for them, in the thread that writes
+    return picture
 
 
 def _pixels(file: Path) -> np.ndarray:
@@ -86,20 +205,20 @@ def _pixels(file: Path) -> np.ndarray:
         return np.array(image)
 
 
-def write_archive(path: Path, files: Sequence[Path], labels: Sequence[int]) -> None:
+def write_archive(folder: SampleFolder, show_progress: bool = False) -> None:
     """Write pictures and labels as an ADM-style ``.npz``, picture by picture: memory does not grow with their number.
 
     Args:
-        path: the archive; it gets its name when it is whole.
-        files: PNG files of one size, in order.
-        labels: their classes.
+        folder: holds all its pictures, which are of one size; the archive gets its name when it is whole.
+        show_progress: with a bar.
     """
-    shape = (len(files), *_pixels(files[0]).shape)
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    count = len(folder.labels)
+    shape = (count, *_pixels(folder.path(0)).shape)
+    with whole_file(folder.root / ARCHIVE) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, header)
-            for file in files:
-                entry.write(_pixels(file).tobytes())
+            for index in tqdm(range(count), f"writing {ARCHIVE}", unit="picture", disable=not show_progress):
+                entry.write(_pixels(folder.path(index)).tobytes())
         with archive.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, np.array(labels, dtype=np.int64))
+            np.lib.format.write_array(entry, folder.labels)

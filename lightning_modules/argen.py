@@ -146,6 +146,11 @@ class ARGenModule(GenerativeModule):
         return self.gpt
 
     @property
+    def tokenizer_checksum(self) -> str | None:
+        """Of the tokenizer's weights, see :func:`llamagen.checkpoint.weights_checksum`; None if it is not known."""
+        return self._tokenizer_checksum
+
+    @property
     def flops_per_sequence(self) -> float:
         """Operations of the model in a training step for one picture, see :mod:`llamagen.gpt_cost`."""
         return flops_per_sequence(self.gpt.config)

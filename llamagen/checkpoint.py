@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -152,10 +153,18 @@ def load_vqgan(path: str | Path) -> VQGAN:
     return model
 
 
+@torch.inference_mode(False)  # in which spread tensors cannot be put together
+@torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from."""
+    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
+
+    Where parameters are spread over ranks, all of them must ask; a tensor at a time is put together.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        whole = parameter.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

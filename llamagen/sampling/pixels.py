@@ -4,6 +4,7 @@ B pictures of H × W pixels, h × w codes.
 """
 
 from copy import deepcopy
+from threading import Lock
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class Pictures:
 
     def __init__(self, images: Tensor, ready: "torch.cuda.Event | None" = None) -> None:
         self._images, self._ready = images, ready
+        self._lock = Lock()  # several threads may ask
+        self._array: np.ndarray | None = None
 
     def tensor(self) -> Tensor:
         """(B, H, W, 3) uint8 on their device; what is computed with them next waits for them."""
@@ -36,6 +39,16 @@ class Pictures:
 
     def numpy(self) -> np.ndarray:
         """(B, H, W, 3) uint8, as soon as they are there; only the calling thread waits."""
+        with self._lock:
+            if self._array is None:
+                self._array = self._fetched()
+            return self._array
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self._images)
+
+    def _fetched(self) -> np.ndarray:
         if self._ready is None:
             return self._images.cpu().numpy()
         self._ready.synchronize()

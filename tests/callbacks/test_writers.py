@@ -1,4 +1,4 @@
-"""Codes and pictures that ``predict`` leaves behind."""
+"""Codes that ``predict`` of the tokenizer leaves behind, and pictures that training does."""
 
 import hashlib
 import json
@@ -107,37 +107,6 @@ def test_two_processes_go_on_with_an_extraction_of_which_one_shard_is_left(
     assert {path: path.stat().st_mtime_ns for path in written} == written
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert {split: entry["count"] for split, entry in meta["splits"].items()} == {"train": 1497, "val": 300}
-
-
-def test_samples_have_the_promised_names_and_archive(pipeline: Pipeline) -> None:
-    names = [f"{index:06d}_class{index % 10}.png" for index in range(30)]
-    assert sorted(path.name for path in pipeline.samples.glob("*_class*.png")) == names
-    with np.load(pipeline.samples / "samples.npz") as archive:
-        pictures, labels = archive["arr_0"], archive["arr_1"]
-    assert (pictures.dtype, pictures.shape) == (np.uint8, (30, 8, 8, 3))
-    assert labels.dtype == np.int64
-    assert labels.tolist() == [index % 10 for index in range(30)]
-    for name, picture in zip(names, pictures, strict=True):
-        assert np.array_equal(np.array(Image.open(pipeline.samples / name)), picture)
-
-
-def test_the_grid_has_a_row_for_each_class(pipeline: Pipeline) -> None:
-    grid = np.array(Image.open(pipeline.samples / "grid.png"))
-    assert grid.shape == (10 * 10 + 2, 3 * 10 + 2, 3)
-    with np.load(pipeline.samples / "samples.npz") as archive:
-        assert np.array_equal(grid[2 + 10 * 4 : 10 + 10 * 4, 12:20], archive["arr_0"][14])
-
-
-def test_sampling_refuses_a_folder_with_samples(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match=r"already holds samples"):
-        main.main([*pipeline.sample_arguments(pipeline.samples), f"--ckpt_path={pipeline.argen}"])
-
-
-def test_pictures_do_not_depend_on_the_batch_size(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main([*pipeline.sample_arguments(tmp_path), f"--ckpt_path={pipeline.argen}", "--data.init_args.batch_size=30"])
-    with np.load(tmp_path / "samples.npz") as other, np.load(pipeline.samples / "samples.npz") as first:
-        # The codes are equal; the decoder's convolutions may round differently for another batch size.
-        assert np.abs(other["arr_0"].astype(int) - first["arr_0"].astype(int)).max() <= 1
 
 
 def test_grids_and_curves_are_in_the_run_folder(pipeline: Pipeline) -> None:

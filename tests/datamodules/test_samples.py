@@ -1,22 +1,34 @@
 """Requests for pictures: balanced over classes, in one order on any number of ranks."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from datamodules.samples import SampleDataModule
 from tests.datamodules.shard_files import assert_one_line
 
 
-def requests(data: SampleDataModule, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+def requests(
+    data: SampleDataModule, rank: int = 0, world_size: int = 1, ranks_wait: bool = False
+) -> list[tuple[int, int]]:
     """(index, class) in the order of a rank."""
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+    module = SimpleNamespace(device_mesh=object() if ranks_wait else None)
+    trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=module)
+    data.trainer = trainer  # type: ignore[assignment]
     return [
         request
         for batch in data.predict_dataloader()
         for request in zip(batch["index"].tolist(), batch["condition"].tolist(), strict=True)
     ]
+
+
+def batches(data: SampleDataModule, rank: int, world_size: int) -> int:
+    """How many batches a rank gets where ranks wait for each other."""
+    requests(data, rank, world_size, ranks_wait=True)
+    return len(data.predict_dataloader())
 
 
 @pytest.mark.parametrize(
@@ -41,6 +53,69 @@ def test_batches_have_the_batch_size() -> None:
     assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
 
 
+def test_the_labels_of_a_file_come_in_turn_and_may_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(b"\xef\xbb\xbf7\n\n  2\r\n7\n 0 \n\n")
+    data = SampleDataModule(path, per_class=3, batch_size=5)
+    assert data.classes == [7, 2, 7, 0]
+    assert requests(data) == list(enumerate([7, 2, 7, 0] * 3))
+    assert (data.labels.dtype, data.labels.tolist()) == (np.int64, [7, 2, 7, 0] * 3)
+    assert SampleDataModule(str(path), per_class=1).classes == data.classes
+
+
+@pytest.mark.parametrize(
+    ("content", "phrases"),
+    [
+        (b"3\n\nfive\n", ("line 3", "'five' is no class number", "write one number from 0 on in each line")),
+        (b"-3\n", ("line 1", "'-3'")),
+        (b"1\n2.5\n", ("line 2", "'2.5'")),
+        (b"1 2\n", ("line 1", "'1 2'")),
+        ("\u0663\n".encode(), ("line 1", "is no class number")),
+        (b"9999999999\n", ("line 1", "'9999999999'")),
+        (b"\n \n", ("has no labels", "line 1", "write one class number in each line")),
+        (b"", ("has no labels",)),
+        (b"\xff\xfe3\x00", ("cannot be read (not a text file)",)),
+        (None, ("cannot be read (No such file or directory)", "give a number, a list, or a text file")),
+    ],
+    ids=str,
+)
+def test_a_bad_file_of_labels_is_refused_with_its_line(
+    content: bytes | None, phrases: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        SampleDataModule(path)
+    assert_one_line(error, path, *phrases)
+
+
+def test_a_folder_is_no_file_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        SampleDataModule(tmp_path)
+    assert_one_line(error, tmp_path, "cannot be read (Is a directory)")
+
+
+@pytest.mark.parametrize("ranks_wait", [False, True])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 3), (2, 2), (3, 7), (4, 1)])
+def test_what_is_done_is_left_out_before_the_rest_is_shared_out(
+    world_size: int, batch_size: int, ranks_wait: bool
+) -> None:
+    data = SampleDataModule(4, per_class=5, batch_size=batch_size)
+    for done in ([0, 1, 2, 5, 19], [7], list(range(20)), list(range(19)), []):
+        data.leave_out(done)
+        assert data.left == 20 - len(done)
+        shares = [requests(data, rank, world_size, ranks_wait) for rank in range(world_size)]
+        asked = [request for share in shares for request in share]
+        assert len(asked) == len(set(asked))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        if ranks_wait:
+            assert len({batches(data, rank, world_size) for rank in range(world_size)}) == 1
+        left = {(index, index % 4) for index in range(20) if index not in done}
+        assert left <= set(asked)
+        assert len(asked) - len(left) < (world_size if ranks_wait else 1)
+
+
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
@@ -49,6 +124,7 @@ def test_batches_have_the_batch_size() -> None:
         ({"classes": []}, "classes is []"),
         ({"classes": [3, -1]}, "classes is [3, -1]"),
         ({"classes": [3, 1, 3]}, "classes is [3, 1, 3]"),
+        ({"classes": [10**20]}, "classes is [100000000000000000000]"),
         ({"per_class": 0}, "per_class is 0"),
         ({"batch_size": 0}, "batch_size 0"),
     ],

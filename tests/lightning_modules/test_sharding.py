@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import main
 from lightning_modules import ARGenModule, ShardedStrategy
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoint import read_checkpoint, weights_checksum
 from llamagen.export import export
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import is_sharded, shard
@@ -166,7 +166,7 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
     assert one.keys() == two.keys() >= {"val/loss", "val/top5"}
     for name in ("val/loss", "val/perplexity", "val/top1", "val/top5"):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
-    pictures = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
+    pictures = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one/pictures").rglob("*.png"))
     assert len(pictures) == 9
     same = [(tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in pictures]
     assert sum(same) >= 8  # a draw may fall on the other side of a boundary by rounding
@@ -224,7 +224,13 @@ def _initial(rank: int, weights: str, num_classes: int) -> dict[str, Tensor]:
     module.configure_model()
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert sum(p.to_local().numel() for p in module.parameters()) < 0.7 * sum(p.numel() for p in module.parameters())
-    return {name: value.full_tensor() for name, value in module.gpt.state_dict().items()}
+    with torch.inference_mode():
+        checksum = _checksum(module.gpt)
+    return {name: value.full_tensor() for name, value in module.gpt.state_dict().items()} | checksum
+
+
+def _checksum(gpt: GPT) -> dict[str, Tensor]:
+    return {"checksum": torch.tensor(list(bytes.fromhex(weights_checksum(gpt))))}
 
 
 def _start(weights: str, num_classes: int) -> ARGenModule:
@@ -238,7 +244,8 @@ def test_a_model_without_memory_gets_the_weights_that_it_would_have(
 ) -> None:
     weights = str(half) if from_file else ""
     torch.manual_seed(0)
-    wanted = _start(weights, num_classes).gpt.state_dict()
+    gpt = _start(weights, num_classes).gpt
+    wanted = gpt.state_dict() | _checksum(gpt)
     for found in run_on_ranks(_initial, tmp_path, weights, num_classes):
         assert found.keys() == wanted.keys()
         for name, value in found.items():

@@ -1,0 +1,68 @@
+"""Pictures are compressed while the next ones are drawn. H × W pixels."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Semaphore
+
+import numpy as np
+from PIL import Image
+
+from callbacks.pictures import save_png
+
+THREADS = 4
+WAITING = 512
+
+
+class PictureThreads:
+    """A few threads that write PNG files, each whole or not at all; compression does not hold Python's lock.
+
+    Args:
+        threads: how many.
+        waiting: most pictures that wait for a thread; with more, :meth:`write` waits, so that memory is bounded.
+    """
+
+    def __init__(self, threads: int = THREADS, waiting: int = WAITING) -> None:
+        self._pool = ThreadPoolExecutor(threads, "pictures")
+        self._slots = Semaphore(threads + waiting)
+        self._error: BaseException | None = None
+
+    def write(self, picture: Callable[[], np.ndarray], path: Path) -> None:
+        """Have a picture written, soon.
+
+        Args:
+            picture: gives (H, W, 3) uint8; called in a thread, where it may wait for a device.
+            path: the file; its folder is made if it does not exist.
+
+        Raises:
+            BaseException: the first error of a thread.
+        """
+        self._check()
+        self._slots.acquire()
+        self._pool.submit(self._save, picture, path)
+
+    def _save(self, picture: Callable[[], np.ndarray], path: Path) -> None:
+        try:
+            if self._error is None:
+                save_png(Image.fromarray(picture()), path)
+        except BaseException as error:  # it is raised where the pictures come from
+            self._error = self._error or error
+        finally:
+            self._slots.release()
+
+    def finish(self) -> None:
+        """Wait until all pictures are written, and end the threads.
+
+        Raises:
+            BaseException: the first error of a thread.
+        """
+        self._pool.shutdown()
+        self._check()
+
+    def cancel(self) -> None:
+        """Drop the pictures that wait, and end the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,92 @@
+"""What is shown of a run that draws pictures."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+
+import main
+from callbacks import progress
+from tests.pipeline import Pipeline
+from tests.ranks import succeeds, two_processes
+
+
+def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
+    """To draw 30 pictures in batches of 7, with a progress bar."""
+    arguments = [item for item in pipeline.sample_arguments(folder) if "enable_progress_bar" not in item]
+    return [*arguments, f"--ckpt_path={pipeline.argen}", *more]
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bars that were shown, whose clock stands at two seconds after each start."""
+    made: list[Any] = []
+
+    class Kept(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+            self.seen: list[int] = []
+
+        def update(self, n: float | None = 1) -> bool | None:
+            result = super().update(n)
+            self.seen.append(int(self.n))
+            return result
+
+        @property
+        def format_dict(self) -> Any:
+            return {**super().format_dict, "elapsed": 2.0}
+
+    monkeypatch.setattr(progress, "tqdm", Kept)
+    return made
+
+
+def test_pictures_are_counted_with_their_speed_and_the_time_left(
+    pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
+    (bar,) = bars
+    assert bar.seen == [7, 14, 14]
+    assert "14/30 [00:02<00:02,  7.00 pictures/s]" in str(bar)
+    shown = capsys.readouterr()
+    assert "sampling" in shown.err
+    assert "Predicting" not in shown.out + shown.err  # Lightning's
+
+
+def test_a_run_that_is_gone_on_with_counts_all_pictures_but_the_speed_of_its_own(
+    pipeline: Pipeline, tmp_path: Path, bars: list[Any]
+) -> None:
+    main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
+    main.main(command(pipeline, tmp_path))
+    bar = bars[1]
+    assert (bar.initial, bar.total) == (14, 30)
+    assert bar.seen == [21, 28, 30, 30]
+    assert "30/30 [00:02<00:00,  8.00 pictures/s]" in str(bar)
+
+
+def test_nothing_is_shown_where_bars_are_switched_off(
+    pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(command(pipeline, tmp_path, "--trainer.enable_progress_bar=false"))
+    assert all(bar.disable for bar in bars)
+    shown = capsys.readouterr()
+    assert "pictures/s" not in shown.out + shown.err
+    assert "picture/s" not in shown.out + shown.err
+    assert (tmp_path / "samples.npz").exists()
+
+
+def test_lightnings_bar_is_given_back(pipeline: Pipeline, tmp_path: Path) -> None:
+    trainer = main.main(command(pipeline, tmp_path, "--data.init_args.per_class=1")).trainer
+    assert trainer.progress_bar_callback is not None
+    assert trainer.progress_bar_callback.is_enabled
+
+
+def test_the_bar_of_two_processes_counts_the_pictures_of_both(pipeline: Pipeline, tmp_path: Path) -> None:
+    done = two_processes(command(pipeline, tmp_path, "--data.init_args.batch_size=4"))
+    succeeds(done)
+    counts = [int(count) for count in re.findall(r"sampling:.*?(\d+)/30 \[", done.stderr)]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 30)
+    assert "Predicting" not in done.stdout + done.stderr

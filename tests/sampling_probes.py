@@ -1,0 +1,43 @@
+"""Callbacks that look into a command that samples, or end it; named on its command line."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+
+class KeepCodes(pl.Callback):
+    """Write the codes of each picture into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *place: int
+    ) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for index, codes in zip(outputs["index"].tolist(), outputs["codes"].numpy(), strict=True):
+            np.save(self.folder / f"{index}.npy", codes)
+
+
+class PullThePlug(pl.Callback):
+    """Kill all processes of the command at once, on a rank, from a batch on as soon as there is a picture."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *place: int
+    ) -> None:
+        written = any(Path(trainer.default_root_dir).glob("pictures/*/*.png"))
+        if trainer.global_rank == self.rank and batch_idx >= self.batch and written:
+            os.killpg(0, signal.SIGKILL)
+
+
+def with_probe(probe: type[pl.Callback], **options: Any) -> str:
+    """The argument that adds a probe to a command."""
+    values = ", ".join(f"{name}: {value}" for name, value in options.items())
+    return f"--trainer.callbacks+={{class_path: {probe.__module__}.{probe.__name__}, init_args: {{{values}}}}}"

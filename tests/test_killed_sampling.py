@@ -1,0 +1,164 @@
+"""The same 64 pictures come out for any batch size, on any number of processes, and after a kill in between."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+from callbacks import image_writer
+from tests.pipeline import Pipeline
+from tests.ranks import succeeds, two_processes
+from tests.sampling_probes import KeepCodes, PullThePlug, with_probe
+
+COUNT = 64
+CLASSES = [3, 1, 4, 0, 5, 9, 2, 6]
+
+
+def command(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
+    return [
+        *pipeline.sample_arguments(folder / "samples"),
+        *(f"--ckpt_path={pipeline.argen}", f"--data.init_args.classes={CLASSES}", "--data.init_args.per_class=8"),
+        *(f"--data.init_args.batch_size={batch_size}", with_probe(KeepCodes, folder=folder / "codes")),
+    ]
+
+
+def killed(task: Callable[[], object]) -> None:
+    """A task in a process of its own, at the head of a group of its own, is killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            task()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def pictures(folder: Path) -> dict[Path, int]:
+    """Pictures of a run and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in (folder / "samples/pictures").rglob("*.png")}
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "samples").rglob(".*")]
+
+
+def assert_same_pictures(folder: Path, left_alone: Path) -> None:
+    """The codes of two runs are equal, as are their archives, and the archive holds what the files hold."""
+    assert len(list((folder / "codes").iterdir())) == len(pictures(folder)) == COUNT
+    for path in (left_alone / "codes").iterdir():
+        assert np.array_equal(np.load(path), np.load(folder / "codes" / path.name)), path.name
+    with np.load(folder / "samples/samples.npz") as one, np.load(left_alone / "samples/samples.npz") as other:
+        assert one["arr_1"].tolist() == other["arr_1"].tolist() == CLASSES * 8
+        assert np.array_equal(one["arr_0"], other["arr_0"])
+        for index, picture in enumerate(one["arr_0"]):
+            label = CLASSES[index % 8]
+            name = f"samples/pictures/{label}/{index:06d}_class{label}.png"
+            assert np.array_equal(np.array(Image.open(folder / name)), picture)
+    assert hidden(folder) == [".plan.json"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("left_alone")
+    main.main(command(pipeline, folder, 64))
+    with np.load(folder / "samples/samples.npz") as archive:
+        assert len(np.unique(archive["arr_0"], axis=0)) == COUNT
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_same_pictures_come_out_for_any_batch_size(
+    pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
+) -> None:
+    main.main(command(pipeline, tmp_path, batch_size))
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_two_processes_draw_the_pictures_of_one(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+    succeeds(two_processes(command(pipeline, tmp_path, 7)))
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_two_processes_go_on_where_one_was_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+    killed(lambda: main.main([*command(pipeline, tmp_path, 7), with_probe(PullThePlug, rank=0, batch=3)]))
+    before = pictures(tmp_path)
+    assert 0 < len(before) < COUNT
+    succeeds(two_processes(command(pipeline, tmp_path, 5)))
+    assert before.items() <= pictures(tmp_path).items()
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_one_process_goes_on_where_two_were_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+    done = two_processes([*command(pipeline, tmp_path, 3), with_probe(PullThePlug, rank=1, batch=1)])
+    assert done.returncode == -signal.SIGKILL
+    before = pictures(tmp_path)
+    assert len(before) > 0
+    assert not (tmp_path / "samples/samples.npz").exists()
+    main.main(command(pipeline, tmp_path, 64))
+    assert before.items() <= pictures(tmp_path).items()
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_a_run_may_be_killed_again_and_again(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+    for batch_size in (1, 9, 4):
+        plug = with_probe(PullThePlug, rank=0, batch=1)
+        killed(lambda: main.main([*command(pipeline, tmp_path, batch_size), plug]))  # noqa: B023
+    main.main(command(pipeline, tmp_path, 2))
+    assert_same_pictures(tmp_path, left_alone)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_two_processes_complete_a_run_of_which_almost_nothing_is_left(
+    pipeline: Pipeline, left_alone: Path, tmp_path: Path, left: int
+) -> None:
+    main.main(command(pipeline, tmp_path, 64))
+    (tmp_path / "samples/samples.npz").unlink()
+    (tmp_path / "samples/grid.png").unlink()
+    for index in range(left):
+        (tmp_path / f"samples/pictures/{CLASSES[index]}/{index:06d}_class{CLASSES[index]}.png").unlink()
+    before = pictures(tmp_path)
+    succeeds(two_processes(command(pipeline, tmp_path, 64)))
+    assert before.items() <= pictures(tmp_path).items()
+    assert (tmp_path / "samples/grid.png").exists()
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
+    pipeline: Pipeline, left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = image_writer._pixels
+
+    def die(path: Path) -> np.ndarray:
+        if path.name.startswith("000040") and (tmp_path / "samples/grid.png").exists():
+            os.killpg(0, signal.SIGKILL)
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_writer, "_pixels", die)
+        killed(lambda: main.main(command(pipeline, tmp_path, 64)))
+    assert sorted(hidden(tmp_path)) == [".plan.json", ".samples.npz.tmp"]
+    before = pictures(tmp_path)
+    assert len(before) == COUNT
+    main.main(command(pipeline, tmp_path, 64))
+    assert pictures(tmp_path) == before
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+    main.main([*command(pipeline, tmp_path, 7), "--trainer.limit_predict_batches=1"])
+    other = [*command(pipeline, tmp_path, 7), "--model.init_args.sample_seed=5"]
+    done: subprocess.CompletedProcess[str] = two_processes(other)
+    assert done.returncode != 0
+    assert "was begun with another sample_seed (0 there, 5 here)" in done.stderr
+    assert "Connection closed" not in done.stderr
+    assert len(pictures(tmp_path)) == 7
