@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.operators import OperatorTimes
 from benchmarks.plain_gpt import PlainStep
-from benchmarks.tokenizer_step import machine, medians, resident, spread, synchronize
+from benchmarks.timing import machine, spread, synchronize
+from benchmarks.tokenizer_step import medians, resident
 from callbacks import EMA
 from callbacks.throughput import known_peak
 from lightning_modules import AdamWConfig, ARGenModule
@@ -213,7 +214,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "argen_step",
         "command": " ".join(["python -m benchmarks.argen_step", *sys.argv[1:]]),
-        "machine": machine(options),
+        "machine": machine(options.device),
         "torch": torch.__version__,
         "options": {k: v for k, v in vars(options).items() if k != "memory_of"},
         **{name: spread(each) for name, each in times.items()},

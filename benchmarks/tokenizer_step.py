@@ -10,7 +10,6 @@ convolutions alone would take at the best rate of this machine. Prints tables, t
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.operators import OperatorTimes, convolution_flops, fastest_convolution
 from benchmarks.plain_tokenizer import PlainStep, quantize
+from benchmarks.timing import machine, spread, synchronize
 from callbacks import EMA
 from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
@@ -59,17 +59,6 @@ def random_vgg16(path: Path) -> Path:
         {name: torch.randn(shape) * (2 / max(shape[1:].numel(), 1)) ** 0.5 for name, shape in shapes.items()}, path
     )
     return path
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles in seconds."""
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median": round(median, 4), "q1": round(low, 4), "q3": round(high, 4)}
 
 
 class Stopwatch(pl.Callback):
@@ -260,14 +249,6 @@ def memory_in_own_process(kind: str) -> float:
     return float(output.strip().splitlines()[-1])
 
 
-def machine(options: argparse.Namespace) -> str:
-    if options.device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def convolution_limit(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """What the convolutions of a step alone cost: operations, the machine's best rate, and so seconds."""
     flops = convolution_flops(plain_step(options, build(options, folder)))
@@ -318,7 +299,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "benchmark": "tokenizer_step",
             "command": " ".join(["python -m benchmarks.tokenizer_step", *sys.argv[1:]]),
-            "machine": machine(options),
+            "machine": machine(options.device),
             "torch": torch.__version__,
             "options": {k: v for k, v in vars(options).items() if k != "memory_of"},
             **{name: spread(each) for name, each in times.items()},

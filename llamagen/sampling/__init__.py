@@ -3,7 +3,7 @@
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.draw import draw, filter_logits, guide
 from llamagen.sampling.generate import generate
-from llamagen.sampling.noise import gumbel, seed_tensor
+from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
 from llamagen.sampling.picture_sampler import PictureSampler
 from llamagen.sampling.pixels import Pictures, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
@@ -14,6 +14,7 @@ __all__ = [
     "PixelDecoder",
     "Sampler",
     "SamplingConfig",
+    "code_counters",
     "compute_dtype",
     "draw",
     "filter_logits",

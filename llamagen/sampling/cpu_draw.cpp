@@ -38,6 +38,28 @@ struct Draw {
     int64_t stride;
 };
 
+// The smallest logit above which at most the probability `most` lies. Halves the range like quickselect: no sort.
+static float nucleus(float* from, float* end, double most) {
+    double total = 0.0, above = 0.0;
+    for (float* at = from; at < end; at++) total += std::exp(*at);
+    float smallest = INFINITY;
+    while (from < end && above <= most * total) {
+        const float pivot = std::max(std::min(*from, end[-1]), std::min(std::max(*from, end[-1]), from[(end - from) / 2]));
+        float* middle = std::partition(from, end, [=](float x) { return x > pivot; });
+        double more_likely = above;
+        for (float* at = from; at < middle; at++) more_likely += std::exp(*at);
+        if (more_likely > most * total) {
+            end = middle;
+            continue;
+        }
+        float* rest = std::partition(middle, end, [=](float x) { return x == pivot; });
+        above = more_likely + (rest - middle) * (double)std::exp(pivot);
+        smallest = pivot;
+        from = rest;
+    }
+    return smallest;
+}
+
 // The smallest of the logits that may be drawn; `kept` is a copy of them, which is reordered.
 static float threshold(const Draw& d, float* kept) {
     float *end = kept + d.vocabulary, smallest = -INFINITY;
@@ -46,15 +68,7 @@ static float threshold(const Draw& d, float* kept) {
         end = kept + d.top_k;
         smallest = end[-1];
     }
-    if (d.top_p < 1.0f) {
-        std::sort(kept, end, std::greater<float>());
-        double total = 0.0, more_likely = 0.0;
-        for (float* at = kept; at < end; at++) total += std::exp(*at);
-        for (float* at = kept; at < end && more_likely <= d.top_p; at++) {
-            smallest = *at;
-            more_likely += std::exp(*at) / total;
-        }
-    }
+    if (d.top_p < 1.0f) smallest = nucleus(kept, end, d.top_p);
     return smallest;
 }
 

@@ -191,21 +191,38 @@ static void rotate(float* head, const float* turn, int width) {
     }
 }
 
+// Mean of N vectors of values, weighted by the scores.
+template <int N>
+static inline void mix(const float* score, const NARROW* values, int width, int from, int position, float factor,
+                       NARROW* out) {
+    vec means[N];
+    for (int n = 0; n < N; n++) means[n] = vec{};
+    for (int p = from; p <= position; p++)
+        for (int n = 0; n < N; n++) means[n] += score[p] * load(values + (int64_t)p * width + n * LANES);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < LANES; i++) store((means[n] * factor)[i], out + n * LANES + i);
+}
+
 // One query over the positions [from, position].
 static void attend(const float* q, const NARROW* keys, const NARROW* values, int width, int from, int position,
                    float* score, NARROW* out) {
     const float scale = 1.0f / std::sqrt((float)width);
-    float top = -INFINITY;
+    const int line = 64 / sizeof(NARROW), soon = 8 * width;
     for (int p = from; p <= position; p++) {
-        const NARROW* key = keys + (int64_t)p * width;
+        const NARROW *key = keys + (int64_t)p * width, *value = values + (int64_t)p * width;
+        for (int e = 0; e < width; e += line) {  // values are needed when all scores are there
+            __builtin_prefetch(key + soon + e, 0, 2);
+            __builtin_prefetch(value + e, 0, 2);
+        }
         vec products = vec{};
         int e = 0;
         for (; e + LANES <= width; e += LANES) products += load(q + e) * load(key + e);
         float total = sum(products);
         for (; e < width; e++) total += q[e] * wide(key[e]);
         score[p] = total * scale;
-        top = score[p] > top ? score[p] : top;
     }
+    float top = -INFINITY;
+    for (int p = from; p <= position; p++) top = score[p] > top ? score[p] : top;
     vec totals = vec{};
     float rest = 0.0f;
     int p = from;
@@ -217,12 +234,8 @@ static void attend(const float* q, const NARROW* keys, const NARROW* values, int
     for (; p <= position; p++) rest += score[p] = std::exp(score[p] - top);
     const float factor = 1.0f / (sum(totals) + rest);
     int e = 0;
-    for (; e + LANES <= width; e += LANES) {
-        vec mean = vec{};
-        for (p = from; p <= position; p++) mean += score[p] * load(values + (int64_t)p * width + e);
-        mean *= factor;
-        for (int i = 0; i < LANES; i++) store(mean[i], out + e + i);
-    }
+    for (; e + 4 * LANES <= width; e += 4 * LANES) mix<4>(score, values + e, width, from, position, factor, out + e);
+    for (; e + LANES <= width; e += LANES) mix<1>(score, values + e, width, from, position, factor, out + e);
     for (; e < width; e++) {
         float mean = 0.0f;
         for (p = from; p <= position; p++) mean += score[p] * wide(values[(int64_t)p * width + e]);

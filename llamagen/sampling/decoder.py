@@ -11,7 +11,7 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu_step import CPUStep
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.draw import draw, guide
-from llamagen.sampling.noise import gumbel, seed_tensor
+from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
 
 
 class Decoder:
@@ -84,7 +84,10 @@ class Decoder:
 
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.config, self.indices = config, indices
-        self.seed = seed_tensor(seed, self.device)
+        self.seed, self.counters = (
+            seed_tensor(seed, self.device),
+            code_counters(self.gpt.config.vocab_size, self.device),
+        )
         self.steps = torch.arange(self.codes.shape[1], device=self.device)
         self.scales = torch.tensor(config.guidance_scales(self.codes.shape[1]), device=self.device)
 
@@ -104,12 +107,18 @@ class Decoder:
 
     def _draw(self, logits: Tensor, step: int) -> None:
         self.codes[:, step] = next_code(
-            logits, self.config, self.scales[step], self.seed, self.indices, self.steps[step]
+            logits, self.config, self.scales[step], self.seed, self.indices, self.steps[step], self.counters
         )
 
 
 def next_code(
-    logits: Tensor, config: SamplingConfig, scale: Tensor, seed: Tensor, indices: Tensor, step: Tensor
+    logits: Tensor,
+    config: SamplingConfig,
+    scale: Tensor,
+    seed: Tensor,
+    indices: Tensor,
+    step: Tensor,
+    counters: Tensor,
 ) -> Tensor:
     """Guide, if there are twice as many rows as samples, and draw.
 
@@ -120,6 +129,7 @@ def next_code(
         seed: scalar int64.
         indices: (B,) int64.
         step: scalar int64.
+        counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
 
     Returns:
         (B,) int64.
@@ -127,7 +137,7 @@ def next_code(
     logits = logits.float()
     if len(logits) > len(indices):
         logits = guide(logits, scale)
-    noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, logits.shape[1])
+    noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, counters)
     return draw(logits, config, noise)
 
 

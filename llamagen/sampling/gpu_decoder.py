@@ -12,6 +12,7 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.decoder import Decoder, next_code
 from llamagen.sampling.gpu_step import GPUStep
+from llamagen.sampling.noise import code_counters
 
 WARM_UP = 3
 
@@ -41,6 +42,7 @@ class GPUDecoder(Decoder):
         shape, length = (self.batch_size, gpt.config.block_size), gpt.config.block_size
         self._codes = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._counters = code_counters(gpt.config.vocab_size, self.device)
         self._scales = torch.ones(length, device=self.device)
         self._seed, self._step, self._position = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
         text = gpt.config.condition == "text"
@@ -100,7 +102,7 @@ class GPUDecoder(Decoder):
 
     def _write(self, logits: Tensor, choose: Callable[..., Tensor]) -> None:
         scale = self._scales.gather(0, self._step.view(1))[0]
-        code = choose(logits, self.config, scale, self._seed, self._indices, self._step)
+        code = choose(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
         self._codes.scatter_(1, self._step.expand(self.batch_size, 1), code[:, None])
         self._step.add_(1)
 

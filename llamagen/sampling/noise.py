@@ -29,14 +29,19 @@ def seed_tensor(seed: int, device: torch.device | None = None) -> Tensor:
     return torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device)
 
 
-def gumbel(seed: Tensor, index: Tensor, step: Tensor, count: int) -> Tensor:
+def code_counters(count: int, device: torch.device | None = None) -> Tensor:
+    """What tells the codes apart in :func:`gumbel`, (V,) int64; made once, and then the same for every step."""
+    return torch.arange(1, count + 1, device=device) * _GOLDEN
+
+
+def gumbel(seed: Tensor, index: Tensor, step: Tensor, counters: Tensor) -> Tensor:
     """Standard Gumbel noise for each sample of a step and each code.
 
     Args:
         seed: scalar int64, see :func:`seed_tensor`.
         index: (B,) int64, the number of each sample within the run.
         step: scalar int64, the number of the code within the sample.
-        count: number of codes V.
+        counters: (V,) int64, see :func:`code_counters`.
 
     Returns:
         (B, V) float32 in [-2.9, 23].
@@ -44,8 +49,7 @@ def gumbel(seed: Tensor, index: Tensor, step: Tensor, count: int) -> Tensor:
     state = _mix(seed.expand_as(index) + _GOLDEN)
     state = _mix((state ^ index) + _GOLDEN)
     state = _mix((state ^ step) + _GOLDEN)
-    counter = torch.arange(1, count + 1, device=index.device) * _GOLDEN
-    bits = _shifted(_mix(state[:, None] + counter), 32)
+    bits = _shifted(_mix(state[:, None] + counters), 32)
     # Below 1 in float32, and with all its digits near 0, where the largest noise comes from.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
 
 SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,6 +46,6 @@ def plain_loop(
         dropped, scale = torch.ones(batch, dtype=torch.bool), config.guidance_scales(gpt.config.block_size)[step]
         other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
         logits = scale * logits + (1 - scale) * other
-        noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), gpt.config.vocab_size)
+        noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), code_counters(gpt.config.vocab_size))
         codes = torch.cat([codes, draw(logits, config, noise)[:, None]], dim=1)
     return codes

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.sampling import SamplingConfig, draw, filter_logits, guide, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, draw, filter_logits, guide, gumbel, seed_tensor
 from tests.golden import golden, normal_input
 
 
 def noise_for(logits: Tensor) -> Tensor:
-    return gumbel(seed_tensor(0), torch.arange(len(logits)), torch.tensor(0), logits.shape[1])
+    return gumbel(seed_tensor(0), torch.arange(len(logits)), torch.tensor(0), code_counters(logits.shape[1]))
 
 
 def kept(logits: Tensor) -> list[list[int]]:

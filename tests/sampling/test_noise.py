@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.sampling import gumbel, seed_tensor
+from llamagen.sampling import code_counters, gumbel, seed_tensor
 
 MASK = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -31,7 +31,7 @@ def slow_gumbel(seed: int, index: int, step: int, code: int) -> float:
 
 
 def noise(seed: int, indices: list[int] | Tensor, step: int, count: int) -> Tensor:
-    return gumbel(seed_tensor(seed), torch.as_tensor(indices), torch.tensor(step), count)
+    return gumbel(seed_tensor(seed), torch.as_tensor(indices), torch.tensor(step), code_counters(count))
 
 
 def test_the_slow_reference_gives_the_known_first_numbers_of_splitmix64() -> None:

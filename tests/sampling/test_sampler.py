@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
-from llamagen.sampling import Sampler, SamplingConfig, cpu_library, draw, gumbel, seed_tensor
+from llamagen.sampling import Sampler, SamplingConfig, code_counters, cpu_library, draw, gumbel, seed_tensor
 from llamagen.sampling.cpu_step import CPUStep
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.sampling.plain import SETTINGS, plain_loop
@@ -183,7 +183,7 @@ def test_compiled_draws_are_those_of_draw(config: SamplingConfig, scale: float |
     step = CPUStep(DecodeWeights.of(small_gpt(), torch.float32))
     seed = -7 + 2**63
     step.draw(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes)
-    noise = gumbel(seed_tensor(seed), indices, torch.tensor(2), vocabulary)
+    noise = gumbel(seed_tensor(seed), indices, torch.tensor(2), code_counters(vocabulary))
     assert torch.equal(codes[:, 2], draw(guided, config, noise))
     assert (codes[:, :2] == -1).all()
 

@@ -1,0 +1,244 @@
+"""Codes a second of sampling, beside the Llama of transformers, and beside what the memory allows.
+
+    python -m benchmarks.bench_sampling --device cpu --dtypes fp32 bf16 --sizes B L --batches 1 4 16 64 --codes 256 576
+    python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sizes B L XL XXL 3B --batches 1 4 16 64
+
+For each size, dtype and batch, all in one process: (a) the engine eager, (b) compiled, (c) the transformers Llama of
+the same shape by ``generate``, guided by a logits processor with both branches in one batch, which reads its weights
+once a step as ours does; and its own ``guidance_scale``, which runs the branches one after the other. All are guided
+(4.0) and draw from the 2000 most likely codes. The sides take turns; medians and quartiles over repeats.
+
+The limit of the memory is the bytes that the steps must read (all weights but the embeddings, and the filled part of
+the cache), over the bandwidth of a copy, which is measured in the same run. Prints tables, then a line of JSON, and
+draws a plot. ``transformers`` is in the extra ``benchmark``.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.sampling_peer import Peer
+from benchmarks.sampling_plot import plot
+from benchmarks.timing import machine, spread, synchronize
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.sampling import Sampler, SamplingConfig
+
+SIZES = Path("configs/argen/size")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONFIG = SamplingConfig(guidance_scale=4.0, top_k=2000)
+ROUGH = 60.0  # seconds of a first run after which a side is not repeated
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", nargs="+", default=["B"], choices=sorted(path.stem for path in SIZES.glob("*.yaml")))
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[4])
+    parser.add_argument("--codes", nargs="+", type=int, default=[256])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"])
+    parser.add_argument("--int8", action="store_true", help="also compiled with int8 weights")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile for the GPU beforehand")
+    parser.add_argument("--out", type=Path, help="where JSON and plot go: a name without its ending")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | None = None) -> GPT:
+    """A GPT with random weights whose draws are spread over many codes."""
+    net = yaml.safe_load((SIZES / f"{size}.yaml").read_text())["model"]["init_args"]["net"]
+    net["n_layer"] = layers or net["n_layer"]
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**net, block_size=codes)).to(dtype)
+    gpt.to_empty(device=device).eval()
+    for parameter in gpt.parameters():
+        parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    return gpt
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a large copy reads and writes, the median of some."""
+    source = torch.randn(2**28, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(9):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / sorted(times)[len(times) // 2]
+
+
+def bytes_read(gpt: GPT, dtype: torch.dtype, batch: int, int8: bool = False) -> float:
+    """Bytes that all steps of a guided picture batch must read: the weights, and what the cache holds by then."""
+    config = gpt.config
+    matrices = [p for name, p in gpt.named_parameters() if p.dim() > 1 and "embed" not in name]
+    weights = sum(p.numel() * (1 if int8 else dtype.itemsize) + (4 * len(p) if int8 else 0) for p in matrices)
+    place = 2 * config.n_layer * config.kv_heads * config.head_dim * dtype.itemsize
+    positions = sum(range(config.condition_length, config.condition_length + config.block_size))
+    return weights * config.block_size + 2 * batch * place * positions
+
+
+def timed(run: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """What is timed, by name, and how long each took to be ready, its first picture included."""
+    labels = torch.arange(batch, device=options.device) % 1000
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {}
+
+    def ours(compiled: bool, int8: bool = False) -> Callable[[], Any]:
+        sampler = Sampler(gpt, batch, compiled=compiled, int8=int8)
+        sampler.prepare(CONFIG)
+        return lambda: sampler(labels, CONFIG)
+
+    makers["eager"] = lambda: ours(False)
+    makers["compiled"] = lambda: ours(True)
+    if options.int8:
+        makers["compiled_int8"] = lambda: ours(True, True)
+    if "peer" in options.sides or "peer_two_passes" in options.sides:
+        peer = Peer(gpt, CONFIG)
+        makers["peer"] = lambda: lambda: peer.one_batch(labels)
+        makers["peer_two_passes"] = lambda: lambda: peer.two_passes(labels)
+    runs, ready = {}, {}
+    for name, make in makers.items():
+        if name in (*options.sides, "compiled_int8"):
+            start = time.perf_counter()
+            runs[name] = make()
+            synchronize()
+            ready[name] = round(time.perf_counter() - start, 3)
+    return runs, ready
+
+
+def measure(options: argparse.Namespace, size: str, kind: str, batch: int, codes: int) -> dict[str, Any]:
+    """All sides at one size, dtype and batch."""
+    dtype = DTYPES[kind]
+    gpt = build(size, codes, options.device, dtype)
+    runs, ready = sides(options, gpt, batch)
+    bandwidth = copy_bandwidth(options.device)
+    times: dict[str, list[float]] = {}
+    first = {name: timed(run) for name, run in runs.items()}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            if first[name] < ROUGH:
+                times.setdefault(name, []).append(timed(run))
+    entry: dict[str, Any] = {"size": size, "dtype": kind, "batch": batch, "codes": codes, "ready_s": ready}
+    entry["copy_gb_s"] = round(bandwidth / 1e9, 2)
+    for name in runs:
+        taken = times.get(name, [first[name]])
+        limit = bytes_read(gpt, dtype, batch, "int8" in name) / bandwidth
+        median = spread(taken)["median"]
+        entry[name] = {
+            **spread(taken),
+            "codes_s": round(batch * codes / median, 1),
+            "ms_a_step": round(median / codes * 1e3, 4),
+            "of_limit": round(limit / median, 3),
+            "repeats": len(taken),
+        }
+    if "compiled" in entry:
+        for name in ("eager", "peer", "peer_two_passes"):
+            if name in entry:
+                entry[f"times_{name}"] = round(entry[name]["median"] / entry["compiled"]["median"], 2)
+    print(line(entry), flush=True)
+    return entry
+
+
+def line(entry: dict[str, Any]) -> str:
+    """One row of the table."""
+    head = f"{entry['size']:5}{entry['dtype']:6}{entry['batch']:4}{entry['codes']:5}"
+    cells = [
+        f"{name} {entry[name]['codes_s']:.0f}/s {entry[name]['ms_a_step']:.2f} ms {entry[name]['of_limit']:.0%}"
+        for name in ("compiled", "compiled_int8", "eager", "peer", "peer_two_passes")
+        if name in entry
+    ]
+    ratios = [f"{name[6:]} × {entry[name]}" for name in entry if name.startswith("times_")]
+    return f"{head}  {' | '.join(cells)}  {', '.join(ratios)}"
+
+
+def growth(options: argparse.Namespace, size: str, kind: str, batch: int, codes: int) -> dict[str, Any]:
+    """Time of a compiled step against the position."""
+    gpt = build(size, codes, options.device, DTYPES[kind])
+    sampler, marks = Sampler(gpt, batch, compiled=True), []
+    advance = sampler.decoder._advance
+
+    def watched(step: int, guided: bool) -> None:
+        advance(step, guided)
+        synchronize()
+        marks.append(time.perf_counter())
+
+    sampler.decoder._advance = watched  # type: ignore[method-assign]
+    labels = torch.arange(batch, device=options.device)
+    steps = []
+    for _ in range(4):
+        marks.clear()
+        sampler(labels, CONFIG)
+        steps.append([later - earlier for earlier, later in pairwise(marks)])
+    middle = [sorted(times)[len(times) // 2] for times in zip(*steps[1:], strict=True)]
+    part = max(len(middle) // 8, 1)
+    windows = [middle[start : start + part] for start in range(0, part * 8, part)]
+    points = [[start * part + part // 2, round(sum(w) / len(w) * 1e3, 4)] for start, w in enumerate(windows) if w]
+    return {"size": size, "dtype": kind, "batch": batch, "codes": codes, "position_ms": points}
+
+
+def warm(options: argparse.Namespace) -> None:
+    """Let several processes fill the caches of compiled kernels, each with models of one layer."""
+    cases = [
+        (s, b, c, d) for s in options.sizes for b in options.batches for c in options.codes[:1] for d in options.dtypes
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    for size, batch, codes, kind in cases:
+        code = (
+            "import torch; from benchmarks.bench_sampling import *; from llamagen.sampling import Sampler;"
+            f"g = build({size!r}, {codes}, 'cuda', DTYPES[{kind!r}], 1); s = Sampler(g, {batch}, compiled=True);"
+            f"s(torch.zeros({batch}, dtype=torch.int64, device='cuda'), CONFIG)"
+        )
+        while len([p for p in running if p.poll() is None]) >= options.warm:
+            time.sleep(0.1)
+        running.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL))
+    for process in running:
+        process.wait()
+
+
+def main() -> None:
+    options = arguments()
+    if options.warm:
+        print(f"compiled beforehand in {timed(lambda: warm(options)):.0f} s", flush=True)
+    result: dict[str, Any] = {
+        "benchmark": "bench_sampling",
+        "command": " ".join(["python -m benchmarks.bench_sampling", *sys.argv[1:]]),
+        "machine": machine(options.device),
+        "torch": torch.__version__,
+        "copy_gb_s": round(copy_bandwidth(options.device) / 1e9, 2),
+        "cases": [],
+        "growth": [],
+    }
+    print(f"{result['machine']}: a copy moves {result['copy_gb_s']} GB/s\nsize dtype batch codes", flush=True)
+    for size in options.sizes:
+        for kind in options.dtypes:
+            for codes in options.codes:
+                for batch in options.batches:
+                    result["cases"].append(measure(options, size, kind, batch, codes))
+            result["growth"].append(growth(options, size, kind, options.batches[0], max(options.codes)))
+    if options.out:
+        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, options.out.with_suffix(".png"))
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A picture of what the sampling benchmark measured."""
+
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "compiled": "compiled",
+    "compiled_int8": "compiled, int8",
+    "eager": "eager",
+    "peer": "transformers, one batch",
+    "peer_two_passes": "transformers, two passes",
+}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Codes a second of each side above, the share of the memory limit and time against position below.
+
+    Args:
+        result: of the benchmark.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, share, time) = pyplot.subplots(3, 1, figsize=(11, 13), layout="constrained")
+    cases = result["cases"]
+    labels = [f"{c['size']} {c['dtype']}\n{c['batch']} × {c['codes']}" for c in cases]
+    shown = [name for name in NAMES if any(name in case for case in cases)]
+    for number, name in enumerate(shown):
+        places = [i + (number - len(shown) / 2) * 0.8 / len(shown) for i, case in enumerate(cases) if name in case]
+        values = [case[name] for case in cases if name in case]
+        speed.bar(places, [v["codes_s"] for v in values], 0.8 / len(shown), label=NAMES[name], align="edge")
+        share.bar(places, [100 * v["of_limit"] for v in values], 0.8 / len(shown), align="edge")
+    for axis, title in ((speed, "codes a second"), (share, "% of the memory limit")):
+        axis.set_xticks(range(len(cases)), labels, fontsize=7)
+        axis.set_ylabel(title)
+        axis.grid(axis="y", alpha=0.3)
+    speed.set_yscale("log")
+    speed.legend(fontsize=8)
+    speed.set_title(result["machine"])
+    for curve in result["growth"]:
+        name = f"{curve['size']} {curve['dtype']}, batch {curve['batch']}"
+        time.plot(*zip(*curve["position_ms"], strict=True), marker="o", label=name)
+    time.set_xlabel("position")
+    time.set_ylabel("ms a step, compiled")
+    time.set_ylim(bottom=0)
+    time.grid(alpha=0.3)
+    time.legend(fontsize=8)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,28 @@
+"""What all benchmarks share: how a time is taken, summed up, and which machine it is of."""
+
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median and quartiles in seconds."""
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": round(median, 6), "q1": round(low, 6), "q3": round(high, 6)}
+
+
+def machine(device: str) -> str:
+    """Name of the GPU, or of the processor with the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} threads"
