@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks.sampling_peer import Peer
 from benchmarks.sampling_plot import plot
+from benchmarks.sampling_start import first_picture, pictures_a_second
 from benchmarks.timing import machine, spread, synchronize
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler, SamplingConfig
@@ -49,6 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"])
     parser.add_argument("--int8", action="store_true", help="also compiled with int8 weights")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile for the GPU beforehand")
+    parser.add_argument("--first", action="store_true", help="also the time to the first picture in a new process")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[], help="also pictures a second of so many processes")
     parser.add_argument("--out", type=Path, help="where JSON and plot go: a name without its ending")
     return parser.parse_args()
 
@@ -234,6 +237,17 @@ def main() -> None:
                 for batch in options.batches:
                     result["cases"].append(measure(options, size, kind, batch, codes))
             result["growth"].append(growth(options, size, kind, options.batches[0], max(options.codes)))
+    for size in options.sizes[:1]:
+        for kind in options.dtypes:
+            if options.first:
+                first = first_picture("benchmarks.bench_sampling", size, kind, options.device)
+                result.setdefault("first_picture_s", {})[f"{size} {kind}"] = first
+                print(f"first picture, {size} {kind}: {first}", flush=True)
+            for ranks in options.ranks:
+                gpt = build(size, 256, options.device, DTYPES[kind])
+                rates = sorted(pictures_a_second(gpt, ranks, 8, CONFIG) for _ in range(3))
+                result.setdefault("pictures_s_by_ranks", {})[f"{size} {kind}, {ranks}"] = [round(r, 3) for r in rates]
+                print(f"{size} {kind}, {ranks} processes: {rates[1]:.3f} pictures/s", flush=True)
     if options.out:
         options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         plot(result, options.out.with_suffix(".png"))

@@ -1,0 +1,107 @@
+"""Time to the first picture in a new process, and pictures a second of several processes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from benchmarks.timing import synchronize
+from llamagen.models.gpt import GPT
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
+
+CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+def first_picture(module: str, size: str, kind: str, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of one guided picture of 256 px in a new process, model and weights on the device already.
+
+    Args:
+        module: that knows how to build the model.
+        size: of the GPT.
+        kind: dtype.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        For eager, compiled with empty caches, and compiled with the caches that this left: ``ready`` (compiling),
+        ``codes``, ``pixels``.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **{name: f"{folder}/{name}" for name in CACHES}}
+        for name, compiled in (("eager", False), ("compiled, first time", True), ("compiled, later", True)):
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.sampling_start",
+                module,
+                size,
+                kind,
+                device,
+                str(int(compiled)),
+            ]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@torch.no_grad()
+def _one_picture(gpt: GPT, device: str, config: SamplingConfig, compiled: bool) -> dict[str, float]:
+    tokenizer = VQGAN(VQGANConfig())
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        synchronize()
+        marks.append(time.perf_counter())
+
+    sampler = Sampler(gpt, 1, compiled=compiled)
+    sampler.prepare(config)
+    pixels = PixelDecoder(tokenizer, torch.device(device), gpt.output.weight.dtype)
+    mark()
+    codes = sampler(torch.zeros(1, dtype=torch.int64, device=device), config)
+    mark()
+    pixels(codes.unflatten(1, (16, 16))).numpy()
+    mark()
+    names = ("ready", "codes", "pixels")
+    return {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:], strict=False)}
+
+
+def _rank(rank: int, threads: int, gpt: GPT, batch: int, config: SamplingConfig, start: Any, ends: Any) -> None:
+    torch.set_num_threads(threads)
+    sampler = Sampler(gpt, batch, compiled=True)
+    sampler.prepare(config)
+    start.wait()
+    began = time.perf_counter()
+    indices = torch.arange(rank * batch, (rank + 1) * batch)
+    sampler(indices % 1000, config, indices=indices)
+    ends.put(time.perf_counter() - began)
+
+
+def pictures_a_second(gpt: GPT, ranks: int, pictures: int, config: SamplingConfig) -> float:
+    """Codes of so many pictures on so many processes, which share the processor's threads, as pictures a second."""
+    context = mp.get_context("spawn")
+    start, ends = context.Barrier(ranks), context.Queue()
+    threads, batch = max(torch.get_num_threads() // ranks, 1), pictures // ranks
+    gpt.share_memory()
+    running = [context.Process(target=_rank, args=(r, threads, gpt, batch, config, start, ends)) for r in range(ranks)]
+    for process in running:
+        process.start()
+    taken = [ends.get(timeout=600) for _ in running]
+    for process in running:
+        process.join()
+    return pictures / float(max(taken))
+
+
+if __name__ == "__main__":
+    from importlib import import_module
+
+    module, size, kind, device, compiled = sys.argv[1:]
+    benchmark = import_module(module)
+    built = benchmark.build(size, 256, device, benchmark.DTYPES[kind])
+    print(json.dumps(_one_picture(built, device, benchmark.CONFIG, bool(int(compiled)))))
