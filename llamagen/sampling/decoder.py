@@ -84,10 +84,8 @@ class Decoder:
 
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.config, self.indices = config, indices
-        self.seed, self.counters = (
-            seed_tensor(seed, self.device),
-            code_counters(self.gpt.config.vocab_size, self.device),
-        )
+        self.seed = seed_tensor(seed, self.device)
+        self.counters = code_counters(self.gpt.config.vocab_size, self.device)
         self.steps = torch.arange(self.codes.shape[1], device=self.device)
         self.scales = torch.tensor(config.guidance_scales(self.codes.shape[1]), device=self.device)
 
@@ -169,13 +167,14 @@ class CPUDecoder(Decoder):
             self.logits = torch.empty(rows, self.gpt.config.vocab_size)
 
     def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        # A sample at a time, so that its numbers are the same in any batch.
+        # Captions are projected a sample at a time, so that a sample's numbers are the same in any batch.
+        together = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
-            for row in range(len(condition)):
-                x = self.gpt.cls_embedding(condition[row : row + 1], dropped[row : row + 1])
-                cache = KVCache(self.cache.keys[:, row:], self.cache.values[:, row:])
-                first = None if self.first is None else self.first[row:]
-                self.step(x.float().contiguous(), cache.first_rows(1), first, self.logits[row : row + 1])
+            for row in range(0, len(condition), together):
+                rows = slice(row, row + together)
+                x = self.gpt.cls_embedding(condition[rows], dropped[rows]).float().contiguous()
+                cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
+                self.step(x, cache, None if self.first is None else self.first[rows], self.logits[rows])
         self.cache.advance(self.gpt.config.condition_length)
         return self.logits[: len(condition)]
 

@@ -1,6 +1,7 @@
 """Codes of one batch on an NVIDIA GPU: a step is one CUDA graph, and nothing waits for the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from llamagen.sampling.gpu_step import GPUStep
 from llamagen.sampling.noise import code_counters
 
 WARM_UP = 3
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Compile, where the model itself must not be, and as many settings as there are."""
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=1000):
+        yield
 
 
 class GPUDecoder(Decoder):
@@ -96,20 +104,20 @@ class GPUDecoder(Decoder):
 
     def _draw(self, logits: Tensor, step: int) -> None:
         """The first code, behind the condition; the others are drawn within the graphs."""
-        with torch.compiler.set_stance("default"):
-            self._write(logits, self._compiled)
+        with _compiling():
+            self._write(logits)
         self._position.fill_(self.gpt.config.condition_length)
 
-    def _write(self, logits: Tensor, choose: Callable[..., Tensor]) -> None:
+    def _write(self, logits: Tensor) -> None:
         scale = self._scales.gather(0, self._step.view(1))[0]
-        code = choose(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
+        code = self._compiled(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
         self._codes.scatter_(1, self._step.expand(self.batch_size, 1), code[:, None])
         self._step.add_(1)
 
     def _one_step(self, guided: bool) -> None:
         last = self._codes.gather(1, (self._step - 1).expand(self.batch_size, 1))[:, 0]
         x = F.embedding(torch.cat([last, last]) if guided else last, self.gpt.tok_embeddings.weight)
-        self._write(self._logits(x.float()), self._compiled)
+        self._write(self._logits(x.float()))
         self._position.add_(1)
 
     def _advance(self, step: int, guided: bool) -> None:
@@ -126,7 +134,7 @@ class GPUDecoder(Decoder):
         state = [(tensor, tensor.clone()) for tensor in (self._codes, self._step, self._position)]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.compiler.set_stance("default"):
+        with _compiling():
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):  # compiles
                     self._step.fill_(1)
