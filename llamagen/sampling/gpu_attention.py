@@ -6,18 +6,7 @@ Legend: M rows (one new position each), H heads, G key-value heads, E width of a
 import triton
 import triton.language as tl
 
-from llamagen.sampling.gpu_kernels import ASK_FOR, wait
-
-
-@triton.jit
-def _ask_for_range(start, size, LANES: tl.constexpr):
-    """Ask for ``size`` bytes from the address ``start``, or up to 15 less at the end."""
-    lane = tl.arange(0, LANES)
-    begin = start // 16 * 16
-    piece = (tl.cdiv(size, LANES) + 15) // 16 * 16
-    mine = tl.maximum(tl.minimum(size // 16 * 16 - lane * piece, piece), 0).to(tl.int32)
-    address = begin + lane * piece
-    tl.inline_asm_elementwise(ASK_FOR, "=r,l,r", [address, mine], dtype=tl.int32, is_pure=False, pack=1)
+from llamagen.sampling.gpu_kernels import wait
 
 
 @triton.jit
@@ -38,13 +27,13 @@ def _turn(qkv, rope, at, column, live, position, E: tl.constexpr):
 def attend(
     qkv, rope, keys, values, out, position_at, first_at, positions, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
-    LANES: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of the new position of a row for HEADS heads that share keys. Grid: M, tiles of heads.
 
     Each of the BLOCK places of a block has its own softmax over the positions that come to it, so nothing is exchanged
-    between threads that hold different positions before the end.
+    between threads that hold different positions before the end. A block is loaded while the one in front of it is
+    added; the first one before the new keys are there.
 
     Args:
         qkv: (M, (H + 2 G) E) float32, before rotation.
@@ -67,22 +56,24 @@ def attend(
     cache = (row * G + group).to(tl.int64) * positions * E
     keys += cache
     values += cache
-    if EARLY:  # all but the new position was written before this step
-        item: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-        size = (position - first) * (E * item)
-        _ask_for_range((keys + first * E).to(tl.int64), size, LANES)
-        _ask_for_range((values + first * E).to(tl.int64), size, LANES)
-    wait(EARLY)
-
     column = tl.arange(0, E_PADDED)
     inside = column < E
+    place = tl.arange(0, BLOCK)
+    within = place[None, :, None] * E + column[None, None, :]
+    # The older positions were written before this step.
+    there = (place < position - first)[None, :, None] & inside[None, None, :]
+    next_keys = tl.load(keys + first * E + within, mask=there, other=0.0)
+    next_values = tl.load(values + first * E + within, mask=there, other=0.0)
+    wait(EARLY)
+
     head = tile * HEADS + tl.arange(0, HEADS)
     live = (head < shared)[:, None] & inside[None, :]
     new = row * ((H + 2 * G) * E)
     at = new + (group * shared + head)[:, None] * E
     query = _turn(qkv, rope, at, column[None, :], live, position, E) * scale
     key = _turn(qkv, rope, new + (H + group) * E, column, inside, position, E).to(keys.dtype.element_ty)
-    value = tl.load(qkv + new + (H + G + group) * E + column, mask=inside, other=0.0).to(values.dtype.element_ty)
+    value = tl.load(qkv + new + (H + G + group) * E + column, mask=inside, other=0.0)
+    value = value.to(values.dtype.element_ty)
     if tile == 0:
         tl.store(keys + position * E + column, key, mask=inside)
         tl.store(values + position * E + column, value, mask=inside)
@@ -90,17 +81,17 @@ def attend(
     best = tl.full((HEADS, BLOCK), -1e30, tl.float32)
     weight = tl.zeros((HEADS, BLOCK), tl.float32)
     mixed = tl.zeros((HEADS, BLOCK, E_PADDED), tl.float32)
-    place = tl.arange(0, BLOCK)
-    within = place[None, :, None] * E + column[None, None, :]
-    for start in tl.range(first, position, BLOCK, num_stages=STAGES):
-        filled = place < position - start
-        there = filled[None, :, None] & inside[None, None, :]
-        old_keys = tl.load(keys + start * E + within, mask=there, other=0.0).to(tl.float32)
-        old_values = tl.load(values + start * E + within, mask=there, other=0.0).to(tl.float32)
-        score = tl.where(filled[None, :], tl.sum(query[:, None, :] * old_keys, 2), -1e30)
+    for start in range(first, position, BLOCK):
+        old_keys, old_values = next_keys.to(tl.float32), next_values.to(tl.float32)
+        behind = start + BLOCK
+        there = (place < position - behind)[None, :, None] & inside[None, None, :]
+        next_keys = tl.load(keys + behind * E + within, mask=there, other=0.0)
+        next_values = tl.load(values + behind * E + within, mask=there, other=0.0)
+        filled = (place < position - start)[None, :]
+        score = tl.where(filled, tl.sum(query[:, None, :] * old_keys, 2), -1e30)
         better = tl.maximum(best, score)
         keep = tl.exp2(best - better)
-        add = tl.where(filled[None, :], tl.exp2(score - better), 0.0)
+        add = tl.where(filled, tl.exp2(score - better), 0.0)
         best = better
         weight = weight * keep + add
         mixed = mixed * keep[:, :, None] + add[:, :, None] * old_values

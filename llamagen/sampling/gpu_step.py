@@ -19,7 +19,7 @@ from torch import Tensor
 from llamagen.sampling.decode_weights import DecodeWeights, LayerWeights, Matrix
 
 WIDEST = 128  # rows of a tile; more rows take more tiles
-ATTENTION_WARPS = 4
+EARLY_ROWS, EARLY_BYTES = 32, 1 << 25  # most rows, and bytes of weights of a layer, with which kernels start early
 ASKED_BYTES = 1 << 16  # of weights that a program asks for before it waits
 
 
@@ -78,7 +78,9 @@ def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: i
     if dtype == torch.float32:
         return Tile(rows=16, outputs=32, inputs=32, parts=1, splits=1, warps=4, stages=4)
     height = min(max(16, _power_of_two(rows)), WIDEST)
-    parts = 4 if height <= 32 else 1
+    parts = 4 if height == 16 else 1
+    if parts == 1:
+        height = max(64, height)  # the rows that a warp group multiplies at a time
     fixed = 1 << 16  # bytes that could be loaded while the programs of a tile meet to add their sums
     best, least = None, float("inf")
     for outputs in (64, 32, 16):
@@ -103,7 +105,25 @@ def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: i
     while stage(inputs) > 1 << 15 and inputs > 64:
         inputs //= 2
     stages = max(2, min(5, (100 << 10) // stage(inputs)))
-    return Tile(height, outputs, inputs, parts, splits, 4, stages)
+    return Tile(height, outputs, inputs, parts, splits, 8 if height == WIDEST else 4, stages)
+
+
+def choose_places(programs: int, dtype: torch.dtype, processors: int) -> tuple[int, int]:
+    """Warps of a program of the attention, and positions that it reads at a time.
+
+    A program mostly waits, so the more there are, the smaller they should be, for more of them to run at a time.
+
+    Args:
+        programs: their number.
+        dtype: of the cache. In float32 a row's result must not depend on the number of rows, and so on ``programs``.
+        processors: number of multiprocessors of the device.
+    """
+    if dtype == torch.float32:
+        return 4, 32
+    for most, places in ((2, (4, 64)), (4, (4, 32)), (8, (2, 32))):
+        if programs <= most * processors:
+            return places
+    return 1, 8
 
 
 class GPUStep:
@@ -118,8 +138,8 @@ class GPUStep:
         rows: most rows of a call; workspaces for them are allocated here, once.
         tiles: tiles to use instead of the chosen ones, by the name of the layer: ``"wqkv"``, ``"wo"``, ``"gate"``,
             ``"w2"`` or ``"head"``.
-        early: let kernels ask for their weights while the one in front still runs. By default where the device can
-            (compute capability 9.0).
+        early: let kernels ask for their weights while the one in front still runs. By default for few rows of a small
+            model, where the device can (compute capability 9.0); others are slowed down by it.
 
     Raises:
         ImportError: without Triton.
@@ -144,11 +164,16 @@ class GPUStep:
         self._given = dict(tiles or {})
         config = weights.config
         device, dtype = weights.norm.device, weights.dtype
-        self._processors = 132
+        self._processors, able = 132, False
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-            early = torch.cuda.get_device_capability(device) >= (9, 0) if early is None else early
-        self._early = bool(early)
+            able = torch.cuda.get_device_capability(device) >= (9, 0)
+        if early is None:
+            able = able and weights.nbytes <= config.n_layer * EARLY_BYTES
+            self._early_rows = EARLY_ROWS if able else 0
+        else:
+            self._early_rows = rows if early else 0
+        self._early = False
         dim, ffn = config.dim, config.ffn_dim
         self._qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self._products = {
@@ -191,6 +216,7 @@ class GPUStep:
         self._check(x, position, first, keys, values)
         kernels, weights, config = self._kernels, self._weights, self._weights.config
         count, tiles = len(x), self.tiles(len(x))
+        self._early = count <= self._early_rows
         self._launch(
             kernels.prepare, (count,), 4, 1, False,
             x.contiguous(), weights.layers[0].attention_norm, self._x, self._scaled, self._squares,
@@ -306,13 +332,15 @@ class GPUStep:
         shared = config.n_head // config.kv_heads
         heads = min(4, _power_of_two(shared))
         width = _power_of_two(config.head_dim)
+        tiles = config.kv_heads * -(-shared // heads)
+        warps, block = choose_places(count * tiles, self._weights.dtype, self._processors)
+        block = min(block, warps * 1024 // (heads * width))  # for sums to fit into registers
         self._launch(
-            self._attention, (count, config.kv_heads * -(-shared // heads)), ATTENTION_WARPS, 2, True,
+            self._attention, (count, tiles), warps, 1, True,
             self._qkv, self._weights.rope, keys, values, self._attended, position,
             position if first is None else first, keys.shape[2], config.head_dim**-0.5 * log2(euler),
             H=config.n_head, G=config.kv_heads, E=config.head_dim, E_PADDED=width, HEADS=heads,
-            BLOCK=max(16, min(64, 4096 // (heads * width))), STAGES=3, PADDED=first is not None,
-            LANES=32 * ATTENTION_WARPS,
+            BLOCK=max(2, block), PADDED=first is not None,
         )  # fmt: skip
 
 
@@ -333,4 +361,4 @@ def _power_of_two(number: int) -> int:
 
 def _row_counts(rows: int) -> list[int]:
     """Numbers of rows up to ``rows`` at which tiles are chosen anew, and ``rows`` itself."""
-    return [count for count in (16, 32, 64, WIDEST) if count < rows] + [rows]
+    return [count for count in (16, 64, WIDEST) if count < rows] + [rows]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.decode_weights import DecodeWeights, quantised
-from llamagen.sampling.gpu_step import GPUStep, Product, Tile, choose_tile
+from llamagen.sampling.gpu_step import GPUStep, Product, Tile, choose_places, choose_tile
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 GROUPED = {"dim": 128, "n_head": 4, "n_kv_head": 2, "rope_condition": "identity"}
@@ -136,6 +136,15 @@ def test_grouped_queries(condition: str, dtype: torch.dtype, int8: bool) -> None
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("shape", [{"dim": 768, "n_head": 24, "n_kv_head": 12}, {"dim": 1000, "n_head": 10}], ids=str)
+def test_more_heads_than_the_device_attends_to_at_a_time(shape: dict[str, int], rows: int) -> None:
+    gpt = small_gpt(**shape, multiple_of=32, condition="text", rope_condition="identity")
+    assert_decodes(gpt, torch.bfloat16, "cuda", rows, 3)
+
+
+@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("parts", [1, 4])
@@ -190,3 +199,8 @@ def test_a_tile_fits_the_shared_memory_and_covers_its_rows(outputs: int, inputs:
 def test_in_float32_the_tile_is_the_same_for_each_number_of_rows() -> None:
     tiles = {choose_tile(Product(1280, 3584, may_split=True), rows, torch.float32, 4, 132) for rows in ROWS}
     assert len(tiles) == 1
+
+
+def test_in_float32_the_attention_is_the_same_for_each_number_of_rows() -> None:
+    assert len({choose_places(12 * rows, torch.float32, 132) for rows in ROWS}) == 1
+    assert len({choose_places(12 * rows, torch.bfloat16, 132) for rows in ROWS}) == 3
