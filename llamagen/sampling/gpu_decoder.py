@@ -110,7 +110,9 @@ class GPUDecoder(Decoder):
 
     def _write(self, logits: Tensor) -> None:
         scale = self._scales.gather(0, self._step.view(1))[0]
-        code = self._compiled(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
+        # Inductor cannot generate a cumulative sum over 16,384 codes (PyTorch 2.11), which top-p needs.
+        choose = next_code if self.config.top_p < 1.0 else self._compiled
+        code = choose(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
         self._codes.scatter_(1, self._step.expand(self.batch_size, 1), code[:, None])
         self._step.add_(1)
 
