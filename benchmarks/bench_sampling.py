@@ -217,6 +217,12 @@ def warm(options: argparse.Namespace) -> None:
         process.wait()
 
 
+def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What there is so far."""
+    if options.out:
+        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     options = arguments()
     if options.warm:
@@ -236,6 +242,7 @@ def main() -> None:
             for codes in options.codes:
                 for batch in options.batches:
                     result["cases"].append(measure(options, size, kind, batch, codes))
+                    save(options, result)
             result["growth"].append(growth(options, size, kind, options.batches[0], max(options.codes)))
     for size in options.sizes[:1]:
         for kind in options.dtypes:
@@ -248,8 +255,8 @@ def main() -> None:
                 rates = sorted(pictures_a_second(gpt, ranks, 8, CONFIG) for _ in range(3))
                 result.setdefault("pictures_s_by_ranks", {})[f"{size} {kind}, {ranks}"] = [round(r, 3) for r in rates]
                 print(f"{size} {kind}, {ranks} processes: {rates[1]:.3f} pictures/s", flush=True)
+    save(options, result)
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         plot(result, options.out.with_suffix(".png"))
     print("\n" + json.dumps(result))
 

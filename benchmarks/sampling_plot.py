@@ -38,7 +38,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_ylabel(title)
         axis.grid(axis="y", alpha=0.3)
     speed.set_yscale("log")
-    speed.legend(fontsize=8)
+    speed.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     speed.set_title(result["machine"])
     for curve in result["growth"]:
         name = f"{curve['size']} {curve['dtype']}, batch {curve['batch']}"
@@ -47,5 +47,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     time.set_ylabel("ms a step, compiled")
     time.set_ylim(bottom=0)
     time.grid(alpha=0.3)
-    time.legend(fontsize=8)
+    time.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90)

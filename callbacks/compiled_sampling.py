@@ -4,6 +4,7 @@ import time
 from typing import Any, Literal, Protocol, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from llamagen.models.sharding import is_sharded
@@ -30,14 +31,15 @@ class CompiledSampling(pl.Callback):
 
     When such a stage begins, the sampler is built for the weights that are evaluated (with the ``EMA`` callback the
     averages), and serves all who draw: sample grids, FID, predict. When it ends, its memory is freed: training takes as
-    much as without.
+    much as without. Where nothing is compiled the sampler still serves all calls with the same memory.
 
     Args:
         enabled: ``auto`` compiles for models of 20 million parameters and more, if it can be done here: on CPUs with a
             C++ compiler, on NVIDIA GPUs. ``true`` does so for any model, or fails; ``false`` never does.
         batch_size: pictures that are drawn together on each rank; by default those of a batch of ``predict``, and 64
             elsewhere.
-        int8: keep the matrices of the model as int8 while drawing; half the memory of bfloat16, and other pictures.
+        int8: let compiled steps read the matrices as int8: less to read, and slightly other pictures. Compiles any
+            model, or fails.
     """
 
     def __init__(
@@ -51,42 +53,49 @@ class CompiledSampling(pl.Callback):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or null")
         if int8 and enabled is False:
             raise ValueError("int8 is true, but compiled sampling is not enabled; set enabled to auto or true")
-        self.enabled, self.batch_size, self.int8 = enabled, batch_size, int8
+        self.enabled = True if int8 else enabled
+        self.batch_size, self.int8 = batch_size, int8
 
     def _wanted(self, module: KeepsASampler) -> bool:
         if self.enabled != "auto":
             return bool(self.enabled)
-        if not module.can_sample:
-            return False
         large = sum(parameter.numel() for parameter in module.gpt.parameters()) >= WORTHWHILE
         return large and not is_sharded(module.gpt) and module.gpt.output.weight.device.type in ("cpu", "cuda")
 
     def _build(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = cast(KeepsASampler, pl_module)
-        if trainer.sanity_checking or not self._wanted(module):
+        if trainer.sanity_checking or not (module.can_sample or self.enabled is True):
             return
         predicted = getattr(getattr(trainer, "datamodule", None), "batch_size", None) if trainer.predicting else None
         batch_size, started = self.batch_size or predicted or 64, time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            try:
-                module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
-                module.sampler.prepare(module.sampling)
-            except ValueError as error:
-                module.sampler = None
-                if self.enabled != "auto":
-                    raise
-                rank_zero_warn(f"sampling is not compiled: {error}")
-                return
-            dtype = str(compute_dtype(module.gpt)).removeprefix("torch.")
+            if self._wanted(module):
+                how = f"{str(compute_dtype(module.gpt)).removeprefix('torch.')}{', int8 weights' if self.int8 else ''}"
+                self._say(trainer, f"compiling the sampling in {how}, {batch_size} pictures at a time")
+                try:
+                    module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
+                    module.sampler.prepare(module.sampling)
+                    self._say(trainer, f"compiled sampling is ready after {time.perf_counter() - started:.1f} s")
+                    return
+                except Exception as error:  # of compilers, drivers, memory: sampling goes without
+                    self._free(pl_module)
+                    if self.enabled != "auto":
+                        raise
+                    rank_zero_warn(f"sampling is not compiled: {type(error).__name__}: {error}")
+            module.sampler = module.build_sampler(batch_size, compiled=False, int8=False)
+
+    @staticmethod
+    def _say(trainer: pl.Trainer, message: str) -> None:
         if trainer.is_global_zero:
-            seconds, weights = time.perf_counter() - started, ", int8 weights" if self.int8 else ""
-            print(
-                f"compiled sampling in {dtype}{weights}, {batch_size} pictures at a time: ready after {seconds:.1f} s"
-            )
+            print(message, flush=True)
 
     @staticmethod
     def _free(pl_module: pl.LightningModule) -> None:
-        cast(KeepsASampler, pl_module).sampler = None
+        module = cast(KeepsASampler, pl_module)
+        if getattr(module, "sampler", None) is not None:
+            module.sampler = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what graphs had is of no use to training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module that draws no pictures.

@@ -60,7 +60,8 @@ class SampleFolder:
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 if match := NAME.fullmatch(entry.name):
                     index = int(match[1])
-                    if index < len(self.labels) and folder.name == match[2] == str(self.labels[index]):
+                    there = index < len(self.labels) and self.path(index) == Path(entry.path)
+                    if there and entry.stat().st_size:  # a crash of the machine may leave an empty file
                         found.append(index)
         return sorted(found)
 

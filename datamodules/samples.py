@@ -120,4 +120,4 @@ class SampleDataModule(pl.LightningDataModule):
 
 
 def _is_label(label: int) -> bool:
-    return 0 <= label < 10**9
+    return isinstance(label, int) and 0 <= label < 10**9

@@ -16,7 +16,7 @@ from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
-from llamagen.models.sharding import is_sharded, shard
+from llamagen.models.sharding import shard
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
 from llamagen.weights import ENTRY, load_weights, read_weights
@@ -328,8 +328,6 @@ class ARGenModule(GenerativeModule):
             ValueError: if the module has no tokenizer, or it cannot be compiled.
         """
         self.check_sampling(())
-        if compiled and is_sharded(self.gpt):
-            raise ValueError("sampling cannot be compiled while parameters are spread over ranks; leave it out")
         return PictureSampler(self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8)
 
     def draw(

@@ -18,6 +18,7 @@ from tests.sampling_probes import KeepCodes, PullThePlug, with_probe
 
 COUNT = 64
 CLASSES = [3, 1, 4, 0, 5, 9, 2, 6]
+COMPILED = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
 
 
 def command(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
@@ -86,6 +87,23 @@ def test_the_same_pictures_come_out_for_any_batch_size(
 
 def test_two_processes_draw_the_pictures_of_one(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
     succeeds(two_processes(command(pipeline, tmp_path, 7)))
+    assert_same_pictures(tmp_path, left_alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_compiled_sampling_draws_them_too(
+    pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
+) -> None:
+    main.main([*command(pipeline, tmp_path, batch_size), *COMPILED])
+    assert_same_pictures(tmp_path, left_alone)
+
+
+def test_two_processes_go_on_compiled_where_one_was_killed(
+    pipeline: Pipeline, left_alone: Path, tmp_path: Path
+) -> None:
+    killed(lambda: main.main([*command(pipeline, tmp_path, 7), *COMPILED, with_probe(PullThePlug, rank=0, batch=3)]))
+    assert 0 < len(pictures(tmp_path)) < COUNT
+    succeeds(two_processes([*command(pipeline, tmp_path, 5), *COMPILED]))
     assert_same_pictures(tmp_path, left_alone)
 
 

@@ -1,7 +1,5 @@
 // A code for each row of logits: guidance, temperature, top-k, top-p and the largest sum of logit and Gumbel noise, as
 // draw.py and noise.py have it.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>

@@ -37,27 +37,55 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     command = [*shlex.split(compiler), "-O3", "-std=c++17", native, "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
     command += [f"-DWEIGHT={weight}", f"-DNARROW={narrow}"]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
-    name = hashlib.sha256(
-        "\0".join([*(file.read_text() for file in SOURCES), *command, _processor()]).encode()
-    ).hexdigest()[:24]
-    path = folder / f"cpu_step_{name}.so"
+    version = _run([*shlex.split(compiler), "--version"], compiler).stdout
+    parts = [*(file.read_text() for file in SOURCES), *command, version, _processor()]
+    name = f"cpu_step_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+    path = _cache_folder() / name
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / path.name
-            done = subprocess.run([*command, *map(str, SOURCES[1:]), "-o", str(made)], capture_output=True, text=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            made = Path(temporary) / name
+            done = _run([*command, *map(str, SOURCES[1:]), "-o", str(made)], compiler)
             if done.returncode:
-                lines = (done.stderr or "no message").strip().splitlines()
+                lines = done.stderr.strip().splitlines() or ["no message"]
                 error = next((line for line in lines if "error" in line), lines[-1])
                 raise ValueError(f"{compiler} could not compile {FOLDER}: {error}; sample without compiling")
             os.replace(made, path)
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be loaded ({error}); set XDG_CACHE_HOME to a folder from which programs may run"
+        ) from error
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.forward.restype, library.forward.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
     library.draw.restype, library.draw.argtypes = None, [ctypes.c_void_p]
     return library
+
+
+def _run(command: list[str], compiler: str) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(
+            f"the C++ compiler {compiler} cannot be run ({error.strerror}); set CXX to another one, or sample without "
+            "compiling"
+        ) from error
+
+
+def _cache_folder() -> Path:
+    """Below the home folder or, where nothing can be written there, below the one for temporary files."""
+    homes = [os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")]
+    homes.append(os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}"))
+    for home in homes:
+        folder = Path(home) / "llamagen"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    raise ValueError(f"none of {homes} can be written to; set XDG_CACHE_HOME to a folder of yours")
 
 
 def _processor() -> str:

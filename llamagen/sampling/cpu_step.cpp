@@ -14,7 +14,6 @@
 
 #include "cpu_vector.h"
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
 #define BF16_DOT 1
 #endif
 

@@ -107,8 +107,8 @@ class CPUStep:
             weights.norm.data_ptr(),
             _Matrix.of(weights.head),
         )
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._drawn = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._drawn = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __call__(self, x: Tensor, cache: KVCache, first: Tensor | None, logits: Tensor) -> None:
         """Compute the logits behind the last of some new positions, and extend the cache.
@@ -124,7 +124,7 @@ class CPUStep:
         threads = torch.get_num_threads()
         needed = self._library.scratch_bytes(ctypes.byref(self._model), batch * span, threads, capacity)
         if len(self._scratch) < needed:
-            self._scratch = torch.empty(needed, dtype=torch.uint8)
+            self._scratch = torch.empty(needed, dtype=torch.uint8, device="cpu")
         call = _Call(
             batch,
             span,
@@ -139,8 +139,12 @@ class CPUStep:
             logits.data_ptr(),
             self._scratch.data_ptr(),
         )
-        assert rows >= batch
+        # The compiled code trusts what it is given.
+        assert rows >= batch <= len(logits)
         assert cache.length + span <= capacity
+        _must_be(torch.float32, x, logits)
+        _must_be(self.weights.dtype, cache.keys, cache.values)
+        _must_be(torch.int32, *([] if first is None else [first]))
         self._library.forward(ctypes.byref(self._model), ctypes.byref(call))
         cache.advance(span)
 
@@ -166,13 +170,15 @@ class CPUStep:
             codes: (B, L) int64; column ``step`` is written.
         """
         batch, vocabulary = len(codes), logits.shape[1]
+        _must_be(torch.float32, logits)
+        _must_be(torch.int64, indices, codes)
         if self._drawn.numel() < batch * 2 * vocabulary:
-            self._drawn = torch.empty(batch, 2, vocabulary)
+            self._drawn = torch.empty(batch, 2, vocabulary, dtype=torch.float32, device="cpu")
         call = _Draw(
             batch,
             vocabulary,
             len(logits) > batch,
-            config.top_k,
+            min(config.top_k, vocabulary),
             torch.get_num_threads(),
             scale,
             config.temperature,
@@ -186,3 +192,10 @@ class CPUStep:
             codes.stride(0),
         )
         self._library.draw(ctypes.byref(call))
+
+
+def _must_be(dtype: torch.dtype, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.dtype is dtype, (tensor.dtype, dtype)
+        assert tensor.device.type == "cpu", tensor.device
+        assert tensor.dim() > 2 or tensor.is_contiguous()

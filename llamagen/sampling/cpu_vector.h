@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 typedef uint16_t bf16;
 
@@ -47,21 +50,24 @@ static inline vec load(const bf16* from) {
     return value;
 }
 static inline vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#else
     bvec bytes;
     memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(bytes, vec);
+#endif
 }
 static inline float sum(vec v) {
     typedef float quarter __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
-    typedef float half __attribute__((vector_size(32)));
-    half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1));
+    const __m256 half = _mm512_castps512_ps256((__m512)v) + upper;
+    const quarter q = (quarter)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
-    quarter q = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    const quarter q = (quarter)(_mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1));
 #else
-    quarter q = v;
+    const quarter q = v;
 #endif
     return (q[0] + q[2]) + (q[1] + q[3]);
 }

@@ -47,7 +47,7 @@ class LayerWeights(NamedTuple):
 class DecodeWeights:
     """What a decode step reads, beside the cache.
 
-    Weights that have the dtype already are those of the model and no copies, so changes to them in place are seen.
+    Weights that have the dtype already are those of the model and no copies; for the others see :meth:`refresh`.
 
     Attributes:
         config: shape of the model.
@@ -98,6 +98,19 @@ class DecodeWeights:
                 )
             )
         return cls(gpt.config, dtype, tuple(layers), norm(gpt.norm), matrix(gpt.output), gpt.rope)
+
+    @torch.no_grad()
+    def refresh(self, gpt: GPT) -> None:
+        """Take over changes of the model's weights, in the memory that is here."""
+        fresh = DecodeWeights.of(gpt, self.dtype, self.head.scale is not None)
+        for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
+            if kept.data_ptr() != new.data_ptr():
+                kept.copy_(new)
+
+    def _tensors(self) -> list[Tensor]:
+        parts = [part for layer in self.layers for part in layer] + [self.norm, self.head]
+        pairs = [part if isinstance(part, Matrix) else (part,) for part in parts]
+        return [tensor for pair in pairs for tensor in pair if tensor is not None]
 
     @property
     def nbytes(self) -> int:

@@ -33,6 +33,9 @@ class Decoder:
         self.device = gpt.output.weight.device
         self._memory: KVCache | None = None
 
+    def refresh(self) -> None:
+        """See changes of the model's weights in place, where copies of them are kept."""
+
     def __call__(
         self,
         condition: Tensor,
@@ -87,7 +90,8 @@ class Decoder:
         self.seed = seed_tensor(seed, self.device)
         self.counters = code_counters(self.gpt.config.vocab_size, self.device)
         self.steps = torch.arange(self.codes.shape[1], device=self.device)
-        self.scales = torch.tensor(config.guidance_scales(self.codes.shape[1]), device=self.device)
+        scales = config.guidance_scales(self.codes.shape[1])
+        self.scales = torch.tensor(scales, dtype=torch.float32, device=self.device)
 
     def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
         """Logits (R, V) of the first code."""
@@ -154,8 +158,13 @@ class CPUDecoder(Decoder):
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
-        self.step = CPUStep(DecodeWeights.of(gpt, dtype, int8))
-        self.logits = torch.empty(0)
+        self.weights = DecodeWeights.of(gpt, dtype, int8)
+        self.step = CPUStep(self.weights)
+        self.logits = torch.empty(0, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
+
+    def refresh(self) -> None:
+        """See changes of the model's weights in place."""
+        self.weights.refresh(self.gpt)
 
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.config, self.indices, self.run_seed = config, indices.contiguous(), seed
@@ -164,7 +173,7 @@ class CPUDecoder(Decoder):
         self.first = None if lengths is None else (self.gpt.config.condition_length - lengths).int()
         rows = self.cache.keys.shape[1]
         if len(self.logits) < rows:
-            self.logits = torch.empty(rows, self.gpt.config.vocab_size)
+            self.logits = self.logits.new_empty(rows, self.gpt.config.vocab_size)
 
     def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
         # Captions are projected a sample at a time, so that a sample's numbers are the same in any batch.

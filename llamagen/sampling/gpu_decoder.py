@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -44,27 +45,51 @@ class GPUDecoder(Decoder):
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
-        self.gpu_step = GPUStep(DecodeWeights.of(gpt, dtype, int8), 2 * batch_size)
+        if torch.version.hip or find_spec("triton") is None:
+            raise ValueError(
+                "on GPUs sampling is compiled by Triton for CUDA, which is not here; sample without compiling"
+            )
+        self.weights = DecodeWeights.of(gpt, dtype, int8)
+        self.gpu_step = GPUStep(self.weights, 2 * batch_size)
+        self._embedding = gpt.tok_embeddings.weight  # kept, because graphs read its memory
         self._compiled = torch.compile(next_code, fullgraph=True, dynamic=False)
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         shape, length = (self.batch_size, gpt.config.block_size), gpt.config.block_size
         self._codes = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._counters = code_counters(gpt.config.vocab_size, self.device)
-        self._scales = torch.ones(length, device=self.device)
+        self._scales = torch.ones(length, dtype=torch.float32, device=self.device)
         self._seed, self._step, self._position = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
         text = gpt.config.condition == "text"
         self._first = torch.zeros(2 * batch_size, dtype=torch.int32, device=self.device) if text else None
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate the cache and capture the graphs."""
-        guided = config.guided_steps(self.gpt.config.block_size)
-        self._allocate(guided > 0)
+        length = self.gpt.config.block_size
+        guided = config.guided_steps(length)
         self.config = config
-        if guided > 1:
-            self._graph(True)
-        if guided < self.gpt.config.block_size:
-            self._graph(False)
+        with torch.cuda.device(self.device):  # where Triton launches
+            self._allocate(guided > 0)
+            if guided > 1:
+                self._graph(True)
+            if guided < length > 1:
+                self._graph(False)
+
+    def __call__(
+        self,
+        condition: Tensor,
+        config: SamplingConfig,
+        caption_lengths: Tensor | None,
+        seed: int,
+        indices: Tensor,
+    ) -> Tensor:
+        """As the base; the codes are in memory that the next call uses again."""
+        with torch.cuda.device(self.device):
+            return super().__call__(condition, config, caption_lengths, seed, indices)
+
+    def refresh(self) -> None:
+        """See changes of the model's weights in place."""
+        self.weights.refresh(self.gpt)
 
     def _allocate(self, guided: bool) -> KVCache:
         before = self._memory
@@ -80,7 +105,8 @@ class GPUDecoder(Decoder):
         self.prepare(config)
         self._seed.fill_((seed + 2**63) % 2**64 - 2**63)
         self._indices.copy_(indices)
-        self._scales.copy_(torch.tensor(config.guidance_scales(self.gpt.config.block_size)), non_blocking=True)
+        scales = torch.tensor(config.guidance_scales(self.gpt.config.block_size), dtype=torch.float32, device="cpu")
+        self._scales.copy_(scales, non_blocking=True)
         self._step.zero_()
         self._position.zero_()
         if self._first is not None:
@@ -118,7 +144,7 @@ class GPUDecoder(Decoder):
 
     def _one_step(self, guided: bool) -> None:
         last = self._codes.gather(1, (self._step - 1).expand(self.batch_size, 1))[:, 0]
-        x = F.embedding(torch.cat([last, last]) if guided else last, self.gpt.tok_embeddings.weight)
+        x = F.embedding(torch.cat([last, last]) if guided else last, self._embedding)
         self._write(self._logits(x.float()))
         self._position.add_(1)
 
@@ -143,7 +169,8 @@ class GPUDecoder(Decoder):
                     self._position.fill_(self.gpt.config.condition_length)
                     self._one_step(guided)
             torch.cuda.current_stream(self.device).wait_stream(stream)
-            with torch.cuda.graph(graph):
+            # Other threads, which fetch pictures or pin batches, may go on meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._one_step(guided)
         for tensor, value in state:
             tensor.copy_(value)

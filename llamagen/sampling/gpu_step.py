@@ -185,14 +185,14 @@ class GPUStep:
         }
         self._chosen: dict[int, dict[str, Tile]] = {}
         self._tiles_padded = _power_of_two(-(-dim // 16))
-        self._x = torch.zeros(rows, dim, device=device)
+        self._x = torch.zeros(rows, dim, device=device, dtype=torch.float32)
         self._scaled = torch.zeros(rows, dim, device=device, dtype=dtype)
-        self._squares = torch.zeros(rows, self._tiles_padded, device=device)
-        self._qkv = torch.zeros(rows, self._qkv_width, device=device)
+        self._squares = torch.zeros(rows, self._tiles_padded, device=device, dtype=torch.float32)
+        self._qkv = torch.zeros(rows, self._qkv_width, device=device, dtype=torch.float32)
         self._attended = torch.zeros(rows, dim, device=device, dtype=dtype)
         self._hidden = torch.zeros(rows, ffn, device=device, dtype=dtype)
         sizes = [self._meeting(name, count) for name in ("wo", "w2") for count in _row_counts(rows)]
-        self._partial = torch.zeros(max(size for size, _ in sizes), device=device)
+        self._partial = torch.zeros(max(size for size, _ in sizes), device=device, dtype=torch.float32)
         self._arrived = torch.zeros(max(tiles for _, tiles in sizes), device=device, dtype=torch.int32)
 
     def __call__(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class GPUStep:
             self._linear_residual(self._attended, layer.wo, tiles["wo"], layer.ffn_norm, count)
             self._norm_gated(layer, tiles["gate"], after_wo, count)
             self._linear_residual(self._hidden, layer.w2, tiles["w2"], gain, count)
-        logits = torch.empty(count, config.vocab_size, device=x.device)
+        logits = torch.empty(count, config.vocab_size, device=x.device, dtype=torch.float32)
         self._norm_linear(weights.head, tiles["head"], after_w2, logits)
         return logits
 

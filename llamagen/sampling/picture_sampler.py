@@ -2,6 +2,7 @@
 
 from math import isqrt
 
+import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
@@ -16,7 +17,7 @@ class PictureSampler:
 
     Args:
         gpt: draws the codes.
-        tokenizer: turns them into pixels; on the GPT's device afterwards.
+        tokenizer: turns them into pixels.
         batch_size: see :class:`~llamagen.sampling.sampler.Sampler`.
         compiled: see there.
         int8: see there.
@@ -29,7 +30,9 @@ class PictureSampler:
         self, gpt: GPT, tokenizer: VQGAN, batch_size: int, *, compiled: bool = False, int8: bool = False
     ) -> None:
         self.sampler = Sampler(gpt, batch_size, compiled=compiled, int8=int8)
-        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, compute_dtype(gpt))
+        dtype = compute_dtype(gpt)  # the decoder's activations may be too large for float16
+        dtype = torch.float32 if dtype is torch.float16 else dtype
+        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, dtype)
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate and compile for calls with these settings, before the first."""
@@ -50,6 +53,14 @@ class PictureSampler:
             N pictures and their codes (N, L) int64. A GPU may still be working on the pictures when the next call
             begins.
         """
-        codes = self.sampler(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
-        side = isqrt(codes.shape[1])
-        return self.pixels(codes.unflatten(1, (side, side))), codes
+        size, pictures, codes = self.sampler.batch_size, [], []
+        if indices is None:
+            indices = torch.arange(len(condition), device=condition.device)
+        for start in range(0, max(len(condition), 1), size):  # a batch is decoded while the next one is drawn
+            rows = slice(start, start + size)
+            lengths = None if caption_lengths is None else caption_lengths[rows]
+            drawn = self.sampler(condition[rows], config, caption_lengths=lengths, seed=seed, indices=indices[rows])
+            side = isqrt(drawn.shape[1])
+            pictures.append(self.pixels(drawn.unflatten(1, (side, side))))
+            codes.append(drawn)
+        return Pictures.together(pictures), torch.cat(codes)

@@ -3,57 +3,63 @@
 B pictures of H × W pixels, h × w codes.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from threading import Lock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamagen.models.vqgan import VQGAN, to_uint8
 
-PIXELS = {"cpu": 2**14, "cuda": 2**20}
-"""Pixels that are decoded at a time, by kind of device: enough to keep it busy."""
+PIXELS = {"cpu": 2**14, "cuda": 2**18}
+"""Pixels that are decoded at a time, by kind of device: enough to keep it busy, and few to fill up the last time."""
 
 
 class Pictures:
     """Pictures that a GPU may still be working on.
 
     Args:
-        images: (B, H, W, 3) uint8.
-        ready: recorded behind them on their stream; None if they are there.
+        parts: (…, H, W, 3) uint8 tensors, together B pictures.
+        ready: for each part what was recorded behind it on its stream; None if it is there.
     """
 
-    def __init__(self, images: Tensor, ready: "torch.cuda.Event | None" = None) -> None:
-        self._images, self._ready = images, ready
+    def __init__(self, parts: Sequence[Tensor], ready: "Sequence[torch.cuda.Event | None]") -> None:
+        self._parts, self._ready = list(parts), list(ready)
         self._lock = Lock()  # several threads may ask
         self._array: np.ndarray | None = None
 
+    @classmethod
+    def together(cls, pictures: "Sequence[Pictures]") -> "Pictures":
+        """Those of several batches as one."""
+        return cls(
+            [part for each in pictures for part in each._parts], [event for each in pictures for event in each._ready]
+        )
+
     def tensor(self) -> Tensor:
         """(B, H, W, 3) uint8 on their device; what is computed with them next waits for them."""
-        if self._ready is not None:
-            stream = torch.cuda.current_stream(self._images.device)
-            stream.wait_event(self._ready)
-            self._images.record_stream(stream)
-        return self._images
+        for part, ready in zip(self._parts, self._ready, strict=True):
+            if ready is not None:
+                stream = torch.cuda.current_stream(part.device)
+                stream.wait_event(ready)
+                part.record_stream(stream)
+        return torch.cat(self._parts)
 
     def numpy(self) -> np.ndarray:
         """(B, H, W, 3) uint8, as soon as they are there; only the calling thread waits."""
         with self._lock:
             if self._array is None:
-                self._array = self._fetched()
+                self._array = np.concatenate(list(map(_fetched, self._parts, self._ready)))
             return self._array
 
-    def __len__(self) -> int:
-        """B."""
-        return len(self._images)
 
-    def _fetched(self) -> np.ndarray:
-        if self._ready is None:
-            return self._images.cpu().numpy()
-        self._ready.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream(self._images.device)):  # not behind what this thread's stream does
-            return self._images.cpu().numpy()
+def _fetched(images: Tensor, ready: "torch.cuda.Event | None") -> np.ndarray:
+    if ready is None:
+        return images.cpu().numpy()
+    ready.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(images.device)):  # not behind what this thread's stream does
+        return images.cpu().numpy()
 
 
 class PixelDecoder:
@@ -62,14 +68,21 @@ class PixelDecoder:
     Pictures are decoded so many at a time whatever the batch, so a picture's pixels do not depend on the batch.
 
     Args:
-        tokenizer: its decoder is used, or a copy in the dtype if that is not float32.
+        tokenizer: left as it is; what decodes is copied, if it is in another dtype or on another device.
         device: where the codes are.
         dtype: of the computation.
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, tokenizer: VQGAN, device: torch.device, dtype: torch.dtype) -> None:
-        tokenizer = tokenizer if dtype is torch.float32 else deepcopy(tokenizer)
-        self.tokenizer = tokenizer.to(device, dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._side = tokenizer.config.downsampling
+        weight = tokenizer.post_quant_conv.weight
+        parts: list[nn.Module] = [tokenizer.quantize, tokenizer.post_quant_conv, tokenizer.decoder]
+        if weight.dtype is not dtype or weight.device != device:
+            parts = [deepcopy(part).to(device, dtype).to(memory_format=torch.channels_last) for part in parts]  # type: ignore[call-overload]
+        self._quantize, self._post, self._decoder = (part.eval() for part in parts)
+        self._dtype = dtype
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
@@ -77,27 +90,24 @@ class PixelDecoder:
         """Decode.
 
         Args:
-            codes: (B, h, w) int64.
+            codes: (B, h, w) int64, which are taken to be in the codebook.
         """
         if self._stream is None:
-            return Pictures(self._decode(codes))
+            return Pictures([self._decode(codes)], [None])
         self._stream.wait_stream(torch.cuda.current_stream(codes.device))
         codes.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            return Pictures(self._decode(codes), self._stream.record_event())
+            return Pictures([self._decode(codes)], [self._stream.record_event()])
 
     def _decode(self, codes: Tensor) -> Tensor:
-        tokenizer, side = self.tokenizer, self.tokenizer.config.downsampling
-        pixels = codes.shape[1] * codes.shape[2] * side**2
-        count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // pixels)
-        images = []
-        for part in codes.split(count):
+        height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
+        count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
+        images = codes.new_empty((len(codes), height, width, 3), dtype=torch.uint8)
+        for start in range(0, len(codes), count):
+            part = codes[start : start + count]
             full = torch.cat([part, part[:1].expand(count - len(part), -1, -1)])
             with torch.autocast(codes.device.type, enabled=False):
-                # Not by `decode_codes`, which looks at the codes and so waits for them.
-                looked_up = tokenizer.quantize.lookup(full).contiguous(memory_format=torch.channels_last)
-                images.append(to_uint8(tokenizer.decode(looked_up))[: len(part)].permute(0, 2, 3, 1))
-        if not images:
-            height, width = codes.shape[1] * side, codes.shape[2] * side
-            return torch.zeros(0, height, width, 3, dtype=torch.uint8, device=codes.device)
-        return torch.cat(images).contiguous()
+                latent = self._quantize.lookup(full).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+                pictures = to_uint8(self._decoder(self._post(latent)))
+            images[start : start + count] = pictures[: len(part)].permute(0, 2, 3, 1)
+        return images

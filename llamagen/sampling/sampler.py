@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
+from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decoder import CPUDecoder, Decoder
 from llamagen.sampling.gpu_decoder import GPUDecoder
@@ -28,38 +30,59 @@ class Sampler:
         gpt: the model. It is used in evaluation mode and left as it was found.
         batch_size: pictures that are drawn together; a call may ask for more or fewer.
         compiled: draw with compiled steps. Weights that must be converted (to bfloat16 under autocast, or to int8) are
-            copied now: changes to them in place are not seen.
-        int8: keep the weights of compiled steps as int8, with a factor for each output. Half the memory of bfloat16,
-            and less to read.
+            copied, and copied again when those of the model have changed.
+        int8: compiled steps read weights as int8, with a factor for each output; a copy beside the model's own.
 
     Raises:
         ValueError: if it cannot be compiled here.
     """
 
+    # Nothing here is made in inference mode, in which Lightning predicts: it must serve calls outside of it, too.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, gpt: GPT, batch_size: int, *, compiled: bool = False, int8: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if int8 and not compiled:
             raise ValueError("int8 weights are for compiled sampling; set compiled too")
+        if compiled and is_sharded(gpt):
+            raise ValueError("sampling cannot be compiled while parameters are spread over ranks; leave it out")
         self.gpt, self.batch_size = gpt, batch_size
-        dtype = compute_dtype(gpt)
+        self._compiled, self._one_at_a_time = compiled, Lock()
+        dtype, kind = compute_dtype(gpt), gpt.output.weight.device.type
         if not compiled:
             self.decoder = Decoder(gpt, batch_size, dtype)
-        elif gpt.output.weight.device.type == "cpu":
+        elif kind == "cpu":
             self.decoder = CPUDecoder(gpt, batch_size, dtype, int8)
-        elif gpt.output.weight.device.type == "cuda":
+        elif kind == "cuda":
             self.decoder = GPUDecoder(gpt, batch_size, dtype, int8)
         else:
-            raise ValueError(f"sampling cannot be compiled for {gpt.output.weight.device.type}; leave compiled out")
+            raise ValueError(f"sampling cannot be compiled for {kind}; leave compiled out")
+        if compiled:
+            self._places, self._versions = _places(gpt), _versions(gpt)
+
+    def _follow(self) -> None:
+        """See changes of the model.
+
+        Raises:
+            ValueError: if its weights lie elsewhere than when the sampler was made.
+        """
+        if not self._compiled:
+            return
+        if _places(self.gpt) != self._places:
+            raise ValueError("the model was moved, or its weights were replaced, behind the sampler; make a new one")
+        if (versions := _versions(self.gpt)) != self._versions:
+            self.decoder.refresh()
+            self._versions = versions
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate the memory, and compile what is compiled, for calls with these settings."""
-        with _evaluating(self.gpt):
+        with self._one_at_a_time, _evaluating(self.gpt):
+            self._follow()
             self.decoder.prepare(config)
 
-    # Not in inference mode, where Lightning predicts: the cache must serve calls outside of it, too.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
@@ -91,9 +114,11 @@ class Sampler:
         config = config or SamplingConfig()
         if indices is None:
             indices = torch.arange(len(condition), device=condition.device)
+        indices = indices.to(condition.device, torch.int64)
         _check(self.gpt, condition, caption_lengths, indices)
         codes = []
-        with _evaluating(self.gpt):
+        with self._one_at_a_time, _evaluating(self.gpt):
+            self._follow()
             for start in range(0, len(condition), self.batch_size):
                 stop = start + self.batch_size if self.decoder.full_batches else len(condition)
                 rows = torch.arange(start, min(stop, start + self.batch_size), device=condition.device)
@@ -145,6 +170,15 @@ def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices:
             raise ValueError(
                 f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
             )
+
+
+def _places(gpt: GPT) -> list[tuple[int, torch.dtype]]:
+    return [(parameter.data_ptr(), parameter.dtype) for parameter in gpt.parameters()]
+
+
+def _versions(gpt: GPT) -> list[int]:
+    """Grow with each change in place; inference tensors have none."""
+    return [0 if parameter.is_inference() else parameter._version for parameter in gpt.parameters()]
 
 
 def compute_dtype(gpt: GPT) -> torch.dtype:

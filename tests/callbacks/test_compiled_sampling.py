@@ -63,7 +63,9 @@ def test_a_validation_draws_by_compiled_steps_with_the_averages_and_training_goe
     assert watch.codes == [True] * 3
     assert len(watch.memory) == 9
     assert watch.left == [0] * 6
-    assert capsys.readouterr().out.count("compiled sampling in float32, 64 pictures at a time: ready after") == 3
+    said = capsys.readouterr().out
+    assert said.count("compiling the sampling in float32, 64 pictures at a time") == 3
+    assert said.count("compiled sampling is ready after") == 3
     assert len(list((tmp_path / "samples").iterdir())) == 3
 
 
@@ -117,7 +119,7 @@ def test_auto_samples_without_where_it_cannot_be_compiled(pipeline: Pipeline, mo
 
     monkeypatch.setattr("llamagen.sampling.cpu_step.cpu_library", refuse)
     module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=5)
-    with pytest.warns(UserWarning, match="sampling is not compiled: no compiler here"):
+    with pytest.warns(UserWarning, match="sampling is not compiled: ValueError: no compiler here"):
         outputs = evaluator(CompiledSampling()).predict(module, requests)
     assert outputs is not None
     assert sum(len(batch["codes"]) for batch in outputs) == 6
@@ -157,6 +159,32 @@ def test_int8_draws_from_rounded_weights(pipeline: Pipeline, capsys: pytest.Capt
     evaluator(CompiledSampling(True, int8=True), Look()).predict(module_for(pipeline), SampleDataModule(2, 1))
     assert kinds == [torch.int8]
     assert "float32, int8 weights" in capsys.readouterr().out
+
+
+def test_in_pure_bfloat16_compiled_pictures_have_the_right_shape_and_are_the_same_in_any_batch(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    arrays = []
+    for size in (3, 30):
+        more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
+        more += ["--trainer.precision=bf16-true", f"--data.init_args.batch_size={size}"]
+        main.main([*pipeline.sample_arguments(tmp_path / str(size)), *more, f"--ckpt_path={pipeline.argen}"])
+        with np.load(tmp_path / str(size) / "samples.npz") as archive:
+            arrays.append(archive["arr_0"])
+    assert arrays[0].shape == (30, 8, 8, 3)
+    assert np.array_equal(*arrays)
+
+
+def test_a_model_that_is_not_compiled_keeps_its_cache_for_the_whole_stage(pipeline: Pipeline) -> None:
+    seen: list[Any] = []
+
+    class Look(pl.Callback):
+        def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            seen.append(pl_module.sampler.sampler.decoder._memory.keys)
+
+    evaluator(CompiledSampling(), Look()).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=2))
+    assert len(seen) == 3
+    assert all(keys is seen[0] for keys in seen)
 
 
 def test_the_sampler_is_freed_after_test_predict_and_an_exception(pipeline: Pipeline) -> None:

@@ -71,10 +71,11 @@ def test_codes_are_the_same_for_all_batch_sizes_and_orders(kind: str, compiled: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("dim", "heads"), [(144, 3), (200, 2)])
 def test_compiled_logits_of_a_row_are_the_same_bits_in_any_batch_and_on_any_number_of_threads(
-    dtype: torch.dtype, int8: bool
+    dim: int, heads: int, int8: bool, dtype: torch.dtype
 ) -> None:
-    gpt = small_gpt(dim=144, n_head=3, condition="text", vocab_size=100)
+    gpt = small_gpt(dim=dim, n_head=heads, condition="text", vocab_size=100)
     weights = DecodeWeights.of(gpt, dtype, int8)
     features, codes, first = condition_for(gpt, 13), codes_for(gpt, 13, 4), torch.arange(13).int() % 6
     with torch.no_grad():
@@ -200,6 +201,59 @@ def test_the_cache_is_allocated_once_for_many_calls(compiled: bool, monkeypatch:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_default_dtype_of_pure_bfloat16_runs_changes_nothing(compiled: bool) -> None:
+    gpt, config = small_gpt(), SamplingConfig(0.9, 30, 0.95, 2.7, guidance_schedule="linear")
+    expected = Sampler(gpt, 4, compiled=compiled)(torch.arange(4), config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = Sampler(gpt, 4, compiled=compiled)(torch.arange(4), config)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_indices_may_be_of_any_integer_type(compiled: bool) -> None:
+    sampler, labels, indices = Sampler(small_gpt(), 2, compiled=compiled), torch.arange(5), torch.arange(3, 8)
+    assert torch.equal(sampler(labels, indices=indices.int()), sampler(labels, indices=indices))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "int8"])
+def test_changes_of_the_weights_in_place_are_seen(kind: str) -> None:
+    def made(gpt: GPT) -> Sampler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            return Sampler(gpt, 3, compiled=True, int8=kind == "int8")
+
+    gpt = small_gpt().bfloat16() if kind == "bfloat16" else small_gpt()
+    sampler, labels = made(gpt), torch.arange(3)
+    before = sampler(labels)
+    with torch.no_grad():
+        for weight in gpt.parameters():  # norms and matrices
+            weight.mul_(-1.5)
+    after = sampler(labels)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, made(gpt)(labels))
+
+
+def test_a_model_whose_weights_were_replaced_is_refused() -> None:
+    gpt = small_gpt()
+    sampler = Sampler(gpt, 1, compiled=True)
+    gpt.load_state_dict({name: value.clone() for name, value in gpt.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="its weights were replaced, behind the sampler; make a new one"):
+        sampler(torch.arange(1))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_sampler_that_was_made_in_inference_mode_serves_calls_outside(compiled: bool) -> None:
+    gpt = small_gpt()
+    with torch.inference_mode():
+        sampler = Sampler(gpt, 2, compiled=compiled)
+        sampler.prepare(SamplingConfig())
+    assert torch.equal(sampler(torch.arange(2)), Sampler(gpt, 2)(torch.arange(2)))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_sampler_serves_calls_within_inference_mode_and_outside(compiled: bool) -> None:
     gpt = small_gpt()
     sampler = Sampler(gpt, 2, compiled=compiled)
@@ -239,6 +293,35 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
     with pytest.raises(ValueError, match=r"broken could not compile .*no luck today"):
         Sampler(small_gpt(), 1, compiled=True)
     assert os.listdir(tmp_path / "cache" / "llamagen") == []
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_library.cpu_library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"no-such-compiler cannot be run .*; set CXX"):
+        Sampler(small_gpt(), 1, compiled=True)
+
+
+def test_where_the_home_folder_cannot_be_written_to_another_place_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu_library.cpu_library.cache_clear()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    Sampler(small_gpt(), 1, compiled=True)
+    assert len(list(tmp_path.glob("cache-*/llamagen/cpu_step_*.so"))) == 1
+
+
+def test_what_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise OSError("failed to map segment from shared object")
+
+    cpu_library.cpu_library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("ctypes.CDLL", refuse)
+        with pytest.raises(ValueError, match=r"cannot be loaded \(failed to map .*; set XDG_CACHE_HOME"):
+            Sampler(small_gpt(), 1, compiled=True)
 
 
 @pytest.mark.parametrize(
