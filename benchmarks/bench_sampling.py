@@ -225,6 +225,8 @@ def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def main() -> None:
     options = arguments()
+    if options.ranks and options.device != "cpu":
+        raise SystemExit("--ranks is for processes that share a CPU")
     if options.warm:
         print(f"compiled beforehand in {timed(lambda: warm(options)):.0f} s", flush=True)
     result: dict[str, Any] = {

@@ -45,8 +45,8 @@ class SamplingProgress(pl.Callback):
             self._muted = trainer.progress_bar_callback
             self._muted.disable()
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar."""
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, when sampling has been compiled."""
         data = cast(CountedRequests, trainer.datamodule)  # type: ignore[attr-defined]
         total = len(data.labels)
         self._counted, self._before = 0, total - data.left

@@ -32,11 +32,12 @@ class SampleFolder:
 
     def __init__(self, root: Path, labels: np.ndarray) -> None:
         self.root, self.labels = root, labels
+        self._digits = len(str(labels.max()))  # so that the order of names is that of the classes
 
     def path(self, index: int) -> Path:
         """Where a picture goes."""
         label = self.labels[index]
-        return self.root / PICTURES / str(label) / f"{index:06d}_class{label}.png"
+        return self.root / PICTURES / f"{label:0{self._digits}d}" / f"{index:06d}_class{label}.png"
 
     def check_free(self) -> None:
         """See that a run can begin or go on here; changes nothing.
