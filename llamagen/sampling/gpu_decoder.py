@@ -68,24 +68,11 @@ class GPUDecoder(Decoder):
         length = self.gpt.config.block_size
         guided = config.guided_steps(length)
         self.config = config
-        with torch.cuda.device(self.device):  # where Triton launches
-            self._allocate(guided > 0)
-            if guided > 1:
-                self._graph(True)
-            if guided < length > 1:
-                self._graph(False)
-
-    def __call__(
-        self,
-        condition: Tensor,
-        config: SamplingConfig,
-        caption_lengths: Tensor | None,
-        seed: int,
-        indices: Tensor,
-    ) -> Tensor:
-        """As the base; the codes are in memory that the next call uses again."""
-        with torch.cuda.device(self.device):
-            return super().__call__(condition, config, caption_lengths, seed, indices)
+        self._allocate(guided > 0)
+        if guided > 1:
+            self._graph(True)
+        if guided < length > 1:
+            self._graph(False)
 
     def refresh(self) -> None:
         """See changes of the model's weights in place."""

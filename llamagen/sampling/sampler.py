@@ -1,7 +1,7 @@
 """Condition → codes, batch after batch with the same memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 
 import torch
@@ -132,10 +132,12 @@ class Sampler:
 @contextmanager
 def _evaluating(gpt: GPT) -> Iterator[None]:
     modes = [(module, module.training) for module in gpt.modules()]
+    device = gpt.output.weight.device
     gpt.eval()
     try:
-        # Blocks that are compiled for training would be so anew for each position.
-        with torch.compiler.set_stance("force_eager"):
+        # Triton launches on the current device; blocks that are compiled for training would be so for each position.
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with here, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:

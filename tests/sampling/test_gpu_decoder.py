@@ -53,6 +53,26 @@ def test_one_sampler_serves_changing_settings_seeds_and_sizes() -> None:
         assert torch.equal(sampler(labels.cuda(), config, seed=seed).cpu(), expected)
 
 
+def test_a_sampler_that_was_made_in_inference_mode_serves_calls_outside() -> None:
+    gpt, labels = small_gpt().to("cuda"), torch.arange(4, device="cuda")
+    with torch.inference_mode():
+        sampler = Sampler(gpt, 4, compiled=True)
+        sampler.prepare(SamplingConfig(guidance_scale=2.0))
+        inside = sampler(labels, SamplingConfig(guidance_scale=2.0))
+    assert torch.equal(sampler(labels, SamplingConfig(guidance_scale=2.0)), inside)
+
+
+def test_changes_of_the_weights_in_place_are_seen() -> None:
+    gpt, labels = small_gpt().to("cuda"), torch.arange(4, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        sampler = Sampler(gpt, 4, compiled=True)
+    before = sampler(labels)
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.mul_(-1.5)
+    assert not torch.equal(sampler(labels), before)
+
+
 def test_no_code_waits_for_the_device() -> None:
     sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
     labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
