@@ -173,10 +173,10 @@ def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
 
 
 def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
-    main.main([*command(pipeline, tmp_path, 7), "--trainer.limit_predict_batches=1"])
+    main.main([*command(pipeline, tmp_path, 7), "--trainer.limit_predict_batches=2"])
     other = [*command(pipeline, tmp_path, 7), "--model.init_args.sample_seed=5"]
     done: subprocess.CompletedProcess[str] = two_processes(other)
     assert done.returncode != 0
     assert "was begun with another sample_seed (0 there, 5 here)" in done.stderr
     assert "Connection closed" not in done.stderr
-    assert len(pictures(tmp_path)) == 7
+    assert len(pictures(tmp_path)) == 14

@@ -23,7 +23,7 @@ from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
 from tests.pipeline import Pipeline
 
-LIMITED = "--trainer.limit_predict_batches=1"
+LIMITED = "--trainer.limit_predict_batches=2"  # 1 may be read as all of them
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
@@ -69,8 +69,8 @@ def test_labels_may_come_from_a_file_and_be_repeated(pipeline: Pipeline, tmp_pat
     (tmp_path / "labels.txt").write_text("\n".join(map(str, labels)))
     folder = tmp_path / "samples"
     more = [f"--data.init_args.classes={tmp_path / 'labels.txt'}", "--data.init_args.per_class=2"]
-    main.main(command(pipeline, folder, *more, LIMITED))
-    assert len(drawn(folder)) == 7
+    main.main(command(pipeline, folder, *more, LIMITED, "--data.init_args.batch_size=3"))
+    assert len(drawn(folder)) == 6
     main.main(command(pipeline, folder, *more))
     assert drawn(folder) == [f"{index:06d}_class{label}.png" for index, label in enumerate(labels * 2)]
     with np.load(folder / "samples.npz") as archive:
@@ -182,10 +182,21 @@ def test_only_pictures_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
     wrong = ("2/000001_class4.png", "4/000001_class2.png", "4/000003_class4.png", "4/.000001_class2.png.tmp", "2/x")
     for name in (*right, *wrong):
         (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / name).touch()
-    (tmp_path / "pictures/000001_class2.png").touch()
+        (tmp_path / "pictures" / name).write_bytes(b"picture")
+    (tmp_path / "pictures/000001_class2.png").write_bytes(b"picture")
+    (tmp_path / "pictures/2/000001_class2.png").touch()  # left empty by a machine that went down
     assert folder.drawn() == [0, 2]
     assert [folder.path(index) for index in (0, 2)] == [tmp_path / "pictures" / name for name in right]
+
+
+def test_class_folders_are_named_so_that_their_order_is_that_of_the_classes(tmp_path: Path) -> None:
+    folder = SampleFolder(tmp_path, np.array([4, 12]))
+    assert folder.path(0) == tmp_path / "pictures/04/000000_class4.png"
+    assert folder.path(1) == tmp_path / "pictures/12/000001_class12.png"
+    for index in (0, 1):
+        folder.path(index).parent.mkdir(parents=True)
+        folder.path(index).write_bytes(b"picture")
+    assert folder.drawn() == [0, 1]
 
 
 def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_path: Path) -> None:
