@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _one_picture(gpt: GPT, device: str, config: SamplingConfig, compiled: bool) 
     pixels(codes.unflatten(1, (16, 16))).numpy()
     mark()
     names = ("ready", "codes", "pixels")
-    return {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:], strict=False)}
+    return {name: round(b - a, 3) for name, (a, b) in zip(names, pairwise(marks), strict=True)}
 
 
 def _rank(rank: int, threads: int, gpt: GPT, batch: int, config: SamplingConfig, start: Any, ends: Any) -> None:

@@ -26,6 +26,7 @@ class Decoder:
         dtype: of the cache.
     """
 
+    weights: DecodeWeights | None = None  # of compiled steps
     full_batches = False  # whether each batch must have its full size
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
@@ -35,6 +36,8 @@ class Decoder:
 
     def refresh(self) -> None:
         """See changes of the model's weights in place, where copies of them are kept."""
+        if self.weights is not None:
+            self.weights.refresh(self.gpt)
 
     def __call__(
         self,
@@ -161,10 +164,6 @@ class CPUDecoder(Decoder):
         self.weights = DecodeWeights.of(gpt, dtype, int8)
         self.step = CPUStep(self.weights)
         self.logits = torch.empty(0, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
-
-    def refresh(self) -> None:
-        """See changes of the model's weights in place."""
-        self.weights.refresh(self.gpt)
 
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.config, self.indices, self.run_seed = config, indices.contiguous(), seed

@@ -74,10 +74,6 @@ class GPUDecoder(Decoder):
         if guided < length > 1:
             self._graph(False)
 
-    def refresh(self) -> None:
-        """See changes of the model's weights in place."""
-        self.weights.refresh(self.gpt)
-
     def _allocate(self, guided: bool) -> KVCache:
         before = self._memory
         memory = super()._allocate(guided)
