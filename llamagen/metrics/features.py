@@ -1,0 +1,70 @@
+"""What metrics see of pictures. B pictures of H × W pixels, F and S features, K classes."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What an extractor makes of pictures.
+
+    Attributes:
+        pool: (B, F) features of whole pictures: FID, KID, precision and recall.
+        spatial: (B, S) features that know where something is: sFID. None if the extractor has none.
+        logits: (B, K) of the classes whose probabilities are the softmax: Inception Score. None if it has none.
+        biased_logits: (B, K) with the bias of the last layer, as its training had them. The Inception Score that is
+            usually quoted is taken without.
+    """
+
+    pool: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+    biased_logits: Tensor | None = None
+
+
+@torch.no_grad()
+def extract(extractor: nn.Module, images: Tensor) -> Features:
+    """Features of pictures, in float32 also under autocast.
+
+    Args:
+        extractor: turns pictures (B, 3, H, W), float32 with the whole numbers 0 … 255 of their files, into
+            :class:`Features`, or into a tensor that flattens to ``pool`` (B, F). It is moved to the pictures' device.
+        images: (B, 3, H, W) uint8.
+
+    Raises:
+        ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}; "
+            "multiply floats in [0, 1] by 255, round, and convert them"
+        )
+    with torch.autocast(images.device.type, enabled=False):
+        found: Any = extractor.to(images.device)(images.float())
+    features = found if isinstance(found, Features) else Features(found)
+    for name, rows in features._asdict().items():
+        if rows is None and name != "pool":
+            continue
+        if not isinstance(rows, Tensor) or rows.dim() < 2 or len(rows) != len(images):
+            shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(
+                f"{type(extractor).__name__} gives {shape} as {name} of {len(images)} pictures; it must give one row "
+                "of features for each"
+            )
+    return Features(*(None if rows is None else rows.float().flatten(1) for rows in features))
+
+
+def extractor_name(extractor: nn.Module) -> str:
+    """What an extractor is called in the names of metrics: its ``name``, or else its class."""
+    return str(getattr(extractor, "name", type(extractor).__name__))
+
+
+def extractor_checksum(extractor: nn.Module) -> str:
+    """SHA-256 over names and values of an extractor's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(extractor.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
