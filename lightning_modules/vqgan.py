@@ -41,8 +41,6 @@ class VQGANModule(GenerativeModule):
             ``translation`` and ``cutout``; for few pictures.
         lpips_weights: file of the VGG16 that LPIPS needs, as torchvision publishes it; None looks into torch.hub's
             cache and downloads it if it is not there. If given, validation measures LPIPS also where it has no weight.
-        rfid_features: module that turns pictures (B, 3, H, W), float32 in 0 … 255, into features (B, F); validation and
-            test then measure the Fréchet distance of reconstructions from pictures over them.
         revive_codes_every: optimizer steps after which codes that were not used meanwhile are moved to latents of the
             current batch; 0 for never.
         init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
@@ -61,7 +59,6 @@ class VQGANModule(GenerativeModule):
         optimizer: AdamWConfig | None = None,
         augmentation: Sequence[Literal["color", "translation", "cutout"]] = (),
         lpips_weights: Path | str | None = None,
-        rfid_features: nn.Module | None = None,
         revive_codes_every: int = 0,
         init_from: Path | str | None = None,
         init_averaged: bool = True,
@@ -84,7 +81,7 @@ class VQGANModule(GenerativeModule):
         # In a tuple, so that nn.Module does not see it: it is in no state dict and no optimizer.
         self._lpips: tuple[LPIPS, ...] = ()
         size = self.vqgan.config.codebook_size
-        self.metrics = ReconstructionMetrics(size, rfid_features)
+        self.metrics = ReconstructionMetrics(size)
         self.train_codebook_usage = CodebookUsage(size)
         if revive_codes_every < 0:
             raise ValueError(f"revive_codes_every is {revive_codes_every}; it must be at least 0")
@@ -147,8 +144,6 @@ class VQGANModule(GenerativeModule):
                 )
         if self._needs_lpips and not self._lpips:
             self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)
-        if stage != "predict":
-            self.metrics.prepare(size)
         for network in (self.vqgan, self.discriminator, *self._lpips):
             if network is not None:
                 convert_conv2d_weight_memory_format(network, self.memory_format)
@@ -273,15 +268,19 @@ class VQGANModule(GenerativeModule):
         self.log(f"{stage}/codebook_perplexity", statistics.perplexity)
         self.code_counts[stage] = statistics.counts
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss terms, PSNR, SSIM, codebook usage and rFID under ``val/``; LPIPS is its loss term."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Loss terms, PSNR, SSIM and codebook usage under ``val/``; LPIPS is its loss term.
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        Returns:
+            ``reconstruction`` (B, 3, H, W) in about [-1, 1], for callbacks.
+        """
+        return {"reconstruction": self._evaluate(batch, "val")}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The same under ``test/``."""
-        self._evaluate(batch, "test")
+        return {"reconstruction": self._evaluate(batch, "test")}
 
-    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> Tensor:
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
         self.metrics.update(images, output.reconstruction, output.encoding.codes)
@@ -294,6 +293,7 @@ class VQGANModule(GenerativeModule):
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
+        return output.reconstruction
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over the whole validation set and all ranks.

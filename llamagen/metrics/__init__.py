@@ -1,14 +1,29 @@
-"""``torchmetrics.Metric``s."""
+"""``torchmetrics.Metric``s, and what they see of pictures."""
 
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage
-from llamagen.metrics.frechet import FrechetDistance, frechet_distance
+from llamagen.metrics.features import Features, extract, extractor_checksum, extractor_name
+from llamagen.metrics.frechet import FID, SFID, frechet_distance
+from llamagen.metrics.inception_score import InceptionScore, SplitStatistics
+from llamagen.metrics.kernel_distance import KID
+from llamagen.metrics.precision_recall import PrecisionRecall, PrecisionRecallStatistics, precision_recall
 from llamagen.metrics.prediction import CodePrediction, PredictionStatistics
 
 __all__ = [
     "CodePrediction",
     "CodebookStatistics",
     "CodebookUsage",
-    "FrechetDistance",
+    "FID",
+    "Features",
+    "InceptionScore",
+    "KID",
+    "PrecisionRecall",
+    "PrecisionRecallStatistics",
     "PredictionStatistics",
+    "SFID",
+    "SplitStatistics",
+    "extract",
+    "extractor_checksum",
+    "extractor_name",
     "frechet_distance",
+    "precision_recall",
 ]

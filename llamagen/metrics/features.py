@@ -1,6 +1,7 @@
 """What metrics see of pictures. B pictures of H × W pixels, F and S features, K classes."""
 
 import hashlib
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Features:
-    """Features of pictures, in float32 also under autocast.
+    """Features of pictures, in float32 also under autocast (or in float64, if the extractor likes to).
 
     Args:
         extractor: turns pictures (B, 3, H, W), float32 with the whole numbers 0 … 255 of their files, into
@@ -41,10 +42,13 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
             f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}; "
             "multiply floats in [0, 1] by 255, round, and convert them"
         )
-    with torch.autocast(images.device.type, enabled=False):
+    # TF32 would round what is convolved to 10 bits, on some GPUs and not on others.
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.is_cuda else nullcontext()
+    with torch.autocast(images.device.type, enabled=False), exact:
         found: Any = extractor.to(images.device)(images.float())
     features = found if isinstance(found, Features) else Features(found)
-    for name, rows in features._asdict().items():
+    parts: dict[str, Tensor | None] = features._asdict()
+    for name, rows in parts.items():
         if rows is None and name != "pool":
             continue
         if not isinstance(rows, Tensor) or rows.dim() < 2 or len(rows) != len(images):
@@ -53,7 +57,11 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 f"{type(extractor).__name__} gives {shape} as {name} of {len(images)} pictures; it must give one row "
                 "of features for each"
             )
-    return Features(*(None if rows is None else rows.float().flatten(1) for rows in features))
+    return Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return (rows if rows.dtype is torch.float64 else rows.float()).flatten(1)
 
 
 def extractor_name(extractor: nn.Module) -> str:

@@ -12,48 +12,13 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from llamagen.metrics import FrechetDistance, frechet_distance
+from llamagen.metrics import FID, SFID, Features, frechet_distance
+from tests.metrics.extractors import SIZE, Anything, Everything, Projection, pictures
 from tests.ranks import run_on_ranks
-
-SIZE = 8
-
-
-class Projection(nn.Module):
-    """Features of pictures of one size: a fixed random projection of the pixels, far from zero, and dropout."""
-
-    def __init__(self, width: int = 16, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3 * SIZE * SIZE, width)
-        self.dropout = nn.Dropout(0.5)
-        self.shape = shape
-        generator = torch.Generator().manual_seed(width)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.randn(self.linear.weight.shape, generator=generator) / 255)
-            self.linear.bias.fill_(100.0)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.dropout(self.linear(images.flatten(1)))
-        return features.unflatten(1, (-1, *self.shape)) if self.shape else features
-
-
-class Anything(nn.Module):
-    """A module that gives what it is told to."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Any:
-        return self.function(images)
-
-
-def pictures(count: int, seed: int, least: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(least, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
 
 
 def measure(real: Tensor, fake: Tensor, batch_size: int = 100, features: nn.Module | None = None) -> Tensor:
-    metric = FrechetDistance(features or Projection(), SIZE)
+    metric = FID(features or Projection(), SIZE)
     for images, is_real in ((real, True), (fake, False)):
         for batch in images.split(batch_size):
             metric.update(batch, is_real)
@@ -140,7 +105,7 @@ def test_features_of_several_dimensions_are_flattened(shape: tuple[int, ...]) ->
 
 def test_features_see_the_levels_of_the_files_as_float32() -> None:
     seen: list[Tensor] = []
-    metric = FrechetDistance(Anything(lambda images: (seen.append(images), images.mean((2, 3)))[1]), SIZE)
+    metric = FID(Anything(lambda images: (seen.append(images), images.mean((2, 3)))[1]), SIZE)
     images = pictures(4, 1)
     metric.update(images, real=True)
     assert {tuple(probe.shape[1:]) for probe in seen} == {(3, SIZE, SIZE)}
@@ -150,7 +115,7 @@ def test_features_see_the_levels_of_the_files_as_float32() -> None:
 
 
 def distance_of_a_rank(rank: int) -> dict[str, Tensor]:
-    metric = FrechetDistance(Projection(), SIZE)
+    metric = FID(Projection(), SIZE)
     metric.update(pictures(60, 1)[rank::2], real=True)
     if rank == 0:  # a rank may have nothing
         metric.update(pictures(50, 2, least=60), real=False)
@@ -165,11 +130,11 @@ def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
 
 def test_halves_add_up_to_the_whole() -> None:
     real, fake = pictures(60, 1), pictures(50, 2, least=60)
-    halves = [FrechetDistance(Projection(), SIZE) for _ in range(2)]
+    halves = [FID(Projection(), SIZE) for _ in range(2)]
     for rank, half in enumerate(halves):
         half.update(real[rank::2], real=True)
         half.update(fake[rank::2], real=False)
-    merged = FrechetDistance(Projection(), SIZE)
+    merged = FID(Projection(), SIZE)
     merged.update(real[:0], real=True)
     for name in merged._defaults:
         setattr(merged, name, getattr(halves[0], name) + getattr(halves[1], name))
@@ -177,7 +142,7 @@ def test_halves_add_up_to_the_whole() -> None:
 
 
 def test_a_reset_forgets_the_pictures() -> None:
-    metric = FrechetDistance(Projection(), SIZE)
+    metric = FID(Projection(), SIZE)
     metric.update(pictures(9, 3), real=True)
     metric.update(pictures(9, 4), real=False)
     metric.reset()
@@ -190,12 +155,12 @@ def test_a_reset_forgets_the_pictures() -> None:
 def test_the_features_are_frozen_and_in_no_state_dict() -> None:
     owner = nn.Module()
     features = Projection().train()
-    owner.metric = FrechetDistance(features, SIZE)
+    owner.metric = FID(features, SIZE)
     owner.metric.persistent(True)
     names = {f"metric.{side}_{name}" for side in ("real", "fake") for name in ("sum", "outer", "count")}
     assert set(owner.state_dict()) == names
     assert list(owner.parameters()) == []
-    assert owner.metric.features is features
+    assert owner.metric.extractor is features
     assert not any(module.training for module in features.modules())
     assert not any(parameter.requires_grad for parameter in features.parameters())
     owner.train()
@@ -210,7 +175,7 @@ def test_no_gradient_and_no_autocast_reach_the_features() -> None:
         seen.append((torch.is_grad_enabled(), (rows @ rows.T[:, :2]).dtype))
         return rows[:, :4]
 
-    metric = FrechetDistance(Anything(features), SIZE)
+    metric = FID(Anything(features), SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metric.update(pictures(4, 1), real=True)
     assert set(seen) == {(False, torch.float32)}
@@ -230,7 +195,7 @@ def test_no_gradient_and_no_autocast_reach_the_features() -> None:
 )
 def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callable[[Any], Any]) -> None:
     owner = nn.Module()
-    owner.metric = metric = FrechetDistance(Projection(), SIZE)
+    owner.metric = metric = FID(Projection(), SIZE)
     real, fake = pictures(30, 1), pictures(30, 2, least=60)
     metric.update(real, real=True)
     cast(owner)
@@ -241,7 +206,7 @@ def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callabl
 
 
 def test_statistics_go_to_another_device() -> None:
-    metric = FrechetDistance(Projection(), SIZE).to("meta")
+    metric = FID(Projection(), SIZE).to("meta")
     states = [getattr(metric, name) for name in metric._defaults]
     assert {state.device.type for state in [*states, *metric._defaults.values()]} == {"meta"}
     assert metric.device.type == "meta"
@@ -250,7 +215,7 @@ def test_statistics_go_to_another_device() -> None:
 
 @pytest.mark.gpu
 def test_features_follow_the_pictures_to_the_gpu() -> None:
-    metric = FrechetDistance(Projection(), SIZE).cuda()
+    metric = FID(Projection(), SIZE).cuda()
     real, fake = pictures(30, 1), pictures(30, 2, least=60)
     metric.update(real.cuda(), real=True)
     metric.update(fake.cuda(), real=False)
@@ -260,14 +225,14 @@ def test_features_follow_the_pictures_to_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
-def test_a_copy_goes_on_where_the_original_was(way: Callable[[FrechetDistance], FrechetDistance]) -> None:
-    original = FrechetDistance(Projection(), SIZE)
+def test_a_copy_goes_on_where_the_original_was(way: Callable[[FID], FID]) -> None:
+    original = FID(Projection(), SIZE)
     real, fake = pictures(30, 1), pictures(30, 2, least=60)
     original.update(real, real=True)
     copied = way(original)
     copied.update(fake, real=False)
     assert torch.equal(copied.compute(), measure(real, fake))
-    assert copied.features is not original.features
+    assert copied.extractor is not original.extractor
     assert original.fake_count == 0
 
 
@@ -282,7 +247,7 @@ def test_a_copy_goes_on_where_the_original_was(way: Callable[[FrechetDistance], 
 )
 def test_a_module_that_gives_no_row_for_each_picture_is_refused(function: Callable[[Tensor], Any], phrase: str) -> None:
     with pytest.raises(ValueError, match=f"Anything gives {phrase} for 2 pictures"):
-        FrechetDistance(Anything(function), SIZE)
+        FID(Anything(function), SIZE)
 
 
 @pytest.mark.parametrize(
@@ -296,17 +261,23 @@ def test_a_module_that_gives_no_row_for_each_picture_is_refused(function: Callab
     ],
 )
 def test_what_is_no_picture_of_a_file_is_refused(images: Tensor) -> None:
-    metric = FrechetDistance(Projection(), SIZE)
+    metric = FID(Projection(), SIZE)
     with pytest.raises(ValueError, match=r"must be uint8 of shape \(B, 3, H, W\), not") as error:
         metric.update(images, real=True)
     assert str(images.dtype) in str(error.value)
     assert str(tuple(images.shape)) in str(error.value)
 
 
+def test_pictures_of_another_size_are_refused() -> None:
+    metric = FID(Projection(), SIZE)
+    with pytest.raises(ValueError, match="pictures are 4 × 6 pixels, but fid_Projection is for 8 × 8; set image_size"):
+        metric.update(torch.zeros(2, 3, 4, 6, dtype=torch.uint8), real=True)
+
+
 def test_another_number_of_features_than_expected_is_refused() -> None:
-    metric = FrechetDistance(Anything(lambda images: images.flatten(1)), SIZE)
-    with pytest.raises(ValueError, match=r"gives 48 features for pictures of \(4, 4\), not 192"):
-        metric.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=True)
+    metric = FID(Projection(), SIZE)
+    with pytest.raises(ValueError, match="48 features came for each picture, but 16 for those of image_size 8"):
+        metric.update(Features(torch.zeros(2, 48)), real=True)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
@@ -314,3 +285,56 @@ def test_another_number_of_features_than_expected_is_refused() -> None:
 def test_too_few_pictures_are_refused_and_counted(real: int, fake: int, phrase: str) -> None:
     with pytest.raises(ValueError, match=f"{phrase} pictures are too few"):
         measure(pictures(real, 1), pictures(fake, 2), features=Anything(lambda images: images.mean((2, 3))))
+
+
+@pytest.mark.parametrize(("count", "width"), [(700, 512), (100, 512), (50, 64)])
+def test_a_stored_reference_gives_the_distance_of_its_pictures(count: int, width: int) -> None:
+    real, fake = random_features(count, width, seed=1), random_features(count // 2, width, seed=2)
+    extractor = Anything(lambda images: torch.zeros(len(images), width, dtype=torch.float64))
+    metric = FID(extractor, SIZE, reference=(real.mean(0), np.cov(real, rowvar=False)))
+    metric.update(Features(torch.from_numpy(fake)))
+    assert metric.compute().item() == pytest.approx(by_scipy(real, fake), rel=1e-3)
+    with pytest.raises(ValueError, match="real pictures were given, but the metric has a reference"):
+        metric.update(Features(torch.from_numpy(real)), real=True)
+
+
+def test_a_stored_reference_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a mean of \(3,\) and a covariance of \(3, 3\), but fid_Projection has 16"):
+        FID(Projection(), SIZE, reference=(torch.zeros(3), torch.eye(3)))
+
+
+@pytest.mark.parametrize(("count", "offset"), [(300, 0.0), (3000, 0.0), (300, 30.0)])
+def test_features_of_the_width_of_inception_have_no_distance_from_themselves(count: int, offset: float) -> None:
+    # 2048 non-negative features of order 1, fewer pictures than features or more; the order must not matter either.
+    rows = (torch.from_numpy(random_features(count, 2048, seed=1)).abs() / 60 + offset).float()
+    metric = FID(Anything(lambda images: torch.zeros(len(images), 2048)), SIZE)
+    metric.update(Features(rows), real=True)
+    for part in rows.flip(0).split(170):
+        metric.update(Features(part))
+    assert 0 <= metric.compute().item() < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3000, 500])
+def test_it_is_the_distance_of_scipy_at_the_width_of_inception(count: int) -> None:
+    features, other = random_features(count, 2048, seed=1), random_features(count, 2048, seed=2)
+    distance = frechet_distance(*gaussian(features), *gaussian(other)).item()
+    assert distance == pytest.approx(by_scipy(features, other), rel=1e-3)
+
+
+def test_sfid_looks_at_spatial_features() -> None:
+    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    metric = SFID(Everything(), SIZE)
+    metric.update(real, real=True)
+    metric.update(fake)
+    rows = [images[:, :, ::2, ::2].flatten(1).double().numpy() / 64 for images in (real, fake)]
+    assert metric.compute().item() == pytest.approx(by_scipy(*rows), rel=1e-4)
+    with pytest.raises(ValueError, match="SFID needs spatial features, which Projection does not give"):
+        SFID(Projection(), SIZE)
+
+
+def test_names_say_whose_features_they_are_unless_these_are_those_of_inception() -> None:
+    inception = Projection()
+    inception.name = "inception"
+    found = [metric.name for metric in (FID(inception, SIZE), FID(Projection(), SIZE), SFID(Everything(), SIZE))]
+    assert found == ["fid", "fid_Projection", "sfid_everything"]

@@ -1,0 +1,191 @@
+"""What metrics over pictures share. B pictures of H × W pixels, N pictures in all, F features."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from llamagen.metrics.features import Features, extract, extractor_name
+
+FAKE, REAL = SIDES = ("fake", "real")
+
+
+def side_of(real: bool) -> str:
+    """The name of a side in the states of metrics."""
+    return REAL if real else FAKE
+
+
+class PictureMetric(Metric):
+    """Base of the metrics that look at pictures through an extractor of features.
+
+    Args:
+        features: extractor, see :func:`~llamagen.metrics.features.extract`. It is put into evaluation mode, frozen, and
+            is in no state dict.
+        image_size: side of the pictures in pixels; others are refused, because the size changes every number.
+
+    Raises:
+        ValueError: if the module is no extractor, or has not what the metric looks at.
+    """
+
+    full_state_update = False
+    symbol: ClassVar[str]
+    """What the metric is called, in lower case."""
+    part: ClassVar[str] = "pool"
+    """Which of the features it looks at."""
+
+    def __init__(self, features: nn.Module, image_size: int) -> None:
+        super().__init__()
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; give the side of the pictures in pixels")
+        self._extractor = (features.eval().requires_grad_(False),)  # in a tuple, so that nn.Module does not see it
+        self.image_size = image_size
+        device = next((value.device for value in features.state_dict().values()), torch.device("cpu"))
+        probe = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        rows = self._part_of(extract(features, probe))
+        self.width, self.row_dtype = rows.shape[1], rows.dtype
+
+    @property
+    def extractor(self) -> nn.Module:
+        """The module that extracts features."""
+        return self._extractor[0]
+
+    @property
+    def name(self) -> str:
+        """The metric's symbol; where the extractor is not Inception, whose numbers people compare, with its name."""
+        extractor = extractor_name(self.extractor)
+        return self.symbol if extractor == "inception" else f"{self.symbol}_{extractor}"
+
+    def _part_of(self, features: Features) -> Tensor:
+        rows: Tensor | None = getattr(features, self.part)
+        if rows is None:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.part} features, which {extractor_name(self.extractor)} does not "
+                "give; use another extractor or leave the metric out"
+            )
+        return rows
+
+    def rows(self, pictures: Tensor | Features) -> Tensor:
+        """What the metric looks at, (B, F).
+
+        Args:
+            pictures: (B, 3, H, W) uint8, or their features, if these were extracted before.
+
+        Raises:
+            ValueError: if they are not pictures of the metric's size, or have other features.
+        """
+        if isinstance(pictures, Features):
+            rows = self._part_of(pictures)
+        else:
+            if pictures.shape[2:] != (self.image_size, self.image_size):
+                size = " × ".join(str(side) for side in pictures.shape[2:])
+                raise ValueError(
+                    f"pictures are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
+                    "image_size to theirs, and compare only pictures of one size"
+                )
+            rows = self._part_of(extract(self.extractor, pictures))
+        if rows.shape[1] != self.width:
+            raise ValueError(
+                f"{rows.shape[1]} features came for each picture, but {self.width} for those of image_size "
+                f"{self.image_size}; use one extractor and one size"
+            )
+        return rows
+
+    # torchmetrics ignores `.half()`, but not the `.to(bfloat16)` by which Lightning turns a whole module to 16 bits.
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Go along to another device, but not to another precision."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+
+class RowMetric(PictureMetric):
+    """Base of the metrics that need the features of every picture, in the pictures' order, which is that of an index.
+
+    So the result is the same in any batches and on any number of ranks. Features and an index are kept for each
+    picture, on its rank; when the result is computed, those of all ranks are put together.
+    """
+
+    reference: Tensor | None = None
+
+    def __init__(self, features: nn.Module, image_size: int, sides: Sequence[str] = SIDES) -> None:
+        super().__init__(features, image_size)
+        for side in sides:
+            self.add_state(f"{side}_rows", [], dist_reduce_fx="cat")
+            self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
+
+    def keep(self, side: str, rows: Tensor, index: Tensor | None) -> None:
+        """Keep the features of a batch.
+
+        Args:
+            side: ``real`` or ``fake``.
+            rows: (B, F).
+            index: (B,) int64, number of each picture in its set. None: those of a rank come in order, and rank r of R
+                has every R-th picture, from the r-th on, as samplers for several ranks share them out.
+
+        Raises:
+            ValueError: if the index is not one number for each picture.
+        """
+        kept: list[Tensor] = getattr(self, f"{side}_rows")
+        indices: list[Tensor] = getattr(self, f"{side}_index")
+        if index is None:
+            shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+            before = sum(map(len, kept))
+            index = rank + ranks * torch.arange(before, before + len(rows), device=rows.device)
+        if index.shape != (len(rows),) or index.is_floating_point():
+            raise ValueError(
+                f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} pictures; give one whole number each"
+            )
+        kept.append(rows)
+        indices.append(index.to(rows.device))
+
+    def kept(self, side: str) -> Tensor:
+        """The features of a side in the order of their index, (N, F).
+
+        Raises:
+            ValueError: if there are fewer than two pictures.
+        """
+        rows, index = getattr(self, f"{side}_rows"), getattr(self, f"{side}_index")
+        count = sum(map(len, rows))
+        if count < 2:
+            raise ValueError(f"{count} {side} pictures are too few for {self.name}; give at least two")
+        order = torch.argsort(dim_zero_cat(index), stable=True)
+        return dim_zero_cat(rows)[order]
+
+    def real_rows(self) -> Tensor:
+        """Features of the real pictures: of the reference, or those that were kept."""
+        reference: Tensor | None = self.reference
+        return self.kept(REAL) if reference is None else reference.to(self.device)
+
+    def checked_reference(self, reference: Tensor | None) -> Tensor | None:
+        """A reference, in the precision of the features.
+
+        Raises:
+            ValueError: if it has another number of features, or fewer than two rows.
+        """
+        if reference is None:
+            return None
+        if reference.dim() != 2 or reference.shape[1] != self.width or len(reference) < 2:
+            raise ValueError(
+                f"the reference has features of {tuple(reference.shape)}, but {self.name} needs at least two rows of "
+                f"{self.width}; use the reference of this extractor"
+            )
+        return reference.to(self.row_dtype)
+
+    def refuse_second_reference(self, real: bool) -> None:
+        """See that real pictures are not given where the reference is known.
+
+        Raises:
+            ValueError: if they are.
+        """
+        if real and self.reference is not None:
+            raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # torchmetrics would gather a tensor without a second dimension from a rank that has nothing.
+        for name in self._reductions:
+            if isinstance(kept := getattr(self, name), list) and not kept:
+                shape, dtype = ((0,), torch.int64) if name.endswith("_index") else ((0, self.width), self.row_dtype)
+                kept.append(torch.empty(shape, dtype=dtype, device=self.device))
+        super()._sync_dist(*args, **kwargs)
