@@ -2,6 +2,7 @@
 
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage
 from llamagen.metrics.frechet import FrechetDistance, frechet_distance
+from llamagen.metrics.inception import Inception, InceptionNet
 from llamagen.metrics.prediction import CodePrediction, PredictionStatistics
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "CodebookStatistics",
     "CodebookUsage",
     "FrechetDistance",
+    "Inception",
+    "InceptionNet",
     "PredictionStatistics",
     "frechet_distance",
 ]
