@@ -1,8 +1,8 @@
 """Reference values of the published implementation, and the rules that made their weights and inputs.
 
-``fixtures/golden.json`` and ``fixtures/state_dict_keys.json`` hold numbers that the published code computed in float32
-on a CPU. Weights are filled by name (:func:`fill`), inputs are drawn by name (:func:`normal_input`,
-:func:`integer_input`), so neither has to be stored.
+``fixtures/golden.json``, ``fixtures/state_dict_keys.json`` and ``fixtures/inception.json`` (of torch-fidelity) hold
+numbers that the published code computed in float32 on a CPU. Weights are filled by name (:func:`fill`), inputs are
+drawn by name (:func:`normal_input`, :func:`integer_input`), so neither has to be stored.
 """
 
 import json
@@ -30,9 +30,9 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
-def golden(entry: str) -> dict[str, Any]:
-    """What is recorded under ``entry`` of golden.json."""
-    record: dict[str, Any] = _read("golden.json")[entry]
+def golden(entry: str, file: str = "golden.json") -> dict[str, Any]:
+    """What is recorded under ``entry`` of a file."""
+    record: dict[str, Any] = _read(file)[entry]
     return record
 
 

@@ -3,6 +3,7 @@
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage
 from llamagen.metrics.features import Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.frechet import FID, SFID, frechet_distance
+from llamagen.metrics.inception import Inception, InceptionNet
 from llamagen.metrics.inception_score import InceptionScore, SplitStatistics
 from llamagen.metrics.kernel_distance import KID
 from llamagen.metrics.precision_recall import PrecisionRecall, PrecisionRecallStatistics, precision_recall
@@ -14,6 +15,8 @@ __all__ = [
     "CodebookUsage",
     "FID",
     "Features",
+    "Inception",
+    "InceptionNet",
     "InceptionScore",
     "KID",
     "PrecisionRecall",

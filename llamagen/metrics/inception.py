@@ -1,0 +1,395 @@
+"""Inception-2015, the network of FID and the Inception Score. B pictures of H × W pixels."""
+
+import hashlib
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.hub import download_url_to_file, get_dir
+
+from llamagen.metrics.features import Features
+
+SIZE = 299
+CLASSES = 1008
+EPSILON = 1e-3
+SPATIAL_CHANNELS = 7
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+OTHER_NAME = "pt_inception-2015-12-05-6726825d.pth"
+"""What pytorch-fid calls the same file."""
+ADDRESS = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+CHECKSUM = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of the file."""
+HOW_TO_GIVE = "Inception(weights=…), which is features.init_args.weights in a config"
+MOST_LISTED = 20
+
+
+class Layer(NamedTuple):
+    """A convolution, its normalisation and ReLU: the name and the width of what it gives."""
+
+    name: str
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True
+
+
+Pool = Callable[[Tensor], Tensor]
+Step = Layer | Pool | list[Layer]
+"""Layers in a list see the same input, and what they give is joined."""
+Branch = list[Step]
+
+
+def halve(x: Tensor) -> Tensor:
+    """The maximum of every second 3 × 3 window that lies inside."""
+    return F.max_pool2d(x, 3, stride=2)
+
+
+def average(x: Tensor) -> Tensor:
+    """The average around each place. TensorFlow counts only what lies inside, other than PyTorch unless told so."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def maximum(x: Tensor) -> Tensor:
+    """The maximum around each place."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _mixed_35(pooled: int) -> list[Branch]:
+    """The block of 35 × 35 places."""
+    return [
+        [Layer("branch1x1", 64)],
+        [Layer("branch5x5_1", 48), Layer("branch5x5_2", 64, (5, 5))],
+        [Layer("branch3x3dbl_1", 64), Layer("branch3x3dbl_2", 96, (3, 3)), Layer("branch3x3dbl_3", 96, (3, 3))],
+        [average, Layer("branch_pool", pooled)],
+    ]
+
+
+def _mixed_17(narrow: int) -> list[Branch]:
+    """The block of 17 × 17 places, where 7 × 7 convolutions are pairs of 1 × 7 and 7 × 1."""
+    row, column = (1, 7), (7, 1)
+    return [
+        [Layer("branch1x1", 192)],
+        [Layer("branch7x7_1", narrow), Layer("branch7x7_2", narrow, row), Layer("branch7x7_3", 192, column)],
+        [
+            Layer("branch7x7dbl_1", narrow),
+            Layer("branch7x7dbl_2", narrow, column),
+            Layer("branch7x7dbl_3", narrow, row),
+            Layer("branch7x7dbl_4", narrow, column),
+            Layer("branch7x7dbl_5", 192, row),
+        ],
+        [average, Layer("branch_pool", 192)],
+    ]
+
+
+def _mixed_8(pool: Pool) -> list[Branch]:
+    """The block of 8 × 8 places, where branches fork at their ends."""
+    row, column = (1, 3), (3, 1)
+    return [
+        [Layer("branch1x1", 320)],
+        [Layer("branch3x3_1", 384), [Layer("branch3x3_2a", 384, row), Layer("branch3x3_2b", 384, column)]],
+        [
+            Layer("branch3x3dbl_1", 448),
+            Layer("branch3x3dbl_2", 384, (3, 3)),
+            [Layer("branch3x3dbl_3a", 384, row), Layer("branch3x3dbl_3b", 384, column)],
+        ],
+        [pool, Layer("branch_pool", 192)],
+    ]
+
+
+STEM: Branch = [
+    Layer("Conv2d_1a_3x3", 32, (3, 3), stride=2, padded=False),
+    Layer("Conv2d_2a_3x3", 32, (3, 3), padded=False),
+    Layer("Conv2d_2b_3x3", 64, (3, 3)),
+    halve,
+    Layer("Conv2d_3b_1x1", 80),
+    Layer("Conv2d_4a_3x3", 192, (3, 3), padded=False),
+    halve,
+]
+BLOCKS: dict[str, list[Branch]] = {
+    "Mixed_5b": _mixed_35(pooled=32),
+    "Mixed_5c": _mixed_35(pooled=64),
+    "Mixed_5d": _mixed_35(pooled=64),
+    "Mixed_6a": [
+        [Layer("branch3x3", 384, (3, 3), stride=2, padded=False)],
+        [
+            Layer("branch3x3dbl_1", 64),
+            Layer("branch3x3dbl_2", 96, (3, 3)),
+            Layer("branch3x3dbl_3", 96, (3, 3), stride=2, padded=False),
+        ],
+        [halve],
+    ],
+    "Mixed_6b": _mixed_17(narrow=128),
+    "Mixed_6c": _mixed_17(narrow=160),
+    "Mixed_6d": _mixed_17(narrow=160),
+    "Mixed_6e": _mixed_17(narrow=192),
+    "Mixed_7a": [
+        [Layer("branch3x3_1", 192), Layer("branch3x3_2", 320, (3, 3), stride=2, padded=False)],
+        [
+            Layer("branch7x7x3_1", 192),
+            Layer("branch7x7x3_2", 192, (1, 7)),
+            Layer("branch7x7x3_3", 192, (7, 1)),
+            Layer("branch7x7x3_4", 192, (3, 3), stride=2, padded=False),
+        ],
+        [halve],
+    ],
+    "Mixed_7b": _mixed_8(average),
+    "Mixed_7c": _mixed_8(maximum),  # the graph of 2015 has it so, although the paper has an average here too
+}
+
+
+class Normalisation(nn.Module):
+    """Batch normalisation by given statistics. PyTorch's own also counts its steps, which a file may lack."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON)
+
+
+class Convolution(nn.Module):
+    """What a :class:`Layer` describes. The weights keep the size of activations on average, until others are read."""
+
+    def __init__(self, previous: int, layer: Layer) -> None:
+        super().__init__()
+        height, width = layer.kernel
+        padding = (height // 2, width // 2) if layer.padded else (0, 0)
+        self.conv = nn.Conv2d(previous, layer.width, layer.kernel, layer.stride, padding, bias=False)
+        self.bn = Normalisation(layer.width)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, width, H', W')."""
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Chain(nn.Module):
+    """A module that has layers as children of their names, and runs steps one after the other."""
+
+    def add(self, previous: int, steps: Branch) -> int:
+        """Make the layers of steps; gives the width after them."""
+        for step in steps:
+            if callable(step):
+                continue
+            layers = step if isinstance(step, list) else [step]
+            for layer in layers:
+                self.add_module(layer.name, Convolution(previous, layer))
+            previous = sum(layer.width for layer in layers)
+        return previous
+
+    def follow(self, steps: Branch, x: Tensor) -> Tensor:
+        """What steps make of (B, C, H, W)."""
+        for step in steps:
+            if callable(step):
+                x = step(x)
+            elif isinstance(step, list):
+                x = torch.cat([self.get_submodule(layer.name)(x) for layer in step], dim=1)
+            else:
+                x = self.get_submodule(step.name)(x)
+        return x
+
+
+class Mixed(Chain):
+    """Branches that see the same input, joined along channels in their order."""
+
+    def __init__(self, previous: int, branches: list[Branch]) -> None:
+        super().__init__()
+        self.branches = branches
+        self.width = sum(self.add(previous, branch) for branch in branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, width, H', W')."""
+        return torch.cat([self.follow(branch, x) for branch in self.branches], dim=1)
+
+
+class InceptionNet(Chain):
+    """Inception of the TensorFlow graph of 2015-12-05 (arXiv 1512.00567 section 6), with random weights.
+
+    It gives what torch-fidelity's gives, and its entries have the same names; that itself is not used because it needs
+    torchvision. It is a fixed function: always in evaluation mode, frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = self.add(3, STEM)
+        for name, branches in BLOCKS.items():
+            block = Mixed(width, branches)
+            self.add_module(name, block)
+            width = block.width
+        self.fc = nn.Linear(width, CLASSES)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "InceptionNet":
+        """Stay in evaluation mode, whatever a parent does."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Features:
+        """Everything that is measured of pictures, in one pass.
+
+        Args:
+            images: (B, 3, H, W) float32, the levels 0 … 255 of files, of any size.
+
+        Returns:
+            ``pool`` (B, 2048), averages of the last block. ``spatial`` (B, 17 · 17 · 7), the first 7 channels of
+            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), so that statistics of ADM's files fit:
+            sFID (arXiv 2103.03841). ``logits`` (B, 1008) without the bias of the last layer, as ADM and torch-fidelity
+            take the Inception Score; ``biased_logits`` with it.
+
+        Raises:
+            ValueError: if these are no such pictures.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"Inception needs floats with levels 0 … 255 of shape (B, 3, H, W), not {images.dtype} of "
+                f"{tuple(images.shape)}"
+            )
+        x = (resize_tf1(images, (SIZE, SIZE)) - 128) / 128
+        x = self.follow(STEM, x.contiguous(memory_format=torch.channels_last))  # faster on CPUs
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+            if name == "Mixed_6d":  # its first branch is the 1 × 1 convolution
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        pool = x.mean((2, 3))
+        logits = F.linear(pool, self.fc.weight)
+        return Features(pool, spatial, logits, logits + self.fc.bias)
+
+
+class Inception(InceptionNet):
+    """The network with the weights that FID is defined by (arXiv 1706.08500).
+
+    Args:
+        weights: the file; None looks into torch.hub's cache folder, and downloads it if it is not there. As for
+            :func:`read_inception`.
+
+    Raises:
+        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: Path | str | None = None) -> None:
+        with torch.device("meta"):  # no memory, no random numbers
+            super().__init__()
+        self.load_state_dict(read_inception(weights), assign=True)
+
+
+def resize_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation as TensorFlow 1 has it, without ``align_corners`` and ``half_pixel_centers``.
+
+    Pixel i of n comes from i · (old n / n) of the old ones, without a filter against aliasing; what would come from
+    beyond the last pixel is that pixel. PyTorch's own ``interpolate`` shifts by half a pixel, which changes FIDs.
+
+    Args:
+        images: (B, C, H, W), floats.
+        size: height and width to come.
+
+    Returns:
+        (B, C, height, width) of the same dtype.
+    """
+    for axis, count in ((3, size[1]), (2, size[0])):  # columns first: rounded as TensorFlow does
+        old = images.shape[axis]
+        source = torch.arange(count, dtype=torch.float32, device=images.device) * (old / count)
+        first = source.long()
+        share = (source - first).to(images.dtype)
+        start = images.index_select(axis, first)
+        end = images.index_select(axis, (first + 1).clamp_max(old - 1))
+        images = start + (end - start) * (share if axis == 3 else share[:, None])
+    return images
+
+
+def inception_shapes() -> dict[str, torch.Size]:
+    """Names and shapes of the weights that are needed."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in InceptionNet().state_dict().items()}
+
+
+def fetch_inception(weights: Path | str | None = None) -> Path:
+    """The file of the weights, downloaded if need be; it is not read.
+
+    Args:
+        weights: the file; None looks into torch.hub's cache folder, for it or for what pytorch-fid calls it, and
+            downloads it if it is not there.
+
+    Raises:
+        ValueError: in one line, if it cannot be had.
+    """
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise ValueError(f"weights {weights} is not a file; get {ADDRESS} and give its path as {HOW_TO_GIVE}")
+        return Path(weights)
+    folder = Path(get_dir()) / "checkpoints"
+    for name in (FILE, OTHER_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    try:  # under a temporary name until it is whole and its checksum is right
+        folder.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(ADDRESS, str(folder / FILE), hash_prefix=CHECKSUM)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise ValueError(
+            f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
+            f"({error}); put the file there, or give its path as {HOW_TO_GIVE}"
+        ) from error
+    return folder / FILE
+
+
+def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
+    """The weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
+
+    Args:
+        weights: a ``.pth`` or ``.safetensors`` of them; as for :func:`fetch_inception`. A file that has the name of
+            the published one must have its checksum. What counts the steps of training may be there or not.
+
+    Returns:
+        Weights by their published names, float32, on the CPU.
+
+    Raises:
+        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+    """
+    file = fetch_inception(weights)
+    if file.name in (FILE, OTHER_NAME):
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != CHECKSUM:
+            raise ValueError(
+                f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
+                "it another name if other weights are meant"
+            )
+    try:
+        found = {name: value.float() for name, value in _load(file).items() if not name.endswith("num_batches_tracked")}
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{file} cannot be read as Inception ({type(error).__name__}); get {ADDRESS}") from error
+    wanted = inception_shapes()
+    faults = [
+        *(f"{name} is missing" for name in wanted if name not in found),
+        *(f"{name} is unexpected" for name in found if name not in wanted),
+        *(
+            f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name].shape != shape
+        ),
+    ]
+    if faults:
+        listed = "; ".join(faults[:MOST_LISTED]) + (f"; {more} more" if (more := len(faults) - MOST_LISTED) > 0 else "")
+        raise ValueError(f"{file} is not Inception of 2015-12-05: {listed}; get {ADDRESS}")
+    return found
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file  # imported here because few need it
+
+        return load_file(file)
+    content: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return content

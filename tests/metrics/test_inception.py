@@ -1,0 +1,190 @@
+"""Inception gives what torch-fidelity's does, of pictures of every size, and where TensorFlow has it."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llamagen.metrics import Inception, InceptionNet
+from llamagen.metrics.features import Features, extract, extractor_name
+from llamagen.metrics.inception import inception_shapes, resize_tf1
+from tests.golden import assert_matches, golden, integer_input, normal_input
+
+SIZES = ["64x64", "299x299", "384x384", "200x333"]
+
+
+def inception_golden(entry: str) -> Any:
+    return golden(entry, "inception.json")
+
+
+def filled(name: str, shape: torch.Size) -> Tensor:
+    """The weights with which the values were recorded: convolutions keep the size of what goes through them."""
+    values = normal_input(name, shape)
+    if len(shape) == 4:
+        return values * sqrt(2 * shape[0] / values.numel())
+    if len(shape) == 2:
+        return values * sqrt(shape[0] / values.numel())
+    if name.endswith("bn.weight"):
+        return 1 + 0.1 * values
+    if name.endswith("running_var"):
+        return 1 + 0.1 * values.abs()
+    return 0.02 * values
+
+
+def pictures(size: str) -> Tensor:
+    """Two pictures of noise, the second of which is dark."""
+    height, width = map(int, size.split("x"))
+    images = integer_input(f"inception-{size}", 256, (2, 3, height, width)).to(torch.uint8)
+    images[1] //= 4
+    return images
+
+
+@pytest.fixture(scope="module")
+def net() -> InceptionNet:
+    with torch.device("meta"):
+        net = InceptionNet()
+    net.load_state_dict({name: filled(name, shape) for name, shape in inception_shapes().items()}, assign=True)
+    return net
+
+
+@pytest.fixture(scope="module")
+def found(net: InceptionNet) -> dict[str, Features]:
+    return {size: extract(net, pictures(size)) for size in SIZES}
+
+
+def test_names_and_shapes_are_those_of_the_published_weights() -> None:
+    shapes = {name: list(shape) for name, shape in inception_shapes().items()}
+    assert shapes == inception_golden("entries")
+    assert len(shapes) == 94 * 5 + 2  # of each convolution its weight, and four of its normalisation
+    parameters = [value for name, value in inception_shapes().items() if "running" not in name]
+    assert sum(shape.numel() for shape in parameters) == 23_850_960
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("entry", "output"),
+    [("2048", "pool"), ("spatial", "spatial"), ("logits_unbiased", "logits"), ("logits", "biased_logits")],
+)
+def test_features_are_those_of_torch_fidelity(found: dict[str, Features], size: str, entry: str, output: str) -> None:
+    record = inception_golden("sizes")[size][entry]
+    assert_matches(getattr(found[size], output), record, tolerance=1e-4 * record["std"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_are_resized_as_torch_fidelity_does(size: str) -> None:
+    resized = resize_tf1(pictures(size).float(), (299, 299))
+    assert_matches(resized, inception_golden("sizes")[size]["resized"], tolerance=1e-4)
+
+
+def test_one_pass_gives_everything_a_row_for_each_picture(found: dict[str, Features]) -> None:
+    features = found["64x64"]
+    assert [tuple(rows.shape) for rows in features] == [(2, 2048), (2, 17 * 17 * 7), (2, 1008), (2, 1008)]
+    assert {rows.dtype for rows in features} == {torch.float32}
+    assert not any(rows.requires_grad for rows in features)
+
+
+def test_spatial_features_are_in_the_order_of_tensorflow(net: InceptionNet, found: dict[str, Features]) -> None:
+    seen: list[Tensor] = []
+    hook = net.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda *call: seen.append(call[2]))
+    try:
+        extract(net, pictures("64x64"))
+    finally:
+        hook.remove()
+    spatial = found["64x64"].spatial
+    assert spatial is not None
+    expected = [seen[0][1, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)]
+    torch.testing.assert_close(spatial[1], torch.stack(expected))
+
+
+def test_the_bias_is_what_logits_differ_by(net: InceptionNet, found: dict[str, Features]) -> None:
+    _, _, logits, biased = found["299x299"]
+    assert logits is not None
+    assert biased is not None
+    torch.testing.assert_close(biased - logits, net.fc.bias.expand(2, -1), atol=1e-6, rtol=0)
+
+
+def test_the_batch_size_does_not_matter(net: InceptionNet, found: dict[str, Features]) -> None:
+    images = pictures("200x333")
+    for rows, both in zip(extract(net, images[1:]), found["200x333"], strict=True):
+        assert rows is not None
+        assert both is not None
+        torch.testing.assert_close(rows, both[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_picture_between_pixels_is_interpolated_from_the_top_left() -> None:
+    row = torch.tensor([[0.0, 30.0, 90.0]])
+    wider = resize_tf1(row.view(1, 1, 1, 3), (1, 6)).flatten()
+    assert wider.tolist() == [0, 15, 30, 60, 90, 90]  # half-pixel centers would give 0, 7.5, 22.5, …
+    column = torch.tensor([0.0, 30.0, 90.0]).view(1, 1, 3, 1)
+    assert resize_tf1(column, (6, 2)).squeeze().tolist() == [[value, value] for value in wider.tolist()]
+
+
+def test_a_larger_picture_is_sampled_without_a_filter() -> None:
+    row = torch.tensor([10.0, 1.0, 2.0, 20.0, 5.0, 6.0]).view(1, 1, 1, 6)
+    assert resize_tf1(row, (1, 2)).flatten().tolist() == [10, 20]
+    assert resize_tf1(row, (1, 4)).flatten().tolist() == [10, 1.5, 20, 5.5]
+
+
+def test_both_axes_are_interpolated() -> None:
+    square = torch.tensor([[0.0, 100.0], [200.0, 240.0]]).view(1, 1, 2, 2)
+    assert resize_tf1(square, (4, 4)).squeeze().tolist() == [
+        [0, 50, 100, 100],
+        [100, 135, 170, 170],
+        [200, 220, 240, 240],
+        [200, 220, 240, 240],
+    ]
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
+    images = pictures("299x299").float()
+    assert torch.equal(resize_tf1(images, (299, 299)), images)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 1, 8, 8),
+        torch.zeros(1, 8, 8, 3),
+    ],
+)
+def test_what_is_no_picture_is_refused(net: InceptionNet, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"needs floats with levels 0 … 255 of shape \(B, 3, H, W\), not") as error:
+        net(images)
+    assert str(images.dtype) in str(error.value)
+    assert str(tuple(images.shape)) in str(error.value)
+
+
+def test_it_stays_frozen_and_in_evaluation_mode(net: InceptionNet) -> None:
+    owner = nn.Sequential(net)
+    owner.train()
+    assert not any(module.training for module in net.modules())
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_sees_the_same(
+    net: InceptionNet, found: dict[str, Features], way: Callable[[InceptionNet], InceptionNet]
+) -> None:
+    copied = way(net)
+    assert copied.fc.weight is not net.fc.weight
+    torch.testing.assert_close(extract(copied, pictures("64x64")).pool, found["64x64"].pool)
+
+
+def test_random_weights_tell_pictures_apart() -> None:
+    torch.manual_seed(0)
+    pool = extract(InceptionNet(), pictures("64x64")).pool
+    assert (pool[0] - pool[1]).std() > 0.01 * pool.std()
+    assert 0.01 < pool.std() < 10
+
+
+def test_metrics_call_it_by_its_name() -> None:
+    with torch.device("meta"):
+        assert extractor_name(InceptionNet()) == "InceptionNet"
+    assert Inception.name == "inception"
