@@ -32,6 +32,8 @@ class SamplingModule(Protocol):
     sampling: Any
     """Dataclass of what decides a picture, beside its label and the seed."""
     sample_seed: int
+    picture_size: int | None
+    """Side in pixels to which pictures are resized."""
 
     @property
     def generator(self) -> nn.Module:
@@ -99,7 +101,7 @@ class ImageWriter(pl.Callback):
         """Put down what the run is begun with, or see that it was begun with the same.
 
         Raises:
-            ValueError: if labels, seed, sampling settings, precision, model or tokenizer differ.
+            ValueError: if labels, seed, size, sampling settings, precision, model or tokenizer differ.
         """
         assert self._folder is not None
         folder, module = self._folder, cast(SamplingModule, pl_module)
@@ -108,6 +110,7 @@ class ImageWriter(pl.Callback):
             "number of pictures": len(folder.labels),
             "order of labels": hashlib.sha256(folder.labels.astype("<i8").tobytes()).hexdigest(),
             "sample_seed": module.sample_seed,
+            "picture_size": module.picture_size,
             **{f"sampling.{name}": value for name, value in asdict(module.sampling).items()},
             "precision": str(trainer.precision),
             "int8": any(isinstance(c, CompiledSampling) and c.int8 for c in trainer.callbacks),  # type: ignore[attr-defined]

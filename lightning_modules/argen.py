@@ -19,6 +19,7 @@ from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import shard
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
+from llamagen.sampling.pixels import check_picture_size
 from llamagen.weights import ENTRY, load_weights, read_weights
 
 
@@ -34,6 +35,9 @@ class ARGenModule(GenerativeModule):
         sampling: how pictures are drawn in ``predict`` and in sample grids.
         tokenizer: checkpoint of the tokenizer run whose codes the model learns.
         sample_seed: seed of the pictures that ``predict`` draws.
+        picture_size: side in pixels to which all drawn pictures are resized, at least 1; null leaves them as decoded.
+            The paper measures models for 384 px on pictures that are resized to 256 (arXiv 2406.06525, section 3); the
+            interpolation is that of the published code, see :func:`llamagen.sampling.pixels.to_pixels`.
         loss: what is added to the cross entropy.
         init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
         init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
@@ -52,6 +56,7 @@ class ARGenModule(GenerativeModule):
         sampling: SamplingConfig | None = None,
         tokenizer: Path | str | None = None,
         sample_seed: int = 0,
+        picture_size: int | None = None,
         loss: ARGenLossConfig | None = None,
         init_from: Path | str | None = None,
         init_averaged: bool = True,
@@ -83,7 +88,8 @@ class ARGenModule(GenerativeModule):
                 f"init_adapt is {list(init_adapt)}, but there is no init_from; give the weights to start from"
             )
         self.sampling = sampling or SamplingConfig()
-        self.sample_seed = sample_seed
+        check_picture_size(picture_size)
+        self.sample_seed, self.picture_size = sample_seed, picture_size
         self.sampler: PictureSampler | None = None  # of a callback that keeps one
         # In a tuple, so that nn.Module does not see it.
         self._tokenizer: tuple[VQGAN, ...] = ()
@@ -328,7 +334,9 @@ class ARGenModule(GenerativeModule):
             ValueError: if the module has no tokenizer, or it cannot be compiled.
         """
         self.check_sampling(())
-        return PictureSampler(self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8)
+        return PictureSampler(
+            self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8, picture_size=self.picture_size
+        )
 
     def draw(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None

@@ -21,18 +21,26 @@ class PictureSampler:
         batch_size: see :class:`~llamagen.sampling.sampler.Sampler`.
         compiled: see there.
         int8: see there.
+        picture_size: see :class:`~llamagen.sampling.pixels.PixelDecoder`.
 
     Raises:
         ValueError: see there.
     """
 
     def __init__(
-        self, gpt: GPT, tokenizer: VQGAN, batch_size: int, *, compiled: bool = False, int8: bool = False
+        self,
+        gpt: GPT,
+        tokenizer: VQGAN,
+        batch_size: int,
+        *,
+        compiled: bool = False,
+        int8: bool = False,
+        picture_size: int | None = None,
     ) -> None:
         self.sampler = Sampler(gpt, batch_size, compiled=compiled, int8=int8)
         dtype = compute_dtype(gpt)  # the decoder's activations may be too large for float16
         dtype = torch.float32 if dtype is torch.float16 else dtype
-        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, dtype)
+        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, dtype, picture_size)
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate and compile for calls with these settings, before the first."""

@@ -1,6 +1,6 @@
 """Codes → pixels, some pictures at a time, and on GPUs beside the next batch's codes.
 
-B pictures of H × W pixels, h × w codes.
+B pictures of H × W pixels, as decoded H' × W', h × w codes.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from threading import Lock
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llamagen.models.vqgan import VQGAN, to_uint8
 
@@ -62,6 +63,38 @@ def _fetched(images: Tensor, ready: "torch.cuda.Event | None") -> np.ndarray:
         return images.cpu().numpy()
 
 
+def check_picture_size(picture_size: int | None) -> None:
+    """Refuse a side that no picture can have.
+
+    Args:
+        picture_size: in pixels; None for pictures as decoded.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if picture_size is not None and picture_size < 1:
+        raise ValueError(f"picture_size is {picture_size}; it must be at least 1, or null for pictures as decoded")
+
+
+def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
+    """Bytes of pictures, which are resized first if they are of another size.
+
+    Resized as in the published evaluation, in float32: by bicubic interpolation (Keys' kernel with a = −0.75) without
+    antialiasing, of values that are clamped only afterwards.
+
+    Args:
+        decoded: (B, 3, H', W') floats, about [-1, 1], not clamped.
+        height: H, at least 1.
+        width: W, at least 1.
+
+    Returns:
+        (B, H, W, 3) uint8.
+    """
+    if decoded.shape[2:] != (height, width):
+        decoded = F.interpolate(decoded.float(), (height, width), mode="bicubic", align_corners=False, antialias=False)
+    return to_uint8(decoded).permute(0, 2, 3, 1)
+
+
 class PixelDecoder:
     """The decoder of a tokenizer for sampling: channels last, in the dtype of the sampling.
 
@@ -71,12 +104,19 @@ class PixelDecoder:
         tokenizer: left as it is; what decodes is copied, if it is in another dtype or on another device.
         device: where the codes are.
         dtype: of the computation.
+        picture_size: side in pixels to which pictures are resized, see :func:`to_pixels`; None leaves them as decoded.
+
+    Raises:
+        ValueError: if ``picture_size`` is below 1.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, tokenizer: VQGAN, device: torch.device, dtype: torch.dtype) -> None:
-        self._side = tokenizer.config.downsampling
+    def __init__(
+        self, tokenizer: VQGAN, device: torch.device, dtype: torch.dtype, picture_size: int | None = None
+    ) -> None:
+        check_picture_size(picture_size)
+        self._side, self._picture_size = tokenizer.config.downsampling, picture_size
         weight = tokenizer.post_quant_conv.weight
         parts: list[nn.Module] = [tokenizer.quantize, tokenizer.post_quant_conv, tokenizer.decoder]
         if weight.dtype is not dtype or weight.device != device:
@@ -91,6 +131,9 @@ class PixelDecoder:
 
         Args:
             codes: (B, h, w) int64, which are taken to be in the codebook.
+
+        Returns:
+            B pictures, with a ``picture_size`` square whatever h and w.
         """
         if self._stream is None:
             return Pictures([self._decode(codes)], [None])
@@ -102,12 +145,14 @@ class PixelDecoder:
     def _decode(self, codes: Tensor) -> Tensor:
         height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
         count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
+        if self._picture_size is not None:
+            height = width = self._picture_size
         images = codes.new_empty((len(codes), height, width, 3), dtype=torch.uint8)
         for start in range(0, len(codes), count):
             part = codes[start : start + count]
             full = torch.cat([part, part[:1].expand(count - len(part), -1, -1)])
             with torch.autocast(codes.device.type, enabled=False):
                 latent = self._quantize.lookup(full).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
-                pictures = to_uint8(self._decoder(self._post(latent)))
-            images[start : start + count] = pictures[: len(part)].permute(0, 2, 3, 1)
+                pictures = to_pixels(self._decoder(self._post(latent)), height, width)
+            images[start : start + count] = pictures[: len(part)]
         return images

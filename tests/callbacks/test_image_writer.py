@@ -48,6 +48,16 @@ def test_samples_have_the_promised_places_and_archive(pipeline: Pipeline) -> Non
         assert np.array_equal(np.array(Image.open(pipeline.samples / name)), picture)
 
 
+def test_pictures_are_resized_in_files_archive_and_grid(pipeline: Pipeline, tmp_path: Path) -> None:
+    main.main(command(pipeline, tmp_path, "--model.init_args.picture_size=5"))
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        with Image.open(path) as picture:
+            assert picture.size == (5, 5)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (30, 5, 5, 3)
+    assert np.array(Image.open(tmp_path / "grid.png")).shape == (10 * 7 + 2, 3 * 7 + 2, 3)
+
+
 def test_the_grid_has_a_row_for_each_class(pipeline: Pipeline) -> None:
     grid = np.array(Image.open(pipeline.samples / "grid.png"))
     assert grid.shape == (10 * 10 + 2, 3 * 10 + 2, 3)
@@ -106,6 +116,7 @@ def test_pictures_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: 
 
 OTHERS = {
     "sample_seed (0 there, 3 here)": ["--model.init_args.sample_seed=3"],
+    "picture_size (None there, 5 here)": ["--model.init_args.picture_size=5"],
     "sampling.temperature (0.8 there, 0.5 here)": ["--model.init_args.sampling.temperature=0.5"],
     "number of pictures (30 there, 40 here)": ["--data.init_args.per_class=4"],
     "order of labels": ["--data.init_args.classes=[9,8,7,6,5,4,3,2,1,0]"],
@@ -229,7 +240,11 @@ def test_a_rank_says_that_it_is_done_when_its_pictures_are_written(
         precision="32-true",
     )
     module: Any = SimpleNamespace(
-        generator=torch.nn.Linear(1, 1), sampling=SamplingConfig(), sample_seed=0, tokenizer_checksum=None
+        generator=torch.nn.Linear(1, 1),
+        sampling=SamplingConfig(),
+        sample_seed=0,
+        picture_size=None,
+        tokenizer_checksum=None,
     )
     writer = ImageWriter()
     writer.setup(trainer, module, "predict")

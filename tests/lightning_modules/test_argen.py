@@ -15,9 +15,11 @@ from callbacks import SampleGrid
 from datamodules import CodeDataModule, SampleDataModule
 from lightning_modules import ARGenModule
 from lightning_modules.optimization import AdamWConfig, build_adamw
+from llamagen.models.vqgan import to_uint8
 from llamagen.sampling import SamplingConfig, generate
 from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train
 from tests.pipeline import Pipeline
+from tests.small_models import small_gpt, small_vqgan
 
 
 def test_a_fresh_model_has_the_loss_of_a_uniform_guess(pipeline: Pipeline) -> None:
@@ -72,6 +74,30 @@ def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
     with torch.no_grad():
         decoded = vqgan.decode_codes(codes.unflatten(1, (4, 4))).permute(0, 2, 3, 1)
     assert (images.float() - (decoded.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
+
+
+def test_a_sample_is_resized_before_it_becomes_bytes_in_any_batch() -> None:
+    module = ARGenModule(small_gpt(vocab_size=64).config, picture_size=11)
+    vqgan, labels, indices = small_vqgan(), torch.arange(5), torch.arange(5) + 20
+    module.gpt.load_state_dict(small_gpt(vocab_size=64).state_dict())
+    module.eval()._tokenizer = (vqgan,)
+    images, codes = module.sample(labels, indices, seed=7)
+    with torch.no_grad():
+        decoded = vqgan.decode_codes(codes.unflatten(1, (4, 4)))
+    assert (decoded.abs() > 1.1).float().mean() > 0.02  # what is clamped too early shows
+    expected = to_uint8(F.interpolate(decoded, size=(11, 11), mode="bicubic", align_corners=False, antialias=False))
+    assert (images.shape, images.dtype) == ((5, 11, 11, 3), torch.uint8)
+    difference = (images.int() - expected.permute(0, 2, 3, 1).int()).abs()
+    assert difference.max() <= 1  # the decoder may round otherwise with another number of pictures,
+    assert (difference > 0).float().mean() < 0.01  # which seldom shows
+    for row in range(5):
+        one, _ = module.sample(labels[row : row + 1], indices[row : row + 1], seed=7)
+        assert torch.equal(one[0], images[row])
+
+
+def test_a_size_that_no_picture_has_is_refused_when_the_module_is_built() -> None:
+    with pytest.raises(ValueError, match="picture_size is 0; it must be at least 1, or null"):
+        ARGenModule(small_gpt().config, picture_size=0)
 
 
 def test_sampling_without_a_tokenizer_says_what_to_set() -> None:

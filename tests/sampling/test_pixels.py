@@ -1,12 +1,17 @@
 """Pixels are those of the tokenizer, whatever the batch, and the tokenizer stays as it is."""
 
 import threading
+from math import floor
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from llamagen.models.vqgan import to_uint8
 from llamagen.sampling import Pictures, PictureSampler, PixelDecoder, SamplingConfig, pixels
+from llamagen.sampling.pixels import to_pixels
+from tests.golden import normal_input
 from tests.small_models import assert_same, small_gpt, small_vqgan
 
 CPU = torch.device("cpu")
@@ -26,15 +31,87 @@ def test_pixels_are_those_of_the_tokenizer() -> None:
     assert (pictures.numpy() == pictures.tensor().numpy()).all()
 
 
+def bicubic_matrix(new: int, old: int) -> np.ndarray:
+    """(new, old) weights of one axis: Keys' kernel with a = −0.75, centres of pixels at halves, edges repeated."""
+    a, weights = -0.75, np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * old / new - 0.5
+        for tap in range(floor(centre) - 1, floor(centre) + 3):
+            x = abs(centre - tap)
+            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[row, min(max(tap, 0), old - 1)] += near if x <= 1 else far
+    return weights
+
+
+@pytest.mark.parametrize(("old", "new"), [(384, 256), (16, 11), (8, 13)])
+def test_resizing_is_bicubic_without_antialiasing_before_pixels_are_clamped(old: int, new: int) -> None:
+    decoded = normal_input("pixels/decoded", (2, 3, old, old))  # a third of it is beyond [-1, 1]
+    matrix = bicubic_matrix(new, old)
+    expected = np.clip(127.5 * (matrix @ decoded.double().numpy() @ matrix.T) + 128, 0, 255).transpose(0, 2, 3, 1)
+    found = to_pixels(decoded, new, new).numpy()
+    assert (found.dtype, found.shape) == (np.uint8, (2, new, new, 3))
+    sure = abs(expected - expected.round()) > 1e-3  # float32 may round the others to either side of a whole number
+    sure |= (expected == 0) | (expected == 255)
+    assert sure.mean() > 0.98
+    assert (found == expected.astype(np.uint8))[sure].all()
+    clamped = to_pixels(decoded.clamp(-1, 1), new, new).numpy()
+    smoothed = to_uint8(F.interpolate(decoded, (new, new), mode="bicubic", antialias=True)).permute(0, 2, 3, 1).numpy()
+    assert (abs(clamped - expected) > 2).mean() > 0.2
+    assert new > old or (abs(smoothed - expected) > 2).mean() > 0.2
+
+
+def test_height_and_width_are_resized_to_what_each_is_to_be() -> None:
+    decoded = normal_input("pixels/decoded", (2, 3, 8, 12))
+    assert to_pixels(decoded, 6, 8).shape == (2, 6, 8, 3)
+    assert torch.equal(to_pixels(decoded, 8, 12), to_uint8(decoded).permute(0, 2, 3, 1))
+
+
+def test_bytes_are_truncated_and_clamped() -> None:
+    level = torch.arange(256)
+    for part in (0.01, 0.5, 0.99):
+        decoded = ((level + part - 128) / 127.5).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+        assert to_pixels(decoded, 16, 16)[0, :, :, 1].flatten().tolist() == level.tolist()
+    exact = {-1.0: 0, 0.0: 128, 1.0: 255, -1.01: 0, 1.01: 255, -40.0: 0, 40.0: 255, 126.0 / 127.5: 254, 2 / 127.5: 130}
+    found = to_pixels(torch.tensor(list(exact)).expand(1, 3, 1, -1), 1, len(exact))
+    assert found[0, 0, :, 2].tolist() == list(exact.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_a_time", [1, 3, 64])
+def test_decoded_pictures_are_resized_in_float32(dtype: torch.dtype) -> None:
+    vqgan, codes = small_vqgan(), some_codes(4)
+    decode = PixelDecoder(vqgan, CPU, dtype, picture_size=11)
+    with torch.no_grad():
+        decoded = decode._decoder(decode._post(decode._quantize.lookup(codes).to(dtype)))  # type: ignore[operator]
+    assert decoded.dtype is dtype
+    resized = F.interpolate(decoded.float(), size=(11, 11), mode="bicubic", align_corners=False, antialias=False)
+    difference = decode(codes).tensor().int() - to_uint8(resized).permute(0, 2, 3, 1).int()
+    assert (difference != 0).float().mean() < 0.02
+
+
+def test_pictures_that_have_the_size_are_left_as_decoded() -> None:
+    codes = some_codes(3)
+    assert torch.equal(
+        PixelDecoder(small_vqgan(), CPU, torch.float32, picture_size=16)(codes).tensor(),
+        PixelDecoder(small_vqgan(), CPU, torch.float32)(codes).tensor(),
+    )
+
+
+@pytest.mark.parametrize("picture_size", [0, -256])
+def test_a_size_that_no_picture_has_is_refused(picture_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"picture_size is {picture_size}; it must be at least 1, or null"):
+        PictureSampler(small_gpt(vocab_size=64), small_vqgan(), 3, picture_size=picture_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("at_a_time", "picture_size"), [(1, None), (3, None), (64, None), (3, 11)])
 def test_a_picture_has_the_same_pixels_in_any_batch(
-    at_a_time: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    at_a_time: int, picture_size: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pixels.PIXELS, "cpu", at_a_time * 16 * 16)
-    decode, codes = PixelDecoder(small_vqgan(), CPU, dtype), some_codes(7)
+    decode, codes = PixelDecoder(small_vqgan(), CPU, dtype, picture_size), some_codes(7)
     together = decode(codes).tensor()
-    assert together.shape == (7, 16, 16, 3)
+    side = picture_size or 16
+    assert together.shape == (7, side, side, 3)
     assert torch.equal(torch.cat([decode(part).tensor() for part in codes.split(2)]), together)
     assert torch.equal(decode(codes[[6, 0]]).tensor(), together[[6, 0]])
     assert len(together.flatten(1).unique(dim=0)) == 7
