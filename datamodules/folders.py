@@ -1,12 +1,15 @@
-"""A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``."""
+"""A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``; or one of
+pictures alone: ``root/1.jpg``.
+"""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.bad_samples import Skipped
-from datamodules.index import OTHER_PICTURES, PICTURES, SampleIndex, Strings
+from datamodules.index import NO_LABEL, OTHER_PICTURES, PICTURES, SampleIndex, Strings
 
 
 def class_folders(root: Path) -> list[str]:
@@ -29,38 +32,65 @@ def index_folder(root: Path, classes: list[str]) -> SampleIndex:
         ValueError: if a class folder is not among ``classes``.
     """
     numbers = {name: number for number, name in enumerate(classes)}
+    found = class_folders(root)
+    for name in found:
+        if name not in numbers:
+            raise ValueError(
+                f"{root} has the class folder {name}, which is none of the {len(classes)} classes of the training "
+                "pictures; rename or remove it"
+            )
+    return _index(root, ((*place, numbers[name]) for name in found for place in _walk(root / name)))
+
+
+def index_flat(root: Path) -> SampleIndex:
+    """The pictures that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
+    return _index(root, [(str(root), flat_pictures(root), NO_LABEL)])
+
+
+def flat_pictures(root: Path) -> list[str]:
+    """Names of the pictures that lie in a folder itself, sorted, those that cannot be read included."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    kinds = (*PICTURES, *OTHER_PICTURES)
+    return sorted(name for name in names if name.rpartition(".")[0] and name.rpartition(".")[2].lower() in kinds)
+
+
+def _walk(root: Path) -> Iterable[tuple[str, list[str]]]:
+    """A folder and those within it, each with its files."""
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(entry for entry in below if not entry.startswith("."))
+        yield folder, sorted(names)
+
+
+def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:
+    """The pictures among files, given by folder, names and label."""
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
     suffixes: list[str] = []
     bad: list[Skipped] = []
     taken: set[str] = set()
-    for name in class_folders(root):
-        if name not in numbers:
-            raise ValueError(
-                f"{root} has the class folder {name}, which is none of the {len(classes)} classes of the training "
-                "pictures; rename or remove it"
-            )
-        for folder, below, names in os.walk(root / name, followlinks=True):
-            below[:] = sorted(entry for entry in below if not entry.startswith("."))
-            for file in sorted(names):
-                stem, _, suffix = file.rpartition(".")
-                path = os.path.join(folder, file)
-                if stem and not file.startswith(".") and suffix.lower() in OTHER_PICTURES:
-                    story = f"{path} is no {', '.join(PICTURES)}; convert it, or remove it"
-                    bad.append(Skipped(-1, os.path.relpath(path, root), "no picture", story))
-                if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
-                    continue
-                key = f"{os.path.relpath(folder, root)}/{stem.replace('.', '_')}".replace(os.sep, "/")
-                if key in taken:
-                    key = f"{key}_{suffix}"
-                while key in taken:
-                    key += "_"
-                taken.add(key)
-                files.append(path)
-                keys.append(key)
-                labels.append(numbers[name])
-                suffixes.append(suffix.lower())
+    for folder, names, label in places:
+        below = os.path.relpath(folder, root)
+        prefix = "" if below == os.curdir else f"{below}/".replace(os.sep, "/")
+        for file in names:
+            stem, _, suffix = file.rpartition(".")
+            path = os.path.join(folder, file)
+            if stem and not file.startswith(".") and suffix.lower() in OTHER_PICTURES:
+                story = f"{path} is no {', '.join(PICTURES)}; convert it, or remove it"
+                bad.append(Skipped(-1, os.path.relpath(path, root), "no picture", story))
+            if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
+                continue
+            key = f"{prefix}{stem.replace('.', '_')}"
+            if key in taken:
+                key = f"{key}_{suffix}"
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            files.append(path)
+            keys.append(key)
+            labels.append(label)
+            suffixes.append(suffix.lower())
     kinds = np.array(suffixes, dtype="U4")
     members = {}
     for suffix in PICTURES:

@@ -1,0 +1,225 @@
+"""Pictures in one array, as ADM's evaluation has them (``.npz``), read a batch at a time. N pictures of H × W pixels.
+
+``np.load`` would hold the whole array: 9.8 GB for 50,000 pictures of 256 × 256 pixels.
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+IMAGES, LABELS = "arr_0", "arr_1"
+STATISTICS = {"mu", "sigma"}
+ENDING = ".npy"
+FEWEST = 2
+"""Pictures of which there are statistics."""
+
+PIECE = 1 << 20
+"""Bytes read at once: what a decompressor gives is held beside the batch."""
+
+VERSIONS = ((1, 0), (2, 0), (3, 0))
+MOST_KEYS = 10
+DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+"""What zipfile raises for files that are cut off, damaged, encrypted or packed in an unusual way."""
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
+
+
+class PictureArchive:
+    """The pictures of an ``.npz`` (``arr_0`` uint8 (N, H, W, 3), and ``arr_1``, labels (N,), if it is there), stored or
+    deflated, or of an ``.npy`` of such an array. Nothing is ever unpickled.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        count: pictures.
+        size: side of the pictures in pixels.
+        labels: (N,) int64, or None.
+
+    Raises:
+        ValueError: if the file is missing, damaged or cut off, or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give an .npz of pictures, or a folder of them")
+        self._zipped, self._deflated = path.suffix != ENDING, False
+        keys = self._keys() if self._zipped else [IMAGES]
+        if IMAGES not in keys:
+            raise ValueError(_lacking(path, keys))
+        with self._member(IMAGES) as (member, length):
+            header = self._header(member, IMAGES)
+            self._start = member.tell()
+            self._check_pictures(header, length - self._start)
+        self.count, self.size = header.shape[:2]
+        self.labels = self._read_labels() if LABELS in keys else None
+
+    def _keys(self) -> list[str]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return [name.removesuffix(ENDING) for name in archive.namelist()]
+        except (*DAMAGES, ValueError) as error:
+            raise ValueError(
+                f"{self.path} is no .npz, or damaged or cut off ({_line(error)}); get or write it again"
+            ) from error
+
+    @contextmanager
+    def _member(self, key: str) -> Iterator[tuple[IO[bytes], int]]:
+        """An array of the file to read from, and its bytes."""
+        if not self._zipped:
+            with open(self.path, "rb") as file:
+                yield file, os.stat(self.path).st_size
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                name = key if key in archive.namelist() else key + ENDING
+                entry = archive.getinfo(name)
+                self._deflated = entry.compress_type != zipfile.ZIP_STORED
+                with archive.open(entry) as member:
+                    yield member, entry.file_size
+        except DAMAGES as error:
+            raise ValueError(f"{key} of {self.path} is damaged ({_line(error)}); get or write it again") from error
+
+    def _header(self, member: IO[bytes], key: str) -> _Header:
+        try:
+            version = np.lib.format.read_magic(member)
+            if version not in VERSIONS:
+                raise ValueError(f"version {version}")
+            # Version 3 is version 2 in UTF-8, which differs in names of columns alone, and pictures have none.
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return _Header(*read(member))
+        except Exception as error:  # the header is an expression of Python's, which can be wrong in all sorts of ways
+            raise ValueError(
+                f"{key} of {self.path} is no array of numpy's ({_line(error)}); write it with np.savez"
+            ) from error
+
+    def _check_pictures(self, header: _Header, length: int) -> None:
+        shape, dtype, where = header.shape, header.dtype, f"{IMAGES} of {self.path}"
+        if dtype != np.uint8:
+            remedy = "multiply floats by 255 and round" if dtype.kind == "f" else "convert it"
+            raise ValueError(f"{where} is {dtype}; it must be uint8 0…255; {remedy}")
+        if advice := _layout_advice(shape):
+            raise ValueError(f"{where} is {_shown(shape)}; it must be (N, H, W, 3); {advice}")
+        if shape[0] < FEWEST:
+            raise ValueError(f"{where} holds {shape[0]} pictures; at least {FEWEST} are needed")
+        if shape[1] != shape[2] or shape[1] < 1:
+            raise ValueError(f"pictures of {self.path} are {shape[1]} × {shape[2]} (H × W); they must be square")
+        if header.fortran_order:
+            raise ValueError(
+                f"{where} is in Fortran order, which spreads each picture over the file; write it with "
+                "np.ascontiguousarray"
+            )
+        if length < prod(shape):
+            raise ValueError(
+                f"{where} is cut off: {_shown(shape)} needs {prod(shape):,} bytes, and {max(length, 0):,} are there; "
+                "get or write it again"
+            )
+
+    def _read_labels(self) -> np.ndarray:
+        with self._member(LABELS) as (member, _):
+            header = self._header(member, LABELS)
+            if header.shape != (self.count,):
+                raise ValueError(
+                    f"{LABELS} of {self.path} is {_shown(header.shape)}; it must hold a label for each of the "
+                    f"{self.count} pictures; mend it, or leave it out"
+                )
+            if header.dtype.kind not in "iu":
+                raise ValueError(
+                    f"{LABELS} of {self.path} is {header.dtype}; labels must be whole numbers; mend it, or leave it out"
+                )
+            block = np.empty(self.count, header.dtype)
+            self._fill(member, block, LABELS)
+        labels: np.ndarray = block.astype(np.int64)
+        return labels
+
+    def blocks(self, numbers: range, batch_size: int) -> Iterator[np.ndarray]:
+        """Pictures by number, in blocks: at most one of them, and a piece of the file, is held at a time.
+
+        Args:
+            numbers: which; ascending. Others are passed over: by a seek, or where they are deflated by reading on.
+            batch_size: most pictures of a block.
+
+        Yields:
+            (B, H, W, 3) uint8.
+
+        Raises:
+            ValueError: if the file turns out to be damaged.
+        """
+        with self._member(IMAGES) as (member, _):
+            for first in range(0, len(numbers), batch_size):
+                # Held by nobody here while the caller works with it.
+                yield self._block(member, numbers[first : first + batch_size])
+
+    def _block(self, member: IO[bytes], numbers: range) -> np.ndarray:
+        block = np.empty((len(numbers), self.size, self.size, 3), np.uint8)
+        # Neighbours are read as one.
+        parts = [(numbers[0], block)] if numbers.step == 1 else zip(numbers, block, strict=True)
+        for number, part in parts:
+            self._skip_to(member, self._start + number * self.size * self.size * 3)
+            self._fill(member, part, IMAGES)
+        return block
+
+    def _skip_to(self, member: IO[bytes], place: int) -> None:
+        # A seek within a zip gives up its checksum. What is deflated it would read on through, 16 MB at a time, which
+        # zipfile puts together out of pieces of 4 kB.
+        if not self._deflated and place - member.tell() > PIECE:
+            member.seek(place)
+        while (rest := place - member.tell()) > 0:
+            if not member.read1(min(rest, PIECE)):  # type: ignore[attr-defined]
+                raise EOFError("it ends too early")
+
+    def _fill(self, member: IO[bytes], array: np.ndarray, key: str) -> None:
+        """Read an array, which is contiguous."""
+        view = array.reshape(-1).view(np.uint8).data
+        place = 0
+        while place < len(view):
+            got = member.readinto1(view[place : place + PIECE])  # type: ignore[attr-defined]
+            if not got:
+                raise ValueError(f"{key} of {self.path} is cut off; get or write it again")
+            place += got
+
+
+def _lacking(path: Path, keys: list[str]) -> str:
+    if STATISTICS.issubset(keys):
+        return (
+            f"{path} holds only statistics ({', '.join(keys[:MOST_KEYS])}) and no pictures; give an .npz with {IMAGES}"
+        )
+    there = ", ".join(keys[:MOST_KEYS]) + (", …" if len(keys) > MOST_KEYS else "") if keys else "nothing"
+    return f"{path} has no {IMAGES} but {there}; write the pictures, uint8 (N, H, W, 3), by np.savez(path, pictures)"
+
+
+def _layout_advice(shape: tuple[int, ...]) -> str:
+    """What to do about a shape that is not (N, H, W, 3); nothing if it is."""
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "these are grey pictures: repeat each level three times along a last axis"
+    if len(shape) != 4:
+        return "give it four axes"
+    if shape[3] == 3:
+        return ""
+    if shape[1] == 3:
+        return "colours come first: use transpose(0, 2, 3, 1)"
+    if shape[3] == 4:
+        return "the fourth channel is transparency: leave it out"
+    return "pictures have three channels"
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    """A shape in one line, also where a file claims to have thousands of axes."""
+    return str(shape) if len(shape) <= 8 else f"of {len(shape)} axes"
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line and not without end."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
