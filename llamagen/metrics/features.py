@@ -37,11 +37,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
     Raises:
         ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
     """
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}; "
-            "multiply floats in [0, 1] by 255, round, and convert them"
-        )
+    refuse_other_than_pictures(images)
     # TF32 would round what is convolved to 10 bits, on some GPUs and not on others.
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.is_cuda else nullcontext()
     with torch.autocast(images.device.type, enabled=False), exact:
@@ -58,6 +54,19 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 "of features for each"
             )
     return Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
+
+
+def refuse_other_than_pictures(images: Tensor) -> None:
+    """See that these are pictures (B, 3, H, W) uint8.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}; "
+            "multiply floats in [0, 1] by 255, round, and convert them"
+        )
 
 
 def _flat(rows: Tensor) -> Tensor:

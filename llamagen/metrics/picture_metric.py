@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from llamagen.metrics.features import Features, extract, extractor_name
+from llamagen.metrics.features import Features, extract, extractor_name, refuse_other_than_pictures
 
 FAKE, REAL = SIDES = ("fake", "real")
 
@@ -79,6 +79,7 @@ class PictureMetric(Metric):
         if isinstance(pictures, Features):
             rows = self._part_of(pictures)
         else:
+            refuse_other_than_pictures(pictures)
             if pictures.shape[2:] != (self.image_size, self.image_size):
                 size = " × ".join(str(side) for side in pictures.shape[2:])
                 raise ValueError(
