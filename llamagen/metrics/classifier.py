@@ -1,0 +1,119 @@
+"""A small classifier as an extractor of features, for pictures that Inception does not know. B pictures of H × W pixels.
+
+Inception was trained on photographs of about 300 pixels; on digits, or on pictures of 32 pixels, its features say
+little. A classifier of the pictures' own kind is trained in minutes by ``python -m evaluation classifier``.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llamagen.metrics.features import Features
+
+SPATIAL_CHANNELS = 7
+ENTRY = "classifier"
+
+
+class SmallClassifier(nn.Module):
+    """Five 3 × 3 convolutions with BatchNorm and ReLU, at H, H/2 and H/4; their mean over places, and a linear layer.
+
+    Args:
+        num_classes: how many classes it tells apart, K.
+        image_size: side of its pictures in pixels, a multiple of 4.
+        width: channels of the first layer; the last has four times as many, the features.
+
+    Raises:
+        ValueError: if a number makes no sense.
+    """
+
+    def __init__(self, num_classes: int, image_size: int, width: int = 32) -> None:
+        super().__init__()
+        if num_classes < 2 or image_size < 8 or image_size % 4 or width < 8:
+            raise ValueError(
+                f"num_classes is {num_classes}, image_size {image_size} and width {width}; there must be at least 2 "
+                "classes, a size of at least 8 that is a multiple of 4, and a width of at least 8"
+            )
+        self.image_size = image_size
+        self.fine = nn.Sequential(_layer(3, width), nn.MaxPool2d(2))
+        self.middle = nn.Sequential(_layer(width, 2 * width), _layer(2 * width, 2 * width))
+        self.coarse = nn.Sequential(
+            nn.MaxPool2d(2), _layer(2 * width, 4 * width), nn.Dropout(0.1), _layer(4 * width, 4 * width)
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of pictures.
+
+        Args:
+            images: (B, 3, H, W) float32, 0 … 255.
+
+        Returns:
+            ``pool`` (B, 4 · width); ``spatial`` (B, H/2 · W/2 · 7), the first channels of the middle, with its places;
+            ``logits`` and ``biased_logits`` (B, K), which are the same here.
+
+        Raises:
+            ValueError: if they have another size than those that it was trained on.
+        """
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pictures are {images.shape[2]} × {images.shape[3]} pixels, but the classifier was trained on "
+                f"{self.image_size} × {self.image_size}; train one for this size"
+            )
+        middle = self.middle(self.fine((images - 128) / 128))
+        pool = self.coarse(middle).mean((2, 3))
+        logits = self.head(pool)
+        spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(pool, spatial, logits, logits)
+
+
+class Classifier(SmallClassifier):
+    """A trained classifier out of its file, in evaluation mode, frozen.
+
+    Args:
+        weights: file that ``python -m evaluation classifier`` has written.
+
+    Attributes:
+        name: what it is called in the names of metrics, as its training was told.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+
+    def __init__(self, weights: Path | str) -> None:
+        facts, state = read_classifier(Path(weights))
+        with torch.device("meta"):  # no random numbers
+            super().__init__(**{key: facts[key] for key in ("num_classes", "image_size", "width")})
+        self.load_state_dict(state, assign=True)
+        self.name = str(facts["name"])
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Stay in evaluation mode, whatever a parent does."""
+        return super().train(False)
+
+
+def read_classifier(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """What a classifier's file says of it, and its weights.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no classifier {path}; train one with python -m evaluation classifier")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})[ENTRY])
+            return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a classifier ({type(error).__name__}); train one with python -m evaluation classifier"
+        ) from error
+
+
+def _layer(before: int, after: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
