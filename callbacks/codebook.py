@@ -8,7 +8,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import figure_image, publish
+from callbacks.pictures import publish
+from llamagen.grids import figure_image
 
 
 class CountsCodes(Protocol):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from callbacks.pictures import batches_seen, grid_image, publish
+from callbacks.pictures import batches_seen, publish
+from llamagen.grids import grid_image
 from llamagen.models.sharding import is_sharded
 from llamagen.models.vqgan import to_uint8
 

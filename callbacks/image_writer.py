@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.picture_threads import PictureThreads
-from callbacks.pictures import grid_image, save_png
 from callbacks.sample_folder import ARCHIVE, GRID, SampleFolder
 from llamagen.checkpoint import weights_checksum
+from llamagen.grids import grid_image, save_png
 from llamagen.sampling import Pictures
 from llamagen.whole_file import whole_file
 

@@ -8,7 +8,7 @@ from threading import Semaphore
 import numpy as np
 from PIL import Image
 
-from callbacks.pictures import save_png
+from llamagen.grids import save_png
 
 THREADS = 4
 WAITING = 512

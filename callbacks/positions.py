@@ -10,7 +10,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import batches_seen, figure_image, publish
+from callbacks.pictures import batches_seen, publish
+from llamagen.grids import figure_image
 from llamagen.whole_file import whole_file
 
 

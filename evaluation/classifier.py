@@ -75,7 +75,9 @@ def train_classifier(
         for _ in range(epochs):
             for batch in train:
                 images = _moved(_levels(batch["images"], device))
-                loss = F.cross_entropy(classifier(images).biased_logits, _classes(batch["labels"], device), label_smoothing=0.05)
+                loss = F.cross_entropy(
+                    classifier(images).biased_logits, _classes(batch["labels"], device), label_smoothing=0.05
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

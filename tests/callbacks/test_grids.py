@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from callbacks import ReconstructionGrid, SampleGrid
-from callbacks.pictures import grid_image, publish
+from callbacks.pictures import publish
+from llamagen.grids import grid_image
 
 
 def trainer_at(batches: int, folder: Path, **options: Any) -> Any:

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from callbacks.image_writer import write_archive
-from callbacks.pictures import save_png
 from callbacks.sample_folder import SampleFolder
 from datamodules.crops import centre_crop
 from datamodules.picture_sets import PictureBatch, PictureSet, Split, join_checksums, open_pictures
+from llamagen.grids import save_png
 from tests.datamodules.shard_files import assert_one_line, encode, write_pictures, write_shards
 
 
