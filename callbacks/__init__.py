@@ -5,6 +5,7 @@ from callbacks.codebook import CodebookHistogram
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
+from callbacks.fid import FIDMonitor
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
 from callbacks.positions import PositionLoss
@@ -17,6 +18,7 @@ __all__ = [
     "CodeWriter",
     "CodebookHistogram",
     "CompiledSampling",
+    "FIDMonitor",
     "ImageWriter",
     "LearningCurves",
     "PositionLoss",

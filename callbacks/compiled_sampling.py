@@ -36,8 +36,8 @@ class CompiledSampling(pl.Callback):
     Args:
         enabled: ``auto`` compiles for models of 20 million parameters and more, if it can be done here: on CPUs with a
             C++ compiler, on NVIDIA GPUs. ``true`` does so for any model, or fails; ``false`` never does.
-        batch_size: pictures that are drawn together on each rank; by default those of a batch of ``predict``, and 64
-            elsewhere.
+        batch_size: pictures that are drawn together on each rank; by default those of a batch, where the data ask
+            for pictures, and 64 elsewhere.
         int8: let compiled steps read the matrices as int8: less to read, and slightly other pictures. Compiles any
             model, or fails.
     """
@@ -66,7 +66,9 @@ class CompiledSampling(pl.Callback):
         module = cast(KeepsASampler, pl_module)
         if trainer.sanity_checking or not (module.can_sample or self.enabled is True):
             return
-        predicted = getattr(getattr(trainer, "datamodule", None), "batch_size", None) if trainer.predicting else None
+        data = getattr(trainer, "datamodule", None)
+        asked = trainer.predicting or (trainer.testing and hasattr(data, "labels"))  # by data that ask for pictures
+        predicted = getattr(data, "batch_size", None) if asked else None
         batch_size, started = self.batch_size or predicted or 64, time.perf_counter()
         with trainer.precision_plugin.forward_context():
             if self._wanted(module):

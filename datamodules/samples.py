@@ -59,7 +59,9 @@ def read_labels(path: Path) -> list[int]:
 
 
 class SampleDataModule(pl.LightningDataModule):
-    """Requests for pictures, for ``predict``: the labels in turn, until each entry was asked for ``per_class`` times.
+    """Requests for pictures: the labels in turn, until each entry was asked for ``per_class`` times.
+
+    ``predict`` is for pictures that are kept, ``test`` for pictures that are measured.
 
     Args:
         classes: which classes, or how many: 10 means 0 to 9; or a text file with one class number a line, in which a
@@ -106,6 +108,10 @@ class SampleDataModule(pl.LightningDataModule):
         """
         self._done[:] = False
         self._done[np.fromiter(done, dtype=np.int64)] = True
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The same requests, for pictures that are measured and not kept."""
+        return self.predict_dataloader()
 
     def predict_dataloader(self) -> EvaluationLoader:
         """The requests of this rank, in order."""

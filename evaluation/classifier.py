@@ -2,13 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.images import ImageDataModule
@@ -122,7 +122,7 @@ def _moved(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(classifier: SmallClassifier, validation: DataLoader[dict[str, Tensor]], device: str) -> float:
+def _accuracy(classifier: SmallClassifier, validation: Iterable[dict[str, Tensor]], device: str) -> float:
     right = count = 0
     for batch in validation:
         logits = classifier(_levels(batch["images"], device)).biased_logits

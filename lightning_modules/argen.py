@@ -170,13 +170,28 @@ class ARGenModule(GenerativeModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             self._check_codes(meta)
-        if stage == "predict":
+        if stage == "predict" or hasattr(datamodule, "classes"):
             self.check_sampling(getattr(datamodule, "classes", ()))
 
     @property
     def can_sample(self) -> bool:
         """Whether there is a tokenizer, to turn codes into pictures."""
         return bool(self._tokenizer)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels that the model knows."""
+        return self.gpt.config.num_classes
+
+    @property
+    def picture_side(self) -> int:
+        """Of the pictures that it draws, in pixels.
+
+        Raises:
+            ValueError: if there is no tokenizer to tell.
+        """
+        self.check_sampling(())
+        return self.picture_size or self.gpt.config.grid_size * self._tokenizer[0].config.downsampling
 
     def check_sampling(self, classes: Sequence[int]) -> None:
         """Refuse to draw pictures that cannot be drawn.
@@ -287,9 +302,12 @@ class ARGenModule(GenerativeModule):
         """Cross entropy, perplexity and share of right guesses without dropout and smoothing, under ``val/``."""
         self.evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same under ``test/``."""
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """The same under ``test/``; where the batch asks for pictures, draw them as ``predict`` does."""
+        if "codes" not in batch:
+            return self.predict_step(batch, batch_idx)
         self.evaluate(batch, "test")
+        return None
 
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
         """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over."""
@@ -313,7 +331,8 @@ class ARGenModule(GenerativeModule):
         """Numbers over the whole test set and all ranks."""
         super().on_test_epoch_end()
         self.nats_by_position.clear()
-        self._log_prediction("test")
+        if cast(CodePrediction, self.predictions["test"]).update_called:
+            self._log_prediction("test")
 
     def _log_prediction(self, stage: str) -> None:
         prediction = cast(CodePrediction, self.predictions[stage])

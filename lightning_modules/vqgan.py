@@ -293,7 +293,8 @@ class VQGANModule(GenerativeModule):
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
-        return output.reconstruction
+        reconstruction: Tensor = output.reconstruction
+        return reconstruction
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over the whole validation set and all ranks.

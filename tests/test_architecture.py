@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks")
+PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation")
 SOURCES = sorted(
     [*(path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).rglob("*.py")), ROOT / "main.py"]
 )
@@ -29,7 +29,8 @@ ROOMS = {
     "llamagen/sampling": ("llamagen.models",),
     "lightning_modules": ("llamagen",),
     "datamodules": (),
-    "callbacks": ("llamagen", "datamodules.shards"),
+    "evaluation": ("llamagen", "datamodules"),
+    "callbacks": ("llamagen", "evaluation", "datamodules.shards"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MOST_LINES = 400

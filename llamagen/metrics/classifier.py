@@ -1,4 +1,4 @@
-"""A small classifier as an extractor of features, for pictures that Inception does not know. B pictures of H × W pixels.
+"""A small classifier as an extractor of features, where Inception knows little. B pictures of H × W pixels.
 
 Inception was trained on photographs of about 300 pixels; on digits, or on pictures of 32 pixels, its features say
 little. A classifier of the pictures' own kind is trained in minutes by ``python -m evaluation classifier``.

@@ -64,7 +64,7 @@ class KID(RowMetric):
         Raises:
             ValueError: if a side has fewer than two pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.real_rows() for side in SIDES)
+        fake, real = (self.kept(side) if side != REAL else self.reference_rows() for side in SIDES)
         generator = torch.Generator().manual_seed(self.seed)
         found = []
         for _ in range(self.subsets):

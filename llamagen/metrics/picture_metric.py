@@ -79,13 +79,7 @@ class PictureMetric(Metric):
         if isinstance(pictures, Features):
             rows = self._part_of(pictures)
         else:
-            refuse_other_than_pictures(pictures)
-            if pictures.shape[2:] != (self.image_size, self.image_size):
-                size = " × ".join(str(side) for side in pictures.shape[2:])
-                raise ValueError(
-                    f"pictures are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
-                    "image_size to theirs, and compare only pictures of one size"
-                )
+            self.check_pictures(pictures)
             rows = self._part_of(extract(self.extractor, pictures))
         if rows.shape[1] != self.width:
             raise ValueError(
@@ -93,6 +87,20 @@ class PictureMetric(Metric):
                 f"{self.image_size}; use one extractor and one size"
             )
         return rows
+
+    def check_pictures(self, images: Tensor) -> None:
+        """See that these are pictures of the metric's size.
+
+        Raises:
+            ValueError: if not.
+        """
+        refuse_other_than_pictures(images)
+        if images.shape[2:] != (self.image_size, self.image_size):
+            size = " × ".join(str(side) for side in images.shape[2:])
+            raise ValueError(
+                f"pictures are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
+                "image_size to theirs, and compare only pictures of one size"
+            )
 
     # torchmetrics ignores `.half()`, but not the `.to(bfloat16)` by which Lightning turns a whole module to 16 bits.
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
@@ -154,7 +162,7 @@ class RowMetric(PictureMetric):
         order = torch.argsort(dim_zero_cat(index), stable=True)
         return dim_zero_cat(rows)[order]
 
-    def real_rows(self) -> Tensor:
+    def reference_rows(self) -> Tensor:
         """Features of the real pictures: of the reference, or those that were kept."""
         reference: Tensor | None = self.reference
         return self.kept(REAL) if reference is None else reference.to(self.device)

@@ -77,7 +77,7 @@ class PrecisionRecall(RowMetric):
         Raises:
             ValueError: if a side has not more than k pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.real_rows() for side in SIDES)
+        fake, real = (self.kept(side) if side != REAL else self.reference_rows() for side in SIDES)
         return precision_recall(real.to(fake.device), fake, self.k, self.block)
 
 

@@ -1,0 +1,340 @@
+"""How good pictures are, measured while a model trains, and in ``test``. B batch, H × W pixels, N pictures in all."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from evaluation.gallery import Gallery
+from evaluation.measurement import OWN_NAME, Measurement, name_of
+from evaluation.published import published
+from evaluation.reference import Purpose, Reference, completed, read_reference
+from evaluation.report import write_report
+from llamagen.checkpoint import weights_checksum
+from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
+from llamagen.models.vqgan import to_uint8
+from llamagen.sampling import PictureSampler
+
+FOLDER = "report"
+
+
+class Draws(Protocol):
+    """A module that draws pictures of classes."""
+
+    device: torch.device
+    sampler: PictureSampler | None
+    sampling: Any
+    sample_seed: int
+
+    @property
+    def picture_side(self) -> int:
+        """Of the pictures that it draws, in pixels."""
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels that it knows."""
+
+    def build_sampler(self, batch_size: int) -> PictureSampler:
+        """A sampler with memory for many calls."""
+
+    def check_sampling(self, classes: Sequence[int]) -> None:
+        """A ``ValueError`` if pictures of these classes cannot be drawn."""
+
+    def sample(self, condition: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
+
+
+class FIDMonitor(pl.Callback):
+    """Measure FID, sFID, KID, precision, recall and Inception Score of the model's pictures, over all ranks.
+
+    - With a model that draws: every n-th validation draws ``count`` pictures of all classes in turn, with the weights
+      that are evaluated (with the ``EMA`` callback their averages), by the sampler of ``CompiledSampling``, if that is
+      there. ``test`` measures the pictures that its data ask for, or, where these are codes, draws ``count``.
+    - With a tokenizer: every n-th validation, and ``test``, measure the reconstructions of the validation pictures.
+
+    Numbers are logged with the name of their reference, as ``gfid/imagenet256-adm`` or ``rfid/val``, which
+    ``ModelCheckpoint`` can monitor: at validations without a measurement the last one still counts, and before the
+    first infinity. ``test`` leaves a folder ``report``. The extractor's weights are in no checkpoint.
+
+    Args:
+        reference: file of statistics, see ``python -m evaluation reference``. A tokenizer needs none: its
+            reconstructions are then compared with the pictures themselves.
+        features: extractor; Inception by default, whose weights are a download.
+        count: pictures to draw.
+        every_n_validations: measure at every n-th validation.
+        seed: of the pictures; the same pictures come at each validation, as far as the model lets them.
+        batch_size: pictures that are drawn together where ``CompiledSampling`` does not say it.
+    """
+
+    def __init__(
+        self,
+        reference: Path | str | None = None,
+        features: nn.Module | None = None,
+        count: int = 10_000,
+        every_n_validations: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        if count < 2 or every_n_validations < 1 or batch_size < 1:
+            raise ValueError(
+                f"count is {count}, every_n_validations {every_n_validations} and batch_size {batch_size}; they must "
+                "be at least 2, 1 and 1"
+            )
+        self.count, self.every_n_validations, self.seed, self.batch_size = count, every_n_validations, seed, batch_size
+        self.features = features
+        self.reference: Reference | None = None if reference is None else read_reference(reference)
+        self.measurement: Measurement | None = None
+        self._gallery: Gallery | None = None
+        self._validations = 0
+        self._last: dict[str, float] = {}
+        self._seconds = {"pictures": 0.0, "features": 0.0, "distances": 0.0}
+        self._seen = 0
+        self._active, self._asked = False, False
+        self._total = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find out now, not at the first measurement, that something does not fit.
+
+        Raises:
+            ValueError: if the module cannot draw, there is no reference, or the reference is of another extractor or
+                size.
+        """
+        if stage == "predict":
+            return
+        draws = hasattr(pl_module, "build_sampler")
+        if draws:
+            module = cast(Draws, pl_module)
+            module.check_sampling(())
+            if self.reference is None:
+                raise ValueError(
+                    "FIDMonitor needs a reference to compare drawn pictures with; make one by python -m evaluation "
+                    "reference PICTURES OUT.npz, and give it as reference"
+                )
+            size = module.picture_side
+        else:
+            size = getattr(getattr(trainer, "datamodule", None), "image_size", 0)
+            if not hasattr(pl_module, "reconstruct") or not size:
+                raise ValueError(
+                    f"FIDMonitor neither knows how {type(pl_module).__name__} draws pictures nor the image_size of its "
+                    "data; leave it out"
+                )
+        if self.features is None:
+            self.features = Inception()
+        self._kind: Purpose = "generation" if draws else "reconstruction"
+        if self.reference is not None:
+            self.reference.check(self.features, size)
+            if warning := self.reference.mix_up(self._kind):
+                rank_zero_warn(warning)
+        self._size = size
+        self.measurement = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, and the last numbers."""
+        return {"validations": self._validations, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations, self._last = state_dict["validations"], state_dict["last"]
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out whether it is time to measure."""
+        if trainer.sanity_checking:
+            return
+        fit = trainer.state.fn == "fit"
+        self._validations += fit
+        self._active = not fit or self._validations % self.every_n_validations == 0
+        if self._active:
+            self._begin(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure."""
+        self._active, self._gallery = True, Gallery()
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.features is not None
+        self._seconds, self._seen, self._asked = dict.fromkeys(self._seconds, 0.0), 0, False
+        if self.measurement is None:
+            if self.reference is not None:
+                show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+                self.reference = completed(self.reference, self.features, pl_module.device, show)
+            self.measurement = Measurement(self.features, self._size, self._kind, self.reference)
+        self.measurement.to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the reconstructions of a batch into account."""
+        if self._active and not trainer.sanity_checking:
+            self._take(trainer, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the reconstructions or drawn pictures of a batch into account."""
+        self._take(trainer, outputs, batch)
+
+    def _take(self, trainer: pl.Trainer, outputs: Any, batch: dict[str, Any]) -> None:
+        if not isinstance(outputs, dict):
+            return
+        if "images" in outputs:
+            self._asked = True
+            images = outputs["images"].tensor().permute(0, 3, 1, 2)
+            self._measure(images, outputs["index"], batch.get("condition"))
+        elif "reconstruction" in outputs:
+            images, originals = (to_uint8(each) for each in (outputs["reconstruction"], batch["images"]))
+            index = trainer.global_rank + trainer.world_size * torch.arange(self._seen, self._seen + len(images))
+            self._seen += len(images)
+            if self.reference is None:
+                started = time.perf_counter()
+                cast(Measurement, self.measurement).update(originals, index, real=True)
+                self._spent("features", started, originals)
+            self._measure(images, index, batch.get("labels"), originals)
+
+    def _measure(self, images: Tensor, index: Tensor, labels: Tensor | None, originals: Tensor | None = None) -> None:
+        assert self.measurement is not None
+        started = time.perf_counter()
+        features: Features = self.measurement.update(images, index)
+        self._spent("features", started, images)
+        if self._gallery is not None:
+            self._gallery.show(images, index, features.pool, labels, originals)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what is to be drawn, and log what comes out."""
+        if trainer.sanity_checking:
+            return
+        if self._active:
+            self._last = self._finish(trainer, pl_module)
+        elif trainer.state.fn == "fit":  # for ModelCheckpoint alone
+            last = self._last or {self._fid_name(): float("inf")}
+            pl_module.log_dict(last, logger=False)
+        self._active = False
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what is to be drawn, log what comes out, and write the report."""
+        numbers = self._finish(trainer, pl_module)
+        self._report(trainer, pl_module, numbers)
+        self._active, self._gallery = False, None
+
+    def _fid_name(self) -> str:
+        assert self.features is not None
+        name = OWN_NAME if self.reference is None else self.reference.name
+        return name_of("fid", self._kind, extractor_name(self.features), name)
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        assert self.measurement is not None
+        if self._kind == "generation" and not self.measurement.count:
+            self._draw(trainer, pl_module)
+        started = time.perf_counter()
+        fit = trainer.state.fn == "fit"
+        total = int(
+            trainer.strategy.reduce(torch.tensor(self.measurement.count, device=pl_module.device), reduce_op="sum")
+        )
+        if self.reference is not None and (warning := self.reference.mix_up(self._kind, total)) and not fit:
+            rank_zero_warn(warning)
+        with torch.inference_mode(False), torch.no_grad():  # training may follow, which cannot write to such tensors
+            numbers = {name: value.item() for name, value in self.measurement.compute().items()}
+            self.measurement.reset()
+        self.measurement.to("cpu")
+        self.measurement.extractor.to("cpu")  # training needs the memory
+        self._seconds["distances"] = time.perf_counter() - started
+        self._total = total
+        pl_module.log_dict(numbers)
+        pl_module.log("fid_monitor/seconds", sum(self._seconds.values()))
+        if trainer.is_global_zero:
+            spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items() if seconds)
+            found = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            print(f"{found} ({total:,} pictures; {spent})", flush=True)
+        return numbers
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw ``count`` pictures, of which rank r of R takes every R-th."""
+        module, ranks = cast(Draws, pl_module), trainer.world_size
+        own = module.sampler is None
+        with trainer.precision_plugin.forward_context():
+            if own:
+                module.sampler = module.build_sampler(self.batch_size)
+            assert module.sampler is not None
+            size = module.sampler.sampler.batch_size
+            share = -(
+                -self.count // ranks
+            )  # as many on each rank: where parameters are shared, they wait for each other
+            show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+            try:
+                with tqdm(
+                    total=self.count, desc="drawing for FID", unit="picture", leave=False, disable=not show
+                ) as bar:
+                    for start in range(0, share, size):
+                        steps = torch.arange(start, min(start + size, share), device=module.device)
+                        index = trainer.global_rank + ranks * steps
+                        labels, started = index % module.num_classes, time.perf_counter()
+                        images, _ = module.sample(labels, index, self.seed)
+                        self._spent("pictures", started, images)
+                        some = index < self.count
+                        if some.any():
+                            self._measure(images[some].permute(0, 3, 1, 2), index[some], labels[some])
+                        bar.update(min(ranks * len(steps), self.count - bar.n))
+            finally:
+                if own:
+                    module.sampler = None
+
+    def _spent(self, on: str, started: float, after: Tensor) -> None:
+        if after.is_cuda:
+            torch.cuda.synchronize(after.device)
+        self._seconds[on] += time.perf_counter() - started
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, numbers: dict[str, float]) -> None:
+        assert self._gallery is not None
+        assert self.features is not None
+        gallery = self._gallery
+        if trainer.world_size > 1:
+            galleries: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(galleries, gallery)
+            gallery = Gallery().together(galleries)
+        generator = cast(Any, pl_module).generator
+        checksum = weights_checksum(generator)  # of all ranks, where they share the parameters
+        if not trainer.is_global_zero:
+            return
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        facts: dict[str, Any] = {
+            "pictures": {"count": self._total, "resolution": self._size},
+            "reference": "the pictures themselves" if self.reference is None else self.reference.facts(),
+            "extractor": {"name": extractor_name(self.features), "checksum": extractor_checksum(self.features)},
+            "model": {"class": type(generator).__name__, "weights": checksum, **asdict(generator.config)},
+            "precision": str(trainer.precision),
+            "seconds": {name: round(seconds, 1) for name, seconds in self._seconds.items()},
+        }
+        if self._kind == "generation":
+            module = cast(Draws, pl_module)
+            facts["sampling"] = {**asdict(module.sampling), "seed": module.sample_seed if self._asked else self.seed}
+        folder = Path(trainer.default_root_dir) / FOLDER
+        write_report(
+            folder,
+            f"{type(generator).__name__} against {self.reference.name if self.reference else 'its pictures'}",
+            numbers | logged,
+            facts,
+            published(generator.config, self._size),
+            gallery.grids(self.reference),
+        )
+        print(f"report: {folder / 'report.md'}", flush=True)

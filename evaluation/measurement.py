@@ -1,0 +1,154 @@
+"""All that is measured of pictures, in one pass of the extractor. B pictures of H × W pixels."""
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from evaluation.reference import Purpose, Reference
+from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
+from llamagen.metrics.inception import Inception
+from llamagen.metrics.picture_metric import PictureMetric
+
+PREFIX = {"generation": "g", "reconstruction": "r"}
+DISTANCES = ("fid", "sfid", "kid", "kid_std")
+OWN_NAME = "val"
+"""What the pictures that are reconstructed are called, where they are the reference: those of validation."""
+
+
+class Measurement:
+    """FID, sFID, KID, precision and recall of pictures against a reference, and their Inception Score.
+
+    What the extractor does not give (``spatial``, ``logits``) or the reference does not hold is left out. The names say
+    what was measured how, against what: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, with another extractor than
+    Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
+
+    Args:
+        extractor: of features.
+        image_size: side of the pictures in pixels.
+        kind: of the pictures: ``generation`` or ``reconstruction``.
+        reference: what to compare with; None if the real pictures are shown, too.
+        name: of the real pictures, if there is no reference.
+
+    Raises:
+        ValueError: if the reference is of another extractor or size.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        image_size: int,
+        kind: Purpose,
+        reference: Reference | None = None,
+        name: str = OWN_NAME,
+    ) -> None:
+        if reference is not None:
+            reference.check(extractor, image_size)
+        self.extractor, self.kind, self.reference = extractor, kind, reference
+        self.name = name if reference is None else reference.name
+        self.count = 0
+        probe = extract(
+            extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=_device(extractor))
+        )
+        self.metrics: dict[str, PictureMetric] = {}
+        self.metrics["fid"] = FID(extractor, image_size, None if reference is None else reference.statistics)
+        if probe.spatial is not None and (reference is None or reference.spatial_statistics is not None):
+            self.metrics["sfid"] = SFID(
+                extractor, image_size, None if reference is None else reference.spatial_statistics
+            )
+        if reference is None or reference.features is not None:
+            rows = None if reference is None else reference.features
+            self.metrics["precision_recall"] = PrecisionRecall(extractor, image_size, rows)
+            self.metrics["kid"] = KID(extractor, image_size, rows)
+        if probe.logits is not None and kind == "generation":
+            self.metrics["inception_score"] = InceptionScore(extractor, image_size)
+
+    def to(self, device: str | torch.device) -> "Measurement":
+        """The same on another device."""
+        for metric in self.metrics.values():
+            metric.to(device)
+        return self
+
+    def update(self, images: Tensor, index: Tensor | None = None, real: bool = False) -> Features:
+        """Take pictures into account.
+
+        Args:
+            images: (B, 3, H, W) uint8, on the device of the measurement.
+            index: (B,) int64, number of each picture in its set; see
+                :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
+            real: these are the pictures to compare with.
+
+        Returns:
+            Their features.
+
+        Raises:
+            ValueError: if they are no pictures of the right size.
+        """
+        self.metrics["fid"].check_pictures(images)
+        features = extract(self.extractor, images)
+        self.add(features, index, real)
+        return features
+
+    def add(self, features: Features, index: Tensor | None = None, real: bool = False) -> None:
+        """As :meth:`update`, for features that were extracted before."""
+        self.count += 0 if real else len(features.pool)
+        for name, metric in self.metrics.items():
+            if name == "inception_score":
+                if not real:
+                    metric.update(features, index=index)
+            elif name in ("fid", "sfid"):
+                metric.update(features, real=real)
+            else:
+                metric.update(features, real=real, index=index)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Numbers by name, float64 scalars on the CPU; all ranks must call it together.
+
+        Raises:
+            ValueError: if there are fewer than two pictures.
+        """
+        numbers: dict[str, Tensor] = {}
+
+        def note(symbol: str, value: Tensor) -> None:
+            numbers[name_of(symbol, self.kind, extractor_name(self.extractor), self.name)] = value.cpu()
+
+        for name, metric in self.metrics.items():
+            try:
+                found = metric.compute()
+            except ValueError as error:
+                if name == "fid":
+                    raise
+                rank_zero_warn(f"{name} is left out: {error}")
+                continue
+            if name == "precision_recall":
+                note("precision", found.precision)
+                note("recall", found.recall)
+            elif name in ("fid", "sfid"):
+                note(name, found)
+            else:
+                note(name, found.mean)
+                note(f"{name}_std", found.std)
+        return numbers
+
+    def reset(self) -> None:
+        """Forget all pictures."""
+        self.count = 0
+        for metric in self.metrics.values():
+            metric.reset()
+
+
+def name_of(symbol: str, kind: Purpose, extractor: str, reference: str) -> str:
+    """What a number is called: ``gfid/imagenet256-adm``, ``rfid/val``, ``precision_digits-classifier/digits-train``.
+
+    Args:
+        symbol: of the metric.
+        kind: of the pictures; says what a distance is one of.
+        extractor: name of it.
+        reference: name of it, which the Inception Score goes without.
+    """
+    prefix = PREFIX[kind] if symbol in DISTANCES else ""
+    suffix = "" if extractor == Inception.name else f"_{extractor}"
+    return f"{prefix}{symbol}{suffix}" + ("" if symbol.startswith("inception_score") else f"/{reference}")
+
+
+def _device(extractor: nn.Module) -> torch.device:
+    return next((value.device for value in extractor.state_dict().values()), torch.device("cpu"))

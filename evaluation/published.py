@@ -1,0 +1,104 @@
+"""The paper's figures (arXiv 2406.06525, tables of sections 2 and 3), for models that are the paper's."""
+
+from typing import NamedTuple
+
+from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.vqgan import VQGANConfig
+
+
+class Generation(NamedTuple):
+    """Class-conditional sampling, 50,000 pictures, measured at 256 px against ADM's reference."""
+
+    fid: float
+    inception_score: float
+    precision: float
+    recall: float
+    guidance_scale: float | None
+
+
+class Reconstruction(NamedTuple):
+    """ImageNet's validation set through a tokenizer; SSIM there has a data range of 2, which makes it larger."""
+
+    fid: float
+    psnr: float | None
+    ssim: float | None
+
+
+SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280), "XXL": (48, 24, 1536), "3B": (24, 32, 3200)}
+"""Layers, heads and width."""
+
+GENERATION: dict[tuple[str, int], Generation] = {
+    ("B", 256): Generation(5.46, 193.6, 0.84, 0.46, 2.0),
+    ("L", 256): Generation(3.80, 248.3, 0.83, 0.51, 1.75),
+    ("XL", 256): Generation(3.39, 227.1, 0.81, 0.54, None),
+    ("XXL", 256): Generation(3.09, 253.6, 0.83, 0.53, None),
+    ("3B", 256): Generation(3.05, 222.3, 0.80, 0.58, None),
+    ("B", 384): Generation(6.09, 182.5, 0.85, 0.42, 2.0),
+    ("L", 384): Generation(3.07, 256.1, 0.83, 0.52, 2.0),
+    ("XL", 384): Generation(2.62, 244.1, 0.80, 0.57, 1.75),
+    ("XXL", 384): Generation(2.34, 253.9, 0.80, 0.59, 1.75),
+    ("3B", 384): Generation(2.18, 263.3, 0.81, 0.58, 1.65),
+}
+"""By size and the side in pixels at which pictures are sampled."""
+
+RECONSTRUCTION: dict[tuple[int, int], Reconstruction] = {
+    (16, 256): Reconstruction(2.19, 20.79, 0.675),
+    (16, 384): Reconstruction(0.94, 21.94, 0.726),
+    (16, 512): Reconstruction(0.70, None, None),
+    (8, 256): Reconstruction(0.59, 24.45, 0.813),
+}
+"""By downsampling factor and the side in pixels."""
+
+
+class Published(NamedTuple):
+    """What the paper says of a model.
+
+    Attributes:
+        title: which model it is there.
+        figures: by the beginning of our names for the numbers, up to a slash.
+        remark: how they were measured.
+    """
+
+    title: str
+    figures: dict[str, float]
+    remark: str
+
+
+def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) -> list[Published]:
+    """The paper's figures for a model: its own, or, if it is none of the paper's, those of all of its kind.
+
+    Args:
+        config: of the model; None for other people's pictures, which are compared with samples of the paper.
+        image_size: pixels at which pictures are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
+    """
+    if isinstance(config, VQGANConfig):
+        key = (config.downsampling, image_size)
+        rows = {key: RECONSTRUCTION[key]} if key in RECONSTRUCTION and config.codebook_size == 16384 else RECONSTRUCTION
+        return [_reconstruction(*key, row) for key, row in rows.items()]
+    if config is not None:
+        shape, side = (config.n_layer, config.n_head, config.dim), 16 * config.grid_size
+        size = next((name for name, known in SIZES.items() if known == shape), "")
+        if (size, side) in GENERATION and config.vocab_size == 16384:
+            return [_generation(size, side, GENERATION[size, side])]
+    return [_generation(*key, row) for key, row in GENERATION.items()]
+
+
+def _generation(size: str, side: int, row: Generation) -> Published:
+    scale = "" if row.guidance_scale is None else f", guidance {row.guidance_scale}"
+    figures = {
+        "gfid": row.fid,
+        "inception_score": row.inception_score,
+        "precision": row.precision,
+        "recall": row.recall,
+    }
+    return Published(
+        f"{size}, {side} px", figures, f"50,000 samples{scale}, measured at 256 px against ADM's reference"
+    )
+
+
+def _reconstruction(factor: int, side: int, row: Reconstruction) -> Published:
+    figures = {"rfid": row.fid, "psnr": row.psnr, "ssim": row.ssim}
+    known = {name: value for name, value in figures.items() if value is not None}
+    return Published(
+        f"VQ-{factor}, {side} px", known, "ImageNet's validation set; SSIM with a data range of 2, so larger"
+    )

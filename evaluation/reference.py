@@ -1,0 +1,326 @@
+"""What pictures are measured against, as a file. F and S features, M pictures of which features are kept."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datamodules.picture_sets import PictureSet, open_pictures
+from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
+from llamagen.metrics.inception import Inception
+from llamagen.whole_file import whole_file
+
+Purpose = Literal["generation", "reconstruction"]
+
+FORMAT = "llamagen-reference-1"
+MOST_FEATURES = 10_000
+"""Pictures whose features are kept: as many as ADM's references have pictures."""
+THUMBNAIL = 64
+STATISTICS = ("mu", "sigma")
+SPATIAL = ("mu_s", "sigma_s")
+ADM_NAMES = {
+    f"VIRTUAL_imagenet{size}{end}": f"imagenet{size}-adm" for size in (64, 128, 256, 512) for end in ("_labeled", "")
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of pictures, and where they come from.
+
+    Attributes:
+        name: becomes part of the names of what is measured against it.
+        purpose: what is to be compared with it: ``generation`` (new pictures, usually against the training pictures) or
+            ``reconstruction`` (pictures that went through a tokenizer, against themselves).
+        count: number of pictures; None if the file does not say.
+        resolution: their side in pixels; None likewise.
+        crop: how they got that size: ``none``, ``adm-centre``; None likewise.
+        extractor: name of the extractor of features.
+        extractor_checksum: of its weights; None likewise.
+        source: where the pictures were.
+        checksum: of the pictures, see :meth:`~datamodules.picture_sets.PictureSet.checksum`; None likewise.
+        statistics: mean (F,) and covariance (F, F) of ``pool``, float64.
+        spatial_statistics: (S,) and (S, S) likewise; None if there are none.
+        features: (M, F) float32, of pictures that are spread evenly over all; None if there are none.
+        thumbnails: (M, h, w, 3) uint8, these pictures, at most 64 pixels wide; None likewise.
+        pictures: file that holds M pictures whose features are not known yet, as in ADM's references.
+    """
+
+    name: str
+    purpose: Purpose
+    count: int | None
+    resolution: int | None
+    crop: str | None
+    extractor: str
+    extractor_checksum: str | None
+    source: str
+    checksum: str | None
+    statistics: tuple[Tensor, Tensor]
+    spatial_statistics: tuple[Tensor, Tensor] | None = None
+    features: Tensor | None = None
+    thumbnails: np.ndarray | None = None
+    pictures: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it beside the numbers; primitives only."""
+        keys = (
+            "name",
+            "purpose",
+            "count",
+            "resolution",
+            "crop",
+            "extractor",
+            "extractor_checksum",
+            "source",
+            "checksum",
+        )
+        return {key: getattr(self, key) for key in keys}
+
+    def check(self, extractor: nn.Module, image_size: int) -> None:
+        """See that pictures of this size, through this extractor, can be compared with it.
+
+        Raises:
+            ValueError: if not, with what differs.
+        """
+        here = extractor_name(extractor)
+        if self.extractor != here:
+            raise ValueError(
+                f"the reference {self.name} was made with the extractor {self.extractor}, not {here}; give features of "
+                "that one, or make a reference with this one by python -m evaluation reference"
+            )
+        if self.extractor_checksum not in (None, checksum := extractor_checksum(extractor)):
+            raise ValueError(
+                f"the reference {self.name} was made with other weights of {here} (checksum "
+                f"{str(self.extractor_checksum)[:12]}, here {checksum[:12]}); give those, or make a new reference"
+            )
+        if self.resolution not in (None, image_size):
+            raise ValueError(
+                f"the reference {self.name} is of pictures of {self.resolution} pixels, not {image_size}; compare "
+                "pictures of one size (samples: model.init_args.picture_size)"
+            )
+
+    def mix_up(self, kind: Purpose, count: int | None = None) -> str | None:
+        """What to warn of, if this is a reference for something else; None if it is not.
+
+        Args:
+            kind: of the pictures that are compared with it.
+            count: of them.
+        """
+        if kind == "reconstruction" and self.purpose == "generation":
+            return (
+                f"reconstructions are compared with {self.name}, a reference for generated pictures. rFID is the "
+                "distance of reconstructions from the very pictures that were reconstructed, usually the validation "
+                "set; against the statistics of the training set it is another number, often by more than 1. Leave "
+                "reference out, or make one of these pictures with --purpose reconstruction"
+            )
+        if kind == "generation" and self.purpose == "reconstruction":
+            return (
+                f"generated pictures are compared with {self.name}, a reference for reconstructions. gFID is the "
+                "distance from the statistics of the training set (for ImageNet those of ADM's "
+                "VIRTUAL_imagenet256_labeled.npz); against the validation set it is another number"
+            )
+        if kind == "reconstruction" and count is not None and self.count not in (None, count):
+            return (
+                f"{count} reconstructions are compared with {self.name}, a reference of {self.count} pictures; rFID is "
+                "the distance from the very pictures that were reconstructed"
+            )
+        return None
+
+    def save(self, path: Path) -> None:
+        """Write it as an ``.npz``, whole or not at all, whose statistics have the names that ADM's have."""
+        arrays: dict[str, Any] = dict(zip(STATISTICS, (part.numpy() for part in self.statistics), strict=True))
+        if self.spatial_statistics is not None:
+            arrays |= dict(zip(SPATIAL, (part.numpy() for part in self.spatial_statistics), strict=True))
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+        if self.thumbnails is not None:
+            arrays["thumbnails"] = self.thumbnails
+        arrays["meta"] = np.array(json.dumps({"format": FORMAT, **self.facts()}))
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+
+def read_reference(path: Path | str, name: str | None = None) -> Reference:
+    """A reference: a file of ``python -m evaluation reference``, one of ADM's, or any ``.npz`` of ``mu`` and ``sigma``.
+
+    Of files that do not say so it is taken that they are of Inception and for generated pictures.
+
+    Args:
+        path: the file.
+        name: instead of the one that the file has.
+
+    Raises:
+        ValueError: in one line, if there is no such file, or it holds no statistics.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no reference {path}; make one with python -m evaluation reference")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = set(file.files)
+            if not keys.issuperset(STATISTICS):
+                hint = "it holds pictures; " if "arr_0" in keys else ""
+                raise ValueError(
+                    f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference of it"
+                )
+            parts = {
+                key: torch.from_numpy(np.atleast_1d(file[key]).astype(np.float64))
+                for key in (*STATISTICS, *SPATIAL)
+                if key in keys
+            }
+            meta = json.loads(str(file["meta"])) if "meta" in keys else {}
+            features = torch.from_numpy(file["features"]) if "features" in keys else None
+            thumbnails = file["thumbnails"] if "thumbnails" in keys else None
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is no reference: {error}") from error
+    stem = path.stem
+    if not meta:
+        pictures = path if "arr_0" in keys else None
+        resolution = open_pictures(path).size if pictures else None
+        meta = {
+            "name": ADM_NAMES.get(stem, stem),
+            "purpose": "generation",
+            "resolution": resolution,
+            "extractor": Inception.name,
+        }
+    elif meta.get("format") != FORMAT:
+        raise ValueError(f"{path} is a reference of the format {meta.get('format')}; this version reads {FORMAT}")
+    else:
+        pictures = None
+    for mean, covariance in (STATISTICS, SPATIAL):
+        if mean in parts and parts[covariance].shape != (len(parts[mean]),) * 2:
+            raise ValueError(
+                f"{path} is no reference: {mean} is {tuple(parts[mean].shape)}, but {covariance} "
+                f"{tuple(parts[covariance].shape)}"
+            )
+    known = {key: meta.get(key) for key in ("count", "resolution", "crop", "extractor_checksum", "checksum")}
+    return Reference(
+        name=checked_name(name or meta["name"]),
+        purpose=meta["purpose"],
+        extractor=meta["extractor"],
+        source=meta.get("source", str(path)),
+        statistics=(parts["mu"], parts["sigma"]),
+        spatial_statistics=(parts["mu_s"], parts["sigma_s"]) if parts.keys() >= set(SPATIAL) else None,
+        features=features,
+        thumbnails=thumbnails,
+        pictures=pictures,
+        **known,
+    )
+
+
+def checked_name(name: str) -> str:
+    """A name that can be part of a metric's.
+
+    Raises:
+        ValueError: if it is empty, or has a slash or white space.
+    """
+    if not name or "/" in name or any(letter.isspace() for letter in name):
+        raise ValueError(f"a reference cannot be named {name!r}; give a name without slashes and white space")
+    return name
+
+
+def make_reference(
+    pictures: PictureSet,
+    extractor: nn.Module,
+    name: str,
+    purpose: Purpose = "generation",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    most_features: int = MOST_FEATURES,
+) -> Reference:
+    """Take the statistics of pictures, with a progress bar.
+
+    Args:
+        pictures: of one size.
+        extractor: of features.
+        name: of the reference.
+        purpose: see :class:`Reference`.
+        batch_size: pictures that are looked at together.
+        num_workers: processes that read pictures.
+        device: where the extractor runs.
+        most_features: of how many pictures the features are kept, for precision, recall, KID and nearest neighbours.
+
+    Raises:
+        ValueError: if the name is none, or pictures are too few or cannot be read.
+    """
+    if purpose not in get_args(Purpose):
+        raise ValueError(f"purpose is {purpose!r}; give {' or '.join(get_args(Purpose))}")
+    name, count = checked_name(name), len(pictures)
+    fid, sfid = FID(extractor, pictures.size).to(device), None
+    kept = np.unique(np.linspace(0, count - 1, min(count, most_features)).round().astype(int))
+    rows, thumbnails, seen = [], [], 0
+    for images, index, found, _ in look_at(pictures, extractor, batch_size, num_workers, device, f"looking at {name}"):
+        if found.spatial is not None and sfid is None:
+            sfid = SFID(extractor, pictures.size).to(device)
+        for metric in (fid, sfid):
+            if metric is not None:
+                metric.update(found, real=True)
+        some = torch.from_numpy(np.isin(index.numpy(), kept))
+        rows.append(found.pool[some.to(found.pool.device)].float().cpu())
+        thumbnails += [thumbnail(picture) for picture in images[some].permute(0, 2, 3, 1).numpy()]
+        seen += len(images)
+    return Reference(
+        name=name,
+        purpose=purpose,
+        count=seen,
+        resolution=pictures.size,
+        crop=pictures.crop,
+        extractor=extractor_name(extractor),
+        extractor_checksum=extractor_checksum(extractor),
+        source=pictures.name,
+        checksum=pictures.checksum(),
+        statistics=_on_cpu(fid.statistics(real=True)),
+        spatial_statistics=None if sfid is None else _on_cpu(sfid.statistics(real=True)),
+        features=torch.cat(rows),
+        thumbnails=np.stack(thumbnails),
+    )
+
+
+def completed(
+    reference: Reference, extractor: nn.Module, device: str | torch.device, show_progress: bool = True
+) -> Reference:
+    """A reference with features, where it has only pictures to take them of, as ADM's have."""
+    if reference.pictures is None:
+        return reference
+    pictures, rows, thumbnails = open_pictures(reference.pictures), [], []
+    task = f"looking at the pictures of {reference.name}"
+    for images, _, found, _ in look_at(pictures, extractor, 64, 0, device, task, show_progress):
+        rows.append(found.pool.float().cpu())
+        thumbnails += [thumbnail(picture) for picture in images.permute(0, 2, 3, 1).numpy()]
+    return replace(reference, features=torch.cat(rows), thumbnails=np.stack(thumbnails), pictures=None)
+
+
+def look_at(
+    pictures: PictureSet,
+    extractor: nn.Module,
+    batch_size: int,
+    num_workers: int,
+    device: str | torch.device,
+    task: str,
+    show_progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor, Features, Tensor]]:
+    """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar."""
+    with tqdm(total=len(pictures), desc=task, unit="picture", disable=not show_progress) as bar:
+        for batch in pictures.batches(batch_size, num_workers=num_workers):
+            yield batch.images, batch.index, extract(extractor, batch.images.to(device)), batch.labels
+            bar.update(len(batch.images))
+
+
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) uint8, at most 64 pixels high and wide."""
+    image = Image.fromarray(picture)
+    if max(image.size) > THUMBNAIL:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.array(image)
+
+
+def _on_cpu(statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return statistics[0].cpu(), statistics[1].cpu()

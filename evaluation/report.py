@@ -1,0 +1,116 @@
+"""The ``report`` folder: numbers, beside the paper's, and pictures."""
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from evaluation.published import Published
+from llamagen.grids import save_png
+
+CAPTIONS = {
+    "random": "Pictures drawn at random",
+    "classes": "Pictures of some classes, a row for each",
+    "neighbours": "Pictures (left), and beside each those of the reference whose features are nearest to its own",
+    "reconstructions": "Pictures, and below them what the tokenizer makes of them",
+}
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    numbers: Mapping[str, float],
+    facts: Mapping[str, Any],
+    paper: list[Published],
+    grids: Mapping[str, Image.Image],
+) -> None:
+    """Write ``metrics.json``, ``report.md`` and grids into a folder, which takes the place of an older report.
+
+    Args:
+        folder: appears when it is whole.
+        title: of the table.
+        numbers: results by name.
+        facts: how they came about; what JSON knows.
+        paper: figures to put beside them.
+        grids: by the names of :data:`CAPTIONS`.
+
+    Raises:
+        ValueError: if there is such a folder which is no report.
+    """
+    if folder.exists() and not (folder / "metrics.json").is_file():
+        raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
+        content = {"metrics": dict(numbers), **facts, "versions": {"python": platform.python_version(), **versions}}
+        (temporary / "metrics.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+        for name, image in grids.items():
+            save_png(image, temporary / f"{name}.png")
+        (temporary / "report.md").write_text(_markdown(title, numbers, facts, paper, grids))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def table(numbers: Mapping[str, float], paper: list[Published]) -> str:
+    """Numbers in Markdown, each beside the paper's figure for this model, if it is one of the paper's.
+
+    Else the paper's models follow in a table of their own. Numbers over another extractor than Inception, whose names
+    say so, have no figure beside them.
+    """
+    own = paper[0] if len(paper) == 1 else None
+    rows = []
+    for name, value in numbers.items():
+        figure = None if own is None else own.figures.get(name.removeprefix("test/").split("/")[0])
+        rows.append([name, f"{value:.4g}", *([] if own is None else ["" if figure is None else f"{figure:g}"])])
+    parts = [_rows(["", "here", *([] if own is None else [f"paper: {own.title}"])], rows)]
+    if len(paper) > 1:
+        keys = list(paper[0].figures)
+        listed = [
+            [each.title, *(f"{each.figures[k]:g}" if k in each.figures else "" for k in keys), each.remark]
+            for each in paper
+        ]
+        parts.append(_rows(["paper", *keys, ""], listed))
+    return "\n\n".join(parts)
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _markdown(
+    title: str,
+    numbers: Mapping[str, float],
+    facts: Mapping[str, Any],
+    paper: list[Published],
+    grids: Mapping[str, Image.Image],
+) -> str:
+    parts = [f"# {title}", table(numbers, paper)]
+    if paper:
+        remark = f" ({paper[0].remark})" if len(paper) == 1 else ""
+        parts.append(
+            f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with numbers over Inception, of "
+            "as many pictures, against the same reference."
+        )
+    parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in grids]
+    parts.append("## How it was measured\n\n" + "\n".join(_listed(facts)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(facts: Mapping[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}- {key}:", *_listed(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}- {key}: {value}")
+    return lines

@@ -1,0 +1,294 @@
+"""Pictures are measured while a model trains and in ``test``: the numbers are those of the pictures themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from torch import Tensor
+
+import main
+from callbacks import EMA, CompiledSampling, FIDMonitor
+from datamodules import DigitsDataModule, SampleDataModule
+from datamodules.picture_sets import open_pictures
+from evaluation.measurement import Measurement
+from evaluation.reference import Reference, make_reference
+from lightning_modules import ARGenModule
+from llamagen.models.gpt import GPTConfig
+from llamagen.models.vqgan import to_uint8
+from llamagen.sampling import SamplingConfig
+from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
+from tests.metrics.extractors import SIZE, Everything, Projection
+from tests.pipeline import GPT_NET, Pipeline
+from tests.ranks import succeeds, two_processes
+
+EXTRACTOR = "tests.metrics.extractors.Everything"
+GFID = "gfid_everything/digits"
+NAMES = {
+    GFID,
+    *(f"{name}_everything/digits" for name in ("gsfid", "precision", "recall", "gkid", "gkid_std")),
+    *(f"{name}_everything" for name in ("inception_score", "inception_score_std")),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the training digits."""
+    path = tmp_path_factory.mktemp("references") / "digits.npz"
+    make_reference(open_pictures(pipeline.digits, SIZE, "train"), Everything(), "digits").save(path)
+    return path
+
+
+def sampling_module(pipeline: Pipeline, seed: int = 0) -> ARGenModule:
+    pl.seed_everything(seed, verbose=False)
+    module = ARGenModule(GPTConfig(**GPT_NET), sampling=SamplingConfig(), tokenizer=pipeline.tokenizer)
+    with torch.no_grad():  # a new model's head is zero
+        module.gpt.output.weight.normal_(std=0.5)
+    return module
+
+
+class Spy(pl.Callback):
+    """Notes what can be monitored after each validation, and what was logged."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items() if "fid" in name})
+
+
+class Shown(pl.Callback):
+    """Draws at the end of a validation what the monitor should have drawn."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.pictures: list[Tensor] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        index = torch.arange(self.count)
+        self.pictures.append(pl_module.sample(index % 10, index, self.seed)[0].permute(0, 3, 1, 2))
+
+
+def measured(pictures: Tensor, reference: Path) -> dict[str, float]:
+    from evaluation.reference import read_reference
+
+    measurement = Measurement(Everything(), SIZE, "generation", read_reference(reference))
+    measurement.update(pictures)
+    return {name: value.item() for name, value in measurement.compute().items()}
+
+
+def test_a_training_logs_the_numbers_of_the_pictures_of_its_averages(
+    pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    monitor = FIDMonitor(reference, Everything(), count=23, every_n_validations=2, seed=5, batch_size=4)
+    spy, shown = Spy(), Shown(23, 5)
+    best = ModelCheckpoint(tmp_path / "best", monitor=GFID, save_top_k=1, save_on_train_epoch_end=False)
+    module = sampling_module(pipeline)
+    trainer = train(
+        module, pipeline, tmp_path, monitor, CompiledSampling(enabled=False, batch_size=6), shown, spy, best,
+        max_steps=8, val_check_interval=2,
+    )  # fmt: skip
+    assert len(spy.seen) == 4
+    assert spy.seen[0][GFID] == float("inf")
+    expected = [measured(shown.pictures[number], reference) for number in (1, 3)]
+    assert [seen[GFID] for seen in spy.seen[1:]] == pytest.approx(
+        [expected[0][GFID], expected[0][GFID], expected[1][GFID]]
+    )
+    assert set(expected[1]) == NAMES
+    for name, value in expected[1].items():
+        assert float(trainer.callback_metrics[name]) == pytest.approx(value, rel=1e-5), name
+    assert float(best.best_model_score) == pytest.approx(min(each[GFID] for each in expected), rel=1e-5)
+    assert float(trainer.callback_metrics["fid_monitor/seconds"]) > 0
+    assert module.sampler is None
+
+
+def test_the_extractor_is_in_no_checkpoint_and_the_count_of_validations_is(
+    pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    monitor = FIDMonitor(reference, Everything(), count=11, every_n_validations=2)
+    train(sampling_module(pipeline), pipeline, tmp_path, monitor, max_steps=6, val_check_interval=2, every=3)
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert not any("linear" in name or "extractor" in name or "fid" in name for name in checkpoint["state_dict"])
+    state = checkpoint["callbacks"]["FIDMonitor"]
+    assert state["validations"] == 3
+    assert set(state["last"]) == NAMES
+    resumed = FIDMonitor(reference, Everything(), count=11, every_n_validations=2)
+    spy = Spy()
+    train(
+        sampling_module(pipeline, 1), pipeline, tmp_path / "more", resumed, spy,
+        ckpt_path=tmp_path / "checkpoints/last.ckpt", max_steps=8, val_check_interval=2,
+    )  # fmt: skip
+    assert [set(seen) > {GFID} and seen[GFID] != state["last"][GFID] for seen in spy.seen] == [True]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_reconstructions_are_measured_against_the_pictures_themselves(
+    stored: bool, pipeline: Pipeline, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
+    module = vqgan_module()
+    known: Reference | None = None
+    if stored:
+        pictures = open_pictures(pipeline.digits, SIZE, "val")
+        known = make_reference(pictures, Everything(), "digits-val", "reconstruction")
+        known.save(tmp_path / "val.npz")
+    monitor = FIDMonitor(tmp_path / "val.npz" if stored else None, Everything())
+    results = evaluator(monitor, default_root_dir=tmp_path).test(module, data, verbose=False)[0]
+    data.setup("validate")
+    images = torch.cat([batch["images"] for batch in data.val_dataloader()])
+    with torch.no_grad():
+        found = to_uint8(module.eval().reconstruct(images))
+    measurement = Measurement(Everything(), SIZE, "reconstruction", known)
+    if not stored:
+        measurement.update(to_uint8(images), real=True)
+    measurement.update(found)
+    expected = measurement.compute()
+    name = "rfid_everything/digits-val" if stored else "rfid_everything/val"
+    assert name in expected
+    for each, value in expected.items():
+        assert results[each] == pytest.approx(value.item(), rel=1e-3, abs=1e-6), each
+    assert not [warning for warning in recwarn if "mix" in str(warning.message) or "rFID" in str(warning.message)]
+    report = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert report["metrics"][name] == pytest.approx(results[name], rel=1e-6)
+    assert {"test/psnr", "test/ssim"} <= set(report["metrics"])
+    assert Image.open(tmp_path / "report/reconstructions.png").size[0] > 8 * SIZE
+
+
+def test_reconstructions_against_a_reference_for_generation_are_warned_of(
+    pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
+    trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
+    with pytest.warns(
+        UserWarning, match="reconstructions are compared with digits, a reference for generated pictures"
+    ):
+        results = trainer.test(vqgan_module(), data, verbose=False)[0]
+    assert "rfid_everything/digits" in results
+
+
+def test_drawn_pictures_against_a_reference_for_reconstructions_are_warned_of(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    path = tmp_path / "val.npz"
+    make_reference(open_pictures(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
+    trainer = evaluator(FIDMonitor(path, Everything(), count=10), default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="generated pictures are compared with val, a reference for reconstructions"):
+        trainer.test(sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False)
+
+
+def test_arguments(pipeline: Pipeline, folder: Path, reference: Path) -> list[str]:
+    """Of ``test`` that draws three digits of each class."""
+    return [
+        *("test", *pipeline.sample_arguments(folder)[1:]),
+        *("--config", "configs/argen/evaluate.yaml", f"--trainer.default_root_dir={folder}"),
+        *(f"--trainer.callbacks.reference={reference}", f"--trainer.callbacks.features={EXTRACTOR}"),
+        *("--data.init_args.per_class=3", "--data.init_args.batch_size=7", f"--ckpt_path={pipeline.argen}"),
+    ]
+
+
+test_arguments.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def report(pipeline: Pipeline, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of ``test`` by the command line, on one process."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    main.main(test_arguments(pipeline, folder, reference))
+    return folder / "report"
+
+
+def test_test_measures_the_pictures_that_predict_draws(pipeline: Pipeline, report: Path, reference: Path) -> None:
+    metrics = json.loads((report / "metrics.json").read_text())
+    batches = list(open_pictures(pipeline.samples / "samples.npz").batches(100))
+    expected = measured(torch.cat([batch.images for batch in batches]), reference)
+    assert metrics["metrics"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["pictures"] == {"count": 30, "resolution": SIZE}
+    assert metrics["reference"]["name"] == "digits"
+    assert metrics["sampling"]["guidance_scale"] == 2.0
+
+
+def test_a_report_has_numbers_beside_the_papers_and_pictures(report: Path) -> None:
+    assert {path.name for path in report.iterdir()} == {
+        "metrics.json", "report.md", "random.png", "classes.png", "neighbours.png",
+    }  # fmt: skip
+    text = (report / "report.md").read_text()
+    assert f"| {GFID} |" in text
+    assert "| B, 384 px | 6.09 | 182.5 | 0.84 |" not in text
+    assert "| B, 384 px | 6.09 | 182.5 | 0.85 | 0.42 |" in text
+    assert Image.open(report / "classes.png").size[1] == 10 * (SIZE + 2) + 2
+
+
+def test_two_processes_report_what_one_does(pipeline: Pipeline, report: Path, reference: Path, tmp_path: Path) -> None:
+    succeeds(two_processes(test_arguments(pipeline, tmp_path, reference)))
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (report, tmp_path / "report"))
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+    assert two["pictures"] == one["pictures"]
+    for name in ("random.png", "classes.png", "neighbours.png"):
+        assert (tmp_path / "report" / name).read_bytes() == (report / name).read_bytes()
+
+
+def test_test_on_codes_measures_the_loss_and_draws(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    from datamodules import CodeDataModule
+
+    monitor = FIDMonitor(reference, Everything(), count=13, batch_size=4)
+    data = CodeDataModule(pipeline.codes, batch_size=50, num_workers=0)
+    results = evaluator(monitor, default_root_dir=tmp_path).test(sampling_module(pipeline), data, verbose=False)[0]
+    assert {"test/loss", *NAMES} <= set(results)
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["pictures"]["count"] == 13
+
+
+def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    from datamodules import CodeDataModule
+
+    monitor = FIDMonitor(reference, Everything(), count=12, every_n_validations=7)
+    trainer = evaluator(EMA(), monitor, default_root_dir=tmp_path)
+    results = trainer.validate(
+        sampling_module(pipeline),
+        CodeDataModule(pipeline.codes, num_workers=0),
+        verbose=False,
+        ckpt_path=pipeline.argen,
+    )[0]
+    assert set(results) >= NAMES
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare drawn pictures with"),
+        (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(
+    make: Any, phrase: str, pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=phrase):
+        train(sampling_module(pipeline), pipeline, tmp_path, make(reference), max_steps=2)
+
+
+def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    module = argen_module(tokenizer=pipeline.tokenizer)
+    module.picture_size = 16
+    with pytest.raises(ValueError, match="of pictures of 8 pixels, not 16"):
+        train(module, pipeline, tmp_path, FIDMonitor(reference, Everything()), max_steps=2)
+
+
+@pytest.mark.parametrize("options", [{"count": 1}, {"every_n_validations": 0}, {"batch_size": 0}])
+def test_numbers_that_make_no_sense_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="they must be at least 2, 1 and 1"):
+        FIDMonitor(**options)
+
+
+def test_without_weights_of_inception_the_error_says_what_to_do(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(ValueError, match="weights-inception-2015-12-05-6726825d.pth"):
+        train(vqgan_module(), pipeline, tmp_path, FIDMonitor(), max_steps=2)
