@@ -99,7 +99,7 @@ class FIDMonitor(pl.Callback):
         self._seconds = {"pictures": 0.0, "features": 0.0, "distances": 0.0}
         self._seen = 0
         self._active, self._asked = False, False
-        self._total = 0
+        self._total, self._weights, self._numbers = 0, "", dict[str, float]()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out now, not at the first measurement, that something does not fit.
@@ -228,14 +228,20 @@ class FIDMonitor(pl.Callback):
             self._last = self._finish(trainer, pl_module)
         elif trainer.state.fn == "fit":  # for ModelCheckpoint alone
             last = self._last or {self._fid_name(): float("inf")}
-            pl_module.log_dict(last, logger=False)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in last.items()})
         self._active = False
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what is to be drawn, log what comes out, and write the report."""
-        numbers = self._finish(trainer, pl_module)
-        self._report(trainer, pl_module, numbers)
-        self._active, self._gallery = False, None
+        """Draw what is to be drawn, and log what comes out."""
+        self._numbers = self._finish(trainer, pl_module)
+        # Now, while the averages are in the place of the weights; of all ranks, where they share the parameters.
+        self._weights = weights_checksum(cast(Any, pl_module).generator)
+        self._active = False
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the report, when the module has logged its own numbers, too."""
+        self._report(trainer, pl_module, self._numbers)
+        self._gallery = None
 
     def _fid_name(self) -> str:
         assert self.features is not None
@@ -313,7 +319,6 @@ class FIDMonitor(pl.Callback):
             dist.all_gather_object(galleries, gallery)
             gallery = Gallery().together(galleries)
         generator = cast(Any, pl_module).generator
-        checksum = weights_checksum(generator)  # of all ranks, where they share the parameters
         if not trainer.is_global_zero:
             return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
@@ -321,7 +326,7 @@ class FIDMonitor(pl.Callback):
             "pictures": {"count": self._total, "resolution": self._size},
             "reference": "the pictures themselves" if self.reference is None else self.reference.facts(),
             "extractor": {"name": extractor_name(self.features), "checksum": extractor_checksum(self.features)},
-            "model": {"class": type(generator).__name__, "weights": checksum, **asdict(generator.config)},
+            "model": {"class": type(generator).__name__, "weights": self._weights, **asdict(generator.config)},
             "precision": str(trainer.precision),
             "seconds": {name: round(seconds, 1) for name, seconds in self._seconds.items()},
         }

@@ -98,8 +98,8 @@ def _markdown(
     if paper:
         remark = f" ({paper[0].remark})" if len(paper) == 1 else ""
         parts.append(
-            f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with numbers over Inception, of "
-            "as many pictures, against the same reference."
+            f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with numbers over Inception, "
+            "of as many pictures, against the same reference."
         )
     parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in grids]
     parts.append("## How it was measured\n\n" + "\n".join(_listed(facts)))
