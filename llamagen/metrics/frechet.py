@@ -78,7 +78,8 @@ class FID(PictureMetric):
         """
         fake = self.statistics(real=False)
         real = self.statistics(real=True) if self.reference is None else self.reference
-        return frechet_distance(*(part.to(fake[0].device) for part in real), *fake)
+        mean, covariance = (part.to(fake[0].device) for part in real)
+        return frechet_distance(mean, covariance, *fake)
 
     def statistics(self, real: bool) -> tuple[Tensor, Tensor]:
         """Mean (F,) and covariance (F, F) of a side, float64; of this rank's pictures, unless states are in sync.
@@ -138,4 +139,5 @@ def _factor(covariance: Tensor) -> Tensor:
     """A (F, R) with A Aᵀ = Σ of rank R, as far as rounding tells."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     some = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, some] * values[some].sqrt()
+    factor: Tensor = vectors[:, some] * values[some].sqrt()
+    return factor
