@@ -49,6 +49,11 @@ def test_it_is_the_score_of_the_formula(count: int, splits: int) -> None:
     assert found.std.item() == pytest.approx(std, rel=1e-10, abs=1e-12)
 
 
+def test_logits_in_float32_are_taken_to_float64() -> None:
+    logits = torch.from_numpy(random_logits(60)).float()
+    assert of_logits(logits, 4).mean.item() == pytest.approx(by_formula(logits.double().numpy(), 4)[0], rel=1e-12)
+
+
 def test_there_are_ten_splits_if_none_are_given() -> None:
     assert InceptionScore(Everything(), SIZE).splits == 10
     logits = torch.from_numpy(random_logits(60))

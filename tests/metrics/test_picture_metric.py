@@ -284,6 +284,7 @@ def test_a_reference_is_worth_the_real_pictures(name: str) -> None:
     metric = make(name, reference=rows.double())
     show(metric, fake_pictures())
     assert result(metric) == measured(name)
+    assert metric.reference.dtype == metric.row_dtype == torch.float32
     assert metric.state_dict() == {}
     metric.reset()
     show(metric, fake_pictures())

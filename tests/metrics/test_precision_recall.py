@@ -108,6 +108,16 @@ def test_copies_lie_on_borders_to_the_last_digit_whatever_is_taken_at_a_time(blo
     assert measure(real, real[5:6].repeat(4, 1), 3, block).precision == 1
 
 
+def test_a_distance_is_the_same_to_the_last_digit_in_any_shape_and_layout() -> None:
+    exact = import_module("llamagen.metrics.precision_recall")._exact
+    x, y = torch.rand(2, 40, 2047, generator=torch.Generator().manual_seed(1)).double()
+    distances = exact(x, y)
+    assert torch.equal(exact(x.T.contiguous().T, y.T.contiguous().T), distances)
+    assert torch.equal(torch.cat([exact(x[row : row + 1], y[row : row + 1]) for row in range(40)]), distances)
+    assert torch.equal(exact(x[3], y)[3], distances[3])
+    torch.testing.assert_close(distances, (x - y).square().sum(1), rtol=1e-13, atol=0)
+
+
 def test_a_border_belongs_to_the_ball_and_what_is_beyond_does_not() -> None:
     real = torch.tensor([[0.0], [3.0]])
     for x, precision in ((6.0, 1.0), (6.0 + 1e-6, 0.0), (-3.0, 1.0), (-3.0 - 1e-6, 0.0)):
