@@ -2,16 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
+from datamodules.loader import EvaluationLoader
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.whole_file import whole_file
 
@@ -65,7 +67,10 @@ def train_classifier(
     )
     pictures.setup("fit")
     train, validation = pictures.train_dataloader(), pictures.val_dataloader()
-    num_classes = len(pictures.class_names) or 1 + max(int(batch["labels"].max()) for batch in validation)
+    labels = np.concatenate([pictures.datasets[split].samples.labels for split in SPLITS])  # type: ignore[attr-defined]
+    if (labels < 0).any():
+        raise ValueError(f"some pictures in {data} have no class; give a set with a class for each picture")
+    num_classes = max(len(pictures.class_names), 1 + int(labels.max()))
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)
     steps = epochs * len(train)
@@ -75,9 +80,8 @@ def train_classifier(
         for _ in range(epochs):
             for batch in train:
                 images = _moved(_levels(batch["images"], device))
-                loss = F.cross_entropy(
-                    classifier(images).biased_logits, _classes(batch["labels"], device), label_smoothing=0.05
-                )
+                classes = batch["labels"].to(device)
+                loss = F.cross_entropy(classifier(images).biased_logits, classes, label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -109,12 +113,6 @@ def _levels(images: Tensor, device: str) -> Tensor:
     return ((images.to(device) + 1) * 127.5).round()
 
 
-def _classes(labels: Tensor, device: str) -> Tensor:
-    if (labels < 0).any():
-        raise ValueError("some pictures have no class; give a set with a class for each picture")
-    return labels.to(device)
-
-
 def _moved(images: Tensor) -> Tensor:
     down, right = torch.randint(2 * SHIFT + 1, (2,)).tolist()
     padded = F.pad(images, (SHIFT,) * 4, mode="replicate")
@@ -122,7 +120,7 @@ def _moved(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(classifier: SmallClassifier, validation: Iterable[dict[str, Tensor]], device: str) -> float:
+def _accuracy(classifier: SmallClassifier, validation: EvaluationLoader, device: str) -> float:
     right = count = 0
     for batch in validation:
         logits = classifier(_levels(batch["images"], device)).biased_logits

@@ -86,10 +86,13 @@ class Classifier(SmallClassifier):
 
     def __init__(self, weights: Path | str) -> None:
         facts, state = read_classifier(Path(weights))
-        with torch.device("meta"):  # no random numbers
-            super().__init__(**{key: facts[key] for key in ("num_classes", "image_size", "width")})
-        self.load_state_dict(state, assign=True)
-        self.name = str(facts["name"])
+        try:
+            with torch.device("meta"):  # no random numbers
+                super().__init__(**{key: facts[key] for key in ("num_classes", "image_size", "width")})
+            self.load_state_dict(state, assign=True)
+            self.name = str(facts["name"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise _no_classifier(weights, error) from error
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -110,9 +113,12 @@ def read_classifier(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
             facts = json.loads((file.metadata() or {})[ENTRY])
             return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a classifier ({type(error).__name__}); train one with python -m evaluation classifier"
-        ) from error
+        raise _no_classifier(path, error) from error
+
+
+def _no_classifier(path: Path | str, error: Exception) -> ValueError:
+    kind = type(error).__name__
+    return ValueError(f"{path} is not a classifier ({kind}); train one with python -m evaluation classifier")
 
 
 def _layer(before: int, after: int) -> nn.Module:

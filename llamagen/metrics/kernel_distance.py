@@ -64,13 +64,13 @@ class KID(RowMetric):
         Raises:
             ValueError: if a side has fewer than two pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.reference_rows() for side in SIDES)
+        fake, real = (self.kept(side) if side != REAL else self.real_features() for side in SIDES)
         generator = torch.Generator().manual_seed(self.seed)
         found = []
         for _ in range(self.subsets):
             parts = [
                 rows[torch.randperm(len(rows), generator=generator)[: self.subset_size].to(rows.device)].double()
-                for rows in (real, fake)
+                for rows in (real.to(fake.device), fake)
             ]
             found.append(squared_discrepancy(*parts))
         distances = torch.stack(found)

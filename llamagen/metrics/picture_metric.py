@@ -107,6 +107,15 @@ class PictureMetric(Metric):
         """Go along to another device, but not to another precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # torchmetrics would go on in the lists of the state dict itself, and keep the result of before.
+        for name in self._defaults:
+            state = getattr(self, name)
+            here = [part.to(self.device) for part in state] if isinstance(state, list) else state.to(self.device)
+            setattr(self, name, here)
+        self._computed = None
+
 
 class RowMetric(PictureMetric):
     """Base of the metrics that need the features of every picture, in the pictures' order, which is that of an index.
@@ -115,6 +124,7 @@ class RowMetric(PictureMetric):
     picture, on its rank; when the result is computed, those of all ranks are put together.
     """
 
+    full_state_update = True  # forward() must not begin anew with each batch: without an index, it counts
     reference: Tensor | None = None
 
     def __init__(self, features: nn.Module, image_size: int, sides: Sequence[str] = SIDES) -> None:
@@ -146,23 +156,26 @@ class RowMetric(PictureMetric):
             raise ValueError(
                 f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} pictures; give one whole number each"
             )
-        kept.append(rows)
-        indices.append(index.to(rows.device))
+        kept.append(rows.to(self.row_dtype))  # the same on all ranks, as the index is
+        indices.append(index.to(rows.device, torch.int64))
 
     def kept(self, side: str) -> Tensor:
         """The features of a side in the order of their index, (N, F).
 
         Raises:
-            ValueError: if there are fewer than two pictures.
+            ValueError: if there are fewer than two pictures, or features are not finite.
         """
         rows, index = getattr(self, f"{side}_rows"), getattr(self, f"{side}_index")
-        count = sum(map(len, rows))
+        count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))  # a tensor is that of all ranks
         if count < 2:
             raise ValueError(f"{count} {side} pictures are too few for {self.name}; give at least two")
         order = torch.argsort(dim_zero_cat(index), stable=True)
-        return dim_zero_cat(rows)[order]
+        ordered = dim_zero_cat(rows)[order]
+        if not ordered.isfinite().all():
+            raise ValueError(f"some {side} features are not finite; the extractor gives numbers that are none")
+        return ordered
 
-    def reference_rows(self) -> Tensor:
+    def real_features(self) -> Tensor:
         """Features of the real pictures: of the reference, or those that were kept."""
         reference: Tensor | None = self.reference
         return self.kept(REAL) if reference is None else reference.to(self.device)
@@ -190,6 +203,12 @@ class RowMetric(PictureMetric):
         """
         if real and self.reference is not None:
             raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
+
+    def reset(self) -> None:
+        """Forget all pictures, also if those of all ranks are there because a result was refused."""
+        for name in self._defaults:
+            setattr(self, name, [])
+        super().reset()
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # torchmetrics would gather a tensor without a second dimension from a rank that has nothing.

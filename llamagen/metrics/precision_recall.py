@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llamagen.metrics.features import Features
 from llamagen.metrics.picture_metric import REAL, SIDES, RowMetric, side_of
@@ -77,7 +78,7 @@ class PrecisionRecall(RowMetric):
         Raises:
             ValueError: if a side has not more than k pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.reference_rows() for side in SIDES)
+        fake, real = (self.kept(side) if side != REAL else self.real_features() for side in SIDES)
         return precision_recall(real.to(fake.device), fake, self.k, self.block)
 
 
@@ -108,17 +109,22 @@ def radii(rows: Tensor, k: int, block: int = 4096) -> Tensor:
     """Squared distance of each row (N, F) from its k-th nearest neighbour among the others, (N,) float64."""
     found = []
     most = min(2 * k + 8, len(rows))  # more than k + 1, because rounding may change the order of the nearest
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
+    for _, part in _blocks(rows, block):
         nearest = torch.full((len(part), 0), 0.0, dtype=torch.float64, device=rows.device)
         places = nearest.long()
         for offset, other in _blocks(rows, block):
             here = torch.arange(offset, offset + len(other), device=rows.device).expand(len(part), -1)
-            nearest, places = torch.cat([nearest, _distances(part, other)], 1), torch.cat([places, here], 1)
+            distances, slack = _distances(part, other)
+            nearest, places = torch.cat([nearest, distances - slack], 1), torch.cat([places, here], 1)
             nearest, order = nearest.topk(min(most, nearest.shape[1]), largest=False)
             places = places.gather(1, order)
         exact = torch.stack([_exact(part, rows[column]) for column in places.unbind(1)], 1)
-        found.append(exact.sort(1).values[:, k])  # the nearest is the row itself, or its double
+        radius = exact.sort(1).values[:, k]  # the nearest is the row itself, or its double
+        if most < len(rows):  # others are at least as far as the last of these may be; is the k-th nearer?
+            for place in ((radius > nearest[:, -1]) & (radius > 0)).nonzero().flatten().tolist():
+                every = torch.cat([_exact(part[place], other) for _, other in _blocks(rows, block)])
+                radius[place] = every.kthvalue(k + 1).values
+        found.append(radius)
     return torch.cat(found)
 
 
@@ -126,11 +132,10 @@ def _share_within(rows: Tensor, centres: Tensor, squared_radii: Tensor, block: i
     inside = 0
     for _, part in _blocks(rows, block):
         within = torch.zeros(len(part), dtype=torch.bool, device=rows.device)
-        norms = part.double().square().sum(1)
         for offset, some in _blocks(centres, block):
             reach = squared_radii[offset : offset + len(some)]
-            slack = UNSURE * (norms[:, None] + some.double().square().sum(1))
-            excess = _distances(part, some) - reach
+            distances, slack = _distances(part, some)
+            excess = distances - reach
             within |= (excess < -slack).any(1)
             # What rounding could decide is computed exactly: doubles, and borders that are pictures themselves.
             row, column = ((excess.abs() <= slack) & ~within[:, None]).nonzero(as_tuple=True)
@@ -145,12 +150,21 @@ def _blocks(rows: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
     return ((start, rows[start : start + block]) for start in range(0, len(rows), block))
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances (B, C) of rows (B, F) and (C, F), in float64, up to rounding."""
+def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (B, C) of rows (B, F) and (C, F), in float64, and how far rounding puts them off at most."""
     x, y = x.double(), y.double()
-    return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2)
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)
+    return torch.addmm(norms, x, y.T, alpha=-2), UNSURE * norms
 
 
 def _exact(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distance of each row of (B, F) from the same row of another (B, F), float64; 0 for equal ones."""
-    return (x.double() - y.double()).square().sum(1)
+    """Squared distance of each row of (B, F) from the same row of another (B, F), float64; 0 for equal ones.
+
+    Squares are added in an order of its own. That of ``sum`` depends on shape, layout and device, and so would its last
+    digit: pictures that are as far as a border would lie within it or not by chance.
+    """
+    squares = (x.double() - y.double()).square()
+    while (width := squares.shape[-1]) > 1:
+        half = (width + 1) // 2
+        squares = squares[..., :half] + F.pad(squares[..., half:], (0, width % 2))
+    return squares.squeeze(-1)

@@ -1,0 +1,116 @@
+"""The training of the small classifier leaves a file that recognises digits, or none at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.digits import DigitsDataModule, write_digits
+from evaluation import classifier as module
+from evaluation.classifier import train_classifier
+from llamagen.metrics import extract
+from llamagen.metrics.classifier import Classifier, read_classifier
+from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+
+OPTIONS = {"image_size": 8, "width": 8, "batch_size": 32, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root
+
+
+def train(data: Path, out: Path, name: str = "digits-classifier", epochs: int = 1, **options: float) -> float:
+    return train_classifier(str(data), out, name, epochs=epochs, **{**OPTIONS, **options})  # type: ignore[arg-type]
+
+
+def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "folder" / "digits.safetensors"
+    accuracy = train(digits, out, image_size=16, width=16)
+    assert accuracy > 0.8
+    assert f"{out}: recognises {accuracy:.1%} of the validation pictures" in capsys.readouterr().out
+    facts, _ = read_classifier(out)
+    assert facts == {
+        **{"name": "digits-classifier", "num_classes": 10, "image_size": 16, "width": 16},
+        **{"accuracy": accuracy, "epochs": 1, "seed": 0},
+    }
+    assert list(out.parent.iterdir()) == [out]
+
+    data = DigitsDataModule(digits, image_size=16, batch_size=300)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    levels = ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
+    logits = extract(Classifier(out), levels).logits
+    assert logits is not None
+    assert (logits.argmax(1) == batch["labels"]).double().mean().item() == pytest.approx(accuracy, abs=1 / 300)
+
+
+def test_the_seed_decides_the_weights(digits: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for file, seed in zip(files, (3, 3, 4), strict=True):
+        train(digits, file, batch_size=512, seed=seed)
+    weights = [read_classifier(file)[1]["head.weight"] for file in files]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"name": "digits/small"}, "name is 'digits/small'; give one without a slash"),
+        ({"name": " "}, "name is ' '; give one without a slash"),
+        ({"width": 4}, "num_classes is 10, image_size 8 and width 4"),
+        ({"batch_size": 1600}, "1497 training samples cannot be shared out .* batch_size 1600"),
+    ],
+)
+def test_options_without_sense_are_refused(
+    digits: Path, tmp_path: Path, options: dict[str, float], phrase: str
+) -> None:
+    with pytest.raises(ValueError, match=phrase) as error:
+        train(digits, tmp_path / "a.safetensors", **options)  # type: ignore[arg-type]
+    assert_one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
+    """Shards without a description: for each picture of either split a class, or nothing."""
+    for split, labels in zip(("train", "val"), classes, strict=True):
+        samples = [
+            (f"{number:03d}", {"png": grey_picture(10 * number, 8), **({"cls": label.encode()} if label else {})})
+            for number, label in enumerate(labels)
+        ]
+        write_shards(root / split, samples, per_shard=8)
+    return root
+
+
+def test_pictures_without_classes_are_refused(tmp_path: Path) -> None:
+    data = grey_set(tmp_path / "data", ([""] * 8, [""] * 4))
+    with pytest.raises(ValueError, match="have no class; give a set with a class for each picture") as error:
+        train(data, tmp_path / "a.safetensors", batch_size=4)
+    assert_one_line(error, data)
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_a_class_that_only_training_pictures_have_counts(tmp_path: Path) -> None:
+    data = grey_set(tmp_path / "data", (["0", "1", "2", "6"] * 2, ["0", "1"] * 2))
+    train(data, out := tmp_path / "a.safetensors", batch_size=4)
+    assert read_classifier(out)[0]["num_classes"] == 7
+
+
+def test_a_file_of_before_stays_if_writing_fails(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(state: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    out = tmp_path / "a.safetensors"
+    out.write_text("before")
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train(digits, out, batch_size=512)
+    assert out.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [out]
