@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -15,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
-from lightning_modules import ARGenModule, CheckpointFiles
+from lightning_modules import ARGenModule, CheckpointFiles, models_without_memory
 from llamagen.checkpoint import read_checkpoint
 from llamagen.whole_file import whole_file
 
@@ -118,7 +117,7 @@ class LlamaGenCLI(LightningCLI):
         sharded = strategy == "sharded" or getattr(strategy, "class_path", None) == SHARDED
         try:
             # What is to be spread over ranks gets its memory when it is.
-            with torch.device("meta") if sharded else nullcontext():
+            with models_without_memory() if sharded else nullcontext():
                 super().instantiate_classes()
             if sharded and not isinstance(self.model, ARGenModule):
                 raise ValueError(
@@ -133,8 +132,7 @@ class LlamaGenCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer that reads sharded checkpoints, whatever its strategy."""
-        with torch.device("cpu"):
-            trainer = super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         return trainer

@@ -2,6 +2,7 @@
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig
+from lightning_modules.base import models_without_memory
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sharded_strategy import CheckpointFiles, ShardedStrategy
 from lightning_modules.vqgan import VQGANModule
@@ -15,4 +16,5 @@ __all__ = [
     "ShardedStrategy",
     "VQGANLossConfig",
     "VQGANModule",
+    "models_without_memory",
 ]

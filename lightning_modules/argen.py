@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.argen_config import ARGenLossConfig
-from lightning_modules.base import GenerativeModule
+from lightning_modules.base import GenerativeModule, model_device
 from lightning_modules.optimization import AdamWConfig
 from llamagen.adaptation import adapt_to
 from llamagen.checkpoint import load_vqgan, weights_checksum
@@ -72,13 +72,13 @@ class ARGenModule(GenerativeModule):
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
         self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
         self._generator_state = torch.get_rng_state()
-        self.gpt = GPT(net)
+        with model_device():
+            self.gpt = GPT(net)
         self.gpt.checkpoint_activations(activation_checkpointing)
         self._compile = compile
-        with torch.device("cpu"):  # also where the model is built on the meta device
-            self.predictions = nn.ModuleDict(
-                {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
-            )
+        self.predictions = nn.ModuleDict(
+            {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
+        )
         self.nats_by_position: dict[str, Tensor] = {}
         self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
@@ -95,8 +95,7 @@ class ARGenModule(GenerativeModule):
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
         if tokenizer is not None:
-            with torch.device("cpu"):
-                vqgan = load_vqgan(tokenizer)
+            vqgan = load_vqgan(tokenizer)
             if vqgan.config.codebook_size != net.vocab_size:
                 raise ValueError(
                     f"the tokenizer {tokenizer} has {vqgan.config.codebook_size} codes, but the model's vocab_size is "

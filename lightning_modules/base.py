@@ -2,7 +2,9 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +19,26 @@ from llamagen.checkpoint import check_fits, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.weights import ENTRY
+
+_WITHOUT_MEMORY: ContextVar[bool] = ContextVar("without memory", default=False)
+
+
+@contextmanager
+def models_without_memory() -> Iterator[None]:
+    """Within it, modules build models that can be spread over ranks on the meta device; what surrounds them is usual.
+
+    Such a model gets its memory in ``configure_model``.
+    """
+    token = _WITHOUT_MEMORY.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_MEMORY.reset(token)
+
+
+def model_device() -> AbstractContextManager[Any]:
+    """Where a module builds a model that can be spread over ranks: see :func:`models_without_memory`."""
+    return torch.device("meta") if _WITHOUT_MEMORY.get() else nullcontext()
 
 
 class GenerativeModule(pl.LightningModule):

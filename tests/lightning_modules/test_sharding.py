@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import main
-from lightning_modules import ARGenModule, ShardedStrategy
+from lightning_modules import ARGenModule, ShardedStrategy, models_without_memory
 from llamagen.checkpoint import read_checkpoint, weights_checksum
 from llamagen.export import export
 from llamagen.models.gpt import GPT, GPTConfig
@@ -214,7 +214,7 @@ def _initial(rank: int, weights: str, num_classes: int) -> dict[str, Tensor]:
     """What a sharded model begins with that was built on the meta device."""
     torch.manual_seed(0)
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    with torch.device("meta"):
+    with models_without_memory():
         module = _start(weights, num_classes)
     module._device_mesh = mesh
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
@@ -254,13 +254,13 @@ def test_a_model_without_memory_gets_the_weights_that_it_would_have(
 
 def test_a_model_without_memory_gets_it_without_a_strategy_too(half: Path) -> None:
     torch.manual_seed(0)
-    with torch.device("meta"):
+    with models_without_memory():
         module = ARGenModule(GPTConfig(**GPT_NET))
     module.configure_model()
     torch.manual_seed(0)
     for name, value in GPT(GPTConfig(**GPT_NET)).state_dict().items():
         assert torch.equal(module.gpt.state_dict()[name], value)
-    with torch.device("meta"), pytest.raises(ValueError, match="they do not fit"):
+    with models_without_memory(), pytest.raises(ValueError, match="they do not fit"):
         ARGenModule(GPTConfig(**{**GPT_NET, "dim": 64}), init_from=half)
 
 
