@@ -1,5 +1,6 @@
 """``torchmetrics.Metric``s, and what they see of pictures."""
 
+from llamagen.metrics.classifier import Classifier, SmallClassifier
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage
 from llamagen.metrics.features import Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.frechet import FID, SFID, frechet_distance
@@ -10,6 +11,7 @@ from llamagen.metrics.precision_recall import PrecisionRecall, PrecisionRecallSt
 from llamagen.metrics.prediction import CodePrediction, PredictionStatistics
 
 __all__ = [
+    "Classifier",
     "CodePrediction",
     "CodebookStatistics",
     "CodebookUsage",
@@ -23,6 +25,7 @@ __all__ = [
     "PrecisionRecallStatistics",
     "PredictionStatistics",
     "SFID",
+    "SmallClassifier",
     "SplitStatistics",
     "extract",
     "extractor_checksum",
