@@ -98,7 +98,7 @@ class FIDMonitor(pl.Callback):
         self._last: dict[str, float] = {}
         self._seconds = {"pictures": 0.0, "features": 0.0, "distances": 0.0}
         self._seen = 0
-        self._active, self._asked = False, False
+        self._active, self._asked, self._started = False, False, 0.0
         self._total, self._weights, self._numbers = 0, "", dict[str, float]()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -183,6 +183,12 @@ class FIDMonitor(pl.Callback):
         if self._active and not trainer.sanity_checking:
             self._take(trainer, outputs, batch)
 
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note the time, for the cost of drawing."""
+        self._started = time.perf_counter()
+
     def on_test_batch_end(
         self,
         trainer: pl.Trainer,
@@ -201,6 +207,7 @@ class FIDMonitor(pl.Callback):
         if "images" in outputs:
             self._asked = True
             images = outputs["images"].tensor().permute(0, 3, 1, 2)
+            self._spent("pictures", self._started, images)
             self._measure(images, outputs["index"], batch.get("condition"))
         elif "reconstruction" in outputs:
             images, originals = (to_uint8(each) for each in (outputs["reconstruction"], batch["images"]))
