@@ -87,7 +87,7 @@ def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
     if isinstance(wanted, dict):
         if not isinstance(parsed, dict):
             return [where]
-        return [path for key in wanted for path in differences(wanted[key], parsed.get(key), f"{where}.{key}")]
+        return [path for key in wanted for path in _differences_at(key, wanted[key], parsed, f"{where}.{key}")]
     if isinstance(wanted, list):
         if not isinstance(parsed, list) or len(parsed) != len(wanted):
             return [where]
@@ -101,6 +101,13 @@ def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
     if where.endswith("class_path"):  # printed in full
         return [] if str(parsed).split(".")[-1] == wanted.split(".")[-1] else [where]
     return [] if parsed == wanted else [where]
+
+
+def _differences_at(key: str, wanted: Any, parsed: dict[str, Any], where: str) -> list[str]:
+    if not key.endswith("+"):
+        return differences(wanted, parsed.get(key), where)
+    whole = parsed.get(key.removesuffix("+"))  # to which a list was appended
+    return differences(wanted, whole[-len(wanted) :], where) if isinstance(whole, list) else [where]
 
 
 def leaves(tree: Any, where: str = "") -> list[str]:
