@@ -76,7 +76,7 @@ def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) ->
         image_size: pixels at which pictures are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
     """
     if isinstance(config, VQGANConfig):
-        key = (config.downsampling, image_size)
+        key = (config.downsampling, image_size or 0)
         own = key in RECONSTRUCTION and replace(config, dropout=0.0) in TOKENIZERS
         rows = {key: RECONSTRUCTION[key]} if own else RECONSTRUCTION
         return [_reconstruction(*key, row) for key, row in rows.items()]

@@ -179,6 +179,8 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
             found = (*STATISTICS, *SPATIAL) if keys.issuperset(SPATIAL) else STATISTICS
             parts = {key: torch.from_numpy(file[key].astype(np.float64)) for key in found}
             meta = json.loads(str(file["meta"])) if "meta" in keys else {}
+            if not isinstance(meta, dict):
+                raise ValueError(f"its meta is {meta!r}; make it again")
             features = torch.from_numpy(file["features"]) if "features" in keys else None
             thumbnails = file["thumbnails"] if "thumbnails" in keys else None
     except DAMAGES as error:

@@ -37,7 +37,8 @@ def write_report(
         folder: appears when it is whole.
         title: of the table.
         numbers: results by name.
-        facts: how they came about; in ``metrics.json``, what JSON does not know is text, and a number that is none null.
+        facts: how they came about; in ``metrics.json``, what JSON does not know is text, and numbers that are none
+            are null.
         paper: figures to put beside them.
         grids: by the names of :data:`CAPTIONS`.
 
