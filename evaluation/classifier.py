@@ -76,7 +76,8 @@ def train_classifier(
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)
     steps = epochs * len(train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    rise = 0.2 if steps != 5 else 0.4  # OneCycleLR divides by zero where the rise is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     started = time.monotonic()
     with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):

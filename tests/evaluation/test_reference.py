@@ -231,7 +231,7 @@ def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Refer
             start = content.index(b"sigma.npy") + 250
             content[start : start + 40] = bytes(255 - value for value in content[start : start + 40])
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="r.npz") as error:
+    with pytest.raises(ValueError, match=r"r\.npz") as error:
         read_reference(path)
     assert_one_line(error, "there is no reference" if kind == "missing" else "is no reference: ")
 
@@ -260,7 +260,12 @@ def test_a_mix_up_is_explained(made: Reference) -> None:
     assert replace(other, count=None).mix_up("reconstruction", 3) is None
     for warning, *phrases in (
         (made.mix_up("reconstruction", 40), "forty, a reference for generated", "rFID", "--purpose reconstruction"),
-        (other.mix_up("generation", 40), "forty, a reference for reconstructions", "gFID", "VIRTUAL_imagenet256_labeled"),
+        (
+            other.mix_up("generation", 40),
+            "forty, a reference for reconstructions",
+            "gFID",
+            "VIRTUAL_imagenet256_labeled",
+        ),
         (other.mix_up("reconstruction", 39), "39 reconstructions", "a reference of 40 pictures", "rFID"),
     ):
         assert warning is not None

@@ -74,7 +74,12 @@ def test_another_model_has_the_whole_table_beside_it(config: GPTConfig | None) -
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [(VQGANConfig(), 128), (VQGANConfig(), None), (VQGANConfig(channels=32), 256), (VQGANConfig(codebook_size=64), 256)],
+    [
+        (VQGANConfig(), 128),
+        (VQGANConfig(), None),
+        (VQGANConfig(channels=32), 256),
+        (VQGANConfig(codebook_size=64), 256),
+    ],
 )
 def test_another_tokenizer_has_the_whole_table_beside_it(config: VQGANConfig, side: int | None) -> None:
     assert len(published(config, side)) == len(RECONSTRUCTION)
