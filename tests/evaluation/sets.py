@@ -1,13 +1,17 @@
 """Pictures to evaluate, in folders and files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llamagen.metrics import extract
-from tests.metrics.extractors import Everything, pictures
+from llamagen.metrics.classifier import ENTRY, SmallClassifier
+from tests.metrics.extractors import SIZE, Everything, pictures
 
 EVERYTHING = "--features=tests.metrics.extractors.Everything"
 FAKE_INCEPTION = "--features=tests.evaluation.sets.FakeInception"
@@ -53,3 +57,11 @@ def write_adm(folder: Path, count: int = 20, seed: int = 5, row: bool = False, d
         arrays[f"sigma{end}"] = np.cov(rows, rowvar=False).astype(dtype)
     np.savez(folder / ADM_FILE, arr_0=rows_last(pictures(count, seed)), arr_1=np.arange(count), **arrays)
     return folder / ADM_FILE
+
+
+def write_classifier(path: Path, seed: int) -> Path:
+    """A classifier that has learned nothing, named ``shapes``."""
+    options = {"num_classes": 3, "image_size": SIZE, "width": 8}
+    torch.manual_seed(seed)
+    save_file(SmallClassifier(**options).state_dict(), path, {ENTRY: json.dumps({"name": "shapes", **options})})
+    return path

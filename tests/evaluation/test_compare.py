@@ -1,8 +1,7 @@
 """``python -m evaluation``: any two sets of pictures are compared without a model, and errors are one line."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 import weakref
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.digits import write_digits
 from datamodules.picture_sets import PictureBatch, PictureSet, open_pictures
 from evaluation.__main__ import compare, main
-from evaluation.classifier import train_classifier
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from llamagen.metrics import extract
@@ -27,6 +24,7 @@ from tests.evaluation.sets import (
     FAKE_INCEPTION,
     FakeInception,
     write_adm,
+    write_classifier,
     write_folder,
     write_npz,
 )
@@ -185,17 +183,20 @@ def test_a_reference_of_adm_is_compared_with_and_completed(
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
 
 
-def test_a_classifier_takes_the_place_of_inception(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_digits(tmp_path / "digits")
-    weights = tmp_path / "c.safetensors"
-    train_classifier(str(tmp_path / "digits"), weights, "digits", 8, epochs=1, batch_size=256, width=8)
-    out, features = tmp_path / "train.npz", ["--features=Classifier", f"--features.weights={weights}"]
-    main(["reference", str(tmp_path / "digits"), str(out), "--split=train", "--image_size=8", *features])
-    main(["compare", str(tmp_path / "digits"), str(out), "--split=val", "--image_size=8", *features])
-    assert "| gfid_digits/train |" in capsys.readouterr().out
-    train_classifier(str(tmp_path / "digits"), weights, "digits", 8, epochs=1, batch_size=256, width=8, seed=1)
-    message = fails(capsys, "compare", tmp_path / "digits", out, "--split=val", "--image_size=8", *features)
-    assert "the reference train was made with other weights of digits" in message
+def test_a_classifier_takes_the_place_of_inception(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
+    features = ["--features=Classifier", f"--features.weights={weights}"]
+    main(["reference", str(root / "real"), str(out), *features])
+    main(["compare", str(root / "fake"), str(out), *features])
+    found = numbers(capsys.readouterr().out)
+    assert {"gfid_shapes/train", "gsfid_shapes/train", "recall_shapes/train", "inception_score_shapes"} <= set(found)
+    main(["compare", str(root / "real"), str(root / "real.npz"), *features])
+    assert numbers(capsys.readouterr().out)["gfid_shapes/real"] == pytest.approx(0, abs=1e-6)
+    write_classifier(weights, 1)
+    message = fails(capsys, "compare", root / "fake", out, *features)
+    assert "the reference train was made with other weights of shapes" in message
 
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
@@ -329,16 +330,18 @@ def test_pictures_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 < most <= 3
 
 
-def test_the_command_fails_as_a_process(root: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "evaluation", "compare", root / "missing", root / "real", EVERYTHING],
-        capture_output=True, text=True, timeout=120, check=False,
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert not result.stdout
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_it_is_the_module_that_python_runs(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluation", "compare", str(root / "missing"), str(root / "real"), EVERYTHING])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("evaluation", run_name="__main__")
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ")
 
 
 @pytest.mark.parametrize("command", ["compare", "reference", "classifier"])
