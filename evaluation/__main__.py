@@ -44,7 +44,7 @@ def compare(
     Args:
         pictures: an ``.npz`` of samples, a folder of pictures or class folders, or shards.
         reference: a file of statistics (of ``python -m evaluation reference``, or ADM's), or pictures like the first.
-        features: extractor; Inception by default.
+        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which pictures of another size are cropped by ADM's rule; those of an ``.npz``
             never are.
         split: of the pictures, if they have several.
@@ -115,7 +115,7 @@ def reference(
         name: becomes part of the names of what is measured against it; by default the name of ``out``.
         purpose: whether new pictures are to be compared with it, or reconstructions of these very pictures; by default
             what a file of statistics says, and else ``generation``.
-        features: extractor; Inception by default.
+        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which pictures of another size are cropped by ADM's rule.
         split: of the pictures, if they have several.
         batch_size: pictures that are looked at together.

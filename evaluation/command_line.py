@@ -1,5 +1,6 @@
 """What a user meets on the command line: errors in one line, and devices that are there."""
 
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -17,12 +18,19 @@ NOISE = (
 )
 """How those lines of jsonargparse's messages begin that tell a user nothing."""
 
+SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*\)")
+"""What it says of an argument that is any module: hundreds of PyTorch's."""
+
 
 class Parser(ArgumentParser):
     """Says in one line what is wrong with the arguments, and takes no abbreviations of their names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self) -> str:
+        """The help, without a list of all modules that there are."""
+        return SUBCLASSES.sub(")", super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and leave with status 2, or raise it, if the parser is told to."""

@@ -49,9 +49,8 @@ def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
     assert (logits.argmax(1) == batch["labels"]).double().mean().item() == pytest.approx(accuracy, abs=1 / 300)
 
 
-@pytest.mark.parametrize("batch_size", [256, 700, 1400])  # five steps, two, one
-def test_a_training_may_be_a_few_steps(batch_size: int, digits: Path, tmp_path: Path) -> None:
-    train(digits, tmp_path / "a.safetensors", batch_size=batch_size)
+def test_a_training_may_be_five_steps(digits: Path, tmp_path: Path) -> None:
+    train(digits, tmp_path / "a.safetensors", batch_size=256)
     assert (tmp_path / "a.safetensors").is_file()
 
 
