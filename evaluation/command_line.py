@@ -28,9 +28,9 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help, without a list of all modules that there are."""
-        return SUBCLASSES.sub(")", super().format_help())
+        return SUBCLASSES.sub(")", super().format_help(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and leave with status 2, or raise it, if the parser is told to."""
