@@ -1,22 +1,25 @@
 """Evaluate pictures without a model: ``python -m evaluation compare|reference|classifier --help``."""
 
+import os
 import sys
 import time
+import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jsonargparse import auto_cli
 from torch import nn
 
-from datamodules.picture_sets import open_pictures
+from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
+from evaluation.command_line import Parser, one_line, usable_device
 from evaluation.gallery import Gallery
 from evaluation.measurement import Measurement
 from evaluation.published import published
-from evaluation.reference import Purpose, Reference, completed, look_at, make_reference, read_reference
-from evaluation.report import table, write_report
+from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
+from evaluation.report import check_report, table, write_report
 from llamagen.metrics import Inception, extractor_checksum, extractor_name
 
 Split = Literal["train", "val"]
@@ -41,7 +44,7 @@ def compare(
     Args:
         pictures: an ``.npz`` of samples, a folder of pictures or class folders, or shards.
         reference: a file of statistics (of ``python -m evaluation reference``, or ADM's), or pictures like the first.
-        features: extractor; Inception by default.
+        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which pictures of another size are cropped by ADM's rule; those of an ``.npz``
             never are.
         split: of the pictures, if they have several.
@@ -53,13 +56,15 @@ def compare(
         device: where features are extracted; by default a GPU, if there is one.
         report: folder for a report with numbers and pictures.
     """
-    started, place = time.monotonic(), _device(device)
+    started, place = time.monotonic(), usable_device(device)
+    if report is not None:
+        check_report(report)
     kind: Purpose = "reconstruction" if reconstructions else "generation"
+    found = open_pictures(pictures, image_size, split)
     extractor = (Inception() if features is None else features).to(place)
     known = _reference(
-        reference, extractor, image_size, reference_split, reference_name, kind, batch_size, num_workers, place
+        reference, extractor, image_size, reference_split, reference_name, kind, batch_size, num_workers, place, found
     )
-    found = open_pictures(pictures, image_size, split)
     measurement, gallery = Measurement(extractor, found.size, kind, known).to(place), Gallery()
     for images, index, seen, labels in look_at(
         found, extractor, batch_size, num_workers, place, f"looking at {pictures}"
@@ -72,7 +77,13 @@ def compare(
     paper = [] if reconstructions else published(None, None)
     print(table(numbers, []))
     facts = {
-        "pictures": {"source": pictures, "count": measurement.count, "resolution": found.size, "crop": found.crop},
+        "pictures": {
+            "source": pictures,
+            "count": measurement.count,
+            "resolution": found.size,
+            "crop": found.crop,
+            "checksum": found.checksum(),
+        },
         "reference": known.facts(),
         "extractor": {"name": extractor_name(extractor), "checksum": extractor_checksum(extractor)},
         "seconds": round(time.monotonic() - started, 1),
@@ -87,7 +98,7 @@ def reference(
     pictures: str,
     out: Path,
     name: str | None = None,
-    purpose: Purpose = "generation",
+    purpose: Purpose | None = None,
     features: nn.Module | None = None,
     image_size: int | None = None,
     split: Split | None = None,
@@ -102,19 +113,27 @@ def reference(
             statistics, and gets features.
         out: file to write, ``.npz``.
         name: becomes part of the names of what is measured against it; by default the name of ``out``.
-        purpose: whether new pictures are to be compared with it, or reconstructions of these very pictures.
-        features: extractor; Inception by default.
+        purpose: whether new pictures are to be compared with it, or reconstructions of these very pictures; by default
+            what a file of statistics says, and else ``generation``.
+        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which pictures of another size are cropped by ADM's rule.
         split: of the pictures, if they have several.
         batch_size: pictures that are looked at together.
         num_workers: processes that read picture files.
         device: where features are extracted; by default a GPU, if there is one.
     """
-    if out.suffix != ".npz":
-        raise ValueError(f"{out} would be of an unknown format; name it *.npz")
-    place = _device(device)
+    if out.suffix != ".npz" or out.is_dir():
+        raise ValueError(f"out is {out}; give the name of a file, *.npz")
+    if out.exists() and Path(pictures).exists() and out.samefile(pictures):
+        raise ValueError(f"out is {out}, which are the pictures; give another name")
+    called, place = checked_name(out.stem if name is None else name), usable_device(device)
+    if not _holds_statistics(pictures):
+        open_pictures(pictures, image_size, split)
     extractor = (Inception() if features is None else features).to(place)
-    made = _reference(pictures, extractor, image_size, split, name or out.stem, purpose, batch_size, num_workers, place)
+    made = _reference(
+        pictures, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
+    )
+    made = made if purpose is None else replace(made, purpose=purpose)
     made.save(out)
     print(
         f"{out}: {made.count or 'an unknown number of'} pictures of {made.resolution} px, for {made.purpose}, "
@@ -132,14 +151,24 @@ def _reference(
     batch_size: int,
     num_workers: int,
     device: str,
+    compared: PictureSet | None = None,
 ) -> Reference:
-    """A file of statistics, or those of pictures."""
+    """A file of statistics, or those of pictures; of the size of what is compared with them."""
+    size = image_size if compared is None else compared.size
     if _holds_statistics(source):
+        if split is not None:
+            raise ValueError(f"{source} is a file of statistics and has no split {split}; leave the split out")
         known = read_reference(source, name)
-        known.check(extractor, known.resolution or image_size or 0)
+        known.check(extractor, size or known.resolution or 0)
         return completed(known, extractor, device)
     pictures = open_pictures(source, image_size, split)
-    called = name or "_".join(Path(source).stem.split()) or "pictures"
+    if compared is not None and pictures.size != size:
+        raise ValueError(
+            f"the pictures of {source} are {pictures.size} × {pictures.size}, but those of {compared.name} {size} × "
+            f"{size}; compare pictures of one size, or set image_size, which crops those in folders and shards"
+        )
+    path = Path(os.path.abspath(source))
+    called = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
     return make_reference(pictures, extractor, called, purpose, batch_size, num_workers, device)
 
 
@@ -147,11 +176,11 @@ def _holds_statistics(source: str) -> bool:
     path = Path(source)
     if path.suffix != ".npz" or not path.is_file():
         return False
-    return zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist()
-
-
-def _device(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "mu.npy" in file.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False  # whoever looks for pictures will say what is wrong
 
 
 def main(args: list[str] | None = None) -> None:
@@ -160,15 +189,21 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    try:
-        auto_cli(
-            {"compare": compare, "reference": reference, "classifier": train_classifier},
-            args=args,
-            prog="python -m evaluation",
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
+        try:
+            auto_cli(
+                {"compare": compare, "reference": reference, "classifier": train_classifier},
+                args=args,
+                prog="python -m evaluation",
+                parser_class=Parser,
+            )
+        except (ValueError, OSError) as error:
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except KeyboardInterrupt as error:
+            print("interrupted; nothing was written", file=sys.stderr)
+            raise SystemExit(130) from error
 
 
 if __name__ == "__main__":

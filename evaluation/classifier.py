@@ -14,6 +14,7 @@ from tqdm import tqdm
 from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
 from datamodules.loader import EvaluationLoader
+from evaluation.command_line import usable_device
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.whole_file import whole_file
 
@@ -61,6 +62,7 @@ def train_classifier(
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
     if "/" in name or not name.strip():
         raise ValueError(f"name is {name!r}; give one without a slash, as it becomes part of the names of metrics")
+    device = usable_device(device)
     torch.manual_seed(seed)
     pictures = ImageDataModule(
         data, image_size, batch_size, random_crop=False, flip=flip, num_workers=num_workers, seed=seed, remainder="drop"
@@ -74,7 +76,8 @@ def train_classifier(
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)
     steps = epochs * len(train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    rise = 0.2 if steps != 5 else 0.4  # OneCycleLR divides by zero where the rise is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     started = time.monotonic()
     with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):

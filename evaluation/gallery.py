@@ -71,7 +71,7 @@ class Gallery:
             exhibit = Exhibit(
                 _pixels(images[row]),
                 label,
-                features[row].float().cpu().numpy(),
+                features[row].float().clone().cpu().numpy(),
                 None if originals is None else _pixels(originals[row]),
             )
             self._take(number, exhibit)
@@ -146,7 +146,8 @@ def _neighbours(exhibits: list[Exhibit], features: Tensor, thumbnails: np.ndarra
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    pixels: np.ndarray = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    # A copy: a view would keep the whole batch in memory.
+    pixels: np.ndarray = image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).cpu().numpy()
     return pixels
 
 

@@ -18,8 +18,9 @@ OWN_NAME = "val"
 class Measurement:
     """FID, sFID, KID, precision and recall of pictures against a reference, and their Inception Score.
 
-    What the extractor does not give (``spatial``, ``logits``) or the reference does not hold is left out. The names say
-    what was measured how, against what: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, with another extractor than
+    What the extractor does not give (``spatial``, ``logits``) or the reference does not hold is left out, of which one
+    warning tells; so are, when it is computed, numbers for which there are too few pictures. The names say what was
+    measured how, against what: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, with another extractor than
     Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
 
     Args:
@@ -46,6 +47,7 @@ class Measurement:
         self.extractor, self.kind, self.reference = extractor, kind, reference
         self.name = name if reference is None else reference.name
         self.count = 0
+        extractor.eval()
         probe = extract(
             extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=_device(extractor))
         )
@@ -61,6 +63,21 @@ class Measurement:
             self.metrics["kid"] = KID(extractor, image_size, rows)
         if probe.logits is not None and kind == "generation":
             self.metrics["inception_score"] = InceptionScore(extractor, image_size)
+        if missing := self._missing(probe):
+            rank_zero_warn(f"left out: {'; '.join(missing)}")
+
+    def _missing(self, probe: Features) -> list[str]:
+        """What is not measured, and why."""
+        here, missing = extractor_name(self.extractor), []
+        if probe.spatial is None:
+            missing.append(f"sfid, as the extractor {here} gives no spatial features")
+        elif "sfid" not in self.metrics:
+            missing.append(f"sfid, as the reference {self.name} has no spatial statistics (mu_s and sigma_s)")
+        if "kid" not in self.metrics:
+            missing.append(f"precision, recall and kid, as the reference {self.name} has no features")
+        if probe.logits is None and self.kind == "generation":
+            missing.append(f"inception_score, as the extractor {here} gives no logits")
+        return missing
 
     def to(self, device: str | torch.device) -> "Measurement":
         """The same on another device."""

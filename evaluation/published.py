@@ -1,5 +1,6 @@
 """The paper's figures (arXiv 2406.06525, tables of sections 2 and 3), for models that are the paper's."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from llamagen.models.gpt_config import GPTConfig
@@ -26,6 +27,9 @@ class Reconstruction(NamedTuple):
 
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280), "XXL": (48, 24, 1536), "3B": (24, 32, 3200)}
 """Layers, heads and width."""
+
+TOKENIZERS = (VQGANConfig(), VQGANConfig(channel_multipliers=(1, 2, 2, 4)))
+"""VQ-16 and VQ-8."""
 
 GENERATION: dict[tuple[str, int], Generation] = {
     ("B", 256): Generation(5.46, 193.6, 0.84, 0.46, 2.0),
@@ -72,13 +76,15 @@ def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) ->
         image_size: pixels at which pictures are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
     """
     if isinstance(config, VQGANConfig):
-        key = (config.downsampling, image_size)
-        rows = {key: RECONSTRUCTION[key]} if key in RECONSTRUCTION and config.codebook_size == 16384 else RECONSTRUCTION
+        key = (config.downsampling, image_size or 0)
+        own = key in RECONSTRUCTION and replace(config, dropout=0.0) in TOKENIZERS
+        rows = {key: RECONSTRUCTION[key]} if own else RECONSTRUCTION
         return [_reconstruction(*key, row) for key, row in rows.items()]
     if config is not None:
         shape, side = (config.n_layer, config.n_head, config.dim), 16 * config.grid_size
         size = next((name for name, known in SIZES.items() if known == shape), "")
-        if (size, side) in GENERATION and config.vocab_size == 16384:
+        task = config.condition, config.num_classes, config.vocab_size
+        if (size, side) in GENERATION and task == ("class", 1000, 16384):
             return [_generation(size, side, GENERATION[size, side])]
     return [_generation(*key, row) for key, row in GENERATION.items()]
 

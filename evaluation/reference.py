@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,6 +28,8 @@ MOST_FEATURES = 10_000
 THUMBNAIL = 64
 STATISTICS = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
+DAMAGES = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise for files that are damaged, or something else."""
 ADM_NAMES = {
     f"VIRTUAL_imagenet{size}{end}": f"imagenet{size}-adm" for size in (64, 128, 256, 512) for end in ("_labeled", "")
 }
@@ -163,6 +167,8 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
     if not path.is_file():
         raise ValueError(f"there is no reference {path}; make one with python -m evaluation reference")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz, or cut off; get or make it again")
         with np.load(path, allow_pickle=False) as file:
             keys = set(file.files)
             if not keys.issuperset(STATISTICS):
@@ -170,16 +176,16 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
                 raise ValueError(
                     f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference of it"
                 )
-            parts = {
-                key: torch.from_numpy(np.atleast_1d(file[key]).astype(np.float64))
-                for key in (*STATISTICS, *SPATIAL)
-                if key in keys
-            }
+            found = (*STATISTICS, *SPATIAL) if keys.issuperset(SPATIAL) else STATISTICS
+            parts = {key: torch.from_numpy(file[key].astype(np.float64)) for key in found}
             meta = json.loads(str(file["meta"])) if "meta" in keys else {}
+            if not isinstance(meta, dict):
+                raise ValueError(f"its meta is {meta!r}; make it again")
             features = torch.from_numpy(file["features"]) if "features" in keys else None
             thumbnails = file["thumbnails"] if "thumbnails" in keys else None
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is no reference: {error}") from error
+    except DAMAGES as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is no reference: {reason}") from error
     stem = path.stem
     if not meta:
         pictures = path if "arr_0" in keys else None
@@ -194,25 +200,37 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
         raise ValueError(f"{path} is a reference of the format {meta.get('format')}; this version reads {FORMAT}")
     else:
         pictures = None
-    for mean, covariance in (STATISTICS, SPATIAL):
-        if mean in parts and parts[covariance].shape != (len(parts[mean]),) * 2:
-            raise ValueError(
-                f"{path} is no reference: {mean} is {tuple(parts[mean].shape)}, but {covariance} "
-                f"{tuple(parts[covariance].shape)}"
-            )
+    if lacking := [key for key in ("name", "purpose", "extractor") if not meta.get(key)]:
+        raise ValueError(f"{path} is no reference: it does not say its {', '.join(lacking)}; make it again")
+    _check_shapes(path, parts)
     known = {key: meta.get(key) for key in ("count", "resolution", "crop", "extractor_checksum", "checksum")}
     return Reference(
         name=checked_name(name or meta["name"]),
         purpose=meta["purpose"],
         extractor=meta["extractor"],
         source=meta.get("source", str(path)),
-        statistics=(parts["mu"], parts["sigma"]),
-        spatial_statistics=(parts["mu_s"], parts["sigma_s"]) if parts.keys() >= set(SPATIAL) else None,
+        statistics=(parts["mu"].flatten(), parts["sigma"]),
+        spatial_statistics=(parts["mu_s"].flatten(), parts["sigma_s"]) if "mu_s" in parts else None,
         features=features,
         thumbnails=thumbnails,
         pictures=pictures,
         **known,
     )
+
+
+def _check_shapes(path: Path, parts: dict[str, Tensor]) -> None:
+    """See that means, (F,) or (1, F), and covariances (F, F) fit together, and are numbers."""
+    for mean, covariance in (STATISTICS, SPATIAL):
+        if mean not in parts:
+            continue
+        shape, other, count = parts[mean].shape, parts[covariance].shape, parts[mean].numel()
+        if shape not in ((count,), (1, count)) or other != (count, count):
+            raise ValueError(
+                f"{path} is no reference: {mean} is {tuple(shape)}, but {covariance} {tuple(other)}; they must be "
+                "(F,) and (F, F)"
+            )
+        if not (parts[mean].isfinite().all() and parts[covariance].isfinite().all()):
+            raise ValueError(f"{path} is no reference: {mean} or {covariance} is not finite; get or make it again")
 
 
 def checked_name(name: str) -> str:
@@ -307,11 +325,19 @@ def look_at(
     task: str,
     show_progress: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Features, Tensor]]:
-    """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar."""
+    """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar.
+
+    At the end it warns of pictures that could not be read.
+    """
+    extractor.eval()
+    batches = pictures.batches(batch_size, num_workers=num_workers)
     with tqdm(total=len(pictures), desc=task, unit="picture", disable=not show_progress) as bar:
-        for batch in pictures.batches(batch_size, num_workers=num_workers):
+        for batch in batches:
             yield batch.images, batch.index, extract(extractor, batch.images.to(device)), batch.labels
             bar.update(len(batch.images))
+    if bad := pictures.skipped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(bad.items()))
+        rank_zero_warn(f"{sum(bad.values())} pictures of {pictures.name} cannot be read and are left out ({reasons})")
 
 
 def thumbnail(picture: np.ndarray) -> np.ndarray:

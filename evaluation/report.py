@@ -1,6 +1,7 @@
 """The ``report`` folder: numbers, beside the paper's, and pictures."""
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from PIL import Image
 from evaluation.published import Published
 from llamagen.grids import save_png
 
+FILES = ("metrics.json", "report.md")
 CAPTIONS = {
     "random": "Pictures drawn at random",
     "classes": "Pictures of some classes, a row for each",
@@ -35,22 +37,22 @@ def write_report(
         folder: appears when it is whole.
         title: of the table.
         numbers: results by name.
-        facts: how they came about; what JSON knows.
+        facts: how they came about; in ``metrics.json``, what JSON does not know is text, and numbers that are none
+            are null.
         paper: figures to put beside them.
         grids: by the names of :data:`CAPTIONS`.
 
     Raises:
         ValueError: if there is such a folder which is no report.
     """
-    if folder.exists() and not (folder / "metrics.json").is_file():
-        raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
+    check_report(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
         content = {"metrics": dict(numbers), **facts, "versions": {"python": platform.python_version(), **versions}}
-        (temporary / "metrics.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+        (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
         for name, image in grids.items():
             save_png(image, temporary / f"{name}.png")
         (temporary / "report.md").write_text(_markdown(title, numbers, facts, paper, grids))
@@ -59,6 +61,27 @@ def write_report(
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_report(folder: Path) -> None:
+    """See that a report can be written there.
+
+    Raises:
+        ValueError: if there is something that is no report.
+    """
+    if folder.exists() and not all((folder / name).is_file() for name in FILES):
+        raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
+
+
+def _json(value: Any) -> Any:
+    """The same of what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def table(numbers: Mapping[str, float], paper: list[Published]) -> str:

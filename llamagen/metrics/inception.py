@@ -23,7 +23,10 @@ OTHER_NAME = "pt_inception-2015-12-05-6726825d.pth"
 ADDRESS = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 CHECKSUM = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the file."""
-HOW_TO_GIVE = "Inception(weights=…), which is features.init_args.weights in a config"
+HOW_TO_GIVE = (
+    "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
+    "--features.weights … of python -m evaluation"
+)
 MOST_LISTED = 20
 
 

@@ -49,6 +49,11 @@ def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
     assert (logits.argmax(1) == batch["labels"]).double().mean().item() == pytest.approx(accuracy, abs=1 / 300)
 
 
+def test_a_training_may_be_five_steps(digits: Path, tmp_path: Path) -> None:
+    train(digits, tmp_path / "a.safetensors", batch_size=256)
+    assert (tmp_path / "a.safetensors").is_file()
+
+
 def test_the_seed_decides_the_weights(digits: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.safetensors" for name in "abc"]
     for file, seed in zip(files, (3, 3, 4), strict=True):

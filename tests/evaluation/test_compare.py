@@ -1,0 +1,356 @@
+"""``python -m evaluation``: any two sets of pictures are compared without a model, and errors are one line."""
+
+import json
+import runpy
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.picture_sets import PictureBatch, PictureSet, open_pictures
+from evaluation.__main__ import compare, main
+from evaluation.measurement import Measurement
+from evaluation.reference import make_reference, read_reference
+from llamagen.metrics import extract
+from tests.evaluation.sets import (
+    ADM_FILE,
+    EVERYTHING,
+    FAKE_INCEPTION,
+    FakeInception,
+    write_adm,
+    write_classifier,
+    write_folder,
+    write_npz,
+)
+from tests.metrics.extractors import SIZE, Everything, pictures
+
+NAMES = {
+    *(f"{name}_everything/real" for name in ("gfid", "gsfid", "gkid", "gkid_std", "precision", "recall")),
+    *(f"{name}_everything" for name in ("inception_score", "inception_score_std")),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures as folders, arrays and statistics."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, count, seed in (("real", 30, 0), ("fake", 40, 1)):
+        write_folder(root / name, count, seed)
+        write_npz(root / f"{name}.npz", count, seed, np.arange(count) % 3)
+    make_reference(open_pictures(root / "real"), Everything(), "real").save(root / "statistics.npz")
+    Image.new("RGB", (16, 16)).save(write_folder(root / "larger", 0, 0) / "a.png")
+    Image.new("RGB", (16, 16)).save(root / "larger" / "b.png")
+    write_folder(root / "one", 1, 0)
+    (root / "empty").mkdir()
+    np.savez(root / "others.npz", pictures=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez(root / "float.npz", arr_0=np.zeros((3, 8, 8, 3)))
+    (root / "text.npz").write_text("no pictures")
+    write_adm(root)
+    return root
+
+
+def numbers(printed: str) -> dict[str, float]:
+    """Of the table that the command prints."""
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    return {name: float(value) for name, value in rows[2:]}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line in which the command says why it fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    lines = [line for line in shown.err.split("\n") if line and "picture/s" not in line]
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("fake", ["fake", "fake.npz"])
+@pytest.mark.parametrize("real", ["real", "real.npz", "statistics.npz"])
+def test_numbers_are_those_of_a_measurement(
+    fake: str, real: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report"
+    main(["compare", str(root / fake), str(root / real), EVERYTHING, f"--report={report}", "--batch_size=7"])
+    measurement = Measurement(Everything(), SIZE, "generation", read_reference(root / "statistics.npz"))
+    measurement.update(pictures(40, 1))
+    expected = {name: value.item() for name, value in measurement.compute().items()}
+    assert set(expected) == NAMES
+    content = json.loads((report / "metrics.json").read_text())
+    for found in (expected, content["metrics"]):  # all subsets are the whole: what differs is rounding
+        assert found.pop("gkid_std_everything/real") < 1e-9 * found["gkid_everything/real"]
+    assert content["metrics"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    shown = capsys.readouterr()
+    printed = numbers(shown.out)
+    assert set(printed) == NAMES
+    assert {name: printed[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert f"report: {report / 'report.md'}" in shown.out
+    assert "40/40" in shown.err
+    assert "warning" not in shown.err
+    found = open_pictures(root / fake)
+    list(found.batches(50))
+    assert content["pictures"] == {
+        "source": str(root / fake), "count": 40, "resolution": SIZE, "crop": "none", "checksum": found.checksum(),
+    }  # fmt: skip
+    assert content["reference"] == {
+        **read_reference(root / "statistics.npz").facts(),
+        "source": str(root / ("real" if real == "statistics.npz" else real)),
+    }
+    grids = {"random.png", "neighbours.png"} | ({"classes.png"} if fake == "fake.npz" else set())
+    assert {path.name for path in report.iterdir()} == {"metrics.json", "report.md", *grids}
+
+
+def test_a_set_is_no_distance_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for real in ("fake", "fake.npz"):
+        main(["compare", str(root / "fake.npz"), str(root / real), EVERYTHING])
+        found = numbers(capsys.readouterr().out)
+        assert found["gfid_everything/fake"] == pytest.approx(0, abs=1e-6)
+        assert found["gsfid_everything/fake"] == pytest.approx(0, abs=1e-6)
+        assert found["precision_everything/fake"] == found["recall_everything/fake"] == 1
+
+
+def test_the_reference_can_be_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for real in ("real", "statistics.npz"):
+        main(["compare", str(root / "fake"), str(root / real), EVERYTHING, "--reference_name=mine"])
+        assert "gfid_everything/mine" in numbers(capsys.readouterr().out)
+    folder = write_folder(root / "version 1.5", 5, 0)
+    assert "gfid_everything/version_1.5" in compare(str(root / "real"), str(folder), Everything())
+    assert "cannot be named 'a/b'" in fails(
+        capsys, "compare", root / "fake", root / "real", EVERYTHING, "--reference_name=a/b"
+    )
+
+
+def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", str(root / "real.npz"), str(root / "real"), EVERYTHING, "--reconstructions=true"])
+    shown = capsys.readouterr()
+    found = numbers(shown.out)
+    assert found["rfid_everything/real"] == pytest.approx(0, abs=1e-6)
+    assert not any("inception" in name for name in found)
+    assert "warning" not in shown.err
+
+
+def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "val.npz"
+    main(["reference", str(root / "real"), str(out), EVERYTHING, "--purpose=reconstruction"])
+    assert f"{out}: 30 pictures of 8 px, for reconstruction, named val" in capsys.readouterr().out
+    for fake, real, options, phrase in (
+        ("real", root / "statistics.npz", ["--reconstructions=true"], "real, a reference for generated pictures"),
+        ("fake", out, [], "val, a reference for reconstructions"),
+        ("fake", out, ["--reconstructions=true"], "40 reconstructions are compared with val, a reference of 30"),
+        ("fake", root / "real", ["--reconstructions=true"], "40 reconstructions are compared with real"),
+    ):
+        main(["compare", str(root / fake), str(real), EVERYTHING, *options])
+        (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert phrase in warning
+
+
+def test_numbers_that_are_left_out_are_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", str(root / "fake"), str(root / "real"), "--features=tests.metrics.extractors.Projection"])
+    shown = capsys.readouterr()
+    assert "sfid" not in shown.out
+    assert [line for line in shown.err.splitlines() if line.startswith("warning: ")] == [
+        "warning: left out: sfid, as the extractor Projection gives no spatial features; inception_score, as the "
+        "extractor Projection gives no logits"
+    ]
+
+
+def test_a_reference_of_adm_is_compared_with_and_completed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", str(root / "fake"), str(root / ADM_FILE), FAKE_INCEPTION])
+    found = numbers(capsys.readouterr().out)
+    with np.load(root / ADM_FILE) as file:
+        mean, covariance = file["mu"], file["sigma"]
+    rows = extract(FakeInception().eval(), pictures(40, 1)).pool.double().numpy()
+    roots = np.sqrt(np.linalg.eigvals(covariance @ np.cov(rows, rowvar=False)).real.clip(0))
+    expected = np.square(mean - rows.mean(0)).sum() + np.trace(covariance + np.cov(rows, rowvar=False)) - 2 * sum(roots)
+    assert found["gfid/imagenet256-adm"] == pytest.approx(expected, rel=1e-3)
+    assert {"gsfid/imagenet256-adm", "precision/imagenet256-adm", "inception_score"} <= set(found)
+    main(["reference", str(root / ADM_FILE), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
+    assert "an unknown number of pictures of 8 px, for generation, named adm" in capsys.readouterr().out
+    main(["compare", str(root / "fake"), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
+    again = numbers(capsys.readouterr().out)
+    assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
+
+
+def test_a_classifier_takes_the_place_of_inception(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
+    features = ["--features=Classifier", f"--features.weights={weights}"]
+    main(["reference", str(root / "real"), str(out), *features])
+    main(["compare", str(root / "fake"), str(out), *features])
+    found = numbers(capsys.readouterr().out)
+    assert {"gfid_shapes/train", "gsfid_shapes/train", "recall_shapes/train", "inception_score_shapes"} <= set(found)
+    main(["compare", str(root / "real"), str(root / "real.npz"), *features])
+    assert numbers(capsys.readouterr().out)["gfid_shapes/real"] == pytest.approx(0, abs=1e-6)
+    write_classifier(weights, 1)
+    message = fails(capsys, "compare", root / "fake", out, *features)
+    assert "the reference train was made with other weights of shapes" in message
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], ["one of {compare,reference,classifier}", "python -m evaluation --help"]),
+    "another command": (["compair"], ["invalid choice: 'compair'"]),
+    "no reference": (["compare", "fake"], ["required", "reference"]),
+    "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),
+    "an abbreviation": (["compare", "fake", "real", "--batch=3"], ["unrecognized arguments: --batch=3"]),
+    "no number": (["compare", "fake", "real", "--batch_size=x"], ["batch_size", "int", "x"]),
+    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0; it must be at least 1"]),
+    "another split": (["compare", "fake", "real", "--split=test"], ["split", "'train', 'val'", "test"]),
+    "a split of none": (["compare", "fake", "real", "--split=val"], ["leave split val out"]),
+    "a split of statistics": (
+        ["compare", "fake", "statistics.npz", "--reference_split=val"],
+        ["statistics.npz is a file of statistics and has no split val"],
+    ),
+    "no class": (["compare", "fake", "real", "--features=tests.metrics.extractors.No"], ["attribute 'No'"]),
+    "no module": (["compare", "fake", "real", "--features=nowhere.No"], ["No module named 'nowhere'"]),
+    "no extractor": (["compare", "fake", "real", "--features=datetime.date"], ["datetime.date", "Module"]),
+    "no weights": (["compare", "fake", "real", "--features=Classifier"], ["required", "weights"]),
+    "missing weights": (
+        ["compare", "fake", "real", "--features=Classifier", "--features.weights=no.safetensors"],
+        ["there is no classifier no.safetensors; train one with python -m evaluation classifier"],
+    ),
+    "no config": (["compare", "fake", "real", "--config=no.yaml"], ["no.yaml"]),
+    "no such device": (["compare", "fake", "real", "--device=gpu"], ["device is 'gpu'", "give cpu, or cuda"]),
+    "no pictures": (["compare", "missing", "real"], ["missing does not exist"]),
+    "no such reference": (["compare", "fake", "missing.npz"], ["missing.npz does not exist"]),
+    "one picture": (["compare", "one", "real"], ["one holds 1 pictures; at least 2 are needed"]),
+    "one real picture": (["compare", "fake", "one"], ["one holds 1 pictures; at least 2 are needed"]),
+    "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of pictures"]),
+    "another array": (["compare", "others.npz", "real"], ["others.npz", "arr_0"]),
+    "floats": (["compare", "float.npz", "real"], ["float.npz", "float64", "uint8"]),
+    "text": (["compare", "fake", "text.npz"], ["text.npz is no .npz, or damaged"]),
+    "other sizes": (["compare", "fake", "larger"], ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
+    "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of pictures of 8 pixels, not 16"]),
+    "another extractor": (["compare", "fake", ADM_FILE], ["made with the extractor inception, not everything"]),
+    "no report": (["compare", "fake", "real", "--report=empty"], ["empty is there and is no report"]),
+    "out of no format": (["reference", "real", "out"], ["out is", "give the name of a file, *.npz"]),
+    "out is a folder": (["reference", "real", "folder.npz"], ["out is", "give the name of a file, *.npz"]),
+    "out is the source": (["reference", "real.npz", "real.npz"], ["which are the pictures; give another name"]),
+    "a slash": (["reference", "real", "out.npz", "--name=a/b"], ["cannot be named 'a/b'"]),
+    "no name": (["reference", "real", "out.npz", "--name="], ["cannot be named ''"]),
+    "white space": (["reference", "real", "my out.npz"], ["cannot be named 'my out'"]),
+    "no purpose": (["reference", "real", "out.npz", "--purpose=no"], ["'generation', 'reconstruction'", "no"]),
+    "a size": (["reference", "statistics.npz", "out.npz", "--image_size=16"], ["of pictures of 8 pixels, not 16"]),
+    "a file for a folder": (["reference", "real", "text.npz/out.npz"], ["text.npz"]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_line(
+    kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, phrases = REFUSED[kind]
+    monkeypatch.chdir(root)
+    Path("folder.npz").mkdir(exist_ok=True)
+    before = sorted(root.iterdir())
+    features = [] if len(arguments) < 3 or any("--features" in each for each in arguments) else [EVERYTHING]
+    message = fails(capsys, *arguments, *features)
+    for phrase in phrases:
+        assert phrase in message, message
+    assert sorted(root.iterdir()) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_no_traceback(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "compare", root / "fake", root / "real", EVERYTHING, "--device=cuda")
+    assert "device is 'cuda', which cannot be used here" in message
+
+
+def test_without_the_weights_of_inception_the_error_says_what_to_do(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for command in (("compare", root / "fake", root / "real"), ("reference", root / "real", tmp_path / "r.npz")):
+        message = fails(capsys, *command)
+        assert "weights-inception-2015-12-05-6726825d.pth" in message
+        assert "https://github.com/toshas/torch-fidelity" in message
+        assert "--features Inception --features.weights" in message
+    message = fails(
+        capsys, "compare", root / "fake", root / "real", "--features=Inception", "--features.weights=no.pth"
+    )
+    assert "weights no.pth is not a file" in message
+
+
+def test_a_reference_keeps_its_purpose_unless_told_otherwise(root: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.npz" for name in "abc"]
+    main(["reference", str(root / "real"), str(paths[0]), EVERYTHING, "--purpose=reconstruction"])
+    main(["reference", str(paths[0]), str(paths[1]), EVERYTHING])
+    main(["reference", str(paths[1]), str(paths[2]), EVERYTHING, "--purpose=generation"])
+    assert [read_reference(path).purpose for path in paths] == ["reconstruction", "reconstruction", "generation"]
+    assert [read_reference(path).name for path in paths] == ["a", "b", "c"]
+
+
+def test_an_interruption_leaves_nothing_and_no_traceback(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Everything, "forward", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(["reference", str(root / "real"), str(tmp_path / "r.npz"), EVERYTHING])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write_npz(tmp_path / f"{name}.npz", 200, seed)
+    alive: set[int] = set()
+    most = 0
+    batches = PictureSet.batches
+
+    def spied(self: PictureSet, *arguments: Any, **options: Any) -> Iterator[PictureBatch]:
+        nonlocal most
+        for batch in batches(self, *arguments, **options):
+            alive.add(id(batch.images))
+            weakref.finalize(batch.images, alive.discard, id(batch.images))
+            most = max(most, len(alive))
+            yield batch
+
+    monkeypatch.setattr(PictureSet, "batches", spied)
+    compare(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), Everything(), batch_size=10)
+    assert 0 < most <= 3
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_it_is_the_module_that_python_runs(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluation", "compare", str(root / "missing"), str(root / "real"), EVERYTHING])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("evaluation", run_name="__main__")
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", ["compare", "reference", "classifier"])
+def test_help_is_short(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--batch_size BATCH_SIZE" in shown
+    assert ("--features.weights FILE" in " ".join(shown.split())) == (command != "classifier")
+    assert "torch.nn.ReLU" not in shown
+    assert len(shown.splitlines()) < 80
