@@ -114,10 +114,20 @@ class FIDMonitor(pl.Callback):
         if draws:
             module = cast(Draws, pl_module)
             module.check_sampling(())
+            if cast(Any, pl_module).generator.config.condition != "class":
+                raise ValueError(
+                    "FIDMonitor draws pictures of classes, but the model's condition is text; leave it out, and "
+                    "measure pictures that predict has drawn by python -m evaluation compare"
+                )
             if self.reference is None:
                 raise ValueError(
                     "FIDMonitor needs a reference to compare drawn pictures with; make one by python -m evaluation "
                     "reference PICTURES OUT.npz, and give it as reference"
+                )
+            if self.count < module.num_classes:
+                rank_zero_warn(
+                    f"FIDMonitor draws {self.count} pictures, of the first {self.count} of {module.num_classes} "
+                    "classes alone; set count to at least the number of classes, best to a multiple of it"
                 )
             size = module.picture_side
         else:
@@ -136,6 +146,8 @@ class FIDMonitor(pl.Callback):
                 rank_zero_warn(warning)
         self._size = size
         self.measurement = None
+        if self.reference is None or self.reference.pictures is None:  # else its features are taken first
+            self.measurement = Measurement(self.features, size, self._kind, self.reference)
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were, and the last numbers."""
@@ -234,7 +246,7 @@ class FIDMonitor(pl.Callback):
         if self._active:
             self._last = self._finish(trainer, pl_module)
         elif trainer.state.fn == "fit":  # for ModelCheckpoint alone
-            last = self._last or {self._fid_name(): float("inf")}
+            last = {self._fid_name(): float("inf"), **self._last}
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in last.items()})
         self._active = False
 

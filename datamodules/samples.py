@@ -110,7 +110,18 @@ class SampleDataModule(pl.LightningDataModule):
         self._done[np.fromiter(done, dtype=np.int64)] = True
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The same requests, for pictures that are measured and not kept."""
+        """The same requests, for pictures that are measured and not kept.
+
+        Raises:
+            ValueError: if there are fewer than ranks: Lightning leaves a rank that has none out of the whole test, and
+                the others would wait for it.
+        """
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        if self.left < ranks:
+            raise ValueError(
+                f"{self.left} pictures cannot be measured on {ranks} ranks; ask for more of them (per_class), or set "
+                "trainer.devices to less"
+            )
         return self.predict_dataloader()
 
     def predict_dataloader(self) -> EvaluationLoader:

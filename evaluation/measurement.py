@@ -109,10 +109,7 @@ class Measurement:
         """As :meth:`update`, for features that were extracted before."""
         self.count += 0 if real else len(features.pool)
         for name, metric in self.metrics.items():
-            if name == "inception_score":
-                if not real:
-                    metric.update(features, index=index)
-            elif name in ("fid", "sfid"):
+            if name in ("fid", "sfid"):
                 metric.update(features, real=real)
             else:
                 metric.update(features, real=real, index=index)

@@ -1,7 +1,8 @@
 """What metrics see of pictures. B pictures of H × W pixels, F and S features, K classes."""
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +39,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
         ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
     """
     refuse_other_than_pictures(images)
-    # TF32 would round what is convolved to 10 bits, on some GPUs and not on others.
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.is_cuda else nullcontext()
-    with torch.autocast(images.device.type, enabled=False), exact:
+    with torch.autocast(images.device.type, enabled=False), _without_tf32():
         found: Any = extractor.to(images.device)(images.float())
     features = found if isinstance(found, Features) else Features(found)
     parts: dict[str, Tensor | None] = features._asdict()
@@ -54,6 +53,19 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 "of features for each"
             )
     return Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """TF32 rounds what is multiplied to 10 bits, on some GPUs and not on others, whatever training may like."""
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    product = torch.backends.cuda.matmul
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision, product.fp32_precision = before
 
 
 def refuse_other_than_pictures(images: Tensor) -> None:

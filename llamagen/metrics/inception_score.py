@@ -46,14 +46,16 @@ class InceptionScore(RowMetric):
             raise ValueError(f"splits is {splits}; it must be at least 1")
         self.splits = splits
 
-    def update(self, pictures: Tensor | Features, index: Tensor | None = None) -> None:
+    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
         """Take pictures into account.
 
         Args:
             pictures: (B, 3, H, W) uint8, or their features.
+            real: these are the pictures that other metrics of a collection compare with; they are passed over.
             index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
         """
-        self.keep(FAKE, self.rows(pictures), index)
+        if not real:
+            self.keep(FAKE, self.rows(pictures), index)
 
     def compute(self) -> SplitStatistics:
         """Mean and standard deviation over the splits, float64, from 1 to K.

@@ -281,6 +281,35 @@ def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, refere
         train(module, pipeline, tmp_path, FIDMonitor(reference, Everything()), max_steps=2)
 
 
+def test_a_model_of_texts_is_refused(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    module = argen_module(tokenizer=pipeline.tokenizer, condition="text", caption_dim=12, caption_length=6)
+    with pytest.raises(ValueError, match="draws pictures of classes, but the model's condition is text"):
+        FIDMonitor(reference, Everything()).setup(evaluator(default_root_dir=tmp_path), module, "fit")
+
+
+def test_fewer_pictures_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="of the first 7 of 10 classes alone; set count to at least"):
+        FIDMonitor(reference, Everything(), count=7).setup(
+            evaluator(default_root_dir=tmp_path), sampling_module(pipeline), "fit"
+        )
+
+
+def test_an_extractor_for_another_size_is_found_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+    monitor = FIDMonitor(features=Projection(), every_n_validations=99)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(vqgan_module(), pipeline, tmp_path, monitor, max_steps=2, image_size=16)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_goes_on_with_another_reference_monitors_its_name(
+    pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    monitor, spy = FIDMonitor(reference, Everything(), count=11, every_n_validations=9), Spy()
+    monitor.load_state_dict({"validations": 3, "last": {"gfid_everything/other": 3.5}})
+    train(sampling_module(pipeline), pipeline, tmp_path, monitor, spy, max_steps=2, val_check_interval=2)
+    assert spy.seen[0][GFID] == float("inf")
+
+
 @pytest.mark.parametrize("options", [{"count": 1}, {"every_n_validations": 0}, {"batch_size": 0}])
 def test_numbers_that_make_no_sense_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="they must be at least 2, 1 and 1"):

@@ -134,3 +134,11 @@ def test_an_impossible_request_is_refused_by_name_and_value(options: dict[str, i
     with pytest.raises(ValueError) as error:
         SampleDataModule(**options)  # type: ignore[arg-type]
     assert_one_line(error, phrase)
+
+
+def test_fewer_pictures_than_ranks_are_not_measured() -> None:
+    data = SampleDataModule(2, per_class=1)
+    requests(data, world_size=3)
+    with pytest.raises(ValueError, match="2 pictures cannot be measured on 3 ranks") as error:
+        data.test_dataloader()
+    assert_one_line(error)

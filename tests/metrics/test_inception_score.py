@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
-from llamagen.metrics import Features, InceptionScore
+from llamagen.metrics import FID, KID, Features, InceptionScore
 from llamagen.metrics.inception_score import SplitStatistics
 from tests.metrics.extractors import SIZE, Anything, Everything, Projection, pictures
 
@@ -17,7 +18,7 @@ def of_logits(logits: Tensor, splits: int = 10, index: Tensor | None = None) -> 
         return Features(images.mean((2, 3)), logits=torch.zeros(len(images), logits.shape[1], dtype=logits.dtype))
 
     metric = InceptionScore(Anything(extractor), SIZE, splits)
-    metric.update(Features(logits, logits=logits), index)
+    metric.update(Features(logits, logits=logits), index=index)
     found: SplitStatistics = metric.compute()
     return found
 
@@ -116,3 +117,16 @@ def test_an_extractor_without_logits_is_refused_by_its_name() -> None:
     metric = InceptionScore(Everything(), SIZE)
     with pytest.raises(ValueError, match="InceptionScore needs logits features, which everything does not give"):
         metric.update(Features(torch.zeros(2, 7)))
+
+
+def test_in_a_collection_it_passes_over_the_real_pictures() -> None:
+    extractor, real, fake = Everything(), pictures(30, 1, least=100), pictures(30, 2)
+    alone, collection = (
+        InceptionScore(extractor, SIZE),
+        MetricCollection([FID(extractor, SIZE), KID(extractor, SIZE), InceptionScore(extractor, SIZE)]),
+    )
+    alone.update(fake)
+    collection.update(real, real=True)
+    collection.update(fake)
+    found, expected = collection.compute()["InceptionScore"], alone.compute()
+    assert (found.mean.item(), found.std.item()) == (expected.mean.item(), expected.std.item())

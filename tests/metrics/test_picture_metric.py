@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.metrics import KID, Features, InceptionScore, PrecisionRecall
+from llamagen.metrics import KID, Features, InceptionScore, PrecisionRecall, extract
 from llamagen.metrics.picture_metric import RowMetric
 from tests.metrics.extractors import SIZE, Anything, Corner, Everything, Projection, pictures
 from tests.ranks import run_on_ranks
@@ -355,3 +355,30 @@ def test_features_that_are_no_numbers_are_refused(name: str, value: float) -> No
 def test_no_size_is_refused() -> None:
     with pytest.raises(ValueError, match="image_size is 0; give the side of the pictures in pixels"):
         KID(Corner(), 0)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_extractor_is_not_rounded_to_tf32_whatever_training_likes(legacy: bool) -> None:
+    seen: list[list[str]] = []
+
+    def precisions() -> list[str]:
+        return [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+
+    def look(images: Tensor) -> Tensor:
+        seen.append(precisions())
+        return images.flatten(1)
+
+    before = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
+    if legacy:
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.backends.fp32_precision = "tf32"
+    try:
+        around = precisions()
+        assert around[1] == "tf32"
+        extract(Anything(look), pictures(2, 0))
+        assert seen == [["ieee", "ieee"]]
+        assert precisions() == around
+    finally:
+        torch.backends.fp32_precision = before[0]
+        torch.set_float32_matmul_precision(before[1])
