@@ -17,11 +17,11 @@ from evaluation.gallery import Gallery
 from evaluation.measurement import OWN_NAME, Measurement, name_of
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, completed, read_reference
-from evaluation.report import write_report
+from evaluation.report import check_report, write_report
 from llamagen.checkpoint import weights_checksum
 from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
-from llamagen.models.vqgan import to_uint8
 from llamagen.sampling import PictureSampler
+from llamagen.sampling.pixels import check_picture_size, to_pixels
 
 FOLDER = "report"
 
@@ -72,6 +72,9 @@ class FIDMonitor(pl.Callback):
         every_n_validations: measure at every n-th validation.
         seed: of the pictures; the same pictures come at each validation, as far as the model lets them.
         batch_size: pictures that are drawn together where ``CompiledSampling`` does not say it.
+        picture_size: side in pixels to which reconstructions are resized before they are measured (bicubic, not
+            antialiased), as the paper does with those of 384 and 512 px, to 256; null leaves them. Drawn pictures have
+            the size that the model's own ``picture_size`` says.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class FIDMonitor(pl.Callback):
         every_n_validations: int = 1,
         seed: int = 0,
         batch_size: int = 64,
+        picture_size: int | None = None,
     ) -> None:
         super().__init__()
         if count < 2 or every_n_validations < 1 or batch_size < 1:
@@ -90,7 +94,8 @@ class FIDMonitor(pl.Callback):
                 "be at least 2, 1 and 1"
             )
         self.count, self.every_n_validations, self.seed, self.batch_size = count, every_n_validations, seed, batch_size
-        self.features = features
+        check_picture_size(picture_size)
+        self.features, self.picture_size = features, picture_size
         self.reference: Reference | None = None if reference is None else read_reference(reference)
         self.measurement: Measurement | None = None
         self._gallery: Gallery | None = None
@@ -129,14 +134,22 @@ class FIDMonitor(pl.Callback):
                     f"FIDMonitor draws {self.count} pictures, of the first {self.count} of {module.num_classes} "
                     "classes alone; set count to at least the number of classes, best to a multiple of it"
                 )
+            if self.picture_size is not None:
+                raise ValueError(
+                    f"picture_size is {self.picture_size}, but the model draws pictures; set its own, "
+                    "model.init_args.picture_size"
+                )
             size = module.picture_side
         else:
             size = getattr(getattr(trainer, "datamodule", None), "image_size", 0)
+            size = size and (self.picture_size or size)
             if not hasattr(pl_module, "reconstruct") or not size:
                 raise ValueError(
                     f"FIDMonitor neither knows how {type(pl_module).__name__} draws pictures nor the image_size of its "
                     "data; leave it out"
                 )
+        if stage == "test":
+            check_report(Path(trainer.default_root_dir) / FOLDER)
         if self.features is None:
             self.features = Inception()
         self._kind: Purpose = "generation" if draws else "reconstruction"
@@ -222,7 +235,10 @@ class FIDMonitor(pl.Callback):
             self._spent("pictures", self._started, images)
             self._measure(images, outputs["index"], batch.get("condition"))
         elif "reconstruction" in outputs:
-            images, originals = (to_uint8(each) for each in (outputs["reconstruction"], batch["images"]))
+            side = self._size
+            images, originals = (
+                to_pixels(each, side, side).permute(0, 3, 1, 2) for each in (outputs["reconstruction"], batch["images"])
+            )
             index = trainer.global_rank + trainer.world_size * torch.arange(self._seen, self._seen + len(images))
             self._seen += len(images)
             if self.reference is None:

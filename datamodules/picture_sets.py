@@ -89,8 +89,10 @@ class PictureSet(ABC):
             ValueError: if a file is damaged, has another size that nobody asked to crop, or, on one rank, if too many
                 are broken; several ranks add up :attr:`skipped` and ask :meth:`check_skipped`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
+            )
         assert 0 <= rank < world_size
         self.cropped, self._digests = 0, 0
         self._tally = _PictureTally(self._known if rank == 0 else ())

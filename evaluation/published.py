@@ -105,6 +105,6 @@ def _generation(size: str, side: int, row: Generation) -> Published:
 def _reconstruction(factor: int, side: int, row: Reconstruction) -> Published:
     figures = {"rfid": row.fid, "psnr": row.psnr, "ssim": row.ssim}
     known = {name: value for name, value in figures.items() if value is not None}
-    return Published(
-        f"VQ-{factor}, {side} px", known, "ImageNet's validation set; SSIM with a data range of 2, so larger"
-    )
+    resized = "" if side == 256 else ", resized to 256 px"
+    remark = f"ImageNet's validation set{resized}; SSIM with a data range of 2, so larger"
+    return Published(f"VQ-{factor}, {side} px", known, remark)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -67,8 +68,11 @@ def check_report(folder: Path) -> None:
     """See that a report can be written there.
 
     Raises:
-        ValueError: if there is something that is no report.
+        ValueError: if there is something that is no report, or nothing can be written.
     """
+    parent = next(each for each in folder.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{folder} cannot be written, as {parent} is no folder that allows it; choose another folder")
     if folder.exists() and not all((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
 

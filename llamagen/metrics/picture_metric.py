@@ -152,7 +152,7 @@ class RowMetric(PictureMetric):
             rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
             before = sum(map(len, kept))
             index = rank + ranks * torch.arange(before, before + len(rows), device=rows.device)
-        if index.shape != (len(rows),) or index.is_floating_point():
+        if index.shape != (len(rows),) or index.is_floating_point() or index.dtype is torch.bool:
             raise ValueError(
                 f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} pictures; give one whole number each"
             )

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
@@ -161,6 +162,42 @@ def test_reconstructions_are_measured_against_the_pictures_themselves(
     assert report["metrics"][name] == pytest.approx(results[name], rel=1e-6)
     assert {"test/psnr", "test/ssim"} <= set(report["metrics"])
     assert Image.open(tmp_path / "report/reconstructions.png").size[0] > 8 * SIZE
+
+
+def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
+    pipeline: Pipeline, reference: Path, tmp_path: Path
+) -> None:
+    data = DigitsDataModule(pipeline.digits, image_size=16, batch_size=64, num_workers=0)
+    module = vqgan_module()
+    monitor = FIDMonitor(features=Everything(), picture_size=SIZE)
+    results = evaluator(monitor, default_root_dir=tmp_path).test(module, data, verbose=False)[0]
+    data.setup("validate")
+    images = torch.cat([batch["images"] for batch in data.val_dataloader()])
+    with torch.no_grad():
+        pair = (images, module.eval().reconstruct(images))
+    small = [to_uint8(F.interpolate(each, size=(SIZE, SIZE), mode="bicubic")) for each in pair]
+    measurement = Measurement(Everything(), SIZE, "reconstruction")
+    measurement.update(small[0], real=True)
+    measurement.update(small[1])
+    name = "rfid_everything/val"
+    assert results[name] == pytest.approx(measurement.compute()[name].item(), rel=1e-3)
+    drawing = FIDMonitor(reference, Everything(), picture_size=SIZE)
+    with pytest.raises(ValueError, match="picture_size is 8, but the model draws pictures; set its own"):
+        evaluator(drawing, default_root_dir=tmp_path).test(
+            sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False
+        )
+
+
+def test_a_folder_that_is_no_report_is_found_before_anything_is_drawn(
+    pipeline: Pipeline, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/notes.txt").write_text("mine")
+    trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
+    module = sampling_module(pipeline)
+    monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="report is there and is no report; move it away"):
+        trainer.test(module, SampleDataModule(10, 2, 8), verbose=False)
 
 
 def test_reconstructions_against_a_reference_for_generation_are_warned_of(

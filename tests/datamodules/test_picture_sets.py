@@ -303,4 +303,4 @@ def test_an_impossible_batch_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     with pytest.raises(ValueError) as error:
         open_pictures(tmp_path).batches(0)
-    assert_one_line(error, "batch_size is 0")
+    assert_one_line(error, "batch_size is 0 and num_workers 0")

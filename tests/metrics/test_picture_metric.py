@@ -326,7 +326,7 @@ def test_what_is_no_picture_of_its_size_is_refused(name: str, images: Any, phras
         make(name).update(images)
 
 
-@pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4)])
+@pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).bool()])
 def test_an_index_that_is_not_one_whole_number_each_is_refused(index: Tensor) -> None:
     with pytest.raises(ValueError, match="for 4 pictures; give one whole number each") as error:
         show(make("kid"), fake_pictures()[:4], index=index)
