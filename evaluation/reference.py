@@ -274,7 +274,7 @@ def make_reference(
     name, count = checked_name(name), len(pictures)
     fid, sfid = FID(extractor, pictures.size).to(device), None
     kept = np.unique(np.linspace(0, count - 1, min(count, most_features)).round().astype(int))
-    rows, thumbnails, seen = [], [], 0
+    excerpt, seen = _Excerpt(len(kept)), 0
     for images, index, found, _ in look_at(pictures, extractor, batch_size, num_workers, device, f"looking at {name}"):
         if found.spatial is not None and sfid is None:
             sfid = SFID(extractor, pictures.size).to(device)
@@ -282,9 +282,9 @@ def make_reference(
             if metric is not None:
                 metric.update(found, real=True)
         some = torch.from_numpy(np.isin(index.numpy(), kept))
-        rows.append(found.pool[some.to(found.pool.device)].float().cpu())
-        thumbnails += [thumbnail(picture) for picture in images[some].permute(0, 2, 3, 1).numpy()]
+        excerpt.add(found.pool[some.to(found.pool.device)], images[some])
         seen += len(images)
+    features, thumbnails = excerpt.whole()
     return Reference(
         name=name,
         purpose=purpose,
@@ -297,8 +297,8 @@ def make_reference(
         checksum=pictures.checksum(),
         statistics=_on_cpu(fid.statistics(real=True)),
         spatial_statistics=None if sfid is None else _on_cpu(sfid.statistics(real=True)),
-        features=torch.cat(rows),
-        thumbnails=np.stack(thumbnails),
+        features=features,
+        thumbnails=thumbnails,
     )
 
 
@@ -308,12 +308,39 @@ def completed(
     """A reference with features, where it has only pictures to take them of, as ADM's have."""
     if reference.pictures is None:
         return reference
-    pictures, rows, thumbnails = open_pictures(reference.pictures), [], []
+    pictures = open_pictures(reference.pictures)
+    excerpt = _Excerpt(len(pictures))
     task = f"looking at the pictures of {reference.name}"
     for images, _, found, _ in look_at(pictures, extractor, 64, 0, device, task, show_progress):
-        rows.append(found.pool.float().cpu())
-        thumbnails += [thumbnail(picture) for picture in images.permute(0, 2, 3, 1).numpy()]
-    return replace(reference, features=torch.cat(rows), thumbnails=np.stack(thumbnails), pictures=None)
+        excerpt.add(found.pool, images)
+    features, thumbnails = excerpt.whole()
+    return replace(reference, features=features, thumbnails=thumbnails, pictures=None)
+
+
+class _Excerpt:
+    """Features and thumbnails of some pictures.
+
+    Their memory is taken at once: small pieces that stay, between large ones that come and go, would keep those from
+    being used again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 0
+        self.features, self.thumbnails = torch.empty(0), np.empty(0, dtype=np.uint8)
+
+    def add(self, pool: Tensor, images: Tensor) -> None:
+        """Take features (B, F) and pictures (B, 3, H, W) uint8."""
+        for row, picture in zip(pool.float().cpu(), images.permute(0, 2, 3, 1).numpy(), strict=True):
+            small = thumbnail(picture)
+            if not self.count:
+                self.features = torch.empty(self.most, len(row))
+                self.thumbnails = np.empty((self.most, *small.shape), dtype=np.uint8)
+            self.features[self.count], self.thumbnails[self.count] = row, small
+            self.count += 1
+
+    def whole(self) -> tuple[Tensor, np.ndarray]:
+        """(M, F) float32 and (M, h, w, 3) uint8."""
+        return self.features[: self.count].clone(), self.thumbnails[: self.count].copy()
 
 
 def look_at(

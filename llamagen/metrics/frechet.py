@@ -67,8 +67,13 @@ class FID(PictureMetric):
         if real and self.reference is not None:
             raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
         rows, side = self.rows(pictures).double(), side_of(real)
-        for name, value in (("sum", rows.sum(0)), ("outer", rows.T @ rows), ("count", len(rows))):
+        for name, value in (("sum", rows.sum(0)), ("count", len(rows))):
             setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+        # In place: matrices of 33 MB that come and go with each batch spoil the memory of CPUs.
+        outer: Tensor = getattr(self, f"{side}_outer")
+        if outer.is_inference() and not torch.is_inference_mode_enabled():
+            outer = outer.clone()
+        setattr(self, f"{side}_outer", outer.addmm_(rows.T, rows))
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar.

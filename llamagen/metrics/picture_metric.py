@@ -11,6 +11,9 @@ from torchmetrics.utilities import dim_zero_cat
 from llamagen.metrics.features import Features, extract, extractor_name, refuse_other_than_pictures
 
 FAKE, REAL = SIDES = ("fake", "real")
+MOST_PIECES = 32
+"""Batches whose features are kept one by one, before they are put together. Small pieces that stay, between large ones
+that come and go, keep an allocator from using memory again: many times that of the features, on CPUs."""
 
 
 def side_of(real: bool) -> str:
@@ -158,6 +161,8 @@ class RowMetric(PictureMetric):
             )
         kept.append(rows.to(self.row_dtype))  # the same on all ranks, as the index is
         indices.append(index.to(rows.device, torch.int64))
+        if len(kept) >= MOST_PIECES:
+            kept[:], indices[:] = [torch.cat(kept)], [torch.cat(indices)]
 
     def kept(self, side: str) -> Tensor:
         """The features of a side in the order of their index, (N, F).
