@@ -318,9 +318,8 @@ class FIDMonitor(pl.Callback):
                 module.sampler = module.build_sampler(self.batch_size)
             assert module.sampler is not None
             size = module.sampler.sampler.batch_size
-            share = -(
-                -self.count // ranks
-            )  # as many on each rank: where parameters are shared, they wait for each other
+            # As many on each rank: where parameters are shared, ranks wait for each other.
+            share = -(-self.count // ranks)
             show = trainer.is_global_zero and trainer.progress_bar_callback is not None
             try:
                 with tqdm(
