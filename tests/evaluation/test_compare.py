@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),
     "an abbreviation": (["compare", "fake", "real", "--batch=3"], ["unrecognized arguments: --batch=3"]),
     "no number": (["compare", "fake", "real", "--batch_size=x"], ["batch_size", "int", "x"]),
-    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0; it must be at least 1"]),
+    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0 and num_workers 0; they must be"]),
     "another split": (["compare", "fake", "real", "--split=test"], ["split", "'train', 'val'", "test"]),
     "a split of none": (["compare", "fake", "real", "--split=val"], ["leave split val out"]),
     "a split of statistics": (
