@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from llamagen.metrics.features import Features
 from llamagen.metrics.inception_score import SplitStatistics
-from llamagen.metrics.picture_metric import REAL, SIDES, RowMetric, side_of
+from llamagen.metrics.picture_metric import ComparingRowMetric
 
 
-class KID(RowMetric):
+class KID(ComparingRowMetric):
     """Squared maximum mean discrepancy with the kernel ``(x·y / F + 1)³``, unbiased, so also for few pictures.
 
     (arXiv 1801.01401.) It is taken over random subsets, always the same ones for one seed and number of pictures.
@@ -44,33 +43,19 @@ class KID(RowMetric):
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
         self.reference = self.checked_reference(reference)
 
-    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Keep the features of pictures.
-
-        Args:
-            pictures: (B, 3, H, W) uint8, or their features.
-            real: these are the pictures to compare with.
-            index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
-
-        Raises:
-            ValueError: if they are no uint8 pictures of the metric's size, or real ones where a reference is known.
-        """
-        self.refuse_second_reference(real)
-        self.keep(side_of(real), self.rows(pictures), index)
-
     def compute(self) -> SplitStatistics:
         """Mean and standard deviation over the subsets, float64; about 0 for pictures of one kind, also below.
 
         Raises:
             ValueError: if a side has fewer than two pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.real_features() for side in SIDES)
+        fake, real = self.both_sides()
         generator = torch.Generator().manual_seed(self.seed)
         found = []
         for _ in range(self.subsets):
             parts = [
                 rows[torch.randperm(len(rows), generator=generator)[: self.subset_size].to(rows.device)].double()
-                for rows in (real.to(fake.device), fake)
+                for rows in (real, fake)
             ]
             found.append(squared_discrepancy(*parts))
         distances = torch.stack(found)

@@ -128,7 +128,6 @@ class RowMetric(PictureMetric):
     """
 
     full_state_update = True  # forward() must not begin anew with each batch: without an index, it counts
-    reference: Tensor | None = None
 
     def __init__(self, features: nn.Module, image_size: int, sides: Sequence[str] = SIDES) -> None:
         super().__init__(features, image_size)
@@ -180,10 +179,29 @@ class RowMetric(PictureMetric):
             raise ValueError(f"some {side} features are not finite; the extractor gives numbers that are none")
         return ordered
 
-    def real_features(self) -> Tensor:
-        """Features of the real pictures: of the reference, or those that were kept."""
-        reference: Tensor | None = self.reference
-        return self.kept(REAL) if reference is None else reference.to(self.device)
+    def reset(self) -> None:
+        """Forget all pictures, also if those of all ranks are there because a result was refused."""
+        for name in self._defaults:
+            setattr(self, name, [])
+        super().reset()
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # torchmetrics would gather a tensor without a second dimension from a rank that has nothing.
+        for name in self._reductions:
+            if isinstance(kept := getattr(self, name), list) and not kept:
+                shape, dtype = ((0,), torch.int64) if name.endswith("_index") else ((0, self.width), self.row_dtype)
+                kept.append(torch.empty(shape, dtype=dtype, device=self.device))
+        super()._sync_dist(*args, **kwargs)
+
+
+class ComparingRowMetric(RowMetric):
+    """Base of the metrics that compare the features of every picture with those of real ones: KID, precision, recall.
+
+    Attributes:
+        reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
+    """
+
+    reference: Tensor | None = None
 
     def checked_reference(self, reference: Tensor | None) -> Tensor | None:
         """A reference, in the precision of the features.
@@ -200,25 +218,26 @@ class RowMetric(PictureMetric):
             )
         return reference.to(self.row_dtype)
 
-    def refuse_second_reference(self, real: bool) -> None:
-        """See that real pictures are not given where the reference is known.
+    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
+        """Keep the features of pictures.
+
+        Args:
+            pictures: (B, 3, H, W) uint8, or their features.
+            real: these are the pictures to compare with.
+            index: (B,) int64, number of each picture; see :meth:`RowMetric.keep`.
 
         Raises:
-            ValueError: if they are.
+            ValueError: if they are no uint8 pictures of the metric's size, or real ones where a reference is known.
         """
         if real and self.reference is not None:
             raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
+        self.keep(side_of(real), self.rows(pictures), index)
 
-    def reset(self) -> None:
-        """Forget all pictures, also if those of all ranks are there because a result was refused."""
-        for name in self._defaults:
-            setattr(self, name, [])
-        super().reset()
+    def both_sides(self) -> tuple[Tensor, Tensor]:
+        """Features of the pictures (N, F) and of the real ones (M, F), those of the reference or kept, on one device.
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # torchmetrics would gather a tensor without a second dimension from a rank that has nothing.
-        for name in self._reductions:
-            if isinstance(kept := getattr(self, name), list) and not kept:
-                shape, dtype = ((0,), torch.int64) if name.endswith("_index") else ((0, self.width), self.row_dtype)
-                kept.append(torch.empty(shape, dtype=dtype, device=self.device))
-        super()._sync_dist(*args, **kwargs)
+        Raises:
+            ValueError: if a side has fewer than two pictures, or features are not finite.
+        """
+        fake = self.kept(FAKE)
+        return fake, self.kept(REAL) if self.reference is None else self.reference.to(fake.device)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamagen.metrics.features import Features
-from llamagen.metrics.picture_metric import REAL, SIDES, RowMetric, side_of
+from llamagen.metrics.picture_metric import ComparingRowMetric
 
 UNSURE = 1e-9
 """Relative error that squared distances by way of a product of matrices surely do not have in float64."""
@@ -26,7 +25,7 @@ class PrecisionRecallStatistics(NamedTuple):
     recall: Tensor
 
 
-class PrecisionRecall(RowMetric):
+class PrecisionRecall(ComparingRowMetric):
     """Precision and recall over manifolds of balls, around each picture as far as its k-th nearest neighbour.
 
     (arXiv 1904.06991.) Distances are taken in blocks, so memory grows with the pictures and not with their pairs.
@@ -58,28 +57,14 @@ class PrecisionRecall(RowMetric):
         self.k, self.block = k, block
         self.reference = self.checked_reference(reference)
 
-    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Keep the features of pictures.
-
-        Args:
-            pictures: (B, 3, H, W) uint8, or their features.
-            real: these are the pictures to compare with.
-            index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
-
-        Raises:
-            ValueError: if they are no uint8 pictures of the metric's size, or real ones where a reference is known.
-        """
-        self.refuse_second_reference(real)
-        self.keep(side_of(real), self.rows(pictures), index)
-
     def compute(self) -> PrecisionRecallStatistics:
         """The two shares.
 
         Raises:
             ValueError: if a side has not more than k pictures.
         """
-        fake, real = (self.kept(side) if side != REAL else self.real_features() for side in SIDES)
-        return precision_recall(real.to(fake.device), fake, self.k, self.block)
+        fake, real = self.both_sides()
+        return precision_recall(real, fake, self.k, self.block)
 
 
 @torch.no_grad()
