@@ -27,6 +27,7 @@ ROOMS = {
     "llamagen/losses": (),
     "llamagen/metrics": (),
     "llamagen/sampling": ("llamagen.models",),
+    "llamagen/text": (),
     "lightning_modules": ("llamagen",),
     "datamodules": (),
     "evaluation": ("llamagen", "datamodules"),
@@ -173,12 +174,14 @@ def test_every_package_is_installed() -> None:
 
 
 installed = cache(packages_distributions)  # takes a third of a second
+EXTRAS = {"benchmarks": "benchmark", "llamagen/text": "text"}  # what a folder may import beside the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_what_a_source_imports_is_a_declared_dependency(path: Path) -> None:
-    extra = PYPROJECT["project"]["optional-dependencies"]["benchmark"] if path.parent.name == "benchmarks" else []
+    name = EXTRAS.get(relative(path.parent))
+    extra = PYPROJECT["project"]["optional-dependencies"][name] if name else []
     declared = {distribution(line) for line in [*DEPENDENCIES, *extra]}
     providers = installed()
     for module in imported_modules(path.read_text()):

@@ -1,0 +1,15 @@
+"""Captions: cleaned text, and the features that a frozen T5 encoder makes of it."""
+
+from llamagen.text.cleaning import clean_caption, first_sentence
+from llamagen.text.encoder import CaptionEncoder, EncodedCaptions
+from llamagen.text.padding import pack, pad_left, unpack
+
+__all__ = [
+    "CaptionEncoder",
+    "EncodedCaptions",
+    "clean_caption",
+    "first_sentence",
+    "pack",
+    "pad_left",
+    "unpack",
+]

@@ -1,0 +1,156 @@
+"""Captions as people and alt texts wrote them → plain lower-case text, or their first sentence. Both are options."""
+
+import html
+import re
+
+MOST_PASSES = 8
+"""What one rule takes away may uncover what another one looks for, seldom more than twice."""
+DOMAINS = r"com|org|net|edu|gov|io|co\.uk"
+"""Of addresses without http:// and www. Many others are words, as in "the end.it was"."""
+FILES = "jpe?g|png|gif|bmp|webp|tiff?|svg|heic|psd|pdf|mp4|mov|avi|webm"
+
+# Addresses and names are of ASCII, so what stands beside them in a script without spaces is left alone.
+INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufffd]")
+ADDRESS = re.compile(
+    rf"(?:https?|ftp)://[!-~]*|(?<![a-z0-9.@-])www\.[!-~]+"
+    rf"|(?<![a-z0-9.@-])(?:[a-z0-9-]+\.)+(?:{DOMAINS})(?:/[!-~]*|(?![a-z0-9-]))"
+)
+ADDRESS_END = re.compile(r"""[.,;:!?)\]}>'"]*\Z""")
+MAIL = re.compile(r"(?:mailto:)?(?<![a-z0-9._%+-])[a-z0-9._%+-]+@(?:[a-z0-9-]+\.)+[a-z]{2,}")
+HANDLE = re.compile(r"(?<![a-z0-9])@[a-z0-9_][a-z0-9_.]*(?<!\.)(?:@[a-z0-9.-]+)?")
+TAG = re.compile(r"</?[a-z][^<>]*>|<!--[^<>]*-->")
+FILE = re.compile(rf"(?<![a-z0-9_.-])[a-z0-9_.-]*(?:\(\d+\))?\.(?:{FILES})(?![a-z0-9])")
+NUMBER = re.compile(r"(?<![a-z0-9_.,-])[a-z0-9_-]*\d{7,}[a-z0-9_-]*")
+HASHTAG = re.compile(r"#+(?=[^\W\d])")
+APOSTROPHE = re.compile(r"(?<=[a-z])[’‘ʼ`´](?=[a-z])")
+BRACKET_SPACE = re.compile(r"(?<=[(\[{])\s+|\s+(?=[)\]}])")
+EMPTY_BRACKETS = re.compile(r"\(\s*\)|\[\s*\]|\{\s*\}|<\s*>")
+AS_SPACE = re.compile(r"[\x00-\x1f\x7f]|_+|\*{2,}|={2,}|\|{2,}|~{2,}|\+{2,}|/{2,}|\\+")
+DOTS = re.compile(r"\.{2,}")
+SHOUTS = re.compile(r"[!?]{2,}")
+COMMAS = re.compile(r"([,;:])(?:\s*[,;:])+")
+DASHES = re.compile(r"-{2,}|(?:-\s+)+-(?=\s)")
+SPACE_BEFORE = re.compile(r"\s+([,.;:!?]+)(?=\s|$)")
+LEADING = re.compile(r"(?:[\s,;:|/*~=+•·)\]}>!?]|-(?!\d)|\.(?!\d))+")
+TRAILING = " ,;:|/*~=+•·([{<-"
+
+TITLES = re.compile(
+    r"dr|mr|mrs|ms|mx|u[.]s|u[.]k|prof|st|rev|hon|gen|col|sgt|lt|capt|cmdr|gov|sen|rep|pres|mt|vs|e[.]g|i[.]e|cf|ca"
+)
+"""More of the sentence follows."""
+BEFORE_NUMBERS = re.compile(r"no|nos|fig|figs|vol|p|pp|ch|sec|nr|art|pl|approx")
+AT_ENDS = re.compile(r"etc|inc|ltd|co|corp|jr|sr|bros|dept|ave|blvd|rd|ft|a[.]m|p[.]m|d[.]c|b[.]c|a[.]d|al|est")
+"""A sentence may end with these: one does where a capital follows."""
+WIDE_STOPS = "。！？｡।॥۔؟"
+CLOSERS = "\"'”’»)\\]」』）】》"
+SENTENCE_END = re.compile(rf"[{WIDE_STOPS}]+[{CLOSERS}]*|[.!?…]+[{CLOSERS}]*(?=\s|\Z)|\n\s*\n")
+WORD_BEFORE = re.compile(r"[^\s(\[{\"'“‘«]*\Z")
+LONGEST_WORD = 40
+
+
+def clean_caption(text: str) -> str:
+    """Plain lower-case text: for captions that were gathered from pages, and for prompts of a model trained on such.
+
+    Mends text of a wrong encoding, resolves HTML, and takes away addresses (of pages, mail and people), names of files,
+    numbers of seven and more digits with what hangs on them, the markers of hashtags, empty brackets, and repeated
+    marks and spaces. Letters, words and marks of other scripts stay as they are.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The text in one line, possibly empty. Cleaning it again changes nothing (unless it is nested on purpose).
+
+    Raises:
+        ValueError: if the extra ``text`` is not installed.
+    """
+    try:
+        from ftfy import TextFixerConfig, fix_text  # few need it
+    except ImportError as error:
+        raise ValueError(f'clean_caption needs ftfy ({error}); pip install "llamagen-lightning[text]"') from error
+    # Full-width marks and curly quotes are how other scripts write.
+    config = TextFixerConfig(unescape_html=False, fix_character_width=False, uncurl_quotes=False)
+    for _ in range(MOST_PASSES):
+        before, text = text, _clean_once(fix_text(text, config))
+        if text == before:
+            break
+    return text
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a caption, which serves as its short form.
+
+    Neither abbreviations ("Dr."), initials, numbers ("3.5", and the "1." of a list) nor an ellipsis within a sentence
+    end it; the full stops of other scripts (。！？।) and empty lines do.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The sentence with its full stop, without surrounding space; the whole text if it has one sentence.
+    """
+    text = text.strip()
+    for match in SENTENCE_END.finditer(text):
+        if _ends_sentence(text, match):
+            return text[: match.end()].strip()
+    return text
+
+
+def _clean_once(text: str) -> str:
+    while (resolved := html.unescape(text)) != text:  # some are escaped twice
+        text = resolved
+    text = INVISIBLE.sub("", text.lower())
+    text = TAG.sub(" ", text)
+    text = ADDRESS.sub(_without_address, text)
+    for pattern in (MAIL, HANDLE, FILE, NUMBER):
+        text = pattern.sub(" ", text)
+    text = HASHTAG.sub("", text)
+    text = APOSTROPHE.sub("'", text)
+    for pattern in (AS_SPACE, EMPTY_BRACKETS):
+        text = pattern.sub(" ", text)
+    text = DOTS.sub("...", text)
+    text = SHOUTS.sub(_fewer_shouts, text)
+    text = COMMAS.sub(r"\1", text)
+    text = DASHES.sub("-", text)
+    text = SPACE_BEFORE.sub(r"\1", BRACKET_SPACE.sub("", " ".join(text.split())))
+    leading = LEADING.match(text)
+    return (text[leading.end() :] if leading else text).rstrip(TRAILING)
+
+
+def _without_address(match: re.Match[str]) -> str:
+    """The marks after an address belong to the sentence."""
+    end = ADDRESS_END.search(match[0])
+    return f" {end[0] if end else ''}"
+
+
+def _fewer_shouts(match: re.Match[str]) -> str:
+    return "?!" if len(set(match[0])) > 1 else match[0][0]
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    """Whether a mark ends the first sentence. A sentence has a letter or digit."""
+    before = text[: match.start()]
+    if not any(letter.isalnum() for letter in before):
+        return False
+    mark, following = match[0], text[match.end() :].lstrip()[:1]
+    if mark.startswith(("..", "…")):
+        return _capital_follows(text, match)
+    if mark[-1] in CLOSERS and following.islower():  # "Stop!" she said.
+        return False
+    if mark[0] != ".":
+        return True
+    found = WORD_BEFORE.search(before[-LONGEST_WORD:])
+    word = found[0].lower() if found else ""
+    if TITLES.fullmatch(word) or (len(word) == 1 and word != word.upper()):
+        return not following
+    if BEFORE_NUMBERS.fullmatch(word):
+        return not following.isdigit()
+    if AT_ENDS.fullmatch(word):
+        return _capital_follows(text, match)
+    return not (word.isdigit() and before.strip() == word)
+
+
+def _capital_follows(text: str, match: re.Match[str]) -> bool:
+    """Whether a sentence starts after a mark, or nothing."""
+    following = text[match.end() :].lstrip(" \"'“‘«([")[:1]
+    return not following or following.isupper() or following == "\n"

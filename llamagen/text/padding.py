@@ -1,0 +1,79 @@
+"""Features of captions: from right to left padding, and without padding. B captions, C positions, W wide, T tokens."""
+
+import torch
+from torch import Tensor
+
+
+def pad_left(features: Tensor, lengths: Tensor) -> Tensor:
+    """Move the tokens of each caption to the end, in their order, with zeros in front of them.
+
+    So the last caption position, which is followed by the first code, always holds a token.
+
+    Args:
+        features: (B, C, W), padded on the right; what stands in the padding does not matter.
+        lengths: (B,) int64 in [0, C], the number of tokens.
+
+    Returns:
+        (B, C, W), same dtype and device.
+
+    Raises:
+        ValueError: if shapes or lengths do not fit.
+    """
+    positions = features.shape[1] if features.dim() == 3 else 0
+    _check(lengths, features.shape[0], positions, features.shape)
+    source = torch.arange(positions, device=features.device) - (positions - lengths.to(features.device)).unsqueeze(1)
+    moved = features.gather(1, source.clamp(min=0).unsqueeze(2).expand_as(features))
+    return moved.masked_fill((source < 0).unsqueeze(2), 0)
+
+
+def pack(features: Tensor, lengths: Tensor) -> Tensor:
+    """The tokens alone, caption after caption: what is worth storing.
+
+    Args:
+        features: (B, C, W), padded on the right.
+        lengths: (B,) int64 in [0, C].
+
+    Returns:
+        (T, W), T the sum of the lengths.
+
+    Raises:
+        ValueError: if shapes or lengths do not fit.
+    """
+    positions = features.shape[1] if features.dim() == 3 else 0
+    _check(lengths, features.shape[0], positions, features.shape)
+    return features[_is_token(lengths.to(features.device), positions)]
+
+
+def unpack(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
+    """The inverse of :func:`pack`.
+
+    Args:
+        tokens: (T, W).
+        lengths: (B,) int64 in [0, caption_length], of sum T.
+        caption_length: number of positions C.
+
+    Returns:
+        (B, C, W), padded on the right with zeros.
+
+    Raises:
+        ValueError: if shapes or lengths do not fit.
+    """
+    _check(lengths, len(lengths), caption_length, tokens.shape)
+    if tokens.dim() != 2 or int(lengths.sum()) != len(tokens):
+        raise ValueError(f"lengths of sum {int(lengths.sum())} do not fit tokens of shape {tuple(tokens.shape)}")
+    features = tokens.new_zeros(len(lengths), caption_length, tokens.shape[1])
+    features[_is_token(lengths.to(tokens.device), caption_length)] = tokens
+    return features
+
+
+def _is_token(lengths: Tensor, positions: int) -> Tensor:
+    """(B, C) bool, True where a caption that is padded on the right has a token."""
+    return torch.arange(positions, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _check(lengths: Tensor, captions: int, positions: int, shape: torch.Size) -> None:
+    if lengths.shape != (captions,) or bool(((lengths < 0) | (lengths > positions)).any()):
+        raise ValueError(
+            f"features of shape {tuple(shape)} need {captions} lengths in [0, {positions}], not "
+            f"{lengths.tolist() if lengths.numel() <= 8 else tuple(lengths.shape)}"
+        )

@@ -1,0 +1,91 @@
+"""Left padding and packing of features, held to loops."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamagen.text import pack, pad_left, unpack
+
+LENGTHS = torch.tensor([0, 1, 3, 7, 5, 7])
+
+
+def random_features(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(len(LENGTHS), 7, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def pad_left_by_rolling(features: Tensor, lengths: Tensor) -> Tensor:
+    """As the published code has it: roll each caption, then multiply by the flipped mask."""
+    rows = []
+    for row, length in zip(features, lengths.tolist(), strict=True):
+        mask = torch.arange(len(row)) >= len(row) - length
+        rows.append(torch.cat([row[length:], row[:length]]) * mask.unsqueeze(1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_left_padding_is_that_of_the_published_code(dtype: torch.dtype) -> None:
+    features = random_features(dtype)
+    moved = pad_left(features, LENGTHS)
+    assert moved.dtype is dtype
+    assert torch.equal(moved, pad_left_by_rolling(features, LENGTHS))
+
+
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    features = random_features()
+    spoiled = features.masked_fill((torch.arange(7) >= LENGTHS.unsqueeze(1)).unsqueeze(2), torch.nan)
+    assert torch.equal(pad_left(spoiled, LENGTHS), pad_left(features, LENGTHS))
+    assert torch.equal(pack(spoiled, LENGTHS), pack(features, LENGTHS))
+
+
+def test_left_padding_has_the_gradient_of_a_copy() -> None:
+    features = random_features().requires_grad_()
+    pad_left(features, LENGTHS).sum().backward()
+    expected = (torch.arange(7) < LENGTHS.unsqueeze(1)).float().unsqueeze(2).expand(-1, -1, 4)
+    assert features.grad is not None
+    assert torch.equal(features.grad, expected)
+
+
+def test_packing_keeps_tokens_in_their_order_and_comes_back() -> None:
+    features = random_features()
+    tokens = pack(features, LENGTHS)
+    assert torch.equal(tokens, torch.cat([row[:length] for row, length in zip(features, LENGTHS, strict=True)]))
+    back = unpack(tokens, LENGTHS, 7)
+    assert torch.equal(pad_left(back, LENGTHS), pad_left(features, LENGTHS))
+    assert (back[1, 1:] == 0).all()
+    assert unpack(tokens, LENGTHS, 9).shape == (6, 9, 4)
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [0, 1, 3, 8, 5, 7], [0, 1, 3, -1, 5, 7]])
+def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
+    for move in (pad_left, pack):
+        with pytest.raises(ValueError) as error:
+            move(random_features(), torch.tensor(lengths))
+        assert "need 6 lengths in [0, 7]" in str(error.value)
+
+
+def test_features_of_one_caption_need_a_batch_of_their_own() -> None:
+    with pytest.raises(ValueError) as error:
+        pad_left(torch.zeros(7, 4), torch.tensor([3]))
+    assert "(7, 4)" in str(error.value)
+
+
+def test_tokens_that_are_not_as_many_as_lengths_say_are_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        unpack(torch.zeros(5, 4), torch.tensor([3, 3]), 7)
+    assert "sum 6" in str(error.value)
+
+
+def test_an_empty_batch_stays_empty() -> None:
+    empty = torch.zeros(0, 7, 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert pad_left(empty, none).shape == (0, 7, 4)
+    assert unpack(pack(empty, none), none, 7).shape == (0, 7, 4)
+
+
+@pytest.mark.gpu
+def test_the_gpu_moves_the_same() -> None:
+    features, lengths = random_features(torch.bfloat16), LENGTHS
+    on_gpu = features.cuda(), lengths.cuda()
+    assert torch.equal(pad_left(*on_gpu).cpu(), pad_left(features, lengths))
+    assert torch.equal(pack(*on_gpu).cpu(), pack(features, lengths))
+    assert torch.equal(unpack(pack(*on_gpu), on_gpu[1], 7).cpu(), unpack(pack(features, lengths), lengths, 7))
