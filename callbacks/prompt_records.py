@@ -64,7 +64,8 @@ def warn_of_cut_prompts(folder: SampleFolder, prompts: Sequence[str]) -> None:
         named = [f"prompt {number} ({prompts[number][:40]!r} …)" for number in cut[:NAMED]]
         more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
         rank_zero_warn(
-            f"{len(cut)} of {len(prompts)} prompts were longer than the model reads and were cut: {', '.join(named)}{more}"
+            f"{len(cut)} of {len(prompts)} prompts were longer than the model reads and were cut: "
+            f"{', '.join(named)}{more}"
         )
 
 

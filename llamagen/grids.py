@@ -1,5 +1,6 @@
 """Grids of pictures, and figures, as PNG files."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,20 +75,23 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
+    """How many characters of a text are no wider than ``width`` pixels."""
+    return bisect_right(range(1, len(text) + 1), float(width), key=lambda end: font.getlength(text[:end]))
+
+
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """At most :data:`LINES` lines of a text that are no wider than ``width`` pixels; broken at spaces, if there are."""
     rest, lines = " ".join(text[:CHARACTERS].split()), list[str]()
     while rest and len(lines) < LINES:
-        lengths = range(1, len(rest) + 1)
-        end = max(1, bisect_right(lengths, width, key=lambda length: font.getlength(rest[:length])))  # noqa: B023
+        end = max(1, _fitting(rest, width, font))
         if end < len(rest) and (space := rest.rfind(" ", 0, end + 1)) > 0:
             end = space
         lines.append(rest[:end].rstrip())
         rest = rest[end:].lstrip()
     if lines and (rest or len(text) > CHARACTERS):
-        while lines[-1] and font.getlength(f"{lines[-1]}…") > width:
-            lines[-1] = lines[-1][:-1]
-        lines[-1] += "…"
+        room = width - math.ceil(font.getlength("…"))
+        lines[-1] = lines[-1][: _fitting(lines[-1], room, font)] + "…"
     return lines
 
 
