@@ -148,11 +148,11 @@ class ImageWriter(pl.Callback):
         """
         assert self._folder is not None
         assert self._threads is not None
-        indices = outputs["index"].tolist()
-        truncated = outputs["truncated"].tolist() if "truncated" in outputs else [False] * len(indices)
-        for row, index in enumerate(indices):
+        truncated = outputs.get("truncated")
+        cut: list[int] = [] if truncated is None else truncated.nonzero().flatten().tolist()
+        for row, index in enumerate(outputs["index"].tolist()):
             picture = partial(_picture, outputs["images"], row)
-            self._threads.write(picture, self._folder.path(index), picture_text(truncated[row]))
+            self._threads.write(picture, self._folder.path(index), picture_text(row in cut))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait until every rank has written its pictures."""
