@@ -1,6 +1,7 @@
 """Writes the pictures that ``predict`` of the autoregressive model yields. N pictures of H × W pixels."""
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -17,9 +18,10 @@ from tqdm import tqdm
 
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.picture_threads import PictureThreads
+from callbacks.prompt_records import PromptRequests, picture_text, prompts_plan, warn_of_cut_prompts, write_metadata
 from callbacks.sample_folder import ARCHIVE, GRID, SampleFolder
 from llamagen.checkpoint import weights_checksum
-from llamagen.grids import grid_image, save_png
+from llamagen.grids import captioned_grid, grid_image, save_png
 from llamagen.sampling import Pictures
 from llamagen.whole_file import whole_file
 
@@ -30,7 +32,7 @@ class SamplingModule(Protocol):
     """A module that draws pictures."""
 
     sampling: Any
-    """Dataclass of what decides a picture, beside its label and the seed."""
+    """Dataclass of what decides a picture, beside its label or prompt and the seed."""
     sample_seed: int
     picture_size: int | None
     """Side in pixels to which pictures are resized."""
@@ -45,11 +47,15 @@ class SamplingModule(Protocol):
 
 
 class PictureRequests(Protocol):
-    """A DataModule that asks for pictures."""
+    """A DataModule that asks for pictures, of classes or of prompts."""
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each picture, (N,) int64."""
+    label_name: str
+    """What a label is the number of: ``class`` or ``prompt``."""
+    labels: np.ndarray
+    """Of each picture, (N,) int64."""
+    prompts: list[str] | None
+    """By label; None where labels are classes. With prompts there are also
+    :attr:`~callbacks.prompt_records.PromptRequests.columns`."""
 
     def leave_out(self, done: Iterable[int]) -> None:
         """Ask for all pictures but these indices."""
@@ -62,12 +68,16 @@ class ImageWriter(pl.Callback):
     The archive has the form that ADM's evaluation reads: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` int64 labels (N,),
     in the order of the index. ``grid.png`` shows a row for each class. ``pictures`` is a folder of class folders.
 
+    Pictures of prompts are ``pictures/<number>/{index:06d}_prompt{number}.png``; ``arr_1`` holds the numbers of the
+    prompts, from 0 on. ``metadata.jsonl`` says in a line for each picture of what and how it was drawn, and the grid
+    shows the prompts below the pictures. Prompts that were longer than the model reads are named at the end.
+
     The command of a stopped run goes on with the pictures that are not there yet, on any number of ranks and with any
     batch size. The archive is written when all are there.
 
     Args:
-        grid_columns: pictures of a class in the grid.
-        grid_rows: classes in the grid, the lowest ones.
+        grid_columns: most pictures in a row of the grid: of one class or prompt, or of several that have one each.
+        grid_rows: most rows of the grid; the lowest classes, the first prompts.
     """
 
     def __init__(self, grid_columns: int = 20, grid_rows: int = 20) -> None:
@@ -87,7 +97,7 @@ class ImageWriter(pl.Callback):
         if stage != "predict":
             return
         data = cast(PictureRequests, trainer.datamodule)  # type: ignore[attr-defined]
-        folder = SampleFolder(Path(trainer.default_root_dir), data.labels)
+        folder = SampleFolder(Path(trainer.default_root_dir), data.labels, data.label_name)
         self._folder, self._threads = folder, None
 
         def drawn() -> list[int]:
@@ -101,14 +111,17 @@ class ImageWriter(pl.Callback):
         """Put down what the run is begun with, or see that it was begun with the same.
 
         Raises:
-            ValueError: if labels, seed, size, sampling settings, precision, model or tokenizer differ.
+            ValueError: if labels or prompts, seed, size, sampling settings, precision, model, tokenizer or text encoder
+                differ.
         """
         assert self._folder is not None
         folder, module = self._folder, cast(SamplingModule, pl_module)
+        prompts = cast(PictureRequests, trainer.datamodule).prompts  # type: ignore[attr-defined]
         plan = {
             "format": "llamagen-samples",
             "number of pictures": len(folder.labels),
             "order of labels": hashlib.sha256(folder.labels.astype("<i8").tobytes()).hexdigest(),
+            **(prompts_plan(prompts, module) if prompts is not None else {}),
             "sample_seed": module.sample_seed,
             "picture_size": module.picture_size,
             **{f"sampling.{name}": value for name, value in asdict(module.sampling).items()},
@@ -129,11 +142,17 @@ class ImageWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Have the pictures ``outputs["images"]`` of a batch written while the next are drawn."""
+        """Have the pictures ``outputs["images"]`` of a batch written while the next are drawn.
+
+        ``outputs["truncated"]`` (B,) bool says whose prompts were cut, if the module can tell.
+        """
         assert self._folder is not None
         assert self._threads is not None
+        truncated = outputs.get("truncated")
+        cut: list[int] = [] if truncated is None else truncated.nonzero().flatten().tolist()
         for row, index in enumerate(outputs["index"].tolist()):
-            self._threads.write(partial(_picture, outputs["images"], row), self._folder.path(index))
+            picture = partial(_picture, outputs["images"], row)
+            self._threads.write(picture, self._folder.path(index), picture_text(row in cut))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait until every rank has written its pictures."""
@@ -147,21 +166,34 @@ class ImageWriter(pl.Callback):
             return
         assert self._folder is not None
         folder, count = self._folder, len(self._folder.labels)
+        prompts = cast(PictureRequests, trainer.datamodule).prompts  # type: ignore[attr-defined]
+        if prompts is not None:
+            warn_of_cut_prompts(folder, prompts)
         if missing := count - len(folder.drawn()):
             rank_zero_warn(
                 f"{missing} of {count} pictures are missing in {folder.root}, so {ARCHIVE} was not written; run the "
                 "same command without a limit to go on"
             )
             return
-        save_png(grid_image(self._grid_rows(folder)), folder.root / GRID)
+        rows = self._grid_rows(folder)
+        pictures = [[_pixels(folder.path(index)) for index in row] for row in rows]
+        if prompts is None:
+            save_png(grid_image(pictures), folder.root / GRID)
+        else:
+            captions = [[prompts[folder.labels[index]] or "(no words)" for index in row] for row in rows]
+            save_png(captioned_grid(pictures, captions), folder.root / GRID)
+            write_metadata(folder, cast(PromptRequests, trainer.datamodule), cast(SamplingModule, pl_module))  # type: ignore[attr-defined]
         write_archive(folder, show_progress=trainer.progress_bar_callback is not None)
         print(f"{count} pictures are there; look at {folder.root / GRID}")
 
-    def _grid_rows(self, folder: SampleFolder) -> list[list[np.ndarray]]:
+    def _grid_rows(self, folder: SampleFolder) -> list[list[int]]:
+        """Indices of the pictures in each row."""
         order = np.argsort(folder.labels, kind="stable")
         _, firsts = np.unique(folder.labels[order], return_index=True)
-        rows = np.split(order, firsts[1:])[: self.grid_rows]
-        return [[_pixels(folder.path(index)) for index in row[: self.grid_columns].tolist()] for row in rows]
+        if len(firsts) == len(order):  # one picture of each
+            columns = min(self.grid_columns, math.isqrt(len(order) - 1) + 1)
+            firsts = np.arange(0, len(order), columns)
+        return [row[: self.grid_columns].tolist() for row in np.split(order, firsts[1:])[: self.grid_rows]]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Complete the folder where this rank had nothing to draw; Lightning then starts no prediction on it.

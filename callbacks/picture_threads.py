@@ -1,6 +1,6 @@
 """Pictures are compressed while the next ones are drawn. H × W pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Semaphore
@@ -27,24 +27,25 @@ class PictureThreads:
         self._slots = Semaphore(threads + waiting)
         self._error: BaseException | None = None
 
-    def write(self, picture: Callable[[], np.ndarray], path: Path) -> None:
+    def write(self, picture: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None = None) -> None:
         """Have a picture written, soon.
 
         Args:
             picture: gives (H, W, 3) uint8; called in a thread, where it may wait for a device.
             path: the file; its folder is made if it does not exist.
+            text: what the file says of the picture, by keyword.
 
         Raises:
             BaseException: the first error of a thread.
         """
         self._check()
         self._slots.acquire()
-        self._pool.submit(self._save, picture, path)
+        self._pool.submit(self._save, picture, path, text)
 
-    def _save(self, picture: Callable[[], np.ndarray], path: Path) -> None:
+    def _save(self, picture: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None) -> None:
         try:
             if self._error is None:
-                save_png(Image.fromarray(picture()), path)
+                save_png(Image.fromarray(picture()), path, text)
         except BaseException as error:  # it is raised where the pictures come from
             self._error = self._error or error
         finally:

@@ -15,29 +15,34 @@ from llamagen.whole_file import whole_file
 PICTURES = "pictures"
 ARCHIVE = "samples.npz"
 GRID = "grid.png"
-NAME = re.compile(r"(\d{6,})_class(\d+)\.png")
+METADATA = "metadata.jsonl"
 LEFTOVERS = (".*.tmp", f"{PICTURES}/*/.*.tmp")
 
 
 class SampleFolder:
     """``pictures/<label>/<index:06d>_class<label>.png``, ``samples.npz``, ``grid.png`` and a plan, which is hidden.
 
+    Of prompts the names end in ``_prompt<number>``, and there is a ``metadata.jsonl``.
+
     The plan says what decides the pictures, so that a stopped run can be gone on with and is not mixed with another.
     It stays when the run is complete.
 
     Args:
         root: of all this.
-        labels: class of each picture, (N,) int64.
+        labels: class of each picture, or number of its prompt, (N,) int64.
+        label_name: ``class`` or ``prompt``.
     """
 
-    def __init__(self, root: Path, labels: np.ndarray) -> None:
-        self.root, self.labels = root, labels
+    def __init__(self, root: Path, labels: np.ndarray, label_name: str = "class") -> None:
+        self.root, self.labels, self.label_name = root, labels, label_name
+        self._name = re.compile(rf"(\d{{6,}})_{label_name}\d+\.png")
         self._digits = len(str(labels.max()))  # so that the order of names is that of the classes
 
     def path(self, index: int) -> Path:
         """Where a picture goes."""
         label = self.labels[index]
-        return self.root / PICTURES / f"{label:0{self._digits}d}" / f"{index:06d}_class{label}.png"
+        folder = self.root / PICTURES / f"{label:0{self._digits}d}"
+        return folder / f"{index:06d}_{self.label_name}{label}.png"
 
     def check_free(self) -> None:
         """See that a run can begin or go on here; changes nothing.
@@ -46,7 +51,7 @@ class SampleFolder:
             ValueError: if the folder holds a complete run, or pictures that nobody planned.
         """
         planned = (self.root / PLAN_FILE).exists()
-        foreign = not planned and (self._has_pictures() or any(self.root.glob("*_class*.png")))
+        foreign = not planned and (self._has_pictures() or any(self.root.glob(f"*_{self.label_name}*.png")))
         if foreign or (self.root / ARCHIVE).exists():
             raise ValueError(f"{self.root} already holds samples; delete them or choose another folder")
 
@@ -59,7 +64,7 @@ class SampleFolder:
         found = []
         for folder in os.scandir(pictures) if pictures.is_dir() else ():
             for entry in os.scandir(folder) if folder.is_dir() else ():
-                if match := NAME.fullmatch(entry.name):
+                if match := self._name.fullmatch(entry.name):
                     index = int(match[1])
                     there = index < len(self.labels) and self.path(index) == Path(entry.path)
                     if there and entry.stat().st_size:  # a crash of the machine may leave an empty file

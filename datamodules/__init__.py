@@ -3,6 +3,7 @@
 from datamodules.codes import CodeDataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule
+from datamodules.prompts import PromptDataModule
 from datamodules.samples import SampleDataModule
 
-__all__ = ["CodeDataModule", "DigitsDataModule", "ImageDataModule", "SampleDataModule"]
+__all__ = ["CodeDataModule", "DigitsDataModule", "ImageDataModule", "PromptDataModule", "SampleDataModule"]

@@ -1,32 +1,12 @@
-"""What to sample: labels × how many. N pictures."""
+"""What to sample: labels × how many."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
-from torch.utils.data import Dataset
-
-from datamodules.loader import EvaluationLoader, ranks_wait
-from datamodules.order import Address, shared_batches
+from datamodules.requests import RequestDataModule
 
 CLASS_NUMBER = re.compile("[0-9]{1,9}")
-
-
-class ClassRequests(Dataset[dict[str, int]]):
-    """The labels in turn, until each entry was asked for ``per_class`` times."""
-
-    def __init__(self, classes: list[int], per_class: int) -> None:
-        self.classes, self.per_class = classes, per_class
-
-    def __len__(self) -> int:
-        return len(self.classes) * self.per_class
-
-    def __getitem__(self, address: Address) -> dict[str, int]:
-        """``index`` of the picture in the run and ``condition``, its class."""
-        index = address[0]
-        return {"index": index, "condition": self.classes[index % len(self.classes)]}
 
 
 def read_labels(path: Path) -> list[int]:
@@ -58,10 +38,11 @@ def read_labels(path: Path) -> list[int]:
     return labels
 
 
-class SampleDataModule(pl.LightningDataModule):
-    """Requests for pictures: the labels in turn, until each entry was asked for ``per_class`` times.
+class SampleDataModule(RequestDataModule):
+    """Requests for pictures of classes: the labels in turn, until each entry was asked for ``per_class`` times.
 
-    ``predict`` is for pictures that are kept, ``test`` for pictures that are measured.
+    ``predict`` is for pictures that are kept, ``test`` for pictures that are measured. Batches hold ``index`` of each
+    picture in the run and ``condition``, its class, both (B,) int64.
 
     Args:
         classes: which classes, or how many: 10 means 0 to 9; or a text file with one class number a line, in which a
@@ -73,67 +54,24 @@ class SampleDataModule(pl.LightningDataModule):
         classes: the entries, in order.
     """
 
+    label_name = "class"
+
     def __init__(self, classes: int | list[int] | Path | str = 1000, per_class: int = 50, batch_size: int = 64) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer pictures than ranks
         if isinstance(classes, (str, Path)):
-            self.classes = read_labels(Path(classes))
+            labels = read_labels(Path(classes))
         else:
-            self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
-            if not self.classes or len(set(self.classes)) < len(self.classes) or not all(map(_is_label, self.classes)):
+            labels = list(range(classes)) if isinstance(classes, int) else list(classes)
+            if not labels or len(set(labels)) < len(labels) or not all(map(_is_label, labels)):
                 raise ValueError(
                     f"classes is {classes}; give a positive number, a list of different class numbers, or a text file "
                     "with one class number a line"
                 )
-        if per_class < 1 or batch_size < 1:
-            raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1")
-        self.per_class, self.batch_size = per_class, batch_size
-        self._done = np.zeros(len(self.classes) * per_class, dtype=bool)
+        super().__init__(labels, per_class, batch_size)
+        self.classes = labels
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each picture of the run, (N,) int64."""
-        return np.tile(np.array(self.classes, dtype=np.int64), self.per_class)
-
-    @property
-    def left(self) -> int:
-        """How many pictures are still asked for."""
-        return int((~self._done).sum())
-
-    def leave_out(self, done: Iterable[int]) -> None:
-        """Ask for all pictures but these.
-
-        Args:
-            done: their indices, the same on every rank.
-        """
-        self._done[:] = False
-        self._done[np.fromiter(done, dtype=np.int64)] = True
-
-    def test_dataloader(self) -> EvaluationLoader:
-        """The same requests, for pictures that are measured and not kept.
-
-        Raises:
-            ValueError: if there are fewer than ranks: Lightning leaves a rank that has none out of the whole test, and
-                the others would wait for it.
-        """
-        ranks = 1 if self.trainer is None else self.trainer.world_size
-        if self.left < ranks:
-            raise ValueError(
-                f"{self.left} pictures cannot be measured on {ranks} ranks; ask for more of them (per_class), or set "
-                "trainer.devices to less"
-            )
-        return self.predict_dataloader()
-
-    def predict_dataloader(self) -> EvaluationLoader:
-        """The requests of this rank, in order."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        equally = ranks_wait(self.trainer)
-        numbers = np.flatnonzero(~self._done)
-        if equally and len(numbers):  # a rank without pictures would be waited for: draw some that are there once more
-            numbers = np.append(numbers, np.flatnonzero(self._done)[: -len(numbers) % world_size])
-        shares = shared_batches(len(numbers), self.batch_size, rank, world_size, equally)
-        batches = [[(int(numbers[place]), epoch) for place, epoch in share] for share in shares]
-        return EvaluationLoader(ClassRequests(self.classes, self.per_class), batches, num_workers=0)
+    def request(self, index: int) -> dict[str, Any]:
+        """``index`` of the picture in the run and ``condition``, its class."""
+        return {"index": index, "condition": int(self.labels[index])}
 
 
 def _is_label(label: int) -> bool:

@@ -1,14 +1,23 @@
 """Grids of pictures, and figures, as PNG files."""
 
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from llamagen.whole_file import whole_file
 
 MARGIN = 2
+LEGIBLE = 192
+"""Width in pixels from which on there is room for text below a picture."""
+LINES = 3
+CHARACTERS = 600  # more than fit into these lines
+GAP = 8
 
 
 def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
@@ -29,6 +38,63 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
     return Image.fromarray(canvas)
 
 
+def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Pictures in rows, each above its caption, on white.
+
+    A caption is wrapped to the width of its picture; what does not fit into three lines is left out, and an ellipsis
+    stands for it. Pictures of less than 192 pixels are enlarged by a whole number, without interpolation. Characters
+    that the font (DejaVu Sans) lacks, such as Chinese and emoji, are drawn as boxes.
+
+    Args:
+        rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
+        captions: of each picture.
+    """
+    factor = -(-LEGIBLE // rows[0][0].shape[1])
+    height, width = (factor * side for side in rows[0][0].shape[:2])
+    font = _font(max(12, width // 20))
+    texts = [[_wrapped(caption, width, font) for caption in row] for row in captions]
+    line = sum(font.getmetrics())
+    heights = [height + line * max(map(len, row)) + GAP for row in texts]  # no taller than its longest caption
+    columns = max(map(len, rows))
+    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + len(rows) * GAP + GAP), "white")
+    draw, top = ImageDraw.Draw(canvas), GAP
+    for row, row_texts, row_height in zip(rows, texts, heights, strict=True):
+        for column, (picture, text) in enumerate(zip(row, row_texts, strict=True)):
+            left = GAP + column * (width + GAP)
+            canvas.paste(Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1)), (left, top))
+            for number, words in enumerate(text):
+                draw.text((left, top + height + GAP // 2 + number * line), words, "black", font)
+        top += row_height + GAP
+    return canvas
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # Pillow's own has not even the letters of most European languages.
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
+    """How many characters of a text are no wider than ``width`` pixels."""
+    return bisect_right(range(1, len(text) + 1), float(width), key=lambda end: font.getlength(text[:end]))
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """At most :data:`LINES` lines of a text that are no wider than ``width`` pixels; broken at spaces, if there are."""
+    rest, lines = " ".join(text[:CHARACTERS].split()), list[str]()
+    while rest and len(lines) < LINES:
+        end = max(1, _fitting(rest, width, font))
+        if end < len(rest) and (space := rest.rfind(" ", 0, end + 1)) > 0:
+            end = space
+        lines.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    if lines and (rest or len(text) > CHARACTERS):
+        room = width - math.ceil(font.getlength("…"))
+        lines[-1] = lines[-1][: _fitting(lines[-1], room, font)] + "…"
+    return lines
+
+
 def figure_image(figure: Any) -> Image.Image:
     """A matplotlib ``Figure`` as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,7 +104,16 @@ def figure_image(figure: Any) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all; its folder is made if it does not exist."""
+def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, whole or not at all; its folder is made if it does not exist.
+
+    Args:
+        image: the picture.
+        path: the file.
+        text: what the file says of the picture, by keyword; Pillow reads it as the picture's ``info``.
+    """
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)
     with whole_file(path) as temporary:
-        image.save(temporary, format="png")
+        image.save(temporary, format="png", pnginfo=chunks)

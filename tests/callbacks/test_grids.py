@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from callbacks import ReconstructionGrid, SampleGrid
 from callbacks.pictures import publish
-from llamagen.grids import grid_image
+from llamagen.grids import GAP, captioned_grid, grid_image, save_png
 
 
 def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
@@ -81,3 +82,64 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
             callback = restored
         callback.on_validation_epoch_end(trainer, module)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_0000003.png", "step_0000006.png"]
+
+
+def picture(width: int) -> np.ndarray:
+    return np.full((width // 2, width, 3), 200, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("width", "shown"), [(8, 192), (100, 200), (192, 192), (256, 256)])
+def test_captioned_pictures_are_wide_enough_for_words(width: int, shown: int) -> None:
+    grid = captioned_grid([[picture(width)] * 3, [picture(width)]], [["a", "b", "c"], ["d"]])
+    assert grid.width == 3 * (shown + GAP) + GAP
+    pixels = np.array(grid)
+    assert (pixels[GAP : GAP + shown // 2, GAP : GAP + shown] == 200).all()
+    assert pixels[GAP + shown // 2 :, : GAP + shown].min() < 50
+
+
+def test_captions_stay_below_their_pictures_and_take_no_more_room_than_they_need() -> None:
+    rows = [[picture(256)] * 2]
+    heights = []
+    for caption in ("a", "word " * 12, "word " * 1000, "x" * 10**6, "\u0301" * 10**4):
+        grid = captioned_grid(rows, [[caption, ""]])
+        heights.append(grid.height)
+        assert (np.array(grid)[GAP + 128 :, GAP + 258 :] == 255).all(), caption[:10]
+    line = heights[1] - heights[0]
+    assert line > 10
+    assert heights[2] == heights[3] == heights[0] + 2 * line
+
+
+def test_what_does_not_fit_below_a_picture_ends_in_an_ellipsis() -> None:
+    from llamagen.grids import _font, _wrapped
+
+    font = _font(12)
+    lines = _wrapped("a photo of an athlete cat " * 10, 200, font)
+    assert len(lines) == 3
+    assert all(font.getlength(line) <= 200 for line in lines)
+    assert lines[2].endswith("…")
+    assert _wrapped("a photo of\n\n an athlete  cat", 1000, font) == ["a photo of an athlete cat"]
+    assert "".join(_wrapped("柴犬" * 20, 200, font)) == "柴犬" * 20
+    assert _wrapped(" \n", 200, font) == []
+
+
+ODD = ["日本語", "مرحبا", "हिन्दी", "👩‍👩‍👧🐕‍🦺", "a\0b\x07\ud800\u202e", "", "\u2028", "e\u0301" * 50]
+
+
+def test_captions_in_any_script_are_drawn(tmp_path: Path) -> None:
+    grid = captioned_grid([[picture(64)] * len(ODD)], [ODD])
+    save_png(grid, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == grid.size
+
+
+def test_letters_beyond_english_are_in_the_font() -> None:
+    from llamagen.grids import _font
+
+    font = _font(12)
+    lacking = bytes(font.getmask("\U0010ffff"))
+    assert all(bytes(font.getmask(letter)) != lacking for letter in "éñßřпΕم…—")
+
+
+def test_a_png_says_what_it_is_told_to(tmp_path: Path) -> None:
+    save_png(Image.fromarray(picture(4)), tmp_path / "a.png", {"prompt": "柴犬"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["prompt"] == "柴犬"
