@@ -15,6 +15,7 @@ REASONS = (
     "no caption",
     "no codes",
     "broken codes",
+    "broken features",
 )
 """Why a sample may be skipped. All ranks count in this order."""
 

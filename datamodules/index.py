@@ -16,11 +16,17 @@ import numpy as np
 from datamodules.bad_samples import BadSampleError, Skipped
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = (*PICTURES, "cls", "txt", "json", "npy")
+FEATURES, SHORT_FEATURES = "features", "shortfeatures"
+"""Of the caption and of its first sentence: the tokens' features alone, (n, W), little-endian."""
+CAPTIONS = ("txt", "json")
+EXTENSIONS = (*PICTURES, "cls", *CAPTIONS, "npy", FEATURES, SHORT_FEATURES)
 """The only members of a shard that are ever read."""
 
 OTHER_PICTURES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic", "heif", "avif", "jxl")
 """Pictures that are not read, but are missed where they are the only ones."""
+
+MISSING = {"npy": "no codes", CAPTIONS[0]: "no caption", FEATURES: "no caption", SHORT_FEATURES: "no caption"}
+"""Why a sample cannot be used that lacks a member."""
 
 NO_LABEL = -1
 WRONG_LABEL = -2
@@ -129,7 +135,7 @@ class Sample(NamedTuple):
         """
         if extension not in self.members:
             raise BadSampleError(
-                "no codes" if extension == "npy" else "no picture",
+                MISSING.get(extension, "no picture"),
                 f"sample {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
             )
         path, offset, size = self.members[extension]
@@ -272,12 +278,12 @@ class SampleIndex(Sequence[Sample]):
             empty |= (offsets >= 0) & (sizes == 0)
         # What stands beside the samples, like a README.txt, says nothing about them.
         labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
-        missing = "no codes" if "npy" in extensions else "no picture"
-        texts = [self.members[extension][:, 0] >= 0 for extension in ("txt", "json") if extension in self.members]
+        missing = MISSING.get(extensions[0], "no picture")
+        texts = [self.members[extension][:, 0] >= 0 for extension in CAPTIONS if extension in self.members]
         has_text = np.any(texts, axis=0) if texts else np.zeros(len(self), bool)
         faults = [
             (~has_member, missing, f"has none of {', '.join(extensions)}"),
-            (has_member & empty, "empty file", "is empty"),
+            (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),  # one of two may be
             (self.labels == WRONG_LABEL, "wrong label", "has a class (.cls) that is no number"),
         ]
         if labelled:

@@ -68,7 +68,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise ValueError(
-            f"{address} needs a package that is not installed; pip install 'llamagen-lightning[{scheme}]'"
+            f'{address} needs a package that is not installed; pip install -c constraints.txt -e ".[{scheme}]"'
         ) from error
     return system, str(path)
 

@@ -29,7 +29,7 @@ ROOMS = {
     "llamagen/sampling": ("llamagen.models",),
     "llamagen/text": (),
     "lightning_modules": ("llamagen",),
-    "datamodules": (),
+    "datamodules": ("llamagen.text.cleaning",),
     "evaluation": ("llamagen", "datamodules"),
     "callbacks": ("llamagen", "evaluation", "datamodules.shards"),
 }
@@ -120,6 +120,8 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         ("from datamodules.shards import index_shard", "callbacks", True),
         ("from datamodules import ImageDataModule", "callbacks", False),
         ("from llamagen.models.gpt import GPT", "datamodules", False),
+        ("from llamagen.text.cleaning import first_sentence", "datamodules", True),
+        ("from llamagen.text import CaptionEncoder", "datamodules", False),
         ("import callbacks", "lightning_modules", False),
         ("from main import main", "lightning_modules", False),
         ("from tests.golden import fill", "llamagen", False),

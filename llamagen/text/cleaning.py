@@ -67,7 +67,7 @@ def clean_caption(text: str) -> str:
     try:
         from ftfy import TextFixerConfig, fix_text  # few need it
     except ImportError as error:
-        raise ValueError(f'clean_caption needs ftfy ({error}); pip install "llamagen-lightning[text]"') from error
+        raise ValueError(f'clean_caption needs ftfy ({error}); pip install -c constraints.txt -e ".[text]"') from error
     # Full-width marks and curly quotes are how other scripts write.
     config = TextFixerConfig(unescape_html=False, fix_character_width=False, uncurl_quotes=False)
     for _ in range(MOST_PASSES):

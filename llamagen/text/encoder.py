@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
@@ -24,6 +25,19 @@ PROBES = (
 )
 """What is tokenized for the tokenizer's checksum."""
 LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Which encoder reads captions.
+
+    Attributes:
+        name: of a T5 on the Hugging Face Hub, or a folder, see :class:`CaptionEncoder`.
+        dtype: of its weights and features: ``bfloat16``, or ``float32`` for GPUs older than Ampere.
+    """
+
+    name: str = "google/flan-t5-xl"
+    dtype: DTYPE = "bfloat16"
 
 
 class EncodedCaptions(NamedTuple):
@@ -203,7 +217,7 @@ def load_t5(name: str | Path, dtype: torch.dtype) -> "tuple[T5EncoderModel, PreT
         from transformers import AutoConfig, AutoTokenizer, T5EncoderModel  # takes seconds, and few need it
     except ImportError as error:
         raise ValueError(
-            f'a caption encoder needs transformers ({error}); pip install "llamagen-lightning[text]"'
+            f'a caption encoder needs transformers ({error}); pip install -c constraints.txt -e ".[text]"'
         ) from error
     is_folder = _is_folder(name)
     source = str(Path(name).expanduser()) if is_folder else str(name)

@@ -274,7 +274,7 @@ def test_a_scheme_without_its_package_names_the_extra_to_install(
     monkeypatch.setattr(remote.fsspec.core, "url_to_fs", absent)
     with pytest.raises(ValueError) as error:
         ShardCache(tmp_path).fetch("gs://bucket/a.tar")
-    assert_one_line(error, "gs://bucket/a.tar", "llamagen-lightning[gs]")
+    assert_one_line(error, "gs://bucket/a.tar", '".[gs]"')
 
 
 def test_missing_local_shards_are_named(tmp_path: Path) -> None:

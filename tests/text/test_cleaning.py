@@ -149,5 +149,5 @@ def test_without_ftfy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError) as error:
         clean_caption("a cat")
-    assert 'pip install "llamagen-lightning[text]"' in str(error.value)
+    assert 'pip install -c constraints.txt -e ".[text]"' in str(error.value)
     assert first_sentence("A cat. A dog.") == "A cat."

@@ -221,7 +221,7 @@ def test_a_tokenizer_of_sentencepiece_is_read(tmp_path: Path) -> None:
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install "llamagen-lightning[text]"' in refusal(folder)
+    assert 'pip install -c constraints.txt -e ".[text]"' in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/t5", "./t5", "~/no-such-t5", "a/b/c", Path("no/t5")])
