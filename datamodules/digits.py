@@ -15,15 +15,17 @@ from datamodules.sources import SPLITS
 
 VALIDATION_EVERY = 6
 SAMPLES_PER_SHARD = 500
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def write_digits(root: Path) -> None:
+def write_digits(root: Path, captions: bool = False) -> None:
     """Write the digits as PNGs of 8 × 8 pixels, white on black; every sixth is for validation.
 
     The set appears under its name when it is complete.
 
     Args:
         root: folder of the set; must not exist yet.
+        captions: with a caption for each, such as "a handwritten three".
     """
     from sklearn.datasets import load_digits
 
@@ -44,9 +46,11 @@ def write_digits(root: Path) -> None:
                         buffer = BytesIO()
                         pixels = (digits.images[number] * 255 / 16).round().astype(np.uint8)
                         Image.fromarray(pixels).save(buffer, format="png")
-                        writer.write(f"{number:06d}", {"png": buffer.getvalue()}, int(digits.target[number]))
+                        label = int(digits.target[number])
+                        caption = {"txt": f"a handwritten {NAMES[label]}".encode()} if captions else {}
+                        writer.write(f"{number:06d}", {"png": buffer.getvalue(), **caption}, label)
             written[split] = len(pieces)
-        meta = {"format": IMAGES_FORMAT, "classes": [str(digit) for digit in range(10)]}
+        meta = {"format": IMAGES_FORMAT, "classes": [str(digit) for digit in range(10)], "captions": captions}
         shards.finish(written, meta, known={}, max_bad_share=0.0)
         temporary.rename(root)
     finally:
@@ -61,6 +65,7 @@ class DigitsDataModule(ImageDataModule):
         image_size: side of the pictures in pixels; the originals have 8 and are enlarged bicubically.
         batch_size: pictures a rank and batch.
         num_workers: processes a rank that decode pictures; 0 for none.
+        captions: each digit has a caption, too, such as "a handwritten three".
     """
 
     def __init__(
@@ -69,19 +74,23 @@ class DigitsDataModule(ImageDataModule):
         image_size: int = 32,
         batch_size: int = 32,
         num_workers: int = 0,
+        captions: bool = False,
         **data: Any,
     ) -> None:
         super().__init__(root, image_size, batch_size, num_workers=num_workers, random_crop=False, flip=False, **data)
+        self.captions = captions
 
     def prepare_data(self) -> None:
         """Write the shards, on one process, if they are not there.
 
         Raises:
-            ValueError: if the folder exists and holds something else.
+            ValueError: if the folder exists and holds something else, or digits without the captions asked for.
         """
-        root = Path(str(self.root))
+        root, hint = Path(str(self.root)), "delete it or choose another root"
         if not root.exists():
-            write_digits(root)
-        elif read_meta(root, hint := "delete it or choose another root").get("format") != IMAGES_FORMAT:
+            write_digits(root, self.captions)
+        elif (meta := read_meta(root, hint)).get("format") != IMAGES_FORMAT:
             raise ValueError(f"{root} holds something else than pictures; {hint}")
+        elif self.captions and not meta.get("captions"):
+            raise ValueError(f"the digits in {root} were written without captions; {hint}, or set captions to false")
         super().prepare_data()

@@ -124,3 +124,43 @@ def test_a_folder_of_something_else_than_pictures_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError) as error:
         DigitsDataModule(tmp_path).prepare_data()
     assert_one_line(error, tmp_path, "choose another root")
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> DigitsDataModule:
+    data = DigitsDataModule(tmp_path_factory.mktemp("data") / "digits", image_size=8, batch_size=100, captions=True)
+    data.prepare_data()
+    data.setup("predict")
+    return data
+
+
+def test_digits_have_captions_that_name_them(captioned: DigitsDataModule) -> None:
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    seen = 0
+    for loader in captioned.predict_dataloader():
+        for batch in loader:
+            assert batch["captions"] == [f"a handwritten {words[label]}" for label in batch["labels"]]
+            seen += len(batch["captions"])
+    assert seen == 1797
+    assert read_meta(str(captioned.root), "")["captions"] is True
+
+
+def test_digits_have_no_captions_unless_asked_for(written: DigitsDataModule) -> None:
+    for split in ("train", "val"):
+        assert "txt" not in written.datasets[split].samples.members  # type: ignore[attr-defined]
+    assert read_meta(str(written.root), "")["captions"] is False
+
+
+def test_digits_without_captions_are_refused_where_captions_are_asked_for(written: DigitsDataModule) -> None:
+    before = files(Path(str(written.root)))
+    with pytest.raises(ValueError) as error:
+        DigitsDataModule(written.root, captions=True).prepare_data()
+    assert_one_line(error, written.root, "without captions", "delete it or choose another root")
+    assert files(Path(str(written.root))) == before
+
+
+def test_digits_with_captions_serve_where_none_are_asked_for(captioned: DigitsDataModule) -> None:
+    data = DigitsDataModule(captioned.root, image_size=8)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.datasets["train"]) == 1497  # type: ignore[arg-type]
