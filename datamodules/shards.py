@@ -22,6 +22,7 @@ META_FILE = "meta.json"
 PLAN_FILE = ".plan.json"
 IMAGES_FORMAT = "llamagen-images"
 CODES_FORMAT = "llamagen-codes"
+CAPTIONS_FORMAT = "llamagen-captions"
 
 
 def read_meta(root: Path | str, hint: str) -> dict[str, Any]:
@@ -98,6 +99,7 @@ class ShardWriter:
         count: samples that were written.
         highest_label: −1 if none had one.
         skipped: put what was planned for the shard and could not be used in here.
+        counted: put numbers in here that :meth:`ShardSet.counted` adds up over the set.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,6 +107,7 @@ class ShardWriter:
         self.count = 0
         self.highest_label = -1
         self.skipped: list[Skipped] = []
+        self.counted: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
         self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
@@ -138,7 +141,7 @@ class ShardWriter:
             size, checksum = self._temporary.stat().st_size, sha256_of(self._temporary)
             note = {"count": self.count, "bytes": size, "sha256": checksum}
             more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
-            _write_json(_note(self.path), {**note, **more})
+            _write_json(_note(self.path), {**note, **more, "counted": self.counted})
             self._temporary.replace(self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
@@ -214,6 +217,20 @@ class ShardSet:
         """A writer for a shard."""
         return ShardWriter(self.path(split, number))
 
+    def counted(self, shards: Mapping[str, int]) -> Counter[str]:
+        """The sum of what was counted for each shard that is written; until :meth:`finish`.
+
+        Args:
+            shards: number of shards of each split.
+        """
+        written = (
+            self.path(split, number)
+            for split, number_of_shards in shards.items()
+            for number in range(number_of_shards)
+            if self.is_written(split, number)
+        )
+        return sum((Counter(json.loads(_note(path).read_text()).get("counted")) for path in written), Counter[str]())
+
     def finish(
         self,
         shards: Mapping[str, int],
@@ -246,6 +263,7 @@ class ShardSet:
                 note = json.loads(_note(path).read_text())
                 highest = max(highest, note.pop("highest_label"))
                 bad += [Skipped(*sample) for sample in note.pop("bad")]
+                note.pop("counted", None)
                 entries.append({"name": path.name, **note})
                 notes.append(_note(path))
             count = sum(entry["count"] for entry in entries)

@@ -13,7 +13,7 @@ from datamodules.folders import class_folders, index_folder
 from datamodules.index import SampleIndex
 from datamodules.index_store import IndexStore
 from datamodules.remote import PIPE, ShardCache, check_address, check_presence, is_remote
-from datamodules.shards import CODES_FORMAT, IMAGES_FORMAT, META_FILE, ShardNote, read_meta, shard_notes
+from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, IMAGES_FORMAT, META_FILE, ShardNote, read_meta, shard_notes
 
 SPLITS = ("train", "val")
 
@@ -135,7 +135,7 @@ def _look_into(root: str, hint: str, allow_pipe: bool) -> tuple[dict[str, Any], 
     meta: dict[str, Any] = {}
     if is_remote(root) or (folder / META_FILE).is_file():
         meta = read_meta(root, hint)
-        if meta.get("format") in (IMAGES_FORMAT, CODES_FORMAT):  # else it is about something else
+        if meta.get("format") in (IMAGES_FORMAT, CODES_FORMAT, CAPTIONS_FORMAT):  # else it is about something else
             described = meta.get("splits")
             if not isinstance(described, dict):
                 raise ValueError(f"splits in {META_FILE} of {root} is wrong; {hint}")
