@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from callbacks.pictures import batches_seen, publish
-from llamagen.grids import grid_image
+from llamagen.grids import captioned_grid, grid_image
 from llamagen.models.sharding import is_sharded
 from llamagen.models.vqgan import to_uint8
 
@@ -26,11 +26,16 @@ class Samples(Protocol):
 
     device: torch.device
 
-    def check_sampling(self, classes: Sequence[int]) -> None:
-        """A ``ValueError`` if pictures of these classes cannot be drawn."""
+    def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
+        """A ``ValueError`` if pictures of these classes or texts cannot be drawn."""
 
-    def sample(self, condition: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Labels (B,) and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
+    def condition_of(self, batch: dict[str, Any]) -> Any:
+        """``condition`` (B,) or ``captions`` → ``features`` and ``lengths``, to sample with."""
+
+    def sample(
+        self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Conditions and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
 
 
 class ReconstructionGrid(pl.Callback):
@@ -88,19 +93,26 @@ class ReconstructionGrid(pl.Callback):
 
 
 class SampleGrid(pl.Callback):
-    """At validations: pictures that the model draws, a row for each class, always of the same classes and seed.
+    """At validations: pictures that the model draws, a row for each class or prompt, always with the same seed.
 
     Args:
         classes: which classes, or how many: 10 means 0 to 9.
-        per_class: pictures of each.
+        per_class: pictures of each, or of each prompt.
         every_n_validations: draw at every n-th validation.
         seed: of the draws.
+        prompts: instead of classes: texts, for a text model.
     """
 
     def __init__(
-        self, classes: int | list[int] = 8, per_class: int = 8, every_n_validations: int = 1, seed: int = 0
+        self,
+        classes: int | list[int] = 8,
+        per_class: int = 8,
+        every_n_validations: int = 1,
+        seed: int = 0,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__()
+        self.prompts = prompts or []
         self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
         if not self.classes or per_class < 1 or every_n_validations < 1:
             raise ValueError(
@@ -112,7 +124,7 @@ class SampleGrid(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out now, not at the first validation, that the module cannot draw these pictures."""
-        cast(Samples, pl_module).check_sampling(self.classes)
+        cast(Samples, pl_module).check_sampling([] if self.prompts else self.classes, self.prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were."""
@@ -130,10 +142,19 @@ class SampleGrid(pl.Callback):
         if self._validations % self.every_n_validations or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         module = cast(Samples, pl_module)
-        condition = torch.tensor(self.classes, device=module.device).repeat_interleave(self.per_class)
+        asked: dict[str, Any] = {"captions": self.prompts} if self.prompts else {"condition": self._labels(module)}
+        condition, lengths, _ = module.condition_of(asked)
+        condition = condition.repeat_interleave(self.per_class, 0)
+        lengths = None if lengths is None else lengths.repeat_interleave(self.per_class, 0)
         with trainer.precision_plugin.forward_context():
-            images, _ = module.sample(condition, torch.arange(len(condition), device=module.device), self.seed)
+            indices = torch.arange(len(condition), device=module.device)
+            images, _ = module.sample(condition, indices, self.seed, lengths)
         pictures = images.cpu().numpy()
-        rows = [list(row) for row in np.split(pictures, len(self.classes))]
-        if trainer.is_global_zero:
-            publish(trainer, grid_image(rows), "samples")
+        rows = [list(row) for row in np.split(pictures, len(pictures) // self.per_class)]
+        if not trainer.is_global_zero:
+            return
+        captions = [[prompt] * self.per_class for prompt in self.prompts]
+        publish(trainer, captioned_grid(rows, captions) if captions else grid_image(rows), "samples")
+
+    def _labels(self, module: Samples) -> Tensor:
+        return torch.tensor(self.classes, device=module.device)

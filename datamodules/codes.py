@@ -9,7 +9,9 @@ import torch
 
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.base import SPLITS, ShardDataModule
+from datamodules.captions import caption_of
 from datamodules.dataset import SampleDataset
+from datamodules.features import StoredFeatures
 from datamodules.index import NO_LABEL, SampleIndex
 from datamodules.loader import ranks_wait
 from datamodules.order import NO_EPOCH, Address, draw
@@ -20,16 +22,25 @@ from datamodules.stream import StreamIndex
 PROBED = 1000
 """Samples that are read before training starts, to see that the set is what its description says."""
 
+SHORT = 0x5407
+"""Goes into the seed of the draws of short captions, so that they do not hang on the draws of views."""
+OF_SHARE = 1 << 30
+
 
 class CodeDataset(SampleDataset):
-    """Reads the codes of samples; in training a view is drawn at random for each sample and epoch.
+    """Reads the codes of samples; in training a view is drawn at random for each sample and epoch, and as many get the
+    first sentence of their caption instead of all of it as are asked for.
 
     Args:
         samples: with an npy member (A, h, w) uint16.
         meta: description of the set: vocabulary, grid, number of classes, views.
         draw_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
         seed: of the draws.
-        captions: read captions, too.
+        labels: read classes, where there are any.
+        captions: read captions; a sample without one cannot be used.
+        clean: clean them.
+        features: read the captions' features, and not the captions.
+        short_share: within an epoch, share of the samples with short captions, drawn by (seed, epoch, sample).
         never_empty: see :class:`~datamodules.dataset.SampleDataset`.
     """
 
@@ -39,11 +50,16 @@ class CodeDataset(SampleDataset):
         meta: dict[str, Any],
         draw_view: bool,
         seed: int,
+        labels: bool = True,
         captions: bool = False,
+        clean: bool = False,
+        features: StoredFeatures | None = None,
+        short_share: float = 0.0,
         never_empty: bool = False,
     ) -> None:
         super().__init__(samples, never_empty)
-        self.draw_view, self.seed, self.captions = draw_view, seed, captions
+        self.draw_view, self.seed, self.labels, self.captions = draw_view, seed, labels, captions
+        self.clean, self.features, self.short_share = clean, features, short_share
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
         self.shape = (meta["views"], *meta["grid"])
         buffer = BytesIO()
@@ -67,10 +83,12 @@ class CodeDataset(SampleDataset):
         numbers = np.array([number for number, _ in addresses], np.int64)
         epoch = addresses[0][1]
         views = draw(self.seed, epoch, numbers, self.shape[0]) if self.draw_view and epoch != NO_EPOCH else 0 * numbers
+        share = self.short_share if epoch != NO_EPOCH else 0.0
+        short = draw(self.seed + SHORT, epoch, numbers, OF_SHARE) < share * OF_SHARE if share else numbers < 0
         samples, good, skipped = [], [], []
-        for number, view in zip(numbers.tolist(), views.tolist(), strict=True):
+        for number, view, is_short in zip(numbers.tolist(), views.tolist(), short.tolist(), strict=True):
             try:
-                samples.append(self._read_view(number, view))
+                samples.append(self._read_view(number, view) | self._read_caption(number, is_short))
                 good.append(number)
             except BadSampleError as error:
                 skipped.append(Skipped(number, self._key(number), error.reason, str(error)))
@@ -88,13 +106,21 @@ class CodeDataset(SampleDataset):
         if (highest := codes.max()) >= self.vocabulary:
             raise self._broken(index, place, f"code {highest}, outside of the vocabulary of {self.vocabulary}")
         parts = {"codes": codes, "keys": index.keys[place]}
-        if (label := int(index.labels[place])) != NO_LABEL:
+        if self.labels and (label := int(index.labels[place])) != NO_LABEL:
             if label >= self.num_classes:
                 raise self._broken(
                     index, place, f"class {label}, outside of the {self.num_classes} classes", "wrong label"
                 )
             parts["condition"] = label
-        return {**parts, "captions": index[place].read_caption()} if self.captions else parts
+        return parts
+
+    def _read_caption(self, number: int, short: bool) -> dict[str, Any]:
+        if self.features is None and not self.captions:
+            return {}
+        index, place = self.samples.locate(number)
+        if self.features is not None:
+            return {"caption_features": self.features.read(index[place], short)}
+        return {"captions": caption_of(index[place], self.clean, short)}
 
     def _parse(self, index: SampleIndex, place: int) -> np.ndarray:
         file = BytesIO(index[place].read("npy"))
@@ -118,29 +144,47 @@ class CodeDataset(SampleDataset):
         return BadSampleError(reason, f"sample {sample.key} of {sample.source} holds {what}; {again}")
 
     def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``codes`` (B, L) int64, ``keys``, and as far as there are any ``condition`` (B,) int64 and ``captions``."""
+        """``codes`` (B, L) int64, ``keys``, and as far as there are any ``condition`` (B,) int64, and ``captions`` or
+        their features, see :meth:`~datamodules.features.StoredFeatures.join`.
+        """
         batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
         batch["codes"] = torch.from_numpy(np.stack(batch["codes"]).astype(np.int64))
         if "condition" in batch:
             batch["condition"] = torch.tensor(batch["condition"])
-        return batch
+        return batch if self.features is None else batch | self.features.join(batch["caption_features"])
 
 
 class CodeDataModule(ShardDataModule):
-    """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote.
+    """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote, or with the
+    captions' features, from those that ``predict`` of :class:`CaptionModule` wrote.
 
     Args:
         root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``; ``train`` and ``val``
             of this DataModule may name other shards that ``meta.json`` describes.
         batch_size: pictures a rank and batch.
+        clean_captions: clean captions, see :func:`llamagen.text.clean_caption`; those of stored features were, or were
+            not, when these were made.
+        short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
+            epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
     """
 
     extensions = ("npy",)
     hint = "write the codes first, with `python main.py predict` of the tokenizer"
 
-    def __init__(self, root: Path | str, batch_size: int = 256, **data: Any) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        batch_size: int = 256,
+        clean_captions: bool = False,
+        short_caption_share: float = 0.0,
+        **data: Any,
+    ) -> None:
         super().__init__(root, batch_size, **data)
+        if not 0.0 <= short_caption_share <= 1.0:
+            raise ValueError(f"short_caption_share is {short_caption_share}; it must lie between 0 and 1")
+        self.clean_captions, self.short_caption_share = clean_captions, short_caption_share
         self.code_meta: dict[str, Any] = {}
+        self._features: StoredFeatures | None = None
 
     def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
         """Make out the splits and read the description.
@@ -166,12 +210,29 @@ class CodeDataModule(ShardDataModule):
                 f"vocabulary, grid, views or num_classes in {META_FILE} of {self.root} are wrong; {self.hint}"
             )
         self.code_meta = meta
+        self._features = self._stored(meta["features"]) if "features" in meta else None
         return train, val, meta
+
+    def _stored(self, described: Any) -> StoredFeatures:
+        features, again = StoredFeatures(described, str(self.root)), "extract the features again with it"
+        if self.clean_captions and not described.get("cleaned"):
+            raise ValueError(f"clean_captions is true, but the features in {self.root} are of other captions; {again}")
+        if self.short_caption_share and not features.short:
+            raise ValueError(
+                f"short_caption_share is {self.short_caption_share}, but {self.root} has no features of short captions "
+                "(short_captions); extract the features again with them"
+            )
+        return features
+
+    @property
+    def _asks_for_captions(self) -> bool | None:
+        """Whether the model that is trained is one of captions, and not of classes; None where there is no model."""
+        return getattr(getattr(self.trainer, "lightning_module", None), "needs_captions", None)
 
     @property
     def labels_needed(self) -> bool | None:
-        """Whether the set has classes."""
-        return bool(self.code_meta.get("num_classes"))
+        """Whether the set has classes that the model needs."""
+        return bool(self.code_meta.get("num_classes")) and self._asks_for_captions is not True
 
     def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CodeDataset:
         """Codes of a split, after a look at some of them; the others are checked as they are read.
@@ -179,13 +240,17 @@ class CodeDataModule(ShardDataModule):
         Raises:
             ValueError: if too many of these cannot be used.
         """
-        train = split == SPLITS[0]
+        train, captions = split == SPLITS[0], self._asks_for_captions is not False
         dataset = CodeDataset(
             samples,
             self.code_meta,
             draw_view=train,
             seed=self.seed,
-            captions=self.captioned,
+            labels=self._asks_for_captions is not True,
+            captions=captions and self.captioned,
+            clean=self.clean_captions,
+            features=self._features if captions else None,
+            short_share=self.short_caption_share if train else 0.0,
             never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
         )
         if isinstance(samples, SampleIndex):

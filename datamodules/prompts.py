@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.requests import RequestDataModule
+from llamagen.text.cleaning import clean_caption
 
 TABLE = ".tsv"
 PROMPT = "Prompt"
@@ -107,9 +108,11 @@ class PromptDataModule(RequestDataModule):
         per_prompt: pictures of each prompt.
         batch_size: pictures a rank and batch.
         column: of the prompts in a table; ``Prompt`` if it is not given.
+        clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`: for models that were trained on such
+            captions. What is nothing then asks for a picture of no words.
 
     Attributes:
-        prompts: in order.
+        prompts: in order, as they are read by the model.
         columns: the other columns of a table, for each prompt.
     """
 
@@ -117,7 +120,12 @@ class PromptDataModule(RequestDataModule):
     prompts: list[str]
 
     def __init__(
-        self, prompts: list[str] | Path | str, per_prompt: int = 1, batch_size: int = 16, column: str | None = None
+        self,
+        prompts: list[str] | Path | str,
+        per_prompt: int = 1,
+        batch_size: int = 16,
+        column: str | None = None,
+        clean_captions: bool = False,
     ) -> None:
         if isinstance(prompts, (str, Path)):
             table = read_prompts(Path(prompts), column)
@@ -131,6 +139,9 @@ class PromptDataModule(RequestDataModule):
             table = PromptTable([clean_prompt(prompt) for prompt in prompts], [{} for _ in prompts])
         super().__init__(range(len(table.prompts)), per_prompt, batch_size)
         self.prompts, self.columns = table
+        self.clean_captions = clean_captions
+        if clean_captions:
+            self.prompts = [clean_caption(prompt) for prompt in self.prompts]
 
     def request(self, index: int) -> dict[str, Any]:
         """``index`` of the picture in the run and ``captions``, its prompt."""

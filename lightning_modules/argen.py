@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.argen_config import ARGenLossConfig
-from lightning_modules.base import GenerativeModule, model_device
+from lightning_modules.base import model_device
+from lightning_modules.code_checks import check_codes
+from lightning_modules.drawing import DrawingModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.adaptation import adapt_to
-from llamagen.checkpoint import load_vqgan, weights_checksum
 from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import shard
-from llamagen.models.vqgan import VQGAN
-from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
-from llamagen.sampling.pixels import check_picture_size
+from llamagen.sampling import SamplingConfig
+from llamagen.text import TextEncoderConfig
 from llamagen.weights import ENTRY, load_weights, read_weights
 
 
-class ARGenModule(GenerativeModule):
+class ARGenModule(DrawingModule):
     """A GPT over the codes of a frozen image tokenizer.
 
     The tokenizer is only needed to turn codes into pictures (``predict`` and sample grids). It is outside the state
@@ -47,6 +47,8 @@ class ARGenModule(GenerativeModule):
         skip_bad_steps: instead of stopping, leave out steps whose gradient is not finite or above ``max_grad_norm``.
         activation_checkpointing: recompute the blocks in the backward pass; less memory for a third more work.
         compile: compile the blocks for training and evaluation; takes about a minute at the start, whatever the size.
+        text_encoder: of a text model, what reads prompts, and captions whose features are not stored. It is loaded only
+            then, and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
     """
 
     def __init__(
@@ -65,8 +67,17 @@ class ARGenModule(GenerativeModule):
         skip_bad_steps: bool = False,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        text_encoder: TextEncoderConfig | None = None,
     ) -> None:
-        super().__init__(optimizer or AdamWConfig())
+        super().__init__(
+            net,
+            optimizer or AdamWConfig(),
+            sampling or SamplingConfig(),
+            tokenizer,
+            sample_seed,
+            picture_size,
+            text_encoder,
+        )
         self.loss_config = loss or ARGenLossConfig()
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
@@ -87,22 +98,6 @@ class ARGenModule(GenerativeModule):
             raise ValueError(
                 f"init_adapt is {list(init_adapt)}, but there is no init_from; give the weights to start from"
             )
-        self.sampling = sampling or SamplingConfig()
-        check_picture_size(picture_size)
-        self.sample_seed, self.picture_size = sample_seed, picture_size
-        self.sampler: PictureSampler | None = None  # of a callback that keeps one
-        # In a tuple, so that nn.Module does not see it.
-        self._tokenizer: tuple[VQGAN, ...] = ()
-        self._tokenizer_checksum: str | None = None
-        if tokenizer is not None:
-            vqgan = load_vqgan(tokenizer)
-            if vqgan.config.codebook_size != net.vocab_size:
-                raise ValueError(
-                    f"the tokenizer {tokenizer} has {vqgan.config.codebook_size} codes, but the model's vocab_size is "
-                    f"{net.vocab_size}; set vocab_size to {vqgan.config.codebook_size} or choose another tokenizer"
-                )
-            self._tokenizer = (vqgan,)
-            self._tokenizer_checksum = weights_checksum(vqgan)
 
     def _load_start(self) -> None:
         if self._start is not None:
@@ -151,11 +146,6 @@ class ARGenModule(GenerativeModule):
         return self.gpt
 
     @property
-    def tokenizer_checksum(self) -> str | None:
-        """Of the tokenizer's weights, see :func:`llamagen.checkpoint.weights_checksum`; None if it is not known."""
-        return self._tokenizer_checksum
-
-    @property
     def flops_per_sequence(self) -> float:
         """Operations of the model in a training step for one picture, see :mod:`llamagen.gpt_cost`."""
         return flops_per_sequence(self.gpt.config)
@@ -164,99 +154,37 @@ class ARGenModule(GenerativeModule):
         """Refuse codes or requests that do not fit the model, before anything is written.
 
         Raises:
-            ValueError: if vocabulary, grid, number of classes or tokenizer differ, or pictures cannot be drawn.
+            ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, pictures cannot be
+                drawn, or the text encoder that is needed cannot be had.
         """
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
-            self._check_codes(meta)
-        if stage == "predict" or hasattr(datamodule, "classes"):
-            self.check_sampling(getattr(datamodule, "classes", ()))
-
-    @property
-    def can_sample(self) -> bool:
-        """Whether there is a tokenizer, to turn codes into pictures."""
-        return bool(self._tokenizer)
-
-    @property
-    def num_classes(self) -> int:
-        """Of the labels that the model knows."""
-        return self.gpt.config.num_classes
-
-    @property
-    def picture_side(self) -> int:
-        """Of the pictures that it draws, in pixels.
-
-        Raises:
-            ValueError: if there is no tokenizer to tell.
-        """
-        self.check_sampling(())
-        return self.picture_size or self.gpt.config.grid_size * self._tokenizer[0].config.downsampling
-
-    def check_sampling(self, classes: Sequence[int]) -> None:
-        """Refuse to draw pictures that cannot be drawn.
-
-        Args:
-            classes: labels that will be asked for.
-
-        Raises:
-            ValueError: if there is no tokenizer to turn codes into pictures, or the model does not know a class.
-        """
-        if not self.can_sample:
-            raise ValueError(
-                "sampling needs the image tokenizer; set model.init_args.tokenizer to the checkpoint of its run"
-            )
-        if unknown := [label for label in classes if not 0 <= label < self.gpt.config.num_classes]:
-            raise ValueError(
-                f"class {unknown[0]} was asked for, but the model knows the classes 0 to "
-                f"{self.gpt.config.num_classes - 1}; ask for fewer classes"
-            )
-
-    def _check_codes(self, meta: dict[str, Any]) -> None:
-        config = self.gpt.config
-        if meta["vocabulary"] != config.vocab_size:
-            raise ValueError(
-                f"the codes come from a vocabulary of {meta['vocabulary']}, but the model's vocab_size is "
-                f"{config.vocab_size}; set vocab_size to {meta['vocabulary']} or extract other codes"
-            )
-        height, width = meta["grid"]
-        if (height, width) != (config.grid_size, config.grid_size):
-            raise ValueError(
-                f"the tokenizer's grid is {height} × {width} = {height * width} codes a picture, but the model's "
-                f"block_size is {config.block_size}; "
-                + (f"set block_size to {height * width}" if height == width else "the model needs a square grid")
-                + " or extract other codes"
-            )
-        if config.condition == "class" and not meta["num_classes"]:
-            raise ValueError("the codes have no classes, which the model needs; extract codes of pictures with classes")
-        if config.condition == "class" and meta["num_classes"] > config.num_classes:
-            raise ValueError(
-                f"the codes have {meta['num_classes']} classes, but the model's num_classes is {config.num_classes}; "
-                f"set num_classes to {meta['num_classes']}"
-            )
-        self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
-
-    def _check_tokenizer(self, checksum: str | None, what: str) -> None:
-        if self._tokenizer_checksum is None:
-            self._tokenizer_checksum = checksum
-        elif checksum is not None and checksum != self._tokenizer_checksum:
-            raise ValueError(
-                f"{what} with a tokenizer of other weights (checksum {checksum[:12]}, here "
-                f"{self._tokenizer_checksum[:12]}); set model.init_args.tokenizer to that tokenizer's checkpoint"
-            )
+            check_codes(self.gpt.config, meta)
+            self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
+            if self._text is not None:
+                self._text.check_set(meta, datamodule.captioned, datamodule.clean_captions)
+        prompts = getattr(datamodule, "prompts", None)
+        if stage == "predict" or hasattr(datamodule, "labels"):
+            self.check_sampling(getattr(datamodule, "classes", ()), prompts or ())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which tokenizer the codes came from."""
+        """Add which tokenizer the codes came from, and which encoder the captions' features."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["tokenizer"] = self._tokenizer_checksum
+        if self._text is not None:
+            checkpoint[ENTRY]["captions"] = self._text.facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, or one that was trained on the codes of another tokenizer.
+        """Refuse the checkpoint of another model, or one trained on codes of another tokenizer or another encoder's
+        features.
 
         Raises:
             ValueError: in one line, with what differs.
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
+        if self._text is not None and (facts := checkpoint[ENTRY].get("captions")):
+            self._text.check(facts, "the checkpoint")
 
     def forward(self, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of codes (B, L), each from the condition and the codes before it."""
@@ -264,9 +192,8 @@ class ARGenModule(GenerativeModule):
         return logits
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
-        hidden = self.gpt.features(
-            batch["codes"][:, :-1], batch["condition"], caption_lengths=batch.get("caption_lengths")
-        )
+        condition = self.condition_of(batch)
+        hidden = self.gpt.features(batch["codes"][:, :-1], condition.features, caption_lengths=condition.lengths)
         return hidden.flatten(0, 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -344,49 +271,6 @@ class ARGenModule(GenerativeModule):
         self.log(f"{stage}/perplexity", numbers.perplexity)
         self.log(f"{stage}/top1", numbers.top1)
         self.log(f"{stage}/top5", numbers.top5)
-
-    def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> PictureSampler:
-        """What draws the module's pictures, see :class:`~llamagen.sampling.PictureSampler`.
-
-        Raises:
-            ValueError: if the module has no tokenizer, or it cannot be compiled.
-        """
-        self.check_sampling(())
-        return PictureSampler(
-            self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8, picture_size=self.picture_size
-        )
-
-    def draw(
-        self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
-    ) -> tuple[Pictures, Tensor]:
-        """Draw pictures with the module's sampling settings, and do not wait for them.
-
-        Args:
-            condition: (B,) labels or (B, C, caption_dim) caption features.
-            indices: (B,) int64, number of each sample within the run.
-            seed: seed of the run.
-            caption_lengths: (B,) int64, for padded captions.
-
-        Returns:
-            B pictures and codes (B, L) int64.
-
-        Raises:
-            ValueError: if the module has no tokenizer to turn codes into pictures.
-        """
-        sampler = self.sampler or self.build_sampler(max(len(condition), 1))
-        return sampler(condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices)
-
-    def sample(
-        self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`draw`, but pictures come as (B, H, W, 3) uint8."""
-        pictures, codes = self.draw(condition, indices, seed, caption_lengths)
-        return pictures.tensor(), codes
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Pictures for ``batch["condition"]``: ``images``, ``codes`` (B, L), ``index`` (B,)."""
-        images, codes = self.draw(batch["condition"], batch["index"], self.sample_seed, batch.get("caption_lengths"))
-        return {"images": images, "codes": codes, "index": batch["index"]}
 
     def configure_optimizers(self) -> Any:
         """AdamW over the whole model."""

@@ -2,7 +2,7 @@
 
 from llamagen.text.cleaning import clean_caption, first_sentence
 from llamagen.text.encoder import CaptionEncoder, EncodedCaptions, TextEncoderConfig
-from llamagen.text.padding import pack, pad_left, unpack
+from llamagen.text.padding import pack, pad_left, unpack_left
 
 __all__ = [
     "CaptionEncoder",
@@ -12,5 +12,5 @@ __all__ = [
     "first_sentence",
     "pack",
     "pad_left",
-    "unpack",
+    "unpack_left",
 ]

@@ -44,26 +44,33 @@ def pack(features: Tensor, lengths: Tensor) -> Tensor:
     return features[_is_token(lengths.to(features.device), positions)]
 
 
-def unpack(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
-    """The inverse of :func:`pack`.
+def unpack_left(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
+    """What :func:`pad_left` would have made of features that :func:`pack` has packed.
+
+    On a GPU nothing waits for it, so that lengths are checked on CPUs alone.
 
     Args:
-        tokens: (T, W).
+        tokens: (T, W), caption after caption.
         lengths: (B,) int64 in [0, caption_length], of sum T.
         caption_length: number of positions C.
 
     Returns:
-        (B, C, W), padded on the right with zeros.
+        (B, C, W), padded on the left with zeros, same dtype and device.
 
     Raises:
         ValueError: if shapes or lengths do not fit.
     """
-    _check(lengths, len(lengths), caption_length, tokens.shape)
-    if tokens.dim() != 2 or int(lengths.sum()) != len(tokens):
-        raise ValueError(f"lengths of sum {int(lengths.sum())} do not fit tokens of shape {tuple(tokens.shape)}")
-    features = tokens.new_zeros(len(lengths), caption_length, tokens.shape[1])
-    features[_is_token(lengths.to(tokens.device), caption_length)] = tokens
-    return features
+    if tokens.dim() != 2 or lengths.dim() != 1:
+        raise ValueError(f"tokens must be (T, W) and lengths (B,), not {tuple(tokens.shape)}, {tuple(lengths.shape)}")
+    if lengths.device.type == "cpu":
+        _check(lengths, len(lengths), caption_length, tokens.shape)
+        if int(lengths.sum()) != len(tokens):
+            raise ValueError(f"lengths of sum {int(lengths.sum())} do not fit tokens of shape {tuple(tokens.shape)}")
+    if not len(tokens):
+        return tokens.new_zeros(len(lengths), caption_length, tokens.shape[1])
+    place = torch.arange(caption_length, device=lengths.device) - (caption_length - lengths).unsqueeze(1)
+    source = ((lengths.cumsum(0) - lengths).unsqueeze(1) + place).clamp(0, len(tokens) - 1)
+    return tokens[source].masked_fill((place < 0).unsqueeze(2), 0)
 
 
 def _is_token(lengths: Tensor, positions: int) -> Tensor:

@@ -66,10 +66,12 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
     class Module(torch.nn.Module):
         device = torch.device("cpu")
 
-        def check_sampling(self, classes: list[int]) -> None:
-            assert classes == [3, 1]
+        def condition_of(self, batch: dict[str, Any]) -> Any:
+            return batch["condition"], None, None
 
-        def sample(self, condition: Any, indices: Any, seed: int) -> Any:
+        def sample(self, condition: Any, indices: Any, seed: int, lengths: Any) -> Any:
+            assert condition.tolist() == [3, 3, 1, 1]
+            assert lengths is None
             return torch.zeros(len(condition), 4, 4, 3, dtype=torch.uint8), None
 
     callback = SampleGrid(classes=[3, 1], per_class=2, every_n_validations=3)

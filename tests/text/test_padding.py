@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.text import pack, pad_left, unpack
+from llamagen.text import pack, pad_left, unpack_left
 
 LENGTHS = torch.tensor([0, 1, 3, 7, 5, 7])
 
@@ -49,10 +49,10 @@ def test_packing_keeps_tokens_in_their_order_and_comes_back() -> None:
     features = random_features()
     tokens = pack(features, LENGTHS)
     assert torch.equal(tokens, torch.cat([row[:length] for row, length in zip(features, LENGTHS, strict=True)]))
-    back = unpack(tokens, LENGTHS, 7)
-    assert torch.equal(pad_left(back, LENGTHS), pad_left(features, LENGTHS))
-    assert (back[1, 1:] == 0).all()
-    assert unpack(tokens, LENGTHS, 9).shape == (6, 9, 4)
+    assert torch.equal(unpack_left(tokens, LENGTHS, 7), pad_left(features, LENGTHS))
+    wider = unpack_left(tokens, LENGTHS, 9)
+    assert torch.equal(wider[:, 2:], pad_left(features, LENGTHS))
+    assert (wider[:, :2] == 0).all()
 
 
 @pytest.mark.parametrize("lengths", [[1, 2], [0, 1, 3, 8, 5, 7], [0, 1, 3, -1, 5, 7]])
@@ -71,15 +71,22 @@ def test_features_of_one_caption_need_a_batch_of_their_own() -> None:
 
 def test_tokens_that_are_not_as_many_as_lengths_say_are_refused() -> None:
     with pytest.raises(ValueError) as error:
-        unpack(torch.zeros(5, 4), torch.tensor([3, 3]), 7)
+        unpack_left(torch.zeros(5, 4), torch.tensor([3, 3]), 7)
     assert "sum 6" in str(error.value)
+    with pytest.raises(ValueError) as error:
+        unpack_left(torch.zeros(8, 4), torch.tensor([8]), 7)
+    assert "need 1 lengths in [0, 7]" in str(error.value)
+    with pytest.raises(ValueError) as error:
+        unpack_left(torch.zeros(1, 8, 4), torch.tensor([8]), 8)
+    assert "(1, 8, 4)" in str(error.value)
 
 
 def test_an_empty_batch_stays_empty() -> None:
     empty = torch.zeros(0, 7, 4)
     none = torch.zeros(0, dtype=torch.int64)
     assert pad_left(empty, none).shape == (0, 7, 4)
-    assert unpack(pack(empty, none), none, 7).shape == (0, 7, 4)
+    assert unpack_left(pack(empty, none), none, 7).shape == (0, 7, 4)
+    assert torch.equal(unpack_left(torch.zeros(0, 4), torch.tensor([0, 0]), 7), torch.zeros(2, 7, 4))
 
 
 @pytest.mark.gpu
@@ -88,4 +95,4 @@ def test_the_gpu_moves_the_same() -> None:
     on_gpu = features.cuda(), lengths.cuda()
     assert torch.equal(pad_left(*on_gpu).cpu(), pad_left(features, lengths))
     assert torch.equal(pack(*on_gpu).cpu(), pack(features, lengths))
-    assert torch.equal(unpack(pack(*on_gpu), on_gpu[1], 7).cpu(), unpack(pack(features, lengths), lengths, 7))
+    assert torch.equal(unpack_left(pack(*on_gpu), on_gpu[1], 7).cpu(), pad_left(features, lengths))

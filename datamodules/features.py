@@ -1,0 +1,62 @@
+"""Stored features of captions, as shards of codes hold them. B captions, W wide, T tokens of all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.bad_samples import BadSampleError
+from datamodules.index import FEATURES, SHORT_FEATURES, Sample
+from datamodules.shards import META_FILE
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StoredFeatures:
+    """Reads the features of one sample, and joins those of many. They stay packed: padding is made on the device.
+
+    Args:
+        described: what ``meta.json`` says under ``features``: ``width``, ``caption_length``, ``dtype``, ``short``.
+        root: where it says so.
+
+    Raises:
+        ValueError: if it is not as it should be.
+    """
+
+    def __init__(self, described: Mapping[str, Any], root: str) -> None:
+        try:
+            self.width, self.caption_length = int(described["width"]), int(described["caption_length"])
+            self.dtype, self.short = DTYPES[described["dtype"]], bool(described["short"])
+            if min(self.width, self.caption_length) < 1:
+                raise ValueError("a size below 1")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"features in {META_FILE} of {root} are wrong ({type(error).__name__}: {error}); extract them again"
+            ) from error
+
+    def read(self, sample: Sample, short: bool) -> np.ndarray:
+        """Features of the caption of a sample, or of its first sentence, where that is another text.
+
+        Returns:
+            (n, W) uint16, the bits of each number; n from 1 to ``caption_length``.
+
+        Raises:
+            BadSampleError: if there are none, or not as many as there should be.
+        """
+        data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
+        tokens, rest = divmod(len(data), 2 * self.width)
+        if rest or not 1 <= tokens <= self.caption_length:
+            raise BadSampleError(
+                "broken features",
+                f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
+                f"{self.caption_length} tokens of width {self.width}; extract the features again",
+            )
+        return np.frombuffer(data, "<u2").reshape(tokens, self.width)
+
+    def join(self, features: list[np.ndarray]) -> dict[str, Tensor]:
+        """``caption_features`` (T, W), caption after caption, and ``caption_lengths`` (B,) int64, of sum T."""
+        bits = torch.from_numpy(np.concatenate(features))
+        lengths = torch.tensor([len(tokens) for tokens in features])
+        return {"caption_features": bits.view(self.dtype), "caption_lengths": lengths}
