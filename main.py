@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ class LlamaGenCLI(LightningCLI):
             return
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
-        if path is None and self.config.subcommand != "fit" and not config.get("model.init_args.init_from"):
+        if _is_frozen(config.get("model.class_path")):
+            self._check_frozen(config)
+        elif path is None and self.config.subcommand != "fit" and not config.get("model.init_args.init_from"):
             self.parser.error(
                 f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
                 "--model.init_args.init_from, a file of weights"
@@ -110,6 +113,13 @@ class LlamaGenCLI(LightningCLI):
                 read_checkpoint(path, wanted=lambda _: False)
             except ValueError as error:
                 self.parser.error(f"--ckpt_path: {error}")
+
+    def _check_frozen(self, config: Any) -> None:
+        name = config.model.class_path.rpartition(".")[2]
+        if self.config.subcommand != "predict":
+            self.parser.error(f"{name} has nothing to train or to measure; {self.config.subcommand} another model")
+        if config.get("ckpt_path"):
+            self.parser.error(f"{name} is in no checkpoint; leave --ckpt_path out")
 
     def instantiate_classes(self) -> None:
         """Say what is wrong with a model or its data in the words of the one who found out, not of each one above."""
@@ -145,6 +155,12 @@ class LlamaGenCLI(LightningCLI):
         strategy = config.trainer.strategy
         if getattr(strategy, "class_path", None) == PLAIN_SHARDED:
             strategy.class_path = SHARDED
+
+
+def _is_frozen(class_path: str | None) -> bool:
+    """Whether a class of modules says that what it holds is only used: by ``predict``, without a checkpoint."""
+    module, _, name = (class_path or "").rpartition(".")
+    return bool(module) and getattr(getattr(import_module(module), name), "is_frozen", False)
 
 
 def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:

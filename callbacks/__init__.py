@@ -5,6 +5,7 @@ from callbacks.codebook import CodebookHistogram
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
+from callbacks.feature_writer import FeatureWriter
 from callbacks.fid import FIDMonitor
 from callbacks.grids import ReconstructionGrid, SampleGrid
 from callbacks.image_writer import ImageWriter
@@ -19,6 +20,7 @@ __all__ = [
     "CodebookHistogram",
     "CompiledSampling",
     "FIDMonitor",
+    "FeatureWriter",
     "ImageWriter",
     "LearningCurves",
     "PositionLoss",

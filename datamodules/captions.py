@@ -1,7 +1,18 @@
-"""The caption of a sample, as it is meant to be read by a text encoder."""
+"""Captions, as they are meant to be read by a text encoder. B captions."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from datamodules.bad_samples import BadSampleError
-from datamodules.index import Sample
+from datamodules.base import ShardDataModule
+from datamodules.dataset import SampleDataset
+from datamodules.index import CAPTIONS, Sample, SampleIndex
+from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
+from datamodules.sources import Source
+from datamodules.stream import StreamIndex
 from llamagen.text.cleaning import clean_caption, first_sentence
 
 
@@ -23,3 +34,130 @@ def caption_of(sample: Sample, clean: bool = False, short: bool = False) -> str:
         what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}" if found else "has no caption"
         raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} {what}")
     return text
+
+
+class CaptionDataset(SampleDataset):
+    """Reads captions, and what else of their samples goes with their features.
+
+    Args:
+        samples: with a txt or json member.
+        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
+        short: give the first sentences, too.
+        codes: give the bytes of the codes, which each sample must then have.
+    """
+
+    def __init__(
+        self, samples: SampleIndex | StreamIndex, clean: bool = False, short: bool = False, codes: bool = False
+    ) -> None:
+        super().__init__(samples)
+        self.clean, self.short, self.codes = clean, short, codes
+
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        """Caption, label and key of a sample.
+
+        Raises:
+            BadSampleError: if it has no caption, or lacks the codes.
+        """
+        sample = self.samples[number]
+        caption = caption_of(sample, self.clean)
+        parts = {"captions": caption, "labels": sample.label, "keys": sample.key}
+        if self.short:
+            parts["short_captions"] = self._short(sample, caption)
+        return {**parts, "codes": sample.read("npy")} if self.codes else parts
+
+    def _short(self, sample: Sample, caption: str) -> str:
+        try:
+            return caption_of(sample, self.clean, short=True)
+        except BadSampleError:  # the first sentence was, say, an address
+            return caption
+
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``captions``, ``short_captions``, ``keys``, ``labels`` (B,) int64 (−1 for none), ``codes`` as bytes."""
+        batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return {**batch, "labels": torch.tensor(batch["labels"])}
+
+
+class CaptionDataModule(ShardDataModule):
+    """Captions for a text encoder, by ``predict``: of codes, pictures or texts alone.
+
+    A set of codes keeps them: they go with the captions.
+
+    Args:
+        root: folder or address of a set of codes, as ``predict`` of the tokenizer wrote it, or of any shards with
+            captions (``.txt``, or ``caption`` in ``.json``). Where ``train`` and ``val`` name shards of a set of codes,
+            its folder all the same.
+        batch_size: captions a rank and batch; those of about equal length are encoded together.
+        clean_captions: encode plain lower-case text, without what is no part of a caption: addresses, tags, file names.
+        short_captions: give the first sentence of each caption, too.
+    """
+
+    extensions = CAPTIONS
+    labels_needed = False
+    hint = "give a folder of codes or shards whose samples have captions (.txt, or caption in .json)"
+
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        batch_size: int = 512,
+        clean_captions: bool = False,
+        short_captions: bool = False,
+        **data: Any,
+    ) -> None:
+        super().__init__(root, batch_size, **data)
+        self.clean_captions, self.short_captions = clean_captions, short_captions
+        self.source_meta: dict[str, Any] = {}
+        if clean_captions:
+            clean_caption("")  # says now what is not installed
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the samples are of a set of codes."""
+        return self.source_meta.get("format") == CODES_FORMAT
+
+    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Make out the splits and read the description, if there is one.
+
+        Raises:
+            ValueError: if something is missing or not as it should be.
+        """
+        train, val, meta = super().find()
+        if self.train is not None and self.root is not None:  # where shards are named, it is not read yet
+            meta = read_meta(self.root, self.hint)
+        self.source_meta = meta
+        return train, val, meta
+
+    def prepare_data(self) -> None:
+        """Fetch shards and read their headers, in one process of each machine.
+
+        Raises:
+            ValueError: if something is missing, or the stage is not ``predict``.
+        """
+        if self.trainer is not None:
+            self._check(self.trainer.state.fn)
+        super().prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Index the splits.
+
+        Raises:
+            ValueError: if something is missing, empty, or too much of it cannot be used; if the stage is not
+                ``predict``.
+        """
+        self._check(stage)
+        super().setup(stage)
+
+    def _check(self, stage: str | None) -> None:
+        if stage != "predict":
+            raise ValueError(
+                f"CaptionDataModule is for predict, which writes features of captions, not for {stage}; train on what "
+                "it wrote, with CodeDataModule"
+            )
+
+    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CaptionDataset:
+        """Captions of a split."""
+        if not self.has_codes and isinstance(samples, SampleIndex) and "npy" in samples.members:
+            rank_zero_warn(
+                f"the .npy parts of the {split} samples are left out, for no {META_FILE} says that they are codes; if "
+                "they are, give the folder of the set as root"
+            )
+        return CaptionDataset(samples, self.clean_captions, self.short_captions, self.has_codes)

@@ -13,7 +13,15 @@ from datamodules.folders import class_folders, index_folder
 from datamodules.index import SampleIndex
 from datamodules.index_store import IndexStore
 from datamodules.remote import PIPE, ShardCache, check_address, check_presence, is_remote
-from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, IMAGES_FORMAT, META_FILE, ShardNote, read_meta, shard_notes
+from datamodules.shards import (
+    CAPTIONS_FORMAT,
+    CODES_FORMAT,
+    IMAGES_FORMAT,
+    META_FILE,
+    ShardNote,
+    read_meta,
+    shard_notes,
+)
 
 SPLITS = ("train", "val")
 

@@ -1,8 +1,9 @@
-"""Training logic of the two models."""
+"""Training logic of the two models, and the frozen encoder of captions."""
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import models_without_memory
+from lightning_modules.captions import CaptionModule
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sharded_strategy import CheckpointFiles, ShardedStrategy
 from lightning_modules.vqgan import VQGANModule
@@ -12,6 +13,7 @@ __all__ = [
     "ARGenLossConfig",
     "ARGenModule",
     "AdamWConfig",
+    "CaptionModule",
     "CheckpointFiles",
     "ShardedStrategy",
     "VQGANLossConfig",

@@ -31,7 +31,7 @@ ROOMS = {
     "lightning_modules": ("llamagen",),
     "datamodules": ("llamagen.text.cleaning",),
     "evaluation": ("llamagen", "datamodules"),
-    "callbacks": ("llamagen", "evaluation", "datamodules.shards"),
+    "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MOST_LINES = 400

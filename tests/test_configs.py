@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_modules import ARGenModule, models_without_memory
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.text import TextEncoderConfig
 from main import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -41,6 +42,7 @@ CASES += [
     ("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml")),
     ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
     ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
+    ("predict", ("text/extract.yaml",)),  # complete by itself
 ]
 
 # Every base × overlay of the second model.
@@ -206,6 +208,13 @@ def test_the_codes_of_the_quickstart_fit_both_of_its_models() -> None:
     assert argen["data"]["init_args"]["root"] == codes["trainer"]["default_root_dir"]
     run = tokenizer["trainer"]["default_root_dir"]
     assert argen["model"]["init_args"]["tokenizer"] == f"{run}/checkpoints/last.ckpt"
+
+
+def test_features_of_captions_fit_the_model_that_reads_them() -> None:
+    module = parse("predict", ("text/extract.yaml",))["model"]["init_args"]
+    net = parse("fit", ("argen/base.yaml", "argen/t2i.yaml"))["model"]["init_args"]["net"]
+    assert module["caption_length"] == net["caption_length"]
+    assert TextEncoderConfig(**module["encoder"]) == TextEncoderConfig()
 
 
 @pytest.mark.parametrize("base", BASES)
