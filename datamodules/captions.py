@@ -22,14 +22,15 @@ def caption_of(sample: Sample, clean: bool = False, short: bool = False) -> str:
     Args:
         sample: with a txt or json member.
         clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: the first sentence alone, found before cleaning, which takes away the capitals that tell where it ends.
+        short: the first sentence alone, found before cleaning, which takes away the capitals that tell where it ends;
+            the whole caption where cleaning leaves nothing of that sentence.
 
     Raises:
         BadSampleError: if it has none, or cleaning leaves nothing of it.
     """
     found = sample.read_caption()
-    text = first_sentence(found) if short else found
-    text = clean_caption(text) if clean else text
+    texts = [first_sentence(found), found] if short else [found]
+    text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
     if not text:
         what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}" if found else "has no caption"
         raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} {what}")
@@ -59,17 +60,10 @@ class CaptionDataset(SampleDataset):
             BadSampleError: if it has no caption, or lacks the codes.
         """
         sample = self.samples[number]
-        caption = caption_of(sample, self.clean)
-        parts = {"captions": caption, "labels": sample.label, "keys": sample.key}
+        parts = {"captions": caption_of(sample, self.clean), "labels": sample.label, "keys": sample.key}
         if self.short:
-            parts["short_captions"] = self._short(sample, caption)
+            parts["short_captions"] = caption_of(sample, self.clean, short=True)
         return {**parts, "codes": sample.read("npy")} if self.codes else parts
-
-    def _short(self, sample: Sample, caption: str) -> str:
-        try:
-            return caption_of(sample, self.clean, short=True)
-        except BadSampleError:  # the first sentence was, say, an address
-            return caption
 
     def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """``captions``, ``short_captions``, ``keys``, ``labels`` (B,) int64 (−1 for none), ``codes`` as bytes."""
