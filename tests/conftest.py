@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.pipeline import Pipeline
+from tests.text_pipeline import TextPipeline
 
 
 def pytest_configure() -> None:
@@ -27,3 +28,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
     pipeline.run()
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def text_pipeline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> TextPipeline:
+    """A small run from captions to a trained text model, made once and only read by tests."""
+    text_pipeline = TextPipeline(tmp_path_factory.mktemp("text_pipeline"), pipeline)
+    text_pipeline.run()
+    return text_pipeline
