@@ -1,4 +1,4 @@
-"""Text to image at the size of a test: digits with captions, their codes, the features of a tiny T5, a trained model."""
+"""Text to image at the size of a test: digits with captions, their codes, features of a tiny T5, a trained model."""
 
 from dataclasses import dataclass
 from pathlib import Path
