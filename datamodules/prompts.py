@@ -1,5 +1,6 @@
 """What to sample: prompts × how many. B pictures a batch."""
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,15 @@ def _read_table(path: Path, lines: list[str], column: str | None) -> PromptTable
     return table
 
 
+def _read_list(text: str) -> list[str]:
+    """A list that the command line, which speaks YAML, could not read: JSON's escapes know halves of characters."""
+    try:
+        prompts: list[str] = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"prompts is {text[:200]!r}, which is no list ({error}); {HINT}") from error
+    return prompts
+
+
 class PromptDataModule(RequestDataModule):
     """Requests for pictures of prompts: the prompts in turn, until each was asked for ``per_prompt`` times.
 
@@ -121,12 +131,14 @@ class PromptDataModule(RequestDataModule):
 
     def __init__(
         self,
-        prompts: list[str] | Path | str,
+        prompts: list[str] | str | Path,
         per_prompt: int = 1,
         batch_size: int = 16,
         column: str | None = None,
         clean_captions: bool = False,
     ) -> None:
+        if isinstance(prompts, str) and prompts.lstrip().startswith("["):
+            prompts = _read_list(prompts)
         if isinstance(prompts, (str, Path)):
             table = read_prompts(Path(prompts), column)
         else:

@@ -128,6 +128,16 @@ def test_a_bad_file_is_refused_with_what_to_do(
     assert len(str(error.value)) < 700
 
 
+def test_a_list_with_the_escapes_of_json_is_read() -> None:
+    assert PromptDataModule(r'["\ud83d\udc15 a", "\ud83d b", "http://c"]').prompts == ["🐕 a", "\ufffd b", "http://c"]
+
+
+def test_prompts_are_cleaned_if_asked_for() -> None:
+    prompts = ["A <b>Red</b> HOUSE  http://a.com/b", "http://a.com"]
+    assert PromptDataModule(prompts, clean_captions=True).prompts == ["a red house", ""]
+    assert PromptDataModule(prompts).prompts == prompts
+
+
 def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         PromptDataModule(tmp_path)
@@ -142,6 +152,8 @@ def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
         ({"prompts": ["a"], "per_prompt": 0}, "per_prompt is 0"),
         ({"prompts": ["a"], "batch_size": 0}, "batch_size 0"),
         ({"prompts": ["a"], "column": "Prompt"}, "prompts is a list; leave it out"),
+        ({"prompts": '["a", "b'}, "which is no list (Unterminated string"),
+        ({"prompts": "[1]"}, "prompts is [1]"),
     ],
     ids=str,
 )

@@ -1,0 +1,168 @@
+"""Runs of text models by the command line: resumed, on two ranks, sharded, compiled; and pictures of prompts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from llamagen.checkpoint import read_checkpoint
+from tests.lightning_modules.runs import assert_moved_alike
+from tests.ranks import ended, succeeds, two_processes
+from tests.text_pipeline import TextPipeline
+
+DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
+NO_DROPOUT = tuple(f"--model.init_args.net.{name}=0.0" for name in DROPOUTS)
+STEPS = 8
+LONG = "the cat and the dog and the red house on the photo of a tree " * 12
+ODD = {
+    "nothing": "",
+    "spaces": " \t ",
+    "too long": LONG,
+    "another script": "猫が木の下に座っている。",
+    "right to left": "قطة تحت شجرة",
+    "emoji": "🐕‍🦺 under a 🌳",
+    "control characters": "a\0cat\x1b[31m\u202e on\x07 \u2028the house",
+    "half a pair": "a \ud83d dog",
+    "specials of T5": "</s> <pad> <extra_id_0> a cat",
+    "a path": "../../etc/passwd",
+}
+
+
+def fit(pipeline: TextPipeline, folder: Path, *more: str, online: bool = False, batch_size: int = 32) -> list[str]:
+    """A training that validates and saves at its end."""
+    root = pipeline.codes if online else pipeline.features
+    return [
+        *("fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={root}"),
+        *(f"--data.init_args.batch_size={batch_size}", "--data.init_args.short_caption_share=0.3"),
+        *("--data.init_args.clean_captions=true", "--data.init_args.remainder=drop", *more),
+    ]
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, buffers, moments and averages of the last checkpoint."""
+    checkpoint = read_checkpoint(folder / "checkpoints/last.ckpt", wanted=lambda _: True)
+    assert checkpoint["global_step"] == STEPS
+    found: dict[str, torch.Tensor] = dict(checkpoint["state_dict"])
+    for number, entries in checkpoint["optimizer_states"][0]["state"].items():
+        found |= {f"{number} {name}": torch.as_tensor(value) for name, value in entries.items()}
+    assert any(name.endswith(" ema") for name in found)
+    assert "gpt.cls_embedding.uncond_embedding" in found
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(text_pipeline: TextPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Where one process gets without dropout."""
+    folder = tmp_path_factory.mktemp("one")
+    main.main(fit(text_pipeline, folder, *NO_DROPOUT))
+    return state(folder)
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
+def test_a_resumed_run_of_a_text_model_is_the_uninterrupted_one(
+    online: bool, text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
+    main.main(fit(text_pipeline, tmp_path / "whole", online=online))
+    main.main(fit(text_pipeline, tmp_path / "parts", "--trainer.max_steps=5", online=online))
+    last = f"--ckpt_path={tmp_path / 'parts/checkpoints/last.ckpt'}"
+    main.main(fit(text_pipeline, tmp_path / "parts", last, online=online))
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+@pytest.mark.parametrize("how", ["ddp", "sharded"])
+def test_two_ranks_train_a_text_model_like_one(
+    how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
+    arguments = fit(text_pipeline, tmp_path, *NO_DROPOUT, batch_size=16)
+    if how == "ddp":
+        succeeds(two_processes(arguments))
+    else:
+        sharded = ("--trainer.devices=2", "--trainer.strategy=sharded")
+        succeeds(ended([sys.executable, "main.py", *arguments, *sharded]))
+    two = state(tmp_path)
+    assert two.keys() == one.keys()
+    start = {name: torch.zeros_like(value) for name, value in one.items()}
+    assert_moved_alike(start, one, two)
+    unconditional = "gpt.cls_embedding.uncond_embedding"
+    assert torch.equal(two[unconditional], one[unconditional])
+
+
+def test_a_compiled_text_model_trains_like_an_eager_one(
+    one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
+    main.main(fit(text_pipeline, tmp_path, *NO_DROPOUT, "--model.init_args.compile=true"))
+    start = {name: torch.zeros_like(value) for name, value in one.items()}
+    assert_moved_alike(start, one, state(tmp_path))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_drawn(folder: Path, count: int) -> None:
+    """All is there, and all pictures differ."""
+    with np.load(folder / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (count, 8, 8, 3)
+    for line in records(folder):
+        with Image.open(folder / line["file_name"]) as image:
+            assert image.size == (8, 8)
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.size[0] > 192
+
+
+def test_odd_prompts_are_drawn_and_what_was_cut_is_reported(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+    prompts = json.dumps(list(ODD.values()))
+    with pytest.warns(UserWarning, match="prompts were longer than the model reads and were cut: prompt 2"):
+        main.main([*text_pipeline.prompt_arguments(tmp_path, prompts), "--data.init_args.clean_captions=false"])
+    assert_drawn(tmp_path, len(ODD))
+    cut = {name for name, line in zip(ODD, records(tmp_path), strict=True) if line["truncated"]}
+    assert "too long" in cut
+    assert not cut & {"nothing", "spaces"}
+    assert all(line["sampling"]["guidance_scale"] == 2.0 for line in records(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["txt", "tsv"])
+def test_prompts_come_from_files_and_the_sampler_may_be_compiled(
+    kind: str, text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
+    lines = ["a cat", "a handwritten three"]
+    path = tmp_path / f"prompts.{kind}"
+    path.write_text(
+        "\n".join(lines if kind == "txt" else ["Prompt\tCategory", *(f"{line}\tAnimals" for line in lines)])
+    )
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    main.main(text_pipeline.prompt_arguments(eager, str(path)))
+    on = [{"class_path": "CompiledSampling", "init_args": {"enabled": True}}, {"class_path": "ImageWriter"}]
+    callbacks = json.dumps([{"class_path": "EMA"}, *on])
+    main.main([*text_pipeline.prompt_arguments(compiled, str(path)), f"--trainer.callbacks={callbacks}"])
+    for folder in (eager, compiled):
+        assert_drawn(folder, 2)
+        assert [line["prompt"] for line in records(folder)] == lines
+        assert [line["columns"] for line in records(folder)] == [{"Category": "Animals"} if kind == "tsv" else {}] * 2
+    with np.load(eager / "samples.npz") as one, np.load(compiled / "samples.npz") as other:
+        assert np.array_equal(one["arr_0"], other["arr_0"])
+
+
+def test_two_processes_draw_the_prompts_of_one_in_any_batch(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+    prompts = json.dumps(list(ODD.values()))
+    more = ("--data.init_args.per_prompt=2",)
+    main.main([*text_pipeline.prompt_arguments(tmp_path / "one", prompts), *more])
+    arguments = text_pipeline.prompt_arguments(tmp_path / "two", prompts)
+    succeeds(two_processes([*arguments, *more, "--data.init_args.batch_size=3"]))
+    with np.load(tmp_path / "one/samples.npz") as one, np.load(tmp_path / "two/samples.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"])
+    assert records(tmp_path / "one") == records(tmp_path / "two")
+
+
+def test_grids_of_prompts_appear_while_training(text_pipeline: TextPipeline) -> None:
+    (grid, *_) = sorted((text_pipeline.argen.parents[1] / "samples").glob("*.png"))
+    with Image.open(grid) as image:
+        assert image.size[0] > 8 * 192
