@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightning_modules import ARGenModule, models_without_memory
+from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.text import TextEncoderConfig
 from main import main
@@ -28,7 +29,7 @@ OVERLAYS = {
     for model in MODELS
 }
 LOGGERS = sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "logger").glob("*.yaml"))
-FOR_PREDICTION = {"sample", "extract"}
+FOR_PREDICTION = {"sample", "prompts", "extract"}
 CASES = [
     ("predict" if Path(overlay).stem in FOR_PREDICTION else "fit", (f"{model}/base.yaml", overlay))
     for model in MODELS
@@ -43,6 +44,10 @@ CASES += [
     ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
     ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
     ("predict", ("text/extract.yaml",)),  # complete by itself
+    ("predict", ("argen/base.yaml", "argen/t2i_stage2.yaml", "argen/prompts.yaml")),
+    ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/t2i_stage2.yaml")),
+    ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/size/B.yaml")),
+    ("fit", ("argen/base.yaml", "argen/digits.yaml", "argen/text_digits.yaml")),
 ]
 
 # Every base × overlay of the second model.
@@ -189,6 +194,42 @@ def test_the_base_is_gpt_b() -> None:
     assert small == base
 
 
+STAGES = ("argen/base.yaml", "argen/t2i_stage1.yaml"), ("argen/base.yaml", "argen/t2i_stage2.yaml")
+
+
+def test_the_second_stage_of_text_to_image_differs_from_the_first_in_what_it_lists() -> None:
+    first, second = (parse("fit", names) for names in STAGES)
+    assert sorted(differences(first, second)) == [
+        ".data.init_args.root",
+        ".data.init_args.short_caption_share",
+        ".model.init_args.init_adapt",
+        ".model.init_args.init_from",
+        ".model.init_args.net.block_size",
+        *(f".trainer.callbacks[{number}].init_args.dirpath" for number in (1, 2, 3)),
+        ".trainer.default_root_dir",
+        ".trainer.logger.init_args.save_dir",
+        ".trainer.max_steps",
+    ]
+    assert parse("fit", (*STAGES[0], "argen/t2i_stage2.yaml")) == second
+    listed = (CONFIGS / STAGES[1][1]).read_text().split("trainer:")[0]
+    for option in ("init_from", "init_adapt", "block_size", "short_caption_share", "root", "max_steps"):
+        assert f"#   {option}" in listed or f", {option}" in listed
+
+
+@pytest.mark.parametrize(("names", "grid"), [(STAGES[0], 16), (STAGES[1], 32)], ids=["stage 1", "stage 2"])
+def test_the_text_models_have_the_published_size_and_the_recipe(names: tuple[str, ...], grid: int) -> None:
+    config = parse("fit", names)
+    net = GPTConfig(**config["model"]["init_args"]["net"])
+    with torch.device("meta"):
+        assert parameters(GPT(net)) == 777_678_080  # uncond_embedding is a buffer
+    assert (net.grid_size, net.caption_length, net.caption_dim, net.condition_dropout) == (grid, 120, 2048, 0.1)
+    assert net.rope_condition == "zero"
+    sampling = config["model"]["init_args"]["sampling"]
+    assert (sampling["guidance_scale"], sampling["top_k"], sampling["temperature"]) == (7.5, 1000, 1.0)
+    assert config["data"]["init_args"]["batch_size"] == 256
+    assert TextEncoderConfig() == TextEncoderConfig("google/flan-t5-xl", "bfloat16")
+
+
 @pytest.mark.parametrize("names", TOKENIZER_PARAMETERS, ids="+".join)
 def test_a_tokenizer_has_the_published_number_of_parameters(names: tuple[str, ...]) -> None:
     net = parse("fit", names)["model"]["init_args"]["net"]
@@ -212,7 +253,7 @@ def test_the_codes_of_the_quickstart_fit_both_of_its_models() -> None:
 
 def test_features_of_captions_fit_the_model_that_reads_them() -> None:
     module = parse("predict", ("text/extract.yaml",))["model"]["init_args"]
-    net = parse("fit", ("argen/base.yaml", "argen/t2i.yaml"))["model"]["init_args"]["net"]
+    net = parse("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml"))["model"]["init_args"]["net"]
     assert module["caption_length"] == net["caption_length"]
     assert TextEncoderConfig(**module["encoder"]) == TextEncoderConfig()
 

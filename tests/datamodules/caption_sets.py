@@ -1,14 +1,64 @@
-"""Small sets of codes whose samples have captions."""
+"""Small sets of codes with captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.shards import CODES_FORMAT, ShardSet
-from tests.datamodules.code_sets import npy
+from tests.datamodules.code_sets import codes_of, npy
+from tests.tiny_t5 import WORDS
 
-SIDE, VOCABULARY = 4, 32
+DESCRIPTION = {
+    "format": CODES_FORMAT,
+    "vocabulary": 8,
+    "grid": [2, 2],
+    "views": 2,
+    "view_names": ["centre", "flipped"],
+    "image_size": 16,
+    "num_classes": 5,
+    "classes": list("abcde"),
+    "tokenizer": "0" * 64,
+}
+
+
+def caption(number: int) -> str:
+    """One to twelve words, in two sentences if the number is divisible by three."""
+    rng = np.random.default_rng(number)
+    words = rng.choice(WORDS[:-2], rng.integers(1, 13)).tolist()
+    return f"{' '.join(words)}. The red dog {number}." if number % 3 == 0 else " ".join(words)
+
+
+def codes(number: int) -> bytes:
+    """The npy part of sample ``number``."""
+    return npy(codes_of(number, views=2))
+
+
+def write_captioned_codes(
+    root: Path, counts: Mapping[str, int], odd: Mapping[int, dict[str, bytes | None]] | None = None
+) -> Path:
+    """A set of codes: sample i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
+
+    Args:
+        root: folder of the set, which is returned.
+        counts: samples of each split.
+        odd: other parts of training samples, by number; None takes one away.
+    """
+    shards = ShardSet(root, {}, hint="")
+    shards.begin(list(counts))
+    written = {}
+    for split, count in counts.items():
+        starts = range(0, count, 7)
+        for piece, first in enumerate(starts):
+            with shards.shard(split, piece) as writer:
+                for number in range(first, min(first + 7, count)):
+                    parts = {"npy": codes(number), "txt": caption(number).encode()}
+                    changed = {**parts, **((odd or {}).get(number, {}) if split == "train" else {})}
+                    kept = {name: data for name, data in changed.items() if data is not None}
+                    writer.write(f"{split}/{number}", kept, -1 if number % 2 else number % 5)
+        written[split] = len(starts)
+    shards.finish(written, DESCRIPTION, known={}, max_bad_share=0.0)
+    return root
 
 
 def write_caption_codes(
@@ -24,14 +74,14 @@ def write_caption_codes(
             with shards.shard(split, piece) as writer:
                 for number in range(first, min(first + per_shard, len(captions))):
                     generator = np.random.default_rng([split == "val", number])
-                    codes = generator.integers(0, VOCABULARY, (1, SIDE, SIDE)).astype(np.uint16)
+                    codes = generator.integers(0, 32, (1, 4, 4)).astype(np.uint16)
                     text = {"txt": captions[number].encode()} if captions[number] else {}
                     writer.write(f"{split}/{number}", {"npy": npy(codes), **text})
         pieces[split] = len(starts)
     meta = {
         "format": CODES_FORMAT,
-        "vocabulary": VOCABULARY,
-        "grid": [SIDE, SIDE],
+        "vocabulary": 32,
+        "grid": [4, 4],
         "views": 1,
         "num_classes": 0,
         "tokenizer": tokenizer,
