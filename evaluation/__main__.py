@@ -1,4 +1,4 @@
-"""Evaluate pictures without a model: ``python -m evaluation compare|reference|classifier --help``."""
+"""Evaluate pictures without a model: ``python -m evaluation compare|reference|classifier|clip --help``."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from torch import nn
 
 from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
+from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, one_line, usable_device
 from evaluation.gallery import Gallery
 from evaluation.measurement import Measurement
@@ -193,7 +194,7 @@ def main(args: list[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
         try:
             auto_cli(
-                {"compare": compare, "reference": reference, "classifier": train_classifier},
+                {"compare": compare, "reference": reference, "classifier": train_classifier, "clip": clip_score},
                 args=args,
                 prog="python -m evaluation",
                 parser_class=Parser,

@@ -51,8 +51,7 @@ def write_report(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
-        content = {"metrics": dict(numbers), **facts, "versions": {"python": platform.python_version(), **versions}}
+        content = {"metrics": dict(numbers), **facts, "versions": versions_here()}
         (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
         for name, image in grids.items():
             save_png(image, temporary / f"{name}.png")
@@ -70,11 +69,26 @@ def check_report(folder: Path) -> None:
     Raises:
         ValueError: if there is something that is no report, or nothing can be written.
     """
-    parent = next(each for each in folder.absolute().parents if each.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{folder} cannot be written, as {parent} is no folder that allows it; choose another folder")
+    check_writable(folder)
     if folder.exists() and not all((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
+
+
+def check_writable(path: Path) -> None:
+    """See that a file or folder can be made there.
+
+    Raises:
+        ValueError: if not.
+    """
+    parent = next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written, as {parent} is no folder that allows it; choose another folder")
+
+
+def versions_here() -> dict[str, str]:
+    """Of what numbers may depend on."""
+    packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
+    return {"python": platform.python_version(), **packages}
 
 
 def _json(value: Any) -> Any:
@@ -99,18 +113,19 @@ def table(numbers: Mapping[str, float], paper: list[Published]) -> str:
     for name, value in numbers.items():
         figure = None if own is None else own.figures.get(name.removeprefix("test/").split("/")[0])
         rows.append([name, f"{value:.4g}", *([] if own is None else ["" if figure is None else f"{figure:g}"])])
-    parts = [_rows(["", "here", *([] if own is None else [f"paper: {own.title}"])], rows)]
+    parts = [rows_table(["", "here", *([] if own is None else [f"paper: {own.title}"])], rows)]
     if len(paper) > 1:
         keys = list(paper[0].figures)
         listed = [
             [each.title, *(f"{each.figures[k]:g}" if k in each.figures else "" for k in keys), each.remark]
             for each in paper
         ]
-        parts.append(_rows(["paper", *keys, ""], listed))
+        parts.append(rows_table(["paper", *keys, ""], listed))
     return "\n\n".join(parts)
 
 
-def _rows(head: list[str], rows: list[list[str]]) -> str:
+def rows_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 

@@ -176,7 +176,11 @@ def test_every_package_is_installed() -> None:
 
 
 installed = cache(packages_distributions)  # takes a third of a second
-EXTRAS = {"benchmarks": "benchmark", "llamagen/text": "text"}  # what a folder may import beside the dependencies
+EXTRAS = {
+    "benchmarks": "benchmark",
+    "llamagen/text": "text",
+    "evaluation": "text",
+}  # what a folder may import beside the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 
 

@@ -39,7 +39,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
         ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
     """
     refuse_other_than_pictures(images)
-    with torch.autocast(images.device.type, enabled=False), _without_tf32():
+    with torch.autocast(images.device.type, enabled=False), without_tf32():
         found: Any = extractor.to(images.device)(images.float())
     features = found if isinstance(found, Features) else Features(found)
     parts: dict[str, Tensor | None] = features._asdict()
@@ -56,7 +56,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """TF32 rounds what is multiplied to 10 bits, on some GPUs and not on others, whatever training may like."""
     convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     product = torch.backends.cuda.matmul

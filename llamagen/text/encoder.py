@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from llamagen.text.pretrained import folder_or_name, why_not
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
@@ -24,7 +26,6 @@ PROBES = (
     "🙂 <extra_id_0> </s> {x}",
 )
 """What is tokenized for the tokenizer's checksum."""
-LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -219,44 +220,21 @@ def load_t5(name: str | Path, dtype: torch.dtype) -> "tuple[T5EncoderModel, PreT
         raise ValueError(
             f'a caption encoder needs transformers ({error}); pip install -c constraints.txt -e ".[text]"'
         ) from error
-    is_folder = _is_folder(name)
-    source = str(Path(name).expanduser()) if is_folder else str(name)
-    if is_folder and not Path(source).is_dir():
-        raise ValueError(
-            f"the caption encoder {name} does not exist; give a folder as save_pretrained writes it, or a name on the "
-            "Hugging Face Hub such as google/flan-t5-xl"
-        )
+    source, local = folder_or_name(name, "caption encoder", "google/flan-t5-xl")
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=is_folder)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
         if config.model_type != "t5":
             raise ValueError(f"it is a {config.model_type}, not a T5")
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model, report = T5EncoderModel.from_pretrained(
-            source, local_files_only=is_folder, dtype=dtype, output_loading_info=True
+            source, local_files_only=local, dtype=dtype, output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):  # which transformers draws at random
             raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
         _check_tokenizer(tokenizer, model)
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(_why_not(source, is_folder, error)) from error
+        raise ValueError(why_not("caption encoder", "T5", source, local, error)) from error
     return model, tokenizer
-
-
-def _why_not(source: str, is_folder: bool, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
-    if is_folder:
-        return f"the caption encoder {source} cannot be used: {reason}; give a T5's folder as save_pretrained writes it"
-    return (
-        f"the caption encoder {source} could not be had from Hugging Face's Hub or cache (~/.cache/huggingface, or "
-        f"HF_HOME): {reason}; run `hf download {source}` where there is a network, or give a folder's path as name"
-    )
-
-
-def _is_folder(name: str | Path) -> bool:
-    """Whether a name is a path: one that exists, or cannot be a name on the Hub."""
-    text = str(name)
-    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).is_dir()
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "T5EncoderModel") -> None:

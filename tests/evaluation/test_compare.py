@@ -200,7 +200,7 @@ def test_a_classifier_takes_the_place_of_inception(
 
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": ([], ["one of {compare,reference,classifier}", "python -m evaluation --help"]),
+    "nothing": ([], ["one of {compare,reference,classifier,clip}", "python -m evaluation --help"]),
     "another command": (["compair"], ["invalid choice: 'compair'"]),
     "no reference": (["compare", "fake"], ["required", "reference"]),
     "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),

@@ -1,0 +1,224 @@
+"""Measures how well pictures fit the prompts that they were drawn of: ``python -m evaluation clip``. N pictures."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datamodules.bad_samples import BadSampleError
+from datamodules.picture_sets import join_checksums
+from datamodules.pictures import read_picture
+from evaluation.clip import DEFAULT, Clip, PictureScores, Preparation
+from evaluation.command_line import usable_device
+from evaluation.prompt_pictures import METADATA, PromptPicture, read_prompt_pictures
+from evaluation.report import check_writable, rows_table, versions_here
+from llamagen.metrics import extractor_checksum
+from llamagen.whole_file import whole_file
+
+MOST_GROUPS = 50
+"""A column of the metadata with more values than these is no category, but a remark, and is not measured by."""
+SHOWN_PROMPTS = 20
+"""Of more prompts only the worst and the best are printed; all are in the file."""
+LONGEST_SHOWN = 60
+
+
+class Score(NamedTuple):
+    """Of some pictures.
+
+    Attributes:
+        mean: of their scores, in [0, 100].
+        error: standard error of the mean over pictures; None of a single picture.
+        pictures: their number.
+    """
+
+    mean: float
+    error: float | None
+    pictures: int
+
+    def facts(self) -> dict[str, float | int | None]:
+        """As they are written."""
+        return {"clip_score": self.mean, "standard_error": self.error, "pictures": self.pictures}
+
+    def cells(self) -> list[str]:
+        """As they are printed."""
+        return [f"{self.mean:.4g}", "" if self.error is None else f"{self.error:.2g}", str(self.pictures)]
+
+
+def clip_score(
+    samples: Path,
+    clip: str = DEFAULT,
+    out: Path | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | None = None,
+) -> dict[str, float]:
+    """Measure how well pictures fit their prompts: the CLIP score, of all, by prompt and by category.
+
+    Args:
+        samples: a folder that predict of prompts has completed, or any with a metadata.jsonl whose lines have
+            file_name and prompt or text.
+        clip: a CLIP's folder as save_pretrained writes it, or its name on the Hugging Face Hub. Scores of different
+            CLIPs cannot be compared.
+        out: file for all numbers, ``.json``.
+        batch_size: pictures that are looked at together.
+        num_workers: processes that read picture files.
+        device: where features are extracted; by default a GPU, if there is one.
+    """
+    started, place = time.monotonic(), usable_device(device)
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and at least 0")
+    if out is not None:
+        _check_out(out)
+    pictures = read_prompt_pictures(samples)
+    model = Clip(clip).to(place)
+    scores, checksum = _scores(pictures, model, batch_size, num_workers, place)
+    whole = score_of(scores)
+    if not math.isfinite(whole.mean):
+        raise ValueError(f"the CLIP score by {clip} is {whole.mean}; its weights are damaged: get them again")
+    name = f"clip_score_{model.name}"
+    numbers = {name: whole.mean} | ({} if whole.error is None else {f"{name}_error": whole.error})
+    prompts = _by(pictures, scores, lambda picture: (picture.number, picture.prompt))
+    columns = by_column(pictures, scores)
+    cut = sum(model.was_cut(prompt) for _, prompt in prompts)
+    if out is not None:
+        facts = {
+            "metrics": numbers,
+            "pictures": {"source": str(samples), "count": whole.pictures, "checksum": checksum},
+            "extractor": {
+                "name": model.name,
+                "source": model.source,
+                "checksum": extractor_checksum(model.model),
+                "picture_side": model.preparation.crop,
+                "prompt_tokens": model.length,
+            },
+            "prompts": {"count": len(prompts), "cut": cut},
+            "by_column": {
+                column: {value: score.facts() for value, score in found.items()} for column, found in columns.items()
+            },
+            "by_prompt": [
+                {"prompt_number": number, "prompt": prompt, "cut": model.was_cut(prompt), **score.facts()}
+                for (number, prompt), score in prompts.items()
+            ],
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": versions_here() | {"transformers": version("transformers")},
+        }
+        with whole_file(out) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(_table(name, whole, prompts, columns))
+    if cut:
+        print(f"{cut} of {len(prompts)} prompts are longer than the {model.length} tokens that {model.name} reads: cut")
+    if out is not None:
+        print(f"scores: {out}")
+    return numbers
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".json" or out.is_dir():
+        raise ValueError(f"out is {out}; give the name of a file, *.json")
+    check_writable(out)
+
+
+class _Prepared(Dataset[Any]):
+    """Pictures as a CLIP wants them, with the SHA-256 of their pixels; or why one cannot be read.
+
+    An error that is raised in a worker would come with a page of where it was.
+    """
+
+    def __init__(self, files: list[Path], preparation: Preparation) -> None:
+        self.files, self.preparation = files, preparation
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, str] | str:
+        file = self.files[number]
+        try:
+            pixels = read_picture(file.read_bytes(), str(file))
+        except (BadSampleError, OSError) as error:
+            return f"{error}; draw or get it again, or take its line out of {METADATA}"
+        return self.preparation(pixels), hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
+def _scores(
+    pictures: Sequence[PromptPicture], clip: Clip, batch_size: int, num_workers: int, device: str
+) -> tuple[np.ndarray, str]:
+    """Score of each picture, (N,) float64, and the checksum of all, with a progress bar."""
+    metric, digests = PictureScores(clip).to(device), list[str]()
+    dataset = _Prepared([picture.file for picture in pictures], clip.preparation)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(pictures), desc=f"looking with {clip.name}", unit="picture") as bar:
+        for batch in loader:
+            if bad := [each for each in batch if isinstance(each, str)]:
+                raise ValueError(bad[0])
+            some = pictures[len(digests) : len(digests) + len(batch)]
+            images = torch.stack([image for image, _ in batch]).to(device)
+            metric.update(images, [picture.prompt for picture in some])
+            digests += [digest for _, digest in batch]
+            bar.update(len(batch))
+    return metric.each(), join_checksums(digests)
+
+
+def score_of(scores: np.ndarray) -> Score:
+    """Mean and its standard error of scores (n,), n at least 1."""
+    error = float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else None
+    return Score(float(scores.mean()), error, len(scores))
+
+
+def _by(
+    pictures: Sequence[PromptPicture], scores: np.ndarray, key: Callable[[PromptPicture], Hashable]
+) -> dict[Any, Score]:
+    """Scores of pictures with equal keys, in the order in which these come; without those whose key is None."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, picture in enumerate(pictures):
+        if (value := key(picture)) is not None:
+            rows.setdefault(value, []).append(row)
+    return {value: score_of(scores[some]) for value, some in rows.items()}
+
+
+def by_column(pictures: Sequence[PromptPicture], scores: np.ndarray) -> dict[str, dict[str, Score]]:
+    """Scores by the values of each column of the prompts that sorts them into categories.
+
+    These are columns with at most :data:`MOST_GROUPS` values, fewer than there are prompts. Pictures without a value
+    are in no category.
+    """
+    prompts = {(picture.number, picture.prompt): picture.columns for picture in pictures}
+    found = {}
+    for name in dict.fromkeys(name for columns in prompts.values() for name in columns):
+        values = [columns[name] for columns in prompts.values() if columns.get(name)]
+        if 0 < len(set(values)) <= min(MOST_GROUPS, len(values) - 1):
+            found[name] = _by(pictures, scores, lambda picture, name=name: picture.columns.get(name) or None)  # type: ignore[misc]
+    return found
+
+
+def _table(name: str, whole: Score, prompts: dict[Any, Score], columns: dict[str, dict[str, Score]]) -> str:
+    rows = [[name, *whole.cells()]]
+    for column, found in columns.items():
+        rows += [[_cell(f"{column}: {value}"), *score.cells()] for value, score in sorted(found.items())]
+    rows += [[_cell(label), *score.cells()] for label, score in _shown(prompts)]
+    return rows_table(["", "CLIP score", "standard error", "pictures"], rows)
+
+
+def _shown(prompts: dict[Any, Score]) -> Iterator[tuple[str, Score]]:
+    """All prompts in order, or the worst and the best ones, the worst first."""
+    listed = list(enumerate(prompts.items()))
+    if len(listed) > SHOWN_PROMPTS:
+        listed.sort(key=lambda each: each[1][1].mean)
+        listed = listed[: SHOWN_PROMPTS // 2] + listed[-SHOWN_PROMPTS // 2 :]
+    for place, ((number, prompt), score) in listed:
+        yield f"prompt {place if number is None else number}: {prompt or '(no words)'}", score
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a table, cut if it is long."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}…"
