@@ -160,7 +160,9 @@ def test_the_description_is_that_of_the_codes_and_of_the_encoder(t5: Path, whole
     truncated = meta["features"].pop("truncated")
     assert truncated > 0
     assert meta == {**DESCRIPTION, "features": expected, "splits": meta["splits"]}
-    assert [shard["count"] for shard in meta["splits"]["train"]["shards"]] == [10, 10, 10, 3]
+    shards = meta["splits"]["train"]["shards"]
+    assert [shard["count"] for shard in shards] == [10, 10, 10, 3]
+    assert {name for shard in shards for name in shard} == {"name", "count", "bytes", "sha256"}
     assert [len(list((whole / split).iterdir())) for split in COUNTS] == [4, 1]
 
 
