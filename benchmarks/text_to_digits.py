@@ -66,21 +66,25 @@ def commands(root: Path, per_prompt: int) -> dict[str, list[str]]:
     }
 
 
+def run(root: Path, per_prompt: int) -> tuple[dict[str, float], dict[str, float]]:
+    """All stages in a new folder: seconds of each, and the share of pictures recognised as what was asked for."""
+    root.mkdir(parents=True)
+    save_small_t5(root / "t5", ["a", "handwritten", *NAMES], WIDTH)
+    seconds = {}
+    for stage, arguments in commands(root, per_prompt).items():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
+        seconds[stage] = round(time.perf_counter() - start, 1)
+    with np.load(root / "samples/samples.npz") as archive:
+        return seconds, measure(archive["arr_0"], archive["arr_1"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="folder for all of it; must not exist")
     parser.add_argument("--per_prompt", type=int, default=50, help="pictures of each digit")
     options = parser.parse_args()
-    root = options.root.absolute()
-    root.mkdir(parents=True)
-    save_small_t5(root / "t5", ["a", "handwritten", *NAMES], WIDTH)
-    seconds = {}
-    for stage, arguments in commands(root, options.per_prompt).items():
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
-        seconds[stage] = round(time.perf_counter() - start, 1)
-    with np.load(root / "samples/samples.npz") as archive:
-        accuracy = measure(archive["arr_0"], archive["arr_1"])
+    seconds, accuracy = run(options.root.absolute(), options.per_prompt)
     print(f"{'stage':>22} | seconds")
     for name, value in seconds.items():
         print(f"{name:>22} | {value:7.1f}")
