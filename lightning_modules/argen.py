@@ -93,6 +93,8 @@ class ARGenModule(DrawingModule):
         self.nats_by_position: dict[str, Tensor] = {}
         self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
+        if self._text is not None and self._start is not None and self._start.captions:
+            self._text.check(self._start.captions, self._start.source)
         self._load_start()  # on the meta device it is seen that they fit
         if self._start is None and init_adapt:
             raise ValueError(

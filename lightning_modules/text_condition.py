@@ -78,9 +78,9 @@ class TextCondition:
         for key, part in SAME.items():
             if key in known and key in facts and known[key] != facts[key]:
                 raise ValueError(
-                    f"{what} has another {part} ({_named(facts)}, checksum {facts[key][:12]}) than {self._known_of} "
-                    f"({_named(known)}, checksum {known[key][:12]}); set model.init_args.text_encoder to that encoder "
-                    "and dtype, or extract the features again"
+                    f"{what} has another {part} ({facts.get('encoder')}, checksum {facts[key][:12]}) than "
+                    f"{self._known_of} ({known.get('encoder')}, checksum {known[key][:12]}); set "
+                    "model.init_args.text_encoder.name to that encoder, or extract the features again"
                 )
         self.facts, self._known_of = {**facts, **known}, self._known_of or what
 
@@ -151,8 +151,3 @@ class TextCondition:
             encoder.to(device)
         features, lengths, truncated = encoder(captions)
         return Condition(pad_left(features, lengths), lengths, truncated.cpu())
-
-
-def _named(facts: Mapping[str, Any]) -> str:
-    """An encoder's name and dtype; a set of features has another dtype of its own."""
-    return f"{facts.get('encoder')} in {facts.get('encoder_dtype') or facts.get('dtype')}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from llamagen.checkpoint import build_model, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
-from llamagen.weights import ENTRY, read_weights
+from llamagen.weights import ENTRY, Weights, read_weights
 from llamagen.whole_file import whole_file
 
 SUFFIXES = (".pt", ".safetensors")
@@ -49,7 +49,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
             if out.suffix == ".pt":
                 torch.save({"model": state}, temporary)
             else:
-                _save_safetensors(state, model, weights.averaged, temporary)
+                _save_safetensors(state, model, weights, temporary)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
         reason = str(error).splitlines()[0]
         raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
@@ -57,12 +57,14 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
     print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
 
 
-def _save_safetensors(state: dict[str, Tensor], model: GPT | VQGAN, averaged: bool, path: Path) -> None:
+def _save_safetensors(state: dict[str, Tensor], model: GPT | VQGAN, weights: Weights, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     said = describe(model, prefix="")
-    entry = {"architecture": said["architecture"], "config": said["config"], "averaged": averaged}
+    entry = {"architecture": said["architecture"], "config": said["config"], "averaged": weights.averaged}
+    if weights.captions is not None:
+        entry["captions"] = weights.captions
     path.touch()
     mode = path.stat().st_mode
     try:

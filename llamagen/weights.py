@@ -37,6 +37,8 @@ class Weights(NamedTuple):
         architecture: ``"VQGAN"`` or ``"GPT"``, if the file says it.
         source: which weights of which file these are, for a message.
         averaged: these are known to be averages (EMA).
+        captions: what is known of the features that a text model was trained on, see
+            :meth:`llamagen.text.CaptionEncoder.facts`.
     """
 
     state: dict[str, Tensor]
@@ -45,6 +47,7 @@ class Weights(NamedTuple):
     architecture: str | None
     source: str
     averaged: bool = False
+    captions: dict[str, Any] | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True) -> Weights:
@@ -149,6 +152,7 @@ def _of_our_run(path: Path, checkpoint: dict[str, Any], averaged: bool) -> Weigh
         entry["architecture"],
         _source(path, averaged, bool(averages)),
         averaged and bool(averages),
+        entry.get("captions"),
     )
 
 
@@ -168,7 +172,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
             "get it once more"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
-    return Weights(_entries(state, path), None, config, architecture, source, averages)
+    return Weights(_entries(state, path), None, config, architecture, source, averages, entry.get("captions"))
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -256,9 +256,10 @@ def _texts(captions: Sequence[str]) -> list[str]:
 
 
 def _weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters, as :func:`llamagen.checkpoint.weights_checksum` has it."""
+    """SHA-256 over names and values of parameters, rounded to bfloat16: the same for each dtype they are read in."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -254,10 +254,23 @@ def test_another_encoder_than_that_of_training_is_refused(text_pipeline: TextPip
     with pytest.raises(ValueError) as error:
         evaluator(prompts).validate(drawing_module(text_pipeline, t5=other), data_of(text_pipeline.features))
     assert_one_line(error, "the encoder of the features has another encoder")
-    module = drawing_module(text_pipeline, "bfloat16")
+    module = ARGenModule(
+        GPTConfig(**TEXT_NET),
+        init_from=text_pipeline.argen,
+        tokenizer=text_pipeline.pictures.tokenizer,
+        text_encoder=TextEncoderConfig(str(other), "float32"),
+    )
     with pytest.raises(ValueError) as error:
-        evaluator().predict(module, PromptDataModule(["a cat"]), ckpt_path=text_pipeline.argen, weights_only=True)
-    assert_one_line(error, "in bfloat16", "in float32")
+        evaluator().predict(module, PromptDataModule(["a cat"]))
+    assert_one_line(error, "the text encoder", "has another encoder", f"than {text_pipeline.argen}, EMA weights")
+
+
+def test_the_same_encoder_in_another_precision_goes(text_pipeline: TextPipeline) -> None:
+    module = drawing_module(text_pipeline, "bfloat16")
+    prompts = PromptDataModule(["a cat"], clean_captions=True)
+    (drawn,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
+    assert cast(Any, drawn)["codes"].shape == (1, 16)
+    assert module.caption_facts["encoder"] == str(text_pipeline.t5)
 
 
 def test_prompts_that_are_not_cleaned_as_the_captions_were_are_warned_of(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,10 +80,15 @@ def test_what_differs_from_the_published_layout_is_named(
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
 def test_what_is_exported_is_what_came_in(name: str, tmp_path: Path) -> None:
     module = ARGenModule(golden_gpt(ENTRY).config, init_from=published(tmp_path))
-    checkpoint: dict[str, object] = {"state_dict": module.state_dict()}
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
+    checkpoint["llamagen"]["captions"] = facts = {"encoder": "t5", "weights": "0" * 64, "cleaned": True}
     torch.save(checkpoint, tmp_path / "run.ckpt")
     export(tmp_path / "run.ckpt", tmp_path / name)
+    known = facts if name.endswith(".safetensors") else None
+    assert read_weights(tmp_path / name).captions == known
+    again = ARGenModule(golden_gpt(ENTRY).config, init_from=tmp_path / name)
+    assert again.caption_facts == (known or {})
     assert_same(dict(read_weights(tmp_path / name).state), dict(golden_gpt(ENTRY).state_dict()))
 
 
