@@ -148,6 +148,7 @@ class TextCondition:
         """
         encoder = self.encoder
         if encoder.device != device:
-            encoder.to(device)
+            with torch.inference_mode(False):  # in which validation may be: training follows
+                encoder.to(device)
         features, lengths, truncated = encoder(captions)
         return Condition(pad_left(features, lengths), lengths, truncated.cpu())

@@ -9,6 +9,7 @@ from benchmarks.text_to_digits import PROMPTS, run
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_at_least_four_in_five_pictures_show_the_digit_of_their_prompt(tmp_path: Path) -> None:
     _, accuracy = run(tmp_path / "run", per_prompt=20)
     assert accuracy["all"] >= 0.8
