@@ -314,7 +314,7 @@ def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Pa
     keep = ModelCheckpoint(tmp_path, filename="text")
     train(text_module(tokenizer), data_of(codes, max_bad_share=0.2), tmp_path, keep, max_steps=2, limit_val_batches=0)
     arguments = [
-        *("test", "--config", "configs/argen/base.yaml", "--config", "configs/argen/t2i.yaml"),
+        *("test", "--config", "configs/argen/base.yaml", "--config", "configs/argen/t2i_stage1.yaml"),
         *("--config", "configs/argen/evaluate.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true"),
         *(f"--model.init_args.net.{key}={value}" for key, value in NET.items()),
         *(f"--model.init_args.tokenizer={tokenizer}", f"--ckpt_path={tmp_path / 'text.ckpt'}"),
