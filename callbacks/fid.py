@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from callbacks.fid_drawing import Draws, ValidationCaptions, share_of_classes
 from evaluation.gallery import Gallery
 from evaluation.measurement import OWN_NAME, Measurement, name_of
 from evaluation.published import published
@@ -20,36 +21,9 @@ from evaluation.reference import Purpose, Reference, completed, read_reference
 from evaluation.report import check_report, write_report
 from llamagen.checkpoint import weights_checksum
 from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
-from llamagen.sampling import PictureSampler
 from llamagen.sampling.pixels import check_picture_size, to_pixels
 
 FOLDER = "report"
-
-
-class Draws(Protocol):
-    """A module that draws pictures of classes."""
-
-    device: torch.device
-    sampler: PictureSampler | None
-    sampling: Any
-    sample_seed: int
-
-    @property
-    def picture_side(self) -> int:
-        """Of the pictures that it draws, in pixels."""
-
-    @property
-    def num_classes(self) -> int:
-        """Of the labels that it knows."""
-
-    def build_sampler(self, batch_size: int) -> PictureSampler:
-        """A sampler with memory for many calls."""
-
-    def check_sampling(self, classes: Sequence[int]) -> None:
-        """A ``ValueError`` if pictures of these classes cannot be drawn."""
-
-    def sample(self, condition: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Labels (B,) and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
 
 
 class FIDMonitor(pl.Callback):
@@ -58,6 +32,8 @@ class FIDMonitor(pl.Callback):
     - With a model that draws: every n-th validation draws ``count`` pictures of all classes in turn, with the weights
       that are evaluated (with the ``EMA`` callback their averages), by the sampler of ``CompiledSampling``, if that is
       there. ``test`` measures the pictures that its data ask for, or, where these are codes, draws ``count``.
+    - A model of text draws a picture of each of the first ``count`` captions of the validation set instead; where there
+      are fewer captions, or ``limit_val_batches`` leaves fewer, they come in turn. Stored features need no encoder.
     - With a tokenizer: every n-th validation, and ``test``, measure the reconstructions of the validation pictures.
 
     Numbers are logged with the name of their reference, as ``gfid/imagenet256-adm`` or ``rfid/val``, which
@@ -99,6 +75,7 @@ class FIDMonitor(pl.Callback):
         self.reference: Reference | None = None if reference is None else read_reference(reference)
         self.measurement: Measurement | None = None
         self._gallery: Gallery | None = None
+        self._captions: ValidationCaptions | None = None
         self._validations = 0
         self._last: dict[str, float] = {}
         self._seconds = {"pictures": 0.0, "features": 0.0, "distances": 0.0}
@@ -119,17 +96,12 @@ class FIDMonitor(pl.Callback):
         if draws:
             module = cast(Draws, pl_module)
             module.check_sampling(())
-            if cast(Any, pl_module).generator.config.condition != "class":
-                raise ValueError(
-                    "FIDMonitor draws pictures of classes, but the model's condition is text; leave it out, and "
-                    "measure pictures that predict has drawn by python -m evaluation compare"
-                )
             if self.reference is None:
                 raise ValueError(
                     "FIDMonitor needs a reference to compare drawn pictures with; make one by python -m evaluation "
                     "reference PICTURES OUT.npz, and give it as reference"
                 )
-            if self.count < module.num_classes:
+            if not module.needs_captions and self.count < module.num_classes:
                 rank_zero_warn(
                     f"FIDMonitor draws {self.count} pictures, of the first {self.count} of {module.num_classes} "
                     "classes alone; set count to at least the number of classes, best to a multiple of it"
@@ -188,6 +160,8 @@ class FIDMonitor(pl.Callback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.features is not None
         self._seconds, self._seen, self._asked = dict.fromkeys(self._seconds, 0.0), 0, False
+        if getattr(pl_module, "needs_captions", False):
+            self._captions = ValidationCaptions(self.count)
         if self.measurement is None:
             if self.reference is not None:
                 show = trainer.is_global_zero and trainer.progress_bar_callback is not None
@@ -204,9 +178,9 @@ class FIDMonitor(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the reconstructions of a batch into account."""
+        """Take the reconstructions of a batch into account, or keep its captions, which are drawn in the end."""
         if self._active and not trainer.sanity_checking:
-            self._take(trainer, outputs, batch)
+            self._take(trainer, pl_module, outputs, batch)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -223,17 +197,19 @@ class FIDMonitor(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the reconstructions or drawn pictures of a batch into account."""
-        self._take(trainer, outputs, batch)
+        """Take the reconstructions or drawn pictures of a batch into account, or keep its captions."""
+        self._take(trainer, pl_module, outputs, batch)
 
-    def _take(self, trainer: pl.Trainer, outputs: Any, batch: dict[str, Any]) -> None:
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any]) -> None:
         if not isinstance(outputs, dict):
-            return
-        if "images" in outputs:
+            if self._captions is not None:
+                self._captions.keep(batch, cast(Draws, pl_module))
+        elif "images" in outputs:
             self._asked = True
             images = outputs["images"].tensor().permute(0, 3, 1, 2)
             self._spent("pictures", self._started, images)
-            self._measure(images, outputs["index"], batch.get("condition"))
+            labels = batch.get("condition") if self._captions is None else None
+            self._measure(images, outputs["index"], labels, batch.get("captions"))
         elif "reconstruction" in outputs:
             side = self._size
             images, originals = (
@@ -245,15 +221,22 @@ class FIDMonitor(pl.Callback):
                 started = time.perf_counter()
                 cast(Measurement, self.measurement).update(originals, index, real=True)
                 self._spent("features", started, originals)
-            self._measure(images, index, batch.get("labels"), originals)
+            self._measure(images, index, batch.get("labels"), originals=originals)
 
-    def _measure(self, images: Tensor, index: Tensor, labels: Tensor | None, originals: Tensor | None = None) -> None:
+    def _measure(
+        self,
+        images: Tensor,
+        index: Tensor,
+        labels: Tensor | None,
+        captions: Sequence[str] | None = None,
+        originals: Tensor | None = None,
+    ) -> None:
         assert self.measurement is not None
         started = time.perf_counter()
         features: Features = self.measurement.update(images, index)
         self._spent("features", started, images)
         if self._gallery is not None:
-            self._gallery.show(images, index, features.pool, labels, originals)
+            self._gallery.show(images, index, features.pool, labels, originals, captions)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what is to be drawn, and log what comes out."""
@@ -287,6 +270,7 @@ class FIDMonitor(pl.Callback):
         assert self.measurement is not None
         if self._kind == "generation" and not self.measurement.count:
             self._draw(trainer, pl_module)
+        self._captions = None
         started = time.perf_counter()
         fit = trainer.state.fn == "fit"
         total = int(
@@ -310,31 +294,33 @@ class FIDMonitor(pl.Callback):
         return numbers
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw ``count`` pictures, of which rank r of R takes every R-th."""
-        module, ranks = cast(Draws, pl_module), trainer.world_size
+        """Draw ``count`` pictures, shared out over ranks."""
+        module, rank, ranks = cast(Draws, pl_module), trainer.global_rank, trainer.world_size
+        if self._captions is None:
+            share = share_of_classes(self.count, module.num_classes, rank, ranks, module.device)
+        else:
+            share = self._captions.share(rank, ranks, module.device)
         own = module.sampler is None
         with trainer.precision_plugin.forward_context():
             if own:
                 module.sampler = module.build_sampler(self.batch_size)
             assert module.sampler is not None
             size = module.sampler.sampler.batch_size
-            # As many on each rank: where parameters are shared, ranks wait for each other.
-            share = -(-self.count // ranks)
             show = trainer.is_global_zero and trainer.progress_bar_callback is not None
             try:
                 with tqdm(
                     total=self.count, desc="drawing for FID", unit="picture", leave=False, disable=not show
                 ) as bar:
-                    for start in range(0, share, size):
-                        steps = torch.arange(start, min(start + size, share), device=module.device)
-                        index = trainer.global_rank + ranks * steps
-                        labels, started = index % module.num_classes, time.perf_counter()
-                        images, _ = module.sample(labels, index, self.seed)
+                    for index in share.numbers.split(size):
+                        started, asked = time.perf_counter(), share.ask(index)
+                        numbers = index.to(module.device)
+                        images, _ = module.sample(asked.condition, numbers, self.seed, asked.lengths)
                         self._spent("pictures", started, images)
-                        some = index < self.count
-                        if some.any():
-                            self._measure(images[some].permute(0, 3, 1, 2), index[some], labels[some])
-                        bar.update(min(ranks * len(steps), self.count - bar.n))
+                        if some := int((index < self.count).sum()):
+                            labels = None if asked.labels is None else asked.labels[:some]
+                            captions = None if asked.captions is None else asked.captions[:some]
+                            self._measure(images[:some].permute(0, 3, 1, 2), numbers[:some], labels, captions)
+                        bar.update(min(ranks * len(index), self.count - bar.n))
             finally:
                 if own:
                     module.sampler = None
@@ -367,6 +353,8 @@ class FIDMonitor(pl.Callback):
         if self._kind == "generation":
             module = cast(Draws, pl_module)
             facts["sampling"] = {**asdict(module.sampling), "seed": module.sample_seed if self._asked else self.seed}
+            if module.needs_captions:
+                facts["captions"] = module.caption_facts
         folder = Path(trainer.default_root_dir) / FOLDER
         write_report(
             folder,

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.reference import Reference, thumbnail
-from llamagen.grids import grid_image
+from llamagen.grids import captioned_grid, grid_image
 
 RANDOM = 64
 PER_CLASS, CLASSES = 8, 10
@@ -28,12 +28,14 @@ class Exhibit:
         label: its class, -1 where it has none.
         features: (F,) float32.
         original: (H, W, 3) uint8, of which it is a reconstruction; None where it is none.
+        caption: what it was drawn of; None where it is not known.
     """
 
     picture: np.ndarray
     label: int
     features: np.ndarray
     original: np.ndarray | None = None
+    caption: str | None = None
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Gallery:
         features: Tensor,
         labels: Tensor | None = None,
         originals: Tensor | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
         """Show it pictures.
 
@@ -63,6 +66,7 @@ class Gallery:
             features: (B, F).
             labels: (B,) int64, -1 where there is none.
             originals: (B, 3, H, W) uint8, what they are reconstructions of.
+            captions: B texts that they were drawn of.
         """
         classes = [-1] * len(index) if labels is None else labels.tolist()
         for row, (number, label) in enumerate(zip(index.tolist(), classes, strict=True)):
@@ -73,6 +77,7 @@ class Gallery:
                 label,
                 features[row].float().clone().cpu().numpy(),
                 None if originals is None else _pixels(originals[row]),
+                None if captions is None else captions[row],
             )
             self._take(number, exhibit)
 
@@ -110,8 +115,9 @@ class Gallery:
     def grids(self, reference: Reference | None) -> dict[str, Image.Image]:
         """Pictures for a report by name, as far as there is something to show.
 
-        ``random`` and ``classes`` (a row for each), or ``reconstructions`` below their originals; ``neighbours``:
-        beside each picture those of the reference that are nearest to it by their features.
+        ``random``, above their captions if these are known, and ``classes`` (a row for each), or ``reconstructions``
+        below their originals; ``neighbours``: beside each picture those of the reference that are nearest to it by
+        their features.
         """
         grids: dict[str, Image.Image] = {}
         drawn = list(self.chosen.values())
@@ -123,9 +129,10 @@ class Gallery:
             grids["reconstructions"] = grid_image(rows)  # type: ignore[arg-type]
             return grids
         if drawn:
-            grids["random"] = grid_image(
-                [[each.picture for each in drawn[a : a + COLUMNS]] for a in range(0, len(drawn), COLUMNS)]
-            )
+            shown = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
+            pictures = [[each.picture for each in row] for row in shown]
+            captions = [[each.caption or "" for each in row] for row in shown]
+            grids["random"] = captioned_grid(pictures, captions) if any(map(any, captions)) else grid_image(pictures)
         if self.by_class:
             grids["classes"] = grid_image(
                 [[e.picture for e in self.by_class[label].values()] for label in sorted(self.by_class)]

@@ -71,6 +71,8 @@ class Published(NamedTuple):
 def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) -> list[Published]:
     """The paper's figures for a model: its own, or, if it is none of the paper's, those of all of its kind.
 
+    Of models of text it has none.
+
     Args:
         config: of the model; None for other people's pictures, which are compared with samples of the paper.
         image_size: pixels at which pictures are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
@@ -80,6 +82,8 @@ def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) ->
         own = key in RECONSTRUCTION and replace(config, dropout=0.0) in TOKENIZERS
         rows = {key: RECONSTRUCTION[key]} if own else RECONSTRUCTION
         return [_reconstruction(*key, row) for key, row in rows.items()]
+    if config is not None and config.condition == "text":
+        return []
     if config is not None:
         shape, side = (config.n_layer, config.n_head, config.dim), 16 * config.grid_size
         size = next((name for name, known in SIZES.items() if known == shape), "")

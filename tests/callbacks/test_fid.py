@@ -318,12 +318,6 @@ def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, refere
         train(module, pipeline, tmp_path, FIDMonitor(reference, Everything()), max_steps=2)
 
 
-def test_a_model_of_texts_is_refused(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
-    module = argen_module(tokenizer=pipeline.tokenizer, condition="text", caption_dim=12, caption_length=6)
-    with pytest.raises(ValueError, match="draws pictures of classes, but the model's condition is text"):
-        FIDMonitor(reference, Everything()).setup(evaluator(default_root_dir=tmp_path), module, "fit")
-
-
 def test_fewer_pictures_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of the first 7 of 10 classes alone; set count to at least"):
         FIDMonitor(reference, Everything(), count=7).setup(

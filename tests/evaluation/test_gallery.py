@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evaluation.gallery import CLASSES, NEIGHBOURED, NEIGHBOURS, PER_CLASS, RANDOM, RECONSTRUCTED, Gallery
 from evaluation.reference import Reference
-from llamagen.grids import MARGIN
+from llamagen.grids import MARGIN, captioned_grid, grid_image
 from tests.metrics.extractors import SIZE, pictures
 
 COUNT, KINDS = 500, 23
@@ -96,6 +96,22 @@ def test_pictures_without_class_have_no_rows_of_classes(given: bool) -> None:
     gallery, images = Gallery(), pictures(5, 0)
     gallery.show(images, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
     assert set(gallery.grids(None)) == {"random"}
+
+
+def test_captions_stand_below_their_pictures() -> None:
+    def shown_with(captions: list[str] | None) -> Image.Image:
+        gallery = Gallery()
+        for number in torch.arange(3).split(1):
+            text = None if captions is None else [captions[int(number)]]
+            gallery.show(pictures(3, 0)[number], number, torch.zeros(1, 2), captions=text)
+        return gallery.grids(None)["random"]
+
+    images, texts = pictures(3, 0).permute(0, 2, 3, 1).numpy(), ["a dog", "", "a red house"]
+    order = list(shown(torch.arange(3)).chosen)
+    expected = captioned_grid([[images[number] for number in order]], [[texts[number] for number in order]])
+    assert np.array_equal(shown_with(texts), expected)
+    for unknown in (None, [""] * 3):
+        assert np.array_equal(shown_with(unknown), grid_image([[images[number] for number in order]]))
 
 
 def test_nothing_is_shown_of_nothing() -> None:

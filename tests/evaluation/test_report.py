@@ -64,12 +64,15 @@ def test_a_tokenizer_of_the_paper_has_its_figures(key: tuple[tuple[int, ...], in
         gpt(side=512),
         gpt(vocab_size=64),
         gpt(num_classes=10),
-        gpt("XL", condition="text"),
         GPTConfig(dim=64, n_layer=2, n_head=2),
     ],
 )
 def test_another_model_has_the_whole_table_beside_it(config: GPTConfig | None) -> None:
     assert [each.title for each in published(config, 256)] == list(GENERATION)
+
+
+def test_a_model_of_text_has_no_figures_of_classes_beside_it() -> None:
+    assert published(gpt("XL", condition="text"), 256) == []
 
 
 @pytest.mark.parametrize(
