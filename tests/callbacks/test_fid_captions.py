@@ -313,15 +313,18 @@ def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Pa
     codes = write_set(tmp_path / "set", tokenizer, features=True, broken=BROKEN)
     keep = ModelCheckpoint(tmp_path, filename="text")
     train(text_module(tokenizer), data_of(codes, max_bad_share=0.2), tmp_path, keep, max_steps=2, limit_val_batches=0)
+    monitor = {"reference": str(reference), "features": "tests.metrics.extractors.Everything"}
+    monitor |= {"count": 20, "batch_size": 2}  # 3 batches of one rank and 5 of the other
+    callbacks = [{"class_path": "EMA"}, {"class_path": "FIDMonitor", "init_args": monitor}]
+    config = {"trainer": {"logger": False, "enable_checkpointing": False, "callbacks": callbacks}}
+    (tmp_path / "monitor.yaml").write_text(json.dumps(config))
     arguments = [
         *("test", "--config", "configs/argen/base.yaml", "--config", "configs/argen/t2i_stage1.yaml"),
-        *("--config", "configs/argen/evaluate.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true"),
+        *("--config", f"{tmp_path / 'monitor.yaml'}", "--trainer.accelerator=cpu", "--trainer.precision=32-true"),
         *(f"--model.init_args.net.{key}={value}" for key, value in NET.items()),
         *(f"--model.init_args.tokenizer={tokenizer}", f"--ckpt_path={tmp_path / 'text.ckpt'}"),
-        *("--data.class_path=CodeDataModule", f"--data.init_args.root={codes}", "--data.init_args.num_workers=0"),
+        *(f"--data.init_args.root={codes}", "--data.init_args.num_workers=0"),
         *("--data.init_args.batch_size=1", "--data.init_args.max_bad_share=0.2"),
-        *(f"--trainer.callbacks.reference={reference}", "--trainer.callbacks.batch_size=2"),
-        *("--trainer.callbacks.features=tests.metrics.extractors.Everything", "--trainer.callbacks.count=20"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
     ]
     found = {}
