@@ -214,9 +214,12 @@ class CodeDataModule(ShardDataModule):
         return train, val, meta
 
     def _stored(self, described: Any) -> StoredFeatures:
-        features, again = StoredFeatures(described, str(self.root)), "extract the features again with it"
+        features = StoredFeatures(described, str(self.root))
         if self.clean_captions and not described.get("cleaned"):
-            raise ValueError(f"clean_captions is true, but the features in {self.root} are of other captions; {again}")
+            raise ValueError(
+                f"clean_captions is true, but the features in {self.root} are of captions as they were; set it to false, "
+                "or extract the features again with it"
+            )
         if self.short_caption_share and not features.short:
             raise ValueError(
                 f"short_caption_share is {self.short_caption_share}, but {self.root} has no features of short captions "

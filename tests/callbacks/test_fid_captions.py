@@ -325,7 +325,11 @@ def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Pa
         *(f"--model.init_args.tokenizer={tokenizer}", f"--ckpt_path={tmp_path / 'text.ckpt'}"),
         *(f"--data.init_args.root={codes}", "--data.init_args.num_workers=0"),
         *("--data.init_args.batch_size=1", "--data.init_args.max_bad_share=0.2"),
-        *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        *(
+            "--data.init_args.clean_captions=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ),
     ]
     found = {}
     for name, more in {"one": [], "ddp": ["ddp"], "sharded": ["sharded"]}.items():

@@ -195,7 +195,12 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
         ({"caption_length": 7}, {}, {}, ("up to 8 tokens", "caption_length is 7")),
         ({}, {"width": 0}, {}, ("features in meta.json", "extract them again")),
         ({}, {"dtype": "int8"}, {}, ("features in meta.json", "extract them again")),
-        ({}, {"cleaned": False}, {"clean_captions": True}, ("of other captions", "extract the features again")),
+        (
+            {},
+            {"cleaned": False},
+            {"clean_captions": True},
+            ("of captions as they were; set it to false", "extract the features again"),
+        ),
         ({}, {"short": False}, {"short_caption_share": 0.1}, ("no features of short captions",)),
     ],
 )
