@@ -217,8 +217,8 @@ class CodeDataModule(ShardDataModule):
         features = StoredFeatures(described, str(self.root))
         if self.clean_captions and not described.get("cleaned"):
             raise ValueError(
-                f"clean_captions is true, but the features in {self.root} are of captions as they were; set it to false, "
-                "or extract the features again with it"
+                f"clean_captions is true, but the features in {self.root} are of captions as they were; set it to "
+                "false, or extract the features again with it"
             )
         if self.short_caption_share and not features.short:
             raise ValueError(
