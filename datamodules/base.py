@@ -174,20 +174,29 @@ class ShardDataModule(pl.LightningDataModule):
                 check_presence(source.shards)
                 self._indexes[split] = StreamIndex(source, self.cache, self.extensions, self.labels_needed)
             elif source is None or (split == "train" and self._found()["val"] is None):
-                train = self._whole(self._found()["train"])
+                train = self._whole("train")
                 held_out = hold_out(train, self.val_share)
                 # What is bad is counted with the training samples.
                 validation = train.select(np.flatnonzero(held_out))
                 validation.bad = []
                 self._indexes |= {"train": train.select(np.flatnonzero(~held_out)), "val": validation}
             else:
-                self._indexes[split] = self._whole(source)
+                self._indexes[split] = self._whole(split)
         return self._indexes[split]
 
-    def _whole(self, source: Source | None) -> SampleIndex:
-        if source is None:
+    def _whole(self, split: str) -> SampleIndex:
+        if self._found()[split] is None:
             raise ValueError(f"there are no training data; {self.hint}")
-        return source.index(self.cache).usable(self.extensions, self.labels_needed)
+        return self.read_index(split).usable(self.extensions, self.labels_needed)
+
+    def read_index(self, split: str) -> SampleIndex:
+        """All samples of a split that is there, also those that cannot be used.
+
+        Raises:
+            ValueError: if something is missing.
+        """
+        index: SampleIndex = self._found()[split].index(self.cache)
+        return index
 
     @property
     def labels_needed(self) -> bool | None:

@@ -12,10 +12,11 @@ from datamodules.base import SPLITS, ShardDataModule
 from datamodules.captions import caption_of
 from datamodules.dataset import SampleDataset
 from datamodules.features import StoredFeatures
-from datamodules.index import NO_LABEL, SampleIndex
+from datamodules.index import FEATURES, NO_LABEL, SampleIndex
 from datamodules.loader import ranks_wait
 from datamodules.order import NO_EPOCH, Address, draw
-from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
+from datamodules.pairing import PairedFeatures
+from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.sources import Source
 from datamodules.stream import StreamIndex
 
@@ -119,7 +120,7 @@ class CodeDataset(SampleDataset):
             return {}
         index, place = self.samples.locate(number)
         if self.features is not None:
-            return {"caption_features": self.features.read(index[place], short)}
+            return {"caption_features": self.features.read(self.features.sample_of(index, place), short)}
         return {"captions": caption_of(index[place], self.clean, short)}
 
     def _parse(self, index: SampleIndex, place: int) -> np.ndarray:
@@ -156,7 +157,7 @@ class CodeDataset(SampleDataset):
 
 class CodeDataModule(ShardDataModule):
     """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote, or with the
-    captions' features, from those that ``predict`` of :class:`CaptionModule` wrote.
+    captions' features, which ``predict`` of :class:`CaptionModule` wrote, beside the codes or in a set of their own.
 
     Args:
         root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``; ``train`` and ``val``
@@ -166,6 +167,9 @@ class CodeDataModule(ShardDataModule):
             not, when these were made.
         short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
             epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
+        features: folder or address of a set of features of the same pictures' captions, as ``predict`` of
+            :class:`CaptionModule` wrote it; found by key, see :class:`~datamodules.pairing.PairedFeatures`. None: those
+            that lie beside the codes, if there are any.
     """
 
     extensions = ("npy",)
@@ -177,14 +181,22 @@ class CodeDataModule(ShardDataModule):
         batch_size: int = 256,
         clean_captions: bool = False,
         short_caption_share: float = 0.0,
+        features: Path | str | None = None,
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
         if not 0.0 <= short_caption_share <= 1.0:
             raise ValueError(f"short_caption_share is {short_caption_share}; it must lie between 0 and 1")
+        if features is not None and self.resampled_epoch:
+            raise ValueError(
+                f"features is {features}, but with resampled_epoch features must lie beside the codes; extract them "
+                "with these codes as root, or leave resampled_epoch out"
+            )
         self.clean_captions, self.short_caption_share = clean_captions, short_caption_share
+        self.feature_root = None if features is None else str(features)
         self.code_meta: dict[str, Any] = {}
         self._features: StoredFeatures | None = None
+        self._partners: dict[str, np.ndarray] = {}
 
     def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
         """Make out the splits and read the description.
@@ -195,6 +207,11 @@ class CodeDataModule(ShardDataModule):
         train, val, meta = super().find()
         needed = {"format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits"}
         meta = meta or read_meta(str(self.root), self.hint)  # it is not read yet where shards are named by themselves
+        if meta.get("format") == CAPTIONS_FORMAT:
+            raise ValueError(
+                f"{self.root} holds features of captions without codes; extract the pictures' codes, give their set as "
+                "root, and this one as features"
+            )
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
             raise ValueError(f"{META_FILE} of {self.root} does not describe codes; {self.hint}")
         numbers = [meta[name] for name in ("vocabulary", "views")]
@@ -209,23 +226,47 @@ class CodeDataModule(ShardDataModule):
             raise ValueError(
                 f"vocabulary, grid, views or num_classes in {META_FILE} of {self.root} are wrong; {self.hint}"
             )
+        if self.feature_root is not None and self._asks_for_captions is not False:
+            paired = PairedFeatures(self.feature_root, self.allow_pipe)
+            self._features, meta = paired, {**meta, FEATURES: paired.described}  # also in the place of its own
+        else:
+            self._features = StoredFeatures(meta[FEATURES], str(self.root)) if FEATURES in meta else None
+        if self._features is not None:
+            self._check(self._features, meta[FEATURES])
         self.code_meta = meta
-        self._features = self._stored(meta["features"]) if "features" in meta else None
         return train, val, meta
 
-    def _stored(self, described: Any) -> StoredFeatures:
-        features = StoredFeatures(described, str(self.root))
+    def _check(self, features: StoredFeatures, described: Any) -> None:
+        root = features.root
         if self.clean_captions and not described.get("cleaned"):
             raise ValueError(
-                f"clean_captions is true, but the features in {self.root} are of captions as they were; set it to "
-                "false, or extract the features again with it"
+                f"clean_captions is true, but the features in {root} are of captions as they were; set it to false, or "
+                "extract the features again with it"
             )
         if self.short_caption_share and not features.short:
             raise ValueError(
-                f"short_caption_share is {self.short_caption_share}, but {self.root} has no features of short captions "
+                f"short_caption_share is {self.short_caption_share}, but {root} has no features of short captions "
                 "(short_captions); extract the features again with them"
             )
-        return features
+
+    def read_index(self, split: str) -> SampleIndex:
+        """All samples of a split, with what features of another set belong to them.
+
+        Raises:
+            ValueError: if something is missing, or it is not known which ones belong to which.
+        """
+        index = super().read_index(split)
+        if isinstance(self._features, PairedFeatures):
+            if not self._partners:  # a key may come in both splits, so both are looked at even if one is read
+                splits = {
+                    name: index if name == split else super(CodeDataModule, self).read_index(name)
+                    for name, source in self._found().items()
+                    if source is not None
+                }
+                columns = self._features.pair(list(splits.values()), self.cache, str(self.root))
+                self._partners = dict(zip(splits, columns, strict=True))
+            index.partners = self._partners.pop(split)
+        return index
 
     @property
     def _asks_for_captions(self) -> bool | None:

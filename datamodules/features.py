@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules.bad_samples import BadSampleError
-from datamodules.index import FEATURES, SHORT_FEATURES, Sample
+from datamodules.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex
 from datamodules.shards import META_FILE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +26,7 @@ class StoredFeatures:
     """
 
     def __init__(self, described: Mapping[str, Any], root: str) -> None:
+        self.root = root
         try:
             self.width, self.caption_length = int(described["width"]), int(described["caption_length"])
             self.dtype, self.short = DTYPES[described["dtype"]], bool(described["short"])
@@ -35,6 +36,11 @@ class StoredFeatures:
             raise ValueError(
                 f"features in {META_FILE} of {root} are wrong ({type(error).__name__}: {error}); extract them again"
             ) from error
+
+    def sample_of(self, index: SampleIndex, place: int) -> Sample:
+        """The sample that has the features of sample ``place``: it has them itself."""
+        sample: Sample = index[place]
+        return sample
 
     def read(self, sample: Sample, short: bool) -> np.ndarray:
         """Features of the caption of a sample, or of its first sentence, where that is another text.
@@ -46,14 +52,19 @@ class StoredFeatures:
             BadSampleError: if there are none, or not as many as there should be.
         """
         data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
-        tokens, rest = divmod(len(data), 2 * self.width)
-        if rest or not 1 <= tokens <= self.caption_length:
+        tokens = int(self.tokens_in(np.array(len(data))))
+        if not tokens:
             raise BadSampleError(
                 "broken features",
                 f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
                 f"{self.caption_length} tokens of width {self.width}; extract the features again",
             )
         return np.frombuffer(data, "<u2").reshape(tokens, self.width)
+
+    def tokens_in(self, sizes: np.ndarray) -> np.ndarray:
+        """How many tokens so many bytes hold, each; 0 for what is no possible size."""
+        tokens, rest = np.divmod(sizes, 2 * self.width)
+        return np.where((rest == 0) & (tokens >= 1) & (tokens <= self.caption_length), tokens, 0)
 
     def join(self, features: list[np.ndarray]) -> dict[str, Tensor]:
         """``caption_features`` (T, W), caption after caption, and ``caption_lengths`` (B,) int64, of sum T."""

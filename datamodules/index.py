@@ -202,6 +202,8 @@ class SampleIndex(Sequence[Sample]):
         members: (N, 2) int64 for each extension: offset and size; an offset of −1 says that it is missing.
         labels: (N,) int64, −1 for none.
         bad: what is known not to be usable, and so not among the N.
+        partners: (N,) int64, the number of each sample's features in the index of another set, −1 for none; None where
+            there is no other set.
     """
 
     def __init__(
@@ -212,9 +214,10 @@ class SampleIndex(Sequence[Sample]):
         members: dict[str, np.ndarray],
         labels: np.ndarray,
         bad: Sequence[Skipped] = (),
+        partners: np.ndarray | None = None,
     ) -> None:
         self.paths, self.file_of, self.keys, self.members, self.labels = paths, file_of, keys, members, labels
-        self.bad = list(bad)
+        self.bad, self.partners = list(bad), partners
         self.files = OpenFiles()
 
     def __len__(self) -> int:
@@ -261,6 +264,7 @@ class SampleIndex(Sequence[Sample]):
             {extension: column[numbers] for extension, column in self.members.items()},
             self.labels[numbers],
             [*self.bad, *bad],
+            None if self.partners is None else self.partners[numbers],
         )
 
     def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "SampleIndex":
@@ -288,8 +292,10 @@ class SampleIndex(Sequence[Sample]):
         ]
         if labelled:
             faults.append((self.labels == NO_LABEL, "no label", "has no class (.cls)"))
-        elif has_text[has_member].any():
+        elif has_text[has_member].any() and self.partners is None:
             faults.append((~has_text, "no caption", "has no caption (.txt or .json)"))
+        if self.partners is not None:
+            faults.append((self.partners < 0, "no caption", "has no features of a caption"))
         good = np.ones(len(self), bool)
         bad = []
         for mask, reason, story in faults:
@@ -301,7 +307,7 @@ class SampleIndex(Sequence[Sample]):
 
     @staticmethod
     def concatenate(parts: Sequence["SampleIndex"]) -> "SampleIndex":
-        """One after the other."""
+        """One after the other, before they get partners."""
         starts = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])
         extensions = [extension for extension in EXTENSIONS if any(extension in part.members for part in parts)]
         return SampleIndex(

@@ -1,11 +1,13 @@
 """What a data set holds: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
 Reads every sample as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
-reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataModule takes: pictures or codes.
+reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataModule takes: pictures, codes, or
+features of captions, of which only the sizes are looked at.
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from tqdm import tqdm
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
+from datamodules.features import StoredFeatures
 from datamodules.files import sha256_of, whole_file
-from datamodules.index import PICTURES, SampleIndex
+from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
-from datamodules.shards import CODES_FORMAT, shard_notes
+from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
 
 TILE = 112
@@ -66,7 +69,7 @@ def inspect(
     """Describe a data set.
 
     Args:
-        root: of pictures or codes, as a DataModule takes it.
+        root: of pictures, codes or features of captions, as a DataModule takes it.
         sheet: PNG file for a contact sheet of pictures; None writes none.
         decode: decode every picture, not only its header.
         num_workers: processes that read pictures; 0 for none.
@@ -79,11 +82,12 @@ def inspect(
         ValueError: if there is nothing, or a shard is missing.
     """
     train, val, meta = find_sources(root, None, None, HINT)
-    if meta.get("format") == CODES_FORMAT:
-        if sheet is not None:
-            raise ValueError(f"{root} holds codes, of which there is no contact sheet; leave --sheet out")
-        return _inspect_codes(root)
     cache = ShardCache()
+    if (kind := meta.get("format")) in (CODES_FORMAT, CAPTIONS_FORMAT):
+        if sheet is not None:
+            held = "codes" if kind == CODES_FORMAT else "features of captions"
+            raise ValueError(f"{root} holds {held}, of which there is no contact sheet; leave --sheet out")
+        return _inspect_codes(root) if kind == CODES_FORMAT else _inspect_features(root, meta, (train, val), cache)
     lines = [f"{root}: pictures"]
     shown: list[SampleIndex] = []
     # What has no validation split is shown as it is, and not as a DataModule would divide it.
@@ -129,6 +133,8 @@ def _inspect_codes(root: str) -> list[str]:
         f"{root}: codes, {height} × {width} a picture out of {meta['vocabulary']}, {meta['views']} views, tokenizer "
         f"{meta['tokenizer'][:12]}"
     ]
+    features = StoredFeatures(meta[FEATURES], root) if FEATURES in meta else None
+    lines += [] if features is None else [f"features of captions: {_kind(features, meta)}"]
     for split in SPLITS:
         dataset: Any = data.datasets[split]
         samples: SampleIndex = dataset.samples
@@ -142,8 +148,54 @@ def _inspect_codes(root: str) -> list[str]:
                 used[sample["codes"]] = True
         lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(shard_notes(meta, split, root)))}"]
         lines += _classes(samples.labels, data.class_names)
-        lines += [f"  codes in use (first view): {used.mean():.1%}", *_bad([*samples.bad, *bad])]
+        lines.append(f"  codes in use (first view): {used.mean():.1%}")
+        lines += [] if features is None else _features(samples, features)[0]
+        lines += _bad([*samples.bad, *bad])
     return lines
+
+
+def _inspect_features(
+    root: str, meta: dict[str, Any], sources: Sequence[Source | None], cache: ShardCache
+) -> list[str]:
+    """Of a set of captions without codes, from the headers of its shards."""
+    features = StoredFeatures(meta.get(FEATURES, {}), root)
+    lines = [f"{root}: features of captions, {_kind(features, meta)}"]
+    for split, source in zip(SPLITS, sources, strict=True):
+        if source is not None:
+            samples = source.index(cache)
+            lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
+            said, bad = _features(samples, features)
+            lines += [*_classes(samples.labels, source.classes), *said, *_bad([*samples.bad, *bad])]
+    return lines
+
+
+def _kind(features: StoredFeatures, meta: dict[str, Any]) -> str:
+    short = ", also of first sentences" if features.short else ""
+    encoder = meta[FEATURES].get("encoder")
+    return f"up to {features.caption_length} tokens of width {features.width}, encoder {encoder}{short}"
+
+
+def _features(samples: SampleIndex, features: StoredFeatures) -> tuple[list[str], list[Skipped]]:
+    """How many samples have features, and of how many tokens; and whose are not there or no whole tokens."""
+    nothing = np.full((len(samples), 2), -1, np.int64)
+    offsets, sizes = samples.members.get(FEATURES, nothing).T
+    tokens = features.tokens_in(sizes[offsets >= 0])
+    good = tokens[tokens > 0]
+    length = f"{good.mean():.1f} tokens on average, {good.max()} at most" if len(good) else "none whole"
+    wrong = np.zeros(len(samples), bool)
+    for part in (FEATURES, SHORT_FEATURES):
+        offsets, sizes = samples.members.get(part, nothing).T
+        wrong |= (offsets >= 0) & (features.tokens_in(sizes) == 0)
+    missing = samples.members.get(FEATURES, nothing)[:, 0] < 0
+    bad = [
+        Skipped(number, samples.keys[number], reason, f"sample {samples.keys[number]} {story}")
+        for which, reason, story in (
+            (missing, "no caption", "has no features"),
+            (wrong, "broken features", "has features of another size than whole tokens have"),
+        )
+        for number in np.flatnonzero(which).tolist()
+    ]
+    return [f"  features: of {len(tokens):,} samples, {length}"], bad
 
 
 def _in_files(shards: int) -> str:
@@ -240,7 +292,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m datamodules.inspection", description="Say what a data set holds.", allow_abbrev=False
     )
-    parser.add_argument("root", help="folder or address of pictures or codes")
+    parser.add_argument("root", help="folder or address of pictures, codes or features of captions")
     parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of pictures")
     parser.add_argument("--headers_only", action="store_true", help="do not decode the pictures: faster, finds less")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures (default: 2)")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from datamodules.inspection import COLUMNS, ROWS, TILE, inspect, main
 from datamodules.shards import META_FILE, ShardSet
+from tests.datamodules.feature_sets import write_set
 from tests.datamodules.shard_files import assert_one_line, encode, write_shards
 
 
@@ -192,6 +193,65 @@ def test_codes_are_described(tmp_path: Path) -> None:
         "  codes in use (first view): 37.5%",
         "  bad samples: none",
     ]
+
+
+SPLITS = {"train": [(f"{number}", number) for number in range(6)], "val": [("6", 6), ("7", 7)]}
+KIND = "up to 5 tokens of width 4, encoder t5, also of first sentences"
+
+
+def test_features_of_captions_are_described(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", SPLITS, "features", encoder="t5")
+    assert inspect(str(root)) == [
+        f"{root}: features of captions, {KIND}",
+        "",
+        "train: 6 samples, in 2 shards",
+        "  classes: none",
+        "  features: of 6 samples, 3.2 tokens on average, 5 at most",
+        "  bad samples: none",
+        "",
+        "val: 2 samples, in 1 shards",
+        "  classes: none",
+        "  features: of 2 samples, 4.5 tokens on average, 5 at most",
+        "  bad samples: none",
+    ]
+
+
+def test_features_beside_codes_are_described(tmp_path: Path) -> None:
+    lines = inspect(str(write_set(tmp_path / "set", SPLITS, encoder="t5")))
+    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 a picture out of 1000, 2 views")
+    assert lines[1] == f"features of captions: {KIND}"
+    assert "  features: of 6 samples, 3.2 tokens on average, 5 at most\n  bad samples: none" in section(lines, "train")
+
+
+@pytest.mark.parametrize("parts", ["features", "codes features"])
+def test_features_of_an_impossible_size_are_listed(tmp_path: Path, parts: str) -> None:
+    root = write_set(tmp_path / "set", SPLITS, parts, caption_length=4)  # samples 3 and 7 have 5 tokens
+    lines = inspect(str(root))
+    for split, key in (("train", 3), ("val", 7)):
+        said = section(lines, split)
+        assert f"  features: of {len(SPLITS[split])} samples, " in said
+        assert " tokens on average, 4 at most" in said
+        assert "  bad samples: 1 (broken features 1)" in said
+        assert f"sample {key} " in said
+
+
+def test_samples_without_features_and_broken_features_of_first_sentences_are_listed(tmp_path: Path) -> None:
+    samples: list[tuple[str, dict[str, bytes]]] = [("0", {"features": bytes(16), "shortfeatures": bytes(9)})]
+    samples += [("1", {"txt": b"words"}), ("2", {"features": bytes(24)})]
+    write_set(tmp_path, {"train": [("0", 0), ("1", 1), ("2", 2)]}, "features")
+    write_shards(tmp_path / "train", samples, per_shard=4)
+    said = section(inspect(str(tmp_path)), "train")
+    assert "  features: of 2 samples, 2.5 tokens on average, 3 at most" in said
+    assert "  bad samples: 2 (no caption 1, broken features 1)" in said
+    assert "    sample 1 has no features\n    sample 0 has features of another size" in said
+
+
+@pytest.mark.parametrize("parts", ["features", "codes features"])
+def test_a_contact_sheet_of_features_is_refused(tmp_path: Path, parts: str) -> None:
+    root = write_set(tmp_path / "set", SPLITS, parts)
+    with pytest.raises(ValueError) as error:
+        inspect(str(root), tmp_path / "sheet.png")
+    assert_one_line(error, root, f"holds {'codes' if 'codes' in parts else 'features of captions'}", "--sheet")
 
 
 def test_broken_codes_are_listed(tmp_path: Path) -> None:

@@ -120,6 +120,24 @@ def test_features_extracted_once_and_features_encoded_online_give_the_same_loss(
         assert max(abs(a / b - 1) for a, b in zip(online.train, other.train, strict=True)) > 10 * close
 
 
+def test_features_in_a_set_of_their_own_are_trained_on_as_those_beside_the_codes(text_pipeline: TextPipeline) -> None:
+    def found(root: Path, features: Path | None = None) -> list[float]:
+        module = text_module(text_pipeline)
+        fill(module.gpt)
+        return losses(module, data_of(root, 100, short_caption_share=0.5, features=features), steps=3).train
+
+    assert found(text_pipeline.codes, text_pipeline.features) == found(text_pipeline.features)
+
+
+def test_features_of_another_set_that_do_not_fit_the_model_are_refused(
+    text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
+    features = changed(text_pipeline, tmp_path / "set", caption_length=9)
+    with pytest.raises(ValueError) as error:
+        evaluator().validate(text_module(text_pipeline), data_of(text_pipeline.codes, features=features), verbose=False)
+    assert_one_line(error, "up to 9 tokens", "caption_length is 8")
+
+
 def test_short_captions_come_in_their_share_and_change_from_epoch_to_epoch(
     text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
