@@ -87,6 +87,7 @@ class CaptionEncoder(nn.Module):
         self.name = str(name)
         self.caption_length = caption_length
         self.model, self.tokenizer = load_t5(name, getattr(torch, dtype))
+        self._checksums: dict[str, str] = {}
         self.requires_grad_(False).eval()
 
     @property
@@ -148,13 +149,14 @@ class CaptionEncoder(nn.Module):
             ``encoder`` (as it was named), ``width``, ``caption_length``, ``dtype``, and the SHA-256 of ``weights`` and
             ``tokenizer``.
         """
+        if not self._checksums:  # over gigabytes, which never change
+            self._checksums = {"weights": _weights_checksum(self.model), "tokenizer": self._tokenizer_checksum()}
         return {
             "encoder": self.name,
             "width": self.width,
             "caption_length": self.caption_length,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "weights": _weights_checksum(self.model),
-            "tokenizer": self._tokenizer_checksum(),
+            **self._checksums,
         }
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

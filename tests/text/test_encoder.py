@@ -173,6 +173,8 @@ def test_facts_are_primitives_that_tell_encoders_apart(folder: Path, t5: Caption
     same = CaptionEncoder(shutil.copytree(folder, tmp_path / "same"), caption_length=12, dtype="float32")
     t5(CAPTIONS)
     assert {**same.facts(), "encoder": str(folder)} == t5.facts() == facts
+    rounded = CaptionEncoder(folder, caption_length=12, dtype="bfloat16").facts()
+    assert rounded == {**facts, "dtype": "bfloat16"}
     save_tiny_model(tmp_path / "same", seed=1)
     other = CaptionEncoder(tmp_path / "same", caption_length=12, dtype="float32").facts()
     assert other["weights"] != facts["weights"]
