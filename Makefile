@@ -12,7 +12,7 @@ TOKENIZER := --config configs/vqgan/base.yaml --config configs/vqgan/digits.yaml
 ARGEN := --config configs/argen/base.yaml --config configs/argen/digits.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy test test-slow lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-slow lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,10 @@ benchmark-quickstart: install ## time and accuracy of the quickstart in an empty
 
 digits-accuracy: install ## how many of the quickstart's digits a classifier recognises
 	$(BIN)/python benchmarks/digits_accuracy.py $(RUN)/samples/samples.npz
+
+text-to-digits: install-dev ## from captions of digits to new digits: all stages of text to image, minutes on a CPU
+	rm -rf runs/text_digits
+	$(BIN)/python -m benchmarks.text_to_digits runs/text_digits
 
 test: install-dev ## the whole CPU test suite, with coverage
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network" --cov --cov-report=term
