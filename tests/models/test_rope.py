@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 import torch
 
-from llamagen.models.gpt import GPT
+from llamagen.models.gpt import GPT, Attention
 from llamagen.models.rope import rope_table, rotate
 from tests.golden import fill, normal_input
 from tests.small_models import codes_for, condition_for, small_gpt
@@ -67,6 +67,44 @@ def test_zero_and_identity_rotation_are_different_models(kind: str) -> None:
     with torch.no_grad():
         difference = (zero(codes, condition) - identity(codes, condition)).abs().amax(-1)
     assert (difference[:, 1:] > 1e-3).all()
+
+
+@pytest.mark.parametrize(("rotation", "mean_is_all"), [("zero", True), ("identity", False)])
+def test_codes_see_no_more_than_the_mean_of_a_caption_if_its_rotation_is_zero(
+    rotation: Literal["zero", "identity"], mean_is_all: bool
+) -> None:
+    gpt, lengths = small_gpt(condition="text", rope_condition=rotation), torch.tensor([3, 6])
+    seen: list[tuple[Attention, tuple[torch.Tensor, ...], torch.Tensor]] = []
+    for block in gpt.layers:
+        block.get_submodule("attention").register_forward_hook(lambda *call: seen.append(call))
+    with torch.no_grad():
+        gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=lengths)
+        calls = list(seen)
+        assert len(calls) == 2
+        for attention, (x, *others), found in calls:
+            levelled = x.clone()
+            for row, length in zip(levelled, lengths.tolist(), strict=True):
+                row[6 - length : 6] = row[6 - length : 6].mean(0)
+            difference = (attention(levelled, *others) - found)[:, 6:].abs().amax(-1)
+            assert bool((difference < 1e-5).all()) is mean_is_all
+            assert bool((difference > 1e-3).all()) is not mean_is_all
+
+
+def test_a_caption_position_sees_the_mean_up_to_itself_if_its_rotation_is_zero() -> None:
+    gpt = small_gpt(condition="text", rope_condition="zero")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for block in gpt.layers:
+        attention = block.get_submodule("attention")
+        attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=torch.tensor([6, 4]))
+        for block, (x, found) in zip(gpt.layers, seen, strict=True):
+            attention = block.get_submodule("attention")
+            values = x @ attention.get_parameter("wqkv.weight")[-32:].T @ attention.get_parameter("wo.weight").T
+            for row, first in ((0, 0), (1, 2)):
+                real = values[row, first:6]
+                running = real.cumsum(0) / torch.arange(1, len(real) + 1)[:, None]
+                torch.testing.assert_close(found[row, first:6], running, atol=1e-5, rtol=0)
 
 
 def test_rotation_keeps_dtype_and_computes_in_float32() -> None:
