@@ -12,6 +12,7 @@ from callbacks.pictures import batches_seen, publish
 from llamagen.grids import captioned_grid, grid_image
 from llamagen.models.sharding import is_sharded
 from llamagen.models.vqgan import to_uint8
+from llamagen.text import clean_caption
 
 
 class Reconstructs(Protocol):
@@ -100,7 +101,7 @@ class SampleGrid(pl.Callback):
         per_class: pictures of each, or of each prompt.
         every_n_validations: draw at every n-th validation.
         seed: of the draws.
-        prompts: instead of classes: texts, for a text model.
+        prompts: instead of classes: texts, for a text model; cleaned if the captions of the data are.
     """
 
     def __init__(
@@ -142,8 +143,7 @@ class SampleGrid(pl.Callback):
         if self._validations % self.every_n_validations or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         module = cast(Samples, pl_module)
-        asked: dict[str, Any] = {"captions": self.prompts} if self.prompts else {"condition": self._labels(module)}
-        condition, lengths, _ = module.condition_of(asked)
+        condition, lengths, _ = module.condition_of(self._asked(trainer, module))
         condition = condition.repeat_interleave(self.per_class, 0)
         lengths = None if lengths is None else lengths.repeat_interleave(self.per_class, 0)
         with trainer.precision_plugin.forward_context():
@@ -156,5 +156,8 @@ class SampleGrid(pl.Callback):
         captions = [[prompt] * self.per_class for prompt in self.prompts]
         publish(trainer, captioned_grid(rows, captions) if captions else grid_image(rows), "samples")
 
-    def _labels(self, module: Samples) -> Tensor:
-        return torch.tensor(self.classes, device=module.device)
+    def _asked(self, trainer: pl.Trainer, module: Samples) -> dict[str, Any]:
+        if not self.prompts:
+            return {"condition": torch.tensor(self.classes, device=module.device)}
+        cleaned = getattr(getattr(trainer, "datamodule", None), "clean_captions", False)
+        return {"captions": [clean_caption(prompt) for prompt in self.prompts] if cleaned else self.prompts}

@@ -86,6 +86,31 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_0000003.png", "step_0000006.png"]
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_prompts_are_read_as_the_captions_of_the_data_are(clean: bool, tmp_path: Path) -> None:
+    import torch
+
+    read: list[list[str]] = []
+
+    class Module(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def condition_of(self, batch: dict[str, Any]) -> Any:
+            read.append(batch["captions"])
+            return torch.zeros(2, 3, 4), torch.tensor([3, 2]), None
+
+        def sample(self, condition: Any, indices: Any, seed: int, lengths: Any) -> Any:
+            assert condition.shape == (4, 3, 4)
+            assert lengths.tolist() == [3, 3, 2, 2]
+            return torch.zeros(len(condition), 4, 4, 3, dtype=torch.uint8), None
+
+    module: Any = Module()
+    trainer = trainer_at(1, tmp_path, datamodule=SimpleNamespace(clean_captions=clean))
+    SampleGrid(prompts=["A Cat", "two"], per_class=2).on_validation_epoch_end(trainer, module)
+    assert read == [["a cat", "two"] if clean else ["A Cat", "two"]]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000001.png"]
+
+
 def picture(width: int) -> np.ndarray:
     return np.full((width // 2, width, 3), 200, dtype=np.uint8)
 
