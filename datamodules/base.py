@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.bad_samples import REASONS, Tally
-from datamodules.index import SampleIndex
+from datamodules.index import CAPTIONS, SampleIndex
 from datamodules.loader import EvaluationLoader, TrainLoader, ranks_wait
 from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
 from datamodules.remote import ShardCache, check_presence
@@ -138,8 +138,7 @@ class ShardDataModule(pl.LightningDataModule):
         for split in _splits_of(stage):
             samples = self._index(split)
             bad = samples.bad if isinstance(samples, SampleIndex) else ()
-            if isinstance(samples, SampleIndex):
-                self.captioned = self.captioned or "txt" in samples.members or "json" in samples.members
+            self.captioned = self.captioned or not set(CAPTIONS).isdisjoint(samples.members)
             count = self.resampled_epoch if isinstance(samples, StreamIndex) else len(samples)
             if self._found()["val"] is None:  # two parts of one source: few held-out samples say little of its share
                 count = sum(len(index) for index in self._indexes.values())

@@ -1,7 +1,7 @@
 """Samples of shards that are fetched and indexed only when one of them is asked for."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class StreamIndex(Sequence[Sample]):
     def shards(self) -> int:
         """Number of shards."""
         return len(self.source.shards)
+
+    @property
+    def members(self) -> Collection[str]:
+        """Extensions of the samples' parts, as far as the first shard tells."""
+        return self._shard(0).members
 
     def __len__(self) -> int:
         """About how many samples there are: as if each shard had as many as the first."""

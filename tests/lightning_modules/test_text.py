@@ -138,6 +138,17 @@ def test_features_of_another_set_that_do_not_fit_the_model_are_refused(
     assert_one_line(error, "up to 9 tokens", "caption_length is 8")
 
 
+@pytest.mark.parametrize("name", ["features", "codes"])
+def test_streams_are_learned_from_too(name: str, text_pipeline: TextPipeline) -> None:
+    root = text_pipeline.features if name == "features" else text_pipeline.codes
+    module = text_module(text_pipeline)
+    fill(module.gpt)
+    data = data_of(root, 32, resampled_epoch=320, clean_captions=True)
+    found = losses(module, data, steps=3)
+    assert len(set(found.train)) == 3
+    assert found.val > 0
+
+
 def test_short_captions_come_in_their_share_and_change_from_epoch_to_epoch(
     text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
