@@ -12,6 +12,8 @@ from datamodules.index import FEATURES, SHORT_FEATURES, Sample
 from datamodules.shards import META_FILE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""Bits that are all set in what is no finite number."""
 
 
 class StoredFeatures:
@@ -43,7 +45,7 @@ class StoredFeatures:
             (n, W) uint16, the bits of each number; n from 1 to ``caption_length``.
 
         Raises:
-            BadSampleError: if there are none, or not as many as there should be.
+            BadSampleError: if there are none, not as many as there should be, or some that are not finite.
         """
         data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
         tokens, rest = divmod(len(data), 2 * self.width)
@@ -53,7 +55,14 @@ class StoredFeatures:
                 f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
                 f"{self.caption_length} tokens of width {self.width}; extract the features again",
             )
-        return np.frombuffer(data, "<u2").reshape(tokens, self.width)
+        bits = np.frombuffer(data, "<u2")
+        exponent = EXPONENTS[self.dtype]
+        if (bits & exponent).max() == exponent:
+            raise BadSampleError(
+                "broken features",
+                f"sample {sample.key} of {sample.source} has features that are not finite; extract the features again",
+            )
+        return bits.reshape(tokens, self.width)
 
     def join(self, features: list[np.ndarray]) -> dict[str, Tensor]:
         """``caption_features`` (T, W), caption after caption, and ``caption_lengths`` (B,) int64, of sum T."""
