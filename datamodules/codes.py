@@ -250,7 +250,9 @@ class CodeDataModule(ShardDataModule):
             draw_view=train,
             seed=self.seed,
             labels=self._asks_for_captions is not True,
-            captions=captions and self.captioned,
+            # Of a stream nobody knows beforehand whether there are captions; a model that needs them will see.
+            captions=captions
+            and (self.captioned or (isinstance(samples, StreamIndex) and bool(self._asks_for_captions))),
             clean=self.clean_captions,
             features=self._features if captions else None,
             short_share=self.short_caption_share if train else 0.0,

@@ -160,6 +160,12 @@ def test_samples_without_a_caption_are_skipped_and_counted(text_pipeline: TextPi
     assert sorted(seen[0], key=lambda key: int(key.split("/")[1])) == [f"train/{i}" for i in range(20)]
 
 
+def test_captions_of_a_stream_are_encoded_while_training(text_pipeline: TextPipeline) -> None:
+    found = losses(text_module(text_pipeline), data_of(text_pipeline.codes, resampled_epoch=12), steps=3)
+    assert len(found.train) == 3
+    assert all(0 < loss < 4 for loss in found.train)
+
+
 def test_an_encoder_is_loaded_only_where_it_is_needed(
     text_pipeline: TextPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
