@@ -4,6 +4,7 @@ import warnings
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import lightning.pytorch as pl
@@ -136,7 +137,7 @@ class LlamaGenCLI(LightningCLI):
                 )
         except ValueError as error:
             reason = error
-            while isinstance(reason.__cause__, ValueError):
+            while _is_of_parser(reason) and isinstance(reason.__cause__, ValueError):
                 reason = reason.__cause__
             self.parser.error(str(reason))
 
@@ -155,6 +156,12 @@ class LlamaGenCLI(LightningCLI):
         strategy = config.trainer.strategy
         if getattr(strategy, "class_path", None) == PLAIN_SHARDED:
             strategy.class_path = SHARDED
+
+
+def _is_of_parser(error: ValueError) -> bool:
+    """Whether jsonargparse raised an error, around that of a class: what a class was led to its own by is a detail."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("jsonargparse.")
 
 
 def _is_frozen(class_path: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Captions, as they are meant to be read by a text encoder. B captions."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ class CaptionDataModule(ShardDataModule):
             meta = read_meta(self.root, self.hint)
         self.source_meta = meta
         return train, val, meta
+
+    def fingerprint(self, split: str) -> str:
+        """Checksum of keys and classes of a split's samples, in their order, and of where their captions lie.
+
+        So captions that were written anew are seen to be others, as long as one has another length.
+        """
+        samples = self._indexes[split]
+        assert isinstance(samples, SampleIndex)
+        columns = [samples.members[name].tobytes() for name in CAPTIONS if name in samples.members]
+        return hashlib.sha256(b"".join([super().fingerprint(split).encode(), *columns])).hexdigest()
 
     def prepare_data(self) -> None:
         """Fetch shards and read their headers, in one process of each machine.

@@ -12,6 +12,8 @@ from datamodules.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex
 from datamodules.shards import META_FILE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""Bits that are all set in what is no finite number."""
 
 
 class StoredFeatures:
@@ -49,7 +51,7 @@ class StoredFeatures:
             (n, W) uint16, the bits of each number; n from 1 to ``caption_length``.
 
         Raises:
-            BadSampleError: if there are none, or not as many as there should be.
+            BadSampleError: if there are none, not as many as there should be, or some that are not finite.
         """
         data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
         tokens = int(self.tokens_in(np.array(len(data))))
@@ -59,7 +61,14 @@ class StoredFeatures:
                 f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
                 f"{self.caption_length} tokens of width {self.width}; extract the features again",
             )
-        return np.frombuffer(data, "<u2").reshape(tokens, self.width)
+        bits = np.frombuffer(data, "<u2")
+        exponent = EXPONENTS[self.dtype]
+        if (bits & exponent).max() == exponent:
+            raise BadSampleError(
+                "broken features",
+                f"sample {sample.key} of {sample.source} has features that are not finite; extract the features again",
+            )
+        return bits.reshape(tokens, self.width)
 
     def tokens_in(self, sizes: np.ndarray) -> np.ndarray:
         """How many tokens so many bytes hold, each; 0 for what is no possible size."""

@@ -87,6 +87,8 @@ class TextCondition:
     def check_set(self, meta: Mapping[str, Any], captioned: bool, cleaned: bool) -> None:
         """See that a set of codes tells captions that the model can read; loads the encoder if it has to.
 
+        Whether captions are cleaned is from now on what it is of this set, whatever the weights were trained on before.
+
         Args:
             meta: of the set.
             captioned: whether it has captions.
@@ -101,7 +103,8 @@ class TextCondition:
                     "the codes have neither captions nor their features, which a text model needs; extract codes of "
                     "pictures with captions"
                 )
-            self.check({**self.encoder.facts(), "cleaned": cleaned}, "the text encoder")
+            self.check(self.encoder.facts(), "the text encoder")
+            self.facts = {**(self.facts or {}), "cleaned": cleaned}
             return
         if features["width"] != self.config.caption_dim or features["caption_length"] > self.config.caption_length:
             raise ValueError(
@@ -110,8 +113,9 @@ class TextCondition:
                 "set them to these"
             )
         # The length is the model's own business.
-        facts = {key: features.get(key) for key in ("encoder", "width", "encoder_dtype", *SAME, "cleaned")}
+        facts = {key: features[key] for key in ("encoder", "width", "encoder_dtype", *SAME) if features.get(key)}
         self.check(facts, "the encoder of the features")
+        self.facts = {**(self.facts or {}), "cleaned": features.get("cleaned", False)}
 
     def warn_of_uncleaned(self, cleaned: bool) -> None:
         """Say that prompts are not cleaned as the captions were that the model learned, or the other way round."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from llamagen.adaptation import FUNCTION
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.sharded_checkpoint import not_moments
@@ -73,7 +74,7 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
-    """Refuse a checkpoint whose weights are not those of a model of this shape.
+    """Refuse a checkpoint whose weights are not those of a model of this shape and function.
 
     Args:
         checkpoint: as loaded.
@@ -91,6 +92,11 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
             f"a {wanted} run"
         )
+    here = asdict(model.config)
+    for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
+        there = entry["config"].get(name, here[name])
+        if there != here[name]:
+            raise ValueError(f"the checkpoint's {name} is {there}, but here it is {here[name]}; set {name} to {there}")
     if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
         return
     differing = differences(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict())

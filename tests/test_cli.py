@@ -14,6 +14,7 @@ import main
 from datamodules.shards import META_FILE, ShardSet, read_meta
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
+from tests.text_pipeline import TextPipeline
 
 
 def files(folder: Path) -> list[Path]:
@@ -44,6 +45,24 @@ def test_a_wrong_argument_is_named(
         main.main(["fit", *pipeline.argen_arguments(tmp_path / "run"), *arguments])
     assert phrase in (str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_message_is_of_our_class_and_not_of_the_library_that_it_asked(
+    text_pipeline: TextPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, latin, run = tmp_path / "t5", tmp_path / "latin.txt", tmp_path / "run"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    latin.write_bytes(b"caf\xe9\n")
+    for arguments, phrase in (
+        ([*text_pipeline.feature_arguments(run), f"--model.init_args.encoder.name={encoder}"], "the caption encoder"),
+        (text_pipeline.prompt_arguments(run, str(latin)), f"prompts is '{latin}', which cannot be read (not a text"),
+        (text_pipeline.prompt_arguments(run, "["), "prompts is '[', which is no list"),
+    ):
+        with pytest.raises(SystemExit):
+            main.main(arguments)
+        assert f"error: {phrase}" in capsys.readouterr().err
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -371,6 +371,16 @@ def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> Non
         check_fits(checkpoint, small_gpt())
 
 
+@pytest.mark.parametrize("option", [{"rope_condition": "identity"}, {"block_size": 64}, {"n_head": 1}])
+def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> None:
+    other = small_gpt(**option)
+    checkpoint = {"llamagen": describe(other, "gpt."), "state_dict": prefixed(other.state_dict(), "gpt.")}
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but here it is .*; set {name} to"):
+        check_fits(checkpoint, small_gpt())
+    check_fits(checkpoint, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state: State) -> None:
     name = "encoder.conv_in.weight"

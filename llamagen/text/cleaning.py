@@ -43,8 +43,10 @@ AT_ENDS = re.compile(r"etc|inc|ltd|co|corp|jr|sr|bros|dept|ave|blvd|rd|ft|a[.]m|
 """A sentence may end with these: one does where a capital follows."""
 WIDE_STOPS = "。！？｡।॥۔؟"
 CLOSERS = "\"'”’»)\\]」』）】》"
-SENTENCE_END = re.compile(rf"[{WIDE_STOPS}]+[{CLOSERS}]*|[.!?…]+[{CLOSERS}]*(?=\s|\Z)|\n\s*\n")
+SENTENCE_END = re.compile(rf"[{WIDE_STOPS}]+[{CLOSERS}]*|(?<![.!?…])[.!?…]+[{CLOSERS}]*(?=\s|\Z)|\n\s*\n")
 WORD_BEFORE = re.compile(r"[^\s(\[{\"'“‘«]*\Z")
+NEXT = re.compile(r"\s*(.?)", re.DOTALL)
+NEXT_LETTER = re.compile(r"[ \"'“‘«(\[]*(.?)", re.DOTALL)
 LONGEST_WORD = 40
 
 
@@ -90,7 +92,9 @@ def first_sentence(text: str) -> str:
         The sentence with its full stop, without surrounding space; the whole text if it has one sentence.
     """
     text = text.strip()
-    for match in SENTENCE_END.finditer(text):
+    # A sentence has a letter or digit.
+    first = next((place for place, letter in enumerate(text) if letter.isalnum()), len(text))
+    for match in SENTENCE_END.finditer(text, first):
         if _ends_sentence(text, match):
             return text[: match.end()].strip()
     return text
@@ -128,18 +132,15 @@ def _fewer_shouts(match: re.Match[str]) -> str:
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
-    """Whether a mark ends the first sentence. A sentence has a letter or digit."""
-    before = text[: match.start()]
-    if not any(letter.isalnum() for letter in before):
-        return False
-    mark, following = match[0], text[match.end() :].lstrip()[:1]
+    """Whether a mark ends the first sentence. Nothing is copied: a text may have many marks."""
+    mark, following = match[0], _after(NEXT, text, match)
     if mark.startswith(("..", "…")):
         return _capital_follows(text, match)
     if mark[-1] in CLOSERS and following.islower():  # "Stop!" she said.
         return False
     if mark[0] != ".":
         return True
-    found = WORD_BEFORE.search(before[-LONGEST_WORD:])
+    found = WORD_BEFORE.search(text[max(0, match.start() - LONGEST_WORD) : match.start()])
     word = found[0].lower() if found else ""
     if TITLES.fullmatch(word) or (len(word) == 1 and word != word.upper()):
         return not following
@@ -147,10 +148,16 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
         return not following.isdigit()
     if AT_ENDS.fullmatch(word):
         return _capital_follows(text, match)
-    return not (word.isdigit() and before.strip() == word)
+    return not (word.isdigit() and match.start() == len(word))
 
 
 def _capital_follows(text: str, match: re.Match[str]) -> bool:
     """Whether a sentence starts after a mark, or nothing."""
-    following = text[match.end() :].lstrip(" \"'“‘«([")[:1]
+    following = _after(NEXT_LETTER, text, match)
     return not following or following.isupper() or following == "\n"
+
+
+def _after(pattern: re.Pattern[str], text: str, match: re.Match[str]) -> str:
+    """The first character after a mark that a pattern does not pass over; '' at the end."""
+    found = pattern.match(text, match.end())
+    return found[1] if found else ""

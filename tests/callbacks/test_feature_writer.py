@@ -211,7 +211,7 @@ def test_a_shard_that_was_removed_is_written_again(
         ({"dtype": "float16"}, "another dtype"),
         ({"clean_captions": True}, "another clean_captions"),
         ({"short_captions": True}, "another short_captions"),
-        ({"source": "other captions"}, "another source"),
+        ({"source": "other captions"}, "another captions, source"),
         ({"source": "fewer"}, "another captions, source"),
     ],
     ids=str,

@@ -84,6 +84,21 @@ def test_shards_of_img2dataset_are_read(tmp_path: Path) -> None:
     assert "codes" not in batch
 
 
+def test_captions_that_were_written_anew_are_seen_to_be_others(tmp_path: Path) -> None:
+    def fingerprint(folder: str, *captions: bytes) -> str:
+        write_shards(
+            tmp_path / folder / "train", [(str(number), {"txt": text}) for number, text in enumerate(captions)]
+        )
+        write_shards(tmp_path / folder / "val", texts(1))
+        data = CaptionDataModule(tmp_path / folder, num_workers=0)
+        data.setup("predict")
+        return data.fingerprint("train")
+
+    first = fingerprint("first", b"a dog", b"a cat")
+    assert fingerprint("copy", b"a dog", b"a cat") == first
+    assert fingerprint("other", b"a dog", b"a black cat") != first
+
+
 def test_a_share_is_held_out_where_there_is_no_validation_split(tmp_path: Path) -> None:
     write_shards(tmp_path, texts(40))
     data = CaptionDataModule(str(tmp_path), num_workers=0)

@@ -189,6 +189,12 @@ def test_samples_without_a_caption_are_skipped_and_counted(text_pipeline: TextPi
     assert sorted(seen[0], key=lambda key: int(key.split("/")[1])) == [f"train/{i}" for i in range(20)]
 
 
+def test_captions_of_a_stream_are_encoded_while_training(text_pipeline: TextPipeline) -> None:
+    found = losses(text_module(text_pipeline), data_of(text_pipeline.codes, resampled_epoch=12), steps=3)
+    assert len(found.train) == 3
+    assert all(0 < loss < 4 for loss in found.train)
+
+
 def test_an_encoder_is_loaded_only_where_it_is_needed(
     text_pipeline: TextPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +311,28 @@ def test_the_same_encoder_in_another_precision_goes(text_pipeline: TextPipeline)
     (drawn,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
     assert cast(Any, drawn)["codes"].shape == (1, 16)
     assert module.caption_facts["encoder"] == str(text_pipeline.t5)
+
+
+def test_a_second_stage_knows_whether_its_own_captions_were_cleaned(text_pipeline: TextPipeline) -> None:
+    module = ARGenModule(
+        GPTConfig(**TEXT_NET),
+        init_from=text_pipeline.argen,
+        text_encoder=TextEncoderConfig(str(text_pipeline.t5), "float32"),
+    )
+    assert module.caption_facts["cleaned"]
+    evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.codes), verbose=False)
+    assert not module.caption_facts["cleaned"]
+
+
+def test_features_that_do_not_say_of_which_encoder_they_are_go(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(text_pipeline.features, tmp_path / "features"))
+    meta = json.loads((root / "meta.json").read_text())
+    del meta["features"]["weights"], meta["features"]["tokenizer"]
+    (root / "meta.json").write_text(json.dumps(meta))
+    prompts = SampleGrid(prompts=["a cat"], per_class=1)
+    evaluator(prompts, limit_val_batches=1, default_root_dir=tmp_path).validate(
+        drawing_module(text_pipeline), data_of(root), ckpt_path=text_pipeline.argen, verbose=False
+    )
 
 
 def test_prompts_that_are_not_cleaned_as_the_captions_were_are_warned_of(

@@ -139,6 +139,12 @@ def test_a_long_caption_takes_no_more_than_seconds(part: str) -> None:
     first_sentence("x" + part * 4000)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", [". ", "! ?", "Dr. ", "x."])
+def test_the_first_sentence_of_nothing_but_marks_takes_less_than_seconds(part: str) -> None:
+    assert first_sentence(part * 50_000) == (part * 50_000).strip()
+
+
 @pytest.mark.parametrize(("text", "expected"), SHORTENED)
 def test_the_first_sentence_ends_where_a_reader_would_end_it(text: str, expected: str) -> None:
     assert first_sentence(text) == expected
