@@ -9,6 +9,7 @@ from datamodules.requests import RequestDataModule
 from llamagen.text.cleaning import clean_caption
 
 TABLE = ".tsv"
+OTHER_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")
 PROMPT = "Prompt"
 HINT = 'give a list of prompts, as \'["a red house", "two dogs"]\', a text file with one prompt a line, or a .tsv'
 REPLACED = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
@@ -50,6 +51,8 @@ def read_prompts(path: Path, column: str | None = None) -> PromptTable:
         ValueError: if the file cannot be read or has no prompts, a row does not fit the header, or there is no such
             column.
     """
+    if path.suffix.lower() in OTHER_TABLES:
+        raise ValueError(f"prompts is {path}, but tables are read as {TABLE}; {HINT}")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, which knows ten more separators
     except (OSError, ValueError) as error:

@@ -44,6 +44,7 @@ class TextCondition:
         """What is known of the features that the model is trained on: of encoder and cleaning."""
         self._known_of = ""
         self._encoder: CaptionEncoder | None = None
+        self._told_of_cuts = False
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -155,4 +156,13 @@ class TextCondition:
             with torch.inference_mode(False):  # in which validation may be: training follows
                 encoder.to(device)
         features, lengths, truncated = encoder(captions)
-        return Condition(pad_left(features, lengths), lengths, truncated.cpu())
+        truncated = truncated.cpu()
+        if truncated.any() and not self._told_of_cuts:
+            self._told_of_cuts = True
+            first = captions[int(truncated.nonzero()[0])]
+            most = self.config.caption_length
+            rank_zero_warn(
+                f"{int(truncated.sum())} of {len(captions)} captions have more than {most} tokens and were cut, "
+                f"first is {first[:40]!r} …; those of later batches are not told of"
+            )
+        return Condition(pad_left(features, lengths), lengths, truncated)

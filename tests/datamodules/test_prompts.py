@@ -112,6 +112,7 @@ def test_control_characters_are_spaces_and_all_else_stays(text: str, cleaned: st
         ("p.tsv", b"Prompt\tprompt\na\tb\n", {}, ("more than one column 'Prompt'",)),
         ("p.tsv", b"Prompt\tNote\n\na\tb\tc\n", {}, ("line 3", "has 3 of 2 columns", "write none in a prompt")),
         ("p.tsv", b"Note\tPrompt\na\n", {}, ("line 2", "has 1 of 2 columns")),
+        ("p.csv", b"Prompt,Note\na,b\n", {}, ("p.csv, but tables are read as .tsv",)),
         ("p.txt", b"a\n", {"column": "Prompt"}, ("column is 'Prompt'", "only a .tsv has columns")),
     ],
     ids=str,
