@@ -162,7 +162,7 @@ class TextCondition:
             first = captions[int(truncated.nonzero()[0])]
             most = self.config.caption_length
             rank_zero_warn(
-                f"{int(truncated.sum())} of {len(captions)} captions have more than {most} tokens and were cut, "
+                f"{int(truncated.sum())} of {len(captions)} captions have more than {most} tokens and were cut, the "
                 f"first is {first[:40]!r} …; those of later batches are not told of"
             )
         return Condition(pad_left(features, lengths), lengths, truncated)
