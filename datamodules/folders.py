@@ -1,5 +1,6 @@
 """A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``; or one of
-pictures alone: ``root/1.jpg``.
+pictures alone: ``root/1.jpg``. A text file of the same name in a class folder, ``root/dog/1.txt``, is the caption of a
+picture, where at least half of the pictures have one.
 """
 
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.bad_samples import Skipped
-from datamodules.index import NO_LABEL, OTHER_PICTURES, PICTURES, SampleIndex, Strings
+from datamodules.index import NO_LABEL, OTHER_PICTURES, PICTURES, TEXT, WHOLE, SampleIndex, Strings
 
 
 def class_folders(root: Path) -> list[str]:
@@ -68,11 +69,13 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
     keys: list[str] = []
     labels: list[int] = []
     suffixes: list[str] = []
+    captioned: list[bool] = []
     bad: list[Skipped] = []
     taken: set[str] = set()
     for folder, names, label in places:
         below = os.path.relpath(folder, root)
         prefix = "" if below == os.curdir else f"{below}/".replace(os.sep, "/")
+        texts = {name for name in names if name.endswith(f".{TEXT}")}
         for file in names:
             stem, _, suffix = file.rpartition(".")
             path = os.path.join(folder, file)
@@ -91,10 +94,13 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
             keys.append(key)
             labels.append(label)
             suffixes.append(suffix.lower())
+            captioned.append(f"{stem}.{TEXT}" in texts)
     kinds = np.array(suffixes, dtype="U4")
     members = {}
     for suffix in PICTURES:
         if (present := kinds == suffix).any():
-            members[suffix] = np.where(present[:, None], [0, -1], -1).astype(np.int64)
+            members[suffix] = np.where(present[:, None], [0, WHOLE], -1).astype(np.int64)
+    if any(captioned) and 2 * sum(captioned) >= len(captioned):  # else they are notes
+        members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE], -1).astype(np.int64)
     count = len(files)
     return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64), bad)

@@ -18,7 +18,8 @@ from datamodules.bad_samples import BadSampleError, Skipped
 PICTURES = ("jpg", "jpeg", "png", "webp")
 FEATURES, SHORT_FEATURES = "features", "shortfeatures"
 """Of the caption and of its first sentence: the tokens' features alone, (n, W), little-endian."""
-CAPTIONS = ("txt", "json")
+TEXT = "txt"
+CAPTIONS = (TEXT, "json")
 EXTENSIONS = (*PICTURES, "cls", *CAPTIONS, "npy", FEATURES, SHORT_FEATURES)
 """The only members of a shard that are ever read."""
 
@@ -27,6 +28,9 @@ OTHER_PICTURES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic
 
 MISSING = {"npy": "no codes", CAPTIONS[0]: "no caption", FEATURES: "no caption", SHORT_FEATURES: "no caption"}
 """Why a sample cannot be used that lacks a member."""
+
+WHOLE = -1
+"""The size of a part that is a whole file."""
 
 NO_LABEL = -1
 WRONG_LABEL = -2
@@ -103,7 +107,7 @@ class OpenFiles:
 
 
 class Member(NamedTuple):
-    """A part of a sample: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is −1."""
+    """A part of a sample: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is :data:`WHOLE`."""
 
     path: str
     offset: int
@@ -184,11 +188,12 @@ class Sample(NamedTuple):
     def read_text(self, extension: str) -> str:
         """A text part, without white space around it; '' if there is none, it is huge, or not UTF-8."""
         member = self.members.get(extension)
-        if member is None or not 0 < member.size <= MOST_TEXT_BYTES:
+        if member is None:
             return ""
         try:
-            return self.read(extension).decode().strip()
-        except UnicodeDecodeError:
+            size = os.stat(member.path).st_size if member.size == WHOLE else member.size
+            return self.read(extension).decode().strip() if 0 < size <= MOST_TEXT_BYTES else ""
+        except (OSError, UnicodeDecodeError):
             return ""
 
 
@@ -228,11 +233,10 @@ class SampleIndex(Sequence[Sample]):
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         path = self.paths[int(self.file_of[number])]
-        members = {
-            extension: Member(path, int(column[number, 0]), int(column[number, 1]))
-            for extension, column in self.members.items()
-            if column[number, 0] >= 0
-        }
+        members = {}
+        for extension in self.members:
+            if (member := self.member(number, extension)) is not None:
+                members[extension] = member
         source = path if path.endswith(".tar") else os.path.dirname(path)
         return Sample(source, self.keys[number], members, int(self.labels[number]), self.files)
 
@@ -244,7 +248,11 @@ class SampleIndex(Sequence[Sample]):
         """Where a part of sample ``number`` lies; None if it is missing."""
         column = self.members.get(extension)
         offset, size = column[number].tolist() if column is not None else (-1, 0)
-        return Member(self.paths[self.file_of[number]], offset, size) if offset >= 0 else None
+        if offset < 0:
+            return None
+        path = self.paths[self.file_of[number]]
+        beside = size == WHOLE and extension not in PICTURES  # of a picture, which the path is of
+        return Member(f"{path.rpartition('.')[0]}.{extension}" if beside else path, offset, size)
 
     def another(self, number: int, attempt: int) -> int:
         """A sample that can stand in for ``number``."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.images import ImageDataModule
-from datamodules.index import PICTURES, Sample, SampleIndex
+from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
 from datamodules.remote import is_remote
 from datamodules.shards import IMAGES_FORMAT, ShardSet
@@ -38,7 +38,7 @@ def pack(
 ) -> None:
     """Write a set of shards, and say so in one line.
 
-    Files are copied as they are; what is in them is seen to when they are read.
+    Files are copied as they are; what is in them is seen to when they are read. Texts that hold none are left out.
 
     Args:
         source: a data set as a DataModule takes it.
@@ -120,17 +120,18 @@ def _sizes_in_tar(index: SampleIndex) -> np.ndarray:
     for extension in PARTS:
         if extension in index.members:
             offset, size = index.members[extension].T
-            blocks += np.where(offset >= 0, header_blocks - (-_sizes(index, size) // tarfile.BLOCKSIZE), 0)
+            sizes = _sizes(index, extension, size)
+            blocks += np.where(offset >= 0, header_blocks - (-sizes // tarfile.BLOCKSIZE), 0)
     return blocks * tarfile.BLOCKSIZE
 
 
-def _sizes(index: SampleIndex, sizes: np.ndarray) -> np.ndarray:
+def _sizes(index: SampleIndex, extension: str, sizes: np.ndarray) -> np.ndarray:
     """Of members, with those of whole files looked up."""
-    whole = np.flatnonzero(sizes < 0)
     looked_up = sizes.copy()
-    for number in whole:
+    for number in np.flatnonzero(sizes == WHOLE).tolist():
+        member = index.member(number, extension)
         try:
-            looked_up[number] = os.stat(index.paths[int(index.file_of[number])]).st_size
+            looked_up[number] = 0 if member is None else os.stat(member.path).st_size
         except OSError:  # it is skipped when it is read
             looked_up[number] = 0
     return looked_up
@@ -146,7 +147,11 @@ def _write(shards: ShardSet, split: str, number: int, samples: SampleIndex) -> N
 
 
 def _parts(sample: Sample) -> dict[str, bytes]:
-    return {extension: sample.read(extension) for extension in PARTS if extension in sample.members}
+    return {
+        extension: sample.read(extension)
+        for extension in PARTS
+        if extension in sample.members and (extension in PICTURES or sample.read_text(extension))
+    }
 
 
 def main(args: list[str] | None = None) -> None:

@@ -53,6 +53,35 @@ def test_pictures_are_read_as_they_are(tmp_path: Path) -> None:
     assert [sample.read(*sample.members).decode() for sample in samples] == names
 
 
+def captioned(root: Path, **texts: str) -> Path:
+    """Pictures 0 to 3, and captions of some."""
+    root.mkdir(parents=True)
+    for number in range(4):
+        (root / f"{number}.png").write_bytes(grey_picture(number))
+    for name, text in texts.items():
+        (root / f"{name[1:]}.txt").write_text(text)
+    return root
+
+
+def test_texts_beside_pictures_are_their_captions(tmp_path: Path) -> None:
+    captioned(tmp_path / "pairs", _0=" a cat\n", _1="ein Hündchen", _3="two", _README="read me")
+    data = ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.2)
+    data.setup("predict")
+    found = {}
+    for loader in data.predict_dataloader():
+        for batch in loader:
+            found |= dict(zip(batch["keys"], batch["captions"], strict=True))
+    assert found == {"pairs/0": "a cat", "pairs/1": "ein Hündchen", "pairs/2": "", "pairs/3": "two"}
+
+
+def test_a_note_beside_a_picture_makes_no_captions(tmp_path: Path) -> None:
+    captioned(tmp_path / "pairs", _0="crop this")
+    data = ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.2)
+    data.setup("predict")
+    assert not data.captioned
+    assert sum(len(data.datasets[split].samples) for split in ("train", "val")) == 4  # type: ignore[attr-defined]
+
+
 def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     write(tmp_path, "a/z/2.png", "a/b/c/1.png", "a/3.png", "b/0.png")
     assert keys(tmp_path) == ["a/3", "a/b/c/1", "a/z/2", "b/0"]

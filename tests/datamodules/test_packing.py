@@ -16,7 +16,7 @@ from datamodules.index import Sample
 from datamodules.packing import main, pack
 from datamodules.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
 from datamodules.tar_index import index_shard
-from tests.datamodules.shard_files import assert_one_line, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
 
 CLASSES = ["ant", "cat", "dog"]
 SHARD_MB = 0.04
@@ -273,6 +273,21 @@ def test_shards_are_packed_anew_with_captions_and_descriptions(tmp_path: Path) -
     assert {s.key: {part: s.read(part) for part in s.members} for s in found} == samples
     assert {sample.label for sample in found} == {-1}
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
+
+
+def test_captions_beside_pictures_are_packed_and_count_towards_the_size_of_a_shard(tmp_path: Path) -> None:
+    source = tmp_path / "source/pairs"
+    source.mkdir(parents=True)
+    for number in range(12):
+        (source / f"{number}.png").write_bytes(grey_picture(number))
+        (source / f"{number}.txt").write_text("word " * 300 if number else " ")
+    pack(str(source.parent), tmp_path / "out", shard_mb=0.02, workers=1, max_bad_share=0.1)
+    shards = sorted((tmp_path / "out").glob("*/*.tar"))
+    assert all(path.stat().st_size <= 20_000 for path in shards)
+    samples = [sample for path in shards for sample in index_shard(path)]
+    assert {sample.key: sample.read_caption() for sample in samples} == {
+        f"pairs/{number}": ("word " * 300).strip() if number else "" for number in range(12)
+    }
 
 
 def test_a_packed_set_can_be_packed_anew(packed: Path, tmp_path: Path) -> None:
