@@ -14,12 +14,13 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from llamagen.metrics import extract
 from llamagen.metrics.features import without_tf32
-from llamagen.text.pretrained import folder_or_name, why_not
+from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 DEFAULT = "openai/clip-vit-large-patch14"
+CLIP = PretrainedKind("CLIP", "CLIPModel", "CLIP", "the CLIP score", DEFAULT)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pictures that CLIP was trained with, in [0, 1]; what a checkpoint says of itself comes first."""
 OLD_END = 2
@@ -113,9 +114,8 @@ class Clip(nn.Module):
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
-            texts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in new]
-            whole = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-            tokens = [each if len(each) <= self.length else [*each[: self.length - 1], each[-1]] for each in whole]
+            whole = tokenized(self.tokenizer, [readable(prompt) for prompt in new])
+            tokens = [cut(each, self.length) for each in whole]
             longest = max(map(len, tokens))
             # More ends after the end: no token sees what comes after it, and the first end is the one that counts.
             ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in tokens], device=self.device)
@@ -187,29 +187,16 @@ def load_clip(name: str | Path) -> "tuple[CLIPModel, PreTrainedTokenizerBase, Pr
     Raises:
         ValueError: in one line, if transformers is not installed, or they cannot be had or are something else.
     """
-    try:
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel, ImageProcessingMixin  # takes seconds
-    except ImportError as error:
-        raise ValueError(
-            f'the CLIP score needs transformers ({error}); pip install -c constraints.txt -e ".[text]"'
-        ) from error
-    source, local = folder_or_name(name, "CLIP", DEFAULT)
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
-        if config.model_type != "clip":
-            raise ValueError(f"it is a {config.model_type}, not a CLIP")
-        said, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
-        preparation = _preparation(said, config.vision_config.image_size)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model, report = CLIPModel.from_pretrained(
-            source, local_files_only=local, dtype=torch.float32, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):  # which transformers draws at random
-            raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
-        _check_tokenizer(tokenizer, config.text_config)
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(why_not("CLIP", "CLIP", source, local, error)) from error
-    return model, tokenizer, preparation
+    return load_pretrained(name, CLIP, torch.float32, _check)
+
+
+def _check(config: Any, tokenizer: "PreTrainedTokenizerBase", source: str, local: bool) -> Preparation:
+    from transformers import ImageProcessingMixin
+
+    said, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+    preparation = _preparation(said, config.vision_config.image_size)
+    _check_tokenizer(tokenizer, config.text_config)
+    return preparation
 
 
 def _preparation(said: dict[str, Any], image_size: int) -> Preparation:

@@ -4,17 +4,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from llamagen.text.pretrained import folder_or_name, why_not
+from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 DTYPE = Literal["bfloat16", "float32"]
+T5 = PretrainedKind("T5", "T5EncoderModel", "caption encoder", "a caption encoder", "google/flan-t5-xl")
 TOKENS_IN_PASS = 8192
 """Padding included; keeps a GPU busy, and the attention of FLAN-T5-XL below 1 GB."""
 PROBES = (
@@ -128,9 +129,9 @@ class CaptionEncoder(nn.Module):
         texts = _texts(captions)
         index = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         places = torch.tensor([index[text] for text in texts], dtype=torch.int64, device=self.device)
-        tokens = self._tokenize(list(index))
+        tokens = tokenized(self.tokenizer, list(index))
         whole = [len(each) for each in tokens]
-        tokens = [self._cut(each) for each in tokens]
+        tokens = [cut(each, self.caption_length) for each in tokens]
         features = torch.zeros(len(tokens), self.caption_length, self.width, dtype=self.dtype, device=self.device)
         for rows in passes([len(each) for each in tokens]):
             encoded = self._encode([tokens[row] for row in rows])
@@ -159,19 +160,6 @@ class CaptionEncoder(nn.Module):
             **self._checksums,
         }
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each text with the end, however many they are."""
-        if not texts:  # which the tokenizer refuses
-            return []
-        # verbose: it would warn of captions that are longer than T5's training sequences; they are cut, and reported.
-        return cast(list[list[int]], self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"])
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        """At most C tokens, the last of which is the end."""
-        if len(tokens) <= self.caption_length:
-            return tokens
-        return [*tokens[: self.caption_length - 1], tokens[-1]]
-
     def _encode(self, tokens: list[list[int]]) -> Tensor:
         """(b, c, W), c the length of the longest, zero where there is no token."""
         longest = max(map(len, tokens))
@@ -185,7 +173,7 @@ class CaptionEncoder(nn.Module):
         """Over its vocabulary and what it makes of some texts: not over its files, which differ by version."""
         digest = hashlib.sha256()
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        digest.update(repr(self._tokenize(list(PROBES))).encode())
+        digest.update(repr(tokenized(self.tokenizer, PROBES)).encode())
         return digest.hexdigest()
 
 
@@ -216,35 +204,16 @@ def load_t5(name: str | Path, dtype: torch.dtype) -> "tuple[T5EncoderModel, PreT
     Raises:
         ValueError: in one line, if transformers is not installed, or they cannot be had or are something else.
     """
-    try:
-        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel  # takes seconds, and few need it
-    except ImportError as error:
-        raise ValueError(
-            f'a caption encoder needs transformers ({error}); pip install -c constraints.txt -e ".[text]"'
-        ) from error
-    source, local = folder_or_name(name, "caption encoder", "google/flan-t5-xl")
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
-        if config.model_type != "t5":
-            raise ValueError(f"it is a {config.model_type}, not a T5")
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model, report = T5EncoderModel.from_pretrained(
-            source, local_files_only=local, dtype=dtype, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):  # which transformers draws at random
-            raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
-        _check_tokenizer(tokenizer, model)
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(why_not("caption encoder", "T5", source, local, error)) from error
+    model, tokenizer, _ = load_pretrained(name, T5, dtype, _check_tokenizer)
     return model, tokenizer
 
 
-def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "T5EncoderModel") -> None:
+def _check_tokenizer(config: Any, tokenizer: "PreTrainedTokenizerBase", *_: Any) -> None:
     """See that a tokenizer ends captions as T5 knows it, and knows no token that the model does not."""
-    if tokenizer("")["input_ids"] != [model.config.eos_token_id]:
-        raise ValueError(f"its tokenizer does not end captions with token {model.config.eos_token_id}")
-    if (last := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
-        raise ValueError(f"its tokenizer has a token {last}, its model only {model.config.vocab_size} tokens")
+    if tokenizer("")["input_ids"] != [config.eos_token_id]:
+        raise ValueError(f"its tokenizer does not end captions with token {config.eos_token_id}")
+    if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        raise ValueError(f"its tokenizer has a token {last}, its model only {config.vocab_size} tokens")
 
 
 def _texts(captions: Sequence[str]) -> list[str]:
@@ -254,7 +223,7 @@ def _texts(captions: Sequence[str]) -> list[str]:
     for place, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {place} must be a text, not {caption!r:.40}")
-    return [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
+    return [readable(caption) for caption in captions]
 
 
 def _weights_checksum(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 
 from llamagen.text import CaptionEncoder, encoder
+from llamagen.text.pretrained import cut, tokenized
 from tests.tiny_t5 import WIDTH, save_tiny_model, save_tiny_t5, tiny_tokenizer
 
 CAPTIONS = [
@@ -57,9 +58,11 @@ def test_features_are_those_of_the_t5_with_zeros_after_the_last_token(t5: Captio
 
 
 def test_a_caption_that_is_cut_keeps_its_end(t5: CaptionEncoder) -> None:
-    whole = t5._tokenize(["a cat " * 30])[0]
+    whole = tokenized(t5.tokenizer, ["a cat " * 30])[0]
     assert len(whole) == 61
-    assert t5._cut(whole) == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
+    assert (
+        cut(whole, t5.caption_length) == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
+    )
     assert not t5(["a cat " * 5 + "a"]).truncated.item()  # 11 words and the end
 
 
@@ -218,7 +221,7 @@ def test_a_tokenizer_of_sentencepiece_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0, "tokenizer_class": "T5Tokenizer"}))
     own = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     found = CaptionEncoder(tmp_path)
-    assert found._tokenize(["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
+    assert tokenized(found.tokenizer, ["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
 
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
