@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,19 @@ FOREIGN_ERRORS = ("omegaconf", "wandb", "huggingface_hub", "jsonargparse", "ligh
 ADVICE = {
     "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave out configs/logger/wandb.yaml",
 }
+
+CLEARER = (
+    (
+        r"No supported (\w+) backend found!?",
+        r"trainer.accelerator is \1, but there is none here that PyTorch can use; set "
+        "it to auto or cpu",
+    ),
+    (r"`(val_check_interval|limit_\w+_batches|max_\w+|min_\w+|accumulate_grad_batches)`", r"trainer.\1"),
+)
+"""Messages of libraries, as patterns, and what to say instead."""
+
+PATIENCE = 3.0
+"""Seconds in which the first process of a node, where it fails for the same reason, should have said so."""
 
 
 class Fault(NamedTuple):
@@ -76,7 +90,9 @@ def run_command(command: Callable[[], object]) -> None:
         fault = fault_of(error)
         if fault is None or os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exception(error)
-        print(_last_words(fault), file=sys.stderr, flush=True)
+        if fault is None or not _told_by_first_process():
+            # At once: other processes of the run write, too.
+            os.write(2, f"{_last_words(fault)}\n".encode(errors="replace"))
         raise SystemExit(1 if fault is None else fault.status) from None
 
 
@@ -87,6 +103,18 @@ def _status_of(end: SystemExit) -> object:
     if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return end.code
+
+
+def _told_by_first_process() -> bool:
+    """Whether this is a process that another one of the run has started, and that one has ended meanwhile.
+
+    What a user does wrong, each process of a run finds out; it should be read once.
+    """
+    parent, first = os.getppid(), os.environ.get("LOCAL_RANK", "0") == "0"
+    deadline = time.monotonic() + PATIENCE
+    while not first and os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not first and os.getppid() != parent
 
 
 def _last_words(fault: Fault | None) -> str:
@@ -105,7 +133,9 @@ def fault_of(error: BaseException) -> Fault | None:
     Args:
         error: as it left the command.
     """
-    message = one_line(_text_of(error))
+    message = one_line(_text_of(error)).rstrip(".")
+    for pattern, clearer in CLEARER:
+        message = re.sub(pattern, clearer, message)
     if isinstance(error, FloatingPointError):
         return Fault(message, 1)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -175,7 +205,7 @@ def _raised_in(error: BaseException) -> str:
     An error that Python itself raises within our code (a division, an unpacking) is no message to the user.
     """
     if text := _foreign_traceback(error):
-        places = re.findall(r'File "([^"]+)", line \d+, in .*\n\s*(\S*)', text)
+        places = re.findall(r'File "([^"]+)", line \d+, in .*(?=\n\s*(\S*))', text)
         return _package_of(places[-1][0]) if places and places[-1][1] == "raise" else ""
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:

@@ -18,6 +18,8 @@ NOISE = (
 PHRASES = (
     (r"Expected a dot import path string: (.+)", r"no class \1 is known here; check its name, or give its class path"),
     (r"Expected an? <class '(\w+)'>\. Got value: (.+)", r"must be of type \1, not \2"),
+    (r"Expected an? <class '(\w+)'>", r"must be of type \1"),
+    (r"Expected a typing\.Literal\[(.+)\]", r"must be one of \1"),
     (r"Key '([^']+)' is not expected", r"has no option \1"),
     (r"Group '[^']*' does not accept option '([^']+)'", r"has no option \1"),
     (r"Problem with given class_path '[^']*':", ""),
