@@ -18,7 +18,7 @@ import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
 from lightning_modules import ARGenModule, CheckpointFiles, models_without_memory
 from llamagen.checkpoint import read_checkpoint
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"

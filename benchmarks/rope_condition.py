@@ -43,7 +43,7 @@ from llamagen.grids import figure_image, save_png
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler
 from llamagen.text import CaptionEncoder, pad_left
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("a", "not", "and", *DIGITS)

@@ -23,7 +23,7 @@ from callbacks.sample_folder import ARCHIVE, GRID, SampleFolder
 from llamagen.checkpoint import weights_checksum
 from llamagen.grids import captioned_grid, grid_image, save_png
 from llamagen.sampling import Pictures
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from callbacks.pictures import batches_seen, publish
 from llamagen.grids import figure_image
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 
 class PredictsCodes(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.shards import PLAN_FILE
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 PICTURES = "pictures"
 ARCHIVE = "samples.npz"

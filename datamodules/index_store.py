@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.bad_samples import Skipped
-from datamodules.files import whole_file
+from llamagen.files import whole_file
 from datamodules.index import SampleIndex, Strings
 from datamodules.tar_index import index_shard
 

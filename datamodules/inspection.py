@@ -20,7 +20,7 @@ from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
 from datamodules.features import StoredFeatures
-from datamodules.files import sha256_of, whole_file
+from llamagen.files import sha256_of, whole_file
 from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture

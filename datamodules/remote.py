@@ -14,7 +14,7 @@ import fsspec
 from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
-from datamodules.files import sha256_of, whole_file
+from llamagen.files import sha256_of, whole_file
 
 EXTRAS = ("s3", "gs")
 """Schemes that need a package more, which the extra of the same name installs."""

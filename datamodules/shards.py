@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import webdataset
 
 from datamodules.bad_samples import Skipped, Tally
-from datamodules.files import sha256_of, whole_file
+from llamagen.files import sha256_of, whole_file
 from datamodules.remote import is_remote, read_small
 
 META_FILE = "meta.json"

@@ -4,8 +4,9 @@ from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import models_without_memory
 from lightning_modules.captions import CaptionModule
+from lightning_modules.checkpoint_files import CheckpointFiles
 from lightning_modules.optimization import AdamWConfig
-from lightning_modules.sharded_strategy import CheckpointFiles, ShardedStrategy
+from lightning_modules.sharded_strategy import ShardedStrategy
 from lightning_modules.vqgan import VQGANModule
 from lightning_modules.vqgan_config import VQGANLossConfig
 

@@ -17,7 +17,7 @@ from llamagen.checkpoint import build_model, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.weights import ENTRY, Weights, read_weights
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 SUFFIXES = (".pt", ".safetensors")
 
