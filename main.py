@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
-from lightning_modules import ARGenModule, CheckpointFiles, models_without_memory
+from lightning_modules import ARGenModule, CheckpointFiles, chosen_checkpoint, models_without_memory
 from llamagen.checkpoint import read_checkpoint
 from llamagen.files import whole_file
 
@@ -147,6 +147,11 @@ class LlamaGenCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = chosen_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        return kwargs
 
     def before_instantiate_classes(self) -> None:
         """Predictions go to their writers, and are not collected in memory; checkpoints get their names when whole."""
