@@ -16,7 +16,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import callbacks  # noqa: F401  makes the classes known by their short names
 import datamodules  # noqa: F401
-from lightning_modules import ARGenModule, CheckpointFiles, chosen_checkpoint, models_without_memory
+from lightning_modules import (
+    ARGenModule,
+    CheckpointFiles,
+    chosen_checkpoint,
+    models_without_memory,
+    use_metrics_logger,
+)
 from llamagen.checkpoint import read_checkpoint
 from llamagen.files import whole_file
 
@@ -146,6 +152,7 @@ class LlamaGenCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
+        use_metrics_logger(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

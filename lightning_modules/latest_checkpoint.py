@@ -143,7 +143,7 @@ def _progress(path: Path, resumes: bool) -> Progress:
     if resumes and not {"optimizer_states", "loops"} <= checkpoint.keys():
         raise ValueError(f"{path} holds weights alone")
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("completed", 0)
-    epochs = loops.get("epoch_progress", {}).get("current", {}).get("completed", 0)
+    batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("processed", 0)
+    epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed", 0)
     steps = int(checkpoint.get("global_step", 0))
     return Progress(steps, int(batches), int(epochs), _is_named_last(path), path.stat().st_mtime_ns)

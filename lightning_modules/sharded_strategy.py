@@ -25,7 +25,7 @@ from llamagen.files import (
     temporary_name,
 )
 from llamagen.models.whole_tensor import copy_whole_
-from llamagen.sharded_checkpoint import is_sharded_checkpoint, numbered
+from llamagen.sharded_checkpoint import numbered
 
 
 class ShardedStrategy(ModelParallelStrategy):

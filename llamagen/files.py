@@ -1,9 +1,9 @@
 """Files and folders that are complete or absent, whatever interrupts their writing.
 
-What is written gets a temporary name in the folder of its final one, is synced to the disk, and is renamed. So a process
-that is killed, or a full disk, leaves the file of before (or none), never half a file under a final name. Temporary names
-are hidden and end in ``.tmp``, so that no reader takes them for data. Those of processes that no longer run are removed
-by the next one that writes into the folder.
+What is written gets a temporary name in the folder of its final one, is synced to the disk, and is renamed. So a
+process that is killed, or a full disk, leaves the file of before (or none), never half a file under a final name.
+Temporary names are hidden and end in ``.tmp``, so that no reader takes them for data. Those of processes that no longer
+run are removed by the next one that writes into the folder.
 """
 
 import errno
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from subprocess import CalledProcessError
 from uuid import uuid4
 
 ABANDONED = 3600.0
@@ -38,7 +39,7 @@ TEXTS = {  # of libraries that report the system's error in words alone
 TORCH_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", "file write failed")
 """Of PyTorch's writer, which hides the reason."""
 NO_ROOM = 2**20
-"""Free bytes below which a failure of PyTorch's writer is that of a full disk."""
+"""Free bytes below which a failure of PyTorch's writer, or of a command, is that of a full disk."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 _swept: set[tuple[int, Path]] = set()
@@ -272,7 +273,8 @@ def full_disk_number(error: BaseException, folder: Path) -> int | None:
         for number, texts in TEXTS.items():
             if any(part in text for part in texts):
                 return number
-        if isinstance(each, RuntimeError) and any(part in text for part in TORCH_TEXTS) and _free(folder) < NO_ROOM:
+        hidden = isinstance(each, RuntimeError) and any(part in text for part in TORCH_TEXTS)
+        if (hidden or isinstance(each, CalledProcessError)) and _free(folder) < NO_ROOM:
             return errno.ENOSPC
         failures = getattr(each, "failures", None)  # of torch.distributed.checkpoint: an error and its trace by rank
         reasons = [failure[0] for failure in failures.values()] if isinstance(failures, dict) else []

@@ -12,8 +12,8 @@ DAMAGES = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedErro
 def check_integrity(path: Path) -> None:
     """Compare all that is in a checkpoint with the CRC-32 that was stored with it; about a second for each gigabyte.
 
-    A file that was cut off has no directory of its contents and is found at once, by any reader. Bytes that were changed
-    in the middle are found here alone: PyTorch loads them as if they were weights.
+    A file that was cut off has no directory of its contents and is found at once, by any reader. Bytes that were
+    changed in the middle are found here alone: PyTorch loads them as if they were weights.
 
     Args:
         path: a file of ``torch.save``, or the folder of a sharded checkpoint. Files of PyTorch before 1.6 have no

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from llamagen.files import DiskFullError, whole_file
 from llamagen.metrics.features import Features
 
 SIZE = 299
@@ -337,8 +338,10 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
         if (folder / name).is_file():
             return folder / name
     try:  # under a temporary name until it is whole and its checksum is right
-        folder.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(ADDRESS, str(folder / FILE), hash_prefix=CHECKSUM)
+        with whole_file(folder / FILE) as temporary:
+            download_url_to_file(ADDRESS, str(temporary), hash_prefix=CHECKSUM)
+    except DiskFullError:
+        raise
     except (OSError, RuntimeError, HTTPException) as error:
         raise ValueError(
             f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
