@@ -87,7 +87,7 @@ class SampleFolder:
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(plan, indent=2) + "\n")
         for folder in (self.root, *self.root.glob(f"{PICTURES}/*")):
-            remove_leftovers(folder, again=True)
+            remove_leftovers(folder, owned=True)
 
     def _compare(self, path: Path, plan: dict[str, Any]) -> None:
         try:

@@ -170,7 +170,7 @@ class ShardCache:
         with whole_file(path) as temporary:
 
             def copy() -> None:
-                with full_disk_reported(temporary):
+                with full_disk_reported(path, temporary=temporary):
                     self._copy(address, temporary, checksum)
 
             patiently(copy, address)

@@ -82,8 +82,9 @@ def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[S
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    with whole_file(path, len(text)) as temporary:
+        temporary.write_text(text)
 
 
 class ShardWriter:
@@ -128,7 +129,7 @@ class ShardWriter:
         while key in self._keys:  # the keys of several shards may be unique within each of them alone
             key += "_"
         labelled = {"cls": str(label).encode()} if label >= 0 else {}
-        with full_disk_reported(self.path):
+        with full_disk_reported(self.path, temporary=self._file.temporary):
             self._writer.write({"__key__": key, **parts, **labelled})
         self._keys.add(key)
         self.count += 1
@@ -213,7 +214,7 @@ class ShardSet:
             (self.root / split).mkdir(parents=True, exist_ok=True)
         _write_json(self.root / PLAN_FILE, self.plan)
         for folder in (self.root, *(self.root / split for split in splits)):
-            remove_leftovers(folder, again=True)
+            remove_leftovers(folder, owned=True)
 
     def path(self, split: str, number: int) -> Path:
         """Where shard ``number`` of a split goes."""

@@ -18,9 +18,10 @@ from llamagen.sharded_checkpoint import is_sharded_checkpoint
 class CheckpointFiles(TorchCheckpointIO):
     """Checkpoints in files, and, to read and to replace, sharded ones in folders.
 
-    Lightning makes a checkpoint in memory, writes it to the folder for temporary files, and copies it where that is on
-    another file system: a copy that stops halfway has the final name. Here a checkpoint is written from the tensors into
-    a temporary file in its own folder, synced, and renamed. Addresses such as ``s3://`` are left to Lightning.
+    Lightning serializes a checkpoint in memory, writes it to the folder for temporary files, and copies it where that
+    is on another file system: a copy that stops halfway has the final name. Here a checkpoint is written tensor by
+    tensor into a temporary file in its own folder, synced, and renamed. Addresses such as ``s3://`` are left to
+    Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -56,7 +57,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 def is_local(path: Any) -> bool:
     """Whether a path is on this machine's file systems."""
-    return get_protocol(str(path)) == "file"
+    return bool(get_protocol(str(path)) == "file")
 
 
 def local_path(path: Any) -> Path:

@@ -124,8 +124,7 @@ def _candidates(folders: Iterable[Path]) -> list[Path]:
                 if not (folder / replaced[1]).exists() and path.is_dir():
                     found[path.resolve()] = path
             elif path.suffix == SUFFIX and not path.name.startswith(".") and path.exists():
-                if path.resolve() not in found or _is_named_last(path):
-                    found[path.resolve()] = path
+                found[path.resolve()] = path if _is_named_last(path) else found.get(path.resolve(), path)
     return list(found.values())
 
 

@@ -208,7 +208,7 @@ def replaced_name(path: Path) -> Path:
     return path.with_name(f".{path.name}{REPLACED}")
 
 
-def remove_leftovers(folder: Path, again: bool = False) -> None:
+def remove_leftovers(folder: Path, owned: bool = False) -> None:
     """Remove temporary files and folders of processes that no longer run.
 
     A process of this machine is looked up. Of other machines (or containers) goes what has not changed for
@@ -216,10 +216,11 @@ def remove_leftovers(folder: Path, again: bool = False) -> None:
 
     Args:
         folder: where to look; not below.
-        again: also if this process has looked there before.
+        owned: nobody but this run writes into the folder: look there also if this process has done so before, and
+            remove what names no process, as versions before this module left it.
     """
     key = os.getpid(), folder.absolute()
-    if (key in _swept and not again) or not folder.is_dir():
+    if (key in _swept and not owned) or not folder.is_dir():
         return
     _swept.add(key)
     for entry in list(os.scandir(folder)):
@@ -227,18 +228,19 @@ def remove_leftovers(folder: Path, again: bool = False) -> None:
         if entry.name.endswith(REPLACED) and entry.name.startswith("."):
             if folder.joinpath(entry.name.removeprefix(".").removesuffix(REPLACED)).exists():
                 shutil.rmtree(path, ignore_errors=True)
-        elif _is_abandoned(path):
+        elif _is_abandoned(path) or (owned and _is_unnamed(path)):
             with suppress(OSError):  # another process removes it, too
                 remove(path)
 
 
 @contextmanager
-def full_disk_reported(path: Path, needed: int | None = None) -> Iterator[None]:
+def full_disk_reported(path: Path, needed: int | None = None, temporary: Path | None = None) -> Iterator[None]:
     """Errors of the block that are those of a full disk become one line.
 
     Args:
         path: what is written.
         needed: its size in bytes, if it is known.
+        temporary: the name that it has until it is complete, if that is another one.
 
     Raises:
         DiskFullError: with the path, the bytes needed and those that are free.
@@ -251,7 +253,7 @@ def full_disk_reported(path: Path, needed: int | None = None) -> Iterator[None]:
         number = full_disk_number(error, path.parent)
         if number is None:
             raise
-        raise disk_full(path, number, needed, size_of(path)) from error
+        raise disk_full(path, number, needed, size_of(temporary or path)) from error
 
 
 def full_disk_number(error: BaseException, folder: Path) -> int | None:
@@ -294,8 +296,8 @@ def disk_full(path: Path, number: int, needed: int | None, written: int) -> Disk
     size = f"{needed:,} bytes" if needed is not None else f"more than {written:,} bytes"
     remedy = "raise the limit" if number == errno.EFBIG else "make room"
     return DiskFullError(
-        f"{path} was not written: {FULL[number]}; it needs {size}, and {_free(path.parent):,} bytes are free in "
-        f"{path.parent}; {remedy} and run the same command again",
+        f"{path} was not written: {FULL[number]} ({os.strerror(number)}); it needs {size}, and "
+        f"{_free(path.parent):,} bytes are free in {path.parent}; {remedy} and run the same command again",
         number,
     )
 
@@ -363,6 +365,10 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_unnamed(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp" and TEMPORARY.fullmatch(path.name) is None
 
 
 def _is_abandoned(path: Path) -> bool:

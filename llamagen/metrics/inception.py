@@ -1,6 +1,5 @@
 """Inception-2015, the network of FID and the Inception Score. B pictures of H × W pixels."""
 
-import hashlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import DiskFullError, whole_file
+from llamagen.files import DiskFullError, sha256_of, whole_file
 from llamagen.metrics.features import Features
 
 SIZE = 299
@@ -364,14 +363,11 @@ def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
         ValueError: in one line, if the file cannot be had, is damaged or is something else.
     """
     file = fetch_inception(weights)
-    if file.name in (FILE, OTHER_NAME):
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != CHECKSUM:
-            raise ValueError(
-                f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
-                "it another name if other weights are meant"
-            )
+    if file.name in (FILE, OTHER_NAME) and (digest := sha256_of(file)) != CHECKSUM:
+        raise ValueError(
+            f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
+            "it another name if other weights are meant"
+        )
     try:
         found = {name: value.float() for name, value in _load(file).items() if not name.endswith("num_batches_tracked")}
     except Exception as error:  # a damaged file can raise anything
