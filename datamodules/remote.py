@@ -179,17 +179,17 @@ class ShardCache:
         return path
 
     @staticmethod
-    def _copy(address: str, target: Path, checksum: str | None) -> None:
+    def _copy(address: str, temporary: Path, checksum: str | None) -> None:
         if address.startswith(PIPE):
-            with target.open("wb") as file:
+            with temporary.open("wb") as file:
                 subprocess.run(address.removeprefix(PIPE), shell=True, stdout=file, check=True)
             return
         system, path = _file_system(address)
-        system.get_file(path, str(target))
-        size = target.stat().st_size
+        system.get_file(path, str(temporary))
+        size = temporary.stat().st_size
         if (expected := system.info(path).get("size")) not in (None, size):
             raise EOFError(f"{size} of {expected} bytes came")
-        if checksum is not None and (found := sha256_of(target)) != checksum:
+        if checksum is not None and (found := sha256_of(temporary)) != checksum:
             raise EOFError(f"its SHA-256 is {found[:12]}…, not {checksum[:12]}… as the description of its set says")
 
     def _make_room(self, newest: Path) -> None:
