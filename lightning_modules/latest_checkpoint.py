@@ -141,8 +141,10 @@ def _progress(path: Path, resumes: bool) -> Progress:
     checkpoint = read_checkpoint(path, wanted=lambda _: False)
     if resumes and not {"optimizer_states", "loops"} <= checkpoint.keys():
         raise ValueError(f"{path} holds weights alone")
+    if "global_step" not in checkpoint:
+        raise ValueError(f"{path} does not say how far its run was")
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("processed", 0)
     epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed", 0)
-    steps = int(checkpoint.get("global_step", 0))
+    steps = int(checkpoint["global_step"])
     return Progress(steps, int(batches), int(epochs), _is_named_last(path), path.stat().st_mtime_ns)

@@ -69,7 +69,7 @@ class _MetricsWriter(ExperimentWriter):
             try:
                 with whole_file(path) as temporary, temporary.open("w", newline="") as file:
                     file.write(self._rows([*rows, *self.metrics], header=True))
-            except DiskFullError:
+            except BaseException:
                 self.metrics_keys = old_keys
                 raise
         else:
