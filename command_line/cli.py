@@ -16,7 +16,13 @@ import datamodules  # noqa: F401  makes the classes known by their short names
 from callbacks import StopOnSignal
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks
-from lightning_modules import ARGenModule, CheckpointFiles, models_without_memory
+from lightning_modules import (
+    ARGenModule,
+    CheckpointFiles,
+    chosen_checkpoint,
+    models_without_memory,
+    use_metrics_logger,
+)
 from llamagen.checkpoint import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
@@ -91,7 +97,13 @@ class LlamaGenCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
+        use_metrics_logger(trainer)
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = chosen_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        return kwargs
 
     def before_instantiate_classes(self) -> None:
         """Predictions go to their writers, and are not collected in memory; checkpoints get their names when whole."""

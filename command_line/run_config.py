@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 ROOT_KEY = "${trainer.default_root_dir}"
 RESUMING = ("last", "best", "hpc", "registry")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datamodules.picture_sets import PictureSet, open_pictures
+from llamagen.files import whole_file
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
-from llamagen.whole_file import whole_file
 
 Purpose = Literal["generation", "reconstruction"]
 

@@ -158,7 +158,7 @@ def fault_of(error: BaseException) -> Fault | None:
 
 
 def _fault_of_system(error: OSError, message: str) -> Fault | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Fault(message, 1)
     if error.errno == errno.EADDRINUSE:
         return Fault(f"{message}; another run uses this port: set MASTER_PORT to a free one", 2)
