@@ -53,10 +53,14 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"{folder} cannot be written to: {there} is not a folder; set trainer.default_root_dir to another"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not _may_write(there):
         raise ValueError(
             f"{there} cannot be written to; change its permissions, or set trainer.default_root_dir to another"
         )
+
+
+def _may_write(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation")
+PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line")
 SOURCES = sorted(
     [*(path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).rglob("*.py")), ROOT / "main.py"]
 )
@@ -29,9 +29,16 @@ ROOMS = {
     "llamagen/sampling": ("llamagen.files", "llamagen.models"),
     "llamagen/text": ("llamagen.files",),
     "lightning_modules": ("llamagen",),
-    "datamodules": ("llamagen.files", "llamagen.text.cleaning"),
+    "datamodules": (
+        "llamagen.command",
+        "llamagen.cores",
+        "llamagen.files",
+        "llamagen.parser_errors",
+        "llamagen.text.cleaning",
+    ),
     "evaluation": ("llamagen", "datamodules"),
     "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
+    "command_line": ("llamagen", "lightning_modules", "datamodules", "callbacks"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MOST_LINES = 400

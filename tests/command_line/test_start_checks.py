@@ -1,0 +1,78 @@
+"""What would fail after hours is refused at the start: names of metrics, places to write to, space on the disk."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main
+from callbacks import FIDMonitor
+from command_line import start_checks
+from command_line.start_checks import check_writable, checkpoint_bytes
+from tests.lightning_modules.runs import argen_module, train, vqgan_module
+from tests.pipeline import Pipeline
+
+
+def fit_argen(pipeline: Pipeline, folder: Path, *more: str) -> None:
+    main.main(["fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={pipeline.codes}", *more])
+
+
+@pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
+def test_a_metric_that_nothing_logs_is_refused_with_similar_names(
+    callback: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    more = [f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val/los"]
+    with pytest.raises(ValueError, match=rf"{callback}\.monitor is 'val/los', .* for example val/loss") as error:
+        fit_argen(pipeline, tmp_path / "run", *more)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_name_that_is_logged_at_validations_may_be_monitored(pipeline: Pipeline, tmp_path: Path) -> None:
+    for module, options in ((argen_module(), {}), (vqgan_module(), {"image_size": 8})):
+        trainer = train(
+            module, pipeline, tmp_path / type(module).__name__, max_steps=1, val_check_interval=1, **options
+        )
+        logged = {name for name in trainer.callback_metrics if name.startswith("val")}
+        assert logged == set(module.metric_names())
+
+
+def test_the_name_of_another_reference_is_refused_before_training(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FIDMonitor, "setup", lambda self, *args: None)
+    monkeypatch.setattr(FIDMonitor, "metric_names", lambda self: ["gfid/imagenet256"])
+    monitor = ["--trainer.callbacks+=FIDMonitor", "--trainer.callbacks+=ModelCheckpoint"]
+    with pytest.raises(ValueError, match=r"monitor is 'gfid/imagenet', .* for example gfid/imagenet256"):
+        fit_argen(pipeline, tmp_path / "run", *monitor, "--trainer.callbacks.monitor=gfid/imagenet")
+
+
+def test_places_that_cannot_be_written_to_are_refused(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/run cannot be written to: .*file is not a folder; set trainer"):
+        check_writable(tmp_path / "file/run")
+    monkeypatch.setattr(start_checks, "_may_write", lambda folder: False)
+    with pytest.raises(ValueError, match="cannot be written to; change its permissions"):
+        fit_argen(pipeline, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_space_for_a_checkpoint_is_refused(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"a checkpoint needs about \d[\d,]+ bytes, but .* has 1,000 bytes free"):
+        fit_argen(pipeline, tmp_path / "run")
+
+
+def test_the_size_of_a_checkpoint_is_known_before(pipeline: Pipeline, tmp_path: Path) -> None:
+    module = argen_module()
+    train(module, pipeline, tmp_path, max_steps=1)
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    tensors = [*checkpoint["state_dict"].values()]
+    tensors += [each for state in checkpoint["optimizer_states"][0]["state"].values() for each in state.values()]
+    held = sum(each.numel() * each.element_size() for each in tensors if each.numel() > 1)
+    assert checkpoint_bytes(module, averaged=True) == pytest.approx(held, rel=0.01)
