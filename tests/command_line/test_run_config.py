@@ -11,6 +11,8 @@ import main
 from command_line.run_config import ROOT_KEY, portable
 from tests.pipeline import Pipeline
 
+ANOTHER = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+
 
 def contents(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -19,7 +21,7 @@ def contents(folder: Path) -> dict[Path, int]:
 def test_a_saved_configuration_given_again_writes_into_the_new_folder_alone(pipeline: Pipeline, tmp_path: Path) -> None:
     data = f"--data.init_args.root={pipeline.codes}"
     first, second = tmp_path / "a", tmp_path / "b"
-    absolute = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={first}/more"]
+    absolute = [*ANOTHER, f"--trainer.callbacks.dirpath={first}/more"]
     main.main(["fit", *pipeline.argen_arguments(first), data, *absolute, "--trainer.max_steps=2"])
     saved = yaml.safe_load((first / "fit.yaml").read_text())
     folders = [
@@ -46,17 +48,16 @@ def test_a_saved_configuration_given_again_writes_into_the_new_folder_alone(pipe
 def test_the_guard_sees_every_folder_that_would_be_written(pipeline: Pipeline, tmp_path: Path) -> None:
     data, other = f"--data.init_args.root={pipeline.codes}", pipeline.root / "argen"
     fit = ["fit", *pipeline.argen_arguments(tmp_path / "run"), data]
-    more = "--trainer.callbacks+=ModelCheckpoint"
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/best.ckpt").touch()
     for extra, phrase in (
         (
-            [more, f"--trainer.callbacks.dirpath={other}/checkpoints"],
+            [*ANOTHER, f"--trainer.callbacks.dirpath={other}/checkpoints"],
             "checkpoints already holds checkpoints of another",
         ),
-        ([more, f"--trainer.callbacks.dirpath={other}/new"], f"new lies in {other}, the folder of another run"),
+        ([*ANOTHER, f"--trainer.callbacks.dirpath={other}/new"], f"new lies in {other}, the folder of another run"),
         ([f"--trainer.logger.init_args.save_dir={other}"], f"lies in {other}, the folder of another run"),
-        ([more, f"--trainer.callbacks.dirpath={tmp_path}/kept"], "kept already holds checkpoints of another run"),
+        ([*ANOTHER, f"--trainer.callbacks.dirpath={tmp_path}/kept"], "kept already holds checkpoints of another run"),
         # Resuming another run into the folder of one that is there
         ([f"--ckpt_path={pipeline.tokenizer}", f"--trainer.default_root_dir={other}"], "already holds a run"),
     ):

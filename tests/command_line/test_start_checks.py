@@ -41,7 +41,7 @@ def test_every_name_that_is_logged_at_validations_may_be_monitored(pipeline: Pip
 def test_the_name_of_another_reference_is_refused_before_training(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FIDMonitor, "setup", lambda self, *args: None)
+    monkeypatch.setattr(FIDMonitor, "setup", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(FIDMonitor, "metric_names", lambda self: ["gfid/imagenet256"])
     monitor = ["--trainer.callbacks+=FIDMonitor", "--trainer.callbacks+=ModelCheckpoint"]
     with pytest.raises(ValueError, match=r"monitor is 'gfid/imagenet', .* for example gfid/imagenet256"):
