@@ -27,7 +27,7 @@ ROOMS = {
     "llamagen/losses": (),
     "llamagen/metrics": ("llamagen.files",),
     "llamagen/sampling": ("llamagen.files", "llamagen.models"),
-    "llamagen/text": ("llamagen.files",),
+    "llamagen/text": (),
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.command",

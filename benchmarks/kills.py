@@ -1,0 +1,287 @@
+"""Kills a training again and again, and fills its disk, and looks at what is lost.
+
+    python -m benchmarks.kills FOLDER [--seed N] [--out FILE.json]
+
+A small tokenizer trains on synthetic images. Fifteen times its process is killed (SIGKILL) at a random moment, five
+times while a checkpoint is written; five times its disk is full when a checkpoint is due. Each time the same command
+resumes it with ``--ckpt_path last``. The benchmark checks that
+
+- no file under a final name is ever unreadable,
+- each run resumes from the newest checkpoint that was complete, so that only the steps since then are done again,
+- a full disk ends a run in one line and with exit code 1,
+- the weights and the optimizer's state are, bit for bit, those of a run that nothing has stopped.
+
+As root, the run's folder is a small file system of its own in memory, whose size is changed to fill it. Else it is
+``FOLDER``, which should be on another file system than the one for temporary files, and files are limited in size.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums keep their order, and processes can be forked
+
+import lightning
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.kills_run import EVERY, STEPS, Run, make_images, write_config
+from benchmarks.timing import machine
+from llamagen.files import whole_file
+from llamagen.integrity import check_integrity
+
+RESULT = Path(__file__).parent / "results/kills.json"
+EVENTS = {"random": 15, "saving": 5, "full": 5}
+MOST_STEPS = 8
+"""Steps after which a random kill falls, at most."""
+STARTING = 4.0
+"""Seconds after the start in which a random kill falls that is to come before the first step."""
+PAGE = resource.getpagesize()
+DISK = 400
+"""Megabytes of the file system in memory."""
+
+
+def check_files(folder: Path) -> int:
+    """Read every file of a run that has a final name.
+
+    Returns:
+        The step of the newest checkpoint; 0 if there is none.
+
+    Raises:
+        AssertionError: if one cannot be read.
+    """
+    newest = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        try:
+            if path.suffix == ".ckpt":
+                check_integrity(path)
+                newest = max(newest, torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+            elif path.suffix == ".png":
+                with Image.open(path) as image:
+                    image.load()
+            elif path.suffix == ".csv":
+                with path.open(newline="") as file:
+                    head, *rows = list(csv.reader(file))
+                assert all(len(row) == len(head) for row in rows)
+            elif path.suffix == ".yaml":
+                assert yaml.safe_load(path.read_text())
+            else:
+                raise AssertionError("nobody knows this file")
+        except Exception as error:
+            raise AssertionError(f"{path} cannot be read: {error}") from error
+    return newest
+
+
+def differing(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two checkpoints are not equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    if isinstance(one, dict):
+        found = [] if one.keys() == other.keys() else [place]
+        return found + [each for key in one for each in differing(one[key], other.get(key), f"{place}/{key}")]
+    if isinstance(one, list | tuple):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [each for number, (a, b) in pairs for each in differing(a, b, f"{place}/{number}")]
+    return [] if one == other else [place]
+
+
+class Disk:
+    """Where the run's folder is: in a file system of its own if there may be one.
+
+    Args:
+        work: a folder of the file system to use else.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.folder = work / "disk"
+        self.folder.mkdir(exist_ok=True)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "kills", str(self.folder)]
+        self.mounted = os.geteuid() == 0 and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
+
+    def resize(self, size: str) -> None:
+        """Give it another size, in the words of ``mount``."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
+
+    def used(self) -> int:
+        """Bytes of the files that have final names: what a killed process left is removed by the next one."""
+        kept = [path for path in self.folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
+        return sum(-(-path.stat().st_size // PAGE) * PAGE for path in kept)
+
+    def close(self) -> None:
+        """Take it away."""
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+
+def kill_at_random(run: Run, numbers: random.Random) -> float:
+    """Kill it while it starts, or within some steps."""
+    steps = numbers.randrange(-2, MOST_STEPS + 1)
+    end = run.begun + numbers.uniform(0.1, STARTING)
+    while run.poll() and (time.monotonic() < end if steps < 0 else run.resumed < 0 or run.step < run.resumed + steps):
+        time.sleep(0.002)
+    time.sleep(numbers.uniform(0, 0.1))
+    return run.kill()
+
+
+def kill_while_saving(run: Run, numbers: random.Random) -> float:
+    """Kill it when a checkpoint is there in part; which one, and how much of it, is random."""
+    first = numbers.randrange(1, 4)
+    while run.poll() and (run.step < run.resumed + first or run.resumed < 0 or not run.is_saving()):
+        pass
+    time.sleep(numbers.uniform(0, 0.004))
+    return run.kill()
+
+
+def fill(work: Path, disk: Disk, size: int, numbers: random.Random) -> Run:
+    """Let it run into a disk on which there is room for a part of a checkpoint."""
+    room = int(numbers.uniform(0.1, 0.9) * size)
+    if disk.mounted:
+        disk.resize(str(disk.used() + room))
+    run = Run(work, disk.folder / "run", limit=None if disk.mounted else room)
+    run.wait()
+    if disk.mounted:
+        disk.resize(f"{DISK}m")
+    return run
+
+
+def one_event(kind: str, work: Path, disk: Disk, numbers: random.Random) -> dict[str, Any]:
+    """Stop the run once, and see that nothing was lost.
+
+    Raises:
+        AssertionError: if something was.
+    """
+    folder = disk.folder / "run"
+    before = check_files(folder)
+    (work / "log.txt").unlink(missing_ok=True)
+    if kind == "full":
+        size = max((path.stat().st_size for path in folder.glob("checkpoints/*.ckpt")), default=1_000_000)
+        run = fill(work, disk, size, numbers)
+        last = (work / "log.txt").read_text().splitlines()[-1]
+        assert run.status == 1, (run.status, last)
+        assert " was not written: " in last, last
+        found: dict[str, Any] = {"message": last.replace(str(work), "FOLDER")}
+    else:
+        run = Run(work, folder)
+        moment = (kill_while_saving if kind == "saving" else kill_at_random)(run, numbers)
+        assert run.status == -signal.SIGKILL, (run.status, (work / "log.txt").read_text()[-2000:])
+        found = {"seconds_after_start": moment}
+    newest = check_files(folder)
+    if run.resumed >= 0:
+        assert run.resumed == before, f"resumed from step {run.resumed}, though {before} was complete"
+        assert newest >= before
+        assert run.step - newest <= EVERY, f"step {run.step} was done, and {newest} is complete"
+    hidden = [path for path in folder.rglob(".*") if path.is_file()]
+    return {
+        "kind": kind,
+        **found,
+        "resumed_from_step": run.resumed if run.resumed >= 0 else None,
+        "last_step_done": run.step if run.resumed >= 0 else None,
+        "newest_complete_checkpoint": newest,
+        "steps_lost": run.step - newest if run.resumed >= 0 else 0,
+        "unfinished_files": [f"{path.stat().st_size} bytes of {path.name.split('.')[1]}" for path in hidden],
+    }
+
+
+def stop_again_and_again(work: Path, seed: int) -> dict[str, Any]:
+    """The whole benchmark.
+
+    Args:
+        work: an empty folder.
+        seed: of the moments.
+
+    Raises:
+        AssertionError: if something was lost.
+    """
+    numbers = random.Random(seed)
+    make_images(work / "images")
+    write_config(work / "kills.yaml")
+    kinds = [kind for kind, count in EVENTS.items() for _ in range(count)]
+    numbers.shuffle(kinds)
+    disk, begun = Disk(work), time.monotonic()
+    try:
+        alone = Run(work, work / "alone")
+        assert alone.wait() == 0, (work / "log.txt").read_text()[-2000:]
+        events = []
+        for kind in tqdm(kinds, "stopping", unit="stop"):
+            events.append(one_event(kind, work, disk, numbers))
+        folder = disk.folder / "run"
+        last = Run(work, folder)
+        before = events[-1]["newest_complete_checkpoint"]
+        assert last.wait() == 0, (work / "log.txt").read_text()[-2000:]
+        assert last.resumed == before, (last.resumed, before)
+        assert check_files(folder) == STEPS
+        one, other = (
+            torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (work / "alone", folder)
+        )
+        parts = ("state_dict", "optimizer_states", "ImageDataModule", "global_step")
+        wrong = [each for part in parts for each in differing(one.get(part), other.get(part), part)]
+        assert wrong == [], f"the stopped run ends in another state: {wrong[:5]}"
+        another = os.stat(folder).st_dev != os.stat(tempfile.gettempdir()).st_dev
+        return {
+            "kills": sum(event["kind"] != "full" for event in events),
+            "kills_while_a_checkpoint_was_written": EVENTS["saving"],
+            "full_disks": EVENTS["full"],
+            "full_disk_is": "a small tmpfs" if disk.mounted else "a limit of the size of files",
+            "run_on_another_file_system_than_temporary_files": another,
+            "steps": STEPS,
+            "steps_between_checkpoints": EVERY,
+            "most_steps_lost_at_once": max(event["steps_lost"] for event in events),
+            "equal_to_an_uninterrupted_run": True,
+            "unreadable_files_under_a_final_name": 0,
+            "seconds": round(time.monotonic() - begun, 1),
+            "events": events,
+        }
+    finally:
+        disk.close()
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = argparse.ArgumentParser("python -m benchmarks.kills", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="an empty folder, which is removed at the end if nothing was lost")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"record (default: {RESULT.name} in the results)")
+    options = parser.parse_args(args)
+    work = options.folder.absolute()
+    if work.exists() and any(work.iterdir()):
+        parser.error(f"{work} is not empty; give an empty folder")
+    work.mkdir(parents=True, exist_ok=True)
+    found = stop_again_and_again(work, options.seed)
+    shutil.rmtree(work)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+    record = {
+        "benchmark": "kills",
+        "command": f"python -m benchmarks.kills FOLDER --seed {options.seed}",
+        "machine": f"{machine('cpu')}, {sys.platform}",
+        "versions": versions,
+        "seed": options.seed,
+        **found,
+    }
+    with whole_file(options.out) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    summary = {key: value for key, value in record.items() if key != "events"}
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()
