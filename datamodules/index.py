@@ -34,6 +34,8 @@ WHOLE = -1
 
 NO_LABEL = -1
 WRONG_LABEL = -2
+MAX_CLASSES = 1_000_000
+"""A class number from here on is taken for a mistake: a model has weights for each class up to the highest number."""
 MOST_TEXT_BYTES = 1 << 20
 MOST_OPEN_FILES = 128
 
