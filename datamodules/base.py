@@ -109,6 +109,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
         self.class_names: list[str] = []
+        self.numbering: list[str] = []
         self.captioned = False
         self.tallies: dict[str, Tally] = {}
         self.datasets: dict[str, Dataset[Any]] = {}
@@ -183,6 +184,7 @@ class ShardDataModule(pl.LightningDataModule):
     def _found(self) -> dict[str, Any]:
         if self._sources is None:
             train, val, _ = self.find()
+            self.numbering = []
             for source in (train, val):
                 if source is not None and source.folder is not None:
                     self._check_folder(source.folder, source.numbering)
@@ -196,7 +198,9 @@ class ShardDataModule(pl.LightningDataModule):
                 f"trainer.default_root_dir is {self._run_folder}, the folder of the images: what the run writes there "
                 "would become a part of them; choose another folder"
             )
-        rank_zero_info(f"{folder}: {numbering}")
+        if numbering:
+            self.numbering.append(f"{folder}: {numbering}")
+            rank_zero_info(self.numbering[-1])
 
     def _index(self, split: str) -> SampleIndex | StreamIndex:
         if split not in self._indexes:

@@ -33,7 +33,10 @@ def caption_of(sample: Sample, clean: bool = False, short: bool = False) -> str:
     texts = [first_sentence(found), found] if short else [found]
     text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
     if not text:
-        what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}" if found else "has no caption"
+        fault = "" if found else sample.caption_fault()
+        what = f"has no caption that can be read: {fault}" if fault else "has no caption"
+        if found:
+            what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}"
         raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} {what}")
     return text
 

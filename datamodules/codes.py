@@ -14,6 +14,7 @@ from datamodules.dataset import SampleDataset
 from datamodules.features import StoredFeatures
 from datamodules.index import FEATURES, NO_LABEL, SampleIndex
 from datamodules.loader import ranks_wait
+from datamodules.option_checks import check_folder_name, check_share
 from datamodules.order import NO_EPOCH, Address, draw
 from datamodules.pairing import PairedFeatures
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
@@ -185,8 +186,8 @@ class CodeDataModule(ShardDataModule):
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        if not 0.0 <= short_caption_share <= 1.0:
-            raise ValueError(f"short_caption_share is {short_caption_share}; it must lie between 0 and 1")
+        check_share("short_caption_share", short_caption_share)
+        check_folder_name("features", features)
         if features is not None and self.resampled_epoch:
             raise ValueError(
                 f"features is {features}, but with resampled_epoch features must lie beside the codes; extract them "

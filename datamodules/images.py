@@ -1,8 +1,10 @@
 """Pictures for the tokenizer: float32 in [-1, 1], a label and a key. B batch, A views, H = W = ``image_size``."""
 
+import warnings
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,11 +16,17 @@ from datamodules.crops import centre_crop, random_crop, random_flip, ten_crops, 
 from datamodules.dataset import SampleDataset
 from datamodules.index import NO_LABEL, PICTURES, SampleIndex
 from datamodules.loader import ranks_wait
+from datamodules.option_checks import check_choice, check_whole_number
 from datamodules.order import NO_EPOCH
-from datamodules.pictures import read_picture
+from datamodules.pictures import MOST_PIXELS, read_picture
 from datamodules.stream import StreamIndex
 
 Views = Literal["centre", "flip", "ten_crop"]
+
+MOST_SIDE = isqrt(MOST_PIXELS)
+"""The largest square that could come out of an image that is read."""
+MOST_RANGE = 4
+"""The largest crop, by the size of the result."""
 
 
 def to_planes(pixels: np.ndarray) -> np.ndarray:
@@ -61,6 +69,7 @@ class ImageDataset(SampleDataset):
         super().__init__(samples, never_empty)
         self.image_size, self.random_crop, self.flip, self.seed = image_size, random_crop, flip, seed
         self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
+        self._warned = False
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         """Planes, label and key of a sample.
@@ -79,8 +88,17 @@ class ImageDataset(SampleDataset):
         if not self.captions:
             return parts
         caption = sample.read_caption()
+        fault = "" if caption else sample.caption_fault()
+        what = f": {fault}" if fault else ""
         if not caption and sample.label == NO_LABEL:
-            raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} has neither class nor caption")
+            story = f"sample {sample.key} of {sample.source} has neither class nor caption{what}"
+            raise BadSampleError("no caption", story)
+        if fault and not self._warned:
+            self._warned = True  # in each worker process once
+            warnings.warn(
+                f"captions that cannot be read are left out, e.g. of sample {sample.key} of {sample.source}{what}",
+                stacklevel=2,
+            )
         return {**parts, "captions": caption}
 
     def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
@@ -131,10 +149,10 @@ class ImageDataModule(ShardDataModule):
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1")
-        if not crop_ranges or min(crop_ranges) < 1:
-            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1")
+        check_whole_number("image_size", image_size, 1, MOST_SIDE)
+        check_choice("views", views, get_args(Views))
+        if not crop_ranges or not all(1 <= share <= MOST_RANGE for share in crop_ranges):
+            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1, up to {MOST_RANGE}")
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         self.views, self.crop_ranges = views, list(crop_ranges)
 

@@ -203,7 +203,7 @@ def find_sources(
         found["val"] = finder.source(val)
     training, validation = found.get("train"), found.get("val")
     if training is not None and validation is not None and validation.folder is not None and training.classes:
-        validation.classes = training.classes
+        validation.classes, validation.numbering = training.classes, ""
     return training, validation, meta
 
 
