@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from datamodules.index import MAX_CLASSES
 
 ClassOrder = Literal["auto", "number", "name"]
@@ -63,8 +65,8 @@ def number_classes(names: Sequence[str], order: ClassOrder, where: str) -> Numbe
         wrong = [name for name in numbers if len(name) < len(str(MAX_SPARSE)) and names.index(name) != int(name)]
         if wrong:
             by_name.warnings.append(
-                f"{len(numbers)} of {len(names)} class folders in {where} are whole numbers, but {others[0]} is not, so "
-                f"class numbers are places in the order of names: folder {wrong[0]} is class {names.index(wrong[0])}"
+                f"{len(numbers)} of {len(names)} class folders in {where} are whole numbers, but {others[0]} is not: "
+                f"class numbers are places in the order of names, folder {wrong[0]} is class {names.index(wrong[0])}"
             )
         return by_name
     return _by_number(names, order, where) or _as_text(by_name, where)
@@ -110,6 +112,17 @@ def _by_number(names: list[str], order: ClassOrder, where: str) -> Numbering | N
             " set class_order to name to number the folders in the order of their names"
         )
     return Numbering(classes, "numbered by their folders' names, which are whole numbers", warnings)
+
+
+def far_label(labels: np.ndarray) -> int | None:
+    """The highest class number, where it is so far above the number of different ones that it may be a mistake.
+
+    Args:
+        labels: (N,) int64, −1 for none.
+    """
+    different = np.unique(labels[labels >= 0])
+    count = int(different[-1]) + 1 if len(different) else 0
+    return count - 1 if count > max(MAX_SPARSE, MAX_CLASSES_PER_FOLDER * len(different)) else None
 
 
 def class_numbers(found: Sequence[str], classes: Sequence[str], where: str) -> dict[str, int]:

@@ -317,7 +317,11 @@ class SampleIndex(Sequence[Sample]):
         faults = [
             (~has_member, missing, f"has none of {', '.join(extensions)}"),
             (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),  # one of two may be
-            (self.labels == WRONG_LABEL, "wrong label", f"has a class (.cls) that is no number from 0 to {MAX_CLASSES - 1}"),
+            (
+                self.labels == WRONG_LABEL,
+                "wrong label",
+                f"has a class (.cls) that is no number from 0 to {MAX_CLASSES - 1}",
+            ),
         ]
         if labelled:
             faults.append((self.labels == NO_LABEL, "no label", "has no class (.cls)"))

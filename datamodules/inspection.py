@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
 from datamodules.features import StoredFeatures
 from datamodules.files import sha256_of, whole_file
@@ -146,6 +145,8 @@ def _checksums(source: Source) -> list[str]:
 
 
 def _inspect_codes(root: str) -> list[str]:
+    from datamodules.codes import CodeDataModule  # not for worker processes, which import this file, too
+
     data = CodeDataModule(root, max_bad_share=1.0)
     data.setup("fit")
     meta = data.code_meta

@@ -18,7 +18,8 @@ SPLIT_NAMES = {
     "val": re.compile(r"(val|valid|validation|validate|dev|development|eval)(set|split|data|images?|imgs?)?\d*"),
     TEST: re.compile(r"(test|testing|tst)(set|split|data|images?|imgs?)?\d*"),
 }
-"""Usual names of splits, in lower case and without separators: ``Train``, ``train2017``, ``val_set``, ``dev-images``."""
+"""Usual names of splits, in lower case and without separators: ``Train``, ``train2017``, ``val_set``, ``dev-images``.
+"""
 
 SEPARATORS = re.compile(r"[\s_.\-]+")
 EXAMPLES = 10

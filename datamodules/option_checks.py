@@ -1,4 +1,4 @@
-"""Options of data modules, checked when they are constructed: one line with the option, its value, and what it may be."""
+"""Options of data modules, checked when they are constructed: one line with the option, its value and its range."""
 
 import math
 from collections.abc import Sequence

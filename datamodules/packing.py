@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.images import ImageDataModule
 from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
 from datamodules.option_checks import check_positive, check_whole_number
@@ -62,6 +61,8 @@ def pack(
     check_whole_number("seed", seed, 0)
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies within {source} and would become a part of it; choose another folder")
+    from datamodules.images import ImageDataModule  # not for worker processes, which import this file, too
+
     data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share, class_order=class_order)
     data.setup("predict")
     for line in data.numbering:

@@ -16,7 +16,7 @@ from datamodules.bad_samples import BadSampleError, Skipped, Tally
 from datamodules.crops import centre_crop
 from datamodules.dataset import SampleDataset
 from datamodules.folders import class_folders, flat_pictures, index_flat, index_folder
-from datamodules.images import to_planes
+from datamodules.image_dataset import to_planes
 from datamodules.index import NO_LABEL, PICTURES, Sample, SampleIndex
 from datamodules.layout import split_of
 from datamodules.loader import EvaluationLoader

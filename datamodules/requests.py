@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from datamodules.loader import EvaluationLoader, ranks_wait
 from datamodules.order import Address, shared_batches
 
-
 MAX_REQUESTS = 10**9
 
 
@@ -44,7 +43,7 @@ class RequestDataModule(pl.LightningDataModule, ABC):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer pictures than ranks
         if not _is_count(per_entry) or not _is_count(batch_size):
             raise ValueError(
-                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be whole numbers, at least 1"
+                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be at least 1, and whole"
             )
         if len(labels) * per_entry > MAX_REQUESTS:
             raise ValueError(

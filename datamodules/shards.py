@@ -244,7 +244,7 @@ class ShardSet:
 
         Args:
             shards: number of shards of each split.
-            meta: more entries. ``num_classes`` grows to the highest label + 1.
+            meta: more entries. ``num_classes`` grows to the highest label + 1; ``count`` is the number of samples.
             known: what of each split was known not to be usable before the shards were planned. All that is not in the
                 set stands in ``skipped.tsv``, if there is anything.
             max_bad_share: greatest tolerable share of what is not in the set.
@@ -281,7 +281,12 @@ class ShardSet:
                 temporary.write_text(table, encoding="utf-8", errors="backslashreplace")
         _write_json(
             self.root / META_FILE,
-            {**meta, "num_classes": max(meta.get("num_classes", 0), highest + 1), "splits": splits},
+            {
+                **meta,
+                "num_classes": max(meta.get("num_classes", 0), highest + 1),
+                "count": everything,
+                "splits": splits,
+            },
         )
         for note in notes:
             note.unlink()
