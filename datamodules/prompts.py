@@ -32,8 +32,8 @@ class PromptTable(NamedTuple):
 def clean_prompt(text: str) -> str:
     """A prompt as it is asked for, without spaces at its ends.
 
-    A byte order mark before it is dropped. NUL, other control characters and separators of lines become spaces, halves of
-    surrogate pairs U+FFFD. All else stays, emoji and their joiners included.
+    A byte order mark before it is dropped. NUL, other control characters and separators of lines become spaces, halves
+    of surrogate pairs U+FFFD. All else stays, emoji and their joiners included.
     """
     return "".join(
         REPLACED.get(unicodedata.category(character), character) for character in text.removeprefix(MARK)
