@@ -160,9 +160,8 @@ class TarSamples:
         for key, group in groups.items():
             if len(group) > 1 and any(row.apart for row in group):
                 kept -= {id(row) for row in group}
-                bad += [self._unclear(key, f"comes {len(group)} times, with its parts apart from each other")] * len(
-                    group
-                )
+                story = self._unclear(key, "comes several times, with its parts apart from each other")
+                bad += [story] * len(group)
         return [row for row in rows if row.key not in groups or id(row) in kept]
 
     def _join_family(self, base: str, family: list[Row], bad: list[Skipped]) -> list[tuple[str, Row]]:

@@ -1,4 +1,4 @@
-"""Folders of a dataset are read as splits, classes or neither; what is unclear is refused, what is left out reported."""
+"""Folders of a dataset are splits, classes or neither; what is unclear is refused, what is left out reported."""
 
 import warnings
 from pathlib import Path
@@ -140,8 +140,8 @@ def test_a_vehicle_called_train_is_a_class_and_warned_of(tmp_path: Path) -> None
 def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -> None:
     root = write(
         tmp_path, "ant/1.png", "ant/@eaDir/1.png", "ant/.thumbs/1.png", "cat/more/1.png", "__MACOSX/ant/._1.png",
-        "__MACOSX/1.png", "@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png", ".ipynb_checkpoints/1.png", "new folder/",
-        "notes/", "stray.png",
+        "__MACOSX/1.png", "@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png", ".ipynb_checkpoints/1.png",
+        "new folder/", "notes/", "stray.png",
     )  # fmt: skip
     (root / "notes/read.txt").write_text("text")
     for name in ("Thumbs.db", ".DS_Store", "._1.png"):
@@ -152,7 +152,8 @@ def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -
     assert list(first.index(None).keys) == ["ant/1", "cat/more/1"]  # type: ignore[arg-type]
     for phrase in ("$RECYCLE.BIN (a system folder)", ".ipynb_checkpoints (hidden)", "@eaDir (a system folder)",
                    "__MACOSX (a system folder)", "ant/@eaDir (a system folder)", "lost+found (a system folder)",
-                   "new folder (no images)", "notes (no images)", "no class folder are left out: stray.png"):  # fmt: skip
+                   "new folder (no images)", "notes (no images)",
+                   "no class folder are left out: stray.png"):  # fmt: skip
         assert phrase in said
 
 
