@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datamodules.index import OTHER_PICTURES, PICTURES
@@ -104,20 +105,24 @@ class FolderWalk:
 
     def holds_images(self, name: str = "") -> bool:
         """Whether there is an image in a folder or in those within it; ends at the first one."""
+        folder = os.path.join(self.root, name)
+        with _readable(folder), os.scandir(folder) as entries:  # mostly at once, without listing all
+            if any(is_image(entry.name) and not _is_folder(entry) for entry in entries):
+                return True
         return any(is_image(file) for _, names in self.files(name) for file in names)
 
     @staticmethod
     def _entries(folder: str) -> tuple[list["os.DirEntry[str]"], list[str]]:
         """Folders and names of files, sorted."""
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-            folders = [entry for entry in found if entry.is_dir()]
-        except OSError as error:
-            raise ValueError(
-                f"folder {folder} cannot be read ({error.strerror}); make it readable, or move it elsewhere"
-            ) from error
-        return folders, [entry.name for entry in found if not entry.is_dir()]
+        folders: list[os.DirEntry[str]] = []
+        names = []
+        with _readable(folder), os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if _is_folder(entry):
+                    folders.append(entry)
+                else:
+                    names.append(entry.name)
+        return folders, names
 
     def _is_left_out(self, entry: "os.DirEntry[str]") -> bool:
         if entry.name.startswith("."):
@@ -145,6 +150,23 @@ class FolderWalk:
         """Whether a folder within the root is read by itself, and not left out."""
         parts = os.path.relpath(real, self._real_root).split(os.sep)
         return not any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in parts)
+
+
+@contextmanager
+def _readable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"folder {folder} cannot be read ({error.strerror}); make it readable, or move it elsewhere"
+        ) from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(path: str) -> tuple[int, int]:

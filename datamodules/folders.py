@@ -45,10 +45,11 @@ def index_folder(root: Path, classes: list[str], run_folder: Path | None = None)
         ValueError: if a class folder is not among ``classes``, or a folder cannot be read.
     """
     walk = FolderWalk(root, run_folder)
-    empty = {os.path.join(root, name): "no images" for name in walk.folders() if not walk.holds_images(name)}
-    found = [name for name in walk.folders() if os.path.join(root, name) not in empty]
+    places = {name: list(walk.files(name)) for name in walk.folders()}
+    found = [name for name, files in places.items() if any(is_image(file) for _, names in files for file in names)]
+    empty = {os.path.join(root, name): "no images" for name in places if name not in set(found)}
     numbers = class_numbers(found, classes, str(root))
-    index = _index(root, ((*place, numbers[name]) for name in found for place in walk.files(name)))
+    index = _index(root, ((*place, numbers[name]) for name in found for place in places[name]))
     report_left_out(root, {**walk.left_out, **empty}, flat_pictures(root) if found else [])
     counts = np.bincount(index.labels, minlength=1)
     if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
@@ -63,8 +64,7 @@ def index_flat(root: Path) -> SampleIndex:
 
 def flat_pictures(root: Path) -> list[str]:
     """Names of the pictures that lie in a folder itself, sorted, those that cannot be read included."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+    return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
 
 
 def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:

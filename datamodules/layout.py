@@ -184,8 +184,7 @@ def _holds_samples(folder: Path) -> bool:
 
 
 def _holds_images_itself(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(is_image(entry.name) and entry.is_file() for entry in entries)
+    return any(is_image(name) and (folder / name).is_file() for name in os.listdir(folder))
 
 
 def _some(names: Sequence[str]) -> str:
