@@ -1,11 +1,21 @@
-"""The one data layer that both modules share."""
+"""The one data layer that both modules share.
 
-from datamodules.captions import CaptionDataModule
-from datamodules.codes import CodeDataModule
-from datamodules.digits import DigitsDataModule
-from datamodules.images import ImageDataModule
-from datamodules.prompts import PromptDataModule
-from datamodules.samples import SampleDataModule
+Its DataModules are imported when they are asked for: a worker process that reads samples needs none of them, and with
+them Lightning, which takes several times as long to import as all the rest. Where Lightning is there already, they are
+imported at once, so that its command line knows them by their short names.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or "lightning.pytorch" in sys.modules:
+    from datamodules.captions import CaptionDataModule
+    from datamodules.codes import CodeDataModule
+    from datamodules.digits import DigitsDataModule
+    from datamodules.images import ImageDataModule
+    from datamodules.prompts import PromptDataModule
+    from datamodules.samples import SampleDataModule
 
 __all__ = [
     "CaptionDataModule",
@@ -15,3 +25,18 @@ __all__ = [
     "PromptDataModule",
     "SampleDataModule",
 ]
+
+_MODULES = {
+    "CaptionDataModule": "captions",
+    "CodeDataModule": "codes",
+    "DigitsDataModule": "digits",
+    "ImageDataModule": "images",
+    "PromptDataModule": "prompts",
+    "SampleDataModule": "samples",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -16,6 +16,7 @@ REASONS = (
     "no codes",
     "broken codes",
     "broken features",
+    "unclear parts",
 )
 """Why a sample may be skipped. All ranks count in this order."""
 

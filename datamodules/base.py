@@ -4,18 +4,27 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
 
 from datamodules.bad_samples import REASONS, Tally
+from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.index import CAPTIONS, SampleIndex
 from datamodules.loader import EvaluationLoader, TrainLoader, ranks_wait
+from datamodules.option_checks import (
+    check_choice,
+    check_folder_name,
+    check_positive,
+    check_share,
+    check_whole_number,
+)
 from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
-from datamodules.remote import ShardCache, check_presence
+from datamodules.remote import ShardCache, check_presence, is_remote
 from datamodules.sources import SPLITS, Source, find_sources, hold_out
 from datamodules.stream import StreamIndex
 
@@ -27,8 +36,9 @@ class ShardDataModule(pl.LightningDataModule):
     both, in the order of :attr:`predict_splits`. Remote shards are fetched whole into ``cache_dir`` before training.
 
     Args:
-        root: folder or address of the set. Within it ``train`` and ``val``, each a folder of class folders or of
-            shards; or the class folders or shards themselves; or shards by a pattern, as for ``train``.
+        root: folder or address of the set. Within it ``train`` and ``val`` (or ``training``, ``Train``, ``validation``,
+            ``dev`` and so on), each a folder of class folders or of shards; or the class folders or shards themselves;
+            or shards by a pattern, as for ``train``.
         batch_size: samples a rank and batch.
         train: instead of all of ``root``, a folder, or shards by path or address (``http(s)://``, ``s3://``, ``gs://``)
             with patterns like ``{000..123}``; or a list of these.
@@ -46,6 +56,9 @@ class ShardDataModule(pl.LightningDataModule):
         cache_dir: where remote shards and the indexes of shards are kept; None for ``~/.cache/llamagen``.
         cache_gb: with ``resampled_epoch``, gigabytes of remote shards to keep.
         allow_pipe: let addresses like ``pipe:aws s3 cp … -`` run their command.
+        class_order: how class folders are numbered. ``auto``: folders whose names are all whole numbers are the classes
+            of these numbers, others are numbered in the order of their names. ``number``: each name must be a whole
+            number. ``name``: always in the order of the names, as text.
     """
 
     extensions: tuple[str, ...] = ()
@@ -71,27 +84,32 @@ class ShardDataModule(pl.LightningDataModule):
         cache_dir: Path | str | None = None,
         cache_gb: float = 100.0,
         allow_pipe: bool = False,
+        class_order: ClassOrder = "auto",
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if resampled_epoch is not None and resampled_epoch < 1:
-            raise ValueError(f"resampled_epoch is {resampled_epoch}; it must be at least 1, or null")
-        if not 0 < val_share < 1:
-            raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {max_bad_share}; it must lie between 0 and 1")
-        if cache_gb <= 0:
-            raise ValueError(f"cache_gb is {cache_gb}; it must be positive")
+        check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("num_workers", num_workers, 0)
+        check_whole_number("seed", seed, 0)
+        if resampled_epoch is not None:
+            check_whole_number("resampled_epoch", resampled_epoch, 1)
+        check_share("val_share", val_share, with_ends=False)
+        check_share("max_bad_share", max_bad_share)
+        check_positive("cache_gb", cache_gb)
+        check_choice("remainder", remainder, get_args(Remainder))
+        check_choice("class_order", class_order, CLASS_ORDERS)
+        check_folder_name("cache_dir", cache_dir)
+        for name, value in (("root", root), ("train", train), ("val", val)):
+            if value is not None and not str(value).strip():
+                raise ValueError(f"{name} is {str(value)!r}; {self.hint}")
         self.root = None if root is None else str(root)
         self.train, self.val, self.val_share = train, val, val_share
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share
-        self.allow_pipe = allow_pipe
+        self.allow_pipe, self.class_order = allow_pipe, class_order
         self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
         self.class_names: list[str] = []
+        self.numbering: list[str] = []
         self.captioned = False
         self.tallies: dict[str, Tally] = {}
         self.datasets: dict[str, Dataset[Any]] = {}
@@ -155,14 +173,34 @@ class ShardDataModule(pl.LightningDataModule):
         Raises:
             ValueError: if there is nothing.
         """
-        return find_sources(self.root, self.train, self.val, self.hint, self.allow_pipe)
+        places = self.root, self.train, self.val
+        return find_sources(*places, self.hint, self.allow_pipe, self.class_order, self._run_folder)
+
+    @property
+    def _run_folder(self) -> Path | None:
+        folder = getattr(self.trainer, "default_root_dir", None)
+        return None if folder is None or is_remote(str(folder)) else Path(folder)
 
     def _found(self) -> dict[str, Any]:
         if self._sources is None:
             train, val, _ = self.find()
+            self.numbering = []
+            for source in (train, val):
+                if source is not None and source.folder is not None:
+                    self._check_folder(source.folder, source.numbering)
             self._sources = {"train": train, "val": val}
             self.class_names = list(train.classes) if train is not None else []
         return self._sources
+
+    def _check_folder(self, folder: Path, numbering: str) -> None:
+        if self._run_folder is not None and folder.resolve() == self._run_folder.resolve():
+            raise ValueError(
+                f"trainer.default_root_dir is {self._run_folder}, the folder of the images: what the run writes there "
+                "would become a part of them; choose another folder"
+            )
+        if numbering:
+            self.numbering.append(f"{folder}: {numbering}")
+            rank_zero_info(self.numbering[-1])
 
     def _index(self, split: str) -> SampleIndex | StreamIndex:
         if split not in self._indexes:
@@ -235,7 +273,8 @@ class ShardDataModule(pl.LightningDataModule):
         count = len(self._indexes["val"])
         if count < self.world_size:
             raise ValueError(
-                f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks"
+                f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks "
+                "(trainer.devices), or more validation samples (val, or val_share)"
             )
         batches = shared_batches(count, self.batch_size, self.rank, self.world_size, ranks_wait(self.trainer))
         return self._evaluation_loader("val", batches, never_empty=True)

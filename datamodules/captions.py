@@ -4,72 +4,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from datamodules.bad_samples import BadSampleError
 from datamodules.base import ShardDataModule
-from datamodules.dataset import SampleDataset
-from datamodules.index import CAPTIONS, Sample, SampleIndex
+from datamodules.caption_dataset import CaptionDataset, caption_of
+from datamodules.index import CAPTIONS, SampleIndex
 from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.sources import Source
 from datamodules.stream import StreamIndex
-from llamagen.text.cleaning import clean_caption, first_sentence
+from llamagen.text.cleaning import clean_caption
 
-
-def caption_of(sample: Sample, clean: bool = False, short: bool = False) -> str:
-    """The caption of a sample, or its first sentence.
-
-    Args:
-        sample: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: the first sentence alone, found before cleaning, which takes away the capitals that tell where it ends;
-            the whole caption where cleaning leaves nothing of that sentence.
-
-    Raises:
-        BadSampleError: if it has none, or cleaning leaves nothing of it.
-    """
-    found = sample.read_caption()
-    texts = [first_sentence(found), found] if short else [found]
-    text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
-    if not text:
-        what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}" if found else "has no caption"
-        raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} {what}")
-    return text
-
-
-class CaptionDataset(SampleDataset):
-    """Reads captions, and what else of their samples goes with their features.
-
-    Args:
-        samples: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: give the first sentences, too.
-        codes: give the bytes of the codes, which each sample must then have.
-    """
-
-    def __init__(
-        self, samples: SampleIndex | StreamIndex, clean: bool = False, short: bool = False, codes: bool = False
-    ) -> None:
-        super().__init__(samples)
-        self.clean, self.short, self.codes = clean, short, codes
-
-    def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Caption, label and key of a sample.
-
-        Raises:
-            BadSampleError: if it has no caption, or lacks the codes.
-        """
-        sample = self.samples[number]
-        parts = {"captions": caption_of(sample, self.clean), "labels": sample.label, "keys": sample.key}
-        if self.short:
-            parts["short_captions"] = caption_of(sample, self.clean, short=True)
-        return {**parts, "codes": sample.read("npy")} if self.codes else parts
-
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``captions``, ``short_captions``, ``keys``, ``labels`` (B,) int64 (−1 for none), ``codes`` as bytes."""
-        batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
-        return {**batch, "labels": torch.tensor(batch["labels"])}
+__all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]
 
 
 class CaptionDataModule(ShardDataModule):

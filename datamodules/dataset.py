@@ -1,7 +1,7 @@
 """The base of datasets that skip what they cannot use."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -10,7 +10,9 @@ from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.index import SampleIndex
 from datamodules.loader import SKIPPED
 from datamodules.order import Address
-from datamodules.stream import StreamIndex
+
+if TYPE_CHECKING:
+    from datamodules.stream import StreamIndex
 
 MOST_ATTEMPTS = 100
 
@@ -24,7 +26,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
             ranks would wait for one without a batch, and Lightning ends an epoch properly only at its planned last one.
     """
 
-    def __init__(self, samples: SampleIndex | StreamIndex, never_empty: bool = False) -> None:
+    def __init__(self, samples: "SampleIndex | StreamIndex", never_empty: bool = False) -> None:
         self.samples, self.never_empty = samples, never_empty
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.images import ImageDataModule
+from datamodules.option_checks import check_folder_name
 from datamodules.shards import IMAGES_FORMAT, ShardSet, read_meta
 from datamodules.sources import SPLITS
 from llamagen.files import whole_folder
@@ -71,6 +72,7 @@ class DigitsDataModule(ImageDataModule):
         captions: bool = False,
         **data: Any,
     ) -> None:
+        check_folder_name("root", "" if root is None else root)  # the digits are written there
         super().__init__(root, image_size, batch_size, num_workers=num_workers, random_crop=False, flip=False, **data)
         self.captions = captions
 

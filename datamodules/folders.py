@@ -8,39 +8,53 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from datamodules.bad_samples import Skipped
+from datamodules.class_order import class_numbers
+from datamodules.folder_walk import FolderWalk, is_image
 from datamodules.index import NO_LABEL, OTHER_PICTURES, PICTURES, TEXT, WHOLE, SampleIndex, Strings
+from datamodules.layout import report_left_out
 
 
-def class_folders(root: Path) -> list[str]:
-    """The names of the classes, sorted; a class's number is its place in this list."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
+    """The names of the class folders, sorted: folders that hold images, and are none that a
+    :class:`~datamodules.folder_walk.FolderWalk` leaves out.
+
+    Args:
+        root: the folder.
+        run_folder: folder that the current run writes to, if there is one.
+    """
+    walk = FolderWalk(root, run_folder)
+    return [name for name in walk.folders() if walk.holds_images(name)]
 
 
-def index_folder(root: Path, classes: list[str]) -> SampleIndex:
-    """The pictures of a folder of class folders, sorted by path.
+def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> SampleIndex:
+    """The pictures of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
 
     A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
     same one, the suffix is added to it.
 
     Args:
         root: the folder.
-        classes: names of the classes; a folder of another name is refused.
+        classes: names of the classes, by their numbers; a folder of another name is refused. Where they are whole
+            numbers, so is the folder ``01`` of class 1.
+        run_folder: folder that the current run writes to, if there is one.
 
     Raises:
-        ValueError: if a class folder is not among ``classes``.
+        ValueError: if a class folder is not among ``classes``, or a folder cannot be read.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
-    found = class_folders(root)
-    for name in found:
-        if name not in numbers:
-            raise ValueError(
-                f"{root} has the class folder {name}, which is none of the {len(classes)} classes of the training "
-                "pictures; rename or remove it"
-            )
-    return _index(root, ((*place, numbers[name]) for name in found for place in _walk(root / name)))
+    walk = FolderWalk(root, run_folder)
+    places = {name: list(walk.files(name)) for name in walk.folders()}
+    found = [name for name, files in places.items() if any(is_image(file) for _, names in files for file in names)]
+    empty = {os.path.join(root, name): "no images" for name in places if name not in set(found)}
+    numbers = class_numbers(found, classes, str(root))
+    index = _index(root, ((*place, numbers[name]) for name in found for place in places[name]))
+    report_left_out(root, {**walk.left_out, **empty}, flat_pictures(root) if found else [])
+    counts = np.bincount(index.labels, minlength=1)
+    if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
+        rank_zero_warn(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
+    return index
 
 
 def index_flat(root: Path) -> SampleIndex:
@@ -50,17 +64,7 @@ def index_flat(root: Path) -> SampleIndex:
 
 def flat_pictures(root: Path) -> list[str]:
     """Names of the pictures that lie in a folder itself, sorted, those that cannot be read included."""
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    kinds = (*PICTURES, *OTHER_PICTURES)
-    return sorted(name for name in names if name.rpartition(".")[0] and name.rpartition(".")[2].lower() in kinds)
-
-
-def _walk(root: Path) -> Iterable[tuple[str, list[str]]]:
-    """A folder and those within it, each with its files."""
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = sorted(entry for entry in below if not entry.startswith("."))
-        yield folder, sorted(names)
+    return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
 
 
 def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:

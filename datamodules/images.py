@@ -1,106 +1,29 @@
 """Pictures for the tokenizer: float32 in [-1, 1], a label and a key. B batch, A views, H = W = ``image_size``."""
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from datamodules.bad_samples import BadSampleError
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.crops import centre_crop, random_crop, random_flip, ten_crops, view_names
-from datamodules.dataset import SampleDataset
-from datamodules.index import NO_LABEL, PICTURES, SampleIndex
+from datamodules.class_order import far_label
+from datamodules.crops import view_names
+from datamodules.image_dataset import ImageDataset, Views, scale, to_planes
+from datamodules.index import PICTURES, SampleIndex
 from datamodules.loader import ranks_wait
-from datamodules.order import NO_EPOCH
-from datamodules.pictures import read_picture
+from datamodules.option_checks import check_choice, check_whole_number
+from datamodules.pictures import MOST_PIXELS
 from datamodules.stream import StreamIndex
 
-Views = Literal["centre", "flip", "ten_crop"]
+__all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 
-
-def to_planes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (…, H, W, 3) as (…, 3, H, W), contiguous: planes, as the resizing kernel leaves them."""
-    return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
-
-
-def scale(levels: Tensor) -> Tensor:
-    """Levels 0 to 255 uint8 as float32 in [-1, 1]."""
-    return levels.float().div_(127.5).sub_(1.0)
-
-
-class ImageDataset(SampleDataset):
-    """Decodes pictures; asked for without an epoch, it gives their views, which is the centre crop alone by default.
-
-    Args:
-        samples: with a png, jpg, jpeg or webp member.
-        image_size: side of the pictures in pixels.
-        random_crop: within an epoch, draw size and place of the crop by (seed, epoch, sample).
-        flip: within an epoch, mirror half of the pictures, drawn likewise.
-        seed: of the draws.
-        views: see :func:`~datamodules.crops.view_names`; more than one makes the pictures (A, 3, H, W).
-        crop_ranges: of ten crops.
-        captions: read captions, too.
-        never_empty: see :class:`~datamodules.dataset.SampleDataset`.
-    """
-
-    def __init__(
-        self,
-        samples: SampleIndex | StreamIndex,
-        image_size: int,
-        random_crop: bool = False,
-        flip: bool = False,
-        seed: int = 0,
-        views: Views = "centre",
-        crop_ranges: Sequence[float] = (),
-        captions: bool = False,
-        never_empty: bool = False,
-    ) -> None:
-        super().__init__(samples, never_empty)
-        self.image_size, self.random_crop, self.flip, self.seed = image_size, random_crop, flip, seed
-        self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
-
-    def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Planes, label and key of a sample.
-
-        Raises:
-            BadSampleError: if it has no picture or a broken one.
-        """
-        sample = self.samples[number]
-        pixels = read_picture(sample.read_picture(), f"sample {sample.key} of {sample.source}")
-        # Contiguous, and so a copy: a piece would keep the whole picture in memory until the batch is full.
-        parts = {
-            "planes": to_planes(self._cut(pixels, number, epoch)),
-            "labels": sample.label,
-            "keys": sample.key,
-        }
-        if not self.captions:
-            return parts
-        caption = sample.read_caption()
-        if not caption and sample.label == NO_LABEL:
-            raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} has neither class nor caption")
-        return {**parts, "captions": caption}
-
-    def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
-        if epoch == NO_EPOCH:
-            if self.views == "ten_crop":
-                return np.stack(ten_crops(pixels, self.image_size, self.crop_ranges))
-            centre = centre_crop(pixels, self.image_size)
-            return centre if self.views == "centre" else np.stack([centre, centre[:, ::-1]])
-        generator = np.random.default_rng([self.seed, epoch, number])
-        if self.random_crop:
-            pixels = random_crop(pixels, self.image_size, generator)
-        else:
-            pixels = centre_crop(pixels, self.image_size)
-        return random_flip(pixels, generator) if self.flip else pixels
-
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64 (−1 for none), ``keys``, ``captions``."""
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        images = scale(torch.from_numpy(np.stack(batch.pop("planes"))))
-        return {"images": images, **batch, "labels": torch.tensor(batch["labels"])}
+MOST_SIDE = isqrt(MOST_PIXELS)
+"""The largest square that could come out of an image that is read."""
+MOST_RANGE = 4
+"""The largest crop, by the size of the result."""
 
 
 class ImageDataModule(ShardDataModule):
@@ -131,10 +54,12 @@ class ImageDataModule(ShardDataModule):
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1")
-        if not crop_ranges or min(crop_ranges) < 1:
-            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1")
+        check_whole_number("image_size", image_size, 1, MOST_SIDE)
+        check_choice("views", views, get_args(Views))
+        if not crop_ranges or not all(1 <= share <= MOST_RANGE for share in crop_ranges):
+            raise ValueError(
+                f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1, up to {MOST_RANGE}"
+            )
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         self.views, self.crop_ranges = views, list(crop_ranges)
 
@@ -146,6 +71,8 @@ class ImageDataModule(ShardDataModule):
     def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> ImageDataset:
         """Pictures of a split; those of the training split vary from epoch to epoch."""
         train, predict = split == SPLITS[0], stage == "predict"
+        if train and isinstance(samples, SampleIndex) and not self.class_names:
+            _warn_of_far_label(samples)
         return ImageDataset(
             samples,
             self.image_size,
@@ -156,4 +83,14 @@ class ImageDataModule(ShardDataModule):
             self.crop_ranges,
             captions=predict and self.captioned,
             never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
+        )
+
+
+def _warn_of_far_label(samples: SampleIndex) -> None:
+    if (label := far_label(samples.labels)) is not None:
+        sample = samples[int(np.flatnonzero(samples.labels == label)[0])]
+        rank_zero_warn(
+            f"the highest class is {label}, of sample {sample.key} of {sample.source}, but only "
+            f"{len(np.unique(samples.labels))} different classes come; a mistyped label would make the number of "
+            f"classes {label + 1}"
         )

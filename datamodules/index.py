@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamodules.bad_samples import BadSampleError, Skipped
+from datamodules.text_files import MARK, decode_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 FEATURES, SHORT_FEATURES = "features", "shortfeatures"
@@ -34,6 +35,8 @@ WHOLE = -1
 
 NO_LABEL = -1
 WRONG_LABEL = -2
+MAX_CLASSES = 1_000_000
+"""A class number from here on is taken for a mistake: a model has weights for each class up to the highest number."""
 MOST_TEXT_BYTES = 1 << 20
 MOST_OPEN_FILES = 128
 
@@ -183,18 +186,36 @@ class Sample(NamedTuple):
             return ""
         caption = said.get("caption") if isinstance(said, dict) else None
         # JSON can hold half of a character, which no file can.
-        return caption.encode(errors="replace").decode().strip() if isinstance(caption, str) else ""
+        if not isinstance(caption, str):
+            return ""
+        return caption.encode(errors="replace").decode().strip().removeprefix(MARK).strip()
 
     def read_text(self, extension: str) -> str:
-        """A text part, without white space around it; '' if there is none, it is huge, or not UTF-8."""
+        """A text part, without white space or a byte order mark around it; '' if there is none, it is huge, or
+        not UTF-8.
+        """
         member = self.members.get(extension)
         if member is None:
             return ""
         try:
             size = os.stat(member.path).st_size if member.size == WHOLE else member.size
-            return self.read(extension).decode().strip() if 0 < size <= MOST_TEXT_BYTES else ""
+            return decode_text(self.read(extension)).strip() if 0 < size <= MOST_TEXT_BYTES else ""
         except (OSError, UnicodeDecodeError):
             return ""
+
+    def caption_fault(self) -> str:
+        """What keeps a text part from being read as a caption, for messages; '' if nothing does."""
+        for extension in CAPTIONS:
+            if extension not in self.members:
+                continue
+            data = self.read(extension) if self.members[extension].size else b""
+            if len(data) > MOST_TEXT_BYTES:
+                return f"its .{extension} has {len(data)} bytes, more than {MOST_TEXT_BYTES}"
+            try:
+                decode_text(data)
+            except UnicodeDecodeError as error:
+                return f"its .{extension} is not in UTF-8 (byte {error.start}); convert it"
+        return ""
 
 
 class SampleIndex(Sequence[Sample]):
@@ -296,7 +317,11 @@ class SampleIndex(Sequence[Sample]):
         faults = [
             (~has_member, missing, f"has none of {', '.join(extensions)}"),
             (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),  # one of two may be
-            (self.labels == WRONG_LABEL, "wrong label", "has a class (.cls) that is no number"),
+            (
+                self.labels == WRONG_LABEL,
+                "wrong label",
+                f"has a class (.cls) that is no number from 0 to {MAX_CLASSES - 1}",
+            ),
         ]
         if labelled:
             faults.append((self.labels == NO_LABEL, "no label", "has no class (.cls)"))

@@ -17,7 +17,7 @@ from datamodules.index import SampleIndex, Strings
 from datamodules.tar_index import index_shard
 from llamagen.files import whole_file
 
-VERSION = 2
+VERSION = 3
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """Of processes that only move bytes: forked ones start at once, and run no script anew that does not expect it."""
 MANY = 64

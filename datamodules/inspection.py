@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datamodules.bad_samples import BadSampleError, Skipped
-from datamodules.codes import CodeDataModule
+from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.crops import centre_crop
 from datamodules.features import StoredFeatures
 from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
+from datamodules.option_checks import check_whole_number
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
@@ -64,7 +65,12 @@ class Facts(Dataset[Any]):
 
 
 def inspect(
-    root: str, sheet: Path | None = None, decode: bool = True, num_workers: int = 2, seed: int = 0
+    root: str,
+    sheet: Path | None = None,
+    decode: bool = True,
+    num_workers: int = 2,
+    seed: int = 0,
+    class_order: ClassOrder = "auto",
 ) -> list[str]:
     """Describe a data set.
 
@@ -74,6 +80,7 @@ def inspect(
         decode: decode every picture, not only its header.
         num_workers: processes that read pictures; 0 for none.
         seed: of the choice of pictures for the sheet.
+        class_order: how class folders are numbered, as in a DataModule.
 
     Returns:
         Lines of text.
@@ -81,7 +88,12 @@ def inspect(
     Raises:
         ValueError: if there is nothing, or a shard is missing.
     """
-    train, val, meta = find_sources(root, None, None, HINT)
+    check_whole_number("num_workers", num_workers, 0)
+    check_whole_number("seed", seed, 0)
+    train, val, meta = find_sources(root, None, None, HINT, class_order=class_order)
+    for source in (train, val):
+        if sheet is not None and source is not None and source.folder is not None:
+            _check_sheet(sheet, source.folder)
     cache = ShardCache()
     if (kind := meta.get("format")) in (CODES_FORMAT, CAPTIONS_FORMAT):
         if sheet is not None:
@@ -98,6 +110,7 @@ def inspect(
         shown.append(samples)
         lines += ["", f"{name}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
         lines += _classes(samples.labels, source.classes)
+        lines += [f"  {source.numbering}"] if source.numbering else []
         facts, bad = _read(Facts(samples, decode), num_workers, name)
         lines += _pictures(facts) + _bad([*samples.bad, *bad])
         if "txt" in samples.members:
@@ -109,6 +122,13 @@ def inspect(
         _write_sheet(shown[0], classes, sheet, seed)
         lines += ["", f"contact sheet: {sheet}"]
     return lines
+
+
+def _check_sheet(sheet: Path, folder: Path) -> None:
+    """A contact sheet in a class folder would be one of its images from then on."""
+    place, root = sheet.resolve().parent, folder.resolve()
+    if place != root and place.is_relative_to(root):
+        raise ValueError(f"--sheet is {sheet}, which lies in the images' folder {folder}; write it elsewhere")
 
 
 def _checksums(source: Source) -> list[str]:
@@ -125,6 +145,8 @@ def _checksums(source: Source) -> list[str]:
 
 
 def _inspect_codes(root: str) -> list[str]:
+    from datamodules.codes import CodeDataModule  # not for worker processes, which import this file, too
+
     data = CodeDataModule(root, max_bad_share=1.0)
     data.setup("fit")
     meta = data.code_meta
@@ -297,9 +319,13 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--headers_only", action="store_true", help="do not decode the pictures: faster, finds less")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures for the sheet (default: 0)")
+    parser.add_argument(
+        "--class_order", choices=CLASS_ORDERS, default="auto", help="how class folders are numbered (default: auto)"
+    )
     options = parser.parse_args(args)
+    numbers = options.num_workers, options.seed
     try:
-        lines = inspect(options.root, options.sheet, not options.headers_only, options.num_workers, options.seed)
+        lines = inspect(options.root, options.sheet, not options.headers_only, *numbers, options.class_order)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(lines))

@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.bad_samples import BadSampleError, Skipped
-from datamodules.images import ImageDataModule
+from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
+from datamodules.option_checks import check_positive, check_whole_number
 from datamodules.remote import is_remote
 from datamodules.shards import IMAGES_FORMAT, ShardSet
 from datamodules.sources import SPLITS
@@ -35,6 +36,7 @@ def pack(
     seed: int = 0,
     workers: int | None = None,
     max_bad_share: float = 0.05,
+    class_order: ClassOrder = "auto",
 ) -> None:
     """Write a set of shards, and say so in one line.
 
@@ -48,20 +50,23 @@ def pack(
         seed: of the order of the samples.
         workers: processes; None for as many as there are cores.
         max_bad_share: share of files that may be empty or unreadable.
+        class_order: how class folders are numbered, as in a DataModule.
 
     Raises:
         ValueError: in one line, if there is nothing to pack, too much is bad, or ``out`` holds something else.
     """
-    if shard_mb <= 0:
-        raise ValueError(f"shard_mb is {shard_mb}; it must be positive")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be at least 0")
+    check_positive("shard_mb", shard_mb)
+    if workers is not None:
+        check_whole_number("workers", workers, 1)
+    check_whole_number("seed", seed, 0)
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies within {source} and would become a part of it; choose another folder")
-    data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share)
+    from datamodules.images import ImageDataModule  # not for worker processes, which import this file, too
+
+    data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share, class_order=class_order)
     data.setup("predict")
+    for line in data.numbering:
+        print(line)
     indexes = {split: data.datasets[split].samples for split in SPLITS}  # type: ignore[attr-defined]
     sizes = {split: _sizes_in_tar(index) for split, index in indexes.items()}
     plan = {
@@ -173,6 +178,13 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument(
         "--max_bad_share", type=float, default=0.05, help="share of files that may be unreadable (default: 0.05)"
+    )
+    parser.add_argument(
+        "--class_order",
+        choices=CLASS_ORDERS,
+        default="auto",
+        help="number class folders by their names as whole numbers, or in the order of the names (default: auto: by "
+        "number where all names are whole numbers)",
     )
     options = parser.parse_args(args)
     try:

@@ -16,8 +16,9 @@ from datamodules.bad_samples import BadSampleError, Skipped, Tally
 from datamodules.crops import centre_crop
 from datamodules.dataset import SampleDataset
 from datamodules.folders import class_folders, flat_pictures, index_flat, index_folder
-from datamodules.images import to_planes
+from datamodules.image_dataset import to_planes
 from datamodules.index import NO_LABEL, PICTURES, Sample, SampleIndex
+from datamodules.layout import split_of
 from datamodules.loader import EvaluationLoader
 from datamodules.order import shared_batches
 from datamodules.pictures import read_picture
@@ -152,7 +153,8 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
     Args:
         name: an ``.npz`` with ``arr_0`` uint8 (N, H, W, 3) and perhaps labels ``arr_1``, or an ``.npy``; a folder of
             pictures, in the order of their names; or of class folders or shards, read as in training; or with ``train``
-            and ``val`` in it. Labels of class folders are the places of their sorted names.
+            and ``val`` in it. Labels of class folders are their names, where these are whole
+            numbers, else the places of their sorted names.
         image_size: cut pictures of another size out by ADM's rule, to this side in pixels. None wants all of the size
             that the first one has. Pictures of an array are never resized.
         split: of a set that has several.
@@ -330,12 +332,15 @@ def _find(name: str, split: Split | None) -> SampleIndex:
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / META_FILE).is_file() and not any(folder.glob("*.tar")):
-        present = [part for part in SPLITS if (folder / part).is_dir()]
+        below = class_folders(folder)
+        named = {split_of(part): part for part in below}
+        present = [part for part in SPLITS if part in named]
         # The data layer knows no pictures without a class folder or a shard around them.
         if flat_pictures(folder) and split not in present:
             return _find_flat(folder, split)
-        if set(class_folders(folder)) <= set(SPLITS) and any(flat_pictures(folder / part) for part in present):
-            return _find(str(folder / _chosen(name, present, split)), None)
+        flat = any(flat_pictures(folder / named[part]) for part in present)
+        if flat and None not in named and len(named) == len(below):
+            return _find(str(folder / named[_chosen(name, present, split)]), None)
     train, val, meta = find_sources(name, None, None, HINT)
     if meta.get("format") == CODES_FORMAT:
         raise ValueError(f"{name} holds codes and no pictures; {HINT}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.requests import RequestDataModule
+from datamodules.text_files import MARK, decode_text
 from llamagen.text.cleaning import clean_caption
 
 TABLE = ".tsv"
@@ -31,10 +32,12 @@ class PromptTable(NamedTuple):
 def clean_prompt(text: str) -> str:
     """A prompt as it is asked for, without spaces at its ends.
 
-    NUL, other control characters and separators of lines become spaces, halves of surrogate pairs U+FFFD. All else
-    stays, emoji and their joiners included.
+    A byte order mark before it is dropped. NUL, other control characters and separators of lines become spaces, halves
+    of surrogate pairs U+FFFD. All else stays, emoji and their joiners included.
     """
-    return "".join(REPLACED.get(unicodedata.category(character), character) for character in text).strip()
+    return "".join(
+        REPLACED.get(unicodedata.category(character), character) for character in text.removeprefix(MARK)
+    ).strip()
 
 
 def read_prompts(path: Path, column: str | None = None) -> PromptTable:
@@ -54,7 +57,8 @@ def read_prompts(path: Path, column: str | None = None) -> PromptTable:
     if path.suffix.lower() in OTHER_TABLES:
         raise ValueError(f"prompts is {path}, but tables are read as {TABLE}; {HINT}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, which knows ten more separators
+        text = decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+        lines = text.split("\n")  # not splitlines, which knows ten more separators
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         raise ValueError(f"prompts is {str(path)[:200]!r}, which cannot be read ({reason}); {HINT}") from error

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 from datamodules.loader import EvaluationLoader, ranks_wait
 from datamodules.order import Address, shared_batches
 
+MAX_REQUESTS = 10**9
+
 
 class RequestDataModule(pl.LightningDataModule, ABC):
     """Requests for pictures: the entries in turn, until each was asked for a number of times.
@@ -39,9 +41,14 @@ class RequestDataModule(pl.LightningDataModule, ABC):
     def __init__(self, labels: Sequence[int], per_entry: int, batch_size: int) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer pictures than ranks
-        if per_entry < 1 or batch_size < 1:
+        if not _is_count(per_entry) or not _is_count(batch_size):
             raise ValueError(
-                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be at least 1"
+                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be at least 1, and whole"
+            )
+        if len(labels) * per_entry > MAX_REQUESTS:
+            raise ValueError(
+                f"per_{self.label_name} is {per_entry}, which with {len(labels)} entries asks for "
+                f"{len(labels) * per_entry} pictures, more than {MAX_REQUESTS}; ask for fewer"
             )
         self.batch_size = batch_size
         self.labels = np.tile(np.array(labels, dtype=np.int64), per_entry)
@@ -90,6 +97,10 @@ class RequestDataModule(pl.LightningDataModule, ABC):
         shares = shared_batches(len(numbers), self.batch_size, rank, world_size, equally)
         batches = [[(int(numbers[place]), epoch) for place, epoch in share] for share in shares]
         return EvaluationLoader(_Requests(self), batches, num_workers=0)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class _Requests(Dataset[dict[str, Any]]):

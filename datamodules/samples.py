@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from datamodules.index import MAX_CLASSES
 from datamodules.requests import RequestDataModule
+from datamodules.text_files import decode_text
 
 CLASS_NUMBER = re.compile("[0-9]{1,9}")
 
@@ -16,7 +18,7 @@ def read_labels(path: Path) -> list[int]:
         ValueError: if the file cannot be read, has no labels, or has something else in a line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = decode_text(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ValueError(
@@ -28,9 +30,10 @@ def read_labels(path: Path) -> list[int]:
         text = line.strip()
         if not text:
             continue
-        if not CLASS_NUMBER.fullmatch(text):
+        if not CLASS_NUMBER.fullmatch(text) or int(text) >= MAX_CLASSES:
             raise ValueError(
-                f"{path}, line {number}: {text[:40]!r} is no class number; write one number from 0 on in each line"
+                f"{path}, line {number}: {text[:40]!r} is no class number; write one number from 0 on in each line, "
+                f"less than {MAX_CLASSES}"
             )
         labels.append(int(text))
     if not labels:
@@ -60,6 +63,8 @@ class SampleDataModule(RequestDataModule):
         if isinstance(classes, (str, Path)):
             labels = read_labels(Path(classes))
         else:
+            if isinstance(classes, int) and classes > MAX_CLASSES:
+                raise ValueError(f"classes is {classes}; it must be at most {MAX_CLASSES}")
             labels = list(range(classes)) if isinstance(classes, int) else list(classes)
             if not labels or len(set(labels)) < len(labels) or not all(map(_is_label, labels)):
                 raise ValueError(
@@ -75,4 +80,4 @@ class SampleDataModule(RequestDataModule):
 
 
 def _is_label(label: int) -> bool:
-    return isinstance(label, int) and 0 <= label < 10**9
+    return isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_CLASSES

@@ -116,16 +116,18 @@ class ShardWriter:
         """Add a sample.
 
         Args:
-            key: its name; ``_`` is added while another sample of the file has it.
+            key: its name; ``_`` is added while another sample of the file has it, and stands for each dot in its last
+                part, which would be read as the beginning of an extension.
             parts: the bytes of each part by extension.
             label: its class, written as a cls part; −1 for none.
 
         Raises:
-            ValueError: if the key would be read back as another one.
+            ValueError: if the last part of the key is empty.
         """
-        name = key.rpartition("/")[2]
-        if not name or "." in name:
-            raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty or hold a dot")
+        folder, slash, name = key.rpartition("/")
+        if not name:
+            raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty")
+        key = f"{folder}{slash}{name.replace('.', '_')}"
         while key in self._keys:  # the keys of several shards may be unique within each of them alone
             key += "_"
         labelled = {"cls": str(label).encode()} if label >= 0 else {}
@@ -254,7 +256,7 @@ class ShardSet:
 
         Args:
             shards: number of shards of each split.
-            meta: more entries. ``num_classes`` grows to the highest label + 1.
+            meta: more entries. ``num_classes`` grows to the highest label + 1; ``count`` is the number of samples.
             known: what of each split was known not to be usable before the shards were planned. All that is not in the
                 set stands in ``skipped.tsv``, if there is anything.
             max_bad_share: greatest tolerable share of what is not in the set.
@@ -291,7 +293,12 @@ class ShardSet:
                 temporary.write_text(table, encoding="utf-8", errors="backslashreplace")
         _write_json(
             self.root / META_FILE,
-            {**meta, "num_classes": max(meta.get("num_classes", 0), highest + 1), "splits": splits},
+            {
+                **meta,
+                "num_classes": max(meta.get("num_classes", 0), highest + 1),
+                "count": everything,
+                "splits": splits,
+            },
         )
         for note in notes:
             note.unlink()

@@ -7,11 +7,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from webdataset.shardlists import expand_urls
 
-from datamodules.folders import class_folders, index_folder
+from datamodules.class_order import ClassOrder, number_classes
+from datamodules.folder_walk import FolderWalk
+from datamodules.folders import class_folders, flat_pictures, index_folder
 from datamodules.index import SampleIndex
 from datamodules.index_store import IndexStore
+from datamodules.layout import SPLITS, check_classes, split_folders, split_shards
 from datamodules.remote import PIPE, ShardCache, check_address, check_presence, is_remote
 from datamodules.shards import (
     CAPTIONS_FORMAT,
@@ -22,8 +26,6 @@ from datamodules.shards import (
     read_meta,
     shard_notes,
 )
-
-SPLITS = ("train", "val")
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Source:
         folder: the folder of class folders, else None.
         classes: names of the classes, where they are known.
         described: how many samples each shard holds, and its checksum, where that is known.
+        numbering: how class folders were numbered, for messages.
+        run_folder: folder that the current run writes to, which is no part of the data.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Source:
     folder: Path | None = None
     classes: list[str] = field(default_factory=list)
     described: dict[str, ShardNote] = field(default_factory=dict)
+    numbering: str = ""
+    run_folder: Path | None = None
 
     def index(self, cache: ShardCache) -> SampleIndex:
         """Its samples, after fetching what is not on this machine.
@@ -51,11 +57,96 @@ class Source:
             ValueError: if something is missing.
         """
         if self.folder is not None:
-            return index_folder(self.folder, self.classes)
+            return index_folder(self.folder, self.classes, self.run_folder)
         check_presence(address for address in self.shards if not is_remote(address))
         checksums = {address: note.sha256 for address, note in self.described.items()}
         counts = [self.described[address].samples if address in self.described else None for address in self.shards]
         return IndexStore(cache.folder).index_all(cache.fetch_all(self.shards, checksums), counts)
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Makes out what a user names as data.
+
+    Args:
+        hint: what to do if there is nothing; ends the message.
+        allow_pipe: let ``pipe:`` addresses run their command.
+        class_order: how class folders are numbered, see :func:`~datamodules.class_order.number_classes`.
+        run_folder: folder that the current run writes to, which is no part of the data.
+    """
+
+    hint: str
+    allow_pipe: bool = False
+    class_order: ClassOrder = "auto"
+    run_folder: Path | None = None
+
+    def source(self, name: str | Sequence[str]) -> Source:
+        """Make out one split, see :func:`find_source`."""
+        if not isinstance(name, str):
+            parts = [self.source(part) for part in name]
+            if not parts or (len(parts) > 1 and any(part.folder is not None for part in parts)):
+                raise ValueError(f"{list(name)} must be shards, or one folder of class folders; {self.hint}")
+            if len(parts) == 1:
+                return parts[0]
+            return Source(f"{parts[0].name}, …", [shard for part in parts for shard in part.shards])
+        if not name.strip():
+            raise ValueError(f"the name of the data is empty; {self.hint}")
+        if not is_remote(name) and not name.endswith(".tar"):
+            return self.folder(Path(name))
+        # A command may hold braces of its own, which are no pattern.
+        shards = [name] if name.startswith(PIPE) else list(expand_urls(name))
+        for address in shards:
+            check_address(address, self.allow_pipe)
+        return Source(name, shards)
+
+    def folder(self, folder: Path) -> Source:
+        """A folder of shards or of class folders."""
+        if not folder.is_dir():
+            raise ValueError(f"folder {folder} {_missing(folder)}; {self.hint}")
+        if shards := sorted(str(path) for path in folder.glob("*.tar")):
+            return Source(str(folder), shards)
+        if names := class_folders(folder, self.run_folder):
+            check_classes(folder, names, self.run_folder)
+            classes, rule, warnings = number_classes(names, self.class_order, str(folder))
+            for warning in warnings:
+                rank_zero_warn(warning)
+            return Source(
+                str(folder), folder=folder, classes=classes, numbering=f"{len(classes)} classes, {rule}",
+                run_folder=self.run_folder,
+            )  # fmt: skip
+        if images := flat_pictures(folder):
+            raise ValueError(
+                f"folder {folder} holds images ({images[0]}) but no class folders; move them into one, for example "
+                f"{folder / 'all'}"
+            )
+        if names := FolderWalk(folder, self.run_folder).folders():
+            raise ValueError(f"the folders in {folder} hold no samples: no image is in {names[0]}; {self.hint}")
+        raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {self.hint}")
+
+    def splits(self, root: str) -> tuple[dict[str, Any], dict[str, Source]]:
+        """The description of a set, if it has one, and its splits."""
+        if root.endswith(".tar") or root.startswith(PIPE):
+            return {}, {"train": self.source(root)}
+        if is_remote(root):
+            check_address(root, self.allow_pipe)
+        folder = Path(root)
+        meta: dict[str, Any] = {}
+        if is_remote(root) or (folder / META_FILE).is_file():
+            meta = read_meta(root, self.hint)
+            if meta.get("format") in (IMAGES_FORMAT, CODES_FORMAT, CAPTIONS_FORMAT):  # else it is about something else
+                described = meta.get("splits")
+                if not isinstance(described, dict):
+                    raise ValueError(f"splits in {META_FILE} of {root} is wrong; {self.hint}")
+                return meta, {split: _described(root, split, meta) for split in SPLITS if split in described}
+        if not root.strip():
+            raise ValueError(f"root is empty; {self.hint}")
+        if not folder.is_dir():
+            raise ValueError(f"folder {folder} {_missing(folder)}; {self.hint}")
+        if found := split_folders(folder, self.run_folder):
+            return meta, {split: self.folder(path) for split, path in found.items()}
+        if named := split_shards(sorted(str(path) for path in folder.glob("*.tar"))):
+            return meta, {split: Source(f"{folder} ({split})", shards) for split, shards in named.items()}
+        return meta, {"train": self.folder(folder)}
 
 
 def find_source(name: str | Sequence[str], hint: str, allow_pipe: bool = False) -> Source:
@@ -70,30 +161,7 @@ def find_source(name: str | Sequence[str], hint: str, allow_pipe: bool = False) 
     Raises:
         ValueError: if there is nothing, or an address is not allowed.
     """
-    if not isinstance(name, str):
-        parts = [find_source(part, hint, allow_pipe) for part in name]
-        if not parts or (len(parts) > 1 and any(part.folder is not None for part in parts)):
-            raise ValueError(f"{list(name)} must be shards, or one folder of class folders; {hint}")
-        if len(parts) == 1:
-            return parts[0]
-        return Source(f"{parts[0].name}, …", [shard for part in parts for shard in part.shards])
-    if not is_remote(name) and not name.endswith(".tar"):
-        return _find_folder(Path(name), hint)
-    # A command may hold braces of its own, which are no pattern.
-    shards = [name] if name.startswith(PIPE) else list(expand_urls(name))
-    for address in shards:
-        check_address(address, allow_pipe)
-    return Source(name, shards)
-
-
-def _find_folder(folder: Path, hint: str) -> Source:
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist; {hint}")
-    if shards := sorted(str(path) for path in folder.glob("*.tar")):
-        return Source(str(folder), shards)
-    if classes := class_folders(folder):
-        return Source(str(folder), folder=folder, classes=classes)
-    raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {hint}")
+    return Finder(hint, allow_pipe).source(name)
 
 
 def find_sources(
@@ -102,16 +170,20 @@ def find_sources(
     val: str | Sequence[str] | None,
     hint: str,
     allow_pipe: bool = False,
+    class_order: ClassOrder = "auto",
+    run_folder: Path | None = None,
 ) -> tuple[Source | None, Source | None, dict[str, Any]]:
     """Make out a data set.
 
     Args:
-        root: folder or address of a set: ``train`` and ``val`` within it, or, for a folder without ``train``, itself;
-            or shards, by a path, an address or a pattern.
+        root: folder or address of a set: its splits within it, or, for a folder without them, itself; or shards, by a
+            path, an address or a pattern.
         train: shards or a folder for training, instead of all of ``root``.
         val: shards or a folder for validation, instead of what is in ``root``.
         hint: what to do if there is nothing; ends the message.
         allow_pipe: let ``pipe:`` addresses run their command.
+        class_order: how class folders are numbered, see :func:`~datamodules.class_order.number_classes`.
+        run_folder: folder that the current run writes to, which is no part of the data.
 
     Returns:
         Training split and validation split, each if there is one, and the set's ``meta.json`` if it has one.
@@ -119,46 +191,24 @@ def find_sources(
     Raises:
         ValueError: if there is nothing, something is missing, or an address is not allowed.
     """
+    finder = Finder(hint, allow_pipe, class_order, run_folder)
     meta: dict[str, Any] = {}
     if train is not None:
-        found = {"train": find_source(train, hint, allow_pipe)}
+        found = {"train": finder.source(train)}
     elif root is not None:
-        meta, found = _look_into(str(root), hint, allow_pipe)
+        meta, found = finder.splits(str(root))
     else:
         raise ValueError(f"neither root nor train is given; {hint}")
     if val is not None:
-        found["val"] = find_source(val, hint, allow_pipe)
+        found["val"] = finder.source(val)
     training, validation = found.get("train"), found.get("val")
     if training is not None and validation is not None and validation.folder is not None and training.classes:
-        validation.classes = training.classes
+        validation.classes, validation.numbering = training.classes, ""
     return training, validation, meta
 
 
-def _look_into(root: str, hint: str, allow_pipe: bool) -> tuple[dict[str, Any], dict[str, Source]]:
-    if root.endswith(".tar") or root.startswith(PIPE):
-        return {}, {"train": find_source(root, hint, allow_pipe)}
-    if is_remote(root):
-        check_address(root, allow_pipe)
-    folder = Path(root)
-    meta: dict[str, Any] = {}
-    if is_remote(root) or (folder / META_FILE).is_file():
-        meta = read_meta(root, hint)
-        if meta.get("format") in (IMAGES_FORMAT, CODES_FORMAT, CAPTIONS_FORMAT):  # else it is about something else
-            described = meta.get("splits")
-            if not isinstance(described, dict):
-                raise ValueError(f"splits in {META_FILE} of {root} is wrong; {hint}")
-            return meta, {split: _described(root, split, meta) for split in SPLITS if split in described}
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist; {hint}")
-    # A class may be called train, too.
-    splits = [split for split in SPLITS if (folder / split).is_dir() and _holds_samples(folder / split)]
-    if not splits:
-        return meta, {"train": _find_folder(folder, hint)}
-    return meta, {split: _find_folder(folder / split, hint) for split in splits}
-
-
-def _holds_samples(folder: Path) -> bool:
-    return any(path.is_dir() or path.suffix == ".tar" for path in folder.iterdir() if not path.name.startswith("."))
+def _missing(folder: Path) -> str:
+    return "is a file, not a folder" if folder.exists() else "does not exist"
 
 
 def _described(root: str, split: str, meta: dict[str, Any]) -> Source:

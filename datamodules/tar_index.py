@@ -10,71 +10,61 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from datamodules.bad_samples import Skipped
-from datamodules.index import EXTENSIONS, NO_LABEL, OTHER_PICTURES, PICTURES, WRONG_LABEL, SampleIndex, Strings
+from datamodules.index import (
+    EXTENSIONS,
+    MAX_CLASSES,
+    NO_LABEL,
+    OTHER_PICTURES,
+    WRONG_LABEL,
+    SampleIndex,
+    Strings,
+)
+from datamodules.tar_samples import TarSamples
 
 MOST_LABEL_BYTES = 32
-
-
-class _Rows:
-    """Samples as they come: keys, members and labels, and what the last, broken one was called."""
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.members: list[dict[str, tuple[int, int]]] = []
-        self.labels: list[int] = []
-        self.half = ""
-
-    def begin(self, key: str) -> None:
-        self.keys.append(key)
-        self.members.append({})
-        self.labels.append(NO_LABEL)
-
-    def drop_last(self) -> None:
-        del self.keys[-1], self.members[-1], self.labels[-1]
+MARK = b"\xef\xbb\xbf"
+"""Byte order mark of UTF-8, which some editors write."""
+KNOWN = frozenset({*EXTENSIONS, *OTHER_PICTURES})
 
 
 def index_shard(path: Path) -> SampleIndex:
-    """The samples of a tar file in their order, from its headers and labels.
+    """The samples of a tar file, from its headers and labels, in the order of their first members.
 
-    Members of other types than :data:`~datamodules.index.EXTENSIONS` are passed over, links and folders too; names are
-    never used as paths. Of a file that ends too early or has a broken header, the samples before are taken, and the
-    loss is put down under ``bad``.
+    The parts of a sample may lie anywhere in the file, and its key may hold dots, see
+    :class:`~datamodules.tar_samples.TarSamples`. Members of other types than :data:`~datamodules.index.EXTENSIONS` are
+    passed over, links and folders too; names are never used as paths. Of a file that ends too early or has a broken
+    header, the samples before are taken, and the loss is put down under ``bad``.
 
     Raises:
         ValueError: if the file cannot be read.
     """
-    rows = _Rows()
+    found = TarSamples(str(path))
     try:
         with path.open("rb") as file:
-            fault = _read_headers(file, rows)
+            fault, half = _read_headers(file, found)
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
     bad = []
     if fault:
-        lost = rows.half
-        parts: set[str] = set().union(*rows.members[:-1])
-        # Where no next sample has begun, the last one may be cut off between its parts.
-        if rows.keys and (lost == rows.keys[-1] or (not lost and parts - set(rows.members[-1]))):
-            lost = rows.keys[-1]
-            rows.drop_last()
-        bad.append(Skipped(-1, lost, "truncated shard", f"shard {path} {fault}; write it again"))
+        bad.append(Skipped(-1, found.lose(half), "truncated shard", f"shard {path} {fault}; write it again"))
+    samples, unclear = found.finish()
     members = {}
     for extension in EXTENSIONS:
-        if any(extension in row for row in rows.members):
-            column = [row.get(extension, (-1, -1)) for row in rows.members]
+        if any(extension in row.parts for _, row in samples):
+            column = [row.parts.get(extension, (-1, -1)) for _, row in samples]
             members[extension] = np.array(column, np.int64).reshape(-1, 2)
     return SampleIndex(
         Strings.of([str(path)]),
-        np.zeros(len(rows.keys), np.int64),
-        Strings.of(rows.keys),
+        np.zeros(len(samples), np.int64),
+        Strings.of([key for key, _ in samples]),
         members,
-        np.array(rows.labels, np.int64),
-        bad,
+        np.array([row.label for _, row in samples], np.int64),
+        [*bad, *unclear],
     )
 
 
-def _read_headers(file: BinaryIO, rows: _Rows) -> str:
-    """Put down the samples; what is wrong with the file, '' if nothing is."""
+def _read_headers(file: BinaryIO, found: TarSamples) -> tuple[str, str]:
+    """Put down the members; what is wrong with the file, '' if nothing is, and the key of the sample it ends in."""
     end = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -83,26 +73,19 @@ def _read_headers(file: BinaryIO, rows: _Rows) -> str:
                 if not key:
                     continue
                 more, _, kind = extension.rpartition(".")
-                if more:  # one more part of its sample, or a key with a dot, which cannot be told from it
-                    if kind in PICTURES and (not rows.keys or rows.keys[-1] != key):
-                        rows.begin(f"{key}.{more}")
-                    continue
                 if member.offset_data + member.size > end:
-                    rows.half = key
-                    return f"ends inside {member.name}"
-                if not rows.keys or rows.keys[-1] != key or extension in rows.members[-1]:
-                    rows.begin(key)
-                if extension not in EXTENSIONS:
-                    continue
-                rows.members[-1][extension] = (member.offset_data, member.size)
-                if extension == "cls":
+                    return f"ends inside {member.name}", f"{key}.{more}" if more else key
+                label = NO_LABEL
+                if kind == "cls":
                     text = os.pread(file.fileno(), min(member.size, MOST_LABEL_BYTES + 1), member.offset_data)
-                    rows.labels[-1] = read_label(text)
+                    label = read_label(text)
+                place = (member.offset_data, member.size) if kind in EXTENSIONS else (-1, -1)
+                found.add(key, more, kind, place, label)
             # tarfile takes a damaged or missing header for the end; the true end is a block of zeros.
             file.seek(tar.offset)
-            return "" if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else "has no end mark"
+            return ("" if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else "has no end mark"), ""
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        return f"has a broken header ({' '.join(str(error).split())[:200]})"
+        return f"has a broken header ({' '.join(str(error).split())[:200]})", ""
 
 
 def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -120,9 +103,9 @@ def _name(member: tarfile.TarInfo) -> tuple[str, str]:
     key, extension = base_plus_ext(member.name)
     if not member.isreg() or not key:
         return "", ""
-    extension = extension.lower()
-    known = extension.rpartition(".")[2] in (*EXTENSIONS, *OTHER_PICTURES)
-    return (key, extension) if known else ("", "")
+    more, dot, kind = extension.rpartition(".")
+    kind = kind.lower()
+    return (key, f"{more}{dot}{kind}") if kind in KNOWN else ("", "")
 
 
 def read_label(text: bytes) -> int:
@@ -130,7 +113,7 @@ def read_label(text: bytes) -> int:
     if len(text) > MOST_LABEL_BYTES:
         return WRONG_LABEL
     try:
-        label = int(text)
+        label = int(text.removeprefix(MARK))
     except ValueError:
         return WRONG_LABEL
-    return label if 0 <= label < 2**31 else WRONG_LABEL
+    return label if 0 <= label < MAX_CLASSES else WRONG_LABEL

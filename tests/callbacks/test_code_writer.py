@@ -122,6 +122,7 @@ def test_the_description_says_what_is_there_and_is_read(tokenizer: VQGANModule, 
         "num_classes": 3,
         "classes": [],
         "tokenizer": weights_checksum(tokenizer.vqgan),
+        "count": sum(COUNTS.values()),
         "splits": meta["splits"],
     }
     assert meta == expected

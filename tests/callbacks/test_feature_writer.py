@@ -159,7 +159,7 @@ def test_the_description_is_that_of_the_codes_and_of_the_encoder(t5: Path, whole
     }
     truncated = meta["features"].pop("truncated")
     assert truncated > 0
-    assert meta == {**DESCRIPTION, "features": expected, "splits": meta["splits"]}
+    assert meta == {**DESCRIPTION, "features": expected, "count": sum(COUNTS.values()), "splits": meta["splits"]}
     shards = meta["splits"]["train"]["shards"]
     assert [shard["count"] for shard in shards] == [10, 10, 10, 3]
     assert {name for shard in shards for name in shard} == {"name", "count", "bytes", "sha256"}

@@ -53,6 +53,20 @@ def test_a_set_of_codes_gives_captions_codes_classes_and_keys(tmp_path: Path) ->
     assert "short_captions" not in batch
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption_and_other_encodings_are_named(tmp_path: Path) -> None:
+    said = {f"{number}": caption(number).encode() for number in range(40)}
+    said |= {"0": b"\xef\xbb\xbfwith a mark\r\n", "1": "süß".encode("latin-1"), "2": "wide".encode("utf-16")}
+    write_shards(tmp_path, [(key, {"txt": text}) for key, text in said.items()], per_shard=40)
+    data = CaptionDataModule(tmp_path, num_workers=0, max_bad_share=0.1)
+    found = read(data)
+    texts_of = dict(zip(found["keys"], found["captions"], strict=True))
+    assert texts_of["0"] == "with a mark"
+    assert not {"1", "2"} & set(texts_of)
+    messages = [sample.message for tally in data.tallies.values() for sample in tally.seen]
+    assert len(messages) == 2
+    assert all("its .txt is not in UTF-8" in message and "convert it" in message for message in messages)
+
+
 def test_first_sentences_are_those_before_cleaning(tmp_path: Path) -> None:
     said = [b"A Cat. A Dog.", b"one sentence", b"https://cats.com/x. A dog sits", b"by Dr. Smith  on a TREE. And more"]
     write_shards(tmp_path, [(str(number), {"txt": text}) for number, text in enumerate(said)], per_shard=9)

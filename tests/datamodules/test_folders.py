@@ -39,10 +39,18 @@ def test_classes_are_numbered_by_their_sorted_names(tmp_path: Path) -> None:
     ]
 
 
-def test_a_class_without_pictures_keeps_its_number(tmp_path: Path) -> None:
-    write(tmp_path, "b/1.png")
-    (tmp_path / "a").mkdir()
-    assert index(tmp_path).labels.tolist() == [1]
+def test_a_folder_without_images_is_no_class_and_is_reported(tmp_path: Path) -> None:
+    write(tmp_path, "b/1.png", "c/README")
+    (tmp_path / "a/nested").mkdir(parents=True)
+    assert class_folders(tmp_path) == ["b"]
+    with pytest.warns(UserWarning, match=r"left out: a .no images., c .no images."):
+        assert index(tmp_path).labels.tolist() == [0]
+
+
+def test_a_class_without_a_readable_image_keeps_its_number_and_is_reported(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.bmp", "b/1.png")
+    with pytest.warns(UserWarning, match=r"without an image that can be read: a$"):
+        assert index(tmp_path).labels.tolist() == [1]
 
 
 def test_pictures_are_read_as_they_are(tmp_path: Path) -> None:

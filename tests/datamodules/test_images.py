@@ -105,6 +105,13 @@ def test_a_caption_is_read_where_it_is_asked_for(tmp_path: Path, parts: dict[str
         read_parts(tmp_path / "not asked", {"png": PNG, **parts})
 
 
+def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"cannot be read are left out, e.g. of sample folder/key .* not in UTF-8"):
+        read_parts(tmp_path / "labelled", {"png": PNG, "cls": b"1", "txt": b"\xff"}, captions=True)
+    with pytest.raises(BadSampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
+        read_parts(tmp_path / "unlabelled", {"png": PNG, "txt": b"\xff"}, captions=True)
+
+
 @pytest.mark.parametrize(
     ("parts", "reason", "phrase"),
     [

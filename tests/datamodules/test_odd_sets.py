@@ -129,7 +129,8 @@ def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ShardSet, "finish", lambda *_: None)  # stopped just before the end
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     monkeypatch.undo()
-    (tmp_path / "set/a").mkdir()  # every class moves on by one
+    (tmp_path / "set/a").mkdir()  # every class moves on by one, but no sample is added
+    (tmp_path / "set/a/1.bmp").write_bytes(b"BM")
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     assert_one_line(error, "another classes, samples")

@@ -31,6 +31,12 @@ def requests(data: PromptDataModule, rank: int = 0, world_size: int = 1) -> list
     ]
 
 
+def test_a_byte_order_mark_before_a_prompt_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat\r\na dog\r".encode())
+    assert PromptDataModule(tmp_path / "p.txt").prompts == PromptDataModule(["\ufeffa cat", "a dog"]).prompts
+    assert PromptDataModule(tmp_path / "p.txt").prompts == ["a cat", "a dog"]
+
+
 def test_prompts_come_in_turn_and_keep_their_numbers_when_more_pictures_are_asked_for() -> None:
     prompts = ["a cat", "", "a dog"]
     few, more = (PromptDataModule(prompts, per_prompt=n, batch_size=2) for n in (1, 3))

@@ -140,8 +140,13 @@ def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "folder.d/a.b", "folder/"])
-def test_a_key_that_would_be_read_back_as_another_is_refused(key: str, tmp_path: Path) -> None:
+def test_dots_in_a_key_become_underscores_which_no_reader_takes_for_extensions(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [(key, SAMPLES[0][1]) for key in ("22.05", "folder.d/a.b.c", "22_05")])
+    assert [sample.key for sample in index_shard(tmp_path / "a.tar")] == ["22_05", "folder.d/a_b_c", "22_05_"]
+
+
+@pytest.mark.parametrize("key", ["", "folder/"])
+def test_a_key_without_a_name_is_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be written") as error, ShardWriter(tmp_path / "a.tar") as writer:
         writer.write(key, {"cls": b"1"})
     assert_one_line(error, repr(key))
