@@ -16,6 +16,7 @@ from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
 from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, one_line, usable_device
+from evaluation.content_check import check_content
 from evaluation.gallery import Gallery
 from evaluation.measurement import Measurement
 from evaluation.published import published
@@ -129,7 +130,7 @@ def reference(
         raise ValueError(f"out is {out}, which are the pictures; give another name")
     called, place = checked_name(out.stem if name is None else name), usable_device(device)
     if not _holds_statistics(pictures):
-        open_pictures(pictures, image_size, split)
+        check_content(open_pictures(pictures, image_size, split), num_workers)
     extractor = (Inception() if features is None else features).to(place)
     made = _reference(
         pictures, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
@@ -161,6 +162,8 @@ def _reference(
             raise ValueError(f"{source} is a file of statistics and has no split {split}; leave the split out")
         known = read_reference(source, name)
         known.check(extractor, size or known.resolution or 0)
+        if compared is not None:
+            check_content(compared, num_workers)
         return completed(known, extractor, device)
     pictures = open_pictures(source, image_size, split)
     if compared is not None and pictures.size != size:
@@ -168,6 +171,9 @@ def _reference(
             f"the pictures of {source} are {pictures.size} × {pictures.size}, but those of {compared.name} {size} × "
             f"{size}; compare pictures of one size, or set image_size, which crops those in folders and shards"
         )
+    for images in (compared, pictures):  # now, and not after the extractor has seen the other side
+        if images is not None:
+            check_content(images, num_workers)
     path = Path(os.path.abspath(source))
     called = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
     return make_reference(pictures, extractor, called, purpose, batch_size, num_workers, device)

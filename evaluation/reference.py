@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datamodules.picture_sets import PictureSet, open_pictures
+from evaluation.content_check import check_content, warn_of_content
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
 from llamagen.whole_file import whole_file
@@ -354,8 +355,12 @@ def look_at(
 ) -> Iterator[tuple[Tensor, Tensor, Features, Tensor]]:
     """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar.
 
-    At the end it warns of pictures that could not be read.
+    At the end it warns of pictures that could not be read, and of what is unusual about them.
+
+    Raises:
+        ValueError: if they cannot be images, see :func:`~evaluation.content_check.check_content`.
     """
+    check_content(pictures, num_workers)
     extractor.eval()
     batches = pictures.batches(batch_size, num_workers=num_workers)
     with tqdm(total=len(pictures), desc=task, unit="picture", disable=not show_progress) as bar:
@@ -365,6 +370,7 @@ def look_at(
     if bad := pictures.skipped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(bad.items()))
         rank_zero_warn(f"{sum(bad.values())} pictures of {pictures.name} cannot be read and are left out ({reasons})")
+    warn_of_content(pictures)
 
 
 def thumbnail(picture: np.ndarray) -> np.ndarray:
