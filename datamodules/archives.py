@@ -239,7 +239,7 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
             return f"{span}, so take them as [0, 1]: multiply floats by 255 and round, (x * 255).round().clip(0, 255).astype(np.uint8)"
         if low >= 0 and high <= 255.5:
             return f"{span}: use x.round().astype(np.uint8)"
-    elif 0 <= low and high <= 1:
+    elif low == 0 and high == 1:
         return f"{span}: use (x * 255).astype(np.uint8)"
     elif 0 <= low and high <= 255:
         return f"{span}: convert it by x.astype(np.uint8)"
