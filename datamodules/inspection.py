@@ -27,6 +27,7 @@ from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
+from llamagen.output_paths import check_output_file
 
 TILE = 112
 COLUMNS = 10
@@ -79,8 +80,14 @@ def inspect(
         Lines of text.
 
     Raises:
-        ValueError: if there is nothing, or a shard is missing.
+        ValueError: if there is nothing, a shard is missing, a number makes no sense, or the sheet cannot be written.
     """
+    if not root:
+        raise ValueError(f"root is empty; {HINT}")
+    if sheet is not None:
+        check_output_file(sheet, (".png", ""), "sheet")
+    if num_workers < 0 or seed < 0:
+        raise ValueError(f"num_workers is {num_workers} and seed {seed}; both must be at least 0")
     train, val, meta = find_sources(root, None, None, HINT)
     cache = ShardCache()
     if (kind := meta.get("format")) in (CODES_FORMAT, CAPTIONS_FORMAT):

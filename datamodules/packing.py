@@ -21,9 +21,11 @@ from datamodules.images import ImageDataModule
 from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
 from datamodules.remote import is_remote
-from datamodules.shards import IMAGES_FORMAT, ShardSet
+from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSet
 from datamodules.sources import SPLITS
+from llamagen.output_paths import check_output
 
+SKIPPED_FILE = "skipped.tsv"
 PARTS = (*PICTURES, "txt", "json")
 
 
@@ -52,12 +54,19 @@ def pack(
     Raises:
         ValueError: in one line, if there is nothing to pack, too much is bad, or ``out`` holds something else.
     """
-    if shard_mb <= 0:
+    if not 0 < shard_mb < float("inf"):
         raise ValueError(f"shard_mb is {shard_mb}; it must be positive")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")
+    if not source:
+        raise ValueError(f"source is empty; {ImageDataModule.hint}")
+    check_output(out, "out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file; give the name of a folder, which is made")
+    if others := _foreign(out):
+        raise ValueError(f"out {out} holds other things already ({', '.join(others[:3])}); choose another folder")
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies within {source} and would become a part of it; choose another folder")
     data = ImageDataModule(source, val_share=val_share, max_bad_share=max_bad_share)
@@ -95,6 +104,12 @@ def pack(
     shards.finish({split: len(pieces[split]) for split in SPLITS}, meta, known, max_bad_share)
     counts = ", ".join(f"{len(indexes[split]):,} for {split} in {len(pieces[split])} shards" for split in SPLITS)
     print(f"{out}: {counts}")
+
+
+def _foreign(out: Path) -> list[str]:
+    """What a folder holds that packing does not write; hidden files are nobody's."""
+    here = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    return [name for name in here if name not in (*SPLITS, META_FILE, SKIPPED_FILE) and not name.startswith(".")]
 
 
 def _pieces(sizes: np.ndarray, most_bytes: float, seed: int) -> Iterator[np.ndarray]:

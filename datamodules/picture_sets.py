@@ -169,6 +169,8 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    if not str(name):
+        raise ValueError(f"the name of the pictures is empty; {HINT}")
     path = Path(name)
     array = path.suffix in (".npz", ENDING) or (path.is_file() and path.suffix != ".tar")
     if not array or path.is_dir():

@@ -23,6 +23,7 @@ from evaluation.published import published
 from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
 from evaluation.report import check_report, table, write_report
 from llamagen.metrics import Inception, extractor_checksum, extractor_name
+from llamagen.output_paths import check_output_file
 
 Split = Literal["train", "val"]
 
@@ -59,6 +60,7 @@ def compare(
         report: folder for a report with numbers and pictures.
     """
     started, place = time.monotonic(), usable_device(device)
+    _check_numbers(batch_size, num_workers)
     if report is not None:
         check_report(report)
     kind: Purpose = "reconstruction" if reconstructions else "generation"
@@ -124,10 +126,12 @@ def reference(
         num_workers: processes that read picture files.
         device: where features are extracted; by default a GPU, if there is one.
     """
-    if out.suffix != ".npz" or out.is_dir():
-        raise ValueError(f"out is {out}; give the name of a file, *.npz")
+    check_output_file(out, (".npz",))
+    _check_numbers(batch_size, num_workers)
     if out.exists() and Path(pictures).exists() and out.samefile(pictures):
         raise ValueError(f"out is {out}, which are the pictures; give another name")
+    if out.exists() and not _holds_statistics(str(out)):
+        raise ValueError(f"out is {out}, which is there and is no reference; give another name")
     called, place = checked_name(out.stem if name is None else name), usable_device(device)
     if not _holds_statistics(pictures):
         check_content(open_pictures(pictures, image_size, split), num_workers)
@@ -141,6 +145,13 @@ def reference(
         f"{out}: {made.count or 'an unknown number of'} pictures of {made.resolution} px, for {made.purpose}, "
         f"named {made.name}"
     )
+
+
+def _check_numbers(batch_size: int, num_workers: int) -> None:
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
+        )
 
 
 def _reference(

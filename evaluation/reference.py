@@ -232,6 +232,11 @@ def _check_shapes(path: Path, parts: dict[str, Tensor]) -> None:
             )
         if not (parts[mean].isfinite().all() and parts[covariance].isfinite().all()):
             raise ValueError(f"{path} is no reference: {mean} or {covariance} is not finite; get or make it again")
+        if not parts[covariance].any():
+            raise ValueError(
+                f"{path} is no reference: {covariance} is zero everywhere, so all its images were the same; make it "
+                "again of others"
+            )
 
 
 def checked_name(name: str) -> str:

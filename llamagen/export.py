@@ -16,6 +16,7 @@ from torch import Tensor
 from llamagen.checkpoint import build_model, describe
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
+from llamagen.output_paths import check_output
 from llamagen.weights import ENTRY, Weights, read_weights
 from llamagen.whole_file import whole_file
 
@@ -38,6 +39,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
     """
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
+    check_output(out, remedy="choose another place")
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
     weights = read_weights(checkpoint, averaged)

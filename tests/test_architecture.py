@@ -29,7 +29,7 @@ ROOMS = {
     "llamagen/sampling": ("llamagen.models",),
     "llamagen/text": (),
     "lightning_modules": ("llamagen",),
-    "datamodules": ("llamagen.text.cleaning",),
+    "datamodules": ("llamagen.output_paths", "llamagen.text.cleaning"),
     "evaluation": ("llamagen", "datamodules"),
     "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
 }
