@@ -42,7 +42,7 @@ def check_output_file(path: Path, suffixes: tuple[str, ...], what: str = "out") 
     Raises:
         ValueError: in one line, if not.
     """
-    if path.suffix not in suffixes or path.is_dir():
+    if path.suffix not in suffixes or os.path.isdir(path):
         endings = " or ".join(f"*{suffix}" for suffix in suffixes if suffix)
         raise ValueError(f"{what} is {path}; give the name of a file, {endings}")
     check_output(path, what)

@@ -112,13 +112,13 @@ def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
     if found.dim() == 3 and found.dtype is torch.uint8:
         found = found[None]
     if found.dim() == 4 and found.shape[1] != 3 and found.shape[3] == 3:
-        found = found.permute(0, 3, 1, 2)
+        found = found.permute(0, 3, 1, 2).contiguous()  # another order in memory is rounded differently
     if found.dim() != 4 or found.shape[1] != 3 or found.shape[2] % factor or found.shape[3] % factor:
         raise ValueError(f"images must have shape (B, 3, H, W) with H and W multiples of {factor}, not {given}{_advice(given)}")
     if 0 in found.shape[2:]:
         raise ValueError(f"images must have shape (B, 3, H, W) with H and W at least {factor}, not {given}")
     if found.dtype is torch.uint8:
-        return (found.to(weight.device, torch.float32) / 127.5 - 1.0).to(weight.dtype)
+        return (found.contiguous().to(weight.device, torch.float32) / 127.5 - 1.0).to(weight.dtype)
     if found.device.type == "cpu" and found.numel() and not torch.compiler.is_compiling():
         low, high = (float(end) for end in found.detach().aminmax())
         if max(-low, high) > BYTES_AS_FLOATS:
