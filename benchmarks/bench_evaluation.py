@@ -26,6 +26,7 @@ from benchmarks.timing import machine, spread
 from datamodules.picture_sets import open_pictures
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, look_at, make_reference
+from llamagen.files import whole_file
 from llamagen.metrics import Features, InceptionNet, extract, frechet_distance
 
 WIDTHS = (2048, 2023, 1008)
@@ -164,7 +165,8 @@ def main() -> None:
     line = json.dumps(results)
     print(line)
     if options.json:
-        options.json.write_text(line + "\n")
+        with whole_file(options.json) as temporary:
+            temporary.write_text(line + "\n")
 
 
 if __name__ == "__main__":

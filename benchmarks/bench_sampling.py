@@ -30,6 +30,7 @@ from benchmarks.sampling_peer import Peer
 from benchmarks.sampling_plot import plot
 from benchmarks.sampling_start import first_picture, pictures_a_second
 from benchmarks.timing import machine, spread, synchronize
+from llamagen.files import whole_file
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler, SamplingConfig
 
@@ -220,7 +221,8 @@ def warm(options: argparse.Namespace) -> None:
 def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """What there is so far."""
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        with whole_file(options.out.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

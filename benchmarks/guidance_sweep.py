@@ -17,6 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from llamagen.files import whole_file
 from llamagen.grids import figure_image, save_png
 from llamagen.output_paths import check_output
 
@@ -83,7 +84,8 @@ def main() -> None:
         lines[name] = next(value for key, value in numbers.items() if key.startswith(("gfid", "rfid")))
     options.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"arguments": arguments, "scales": points, "lines": lines}
-    (options.out / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(options.out / "sweep.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
     save_png(figure_image(draw(points, lines)), options.out / "sweep.png")
     for scale, numbers in points.items():
         print(f"guidance {scale:g}: FID {value_of(numbers, 'gfid'):.3f}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from llamagen.files import whole_file
+
 
 def read(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Hours and losses of training and of validation."""
@@ -40,7 +42,8 @@ def main() -> None:
         axes.set_title(f"{run.name}: {train[0][1]:.4f} → {train[-1][1]:.2f} nats a code")
         axes.set_xlabel("minutes")
         axes.legend()
-    figure.savefig(out, dpi=80)
+    with whole_file(out) as temporary:
+        figure.savefig(temporary, format=out.suffix.removeprefix("."), dpi=80)
 
 
 if __name__ == "__main__":

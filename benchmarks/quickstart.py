@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from llamagen.files import whole_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,8 +35,8 @@ def main() -> None:
         ]
         for name in ("samples/grid.png", f"tokenizer/reconstructions/{_last(clone)}"):
             target = ROOT / "runs/benchmark" / Path(name).name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((clone / "runs/quickstart" / name).read_bytes())
+            with whole_file(target) as temporary:
+                temporary.write_bytes((clone / "runs/quickstart" / name).read_bytes())
     record = {
         "benchmark": "quickstart",
         "seconds": {"install": installed - start, "train and sample": end - installed, "all": end - start},

@@ -39,11 +39,11 @@ from torch.nn import functional as F
 
 from benchmarks.small_t5 import save_small_t5
 from benchmarks.timing import machine
+from llamagen.files import whole_file
 from llamagen.grids import figure_image, save_png
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler
 from llamagen.text import CaptionEncoder, pad_left
-from llamagen.whole_file import whole_file
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("a", "not", "and", *DIGITS)

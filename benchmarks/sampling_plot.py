@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from llamagen.files import whole_file
+
 NAMES = {
     "compiled": "compiled",
     "compiled_int8": "compiled, int8",
@@ -48,4 +50,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     time.set_ylim(bottom=0)
     time.grid(alpha=0.3)
     time.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=90)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=90)

@@ -12,6 +12,7 @@ from callbacks.image_writer import ImageWriter
 from callbacks.positions import PositionLoss
 from callbacks.progress import SamplingProgress
 from callbacks.requeue import Requeue
+from callbacks.stopping import StopOnSignal
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "Requeue",
     "SampleGrid",
     "SamplingProgress",
+    "StopOnSignal",
     "Throughput",
 ]

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from callbacks.pictures import batches_seen
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 
 class LearningCurves(pl.Callback):

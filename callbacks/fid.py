@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from callbacks.fid_drawing import Draws, ValidationCaptions, share_of_classes
 from evaluation.gallery import Gallery
-from evaluation.measurement import OWN_NAME, Measurement, name_of
+from evaluation.measurement import OWN_NAME, SYMBOLS, Measurement, name_of
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, completed, read_reference
 from evaluation.report import check_report, write_report
@@ -245,7 +245,7 @@ class FIDMonitor(pl.Callback):
         if self._active:
             self._last = self._finish(trainer, pl_module)
         elif trainer.state.fn == "fit":  # for ModelCheckpoint alone
-            last = {self._fid_name(): float("inf"), **self._last}
+            last = {self._name_of("fid"): float("inf"), **self._last}
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in last.items()})
         self._active = False
 
@@ -261,10 +261,14 @@ class FIDMonitor(pl.Callback):
         self._report(trainer, pl_module, self._numbers)
         self._gallery = None
 
-    def _fid_name(self) -> str:
+    def metric_names(self) -> list[str]:
+        """Names under which metrics may be logged, when the callback is set up."""
+        return [self._name_of(symbol) for symbol in SYMBOLS]
+
+    def _name_of(self, symbol: str) -> str:
         assert self.features is not None
         name = OWN_NAME if self.reference is None else self.reference.name
-        return name_of("fid", self._kind, extractor_name(self.features), name)
+        return name_of(symbol, self._kind, extractor_name(self.features), name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         assert self.measurement is not None

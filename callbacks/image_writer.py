@@ -21,9 +21,9 @@ from callbacks.picture_threads import PictureThreads
 from callbacks.prompt_records import PromptRequests, picture_text, prompts_plan, warn_of_cut_prompts, write_metadata
 from callbacks.sample_folder import ARCHIVE, GRID, SampleFolder
 from llamagen.checkpoint import weights_checksum
+from llamagen.files import whole_file
 from llamagen.grids import captioned_grid, grid_image, save_png
 from llamagen.sampling import Pictures
-from llamagen.whole_file import whole_file
 
 T = TypeVar("T")
 

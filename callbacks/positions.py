@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.pictures import batches_seen, publish
+from llamagen.files import whole_file
 from llamagen.grids import figure_image
-from llamagen.whole_file import whole_file
 
 
 class PredictsCodes(Protocol):

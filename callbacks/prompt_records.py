@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
 from callbacks.sample_folder import METADATA, SampleFolder
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 CUT = "truncated"
 """Keyword in the PNG of a picture whose prompt was cut. It is there that all ranks, and later runs, find it."""

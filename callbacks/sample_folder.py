@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from datamodules.shards import PLAN_FILE
-from llamagen.whole_file import whole_file
+from llamagen.files import remove_leftovers, whole_file
 
 PICTURES = "pictures"
 ARCHIVE = "samples.npz"
 GRID = "grid.png"
 METADATA = "metadata.jsonl"
-LEFTOVERS = (".*.tmp", f"{PICTURES}/*/.*.tmp")
 
 
 class SampleFolder:
@@ -87,9 +86,8 @@ class SampleFolder:
             self._compare(path, json.loads(json.dumps(plan)))
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(plan, indent=2) + "\n")
-        for pattern in LEFTOVERS:
-            for leftover in self.root.glob(pattern):
-                leftover.unlink(missing_ok=True)
+        for folder in (self.root, *self.root.glob(f"{PICTURES}/*")):
+            remove_leftovers(folder, owned=True)
 
     def _compare(self, path: Path, plan: dict[str, Any]) -> None:
         try:

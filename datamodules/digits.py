@@ -1,7 +1,5 @@
 """The 1,797 handwritten digits that scikit-learn ships, as a set of shards like any other."""
 
-import os
-import shutil
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from PIL import Image
 from datamodules.images import ImageDataModule
 from datamodules.shards import IMAGES_FORMAT, ShardSet, read_meta
 from datamodules.sources import SPLITS
+from llamagen.files import whole_folder
 
 VALIDATION_EVERY = 6
 SAMPLES_PER_SHARD = 500
@@ -30,9 +29,7 @@ def write_digits(root: Path, captions: bool = False) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = root.with_name(f".{root.name}-{os.getpid()}.tmp")
-    try:
+    with whole_folder(root) as temporary:
         shards = ShardSet(temporary, {}, hint="")
         shards.begin(SPLITS)
         numbers = np.arange(len(digits.target))
@@ -52,9 +49,6 @@ def write_digits(root: Path, captions: bool = False) -> None:
             written[split] = len(pieces)
         meta = {"format": IMAGES_FORMAT, "classes": [str(digit) for digit in range(10)], "captions": captions}
         shards.finish(written, meta, known={}, max_bad_share=0.0)
-        temporary.rename(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class DigitsDataModule(ImageDataModule):

@@ -72,8 +72,14 @@ class ImageContent:
             if len(levels) > 1:
                 return f"all {self.count:,} images are the same image; sample or copy them again"
             colour = {0: "black", 255: "white"}.get(levels[0], "grey")
-            hint = "; floats in [0, 1] that are cast to bytes become black: multiply by 255 first" if not any(levels) else ""
-            return f"all {self.count:,} images are {colour} (level {levels[0]} everywhere){hint or '; sample them again'}"
+            hint = (
+                "; floats in [0, 1] that are cast to bytes become black: multiply by 255 first"
+                if not any(levels)
+                else ""
+            )
+            return (
+                f"all {self.count:,} images are {colour} (level {levels[0]} everywhere){hint or '; sample them again'}"
+            )
         if levels and levels[-1] == 1:
             return (
                 "there are no levels but 0 and 1, as if floats in [0, 1] were cast to bytes; multiply by 255 and round "

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.bad_samples import Skipped
-from datamodules.files import whole_file
 from datamodules.index import SampleIndex, Strings
 from datamodules.tar_index import index_shard
+from llamagen.files import whole_file
 
 VERSION = 2
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"

@@ -20,13 +20,13 @@ from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.codes import CodeDataModule
 from datamodules.crops import centre_crop
 from datamodules.features import StoredFeatures
-from datamodules.files import sha256_of, whole_file
 from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
+from llamagen.files import sha256_of, whole_file
 from llamagen.output_paths import check_output_file
 
 TILE = 112

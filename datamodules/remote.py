@@ -14,7 +14,7 @@ import fsspec
 from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
-from datamodules.files import sha256_of, whole_file
+from llamagen.files import DiskFullError, full_disk_reported, sha256_of, whole_file
 
 EXTRAS = ("s3", "gs")
 """Schemes that need a package more, which the extra of the same name installs."""
@@ -26,8 +26,6 @@ FIRST_PAUSE = 0.5
 SILENCE = 60.0
 """Seconds without a byte after which a server is taken to be gone."""
 THREADS = 16
-ABANDONED = 3600.0
-"""Seconds without progress after which a half-fetched file is taken for that of a killed process."""
 
 T = TypeVar("T")
 
@@ -82,6 +80,8 @@ def patiently(action: Callable[[], T], address: str) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return action()
+        except DiskFullError:  # no other attempt makes room
+            raise
         except (OSError, EOFError, RuntimeError, TimeoutError, subprocess.SubprocessError, ClientError) as error:
             gone = isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (403, 404, 410)
             if gone or attempt == ATTEMPTS - 1:
@@ -167,28 +167,29 @@ class ShardCache:
                 os.utime(path)
             return path
         check_address(address, self.allow_pipe)
-        for leftover in path.parent.glob(f".{path.name}-*.tmp"):
-            with suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > ABANDONED:
-                    leftover.unlink()
         with whole_file(path) as temporary:
-            patiently(lambda: self._copy(address, temporary, checksum), address)
+
+            def copy() -> None:
+                with full_disk_reported(path, temporary=temporary):
+                    self._copy(address, temporary, checksum)
+
+            patiently(copy, address)
         if self.most_bytes is not None:
             self._make_room(path)
         return path
 
     @staticmethod
-    def _copy(address: str, target: Path, checksum: str | None) -> None:
+    def _copy(address: str, temporary: Path, checksum: str | None) -> None:
         if address.startswith(PIPE):
-            with target.open("wb") as file:
+            with temporary.open("wb") as file:
                 subprocess.run(address.removeprefix(PIPE), shell=True, stdout=file, check=True)
             return
         system, path = _file_system(address)
-        system.get_file(path, str(target))
-        size = target.stat().st_size
+        system.get_file(path, str(temporary))
+        size = temporary.stat().st_size
         if (expected := system.info(path).get("size")) not in (None, size):
             raise EOFError(f"{size} of {expected} bytes came")
-        if checksum is not None and (found := sha256_of(target)) != checksum:
+        if checksum is not None and (found := sha256_of(temporary)) != checksum:
             raise EOFError(f"its SHA-256 is {found[:12]}…, not {checksum[:12]}… as the description of its set says")
 
     def _make_room(self, newest: Path) -> None:

@@ -5,7 +5,6 @@ A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 import webdataset
 
 from datamodules.bad_samples import Skipped, Tally
-from datamodules.files import sha256_of, whole_file
 from datamodules.remote import is_remote, read_small
+from llamagen.files import PendingFile, full_disk_reported, remove_leftovers, sha256_of, whole_file
 
 META_FILE = "meta.json"
 PLAN_FILE = ".plan.json"
@@ -83,8 +82,9 @@ def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[S
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    with whole_file(path, len(text)) as temporary:
+        temporary.write_text(text)
 
 
 class ShardWriter:
@@ -109,8 +109,8 @@ class ShardWriter:
         self.skipped: list[Skipped] = []
         self.counted: Counter[str] = Counter()
         self._keys: set[str] = set()
-        self._temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-        self._writer = webdataset.TarWriter(str(self._temporary), encoder=False, mtime=0)
+        self._file = PendingFile(path)
+        self._writer = webdataset.TarWriter(str(self._file.temporary), encoder=False, mtime=0)
 
     def write(self, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
         """Add a sample.
@@ -129,29 +129,41 @@ class ShardWriter:
         while key in self._keys:  # the keys of several shards may be unique within each of them alone
             key += "_"
         labelled = {"cls": str(label).encode()} if label >= 0 else {}
-        self._writer.write({"__key__": key, **parts, **labelled})
+        with full_disk_reported(self.path, temporary=self._file.temporary):
+            self._writer.write({"__key__": key, **parts, **labelled})
         self._keys.add(key)
         self.count += 1
         self.highest_label = max(self.highest_label, label)
 
     def close(self) -> None:
-        """Give the file its name."""
-        try:
-            self._writer.close()
-            size, checksum = self._temporary.stat().st_size, sha256_of(self._temporary)
-            note = {"count": self.count, "bytes": size, "sha256": checksum}
+        """Give the file its name.
+
+        Raises:
+            DiskFullError: if there is no room; nothing is left of the file then.
+        """
+        with self._file.discarded_on_error():
+            try:
+                self._writer.close()
+            except OSError:
+                self._give_up()
+                raise
+            temporary = self._file.temporary
+            note = {"count": self.count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
             more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
             _write_json(_note(self.path), {**note, **more, "counted": self.counted})
-            self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._file.publish()
 
     def abort(self) -> None:
         """Drop what was written."""
+        self._file.discard()
         try:
             self._writer.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        except OSError:  # there was no room for what is dropped now
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # Else it would be tried again when the object goes, and the error be shown at some later time.
+        self._writer.tarstream.fileobj.closed = True
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -201,8 +213,8 @@ class ShardSet:
         for split in splits:
             (self.root / split).mkdir(parents=True, exist_ok=True)
         _write_json(self.root / PLAN_FILE, self.plan)
-        for leftover in self.root.glob("*/.*.tar-*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for folder in (self.root, *(self.root / split for split in splits)):
+            remove_leftovers(folder, owned=True)
 
     def path(self, split: str, number: int) -> Path:
         """Where shard ``number`` of a split goes."""

@@ -16,9 +16,9 @@ from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
 from datamodules.loader import EvaluationLoader
 from evaluation.command_line import usable_device
+from llamagen.files import whole_file
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.output_paths import check_output_file
-from llamagen.whole_file import whole_file
 
 SHIFT = 2
 """Pixels by which training pictures are moved at most, in each direction."""

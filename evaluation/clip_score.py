@@ -22,9 +22,9 @@ from evaluation.clip import DEFAULT, Clip, PictureScores, Preparation
 from evaluation.command_line import usable_device
 from evaluation.prompt_pictures import METADATA, PromptPicture, read_prompt_pictures
 from evaluation.report import rows_table, versions_here
+from llamagen.files import whole_file
 from llamagen.metrics import extractor_checksum
 from llamagen.output_paths import check_output_file
-from llamagen.whole_file import whole_file
 
 MOST_GROUPS = 50
 """A column of the metadata with more values than these is no category, but a remark, and is not measured by."""

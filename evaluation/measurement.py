@@ -12,6 +12,8 @@ from llamagen.metrics.picture_metric import PictureMetric
 
 PREFIX = {"generation": "g", "reconstruction": "r"}
 DISTANCES = ("fid", "sfid", "kid", "kid_std")
+SYMBOLS = (*DISTANCES, "precision", "recall", "inception_score", "inception_score_std")
+"""Of all that can be measured."""
 OWN_NAME = "val"
 """What the pictures that are reconstructed are called, where they are the reference: those of validation."""
 

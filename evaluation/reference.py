@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.content_check import check_content, warn_of_content
+from llamagen.files import whole_file
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
-from llamagen.whole_file import whole_file
 
 Purpose = Literal["generation", "reconstruction"]
 

@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from evaluation.published import Published
+from llamagen.files import whole_folder
 from llamagen.grids import save_png
 from llamagen.output_paths import check_output
 
@@ -47,20 +47,12 @@ def write_report(
         ValueError: if there is such a folder which is no report.
     """
     check_report(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as temporary:
         content = {"metrics": dict(numbers), **facts, "versions": versions_here()}
         (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
         for name, image in grids.items():
             save_png(image, temporary / f"{name}.png")
         (temporary / "report.md").write_text(_markdown(title, numbers, facts, paper, grids))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_report(folder: Path) -> None:

@@ -274,6 +274,10 @@ class ARGenModule(DrawingModule):
         self.log(f"{stage}/top1", numbers.top1)
         self.log(f"{stage}/top5", numbers.top5)
 
+    def metric_names(self) -> list[str]:
+        """Names of what is logged at each validation."""
+        return [f"val/{name}" for name in ("loss", "perplexity", "top1", "top5")]
+
     def configure_optimizers(self) -> Any:
         """AdamW over the whole model."""
         return self.build_optimizer([self.gpt])

@@ -64,6 +64,10 @@ class GenerativeModule(pl.LightningModule):
     def generator(self) -> GPT | VQGAN:
         """The network that is kept in the end: what EMA averages and a checkpoint describes."""
 
+    @abstractmethod
+    def metric_names(self) -> list[str]:
+        """Names of what is logged at each validation, for those that monitor one."""
+
     @property
     def generator_prefix(self) -> str:
         """Where the generator's weights are in the state dict."""

@@ -1,21 +1,31 @@
 """Training with parameters spread over ranks, and its checkpoints."""
 
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from lightning_modules.base import GenerativeModule
+from lightning_modules.checkpoint_files import CheckpointFiles, tensor_bytes
 from llamagen.checkpoint import check_fits, read_checkpoint
+from llamagen.files import (
+    DiskFullError,
+    disk_full,
+    full_disk_number,
+    publish_folder,
+    remove,
+    remove_leftovers,
+    size_of,
+    temporary_name,
+)
 from llamagen.models.whole_tensor import copy_whole_
-from llamagen.sharded_checkpoint import is_sharded_checkpoint, numbered
+from llamagen.sharded_checkpoint import numbered
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -44,6 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
+        self.checkpoint_io = CheckpointFiles()
 
     def setup_environment(self) -> None:
         """Take every rank there is, unless something else was asked for."""
@@ -52,24 +63,38 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write to a temporary name beside it, which all ranks know, and rename."""
-        if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+        """Write to a temporary name next to it, which all ranks know, and rename.
+
+        Raises:
+            DiskFullError: on every rank, if there is no room on one; the checkpoint of before is still there.
+        """
+        if not self._save_distributed_checkpoint:  # Lightning would first remove a sharded one of this name
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+        temporary = Path(self.broadcast(temporary_name(path)))
         if self.global_rank == 0:
-            _remove(temporary)
-        self.barrier()
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        self.barrier()
-        if self.global_rank == 0:
-            _remove(old)
-            if path.exists() or path.is_symlink():
-                path.rename(old)
-            temporary.rename(path)
-            _remove(old)
-        self.barrier()
+            remove_leftovers(path.parent)
+        own_bytes = tensor_bytes(checkpoint)
+        error: BaseException | None = None
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)  # returns when all ranks have written
+            if self.global_rank == 0:
+                publish_folder(temporary, path)
+        except (Exception, CheckpointException) as caught:  # the latter is no Exception
+            error = caught
+        failure: BaseException | None = error
+        if error is not None and self.global_rank == 0:
+            number, written = full_disk_number(error, path.parent), size_of(temporary)
+            remove(temporary)
+            if number is not None:
+                failure = disk_full(path, number, own_bytes * self.world_size, written)
+        # What stops the first rank stops all of them, so that none waits for it.
+        is_full, reason = self.broadcast((isinstance(failure, DiskFullError), "" if failure is None else str(failure)))
+        if self.global_rank and reason:
+            failure = DiskFullError(reason) if is_full else OSError(reason)
+        if failure is not None:
+            raise failure from (None if failure is error else error)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Numbered as in every other checkpoint: in one file Lightning numbers parameters as the model does."""
@@ -118,21 +143,3 @@ def _part_of(value: Any, parameter: Tensor) -> Any:
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2 over all ranks")
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints in files, and, to read, sharded ones in folders: for strategies in which each rank is whole."""
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read everything."""
-        if is_sharded_checkpoint(Path(path)):
-            return read_checkpoint(path, wanted=lambda _: True)
-        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
-        return loaded
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

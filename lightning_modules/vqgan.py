@@ -327,6 +327,13 @@ class VQGANModule(GenerativeModule):
         views: Tensor = codes.unflatten(0, images.shape[:2])
         return views
 
+    def metric_names(self) -> list[str]:
+        """Names of what is logged at each validation."""
+        terms = ["reconstruction", "codebook", "commitment", "loss"]
+        terms += ["lpips"] if self._needs_lpips else []
+        terms += ["entropy"] if self.loss_config.entropy_weight > 0 else []
+        return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
+
     def configure_optimizers(self) -> Any:
         """One AdamW for both networks."""
         return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])

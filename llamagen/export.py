@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llamagen.checkpoint import build_model, describe
+from llamagen.files import DiskFullError, whole_file
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.output_paths import check_output
 from llamagen.weights import ENTRY, Weights, read_weights
-from llamagen.whole_file import whole_file
 
 SUFFIXES = (".pt", ".safetensors")
 
@@ -46,34 +45,32 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
     model = build_model(weights)
     # Cloned, because they may be views, share storage, or have a memory format, none of which belongs into the file.
     state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
+    from safetensors import SafetensorError  # imported here for its start-up time
+    from safetensors.torch import save_file
+
     try:
-        with whole_file(out) as temporary:
+        with whole_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
             if out.suffix == ".pt":
-                torch.save({"model": state}, temporary)
+                with temporary.open("wb") as file:  # whose errors say why nothing can be written
+                    torch.save({"model": state}, file)
             else:
-                _save_safetensors(state, model, weights, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                save_file(state, temporary, _metadata(model, weights))
+    except DiskFullError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
 
 
-def _save_safetensors(state: dict[str, Tensor], model: GPT | VQGAN, weights: Weights, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
+    """What a safetensors file says of its weights."""
     said = describe(model, prefix="")
     entry = {"architecture": said["architecture"], "config": said["config"], "averaged": weights.averaged}
     if weights.captions is not None:
         entry["captions"] = weights.captions
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(state, path, {ENTRY: json.dumps(entry)})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(mode)  # readable for whom other files are, which safetensors' own are not
+    return {ENTRY: json.dumps(entry)}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from llamagen.whole_file import whole_file
+from llamagen.files import whole_file
 
 MARGIN = 2
 LEGIBLE = 192

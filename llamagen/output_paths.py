@@ -26,9 +26,7 @@ def check_output(path: Path, what: str = "", remedy: str = "choose another folde
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ValueError(
-            f"{name} cannot be written ({reason.lower()}: no folder there allows it); {remedy}"
-        ) from error
+        raise ValueError(f"{name} cannot be written ({reason.lower()}: no folder there allows it); {remedy}") from error
 
 
 def check_output_file(path: Path, suffixes: tuple[str, ...], what: str = "out") -> None:

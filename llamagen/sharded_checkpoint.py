@@ -98,10 +98,20 @@ def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bo
         ) from error
 
 
+def read_index(path: Path) -> Metadata:
+    """What is in the files of a sharded checkpoint, and where; no code of a file is run.
+
+    Args:
+        path: its folder.
+    """
+    with (path / INDEX_FILE).open("rb") as file:
+        index: Metadata = _Unpickler(file).load()
+    return index
+
+
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX_FILE).open("rb") as file:
-            index: Metadata = _Unpickler(file).load()
+        index = read_index(Path(self.path))
         if index.storage_meta is not None:
             index.storage_meta.load_id = self.load_id
         return index

@@ -23,13 +23,13 @@ OURS = (*PACKAGES, "main", "benchmarks", "tests")
 # What of ours a room may import beside itself.
 ROOMS = {
     "llamagen": (),
-    "llamagen/models": (),
+    "llamagen/models": ("llamagen.files",),
     "llamagen/losses": (),
-    "llamagen/metrics": (),
-    "llamagen/sampling": ("llamagen.models",),
-    "llamagen/text": (),
+    "llamagen/metrics": ("llamagen.files",),
+    "llamagen/sampling": ("llamagen.files", "llamagen.models"),
+    "llamagen/text": ("llamagen.files",),
     "lightning_modules": ("llamagen",),
-    "datamodules": ("llamagen.output_paths", "llamagen.text.cleaning"),
+    "datamodules": ("llamagen.files", "llamagen.output_paths", "llamagen.text.cleaning"),
     "evaluation": ("llamagen", "datamodules"),
     "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
 }

@@ -163,8 +163,8 @@ def test_a_checkpoint_can_be_replaced_by_its_export(published: Path) -> None:
 def test_a_write_that_fails_leaves_nothing(
     suffix: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(content: Any, path: Path, *_: Any) -> None:
-        Path(path).write_text("half")
+    def fail(content: Any, file: Any, *_: Any) -> None:
+        Path(getattr(file, "name", file)).write_text("half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)

@@ -1,6 +1,5 @@
 """Inception-2015, the network of FID and the Inception Score. B pictures of H × W pixels."""
 
-import hashlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from llamagen.files import DiskFullError, sha256_of, whole_file
 from llamagen.metrics.features import Features
 
 SIZE = 299
@@ -337,8 +337,10 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
         if (folder / name).is_file():
             return folder / name
     try:  # under a temporary name until it is whole and its checksum is right
-        folder.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(ADDRESS, str(folder / FILE), hash_prefix=CHECKSUM)
+        with whole_file(folder / FILE) as temporary:
+            download_url_to_file(ADDRESS, str(temporary), hash_prefix=CHECKSUM)
+    except DiskFullError:
+        raise
     except (OSError, RuntimeError, HTTPException) as error:
         raise ValueError(
             f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
@@ -361,14 +363,11 @@ def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
         ValueError: in one line, if the file cannot be had, is damaged or is something else.
     """
     file = fetch_inception(weights)
-    if file.name in (FILE, OTHER_NAME):
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != CHECKSUM:
-            raise ValueError(
-                f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
-                "it another name if other weights are meant"
-            )
+    if file.name in (FILE, OTHER_NAME) and (digest := sha256_of(file)) != CHECKSUM:
+        raise ValueError(
+            f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
+            "it another name if other weights are meant"
+        )
     try:
         found = {name: value.float() for name, value in _load(file).items() if not name.endswith("num_batches_tracked")}
     except Exception as error:  # a damaged file can raise anything

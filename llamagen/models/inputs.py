@@ -114,7 +114,9 @@ def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
     if found.dim() == 4 and found.shape[1] != 3 and found.shape[3] == 3:
         found = found.permute(0, 3, 1, 2).contiguous()  # another order in memory is rounded differently
     if found.dim() != 4 or found.shape[1] != 3 or found.shape[2] % factor or found.shape[3] % factor:
-        raise ValueError(f"images must have shape (B, 3, H, W) with H and W multiples of {factor}, not {given}{_advice(given)}")
+        raise ValueError(
+            f"images must have shape (B, 3, H, W) with H and W multiples of {factor}, not {given}{_advice(given)}"
+        )
     if 0 in found.shape[2:]:
         raise ValueError(f"images must have shape (B, 3, H, W) with H and W at least {factor}, not {given}")
     if found.dtype is torch.uint8:
@@ -165,9 +167,7 @@ def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
     if codes.device.type == "cpu" and codes.numel() and not torch.compiler.is_compiling():
         low, high = (int(end) for end in codes.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"{name} {low} … {high} are out of range; the model takes 0 to {vocab_size - 1}"
-            )
+            raise ValueError(f"{name} {low} … {high} are out of range; the model takes 0 to {vocab_size - 1}")
     return codes
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from llamagen.files import DiskFullError, whole_file
+
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG16's convolutions, by resolution."""
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -175,8 +177,10 @@ def read_vgg16(path: Path | str | None = None) -> dict[str, Tensor]:
 
 def _download(file: Path) -> None:
     try:  # under a temporary name until it is whole and its checksum is right
-        file.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(VGG16_ADDRESS, str(file), hash_prefix=CHECKSUM)
+        with whole_file(file) as temporary:
+            download_url_to_file(VGG16_ADDRESS, str(temporary), hash_prefix=CHECKSUM)
+    except DiskFullError:
+        raise
     except (OSError, RuntimeError, HTTPException) as error:
         raise ValueError(
             f"LPIPS needs torchvision's VGG16, {VGG16_FILE}, which is not in {file.parent} and could not be had from "

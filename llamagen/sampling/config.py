@@ -44,7 +44,10 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a number")
         for name in ("top_k", "guidance_start", "guidance_steps"):
             value = getattr(self, name)
-            if (isinstance(value, bool) or not isinstance(value, Integral)) and (value, name) != (None, "guidance_steps"):
+            if (isinstance(value, bool) or not isinstance(value, Integral)) and (value, name) != (
+                None,
+                "guidance_steps",
+            ):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")

@@ -1,6 +1,7 @@
 """Compiles the decode step for this machine's processor, once."""
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -10,6 +11,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from llamagen.files import whole_file
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("cpu_vector.h", "cpu_step.cpp", "cpu_draw.cpp")]
@@ -42,14 +45,15 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     name = f"cpu_step_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     path = _cache_folder() / name
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            made = Path(temporary) / name
-            done = _run([*command, *map(str, SOURCES[1:]), "-o", str(made)], compiler)
+        with whole_file(path) as temporary:
+            done = _run([*command, *map(str, SOURCES[1:]), "-o", str(temporary)], compiler)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["no message"]
+                full = next((line for line in lines if "No space left" in line), None)
+                if full is not None:  # here, or where the compiler keeps its temporary files
+                    raise OSError(errno.ENOSPC, full)
                 error = next((line for line in lines if "error" in line), lines[-1])
                 raise ValueError(f"{compiler} could not compile {FOLDER}: {error}; sample without compiling")
-            os.replace(made, path)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -39,7 +39,9 @@ def as_condition(gpt: GPT, condition: Condition) -> Tensor:
         return found[None] if found.dim() == 0 else found
     shape = (config.caption_length, config.caption_dim)
     wanted = f"caption features, floats of shape (N, {shape[0]}, {shape[1]}) of a llamagen.text.CaptionEncoder"
-    if isinstance(condition, str) or (isinstance(condition, list | tuple) and condition and isinstance(condition[0], str)):
+    if isinstance(condition, str) or (
+        isinstance(condition, list | tuple) and condition and isinstance(condition[0], str)
+    ):
         raise ValueError(f"this model wants {wanted}, not texts; encode them first")
     found = to_tensor(condition, "caption features")
     if found.dtype.is_floating_point and found.dim():

@@ -1,0 +1,109 @@
+"""The metrics of a run as ``metrics.csv``, which a killed process or a full disk leaves readable."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_modules.checkpoint_files import is_local
+from llamagen.files import DiskFullError, full_disk_reported, whole_file
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's ``CSVLogger``, whose files are complete at any time.
+
+    Where a metric appears for the first time, Lightning empties the file and writes it again: who is killed then loses
+    it. Here the new one takes the place of the old one. :func:`use_metrics_logger` puts it in Lightning's place.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the files."""
+        if self._experiment is None:
+            self._fs.makedirs(self.root_dir, exist_ok=True)
+            self._experiment = _MetricsWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    def finalize(self, status: str) -> None:
+        """Write what is left; after an error without a second one."""
+        try:
+            super().finalize(status)
+        except DiskFullError as error:
+            if status == "success":
+                raise
+            rank_zero_warn(str(error))
+
+
+class _MetricsWriter(ExperimentWriter):
+    """Appends rows; writes the whole file for a new column."""
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Write ``hparams.yaml``."""
+        self.hparams.update(params)
+        with whole_file(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as temporary:
+            save_hparams_to_yaml(temporary, self.hparams)
+
+    def save(self) -> None:
+        """Write the rows since the last time.
+
+        Raises:
+            DiskFullError: in one line, if there is no room; the file is as before.
+        """
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        old_keys = list(self.metrics_keys)
+        if self._record_new_keys() or not path.is_file():
+            rows: list[dict[str, Any]] = []
+            if path.is_file():
+                with path.open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+            try:
+                with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+                    file.write(self._rows([*rows, *self.metrics], header=True))
+            except BaseException:
+                self.metrics_keys = old_keys
+                raise
+        else:
+            self._append(path, self._rows(self.metrics, header=False))
+        self.metrics = []
+
+    def _rows(self, rows: list[dict[str, Any]], header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    @staticmethod
+    def _append(path: Path, text: str) -> None:
+        size = path.stat().st_size
+        try:
+            with full_disk_reported(path), path.open("a", newline="") as file:
+                file.write(text)
+        except BaseException:
+            with path.open("rb+") as file:  # no half a row: its last number would be another one
+                file.truncate(size)
+            raise
+
+
+def use_metrics_logger(trainer: pl.Trainer) -> None:
+    """Put :class:`MetricsLogger` in the place of a trainer's loggers that are Lightning's, on this machine's disks."""
+    trainer.loggers = [_whole(logger) for logger in trainer.loggers]
+
+
+def _whole(logger: Any) -> Any:
+    if type(logger) is not CSVLogger or not is_local(logger.save_dir):
+        return logger
+    return MetricsLogger(
+        logger.save_dir, logger._name, logger._version, logger._prefix, logger._flush_logs_every_n_steps
+    )

@@ -1,0 +1,236 @@
+"""How a command of this project ends: with a message in one line, and the exit code that a shell expects.
+
+A mistake of the user is one line on stderr and exit code 2, a fault of the run (values that are not finite, a full
+disk, no memory) one line and exit code 1. Any other error is a bug of this project and keeps its traceback.
+``--traceback`` or ``LLAMAGEN_TRACEBACK=1`` shows the traceback of the others, too.
+"""
+
+import dis
+import errno
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+TRACEBACK = "LLAMAGEN_TRACEBACK"
+"""Environment variable that asks for tracebacks; processes that a command starts inherit it."""
+
+FLAG = "--traceback"
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line", "benchmarks")
+"""Packages whose errors are messages to the user."""
+
+LIBRARIES = ("lightning", "jsonargparse", "omegaconf", "webdataset", "transformers", "huggingface_hub")
+"""Packages that raise errors of Python's own classes on a user's mistake."""
+
+FOREIGN_ERRORS = ("omegaconf", "wandb", "huggingface_hub", "jsonargparse", "lightning")
+"""Packages with classes of errors that always are messages to the user."""
+
+ADVICE = {
+    "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave out configs/logger/wandb.yaml",
+}
+
+CLEARER = (
+    (
+        r"No supported (\w+) backend found!?",
+        r"trainer.accelerator is \1, but there is none here that PyTorch can use; set "
+        "it to auto or cpu",
+    ),
+    (r"`(val_check_interval|limit_\w+_batches|max_\w+|min_\w+|accumulate_grad_batches)`", r"trainer.\1"),
+)
+"""Messages of libraries, as patterns, and what to say instead."""
+
+PATIENCE = 3.0
+"""Seconds in which the first process of a node, where it fails for the same reason, should have said so."""
+
+
+class Fault(NamedTuple):
+    """An error that a user can do something about.
+
+    Attributes:
+        message: one line.
+        status: exit code of the command.
+    """
+
+    message: str
+    status: int
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command; where it fails, print why and end the process with the exit code that says so.
+
+    Exit codes: 0 when done, 1 for a fault of the run and for a bug, 2 for a mistake of the user, 130 after SIGINT
+    (Ctrl-C), 143 after SIGTERM.
+
+    Args:
+        command: reads ``sys.argv`` itself.
+    """
+    if FLAG in sys.argv:
+        sys.argv = [argument for argument in sys.argv if argument != FLAG]
+        os.environ[TRACEBACK] = "1"
+    try:
+        command()
+        sys.stdout.flush()
+    except SystemExit as end:
+        raise SystemExit(_status_of(end)) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except BaseException as error:
+        fault = fault_of(error)
+        if fault is None or os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exception(error)
+        if fault is None or not _told_by_first_process():
+            # At once: other processes of the run write, too.
+            os.write(2, f"{_last_words(fault)}\n".encode(errors="replace"))
+        raise SystemExit(1 if fault is None else fault.status) from None
+
+
+def _status_of(end: SystemExit) -> object:
+    """The exit code of a command that ended itself; Lightning's own says nothing of the signal that ended it."""
+    if type(end).__name__ == "SIGTERMException":
+        return 128 + signal.SIGTERM
+    if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return end.code
+
+
+def _told_by_first_process() -> bool:
+    """Whether this is a process that another one of the run has started, and that one has ended meanwhile.
+
+    What a user does wrong, each process of a run finds out; it should be read once.
+    """
+    parent, first = os.getppid(), os.environ.get("LOCAL_RANK", "0") == "0"
+    deadline = time.monotonic() + PATIENCE
+    while not first and os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not first and os.getppid() != parent
+
+
+def _last_words(fault: Fault | None) -> str:
+    if fault is None:
+        return (
+            "error: this is a bug of llamagen-lightning, not your mistake; report it in the project's issue tracker "
+            "with the command and the lines above"
+        )
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    return f"error: {'' if rank == '0' else f'rank {rank}: '}{fault.message}"
+
+
+def fault_of(error: BaseException) -> Fault | None:
+    """What to tell the user about an error; None if it is a bug of this project.
+
+    Args:
+        error: as it left the command.
+    """
+    message = one_line(_text_of(error)).rstrip(".")
+    for pattern, clearer in CLEARER:
+        message = re.sub(pattern, clearer, message)
+    if isinstance(error, FloatingPointError):
+        return Fault(message, 1)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Fault(f"out of memory ({message}); use a smaller batch_size, a smaller model or fewer workers", 1)
+    if isinstance(error, OSError):
+        return _fault_of_system(error, message)
+    if isinstance(error, RuntimeError) and (fault := _fault_of_process(message)):
+        return fault
+    package = type(error).__module__.partition(".")[0]
+    if package in FOREIGN_ERRORS:
+        advice = ADVICE.get(package)
+        return Fault(f"{package}: {message}; {advice}" if advice else message, 2)
+    wanted = (ValueError, ImportError, TypeError, RuntimeError, NotImplementedError, KeyError)
+    origin = _raised_in(error)
+    if origin in OURS and isinstance(error, ValueError | ImportError | NotImplementedError):
+        return Fault(message, 2)
+    if origin in LIBRARIES and isinstance(error, wanted):
+        return Fault(message, 2)
+    return None
+
+
+def _fault_of_system(error: OSError, message: str) -> Fault | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Fault(message, 1)
+    if error.errno == errno.EADDRINUSE:
+        return Fault(f"{message}; another run uses this port: set MASTER_PORT to a free one", 2)
+    if error.errno == errno.EMFILE:
+        return Fault(f"{message}; raise the limit with `ulimit -n`, or use fewer workers", 1)
+    if error.filename is not None and error.strerror is not None:
+        return Fault(f"{os.fsdecode(error.filename)}: {error.strerror.lower()}; give another path", 2)
+    return Fault(message, 1) if _raised_in(error) in (*OURS, "fsspec", "aiohttp", "s3fs", "gcsfs") else None
+
+
+def _fault_of_process(message: str) -> Fault | None:
+    """What torch says where a process is gone, which none of its classes of errors tells."""
+    if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
+        return Fault(
+            f"{message}; a worker ran out of memory or shared memory: use fewer data.init_args.num_workers, or a "
+            "larger /dev/shm",
+            1,
+        )
+    if re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo|NCCL|TCPStore", message):
+        return Fault(f"another process of this run ended or did not answer ({message})", 1)
+    return None
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks."""
+    return " ".join(message.split())
+
+
+_WORKER = re.compile(r"Caught (\w+) in .*?\.\s*Original Traceback")
+
+
+def _text_of(error: BaseException) -> str:
+    """What an error says; of one that was raised in a worker of a DataLoader, what it said there."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if _WORKER.match(text):
+        last = text.rstrip().splitlines()[-1]
+        return last.partition(": ")[2] or last
+    return text or type(error).__name__
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose ``raise`` statement an error comes from; '' where it comes from elsewhere, as from a call of C.
+
+    An error that Python itself raises within our code (a division, an unpacking) is no message to the user.
+    """
+    if text := _foreign_traceback(error):
+        places = re.findall(r'File "([^"]+)", line \d+, in .*(?=\n\s*(\S*))', text)
+        return _package_of(places[-1][0]) if places and places[-1][1] == "raise" else ""
+    last: TracebackType | None = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return ""
+    code = last.tb_frame.f_code
+    if code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return ""
+    return _package_of(code.co_filename)
+
+
+def _foreign_traceback(error: BaseException) -> str:
+    """The traceback of another process, which came as a text: of a worker of a DataLoader or of a pool."""
+    if _WORKER.match(str(error)):
+        return str(error)
+    cause = error.__cause__
+    return str(cause) if type(cause).__name__ == "_RemoteTraceback" else ""
+
+
+def _package_of(filename: str) -> str:
+    path = Path(filename)
+    if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+        return path.relative_to(ROOT).parts[0]
+    parts = path.parts
+    if "site-packages" in parts:
+        return parts[len(parts) - parts[::-1].index("site-packages")]
+    return ""

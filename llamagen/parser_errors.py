@@ -1,0 +1,62 @@
+"""What a command line of jsonargparse says of wrong arguments: one line that names the option."""
+
+import re
+import sys
+from typing import Any, NoReturn
+
+NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Given value type:",
+    "Given value: ",
+)
+"""How those lines of jsonargparse's messages begin that tell a user nothing."""
+
+PHRASES = (
+    (r"Expected a dot import path string: (.+)", r"no class \1 is known here; check its name, or give its class path"),
+    (r"Expected an? <class '(\w+)'>\. Got value: (.+)", r"must be of type \1, not \2"),
+    (r"Expected an? <class '(\w+)'>", r"must be of type \1"),
+    (r"Expected a typing\.Literal\[(.+)\]", r"must be one of \1"),
+    (r"Key '([^']+)' is not expected", r"has no option \1"),
+    (r"Group '[^']*' does not accept option '([^']+)'", r"has no option \1"),
+    (r"Problem with given class_path '[^']*':", ""),
+)
+"""What jsonargparse says, as a user would put it."""
+
+
+def one_line(message: str) -> str:
+    """A message of jsonargparse in one line: the option with all its parts, then what is wrong with it."""
+    keys: list[str] = []
+    reasons: list[str] = []
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        if key := re.match(r'Parser key "([^"]+)":?\s*', line):
+            if not reasons:  # what follows a reason is another way in which the same value is wrong
+                keys.append(key[1])
+            line = line[key.end() :]
+        if line.startswith(NOISE):
+            continue
+        for pattern, phrase in PHRASES:
+            line = re.sub(pattern, phrase, line)
+        if (line := line.strip().rstrip(".:")) and line not in reasons:
+            reasons.append(line)
+    reason = "; ".join(reasons) or "is not valid"
+    return f"{'.'.join(keys)}: {reason}" if keys else reason
+
+
+class OneLineErrors:
+    """Of a parser: wrong arguments end in one line on stderr and exit code 2, without the list of all options."""
+
+    exit_on_error: Any
+    prog: Any
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and leave, or raise it, if the parser is told to."""
+        if not self.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        program = str((getattr(ex, "subcommand_parser", None) or self).prog).replace(" [options]", "")
+        print(f"error: {one_line(message)}; see {program} --help", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,63 @@
+"""Threads leave their core to others while they wait, and are no more than the cores that a container grants."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamagen import cores
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu.max": "nonsense"}, 8),
+    ],
+)
+def test_a_containers_limit_is_seen(
+    files: dict[str, str], wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(cores, "available_cores", lambda: 8)
+    assert cores.usable_cores(tmp_path) == wanted
+
+
+def test_settings_come_before_torch_and_give_way_to_the_users() -> None:
+    script = (
+        "import os, sys\n"
+        "from llamagen import cores\n"
+        "cores.usable_cores = lambda: 1\n"
+        "cores.available_cores = lambda: 4\n"
+        "cores.share_cores()\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])\n"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    for settings, wanted in (({}, "PASSIVE 1"), ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}, "ACTIVE 3")):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**plain, "PYTHONPATH": ".", **settings},
+        )
+        assert done.stdout.strip() == wanted
+
+
+def test_the_command_line_sets_them_first() -> None:
+    statements = Path("main.py").read_text().split("\n\n")
+    assert statements[1:3] == [
+        "from llamagen.cores import share_cores",
+        "share_cores()  # before torch is loaded, which is when OpenMP reads its settings",
+    ]

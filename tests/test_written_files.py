@@ -1,0 +1,131 @@
+"""Every file that the project writes goes through ``llamagen.files``: complete, or absent."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_architecture import SOURCES, relative
+
+WRITER = "llamagen/files.py"
+WHOLE = {"whole_file", "whole_folder", "PendingFile", "temporary_name"}
+"""What gives a temporary name."""
+MEMORY = {"BytesIO", "StringIO", "TemporaryDirectory"}
+"""What needs no name, or has one that no other process knows."""
+TARGETS = {  # what writes, and which argument it writes to; −1: the object itself
+    **dict.fromkeys(("write_text", "write_bytes", "touch"), -1),
+    **dict.fromkeys(("savez", "savez_compressed", "savefig", "TarWriter", "ZipFile", "extractall", "symlink_to"), 0),
+    "save_hparams_to_yaml": 0,
+    **dict.fromkeys(("save_file", "download_url_to_file", "copyfile", "copytree", "copy2", "move", "get_file"), 1),
+}
+EXCEPTIONS = {
+    # Appends rows to metrics.csv, and takes back half a row.
+    ("lightning_modules/metrics_file.py", "path"),
+    # A method of ours.
+    ("evaluation/__main__.py", "out"),
+    # What is measured, in folders that go with the process.
+    ("benchmarks/data_layer.py", "plain / f'{number}.npy'"),
+    ("benchmarks/data_layer.py", "plain / f'{number}.label.npy'"),
+    ("benchmarks/account_for_keys.py", "path"),
+    ("benchmarks/account_for_keys.py", "work / 'pictures'"),
+    ("benchmarks/bench_evaluation.py", "path"),
+    ("benchmarks/bench_evaluation.py", "archive"),
+    ("benchmarks/tokenizer_step.py", "path"),
+}
+
+
+def written(call: ast.Call) -> ast.expr | None:
+    """What a call writes to, if it is one that writes."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+    owner = function.value if isinstance(function, ast.Attribute) else None
+    module = owner.id if isinstance(owner, ast.Name) else ""
+    if name in ("open", "ZipFile"):
+        of_path = name == "open" and owner is not None and module not in ("tarfile", "os")
+        mode = arguments.get("mode", call.args[0 if of_path else 1] if len(call.args) > (0 if of_path else 1) else None)
+        writes = isinstance(mode, ast.Constant) and set(str(mode.value)) & set("wax+") and module != "os"
+        return (owner if of_path else call.args[0] if call.args else arguments.get("fileobj")) if writes else None
+    if name == "save" and (module in ("torch", "np", "numpy") or owner is not None):
+        if not call.args:
+            return None  # an object's own, which names the file elsewhere
+        return call.args[1] if module == "torch" else call.args[0]
+    if name in TARGETS:
+        place = TARGETS[name]
+        return owner if place < 0 else (call.args[place] if len(call.args) > place else None)
+    return None
+
+
+def names_in(node: ast.AST | None) -> set[str]:
+    return {
+        each.id if isinstance(each, ast.Name) else each.attr
+        for each in (ast.walk(node) if node is not None else ())
+        if isinstance(each, ast.Name | ast.Attribute)
+    }
+
+
+def temporary_names(tree: ast.AST) -> set[str]:
+    """Names that stand for temporary files or memory, and those made of them."""
+    known = {*WHOLE, *MEMORY}
+    while True:
+        before = len(known)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.withitem) and node.optional_vars is not None:
+                if names_in(node.context_expr) & known:
+                    known |= names_in(node.optional_vars)
+            elif isinstance(node, ast.Assign) and names_in(node.value) & known:
+                known |= {name for target in node.targets for name in names_in(target)} - {"self"}
+        if len(known) == before:
+            return known
+
+
+def carelessly_written(source: str) -> Iterator[tuple[str, int]]:
+    """What is written to under another name than a temporary one, and its line."""
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.Module):
+            continue
+        known = temporary_names(function) | {"temporary"}
+        nested = {
+            id(n)
+            for f in ast.walk(function)
+            if f is not function and isinstance(f, ast.FunctionDef)
+            for n in ast.walk(f)
+        }
+        for node in ast.walk(function):
+            target = written(node) if isinstance(node, ast.Call) and id(node) not in nested else None
+            if target is not None and not names_in(target) & known:
+                yield ast.unparse(target), node.lineno
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if relative(path) != WRITER], ids=relative)
+def test_a_source_writes_under_temporary_names_only(path: Path) -> None:
+    found = set(carelessly_written(path.read_text()))
+    assert {each for each in found if (relative(path), each[0]) not in EXCEPTIONS} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("with whole_file(path) as temporary:\n    temporary.write_text('a')", False),
+        ("with whole_file(path) as new, new.open('wb') as file:\n    np.savez(file, a=a)", False),
+        ("with whole_folder(path) as new:\n    (new / 'a').write_bytes(b'')", False),
+        ("buffer = BytesIO()\nnp.save(buffer, a)", False),
+        ("with open(path, 'rb') as file:\n    file.read()", False),
+        ("path.open()", False),
+        ("path.write_text('a')", True),
+        ("with open(path, 'w') as file:\n    pass", True),
+        ("open(path, mode='ab')", True),
+        ("path.open('r+b')", True),
+        ("torch.save(content, path)", True),
+        ("image.save(path, format='png')", True),
+        ("np.savez(path, a=a)", True),
+        ("save_file(state, path)", True),
+        ("with zipfile.ZipFile(path, 'w') as archive:\n    pass", True),
+        ("def f(path):\n    with whole_file(path) as t:\n        path.write_text('a')", True),
+        ("def f(path):\n    with whole_file(path) as t:\n        pass\ndef g(t):\n    t.write_text('a')", True),
+    ],
+)
+def test_the_walk_sees_what_writes(source: str, wrong: bool) -> None:
+    assert bool(list(carelessly_written(source))) is wrong
