@@ -54,8 +54,8 @@ class PictureArchive:
         ValueError: if the file is missing, damaged or cut off, or holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give an .npz of pictures, or a folder of them")
         self._zipped, self._deflated = path.suffix != ENDING, False
@@ -235,13 +235,16 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
         # What a decoder gives is not clamped, so the ends are not sharp.
         if -2 <= low < -0.25 and high <= 2:
             return f"{span}, so take them as [-1, 1]: ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
-        if -0.25 <= low and high <= 2:
-            return f"{span}, so take them as [0, 1]: multiply floats by 255 and round, (x * 255).round().clip(0, 255).astype(np.uint8)"
+        if low >= -0.25 and high <= 2:
+            return (
+                f"{span}, so take them as [0, 1]: multiply floats by 255 and round, "
+                "(x * 255).round().clip(0, 255).astype(np.uint8)"
+            )
         if low >= 0 and high <= 255.5:
             return f"{span}: use x.round().astype(np.uint8)"
     elif low == 0 and high == 1:
         return f"{span}: use (x * 255).astype(np.uint8)"
-    elif 0 <= low and high <= 255:
+    elif low >= 0 and high <= 255:
         return f"{span}: convert it by x.astype(np.uint8)"
     elif dtype == np.uint16:
         return f"{span}, so take them as 16 bits: (x // 257).astype(np.uint8)"

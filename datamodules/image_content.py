@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 FEW_LEVELS = 4
@@ -100,8 +99,8 @@ class ImageContent:
         levels = np.flatnonzero(self._levels.any(0)).tolist()
         if len(levels) <= FEW_LEVELS:
             found.append(
-                f"there are only the levels {', '.join(map(str, levels))}; that is right for masks and binarised images, "
-                "but not for photographs, nor for floats that were cast to bytes"
+                f"there are only the levels {', '.join(map(str, levels))}; that is right for masks and binarised "
+                "images, but not for photographs, nor for floats that were cast to bytes"
             )
         if levels[-1] < DARK:
             found.append(f"no level is above {levels[-1]} of 255, so the images are nearly black; scale them to 0…255")

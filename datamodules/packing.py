@@ -31,7 +31,7 @@ PARTS = (*PICTURES, "txt", "json")
 
 def pack(
     source: str,
-    out: Path,
+    out: Path | str,
     shard_mb: float = 500.0,
     val_share: float = 0.05,
     seed: int = 0,
@@ -62,6 +62,7 @@ def pack(
         raise ValueError(f"seed is {seed}; it must be at least 0")
     if not source:
         raise ValueError(f"source is empty; {ImageDataModule.hint}")
+    out = Path(out)
     check_output(out, "out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out} is a file; give the name of a folder, which is made")

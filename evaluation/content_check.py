@@ -1,4 +1,4 @@
-"""Refuses images that cannot be measured before an extractor spends minutes on them, and warns of odd ones afterwards."""
+"""Refuses images that cannot be measured, before an extractor spends minutes on them, and warns of odd ones."""
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 

@@ -138,7 +138,7 @@ class Reference:
             )
         return None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write it as an ``.npz``, whole or not at all, whose statistics have the names that ADM's have."""
         arrays: dict[str, Any] = dict(zip(STATISTICS, (part.numpy() for part in self.statistics), strict=True))
         if self.spatial_statistics is not None:
@@ -148,7 +148,7 @@ class Reference:
         if self.thumbnails is not None:
             arrays["thumbnails"] = self.thumbnails
         arrays["meta"] = np.array(json.dumps({"format": FORMAT, **self.facts()}))
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
 

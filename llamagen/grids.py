@@ -126,7 +126,7 @@ def figure_image(figure: Any) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG, whole or not at all; its folder is made if it does not exist.
 
     Args:
@@ -137,5 +137,5 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
-    with whole_file(path) as temporary:
+    with whole_file(Path(path)) as temporary:
         image.save(temporary, format="png", pnginfo=chunks)

@@ -1,4 +1,4 @@
-"""Wrong arguments of the commands beside main.py end in one line that names them, with exit code 2, and write nothing."""
+"""Wrong arguments of the tools end in one line that names them, with exit code 2, and write nothing."""
 
 import importlib
 from pathlib import Path

@@ -1,7 +1,7 @@
 """What people pass to the models: taken where it has one meaning, refused in one line where it has none.
 
-Everything here looks at types and shapes, which costs nothing. Values are looked at on CPUs alone, where nobody waits for
-a device, and never while a graph is compiled.
+Types and shapes are looked at always, which costs nothing; values on CPUs alone, where nobody waits for a device, and
+never while a graph is compiled. Codes to decode are an exception: decoding them is no hot path.
 """
 
 from collections.abc import Sequence
