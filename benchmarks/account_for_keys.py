@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--broken", type=int, default=5)
     options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder; give one of class folders of images")
     with tempfile.TemporaryDirectory() as temporary:
         work, start = Path(temporary), time.perf_counter()
         shutil.copytree(options.folder, work / "pictures", copy_function=shutil.copyfile)

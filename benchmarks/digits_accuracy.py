@@ -18,6 +18,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
+from datamodules.archives import PictureArchive
+
 SIDE = 8
 
 
@@ -41,9 +43,13 @@ def measure(pictures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("archive", type=Path, help="samples.npz of a run")
-    path = parser.parse_args().archive
-    with np.load(path) as archive:
-        pictures, labels = archive["arr_0"], archive["arr_1"]
+    try:
+        archive = PictureArchive(parser.parse_args().archive)
+        pictures = next(archive.blocks(range(archive.count), archive.count))
+    except ValueError as error:
+        parser.error(str(error))
+    if (labels := archive.labels) is None:
+        parser.error(f"{archive.path} has no labels arr_1; give the samples.npz of a class-conditional run")
     accuracy = measure(pictures, labels)
     print(f"{'class':>22} | recognised")
     for name, value in accuracy.items():

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from llamagen.files import whole_file
 from llamagen.grids import figure_image, save_png
+from llamagen.output_paths import check_output
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
@@ -59,13 +60,22 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--line", action="append", default=[], help="NAME=metrics.json")
     options = parser.parse_args(arguments[:split])
+    try:
+        check_output(options.out / "sweep.json", "out")
+        check_output(options.runs / "guidance_1", "runs")
+    except ValueError as error:
+        parser.error(str(error))
+    for each in options.line:
+        if not Path(each.partition("=")[2]).is_file():
+            parser.error(f"--line is {each}; give NAME=metrics.json, a file that exists")
     points: dict[float, dict[str, float]] = {}
     for scale in options.scales:
         folder = options.runs / f"guidance_{scale:g}"
         if not (folder / "report").is_dir():
             scaled = [f"--model.init_args.sampling.guidance_scale={scale}", f"--trainer.default_root_dir={folder}"]
             command = [sys.executable, "main.py", "test", *arguments[split + 1 :], *scaled]
-            subprocess.run(command, check=True)
+            if status := subprocess.run(command, check=False).returncode:
+                parser.exit(status, f"guidance_scale {scale:g} failed, see above\n")
         points[scale] = metrics_of(folder / "report")
     lines: dict[str, float] = {}
     for each in options.line:

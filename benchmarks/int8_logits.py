@@ -65,9 +65,14 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("codes", type=Path)
     options = parser.parse_args()
-    gpt = cast(GPT, build_model(read_weights(options.checkpoint))).eval()
-    data = CodeDataModule(options.codes, batch_size=100, num_workers=0)
-    data.setup("validate")
+    try:
+        gpt = build_model(read_weights(options.checkpoint)).eval()
+        data = CodeDataModule(options.codes, batch_size=100, num_workers=0)
+        data.setup("validate")
+    except ValueError as error:
+        parser.error(str(error))
+    if not isinstance(gpt, GPT):
+        parser.error(f"{options.checkpoint} holds a tokenizer; give the weights of an autoregressive model")
     batches = list(data.val_dataloader())
     others = {"float32": gpt, "bfloat16": copy.deepcopy(gpt).bfloat16(), "int8": rounded(gpt)}
     result = {name: compare(gpt, other, batches) for name, other in others.items()}

@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder for all of it; must not exist")
     parser.add_argument("--per_prompt", type=int, default=50, help="pictures of each digit")
     options = parser.parse_args()
+    if options.root.exists() or options.per_prompt < 1:
+        parser.error(f"root is {options.root} and per_prompt {options.per_prompt}; give a new folder, and at least 1")
     seconds, accuracy = run(options.root.absolute(), options.per_prompt)
     print(f"{'stage':>22} | seconds")
     for name, value in seconds.items():

@@ -23,6 +23,9 @@ FEWEST = 2
 PIECE = 1 << 20
 """Bytes read at once: what a decompressor gives is held beside the batch."""
 
+FIRST_VALUES = 1 << 22
+"""Values that are looked at for advice on what to do about them."""
+
 VERSIONS = ((1, 0), (2, 0), (3, 0))
 MOST_KEYS = 10
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
@@ -51,8 +54,8 @@ class PictureArchive:
         ValueError: if the file is missing, damaged or cut off, or holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give an .npz of pictures, or a folder of them")
         self._zipped, self._deflated = path.suffix != ENDING, False
@@ -62,7 +65,7 @@ class PictureArchive:
         with self._member(IMAGES) as (member, length):
             header = self._header(member, IMAGES)
             self._start = member.tell()
-            self._check_pictures(header, length - self._start)
+            self._check_pictures(header, length - self._start, member)
         self.count, self.size = header.shape[:2]
         self.labels = self._read_labels() if LABELS in keys else None
 
@@ -105,12 +108,15 @@ class PictureArchive:
                 f"{key} of {self.path} is no array of numpy's ({_line(error)}); write it with np.savez"
             ) from error
 
-    def _check_pictures(self, header: _Header, length: int) -> None:
+    def _check_pictures(self, header: _Header, length: int, member: IO[bytes]) -> None:
         shape, dtype, where = header.shape, header.dtype, f"{IMAGES} of {self.path}"
+        advice = _layout_advice(shape)
+        if advice and len(shape) not in (3, 4) and dtype.kind != "O":
+            raise ValueError(f"{where} is {_shown(shape)}; it must be (N, H, W, 3) uint8; {advice}")
         if dtype != np.uint8:
-            remedy = "multiply floats by 255 and round" if dtype.kind == "f" else "convert it"
+            remedy = advice_on_values(dtype, self._first_values(header, member))
             raise ValueError(f"{where} is {dtype}; it must be uint8 0…255; {remedy}")
-        if advice := _layout_advice(shape):
+        if advice:
             raise ValueError(f"{where} is {_shown(shape)}; it must be (N, H, W, 3); {advice}")
         if shape[0] < FEWEST:
             raise ValueError(f"{where} holds {shape[0]} pictures; at least {FEWEST} are needed")
@@ -126,6 +132,14 @@ class PictureArchive:
                 f"{where} is cut off: {_shown(shape)} needs {prod(shape):,} bytes, and {max(length, 0):,} are there; "
                 "get or write it again"
             )
+
+    def _first_values(self, header: _Header, member: IO[bytes]) -> np.ndarray:
+        """Some values of an array of numbers, (n,); none of others."""
+        if header.dtype.kind not in "fiu":
+            return np.empty(0)
+        width = header.dtype.itemsize
+        some = member.read(min(FIRST_VALUES, prod(header.shape)) * width)
+        return np.frombuffer(some[: len(some) // width * width], header.dtype)
 
     def _read_labels(self) -> np.ndarray:
         with self._member(LABELS) as (member, _):
@@ -200,10 +214,53 @@ def _lacking(path: Path, keys: list[str]) -> str:
     return f"{path} has no {IMAGES} but {there}; write the pictures, uint8 (N, H, W, 3), by np.savez(path, pictures)"
 
 
+def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
+    """How to make levels 0…255 of an array x that is not uint8.
+
+    Args:
+        dtype: of the array.
+        values: some of its numbers.
+    """
+    if dtype.kind == "b":
+        return "use x.astype(np.uint8) * 255"
+    if dtype.kind == "O":
+        return "objects are never unpickled: stack the images into one array, np.stack(images)"
+    if not values.size:
+        return "convert it"
+    if not np.isfinite(values).all():
+        return "some of its values are not finite (NaN or infinity): find out why before anything else"
+    low, high = float(values.min()), float(values.max())
+    span = f"these are {low:.4g} to {high:.4g}"
+    if dtype.kind == "f":
+        # What a decoder gives is not clamped, so the ends are not sharp.
+        if -2 <= low < -0.25 and high <= 2:
+            return f"{span}, so take them as [-1, 1]: ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
+        if low >= -0.25 and high <= 2:
+            return (
+                f"{span}, so take them as [0, 1]: multiply floats by 255 and round, "
+                "(x * 255).round().clip(0, 255).astype(np.uint8)"
+            )
+        if low >= 0 and high <= 255.5:
+            return f"{span}: use x.round().astype(np.uint8)"
+    elif low == 0 and high == 1:
+        return f"{span}: use (x * 255).astype(np.uint8)"
+    elif low >= 0 and high <= 255:
+        return f"{span}: convert it by x.astype(np.uint8)"
+    elif dtype == np.uint16:
+        return f"{span}, so take them as 16 bits: (x // 257).astype(np.uint8)"
+    elif dtype == np.int8:
+        return f"{span}: use (x.astype(np.int16) + 128).astype(np.uint8)"
+    return f"{span}: scale them to 0…255, round, and convert them"
+
+
 def _layout_advice(shape: tuple[int, ...]) -> str:
     """What to do about a shape that is not (N, H, W, 3); nothing if it is."""
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
         return "these are grey pictures: repeat each level three times along a last axis"
+    if len(shape) == 1:
+        return "this looks like labels: give the images four axes, and put them first"
+    if len(shape) == 5:
+        return "reshape it to four axes, x.reshape(-1, *x.shape[-3:])"
     if len(shape) != 4:
         return "give it four axes"
     if shape[3] == 3:

@@ -28,6 +28,7 @@ from datamodules.remote import ShardCache, is_remote
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
 from llamagen.files import sha256_of, whole_file
+from llamagen.output_paths import check_output_file
 
 TILE = 112
 COLUMNS = 10
@@ -86,8 +87,12 @@ def inspect(
         Lines of text.
 
     Raises:
-        ValueError: if there is nothing, or a shard is missing.
+        ValueError: if there is nothing, a shard is missing, a number makes no sense, or the sheet cannot be written.
     """
+    if not root:
+        raise ValueError(f"root is empty; {HINT}")
+    if sheet is not None:
+        check_output_file(sheet, (".png", ""), "sheet")
     check_whole_number("num_workers", num_workers, 0)
     check_whole_number("seed", seed, 0)
     train, val, meta = find_sources(root, None, None, HINT, class_order=class_order)

@@ -22,15 +22,17 @@ from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
 from datamodules.option_checks import check_positive, check_whole_number
 from datamodules.remote import is_remote
-from datamodules.shards import IMAGES_FORMAT, ShardSet
+from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSet
 from datamodules.sources import SPLITS
+from llamagen.output_paths import check_output
 
+SKIPPED_FILE = "skipped.tsv"
 PARTS = (*PICTURES, "txt", "json")
 
 
 def pack(
     source: str,
-    out: Path,
+    out: Path | str,
     shard_mb: float = 500.0,
     val_share: float = 0.05,
     seed: int = 0,
@@ -59,6 +61,14 @@ def pack(
     if workers is not None:
         check_whole_number("workers", workers, 1)
     check_whole_number("seed", seed, 0)
+    if not source:
+        raise ValueError("source is empty; give a folder of class folders, or one with webdataset shards")
+    out = Path(out)
+    check_output(out, "out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file; give the name of a folder, which is made")
+    if others := _foreign(out):
+        raise ValueError(f"out {out} holds other things already ({', '.join(others[:3])}); choose another folder")
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies within {source} and would become a part of it; choose another folder")
     from datamodules.images import ImageDataModule  # not for worker processes, which import this file, too
@@ -100,6 +110,12 @@ def pack(
     shards.finish({split: len(pieces[split]) for split in SPLITS}, meta, known, max_bad_share)
     counts = ", ".join(f"{len(indexes[split]):,} for {split} in {len(pieces[split])} shards" for split in SPLITS)
     print(f"{out}: {counts}")
+
+
+def _foreign(out: Path) -> list[str]:
+    """What a folder holds that packing does not write; hidden files are nobody's."""
+    here = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    return [name for name in here if name not in (*SPLITS, META_FILE, SKIPPED_FILE) and not name.startswith(".")]
 
 
 def _pieces(sizes: np.ndarray, most_bytes: float, seed: int) -> Iterator[np.ndarray]:

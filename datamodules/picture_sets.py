@@ -16,6 +16,7 @@ from datamodules.bad_samples import BadSampleError, Skipped, Tally
 from datamodules.crops import centre_crop
 from datamodules.dataset import SampleDataset
 from datamodules.folders import class_folders, flat_pictures, index_flat, index_folder
+from datamodules.image_content import ImageContent
 from datamodules.image_dataset import to_planes
 from datamodules.index import NO_LABEL, PICTURES, Sample, SampleIndex
 from datamodules.layout import split_of
@@ -62,11 +63,12 @@ class PictureSet(ABC):
 
     Attributes:
         cropped: how many of those that the last :meth:`batches` has handed out had another size.
+        content: what was seen of these images.
     """
 
     def __init__(self, name: str, size: int, known: Iterable[Skipped] = ()) -> None:
         self.name, self.size, self.cropped = name, size, 0
-        self._known, self._digests = list(known), 0
+        self._known, self._digests, self.content = list(known), 0, ImageContent()
         self._tally = _PictureTally(self._known)
 
     @abstractmethod
@@ -95,13 +97,17 @@ class PictureSet(ABC):
                 f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
             )
         assert 0 <= rank < world_size
-        self.cropped, self._digests = 0, 0
+        self.cropped, self._digests, self.content = 0, 0, ImageContent()
         self._tally = _PictureTally(self._known if rank == 0 else ())
         return self._read(batch_size, rank, world_size, num_workers)
 
     @abstractmethod
     def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[PictureBatch]:
-        """See :meth:`batches`; counts :attr:`cropped` and adds digests up."""
+        """See :meth:`batches`; counts :attr:`cropped` and shows each batch to :meth:`_saw`."""
+
+    def _saw(self, images: Tensor, digests: list[int]) -> None:
+        self._digests = (self._digests + sum(digests)) % 2**256
+        self.content.add(images, digests)
 
     @property
     def crop(self) -> Crop:
@@ -165,6 +171,8 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    if not str(name):
+        raise ValueError(f"the name of the pictures is empty; {HINT}")
     path = Path(name)
     array = path.suffix in (".npz", ENDING) or (path.is_file() and path.suffix != ".tar")
     if not array or path.is_dir():
@@ -199,10 +207,11 @@ class _Array(PictureSet):
             yield batch.pop()
 
     def _batch(self, block: np.ndarray, index: np.ndarray) -> PictureBatch:
-        self._digests = (self._digests + sum(map(_digest, block))) % 2**256
+        images = torch.from_numpy(to_planes(block))
+        self._saw(images, list(map(_digest, block)))
         labels = self._archive.labels
         chosen = np.full(len(index), NO_LABEL) if labels is None else labels[index]
-        return PictureBatch(torch.from_numpy(to_planes(block)), torch.from_numpy(index), torch.from_numpy(chosen))
+        return PictureBatch(images, torch.from_numpy(index), torch.from_numpy(chosen))
 
 
 class _Files(PictureSet):
@@ -246,7 +255,7 @@ class _Files(PictureSet):
         for batch in EvaluationLoader(self._dataset, addresses, num_workers, tally=self._tally):
             if world_size == 1:
                 self.check_skipped(self.skipped)
-            self._digests = (self._digests + batch["digests"]) % 2**256
+            self._saw(batch["images"], batch["digests"])
             self.cropped += batch["cropped"]
             yield PictureBatch(batch["images"], batch["numbers"], batch["labels"])
         if world_size == 1:  # batches of which nothing is left are not seen above
@@ -309,7 +318,7 @@ class _Squares(SampleDataset):
         return {
             "images": torch.from_numpy(np.stack([sample["planes"] for sample in samples])),
             "labels": torch.tensor([sample["label"] for sample in samples]),
-            "digests": sum(sample["digest"] for sample in samples),
+            "digests": [sample["digest"] for sample in samples],
             "cropped": sum(sample["cropped"] for sample in samples),
         }
 

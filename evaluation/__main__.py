@@ -16,12 +16,14 @@ from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
 from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, one_line, usable_device
+from evaluation.content_check import check_content
 from evaluation.gallery import Gallery
 from evaluation.measurement import Measurement
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
 from evaluation.report import check_report, table, write_report
 from llamagen.metrics import Inception, extractor_checksum, extractor_name
+from llamagen.output_paths import check_output_file
 
 Split = Literal["train", "val"]
 
@@ -58,6 +60,7 @@ def compare(
         report: folder for a report with numbers and pictures.
     """
     started, place = time.monotonic(), usable_device(device)
+    _check_numbers(batch_size, num_workers)
     if report is not None:
         check_report(report)
     kind: Purpose = "reconstruction" if reconstructions else "generation"
@@ -123,13 +126,15 @@ def reference(
         num_workers: processes that read picture files.
         device: where features are extracted; by default a GPU, if there is one.
     """
-    if out.suffix != ".npz" or out.is_dir():
-        raise ValueError(f"out is {out}; give the name of a file, *.npz")
+    check_output_file(out, (".npz",))
+    _check_numbers(batch_size, num_workers)
     if out.exists() and Path(pictures).exists() and out.samefile(pictures):
         raise ValueError(f"out is {out}, which are the pictures; give another name")
+    if out.exists() and not _holds_statistics(str(out)):
+        raise ValueError(f"out is {out}, which is there and is no reference; give another name")
     called, place = checked_name(out.stem if name is None else name), usable_device(device)
     if not _holds_statistics(pictures):
-        open_pictures(pictures, image_size, split)
+        check_content(open_pictures(pictures, image_size, split), num_workers)
     extractor = (Inception() if features is None else features).to(place)
     made = _reference(
         pictures, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
@@ -140,6 +145,13 @@ def reference(
         f"{out}: {made.count or 'an unknown number of'} pictures of {made.resolution} px, for {made.purpose}, "
         f"named {made.name}"
     )
+
+
+def _check_numbers(batch_size: int, num_workers: int) -> None:
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
+        )
 
 
 def _reference(
@@ -161,6 +173,8 @@ def _reference(
             raise ValueError(f"{source} is a file of statistics and has no split {split}; leave the split out")
         known = read_reference(source, name)
         known.check(extractor, size or known.resolution or 0)
+        if compared is not None:
+            check_content(compared, num_workers)
         return completed(known, extractor, device)
     pictures = open_pictures(source, image_size, split)
     if compared is not None and pictures.size != size:
@@ -168,6 +182,9 @@ def _reference(
             f"the pictures of {source} are {pictures.size} × {pictures.size}, but those of {compared.name} {size} × "
             f"{size}; compare pictures of one size, or set image_size, which crops those in folders and shards"
         )
+    for images in (compared, pictures):  # now, and not after the extractor has seen the other side
+        if images is not None:
+            check_content(images, num_workers)
     path = Path(os.path.abspath(source))
     called = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
     return make_reference(pictures, extractor, called, purpose, batch_size, num_workers, device)

@@ -1,6 +1,7 @@
 """Trains the small classifier whose features take Inception's place for other kinds of pictures."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from datamodules.loader import EvaluationLoader
 from evaluation.command_line import usable_device
 from llamagen.files import whole_file
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
+from llamagen.output_paths import check_output_file
 
 SHIFT = 2
 """Pixels by which training pictures are moved at most, in each direction."""
@@ -62,6 +64,11 @@ def train_classifier(
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
     if "/" in name or not name.strip():
         raise ValueError(f"name is {name!r}; give one without a slash, as it becomes part of the names of metrics")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; it must be above 0")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be at least 0 and below 2^63")
+    check_output_file(out, (".safetensors",))
     device = usable_device(device)
     torch.manual_seed(seed)
     pictures = ImageDataModule(
@@ -72,6 +79,8 @@ def train_classifier(
     labels = np.concatenate([pictures.datasets[split].samples.labels for split in SPLITS])  # type: ignore[attr-defined]
     if (labels < 0).any():
         raise ValueError(f"some pictures in {data} have no class; give a set with a class for each picture")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"all pictures in {data} are of one class; give a set of at least two")
     num_classes = max(len(pictures.class_names), 1 + int(labels.max()))
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)

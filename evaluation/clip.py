@@ -111,7 +111,12 @@ class Clip(nn.Module):
         One that has too many tokens is cut and keeps the token that ends it, whose features are those of the text.
         torchmetrics cuts the end off, too, and so compares pictures with some word, or with the beginning of any text.
         Half a surrogate pair counts as a "?".
+
+        Raises:
+            ValueError: if it is given one text instead of a list.
         """
+        if isinstance(prompts, str):  # whose letters would be prompts
+            raise ValueError(f"prompts must be a list of texts, not the text {prompts[:40]!r}")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
             whole = tokenized(self.tokenizer, [readable(prompt) for prompt in new])

@@ -21,9 +21,10 @@ from datamodules.pictures import read_picture
 from evaluation.clip import DEFAULT, Clip, PictureScores, Preparation
 from evaluation.command_line import usable_device
 from evaluation.prompt_pictures import METADATA, PromptPicture, read_prompt_pictures
-from evaluation.report import check_writable, rows_table, versions_here
+from evaluation.report import rows_table, versions_here
 from llamagen.files import whole_file
 from llamagen.metrics import extractor_checksum
+from llamagen.output_paths import check_output_file
 
 MOST_GROUPS = 50
 """A column of the metadata with more values than these is no category, but a remark, and is not measured by."""
@@ -78,7 +79,7 @@ def clip_score(
     if batch_size < 1 or num_workers < 0:
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and at least 0")
     if out is not None:
-        _check_out(out)
+        check_output_file(out, (".json",))
     pictures = read_prompt_pictures(samples)
     model = Clip(clip).to(place)
     scores, checksum = _scores(pictures, model, batch_size, num_workers, place)
@@ -120,12 +121,6 @@ def clip_score(
     if out is not None:
         print(f"scores: {out}")
     return numbers
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".json" or out.is_dir():
-        raise ValueError(f"out is {out}; give the name of a file, *.json")
-    check_writable(out)
 
 
 class _Prepared(Dataset[Any]):

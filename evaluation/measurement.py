@@ -4,6 +4,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from datamodules.image_content import ImageContent
 from evaluation.reference import Purpose, Reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
 from llamagen.metrics.inception import Inception
@@ -49,6 +50,7 @@ class Measurement:
         self.extractor, self.kind, self.reference = extractor, kind, reference
         self.name = name if reference is None else reference.name
         self.count = 0
+        self._content, self._is_told = ImageContent(), False
         extractor.eval()
         probe = extract(
             extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=_device(extractor))
@@ -104,6 +106,8 @@ class Measurement:
         """
         self.metrics["fid"].check_pictures(images)
         features = extract(self.extractor, images)
+        if not real:
+            self._content.add(images)
         self.add(features, index, real)
         return features
 
@@ -119,10 +123,16 @@ class Measurement:
     def compute(self) -> dict[str, Tensor]:
         """Numbers by name, float64 scalars on the CPU; all ranks must call it together.
 
+        The first time that all images are the same, or only have the levels of floats that were cast to bytes, a
+        warning says so: a model may generate such images.
+
         Raises:
             ValueError: if there are fewer than two pictures.
         """
         numbers: dict[str, Tensor] = {}
+        if (fault := self._content.fault()) and not self._is_told:  # once, however often a model is measured
+            self._is_told = True
+            rank_zero_warn(f"what is measured says little: {fault}")
 
         def note(symbol: str, value: Tensor) -> None:
             numbers[name_of(symbol, self.kind, extractor_name(self.extractor), self.name)] = value.cpu()
@@ -147,7 +157,7 @@ class Measurement:
 
     def reset(self) -> None:
         """Forget all pictures."""
-        self.count = 0
+        self.count, self._content = 0, ImageContent()
         for metric in self.metrics.values():
             metric.reset()
 

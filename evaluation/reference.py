@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datamodules.picture_sets import PictureSet, open_pictures
+from evaluation.content_check import check_content, warn_of_content
 from llamagen.files import whole_file
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
@@ -137,7 +138,7 @@ class Reference:
             )
         return None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write it as an ``.npz``, whole or not at all, whose statistics have the names that ADM's have."""
         arrays: dict[str, Any] = dict(zip(STATISTICS, (part.numpy() for part in self.statistics), strict=True))
         if self.spatial_statistics is not None:
@@ -147,7 +148,7 @@ class Reference:
         if self.thumbnails is not None:
             arrays["thumbnails"] = self.thumbnails
         arrays["meta"] = np.array(json.dumps({"format": FORMAT, **self.facts()}))
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
 
@@ -231,6 +232,11 @@ def _check_shapes(path: Path, parts: dict[str, Tensor]) -> None:
             )
         if not (parts[mean].isfinite().all() and parts[covariance].isfinite().all()):
             raise ValueError(f"{path} is no reference: {mean} or {covariance} is not finite; get or make it again")
+        if not parts[covariance].any():
+            raise ValueError(
+                f"{path} is no reference: {covariance} is zero everywhere, so all its images were the same; make it "
+                "again of others"
+            )
 
 
 def checked_name(name: str) -> str:
@@ -354,8 +360,12 @@ def look_at(
 ) -> Iterator[tuple[Tensor, Tensor, Features, Tensor]]:
     """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar.
 
-    At the end it warns of pictures that could not be read.
+    At the end it warns of pictures that could not be read, and of what is unusual about them.
+
+    Raises:
+        ValueError: if they cannot be images, see :func:`~evaluation.content_check.check_content`.
     """
+    check_content(pictures, num_workers)
     extractor.eval()
     batches = pictures.batches(batch_size, num_workers=num_workers)
     with tqdm(total=len(pictures), desc=task, unit="picture", disable=not show_progress) as bar:
@@ -365,6 +375,7 @@ def look_at(
     if bad := pictures.skipped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(bad.items()))
         rank_zero_warn(f"{sum(bad.values())} pictures of {pictures.name} cannot be read and are left out ({reasons})")
+    warn_of_content(pictures)
 
 
 def thumbnail(picture: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from PIL import Image
 from evaluation.published import Published
 from llamagen.files import whole_folder
 from llamagen.grids import save_png
+from llamagen.output_paths import check_output
 
 FILES = ("metrics.json", "report.md")
 CAPTIONS = {
@@ -61,20 +61,9 @@ def check_report(folder: Path) -> None:
     Raises:
         ValueError: if there is something that is no report, or nothing can be written.
     """
-    check_writable(folder)
+    check_output(folder)
     if folder.exists() and not all((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
-
-
-def check_writable(path: Path) -> None:
-    """See that a file or folder can be made there.
-
-    Raises:
-        ValueError: if not.
-    """
-    parent = next(each for each in path.absolute().parents if each.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written, as {parent} is no folder that allows it; choose another folder")
 
 
 def versions_here() -> dict[str, str]:

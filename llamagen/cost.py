@@ -188,8 +188,8 @@ def report(run: Run, pictures: int, mfu: float, peak_tflops: float) -> str:
     if not 0.0 < mfu <= 1.0:
         raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
     for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be above 0 and finite")
     net, days = run.net, gpu_days(run.net, pictures, mfu, peak_tflops)
     shared = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', which share the parameters' if run.sharded else ''}"
     rows = [

@@ -16,12 +16,13 @@ from llamagen.checkpoint import build_model, describe
 from llamagen.files import DiskFullError, whole_file
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
+from llamagen.output_paths import check_output
 from llamagen.weights import ENTRY, Weights, read_weights
 
 SUFFIXES = (".pt", ".safetensors")
 
 
-def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool = False) -> None:
+def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overwrite: bool = False) -> None:
     """Write the weights of a checkpoint, in its dtype, and say so in one line.
 
     They are loaded into their architecture first, so what is written is known to fit.
@@ -35,8 +36,10 @@ def export(checkpoint: Path, out: Path, averaged: bool = True, overwrite: bool =
     Raises:
         ValueError: in one line, if the checkpoint is not what it should be, or ``out`` cannot be written.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
+    check_output(out, remedy="choose another place")
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
     weights = read_weights(checkpoint, averaged)

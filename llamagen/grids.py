@@ -25,8 +25,11 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
 
     Args:
         rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
+
+    Raises:
+        ValueError: if there are none, or they are something else.
     """
-    height, width, _ = rows[0][0].shape
+    height, width = _size_of(rows)
     columns = max(len(row) for row in rows)
     canvas = np.full(
         (len(rows) * (height + MARGIN) + MARGIN, columns * (width + MARGIN) + MARGIN, 3), 128, dtype=np.uint8
@@ -48,9 +51,15 @@ def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequ
     Args:
         rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
         captions: of each picture.
+
+    Raises:
+        ValueError: if there are no pictures, they are something else, or not each has a caption.
     """
-    factor = -(-LEGIBLE // rows[0][0].shape[1])
-    height, width = (factor * side for side in rows[0][0].shape[:2])
+    height, width = _size_of(rows)
+    if [len(row) for row in captions] != [len(row) for row in rows]:
+        raise ValueError("captions must be as many as images, in rows of the same lengths")
+    factor = -(-LEGIBLE // width)
+    height, width = factor * height, factor * width
     font = _font(max(12, width // 20))
     texts = [[_wrapped(caption, width, font) for caption in row] for row in captions]
     line = sum(font.getmetrics())
@@ -66,6 +75,19 @@ def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequ
                 draw.text((left, top + height + GAP // 2 + number * line), words, "black", font)
         top += row_height + GAP
     return canvas
+
+
+def _size_of(rows: Sequence[Sequence[np.ndarray]]) -> tuple[int, int]:
+    """Height and width of the images of a grid."""
+    images = [image for row in rows for image in row]
+    if not images:
+        raise ValueError("there are no images for a grid; give at least one")
+    kinds = {(str(getattr(image, "dtype", type(image).__name__)), tuple(np.shape(image))) for image in images}
+    kind, shape = next(iter(kinds))
+    if len(kinds) > 1 or kind != "uint8" or len(shape) != 3 or shape[2] != 3:
+        listed = ", ".join(f"{kind} of {shape}" for kind, shape in sorted(kinds)[:3])
+        raise ValueError(f"images of a grid must be uint8 arrays (H, W, 3) of one size, not {listed}")
+    return shape[0], shape[1]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
@@ -104,7 +126,7 @@ def figure_image(figure: Any) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG, whole or not at all; its folder is made if it does not exist.
 
     Args:
@@ -115,5 +137,5 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
-    with whole_file(path) as temporary:
+    with whole_file(Path(path)) as temporary:
         image.save(temporary, format="png", pnginfo=chunks)

@@ -33,6 +33,7 @@ ROOMS = {
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
+        "llamagen.output_paths",
         "llamagen.parser_errors",
         "llamagen.text.cleaning",
     ),

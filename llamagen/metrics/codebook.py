@@ -36,8 +36,20 @@ class CodebookUsage(Metric):
         self.add_state("counts", torch.zeros(codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, codes: Tensor) -> None:
-        """Count codes of any shape, int64 in [0, K)."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        """Count codes.
+
+        Args:
+            codes: whole numbers in [0, K) of any shape and width.
+
+        Raises:
+            ValueError: if they are no whole numbers, or one is K or more.
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype is torch.bool:
+            raise ValueError(f"codes must be whole numbers, not {codes.dtype}")
+        counts = torch.bincount(codes.flatten().long(), minlength=len(self.counts))
+        if len(counts) > len(self.counts):
+            raise ValueError(f"a code is {len(counts) - 1}, but the codebook has {len(self.counts)} entries")
+        self.counts += counts
 
     def compute(self) -> CodebookStatistics:
         """Usage 0 and perplexity 1 if nothing was counted."""

@@ -74,11 +74,27 @@ def refuse_other_than_pictures(images: Tensor) -> None:
     Raises:
         ValueError: if they are not.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"pictures must be a tensor, uint8 of shape (B, 3, H, W), not {type(images).__name__}")
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}; "
-            "multiply floats in [0, 1] by 255, round, and convert them"
+            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}"
+            f"{_advice(images)}"
         )
+
+
+def _advice(images: Tensor) -> str:
+    """What to do about images that are no (B, 3, H, W) uint8; waits for the device, but these are refused anyway."""
+    if images.dtype is torch.uint8:
+        return "; use permute(0, 3, 1, 2)" if images.dim() == 4 and images.shape[3] == 3 else ""
+    if not images.numel() or images.is_complex():
+        return ""
+    low, high = float(images.min()), float(images.max())
+    if images.is_floating_point() and low < -0.25 and low >= -2 and high <= 2:
+        return "; of floats in [-1, 1] take ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)"
+    if low >= 0 and 2 < high <= 255.5:
+        return "; of levels 0 to 255 take x.round().to(torch.uint8)"
+    return "; multiply floats in [0, 1] by 255, round, and convert them"
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -345,7 +345,7 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
         raise ValueError(
             f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
             f"({error}); put the file there, or give its path as {HOW_TO_GIVE}"
-        ) from error
+        ) from None  # what urllib was led to it by is three pages
     return folder / FILE
 
 

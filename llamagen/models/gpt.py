@@ -17,6 +17,7 @@ from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
 from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.inputs import check_codes
 from llamagen.models.kv_cache import KVCache, LayerCache
 from llamagen.models.rope import rope_table, rotate
 from llamagen.models.whole_tensor import draw_whole_
@@ -220,8 +221,8 @@ class GPT(nn.Module):
         code.
 
         Args:
-            tokens: (B, T) int64 codes in [0, V), T from 0 to L − 1; None means T = 0.
-            condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left. Given in the first
+            tokens: (B, T) codes in [0, V), int64 or other whole numbers, T from 0 to L − 1; None means T = 0.
+            condition: (B,) whole labels, or (B, C, caption_dim) caption features padded on the left. Given in the first
                 call for a sequence, left out in the later, cached ones.
             caption_lengths: (B,) int64 in 1 … C, how many of the last caption positions are real; all, if not given.
                 The padded ones are attended to by nobody but themselves. Needed in every call for padded captions.
@@ -234,7 +235,7 @@ class GPT(nn.Module):
 
         Raises:
             ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape,
-                or the sequence is too long.
+                the sequence is too long, or codes or labels are no whole numbers or (on CPUs) out of range.
         """
         hidden = self.features(
             tokens, condition, caption_lengths=caption_lengths, drop_condition=drop_condition, cache=cache
@@ -263,8 +264,12 @@ class GPT(nn.Module):
         if condition is not None:
             if drop_condition is None and self.training and self.config.condition_dropout > 0:
                 drop_condition = draw_dropped(len(condition), self.config.condition_dropout, condition.device)
+            if self.config.condition == "class":
+                condition = check_codes(condition, self.config.num_classes + 1, "class labels")
             parts.append(self.cls_embedding(condition, drop_condition))
         if tokens is not None and tokens.shape[1] > 0:
+            if cache is None:  # decoding makes its own codes, one at a time
+                tokens = check_codes(tokens, self.config.vocab_size)
             parts.append(self.tok_embeddings(tokens))
         if not parts:
             raise ValueError("neither tokens nor a condition were given; pass at least one of them")
@@ -300,10 +305,13 @@ class GPT(nn.Module):
         if condition is not None and self.config.condition == "class" and condition.dim() != 1:
             raise ValueError(f"class labels must have shape (B,), not {tuple(condition.shape)}")
         features = (self.config.caption_length, self.config.caption_dim)
-        if condition is not None and self.config.condition == "text" and condition.shape[1:] != features:
-            raise ValueError(
-                f"caption features must have shape (B, {features[0]}, {features[1]}), not {tuple(condition.shape)}"
-            )
+        if condition is not None and self.config.condition == "text":
+            if condition.shape[1:] != features:
+                raise ValueError(
+                    f"caption features must have shape (B, {features[0]}, {features[1]}), not {tuple(condition.shape)}"
+                )
+            if not condition.is_floating_point():
+                raise ValueError(f"caption features must be floats, not {condition.dtype}")
         rows = next((len(given) for given in (condition, tokens) if given is not None), 0)
         if tokens is not None and (tokens.dim() != 2 or len(tokens) != rows):
             raise ValueError(f"tokens must have shape ({rows}, T), not {tuple(tokens.shape)}")

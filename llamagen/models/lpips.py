@@ -66,12 +66,16 @@ class LPIPS(nn.Module):
             (B,) float32, 0 for equal pictures.
 
         Raises:
-            ValueError: if the shapes differ or are too small.
+            ValueError: if the shapes differ or are too small, or the images are no floats.
         """
-        if x.shape != y.shape or min(x.shape[2:]) < MIN_SIZE:
+        if x.shape != y.shape or x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIZE:
             raise ValueError(
-                f"LPIPS needs two batches of one shape and at least {MIN_SIZE} px, "
+                f"LPIPS needs two batches of one shape, (B, 3, H, W) of at least {MIN_SIZE} px, "
                 f"not {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if not (x.is_floating_point() and y.is_floating_point()):
+            raise ValueError(
+                f"LPIPS needs floats in [-1, 1], not {x.dtype} and {y.dtype}; of levels 0 to 255 take x / 127.5 - 1"
             )
         x, y = ((each.float() - self.mean) / self.std for each in (x, y))
         distance = x.new_zeros(len(x))
@@ -182,7 +186,7 @@ def _download(file: Path) -> None:
             f"LPIPS needs torchvision's VGG16, {VGG16_FILE}, which is not in {file.parent} and could not be had from "
             f"{VGG16_ADDRESS} ({error}); put it there, or give its path as {OPTION}, or set "
             "model.init_args.loss.perceptual_weight to 0"
-        ) from error
+        ) from None  # what urllib was led to it by is three pages
 
 
 def _load(file: Path) -> dict[str, Tensor]:

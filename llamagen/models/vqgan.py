@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
 from llamagen.models.quantizer import VectorQuantizer
 
@@ -288,57 +289,76 @@ class VQGAN(nn.Module):
         """Recompute the blocks' activations in the backward pass instead of keeping them: less memory, more work."""
         self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = enabled
 
-    def encode(self, images: Tensor) -> Encoding:
-        """Pictures to codes.
+    def encode(self, images: ImageInput) -> Encoding:
+        """Images to codes.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; H and W multiples of the downsampling factor.
+            images: (B, 3, H, W) floats in [-1, 1]; H and W multiples of the downsampling factor. Levels 0 to 255 are
+                taken as uint8 and scaled, also those of one image without B. (B, H, W, 3), arrays of numpy, a Pillow
+                image and a list of images of one size are taken, too. All go to the model's device and dtype.
 
         Returns:
             Codes (B, h, w) and the vectors behind them.
 
         Raises:
-            ValueError: if the shape does not fit.
+            ValueError: in one line, if type, shape or range do not fit.
         """
-        factor = self.config.downsampling
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(
-                f"images must have shape (B, 3, H, W) with H and W multiples of {factor}, not {tuple(images.shape)}"
-            )
+        images = batch_of_images(images, self.config.downsampling, self.encoder.conv_in.weight)
         quantized, codes, latent, entries = self.quantize(self.quant_conv(self.encoder(images)))
         return Encoding(codes, quantized, latent, entries)
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Quantised latents (B, E, h, w) to pictures (B, 3, H, W), about [-1, 1], not clamped."""
-        quantized = quantized.to(self.post_quant_conv.weight.dtype)
-        return cast(Tensor, self.decoder(self.post_quant_conv(quantized)))
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes to pictures.
+        """Quantised latents to images.
 
         Args:
-            codes: (B, h, w) int64 in [0, codebook_size).
+            quantized: (B, E, h, w), floats.
 
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.
 
         Raises:
-            ValueError: if shape or codes do not fit.
+            ValueError: if these are no latents, but codes, for example.
         """
-        if codes.dim() != 3:
-            raise ValueError(f"codes must have shape (B, h, w), not {tuple(codes.shape)}")
-        if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
+        width = self.config.codebook_dim
+        if quantized.dim() != 4 or quantized.shape[1] != width or not quantized.is_floating_point():
             raise ValueError(
-                f"codes {codes.min()} … {codes.max()} do not fit a codebook of {self.config.codebook_size} entries"
+                f"quantised latents must be floats of shape (B, {width}, h, w), not {quantized.dtype} of "
+                f"{tuple(quantized.shape)}; give codes to decode_codes"
             )
+        quantized = quantized.to(self.post_quant_conv.weight.dtype)
+        return cast(Tensor, self.decoder(self.post_quant_conv(quantized)))
+
+    def decode_codes(self, codes: CodeInput) -> Tensor:
+        """Codes to images.
+
+        Args:
+            codes: whole numbers in [0, codebook_size), (B, h, w), or (h, w) of one image; of any width, as the uint16
+                of shards, in a tensor, an array of numpy or nested lists, on any device.
+
+        Returns:
+            (B, 3, H, W), about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: in one line, if type, shape or codes do not fit.
+        """
+        codes = grids_of_codes(codes, self.config.codebook_size, self.quantize.embedding.weight.device)
         return self.decode(self.quantize.lookup(codes))
 
-    def forward(self, images: Tensor) -> VQGANOutput:
-        """Reconstruct pictures (B, 3, H, W) in [-1, 1] through their codes."""
+    def forward(self, images: ImageInput) -> VQGANOutput:
+        """Reconstruct images (B, 3, H, W) in [-1, 1] through their codes; takes what :meth:`encode` takes."""
         encoding = self.encode(images)
         return VQGANOutput(self.decode(encoding.quantized), encoding)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] (clamped) to uint8 in [0, 255], as published: ``clamp(127.5 x + 128)``, truncated."""
+    """Images in [-1, 1] (clamped) to uint8 in [0, 255], as published: ``clamp(127.5 x + 128)``, truncated.
+
+    Args:
+        images: floats of any shape.
+
+    Raises:
+        ValueError: if they are no floats, as levels are.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; to_uint8 takes floats in [-1, 1]")
     return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)

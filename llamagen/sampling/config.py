@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import cos, pi
+from numbers import Integral, Real
 from typing import Literal
 
 Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
@@ -38,6 +39,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
+        for name in ("temperature", "top_p", "guidance_scale", "guidance_power"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        for name in ("top_k", "guidance_start", "guidance_steps"):
+            value = getattr(self, name)
+            if (isinstance(value, bool) or not isinstance(value, Integral)) and (value, name) != (
+                None,
+                "guidance_steps",
+            ):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:

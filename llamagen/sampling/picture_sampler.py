@@ -1,6 +1,8 @@
 """Condition → codes → pixels."""
 
+from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling.config import SamplingConfig
+from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_numbers
 from llamagen.sampling.pixels import Pictures, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
 
@@ -24,7 +27,7 @@ class PictureSampler:
         picture_size: see :class:`~llamagen.sampling.pixels.PixelDecoder`.
 
     Raises:
-        ValueError: see there.
+        ValueError: see there, or if the tokenizer has fewer codes than the model.
     """
 
     def __init__(
@@ -37,6 +40,11 @@ class PictureSampler:
         int8: bool = False,
         picture_size: int | None = None,
     ) -> None:
+        if gpt.config.vocab_size > tokenizer.config.codebook_size:
+            raise ValueError(
+                f"the model generates codes 0 to {gpt.config.vocab_size - 1}, but the tokenizer has only "
+                f"{tokenizer.config.codebook_size}; use the tokenizer whose codes the model was trained on"
+            )
         self.sampler = Sampler(gpt, batch_size, compiled=compiled, int8=int8)
         dtype = compute_dtype(gpt)  # the decoder's activations may be too large for float16
         dtype = torch.float32 if dtype is torch.float16 else dtype
@@ -48,12 +56,12 @@ class PictureSampler:
 
     def __call__(
         self,
-        condition: Tensor,
-        config: SamplingConfig,
+        condition: Condition,
+        config: SamplingConfig | Mapping[str, Any] | None = None,
         *,
-        caption_lengths: Tensor | None = None,
+        caption_lengths: Numbers | None = None,
         seed: int = 0,
-        indices: Tensor | None = None,
+        indices: Numbers | None = None,
     ) -> tuple[Pictures, Tensor]:
         """Draw a picture for each condition; arguments and errors are those of a ``Sampler``.
 
@@ -62,8 +70,15 @@ class PictureSampler:
             begins.
         """
         size, pictures, codes = self.sampler.batch_size, [], []
-        if indices is None:
-            indices = torch.arange(len(condition), device=condition.device)
+        condition = as_condition(self.sampler.gpt, condition)
+        caption_lengths = as_numbers(caption_lengths, "caption_lengths", condition.device)
+        numbers = as_numbers(indices, "indices", condition.device)
+        indices = torch.arange(len(condition), device=condition.device) if numbers is None else numbers
+        for name, values in (("indices", indices), ("caption_lengths", caption_lengths)):
+            if values is not None and values.shape != (len(condition),):
+                raise ValueError(
+                    f"{name} must have shape ({len(condition)},), one for each condition, not {tuple(values.shape)}"
+                )
         for start in range(0, max(len(condition), 1), size):  # a batch is decoded while the next one is drawn
             rows = slice(start, start + size)
             lengths = None if caption_lengths is None else caption_lengths[rows]

@@ -72,7 +72,7 @@ def check_picture_size(picture_size: int | None) -> None:
     Raises:
         ValueError: if it is below 1.
     """
-    if picture_size is not None and picture_size < 1:
+    if picture_size is not None and (not isinstance(picture_size, int) or picture_size < 1):
         raise ValueError(f"picture_size is {picture_size}; it must be at least 1, or null for pictures as decoded")
 
 

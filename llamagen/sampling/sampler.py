@@ -1,8 +1,9 @@
 """Condition → codes, batch after batch with the same memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decoder import CPUDecoder, Decoder
 from llamagen.sampling.gpu_decoder import GPUDecoder
+from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_config, as_numbers, as_whole
 
 
 class Sampler:
@@ -41,6 +43,7 @@ class Sampler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, gpt: GPT, batch_size: int, *, compiled: bool = False, int8: bool = False) -> None:
+        batch_size = as_whole(batch_size, "batch_size")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if int8 and not compiled:
@@ -79,6 +82,7 @@ class Sampler:
     @torch.no_grad()
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate the memory, and compile what is compiled, for calls with these settings."""
+        config = as_config(config)
         with self._one_at_a_time, _evaluating(self.gpt):
             self._follow()
             self.decoder.prepare(config)
@@ -87,34 +91,39 @@ class Sampler:
     @torch.no_grad()
     def __call__(
         self,
-        condition: Tensor,
-        config: SamplingConfig | None = None,
+        condition: Condition,
+        config: SamplingConfig | Mapping[str, Any] | None = None,
         *,
-        caption_lengths: Tensor | None = None,
+        caption_lengths: Numbers | None = None,
         seed: int = 0,
-        indices: Tensor | None = None,
+        indices: Numbers | None = None,
     ) -> Tensor:
         """Draw the codes of one picture for each condition.
 
+        Tensors, arrays of numpy and lists are taken, and moved to the model's device.
+
         Args:
-            condition: (N,) int64 labels, or (N, C, caption_dim) caption features padded on the left.
-            config: how to draw; the model's own distribution by default.
-            caption_lengths: (N,) int64, how many of the last caption positions are real; all, if not given. The
-                unconditional branch uses the same padding.
-            seed: seed of the run.
-            indices: (N,) int64, number of each sample within the run; 0 … N − 1, if not given. Seed and number decide a
+            condition: (N,) labels of any whole type, or one label; or (N, C, caption_dim) caption features padded on
+                the left, or (C, caption_dim) of one caption.
+            config: how to draw, or a mapping of its fields; the model's own distribution by default.
+            caption_lengths: (N,), how many of the last caption positions are real; all, if not given. The unconditional
+                branch uses the same padding.
+            seed: seed of the run, any whole number.
+            indices: (N,), number of each sample within the run; 0 … N − 1, if not given. Seed and number decide a
                 sample's random numbers, whatever else is in the batch.
 
         Returns:
-            (N, L) int64 codes in raster order, L = ``block_size``.
+            (N, L) int64 codes in raster order, L = ``block_size``; of no conditions (0, L).
 
         Raises:
-            ValueError: if a label is outside the model's classes, a caption length outside 1 … C, or shapes do not fit.
+            ValueError: if a label is outside the model's classes, a caption length outside 1 … C, the condition is that
+                of another kind of model, or types or shapes do not fit.
         """
-        config = config or SamplingConfig()
-        if indices is None:
-            indices = torch.arange(len(condition), device=condition.device)
-        indices = indices.to(condition.device, torch.int64)
+        config, seed = as_config(config), as_whole(seed, "seed")
+        condition = as_condition(self.gpt, condition)
+        caption_lengths = as_numbers(caption_lengths, "caption_lengths", condition.device)
+        numbers = as_numbers(indices, "indices", condition.device)
+        indices = torch.arange(len(condition), device=condition.device) if numbers is None else numbers
         _check(self.gpt, condition, caption_lengths, indices)
         codes = []
         with self._one_at_a_time, _evaluating(self.gpt):

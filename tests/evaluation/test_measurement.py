@@ -168,3 +168,19 @@ def test_an_extractor_in_training_mode_stays_what_it_is() -> None:
     Measurement(extractor, SIZE, "reconstruction").update(pictures(5, 0))
     assert extractor_checksum(extractor) == before
     assert torch.equal(extractor.norm.running_mean, torch.zeros(3))  # type: ignore[arg-type]
+
+
+def test_a_model_whose_images_are_all_the_same_is_warned_of_once(
+    reference: Reference, recwarn: pytest.WarningsRecorder
+) -> None:
+    measurement = Measurement(FakeInception(), SIZE, "generation", reference)
+    for _ in range(2):
+        for index in range(3):
+            measurement.update(pictures(4, 0)[:1].repeat(4, 1, 1, 1), torch.arange(4 * index, 4 * index + 4))
+        measurement.compute()
+        measurement.reset()
+    told = [str(warning.message) for warning in recwarn if "says little" in str(warning.message)]
+    assert told == ["what is measured says little: all 12 images are the same image; sample or copy them again"]
+    measurement.update(pictures(4, 0), torch.arange(4))
+    measurement.compute()
+    assert len([warning for warning in recwarn if "says little" in str(warning.message)]) == 1

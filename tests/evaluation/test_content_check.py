@@ -1,0 +1,120 @@
+"""Images that cannot be measured are refused before an extractor sees them, on both sides and in any kind of file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.picture_sets import open_pictures
+from evaluation.__main__ import main
+from evaluation.content_check import check_content, warn_of_content
+from tests.datamodules.shard_files import encode, write_shards
+from tests.metrics.extractors import SIZE, Everything
+
+EVERYTHING = "--features=tests.evaluation.test_content_check.Unused"
+
+
+class Unused(Everything):
+    """An extractor that must not see images; measures look at a probe of zeros."""
+
+    def forward(self, images: Any) -> Any:
+        assert not images.any(), "it was shown images"
+        return super().forward(images)
+
+
+def noise(count: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+
+
+def write(folder: Path, images: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", noise())
+    np.savez("ones.npz", (noise() / 255).round().astype(np.uint8))
+    np.savez_compressed("signed.npz", np.array([0, 1, 255], np.uint8)[noise() % 3])
+    np.savez("black.npz", np.zeros_like(noise()))
+    write(tmp_path / "black", np.zeros_like(noise(3)))
+    write(tmp_path / "classes/a", noise(1).repeat(3, 0))
+    write(tmp_path / "classes/b", noise(1).repeat(3, 0))
+    dark = encode(Image.fromarray(noise(1)[0] // 255))
+    write_shards(tmp_path / "shards", [(str(number), {"png": dark}) for number in range(3)])
+    return tmp_path
+
+
+def test_they_are_refused_before_anything_is_computed_or_written(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(root.rglob("*"))
+    for name, reason in (
+        ("ones.npz", "multiply by 255 and round first"),
+        ("signed.npz", "((x + 1) * 127.5)"),
+        ("black.npz", "all 20 images are black"),
+        ("black", "all 3 images are black"),
+        ("classes", "all 6 images are the same image"),
+        ("shards", "all 3 images are black"),
+    ):
+        for arguments in (
+            ["compare", name, "good.npz", EVERYTHING, "--report=report"],
+            ["compare", "good.npz", name, EVERYTHING],
+            ["reference", name, "new/out.npz", EVERYTHING],
+        ):
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+            message = capsys.readouterr().err
+            assert end.value.code == 2
+            assert message.startswith(f"error: {name} cannot be measured: ")
+            assert message.count("\n") == 1
+            assert reason in message
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_batch_of_ordinary_images_is_looked_at_and_all_of_odd_ones(root: Path) -> None:
+    np.savez("many.npz", noise(200))
+    images = open_pictures("many.npz")
+    check_content(images)
+    assert images.content.count == 16
+    late = np.zeros((200, SIZE, SIZE, 3), np.uint8)
+    late[-1] = noise(1)
+    np.savez("late.npz", late)
+    images = open_pictures("late.npz")
+    check_content(images)
+    assert images.content.count == 200
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_odd_images_are_measured_with_a_warning(
+    root: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    write(root / "binarised", (noise() > 127) * np.uint8(255))
+    write(root / "copied", np.concatenate([noise(10), noise(10)]))
+    for name, warning in (("binarised", "only the levels 0, 255"), ("copied", "10 of 20 images are exact copies")):
+        images = open_pictures(name)
+        check_content(images)
+        list(images.batches(7, num_workers=num_workers))
+        with pytest.warns(UserWarning, match=f"{name}: .*{warning}"):
+            warn_of_content(images)
+
+
+def test_the_command_prints_the_warning_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("binarised.npz", (noise() > 127) * np.uint8(255))
+    main(["compare", "binarised.npz", "good.npz", "--features=tests.metrics.extractors.Everything"])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line for line in warnings if "only the levels" in line] == [
+        line for line in warnings if line.startswith("warning: binarised.npz: there are only the levels 0, 255; ")
+    ]
+    assert len([line for line in warnings if "only the levels" in line]) == 1
+
+
+def test_statistics_of_equal_images_are_no_reference(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("flat.npz", mu=np.zeros(2), sigma=np.zeros((2, 2)))
+    with pytest.raises(SystemExit):
+        main(["compare", "good.npz", "flat.npz", EVERYTHING])
+    assert "flat.npz is no reference: sigma is zero everywhere" in capsys.readouterr().err
