@@ -31,6 +31,7 @@ def generate(
 
     Raises:
         ValueError: as :class:`Sampler` does.
+        FloatingPointError: if some logits are not finite.
     """
     sampler = Sampler(gpt, max(len(condition), 1))
     return sampler(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
