@@ -1,6 +1,7 @@
 """Trains the small classifier whose features take Inception's place for other kinds of pictures."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def train_classifier(
 
     Raises:
         ValueError: if the pictures have no classes, or a number makes no sense.
+        FloatingPointError: if the loss is not finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
@@ -89,8 +91,13 @@ def train_classifier(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                if not math.isfinite(value := loss.item()):
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {bar.n} of {steps} of the classifier (precision float32); "
+                        f"nothing was written, give a smaller lr than {lr:g}"
+                    )
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+                bar.set_postfix(loss=f"{value:.3f}")
     accuracy = _accuracy(classifier.eval(), validation, device)
     facts = {
         "name": name,

@@ -119,11 +119,15 @@ class Measurement:
 
         Raises:
             ValueError: if there are fewer than two pictures.
+            FloatingPointError: if a number is not finite.
         """
         numbers: dict[str, Tensor] = {}
 
         def note(symbol: str, value: Tensor) -> None:
-            numbers[name_of(symbol, self.kind, extractor_name(self.extractor), self.name)] = value.cpu()
+            name = name_of(symbol, self.kind, extractor_name(self.extractor), self.name)
+            if not value.isfinite():
+                raise FloatingPointError(f"{name} is {value.item()} (precision float64); see what its features are of")
+            numbers[name] = value.cpu()
 
         for name, metric in self.metrics.items():
             try:

@@ -1,6 +1,7 @@
 """Training and sampling of the autoregressive model. B batch, L codes, V vocabulary, H × W pixels."""
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ from lightning_modules.code_checks import check_codes
 from lightning_modules.drawing import DrawingModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.adaptation import adapt_to
+from llamagen.finite import not_finite
 from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
@@ -79,7 +81,7 @@ class ARGenModule(DrawingModule):
             text_encoder,
         )
         self.loss_config = loss or ARGenLossConfig()
-        if max_grad_norm is not None and max_grad_norm <= 0:
+        if max_grad_norm is not None and not 0 < max_grad_norm < inf:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
         self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
         self._generator_state = torch.get_rng_state()
@@ -157,8 +159,9 @@ class ARGenModule(DrawingModule):
 
         Raises:
             ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, pictures cannot be
-                drawn, or the text encoder that is needed cannot be had.
+                drawn, the text encoder that is needed cannot be had, or the precision is not right for training.
         """
+        super().setup(stage)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             check_codes(self.gpt.config, meta)
@@ -238,9 +241,14 @@ class ARGenModule(DrawingModule):
         return None
 
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over."""
+        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over.
+
+        Raises:
+            FloatingPointError: if the cross entropy of a code is not finite.
+        """
         codes = batch["codes"]
         nats, rank = linear_surprise(self._hidden(batch), self.gpt.output.weight, codes.flatten())
+        self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch)))
         cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
 
     def on_validation_epoch_end(self) -> None:

@@ -114,9 +114,7 @@ class Sampler:
             ValueError: if a label is outside the model's classes, a caption length outside 1 … C, or shapes do not fit.
             FloatingPointError: if some logits are not finite.
         """
-        codes, check = self.unchecked(
-            condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices
-        )
+        codes, check = self.unchecked(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
         check()
         return codes
 

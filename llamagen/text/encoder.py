@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from llamagen.finite import check_finite
 from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class CaptionEncoder(nn.Module):
 
         Raises:
             ValueError: if they are no texts.
+            FloatingPointError: if features are not finite.
         """
         texts = _texts(captions)
         index = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -137,8 +139,16 @@ class CaptionEncoder(nn.Module):
             encoded = self._encode([tokens[row] for row in rows])
             features[torch.tensor(rows, device=self.device), : encoded.shape[1]] = encoded
         lengths = torch.tensor(whole, dtype=torch.int64, device=self.device)
+        features = features if len(index) == len(texts) else features[places]
+        check_finite(
+            f"the features of the caption encoder {self.name} are",
+            features,
+            str(self.dtype).removeprefix("torch."),
+            self.model,
+            lambda: [self._encode([tokens[row] for row in rows]) for rows in passes(list(map(len, tokens)))],
+        )
         return EncodedCaptions(
-            features if len(index) == len(texts) else features[places],
+            features,
             lengths.clamp(max=self.caption_length)[places],
             (lengths > self.caption_length)[places],
         )

@@ -141,7 +141,9 @@ def test_pixels_that_are_not_finite_stop_the_pictures_of_their_batch() -> None:
         tokenizer.quantize.embedding.weight[20] = 1.0
         tokenizer.decoder.mid[0].conv1.weight.fill_(3e38)  # type: ignore[union-attr]
     sampler = PictureSampler(small_gpt(vocab_size=64), tokenizer, 2)
-    with pytest.raises(FloatingPointError, match=r"the output of layer decoder\.mid\.0\.conv1 is the first that is not"):
+    with pytest.raises(
+        FloatingPointError, match=r"the output of layer decoder\.mid\.0\.conv1 is the first that is not"
+    ):
         sampler(torch.arange(2), SamplingConfig())
 
 

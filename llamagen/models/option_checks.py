@@ -1,0 +1,39 @@
+"""Numbers that a user gives, in the words in which they are refused."""
+
+import math
+from typing import Any
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number, or too small.
+
+    Args:
+        name: of the option.
+        value: that was given.
+        least: smallest value with a meaning.
+
+    Raises:
+        ValueError: in one line.
+    """
+    try:
+        whole = value == int(value) and hasattr(value, "__index__")
+    except (TypeError, ValueError, OverflowError):  # no number, NaN, infinity
+        whole = False
+    if not whole:
+        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuse what is no finite number, or below 0.
+
+    Args:
+        name: of the option.
+        value: that was given.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be at least 0{' and finite' if value == math.inf else ''}")
