@@ -82,10 +82,11 @@ def refusal(
         where: stage and batch.
     """
     some = f" in {len(rows)} of {count} examples (first: number {rows[0]})" if 0 < len(rows) < count else ""
-    if blame.startswith("weight"):
-        advice = "the weights are broken: use an earlier checkpoint or another file"
-    elif precision in HALF:
+    if precision in HALF:
         advice = "values leave the range of float16: use bf16-mixed or 32-true (bfloat16 or float32)"
+        advice += " and, if that does not help, other weights" if blame.startswith("weight") else ""
+    elif blame.startswith("weight"):
+        advice = "the weights are broken: use an earlier checkpoint or another file"
     else:
         advice = "use 32-true (float32), or weights of an earlier checkpoint"
     cause = f": {blame}" if blame else ""

@@ -287,10 +287,11 @@ def refuse_not_finite(state: Mapping[str, Tensor], here: Mapping[str, Tensor], s
     """
     broken = [name for name, value in here.items() if not (value.is_meta or is_finite(state[name], value.dtype))]
     if broken:
+        dtype = str(here[broken[0]].dtype).removeprefix("torch.")
         raise ValueError(
-            f"{source}: {'weights are' if len(broken) > 1 else 'a weight is'} not finite (NaN or infinity): "
-            f"{_listed(broken)}; the run that wrote them diverged or the file is damaged, give an earlier checkpoint or "
-            "another file"
+            f"{source}: {'weights are' if len(broken) > 1 else 'a weight is'} not finite in {dtype} (NaN or infinity): "
+            f"{_listed(broken)}; the run that wrote them diverged or the file is damaged, give an earlier checkpoint "
+            "or another file"
         )
 
 

@@ -141,7 +141,7 @@ class Sampler:
             indices = torch.arange(len(condition), device=condition.device)
         indices = indices.to(condition.device, torch.int64)
         _check(self.gpt, condition, caption_lengths, indices)
-        codes, broken = [], []
+        codes, broken = list[Tensor](), list[Tensor]()
         with self._one_at_a_time, _evaluating(self.gpt):
             self._follow()
             for start in range(0, len(condition), self.batch_size):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from callbacks import CodeWriter, FIDMonitor, ImageWriter, SampleGrid
-from datamodules import SampleDataModule, CodeDataModule, DigitsDataModule
+from datamodules import CodeDataModule, DigitsDataModule, SampleDataModule
 from lightning_modules import ARGenModule, VQGANModule
 from lightning_modules.base import GenerativeModule
 from llamagen.checkpoint import load_vqgan
 from llamagen.export import export
+from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train, vqgan_module
 from tests.metrics.extractors import Projection
@@ -165,7 +166,9 @@ def test_checkpoints_that_are_not_finite_are_refused_where_they_are_read(pipelin
     torch.save(checkpoint, broken)
     module = vqgan_module()
     said = refusal(lambda: evaluator().validate(module, digits(pipeline), ckpt_path=broken, verbose=False), ValueError)
-    assert said.startswith(f"the checkpoint: a weight is not finite (NaN or infinity): {bad}; the run that wrote them")
+    assert said.startswith(
+        f"the checkpoint: a weight is not finite in float32 (NaN or infinity): {bad}; the run that wrote them"
+    )
     for load in (
         lambda: load_vqgan(broken),
         lambda: vqgan_module(options={"init_from": broken}),
@@ -173,7 +176,7 @@ def test_checkpoints_that_are_not_finite_are_refused_where_they_are_read(pipelin
         lambda: export(broken, tmp_path / "out.safetensors"),
     ):
         said = refusal(load, ValueError)
-        assert said.startswith(f"{broken}, EMA weights: weights are not finite (NaN or infinity): ")
+        assert said.startswith(f"{broken}, EMA weights: weights are not finite in float32 (NaN or infinity): ")
     assert files(tmp_path) == ["broken.ckpt"]
 
 
@@ -191,8 +194,6 @@ def test_impossible_numbers_are_refused_when_a_module_is_made() -> None:
 
 
 def argen_module_with(**options: Any) -> ARGenModule:
-    from llamagen.models.gpt import GPTConfig
-
     return ARGenModule(GPTConfig(**GPT_NET), **options)
 
 
