@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 
 from callbacks import CodeWriter, FIDMonitor, ImageWriter, SampleGrid
 from datamodules import CodeDataModule, DigitsDataModule, SampleDataModule
@@ -16,9 +17,11 @@ from llamagen.checkpoint import load_vqgan
 from llamagen.export import export
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
+from tests.lightning_modules.poison import Poison
 from tests.lightning_modules.runs import argen_module, datamodule_for, evaluator, train, vqgan_module
 from tests.metrics.extractors import Projection
 from tests.pipeline import GPT_NET, Pipeline
+from tests.ranks import two_processes
 
 NAN = float("nan")
 BROKEN = "the weights are broken: use an earlier checkpoint or another file"
@@ -62,19 +65,22 @@ def test_extraction_stops_and_names_the_weight(name: str, pipeline: Pipeline, tm
     assert files(tmp_path) == []
 
 
-class PoisonedPixel(pl.Callback):
-    """Puts a NaN into one picture of the last batch, of which other places are finite."""
-
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        if batch_idx == 3:
-            batch["images"][-1, ..., 0, 0] = NAN
-
-
 def test_extraction_stops_at_one_picture_and_keeps_the_shards_before_it(pipeline: Pipeline, tmp_path: Path) -> None:
-    trainer = evaluator(CodeWriter(300), PoisonedPixel(), default_root_dir=tmp_path)
+    trainer = evaluator(CodeWriter(300), Poison(3), default_root_dir=tmp_path)
     said = refusal(lambda: trainer.predict(vqgan_module(), digits(pipeline), return_predictions=False))
     assert said.startswith("the encoder's latent is not finite in predict, batch 3 (precision 32-true): the input of ")
     assert files(tmp_path) == ["train-000000.tar"]
+
+
+def test_one_rank_that_stops_ends_the_extraction_of_all(pipeline: Pipeline, tmp_path: Path) -> None:
+    writer = {"class_path": "CodeWriter", "init_args": {"samples_per_shard": 300}}
+    broken = {"class_path": "tests.lightning_modules.poison.Poison", "init_args": {"batch": 0, "rank": 1}}
+    (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [writer, broken]}}))
+    arguments = [*pipeline.extract_arguments(tmp_path / "run"), f"--config={tmp_path / 'callbacks.yaml'}"]
+    done = two_processes([*arguments, f"--ckpt_path={pipeline.tokenizer}"])
+    assert done.returncode != 0
+    assert "the encoder's latent is not finite in predict, batch 0 (precision 32-true)" in done.stderr
+    assert "meta.json" not in files(tmp_path / "run")
 
 
 def test_valid_weights_that_overflow_in_16_bits_are_refused_with_what_to_use(
