@@ -16,6 +16,7 @@ from datamodules.base import SPLITS
 from datamodules.images import ImageDataModule
 from datamodules.loader import EvaluationLoader
 from evaluation.command_line import usable_device
+from llamagen.finite import broken_weight
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.whole_file import whole_file
 
@@ -98,6 +99,11 @@ def train_classifier(
                     )
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}")
+    if (broken := broken_weight(classifier)) is not None:  # after the last step, whose loss was finite
+        raise FloatingPointError(
+            f"weight {broken} of the classifier is not finite (precision float32); nothing was written, give a smaller "
+            f"lr than {lr:g}"
+        )
     accuracy = _accuracy(classifier.eval(), validation, device)
     facts = {
         "name": name,
