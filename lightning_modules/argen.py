@@ -19,6 +19,7 @@ from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.option_checks import option_named
 from llamagen.models.sharding import shard
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
@@ -93,7 +94,8 @@ class ARGenModule(DrawingModule):
             {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
         )
         self.nats_by_position: dict[str, Tensor] = {}
-        self._start = read_weights(init_from, init_averaged) if init_from is not None else None
+        with option_named("init_from"):
+            self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
         if self._text is not None and self._start is not None and self._start.captions:
             self._text.check(self._start.captions, self._start.source)
@@ -105,8 +107,9 @@ class ARGenModule(DrawingModule):
 
     def _load_start(self) -> None:
         if self._start is not None:
-            state = adapt_to(self.gpt, self._start, self._init_adapt)
-            load_weights(self.gpt, state, self._start.source)
+            with option_named("init_from"):
+                state = adapt_to(self.gpt, self._start, self._init_adapt)
+                load_weights(self.gpt, state, self._start.source)
 
     def configure_model(self) -> None:
         """Spread the parameters over ranks, if the strategy is Lightning's ``ModelParallelStrategy`` (FSDP2).

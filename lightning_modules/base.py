@@ -147,6 +147,11 @@ class GenerativeModule(pl.LightningModule):
         """The GradScaler of a run in float16, else None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    @property
+    def precision_name(self) -> str:
+        """The trainer's precision or, without one, the dtype of the weights."""
+        return str(self.dtype).removeprefix("torch.") if self._trainer is None else str(self.trainer.precision)
+
     def check_finite(self, broken: dict[str, Tensor], during: str = "") -> None:
         """Stop all ranks, or none, where a term of the loss is not finite: nobody waits for one that is gone.
 
@@ -193,7 +198,7 @@ class GenerativeModule(pl.LightningModule):
             blame = culprit(self.generator, run if self.device_mesh is None else None)
             raise refusal(
                 f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}",
-                str(self.trainer.precision if attached else self.dtype),
+                self.precision_name,
                 blame,
                 where=self._stage_and_batch() if attached else "",
             )

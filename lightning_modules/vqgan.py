@@ -23,6 +23,7 @@ from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
+from llamagen.models.option_checks import check_whole, option_named
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.weights import ENTRY, below, differences, load_weights, read_weights
 
@@ -85,8 +86,7 @@ class VQGANModule(GenerativeModule):
         self._lpips: tuple[LPIPS, ...] = ()
         self.metrics = ReconstructionMetrics(size)
         self.train_codebook_usage = CodebookUsage(size)
-        if revive_codes_every < 0:
-            raise ValueError(f"revive_codes_every is {revive_codes_every}; it must be at least 0")
+        check_whole("revive_codes_every", revive_codes_every, 0)
         self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
         self._revived: int | None = None
         self._handles: list[Any] = []
@@ -97,12 +97,14 @@ class VQGANModule(GenerativeModule):
             self._start_from(init_from, init_averaged)
 
     def _start_from(self, path: Path | str, averaged: bool) -> None:
-        weights = read_weights(path, averaged)
+        with option_named("init_from"):
+            weights = read_weights(path, averaged)
         if weights.architecture not in (None, "VQGAN"):
             raise ValueError(
                 f"init_from {path} holds a {weights.architecture}, not a VQGAN; give a tokenizer's weights"
             )
-        load_weights(self.vqgan, weights.state, weights.source)
+        with option_named("init_from"):
+            load_weights(self.vqgan, weights.state, weights.source)
         if self.discriminator is None:
             return
         if weights.discriminator is None:
@@ -176,8 +178,7 @@ class VQGANModule(GenerativeModule):
         """
         output: VQGANOutput = self(images)
         reconstruction = output.reconstruction
-        precision = str(self.trainer.precision)
-        check_finite("the reconstruction is", reconstruction, precision, self.vqgan, lambda: self(images))
+        check_finite("the reconstruction is", reconstruction, self.precision_name, self.vqgan, lambda: self(images))
         return reconstruction
 
     @property

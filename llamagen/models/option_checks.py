@@ -1,6 +1,8 @@
 """Numbers that a user gives, in the words in which they are refused."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -23,6 +25,19 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+@contextmanager
+def option_named(name: str) -> Iterator[None]:
+    """Put the name of an option in front of what is wrong with its value.
+
+    Raises:
+        ValueError: where one is raised within.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_not_negative(name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.models.option_checks import check_whole
 from llamagen.models.vqgan import VQGAN, to_uint8
 
 PIXELS = {"cpu": 2**14, "cuda": 2**18}
@@ -93,10 +94,12 @@ def check_picture_size(picture_size: int | None) -> None:
         picture_size: in pixels; None for pictures as decoded.
 
     Raises:
-        ValueError: if it is below 1.
+        ValueError: if it is below 1, or no whole number.
     """
     if picture_size is not None and picture_size < 1:
         raise ValueError(f"picture_size is {picture_size}; it must be at least 1, or null for pictures as decoded")
+    if picture_size is not None:
+        check_whole("picture_size", picture_size)
 
 
 def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:

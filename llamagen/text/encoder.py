@@ -81,8 +81,10 @@ class CaptionEncoder(nn.Module):
         self, name: str | Path = "google/flan-t5-xl", caption_length: int = 120, dtype: DTYPE = "bfloat16"
     ) -> None:
         super().__init__()
-        if caption_length < 1:
+        if not caption_length >= 1:
             raise ValueError(f"caption_length {caption_length} must be at least 1: a caption's end takes a position")
+        if caption_length % 1 != 0:
+            raise ValueError(f"caption_length {caption_length} must be a whole number")
         if dtype not in get_args(DTYPE):
             hint = "; T5's activations leave the range of float16" if "16" in str(dtype) else ""
             raise ValueError(f"dtype {dtype!r} of a caption encoder must be one of {', '.join(get_args(DTYPE))}{hint}")

@@ -175,14 +175,14 @@ def test_checkpoints_that_are_not_finite_are_refused_where_they_are_read(pipelin
     assert said.startswith(
         f"the checkpoint: a weight is not finite in float32 (NaN or infinity): {bad}; the run that wrote them"
     )
-    for load in (
-        lambda: load_vqgan(broken),
-        lambda: vqgan_module(options={"init_from": broken}),
-        lambda: argen_module(tokenizer=broken),
-        lambda: export(broken, tmp_path / "out.safetensors"),
+    for option, load in (
+        ("", lambda: load_vqgan(broken)),
+        ("init_from: ", lambda: vqgan_module(options={"init_from": broken})),
+        ("tokenizer: ", lambda: argen_module(tokenizer=broken)),
+        ("", lambda: export(broken, tmp_path / "out.safetensors")),
     ):
         said = refusal(load, ValueError)
-        assert said.startswith(f"{broken}, EMA weights: weights are not finite in float32 (NaN or infinity): ")
+        assert said.startswith(f"{option}{broken}, EMA weights: weights are not finite in float32 (NaN or infinity): ")
     assert files(tmp_path) == ["broken.ckpt"]
 
 
@@ -195,8 +195,13 @@ def test_impossible_numbers_are_refused_when_a_module_is_made() -> None:
     for value in (0, -1.0, NAN, float("inf")):
         said = refusal(lambda value=value: argen_module_with(max_grad_norm=value), ValueError)  # type: ignore[misc]
         assert said.startswith(f"max_grad_norm is {value}; it must be positive")
+    for options in ({"picture_size": NAN}, {"picture_size": 1.5}, {"sample_seed": NAN}, {"tokenizer": "nowhere"}):
+        name = next(iter(options))
+        assert refusal(lambda options=options: argen_module_with(**options), ValueError).startswith(name)  # type: ignore[misc]
+    assert refusal(lambda: argen_module_with(init_from="nowhere"), ValueError).startswith("init_from: nowhere does")
     assert "picture_size is 0" in refusal(lambda: argen_module_with(picture_size=0), ValueError)
     assert "revive_codes_every is -1" in refusal(lambda: VQGANModule(revive_codes_every=-1), ValueError)
+    assert "init_from: nowhere" in refusal(lambda: VQGANModule(init_from="nowhere"), ValueError)
 
 
 def argen_module_with(**options: Any) -> ARGenModule:
