@@ -89,6 +89,7 @@ class FeatureWriter(ShardSetWriter):
 
         Raises:
             ValueError: if features leave the range of the numbers they are stored in.
+            FloatingPointError: if they are not finite as they came.
         """
         captions, keys = batch["captions"], batch["keys"]
         features = self._bytes_of(outputs.captions, keys)
@@ -112,7 +113,7 @@ class FeatureWriter(ShardSetWriter):
             sample = f"features of sample {keys[finite.index(False)]}"
             if tokens.isfinite().all():
                 raise ValueError(f"{sample} leave the range of {self.dtype}; set dtype of FeatureWriter to bfloat16")
-            raise ValueError(f"{sample} are not finite numbers; the weights of the encoder may be damaged")
+            raise FloatingPointError(f"{sample} are not finite; the weights of the encoder may be damaged")
         numbers = stored.view(torch.int16).cpu().numpy().astype("<i2", copy=False)
         ends = np.cumsum(lengths)
         return [numbers[end - length : end].tobytes() for length, end in zip(lengths, ends, strict=True)]

@@ -17,6 +17,7 @@ from datamodules.images import ImageDataModule
 from datamodules.loader import EvaluationLoader
 from evaluation.command_line import usable_device
 from llamagen.files import whole_file
+from llamagen.finite import broken_weight
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.output_paths import check_output_file
 
@@ -59,6 +60,7 @@ def train_classifier(
 
     Raises:
         ValueError: if the pictures have no classes, or a number makes no sense.
+        FloatingPointError: if the loss is not finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
@@ -98,8 +100,18 @@ def train_classifier(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                if not math.isfinite(value := loss.item()):
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {bar.n} of {steps} of the classifier (precision float32); "
+                        f"nothing was written, give a smaller lr than {lr:g}"
+                    )
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+                bar.set_postfix(loss=f"{value:.3f}")
+    if (broken := broken_weight(classifier)) is not None:  # after the last step, whose loss was finite
+        raise FloatingPointError(
+            f"weight {broken} of the classifier is not finite (precision float32); nothing was written, give a smaller "
+            f"lr than {lr:g}"
+        )
     accuracy = _accuracy(classifier.eval(), validation, device)
     facts = {
         "name": name,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.multimodal.clip_score import CLIPScore
 
+from llamagen.finite import check_finite
 from llamagen.metrics import extract
 from llamagen.metrics.features import without_tf32
 from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
@@ -126,6 +127,13 @@ class Clip(nn.Module):
             ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in tokens], device=self.device)
             with torch.autocast(self.device.type, enabled=False), without_tf32():
                 features = self.model.get_text_features(ids, ids.new_ones(ids.shape)).pooler_output
+            check_finite(
+                f"the text features of {self.name} are",
+                features,
+                "float32",
+                self.model,
+                lambda: self.model.get_text_features(ids, ids.new_ones(ids.shape)),
+            )
             for prompt, row, uncut in zip(new, features.cpu(), whole, strict=True):
                 self._encoded[prompt] = row, len(uncut) > self.length
         return torch.stack([self._encoded[prompt][0] for prompt in prompts]).to(self.device)

@@ -128,6 +128,7 @@ class Measurement:
 
         Raises:
             ValueError: if there are fewer than two pictures.
+            FloatingPointError: if a number is not finite.
         """
         numbers: dict[str, Tensor] = {}
         if (fault := self._content.fault()) and not self._is_told:  # once, however often a model is measured
@@ -135,7 +136,10 @@ class Measurement:
             rank_zero_warn(f"what is measured says little: {fault}")
 
         def note(symbol: str, value: Tensor) -> None:
-            numbers[name_of(symbol, self.kind, extractor_name(self.extractor), self.name)] = value.cpu()
+            name = name_of(symbol, self.kind, extractor_name(self.extractor), self.name)
+            if not value.isfinite():
+                raise FloatingPointError(f"{name} is {value.item()} (precision float64); see what its features are of")
+            numbers[name] = value.cpu()
 
         for name, metric in self.metrics.items():
             try:

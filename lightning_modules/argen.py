@@ -1,6 +1,7 @@
 """Training and sampling of the autoregressive model. B batch, L codes, V vocabulary, H × W pixels."""
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,10 +14,12 @@ from lightning_modules.code_checks import check_codes
 from lightning_modules.drawing import DrawingModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.adaptation import adapt_to
+from llamagen.finite import not_finite
 from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.option_checks import option_named
 from llamagen.models.sharding import shard
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
@@ -79,7 +82,7 @@ class ARGenModule(DrawingModule):
             text_encoder,
         )
         self.loss_config = loss or ARGenLossConfig()
-        if max_grad_norm is not None and max_grad_norm <= 0:
+        if max_grad_norm is not None and not 0 < max_grad_norm < inf:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
         self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
         self._generator_state = torch.get_rng_state()
@@ -91,7 +94,8 @@ class ARGenModule(DrawingModule):
             {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
         )
         self.nats_by_position: dict[str, Tensor] = {}
-        self._start = read_weights(init_from, init_averaged) if init_from is not None else None
+        with option_named("init_from"):
+            self._start = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
         if self._text is not None and self._start is not None and self._start.captions:
             self._text.check(self._start.captions, self._start.source)
@@ -103,8 +107,9 @@ class ARGenModule(DrawingModule):
 
     def _load_start(self) -> None:
         if self._start is not None:
-            state = adapt_to(self.gpt, self._start, self._init_adapt)
-            load_weights(self.gpt, state, self._start.source)
+            with option_named("init_from"):
+                state = adapt_to(self.gpt, self._start, self._init_adapt)
+                load_weights(self.gpt, state, self._start.source)
 
     def configure_model(self) -> None:
         """Spread the parameters over ranks, if the strategy is Lightning's ``ModelParallelStrategy`` (FSDP2).
@@ -157,8 +162,9 @@ class ARGenModule(DrawingModule):
 
         Raises:
             ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, pictures cannot be
-                drawn, or the text encoder that is needed cannot be had.
+                drawn, the text encoder that is needed cannot be had, or the precision is not right for training.
         """
+        super().setup(stage)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             check_codes(self.gpt.config, meta)
@@ -238,9 +244,14 @@ class ARGenModule(DrawingModule):
         return None
 
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over."""
+        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over.
+
+        Raises:
+            FloatingPointError: if the cross entropy of a code is not finite.
+        """
         codes = batch["codes"]
         nats, rank = linear_surprise(self._hidden(batch), self.gpt.output.weight, codes.flatten())
+        self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch)))
         cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
 
     def on_validation_epoch_end(self) -> None:

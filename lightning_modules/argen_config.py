@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from llamagen.models.option_checks import check_not_negative
+
 
 @dataclass(frozen=True)
 class ARGenLossConfig:
@@ -19,5 +21,4 @@ class ARGenLossConfig:
         """Refuse values without a meaning."""
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        if self.z_loss < 0.0:
-            raise ValueError(f"z_loss is {self.z_loss}; it must be at least 0")
+        check_not_negative("z_loss", self.z_loss)

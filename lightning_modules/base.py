@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.checkpoint import check_fits, describe
+from llamagen.finite import culprit, refusal
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.weights import ENTRY
@@ -72,6 +73,18 @@ class GenerativeModule(pl.LightningModule):
     def generator_prefix(self) -> str:
         """Where the generator's weights are in the state dict."""
         return next(f"{name}." for name, module in self.named_children() if module is self.generator)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which training cannot work.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if stage == "fit" and self.trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision is 16-true, in which activations overflow and small updates of the weights are "
+                "lost; train in bf16-mixed, 16-mixed or 32-true"
+            )
 
     def configure_model(self) -> None:
         """Refuse a strategy that spreads parameters over ranks, unless a module knows how to.
@@ -138,6 +151,11 @@ class GenerativeModule(pl.LightningModule):
         """The GradScaler of a run in float16, else None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    @property
+    def precision_name(self) -> str:
+        """The trainer's precision or, without one, the dtype of the weights."""
+        return str(self.dtype).removeprefix("torch.") if self._trainer is None else str(self.trainer.precision)
+
     def check_finite(self, broken: dict[str, Tensor], during: str = "") -> None:
         """Stop all ranks, or none, where a term of the loss is not finite: nobody waits for one that is gone.
 
@@ -157,6 +175,46 @@ class GenerativeModule(pl.LightningModule):
                 f"{', '.join(names)} not finite{during} at step {self.global_step}; go on from the last checkpoint, if "
                 "there is one, with a lower learning rate or another seed, or in 32-bit precision"
             )
+
+    def stop_unless_finite(self, broken: dict[str, Tensor], run: Callable[[], Any]) -> None:
+        """Look at what was computed of a batch, outside of training.
+
+        While several ranks fit, this is left to the end of a validation, when :meth:`check_finite` stops all of them:
+        they may have unequal numbers of batches. Elsewhere a rank that stops ends the others' processes.
+
+        Args:
+            broken: scalar bool for each value by its name, True where it is not finite.
+            run: computes it again, to find the layer.
+
+        Raises:
+            FloatingPointError: with the names of the values, stage, batch, precision and layer or weight.
+        """
+        attached = self._trainer is not None
+        if attached and self.trainer.state.fn == "fit":
+            if self.trainer.world_size == 1:
+                self.check_finite(broken, " in validation")
+            return
+        flags = torch.stack(list(broken.values()))
+        if self.device_mesh is not None:  # ranks compute each layer together
+            flags = self.trainer.strategy.reduce(flags.float(), reduce_op="sum") > 0
+        if flags.any():
+            names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
+            blame = culprit(self.generator, run if self.device_mesh is None else None)
+            raise refusal(
+                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}",
+                self.precision_name,
+                blame,
+                where=self._stage_and_batch() if attached else "",
+            )
+
+    def _stage_and_batch(self) -> str:
+        stage = self.trainer.state.fn
+        if stage is None:
+            return ""
+        loop = {"validate": self.trainer.validate_loop, "test": self.trainer.test_loop}.get(
+            stage.value, self.trainer.predict_loop
+        )
+        return f" in {stage.value}, batch {loop.batch_progress.current.ready - 1}"
 
     def clip(
         self,

@@ -1,9 +1,35 @@
-"""Whether a set of codes fits a GPT."""
+"""Whether codes are right: fit to be stored, made of finite numbers, and of the kind that a GPT learns."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from llamagen.finite import not_finite
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.vqgan import Encoding
+
+MAX_CODES = 2**16
+"""Codes that a shard can tell apart."""
+
+
+def check_codebook_size(size: int) -> None:
+    """Refuse a codebook whose codes could not be stored, before it is trained.
+
+    Raises:
+        ValueError: if it has too many entries.
+    """
+    if size > MAX_CODES:
+        raise ValueError(f"codebook_size is {size}; codes are stored as uint16: at most {MAX_CODES:,}")
+
+
+def broken_parts(encoding: Encoding) -> dict[str, Tensor]:
+    """Of which vectors codes mean nothing: by their name a scalar bool, True where one of them is not finite."""
+    return {
+        # One that is too large for float32 to be normalised becomes 0.
+        "the encoder's latent": ~(encoding.latent.square().sum(1) > 0.5).all(),
+        "the codebook's entry": not_finite(encoding.entries).any(),
+    }
 
 
 def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from lightning_modules.text_condition import Condition, TextCondition
 from llamagen.checkpoint import load_vqgan, weights_checksum
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.option_checks import option_named
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
 from llamagen.sampling.pixels import check_picture_size
@@ -54,13 +55,16 @@ class DrawingModule(GenerativeModule):
         self._text = TextCondition(net, text_encoder or TextEncoderConfig()) if net.condition == "text" else None
         self.sampling = sampling
         check_picture_size(picture_size)
+        if sample_seed % 1 != 0:
+            raise ValueError(f"sample_seed is {sample_seed}; it must be a whole number")
         self.sample_seed, self.picture_size = sample_seed, picture_size
         self.sampler: PictureSampler | None = None  # of a callback that keeps one
         # In a tuple, so that nn.Module does not see it.
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
         if tokenizer is not None:
-            vqgan = load_vqgan(tokenizer)
+            with option_named("tokenizer"):
+                vqgan = load_vqgan(tokenizer)
             if vqgan.config.codebook_size != net.vocab_size:
                 raise ValueError(
                     f"the tokenizer {tokenizer} has {vqgan.config.codebook_size} codes, but the model's vocab_size is "

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from llamagen.models.option_checks import check_not_negative, check_whole
+
 
 @dataclass(frozen=True)
 class AdamWConfig:
@@ -32,14 +34,12 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; it must be positive")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay} and warmup_steps {self.warmup_steps}; both must be at least 0"
-            )
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; it must be positive{' and finite' if self.lr == math.inf else ''}")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; they must be two, and each must be at least 0 and below 1")
+        check_not_negative("weight_decay", self.weight_decay)
+        check_whole("warmup_steps", self.warmup_steps, 0)
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; it must be constant or cosine")
         if not 0.0 <= self.final_lr <= self.lr:

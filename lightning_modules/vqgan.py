@@ -12,15 +12,18 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from lightning_modules.adversarial import AdversarialGame, Terms
 from lightning_modules.base import GenerativeModule
+from lightning_modules.code_checks import broken_parts, check_codebook_size
 from lightning_modules.code_revival import CodeRevival
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
+from llamagen.finite import check_finite
 from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
+from llamagen.models.option_checks import check_whole, option_named
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.weights import ENTRY, below, differences, load_weights, read_weights
 
@@ -68,6 +71,7 @@ class VQGANModule(GenerativeModule):
     ) -> None:
         super().__init__(optimizer or AdamWConfig(weight_decay=0.0))
         self.loss_config = loss or VQGANLossConfig()
+        check_codebook_size(size := (net or VQGANConfig()).codebook_size)
         self.vqgan = VQGAN(net)
         self.vqgan.checkpoint_activations(activation_checkpointing)
         adversarial = self.loss_config.adversarial_weight > 0
@@ -80,33 +84,37 @@ class VQGANModule(GenerativeModule):
         self.lpips_weights = lpips_weights
         # In a tuple, so that nn.Module does not see it: it is in no state dict and no optimizer.
         self._lpips: tuple[LPIPS, ...] = ()
-        size = self.vqgan.config.codebook_size
         self.metrics = ReconstructionMetrics(size)
         self.train_codebook_usage = CodebookUsage(size)
-        if revive_codes_every < 0:
-            raise ValueError(f"revive_codes_every is {revive_codes_every}; it must be at least 0")
+        check_whole("revive_codes_every", revive_codes_every, 0)
         self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
         self._revived: int | None = None
         self._handles: list[Any] = []
         self.code_counts: dict[str, Tensor] = {}
         self._broken_in_validation: Terms = {}
+        self._foreign_discriminator: ValueError | None = None
         if init_from is not None:
             self._start_from(init_from, init_averaged)
 
     def _start_from(self, path: Path | str, averaged: bool) -> None:
-        weights = read_weights(path, averaged)
+        with option_named("init_from"):
+            weights = read_weights(path, averaged)
         if weights.architecture not in (None, "VQGAN"):
             raise ValueError(
                 f"init_from {path} holds a {weights.architecture}, not a VQGAN; give a tokenizer's weights"
             )
-        load_weights(self.vqgan, weights.state, weights.source)
+        with option_named("init_from"):
+            load_weights(self.vqgan, weights.state, weights.source)
         if self.discriminator is None:
             return
         if weights.discriminator is None:
             rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
         else:
             advice = "choose its model.init_args.discriminator, or leave it out of the file with llamagen.export"
-            load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({advice})")
+            try:
+                load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({advice})")
+            except ValueError as error:  # which matters to a training alone
+                self._foreign_discriminator = error
 
     @property
     def generator(self) -> VQGAN:
@@ -127,8 +135,12 @@ class VQGANModule(GenerativeModule):
         """Refuse pictures that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
 
         Raises:
-            ValueError: if the size is not a multiple of the downsampling factor, or does not suit a network.
+            ValueError: if the size is not a multiple of the downsampling factor, or does not suit a network; if
+                ``init_from`` has another discriminator, or the precision is not right for training.
         """
+        super().setup(stage)
+        if stage == "fit" and self._foreign_discriminator is not None:
+            raise self._foreign_discriminator
         size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
         if size is not None:
             if size % self.vqgan.config.downsampling:
@@ -159,9 +171,15 @@ class VQGANModule(GenerativeModule):
         return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] after encoding and decoding, same shape, not clamped."""
+        """Pictures (B, 3, H, W) in [-1, 1] after encoding and decoding, same shape, not clamped.
+
+        Raises:
+            FloatingPointError: if they are not finite.
+        """
         output: VQGANOutput = self(images)
-        return output.reconstruction
+        reconstruction = output.reconstruction
+        check_finite("the reconstruction is", reconstruction, self.precision_name, self.vqgan, lambda: self(images))
+        return reconstruction
 
     @property
     def _adversarial(self) -> bool:
@@ -283,13 +301,15 @@ class VQGANModule(GenerativeModule):
     def _evaluate(self, batch: dict[str, Any], stage: str) -> Tensor:
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
-        self.metrics.update(images, output.reconstruction, output.encoding.codes)
         with torch.autocast(images.device.type, enabled=False):  # numbers to compare are not rounded to 16 bits
             output = output._replace(reconstruction=output.reconstruction.float())
             # Ranks may have unequal numbers of batches here, so none may wait for another.
             loss, terms = self._generator_terms(images, output, None)
-        for name, value in terms.items() if self.trainer.state.fn == "fit" else ():
-            self._broken_in_validation[name] = ~value.isfinite() | self._broken_in_validation.get(name, False)
+        broken = {name: ~value.isfinite() for name, value in terms.items()}
+        self.stop_unless_finite(broken, lambda: self(images))
+        for name, flag in broken.items() if self.trainer.state.fn == "fit" else ():
+            self._broken_in_validation[name] = flag | self._broken_in_validation.get(name, False)
+        self.metrics.update(images, output.reconstruction, output.encoding.codes)
         scalars = {f"{stage}/{'lpips' if name == 'perceptual' else name}": value for name, value in terms.items()}
         self.log_dict(scalars, batch_size=len(images), sync_dist=True)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
@@ -321,10 +341,16 @@ class VQGANModule(GenerativeModule):
         self._log_usage(usage, stage)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Codes (B, A, h, w) int64 of ``batch["images"]``, (B, A, 3, H, W) with A views of each, or (B, 3, H, W)."""
+        """Codes (B, A, h, w) int64 of ``batch["images"]``, (B, A, 3, H, W) with A views of each, or (B, 3, H, W).
+
+        Raises:
+            FloatingPointError: if a latent, or the entry that is nearest to it, is not finite.
+        """
         images = batch["images"] if batch["images"].ndim == 5 else batch["images"].unsqueeze(1)
-        codes: Tensor = self.vqgan.encode(images.flatten(0, 1).contiguous(memory_format=self.memory_format)).codes
-        views: Tensor = codes.unflatten(0, images.shape[:2])
+        flat = images.flatten(0, 1).contiguous(memory_format=self.memory_format)
+        encoding = self.vqgan.encode(flat)
+        self.stop_unless_finite(broken_parts(encoding), lambda: self.vqgan.encode(flat))
+        views: Tensor = encoding.codes.unflatten(0, images.shape[:2])
         return views
 
     def metric_names(self) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from llamagen.losses import ADVERSARIAL_LOSSES
+from llamagen.models.option_checks import check_not_negative, check_whole
 
 RECONSTRUCTIONS = ("l2", "l1")
 
@@ -45,8 +46,9 @@ class VQGANLossConfig:
         """Refuse negative weights and unknown losses."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not value >= 0:
-                raise ValueError(f"{field.name} is {value}; it must be at least 0")
+            if isinstance(value, int | float):
+                check_not_negative(field.name, value)
+        check_whole("adversarial_start", self.adversarial_start, 0)
         if self.reconstruction not in RECONSTRUCTIONS:
             raise ValueError(f"reconstruction is {self.reconstruction!r}; choose one of {', '.join(RECONSTRUCTIONS)}")
         if self.adversarial not in ADVERSARIAL_LOSSES:

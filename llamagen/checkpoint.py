@@ -29,6 +29,7 @@ from llamagen.weights import (
     load_weights,
     read_torch_file,
     read_weights,
+    refuse_not_finite,
 )
 
 
@@ -74,7 +75,7 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
-    """Refuse a checkpoint whose weights are not those of a model of this shape and function.
+    """Refuse a checkpoint whose weights are not those of a model of this shape and function, or are not finite.
 
     Args:
         checkpoint: as loaded.
@@ -104,6 +105,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
         raise ValueError(
             f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
         )
+    refuse_not_finite(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
 
 def build_model(weights: Weights) -> GPT | VQGAN:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llamagen.finite import is_finite
 from llamagen.models.vqgan import VQGANConfig
 from llamagen.models.whole_tensor import copy_whole_
 from llamagen.sharded_checkpoint import META_FILE, is_sharded_checkpoint, not_moments, read_sharded
@@ -262,13 +263,36 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         source: what the weights are called in a message.
 
     Raises:
-        ValueError: in one line, with every entry that differs; the model is as before.
+        ValueError: in one line, with every entry that differs, or those that are not finite; the model is as before.
     """
-    differing = differences(state, model.state_dict())
+    here = model.state_dict()
+    differing = differences(state, here)
     if differing:
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {differing}")
+    refuse_not_finite(state, here, source)
     for name, tensor in model.state_dict().items():
         copy_whole_(tensor, state[name])
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], here: Mapping[str, Tensor], source: str) -> None:
+    """See that weights are finite, in a pass over all of them; nothing is read for a model without memory.
+
+    Args:
+        state: entries of a file.
+        here: entries of the model that they are for, in whose dtypes they must be finite, too.
+        source: what the weights are called in a message.
+
+    Raises:
+        ValueError: in one line, with the names of those that are not.
+    """
+    broken = [name for name, value in here.items() if not (value.is_meta or is_finite(state[name], value.dtype))]
+    if broken:
+        dtype = str(here[broken[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{source}: {'weights are' if len(broken) > 1 else 'a weight is'} not finite in {dtype} (NaN or infinity): "
+            f"{_listed(broken)}; the run that wrote them diverged or the file is damaged, give an earlier checkpoint "
+            "or another file"
+        )
 
 
 def infer_vqgan_config(state: Mapping[str, Tensor], source: str = "these weights") -> VQGANConfig:

@@ -25,9 +25,9 @@ ROOMS = {
     "llamagen": (),
     "llamagen/models": ("llamagen.files",),
     "llamagen/losses": (),
-    "llamagen/metrics": ("llamagen.files",),
-    "llamagen/sampling": ("llamagen.files", "llamagen.models"),
-    "llamagen/text": (),
+    "llamagen/metrics": ("llamagen.files", "llamagen.finite"),
+    "llamagen/sampling": ("llamagen.files", "llamagen.finite", "llamagen.models"),
+    "llamagen/text": ("llamagen.finite",),
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.command",

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from llamagen.finite import broken_weight
 from llamagen.metrics.features import Features
 
 SPATIAL_CHANNELS = 7
@@ -93,6 +94,8 @@ class Classifier(SmallClassifier):
             self.name = str(facts["name"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise _no_classifier(weights, error) from error
+        if (broken := broken_weight(self)) is not None:
+            raise ValueError(f"{weights} is damaged: its weight {broken} is not finite; train it again")
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Classifier":

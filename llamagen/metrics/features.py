@@ -1,12 +1,14 @@
 """What metrics see of pictures. B pictures of H × W pixels, F and S features, K classes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
 
 
 class Features(NamedTuple):
@@ -37,10 +39,15 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
 
     Raises:
         ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
+        FloatingPointError: if features are not finite.
     """
     refuse_other_than_pictures(images)
-    with torch.autocast(images.device.type, enabled=False), without_tf32():
-        found: Any = extractor.to(images.device)(images.float())
+
+    def run() -> Any:
+        with torch.autocast(images.device.type, enabled=False), without_tf32():
+            return extractor.to(images.device)(images.float())
+
+    found = run()
     features = found if isinstance(found, Features) else Features(found)
     parts: dict[str, Tensor | None] = features._asdict()
     for name, rows in parts.items():
@@ -52,7 +59,32 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 f"{type(extractor).__name__} gives {shape} as {name} of {len(images)} pictures; it must give one row "
                 "of features for each"
             )
-    return Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
+    flat = Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
+    refuse_not_finite(flat, extractor_name(extractor), lambda: culprit(extractor, run))
+    return flat
+
+
+def refuse_not_finite(features: Features, name: str, blame: Callable[[], str] = str) -> None:
+    """See that features are finite; waits for their device.
+
+    Args:
+        features: of a batch.
+        name: of their extractor.
+        blame: says what they come from; asked only if they are not.
+
+    Raises:
+        FloatingPointError: if not, in one line.
+    """
+    given: dict[str, Tensor | None] = features._asdict()
+    parts = {part: rows for part, rows in given.items() if rows is not None}
+    broken = torch.stack([not_finite(rows) for rows in parts.values()])
+
+    def explain(rows: list[int]) -> FloatingPointError:
+        part, dtype = next((part, value.dtype) for part, value in parts.items() if not_finite(value).any())
+        precision = str(dtype).removeprefix("torch.")
+        return refusal(f"the {part} features of the extractor {name} are", precision, blame(), rows, broken.shape[1])
+
+    FiniteCheck(broken.any(0), explain)()
 
 
 @contextmanager

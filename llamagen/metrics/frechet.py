@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamagen.finite import is_finite
 from llamagen.metrics.features import Features
 from llamagen.metrics.picture_metric import SIDES, PictureMetric, side_of
 
@@ -22,7 +23,7 @@ class FID(PictureMetric):
             ``update``.
 
     Raises:
-        ValueError: if the extractor is none, or the reference has another number of features.
+        ValueError: if the extractor is none, or the reference has another number of features or is not finite.
     """
 
     symbol = "fid"
@@ -46,6 +47,8 @@ class FID(PictureMetric):
                     f"the reference has a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}, "
                     f"but {self.name} has {self.width} features; use the reference of this extractor"
                 )
+            if not (is_finite(mean) and is_finite(covariance)):
+                raise ValueError("mean or covariance of the reference are not finite; get or make it again")
             self.reference = mean, covariance
         for side in SIDES:
             self.add_state(f"{side}_sum", torch.zeros(self.width, dtype=torch.float64), dist_reduce_fx="sum")
@@ -128,11 +131,11 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
         Scalar, float64, at least 0.
 
     Raises:
-        ValueError: if something is not finite.
+        FloatingPointError: if something is not finite.
     """
     for name, value in (("mean", mean + other_mean), ("covariance", covariance + other_covariance)):
         if not value.isfinite().all():
-            raise ValueError(f"the {name} of features is not finite; the extractor gives numbers that are none")
+            raise FloatingPointError(f"the {name} of features is not finite (precision float64); see what they are of")
     trace_of_root = torch.linalg.svdvals(_factor(covariance).T @ _factor(other_covariance)).sum()
     distance: Tensor = (
         (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * trace_of_root

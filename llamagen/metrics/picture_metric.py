@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from llamagen.metrics.features import Features, extract, extractor_name, refuse_other_than_pictures
+from llamagen.finite import is_finite
+from llamagen.metrics.features import (
+    Features,
+    extract,
+    extractor_name,
+    refuse_not_finite,
+    refuse_other_than_pictures,
+)
 
 FAKE, REAL = SIDES = ("fake", "real")
 MOST_PIECES = 32
@@ -78,9 +85,11 @@ class PictureMetric(Metric):
 
         Raises:
             ValueError: if they are not pictures of the metric's size, or have other features.
+            FloatingPointError: if features are not finite.
         """
         if isinstance(pictures, Features):
             rows = self._part_of(pictures)
+            refuse_not_finite(Features(rows), extractor_name(self.extractor))
         else:
             self.check_pictures(pictures)
             rows = self._part_of(extract(self.extractor, pictures))
@@ -167,7 +176,8 @@ class RowMetric(PictureMetric):
         """The features of a side in the order of their index, (N, F).
 
         Raises:
-            ValueError: if there are fewer than two pictures, or features are not finite.
+            ValueError: if there are fewer than two pictures.
+            FloatingPointError: if features are not finite.
         """
         rows, index = getattr(self, f"{side}_rows"), getattr(self, f"{side}_index")
         count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))  # a tensor is that of all ranks
@@ -175,8 +185,7 @@ class RowMetric(PictureMetric):
             raise ValueError(f"{count} {side} pictures are too few for {self.name}; give at least two")
         order = torch.argsort(dim_zero_cat(index), stable=True)
         ordered = dim_zero_cat(rows)[order]
-        if not ordered.isfinite().all():
-            raise ValueError(f"some {side} features are not finite; the extractor gives numbers that are none")
+        refuse_not_finite(Features(ordered), extractor_name(self.extractor))  # states may be those of a file
         return ordered
 
     def reset(self) -> None:
@@ -207,10 +216,12 @@ class ComparingRowMetric(RowMetric):
         """A reference, in the precision of the features.
 
         Raises:
-            ValueError: if it has another number of features, or fewer than two rows.
+            ValueError: if it has another number of features, fewer than two rows, or some that are not finite.
         """
         if reference is None:
             return None
+        if not is_finite(reference, self.row_dtype):
+            raise ValueError("the reference has features that are not finite; get or make it again")
         if reference.dim() != 2 or reference.shape[1] != self.width or len(reference) < 2:
             raise ValueError(
                 f"the reference has features of {tuple(reference.shape)}, but {self.name} needs at least two rows of "
@@ -237,7 +248,8 @@ class ComparingRowMetric(RowMetric):
         """Features of the pictures (N, F) and of the real ones (M, F), those of the reference or kept, on one device.
 
         Raises:
-            ValueError: if a side has fewer than two pictures, or features are not finite.
+            ValueError: if a side has fewer than two pictures.
+            FloatingPointError: if features are not finite.
         """
         fake = self.kept(FAKE)
         return fake, self.kept(REAL) if self.reference is None else self.reference.to(fake.device)

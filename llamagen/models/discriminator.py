@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llamagen.models.option_checks import check_whole
 from llamagen.models.sync_batch_norm import SyncBatchNorm2d
 
 LEAK = 0.2
@@ -44,6 +45,8 @@ class PatchGAN(Discriminator):
         super().__init__()
         if channels < 1 or num_layers < 1:
             raise ValueError(f"channels {channels} and num_layers {num_layers} must both be at least 1")
+        check_whole("channels", channels)
+        check_whole("num_layers", num_layers)
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
         width = channels
         for index in range(1, num_layers + 1):

@@ -1,8 +1,10 @@
 """The shape of an autoregressive model."""
 
 from dataclasses import dataclass
-from math import isqrt
+from math import inf, isqrt
 from typing import Literal
+
+from llamagen.models.option_checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,23 @@ class GPTConfig:
             "caption_dim",
             "caption_length",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier <= 0:
+            check_whole(name, getattr(self, name))
+        if self.n_kv_head is not None and self.n_kv_head >= 1:
+            check_whole("n_kv_head", self.n_kv_head)
+        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < inf:
             raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it must be positive, or not given")
         if self.ffn_dim < 1:
             raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, which leaves no feed-forward width")
-        if self.rope_base <= 0 or self.norm_eps < 0:
-            raise ValueError(f"rope_base is {self.rope_base} and norm_eps {self.norm_eps}; they must be > 0 and ≥ 0")
+        if not 0 < self.rope_base < inf or not 0 <= self.norm_eps < inf:
+            raise ValueError(
+                f"rope_base is {self.rope_base} and norm_eps {self.norm_eps}; they must be > 0 and ≥ 0, and finite"
+            )
         if self.dim % self.n_head or self.head_dim % 4:
             raise ValueError(
                 f"dim {self.dim} over n_head {self.n_head} gives heads of width {self.dim / self.n_head:g}; "
                 "choose them so that the width is a multiple of 4, as the 2-D rotary embedding needs"
             )
-        if self.kv_heads < 1 or self.n_head % self.kv_heads:
+        if not self.kv_heads >= 1 or self.n_head % self.kv_heads:
             raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         if self.grid_size**2 != self.block_size:
             raise ValueError(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
+from llamagen.models.option_checks import check_whole
 from llamagen.models.quantizer import VectorQuantizer
 
 GROUPS = 32
@@ -46,10 +47,11 @@ class VQGANConfig:
         """Refuse shapes that cannot be built."""
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         for name in ("channels", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            check_whole(name, getattr(self, name))
+        if not self.channel_multipliers or not all(multiplier >= 1 for multiplier in self.channel_multipliers):
             raise ValueError(f"channel_multipliers is {self.channel_multipliers}; give one number ≥ 1 for each level")
+        for multiplier in self.channel_multipliers:
+            check_whole("each of channel_multipliers", multiplier)
         if self.channels % GROUPS:
             raise ValueError(f"channels is {self.channels}; GroupNorm needs a multiple of {GROUPS}")
         if not 0.0 <= self.dropout < 1.0:

@@ -34,7 +34,15 @@ struct Draw {
     float* scratch;        // (batch, 2, vocabulary)
     int64_t* codes;        // (batch), `stride` apart
     int64_t stride;
+    bool* broken;          // (batch), set where logits are not finite
 };
+
+// By its bits: a compiler that was told of no infinities (-ffast-math) would leave out comparisons.
+static inline uint32_t not_finite(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits & 0x7f800000u) == 0x7f800000u;
+}
 
 // The smallest logit above which at most the probability `most` lies. Halves the range like quickselect: no sort.
 static float nucleus(float* from, float* end, double most) {
@@ -75,12 +83,18 @@ static int64_t draw_row(const Draw& d, int row) {
     const float *conditional = d.logits + (int64_t)row * V, *unconditional = conditional + (int64_t)d.batch * V;
     float *value = d.scratch + (int64_t)row * 2 * V, top = -INFINITY;
     int64_t best = 0;
+    uint32_t broken = 0;
+    for (int i = 0; i < V; i++) broken |= not_finite(conditional[i]);
+    for (int i = 0; d.guided && i < V; i++) broken |= not_finite(unconditional[i]);
     for (int i = 0; i < V; i++) {
         const float x = d.guided && d.scale != 1.0f ? unconditional[i] + d.scale * (conditional[i] - unconditional[i])
                                                     : conditional[i];
         value[i] = x;
         if (x > top) top = x, best = i;
     }
+    if (d.guided)  // finite branches may be far enough apart for their difference not to be
+        for (int i = 0; i < V; i++) broken |= not_finite(value[i]);
+    if (broken) d.broken[row] = true;
     if (d.temperature == 0.0f) return best;
     for (int i = 0; i < V; i++) value[i] = (value[i] - top) / d.temperature;
     float smallest = -INFINITY;

@@ -61,6 +61,7 @@ class _Draw(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("seed", "step")),
         *((name, ctypes.c_void_p) for name in ("index", "logits", "scratch", "codes")),
         ("stride", ctypes.c_int64),
+        ("broken", ctypes.c_void_p),
     ]
 
 
@@ -157,6 +158,7 @@ class CPUStep:
         indices: Tensor,
         step: int,
         codes: Tensor,
+        broken: Tensor,
     ) -> None:
         """Draw a code for each sample, as :func:`~llamagen.sampling.draw.draw` does.
 
@@ -168,10 +170,13 @@ class CPUStep:
             indices: (B,) int64, number of each sample within the run.
             step: number of the code.
             codes: (B, L) int64; column ``step`` is written.
+            broken: (B,) bool; set where logits are not finite.
         """
         batch, vocabulary = len(codes), logits.shape[1]
         _must_be(torch.float32, logits)
         _must_be(torch.int64, indices, codes)
+        _must_be(torch.bool, broken)
+        assert len(broken) == batch
         if self._drawn.numel() < batch * 2 * vocabulary:
             self._drawn = torch.empty(batch, 2, vocabulary, dtype=torch.float32, device="cpu")
         call = _Draw(
@@ -190,6 +195,7 @@ class CPUStep:
             self._drawn.data_ptr(),
             codes[:, step].data_ptr(),
             codes.stride(0),
+            broken.data_ptr(),
         )
         self._library.draw(ctypes.byref(call))
 

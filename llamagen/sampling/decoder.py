@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from llamagen.finite import not_finite
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.config import SamplingConfig
@@ -50,7 +51,8 @@ class Decoder:
         """Draw the codes of a batch; arguments as in :func:`~llamagen.sampling.generate.generate`.
 
         Returns:
-            (B, L) int64.
+            (B, L) int64. Afterwards ``broken`` (B,) bool says, on the device, of which pictures some logits were not
+            finite.
         """
         length, self.batch = self.gpt.config.block_size, len(condition)
         guided = config.guided_steps(length)
@@ -59,7 +61,7 @@ class Decoder:
             condition, dropped = torch.cat([condition, condition]), torch.cat([dropped, ~dropped])
             caption_lengths = None if caption_lengths is None else torch.cat([caption_lengths, caption_lengths])
         self.cache, self.caption_lengths = self._cache(guided > 0), caption_lengths
-        self.codes = self._new_codes()
+        self.codes, self.broken = self._new_codes(), self._new_flags()
         self._begin(config, seed, indices)
         self._draw(self._prefill(condition, dropped), 0)
         for step in range(1, length):
@@ -71,6 +73,9 @@ class Decoder:
 
     def _new_codes(self) -> Tensor:
         return torch.empty(self.batch, self.gpt.config.block_size, dtype=torch.int64, device=self.device)
+
+    def _new_flags(self) -> Tensor:
+        return torch.zeros(self.batch, dtype=torch.bool, device=self.device)
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate, and compile what is compiled, before the first batch."""
@@ -111,9 +116,10 @@ class Decoder:
         self._draw(logits[:, -1], step)
 
     def _draw(self, logits: Tensor, step: int) -> None:
-        self.codes[:, step] = next_code(
+        self.codes[:, step], broken = next_code(
             logits, self.config, self.scales[step], self.seed, self.indices, self.steps[step], self.counters
         )
+        self.broken |= broken
 
 
 def next_code(
@@ -124,7 +130,7 @@ def next_code(
     indices: Tensor,
     step: Tensor,
     counters: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Guide, if there are twice as many rows as samples, and draw.
 
     Args:
@@ -137,13 +143,16 @@ def next_code(
         counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
 
     Returns:
-        (B,) int64.
+        Codes (B,) int64, and (B,) bool: where logits are not finite, in either branch or when they are guided. What
+        top-k and top-p set to minus infinity comes later.
     """
     logits = logits.float()
+    broken = not_finite(logits)
     if len(logits) > len(indices):
         logits = guide(logits, scale)
+        broken = broken.view(2, -1).any(0) | not_finite(logits)
     noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, counters)
-    return draw(logits, config, noise)
+    return draw(logits, config, noise), broken
 
 
 class CPUDecoder(Decoder):
@@ -194,4 +203,6 @@ class CPUDecoder(Decoder):
         self._draw(logits, step)
 
     def _draw(self, logits: Tensor, step: int) -> None:
-        self.step.draw(logits, self.config, self.guidance[step], self.run_seed, self.indices, step, self.codes)
+        self.step.draw(
+            logits, self.config, self.guidance[step], self.run_seed, self.indices, step, self.codes, self.broken
+        )

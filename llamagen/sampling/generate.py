@@ -36,6 +36,7 @@ def generate(
 
     Raises:
         ValueError: as :class:`Sampler` does.
+        FloatingPointError: if some logits are not finite.
     """
     condition = as_condition(gpt, condition)
     sampler = Sampler(gpt, max(len(condition), 1))

@@ -56,6 +56,7 @@ class GPUDecoder(Decoder):
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         shape, length = (self.batch_size, gpt.config.block_size), gpt.config.block_size
         self._codes = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._broken = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._counters = code_counters(gpt.config.vocab_size, self.device)
         self._scales = torch.ones(length, dtype=torch.float32, device=self.device)
@@ -84,12 +85,16 @@ class GPUDecoder(Decoder):
     def _new_codes(self) -> Tensor:
         return self._codes
 
+    def _new_flags(self) -> Tensor:
+        return self._broken
+
     def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
         self.prepare(config)
         self._seed.fill_((seed + 2**63) % 2**64 - 2**63)
         self._indices.copy_(indices)
         scales = torch.tensor(config.guidance_scales(self.gpt.config.block_size), dtype=torch.float32, device="cpu")
         self._scales.copy_(scales, non_blocking=True)
+        self._broken.zero_()
         self._step.zero_()
         self._position.zero_()
         if self._first is not None:
@@ -121,8 +126,9 @@ class GPUDecoder(Decoder):
         scale = self._scales.gather(0, self._step.view(1))[0]
         # Inductor cannot generate a cumulative sum over 16,384 codes (PyTorch 2.11), which top-p needs.
         choose = next_code if self.config.top_p < 1.0 else self._compiled
-        code = choose(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
+        code, broken = choose(logits, self.config, scale, self._seed, self._indices, self._step, self._counters)
         self._codes.scatter_(1, self._step.expand(self.batch_size, 1), code[:, None])
+        self._broken.logical_or_(broken)  # within the graph; looked at once a batch
         self._step.add_(1)
 
     def _one_step(self, guided: bool) -> None:
@@ -142,7 +148,7 @@ class GPUDecoder(Decoder):
         return self._graphs[key]
 
     def _capture(self, guided: bool) -> Callable[[], None]:
-        state = [(tensor, tensor.clone()) for tensor in (self._codes, self._step, self._position)]
+        state = [(tensor, tensor.clone()) for tensor in (self._codes, self._broken, self._step, self._position)]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with _compiling():

@@ -68,6 +68,9 @@ class PictureSampler:
         Returns:
             N pictures and their codes (N, L) int64. A GPU may still be working on the pictures when the next call
             begins.
+
+        Raises:
+            FloatingPointError: if logits or pixels are not finite; of pixels on a GPU when the pictures are fetched.
         """
         size, pictures, codes = self.sampler.batch_size, [], []
         condition = as_condition(self.sampler.gpt, condition)
@@ -82,8 +85,11 @@ class PictureSampler:
         for start in range(0, max(len(condition), 1), size):  # a batch is decoded while the next one is drawn
             rows = slice(start, start + size)
             lengths = None if caption_lengths is None else caption_lengths[rows]
-            drawn = self.sampler(condition[rows], config, caption_lengths=lengths, seed=seed, indices=indices[rows])
+            drawn, check = self.sampler.unchecked(
+                condition[rows], config, caption_lengths=lengths, seed=seed, indices=indices[rows]
+            )
             side = isqrt(drawn.shape[1])
             pictures.append(self.pixels(drawn.unflatten(1, (side, side))))
+            check()  # waits for the codes, while a GPU decodes them
             codes.append(drawn)
         return Pictures.together(pictures), torch.cat(codes)

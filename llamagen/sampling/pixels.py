@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.models.option_checks import check_whole
 from llamagen.models.vqgan import VQGAN, to_uint8
 
 PIXELS = {"cpu": 2**14, "cuda": 2**18}
@@ -24,10 +26,17 @@ class Pictures:
     Args:
         parts: (…, H, W, 3) uint8 tensors, together B pictures.
         ready: for each part what was recorded behind it on its stream; None if it is there.
+        checks: whether parts that are not there yet are finite, looked at when they are fetched.
     """
 
-    def __init__(self, parts: Sequence[Tensor], ready: "Sequence[torch.cuda.Event | None]") -> None:
+    def __init__(
+        self,
+        parts: Sequence[Tensor],
+        ready: "Sequence[torch.cuda.Event | None]",
+        checks: Sequence[FiniteCheck | None] = (),
+    ) -> None:
         self._parts, self._ready = list(parts), list(ready)
+        self._checks = list(checks) or [None] * len(self._parts)
         self._lock = Lock()  # several threads may ask
         self._array: np.ndarray | None = None
 
@@ -35,22 +44,37 @@ class Pictures:
     def together(cls, pictures: "Sequence[Pictures]") -> "Pictures":
         """Those of several batches as one."""
         return cls(
-            [part for each in pictures for part in each._parts], [event for each in pictures for event in each._ready]
+            [part for each in pictures for part in each._parts],
+            [event for each in pictures for event in each._ready],
+            [check for each in pictures for check in each._checks],
         )
 
     def tensor(self) -> Tensor:
-        """(B, H, W, 3) uint8 on their device; what is computed with them next waits for them."""
-        for part, ready in zip(self._parts, self._ready, strict=True):
+        """(B, H, W, 3) uint8 on their device.
+
+        Raises:
+            FloatingPointError: if some are not finite.
+        """
+        for part, ready, check in zip(self._parts, self._ready, self._checks, strict=True):
             if ready is not None:
                 stream = torch.cuda.current_stream(part.device)
                 stream.wait_event(ready)
                 part.record_stream(stream)
+            if check is not None:
+                check()
         return torch.cat(self._parts)
 
     def numpy(self) -> np.ndarray:
-        """(B, H, W, 3) uint8, as soon as they are there; only the calling thread waits."""
+        """(B, H, W, 3) uint8, as soon as they are there; only the calling thread waits.
+
+        Raises:
+            FloatingPointError: if some are not finite.
+        """
         with self._lock:
             if self._array is None:
+                for check, ready in zip(self._checks, self._ready, strict=True):
+                    if check is not None:
+                        check.look(torch.from_numpy(_fetched(check.broken, ready)))
                 self._array = np.concatenate(list(map(_fetched, self._parts, self._ready)))
             return self._array
 
@@ -70,10 +94,12 @@ def check_picture_size(picture_size: int | None) -> None:
         picture_size: in pixels; None for pictures as decoded.
 
     Raises:
-        ValueError: if it is below 1.
+        ValueError: if it is below 1, or no whole number.
     """
     if picture_size is not None and (not isinstance(picture_size, int) or picture_size < 1):
         raise ValueError(f"picture_size is {picture_size}; it must be at least 1, or null for pictures as decoded")
+    if picture_size is not None:
+        check_whole("picture_size", picture_size)
 
 
 def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
@@ -134,25 +160,46 @@ class PixelDecoder:
 
         Returns:
             B pictures, with a ``picture_size`` square whatever h and w.
+
+        Raises:
+            FloatingPointError: if some are not finite; of a GPU's pictures when they are fetched.
         """
         if self._stream is None:
-            return Pictures([self._decode(codes)], [None])
+            images, broken = self._decode(codes)
+            self._check_of(broken, codes)()
+            return Pictures([images], [None])
         self._stream.wait_stream(torch.cuda.current_stream(codes.device))
         codes.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            return Pictures([self._decode(codes)], [self._stream.record_event()])
+            images, broken = self._decode(codes)
+            return Pictures([images], [self._stream.record_event()], [self._check_of(broken, codes)])
 
-    def _decode(self, codes: Tensor) -> Tensor:
+    def _check_of(self, broken: Tensor, codes: Tensor) -> FiniteCheck:
+        parts = {"quantize": self._quantize, "post_quant_conv": self._post, "decoder": self._decoder}
+
+        def explain(rows: list[int]) -> FloatingPointError:
+            blame = culprit(parts, lambda: self._decode(codes[rows[:1]]))
+            precision = str(self._dtype).removeprefix("torch.")
+            return refusal("the pixels that the tokenizer decodes are", precision, blame, rows, len(broken))
+
+        return FiniteCheck(broken, explain)
+
+    @torch.no_grad()
+    def _decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3) uint8, and (B,) bool: which are not finite."""
         height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
         count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
         if self._picture_size is not None:
             height = width = self._picture_size
         images = codes.new_empty((len(codes), height, width, 3), dtype=torch.uint8)
+        broken = codes.new_zeros(len(codes), dtype=torch.bool)
         for start in range(0, len(codes), count):
             part = codes[start : start + count]
             full = torch.cat([part, part[:1].expand(count - len(part), -1, -1)])
             with torch.autocast(codes.device.type, enabled=False):
                 latent = self._quantize.lookup(full).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
-                pictures = to_pixels(self._decoder(self._post(latent)), height, width)
+                decoded = self._decoder(self._post(latent))
+                pictures = to_pixels(decoded, height, width)
+            broken[start : start + count] = not_finite(decoded)[: len(part)]
             images[start : start + count] = pictures[: len(part)]
-        return images
+        return images, broken

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llamagen.finite import FiniteCheck, culprit, refusal
 from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
@@ -118,6 +120,29 @@ class Sampler:
         Raises:
             ValueError: if a label is outside the model's classes, a caption length outside 1 … C, the condition is that
                 of another kind of model, or types or shapes do not fit.
+            FloatingPointError: if some logits are not finite.
+        """
+        codes, check = self.unchecked(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
+        check()
+        return codes
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unchecked(
+        self,
+        condition: Condition,
+        config: SamplingConfig | Mapping[str, Any] | None = None,
+        *,
+        caption_lengths: Numbers | None = None,
+        seed: int = 0,
+        indices: Numbers | None = None,
+    ) -> tuple[Tensor, FiniteCheck]:
+        """As a call, but without waiting for the codes.
+
+        Arguments and errors are those of a call.
+
+        Returns:
+            The codes, and what waits for them and raises a ``FloatingPointError`` if some logits were not finite.
         """
         config, seed = as_config(config), as_whole(seed, "seed")
         condition = as_condition(self.gpt, condition)
@@ -125,7 +150,7 @@ class Sampler:
         numbers = as_numbers(indices, "indices", condition.device)
         indices = torch.arange(len(condition), device=condition.device) if numbers is None else numbers
         _check(self.gpt, condition, caption_lengths, indices)
-        codes = []
+        codes, broken = list[Tensor](), list[Tensor]()
         with self._one_at_a_time, _evaluating(self.gpt):
             self._follow()
             for start in range(0, len(condition), self.batch_size):
@@ -134,8 +159,37 @@ class Sampler:
                 rows = rows.clamp(max=len(condition) - 1)
                 lengths = None if caption_lengths is None else caption_lengths[rows]
                 drawn = self.decoder(condition[rows], config, lengths, seed, indices[rows])
-                codes.append(drawn[: len(condition) - start].clone())  # the next batch may use its memory
-        return torch.cat(codes) if codes else condition.new_empty((0, self.gpt.config.block_size), dtype=torch.int64)
+                for kept, found in ((codes, drawn), (broken, self.decoder.broken)):
+                    kept.append(found[: len(condition) - start].clone())  # the next batch may use its memory
+        if not codes:
+            codes = [condition.new_empty((0, self.gpt.config.block_size), dtype=torch.int64)]
+            broken = [condition.new_empty(0, dtype=torch.bool)]
+        together = torch.cat(codes)
+        return together, self._check_of(torch.cat(broken), together, condition, caption_lengths, indices)
+
+    def _check_of(
+        self, broken: Tensor, codes: Tensor, condition: Tensor, lengths: Tensor | None, indices: Tensor
+    ) -> FiniteCheck:
+        sharded, precision = is_sharded(self.gpt), str(compute_dtype(self.gpt)).removeprefix("torch.")
+        if sharded:  # its ranks wait for each other, so they stop together
+            anywhere = broken.any().int()
+            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+            broken = broken | anywhere.bool()
+
+        def score(row: int) -> None:
+            rows = torch.tensor([row, row], device=codes.device)
+            dropped = torch.tensor([False, True], device=codes.device)
+            some = None if lengths is None else lengths[rows]
+            with _evaluating(self.gpt):
+                self.gpt(codes[rows, :-1], condition[rows], caption_lengths=some, drop_condition=dropped)
+
+        def explain(rows: list[int]) -> FloatingPointError:
+            # Without the ranks that share the parameters no layer can be computed.
+            blame = culprit(self.gpt, None if sharded else partial(score, rows[0]))
+            numbers = [int(indices[row]) for row in rows]
+            return refusal("the logits of the autoregressive model are", precision, blame, numbers, len(broken))
+
+        return FiniteCheck(broken, explain)
 
 
 @contextmanager

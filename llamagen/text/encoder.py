@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from llamagen.finite import check_finite
 from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ class CaptionEncoder(nn.Module):
         self, name: str | Path = "google/flan-t5-xl", caption_length: int = 120, dtype: DTYPE = "bfloat16"
     ) -> None:
         super().__init__()
-        if caption_length < 1:
+        if not caption_length >= 1:
             raise ValueError(f"caption_length {caption_length} must be at least 1: a caption's end takes a position")
+        if caption_length % 1 != 0:
+            raise ValueError(f"caption_length {caption_length} must be a whole number")
         if dtype not in get_args(DTYPE):
             hint = "; T5's activations leave the range of float16" if "16" in str(dtype) else ""
             raise ValueError(f"dtype {dtype!r} of a caption encoder must be one of {', '.join(get_args(DTYPE))}{hint}")
@@ -125,6 +128,7 @@ class CaptionEncoder(nn.Module):
 
         Raises:
             ValueError: if they are no texts.
+            FloatingPointError: if features are not finite.
         """
         texts = _texts(captions)
         index = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -137,8 +141,16 @@ class CaptionEncoder(nn.Module):
             encoded = self._encode([tokens[row] for row in rows])
             features[torch.tensor(rows, device=self.device), : encoded.shape[1]] = encoded
         lengths = torch.tensor(whole, dtype=torch.int64, device=self.device)
+        features = features if len(index) == len(texts) else features[places]
+        check_finite(
+            f"the features of the caption encoder {self.name} are",
+            features,
+            str(self.dtype).removeprefix("torch."),
+            self.model,
+            lambda: [self._encode([tokens[row] for row in rows]) for rows in passes(list(map(len, tokens)))],
+        )
         return EncodedCaptions(
-            features if len(index) == len(texts) else features[places],
+            features,
             lengths.clamp(max=self.caption_length)[places],
             (lengths > self.caption_length)[places],
         )

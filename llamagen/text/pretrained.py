@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from llamagen.finite import broken_weight
+
 T = TypeVar("T")
 
 LONGEST_REASON = 300
@@ -64,6 +66,8 @@ def load_pretrained(
         )
         if missing := sorted(report["missing_keys"]):  # which transformers draws at random
             raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
+        if (broken := broken_weight(model)) is not None:
+            raise ValueError(f"its weight {broken} is not finite; get it again")
         return model, tokenizer, check(config, tokenizer, source, local)
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(_why_not(kind, source, local, error)) from error

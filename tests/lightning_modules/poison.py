@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 
 class Poison(pl.Callback):
-    """Puts a NaN into a picture of one training batch.
+    """Puts a NaN into a picture of one batch of training or prediction.
 
     Args:
         batch: number of the batch, from 0.
@@ -20,4 +20,8 @@ class Poison(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Poison the batch."""
         if batch_idx == self.batch and trainer.global_rank == self.rank:
-            batch["images"][0, 0, 0, 0] = float("nan")
+            batch["images"][0, ..., 0, 0, 0] = float("nan")
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """Poison the batch."""
+        self.on_train_batch_start(trainer, pl_module, batch, batch_idx)

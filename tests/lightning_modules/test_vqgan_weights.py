@@ -84,10 +84,16 @@ def test_what_does_not_fit_is_listed_and_nothing_is_trained(weights: State, tmp_
     assert "encoder.conv_in.weight is (1, 2) there and (32, 3, 3, 3) here" in message
 
 
-def test_a_discriminator_of_another_shape_is_refused(weights: State, tmp_path: Path) -> None:
+def test_a_discriminator_of_another_shape_is_refused_where_it_is_trained(
+    weights: State, pipeline: Pipeline, tmp_path: Path
+) -> None:
     torch.save({"model": weights, "discriminator": PatchGAN(4, 1).state_dict()}, tmp_path / "vq.pt")
+    module = vqgan_module(options={"init_from": tmp_path / "vq.pt"})
+    evaluator(limit_val_batches=1).validate(module, datamodule_for(module, pipeline), verbose=False)
+    assert_holds(module.vqgan, weights)
     with pytest.raises(ValueError, match=r"the discriminator of .*of another shape: main\.0\.weight is"):
-        vqgan_module(options={"init_from": tmp_path / "vq.pt"})
+        train(module, pipeline, tmp_path / "run", max_steps=1)
+    assert not (tmp_path / "run").exists()
 
 
 OTHER_LOSSES = {

@@ -347,9 +347,10 @@ def test_fewer_than_two_pictures_are_refused(name: str, count: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_no_numbers_are_refused(name: str, value: float) -> None:
     metric = begun(name)
-    metric.update(Features(torch.full((5, 12), value), logits=torch.full((5, 7), value)))
-    with pytest.raises(ValueError, match="some fake features are not finite; the extractor gives numbers that are"):
-        metric.compute()
+    with pytest.raises(FloatingPointError, match=r"features of the extractor \w+ are not finite \(precision float32\)"):
+        metric.update(Features(torch.full((5, 12), value), logits=torch.full((5, 7), value)))
+    with pytest.raises(FloatingPointError, match=r"are not finite in 1 of 5 examples \(first: number 3\)"):
+        metric.update(Features(*(torch.zeros(5, n).index_fill(0, torch.tensor(3), value) for n in (12, 3, 7))))
 
 
 def test_no_size_is_refused() -> None:

@@ -115,6 +115,19 @@ def test_no_text_is_too_odd(t5: CaptionEncoder, text: str) -> None:
     assert 1 <= lengths[0] <= 12
 
 
+def test_features_that_are_not_finite_stop_and_name_caption_and_weight(tmp_path: Path) -> None:
+    encoder = CaptionEncoder(save_tiny_t5(tmp_path), 12, "float32")
+    row = encoder.tokenizer("cat")["input_ids"][0]
+    encoder.model.shared.weight[row, 0] = float("nan")
+    said = r"^the features of the caption encoder .* are not finite in 1 of 2 examples \(first: number 1\) \(prec"
+    with pytest.raises(FloatingPointError, match=said):
+        encoder(["a dog", "a cat"])
+    assert encoder(["a dog"]).features.isfinite().all()
+    encoder.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be used: its weight .*shared\.weight is not finite; get it again"):
+        CaptionEncoder(tmp_path)
+
+
 @pytest.mark.parametrize("captions", ["a cat", ["a cat", None], [b"a cat"]])
 def test_what_is_no_list_of_texts_is_refused(t5: CaptionEncoder, captions: list[str]) -> None:
     with pytest.raises(ValueError) as error:

@@ -1,0 +1,87 @@
+"""Metrics raise where features, references or results are not finite; no number comes of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evaluation.classifier import train_classifier
+from evaluation.measurement import Measurement
+from llamagen.metrics import FID, KID, Features, PrecisionRecall
+from llamagen.metrics.classifier import ENTRY, Classifier, SmallClassifier
+from llamagen.metrics.frechet import frechet_distance
+from tests.datamodules.shard_files import grey_picture, write_shards
+from tests.metrics.extractors import SIZE, Everything, Projection, pictures
+
+NAN = float("nan")
+
+
+def test_a_broken_extractor_is_noticed_when_a_metric_is_made_and_at_each_batch() -> None:
+    extractor = Projection()
+    metric, measurement = FID(extractor, SIZE), Measurement(Everything(), SIZE, "generation")
+    with torch.no_grad():
+        extractor.linear.weight[0, 0] = NAN
+        measurement.extractor.linear.bias[2] = NAN  # type: ignore[union-attr,operator,index]
+    said = r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
+    for make in (lambda: metric.update(pictures(3, 0)), lambda: KID(extractor, SIZE)):
+        with pytest.raises(FloatingPointError, match=said):
+            make()
+    with pytest.raises(FloatingPointError, match=r"weight linear\.bias is not finite"):
+        measurement.update(pictures(3, 0))
+
+
+def test_a_picture_that_overflows_is_named() -> None:
+    class Squares(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)[:, :4].mul(1e30).square()
+
+    images = torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)
+    images[2, 0, 0, 0] = 200
+    with pytest.raises(FloatingPointError, match=r"in 1 of 4 examples \(first: number 2\)"):
+        FID(Squares(), SIZE).update(images)
+
+
+def test_references_that_are_not_finite_are_refused() -> None:
+    mean, covariance = torch.zeros(16), torch.eye(16)
+    rows: Any = torch.zeros(3, 16).index_fill(0, torch.tensor(1), NAN)
+    for bad in ((mean * NAN, covariance), (mean, covariance / 0)):
+        with pytest.raises(ValueError, match="of the reference are not finite; get or make it again"):
+            FID(Projection(), SIZE, bad)
+    for metric in (KID, PrecisionRecall):
+        with pytest.raises(ValueError, match="the reference has features that are not finite"):
+            metric(Projection(), SIZE, rows)
+    with pytest.raises(FloatingPointError, match=r"the covariance of features is not finite \(precision float64\)"):
+        frechet_distance(mean, covariance / 0, mean, covariance)
+
+
+def test_a_result_that_is_not_finite_is_no_result() -> None:
+    measurement = Measurement(Projection(), SIZE, "generation", name="real")
+    for real in (True, False):
+        measurement.add(Features(torch.full((3, 16), 3e38) * torch.rand(3, 1)), real=real)
+    measurement.metrics["kid"].compute = lambda: type("Found", (), {"mean": torch.tensor(NAN), "std": mean})  # type: ignore[method-assign]
+    mean = torch.tensor(0.0)
+    with pytest.raises(FloatingPointError, match=r"^gkid_Projection/real is nan \(precision float64\)"):
+        measurement.compute()
+
+
+def test_a_classifier_with_a_broken_weight_is_not_loaded(tmp_path: Path) -> None:
+    file, small = tmp_path / "a.safetensors", SmallClassifier(3, 8, 8)
+    facts = '{"name": "a", "num_classes": 3, "image_size": 8, "width": 8}'
+    save_file(small.state_dict(), file, {ENTRY: facts})
+    Classifier(file)
+    save_file({**load_file(file), "head.bias": torch.full((3,), NAN)}, file, {ENTRY: facts})
+    with pytest.raises(ValueError, match=r"is damaged: its weight head\.bias is not finite; train it again"):
+        Classifier(file)
+
+
+def test_a_classifier_that_diverges_leaves_no_file(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        samples = [(str(i), {"png": grey_picture(i * 9, 8), "cls": str(i % 2).encode()}) for i in range(8)]
+        write_shards(tmp_path / "data" / split, samples, per_shard=8)
+    out = tmp_path / "a.safetensors"
+    options: dict[str, Any] = {"image_size": 8, "width": 8, "batch_size": 4, "epochs": 4, "lr": 1e30}
+    with pytest.raises(FloatingPointError, match=r"^the loss is not finite at step \d of 8 .* smaller lr than 1e\+30"):
+        train_classifier(str(tmp_path / "data"), out, "small", **options)
+    assert not out.exists()
