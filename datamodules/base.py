@@ -1,6 +1,7 @@
 """The base of every DataModule that reads pictures or codes."""
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Collection
 from pathlib import Path
@@ -84,7 +85,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(f"max_bad_share is {max_bad_share}; it must lie between 0 and 1")
         if cache_gb <= 0:
             raise ValueError(f"cache_gb is {cache_gb}; it must be positive")
-        self.root = None if root is None else str(root)
+        self.root = None if root is None else os.path.expanduser(str(root))
         self.train, self.val, self.val_share = train, val, val_share
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share

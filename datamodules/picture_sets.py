@@ -1,6 +1,7 @@
 """Pictures to evaluate, of anybody's: a folder, shards, or one ADM-style array. B batch, H = W = the set's ``size``."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -163,6 +164,7 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    name = os.path.expanduser(name)
     path = Path(name)
     array = path.suffix in (".npz", ENDING) or (path.is_file() and path.suffix != ".tar")
     if not array or path.is_dir():

@@ -58,7 +58,7 @@ class SampleDataModule(RequestDataModule):
 
     def __init__(self, classes: int | list[int] | Path | str = 1000, per_class: int = 50, batch_size: int = 64) -> None:
         if isinstance(classes, (str, Path)):
-            labels = read_labels(Path(classes))
+            labels = read_labels(Path(classes).expanduser())
         else:
             labels = list(range(classes)) if isinstance(classes, int) else list(classes)
             if not labels or len(set(labels)) < len(labels) or not all(map(_is_label, labels)):

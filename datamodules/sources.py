@@ -1,5 +1,6 @@
 """What a user names as a data set, made out: folders of class folders, shards by path, pattern or address."""
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from datamodules.shards import (
 )
 
 SPLITS = ("train", "val")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass
@@ -77,10 +79,12 @@ def find_source(name: str | Sequence[str], hint: str, allow_pipe: bool = False) 
         if len(parts) == 1:
             return parts[0]
         return Source(f"{parts[0].name}, …", [shard for part in parts for shard in part.shards])
-    if not is_remote(name) and not name.endswith(".tar"):
-        return _find_folder(Path(name), hint)
-    # A command may hold braces of its own, which are no pattern.
-    shards = [name] if name.startswith(PIPE) else list(expand_urls(name))
+    if not is_remote(name):
+        name = os.path.expanduser(name)
+        if not name.endswith(".tar"):
+            return _find_folder(Path(name), hint)
+    # A command, or a path that exists, may hold braces and backslashes of its own, which are no pattern.
+    shards = [name] if name.startswith(PIPE) or os.path.isfile(name) else list(expand_urls(name))
     for address in shards:
         check_address(address, allow_pipe)
     return Source(name, shards)
@@ -93,6 +97,11 @@ def _find_folder(folder: Path, hint: str) -> Source:
         return Source(str(folder), shards)
     if classes := class_folders(folder):
         return Source(str(folder), folder=folder, classes=classes)
+    if packed := sorted(path for path in folder.iterdir() if path.name.endswith(PACKED)):
+        raise ValueError(
+            f"{packed[0]} is compressed, but samples are read by their place in a shard; unpack it to "
+            f"{packed[0].name.split('.')[0]}.tar (images do not get smaller by it)"
+        )
     raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {hint}")
 
 

@@ -13,6 +13,9 @@ from datamodules.bad_samples import Skipped
 from datamodules.index import EXTENSIONS, NO_LABEL, OTHER_PICTURES, PICTURES, WRONG_LABEL, SampleIndex, Strings
 
 MOST_LABEL_BYTES = 32
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""By the first bytes of a file."""
+MOST_MAGIC = 8
 
 
 class _Rows:
@@ -46,9 +49,16 @@ def index_shard(path: Path) -> SampleIndex:
     rows = _Rows()
     try:
         with path.open("rb") as file:
+            start = file.read(MOST_MAGIC)
+            file.seek(0)
             fault = _read_headers(file, rows)
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
+    if kind := next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None):
+        raise ValueError(
+            f"shard {path} is compressed ({kind}), but samples are read by their place in it; unpack it (images do not "
+            "get smaller by compression)"
+        )
     bad = []
     if fault:
         lost = rows.half

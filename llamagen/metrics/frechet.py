@@ -21,11 +21,15 @@ class FID(PictureMetric):
         reference: mean (F,) and covariance (F, F) of the real pictures, if they are known; else these are shown to
             ``update``.
 
+    Attributes:
+        seen: how many images the last :meth:`compute` compared, over all ranks.
+
     Raises:
         ValueError: if the extractor is none, or the reference has another number of features.
     """
 
     symbol = "fid"
+    seen = 0
     real_sum: Tensor
     real_outer: Tensor
     real_count: Tensor
@@ -81,6 +85,7 @@ class FID(PictureMetric):
         Raises:
             ValueError: if a side has fewer than two pictures.
         """
+        self.seen = int(self.fake_count)
         fake = self.statistics(real=False)
         real = self.statistics(real=True) if self.reference is None else self.reference
         mean, covariance = (part.to(fake[0].device) for part in real)
