@@ -1,6 +1,7 @@
 """The base of every DataModule that reads pictures or codes."""
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Collection
 from pathlib import Path
@@ -101,7 +102,7 @@ class ShardDataModule(pl.LightningDataModule):
         for name, value in (("root", root), ("train", train), ("val", val)):
             if value is not None and not str(value).strip():
                 raise ValueError(f"{name} is {str(value)!r}; {self.hint}")
-        self.root = None if root is None else str(root)
+        self.root = None if root is None else os.path.expanduser(str(root))
         self.train, self.val, self.val_share = train, val, val_share
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share

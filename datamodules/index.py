@@ -5,6 +5,7 @@ torchdata's stateful loader returns to a place only on the same number of ranks 
 by an index of their headers, and a sample is a number.
 """
 
+import errno
 import json
 import os
 from collections import OrderedDict
@@ -39,6 +40,7 @@ MAX_CLASSES = 1_000_000
 """A class number from here on is taken for a mistake: a model has weights for each class up to the highest number."""
 MOST_TEXT_BYTES = 1 << 20
 MOST_OPEN_FILES = 128
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class Strings(Sequence[str]):
@@ -90,20 +92,43 @@ class OpenFiles:
         """The descriptor of a file."""
         descriptor = self._descriptors.get(path)
         if descriptor is None:
-            descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY)
+            descriptor = self._descriptors[path] = self.open_another(path)
             if len(self._descriptors) > MOST_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         else:
             self._descriptors.move_to_end(path)
         return descriptor
 
+    def open_another(self, path: str) -> int:
+        """A descriptor of its own for a file; where there are too many, after closing those that are kept here.
+
+        Raises:
+            OSError: if it cannot be opened.
+        """
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in TOO_MANY_OPEN:
+                raise
+            self.close()
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in TOO_MANY_OPEN:
+                raise OSError(error.errno, "too many open files; raise the limit by ulimit -n", path) from error
+            raise
+
+    def close(self) -> None:
+        """Close all that are kept open; they are opened again when they are needed."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
     def read(self, path: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, fewer if the file ends before."""
         return os.pread(self.open(path), size, offset)
 
     def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self.close()
 
     def __reduce__(self) -> Any:  # a copy in another process opens files of its own
         return OpenFiles, ()
@@ -139,6 +164,7 @@ class Sample(NamedTuple):
 
         Raises:
             BadSampleError: if it is missing, empty or cut off.
+            OSError: if this process may not open more files.
         """
         if extension not in self.members:
             raise BadSampleError(
@@ -148,11 +174,13 @@ class Sample(NamedTuple):
         path, offset, size = self.members[extension]
         try:
             if size < 0:
-                with open(path, "rb") as file:
+                with os.fdopen(self.files.open_another(path), "rb") as file:
                     data = file.read()
             else:
                 data = self.files.read(path, offset, size)
         except OSError as error:
+            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the sample
+                raise
             raise BadSampleError(
                 "empty file", f"sample {self.key} of {self.source} cannot be read ({error})"
             ) from error

@@ -1,6 +1,7 @@
 """Pictures to evaluate, of anybody's: a folder, shards, or one ADM-style array. B batch, H = W = the set's ``size``."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -173,6 +174,7 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
         raise ValueError(f"image_size is {image_size}; it must be at least 1")
     if not str(name):
         raise ValueError(f"the name of the pictures is empty; {HINT}")
+    name = os.path.expanduser(name)
     path = Path(name)
     array = path.suffix in (".npz", ENDING) or (path.is_file() and path.suffix != ".tar")
     if not array or path.is_dir():

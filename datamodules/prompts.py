@@ -147,7 +147,7 @@ class PromptDataModule(RequestDataModule):
         if isinstance(prompts, str) and prompts.lstrip().startswith("["):
             prompts = _read_list(prompts)
         if isinstance(prompts, (str, Path)):
-            table = read_prompts(Path(prompts), column)
+            table = read_prompts(Path(prompts).expanduser(), column)
         else:
             if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ValueError(f"prompts is {str(prompts)[:200]}; {HINT}")

@@ -61,7 +61,7 @@ class SampleDataModule(RequestDataModule):
 
     def __init__(self, classes: int | list[int] | Path | str = 1000, per_class: int = 50, batch_size: int = 64) -> None:
         if isinstance(classes, (str, Path)):
-            labels = read_labels(Path(classes))
+            labels = read_labels(Path(classes).expanduser())
         else:
             if isinstance(classes, int) and classes > MAX_CLASSES:
                 raise ValueError(f"classes is {classes}; it must be at most {MAX_CLASSES}")

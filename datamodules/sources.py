@@ -1,5 +1,6 @@
 """What a user names as a data set, made out: folders of class folders, shards by path, pattern or address."""
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from datamodules.shards import (
     read_meta,
     shard_notes,
 )
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass
@@ -91,10 +94,12 @@ class Finder:
             return Source(f"{parts[0].name}, …", [shard for part in parts for shard in part.shards])
         if not name.strip():
             raise ValueError(f"the name of the data is empty; {self.hint}")
-        if not is_remote(name) and not name.endswith(".tar"):
-            return self.folder(Path(name))
-        # A command may hold braces of its own, which are no pattern.
-        shards = [name] if name.startswith(PIPE) else list(expand_urls(name))
+        if not is_remote(name):
+            name = os.path.expanduser(name)
+            if not name.endswith(".tar"):
+                return self.folder(Path(name))
+        # A command, or a path that exists, may hold braces and backslashes of its own, which are no pattern.
+        shards = [name] if name.startswith(PIPE) or os.path.isfile(name) else list(expand_urls(name))
         for address in shards:
             check_address(address, self.allow_pipe)
         return Source(name, shards)
@@ -121,6 +126,11 @@ class Finder:
             )
         if names := FolderWalk(folder, self.run_folder).folders():
             raise ValueError(f"the folders in {folder} hold no samples: no image is in {names[0]}; {self.hint}")
+        if packed := sorted(path for path in folder.iterdir() if path.name.endswith(PACKED)):
+            raise ValueError(
+                f"{packed[0]} is compressed, but samples are read by their place in a shard; unpack it to "
+                f"{packed[0].name.split('.')[0]}.tar (images do not get smaller by it)"
+            )
         raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {self.hint}")
 
     def splits(self, root: str) -> tuple[dict[str, Any], dict[str, Source]]:

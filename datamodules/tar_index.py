@@ -25,6 +25,9 @@ MOST_LABEL_BYTES = 32
 MARK = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which some editors write."""
 KNOWN = frozenset({*EXTENSIONS, *OTHER_PICTURES})
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""By the first bytes of a file."""
+MOST_MAGIC = 8
 
 
 def index_shard(path: Path) -> SampleIndex:
@@ -41,9 +44,16 @@ def index_shard(path: Path) -> SampleIndex:
     found = TarSamples(str(path))
     try:
         with path.open("rb") as file:
+            start = file.read(MOST_MAGIC)
+            file.seek(0)
             fault, half = _read_headers(file, found)
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
+    if kind := next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None):
+        raise ValueError(
+            f"shard {path} is compressed ({kind}), but samples are read by their place in it; unpack it (images do not "
+            "get smaller by compression)"
+        )
     bad = []
     if fault:
         bad.append(Skipped(-1, found.lose(half), "truncated shard", f"shard {path} {fault}; write it again"))

@@ -191,7 +191,7 @@ def _reference(
 
 
 def _holds_statistics(source: str) -> bool:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:

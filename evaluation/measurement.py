@@ -1,5 +1,7 @@
 """All that is measured of pictures, in one pass of the extractor. B pictures of H × W pixels."""
 
+from typing import cast
+
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from datamodules.image_content import ImageContent
 from evaluation.reference import Purpose, Reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
 from llamagen.metrics.inception import Inception
+from llamagen.metrics.inception_score import SplitStatistics
 from llamagen.metrics.picture_metric import PictureMetric
 
 PREFIX = {"generation": "g", "reconstruction": "r"}
@@ -149,6 +152,10 @@ class Measurement:
                     raise
                 rank_zero_warn(f"{name} is left out: {error}")
                 continue
+            if name == "fid":
+                self._warn_of_few_images()
+            if name == "inception_score":
+                found = self._unsorted(found)
             if name == "precision_recall":
                 note("precision", found.precision)
                 note("recall", found.recall)
@@ -158,6 +165,26 @@ class Measurement:
                 note(name, found.mean)
                 note(f"{name}_std", found.std)
         return numbers
+
+    def _warn_of_few_images(self) -> None:
+        fid = cast(FID, self.metrics["fid"])
+        if fid.seen < fid.width:
+            rank_zero_warn(
+                f"{fid.seen} images are fewer than the {fid.width} features of {extractor_name(self.extractor)}, which "
+                "makes FID far too large; compare it only with one of equally many images, or measure more "
+                "(publications take 50,000)"
+            )
+
+    def _unsorted(self, found: SplitStatistics) -> SplitStatistics:
+        """The Inception Score that people mean: of images in random order."""
+        shuffled = cast(InceptionScore, self.metrics["inception_score"]).shuffled
+        if shuffled is None:
+            return found
+        rank_zero_warn(
+            f"the images seem to be sorted by class: in their order the Inception Score is {found.mean:.4g}, as each "
+            f"of its splits has some classes only; {shuffled.mean:.4g} is given, that of a random order"
+        )
+        return shuffled
 
     def reset(self) -> None:
         """Forget all pictures."""

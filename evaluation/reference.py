@@ -164,7 +164,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
     Raises:
         ValueError: in one line, if there is no such file, or it holds no statistics.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no reference {path}; make one with python -m evaluation reference")
     try:

@@ -283,6 +283,7 @@ class GenerativeModule(pl.LightningModule):
         """
         check_fits(checkpoint, self.generator)
         _reopen_epoch(checkpoint)
+        _close_epoch(checkpoint)
         self._count_batches_anew(checkpoint)
         self._step_seed = checkpoint[ENTRY]["step_seed"]
         if self.trainer.state.fn != "fit" and "loops" in checkpoint:  # else Lightning restores it
@@ -315,3 +316,22 @@ def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
         for span in ("total", "current"):
             epochs = loop["epoch_progress"][span]
             epochs["processed"] = epochs["completed"] = epochs["ready"] - 1
+
+
+def _close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that was saved at the end of an epoch resume with the first batch of the next one.
+
+    Where no validation has run in that epoch (``check_val_every_n_epoch``, ``limit_val_batches: 0``), and ``max_steps``
+    is given, Lightning would train one batch of the next epoch, count it to the one before, and leave out the rest.
+    """
+    if "loops" not in checkpoint:  # weights only
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    batch, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    batch_is_done = batch["is_last_batch"] and batch["total"]["completed"] == batch["total"]["ready"]
+    if not batch_is_done or epochs["total"]["processed"] < epochs["total"]["ready"]:
+        return
+    for span in ("total", "current"):
+        epochs[span]["completed"] = epochs[span]["ready"]
+    batch["current"] = dict.fromkeys(batch["current"], 0)
+    batch["is_last_batch"] = False

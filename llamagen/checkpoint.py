@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
     Raises:
         ValueError: in one line, if there is no such file or it is something else.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
     checkpoint = read_torch_file(path, wanted)

@@ -21,7 +21,8 @@ from llamagen.sharded_checkpoint import META_FILE, is_sharded_checkpoint, not_mo
 ENTRY = "llamagen"
 EMA_STATE = "ema"
 LAYOUTS = ("model", "module", "state_dict")
-WRAPPERS = ("module.", "_orig_mod.")
+PARALLEL, COMPILED = "module.", "_orig_mod."
+"""What DDP puts in front of names, and torch.compile in front of those of a compiled module."""
 DERIVED = "freqs_cis"
 """The rotary table, which some published files store."""
 ZIP = b"PK\x03\x04"
@@ -66,7 +67,7 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     Raises:
         ValueError: in one line, if there is no such file, it is damaged, needs code to be read, or holds no weights.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a file of weights")
     if path.suffix == ".safetensors":
@@ -206,9 +207,9 @@ def _entries(state: Any, path: Path) -> dict[str, Tensor]:
     """Entries under their published names: without the prefix of a wrapper and the rotary table."""
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds no weights by name where they are looked for; give another file")
-    for wrapper in WRAPPERS * 2:  # either may be inside of the other
-        if all(name.startswith(wrapper) for name in state):
-            state = below(wrapper, state)
+    state = {name.replace(COMPILED, ""): value for name, value in state.items()}  # also of a compiled part alone
+    while all(name.startswith(PARALLEL) for name in state):
+        state = below(PARALLEL, state)
     state = {name: value for name, value in state.items() if name != DERIVED}
     junk = [name for name, value in state.items() if not _is_dense(value)]
     if junk:

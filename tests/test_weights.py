@@ -63,6 +63,8 @@ def training_checkpoint(state: State, **changes: Any) -> dict[str, Any]:
         lambda state: prefixed(state, "_orig_mod."),
         lambda state: {"model": prefixed(state, "module._orig_mod.")},
         lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+        # A part that was compiled by itself.
+        lambda state: {"model": {name.replace("encoder.", "encoder._orig_mod."): each for name, each in state.items()}},
         lambda state: {"model": {**state, "freqs_cis": torch.zeros(3)}},
         lambda state: {"model": prefixed({**state, "freqs_cis": torch.zeros(3)}, "module.")},
     ],

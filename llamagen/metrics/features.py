@@ -107,7 +107,10 @@ def refuse_other_than_pictures(images: Tensor) -> None:
         ValueError: if they are not.
     """
     if not isinstance(images, Tensor):
-        raise ValueError(f"pictures must be a tensor, uint8 of shape (B, 3, H, W), not {type(images).__name__}")
+        raise ValueError(
+            f"pictures must be one tensor, uint8 of shape (B, 3, H, W), not a {type(images).__name__}; of a list make "
+            "one with torch.stack, of an array with torch.from_numpy"
+        )
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
             f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}"

@@ -22,11 +22,15 @@ class FID(PictureMetric):
         reference: mean (F,) and covariance (F, F) of the real pictures, if they are known; else these are shown to
             ``update``.
 
+    Attributes:
+        seen: how many images the last :meth:`compute` compared, over all ranks.
+
     Raises:
         ValueError: if the extractor is none, or the reference has another number of features or is not finite.
     """
 
     symbol = "fid"
+    seen = 0
     real_sum: Tensor
     real_outer: Tensor
     real_count: Tensor
@@ -84,6 +88,7 @@ class FID(PictureMetric):
         Raises:
             ValueError: if a side has fewer than two pictures.
         """
+        self.seen = int(self.fake_count)
         fake = self.statistics(real=False)
         real = self.statistics(real=True) if self.reference is None else self.reference
         mean, covariance = (part.to(fake[0].device) for part in real)

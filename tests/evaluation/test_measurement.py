@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datamodules.picture_sets import open_pictures
 from evaluation.measurement import Measurement, name_of
 from evaluation.reference import Reference, make_reference
-from llamagen.metrics import FID, KID, SFID, InceptionScore, PrecisionRecall, extractor_checksum
+from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extractor_checksum
 from tests.evaluation.sets import FakeInception, write_npz
 from tests.metrics.extractors import SIZE, Everything, Projection, pictures
 
@@ -184,3 +184,40 @@ def test_a_model_whose_images_are_all_the_same_is_warned_of_once(
     measurement.update(pictures(4, 0), torch.arange(4))
     measurement.compute()
     assert len([warning for warning in recwarn if "says little" in str(warning.message)]) == 1
+
+
+class ByClass(nn.Module):
+    """An extractor that reads the class off a corner, and is not quite sure."""
+
+    name = "by-class"
+
+    def forward(self, images: Tensor) -> Features:
+        logits = (
+            4.0 * nn.functional.one_hot(images[:, 0, 0, 0].long(), 8).float() + images[:, :, 1, 1].mean(1, True) / 255
+        )
+        return Features(images[:, :, 0].flatten(1), logits=logits + torch.eye(8)[images[:, 1, 1, 1].long() % 8])
+
+
+def test_images_that_are_sorted_by_class_have_the_inception_score_of_a_random_order() -> None:
+    images = pictures(400, 1)
+    images[:, 0, 0, 0] = torch.arange(8).repeat_interleave(50)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(5))
+    found = {}
+    for name, some in (("sorted", images), ("random", images[order])):
+        measurement = Measurement(ByClass(), SIZE, "generation")
+        measurement.update(images, real=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found[name] = measured(measurement, some)["inception_score_by-class"]
+        sorted_images = [each for each in seen if "seem to be sorted by class" in str(each.message)]
+        assert len(sorted_images) == (name == "sorted")
+    assert found["sorted"] == pytest.approx(found["random"], rel=0.03)
+    alone = InceptionScore(ByClass(), SIZE)
+    alone.update(images)
+    assert alone.compute().mean < 0.5 * found["random"]  # what ADM's evaluation gives
+
+
+def test_fewer_images_than_features_are_warned_of(reference: Reference) -> None:
+    measurement = Measurement(FakeInception(), SIZE, "generation", reference)
+    with pytest.warns(UserWarning, match="12 images are fewer than the 16 features of inception, which makes FID"):
+        measured(measurement, pictures(12, 1))

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.base import GenerativeModule
 from tests.lightning_modules.runs import argen_module, state_of, train, vqgan_module
@@ -107,6 +108,33 @@ def test_a_stopped_run_goes_on_to_the_end_of_its_last_epoch(
     assert (trainer.global_step, trainer.current_epoch) == (expected.global_step, 2)
     state, whole_state = state_of(resumed, trainer), state_of(whole, expected)
     assert [name for name in whole_state if not torch.equal(state[name], whole_state[name])] == []
+
+
+class Seen(pl.Callback):
+    """Notes the epoch, the place and the first image of each training batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, str]] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append((trainer.current_epoch, batch_idx, batch["keys"][0]))
+
+
+def test_a_run_saved_at_the_end_of_an_epoch_without_validation_resumes_with_the_next_epoch(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    # Lightning would train one batch of the next epoch, count it to the one before, and leave out the rest.
+    whole, resumed, options = Seen(), Seen(), {"check_val_every_n_epoch": 3}
+    train(argen_module(), pipeline, tmp_path / "whole", whole, max_epochs=2, **options)
+    ends = ModelCheckpoint(tmp_path / "ends", monitor="step", mode="max", save_last=True, save_on_train_epoch_end=True)
+    train(argen_module(), pipeline, tmp_path / "first", ends, max_epochs=1, **options)
+    train(
+        argen_module(), pipeline, tmp_path / "second", resumed, ckpt_path=tmp_path / "ends/last.ckpt", max_steps=16,
+        **options,
+    )  # fmt: skip
+    assert resumed.batches == whole.batches[8:]
 
 
 def test_runs_of_different_seeds_differ(pipeline: Pipeline, tmp_path: Path) -> None:
