@@ -40,8 +40,8 @@ class LlamaGenCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stopping = StopOnSignal()
-        always = {"callbacks": [self.stopping, StartChecks()]}
-        super().__init__(*args, **kwargs, parser_class=Parser, trainer_defaults=always)
+        settings = {"parser_class": Parser, "trainer_defaults": {"callbacks": [self.stopping, StartChecks()]}}
+        super().__init__(*args, **{**settings, **kwargs})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that does not take `max_epoch` for `max_epochs`, and resolves `${…}` when all files are merged."""

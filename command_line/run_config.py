@@ -66,7 +66,7 @@ class RunConfig(SaveConfigCallback):
                 logger.log_hyperparams(settings)
         text = yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
         with whole_file(self._path(trainer)) as temporary:
-            temporary.write_text(f"# {self.parser.dump_header[0]}\n{text}")
+            temporary.write_text(f"# lightning.pytorch=={pl.__version__}\n{text}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the folders that a logger has made for a run that did not start."""

@@ -34,7 +34,7 @@ class StartChecks(pl.Callback):
 
 def _folders(trainer: pl.Trainer) -> Iterable[Path]:
     places = [trainer.default_root_dir]
-    places += [each.dirpath for each in trainer.checkpoint_callbacks if getattr(each, "dirpath", None)]
+    places += [getattr(each, "dirpath", None) or trainer.default_root_dir for each in trainer.checkpoint_callbacks]
     places += [logger.save_dir for logger in trainer.loggers if logger.save_dir]
     return [Path(os.path.abspath(place)) for place in dict.fromkeys(places) if "://" not in str(place)]
 
@@ -63,7 +63,7 @@ def _may_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def check_monitors(trainer: Any, module: pl.LightningModule) -> None:
     """Refuse callbacks that monitor what nothing logs.
 
     Args:
@@ -97,7 +97,7 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
 
 
-def check_space(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def check_space(trainer: Any, module: pl.LightningModule) -> None:
     """Refuse a disk that is too full for a single checkpoint.
 
     Args:
@@ -130,10 +130,10 @@ def checkpoint_bytes(module: pl.LightningModule, averaged: bool) -> int:
         module: that is trained.
         averaged: whether the generator's weights are averaged (EMA).
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    weights: int = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    trained: int = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     generator = getattr(module, "generator", None)
-    mean = (
+    mean: int = (
         sum(p.numel() for p in generator.parameters() if p.requires_grad) if averaged and generator is not None else 0
     )
     return weights + 4 * (2 * trained + mean)
