@@ -124,7 +124,13 @@ class SampleGrid(pl.Callback):
         self._validations = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out now, not at the first validation, that the module cannot draw these pictures."""
+        """Find out now, not at the first validation, that the module cannot draw these pictures.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if not hasattr(pl_module, "check_sampling"):
+            raise ValueError(f"{type(pl_module).__name__} samples no images; leave SampleGrid out of trainer.callbacks")
         cast(Samples, pl_module).check_sampling([] if self.prompts else self.classes, self.prompts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """LightningCLI as this project uses it."""
 
+import sys
 import warnings
 from contextlib import nullcontext
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -15,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 import datamodules  # noqa: F401  makes the classes known by their short names
 from callbacks import StopOnSignal
 from command_line.run_config import RunConfig
-from command_line.start_checks import StartChecks
+from command_line.start_checks import StartChecks, check_places
 from lightning_modules import (
     ARGenModule,
     CheckpointFiles,
@@ -98,6 +102,7 @@ class LlamaGenCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         use_metrics_logger(trainer)
+        check_places(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -146,6 +151,24 @@ def _is_frozen(class_path: str | None) -> bool:
     return bool(module) and getattr(getattr(import_module(module), name), "is_frozen", False)
 
 
+def _check_config_files(args: list[str] | dict[str, Any]) -> None:
+    """Name a file that is no YAML: what reads it later tells the line alone.
+
+    Raises:
+        ValueError: in one line.
+    """
+    words = [word for arg in args for word in arg.split("=", 1)] if isinstance(args, list) else []
+    for option, name in pairwise(words):
+        if option in ("-c", "--config") and Path(name).is_file():
+            try:
+                holds_settings = isinstance(yaml.safe_load(Path(name).read_text()), dict | None)
+                problem = "" if holds_settings else "it holds no settings"
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                problem = str(error)
+            if problem:
+                raise ValueError(f"--config {name} cannot be read as YAML ({problem}); give a configuration file")
+
+
 def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     """Run a stage.
 
@@ -156,6 +179,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     # `${trainer.default_root_dir}` in a YAML file means the key of the same stage, `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    _check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(
         pl.LightningModule,
         pl.LightningDataModule,

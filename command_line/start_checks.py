@@ -25,11 +25,22 @@ class StartChecks(pl.Callback):
         Raises:
             ValueError: in one line, with the option.
         """
-        for folder in _folders(trainer):
-            check_writable(folder)
         if stage == "fit":
             check_monitors(trainer, pl_module)
             check_space(trainer, pl_module)
+
+
+def check_places(trainer: pl.Trainer) -> None:
+    """Refuse a run's folder, or one of checkpoints or logs, that cannot be made or written to.
+
+    Args:
+        trainer: before its loggers make their folders.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for folder in _folders(trainer):
+        check_writable(folder)
 
 
 def _folders(trainer: pl.Trainer) -> Iterable[Path]:

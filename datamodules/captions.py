@@ -98,9 +98,10 @@ class CaptionDataModule(ShardDataModule):
 
     def _check(self, stage: str | None) -> None:
         if stage != "predict":
+            name = getattr(stage, "value", stage)
             raise ValueError(
-                f"CaptionDataModule is for predict, which writes features of captions, not for {stage}; train on what "
-                "it wrote, with CodeDataModule"
+                f"CaptionDataModule is for predict, which writes features of captions, not for {name}; train on what it "
+                "wrote, with CodeDataModule"
             )
 
     def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CaptionDataset:

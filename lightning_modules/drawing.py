@@ -130,7 +130,7 @@ class DrawingModule(GenerativeModule):
         if unknown := [label for label in classes if not 0 <= label < self.gpt.config.num_classes]:
             raise ValueError(
                 f"class {unknown[0]} was asked for, but the model knows the classes 0 to "
-                f"{self.gpt.config.num_classes - 1}; ask for fewer classes"
+                f"{self.gpt.config.num_classes - 1}; ask for fewer classes, or set its num_classes"
             )
         if self._text is not None and prompts:
             _ = self._text.encoder

@@ -21,6 +21,7 @@ PHRASES = (
     (r"Expected an? <class '(\w+)'>", r"must be of type \1"),
     (r"Expected a typing\.Literal\[(.+)\]", r"must be one of \1"),
     (r"Key '([^']+)' is not expected", r"has no option \1"),
+    (r"Option '([^']+)' is not accepted", r"has no option \1"),
     (r"Group '[^']*' does not accept option '([^']+)'", r"has no option \1"),
     (r"Problem with given class_path '[^']*':", ""),
 )

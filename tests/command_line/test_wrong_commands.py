@@ -1,0 +1,185 @@
+"""Wrong commands of every stage end in one line that names the option or the value, and leave no run behind.
+
+Those of the other tools are in ``tests/test_wrong_commands_of_tools.py``.
+"""
+
+from pathlib import Path
+
+import pytest
+
+import main
+from llamagen.command import fault_of
+from tests.pipeline import Pipeline
+
+DATA, MODEL, CALLBACK = "--data.init_args", "--model.init_args", "--trainer.callbacks"
+
+
+def with_callback(name: str, *arguments: str) -> str:
+    return " ".join([f"{CALLBACK}+={name}", *(f"{CALLBACK}.{argument}" for argument in arguments)])
+
+
+# By stage, as they follow a command that is right: what is added, and what the message says.
+FIT_TOKENIZER = {
+    f"{DATA}.root={{tmp}}/nowhere": "nowhere",
+    f"{DATA}.root={{tmp}}/flat": "flat",
+    f"{DATA}.root={{tmp}}/empty": "empty",
+    f"{DATA}.root={{tmp}}/file": "file",
+    f"{DATA}.train={{tmp}}/nowhere": "nowhere",
+    f"{DATA}.val=s4://bucket/x.tar": "s4://bucket/x.tar",
+    f"{DATA}.image_size=31": "image_size is 31",
+    f"{DATA}.image_size=0": "image_size is 0",
+    f"{DATA}.image_size=large": "data.image_size: must be of type int, not large",
+    f"{DATA}.batch_size=0": "batch_size is 0",
+    f"{DATA}.num_workers=-1": "num_workers is -1",
+    f"{DATA}.val_share=1.5": "val_share is 1.5",
+    f"{DATA}.max_bad_share=-1": "max_bad_share is -1",
+    f"{DATA}.seed=-1": "seed is -1",
+    f"{DATA}.resampled_epoch=0": "resampled_epoch is 0",
+    f"{DATA}.cache_gb=0": "cache_gb is 0",
+    f"{DATA}.views=five": "data.views",
+    f"{DATA}.crop_ranges=[0.5]": "crop_ranges is [0.5]",
+    f"{DATA}.remainder=throw": "data.remainder",
+    f"{DATA}.folder=x": "has no option folder",
+    f"{MODEL}.net.codebook_size=131072": "codebook_size is 131072",
+    f"{MODEL}.net.channels=-8": "channels is -8",
+    f"{MODEL}.loss.adversarial_start=-1": "adversarial_start is -1",
+    f"{MODEL}.loss.perceptual_weight=1 {MODEL}.lpips_weights={{tmp}}/file": "LPIPS needs at least 16",
+    f"{MODEL}.init_from={{tmp}}/file": "file",
+    f"{MODEL}.init_from=nowhere.pt": "nowhere.pt",
+    f"{MODEL}.optimizer.lr=0": "lr is 0",
+    f"{MODEL}.revive_codes_every=-1": "revive_codes_every is -1",
+    f"{MODEL}.augmentation=[flip]": "model.augmentation",
+    "--trainer.val_check_interval=1000 --trainer.max_steps=-1 --trainer.max_epochs=1": "trainer.val_check_interval",
+    "--trainer.accelerator=gpu": "trainer.accelerator is gpu",
+    "--trainer.accelerator=quantum": "quantum",
+    "--trainer.precision=8-bit": "trainer.precision",
+    "--trainer.strategy=magic": "magic",
+    "--trainer.strategy=sharded": "trainer.strategy",
+    "--trainer.devices=0": "devices",
+    "--trainer.max_steps=-2": "max_steps",
+    "--trainer.gradient_clip_val=x": "trainer.gradient_clip_val",
+    "--trainer.default_root_dir={tmp}/file/run": "not a folder",
+    "--ckpt_path={tmp}/file": "file",
+    "--ckpt_path={argen}": "holds a GPT, but a VQGAN is to be loaded",
+    "--config={tmp}/nowhere.yaml": "nowhere.yaml",
+    "--config={tmp}/file": "file",
+    with_callback("ModelCheckpoint", "monitor=val/psmr", "mode=max"): "monitor is 'val/psmr'",
+    with_callback("ModelCheckpoint", "monitor=val/psnr", "mode=up"): "mode",
+    with_callback("ReconstructionGrid", "count=0"): "count is 0",
+    with_callback("EMA", "decay=1.5"): "decay is 1.5",
+    with_callback("Requeue", "signal=SIGNONE"): "SIGNONE",
+    with_callback("FIDMonitor", "reference={tmp}/nowhere.npz"): "nowhere.npz",
+    with_callback("FIDMonitor", "reference={tmp}/file"): "file",
+    with_callback("FIDMonitor", "count=1"): "count is 1",
+    with_callback("FIDMonitor", "picture_size=0"): "picture_size is 0",
+    with_callback("SampleGrid"): "SampleGrid",
+    with_callback("NoSuchCallback"): "no class NoSuchCallback is known",
+    with_callback("CompiledSampling", "batch_size=0"): "batch_size is 0",
+}
+FIT_ARGEN = {
+    f"{DATA}.root={{tmp}}/nowhere": "nowhere",
+    f"{DATA}.short_caption_share=2": "short_caption_share is 2",
+    f"{MODEL}.net.block_size=64": "block_size",
+    f"{MODEL}.net.block_size=15": "block_size",
+    f"{MODEL}.net.num_classes=4": "num_classes",
+    f"{CALLBACK}=[] {MODEL}.net.num_classes=4": "the codes have 10 classes",
+    f"{MODEL}.net.vocab_size=16": "vocab_size",
+    f"{MODEL}.net.dim=30": "dim 30",
+    f"{MODEL}.net.n_layer=many": "model.net.n_layer: must be of type int, not many",
+    f"{MODEL}.tokenizer={{tmp}}/file": "file",
+    f"{MODEL}.tokenizer={{argen}}": "GPT",
+    f"{MODEL}.max_grad_norm=0": "max_grad_norm is 0",
+    f"{MODEL}.sampling.top_p=1.5": "top_p is 1.5",
+    f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
+    f"{MODEL}.loss.label_smoothing=2": "label_smoothing is 2",
+    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is to be loaded",
+    f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
+    with_callback("SampleGrid", "per_class=0"): "per_class 0",
+    with_callback("ReconstructionGrid"): "ReconstructionGrid",
+    with_callback("CodebookHistogram"): "CodebookHistogram",
+    with_callback("Throughput", "peak_tflops=0"): "peak_tflops is 0",
+    with_callback("FIDMonitor"): "reference",
+    with_callback("CodeWriter", "samples_per_shard=0"): "samples_per_shard is 0",
+}
+PREDICT_ARGEN = {
+    f"{DATA}.classes=[99]": "class 99",
+    f"{DATA}.classes=0": "classes is 0",
+    f"{DATA}.classes=[1,1]": "classes is [1, 1]",
+    f"{DATA}.per_class=0": "per_class is 0",
+    f"{DATA}.batch_size=0": "batch_size 0",
+    f"{MODEL}.picture_size=0": "picture_size is 0",
+    f"{MODEL}.sampling.temperature=-1": "temperature is -1",
+    f"{MODEL}.tokenizer=null": "model.init_args.tokenizer",
+    "--data=PromptDataModule --data.prompts=[a]": "prompts were asked for",
+    "--data=PromptDataModule --data.prompts={tmp}/nowhere.tsv": "nowhere.tsv",
+    "--data=PromptDataModule --data.prompts=[a] --data.per_prompt=0": "per_prompt is 0",
+    "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",
+    "--ckpt_path=null": "predict needs a trained model",
+    with_callback("ImageWriter", "grid_columns=0"): "the grid is",
+    with_callback("FeatureWriter", "dtype=int8"): "dtype",
+    "--trainer.default_root_dir={samples}": "already holds samples",
+}
+VALIDATE_TOKENIZER = {
+    "--ckpt_path=null": "validate needs a trained model",
+    f"{DATA}.root={{tmp}}/nowhere": "nowhere",
+    f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4) there and (64, 4) here",
+    "--trainer.limit_val_batches=-1": "limit_val_batches",
+    "--data=CaptionDataModule --data.root={tmp}/nowhere": "CaptionDataModule is for predict",
+}
+TEST_ARGEN = {
+    "--ckpt_path={tokenizer}": "holds a VQGAN",
+    with_callback("FIDMonitor", "every_n_validations=0"): "every_n_validations 0",
+    f"{DATA}.root={{tmp}}/empty": "empty",
+}
+
+
+def end_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line in which a command ends, or what is wrong with its end."""
+    try:
+        main.main(command)
+    except SystemExit as end:
+        errors = capsys.readouterr().err
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        return lines[0] if end.code == 2 and len(lines) == 1 and "usage:" not in errors else f"ENDED WITH {errors}"
+    except BaseException as error:
+        fault = fault_of(error)
+        return f"TRACEBACK: {error!r}" if fault is None else f"{'' if fault.status == 2 else 'CODE 1 '}{fault.message}"
+    return "TOOK IT"
+
+
+@pytest.mark.parametrize("stage", ["fit tokenizer", "fit argen", "predict argen", "validate tokenizer", "test argen"])
+def test_wrong_commands_end_in_one_line_and_leave_nothing(
+    stage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("[no configuration, no weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/a.png").write_bytes(b"")
+    run = tmp_path / "run"
+    places = {"tmp": tmp_path, "argen": pipeline.argen, "tokenizer": pipeline.tokenizer, "samples": pipeline.samples}
+    codes = f"{DATA}.root={pipeline.codes}"
+    images = ["--data.class_path=ImageDataModule", f"{DATA}.root={pipeline.digits}"]
+    tokenizer = [*pipeline.tokenizer_arguments(run), *images]
+    commands = {
+        "fit tokenizer": (tokenizer, FIT_TOKENIZER),
+        "fit argen": ([*pipeline.argen_arguments(run), codes], FIT_ARGEN),
+        "predict argen": ([*pipeline.sample_arguments(run)[1:], f"--ckpt_path={pipeline.argen}"], PREDICT_ARGEN),
+        "validate tokenizer": ([*tokenizer, f"--ckpt_path={pipeline.tokenizer}"], VALIDATE_TOKENIZER),
+        "test argen": ([*pipeline.argen_arguments(run), codes, f"--ckpt_path={pipeline.argen}"], TEST_ARGEN),
+    }
+    arguments, wrong = commands[stage]
+    faults = []
+    for more, phrase in wrong.items():
+        line = end_of([stage.split()[0], *arguments, *more.format(**places).split()], capsys)
+        if phrase not in line or "\n" in line or line[:4] in ("TOOK", "TRAC", "ENDE", "CODE"):
+            faults.append((more, line))
+        if run.exists():
+            faults.append((more, "left a run behind"))
+        import shutil
+
+        shutil.rmtree(run, ignore_errors=True)
+    assert not faults, "\n".join(f"{more}: {line}" for more, line in faults)
+
+
+def test_there_are_at_least_sixty() -> None:
+    assert sum(map(len, (FIT_TOKENIZER, FIT_ARGEN, PREDICT_ARGEN, VALIDATE_TOKENIZER, TEST_ARGEN))) >= 60
