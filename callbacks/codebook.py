@@ -25,6 +25,17 @@ class CodebookHistogram(pl.Callback):
     The picture is ``codebook/step_<batches seen>.png`` in the run's folder.
     """
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that has no codebook.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if not hasattr(pl_module, "code_counts"):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no codebook; leave CodebookHistogram out of trainer.callbacks"
+            )
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the counts of this validation and of the last training epoch."""
         if not trainer.sanity_checking:

@@ -59,6 +59,17 @@ class ReconstructionGrid(pl.Callback):
         self.count, self.every_n_batches = count, every_n_batches
         self._images: Tensor | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that reconstructs no images.
+
+        Raises:
+            ValueError: in one line.
+        """
+        if not hasattr(pl_module, "reconstruct"):
+            raise ValueError(
+                f"{type(pl_module).__name__} reconstructs no images; leave ReconstructionGrid out of trainer.callbacks"
+            )
+
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,

@@ -100,8 +100,8 @@ class CaptionDataModule(ShardDataModule):
         if stage != "predict":
             name = getattr(stage, "value", stage)
             raise ValueError(
-                f"CaptionDataModule is for predict, which writes features of captions, not for {name}; train on what it "
-                "wrote, with CodeDataModule"
+                f"CaptionDataModule is for predict, which writes features of captions, not for {name}; train on "
+                "what it wrote, with CodeDataModule"
             )
 
     def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CaptionDataset:
