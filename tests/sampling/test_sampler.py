@@ -183,7 +183,9 @@ def test_compiled_draws_are_those_of_draw(config: SamplingConfig, scale: float |
     indices, codes = torch.arange(batch) * 11, torch.full((batch, 3), -1)
     step = CPUStep(DecodeWeights.of(small_gpt(), torch.float32))
     seed = -7 + 2**63
-    step.draw(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes)
+    broken = torch.zeros(batch, dtype=torch.bool)
+    step.draw(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes, broken)
+    assert broken.nonzero().flatten().tolist() == ([5] if scale is None else [])
     noise = gumbel(seed_tensor(seed), indices, torch.tensor(2), code_counters(vocabulary))
     assert torch.equal(codes[:, 2], draw(guided, config, noise))
     assert (codes[:, :2] == -1).all()
