@@ -20,7 +20,7 @@ def check_output(path: Path, what: str = "", remedy: str = "choose another folde
     try:
         parent = next(each for each in Path(os.path.abspath(path)).parents if os.path.lexists(each))
         if not parent.is_dir():
-            raise ValueError(f"{name} cannot be written, as {parent} is no folder that allows it; {remedy}")
+            raise ValueError(f"{name} cannot be written ({parent} is no folder that allows it); {remedy}")
         path.exists()  # refuses names that are too long
         with tempfile.TemporaryFile(dir=parent):
             pass

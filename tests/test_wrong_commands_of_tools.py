@@ -84,7 +84,7 @@ WRONG: dict[str, str] = {
     "inspection classes --sheet=/proc/nowhere/a.png": "sheet /proc/nowhere/a.png cannot be written",
     "inspection classes --sheet=a.jpg": "sheet is a.jpg",
     "inspection classes --num_workers=-1": "num_workers is -1",
-    "inspection classes --seed=-1": "seed -1",
+    "inspection classes --seed=-1": "seed is -1",
 }
 
 
