@@ -7,7 +7,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from webdataset.shardlists import expand_urls
 
 from datamodules.class_order import ClassOrder, number_classes
@@ -26,6 +25,7 @@ from datamodules.shards import (
     read_meta,
     shard_notes,
 )
+from datamodules.user_warnings import warn_user
 
 
 @dataclass
@@ -204,7 +204,7 @@ def find_sources(
         validation.classes, validation.numbering, validation.warnings = training.classes, "", []
     for source in (training, validation):
         for warning in source.warnings if source is not None else ():
-            rank_zero_warn(warning)
+            warn_user(warning)
     return training, validation, meta
 
 
