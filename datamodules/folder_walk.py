@@ -25,8 +25,8 @@ SYSTEM_FOLDERS = frozenset(
 )
 """Folders of operating systems, archivers and file servers, in lower case. Some hold thumbnails of the images."""
 
-RUN_FILES = ("fit.yaml", "validate.yaml", "test.yaml", "predict.yaml")
-"""The configuration of a run, which marks its folder. The images in it are grids and samples."""
+RUN_FILES = ("fit.yaml", "validate.yaml", "test.yaml", "predict.yaml", ".plan.json")
+"""The configuration or the plan of a run, which marks its folder. The images in it are grids and samples."""
 
 RUN_FOLDERS = frozenset({"lightning_logs", "wandb"})
 

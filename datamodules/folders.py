@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from datamodules.bad_samples import Skipped
 from datamodules.class_order import class_numbers
 from datamodules.folder_walk import FolderWalk, is_image
 from datamodules.index import NO_LABEL, OTHER_PICTURES, PICTURES, TEXT, WHOLE, SampleIndex, Strings
 from datamodules.layout import report_left_out
+from datamodules.user_warnings import warn_user
 
 
 def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
@@ -53,7 +53,7 @@ def index_folder(root: Path, classes: list[str], run_folder: Path | None = None)
     report_left_out(root, {**walk.left_out, **empty}, flat_pictures(root) if found else [])
     counts = np.bincount(index.labels, minlength=1)
     if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
-        rank_zero_warn(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
+        warn_user(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
     return index
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from datamodules.base import SPLITS, ShardDataModule
 from datamodules.class_order import far_label
@@ -17,6 +16,7 @@ from datamodules.loader import ranks_wait
 from datamodules.option_checks import check_choice, check_whole_number
 from datamodules.pictures import MOST_PIXELS
 from datamodules.stream import StreamIndex
+from datamodules.user_warnings import warn_user
 
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 
@@ -89,7 +89,7 @@ class ImageDataModule(ShardDataModule):
 def _warn_of_far_label(samples: SampleIndex) -> None:
     if (label := far_label(samples.labels)) is not None:
         sample = samples[int(np.flatnonzero(samples.labels == label)[0])]
-        rank_zero_warn(
+        warn_user(
             f"the highest class is {label}, of sample {sample.key} of {sample.source}, but only "
             f"{len(np.unique(samples.labels))} different classes come; a mistyped label would make the number of "
             f"classes {label + 1}"

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from datamodules.folder_walk import FolderWalk, is_image
+from datamodules.user_warnings import warn_user
 
 SPLITS = ("train", "val")
 TEST = "test"
@@ -67,12 +66,12 @@ def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]
                     f"({_some(others)}); {CHOOSE}, or give {root} as train if all are classes"
                 )
             if classes := sorted(name for name, kind in kinds.items() if any(kind)):
-                rank_zero_warn(
+                warn_user(
                     f"{_some(classes)} in {root} may be meant as a split, but is read as a class, for it holds images "
                     f"itself and lies next to {_some(others)}; {CHOOSE} if it is none"
                 )
             return {}
-        rank_zero_warn(f"of {root}, which holds splits, other folders are left out: {_some(others)}")
+        warn_user(f"of {root}, which holds splits, other folders are left out: {_some(others)}")
         splits = pure
     flat = sorted(name for name, kind in kinds.items() if kind == (False, True))
     if not splits and len(flat) < 2:
@@ -102,7 +101,7 @@ def split_shards(shards: Sequence[str]) -> dict[str, list[str]]:
     if len(found) < 2:
         return {}
     if tests := found.pop(TEST, []):
-        rank_zero_warn(f"{len(tests)} shards of a test split are left out, such as {tests[0]}")
+        warn_user(f"{len(tests)} shards of a test split are left out, such as {tests[0]}")
     return dict(found)
 
 
@@ -133,7 +132,7 @@ def check_classes(root: Path, names: Sequence[str], run_folder: Path | None = No
         better = f"give {root / name} as root" if len(names) == 1 else f"move them to {root / 'train' / name} and so on"
         raise ValueError(f"{root / name} holds {_some(parts)}, which look like splits of a class; {better}")
     if len(names) == 1 and len(below[names[0]]) > 1:
-        rank_zero_warn(
+        warn_user(
             f"{root} holds one class folder only, {names[0]}; if the folders in it are the classes "
             f"({_some(below[names[0]])}), give {root / names[0]} instead"
         )
@@ -149,9 +148,9 @@ def report_left_out(root: Path, left_out: Mapping[str, str], images: Sequence[st
     """
     if left_out:
         told = _some([f"{os.path.relpath(path, root)} ({reason})" for path, reason in sorted(left_out.items())])
-        rank_zero_warn(f"folders in {root} that are left out: {told}")
+        warn_user(f"folders in {root} that are left out: {told}")
     if images:
-        rank_zero_warn(f"images in {root} that are in no class folder are left out: {_some(images)}")
+        warn_user(f"images in {root} that are in no class folder are left out: {_some(images)}")
 
 
 def _are_splits(names: Iterable[str]) -> bool:
@@ -171,7 +170,7 @@ def _one_each(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{root} holds a test split only, {tests[0]}; give {root / tests[0]} as train or val")
     if tests:
-        rank_zero_warn(f"the test split of {root} is left out: {_some(tests)}; {CHOOSE} to use it")
+        warn_user(f"the test split of {root} is left out: {_some(tests)}; {CHOOSE} to use it")
     return found
 
 

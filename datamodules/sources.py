@@ -8,7 +8,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from webdataset.shardlists import expand_urls
 
 from datamodules.class_order import ClassOrder, number_classes
@@ -27,6 +26,7 @@ from datamodules.shards import (
     read_meta,
     shard_notes,
 )
+from datamodules.user_warnings import warn_user
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -42,6 +42,7 @@ class Source:
         classes: names of the classes, where they are known.
         described: how many samples each shard holds, and its checksum, where that is known.
         numbering: how class folders were numbered, for messages.
+        warnings: what of that may not be as the user wants it.
         run_folder: folder that the current run writes to, which is no part of the data.
     """
 
@@ -51,6 +52,7 @@ class Source:
     classes: list[str] = field(default_factory=list)
     described: dict[str, ShardNote] = field(default_factory=dict)
     numbering: str = ""
+    warnings: list[str] = field(default_factory=list)
     run_folder: Path | None = None
 
     def index(self, cache: ShardCache) -> SampleIndex:
@@ -113,12 +115,8 @@ class Finder:
         if names := class_folders(folder, self.run_folder):
             check_classes(folder, names, self.run_folder)
             classes, rule, warnings = number_classes(names, self.class_order, str(folder))
-            for warning in warnings:
-                rank_zero_warn(warning)
-            return Source(
-                str(folder), folder=folder, classes=classes, numbering=f"{len(classes)} classes, {rule}",
-                run_folder=self.run_folder,
-            )  # fmt: skip
+            numbering = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}, {rule}"
+            return Source(str(folder), [], folder, classes, {}, numbering, warnings, self.run_folder)
         if images := flat_pictures(folder):
             raise ValueError(
                 f"folder {folder} holds images ({images[0]}) but no class folders; move them into one, for example "
@@ -213,7 +211,10 @@ def find_sources(
         found["val"] = finder.source(val)
     training, validation = found.get("train"), found.get("val")
     if training is not None and validation is not None and validation.folder is not None and training.classes:
-        validation.classes, validation.numbering = training.classes, ""
+        validation.classes, validation.numbering, validation.warnings = training.classes, "", []
+    for source in (training, validation):
+        for warning in source.warnings if source is not None else ():
+            warn_user(warning)
     return training, validation, meta
 
 

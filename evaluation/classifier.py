@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datamodules.base import SPLITS
+from datamodules.class_order import ClassOrder
 from datamodules.images import ImageDataModule
 from datamodules.loader import EvaluationLoader
 from evaluation.command_line import usable_device
@@ -38,6 +39,7 @@ def train_classifier(
     num_workers: int = 0,
     seed: int = 0,
     device: str = "cpu",
+    class_order: ClassOrder = "auto",
 ) -> float:
     """Train a classifier on the training pictures of a set, and write it with its accuracy on the validation pictures.
 
@@ -54,6 +56,7 @@ def train_classifier(
         num_workers: processes that read pictures.
         seed: of weights, order, moves and mirroring.
         device: where to train.
+        class_order: how class folders are numbered, as in a DataModule.
 
     Returns:
         Share of validation pictures that it recognises.
@@ -74,7 +77,15 @@ def train_classifier(
     device = usable_device(device)
     torch.manual_seed(seed)
     pictures = ImageDataModule(
-        data, image_size, batch_size, random_crop=False, flip=flip, num_workers=num_workers, seed=seed, remainder="drop"
+        data,
+        image_size,
+        batch_size,
+        random_crop=False,
+        flip=flip,
+        num_workers=num_workers,
+        seed=seed,
+        remainder="drop",
+        class_order=class_order,
     )
     pictures.setup("fit")
     train, validation = pictures.train_dataloader(), pictures.val_dataloader()

@@ -46,6 +46,15 @@ def names_of(source: Source | None) -> tuple[str, list[str]]:
     return source.folder.name, source.classes
 
 
+def test_gaps_among_the_validation_classes_are_no_news(tmp_path: Path) -> None:
+    first, second, said = find(write(tmp_path, "train/0/1.png", "train/1/1.png", "train/3/1.png", "val/03/1.png"))
+    assert second is not None
+    assert names_of(first)[1] == second.classes == ["0", "1", "2", "3"]
+    assert second.index(None).labels.tolist() == [3]  # type: ignore[arg-type]
+    assert said.count("no folder for") == 1
+    assert "no folder for 2: 1 of 4" in said
+
+
 def test_usual_names_of_splits_are_known() -> None:
     for split, names in {
         "train": "train training Train TRAIN train_set trainset train-set train2017 train_256 training_images",

@@ -16,7 +16,7 @@ from datamodules import (
     SampleDataModule,
 )
 from datamodules.packing import pack
-from tests.datamodules.shard_files import assert_one_line
+from tests.datamodules.shard_files import assert_one_line, grey_picture
 
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -90,11 +90,16 @@ def test_options_of_packing_are_checked_first(tmp_path: Path, options: dict[str,
     assert_one_line(error, *options)
 
 
-def test_worker_processes_import_neither_lightning_nor_what_comes_with_it() -> None:
+def test_worker_processes_import_neither_lightning_nor_what_comes_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(grey_picture(1))
+    (tmp_path / "empty").mkdir()  # is warned of, which must not need Lightning
     script = """
 import sys
 import datamodules.caption_dataset, datamodules.code_dataset, datamodules.image_dataset, datamodules.stream
-import datamodules.picture_sets, datamodules.packing, datamodules.inspection
+import datamodules.picture_sets, datamodules.packing
+from datamodules.inspection import inspect
+assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)
 from datamodules import CodeDataModule
 assert not heavy, heavy
@@ -105,5 +110,8 @@ try:
 except AttributeError as error:
     assert "Nothing" in str(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
+    assert "empty (no images)" in done.stderr
