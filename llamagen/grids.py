@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +116,7 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
-    with whole_file(path) as temporary:
-        image.save(temporary, format="png", pnginfo=chunks)
+    buffer = BytesIO()
+    image.save(buffer, format="png", pnginfo=chunks)
+    with whole_file(path, buffer.tell()) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
