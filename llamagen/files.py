@@ -376,18 +376,27 @@ def _is_abandoned(path: Path) -> bool:
     if match is None:
         return False
     if match[1] == _machine():
-        try:
-            os.kill(int(match[2]), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):  # of another user
-            return False
-        return False
+        return not _runs(int(match[2]))
     try:
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
         return time.time() - max(file.stat().st_mtime for file in files) > ABANDONED
     except OSError:
         return False
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs. One that was killed and that nobody has waited for does not."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        return True
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in "ZX"
 
 
 @cache

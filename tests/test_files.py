@@ -152,6 +152,17 @@ def test_leftovers_of_live_processes_and_other_machines_stay(
     assert set(names(tmp_path)) == {alive.name, other.name}
 
 
+def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # as in containers whose first process waits for nobody
+    left_by(pid, tmp_path / "file", monkeypatch).touch()
+    remove_leftovers(tmp_path)
+    os.waitpid(pid, 0)
+    assert names(tmp_path) == []
+
+
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
     path, start = tmp_path / "file.bin", threading.Barrier(4)
 
