@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 import main as command_line
-from llamagen.files import DiskFullError, whole_file
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError
 
 EVERY = 4
 """Steps from one checkpoint to the next."""

@@ -23,13 +23,13 @@ OURS = (*PACKAGES, "main", "benchmarks", "tests")
 # What of ours a room may import beside itself.
 ROOMS = {
     "llamagen": (),
-    "llamagen/models": ("llamagen.files",),
+    "llamagen/models": ("llamagen.files", "llamagen.full_disk"),
     "llamagen/losses": (),
-    "llamagen/metrics": ("llamagen.files",),
-    "llamagen/sampling": ("llamagen.files", "llamagen.models"),
+    "llamagen/metrics": ("llamagen.files", "llamagen.full_disk"),
+    "llamagen/sampling": ("llamagen.files", "llamagen.full_disk", "llamagen.models"),
     "llamagen/text": (),
     "lightning_modules": ("llamagen",),
-    "datamodules": ("llamagen.files", "llamagen.text.cleaning"),
+    "datamodules": ("llamagen.files", "llamagen.full_disk", "llamagen.text.cleaning"),
     "evaluation": ("llamagen", "datamodules"),
     "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
 }

@@ -16,16 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from llamagen import files
-from llamagen.files import (
-    DiskFullError,
-    PendingFile,
-    remove,
-    remove_leftovers,
-    temporary_name,
-    whole_file,
-    whole_folder,
-)
+from llamagen import files, full_disk
+from llamagen.files import PendingFile, remove, remove_leftovers, temporary_name, whole_file, whole_folder
+from llamagen.full_disk import DiskFullError
 
 
 def names(folder: Path) -> list[str]:
@@ -341,7 +334,7 @@ def test_an_error_of_pytorchs_writer_is_a_full_disk_where_nothing_is_free(
 ) -> None:
     with pytest.raises(RuntimeError), whole_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
-    monkeypatch.setattr(files, "_free", lambda _: 1000)
+    monkeypatch.setattr(full_disk, "_free", lambda _: 1000)
     with pytest.raises(DiskFullError, match="and 1,000 bytes are free"), whole_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
     assert names(tmp_path) == []
