@@ -1,4 +1,4 @@
-"""The error of a disk on which there is no room, whatever library met it: one line with the path and the bytes needed."""
+"""The error of a disk without room, whatever library met it: one line with the path and the bytes needed."""
 
 import errno
 import os
