@@ -141,10 +141,10 @@ def kill_at_random(run: Run, numbers: random.Random) -> float:
 
 def kill_while_saving(run: Run, numbers: random.Random) -> float:
     """Kill it when a checkpoint is there in part; which one, and how much of it, is random."""
-    first = numbers.randrange(1, 4)
-    while run.poll() and (run.step < run.resumed + first or run.resumed < 0 or not run.is_saving()):
+    sizes = [path.stat().st_size for path in run.folder.glob("checkpoints/*.ckpt")]
+    enough = int(numbers.uniform(0, 0.9) * max(sizes, default=0))
+    while run.poll() and (run.resumed < 0 or run.saved_bytes() < enough):
         pass
-    time.sleep(numbers.uniform(0, 0.004))
     return run.kill()
 
 

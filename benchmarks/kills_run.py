@@ -15,11 +15,12 @@ import yaml
 from PIL import Image
 
 import main as command_line
-from llamagen.files import DiskFullError, whole_file
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError
 
 EVERY = 4
 """Steps from one checkpoint to the next."""
-STEPS = 120
+STEPS = 60
 PATIENCE = 300.0
 """Seconds after which a process is taken to hang."""
 
@@ -153,12 +154,13 @@ class Run:
         self.wait()
         return round(moment, 3)
 
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is being written by it."""
-        folder = self.folder / "checkpoints"
+    def saved_bytes(self) -> int:
+        """How much there is of a checkpoint that it is writing; −1 if it is writing none."""
         with suppress(FileNotFoundError):
-            return any(f"-{self.pid}-" in entry.name and entry.name.endswith(".tmp") for entry in os.scandir(folder))
-        return False
+            for entry in os.scandir(self.folder / "checkpoints"):
+                if f"-{self.pid}-" in entry.name and entry.name.endswith(".tmp"):
+                    return entry.stat().st_size
+        return -1
 
 
 def _train(arguments: list[str], log: Path, limit: int | None) -> int:

@@ -14,7 +14,8 @@ import fsspec
 from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
-from llamagen.files import DiskFullError, full_disk_reported, sha256_of, whole_file
+from llamagen.files import sha256_of, whole_file
+from llamagen.full_disk import DiskFullError, full_disk_reported
 
 EXTRAS = ("s3", "gs")
 """Schemes that need a package more, which the extra of the same name installs."""

@@ -15,7 +15,8 @@ import webdataset
 
 from datamodules.bad_samples import Skipped, Tally
 from datamodules.remote import is_remote, read_small
-from llamagen.files import PendingFile, full_disk_reported, remove_leftovers, sha256_of, whole_file
+from llamagen.files import PendingFile, remove_leftovers, sha256_of, whole_file
+from llamagen.full_disk import full_disk_reported
 
 META_FILE = "meta.json"
 PLAN_FILE = ".plan.json"

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules.checkpoint_files import is_local
-from llamagen.files import DiskFullError, full_disk_reported, whole_file
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError, full_disk_reported
 
 
 class MetricsLogger(CSVLogger):

@@ -14,16 +14,8 @@ from torch.optim import Optimizer
 from lightning_modules.base import GenerativeModule
 from lightning_modules.checkpoint_files import CheckpointFiles, tensor_bytes
 from llamagen.checkpoint import check_fits, read_checkpoint
-from llamagen.files import (
-    DiskFullError,
-    disk_full,
-    full_disk_number,
-    publish_folder,
-    remove,
-    remove_leftovers,
-    size_of,
-    temporary_name,
-)
+from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
+from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, size_of
 from llamagen.models.whole_tensor import copy_whole_
 from llamagen.sharded_checkpoint import numbered
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from llamagen.checkpoint import build_model, describe
-from llamagen.files import DiskFullError, whole_file
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.output_paths import check_output

@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -137,5 +138,7 @@ def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | Non
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
-    with whole_file(Path(path)) as temporary:
-        image.save(temporary, format="png", pnginfo=chunks)
+    buffer = BytesIO()
+    image.save(buffer, format="png", pnginfo=chunks)
+    with whole_file(Path(path), buffer.tell()) as temporary:
+        temporary.write_bytes(buffer.getbuffer())

@@ -23,16 +23,17 @@ OURS = (*PACKAGES, "main", "benchmarks", "tests")
 # What of ours a room may import beside itself.
 ROOMS = {
     "llamagen": (),
-    "llamagen/models": ("llamagen.files",),
+    "llamagen/models": ("llamagen.files", "llamagen.full_disk"),
     "llamagen/losses": (),
-    "llamagen/metrics": ("llamagen.files", "llamagen.finite"),
-    "llamagen/sampling": ("llamagen.files", "llamagen.finite", "llamagen.models"),
+    "llamagen/metrics": ("llamagen.files", "llamagen.finite", "llamagen.full_disk"),
+    "llamagen/sampling": ("llamagen.files", "llamagen.finite", "llamagen.full_disk", "llamagen.models"),
     "llamagen/text": ("llamagen.finite",),
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
+        "llamagen.full_disk",
         "llamagen.output_paths",
         "llamagen.parser_errors",
         "llamagen.text.cleaning",

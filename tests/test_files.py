@@ -16,16 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from llamagen import files
-from llamagen.files import (
-    DiskFullError,
-    PendingFile,
-    remove,
-    remove_leftovers,
-    temporary_name,
-    whole_file,
-    whole_folder,
-)
+from llamagen import files, full_disk
+from llamagen.files import PendingFile, remove, remove_leftovers, temporary_name, whole_file, whole_folder
+from llamagen.full_disk import DiskFullError
 
 
 def names(folder: Path) -> list[str]:
@@ -150,6 +143,17 @@ def test_leftovers_of_live_processes_and_other_machines_stay(
     assert gone.exists()
     remove_leftovers(tmp_path, owned=True)
     assert set(names(tmp_path)) == {alive.name, other.name}
+
+
+def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # as in containers whose first process waits for nobody
+    left_by(pid, tmp_path / "file", monkeypatch).touch()
+    remove_leftovers(tmp_path)
+    os.waitpid(pid, 0)
+    assert names(tmp_path) == []
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -330,7 +334,7 @@ def test_an_error_of_pytorchs_writer_is_a_full_disk_where_nothing_is_free(
 ) -> None:
     with pytest.raises(RuntimeError), whole_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
-    monkeypatch.setattr(files, "_free", lambda _: 1000)
+    monkeypatch.setattr(full_disk, "_free", lambda _: 1000)
     with pytest.raises(DiskFullError, match="and 1,000 bytes are free"), whole_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
     assert names(tmp_path) == []

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import DiskFullError, sha256_of, whole_file
+from llamagen.files import sha256_of, whole_file
+from llamagen.full_disk import DiskFullError
 from llamagen.metrics.features import Features
 
 SIZE = 299

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import DiskFullError, whole_file
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG16's convolutions, by resolution."""

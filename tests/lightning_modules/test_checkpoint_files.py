@@ -19,7 +19,7 @@ from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoin
 from lightning_modules.checkpoint_files import local_path, tensor_bytes
 from lightning_modules.metrics_file import MetricsLogger
 from llamagen.checkpoint import read_checkpoint
-from llamagen.files import DiskFullError
+from llamagen.full_disk import DiskFullError
 from tests.lightning_modules.runs import argen_module, train
 from tests.lightning_modules.test_latest_checkpoint import checkpoint
 from tests.pipeline import Pipeline
