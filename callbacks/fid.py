@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,6 +25,8 @@ from llamagen.metrics import Features, Inception, extractor_checksum, extractor_
 from llamagen.sampling.pixels import check_picture_size, to_pixels
 
 FOLDER = "report"
+MEASURED = ("gfid", "gsfid", "gkid", "rfid", "rsfid", "rkid", "precision", "recall", "inception_score")
+"""How the names of what is measured begin."""
 
 
 class FIDMonitor(pl.Callback):
@@ -92,6 +95,7 @@ class FIDMonitor(pl.Callback):
         """
         if stage == "predict":
             return
+        self._check_checkpoints(trainer)
         draws = hasattr(pl_module, "build_sampler")
         if draws:
             module = cast(Draws, pl_module)
@@ -133,6 +137,17 @@ class FIDMonitor(pl.Callback):
         self.measurement = None
         if self.reference is None or self.reference.pictures is None:  # else its features are taken first
             self.measurement = Measurement(self.features, size, self._kind, self.reference)
+
+    def _check_checkpoints(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, ModelCheckpoint) or callback.save_top_k <= 1 or self.every_n_validations == 1:
+                continue
+            if (callback.monitor or "").startswith(MEASURED):
+                raise ValueError(
+                    f"ModelCheckpoint keeps the best {callback.save_top_k} by {callback.monitor}, which FIDMonitor "
+                    f"measures at every {self.every_n_validations}. validation: weights in between would be kept by "
+                    "the number of others; set save_top_k to 1, or every_n_validations to 1"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were, and the last numbers."""

@@ -103,6 +103,15 @@ class GenerativeModule(pl.LightningModule):
         if self._step_seed is None:
             self._step_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
 
+    def on_train_start(self) -> None:
+        """Warn if no step can have as many batches as are asked for: Lightning takes one at the end of each epoch."""
+        batches, wanted = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches < wanted:
+            rank_zero_warn(
+                f"accumulate_grad_batches is {wanted}, but an epoch has {batches} batches, after which a step is taken "
+                f"in any case: its gradient is {batches}/{wanted} of the mean; set it to at most {batches}"
+            )
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
         assert self._step_seed is not None

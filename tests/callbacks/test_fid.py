@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -105,6 +106,19 @@ def test_a_training_logs_the_numbers_of_the_pictures_of_its_averages(
     assert float(best.best_model_score) == pytest.approx(min(each[GFID] for each in expected), rel=1e-5)
     assert float(trainer.callback_metrics["fid_monitor/seconds"]) > 0
     assert module.sampler is None
+
+
+def test_several_best_checkpoints_are_refused_where_not_every_validation_measures(reference: Path) -> None:
+    # Weights that nobody measured would be among the best, by the number of those before.
+    def check(every: int, **options: Any) -> None:
+        trainer: Any = SimpleNamespace(callbacks=[ModelCheckpoint(**options)])
+        FIDMonitor(reference, Everything(), every_n_validations=every)._check_checkpoints(trainer)
+
+    with pytest.raises(ValueError, match=f"the best 3 by {GFID}, .* at every 2. validation.*set save_top_k to 1"):
+        check(2, monitor=GFID, save_top_k=3)
+    check(1, monitor=GFID, save_top_k=3)
+    check(2, monitor=GFID, save_top_k=1)
+    check(2, monitor="val/loss", save_top_k=3)
 
 
 def test_the_extractor_is_in_no_checkpoint_and_the_count_of_validations_is(

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -186,3 +187,12 @@ def test_warmup_grows_linearly_to_the_learning_rate() -> None:
 def test_optimizer_settings_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
         AdamWConfig(**options)
+
+
+def test_more_accumulated_batches_than_an_epoch_has_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    module = argen_module()
+    for wanted in (6, 20):
+        module._trainer = SimpleNamespace(num_training_batches=6, accumulate_grad_batches=wanted)  # type: ignore[assignment]
+        module.on_train_start()
+    (message,) = [str(each.message) for each in recwarn if "accumulate_grad_batches" in str(each.message)]
+    assert message.startswith("accumulate_grad_batches is 20, but an epoch has 6 batches")

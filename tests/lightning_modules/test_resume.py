@@ -135,6 +135,9 @@ def test_a_run_saved_at_the_end_of_an_epoch_without_validation_resumes_with_the_
         **options,
     )  # fmt: skip
     assert resumed.batches == whole.batches[8:]
+    more = Seen()  # nothing is left to do for fewer steps than were taken
+    train(argen_module(), pipeline, tmp_path / "third", more, ckpt_path=tmp_path / "ends/last.ckpt", max_steps=4)
+    assert more.batches == []
 
 
 def test_runs_of_different_seeds_differ(pipeline: Pipeline, tmp_path: Path) -> None:
