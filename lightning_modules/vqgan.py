@@ -355,9 +355,8 @@ class VQGANModule(GenerativeModule):
 
     def metric_names(self) -> list[str]:
         """Names of what is logged at each validation."""
-        terms = ["reconstruction", "codebook", "commitment", "loss"]
-        terms += ["lpips"] if self._needs_lpips else []
-        terms += ["entropy"] if self.loss_config.entropy_weight > 0 else []
+        terms = ["lpips"] * self._needs_lpips + ["entropy"] * (self.loss_config.entropy_weight > 0)
+        terms += ["reconstruction", "codebook", "commitment", "loss"]
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
 
     def configure_optimizers(self) -> Any:
