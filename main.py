@@ -1,13 +1,27 @@
 """The command line of all stages: ``python main.py fit|validate|test|predict --config … [--config …]``."""
 
+from typing import Any
+
+from llamagen.command import run_command
 from llamagen.cores import share_cores
 
-share_cores()  # before torch is loaded, which is when OpenMP reads its settings
 
-from command_line import main  # noqa: E402
-from llamagen.command import run_command  # noqa: E402
+def main(args: list[str] | None = None) -> Any:
+    """Run a stage.
 
-__all__ = ["main"]
+    Args:
+        args: instead of the command line's.
+
+    Returns:
+        The :class:`~command_line.LlamaGenCLI`, with the trainer, the model and the data.
+    """
+    share_cores()
+    # Imported here: OpenMP reads its settings when torch is loaded, and worker processes that are started anew import
+    # this file, but need nothing of Lightning.
+    from command_line import run_stage
+
+    return run_stage(args)
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -169,7 +169,7 @@ def _check_config_files(args: list[str] | dict[str, Any]) -> None:
                 raise ValueError(f"--config {name} cannot be read as YAML ({problem}); give a configuration file")
 
 
-def main(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
+def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     """Run a stage.
 
     Args:

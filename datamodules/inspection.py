@@ -5,7 +5,6 @@ reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataM
 features of captions, of which only the sizes are looked at.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,10 @@ from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
+from llamagen.command import run_command
 from llamagen.files import sha256_of, whole_file
 from llamagen.output_paths import check_output_file
+from llamagen.parser_errors import OneLineParser
 
 TILE = 112
 COLUMNS = 10
@@ -316,9 +317,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    parser = argparse.ArgumentParser(
-        "python -m datamodules.inspection", description="Say what a data set holds.", allow_abbrev=False
-    )
+    parser = OneLineParser("python -m datamodules.inspection", "Say what a data set holds.")
     parser.add_argument("root", help="folder or address of pictures, codes or features of captions")
     parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of pictures")
     parser.add_argument("--headers_only", action="store_true", help="do not decode the pictures: faster, finds less")
@@ -337,4 +336,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,7 +4,6 @@ SOURCE is what a DataModule takes as root: a folder of class folders, one with `
 them anew. OUT gets ``train``, ``val`` and at last ``meta.json``. The same command goes on where it was stopped.
 """
 
-import argparse
 import hashlib
 import os
 import tarfile
@@ -24,7 +23,9 @@ from datamodules.option_checks import check_positive, check_whole_number
 from datamodules.remote import is_remote
 from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSet
 from datamodules.sources import SPLITS
+from llamagen.command import run_command
 from llamagen.output_paths import check_output
+from llamagen.parser_errors import OneLineParser
 
 SKIPPED_FILE = "skipped.tsv"
 PARTS = (*PICTURES, "txt", "json")
@@ -181,9 +182,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    parser = argparse.ArgumentParser(
-        "python -m datamodules.packing", description="Turn pictures into webdataset shards.", allow_abbrev=False
-    )
+    parser = OneLineParser("python -m datamodules.packing", "Turn pictures into webdataset shards.")
     parser.add_argument("source", help="folder of class folders, one with train and val, or shards")
     parser.add_argument("out", type=Path, help="folder of the new set")
     parser.add_argument("--shard_mb", type=float, default=500.0, help="megabytes a shard (default: 500)")
@@ -210,4 +209,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,9 @@
 """Evaluate pictures without a model: ``python -m evaluation compare|reference|classifier|clip --help``."""
 
+from llamagen.cores import share_cores
+
+share_cores()  # before torch is loaded, which is when OpenMP reads its settings
+
 import os
 import sys
 import time
@@ -15,13 +19,14 @@ from torch import nn
 from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
 from evaluation.clip_score import clip_score
-from evaluation.command_line import Parser, one_line, usable_device
+from evaluation.command_line import Parser, usable_device
 from evaluation.content_check import check_content
 from evaluation.gallery import Gallery
 from evaluation.measurement import Measurement
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
 from evaluation.report import check_report, table, write_report
+from llamagen.command import fault_of, one_line, run_command
 from llamagen.metrics import Inception, extractor_checksum, extractor_name
 from llamagen.output_paths import check_output_file
 
@@ -217,12 +222,14 @@ def main(args: list[str] | None = None) -> None:
                 parser_class=Parser,
             )
         except (ValueError, OSError) as error:
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
-            raise SystemExit(2) from error
+            if (fault := fault_of(error)) is None:
+                raise
+            print(f"error: {fault.message}", file=sys.stderr)
+            raise SystemExit(fault.status) from error
         except KeyboardInterrupt as error:
             print("interrupted; nothing was written", file=sys.stderr)
             raise SystemExit(130) from error
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -161,7 +161,7 @@ def _fault_of_system(error: OSError, message: str) -> Fault | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Fault(message, 1)
     if error.errno == errno.EADDRINUSE:
-        return Fault(f"{message}; another run uses this port: set MASTER_PORT to a free one", 2)
+        return Fault(f"{message}; another program uses this port, choose a free one", 2)
     if error.errno == errno.EMFILE:
         return Fault(f"{message}; raise the limit with `ulimit -n`, or use fewer workers", 1)
     if error.filename is not None and error.strerror is not None:
@@ -177,6 +177,8 @@ def _fault_of_process(message: str) -> Fault | None:
             "larger /dev/shm",
             1,
         )
+    if re.search(r"EADDRINUSE|[Aa]ddress already in use", message):
+        return Fault("another run uses the port for the processes of this one; set MASTER_PORT to a free port", 2)
     if re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo|NCCL|TCPStore", message):
         return Fault(f"another process of this run ended or did not answer ({message})", 1)
     return None

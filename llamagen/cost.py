@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from llamagen.command import run_command
 from llamagen.gpt_cost import (
     PRECISIONS,
     activations,
@@ -27,6 +28,7 @@ from llamagen.gpt_cost import (
     parameters,
 )
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.parser_errors import OneLineParser
 
 SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
 
@@ -218,10 +220,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "python -m llamagen.cost",
-        description="Parameters, operations, memory and GPU days of an autoregressive model, before it is trained.",
-        allow_abbrev=False,
+        "Parameters, operations, memory and GPU days of an autoregressive model, before it is trained.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones win")
@@ -247,4 +248,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,18 +6,19 @@ CHECKPOINT is anything that :func:`~llamagen.weights.read_weights` reads. The su
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 
 from llamagen.checkpoint import build_model, describe
+from llamagen.command import run_command
 from llamagen.files import whole_file
 from llamagen.full_disk import DiskFullError
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.output_paths import check_output
+from llamagen.parser_errors import OneLineParser
 from llamagen.weights import ENTRY, Weights, read_weights
 
 SUFFIXES = (".pt", ".safetensors")
@@ -81,11 +82,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    parser = argparse.ArgumentParser(
-        "python -m llamagen.export",
-        description="Write the weights of a checkpoint into a file of their own.",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("python -m llamagen.export", "Write the weights of a checkpoint into a file of their own.")
     parser.add_argument("checkpoint", type=Path, help="a run's .ckpt, a published .pt, or .safetensors")
     parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
     parser.add_argument("--raw", action="store_true", help="take raw weights, although there are averages (EMA)")
@@ -98,4 +95,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

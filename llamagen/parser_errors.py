@@ -1,5 +1,6 @@
-"""What a command line of jsonargparse says of wrong arguments: one line that names the option."""
+"""What a command line says of wrong arguments, by argparse or jsonargparse: one line that names the option."""
 
+import argparse
 import re
 import sys
 from typing import Any, NoReturn
@@ -57,7 +58,20 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and leave, or raise it, if the parser is told to."""
         if not self.exit_on_error:
-            super().error(message, ex)  # type: ignore[misc]
+            super().error(message, *([] if ex is None else [ex]))  # type: ignore[misc]
         program = str((getattr(ex, "subcommand_parser", None) or self).prog).replace(" [options]", "")
         print(f"error: {one_line(message)}; see {program} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+class OneLineParser(OneLineErrors, argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line, and which takes no abbreviations.
+
+    Args:
+        program: how the command is called.
+        description: for its help.
+        options: of argparse's parser.
+    """
+
+    def __init__(self, program: str, description: str, **options: Any) -> None:
+        super().__init__(program, description=description, allow_abbrev=False, **options)

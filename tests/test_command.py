@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch.distributed import DistNetworkError
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ShardDataModule
@@ -71,7 +72,11 @@ def test_mistakes_of_the_user_are_one_line_and_code_2() -> None:
         (MisconfigurationException("No supported gpu backend found!"), "trainer.accelerator is gpu, but there is none"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: permission denied; give another"),
         (type("UsageError", (Exception,), {"__module__": "wandb.errors"})("No API key"), "run `wandb login`"),
-        (OSError(errno.EADDRINUSE, "Address already in use"), "set MASTER_PORT to a free one"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "choose a free one"),
+        (
+            DistNetworkError("The server socket has failed to listen. port: 29500, EADDRINUSE"),
+            "set MASTER_PORT to a free",
+        ),
     ):
         fault = fault_of(error)
         assert fault is not None
@@ -96,7 +101,6 @@ def test_faults_of_the_run_are_one_line_and_code_1() -> None:
 def test_a_bug_is_no_message_to_the_user() -> None:
     for function in (
         lambda: ShardDataModule.rank.fget(None),  # type: ignore[attr-defined]
-        lambda: GPTConfig(dim="wide", n_layer=1, n_head=2),  # type: ignore[arg-type]
         lambda: next(iter(DataLoader(Broken(bug=True), num_workers=1))),
         lambda: torch.zeros(2) @ torch.zeros(3),
         lambda: fault_of("no error"),  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_the_shell_learns_of_sigterm_and_half_written_samples_are_none(pipeline:
         "    trainer.callbacks.append(sending)\n"
         "    return trainer\n"
         "cli.LlamaGenCLI.instantiate_trainer = instantiate_trainer\n"
-        "run_command(lambda: cli.main(arguments))\n"
+        "run_command(lambda: cli.run_stage(arguments))\n"
     )
     command = ["env", f"PYTHONPATH={Path.cwd()}", sys.executable, str(script)]
     data = f"--data.init_args.root={pipeline.codes}"
