@@ -1,0 +1,138 @@
+"""What another program on a core costs: training steps and ``make quickstart``, with and without OMP_WAIT_POLICY.
+
+    python -m benchmarks.busy_machine [--steps_only]
+
+The other program is an endless loop, pinned to one core. Steps are those of the quickstart's autoregressive model, as
+many as fit into 15 seconds, with the policy that commands set (PASSIVE) and with OpenMP's own (threads that wait keep
+their core busy). ``make quickstart`` runs in a clone of this folder with this environment, without installing. Prints a
+table and writes ``benchmarks/results/busy_machine.json``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks/results/busy_machine.json"
+SECONDS = 15.0
+LOOP = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+STAGES = ("1/4 tokenizer", "2/4 codes", "3/4 autoregressive model", "4/4 samples")
+
+
+@contextmanager
+def endless_loop(wanted: bool) -> Iterator[None]:
+    """A program that uses a whole core, the last one that this process may use."""
+    if not wanted:
+        yield
+        return
+    core = max(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", LOOP, str(core)]) as loop:
+        try:
+            yield
+        finally:
+            loop.kill()
+
+
+def measure_steps() -> None:
+    """Print seconds of training steps of the quickstart's GPT, in this process."""
+    import torch
+
+    from llamagen.losses import linear_cross_entropy
+    from llamagen.models.gpt import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    net = GPTConfig(n_layer=4, n_head=4, dim=128, multiple_of=32, vocab_size=256, block_size=16, num_classes=10)
+    gpt = GPT(net).train()
+    optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
+    codes, labels = torch.randint(256, (32, 16)), torch.randint(10, (32,))
+    times, end = [], time.perf_counter() + SECONDS
+    while len(times) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        hidden = gpt.features(codes[:, :-1], labels).flatten(0, 1)
+        loss, _ = linear_cross_entropy(hidden, gpt.output.weight, codes.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    print(json.dumps(times))
+
+
+def steps(policy: str | None, busy: bool) -> dict[str, float]:
+    """Seconds of a step: median and quartiles."""
+    from benchmarks.timing import spread
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    command = [sys.executable, "-m", "benchmarks.busy_machine", "--measure_steps"]
+    with endless_loop(busy):
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return spread(json.loads(done.stdout)[1:])
+
+
+def quickstart(busy: bool) -> dict[str, float]:
+    """Seconds of ``make quickstart`` and of its stages, without installing."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
+    with tempfile.TemporaryDirectory() as folder, endless_loop(busy):
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        venv = Path(sys.prefix)
+        command = ["make", "-o", f"{venv}/bin/.installed", "quickstart", f"VENV={venv}"]
+        started, marks = time.perf_counter(), []
+        with subprocess.Popen(
+            command, cwd=clone, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            marks = [time.perf_counter() for line in process.stdout if line.startswith(("1/4", "2/4", "3/4", "4/4"))]
+        if process.returncode:
+            raise SystemExit(f"make quickstart ended with {process.returncode}")
+        ends = [*marks[1:], time.perf_counter()]
+    stages = {name: round(end - mark, 1) for name, mark, end in zip(STAGES, marks, ends, strict=True)}
+    return {"all": round(ends[-1] - started, 1), **stages}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.busy_machine", description=__doc__)
+    parser.add_argument("--steps_only", action="store_true", help="leave out make quickstart, which takes 15 minutes")
+    parser.add_argument("--measure_steps", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_steps:
+        measure_steps()
+        return
+    from benchmarks.timing import machine
+
+    record: dict[str, Any] = {
+        "benchmark": "busy_machine",
+        "machine": machine("cpu"),
+        "python": platform.python_version(),
+    }
+    record["command"] = " ".join(["python -m benchmarks.busy_machine", *sys.argv[1:]])
+    record["step_seconds"] = {}
+    for policy in ("PASSIVE", None):
+        for busy in (False, True):
+            name = f"{policy or 'default'}, {'next to a loop' if busy else 'alone'}"
+            record["step_seconds"][name] = found = steps(policy, busy)
+            print(f"{name:>24} | {1000 * found['median']:8.1f} ms a step ({found['q1']:.4f} … {found['q3']:.4f} s)")
+    if not options.steps_only:
+        record["quickstart_seconds"] = {
+            "alone": quickstart(busy=False),
+            "next to a loop": quickstart(busy=True),
+        }
+        for name, seconds in record["quickstart_seconds"].items():
+            print(f"quickstart, {name:>14} | {', '.join(f'{stage} {value:.0f} s' for stage, value in seconds.items())}")
+        alone, busy_time = (each["all"] for each in record["quickstart_seconds"].values())
+        record["quickstart_ratio"] = round(busy_time / alone, 2)
+        print(f"next to a loop it takes {record['quickstart_ratio']} times as long")
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
