@@ -164,7 +164,7 @@ def test_a_write_that_fails_leaves_nothing(
     suffix: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(content: Any, file: Any, *_: Any) -> None:
-        Path(getattr(file, "name", file)).write_text("half")
+        Path(file if isinstance(file, Path) else file.name).write_text("half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
