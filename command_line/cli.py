@@ -16,10 +16,17 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-import datamodules  # noqa: F401  makes the classes known by their short names
 from callbacks import StopOnSignal
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_places
+from datamodules import (
+    CaptionDataModule,
+    CodeDataModule,
+    DigitsDataModule,
+    ImageDataModule,
+    PromptDataModule,
+    SampleDataModule,
+)
 from lightning_modules import (
     ARGenModule,
     CheckpointFiles,
@@ -30,6 +37,16 @@ from lightning_modules import (
 from llamagen.checkpoint import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
+
+DATA_MODULES = (
+    CaptionDataModule,
+    CodeDataModule,
+    DigitsDataModule,
+    ImageDataModule,
+    PromptDataModule,
+    SampleDataModule,
+)
+"""Imported, and so known by their short names; they are loaded only where they are asked for."""
 
 PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"

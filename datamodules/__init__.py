@@ -1,15 +1,13 @@
 """The one data layer that both modules share.
 
 Its DataModules are imported when they are asked for: a worker process that reads samples needs none of them, and with
-them Lightning, which takes several times as long to import as all the rest. Where Lightning is there already, they are
-imported at once, so that its command line knows them by their short names.
+them Lightning, which takes several times as long to import as all the rest.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or "lightning.pytorch" in sys.modules:
+if TYPE_CHECKING:
     from datamodules.captions import CaptionDataModule
     from datamodules.codes import CodeDataModule
     from datamodules.digits import DigitsDataModule

@@ -209,7 +209,7 @@ def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        "python -m llamagen.export: error: nowhere.pt does not exist; give a file of weights"
+        "error: nowhere.pt does not exist; give a file of weights; see python -m llamagen.export --help"
     )
     assert "Traceback" not in result.stderr
 
