@@ -54,7 +54,8 @@ def measure_steps() -> None:
     gpt = GPT(net).train()
     optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
     codes, labels = torch.randint(256, (32, 16)), torch.randint(10, (32,))
-    times, end = [], time.perf_counter() + SECONDS
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         hidden = gpt.features(codes[:, :-1], labels).flatten(0, 1)

@@ -35,7 +35,7 @@ def files(folder: Path) -> list[Path]:
         (["--model.init_args.sampling.top_p=1.5"], "top_p is 1.5"),
         (["--ckpt_path=README.md"], "README.md cannot be read as a checkpoint"),
         (["--ckpt_path=configs"], "configs is a folder, but no sharded checkpoint"),
-        (["--model.init_args.tokenizer=README.md"], "error: README.md cannot be read as a checkpoint"),
+        (["--model.init_args.tokenizer=README.md"], "error: tokenizer: README.md cannot be read as a checkpoint"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -246,8 +246,9 @@ def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) ->
 def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
     root = other_grid(pipeline, tmp_path)
     done = two_processes(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
-    assert done.returncode != 0
-    assert "ValueError: the tokenizer's grid is 8 × 8 = 64 codes a picture" in done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: the tokenizer's grid is 8 × 8 = 64 codes a picture" in done.stderr
     assert "Connection closed" not in done.stderr
     assert not (tmp_path / "run").exists()
 

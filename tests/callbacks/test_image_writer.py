@@ -257,15 +257,15 @@ def test_a_rank_says_that_it_is_done_when_its_pictures_are_written(
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the disk be full in the middle of a picture."""
-    save = Image.Image.save
+    write = Path.write_bytes
 
-    def half_save(self: Image.Image, path: Path, **options: Any) -> None:
-        if name in path.name:
-            path.write_bytes(b"half")
+    def half_write(self: Path, data: Any) -> int:
+        if name in self.name:
+            write(self, b"half")
             raise OSError(28, "No space left on device")
-        save(self, path, **options)
+        return write(self, data)
 
-    monkeypatch.setattr(Image.Image, "save", half_save)
+    monkeypatch.setattr(Path, "write_bytes", half_write)
 
 
 def test_an_error_of_a_thread_ends_the_run_and_leaves_nothing_half_written(

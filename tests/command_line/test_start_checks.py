@@ -49,14 +49,15 @@ def test_the_name_of_another_reference_is_refused_before_training(
 
 
 def test_places_that_cannot_be_written_to_are_refused(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/run cannot be written to: .*file is not a folder; set trainer"):
         check_writable(tmp_path / "file/run")
     monkeypatch.setattr(start_checks, "_may_write", lambda folder: False)
-    with pytest.raises(ValueError, match="cannot be written to; change its permissions"):
+    with pytest.raises(SystemExit):
         fit_argen(pipeline, tmp_path / "run")
+    assert "cannot be written to; change its permissions" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
