@@ -11,8 +11,11 @@ RUN := runs/quickstart
 TOKENIZER := --config configs/vqgan/base.yaml --config configs/vqgan/digits.yaml
 ARGEN := --config configs/argen/base.yaml --config configs/argen/digits.yaml
 
-# Threads of OpenMP that wait leave their core to other programs, see docs/speed.md.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads of OpenMP that wait leave their core to other programs, as in llamagen/cores.py; see docs/speed.md.
+ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT),)
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 2000
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-slow lint format types clean

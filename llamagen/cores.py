@@ -7,6 +7,11 @@ import math
 import os
 from pathlib import Path
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+"""How threads wait: they look for work some 0.1 ms, then sleep. To sleep at once costs most at the many short operations of
+a small model; to look on for milliseconds, as OpenMP does by itself, costs most next to other programs. See
+docs/speed.md for the figures."""
+
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux mounts the control groups of this process, in a container its own."""
 
@@ -18,7 +23,8 @@ def share_cores() -> None:
     to one other process on a core, each of the many barriers of a step then lasts until the scheduler takes the core
     away from the thread that spins. What the user has set stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not any(name in os.environ for name in WAITING):
+        os.environ.update(WAITING)
     # A limit of a container counts processor time, not cores, so OpenMP does not see it. Where there is none, the
     # number of threads is left to torch and to launchers, which divide the cores among the processes of a node.
     if (cores := usable_cores()) < available_cores():

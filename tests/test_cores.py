@@ -41,10 +41,11 @@ def test_settings_come_before_torch_and_give_way_to_the_users() -> None:
         "cores.available_cores = lambda: 4\n"
         "cores.share_cores()\n"
         "assert 'torch' not in sys.modules\n"
-        "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'), os.environ['OMP_NUM_THREADS'])\n"
     )
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    for settings, wanted in (({}, "PASSIVE 1"), ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}, "ACTIVE 3")):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    users = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}
+    for settings, wanted in (({}, "PASSIVE 2000 1"), (users, "ACTIVE None 3")):
         done = subprocess.run(
             [sys.executable, "-c", script],
             capture_output=True,
