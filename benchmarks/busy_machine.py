@@ -3,9 +3,9 @@
     python -m benchmarks.busy_machine [--steps_only]
 
 The other program is an endless loop, pinned to one core. Steps are those of the quickstart's autoregressive model, as
-many as fit into 15 seconds, with threads that wait as commands let them (``llamagen.cores.WAITING``), that sleep at once,
-and that wait as OpenMP lets them by itself. ``make quickstart`` runs in a clone of this folder with this environment,
-without installing; alone also as OpenMP waits by itself. Prints tables and writes
+many as fit into 15 seconds, with threads that wait as commands let them (``llamagen.cores.WAITING``), that sleep at
+once, and that wait as OpenMP lets them by itself. ``make quickstart`` runs in a clone of this folder with this
+environment, without installing; alone also as OpenMP waits by itself. Prints tables and writes
 ``benchmarks/results/busy_machine.json``.
 """
 

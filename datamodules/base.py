@@ -17,17 +17,17 @@ from datamodules.bad_samples import REASONS, Tally
 from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.index import CAPTIONS, SampleIndex
 from datamodules.loader import EvaluationLoader, TrainLoader, ranks_wait
-from datamodules.option_checks import (
-    check_choice,
-    check_folder_name,
-    check_positive,
-    check_share,
-    check_whole_number,
-)
 from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
 from datamodules.remote import ShardCache, check_presence, is_remote
 from datamodules.sources import SPLITS, Source, find_sources, hold_out
 from datamodules.stream import StreamIndex
+from llamagen.option_checks import (
+    check_choice,
+    check_folder_name,
+    check_positive,
+    check_share,
+    check_whole,
+)
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -88,11 +88,11 @@ class ShardDataModule(pl.LightningDataModule):
         class_order: ClassOrder = "auto",
     ) -> None:
         super().__init__()
-        check_whole_number("batch_size", batch_size, 1)
-        check_whole_number("num_workers", num_workers, 0)
-        check_whole_number("seed", seed, 0)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_whole("seed", seed, 0)
         if resampled_epoch is not None:
-            check_whole_number("resampled_epoch", resampled_epoch, 1)
+            check_whole("resampled_epoch", resampled_epoch, 1)
         check_share("val_share", val_share, with_ends=False)
         check_share("max_bad_share", max_bad_share)
         check_positive("cache_gb", cache_gb)

@@ -10,12 +10,12 @@ from datamodules.code_dataset import CodeDataset
 from datamodules.features import StoredFeatures
 from datamodules.index import FEATURES, SampleIndex
 from datamodules.loader import ranks_wait
-from datamodules.option_checks import check_folder_name, check_share
 from datamodules.order import NO_EPOCH
 from datamodules.pairing import PairedFeatures
 from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.sources import Source
 from datamodules.stream import StreamIndex
+from llamagen.option_checks import check_folder_name, check_share
 
 PROBED = 1000
 """Samples that are read before training starts, to see that the set is what its description says."""

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from datamodules.images import ImageDataModule
-from datamodules.option_checks import check_folder_name
 from datamodules.shards import IMAGES_FORMAT, ShardSet, read_meta
 from datamodules.sources import SPLITS
 from llamagen.files import whole_folder
+from llamagen.option_checks import check_folder_name
 
 VALIDATION_EVERY = 6
 SAMPLES_PER_SHARD = 500

@@ -13,10 +13,10 @@ from datamodules.crops import view_names
 from datamodules.image_dataset import ImageDataset, Views, scale, to_planes
 from datamodules.index import PICTURES, SampleIndex
 from datamodules.loader import ranks_wait
-from datamodules.option_checks import check_choice, check_whole_number
 from datamodules.pictures import MOST_PIXELS
 from datamodules.stream import StreamIndex
 from datamodules.user_warnings import warn_user
+from llamagen.option_checks import check_choice, check_whole
 
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 
@@ -54,7 +54,7 @@ class ImageDataModule(ShardDataModule):
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        check_whole_number("image_size", image_size, 1, MOST_SIDE)
+        check_whole("image_size", image_size, 1, MOST_SIDE)
         check_choice("views", views, get_args(Views))
         if not crop_ranges or not all(1 <= share <= MOST_RANGE for share in crop_ranges):
             raise ValueError(

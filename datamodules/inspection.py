@@ -20,7 +20,6 @@ from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.crops import centre_crop
 from datamodules.features import StoredFeatures
 from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
-from datamodules.option_checks import check_whole_number
 from datamodules.order import NO_EPOCH
 from datamodules.pictures import open_picture, read_picture
 from datamodules.remote import ShardCache, is_remote
@@ -28,6 +27,7 @@ from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.sources import SPLITS, Source, find_sources
 from llamagen.command import run_command
 from llamagen.files import sha256_of, whole_file
+from llamagen.option_checks import check_whole
 from llamagen.output_paths import check_output_file
 from llamagen.parser_errors import OneLineParser
 
@@ -94,8 +94,8 @@ def inspect(
         raise ValueError(f"root is empty; {HINT}")
     if sheet is not None:
         check_output_file(sheet, (".png", ""), "sheet")
-    check_whole_number("num_workers", num_workers, 0)
-    check_whole_number("seed", seed, 0)
+    check_whole("num_workers", num_workers, 0)
+    check_whole("seed", seed, 0)
     train, val, meta = find_sources(root, None, None, HINT, class_order=class_order)
     for source in (train, val):
         if sheet is not None and source is not None and source.folder is not None:

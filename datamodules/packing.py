@@ -19,11 +19,11 @@ from datamodules.bad_samples import BadSampleError, Skipped
 from datamodules.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
 from datamodules.index_store import START_METHOD
-from datamodules.option_checks import check_positive, check_whole_number
 from datamodules.remote import is_remote
 from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSet
 from datamodules.sources import SPLITS
 from llamagen.command import run_command
+from llamagen.option_checks import check_positive, check_whole
 from llamagen.output_paths import check_output
 from llamagen.parser_errors import OneLineParser
 
@@ -60,8 +60,8 @@ def pack(
     """
     check_positive("shard_mb", shard_mb)
     if workers is not None:
-        check_whole_number("workers", workers, 1)
-    check_whole_number("seed", seed, 0)
+        check_whole("workers", workers, 1)
+    check_whole("seed", seed, 0)
     if not source:
         raise ValueError("source is empty; give a folder of class folders, or one with webdataset shards")
     out = Path(out)

@@ -19,8 +19,8 @@ from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
-from llamagen.models.option_checks import option_named
 from llamagen.models.sharding import shard
+from llamagen.option_checks import option_named
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
 from llamagen.weights import ENTRY, load_weights, read_weights

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llamagen.models.option_checks import check_not_negative
+from llamagen.option_checks import check_not_negative
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from lightning_modules.text_condition import Condition, TextCondition
 from llamagen.checkpoint import load_vqgan, weights_checksum
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.option_checks import option_named
 from llamagen.models.vqgan import VQGAN
+from llamagen.option_checks import option_named
 from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
 from llamagen.sampling.pixels import check_picture_size
 from llamagen.text import TextEncoderConfig

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from llamagen.models.option_checks import check_not_negative, check_whole
+from llamagen.option_checks import check_not_negative, check_whole
 
 
 @dataclass(frozen=True)

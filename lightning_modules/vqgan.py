@@ -23,8 +23,8 @@ from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
-from llamagen.models.option_checks import check_whole, option_named
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
+from llamagen.option_checks import check_whole, option_named
 from llamagen.weights import ENTRY, below, differences, load_weights, read_weights
 
 

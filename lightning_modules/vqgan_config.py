@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from llamagen.losses import ADVERSARIAL_LOSSES
-from llamagen.models.option_checks import check_not_negative, check_whole
+from llamagen.option_checks import check_not_negative, check_whole
 
 RECONSTRUCTIONS = ("l2", "l1")
 

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-"""How threads wait: they look for work some 0.1 ms, then sleep. To sleep at once costs most at the many short operations of
-a small model; to look on for milliseconds, as OpenMP does by itself, costs most next to other programs. See
-docs/speed.md for the figures."""
+"""How threads wait: they look for work for about 0.1 ms, then sleep. Sleeping at once slows down the many short
+operations of a small model; looking for milliseconds, as OpenMP does by itself, slows down everything next to other
+programs. The figures are in docs/speed.md."""
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux mounts the control groups of this process, in a container its own."""

@@ -23,10 +23,16 @@ OURS = (*PACKAGES, "main", "benchmarks", "tests")
 # What of ours a room may import beside itself.
 ROOMS = {
     "llamagen": (),
-    "llamagen/models": ("llamagen.files", "llamagen.full_disk"),
+    "llamagen/models": ("llamagen.files", "llamagen.full_disk", "llamagen.option_checks"),
     "llamagen/losses": (),
     "llamagen/metrics": ("llamagen.files", "llamagen.finite", "llamagen.full_disk"),
-    "llamagen/sampling": ("llamagen.files", "llamagen.finite", "llamagen.full_disk", "llamagen.models"),
+    "llamagen/sampling": (
+        "llamagen.files",
+        "llamagen.finite",
+        "llamagen.full_disk",
+        "llamagen.models",
+        "llamagen.option_checks",
+    ),
     "llamagen/text": ("llamagen.finite",),
     "lightning_modules": ("llamagen",),
     "datamodules": (
@@ -34,6 +40,7 @@ ROOMS = {
         "llamagen.cores",
         "llamagen.files",
         "llamagen.full_disk",
+        "llamagen.option_checks",
         "llamagen.output_paths",
         "llamagen.parser_errors",
         "llamagen.text.cleaning",

@@ -8,8 +8,8 @@ import pytest
 from lightning_modules import AdamWConfig, VQGANLossConfig
 from lightning_modules.argen_config import ARGenLossConfig
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.option_checks import check_not_negative, check_whole
 from llamagen.models.vqgan import VQGANConfig
+from llamagen.option_checks import check_not_negative, check_whole
 from llamagen.sampling import SamplingConfig
 
 NAN, INF = float("nan"), float("inf")

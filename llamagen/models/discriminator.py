@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llamagen.models.option_checks import check_whole
 from llamagen.models.sync_batch_norm import SyncBatchNorm2d
+from llamagen.option_checks import check_whole
 
 LEAK = 0.2
 STYLEGAN_WIDTHS = {64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}

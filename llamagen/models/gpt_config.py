@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import inf, isqrt
 from typing import Literal
 
-from llamagen.models.option_checks import check_whole
+from llamagen.option_checks import check_whole
 
 
 @dataclass(frozen=True)

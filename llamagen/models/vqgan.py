@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
-from llamagen.models.option_checks import check_whole
 from llamagen.models.quantizer import VectorQuantizer
+from llamagen.option_checks import check_whole
 
 GROUPS = 32
 

@@ -5,7 +5,7 @@ from math import cos, pi
 from numbers import Integral, Real
 from typing import Literal
 
-from llamagen.models.option_checks import check_whole
+from llamagen.option_checks import check_whole
 
 Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
 

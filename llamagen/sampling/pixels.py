@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
-from llamagen.models.option_checks import check_whole
 from llamagen.models.vqgan import VQGAN, to_uint8
+from llamagen.option_checks import check_whole
 
 PIXELS = {"cpu": 2**14, "cuda": 2**18}
 """Pixels that are decoded at a time, by kind of device: enough to keep it busy, and few to fill up the last time."""
