@@ -1,5 +1,6 @@
 """Batches from worker processes: training in a planned order with a place to return to, evaluation in order."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class TrainLoader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             collate_fn=_collate_of(dataset),
+            worker_init_fn=_leave_signals_to_the_run,
         )
 
     def __len__(self) -> int:
@@ -131,6 +133,7 @@ class EvaluationLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_collate_of(dataset),
+            worker_init_fn=_leave_signals_to_the_run,
         )
 
     def __len__(self) -> int:
@@ -175,6 +178,15 @@ def usable(batch: Any, tally: Tally | None) -> bool:
     if skipped and tally is not None:
         tally.add(skipped, opened)
     return bool(batch)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker live on after Ctrl-C, or a SIGTERM to all processes of a job: the run finishes its step first.
+
+    The second SIGTERM ends it, as that of a run that waits for its workers no longer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate_of(dataset: Any) -> Any:

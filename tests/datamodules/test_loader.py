@@ -1,6 +1,8 @@
 """Training batches go on at the very sample; evaluation sees every sample once."""
 
 import gc
+import os
+import signal
 import weakref
 from itertools import islice, pairwise
 from multiprocessing import active_children
@@ -370,3 +372,20 @@ def test_too_much_that_cannot_be_used_ends_the_run(loader_of: str) -> None:
 
 def test_without_a_tally_nothing_is_counted_but_it_is_taken_out_all_the_same() -> None:
     assert all(batch.keys() == {"numbers"} for batch in TrainLoader(Leaky(4), EpochPlan(20, 4, 5), 0))
+
+
+class Signalled(Dataset[Any]):
+    """Gets signals while it reads."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, address: Any) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM) if address[0] == 0 else (signal.SIGINT,):
+            os.kill(os.getpid(), number)
+        return int(address[0])
+
+
+def test_workers_survive_the_signals_that_their_run_finishes_a_step_for() -> None:
+    loader = EvaluationLoader(Signalled(), [[(0, 0)], [(1, 0)], [(2, 0)], [(3, 0)]], num_workers=1)
+    assert [batch.item() for batch in loader] == [0, 1, 2, 3]
