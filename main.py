@@ -16,8 +16,8 @@ def main(args: list[str] | None = None) -> Any:
         The :class:`~command_line.LlamaGenCLI`, with the trainer, the model and the data.
     """
     share_cores()
-    # Imported here: OpenMP reads its settings when torch is loaded, and worker processes that are started anew import
-    # this file, but need nothing of Lightning.
+    # Imported here: OpenMP reads its settings when torch is loaded, and spawned worker processes import this file, but
+    # need nothing of Lightning.
     from command_line import run_stage
 
     return run_stage(args)

@@ -162,7 +162,7 @@ class ARGenModule(DrawingModule):
 
         Raises:
             ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, pictures cannot be
-                drawn, the text encoder that is needed cannot be had, or the precision is not right for training.
+                sampled, the text encoder that is needed is not available, or the precision is not right for training.
         """
         super().setup(stage)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
