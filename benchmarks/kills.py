@@ -118,11 +118,6 @@ class Disk:
         """Give it another size, in the words of ``mount``."""
         subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
 
-    def used(self) -> int:
-        """Bytes of the files that have final names: what a killed process left is removed by the next one."""
-        kept = [path for path in self.folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
-        return sum(-(-path.stat().st_size // PAGE) * PAGE for path in kept)
-
     def close(self) -> None:
         """Take it away."""
         if self.mounted:
@@ -149,11 +144,13 @@ def kill_while_saving(run: Run, numbers: random.Random) -> float:
 
 
 def fill(work: Path, disk: Disk, size: int, numbers: random.Random) -> Run:
-    """Let it run into a disk on which there is room for a part of a checkpoint."""
+    """Let its disk become full, but for a part of a checkpoint, when it has begun: one that is full is not begun on."""
     room = int(numbers.uniform(0.1, 0.9) * size)
-    if disk.mounted:
-        disk.resize(str(disk.used() + room))
     run = Run(work, disk.folder / "run", limit=None if disk.mounted else room)
+    if disk.mounted:
+        while run.poll() and run.resumed < 0:
+            time.sleep(0.001)
+        disk.resize(str(shutil.disk_usage(disk.folder).used + room // PAGE * PAGE))
     run.wait()
     if disk.mounted:
         disk.resize(f"{DISK}m")

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 import main as command_line
+from llamagen.command import run_command
 from llamagen.files import whole_file
-from llamagen.full_disk import DiskFullError
 
 EVERY = 4
 """Steps from one checkpoint to the next."""
@@ -169,15 +169,11 @@ def _train(arguments: list[str], log: Path, limit: int | None) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        command_line.main(arguments)
-    except DiskFullError as error:
-        print(error, flush=True)
-        return 1
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-        return 3
+        run_command(lambda: command_line.main(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
