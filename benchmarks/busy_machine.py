@@ -118,6 +118,7 @@ def main() -> None:
         measure_steps()
         return
     from benchmarks.timing import machine
+    from llamagen.files import whole_file
 
     record: dict[str, Any] = {
         "benchmark": "busy_machine",
@@ -145,7 +146,8 @@ def main() -> None:
             "alone / alone as OpenMP waits by itself": round(alone / default, 2),
         }
         print(record["ratios"])
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    with whole_file(RESULT) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

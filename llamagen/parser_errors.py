@@ -12,9 +12,12 @@ NOISE = (
     "Expected a <class 'NoneType'>",
     "Expected a path but",
     "Given value type:",
-    "Given value: ",
 )
 """How those lines of jsonargparse's messages begin that tell a user nothing."""
+
+GIVEN = "Given value: "
+NESTED = ("Namespace(", "NestedArg(", "{", "[{")
+"""How values begin that stand for a whole tree of options."""
 
 PHRASES = (
     (r"Expected a dot import path string: (.+)", r"no class \1 is known here; check its name, or give its class path"),
@@ -33,12 +36,17 @@ def one_line(message: str) -> str:
     """A message of jsonargparse in one line: the option with all its parts, then what is wrong with it."""
     keys: list[str] = []
     reasons: list[str] = []
+    given = ""
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         if key := re.match(r'Parser key "([^"]+)":?\s*', line):
             if not reasons:  # what follows a reason is another way in which the same value is wrong
                 keys.append(key[1])
             line = line[key.end() :]
+        if line.startswith(GIVEN):
+            value = line.removeprefix(GIVEN)
+            given = given or ("" if value.startswith(NESTED) else value)
+            continue
         if line.startswith(NOISE):
             continue
         for pattern, phrase in PHRASES:
@@ -46,6 +54,8 @@ def one_line(message: str) -> str:
         if (line := line.strip().rstrip(".:")) and line not in reasons:
             reasons.append(line)
     reason = "; ".join(reasons) or "is not valid"
+    if given and given not in reason:
+        reason = f"{reason}, not {given}"
     return f"{'.'.join(keys)}: {reason}" if keys else reason
 
 
