@@ -21,8 +21,8 @@ import numpy as np
 
 import main as command_line
 from datamodules import CodeDataModule, ImageDataModule
-from datamodules.folders import class_folders, index_folder
 from datamodules.packing import pack
+from datamodules.storage.folders import class_folders, index_folder
 
 WAYS: dict[str, Callable[[bytes], bytes]] = {
     "cut off in the middle": lambda data: data[: len(data) // 2],

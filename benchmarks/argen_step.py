@@ -31,7 +31,7 @@ from benchmarks.tokenizer_step import medians, resident
 from callbacks import EMA
 from callbacks.throughput import known_peak
 from lightning_modules import AdamWConfig, ARGenModule
-from llamagen.gpt_cost import flops_per_sequence
+from llamagen.cost.gpt import flops_per_sequence
 from llamagen.models.gpt import GPTConfig
 
 WARM_UP, PROFILED = 3, 3

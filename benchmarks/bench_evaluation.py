@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, spread
-from datamodules.picture_sets import open_pictures
+from evaluation.image_sets import open_pictures
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, look_at, make_reference
 from llamagen.files import whole_file

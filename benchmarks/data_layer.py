@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import CodeDataModule, ImageDataModule
-from datamodules.crops import centre_crop
-from datamodules.folders import class_folders, index_folder
 from datamodules.packing import pack
-from datamodules.pictures import read_picture
-from datamodules.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.folders import class_folders, index_folder
+from datamodules.storage.shards import CODES_FORMAT, ShardSet
+from datamodules.transforms.crops import centre_crop
+from datamodules.transforms.decode import read_picture
 
 BATCH = 16
 CODE_SAMPLES, VIEWS, GRID, VOCABULARY, CODE_BATCH = 20_000, 10, 16, 16_384, 256

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
-from datamodules.archives import PictureArchive
+from evaluation.npz_images import PictureArchive
 
 SIDE = 8
 

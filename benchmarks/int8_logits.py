@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules import CodeDataModule
-from llamagen.checkpoint import build_model
+from llamagen.checkpoints.contents import build_model
+from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
 from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.weights import read_weights
 
 
 @torch.no_grad()

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from benchmarks.kills_run import EVERY, STEPS, Run, make_images, write_config
 from benchmarks.timing import machine
+from llamagen.checkpoints.integrity import check_integrity
 from llamagen.files import whole_file
-from llamagen.integrity import check_integrity
 
 RESULT = Path(__file__).parent / "results/kills.json"
 EVENTS = {"random": 15, "saving": 5, "full": 5}

@@ -1,19 +1,19 @@
 """What happens around training: averages, pictures, files."""
 
-from callbacks.code_writer import CodeWriter
 from callbacks.codebook import CodebookHistogram
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.curves import LearningCurves
 from callbacks.ema import EMA
-from callbacks.feature_writer import FeatureWriter
 from callbacks.fid import FIDMonitor
 from callbacks.grids import ReconstructionGrid, SampleGrid
-from callbacks.image_writer import ImageWriter
 from callbacks.positions import PositionLoss
 from callbacks.progress import SamplingProgress
 from callbacks.requeue import Requeue
 from callbacks.stopping import StopOnSignal
 from callbacks.throughput import Throughput
+from callbacks.writers.codes import CodeWriter
+from callbacks.writers.features import FeatureWriter
+from callbacks.writers.images import ImageWriter
 
 __all__ = [
     "EMA",

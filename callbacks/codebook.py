@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import publish
+from callbacks.figures import publish
 from llamagen.grids import figure_image
 
 

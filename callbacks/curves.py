@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from callbacks.pictures import batches_seen
+from callbacks.figures import batches_seen
 from llamagen.files import whole_file
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
+from llamagen.checkpoints.weights import EMA_STATE, ENTRY, averaged_weights
+from llamagen.distributed.full_tensor import copy_whole_
 from llamagen.models.sharding import is_sharded, take_apart
-from llamagen.models.whole_tensor import copy_whole_
-from llamagen.weights import EMA_STATE, ENTRY, averaged_weights
 
 
 class HasGenerator(Protocol):

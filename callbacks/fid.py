@@ -14,13 +14,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from callbacks.fid_drawing import Draws, ValidationCaptions, share_of_classes
+from callbacks.fid_sampling import Draws, ValidationCaptions, share_of_classes
 from evaluation.gallery import Gallery
 from evaluation.measurement import OWN_NAME, SYMBOLS, Measurement, name_of
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, completed, read_reference
 from evaluation.report import check_report, write_report
-from llamagen.checkpoint import weights_checksum
+from llamagen.checkpoints.contents import weights_checksum
 from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
 from llamagen.sampling.pixels import check_picture_size, to_pixels
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from callbacks.pictures import batches_seen, publish
+from callbacks.figures import batches_seen, publish
 from llamagen.grids import captioned_grid, grid_image
 from llamagen.models.sharding import is_sharded
 from llamagen.models.vqgan import to_uint8

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import batches_seen, publish
+from callbacks.figures import batches_seen, publish
 from llamagen.files import whole_file
 from llamagen.grids import figure_image
 

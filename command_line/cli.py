@@ -34,7 +34,7 @@ from lightning_modules import (
     models_without_memory,
     use_metrics_logger,
 )
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
 

@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
 
-from datamodules.bad_samples import REASONS, Tally
-from datamodules.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.index import CAPTIONS, SampleIndex
-from datamodules.loader import EvaluationLoader, TrainLoader, ranks_wait
-from datamodules.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
-from datamodules.remote import ShardCache, check_presence, is_remote
-from datamodules.sources import SPLITS, Source, find_sources, hold_out
-from datamodules.stream import StreamIndex
+from datamodules.loading.loader import EvaluationLoader, TrainLoader, ranks_wait
+from datamodules.loading.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
+from datamodules.loading.stream import StreamIndex
+from datamodules.storage.bad_samples import REASONS, Tally
+from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
+from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.remote import ShardCache, check_presence, is_remote
+from datamodules.storage.sources import SPLITS, Source, find_sources, hold_out
 from llamagen.option_checks import (
     check_choice,
     check_folder_name,

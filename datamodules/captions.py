@@ -7,11 +7,11 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from datamodules.base import ShardDataModule
-from datamodules.caption_dataset import CaptionDataset, caption_of
-from datamodules.index import CAPTIONS, SampleIndex
-from datamodules.shards import CODES_FORMAT, META_FILE, read_meta
-from datamodules.sources import Source
-from datamodules.stream import StreamIndex
+from datamodules.datasets.captions import CaptionDataset, caption_of
+from datamodules.loading.stream import StreamIndex
+from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.shards import CODES_FORMAT, META_FILE, read_meta
+from datamodules.storage.sources import Source
 from llamagen.text.cleaning import clean_caption
 
 __all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.code_dataset import CodeDataset
-from datamodules.features import StoredFeatures
-from datamodules.index import FEATURES, SampleIndex
-from datamodules.loader import ranks_wait
-from datamodules.order import NO_EPOCH
-from datamodules.pairing import PairedFeatures
-from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
-from datamodules.sources import Source
-from datamodules.stream import StreamIndex
+from datamodules.datasets.codes import CodeDataset
+from datamodules.loading.loader import ranks_wait
+from datamodules.loading.order import NO_EPOCH
+from datamodules.loading.stream import StreamIndex
+from datamodules.storage.features import StoredFeatures
+from datamodules.storage.index import FEATURES, SampleIndex
+from datamodules.storage.pairing import PairedFeatures
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
+from datamodules.storage.sources import Source
 from llamagen.option_checks import check_folder_name, check_share
 
 PROBED = 1000
@@ -36,7 +36,7 @@ class CodeDataModule(ShardDataModule):
         short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
             epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
         features: folder or address of a set of features of the same pictures' captions, as ``predict`` of
-            :class:`CaptionModule` wrote it; found by key, see :class:`~datamodules.pairing.PairedFeatures`. None: those
+            :class:`CaptionModule` wrote it; found by key, see :class:`~datamodules.storage.pairing.PairedFeatures`. None: those
             that lie beside the codes, if there are any.
     """
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from datamodules.images import ImageDataModule
-from datamodules.shards import IMAGES_FORMAT, ShardSet, read_meta
-from datamodules.sources import SPLITS
+from datamodules.storage.shards import IMAGES_FORMAT, ShardSet, read_meta
+from datamodules.storage.sources import SPLITS
 from llamagen.files import whole_folder
 from llamagen.option_checks import check_folder_name
 

@@ -8,14 +8,14 @@ from typing import Any, get_args
 import numpy as np
 
 from datamodules.base import SPLITS, ShardDataModule
-from datamodules.class_order import far_label
-from datamodules.crops import view_names
-from datamodules.image_dataset import ImageDataset, Views, scale, to_planes
-from datamodules.index import PICTURES, SampleIndex
-from datamodules.loader import ranks_wait
-from datamodules.pictures import MOST_PIXELS
-from datamodules.stream import StreamIndex
-from datamodules.user_warnings import warn_user
+from datamodules.datasets.images import ImageDataset, Views, scale, to_planes
+from datamodules.loading.loader import ranks_wait
+from datamodules.loading.stream import StreamIndex
+from datamodules.storage.class_order import far_label
+from datamodules.storage.index import PICTURES, SampleIndex
+from datamodules.storage.user_warnings import warn_user
+from datamodules.transforms.crops import view_names
+from datamodules.transforms.decode import MOST_PIXELS
 from llamagen.option_checks import check_choice, check_whole
 
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]

@@ -15,16 +15,16 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.bad_samples import BadSampleError, Skipped
-from datamodules.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.crops import centre_crop
-from datamodules.features import StoredFeatures
-from datamodules.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
-from datamodules.order import NO_EPOCH
-from datamodules.pictures import open_picture, read_picture
-from datamodules.remote import ShardCache, is_remote
-from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
-from datamodules.sources import SPLITS, Source, find_sources
+from datamodules.loading.order import NO_EPOCH
+from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
+from datamodules.storage.features import StoredFeatures
+from datamodules.storage.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
+from datamodules.storage.remote import ShardCache, is_remote
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
+from datamodules.storage.sources import SPLITS, Source, find_sources
+from datamodules.transforms.crops import centre_crop
+from datamodules.transforms.decode import open_picture, read_picture
 from llamagen.command import run_command
 from llamagen.files import sha256_of, whole_file
 from llamagen.option_checks import check_whole

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.bad_samples import BadSampleError, Skipped
-from datamodules.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.index import PICTURES, WHOLE, Sample, SampleIndex
-from datamodules.index_store import START_METHOD
-from datamodules.remote import is_remote
-from datamodules.shards import IMAGES_FORMAT, META_FILE, ShardSet
-from datamodules.sources import SPLITS
+from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
+from datamodules.storage.index import PICTURES, WHOLE, Sample, SampleIndex
+from datamodules.storage.index_store import START_METHOD
+from datamodules.storage.remote import is_remote
+from datamodules.storage.shards import IMAGES_FORMAT, META_FILE, ShardSet
+from datamodules.storage.sources import SPLITS
 from llamagen.command import run_command
 from llamagen.option_checks import check_positive, check_whole
 from llamagen.output_paths import check_output

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.requests import RequestDataModule
-from datamodules.text_files import MARK, decode_text
+from datamodules.storage.text_files import MARK, decode_text
 from llamagen.text.cleaning import clean_caption
 
 TABLE = ".tsv"

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.loader import EvaluationLoader, ranks_wait
-from datamodules.order import Address, shared_batches
+from datamodules.loading.loader import EvaluationLoader, ranks_wait
+from datamodules.loading.order import Address, shared_batches
 
 MAX_REQUESTS = 10**9
 

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datamodules.index import MAX_CLASSES
 from datamodules.requests import RequestDataModule
-from datamodules.text_files import decode_text
+from datamodules.storage.index import MAX_CLASSES
+from datamodules.storage.text_files import decode_text
 
 CLASS_NUMBER = re.compile("[0-9]{1,9}")
 

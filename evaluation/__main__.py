@@ -16,12 +16,12 @@ from typing import Literal
 from jsonargparse import auto_cli
 from torch import nn
 
-from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.classifier import train_classifier
 from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, usable_device
 from evaluation.content_check import check_content
 from evaluation.gallery import Gallery
+from evaluation.image_sets import PictureSet, open_pictures
 from evaluation.measurement import Measurement
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference

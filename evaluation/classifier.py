@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datamodules.base import SPLITS
-from datamodules.class_order import ClassOrder
 from datamodules.images import ImageDataModule
-from datamodules.loader import EvaluationLoader
+from datamodules.loading.loader import EvaluationLoader
+from datamodules.storage.class_order import ClassOrder
 from evaluation.command_line import usable_device
 from llamagen.files import whole_file
 from llamagen.finite import broken_weight

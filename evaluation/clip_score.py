@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.bad_samples import BadSampleError
-from datamodules.picture_sets import join_checksums
-from datamodules.pictures import read_picture
+from datamodules.storage.bad_samples import BadSampleError
+from datamodules.transforms.decode import read_picture
 from evaluation.clip import DEFAULT, Clip, PictureScores, Preparation
 from evaluation.command_line import usable_device
-from evaluation.prompt_pictures import METADATA, PromptPicture, read_prompt_pictures
+from evaluation.image_sets import join_checksums
+from evaluation.prompt_images import METADATA, PromptPicture, read_prompt_pictures
 from evaluation.report import rows_table, versions_here
 from llamagen.files import whole_file
 from llamagen.metrics import extractor_checksum

@@ -2,7 +2,7 @@
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from datamodules.picture_sets import PictureSet
+from evaluation.image_sets import PictureSet
 
 LOOK = 16
 """Images read at a time; ordinary ones are settled by these."""

@@ -6,12 +6,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from datamodules.image_content import ImageContent
+from evaluation.image_content import ImageContent
 from evaluation.reference import Purpose, Reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
+from llamagen.metrics.image_metric import PictureMetric
 from llamagen.metrics.inception import Inception
 from llamagen.metrics.inception_score import SplitStatistics
-from llamagen.metrics.picture_metric import PictureMetric
 
 PREFIX = {"generation": "g", "reconstruction": "r"}
 DISTANCES = ("fid", "sfid", "kid", "kid_std")
@@ -98,7 +98,7 @@ class Measurement:
         Args:
             images: (B, 3, H, W) uint8, on the device of the measurement.
             index: (B,) int64, number of each picture in its set; see
-                :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
+                :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
             real: these are the pictures to compare with.
 
         Returns:

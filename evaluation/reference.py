@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datamodules.picture_sets import PictureSet, open_pictures
 from evaluation.content_check import check_content, warn_of_content
+from evaluation.image_sets import PictureSet, open_pictures
 from llamagen.files import whole_file
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
@@ -50,7 +50,7 @@ class Reference:
         extractor: name of the extractor of features.
         extractor_checksum: of its weights; None likewise.
         source: where the pictures were.
-        checksum: of the pictures, see :meth:`~datamodules.picture_sets.PictureSet.checksum`; None likewise.
+        checksum: of the pictures, see :meth:`~evaluation.image_sets.PictureSet.checksum`; None likewise.
         statistics: mean (F,) and covariance (F, F) of ``pool``, float64.
         spatial_statistics: (S,) and (S, S) likewise; None if there are none.
         features: (M, F) float32, of pictures that are spread evenly over all; None if there are none.

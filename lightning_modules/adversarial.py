@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.vqgan_config import VQGANLossConfig
+from llamagen.distributed.across_ranks import mean_over_ranks
 from llamagen.losses import ADVERSARIAL_LOSSES, adaptive_weight
 from llamagen.losses.lecam import LeCAM
-from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.augmentation import DiscriminatorAugmentation
 from llamagen.models.discriminator import Discriminator
 

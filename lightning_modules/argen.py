@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import model_device
 from lightning_modules.code_checks import check_codes
-from lightning_modules.drawing import DrawingModule
 from lightning_modules.optimization import AdamWConfig
-from llamagen.adaptation import adapt_to
+from lightning_modules.sampling import DrawingModule
+from llamagen.checkpoints.adaptation import adapt_to
+from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights
+from llamagen.cost.gpt import flops_per_sequence
 from llamagen.finite import not_finite
-from llamagen.gpt_cost import flops_per_sequence
 from llamagen.losses import linear_cross_entropy, linear_surprise
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
@@ -23,7 +24,6 @@ from llamagen.models.sharding import shard
 from llamagen.option_checks import option_named
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
-from llamagen.weights import ENTRY, load_weights, read_weights
 
 
 class ARGenModule(DrawingModule):
@@ -154,7 +154,7 @@ class ARGenModule(DrawingModule):
 
     @property
     def flops_per_sequence(self) -> float:
-        """Operations of the model in a training step for one picture, see :mod:`llamagen.gpt_cost`."""
+        """Operations of the model in a training step for one picture, see :mod:`llamagen.cost.gpt`."""
         return flops_per_sequence(self.gpt.config)
 
     def setup(self, stage: str) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.optimization import AdamWConfig, build_adamw
-from llamagen.checkpoint import check_fits, describe
+from llamagen.checkpoints.contents import check_fits, describe
+from llamagen.checkpoints.weights import ENTRY
 from llamagen.finite import culprit, refusal
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
-from llamagen.weights import ENTRY
 
 _WITHOUT_MEMORY: ContextVar[bool] = ContextVar("without memory", default=False)
 

@@ -10,9 +10,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
+from llamagen.checkpoints.sharded import is_sharded_checkpoint
 from llamagen.files import remove, whole_file
-from llamagen.sharded_checkpoint import is_sharded_checkpoint
 
 
 class CheckpointFiles(TorchCheckpointIO):

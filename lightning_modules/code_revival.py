@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from llamagen.checkpoints.weights import EMA_STATE
 from llamagen.metrics import CodebookUsage
 from llamagen.models.quantizer import VectorQuantizer
 from llamagen.models.vqgan import Encoding
-from llamagen.weights import EMA_STATE
 
 
 class CodeRevival(nn.Module):

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules.checkpoint_files import is_local, local_path
-from llamagen.checkpoint import read_checkpoint
-from llamagen.integrity import check_integrity
+from llamagen.checkpoints.contents import read_checkpoint
+from llamagen.checkpoints.integrity import check_integrity
 
 KEYWORDS = ("best", "last", "hpc", "registry")
 SUFFIX = ".ckpt"

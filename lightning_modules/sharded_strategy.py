@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import GenerativeModule
 from lightning_modules.checkpoint_files import CheckpointFiles, tensor_bytes
-from llamagen.checkpoint import check_fits, read_checkpoint
+from llamagen.checkpoints.contents import check_fits, read_checkpoint
+from llamagen.checkpoints.sharded import numbered
+from llamagen.distributed.full_tensor import copy_whole_
 from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
 from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, size_of
-from llamagen.models.whole_tensor import copy_whole_
-from llamagen.sharded_checkpoint import numbered
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -25,7 +25,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     ``--trainer.strategy sharded`` is this strategy with its defaults. A checkpoint is a folder, in which each rank
     writes its part; it gets its name when all of them are done. It may be resumed on another number of ranks and by
-    another strategy. ``python -m llamagen.export`` makes one file of weights of it.
+    another strategy. ``python -m llamagen.checkpoints.export`` makes one file of weights of it.
 
     Args:
         data_parallel_size: number of ranks that share the parameters; by default all.

@@ -17,15 +17,15 @@ from lightning_modules.code_revival import CodeRevival
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
+from llamagen.checkpoints.weights import ENTRY, below, differences, load_weights, read_weights
+from llamagen.distributed.across_ranks import mean_over_ranks
 from llamagen.finite import check_finite
 from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
 from llamagen.metrics import CodebookStatistics, CodebookUsage
-from llamagen.models.across_ranks import mean_over_ranks
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.option_checks import check_whole, option_named
-from llamagen.weights import ENTRY, below, differences, load_weights, read_weights
 
 
 class VQGANModule(GenerativeModule):
@@ -110,7 +110,9 @@ class VQGANModule(GenerativeModule):
         if weights.discriminator is None:
             rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
         else:
-            advice = "choose its model.init_args.discriminator, or leave it out of the file with llamagen.export"
+            advice = (
+                "choose its model.init_args.discriminator, or leave it out of the file with llamagen.checkpoints.export"
+            )
             try:
                 load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({advice})")
             except ValueError as error:  # which matters to a training alone

@@ -46,7 +46,7 @@ ROOMS = {
         "llamagen.text.cleaning",
     ),
     "evaluation": ("llamagen", "datamodules"),
-    "callbacks": ("llamagen", "evaluation", "datamodules.index", "datamodules.shards"),
+    "callbacks": ("llamagen", "evaluation", "datamodules.storage.index", "datamodules.storage.shards"),
     "command_line": ("llamagen", "lightning_modules", "datamodules", "callbacks"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -133,7 +133,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         ("from llamagen.sampling import generate", "llamagen/models", False),
         ("def f():\n    from lightning_modules import VQGANModule", "callbacks", False),
         ("from datamodules import shards", "callbacks", True),
-        ("from datamodules.shards import index_shard", "callbacks", True),
+        ("from datamodules.storage.shards import index_shard", "callbacks", True),
         ("from datamodules import ImageDataModule", "callbacks", False),
         ("from llamagen.models.gpt import GPT", "datamodules", False),
         ("from llamagen.text.cleaning import first_sentence", "datamodules", True),

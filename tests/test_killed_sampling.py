@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import main
-from callbacks import image_writer
+from callbacks.writers import images as image_writer
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 from tests.sampling_probes import KeepCodes, PullThePlug, with_probe

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llamagen.finite import is_finite
 from llamagen.metrics.features import Features
-from llamagen.metrics.picture_metric import SIDES, PictureMetric, side_of
+from llamagen.metrics.image_metric import SIDES, PictureMetric, side_of
 
 
 class FID(PictureMetric):
@@ -17,7 +17,7 @@ class FID(PictureMetric):
     is what people call FID; with others its ``name`` says so.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.picture_metric.PictureMetric`.
+        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
         image_size: side of the pictures in pixels.
         reference: mean (F,) and covariance (F, F) of the real pictures, if they are known; else these are shown to
             ``update``.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.metrics.features import Features
-from llamagen.metrics.picture_metric import FAKE, RowMetric
+from llamagen.metrics.image_metric import FAKE, RowMetric
 
 SORTED_ERRORS, SORTED_SHARE = 6.0, 0.95
 """Images count as sorted if shuffling raises the score by more than so many standard errors, and above this share."""
@@ -63,7 +63,7 @@ class InceptionScore(RowMetric):
         Args:
             pictures: (B, 3, H, W) uint8, or their features.
             real: these are the pictures that other metrics of a collection compare with; they are passed over.
-            index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.picture_metric.RowMetric.keep`.
+            index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
         """
         if not real:
             self.keep(FAKE, self.rows(pictures), index)

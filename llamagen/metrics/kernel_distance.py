@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from llamagen.metrics.image_metric import ComparingRowMetric
 from llamagen.metrics.inception_score import SplitStatistics
-from llamagen.metrics.picture_metric import ComparingRowMetric
 
 
 class KID(ComparingRowMetric):
@@ -13,7 +13,7 @@ class KID(ComparingRowMetric):
     (arXiv 1801.01401.) It is taken over random subsets, always the same ones for one seed and number of pictures.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.picture_metric.PictureMetric`.
+        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
         image_size: side of the pictures in pixels.
         reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
         subsets: how many.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamagen.metrics.picture_metric import ComparingRowMetric
+from llamagen.metrics.image_metric import ComparingRowMetric
 
 UNSURE = 1e-9
 """Relative error that squared distances by way of a product of matrices surely do not have in float64."""
@@ -31,7 +31,7 @@ class PrecisionRecall(ComparingRowMetric):
     (arXiv 1904.06991.) Distances are taken in blocks, so memory grows with the pictures and not with their pairs.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.picture_metric.PictureMetric`.
+        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
         image_size: side of the pictures in pixels.
         reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
         k: which neighbour the radius goes to; 3 in ADM's evaluation.

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llamagen.models.sync_batch_norm import SyncBatchNorm2d
+from llamagen.distributed.sync_batch_norm import SyncBatchNorm2d
 from llamagen.option_checks import check_whole
 
 LEAK = 0.2

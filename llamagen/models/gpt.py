@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llamagen.distributed.full_tensor import draw_whole_
 from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
 from llamagen.models.dropout import Dropout
@@ -20,7 +21,6 @@ from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.inputs import check_codes
 from llamagen.models.kv_cache import KVCache, LayerCache
 from llamagen.models.rope import rope_table, rotate
-from llamagen.models.whole_tensor import draw_whole_
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 

@@ -1,10 +1,10 @@
 """Sampling: logits to codes, and the decode loop, compiled or not. Runs without Lightning."""
 
 from llamagen.sampling.config import SamplingConfig
-from llamagen.sampling.draw import draw, filter_logits, guide
 from llamagen.sampling.generate import generate
+from llamagen.sampling.image_sampler import PictureSampler
+from llamagen.sampling.logits import draw, filter_logits, guide
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
-from llamagen.sampling.picture_sampler import PictureSampler
 from llamagen.sampling.pixels import Pictures, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
 

@@ -13,8 +13,9 @@ from llamagen.finite import FiniteCheck, culprit, refusal
 from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
-from llamagen.sampling.decoder import CPUDecoder, Decoder
-from llamagen.sampling.gpu_decoder import GPUDecoder
+from llamagen.sampling.cpu.decoder import CPUDecoder
+from llamagen.sampling.decoder import Decoder
+from llamagen.sampling.gpu.decoder import GPUDecoder
 from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_config, as_numbers, as_whole
 
 

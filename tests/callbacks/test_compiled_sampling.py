@@ -117,7 +117,7 @@ def test_auto_samples_without_where_it_cannot_be_compiled(pipeline: Pipeline, mo
     def refuse(*_: Any) -> None:
         raise ValueError("no compiler here")
 
-    monkeypatch.setattr("llamagen.sampling.cpu_step.cpu_library", refuse)
+    monkeypatch.setattr("llamagen.sampling.cpu.step.cpu_library", refuse)
     module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=5)
     with pytest.warns(UserWarning, match="sampling is not compiled: ValueError: no compiler here"):
         outputs = evaluator(CompiledSampling()).predict(module, requests)

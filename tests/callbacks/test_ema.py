@@ -9,8 +9,8 @@ import torch
 
 from callbacks import EMA
 from datamodules import DigitsDataModule
-from llamagen.checkpoint import load_vqgan
-from llamagen.weights import averaged_weights
+from llamagen.checkpoints.contents import load_vqgan
+from llamagen.checkpoints.weights import averaged_weights
 from tests.lightning_modules.runs import evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
 from datamodules import DigitsDataModule, SampleDataModule
-from datamodules.picture_sets import open_pictures
+from evaluation.image_sets import open_pictures
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, make_reference
 from lightning_modules import ARGenModule

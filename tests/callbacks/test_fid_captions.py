@@ -17,12 +17,12 @@ from torch import Tensor
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
 from datamodules import CodeDataModule, PromptDataModule
-from datamodules.picture_sets import open_pictures
-from datamodules.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardSet
+from evaluation.image_sets import open_pictures
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from lightning_modules import AdamWConfig, ARGenModule
-from llamagen.checkpoint import describe, load_vqgan, weights_checksum
+from llamagen.checkpoints.contents import describe, load_vqgan, weights_checksum
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.sampling import SamplingConfig
@@ -198,7 +198,7 @@ def test_a_training_measures_pictures_of_the_captions_of_its_validation_set(
     monitor = FIDMonitor(reference, Everything(), count=11, every_n_validations=2, seed=SEED)
     best = ModelCheckpoint(tmp_path / "best", monitor=GFID, save_on_train_epoch_end=False)
     shown, module = Shown(list(range(11))), text_module(tokenizer)
-    monkeypatch.setattr("lightning_modules.text_condition.CaptionEncoder", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llamagen.text.condition.CaptionEncoder", lambda *_: pytest.fail("loaded"))
     measured = Measured(monkeypatch)
     trainer = train(
         module, data_of(codes), tmp_path, shown, CompiledSampling(enabled=False, batch_size=6), monitor, best,

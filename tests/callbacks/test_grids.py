@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from callbacks import ReconstructionGrid, SampleGrid
-from callbacks.pictures import publish
+from callbacks.figures import publish
 from llamagen.grids import GAP, captioned_grid, grid_image, save_png
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import Throughput, throughput
-from llamagen.gpt_cost import flops_per_sequence
+from llamagen.cost.gpt import flops_per_sequence
 from tests.lightning_modules.runs import argen_module
 
 STEP, LOAD, VALIDATE, SAVE = 2.0, 0.5, 100.0, 1000.0

@@ -1,6 +1,6 @@
 """Wrong commands of every stage end in one line that names the option or the value, and leave no run behind.
 
-Those of the other tools are in ``tests/test_wrong_commands_of_tools.py``.
+Those of the other tools are in ``tests/command_line/test_wrong_commands_of_tools.py``.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardSet
 from tests.datamodules.code_sets import codes_of, npy
 from tests.tiny_t5 import WORDS
 

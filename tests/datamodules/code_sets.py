@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardSet
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardSet
 from tests.datamodules.code_sets import codes_of, npy
 
 WIDTH, LENGTH, VIEWS, GRID, VOCABULARY = 4, 5, 2, (2, 2), 1000

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.order import Address
-from datamodules.shards import ShardWriter
+from datamodules.loading.order import Address
+from datamodules.storage.shards import ShardWriter
 
 
 class Numbers(Dataset[Address]):

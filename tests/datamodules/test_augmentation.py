@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.crops import centre_crop, ten_crops
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule, ImageDataset
-from datamodules.index import SampleIndex
-from datamodules.order import NO_EPOCH
-from datamodules.tar_index import index_shard
+from datamodules.loading.order import NO_EPOCH
+from datamodules.storage.index import SampleIndex
+from datamodules.storage.tar_index import index_shard
+from datamodules.transforms.crops import centre_crop, ten_crops
 from tests.datamodules.shard_files import encode, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")

@@ -10,12 +10,12 @@ import pytest
 
 from callbacks import FeatureWriter
 from datamodules import CaptionDataModule
-from datamodules.shards import read_meta
+from datamodules.storage.shards import read_meta
 from lightning_modules import CaptionModule
 from llamagen.text import TextEncoderConfig
 from tests.datamodules.caption_sets import DESCRIPTION, caption, codes, write_captioned_codes
 from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
-from tests.datamodules.test_remote import Server
+from tests.datamodules.storage.test_remote import Server
 from tests.lightning_modules.runs import evaluator
 from tests.tiny_t5 import save_tiny_t5
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.codes import CodeDataModule
-from datamodules.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardSet
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 VIEWS, HEIGHT, WIDTH, VOCABULARY, CLASSES = 3, 2, 4, 50, 5

@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from datamodules.digits import DigitsDataModule
-from datamodules.shards import META_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.shards import META_FILE, ShardSet, ShardWriter, read_meta
 from tests.datamodules.shard_files import assert_one_line
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.bad_samples import BadSampleError
-from datamodules.crops import centre_crop
 from datamodules.images import ImageDataModule, ImageDataset, scale, to_planes
-from datamodules.index import NO_LABEL
-from datamodules.order import NO_EPOCH
-from datamodules.tar_index import index_shard
+from datamodules.loading.order import NO_EPOCH
+from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.index import NO_LABEL
+from datamodules.storage.tar_index import index_shard
+from datamodules.transforms.crops import centre_crop
 from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_pictures, write_shards
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from datamodules.inspection import COLUMNS, ROWS, TILE, inspect, main
-from datamodules.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardSet
 from tests.datamodules.feature_sets import write_set
 from tests.datamodules.shard_files import assert_one_line, encode, write_shards
 

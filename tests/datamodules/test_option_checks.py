@@ -96,8 +96,8 @@ def test_worker_processes_import_neither_lightning_nor_what_comes_with_it(tmp_pa
     (tmp_path / "empty").mkdir()  # is warned of, which must not need Lightning
     script = """
 import sys
-import datamodules.caption_dataset, datamodules.code_dataset, datamodules.image_dataset, datamodules.stream
-import datamodules.picture_sets, datamodules.packing
+import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.datasets.images, datamodules.loading.stream
+import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
 assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from datamodules import packing
-from datamodules.index import Sample
 from datamodules.packing import main, pack
-from datamodules.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
-from datamodules.tar_index import index_shard
+from datamodules.storage.index import Sample
+from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
 
 CLASSES = ["ant", "cat", "dog"]

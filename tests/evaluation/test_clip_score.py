@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from evaluation.__main__ import main
 from evaluation.clip_score import MOST_GROUPS, SHOWN_PROMPTS, by_column, clip_score, score_of
-from evaluation.prompt_pictures import PromptPicture
+from evaluation.prompt_images import PromptPicture
 from llamagen.metrics import extractor_checksum
 from tests.tiny_clip import LENGTH, save_tiny_clip
 

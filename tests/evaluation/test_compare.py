@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.picture_sets import PictureBatch, PictureSet, open_pictures
 from evaluation.__main__ import compare, main
+from evaluation.image_sets import PictureBatch, PictureSet, open_pictures
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from llamagen.metrics import extract

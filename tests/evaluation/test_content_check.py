@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.picture_sets import open_pictures
 from evaluation.__main__ import main
 from evaluation.content_check import check_content, warn_of_content
+from evaluation.image_sets import open_pictures
 from tests.datamodules.shard_files import encode, write_shards
 from tests.metrics.extractors import SIZE, Everything
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datamodules.picture_sets import open_pictures
+from evaluation.image_sets import open_pictures
 from evaluation.measurement import Measurement, name_of
 from evaluation.reference import Reference, make_reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extractor_checksum

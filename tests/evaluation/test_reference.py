@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.picture_sets import open_pictures
+from evaluation.image_sets import open_pictures
 from evaluation.reference import Reference, completed, look_at, make_reference, read_reference
 from llamagen.metrics import extract, extractor_checksum
 from tests.datamodules.shard_files import assert_one_line

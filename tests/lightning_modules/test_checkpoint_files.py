@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoint, use_metrics_logger
 from lightning_modules.checkpoint_files import local_path, tensor_bytes
 from lightning_modules.metrics_file import MetricsLogger
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.full_disk import DiskFullError
 from tests.lightning_modules.runs import argen_module, train
 from tests.lightning_modules.test_latest_checkpoint import checkpoint

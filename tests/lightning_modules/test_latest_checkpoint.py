@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoint
 from lightning_modules.latest_checkpoint import checkpoint_folders
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
+from llamagen.checkpoints.integrity import check_integrity
 from llamagen.files import replaced_name
-from llamagen.integrity import check_integrity
 
 
 def checkpoint(step: int, batches: int | None = None, epochs: int = 0, **more: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from callbacks import CodeWriter, FIDMonitor, ImageWriter, SampleGrid
 from datamodules import CodeDataModule, DigitsDataModule, SampleDataModule
 from lightning_modules import ARGenModule, VQGANModule
 from lightning_modules.base import GenerativeModule
-from llamagen.checkpoint import load_vqgan
-from llamagen.export import export
+from llamagen.checkpoints.contents import load_vqgan
+from llamagen.checkpoints.export import export
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.lightning_modules.poison import Poison

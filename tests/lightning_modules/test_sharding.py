@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 import main
 from lightning_modules import ARGenModule, ShardedStrategy, models_without_memory
-from llamagen.checkpoint import read_checkpoint, weights_checksum
-from llamagen.export import export
+from llamagen.checkpoints.contents import read_checkpoint, weights_checksum
+from llamagen.checkpoints.export import export
+from llamagen.checkpoints.weights import averaged_weights, read_weights
+from llamagen.distributed.full_tensor import copy_whole_
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import is_sharded, shard
-from llamagen.models.whole_tensor import copy_whole_
-from llamagen.weights import averaged_weights, read_weights
 from tests.lightning_modules.runs import argen_module, vqgan_module
 from tests.lightning_modules.test_argen_ranks import STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline

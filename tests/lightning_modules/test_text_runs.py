@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import main
-from llamagen.checkpoint import read_checkpoint
+from llamagen.checkpoints.contents import read_checkpoint
 from tests.lightning_modules.runs import assert_moved_alike
 from tests.ranks import ended, succeeds, two_processes
 from tests.text_pipeline import TextPipeline

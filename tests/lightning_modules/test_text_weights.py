@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules import ARGenModule
-from llamagen.export import export
+from llamagen.checkpoints.export import export
+from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
 from llamagen.sampling import SamplingConfig, generate
-from llamagen.weights import read_weights
 from tests.golden import golden, published_state_dict
 from tests.golden_gpts import golden_gpt, golden_inputs
 from tests.small_models import assert_same

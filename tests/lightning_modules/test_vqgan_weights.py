@@ -10,7 +10,7 @@ from torch import Tensor
 
 import main
 from lightning_modules import VQGANModule
-from llamagen.export import export
+from llamagen.checkpoints.export import export
 from llamagen.models.discriminator import PatchGAN, StyleGAN
 from llamagen.models.lpips import VGG16_ADDRESS, VGG16_FILE
 from llamagen.models.vqgan import VQGAN, VQGANConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llamagen.distributed.sync_batch_norm import SyncBatchNorm2d
 from llamagen.models.discriminator import Blur, Discriminator, PatchGAN, StyleGAN
-from llamagen.models.sync_batch_norm import SyncBatchNorm2d
 from tests.golden import assert_matches, fill, golden, normal_input, published_state_dict
 from tests.small_models import images_for
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
-from llamagen.sampling import Sampler, SamplingConfig, code_counters, cpu_library, draw, gumbel, seed_tensor
-from llamagen.sampling.cpu_step import CPUStep
+from llamagen.sampling import Sampler, SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling.cpu import library as cpu_library
+from llamagen.sampling.cpu.step import CPUStep
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt

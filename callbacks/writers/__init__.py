@@ -1,0 +1,1 @@
+"""Callbacks that write what ``predict`` returns: images, codes, features."""

@@ -1,0 +1,113 @@
+"""Pictures by number and epoch. Apart from their DataModule: worker processes import this file, and not Lightning."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.datasets.dataset import SampleDataset
+from datamodules.loading.order import NO_EPOCH
+from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.index import NO_LABEL, SampleIndex
+from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops
+from datamodules.transforms.decode import read_picture
+
+if TYPE_CHECKING:
+    from datamodules.loading.stream import StreamIndex
+
+Views = Literal["centre", "flip", "ten_crop"]
+
+
+def to_planes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (…, H, W, 3) as (…, 3, H, W), contiguous: planes, as the resizing kernel leaves them."""
+    return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
+
+
+def scale(levels: Tensor) -> Tensor:
+    """Levels 0 to 255 uint8 as float32 in [-1, 1]."""
+    return levels.float().div_(127.5).sub_(1.0)
+
+
+class ImageDataset(SampleDataset):
+    """Decodes pictures; asked for without an epoch, it gives their views, which is the centre crop alone by default.
+
+    Args:
+        samples: with a png, jpg, jpeg or webp member.
+        image_size: side of the pictures in pixels.
+        random_crop: within an epoch, draw size and place of the crop by (seed, epoch, sample).
+        flip: within an epoch, mirror half of the pictures, drawn likewise.
+        seed: of the draws.
+        views: see :func:`~datamodules.transforms.crops.view_names`; more than one makes the pictures (A, 3, H, W).
+        crop_ranges: of ten crops.
+        captions: read captions, too.
+        never_empty: see :class:`~datamodules.datasets.dataset.SampleDataset`.
+    """
+
+    def __init__(
+        self,
+        samples: "SampleIndex | StreamIndex",
+        image_size: int,
+        random_crop: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+        views: Views = "centre",
+        crop_ranges: Sequence[float] = (),
+        captions: bool = False,
+        never_empty: bool = False,
+    ) -> None:
+        super().__init__(samples, never_empty)
+        self.image_size, self.random_crop, self.flip, self.seed = image_size, random_crop, flip, seed
+        self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
+        self._warned = False
+
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        """Planes, label and key of a sample.
+
+        Raises:
+            BadSampleError: if it has no picture or a broken one.
+        """
+        sample = self.samples[number]
+        pixels = read_picture(sample.read_picture(), f"sample {sample.key} of {sample.source}")
+        # Contiguous, and so a copy: a piece would keep the whole picture in memory until the batch is full.
+        parts = {
+            "planes": to_planes(self._cut(pixels, number, epoch)),
+            "labels": sample.label,
+            "keys": sample.key,
+        }
+        if not self.captions:
+            return parts
+        caption = sample.read_caption()
+        fault = "" if caption else sample.caption_fault()
+        what = f": {fault}" if fault else ""
+        if not caption and sample.label == NO_LABEL:
+            story = f"sample {sample.key} of {sample.source} has neither class nor caption{what}"
+            raise BadSampleError("no caption", story)
+        if fault and not self._warned:
+            self._warned = True  # in each worker process once
+            warnings.warn(
+                f"captions that cannot be read are left out, e.g. of sample {sample.key} of {sample.source}{what}",
+                stacklevel=2,
+            )
+        return {**parts, "captions": caption}
+
+    def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
+        if epoch == NO_EPOCH:
+            if self.views == "ten_crop":
+                return np.stack(ten_crops(pixels, self.image_size, self.crop_ranges))
+            centre = centre_crop(pixels, self.image_size)
+            return centre if self.views == "centre" else np.stack([centre, centre[:, ::-1]])
+        generator = np.random.default_rng([self.seed, epoch, number])
+        if self.random_crop:
+            pixels = random_crop(pixels, self.image_size, generator)
+        else:
+            pixels = centre_crop(pixels, self.image_size)
+        return random_flip(pixels, generator) if self.flip else pixels
+
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64 (−1 for none), ``keys``, ``captions``."""
+        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+        images = scale(torch.from_numpy(np.stack(batch.pop("planes"))))
+        return {"images": images, **batch, "labels": torch.tensor(batch["labels"])}

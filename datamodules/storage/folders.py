@@ -1,0 +1,110 @@
+"""A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``; or one of
+pictures alone: ``root/1.jpg``. A text file of the same name in a class folder, ``root/dog/1.txt``, is the caption of a
+picture, where at least half of the pictures have one.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.class_order import class_numbers
+from datamodules.storage.folder_walk import FolderWalk, is_image
+from datamodules.storage.index import NO_LABEL, OTHER_PICTURES, PICTURES, TEXT, WHOLE, SampleIndex, Strings
+from datamodules.storage.layout import report_left_out
+from datamodules.storage.user_warnings import warn_user
+
+
+def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
+    """The names of the class folders, sorted: folders that hold images, and are none that a
+    :class:`~datamodules.storage.folder_walk.FolderWalk` leaves out.
+
+    Args:
+        root: the folder.
+        run_folder: folder that the current run writes to, if there is one.
+    """
+    walk = FolderWalk(root, run_folder)
+    return [name for name in walk.folders() if walk.holds_images(name)]
+
+
+def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> SampleIndex:
+    """The pictures of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
+
+    A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
+    same one, the suffix is added to it.
+
+    Args:
+        root: the folder.
+        classes: names of the classes, by their numbers; a folder of another name is refused. Where they are whole
+            numbers, so is the folder ``01`` of class 1.
+        run_folder: folder that the current run writes to, if there is one.
+
+    Raises:
+        ValueError: if a class folder is not among ``classes``, or a folder cannot be read.
+    """
+    walk = FolderWalk(root, run_folder)
+    places = {name: list(walk.files(name)) for name in walk.folders()}
+    found = [name for name, files in places.items() if any(is_image(file) for _, names in files for file in names)]
+    empty = {os.path.join(root, name): "no images" for name in places if name not in set(found)}
+    numbers = class_numbers(found, classes, str(root))
+    index = _index(root, ((*place, numbers[name]) for name in found for place in places[name]))
+    report_left_out(root, {**walk.left_out, **empty}, flat_pictures(root) if found else [])
+    counts = np.bincount(index.labels, minlength=1)
+    if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
+        warn_user(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
+    return index
+
+
+def index_flat(root: Path) -> SampleIndex:
+    """The pictures that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
+    return _index(root, [(str(root), flat_pictures(root), NO_LABEL)])
+
+
+def flat_pictures(root: Path) -> list[str]:
+    """Names of the pictures that lie in a folder itself, sorted, those that cannot be read included."""
+    return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
+
+
+def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:
+    """The pictures among files, given by folder, names and label."""
+    files: list[str] = []
+    keys: list[str] = []
+    labels: list[int] = []
+    suffixes: list[str] = []
+    captioned: list[bool] = []
+    bad: list[Skipped] = []
+    taken: set[str] = set()
+    for folder, names, label in places:
+        below = os.path.relpath(folder, root)
+        prefix = "" if below == os.curdir else f"{below}/".replace(os.sep, "/")
+        texts = {name for name in names if name.endswith(f".{TEXT}")}
+        for file in names:
+            stem, _, suffix = file.rpartition(".")
+            path = os.path.join(folder, file)
+            if stem and not file.startswith(".") and suffix.lower() in OTHER_PICTURES:
+                story = f"{path} is no {', '.join(PICTURES)}; convert it, or remove it"
+                bad.append(Skipped(-1, os.path.relpath(path, root), "no picture", story))
+            if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
+                continue
+            key = f"{prefix}{stem.replace('.', '_')}"
+            if key in taken:
+                key = f"{key}_{suffix}"
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            files.append(path)
+            keys.append(key)
+            labels.append(label)
+            suffixes.append(suffix.lower())
+            captioned.append(f"{stem}.{TEXT}" in texts)
+    kinds = np.array(suffixes, dtype="U4")
+    members = {}
+    for suffix in PICTURES:
+        if (present := kinds == suffix).any():
+            members[suffix] = np.where(present[:, None], [0, WHOLE], -1).astype(np.int64)
+    if any(captioned) and 2 * sum(captioned) >= len(captioned):  # else they are notes
+        members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE], -1).astype(np.int64)
+    count = len(files)
+    return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64), bad)

@@ -1,0 +1,121 @@
+"""Indexes of shards, kept on this machine: the headers of a shard are read once, not at every start of every rank."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.index import SampleIndex, Strings
+from datamodules.storage.tar_index import index_shard
+from llamagen.files import whole_file
+
+VERSION = 3
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+"""Of processes that only move bytes: forked ones start at once, and run no script anew that does not expect it."""
+MANY = 64
+"""From so many new shards on they are indexed by several processes."""
+
+
+class IndexStore:
+    """Indexes by path, size and time of change of a shard.
+
+    Args:
+        folder: of the cache; a folder that cannot be written to costs time, but does no harm.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "indexes"
+
+    def _path(self, shard: Path) -> Path:
+        status = shard.stat()
+        name = f"{VERSION} {shard.absolute()} {status.st_size} {status.st_mtime_ns}"
+        return self.folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.npz"
+
+    def index(self, shard: Path) -> SampleIndex:
+        """The index of a shard, from the store if it is there.
+
+        Raises:
+            ValueError: if the shard is missing or cannot be read.
+        """
+        try:
+            path = self._path(shard)
+        except OSError as error:
+            raise ValueError(f"shard {shard} cannot be read ({error}); write it again, or leave it out") from error
+        try:
+            return _load(path, shard)
+        except Exception:  # of a file that is missing, or may hold anything
+            index = index_shard(shard)
+        with suppress(OSError):
+            _save(path, index)
+        return index
+
+    def index_all(self, shards: Sequence[Path], counts: Sequence[int | None] = ()) -> SampleIndex:
+        """The index of a set of shards, in their order.
+
+        Args:
+            shards: their files.
+            counts: samples that each is known to hold; what is missing of a truncated one is put down as bad.
+
+        Raises:
+            ValueError: if one is missing, cannot be read, or holds another number of samples.
+        """
+        missing = [shard for shard in shards if not shard.exists() or not self._path(shard).exists()]
+        if len(missing) >= MANY:
+            workers = min(os.cpu_count() or 1, 16)
+            with ProcessPoolExecutor(workers, get_context(START_METHOD)) as pool:
+                for _ in tqdm(pool.map(self._remember, missing), "reading headers", len(missing), unit="shard"):
+                    pass
+        indexes = [self.index(shard) for shard in shards]
+        for shard, index, count in zip(shards, indexes, counts or [None] * len(indexes), strict=True):
+            if count is None:
+                continue
+            lost = count - len(index)
+            if lost < 0 or (lost and not index.bad):
+                raise ValueError(
+                    f"shard {shard} holds {len(index)} samples, but the description of its set says {count}; write the "
+                    "set again"
+                )
+            more = Skipped(-1, "", "truncated shard", f"a sample of shard {shard} is lost; write it again")
+            index.bad = [*index.bad, *lost * [more]][:lost]  # none, where only the end mark is cut off
+        return SampleIndex.concatenate(indexes)
+
+    def _remember(self, shard: Path) -> None:
+        self.index(shard)
+
+
+def _save(path: Path, index: SampleIndex) -> None:
+    columns = {f"member_{extension}": column for extension, column in index.members.items()}
+    bad = Strings.of([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            keys=np.frombuffer(index.keys.block, np.uint8),
+            key_ends=index.keys.ends,
+            labels=index.labels,
+            bad=np.frombuffer(bad.block, np.uint8),
+            bad_ends=bad.ends,
+            **columns,  # type: ignore[arg-type]
+        )
+
+
+def _load(path: Path, shard: Path) -> SampleIndex:
+    with np.load(path, allow_pickle=False) as stored:
+        columns = {name: stored[name] for name in stored.files}
+    keys = Strings(columns["keys"].tobytes(), columns["key_ends"])
+    bad = Strings(columns["bad"].tobytes(), columns["bad_ends"])
+    return SampleIndex(
+        Strings.of([str(shard)]),
+        np.zeros(len(keys), np.int64),
+        keys,
+        {name.removeprefix("member_"): column for name, column in columns.items() if name.startswith("member_")},
+        columns["labels"],
+        [Skipped(-1, *(bad[first + part] for part in range(3))) for first in range(0, len(bad), 3)],
+    )

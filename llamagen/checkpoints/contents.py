@@ -1,0 +1,178 @@
+"""What a checkpoint says of its model, and how to get the model out of it again. Plain torch, primitives only.
+
+A training checkpoint of this project is Lightning's, with one entry more: ``checkpoint["llamagen"]`` holds the
+architecture (``"VQGAN"`` or ``"GPT"``), its configuration, the prefix of its weights in ``state_dict`` and, if weights
+were averaged, the names of the averaged parameters in the order of the optimizer, which keeps the averages in its
+state.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from llamagen.checkpoints.adaptation import FUNCTION
+from llamagen.checkpoints.sharded import not_moments
+from llamagen.checkpoints.weights import (
+    ENTRY,
+    Weights,
+    below,
+    differences,
+    infer_vqgan_config,
+    load_weights,
+    read_torch_file,
+    read_weights,
+    refuse_not_finite,
+)
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+
+
+def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
+    """The entry of a checkpoint that says what its weights are.
+
+    Args:
+        model: the model that was trained.
+        prefix: where its weights are in the ``state_dict``, for example ``"gpt."``.
+
+    Returns:
+        Primitives only, so that the checkpoint loads with ``weights_only``.
+    """
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
+    return {"architecture": architecture_of(model), "config": config, "prefix": prefix}
+
+
+def architecture_of(model: GPT | VQGAN) -> str:
+    """Its class, whatever became of it when its parameters were spread over ranks."""
+    return "GPT" if isinstance(model, GPT) else "VQGAN"
+
+
+def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moments) -> dict[str, Any]:
+    """A training checkpoint of this project; tensors of a file are read when they are used.
+
+    Args:
+        path: its file, or the folder of a sharded one.
+        wanted: which tensors of a sharded one to read, see :func:`~llamagen.checkpoints.sharded.read_sharded`.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        ValueError: in one line, if there is no such file or it is something else.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
+    checkpoint = read_torch_file(path, wanted)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(ENTRY), dict):
+        raise ValueError(f"{path} was not written by a training run of this project; give the .ckpt file of a run")
+    return checkpoint
+
+
+def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
+    """Refuse a checkpoint whose weights are not those of a model of this shape and function, or are not finite.
+
+    Args:
+        checkpoint: as loaded.
+        model: where its weights are to go.
+
+    Raises:
+        ValueError: in one line, with what differs.
+    """
+    entry = checkpoint.get(ENTRY)
+    wanted = architecture_of(model)
+    if not isinstance(entry, dict):
+        raise ValueError(f"the checkpoint was not written by this project's {wanted} training; choose another file")
+    if entry["architecture"] != wanted:
+        raise ValueError(
+            f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
+            f"a {wanted} run"
+        )
+    here = asdict(model.config)
+    for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
+        there = entry["config"].get(name, here[name])
+        if there != here[name]:
+            raise ValueError(f"the checkpoint's {name} is {there}, but here it is {here[name]}; set {name} to {there}")
+    if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
+        return
+    differing = differences(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
+    if differing:
+        raise ValueError(
+            f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
+        )
+    refuse_not_finite(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+
+
+def build_model(weights: Weights) -> GPT | VQGAN:
+    """The model that weights belong to, with these weights, in evaluation mode, frozen.
+
+    Args:
+        weights: as read. If they do not say what they are, they are a tokenizer, and their shapes give its
+            configuration.
+
+    Returns:
+        The model, on the CPU, float32. Random numbers are not drawn.
+
+    Raises:
+        ValueError: in one line, if they are something else.
+    """
+    with torch.device("meta"):
+        model = _empty_model(weights)
+    model = model.to_empty(device="cpu")
+    load_weights(model, weights.state, weights.source)
+    return model.eval().requires_grad_(False)
+
+
+def _empty_model(weights: Weights) -> GPT | VQGAN:
+    if weights.architecture is None:
+        return VQGAN(infer_vqgan_config(weights.state, weights.source))
+    try:
+        if weights.architecture == "VQGAN":
+            return VQGAN(VQGANConfig(**(weights.config or {})))
+        if weights.architecture == "GPT":
+            return GPT(GPTConfig(**(weights.config or {})))
+    except TypeError as error:
+        raise ValueError(f"{weights.source}: the file says a configuration that is none ({error})") from error
+    raise ValueError(f"{weights.source}: the file holds a {weights.architecture}, which this version does not know")
+
+
+def load_vqgan(path: str | Path) -> VQGAN:
+    """The image tokenizer of a file: averaged weights if it has them, in evaluation mode, frozen.
+
+    Args:
+        path: checkpoint of a tokenizer run, published ``.pt``, or safetensors.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ValueError: if there is no such file or it holds something else.
+    """
+    weights = read_weights(path)
+    if weights.architecture not in (None, "VQGAN"):
+        raise ValueError(f"{path} holds a {weights.architecture}, not a VQGAN; give the weights of a tokenizer")
+    model = build_model(weights)
+    assert isinstance(model, VQGAN)
+    return model
+
+
+@torch.inference_mode(False)  # in which spread tensors cannot be put together
+@torch.no_grad()
+def weights_checksum(model: nn.Module) -> str:
+    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
+
+    Where parameters are spread over ranks, all of them must ask; a tensor at a time is put together.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        whole = parameter.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        digest.update(name.encode())
+        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""Weights of a checkpoint as a file of their own: ``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``.
+
+CHECKPOINT is anything that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT chooses the format:
+
+- ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are.
+- ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from llamagen.checkpoints.contents import build_model, describe
+from llamagen.checkpoints.weights import ENTRY, Weights, read_weights
+from llamagen.command import run_command
+from llamagen.files import whole_file
+from llamagen.full_disk import DiskFullError
+from llamagen.models.gpt import GPT
+from llamagen.models.vqgan import VQGAN
+from llamagen.output_paths import check_output
+from llamagen.parser_errors import OneLineParser
+
+SUFFIXES = (".pt", ".safetensors")
+
+
+def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overwrite: bool = False) -> None:
+    """Write the weights of a checkpoint, in its dtype, and say so in one line.
+
+    They are loaded into their architecture first, so what is written is known to fit.
+
+    Args:
+        checkpoint: file of weights.
+        out: file to write, ``.pt`` or ``.safetensors``; it is there whole or not at all.
+        averaged: take averages (EMA) where the checkpoint has them.
+        overwrite: replace ``out`` if it exists.
+
+    Raises:
+        ValueError: in one line, if the checkpoint is not what it should be, or ``out`` cannot be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
+    check_output(out, remedy="choose another place")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
+    weights = read_weights(checkpoint, averaged)
+    model = build_model(weights)
+    # Cloned, because they may be views, share storage, or have a memory format, none of which belongs into the file.
+    state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
+    from safetensors import SafetensorError  # imported here for its start-up time
+    from safetensors.torch import save_file
+
+    try:
+        with whole_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
+            if out.suffix == ".pt":
+                with temporary.open("wb") as file:  # whose errors say why nothing can be written
+                    torch.save({"model": state}, file)
+            else:
+                save_file(state, temporary, _metadata(model, weights))
+    except DiskFullError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
+
+
+def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
+    """What a safetensors file says of its weights."""
+    said = describe(model, prefix="")
+    entry = {"architecture": said["architecture"], "config": said["config"], "averaged": weights.averaged}
+    if weights.captions is not None:
+        entry["captions"] = weights.captions
+    return {ENTRY: json.dumps(entry)}
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = OneLineParser(
+        "python -m llamagen.checkpoints.export", "Write the weights of a checkpoint into a file of their own."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run's .ckpt, a published .pt, or .safetensors")
+    parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
+    parser.add_argument("--raw", action="store_true", help="take raw weights, although there are averages (EMA)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    options = parser.parse_args(args)
+    try:
+        export(options.checkpoint, options.out, not options.raw, options.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    run_command(main)

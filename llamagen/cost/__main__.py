@@ -1,0 +1,251 @@
+"""What an autoregressive model costs, before it is trained: ``python -m llamagen.cost --config FILE …``.
+
+The files are those of ``main.py fit``, a base and its overlays; later ones win. Read are the model's ``net`` and
+``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``, ``num_nodes`` and
+``strategy``, and whether ``EMA`` is a callback.
+
+Memory is that of one GPU. Not counted are what CUDA itself and PyTorch's allocator take (allow 2 GB and some percent),
+and what a single operator of the backward pass needs for a moment.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamagen.command import run_command
+from llamagen.cost.gpt import (
+    PRECISIONS,
+    activations,
+    block_parameters,
+    cache_bytes_per_token,
+    flops_per_sequence,
+    flops_per_token,
+    gpu_days,
+    head,
+    parameters,
+)
+from llamagen.models.gpt_config import GPTConfig
+from llamagen.parser_errors import OneLineParser
+
+SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a training run decides its cost.
+
+    Attributes:
+        net: shape of the model.
+        batch_size: sequences on each GPU.
+        precision: one of :data:`PRECISIONS`.
+        checkpointing: blocks are recomputed in the backward pass.
+        ema: the parameters are averaged.
+        gpus: how many share the work.
+        sharded: they share the parameters, too (FSDP2).
+    """
+
+    net: GPTConfig
+    batch_size: int
+    precision: str = "32-true"
+    checkpointing: bool = False
+    ema: bool = False
+    gpus: int = 1
+    sharded: bool = False
+
+
+def memory(run: Run) -> dict[str, int]:
+    """Bytes on each GPU, by what they are for; their sum is the peak of a step, give or take what is not counted.
+
+    Several GPUs with whole models hold DDP's buckets beside the gradients. Where they share the parameters, each holds
+    its part of all that is kept, and for a moment what is put together: embeddings, last norm and head with their
+    gradients, two blocks in the precision of their products, and the gradients of one, also in float32.
+
+    Args:
+        run: the run.
+    """
+    width, compute = PRECISIONS[run.precision]
+    whole = width * parameters(run.net)
+    size = -(-whole // run.gpus) if run.sharded else whole
+    block = block_parameters(run.net) + 2 * run.net.dim
+    ends = parameters(run.net) - run.net.n_layer * block
+    together = 2 * width * ends + (3 * compute + 4) * block
+    kept = activations(run.net, run.batch_size, run.precision, run.checkpointing)
+    loss = head(run.net, run.batch_size, run.precision)
+    return {
+        "weights": size,
+        "gradients": size,
+        "buckets of DDP": size if run.gpus > 1 and not run.sharded else 0,
+        "moments of AdamW": 2 * size,
+        "EMA": size if run.ema else 0,
+        "activations": kept.kept,
+        "one recomputed block": kept.recomputed,
+        "autocast's weights": 0 if run.sharded else kept.narrow_weights,
+        "parameters put together": together if run.sharded else 0,
+        "gradients of the loss": loss.kept,
+        "logits, for a moment": loss.moment,
+    }
+
+
+def merge(base: Any, overlay: Any) -> Any:
+    """Two configurations as one: mappings are merged, all else is replaced by ``overlay``."""
+    if isinstance(base, dict) and isinstance(overlay, dict):
+        return base | {key: merge(base.get(key), value) for key, value in overlay.items()}
+    return overlay
+
+
+def read_run(
+    paths: list[Path], batch_size: int | None = None, precision: str | None = None, gpus: int | None = None
+) -> Run:
+    """A run out of the configurations of ``main.py fit``.
+
+    Args:
+        paths: YAML files, of which later ones win.
+        batch_size: instead of theirs.
+        precision: instead of theirs.
+        gpus: instead of theirs; 8 if they name no number.
+
+    Raises:
+        ValueError: in one line, if a file cannot be read, or something is missing or makes no sense.
+    """
+    tree: Any = {}
+    for path in paths:
+        try:
+            overlay = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(overlay, dict):
+            raise ValueError(f"{path} holds no mapping of keys; give a configuration of main.py fit")
+        tree = merge(tree, overlay)
+
+    def at(*keys: str) -> Any:
+        value = tree
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    devices, nodes, strategy = (at("trainer", key) for key in ("devices", "num_nodes", "strategy"))
+    if gpus is None:
+        gpus = devices * (nodes or 1) if isinstance(devices, int) and isinstance(nodes, int | None) else 8
+    callbacks = at("trainer", "callbacks")
+    entries = callbacks if isinstance(callbacks, list) else [callbacks]
+    classes = [_last_name(entry) for entry in entries]
+    run = Run(
+        net=_net(at("model", "init_args", "net")),
+        batch_size=at("data", "init_args", "batch_size") if batch_size is None else batch_size,
+        precision=precision or str(at("trainer", "precision") or "32-true"),
+        checkpointing=at("model", "init_args", "activation_checkpointing") or False,
+        ema="EMA" in classes,
+        gpus=gpus,
+        sharded=_last_name(strategy) in SHARDED,
+    )
+    if not isinstance(run.batch_size, int) or run.batch_size < 1:
+        raise ValueError(
+            f"batch_size is {run.batch_size}; set data.init_args.batch_size or --batch_size, at least 1 for each GPU"
+        )
+    if run.gpus < 1:
+        raise ValueError(f"gpus is {run.gpus}; it must be above 0")
+    if run.precision not in PRECISIONS:
+        raise ValueError(f"precision is {run.precision}; memory is known for {', '.join(PRECISIONS)}")
+    if not isinstance(run.checkpointing, bool):
+        raise ValueError(f"activation_checkpointing is {run.checkpointing!r}; it must be true or false")
+    return run
+
+
+def _last_name(entry: Any) -> str:
+    """Of the class that an entry of a configuration names."""
+    return str(entry.get("class_path") if isinstance(entry, dict) else entry).split(".")[-1]
+
+
+def _net(values: Any) -> GPTConfig:
+    if not isinstance(values, dict):
+        raise ValueError("model.init_args.net is missing; give the configuration of an autoregressive model")
+    known = {field.name: field.type for field in fields(GPTConfig)}
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"model.init_args.net has no {unknown[0]!r}; it has {', '.join(known)}")
+    # YAML 1.1 takes 1e-5 for a string.
+    numbers: dict[str, Any] = {
+        name: float(v) if known[name] is float and isinstance(v, str) else v for name, v in values.items()
+    }
+    try:
+        return GPTConfig(**numbers)
+    except TypeError as error:
+        raise ValueError(f"model.init_args.net makes no model ({error})") from error
+
+
+def report(run: Run, pictures: int, mfu: float, peak_tflops: float) -> str:
+    """All numbers as text.
+
+    Args:
+        run: the run.
+        pictures: to train on, counted as often as they are seen.
+        mfu: share of the peak that is reached.
+        peak_tflops: of a GPU.
+
+    Raises:
+        ValueError: if a number makes no sense.
+    """
+    if not 0.0 < mfu <= 1.0:
+        raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
+    for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be above 0 and finite")
+    net, days = run.net, gpu_days(run.net, pictures, mfu, peak_tflops)
+    shared = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', which share the parameters' if run.sharded else ''}"
+    rows = [
+        ("parameters", f"{parameters(net):,}"),
+        ("training FLOPs a token", f"{flops_per_token(net):.4g}"),
+        ("training FLOPs a sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
+        ("GPU days", f"{days:,.4g} for {pictures:,} pictures at {mfu:g} of {peak_tflops:g} TFLOP/s"),
+        ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
+        ("KV cache a token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
+        ("", ""),
+        ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {shared}"),
+    ]
+    parts = memory(run)
+    rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items() if size]
+    rows += [("  total", f"{sum(parts.values()) / 1e9:8.2f} GB")]
+    for checkpointing, words in ((False, "without"), (True, "with")):
+        kept = activations(net, run.batch_size, run.precision, checkpointing)
+        size = kept.kept + kept.recomputed
+        rows.append((f"activations {words} checkpointing", f"{size / 1e9:.2f} GB"))
+    return "\n".join(f"{name:34}{value}".rstrip() for name, value in rows)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        args: instead of the command line's.
+    """
+    parser = OneLineParser(
+        "python -m llamagen.cost",
+        "Parameters, operations, memory and GPU days of an autoregressive model, before it is trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones win")
+    parser.add_argument("--batch_size", type=int, help="sequences on each GPU, instead of the configuration's")
+    parser.add_argument("--pictures", type=int, default=384_000_000, help="pictures times epochs: 300 of ImageNet")
+    parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak that training reaches")
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        default=989.0,
+        help="10^12 operations a second of the GPU, on its data sheet for dense (not sparse) bfloat16 products: 989 "
+        "for H100 and H200 SXM, 312 for A100; in 32-true, its number for float32 or TF32",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
+    parser.add_argument("--gpus", type=int, help="that share the work, instead of the configuration's, or 8")
+    options = parser.parse_args(args)
+    try:
+        run = read_run(options.config, options.batch_size, options.precision, options.gpus)
+        text = report(run, options.pictures, options.mfu, options.peak_tflops)
+    except ValueError as error:
+        parser.error(str(error))
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

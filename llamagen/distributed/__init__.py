@@ -1,0 +1,1 @@
+"""What several ranks need: reductions with gradients, full tensors of sharded ones, synchronised BatchNorm."""

@@ -1,0 +1,344 @@
+// One pass of a GPT over new positions of some sequences on a CPU. Small batches wait for memory, so each weight is
+// read once a pass, far enough ahead, and multiplied with a tile of rows.
+//
+// A row's numbers do not depend on the other rows, nor on how many there are or which thread computes them: each
+// product is summed over the inner width in the same order.
+//
+// Compiled with WEIGHT (float, uint16_t for bfloat16, int8_t) and NARROW (float, uint16_t), the type of activations in
+// products and of the cache. The residual stream and all sums are float32.
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "vector.h"
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define BF16_DOT 1
+#endif
+
+// ROWS × COLUMNS sums stay in registers, beside COLUMNS weights and one activation.
+constexpr int ROWS = LANES == 8 ? 4 : 8, COLUMNS = LANES == 16 ? 3 : 2;
+constexpr int AHEAD = 4;           // tiles of columns: what is fetched now is needed after so many
+constexpr int GATES = 96;          // hidden units that are gated at a time
+constexpr int PATIENCE = 1 << 12;  // looks at a barrier before a thread lets others work
+
+// How STEP activations and weights are multiplied and added to LANES sums.
+template <typename X, typename W> struct Dot {
+    static constexpr int STEP = LANES;
+    typedef vec Register;
+    static inline Register activation(const X* p) { return load(p); }
+    static inline Register weight(const W* p) { return load(p); }
+    static inline vec add(vec sums, Register x, Register w) { return sums + x * w; }
+};
+#ifdef BF16_DOT
+struct PairDot {
+    static constexpr int STEP = 32;
+    typedef __m512bh Register;
+    static inline Register activation(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static inline vec add(vec sums, Register x, Register w) { return (vec)_mm512_dpbf16_ps((__m512)sums, x, w); }
+};
+template <> struct Dot<bf16, bf16> : PairDot {
+    static inline Register weight(const bf16* p) { return activation(p); }
+};
+template <> struct Dot<bf16, int8_t> : PairDot {
+    static inline __m512 half(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    }
+    static inline Register weight(const int8_t* p) { return _mm512_cvtne2ps_pbh(half(p + 16), half(p)); }
+};
+#endif
+
+template <int R, int C>
+static inline void tile(const NARROW* x, const WEIGHT* w, int width, float out[ROWS][COLUMNS]) {
+    typedef Dot<NARROW, WEIGHT> D;
+    vec sums[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = vec{};
+    int k = 0;
+    for (; k + D::STEP <= width; k += D::STEP) {
+        typename D::Register weights[C];
+        for (int c = 0; c < C; c++) {
+            const WEIGHT* at = w + (int64_t)c * width + k;
+            weights[c] = D::weight(at);
+            __builtin_prefetch(at + (int64_t)AHEAD * C * width, 0, 2);  // into the second level: the first is too small
+        }
+        for (int r = 0; r < R; r++) {
+            typename D::Register row = D::activation(x + (int64_t)r * width + k);
+#if defined(__AVX512F__)
+            asm("" : "+v"(row));  // keep it in a register: else each product loads it again
+#endif
+            for (int c = 0; c < C; c++) sums[r][c] = D::add(sums[r][c], row, weights[c]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) {
+            float total = sum(sums[r][c]);
+            for (int j = k; j < width; j++) total += wide(x[(int64_t)r * width + j]) * wide(w[(int64_t)c * width + j]);
+            out[r][c] = total;
+        }
+}
+template <int C> static void tile_of(int rows, const NARROW* x, const WEIGHT* w, int width, float out[ROWS][COLUMNS]) {
+    switch (rows) {
+        case 1: return tile<1, C>(x, w, width, out);
+        case 2: return tile<2, C>(x, w, width, out);
+        case 3: return tile<3, C>(x, w, width, out);
+        case 4: return tile<4, C>(x, w, width, out);
+        case 5: return tile<ROWS < 5 ? ROWS : 5, C>(x, w, width, out);
+        case 6: return tile<ROWS < 6 ? ROWS : 6, C>(x, w, width, out);
+        case 7: return tile<ROWS < 7 ? ROWS : 7, C>(x, w, width, out);
+        default: return tile<ROWS, C>(x, w, width, out);
+    }
+}
+
+struct Matrix {
+    const WEIGHT* values;
+    const float* scale;
+};
+
+// put(row, column, value) for all rows and the columns [first, end) of x · wᵀ.
+template <typename Put>
+static void product(const NARROW* x, Matrix w, int rows, int width, int first, int end, Put put) {
+    float out[ROWS][COLUMNS];
+    for (int n = first; n < end;) {
+        const int columns = n + COLUMNS <= end ? COLUMNS : 1;
+        const WEIGHT* at = w.values + (int64_t)n * width;
+        for (int r = 0; r < rows; r += ROWS) {
+            const int count = rows - r < ROWS ? rows - r : ROWS;
+            if (columns == COLUMNS)
+                tile_of<COLUMNS>(count, x + (int64_t)r * width, at, width, out);
+            else
+                tile_of<1>(count, x + (int64_t)r * width, at, width, out);
+            for (int i = 0; i < count; i++)
+                for (int c = 0; c < columns; c++)
+                    put(r + i, n + c, w.scale ? out[i][c] * w.scale[n + c] : out[i][c]);
+        }
+        n += columns;
+    }
+}
+
+struct Layer {
+    const float* attention_norm;
+    Matrix wqkv, wo;
+    const float* ffn_norm;
+    Matrix w1, w3, w2;
+};
+struct Model {
+    int32_t layers, dim, heads, kv_heads, head_dim, ffn_dim, vocabulary;
+    float eps;
+    const float* rope;   // (P, E / 2, 2)
+    const Layer* layer;
+    const float* norm;
+    Matrix head;
+};
+struct Call {
+    int32_t batch, span, start, cache_rows, capacity, threads;
+    const int32_t* first;  // (batch): before it is padding; or null
+    float* x;              // (batch, span, dim): the embedded positions; overwritten
+    NARROW *keys, *values; // (layers, cache_rows, kv_heads, capacity, head_dim)
+    float* logits;         // (batch, vocabulary) behind the last position
+    char* scratch;
+};
+
+// Like OpenMP's, but a thread that waits long makes room: with busy cores spinning costs a time slice at each barrier.
+struct Barrier {
+    std::atomic<int> here{0}, generation{0};
+    void wait(int threads) {
+        const int now = generation.load(std::memory_order_relaxed);
+        if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            here.store(0, std::memory_order_relaxed);
+            generation.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int looks = 0; generation.load(std::memory_order_acquire) == now; looks++)
+            if (looks > PATIENCE) sched_yield();
+    }
+};
+
+struct Scratch {
+    NARROW *normed, *hidden;
+    float *qkv, *scores, *gates;
+    int64_t bytes;
+    Scratch(const Model& m, int64_t rows, int64_t threads, int64_t capacity, char* base) {
+        uintptr_t at = ((uintptr_t)base + 63) & ~(uintptr_t)63;
+        auto take = [&](int64_t size) { uintptr_t here = at; at = (at + size + 63) & ~(uintptr_t)63; return here; };
+        const int64_t widest = m.dim > m.ffn_dim ? m.dim : m.ffn_dim;
+        normed = (NARROW*)take(rows * m.dim * sizeof(NARROW));
+        hidden = (NARROW*)take(rows * widest * sizeof(NARROW));
+        qkv = (float*)take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim * 4);
+        scores = (float*)take(threads * (capacity + LANES) * 4);
+        gates = (float*)take(threads * rows * 2 * GATES * 4);
+        bytes = (int64_t)(at - (uintptr_t)base) + 64;
+    }
+};
+
+static void normalise(const float* x, const float* weight, int dim, float eps, NARROW* out) {
+    vec squares = vec{};
+    int k = 0;
+    for (; k + LANES <= dim; k += LANES) squares += load(x + k) * load(x + k);
+    float total = sum(squares);
+    for (; k < dim; k++) total += x[k] * x[k];
+    const float factor = 1.0f / std::sqrt(total / dim + eps);
+    for (k = 0; k < dim; k++) store(x[k] * factor * weight[k], out + k);
+}
+
+static void rotate(float* head, const float* turn, int width) {
+    for (int e = 0; e < width; e += 2) {
+        const float even = head[e], odd = head[e + 1];
+        head[e] = even * turn[e] - odd * turn[e + 1];
+        head[e + 1] = odd * turn[e] + even * turn[e + 1];
+    }
+}
+
+// Mean of N vectors of values, weighted by the scores.
+template <int N>
+static inline void mix(const float* score, const NARROW* values, int width, int from, int position, float factor,
+                       NARROW* out) {
+    vec means[N];
+    for (int n = 0; n < N; n++) means[n] = vec{};
+    for (int p = from; p <= position; p++)
+        for (int n = 0; n < N; n++) means[n] += score[p] * load(values + (int64_t)p * width + n * LANES);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < LANES; i++) store((means[n] * factor)[i], out + n * LANES + i);
+}
+
+// One query over the positions [from, position].
+static void attend(const float* q, const NARROW* keys, const NARROW* values, int width, int from, int position,
+                   float* score, NARROW* out) {
+    const float scale = 1.0f / std::sqrt((float)width);
+    const int line = 64 / sizeof(NARROW), soon = 8 * width;
+    for (int p = from; p <= position; p++) {
+        const NARROW *key = keys + (int64_t)p * width, *value = values + (int64_t)p * width;
+        for (int e = 0; e < width; e += line) {  // values are needed when all scores are there
+            __builtin_prefetch(key + soon + e, 0, 2);
+            __builtin_prefetch(value + e, 0, 2);
+        }
+        vec products = vec{};
+        int e = 0;
+        for (; e + LANES <= width; e += LANES) products += load(q + e) * load(key + e);
+        float total = sum(products);
+        for (; e < width; e++) total += q[e] * wide(key[e]);
+        score[p] = total * scale;
+    }
+    float top = -INFINITY;
+    for (int p = from; p <= position; p++) top = score[p] > top ? score[p] : top;
+    vec totals = vec{};
+    float rest = 0.0f;
+    int p = from;
+    for (; p + LANES <= position + 1; p += LANES) {
+        vec weights = exponential(load(score + p) - top);
+        memcpy(score + p, &weights, sizeof weights);
+        totals += weights;
+    }
+    for (; p <= position; p++) rest += score[p] = std::exp(score[p] - top);
+    const float factor = 1.0f / (sum(totals) + rest);
+    int e = 0;
+    for (; e + 4 * LANES <= width; e += 4 * LANES) mix<4>(score, values + e, width, from, position, factor, out + e);
+    for (; e + LANES <= width; e += LANES) mix<1>(score, values + e, width, from, position, factor, out + e);
+    for (; e < width; e++) {
+        float mean = 0.0f;
+        for (p = from; p <= position; p++) mean += score[p] * wide(values[(int64_t)p * width + e]);
+        store(mean * factor, out + e);
+    }
+}
+
+// All heads of key-value head g in sample s: rotate, extend the cache, attend.
+static void attend_group(const Model& m, const Call& call, const Scratch& scratch, int layer, int s, int g, float* score) {
+    const int E = m.head_dim, group = m.heads / m.kv_heads, width = (m.heads + 2 * m.kv_heads) * E;
+    const int64_t place = (((int64_t)layer * call.cache_rows + s) * m.kv_heads + g) * call.capacity * E;
+    NARROW *keys = call.keys + place, *values = call.values + place;
+    for (int j = 0; j < call.span; j++) {
+        float* row = scratch.qkv + (int64_t)(s * call.span + j) * width;
+        const int64_t at = (int64_t)(call.start + j) * E;
+        float *key = row + (m.heads + g) * E, *value = key + m.kv_heads * E;
+        for (int h = 0; h < group; h++) rotate(row + (g * group + h) * E, m.rope + at, E);
+        rotate(key, m.rope + at, E);
+        for (int e = 0; e < E; e++) store(key[e], keys + at + e), store(value[e], values + at + e);
+    }
+    const int first = call.first ? call.first[s] : 0;
+    for (int j = 0; j < call.span; j++) {
+        const int64_t row = s * call.span + j;
+        const int position = call.start + j, from = first < position ? first : position;  // padding sees itself
+        for (int h = g * group; h < (g + 1) * group; h++)
+            attend(scratch.qkv + row * width + h * E, keys, values, E, from, position, score,
+                   scratch.hidden + row * m.dim + h * E);
+    }
+}
+
+// hidden = silu(w1 · normed) * (w3 · normed) for the units [first, end).
+static void gate(const Model& m, const Layer& w, const Scratch& scratch, int rows, int first, int end, float* gates) {
+    float* factors = gates + (int64_t)rows * GATES;
+    for (int n = first; n < end; n += GATES) {
+        const int stop = n + GATES < end ? n + GATES : end;
+        product(scratch.normed, w.w1, rows, m.dim, n, stop, [&](int r, int c, float v) { gates[r * GATES + c - n] = v; });
+        product(scratch.normed, w.w3, rows, m.dim, n, stop, [&](int r, int c, float v) { factors[r * GATES + c - n] = v; });
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < stop - n; i += LANES) {
+                const vec x = load(gates + r * GATES + i), e = exponential(x < 0.0f ? x : -x);
+                const vec y = x * (x < 0.0f ? e : vec{} + 1.0f) / (1.0f + e) * load(factors + r * GATES + i);
+                NARROW* out = scratch.hidden + (int64_t)r * m.ffn_dim + n + i;
+                for (int j = 0; j < LANES && i + j < stop - n; j++) store(y[j], out + j);
+            }
+    }
+}
+
+// Items [first, end) of thread t among n, in whole units.
+static inline void share(int items, int unit, int t, int n, int* first, int* end) {
+    const int64_t units = (items + unit - 1) / unit;
+    *first = (int)(units * t / n) * unit;
+    *end = (int)(units * (t + 1) / n) * unit;
+    if (*end > items) *end = items;
+}
+
+static void work(const Model& m, const Call& call, const Scratch& scratch, Barrier& barrier, int t, int n) {
+    const int D = m.dim, rows = call.batch * call.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    float* score = scratch.scores + (int64_t)t * (call.capacity + LANES);
+    float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
+    auto add = [&](int r, int c, float v) { call.x[(int64_t)r * D + c] += v; };
+    int first, end;
+    for (int l = 0; l < m.layers; l++) {
+        const Layer& w = m.layer[l];
+        share(rows, 1, t, n, &first, &end);
+        for (int r = first; r < end; r++)
+            normalise(call.x + (int64_t)r * D, w.attention_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+        barrier.wait(n);
+        share(width, COLUMNS, t, n, &first, &end);
+        product(scratch.normed, w.wqkv, rows, D, first, end,
+                [&](int r, int c, float v) { scratch.qkv[(int64_t)r * width + c] = v; });
+        barrier.wait(n);
+        share(call.batch * m.kv_heads, 1, t, n, &first, &end);
+        for (int i = first; i < end; i++) attend_group(m, call, scratch, l, i / m.kv_heads, i % m.kv_heads, score);
+        barrier.wait(n);
+        share(D, COLUMNS, t, n, &first, &end);
+        product(scratch.hidden, w.wo, rows, D, first, end, add);
+        barrier.wait(n);
+        share(rows, 1, t, n, &first, &end);
+        for (int r = first; r < end; r++)
+            normalise(call.x + (int64_t)r * D, w.ffn_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+        barrier.wait(n);
+        share(m.ffn_dim, GATES, t, n, &first, &end);
+        gate(m, w, scratch, rows, first, end, gates);
+        barrier.wait(n);
+        share(D, COLUMNS, t, n, &first, &end);
+        product(scratch.hidden, w.w2, rows, m.ffn_dim, first, end, add);
+        barrier.wait(n);
+    }
+    share(call.batch, 1, t, n, &first, &end);
+    for (int s = first; s < end; s++)
+        normalise(call.x + ((int64_t)(s + 1) * call.span - 1) * D, m.norm, D, m.eps, scratch.normed + (int64_t)s * D);
+    barrier.wait(n);
+    share(m.vocabulary, COLUMNS, t, n, &first, &end);
+    product(scratch.normed, m.head, call.batch, D, first, end,
+            [&](int r, int c, float v) { call.logits[(int64_t)r * m.vocabulary + c] = v; });
+}
+
+extern "C" int64_t scratch_bytes(const Model* m, int64_t rows, int64_t threads, int64_t capacity) {
+    return Scratch(*m, rows, threads, capacity, nullptr).bytes;
+}
+
+extern "C" void forward(const Model* m, const Call* call) {
+    const Scratch scratch(*m, (int64_t)call->batch * call->span, call->threads, call->capacity, call->scratch);
+    Barrier barrier;
+#pragma omp parallel num_threads(call->threads)
+    work(*m, *call, scratch, barrier, omp_get_thread_num(), omp_get_num_threads());
+}

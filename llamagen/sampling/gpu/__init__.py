@@ -1,0 +1,1 @@
+"""The compiled decode step on NVIDIA GPUs: Triton kernels in a CUDA graph."""

@@ -1,0 +1,389 @@
+"""Extraction of codes: shard by shard, gone on with after a stop, and without the pictures that are broken."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+from PIL import Image
+
+from callbacks import CodeWriter
+from datamodules import CodeDataModule, ImageDataModule
+from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardWriter, read_meta
+from datamodules.storage.tar_index import index_shard
+from lightning_modules import VQGANModule
+from llamagen.checkpoints.contents import weights_checksum
+from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_shards
+from tests.lightning_modules.runs import evaluator, vqgan_module
+
+COUNTS = {"train": 45, "val": 12}
+PER_SHARD = 10
+BROKEN = b"no picture"
+Samples = list[tuple[str, dict[str, bytes]]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VQGANModule:
+    """A tokenizer of digits."""
+    return vqgan_module()
+
+
+def samples_of(split: str, count: int) -> Samples:
+    """Grey pictures with classes."""
+    return [(f"{split}/{i}", {"png": grey_picture(i * 5 % 256, 8), "cls": str(i % 3).encode()}) for i in range(count)]
+
+
+def write_set(root: Path, train: Samples, val: Samples) -> Path:
+    write_shards(root / "train", train, per_shard=17)
+    write_shards(root / "val", val, per_shard=17)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of whole pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    return write_set(root, *(samples_of(split, count) for split, count in COUNTS.items()))
+
+
+def extract(
+    tokenizer: VQGANModule, pictures: Path, out: Path, per_shard: int = PER_SHARD, trainer: Any = None, **data: Any
+) -> None:
+    """As ``predict`` does it."""
+    options = {"image_size": 8, "batch_size": 4, "num_workers": 0, **data}
+    run = evaluator(CodeWriter(per_shard), default_root_dir=out, **(trainer or {}))
+    run.predict(tokenizer, ImageDataModule(pictures, **options), return_predictions=False)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def times(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def keys_of(root: Path, split: str) -> list[list[str]]:
+    """The keys in each shard."""
+    return [list(index_shard(shard).keys) for shard in sorted((root / split).glob("*.tar"))]
+
+
+class PulledPlugError(Exception):
+    """In the place of an end without warning."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Lets the tokenizer fail after some batches; all is as before when the block ends."""
+    predict_step = VQGANModule.predict_step
+    with monkeypatch.context() as patch:
+
+        def stop(batches: int) -> pytest.MonkeyPatch:
+            done: list[int] = []
+
+            def step(self: VQGANModule, *args: Any) -> Any:
+                if len(done) == batches:
+                    raise PulledPlugError
+                done.append(1)
+                return predict_step(self, *args)
+
+            patch.setattr(VQGANModule, "predict_step", step)
+            return patch
+
+        yield stop
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer: VQGANModule, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The codes of an extraction that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "codes"
+    extract(tokenizer, pictures, out)
+    return out
+
+
+def test_each_shard_holds_a_fixed_range_of_the_pictures(whole: Path) -> None:
+    for split, count in COUNTS.items():
+        keys = [f"{split}/{i}" for i in range(count)]
+        assert keys_of(whole, split) == [keys[first : first + PER_SHARD] for first in range(0, count, PER_SHARD)]
+    assert len(files(whole)) == 1 + 5 + 2
+
+
+def test_the_description_says_what_is_there_and_is_read(tokenizer: VQGANModule, whole: Path) -> None:
+    meta = read_meta(whole, "")
+    expected = {
+        "format": "llamagen-codes",
+        "vocabulary": 32,
+        "grid": [4, 4],
+        "views": 1,
+        "view_names": meta["view_names"],
+        "image_size": 8,
+        "num_classes": 3,
+        "classes": [],
+        "tokenizer": weights_checksum(tokenizer.vqgan),
+        "count": sum(COUNTS.values()),
+        "splits": meta["splits"],
+    }
+    assert meta == expected
+    assert len(meta["view_names"]) == 1
+    for split, count in COUNTS.items():
+        entry = meta["splits"][split]
+        assert (entry["count"], entry["skipped"]) == (count, {})
+        assert [shard["count"] for shard in entry["shards"]] == [len(keys) for keys in keys_of(whole, split)]
+    codes = CodeDataModule(whole, num_workers=0)
+    codes.setup("fit")
+    assert [len(codes.datasets[split]) for split in COUNTS] == list(COUNTS.values())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batches", "finished"), [(0, 0), (2, 0), (7, 2), (13, 4), (17, 5)])
+def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
+    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any, batches: int, finished: int
+) -> None:
+    patch = stop_after(batches)
+    with pytest.raises(PulledPlugError):
+        extract(tokenizer, pictures, tmp_path)
+    shards = {path: moment for path, moment in times(tmp_path).items() if path.suffix == ".tar"}
+    assert len(shards) == finished
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert not (tmp_path / META_FILE).exists()
+    patch.undo()
+    (tmp_path / "train/.train-000004.tar-4711.tmp").write_bytes(b"of a killed process")
+    extract(tokenizer, pictures, tmp_path)
+    assert files(tmp_path) == files(whole)
+    assert {path: moment for path, moment in times(tmp_path).items() if path in shards} == shards
+
+
+def test_a_set_without_its_description_is_completed_without_reading_a_picture(
+    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeWriter, "on_predict_end", lambda *args: args[0]._close(args[1].datamodule))
+        extract(tokenizer, pictures, tmp_path)
+    assert (tmp_path / PLAN_FILE).exists()
+    stop_after(0)
+    extract(tokenizer, pictures, tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_the_batch_size_may_change_on_the_way(
+    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any
+) -> None:
+    patch = stop_after(7)
+    with pytest.raises(PulledPlugError):
+        extract(tokenizer, pictures, tmp_path)
+    patch.undo()
+    extract(tokenizer, pictures, tmp_path, batch_size=7)
+    for split in COUNTS:
+        assert keys_of(tmp_path, split) == keys_of(whole, split)
+
+
+def test_a_part_of_the_pictures_is_no_set(tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        extract(tokenizer, pictures, tmp_path, trainer={"limit_predict_batches": 5})
+    assert_one_line(error, "train-000001.tar", "was not written to its end", "run the same command again")
+    assert [path.name for path in tmp_path.rglob("*.tar")] != []
+    assert not (tmp_path / META_FILE).exists()
+    extract(tokenizer, pictures, tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"per_shard": 11}, "another samples_per_shard"),
+        ({"views": "flip"}, "another view_names"),
+        ({"image_size": 16}, "another image_size"),
+        ({"tokenizer": "other"}, "another tokenizer"),
+        ({"pictures": "other"}, "another pictures"),
+    ],
+    ids=str,
+)
+def test_codes_of_another_kind_are_not_mixed_in(
+    tokenizer: VQGANModule,
+    pictures: Path,
+    tmp_path: Path,
+    stop_after: Any,
+    change: dict[str, Any],
+    phrase: str,
+) -> None:
+    patch = stop_after(7)
+    with pytest.raises(PulledPlugError):
+        extract(tokenizer, pictures, tmp_path / "out")
+    patch.undo()
+    before = files(tmp_path / "out")
+    options: dict[str, Any] = {"tokenizer": tokenizer, "pictures": pictures, **change}
+    if change.get("tokenizer") == "other":
+        options["tokenizer"] = vqgan_module(seed=1)
+    if change.get("pictures") == "other":
+        options["pictures"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
+    with pytest.raises(ValueError) as error:
+        extract(out=tmp_path / "out", **options)
+    assert_one_line(error, tmp_path / "out", f"begun with {phrase};", "delete it or choose another folder")
+    assert files(tmp_path / "out") == before
+
+
+def test_a_complete_set_is_refused(tokenizer: VQGANModule, pictures: Path, whole: Path) -> None:
+    before = times(whole)
+    with pytest.raises(ValueError) as error:
+        extract(tokenizer, pictures, whole)
+    assert_one_line(error, whole, "already holds a complete set", "delete it or choose another folder")
+    assert times(whole) == before
+
+
+# All pictures of the second shard, of the last batch of the third and fourth, and one in the middle.
+BAD = {*range(10, 20), 28, 29, *range(36, 40), 3}
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """The pictures, some of them broken, and one without a class."""
+    train, val = samples_of("train", COUNTS["train"]), samples_of("val", COUNTS["val"])
+    for number in BAD:
+        train[number][1]["png"] = BROKEN
+    train.append(("train/no-class", {"png": grey_picture(0, 8)}))
+    val[11][1]["png"] = b""
+    return write_set(tmp_path / "pictures", train, val)
+
+
+def check_broken(root: Path) -> None:
+    """Exactly the broken ones are left out and listed."""
+    good = [number for number in range(COUNTS["train"]) if number not in BAD]
+    assert keys_of(root, "train") == [
+        [f"train/{number}" for number in good if number // PER_SHARD == shard] for shard in range(5)
+    ]
+    assert keys_of(root, "val") == [[f"val/{number}" for number in range(10)], ["val/10"]]
+    header, *lines = (root / "skipped.tsv").read_text().splitlines()
+    assert header == "split\tkey\treason\tmessage"
+    listed = [tuple(line.split("\t")[:3]) for line in lines]
+    assert sorted(listed) == sorted(
+        [
+            ("train", "train/no-class", "no label"),
+            *(("train", f"train/{number}", "broken picture") for number in BAD),
+            ("val", "val/11", "empty file"),
+        ]
+    )
+    splits = read_meta(root, "")["splits"]
+    assert splits["train"]["skipped"] == {"broken picture": len(BAD), "no label": 1}
+    assert splits["val"]["skipped"] == {"empty file": 1}
+    assert [shard["count"] for shard in splits["train"]["shards"]] == [len(keys) for keys in keys_of(root, "train")]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_pictures_are_left_out_and_listed(
+    tokenizer: VQGANModule, broken: Path, tmp_path: Path, num_workers: int
+) -> None:
+    extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4, num_workers=num_workers)
+    check_broken(tmp_path / "out")
+    codes = CodeDataModule(tmp_path / "out", num_workers=0)
+    codes.setup("fit")
+    assert [len(codes.datasets[split]) for split in COUNTS] == [45 - len(BAD), 11]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batches", [3, 5, 7])
+def test_broken_pictures_are_listed_once_after_a_stop(
+    tokenizer: VQGANModule, broken: Path, tmp_path: Path, stop_after: Any, batches: int
+) -> None:
+    patch = stop_after(batches)
+    with pytest.raises(PulledPlugError):
+        extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
+    patch.undo()
+    extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
+    check_broken(tmp_path / "out")
+
+
+def test_too_many_broken_pictures_are_refused_until_they_are_tolerated(
+    tokenizer: VQGANModule, broken: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as error:
+        extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.2)
+    assert_one_line(error, "of 46 samples of train cannot be used", "broken picture", "max_bad_share 0.2")
+    assert not (tmp_path / "out" / META_FILE).exists()
+    extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
+    check_broken(tmp_path / "out")
+
+
+def test_captions_are_written_beside_the_codes(tokenizer: VQGANModule, tmp_path: Path) -> None:
+    def captioned(split: str) -> Samples:
+        texts: Samples = [(f"{split}{i}", {"png": grey_picture(i, 8), "txt": f"wörd {i}".encode()}) for i in range(3)]
+        return [*texts, (f"{split}3", {"png": grey_picture(3, 8), "txt": b"", "json": b'{"caption": "of json"}'})]
+
+    write_set(tmp_path / "pictures", captioned("train"), captioned("val"))
+    extract(tokenizer, tmp_path / "pictures", tmp_path / "out")
+    (shard,) = (tmp_path / "out/train").glob("*.tar")
+    index = index_shard(shard)
+    assert [sample.read("txt").decode() for sample in index] == ["wörd 0", "wörd 1", "wörd 2", "of json"]
+    assert [sorted(sample.members) for sample in index] == [["npy", "txt"]] * 4
+    assert read_meta(tmp_path / "out", "")["num_classes"] == 0
+
+
+def test_a_picture_without_class_and_caption_among_others_is_left_out(tokenizer: VQGANModule, tmp_path: Path) -> None:
+    def captioned(split: str) -> Samples:
+        said = [b'{"caption": "words"}', b'{"caption": null}', b'{"caption": "more"}']
+        return [(f"{split}{i}", {"png": grey_picture(i, 8), "json": text}) for i, text in enumerate(said)]
+
+    write_set(tmp_path / "pictures", captioned("train"), captioned("val"))
+    extract(tokenizer, tmp_path / "pictures", tmp_path / "out", max_bad_share=0.4)
+    assert keys_of(tmp_path / "out", "train") == [["train0", "train2"]]
+    assert read_meta(tmp_path / "out", "")["splits"]["train"]["skipped"] == {"no caption": 1}
+
+
+def test_pictures_without_classes_and_captions_are_refused_and_leave_no_shard(
+    tokenizer: VQGANModule, tmp_path: Path
+) -> None:
+    bare: Samples = [("0", {"png": grey_picture(0, 8)}), ("1", {"png": grey_picture(1, 8)})]
+    write_set(tmp_path / "pictures", bare, bare)
+    with pytest.raises(ValueError) as error:
+        extract(tokenizer, tmp_path / "pictures", tmp_path / "out")
+    assert_one_line(error, "sample 0", ".cls", ".txt")
+    assert list((tmp_path / "out").rglob("*.tar")) == []
+
+
+def test_each_view_has_its_codes(tokenizer: VQGANModule, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples: Samples = [
+        (str(i), {"png": encode(Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8))), "cls": b"0"})
+        for i in range(4)
+    ]
+    write_set(tmp_path / "pictures", samples, samples)
+    for views, count in (("centre", 1), ("flip", 2), ("ten_crop", 20)):
+        extract(tokenizer, tmp_path / "pictures", tmp_path / views, views=views)
+        meta = read_meta(tmp_path / views, "")
+        assert (meta["views"], len(meta["view_names"])) == (count, count)
+        codes = CodeDataModule(tmp_path / views, num_workers=0)
+        codes.setup("validate")
+        assert len(next(iter(codes.val_dataloader()))["codes"]) == 4
+
+
+@pytest.mark.parametrize("per_shard", [0, -1])
+def test_an_impossible_shard_size_is_refused(per_shard: int) -> None:
+    with pytest.raises(ValueError) as error:
+        CodeWriter(per_shard)
+    assert_one_line(error, f"samples_per_shard is {per_shard}", "at least 1")
+
+
+def test_a_full_disk_leaves_the_shards_that_are_whole(
+    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = ShardWriter.close
+
+    def full(writer: ShardWriter) -> None:
+        if writer.path.name == "train-000001.tar":
+            writer.abort()
+            raise OSError("no space left on device")
+        close(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "close", full)
+        with pytest.raises(OSError, match=r"no space"):
+            extract(tokenizer, pictures, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.tar")] == ["train-000000.tar"]
+    assert list(tmp_path.rglob("*.tmp")) == []
+    extract(tokenizer, pictures, tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_other_stages_write_nothing(tmp_path: Path) -> None:
+    writer, trainer = CodeWriter(), pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    writer.setup(trainer, vqgan_module(), "fit")
+    assert list(tmp_path.iterdir()) == []

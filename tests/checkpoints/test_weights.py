@@ -1,0 +1,406 @@
+"""Weights come out of every kind of file that people have, as they were chosen, and nothing else comes out."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llamagen.checkpoints.contents import build_model, check_fits, describe, load_vqgan
+from llamagen.checkpoints.weights import (
+    MOST_LISTED,
+    Weights,
+    averaged_weights,
+    infer_vqgan_config,
+    load_weights,
+    read_weights,
+)
+from llamagen.models.discriminator import PatchGAN
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from tests.golden import fill, published_state_dict
+from tests.pipeline import TOKENIZER_NET, Pipeline
+from tests.small_models import SMALL_VQGAN, assert_same, small_gpt, small_vqgan
+
+State = dict[str, Tensor]
+
+
+def scaled(state: State, factor: float) -> State:
+    return {name: value * factor for name, value in state.items()}
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """Of a small tokenizer."""
+    return small_vqgan().state_dict()
+
+
+def training_checkpoint(state: State, **changes: Any) -> dict[str, Any]:
+    """A published one: weights, averages of half their size, a discriminator and the arguments of the command."""
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    arguments = argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), data={"path": "x"}, inner=argparse.Namespace(a=None))
+    return {
+        "model": state,
+        "ema": scaled(state, 0.5),
+        "discriminator": PatchGAN(channels=8, num_layers=1).state_dict(),
+        "optimizer": optimizer,
+        "optimizer_disc": optimizer,
+        "steps": 3,
+        "args": arguments,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda state: {"model": state},
+        lambda state: {"module": state},
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: state,
+        lambda state: {"model": prefixed(state, "module.")},
+        lambda state: prefixed(state, "_orig_mod."),
+        lambda state: {"model": prefixed(state, "module._orig_mod.")},
+        lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+        # A part that was compiled by itself.
+        lambda state: {"model": {name.replace("encoder.", "encoder._orig_mod."): each for name, each in state.items()}},
+        lambda state: {"model": {**state, "freqs_cis": torch.zeros(3)}},
+        lambda state: {"model": prefixed({**state, "freqs_cis": torch.zeros(3)}, "module.")},
+    ],
+)
+@pytest.mark.parametrize("name", ["vq.pt", "vq.pth", "vq.bin"])
+def test_every_layout_gives_the_same_weights(
+    layout: Callable[[State], Any], name: str, state: State, tmp_path: Path
+) -> None:
+    torch.save(layout(state), tmp_path / name)
+    weights = read_weights(tmp_path / name)
+    assert_same(weights.state, state)
+    assert (weights.discriminator, weights.config, weights.architecture, weights.averaged) == (None, None, None, False)
+    assert weights.source == f"{tmp_path / name}, raw weights (it has no separate EMA weights)"
+
+
+def test_a_file_from_before_torch_1_6_is_read(state: State, tmp_path: Path) -> None:
+    content = training_checkpoint(state)
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same(read_weights(tmp_path / "old.pt").state, content["ema"])
+
+
+def test_safetensors_without_a_word_on_what_they_are_are_read(state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "vq.safetensors", {"format": "pt"})
+    weights = read_weights(tmp_path / "vq.safetensors")
+    assert_same(weights.state, state)
+    assert (weights.config, weights.architecture) == (None, None)
+    assert_same(load_vqgan(tmp_path / "vq.safetensors").state_dict(), state)
+
+
+def test_a_prefix_of_some_entries_stays(state: State, tmp_path: Path) -> None:
+    mixed = {**prefixed(state, "module."), "extra": torch.zeros(2)}
+    torch.save({"model": mixed}, tmp_path / "vq.pt")
+    assert read_weights(tmp_path / "vq.pt").state.keys() == mixed.keys()
+
+
+def test_nothing_but_the_rotary_table_is_dropped(state: State, tmp_path: Path) -> None:
+    more = {**state, "layers.0.freqs_cis": torch.zeros(2), "freqs_cis2": torch.zeros(2)}
+    torch.save({"model": {**more, "freqs_cis": torch.zeros(2)}}, tmp_path / "vq.pt")
+    assert_same(read_weights(tmp_path / "vq.pt").state, more)
+
+
+@pytest.mark.parametrize(
+    ("averaged", "factor", "source"), [(True, 0.5, "vq.pt, EMA weights"), (False, 1.0, "vq.pt, raw weights")]
+)
+def test_averages_of_a_published_run_are_taken_by_choice(
+    averaged: bool, factor: float, source: str, state: State, tmp_path: Path
+) -> None:
+    content = training_checkpoint(state)
+    torch.save(content, tmp_path / "vq.pt")
+    weights = read_weights(tmp_path / "vq.pt", averaged)
+    assert_same(weights.state, scaled(state, factor))
+    assert weights.averaged is averaged
+    assert weights.source == str(tmp_path / source)
+    assert weights.discriminator is not None
+    assert_same(weights.discriminator, content["discriminator"])
+
+
+@pytest.mark.parametrize("changes", [{"ema": None}, {"ema": {}}])
+def test_without_averages_the_raw_weights_are_taken_and_named(
+    changes: dict[str, Any], state: State, tmp_path: Path
+) -> None:
+    torch.save(training_checkpoint(state, **changes), tmp_path / "vq.pt")
+    weights = read_weights(tmp_path / "vq.pt", averaged=True)
+    assert_same(weights.state, state)
+    assert "raw weights" in weights.source
+    assert not weights.averaged
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_run_of_this_project_is_read(averaged: bool, pipeline: Pipeline) -> None:
+    checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
+    raw = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("vqgan.")}
+    averages = averaged_weights(checkpoint)
+    assert averages
+    weights = read_weights(pipeline.tokenizer, averaged)
+    assert_same(prefixed(weights.state, "vqgan."), {**raw, **averages} if averaged else raw)
+    assert (weights.architecture, weights.averaged) == ("VQGAN", averaged)
+    assert weights.source == f"{pipeline.tokenizer}, {'EMA' if averaged else 'raw'} weights"
+    assert weights.config is not None
+    assert VQGANConfig(**weights.config) == VQGANConfig(**TOKENIZER_NET)
+    assert weights.discriminator is not None
+    discriminator = PatchGAN(channels=8, num_layers=1)
+    load_weights(discriminator, weights.discriminator, "discriminator")
+    assert_same(prefixed(discriminator.state_dict(), "discriminator."), {
+        name: value for name, value in checkpoint["state_dict"].items() if name.startswith("discriminator.")
+    })  # fmt: skip
+
+
+def test_a_run_without_averages_gives_its_raw_weights(pipeline: Pipeline, tmp_path: Path) -> None:
+    checkpoint = torch.load(pipeline.argen, weights_only=True)
+    del checkpoint["llamagen"]["ema_names"]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    weights = read_weights(tmp_path / "last.ckpt")
+    assert_same(prefixed(weights.state, "gpt."), checkpoint["state_dict"])
+    assert (weights.architecture, weights.discriminator, weights.averaged) == ("GPT", None, False)
+    assert "raw weights" in weights.source
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.victim}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", ["args", "model"])
+def test_code_in_a_file_is_refused_and_does_not_run(key: str, zipped: bool, state: State, tmp_path: Path) -> None:
+    content = training_checkpoint(state, **{key: argparse.Namespace(hook=Hostile(tmp_path / "victim"))})
+    torch.save(content, tmp_path / "vq.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"vq\.pt is refused: it needs posix\.system, ") as error:
+        read_weights(tmp_path / "vq.pt")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_a_class_that_is_not_known_is_refused_by_name(state: State, tmp_path: Path) -> None:
+    torch.save(training_checkpoint(state, args=tmp_path), tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match=r"is refused: it needs pathlib\.PosixPath, ") as error:
+        read_weights(tmp_path / "vq.pt")
+    assert "\n" not in str(error.value)
+
+
+def written(content: Any) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path)
+
+
+def cut(path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def cut_old(path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1000)}}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "phrase"),
+    [
+        ("vq.pt", lambda path: None, "vq.pt does not exist; give"),
+        ("vq.safetensors", lambda path: None, "vq.safetensors does not exist; give"),
+        ("vq.pt", Path.mkdir, "vq.pt is a folder, but no sharded checkpoint that was written to its end"),
+        ("vq.pt", cut, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
+        ("vq.pt", cut_old, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
+        ("vq.pt", Path.touch, "vq.pt cannot be read as a checkpoint (EOFError)"),
+        ("vq.pt", lambda path: path.write_text("text"), "vq.pt cannot be read as a checkpoint"),
+        ("vq.safetensors", lambda path: path.write_text("text"), "vq.safetensors cannot be read as safetensors"),
+        ("vq.safetensors", cut, "vq.safetensors cannot be read as safetensors"),
+        ("vq.pt", written([torch.zeros(2)]), "vq.pt holds a list, not weights"),
+        ("vq.pt", written({}), "vq.pt holds no weights under model, module, state_dict, but nothing"),
+        ("vq.pt", written({"steps": 3, "optimizer": {}}), "model, module, state_dict, but steps, optimizer; give"),
+        ("vq.pt", written({"model": {}}), "vq.pt holds no weights by name"),
+        ("vq.pt", written({"model": {3: torch.zeros(2)}}), "vq.pt holds no weights by name"),
+        ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "something else than dense tensors among its weights: v"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2)}, "discriminator": torch.zeros(2)}), "no weights by name"),
+        ("vq.pt", written({"model": {"w": "text"}}), "something else than dense tensors among its weights: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2).to_sparse()}}), "dense tensors among its weights: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2, device="meta")}}), "dense tensors among its weights: w"),
+        ("vq.pt", written({"llamagen": {}, "state_dict": {}}), "vq.pt lacks a part of a training checkpoint"),
+    ],
+)
+def test_what_holds_no_weights_is_refused_in_one_line(
+    name: str, make: Callable[[Path], Any], phrase: str, tmp_path: Path
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        read_weights(tmp_path / name)
+    assert phrase in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_averages_alone_are_no_raw_weights(state: State, tmp_path: Path) -> None:
+    torch.save({"ema": state}, tmp_path / "vq.pt")
+    assert_same(read_weights(tmp_path / "vq.pt").state, state)
+    with pytest.raises(ValueError, match=r"holds no weights under model, module, state_dict, but ema"):
+        read_weights(tmp_path / "vq.pt", averaged=False)
+
+
+def test_all_that_differs_is_listed_and_nothing_is_changed(state: State) -> None:
+    model = VQGAN(SMALL_VQGAN)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrong = dict(state)
+    del wrong["quantize.codebook_used"], wrong["quant_conv.bias"]
+    wrong |= {"layers.0.freqs_cis": torch.zeros(2), "head": torch.zeros(2)}
+    wrong["decoder.conv_out.bias"] = torch.zeros(5)
+    with pytest.raises(ValueError) as error:
+        load_weights(model, wrong, "vq.pt, raw weights")
+    assert str(error.value) == (
+        "vq.pt, raw weights: they do not fit this VQGAN; missing: quantize.codebook_used, quant_conv.bias; "
+        "unexpected: layers.0.freqs_cis, head; of another shape: decoder.conv_out.bias is (5,) there and (3,) here"
+    )
+    assert_same(model.state_dict(), before)
+
+
+def test_a_long_list_is_cut(state: State) -> None:
+    with pytest.raises(ValueError) as error:
+        load_weights(small_vqgan(), {}, "vq.pt")
+    names = list(state)
+    assert f"missing: {', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more" in str(error.value)
+    assert names[MOST_LISTED] not in str(error.value)
+
+
+def test_a_model_keeps_its_dtype(state: State) -> None:
+    model = VQGAN(SMALL_VQGAN).to(torch.bfloat16)
+    load_weights(model, state, "vq.pt")
+    assert_same(model.state_dict(), {name: value.to(torch.bfloat16) for name, value in state.items()})
+
+
+def test_counters_are_loaded() -> None:
+    found, wanted = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    wanted(torch.randn(2, 4, 3, 3))
+    load_weights(found, wanted.state_dict(), "norm.pt")
+    assert_same(found.state_dict(), wanted.state_dict())
+    assert found.num_batches_tracked is not None
+    assert (found.num_batches_tracked.dtype, found.num_batches_tracked.item()) == (torch.int64, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("VQ-16", VQGANConfig()), ("VQ-8", VQGANConfig(channel_multipliers=(1, 2, 2, 4)))]
+)
+def test_the_shapes_of_published_tokenizers_say_their_configuration(name: str, config: VQGANConfig) -> None:
+    _, entries = published_state_dict(name)
+    assert infer_vqgan_config({key: torch.empty(shape, device="meta") for key, (_, shape) in entries.items()}) == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_res_blocks": 3, "channel_multipliers": [2], "z_channels": 8},
+        {"channels": 64, "codebook_size": 5, "codebook_dim": 3},
+    ],
+)
+def test_the_shapes_of_a_tokenizer_say_its_configuration(options: dict[str, Any]) -> None:
+    model = small_vqgan(**options)
+    assert infer_vqgan_config(model.state_dict()) == model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight has 4 dimensions"),
+        ({"encoder.conv_blocks.0.res.0.conv1.weight": None}, "encoder.conv_blocks.0.res.0.conv1.weight has 4"),
+        ({"encoder.conv_out.weight": torch.zeros(3)}, "encoder.conv_out.weight has 4 dimensions"),
+        ({"quantize.embedding.weight": torch.zeros(3)}, "quantize.embedding.weight has 2 dimensions"),
+        ({"encoder.conv_in.weight": torch.zeros(24, 3, 3, 3)}, "of 24 channels, its widths are [32, 32, 64]"),
+        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "of 0 channels"),
+    ],
+)
+def test_what_is_no_tokenizer_has_no_configuration(
+    changes: dict[str, Tensor | None], phrase: str, state: State
+) -> None:
+    changed = {name: value for name, value in {**state, **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=r"^vq\.pt: not those of a VQGAN") as error:
+        infer_vqgan_config(changed, "vq.pt")
+    assert phrase in str(error.value)
+    assert "give the weights of an image tokenizer" in str(error.value)
+
+
+def test_a_tokenizer_is_built_from_its_weights_alone(state: State, tmp_path: Path) -> None:
+    torch.save({"model": state}, tmp_path / "vq.pt")
+    before = torch.get_rng_state()
+    vqgan = load_vqgan(tmp_path / "vq.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert vqgan.config == SMALL_VQGAN
+    assert_same(vqgan.state_dict(), state)
+    assert not vqgan.training
+    assert not any(parameter.requires_grad for parameter in vqgan.parameters())
+
+
+def test_a_gpt_is_no_tokenizer(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"last\.ckpt holds a GPT, not a VQGAN; give the weights of a tokenizer"):
+        load_vqgan(pipeline.argen)
+    torch.save({"model": small_gpt().state_dict()}, tmp_path / "gpt.pt")
+    with pytest.raises(ValueError, match=r"gpt\.pt, raw weights .*: not those of a VQGAN"):
+        load_vqgan(tmp_path / "gpt.pt")
+
+
+@pytest.mark.parametrize(
+    ("entry", "phrase"),
+    [
+        ({"architecture": "VQGAN", "config": {"channel": 3}}, "a configuration that is none"),
+        ({"architecture": "GPT", "config": None}, "a configuration that is none"),
+        ({"architecture": "LPIPS", "config": {}}, "holds a LPIPS, which this version does not know"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(entry: dict[str, Any], phrase: str, state: State) -> None:
+    with pytest.raises(ValueError, match=phrase) as error:
+        build_model(Weights(state, None, source="run.ckpt, raw weights", **entry))
+    assert str(error.value).startswith("run.ckpt, raw weights: ")
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> None:
+    other = fill(VQGAN(VQGANConfig(**{**vars(SMALL_VQGAN), "codebook_dim": 6})))
+    checkpoint = {"llamagen": describe(other, "vqgan."), "state_dict": prefixed(other.state_dict(), "vqgan.")}
+    with pytest.raises(ValueError, match=r"VQGAN has another shape: .*; use the configuration") as error:
+        check_fits(checkpoint, small_vqgan())
+    for name in ("quantize.embedding.weight", "quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight"):
+        assert f"{name} is " in str(error.value)
+    check_fits(checkpoint, other)
+    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
+        check_fits(checkpoint, small_gpt())
+
+
+@pytest.mark.parametrize("option", [{"rope_condition": "identity"}, {"block_size": 64}, {"n_head": 1}])
+def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> None:
+    other = small_gpt(**option)
+    checkpoint = {"llamagen": describe(other, "gpt."), "state_dict": prefixed(other.state_dict(), "gpt.")}
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but here it is .*; set {name} to"):
+        check_fits(checkpoint, small_gpt())
+    check_fits(checkpoint, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state: State) -> None:
+    name = "encoder.conv_in.weight"
+    with pytest.raises(ValueError, match=f"no real floating-point numbers: {name} .{str(dtype)[6:]}"):
+        load_weights(small_vqgan(), {**state, name: state[name].to(dtype)}, "these")
+
+
+def test_a_crafted_entry_ends_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
+    for changes, phrase in (({"prefix": 3}, "lacks a part"), ({"ema_names": ["x"]}, "names 1 averages but holds more")):
+        checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
+        checkpoint["llamagen"] |= changes
+        torch.save(checkpoint, tmp_path / "crafted.ckpt")
+        with pytest.raises(ValueError, match=phrase):
+            read_weights(tmp_path / "crafted.ckpt")

@@ -1,0 +1,287 @@
+"""Every shipped YAML parses on top of its base, takes effect, and has the published size."""
+
+import contextlib
+import io
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lightning_modules import ARGenModule, models_without_memory
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.text import TextEncoderConfig
+from main import main
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MODELS = ("argen", "vqgan")
+BASES = [f"{model}/base.yaml" for model in MODELS]
+OVERLAYS = {
+    model: sorted(
+        path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / model).rglob("*.yaml") if path.stem != "base"
+    )
+    for model in MODELS
+}
+LOGGERS = sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "logger").glob("*.yaml"))
+FOR_PREDICTION = {"sample", "prompts", "extract"}
+CASES = [
+    ("predict" if Path(overlay).stem in FOR_PREDICTION else "fit", (f"{model}/base.yaml", overlay))
+    for model in MODELS
+    for overlay in (*OVERLAYS[model], *LOGGERS)
+]
+# The chains of the quickstart, and the stages that need no overlay.
+CASES += [(stage, (base,)) for stage in ("fit", "validate", "test", "predict") for base in BASES]
+CASES += [
+    ("predict", ("argen/base.yaml", "argen/digits.yaml", "argen/sample.yaml")),
+    ("predict", ("argen/base.yaml", "argen/size/XL.yaml", "argen/sample.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
+    ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
+    ("predict", ("text/extract.yaml",)),  # complete by itself
+    ("predict", ("argen/base.yaml", "argen/t2i_stage2.yaml", "argen/prompts.yaml")),
+    ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/t2i_stage2.yaml")),
+    ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/size/B.yaml")),
+    ("fit", ("argen/base.yaml", "argen/digits.yaml", "argen/text_digits.yaml")),
+]
+
+# Every base × overlay of the second model.
+SIZES, HARDWARE = (
+    [None, *(f"argen/{kind}/{path.name}" for path in sorted((CONFIGS / "argen" / kind).iterdir()))]
+    for kind in ("size", "hardware")
+)
+PIXELS = {None: 256, "argen/256px.yaml": 256, "argen/384px.yaml": 384, "argen/512px.yaml": 512}
+CHAINS = [
+    ("argen/base.yaml", *(name for name in names if name is not None))
+    for names in itertools.product(SIZES, PIXELS, HARDWARE)
+]
+SAME_AS_BASE = {"argen/size/B.yaml", "argen/256px.yaml"}
+ALSO_IN_BASE = {".model.init_args.net.n_layer", ".model.init_args.net.n_head", ".model.init_args.net.dim"}
+
+# arXiv 2406.06525, table 1, with the class embedding; 16,384 codes and 1,000 classes.
+GPT_PARAMETERS = {
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "XXXL": 3_893_027_840,
+    "1B": 1_199_616_000,
+    "3B": 3_096_659_200,
+    "7B": 6_614_589_440,
+}
+TOKENIZER_PARAMETERS = {("vqgan/base.yaml",): 71_883_403, ("vqgan/base.yaml", "vqgan/vq8.yaml"): 70_109_835}
+
+
+@cache
+def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The whole configuration of a stage, as the command line prints it."""
+    arguments = [argument for name in names for argument in ("--config", str(CONFIGS / name))]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        main([stage, *arguments, "--print_config"])
+    assert end.value.code == 0
+    parsed: dict[str, Any] = yaml.safe_load(output.getvalue())
+    return parsed
+
+
+def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
+    """Where a configuration does not say what a YAML file says."""
+    if isinstance(wanted, dict):
+        if not isinstance(parsed, dict):
+            return [where]
+        return [path for key in wanted for path in _differences_at(key, wanted[key], parsed, f"{where}.{key}")]
+    if isinstance(wanted, list):
+        if not isinstance(parsed, list) or len(parsed) != len(wanted):
+            return [where]
+        return [
+            path
+            for i, pair in enumerate(zip(wanted, parsed, strict=True))
+            for path in differences(*pair, f"{where}[{i}]")
+        ]
+    if isinstance(wanted, str) and "${" in wanted:
+        return [where] if not isinstance(parsed, str) or "${" in parsed else []
+    if where.endswith("class_path"):  # printed in full
+        return [] if str(parsed).split(".")[-1] == wanted.split(".")[-1] else [where]
+    return [] if parsed == wanted else [where]
+
+
+def _differences_at(key: str, wanted: Any, parsed: dict[str, Any], where: str) -> list[str]:
+    if not key.endswith("+"):
+        return differences(wanted, parsed.get(key), where)
+    whole = parsed.get(key.removesuffix("+"))  # to which a list was appended
+    return differences(wanted, whole[-len(wanted) :], where) if isinstance(whole, list) else [where]
+
+
+def leaves(tree: Any, where: str = "") -> list[str]:
+    """Paths of all values of a YAML file."""
+    if isinstance(tree, dict):
+        return [path for key, value in tree.items() for path in leaves(value, f"{where}.{key}")]
+    return [where]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"), CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_every_shipped_configuration_parses_and_the_last_file_takes_effect(stage: str, names: tuple[str, ...]) -> None:
+    parsed = parse(stage, names)
+    assert differences(yaml.safe_load((CONFIGS / names[-1]).read_text()), parsed) == []
+
+
+def test_every_file_is_in_a_case() -> None:
+    shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
+    assert shipped == {name for _, names in CASES for name in names}
+    assert set(BASES) <= shipped
+
+
+def test_the_values_that_do_not_arrive_are_found() -> None:
+    assert differences({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}, "d": 1}) == [".a.b[1].c"]
+    assert differences({"a": "${b}/x", "c": {"d": 1}}, {"a": "${b}/x", "c": None}) == [".a", ".c"]
+    assert differences({"class_path": "EMA"}, {"class_path": "callbacks.EMA"}) == []
+
+
+@pytest.mark.parametrize("names", CHAINS, ids=lambda names: "+".join(names[1:]) or "base")
+def test_every_overlay_takes_effect_on_every_other_and_builds_the_published_model(names: tuple[str, ...]) -> None:
+    parsed = parse("fit", names)
+    for name in names[1:]:  # they share no key, so each says what it says in any company
+        assert differences(yaml.safe_load((CONFIGS / name).read_text()), parsed) == []
+    parser = ArgumentParser()
+    parser.add_class_arguments(ARGenModule, "model")
+    with models_without_memory():
+        module = parser.instantiate(parser.parse_object({"model": parsed["model"]["init_args"]})).model
+    size = next((Path(name).stem for name in names if "/size/" in name), "B")
+    assert parameters(module.gpt) == GPT_PARAMETERS[size]
+    pixels = next(PIXELS[name] for name in [*names, None] if name in PIXELS)
+    assert module.gpt.config.grid_size == pixels // 16
+
+
+@pytest.mark.parametrize("name", [name for name in (*SIZES, *PIXELS, *HARDWARE) if name is not None])
+def test_no_key_of_an_overlay_repeats_the_base(name: str) -> None:
+    overlay = yaml.safe_load((CONFIGS / name).read_text())
+    keys = leaves(overlay)
+    assert len(keys) >= 1
+    repeated = set(keys) - set(differences(overlay, parse("fit", ("argen/base.yaml",))))
+    assert (repeated == set(keys)) if name in SAME_AS_BASE else (repeated <= ALSO_IN_BASE)
+
+
+def test_hardware_and_batches_make_the_global_batch_of_the_paper() -> None:
+    batches = {}
+    for name in HARDWARE[1:]:
+        assert name is not None
+        parsed = parse("fit", ("argen/base.yaml", name))
+        trainer, batch = parsed["trainer"], parsed["data"]["init_args"]["batch_size"]
+        ranks = int(trainer["devices"]) * int(trainer["num_nodes"])
+        batches[Path(name).stem] = batch * ranks * trainer["accumulate_grad_batches"]
+    assert batches == {"one_gpu": 256, "ddp": 256, "ddp_nodes": 256, "fsdp": 512, "fsdp_nodes": 512}
+
+
+def test_every_published_size_is_shipped() -> None:
+    assert {path.stem for path in (CONFIGS / "argen" / "size").iterdir()} == set(GPT_PARAMETERS)
+
+
+def test_the_base_is_gpt_b() -> None:
+    small, base = (
+        parse("fit", names)["model"] for names in (("argen/base.yaml", "argen/size/B.yaml"), ("argen/base.yaml",))
+    )
+    assert small == base
+
+
+STAGES = ("argen/base.yaml", "argen/t2i_stage1.yaml"), ("argen/base.yaml", "argen/t2i_stage2.yaml")
+
+
+def test_the_second_stage_of_text_to_image_differs_from_the_first_in_what_it_lists() -> None:
+    first, second = (parse("fit", names) for names in STAGES)
+    assert sorted(differences(first, second)) == [
+        ".data.init_args.root",
+        ".data.init_args.short_caption_share",
+        ".model.init_args.init_adapt",
+        ".model.init_args.init_from",
+        ".model.init_args.net.block_size",
+        *(f".trainer.callbacks[{number}].init_args.dirpath" for number in (1, 2, 3)),
+        ".trainer.default_root_dir",
+        ".trainer.logger.init_args.save_dir",
+        ".trainer.max_steps",
+    ]
+    assert parse("fit", (*STAGES[0], "argen/t2i_stage2.yaml")) == second
+    listed = (CONFIGS / STAGES[1][1]).read_text().split("trainer:")[0]
+    for option in ("init_from", "init_adapt", "block_size", "short_caption_share", "root", "max_steps"):
+        assert f"#   {option}" in listed or f", {option}" in listed
+
+
+@pytest.mark.parametrize(("names", "grid"), [(STAGES[0], 16), (STAGES[1], 32)], ids=["stage 1", "stage 2"])
+def test_the_text_models_have_the_published_size_and_the_recipe(names: tuple[str, ...], grid: int) -> None:
+    config = parse("fit", names)
+    net = GPTConfig(**config["model"]["init_args"]["net"])
+    with torch.device("meta"):
+        assert parameters(GPT(net)) == 777_678_080  # uncond_embedding is a buffer
+    assert (net.grid_size, net.caption_length, net.caption_dim, net.condition_dropout) == (grid, 120, 2048, 0.1)
+    assert net.rope_condition == "zero"
+    sampling = config["model"]["init_args"]["sampling"]
+    assert (sampling["guidance_scale"], sampling["top_k"], sampling["temperature"]) == (7.5, 1000, 1.0)
+    assert config["data"]["init_args"]["batch_size"] == 256
+    assert TextEncoderConfig() == TextEncoderConfig("google/flan-t5-xl", "bfloat16")
+
+
+@pytest.mark.parametrize("names", TOKENIZER_PARAMETERS, ids="+".join)
+def test_a_tokenizer_has_the_published_number_of_parameters(names: tuple[str, ...]) -> None:
+    net = parse("fit", names)["model"]["init_args"]["net"]
+    with torch.device("meta"):
+        vqgan = VQGAN(VQGANConfig(**net))
+    assert parameters(vqgan) == TOKENIZER_PARAMETERS[names]
+
+
+def test_the_codes_of_the_quickstart_fit_both_of_its_models() -> None:
+    tokenizer = parse("fit", ("vqgan/base.yaml", "vqgan/digits.yaml"))
+    argen = parse("fit", ("argen/base.yaml", "argen/digits.yaml"))
+    net = tokenizer["model"]["init_args"]["net"]
+    side = tokenizer["data"]["init_args"]["image_size"] // 2 ** (len(net["channel_multipliers"]) - 1)
+    assert argen["model"]["init_args"]["net"]["block_size"] == side**2
+    assert argen["model"]["init_args"]["net"]["vocab_size"] == net["codebook_size"]
+    codes = parse("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml"))
+    assert argen["data"]["init_args"]["root"] == codes["trainer"]["default_root_dir"]
+    run = tokenizer["trainer"]["default_root_dir"]
+    assert argen["model"]["init_args"]["tokenizer"] == f"{run}/checkpoints/last.ckpt"
+
+
+def test_features_of_captions_fit_the_model_that_reads_them() -> None:
+    module = parse("predict", ("text/extract.yaml",))["model"]["init_args"]
+    net = parse("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml"))["model"]["init_args"]["net"]
+    assert module["caption_length"] == net["caption_length"]
+    assert TextEncoderConfig(**module["encoder"]) == TextEncoderConfig()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("model", "init_args", "net", "n_layers"),
+        ("model", "init_args", "optimizer", "learning_rate"),
+        ("model", "init_args", "nets"),
+        ("data", "init_args", "batchsize"),
+        ("trainer", "max_epoch"),
+        ("modle",),
+    ],
+    ids=".".join,
+)
+def test_an_unknown_key_of_an_overlay_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, keys: tuple[str, ...]
+) -> None:
+    tree: Any = 3
+    for key in reversed(keys):
+        tree = {key: tree}
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(CONFIGS / base), "--config", str(overlay), "--print_config"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert keys[-1] in captured.err.replace(str(overlay), "")
+    assert captured.out == ""

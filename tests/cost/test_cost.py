@@ -1,0 +1,284 @@
+"""The numbers that are known beforehand are those of the models themselves."""
+
+import contextlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from callbacks.ema import EMA
+from lightning_modules.optimization import AdamWConfig, build_adamw
+from llamagen.cost import __main__ as cost
+from llamagen.cost import gpt as gpt_cost
+from llamagen.losses import linear_cross_entropy
+from llamagen.models.gpt import GPT, GPTConfig, KVCache
+from llamagen.models.sharding import shard
+from tests.ranks import run_on_ranks
+from tests.small_models import TEXT_GPT, caption_lengths_for, codes_for, condition_for
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "argen"
+SIZES = sorted(path.stem for path in (CONFIGS / "size").iterdir())
+SMALL = GPTConfig(dim=64, n_layer=2, n_head=4, multiple_of=32, vocab_size=64, block_size=64, num_classes=10)
+WIDE = replace(SMALL, dim=256, n_layer=3, n_head=8, vocab_size=128)
+GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2)
+TEXT = replace(SMALL, condition="text", caption_dim=48, caption_length=9)
+DRY = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
+SHAPES = {"small": SMALL, "wide": WIDE, "grouped": GROUPED, "text": TEXT}
+
+
+def net_of(size: str) -> GPTConfig:
+    return cost.read_run([CONFIGS / "base.yaml", CONFIGS / "size" / f"{size}.yaml"]).net
+
+
+def built(config: GPTConfig, precision: str, checkpointing: bool = False) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(config).train()
+    gpt.checkpoint_activations(checkpointing)
+    return gpt.bfloat16() if precision == "bf16-true" else gpt
+
+
+def loss_of(gpt: GPT, batch_size: int, precision: str) -> Tensor:
+    condition, codes = condition_for(gpt, batch_size), codes_for(gpt, batch_size, gpt.config.block_size)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    with autocast:
+        hidden = gpt.features(codes[:, :-1], condition, caption_lengths=caption_lengths_for(gpt, batch_size))
+        return linear_cross_entropy(hidden.flatten(0, 1), gpt.output.weight, codes.flatten()).loss
+
+
+def kept_bytes(gpt: GPT, batch_size: int, precision: str) -> int:
+    """Bytes of the storages that autograd keeps for the backward pass, beside parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*gpt.parameters(), *gpt.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept.setdefault(place, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(gpt, batch_size, precision)
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    "config", [*map(net_of, SIZES), SMALL, GROUPED, TEXT], ids=[*SIZES, "small", "grouped", "text"]
+)
+def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
+    with torch.device("meta"):
+        gpt = GPT(config)
+    assert gpt_cost.parameters(config) == sum(parameter.numel() for parameter in gpt.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations_of_matrix_products_are_those_that_pytorch_counts(shape: str) -> None:
+    config = SHAPES[shape]
+    gpt = built(config, "32-true")
+    condition, codes = condition_for(gpt, 3).requires_grad_(config.condition == "text"), codes_for(gpt, 3, 64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        gpt(codes[:, :-1], condition).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for name, count in counts.items() if "mm" in str(name))
+    length = gpt_cost.positions(config)
+    attention = 12 * config.n_layer * config.dim * length * (length + 1) / 2
+    assert 3 * (gpt_cost.flops_per_sequence(config) - attention) == products
+
+
+def test_operations_of_attention_are_causal_and_the_head_counts_but_no_embedding() -> None:
+    config = net_of("B")
+    blocks = 12 * (4 * 768 * 768 + 3 * 768 * 2048)
+    assert gpt_cost.flops_per_token(config) == 6 * (blocks + 768 * 16384) + 12 * 12 * 768 * 257 / 2
+    assert gpt_cost.flops_per_sequence(config) == 256 * gpt_cost.flops_per_token(config)
+    assert gpt_cost.flops_per_sequence(replace(config, num_classes=5)) == gpt_cost.flops_per_sequence(config)
+
+
+def test_days_follow_from_operations_and_peak() -> None:
+    config = net_of("L")
+    assert gpt_cost.gpu_days(config, 1000, 0.25, 400.0) == pytest.approx(
+        1000 * gpt_cost.flops_per_sequence(config) / (1e14 * 24 * 3600)
+    )
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "dry"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_are_those_that_autograd_keeps(
+    shape: str, precision: str, checkpointing: bool, dropout: bool
+) -> None:
+    config = SHAPES[shape] if dropout else replace(SHAPES[shape], **DRY)
+    batch_size = 16 if config.dim == 64 else 4
+    estimate = gpt_cost.activations(config, batch_size, precision, checkpointing, cuda=False)
+    # Autograd does not see the copies that autocast keeps for blocks which are computed again.
+    copies = 0 if checkpointing else estimate.narrow_weights
+    expected = estimate.kept + copies + gpt_cost.head(config, batch_size, precision).kept
+    measured = kept_bytes(built(config, precision, checkpointing), batch_size, precision)
+    assert measured == pytest.approx(expected, rel=1e-2 if shape == "text" else 1e-4)
+
+
+def test_a_recomputed_block_is_one_that_would_have_been_kept() -> None:
+    one, two = (kept_bytes(built(replace(WIDE, n_layer=layers), "32-true"), 4, "32-true") for layers in (1, 2))
+    estimate = gpt_cost.activations(WIDE, 4, "32-true", checkpointing=True, cuda=False)
+    assert estimate.recomputed == pytest.approx(two - one, rel=0.01)
+    assert gpt_cost.activations(WIDE, 4, "32-true").recomputed == 0
+
+
+def test_masks_are_bytes_and_on_a_gpu_odd_heads_are_padded() -> None:
+    length, batch_size = gpt_cost.positions(SMALL), 2
+    gpu, cpu = (gpt_cost.activations(SMALL, batch_size, "32-true", cuda=cuda).kept for cuda in (True, False))
+    assert cpu == gpu
+    dry = gpt_cost.activations(replace(SMALL, **DRY), batch_size, "32-true").kept
+    assert gpu - dry == batch_size * length * 64 * (2 * SMALL.n_layer + 1)
+    odd = replace(SMALL, n_head=16, **DRY)  # heads of 4, padded to 8
+    padded, plain = (gpt_cost.activations(odd, batch_size, "bf16-mixed", cuda=cuda).kept for cuda in (True, False))
+    # Queries, keys, values and output are twice as wide, beside a plain output, but without the output of wqkv; and a
+    # logsumexp is kept, which attention in bfloat16 on CPUs does without.
+    more = 2 * 64 * (4 * 2 + 1 - 6) + 4 * odd.n_head
+    assert padded - plain == batch_size * length * odd.n_layer * more
+
+
+@pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
+def test_weights_gradients_moments_and_averages_are_those_of_a_step(precision: str) -> None:
+    gpt = built(SMALL, precision)
+    optimizer = build_adamw([gpt], AdamWConfig())["optimizer"]
+    ema = EMA()
+    ema._optimizer, ema._parameters = optimizer, list(gpt.parameters())
+    optimizer.register_step_pre_hook(ema._before_step)
+    optimizer.register_step_post_hook(ema._after_step)
+    loss_of(gpt, 2, precision).backward()
+    optimizer.step()
+    parts = cost.memory(cost.Run(SMALL, 2, precision, ema=True))
+    states = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert parts["weights"] == sum(parameter.nbytes for parameter in gpt.parameters())
+    assert parts["gradients"] == sum(
+        parameter.grad.nbytes for parameter in gpt.parameters() if parameter.grad is not None
+    )
+    assert parts["moments of AdamW"] + parts["EMA"] == sum(state.nbytes for state in states)
+    assert parts["EMA"] * 3 == parts["moments of AdamW"] + parts["EMA"]
+
+
+def test_memory_without_averages_and_with_ddp() -> None:
+    alone = cost.memory(cost.Run(SMALL, 2))
+    assert alone["EMA"] == alone["buckets of DDP"] == 0
+    assert cost.memory(cost.Run(SMALL, 2, gpus=2))["buckets of DDP"] == alone["gradients"]
+
+
+def test_the_head_holds_a_limited_number_of_logits() -> None:
+    few, many = (gpt_cost.head(net_of("B"), batch_size, "32-true").moment for batch_size in (256, 512))
+    assert many - few == 4 * 256 * 256 * 768  # of hidden states alone
+    assert few - 4 * 256 * 256 * 768 == 4 * (1 << 24)
+    assert gpt_cost.head(SMALL, 1, "32-true").moment == 4 * 64 * 64 + 4 * 64 * 64
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+@pytest.mark.parametrize("config", [GROUPED, TEXT_GPT], ids=["grouped", "text"])
+def test_a_position_of_the_cache_is_as_large_as_said(config: GPTConfig, precision: str, dtype: torch.dtype) -> None:
+    cache = KVCache.allocate(config, 3, dtype=dtype)
+    whole = 3 * gpt_cost.positions(config) * gpt_cost.cache_bytes_per_token(config, precision)
+    assert whole == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_later_files_win_and_the_command_line_wins_over_them(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "trainer: {precision: 32-true, callbacks: [{class_path: callbacks.LearningCurves}]}\n"
+        "model: {init_args: {activation_checkpointing: true, net: {dim: 1536, norm_eps: 1e-6}}}\n"
+        "data: {init_args: {root: '${nowhere}'}}\n"
+    )
+    base, both = [CONFIGS / "base.yaml"], [CONFIGS / "base.yaml", overlay]
+    net = GPTConfig(dim=768, n_layer=12, n_head=12)
+    assert cost.read_run(base) == cost.Run(net, 256, "bf16-mixed", ema=True, gpus=8)
+    wider = replace(net, dim=1536, norm_eps=1e-6)
+    assert cost.read_run(both) == cost.Run(wider, 256, "32-true", checkpointing=True, gpus=8)
+    assert cost.read_run(both, 8, "bf16-true", 3) == cost.Run(wider, 8, "bf16-true", checkpointing=True, gpus=3)
+
+
+def test_the_hardware_of_an_overlay_counts() -> None:
+    def run(name: str) -> cost.Run:
+        return cost.read_run([CONFIGS / "base.yaml", CONFIGS / "hardware" / f"{name}.yaml"])
+
+    found = {path.stem: run(path.stem) for path in (CONFIGS / "hardware").iterdir()}
+    gpus = {name: (run.gpus, run.batch_size, run.sharded) for name, run in found.items()}
+    assert gpus == {
+        "one_gpu": (1, 64, False),
+        "ddp": (8, 32, False),
+        "ddp_nodes": (32, 8, False),
+        "fsdp": (8, 64, True),
+        "fsdp_nodes": (32, 16, True),
+    }
+    assert found["fsdp"].checkpointing
+
+
+def test_sharded_parameters_are_shared_out() -> None:
+    whole, parts = (cost.memory(cost.Run(SMALL, 2, ema=True, gpus=4, sharded=flag)) for flag in (False, True))
+    for name in ("weights", "gradients", "moments of AdamW", "EMA"):
+        assert parts[name] == pytest.approx(whole[name] / 4, abs=2)
+    assert parts["buckets of DDP"] == parts["autocast's weights"] == whole["parameters put together"] == 0
+    block = sum(parameter.numel() for parameter in GPT(SMALL).layers[0].parameters())
+    ends = gpt_cost.parameters(SMALL) - SMALL.n_layer * block
+    assert parts["parameters put together"] == 4 * 2 * ends + (2 * 4 + 4 + 4) * block
+
+
+def _bytes_of_rank(rank: int, config: dict[str, Any]) -> int:
+    gpt = GPT(GPTConfig(**config))
+    shard(gpt, torch.distributed.init_device_mesh("cpu", (2,)))
+    return sum(parameter.to_local().nbytes for parameter in gpt.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_rank_keeps_the_share_that_was_said(tmp_path: Path) -> None:
+    kept = run_on_ranks(_bytes_of_rank, tmp_path, asdict(SMALL))
+    said = cost.memory(cost.Run(SMALL, 2, gpus=2, sharded=True))["weights"]
+    assert kept[0] == pytest.approx(said, rel=0.05)
+    assert sum(kept) == 4 * gpt_cost.parameters(SMALL)
+
+
+def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--config", str(CONFIGS / "size/L.yaml")]
+    cost.main(["--config", str(CONFIGS / "base.yaml"), *size, "--pictures=1000", "--gpus=2", "--batch_size=16"])
+    output = capsys.readouterr().out.splitlines()
+    lines = {line[:34].strip(): line[34:].strip() for line in output}
+    assert lines["parameters"] == "342,910,976"
+    assert lines["training FLOPs a sequence"] == f"{gpt_cost.flops_per_sequence(net_of('L')):.4g} (256 codes)"
+    assert lines["memory of a GPU"] == "batch of 16, bf16-mixed, 2 GPUs"
+    parts = cost.memory(cost.Run(net_of("L"), 16, "bf16-mixed", ema=True, gpus=2))
+    assert lines["EMA"] == f"{4 * 342910976 / 1e9:.2f} GB"
+    assert lines["total"] == f"{sum(parts.values()) / 1e9:.2f} GB"
+    assert lines["days on all GPUs"].split()[0] == f"{gpt_cost.gpu_days(net_of('L'), 1000, 0.5, 989) / 2:.4g}"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "complaint"),
+    [
+        ("model: {init_args: {net: {dim: 64, layers: 2}}}", [], "model.init_args.net has no 'layers'"),
+        ("model: {init_args: {net: {dim: 64}}}", [], "model.init_args.net makes no model"),
+        ("model: {init_args: {net: {dim: 64, n_layer: 2, n_head: 3}}}", [], "over n_head 3"),
+        ("model: {init_args: {}}", [], "model.init_args.net is missing"),
+        ("a: [", [], "cannot be read as YAML"),
+        ("- a", [], "holds no mapping"),
+        (None, [], "cannot be read"),
+        ("{net}", [], "batch_size is None"),
+        ("{net}", ["--batch_size=0"], "batch_size is 0"),
+        ("{net}\ntrainer: {precision: 16-mixed}", ["--batch_size=2"], "precision is 16-mixed"),
+        ("{net}", ["--batch_size=2", "--mfu=1.5"], "mfu is 1.5"),
+        ("{net}", ["--batch_size=2", "--peak_tflops=0"], "peak_tflops is 0"),
+        ("{net}", ["--batch_size=2", "--pictures=-1"], "pictures is -1"),
+        ("{net}", ["--batch_size=2", "--gpus=0"], "gpus is 0"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line(
+    text: str | None, options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text.replace("{net}", "model: {init_args: {net: {dim: 64, n_layer: 2, n_head: 4}}}"))
+    with pytest.raises(SystemExit) as end:
+        cost.main(["--config", str(path), *options])
+    assert end.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert complaint in error[0]
+    assert len(error) == 1

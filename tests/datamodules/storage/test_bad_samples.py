@@ -1,0 +1,356 @@
+"""What cannot be used is skipped, counted by reason, and fatal where it is too much."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from datamodules.datasets.dataset import MOST_ATTEMPTS, SampleDataset
+from datamodules.images import ImageDataModule, ImageDataset
+from datamodules.loading.loader import SKIPPED
+from datamodules.loading.order import NO_EPOCH, SHARD_BITS, epoch_order
+from datamodules.loading.stream import StreamIndex
+from datamodules.storage.bad_samples import MOST_EXAMPLES, REASONS, BadSampleError, Skipped, Tally
+from datamodules.storage.index import SampleIndex
+from datamodules.storage.remote import ShardCache
+from datamodules.storage.sources import Source
+from datamodules.storage.tar_index import index_shard
+from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
+
+
+def bad(count: int, reason: str = "empty file", first: int = 0) -> list[Skipped]:
+    return [Skipped(n, f"key{n}", reason, f"sample key{n} is bad") for n in range(first, first + count)]
+
+
+def test_a_bad_sample_is_a_value_error_with_a_reason() -> None:
+    error = BadSampleError("empty file", "the picture of x is empty")
+    assert isinstance(error, ValueError)
+    assert (error.reason, str(error)) == ("empty file", "the picture of x is empty")
+
+
+def test_a_tally_counts_by_reason() -> None:
+    tally = Tally("train", 100, known=bad(2, "no label"), max_share=0.1)
+    tally.add(bad(3))
+    tally.add([])
+    tally.add(bad(1, "broken picture", 3))
+    assert tally.total == 102
+    assert tally.counts == {"empty file": 3, "broken picture": 1}
+    assert tally.by_reason() == {"empty file": 3, "broken picture": 1, "no label": 2}
+    assert tally.describe() == "broken picture: 1, empty file: 3, no label: 2; e.g. sample key0 is bad"
+
+
+def test_the_share_is_exceeded_by_one_sample_more() -> None:
+    tally = Tally("train", 100, max_share=0.05)
+    tally.add(bad(5))
+    with pytest.raises(ValueError) as error:
+        tally.add(bad(1, "broken picture", 5))
+    assert_one_line(
+        error, "6 of 100 samples of train", "max_bad_share 0.05", "broken picture: 1, empty file: 5", "key0"
+    )
+
+
+@pytest.mark.parametrize(("known", "count", "fits"), [(5, 95, True), (6, 94, False), (0, 0, True), (1, 0, False)])
+def test_what_is_known_before_reading_counts_as_well(known: int, count: int, fits: bool) -> None:
+    if fits:
+        assert Tally("val", count, bad(known)).by_reason().total() == known
+    else:
+        with pytest.raises(ValueError) as error:
+            Tally("val", count, bad(known))
+        assert_one_line(error, f"{known} of {known + count} samples of val", f"empty file: {known}")
+
+
+def test_what_is_known_and_what_is_read_add_up() -> None:
+    tally = Tally("val", 98, bad(2), max_share=0.05)
+    tally.add(bad(3))
+    with pytest.raises(ValueError, match=r"6 of 100 samples of val"):
+        tally.add(bad(1))
+
+
+@pytest.mark.parametrize(("max_share", "tolerated"), [(0.0, 0), (0.5, 10), (1.0, 20)])
+def test_the_greatest_share_is_a_choice(max_share: float, tolerated: int) -> None:
+    tally = Tally("train", 20, max_share=max_share)
+    tally.add(bad(tolerated))
+    if tolerated < 20:
+        with pytest.raises(ValueError):
+            tally.add(bad(1))
+
+
+def test_the_sum_over_ranks_is_judged_together() -> None:
+    tally = Tally("train", 98, bad(2), max_share=0.05)
+    tally.add(bad(2))
+    tally.check([3, *[0] * (len(REASONS) - 1)])
+    with pytest.raises(ValueError, match=r"6 of 100 samples of train"):
+        tally.check([3, 1, *[0] * (len(REASONS) - 2)])
+
+
+def test_an_epoch_begins_with_what_is_known_alone() -> None:
+    tally = Tally("train", 98, bad(2, "no label"), max_share=0.05)
+    for _ in range(3):
+        tally.add(bad(3))
+        tally.reset()
+    assert (tally.counts, tally.seen) == ({}, [])
+    assert tally.by_reason() == {"no label": 2}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_few_examples_are_remembered_or_all(keep: bool) -> None:
+    tally = Tally("train", 1000, keep=keep)
+    tally.add(bad(3))
+    tally.add(bad(20, first=3))
+    assert tally.seen == bad(23 if keep else MOST_EXAMPLES)
+
+
+class Picky(SampleDataset):
+    """Samples by number; some cannot be used."""
+
+    def __init__(self, samples: Any, bad: set[int], never_empty: bool = False) -> None:
+        super().__init__(samples, never_empty)
+        self.bad = bad
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, number: int, epoch: int) -> dict[str, Any]:
+        self.asked.append((number, epoch))
+        if number in self.bad:
+            raise BadSampleError("broken picture", f"sample {number} is broken")
+        return {"value": 10 * number + epoch, "labels": number % 3}
+
+    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        assert samples
+        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+
+
+COUNT = 12
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> SampleIndex:
+    """Of keys k00 to k11."""
+    shards = write_shards(tmp_path / "train", [(f"k{n:02d}", {"png": grey_picture(n)}) for n in range(COUNT)])
+    return SampleIndex.concatenate([index_shard(shard) for shard in shards])
+
+
+def skip(number: int) -> Skipped:
+    return Skipped(number, f"k{number:02d}", "broken picture", f"sample {number} is broken")
+
+
+@pytest.mark.parametrize("never_empty", [False, True])
+def test_a_batch_leaves_out_exactly_what_cannot_be_used_and_says_so(samples: SampleIndex, never_empty: bool) -> None:
+    dataset = Picky(samples, {2, 7, 8}, never_empty)
+    batch = dataset.__getitems__([(7, 1), (3, 1), (2, 1), (11, 1)])
+    assert batch.keys() == {"value", "labels", "numbers", SKIPPED}
+    assert (batch["numbers"].dtype, batch["numbers"].tolist()) == (torch.int64, [3, 11])
+    assert batch["value"].tolist() == [31, 111]
+    assert batch[SKIPPED] == ([skip(7), skip(2)], 0)
+    assert dataset.asked == [(7, 1), (3, 1), (2, 1), (11, 1)]
+
+
+def test_a_batch_without_faults_says_nothing(samples: SampleIndex) -> None:
+    batch = Picky(samples, {2}).__getitems__([(3, NO_EPOCH), (4, NO_EPOCH)])
+    assert batch.keys() == {"value", "labels", "numbers"}
+    assert batch["value"].tolist() == [29, 39]
+
+
+def test_a_batch_of_which_nothing_can_be_used_has_nothing_but_the_reasons(samples: SampleIndex) -> None:
+    assert Picky(samples, {2, 3}).__getitems__([(3, 0), (2, 0)]) == {SKIPPED: ([skip(3), skip(2)], 0)}
+
+
+def test_where_no_batch_may_be_empty_the_next_usable_sample_takes_the_place(samples: SampleIndex) -> None:
+    dataset = Picky(samples, {10, 11, 0, 1}, never_empty=True)
+    batch = dataset.__getitems__([(10, 4), (1, 4)])
+    assert batch["numbers"].tolist() == [2]
+    assert batch["value"].tolist() == [24]
+    assert batch[SKIPPED] == ([skip(10), skip(1)], 0)  # what was tried in their place is counted in its own turn
+    assert dataset.asked == [(10, 4), (1, 4), (11, 4), (0, 4), (1, 4), (2, 4)]
+
+
+def test_where_nothing_at_all_can_be_used_the_search_ends(samples: SampleIndex) -> None:
+    dataset = Picky(samples, set(range(COUNT)), never_empty=True)
+    with pytest.raises(ValueError, match=r"100 samples in a row cannot be used, .*sample 5 is broken"):
+        dataset.__getitems__([(5, 0)])
+    assert len(dataset.asked) == 1 + MOST_ATTEMPTS
+
+
+def test_one_sample_is_given_as_it_is_or_refused(samples: SampleIndex) -> None:
+    dataset = Picky(samples, {2})
+    assert len(dataset) == COUNT
+    sample = dataset[7, 3]
+    assert (int(sample["value"]), sample["labels"]) == (73, 1)
+    assert type(sample["labels"]) is int
+    with pytest.raises(BadSampleError, match=r"sample 2 is broken"):
+        dataset[2, 3]
+
+
+def stream(folder: Path, empty: tuple[int, ...] = ()) -> StreamIndex:
+    """Four shards of three samples, with a sample of no use in the second."""
+    parts = [(f"k{n:02d}", {"txt": b"no picture"} if n == 4 else {"png": grey_picture(n)}) for n in range(COUNT)]
+    shards = write_shards(folder / "train", parts)
+    for number in empty:
+        shards[number].write_bytes(bytes(10240))
+    return StreamIndex(Source("train", [str(shard) for shard in shards]), ShardCache(folder / "cache"), ("png",))
+
+
+def test_what_opening_a_shard_of_a_stream_shows_is_told_once(tmp_path: Path) -> None:
+    dataset = Picky(stream(tmp_path), {(1 << SHARD_BITS) + 1})
+    numbers = [(1 << SHARD_BITS), (1 << SHARD_BITS) + 1, 2]
+    batch = dataset.__getitems__([(number, 0) for number in numbers])
+    assert batch["numbers"].tolist() == [numbers[0], numbers[2]]
+    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [
+        ("k05", "broken picture"),
+        ("k04", "no picture"),
+    ]
+    assert [sample.key for sample in dataset.__getitems__([(numbers[1], 0)])[SKIPPED][0]] == ["k05"]
+
+
+def test_in_a_stream_a_sample_of_another_shard_takes_the_place(tmp_path: Path) -> None:
+    first, second, last = 0, 1 << SHARD_BITS, 3 << SHARD_BITS
+    dataset = Picky(stream(tmp_path), {last, last + 1, first}, never_empty=True)
+    batch = dataset.__getitems__([(last + 1, 2)])
+    assert batch["numbers"].tolist() == [second]
+    assert [(sample.number, sample.key) for sample in batch[SKIPPED][0]] == [(last + 1, "k10")]
+
+
+def test_a_shard_of_a_stream_without_samples_is_counted_and_passed_over(tmp_path: Path) -> None:
+    samples = stream(tmp_path, empty=(2,))
+    dataset = ImageDataset(samples, image_size=4, never_empty=True)
+    batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0), (0, 0)])
+    assert batch["keys"] == ["k00"]
+    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [("", "truncated shard")]
+    batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0)])
+    assert batch["keys"] == ["k09"]
+
+
+def image_data(root: Path, **options: Any) -> ImageDataModule:
+    data = ImageDataModule(root, **{"image_size": 4, "batch_size": 3, "num_workers": 0, "seed": 5, **options})
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Pictures of which numbers 3, 8 and 13 are broken and 16 is empty."""
+    parts = {n: {"png": grey_picture(n), "cls": b"1"} for n in range(20)}
+    parts |= {n: {"png": grey_picture(n)[:50], "cls": b"1"} for n in (3, 8, 13)} | {16: {"png": b"", "cls": b"1"}}
+    write_shards(tmp_path / "train", [(f"train/{n}", part) for n, part in parts.items()])
+    write_shards(tmp_path / "val", [(f"val/{n}", part) for n, part in parts.items()])
+    return tmp_path
+
+
+GOOD = [n for n in range(20) if n not in (3, 8, 13, 16)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_with_some_broken_pictures_is_read_without_them(root: Path, num_workers: int) -> None:
+    data = image_data(root, max_bad_share=0.2, num_workers=num_workers, batch_size=4)
+    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        keys = [key for batch in loader for key in batch["keys"]]
+        assert sorted(keys) == sorted(f"{split}/{n}" for n in GOOD)
+        assert data.tallies[split].counts == {"broken picture": 3}
+        assert data.tallies[split].by_reason() == {"broken picture": 3, "empty file": 1}
+        assert {sample.key for sample in data.tallies[split].seen} == {f"{split}/{n}" for n in (3, 8, 13)}
+        assert data.finish_tally(split) == {"broken picture": 3, "empty file": 1}
+        assert data.finish_tally(split) == {"empty file": 1}  # what is known stays so
+
+
+def test_more_broken_pictures_than_are_tolerated_end_the_run(root: Path) -> None:
+    data = image_data(root, max_bad_share=0.19)
+    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        with pytest.raises(ValueError) as error:
+            list(loader)
+        assert_one_line(error, f"4 of 20 samples of {split}", "broken picture: 3, empty file: 1", f"sample {split}/")
+
+
+def test_more_than_is_tolerated_before_reading_ends_the_run_at_once(root: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        image_data(root, max_bad_share=0.04)
+    assert_one_line(error, "1 of 20 samples of train", "empty file: 1", "train/16")
+
+
+def test_on_several_ranks_no_training_batch_is_without_pictures(root: Path) -> None:
+    order = epoch_order(19, 6, 0).tolist()  # the empty file is the last but three, and has no number
+    instead = {3: 4, 8: 9, 13: 14}
+    assert set(order[:16]) >= set(instead)
+    for rank in range(2):
+        data = ImageDataModule(root, image_size=4, batch_size=1, num_workers=0, seed=6, max_bad_share=0.5)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        data.setup("fit")
+        loader = data.train_dataloader()
+        batches = list(loader)
+        assert len(batches) == len(loader) == 9
+        planned = order[rank:16:2]
+        assert [batch["numbers"].item() for batch in batches[:-1]] == [instead.get(n, n) for n in planned]
+        assert {sample.number for sample in data.tallies["train"].seen} == set(order[rank::2]) & set(instead)
+        # Who validates need not wait for another: its batches may be empty, and are left out.
+        assert sum(len(batch["keys"]) for batch in data.val_dataloader()) == len(range(rank, 19, 2)) - len(
+            data.tallies["val"].seen
+        )
+
+
+def test_what_is_known_to_be_bad_of_an_undivided_set_is_counted_with_its_training_split(tmp_path: Path) -> None:
+    write_shards(tmp_path, [(f"{n}", {"png": grey_picture(n) if n else b""}) for n in range(60)])
+    data = image_data(tmp_path, val_share=0.3)
+    assert [sample.key for sample in data.tallies["train"].known] == ["0"]
+    assert data.tallies["val"].known == []
+
+
+@pytest.mark.parametrize("stray", [{"txt": b"read me"}, {"cls": b"1"}], ids=str)
+def test_what_stands_beside_the_pictures_does_not_say_what_they_need(tmp_path: Path, stray: dict[str, bytes]) -> None:
+    pictures = [(f"{n}", {"png": grey_picture(n)}) for n in range(30)]
+    write_shards(tmp_path, [*pictures, ("README", stray)], per_shard=31)
+    data = image_data(tmp_path)
+    assert [(sample.key, sample.reason) for sample in data.tallies["train"].known] == [("README", "no picture")]
+
+
+class Steps(pl.LightningModule):
+    """Writes down the keys of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[str, list[str]]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append(("train", batch["keys"]))
+        loss: torch.Tensor = self.number * batch["images"].sum()
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.seen.append(("val", batch["keys"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_an_epoch_in_which_a_whole_training_batch_is_bad_ends_with_its_validation(tmp_path: Path) -> None:
+    # Lightning validates after the last of the planned number of batches, and not at all if one is missing.
+    parts = [(f"{n}", {"png": b"broken" if n == 2 else grey_picture(n)}) for n in range(4)]
+    write_shards(tmp_path / "train", parts)
+    write_shards(tmp_path / "val", [("val", {"png": grey_picture(9)})])
+    data = ImageDataModule(tmp_path, image_size=4, batch_size=1, num_workers=0, max_bad_share=0.5)
+    steps = Steps()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(steps, data)
+    assert [split for split, _ in steps.seen] == [*["train"] * 4, "val"] * 2
+    for epoch in (steps.seen[:4], steps.seen[5:9]):
+        assert sorted(key for _, keys in epoch for key in keys) == ["0", "1", "3", "3"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_predict_puts_nothing_in_the_place_of_a_bad_batch(root: Path, world_size: int) -> None:
+    keys: dict[str, list[str]] = {"train": [], "val": []}
+    for rank in range(world_size):
+        data = ImageDataModule(root, image_size=4, batch_size=1, num_workers=0, max_bad_share=0.5)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        data.setup("predict")
+        for split, loader in zip(data.predict_splits, data.predict_dataloader(), strict=True):
+            keys[split] += [key for batch in loader for key in batch["keys"]]
+    assert {split: sorted(found) for split, found in keys.items()} == {
+        split: sorted(f"{split}/{n}" for n in GOOD) for split in keys
+    }

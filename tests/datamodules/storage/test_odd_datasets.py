@@ -1,0 +1,161 @@
+"""Sets as people have them: odd names, repeated keys, mixed kinds, very few samples."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import CodeDataModule, ImageDataModule
+from datamodules.inspection import inspect
+from datamodules.loading.order import NO_EPOCH
+from datamodules.packing import pack
+from datamodules.storage.shards import ShardSet
+from datamodules.storage.sources import hold_out
+from datamodules.storage.tar_index import index_shard
+from tests.datamodules.code_sets import write_codes
+from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def pictures(*classes: str, count: int = 10) -> dict[str, bytes]:
+    return {f"{name}/{number}.png": grey_picture(number) for name in classes for number in range(count)}
+
+
+def image_data(root: Any = None, **options: Any) -> ImageDataModule:
+    data = ImageDataModule(root, **{"image_size": 4, "batch_size": 4, "num_workers": 0, **options})
+    data.setup("fit")
+    return data
+
+
+def epoch(data: Any) -> list[str]:
+    return [key for batch in data.train_dataloader() for key in batch["keys"]]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    data = image_data(str(write_folder(tmp_path, pictures("car", "train", "plane"))))
+    assert data.class_names == ["car", "plane", "train"]
+    assert len(data.datasets["train"]) + len(data.datasets["val"]) == 30  # type: ignore[arg-type]
+
+
+def test_one_picture_cannot_be_divided_and_two_can(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        image_data(str(write_folder(tmp_path / "one", pictures("a", count=1))))
+    assert_one_line(error, "hold no samples")
+    data = image_data(str(write_folder(tmp_path / "two", pictures("a", count=2))), val_share=0.999)
+    assert [len(data.datasets[split]) for split in ("train", "val")] == [1, 1]  # type: ignore[arg-type]
+
+
+def test_shards_with_the_same_keys_are_held_out_here_and_there(tmp_path: Path) -> None:
+    parts = [(f"{number}", {"png": grey_picture(number)}) for number in range(20)]
+    held_out = []
+    for shard in range(10):
+        (path,) = write_shards(tmp_path / f"s{shard}", parts, per_shard=20)
+        held_out.append(tuple(np.flatnonzero(hold_out(index_shard(path), 0.2))))
+    assert len(set(held_out)) > 5
+
+
+def test_pictures_of_other_kinds_are_counted_where_they_are_missed(tmp_path: Path) -> None:
+    files = {**pictures("a", "b", count=40), "a/x.bmp": b"BM", "b/y.GIF": b"GIF", "b/notes.txt": b"text"}
+    data = image_data(str(write_folder(tmp_path / "few", files)))
+    assert data.tallies["train"].by_reason() == {"no picture": 2}
+    many = {**files, **{f"c/{number}.tif": b"II" for number in range(10)}}
+    with pytest.raises(ValueError, match=r"12 of 92 samples .*no picture: 12; e.g. .* convert it"):
+        image_data(str(write_folder(tmp_path / "many", many)))
+
+
+def test_half_a_character_in_a_caption_is_replaced(tmp_path: Path) -> None:
+    text = json.dumps({"caption": "x \ud83d"}).encode()
+    (shard,) = write_shards(tmp_path, [("0", {"png": grey_picture(1), "json": text})])
+    (sample,) = index_shard(shard)
+    assert sample.read_caption() == "x ?"
+
+
+def test_names_of_shards_of_codes_may_be_given_beside_the_description(tmp_path: Path) -> None:
+    write_codes(tmp_path, train=6, val=3, per_shard=3)
+    data = CodeDataModule(tmp_path, 2, num_workers=0, train=str(tmp_path / "train/train-000001.tar"),
+                          val=str(tmp_path / "val/val-000000.tar"))  # fmt: skip
+    data.setup("fit")
+    assert sorted(epoch(data)) == ["train/3", "train/4", "train/5"]
+
+
+def write_half_labelled(root: Path, shards: int, lost: int) -> str:
+    for shard in range(shards):
+        parts = [
+            (f"{shard}_{number:03d}", {"png": grey_picture(number % 200), **({} if number < lost else {"cls": b"1"})})
+            for number in range(100)
+        ]
+        (path,) = write_shards(root / str(shard), parts, per_shard=100)
+        path.rename(root / f"{shard}.tar")
+    return f"{root}/{{0..{shards - 1}}}.tar"
+
+
+def test_in_a_stream_the_share_of_bad_samples_is_that_of_the_opened_shards(tmp_path: Path) -> None:
+    good, bad = write_half_labelled(tmp_path / "a", 4, 3), write_half_labelled(tmp_path / "b", 4, 9)
+    val = str(tmp_path / "a/0.tar")
+    data = image_data(train=good, val=val, resampled_epoch=100)
+    assert len(epoch(data)) == 100
+    assert data.tallies["train"].counts["no label"] >= 3
+    with pytest.raises(ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.05"):
+        epoch(image_data(train=bad, val=val, resampled_epoch=100))
+
+
+def test_a_mixed_batch_never_leaves_the_place(tmp_path: Path) -> None:
+    data = image_data(train=write_half_labelled(tmp_path, 1, 4), val=str(tmp_path / "0.tar"))
+    samples = data.datasets["train"].__getitems__([(number, NO_EPOCH) for number in range(3)])  # type: ignore[attr-defined]
+    assert samples["keys"] == ["0_004", "0_005", "0_006"]
+    assert torch.equal(samples["numbers"], torch.arange(3))
+
+
+def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, pictures("a", "b"))
+    with pytest.raises(ValueError) as error:
+        pack(str(tmp_path), tmp_path / "packed", workers=1)
+    assert_one_line(error, tmp_path / "packed", "lies within")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "set", pictures("b", "c"))
+    monkeypatch.setattr(ShardSet, "finish", lambda *_: None)  # stopped just before the end
+    pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
+    monkeypatch.undo()
+    (tmp_path / "set/a").mkdir()  # every class moves on by one, but no sample is added
+    (tmp_path / "set/a/1.bmp").write_bytes(b"BM")
+    with pytest.raises(ValueError) as error:
+        pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
+    assert_one_line(error, "another classes, samples")
+
+
+def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set", pictures("a", count=40))
+    for name in (b"\xff.jpg", b"a\tb.jpg"):
+        Path(os.fsdecode(os.fsencode(tmp_path / "set/a/") + b"/" + name)).write_bytes(b"")
+    pack(str(tmp_path / "set"), tmp_path / "packed", workers=1, max_bad_share=0.1)
+    lines = (tmp_path / "packed/skipped.tsv").read_text().splitlines()
+    assert sorted(line.split("\t")[1] for line in lines[1:]) == ["a/\\udcff", "a/a b"]
+    assert all(len(line.split("\t")) == 4 for line in lines)
+
+
+def test_inspection_shows_a_set_as_it_is_and_whether_its_shards_are(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", pictures("a", count=1))
+    assert "all: 1 samples, in folders" in inspect(str(folder), num_workers=0)
+    write_folder(tmp_path / "set", pictures("a", count=40))
+    pack(str(folder), tmp_path / "packed", workers=1)
+    assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 right") == 2
+    shard = tmp_path / "packed/train/train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # behind the end mark, where nothing is read
+    shard.write_bytes(data)
+    lines = inspect(str(tmp_path / "packed"), num_workers=0)
+    assert "  checksums: 0 of 1 right" in lines
+    assert f"    {shard} is not what was written" in lines

@@ -1,0 +1,84 @@
+"""Files in odd places: names that look like patterns, the home folder, compressed shards, too many open files."""
+
+import errno
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from datamodules.base import ShardDataModule
+from datamodules.images import ImageDataModule
+from datamodules.prompts import PromptDataModule
+from datamodules.samples import SampleDataModule
+from datamodules.storage.index import OpenFiles, SampleIndex
+from datamodules.storage.sources import find_sources
+from datamodules.storage.tar_index import index_shard
+from evaluation.image_sets import open_pictures
+from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+
+SAMPLES = [(str(number), {"png": grey_picture(number), "cls": b"0"}) for number in range(4)]
+HINT = "give a data set"
+
+
+@pytest.mark.parametrize("name", ["brace{0..2}s", "{a,b}", "back\\slash", "br[ack]et", "star*", "100%d", "a=b, c#d"])
+def test_a_shard_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
+    shard = write_shards(tmp_path / name, SAMPLES, per_shard=4)[0]
+    for root, train in ((None, str(shard)), (str(shard), None), (str(tmp_path / name), None)):
+        found, _, _ = find_sources(root, train, None, HINT)
+        assert found is not None
+        assert found.shards == [str(shard)]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shard = write_shards(tmp_path / "data", SAMPLES, per_shard=4)[0]
+    (tmp_path / "prompts.txt").write_text("a red house\n")
+    (tmp_path / "classes.txt").write_text("7\n")
+    for options in ({"root": "~/data"}, {"train": f"~/data/{shard.name}"}, {"train": ["~/data"]}):
+        data: ShardDataModule = ImageDataModule(**options, num_workers=0)
+        found, _, _ = data.find()
+        assert found is not None
+        assert found.shards == [str(shard)]
+    assert PromptDataModule("~/prompts.txt").prompts == ["a red house"]
+    assert SampleDataModule("~/classes.txt").classes == [7]
+    assert len(open_pictures("~/data")) == 4
+
+
+def test_compressed_shards_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path / "plain", SAMPLES, per_shard=4)[0]
+    packed = tmp_path / "packed/a.tar.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(ValueError) as error:
+        find_sources(str(packed.parent), None, None, HINT)
+    assert_one_line(error, packed, "is compressed", "unpack it to a.tar")
+    with pytest.raises(ValueError) as error:
+        index_shard(packed.rename(tmp_path / "named.tar"))
+    assert_one_line(error, tmp_path / "named.tar", "is compressed (gzip)", "unpack it")
+
+
+def few_files(monkeypatch: pytest.MonkeyPatch, files: OpenFiles, most: int) -> None:
+    """Let ``files`` keep no more than so many open: what the system says when a process reaches its limit."""
+    really_open = os.open
+
+    def limited(path: str, flags: int) -> int:
+        if len(files._descriptors) >= most:
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        return really_open(path, flags)
+
+    monkeypatch.setattr("datamodules.storage.index.os.open", limited)
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_samples_are_not_bad_because_too_many_files_are_open(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards", SAMPLES, per_shard=1)
+    index = SampleIndex.concatenate([index_shard(shard) for shard in shards])
+    few_files(monkeypatch, index.files, most)
+    if most:
+        assert [sample.read("png") for sample in index] == [parts["png"] for _, parts in SAMPLES]
+    else:
+        with pytest.raises(OSError, match="too many open files; raise the limit by ulimit -n"):
+            index[0].read("png")

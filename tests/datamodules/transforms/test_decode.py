@@ -1,0 +1,310 @@
+"""Files of pictures become upright RGB, JPEGs with the very pixels that Pillow gives; what is broken is refused."""
+
+import struct
+import warnings
+import zlib
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.storage.bad_samples import BadSampleError
+from datamodules.transforms.decode import MOST_PIXELS, open_picture, read_picture
+from tests.datamodules.shard_files import assert_one_line, encode
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+PNG = encode(Image.fromarray(COLOURS))
+WHERE = "sample folder/key of train-000000.tar"
+
+SMOOTH = np.asarray(Image.fromarray(COLOURS).resize((37, 23), Image.Resampling.BICUBIC))
+"""A picture that survives JPEG."""
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+
+
+def refusal(data: bytes) -> BadSampleError:
+    """The error, in one line with the place."""
+    with pytest.raises(BadSampleError) as error:
+        read_picture(data, WHERE)
+    assert_one_line(error, WHERE)
+    return error.value
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, depth: int = 8, colours: int = 2) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+
+
+def raw_png(width: int, height: int, depth: int, colours: int, rows: bytes, *chunks: bytes) -> bytes:
+    """A PNG of given bytes for each row, each with its filter byte."""
+    data = png_chunk(b"IDAT", zlib.compress(rows))
+    return b"".join([png_header(width, height, depth, colours), *chunks, data, png_chunk(b"IEND", b"")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("png", {}), ("png", {"optimize": True}), ("webp", {"lossless": True})], ids=str
+)
+def test_lossless_pictures_keep_every_pixel(kind: str, options: dict[str, Any]) -> None:
+    pixels = read_picture(encode(Image.fromarray(COLOURS), kind, **options), WHERE)
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 8, 3))
+    assert np.array_equal(pixels, COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "kind", "expected", "tolerance"),
+    [
+        ("1", 1, "png", (255, 255, 255), 0),
+        ("1", 0, "png", (0, 0, 0), 0),
+        ("L", 90, "png", (90, 90, 90), 0),
+        ("LA", (90, 10), "png", (90, 90, 90), 0),
+        ("P", 3, "png", (30, 40, 50), 0),
+        ("RGBA", (200, 100, 50, 10), "png", (200, 100, 50), 0),
+        ("RGBA", (200, 100, 50, 0), "png", (200, 100, 50), 0),
+        ("I;16", 40000, "png", (156, 156, 156), 0),  # 40000 / 256: not cut off at 255, as Pillow's own conversion does
+        ("RGBA", (200, 100, 50, 255), "webp", (200, 100, 50), 4),
+        ("RGB", (200, 100, 50), "jpeg", (200, 100, 50), 3),
+        ("L", 90, "jpeg", (90, 90, 90), 0),
+        ("CMYK", (0, 100, 200, 30), "jpeg", (225, 137, 49), 3),
+    ],
+    ids=str,
+)
+def test_every_mode_becomes_rgb(
+    mode: str, colour: Any, kind: str, expected: tuple[int, int, int], tolerance: int
+) -> None:
+    picture = Image.new(mode, (8, 6), colour)
+    if mode == "P":
+        picture.putpalette([level for entry in range(4) for level in (entry * 10, entry * 10 + 10, entry * 10 + 20)])
+    pixels = read_picture(encode(picture, kind), WHERE)
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 8, 3))
+    assert abs(pixels.astype(int) - expected).max() <= tolerance
+
+
+def test_a_transparent_colour_of_a_palette_keeps_its_colour() -> None:
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([1, 2, 3, 200, 100, 50])
+    assert (read_picture(encode(picture, transparency=1), WHERE) == (200, 100, 50)).all()
+
+
+def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
+    greys = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    pixels = read_picture(encode(Image.fromarray(greys)), WHERE)
+    assert np.array_equal(pixels, np.stack(3 * [greys >> 8], 2))
+    colours = np.random.default_rng(1).integers(0, 1 << 16, (3, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    assert np.array_equal(read_picture(raw_png(5, 3, 16, 2, rows), WHERE), colours >> 8)
+
+
+JPEGS = {
+    "half colours": {"subsampling": 2},
+    "half columns": {"subsampling": 1},
+    "all colours": {"subsampling": 0, "quality": 100},
+    "poor": {"quality": 5},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 1},
+    "no conversion": {"keep_rgb": True},
+    "optimized": {"optimize": True},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("shape", [(23, 37), (16, 16), (1, 1), (8, 65)], ids=str)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    noise = np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(COLOURS).resize(shape[::-1]))
+    for pixels in (noise, smooth):
+        data = encode(Image.fromarray(pixels), "jpeg", **options)
+        assert np.array_equal(read_picture(data, WHERE), pillow(data))
+        if "keep_rgb" not in options:
+            grey = encode(Image.fromarray(pixels).convert("L"), "jpeg", **options)
+            assert np.array_equal(read_picture(grey, WHERE), pillow(grey))
+
+
+def test_a_jpeg_with_more_after_its_end_is_read() -> None:
+    data = encode(Image.fromarray(SMOOTH), "jpeg")
+    assert np.array_equal(read_picture(data + b"\0" * 50, WHERE), pillow(data))
+
+
+def test_of_several_pictures_in_a_file_the_first_is_read() -> None:
+    pictures = {"save_all": True, "append_images": [Image.new("RGB", (37, 23))]}
+    for kind, options in (("png", pictures), ("webp", {**pictures, "lossless": True})):
+        assert np.array_equal(read_picture(encode(Image.fromarray(SMOOTH), kind, **options), WHERE), SMOOTH)
+    assert np.array_equal(
+        read_picture(encode(Image.fromarray(SMOOTH), "mpo", quality=90, **pictures), WHERE),
+        pillow(encode(Image.fromarray(SMOOTH), "jpeg", quality=90)),
+    )
+
+
+ORIENTED = {
+    1: COLOURS,
+    2: COLOURS[:, ::-1],
+    3: COLOURS[::-1, ::-1],
+    4: COLOURS[::-1],
+    5: COLOURS.transpose(1, 0, 2),
+    6: np.rot90(COLOURS, -1),
+    7: COLOURS[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(COLOURS, 1),
+}
+
+
+def exif(orientation: int) -> Image.Exif:
+    description = Image.Exif()
+    description[0x0112] = orientation
+    return description
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [
+        ("png", {}, 0),
+        ("webp", {"lossless": True}, 0),
+        ("jpeg", {"quality": 100, "subsampling": 0}, 3),
+        ("jpeg", {"quality": 100, "subsampling": 0, "progressive": True}, 3),
+    ],
+    ids=str,
+)
+def test_a_picture_is_turned_as_its_exif_orientation_says(
+    kind: str, options: dict[str, Any], tolerance: int, orientation: int
+) -> None:
+    pixels = read_picture(encode(Image.fromarray(COLOURS), kind, exif=exif(orientation), **options), WHERE)
+    expected = ORIENTED[orientation]
+    assert pixels.shape == expected.shape
+    assert abs(pixels.astype(int) - expected).max() <= tolerance
+    assert pixels.flags.c_contiguous
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_upright(orientation: int) -> None:
+    data = encode(Image.fromarray(COLOURS), exif=exif(orientation))
+    assert np.array_equal(read_picture(data, WHERE), COLOURS)
+
+
+EXIF = exif(6).tobytes().removeprefix(b"Exif\0\0")
+assert EXIF.startswith(b"MM")
+DAMAGED_EXIF = {
+    "no TIFF header": b"this is no TIFF header",
+    "nothing": b"",
+    "cut off": EXIF[:12],
+    "an entry beyond the end": EXIF[:4] + struct.pack(">I", 1 << 30),
+}
+
+
+@pytest.mark.parametrize("description", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_a_damaged_description_is_no_reason_to_lose_the_picture(description: bytes) -> None:
+    png = PNG[:33] + png_chunk(b"eXIf", description) + PNG[33:]
+    jpeg = encode(Image.fromarray(COLOURS), "jpeg", quality=100, subsampling=0)
+    segment = b"Exif\0\0" + description
+    jpeg = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read_picture(png, WHERE), COLOURS)
+        assert abs(read_picture(jpeg, WHERE).astype(int) - COLOURS).max() <= 3
+
+
+NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+WEBP = encode(Image.fromarray(SMOOTH), "webp")
+BROKEN = {
+    "no picture": b"this is not a picture",
+    "one byte": b"\xff",
+    "half a PNG": PNG[: len(PNG) // 2],
+    "half a WebP": WEBP[: len(WEBP) // 2],
+    "damaged data": NOISE[:2000] + bytes(5000) + NOISE[7000:],
+    "a chunk of a wrong length": NOISE.replace(
+        struct.pack(">I", NOISE.index(b"IEND") - NOISE.index(b"IDAT") - 12), b"\0\0\5\0", 1
+    ),
+    "a header that is too short": PNG[:8] + png_chunk(b"IHDR", b"\0\0\0\1"),
+    "a palette that is missing": raw_png(2, 1, 8, 3, b"\0\0\1", png_chunk(b"tRNS", b"\xff\xff\0")),
+    "text that fills the memory": PNG[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 22))) + PNG[33:],
+}
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
+def test_a_broken_picture_is_refused(data: bytes) -> None:
+    error = refusal(data)
+    assert (error.reason, "is broken" in str(error)) == ("broken picture", True)
+
+
+def test_an_empty_file_is_refused() -> None:
+    assert refusal(b"").reason == "empty file"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"grey": True}], ids=str)
+def test_a_truncated_jpeg_is_refused_wherever_it_ends(options: dict[str, bool]) -> None:
+    grey = options.pop("grey", False)
+    data = encode(Image.fromarray(SMOOTH).convert("L" if grey else "RGB"), "jpeg", **options)
+    for end in [*range(1, len(data), 37), len(data) - 3, len(data) - 2, len(data) - 1]:
+        assert refusal(data[:end]).reason == "broken picture"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_a_jpeg_with_a_fault_is_read_as_pillow_reads_it(options: dict[str, bool]) -> None:
+    # Pillow shrugs off faults for which the faster decoder gives up.
+    data = encode(Image.fromarray(SMOOTH), "jpeg", **options)
+    generator = np.random.default_rng(3)
+    kept = 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[generator.integers(len(data) // 2, len(data) - 2)] = generator.integers(256)
+        try:
+            expected = pillow(bytes(damaged))
+        except OSError:
+            assert refusal(bytes(damaged)).reason == "broken picture"
+            continue
+        kept += 1
+        assert np.array_equal(read_picture(bytes(damaged), WHERE), expected)
+    assert kept > 20
+
+
+def test_the_greatest_number_of_pixels_is_allowed_and_one_more_is_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allowed = open_picture(png_header(1765, MOST_PIXELS // 1765) + PNG[33:], WHERE)
+        assert MOST_PIXELS - 1765 < allowed.width * allowed.height <= MOST_PIXELS
+        for width, height in ((1765, MOST_PIXELS // 1765 + 1), (9460, 9460), (100_000, 100_000)):
+            error = refusal(png_header(width, height) + PNG[33:])
+            assert error.reason == "too many pixels"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 4000), (20_000, 1), (10, 1001)])
+def test_a_picture_that_would_become_huge_when_it_is_enlarged_is_refused(width: int, height: int) -> None:
+    error = refusal(encode(Image.new("L", (width, height))))
+    assert error.reason == "too many pixels"
+    assert read_picture(encode(Image.new("L", (10, 1000))), WHERE).shape == (1000, 10, 3)
+
+
+def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("datamodules.transforms.decode.decode_image_jpegturbo", decode)
+    data = encode(Image.fromarray(SMOOTH), "jpeg")
+    size = data.index(b"\xff\xc0") + 5
+    for side in (9460, 65_500):
+        claim = struct.pack(">HH", side, side)
+        assert refusal(data[:size] + claim + data[size + 4 :]).reason == "too many pixels"
+
+
+OTHERS = {
+    kind: encode(Image.fromarray(COLOURS), kind)
+    for kind in ("gif", "bmp", "tiff", "ppm", "tga", "ico", "pcx", "jpeg2000", "eps", "pdf", "dds", "sgi", "icns")
+}
+OTHERS["PostScript"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%true) (w) file\n"
+OTHERS["SVG"] = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+
+
+@pytest.mark.parametrize("data", OTHERS.values(), ids=OTHERS)
+def test_other_formats_are_refused_and_reach_no_other_decoder(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+    Image.init()
+    for name in set(Image.OPEN) - {"JPEG", "PNG", "WEBP"}:
+        reach = lambda *_, name=name: reached.append(name)  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, name, (reach, reach))
+    assert refusal(data).reason == "broken picture"
+    assert reached == []

@@ -1,0 +1,385 @@
+"""What metrics over pictures share: order, batches, ranks, copies, states, references and refusals."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llamagen.metrics import KID, Features, InceptionScore, PrecisionRecall, extract
+from llamagen.metrics.image_metric import RowMetric
+from tests.metrics.extractors import SIZE, Anything, Corner, Everything, Projection, pictures
+from tests.ranks import run_on_ranks
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "inception_score": lambda extractor, **options: InceptionScore(extractor, SIZE, splits=4),
+    "kid": lambda extractor, **options: KID(extractor, SIZE, subsets=3, subset_size=20, **options),
+    "precision_recall": lambda extractor, **options: PrecisionRecall(extractor, SIZE, k=2, block=16, **options),
+}
+every_metric = pytest.mark.parametrize("name", MAKERS)
+two_sided = pytest.mark.parametrize("name", ["kid", "precision_recall"])
+
+
+def real_pictures() -> Tensor:
+    return pictures(31, 1)
+
+
+def fake_pictures() -> Tensor:
+    return pictures(25, 2, least=60)
+
+
+def make(name: str, extractor: nn.Module | None = None, **options: Any) -> Any:
+    return MAKERS[name](extractor or Corner(), **options)
+
+
+def show(
+    metric: RowMetric, images: Tensor, real: bool = False, index: Tensor | None = None, batch_size: int = 100
+) -> None:
+    """Pictures in batches; real ones only to a metric that knows such."""
+    side = {} if isinstance(metric, InceptionScore) else {"real": real}
+    if real and not side:
+        return
+    for start in range(0, len(images), batch_size):
+        some = slice(start, start + batch_size)
+        metric.update(images[some], index=None if index is None else index[some], **side)
+
+
+def result(metric: Any) -> list[float]:
+    return [part.item() for part in metric.compute()]
+
+
+def measured(name: str, extractor: nn.Module | None = None, batch_size: int = 100) -> list[float]:
+    metric = make(name, extractor)
+    show(metric, real_pictures(), True, batch_size=batch_size)
+    show(metric, fake_pictures(), batch_size=batch_size)
+    return result(metric)
+
+
+def finished(metric: Any) -> list[float]:
+    """The result of one that has seen all real pictures and the first ten others."""
+    show(metric, fake_pictures()[10:])
+    return result(metric)
+
+
+def begun(name: str) -> Any:
+    metric = make(name)
+    show(metric, real_pictures(), True)
+    show(metric, fake_pictures()[:10])
+    return metric
+
+
+@every_metric
+@pytest.mark.parametrize("batch_size", [1, 7, 25])
+def test_the_batch_size_does_not_matter(name: str, batch_size: int) -> None:
+    assert measured(name, batch_size=batch_size) == measured(name)
+
+
+@every_metric
+def test_pictures_count_in_the_order_of_their_index(name: str) -> None:
+    metric, unordered = make(name), make(name)
+    for number, (images, real) in enumerate(((real_pictures(), True), (fake_pictures(), False))):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
+        show(metric, images[order], real, order, batch_size=6)
+        show(unordered, images[order], real)
+    assert result(metric) == measured(name)
+    assert (result(unordered) == measured(name)) is (name == "precision_recall")
+
+
+@every_metric
+def test_numbers_of_an_index_need_not_begin_at_zero_nor_be_of_64_bits(name: str) -> None:
+    metric = make(name)
+    for images, real in ((real_pictures(), True), (fake_pictures(), False)):
+        show(metric, images.flip(0), real, 3 * torch.arange(len(images), dtype=torch.int32).flip(0) + 100, 8)
+    assert result(metric) == measured(name)
+    assert metric.fake_index[0].dtype == torch.int64
+
+
+def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
+    """What each metric makes on one of two ranks of pictures that are shared out in several ways."""
+    found: dict[str, dict[str, list[float]]] = {}
+    sides = ((real_pictures(), True), (fake_pictures(), False))
+    for name in MAKERS:
+        cases = found.setdefault(name, {})
+        metric = make(name)
+        for images, real in sides:
+            show(metric, images[rank::2], real, batch_size=4)
+        cases["in turn"] = result(metric)
+
+        metric.reset()
+        for images, real in sides:
+            halves = torch.arange(len(images)).tensor_split([9])
+            show(metric, images[halves[rank]], real, halves[rank], batch_size=4)
+        cases["parts one after the other"] = result(metric)
+
+        metric = make(name)
+        for images, real in sides:
+            if rank == 1:
+                show(metric, images.flip(0), real, torch.arange(len(images)).flip(0), batch_size=10)
+        cases["a rank with nothing"] = result(metric)
+
+        metric = make(name)
+        show(metric, real_pictures()[rank::2], True)
+        show(metric, fake_pictures()[:14][rank::2])
+        assert result(metric) == result(metric)
+        metric = pickle.loads(pickle.dumps(metric))
+        show(metric, fake_pictures()[14:][rank::2])
+        cases["in the middle and at the end"] = result(metric)
+        assert isinstance(metric.fake_rows, list)
+
+        if rank == 0:  # one picture in all
+            show(lonely := make(name), fake_pictures()[:1])
+        else:
+            lonely = make(name)
+        show(lonely, real_pictures()[rank::2], True)
+        with pytest.raises(ValueError, match="1 fake pictures are too few"):
+            lonely.compute()
+        lonely.reset()
+        for images, real in sides:
+            show(lonely, images[rank::2], real)
+        cases["after a refusal"] = result(lonely)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_two_ranks_measure_what_one_process_does_however_pictures_are_shared_out(tmp_path: Path) -> None:
+    for found in run_on_ranks(results_of_a_rank, tmp_path):
+        assert set(found) == set(MAKERS)
+        for name, cases in found.items():
+            assert len(cases) == 5
+            assert {case: values for case, values in cases.items() if values != measured(name)} == {}
+
+
+@every_metric
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
+def test_a_copy_goes_on_where_the_original_was(name: str, way: Callable[[Any], Any]) -> None:
+    original = begun(name)
+    copied = way(original)
+    assert finished(copied) == measured(name)
+    assert copied.extractor is not original.extractor
+    assert sum(map(len, original.fake_rows)) == 10
+    assert finished(original) == measured(name)
+
+
+@every_metric
+def test_a_saved_state_goes_on_in_another_metric_and_stays_as_it_is(name: str) -> None:
+    original = begun(name)
+    assert original.state_dict() == {}
+    original.persistent(True)
+    torch.save(original.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    results = []
+    for _ in range(2):
+        other = make(name)
+        show(other, fake_pictures()[:15])
+        show(other, fake_pictures()[:15], True)
+        result(other)
+        other.load_state_dict(state)
+        assert sum(map(len, state["fake_rows"])) == 10
+        results.append(finished(other))
+        other.reset()
+    assert results == [measured(name)] * 2
+    assert sum(map(len, state["fake_rows"])) == sum(map(len, original.fake_rows)) == 10
+
+
+@every_metric
+def test_a_loaded_state_replaces_a_result_of_before(name: str) -> None:
+    original, other = make(name), begun(name)
+    show(original, real_pictures(), True)
+    show(original, fake_pictures())
+    original.persistent(True)
+    assert result(other) != measured(name)
+    other.load_state_dict(original.state_dict())
+    assert result(other) == measured(name)
+
+
+@every_metric
+def test_a_reset_forgets_the_pictures(name: str) -> None:
+    metric = make(name)
+    show(metric, pictures(40, 3), True)
+    show(metric, pictures(40, 4))
+    result(metric)
+    metric.reset()
+    show(metric, real_pictures(), True)
+    show(metric, fake_pictures())
+    assert result(metric) == measured(name)
+
+
+@every_metric
+def test_a_result_of_the_middle_changes_nothing(name: str) -> None:
+    metric = begun(name)
+    middle = result(metric)
+    assert result(metric) == middle != measured(name)
+    assert finished(metric) == measured(name)
+
+
+def test_forward_gives_the_score_of_a_batch_and_keeps_the_order() -> None:
+    metric = make("inception_score")
+    for batch in fake_pictures().split(5):
+        show(alone := make("inception_score"), batch)
+        assert [part.item() for part in metric(batch)] == result(alone)
+    assert result(metric) == measured("inception_score")
+
+
+@every_metric
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.to(torch.bfloat16),  # as Lightning's bf16-true does
+        lambda module: module.metric.set_dtype(torch.float64),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_keep_their_precision_whatever_becomes_of_the_module(
+    name: str, cast: Callable[[Any], Any], dtype: torch.dtype
+) -> None:
+    owner = nn.Module()
+    owner.metric = metric = make(name, Corner(dtype))
+    show(metric, real_pictures(), True)
+    show(metric, fake_pictures()[:10])
+    cast(owner)
+    assert finished(metric) == measured(name, Corner(dtype))
+    assert {rows.dtype for rows in metric.fake_rows} == {metric.row_dtype} == {dtype}
+    assert {index.dtype for index in metric.fake_index} == {torch.int64}
+
+
+def test_features_in_float64_keep_digits_that_float32_has_not() -> None:
+    far = Anything(lambda images: 2.0**13 + images[:, :, 0, :4].flatten(1).double() / 2**20)
+    assert measured("precision_recall", far) == measured("precision_recall")
+
+
+@every_metric
+def test_the_features_are_frozen_in_evaluation_mode_and_in_no_state_dict(name: str) -> None:
+    owner = nn.Module()
+    extractor = Corner().train()
+    owner.metric = make(name, extractor)
+    owner.metric.persistent(True)
+    sides = ("fake",) if name == "inception_score" else ("fake", "real")
+    assert set(owner.state_dict()) == {f"metric.{side}_{part}" for side in sides for part in ("rows", "index")}
+    assert list(owner.parameters()) == []
+    owner.train()
+    assert owner.metric.extractor is extractor
+    assert not extractor.dropout.training
+    assert not extractor.scale.requires_grad
+    show(owner.metric, fake_pictures())
+    assert not owner.metric.fake_rows[0].requires_grad
+
+
+@every_metric
+def test_kept_features_go_to_another_device(name: str) -> None:
+    metric = begun(name).to("meta")
+    assert {part.device.type for part in [*metric.fake_rows, *metric.fake_index]} == {"meta"}
+    assert metric.fake_rows[0].dtype == torch.float32
+
+
+@two_sided
+def test_a_reference_is_worth_the_real_pictures(name: str) -> None:
+    rows = Corner().eval()(real_pictures().float()).pool.detach()
+    metric = make(name, reference=rows.double())
+    show(metric, fake_pictures())
+    assert result(metric) == measured(name)
+    assert metric.reference.dtype == metric.row_dtype == torch.float32
+    assert metric.state_dict() == {}
+    metric.reset()
+    show(metric, fake_pictures())
+    assert result(metric) == measured(name)
+    assert result(pickle.loads(pickle.dumps(metric))) == measured(name)
+    with pytest.raises(ValueError, match="real pictures were given, but the metric has a reference; leave one of them"):
+        metric.update(real_pictures(), real=True)
+
+
+@two_sided
+@pytest.mark.parametrize("shape", [(20, 11), (20,), (1, 12), (0, 12), (5, 3, 4)])
+def test_a_reference_of_other_features_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="the reference has features of") as error:
+        make(name, reference=torch.zeros(shape))
+    assert str(shape) in str(error.value)
+    assert f"{name}_corner needs at least two rows of 12" in str(error.value)
+
+
+def test_names_say_whose_features_they_are_unless_these_are_those_of_inception() -> None:
+    inception = Everything()
+    inception.name = "inception"
+    assert [make(name, inception).name for name in MAKERS] == list(MAKERS)
+    assert [make(name, Everything()).name for name in MAKERS] == [f"{name}_everything" for name in MAKERS]
+    assert make("kid", Projection()).name == "kid_Projection"
+
+
+@every_metric
+@pytest.mark.parametrize(
+    ("images", "phrase"),
+    [
+        (torch.zeros(4, 3, SIZE, SIZE), "pictures must be uint8 of shape"),
+        (torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), "pictures must be uint8 of shape"),
+        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), "pictures are 4 × 6 pixels, but .*_corner is for 8 × 8; set"),
+        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "9 features came for each picture, but (7|12) for"),
+    ],
+)
+def test_what_is_no_picture_of_its_size_is_refused(name: str, images: Any, phrase: str) -> None:
+    with pytest.raises(ValueError, match=phrase):
+        make(name).update(images)
+
+
+@pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).bool()])
+def test_an_index_that_is_not_one_whole_number_each_is_refused(index: Tensor) -> None:
+    with pytest.raises(ValueError, match="for 4 pictures; give one whole number each") as error:
+        show(make("kid"), fake_pictures()[:4], index=index)
+    assert f"index is {index.dtype} of {tuple(index.shape)}" in str(error.value)
+
+
+@every_metric
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_pictures_are_refused(name: str, count: int) -> None:
+    metric = make(name)
+    show(metric, real_pictures(), True)
+    metric.update(fake_pictures()[:count])
+    with pytest.raises(ValueError, match=f"{count} fake pictures are too few for {name}_corner; give at least two"):
+        metric.compute()
+
+
+@every_metric
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    metric = begun(name)
+    with pytest.raises(FloatingPointError, match=r"features of the extractor \w+ are not finite \(precision float32\)"):
+        metric.update(Features(torch.full((5, 12), value), logits=torch.full((5, 7), value)))
+    with pytest.raises(FloatingPointError, match=r"are not finite in 1 of 5 examples \(first: number 3\)"):
+        metric.update(Features(*(torch.zeros(5, n).index_fill(0, torch.tensor(3), value) for n in (12, 3, 7))))
+
+
+def test_no_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size is 0; give the side of the pictures in pixels"):
+        KID(Corner(), 0)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_extractor_is_not_rounded_to_tf32_whatever_training_likes(legacy: bool) -> None:
+    seen: list[list[str]] = []
+
+    def precisions() -> list[str]:
+        return [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+
+    def look(images: Tensor) -> Tensor:
+        seen.append(precisions())
+        return images.flatten(1)
+
+    before = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
+    if legacy:
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.backends.fp32_precision = "tf32"
+    try:
+        around = precisions()
+        assert around[1] == "tf32"
+        extract(Anything(look), pictures(2, 0))
+        assert seen == [["ieee", "ieee"]]
+        assert precisions() == around
+    finally:
+        torch.backends.fp32_precision = before[0]
+        torch.set_float32_matmul_precision(before[1])
