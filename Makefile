@@ -42,14 +42,14 @@ quickstart: install ## from handwritten digits to new ones: train both models an
 	rm -rf $(RUN)
 	@echo; echo "1/4 train the image tokenizer"
 	$(BIN)/python main.py fit $(TOKENIZER)
-	@echo; echo "2/4 turn the pictures into codes"
+	@echo; echo "2/4 turn the images into codes"
 	$(BIN)/python main.py predict $(TOKENIZER) --config configs/vqgan/extract.yaml --ckpt_path $(RUN)/tokenizer/checkpoints/last.ckpt
 	@echo; echo "3/4 train the autoregressive model on the codes"
 	$(BIN)/python main.py fit $(ARGEN)
-	@echo; echo "4/4 sample new pictures"
+	@echo; echo "4/4 sample new images"
 	$(BIN)/python main.py predict $(ARGEN) --config configs/argen/sample.yaml --ckpt_path $(RUN)/argen/checkpoints/last.ckpt
-	@echo; echo "Done. Open $(RUN)/samples/grid.png: a row of new pictures for each digit."
-	@echo "What the tokenizer keeps of a picture: $$(ls $(RUN)/tokenizer/reconstructions/*.png | tail -1)"
+	@echo; echo "Done. Open $(RUN)/samples/grid.png: a row of new images for each digit."
+	@echo "What the tokenizer keeps of an image: $$(ls $(RUN)/tokenizer/reconstructions/*.png | tail -1)"
 
 benchmark-quickstart: install ## time and accuracy of the quickstart in an empty clone and environment
 	$(BIN)/python benchmarks/quickstart.py

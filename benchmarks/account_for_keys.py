@@ -1,8 +1,8 @@
-"""Follow every picture of a folder to the batches of the second model, and see that only broken ones get lost.
+"""Follow every image of a folder to the batches of the autoregressive model, and see that only broken ones get lost.
 
     python -m benchmarks.account_for_keys FOLDER [--broken 5]
 
-Copies FOLDER (class folders of pictures), breaks some pictures, each in another way, packs the copy into shards, makes
+Copies FOLDER (class folders of images), breaks some images, each in another way, packs the copy into shards, makes
 codes of ten crops at two sizes with a small untrained tokenizer, and reads the codes for an epoch of training and one
 of validation. Prints the number of keys at each station, then one line of JSON.
 """
@@ -34,8 +34,8 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
 SIZE = 64
 
 
-def break_pictures(folder: Path, count: int) -> dict[str, str]:
-    """Keys of the pictures that were broken, and how."""
+def break_images(folder: Path, count: int) -> dict[str, str]:
+    """Keys of the images that were broken, and how."""
     index = index_folder(folder, class_folders(folder))
     broken = {}
     for place, number in enumerate(np.random.default_rng(0).permutation(len(index))[:count]):
@@ -78,12 +78,12 @@ def main() -> None:
         parser.error(f"{options.folder} is no folder; give one of class folders of images")
     with tempfile.TemporaryDirectory() as temporary:
         work, start = Path(temporary), time.perf_counter()
-        shutil.copytree(options.folder, work / "pictures", copy_function=shutil.copyfile)
-        broken = break_pictures(work / "pictures", options.broken)
-        keys = set(index_folder(work / "pictures", class_folders(work / "pictures")).keys)
-        pack(str(work / "pictures"), work / "shards", shard_mb=10, val_share=0.1)
+        shutil.copytree(options.folder, work / "images", copy_function=shutil.copyfile)
+        broken = break_images(work / "images", options.broken)
+        keys = set(index_folder(work / "images", class_folders(work / "images")).keys)
+        pack(str(work / "images"), work / "shards", shard_mb=10, val_share=0.1)
         stations = {"folder": sorted(keys)}
-        stations["batches from the folder"] = keys_of(ImageDataModule(str(work / "pictures"), SIZE, num_workers=1))
+        stations["batches from the folder"] = keys_of(ImageDataModule(str(work / "images"), SIZE, num_workers=1))
         stations["batches from shards"] = keys_of(ImageDataModule(str(work / "shards"), SIZE, num_workers=1))
         extract(work / "shards", work)
         stations["batches of codes"] = keys_of(CodeDataModule(work / "codes", num_workers=1))

@@ -1,4 +1,4 @@
-"""Time and memory of a training step of the second model, beside a plain one.
+"""Time and memory of a training step of the autoregressive model, beside a plain one.
 
     python -m benchmarks.argen_step --size B --batch-size 4 [--compile] [--device cuda]
 

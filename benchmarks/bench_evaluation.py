@@ -1,7 +1,7 @@
-"""What evaluation costs: the extractor, FID's matrix root, and 50,000 pictures of 256 × 256 with all metrics.
+"""What evaluation costs: the extractor, FID's matrix root, and 50,000 images of 256 × 256 with all metrics.
 
 Prints tables, then one JSON line. The extractor has random weights, which take as long as trained ones. The 50,000
-pictures (9.8 GB, written to a temporary folder first) go through the reading, the progress bar and all metrics with a
+images (9.8 GB, written to a temporary folder first) go through the reading, the progress bar and all metrics with a
 stub in place of Inception, whose features have its widths and cost nothing, so that the rest can be seen.
 
     python -m benchmarks.bench_evaluation --json benchmarks/results/evaluation_cpu.json
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, spread
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, look_at, make_reference
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.metrics import Features, InceptionNet, extract, frechet_distance
 
 WIDTHS = (2048, 2023, 1008)
@@ -39,7 +39,7 @@ class Stub(nn.Module):
     name = "stub"
 
     def forward(self, images: Tensor) -> Features:
-        """(B, 3, H, W) → features that differ from picture to picture."""
+        """(B, 3, H, W) → features that differ from image to image."""
         flat = images.flatten(1) / 255
         step = flat.shape[1] // WIDTHS[0]
         pool, spatial, logits = (flat[:, offset::step][:, :width] for offset, width in enumerate(WIDTHS))
@@ -52,7 +52,7 @@ def peak() -> float:
 
 
 def time_extractor(device: str, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Pictures a second of Inception's network, from 256 × 256 pixels, resizing included."""
+    """Images a second of Inception's network, from 256 × 256 pixels, resizing included."""
     network = InceptionNet().to(device)
     images = torch.randint(0, 256, (batch_size, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     seconds = []
@@ -65,8 +65,8 @@ def time_extractor(device: str, batch_size: int, repeats: int) -> dict[str, Any]
             seconds.append(time.perf_counter() - started)
     rates = spread([batch_size / each for each in seconds])
     quartiles = f"quartiles {rates['q1']:.1f} and {rates['q3']:.1f}"
-    print(f"extractor, batch {batch_size}: {rates['median']:.1f} pictures/s ({quartiles})")
-    return {"batch_size": batch_size, "pictures_per_second": rates}
+    print(f"extractor, batch {batch_size}: {rates['median']:.1f} images/s ({quartiles})")
+    return {"batch_size": batch_size, "images_per_second": rates}
 
 
 def time_root(device: str, repeats: int, with_scipy: bool) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def time_root(device: str, repeats: int, with_scipy: bool) -> dict[str, Any]:
     return found
 
 
-def write_pictures(path: Path, count: int) -> None:
+def write_images(path: Path, count: int) -> None:
     """An ADM-style archive of noise."""
     generator = np.random.default_rng(0)
     with (
@@ -112,11 +112,11 @@ def write_pictures(path: Path, count: int) -> None:
 
 
 def measure_archive(path: Path, reference: Reference | None, device: str) -> tuple[dict[str, Any], Measurement]:
-    """Read an archive and take its pictures into account."""
-    pictures, stub, before = open_pictures(path), Stub(), peak()
+    """Read an archive and take its images into account."""
+    images, stub, before = open_images(path), Stub(), peak()
     measurement = Measurement(stub, SIDE, "generation", reference).to(device)
     started = time.perf_counter()
-    for _, index, features, _ in look_at(pictures, stub, 64, 0, device, path.name):
+    for _, index, features, _ in look_at(images, stub, 64, 0, device, path.name):
         measurement.add(features, index)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "peak_mb_before": before, "peak_mb": peak()}, measurement
@@ -124,8 +124,8 @@ def measure_archive(path: Path, reference: Reference | None, device: str) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=50_000)
-    parser.add_argument("--reference_pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--reference_images", type=int, default=10_000)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -140,13 +140,13 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         known, samples = Path(folder) / "reference.npz", Path(folder) / "samples.npz"
-        write_pictures(known, options.reference_pictures)
-        write_pictures(samples, options.pictures)
-        reference = make_reference(open_pictures(known), Stub(), "noise", device=options.device)
+        write_images(known, options.reference_images)
+        write_images(samples, options.images)
+        reference = make_reference(open_images(known), Stub(), "noise", device=options.device)
         run, measurement = measure_archive(samples, reference, options.device)
         size = samples.stat().st_size / 1e9
     print(
-        f"{options.pictures} pictures ({size:.1f} GB): {options.pictures / run['seconds']:.0f} pictures/s, "
+        f"{options.images} images ({size:.1f} GB): {options.images / run['seconds']:.0f} images/s, "
         f"peak {run['peak_mb']:.0f} MB ({run['peak_mb_before']:.0f} MB before)"
     )
     for name, metric in measurement.metrics.items():
@@ -157,15 +157,15 @@ def main() -> None:
     run["peak_mb_with_results"] = peak()
     print(f"peak with all results: {run['peak_mb_with_results']:.0f} MB")
     results["archive"] = {
-        "pictures": options.pictures,
-        "reference_pictures": options.reference_pictures,
+        "images": options.images,
+        "reference_images": options.reference_images,
         "gb": size,
         **run,
     }
     line = json.dumps(results)
     print(line)
     if options.json:
-        with whole_file(options.json) as temporary:
+        with atomic_file(options.json) as temporary:
             temporary.write_text(line + "\n")
 
 

@@ -28,9 +28,9 @@ import yaml
 
 from benchmarks.sampling_peer import Peer
 from benchmarks.sampling_plot import plot
-from benchmarks.sampling_start import first_picture, pictures_a_second
+from benchmarks.sampling_start import first_image, images_a_second
 from benchmarks.timing import machine, spread, synchronize
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler, SamplingConfig
 
@@ -50,9 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--once-above", type=float, default=60.0, help="seconds of a run that is not repeated")
     parser.add_argument("--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"])
     parser.add_argument("--int8", action="store_true", help="also compiled with int8 weights")
-    parser.add_argument("--warm", type=int, default=0, help="processes that compile for the GPU beforehand")
-    parser.add_argument("--first", action="store_true", help="also the time to the first picture in a new process")
-    parser.add_argument("--ranks", nargs="*", type=int, default=[], help="also pictures a second of so many processes")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile for the GPU in advance")
+    parser.add_argument("--first", action="store_true", help="also the time to the first image in a new process")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[], help="also images a second of so many processes")
     parser.add_argument("--out", type=Path, help="where JSON and plot go: a name without its ending")
     return parser.parse_args()
 
@@ -84,7 +84,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def bytes_read(gpt: GPT, dtype: torch.dtype, batch: int, int8: bool = False) -> float:
-    """Bytes that all steps of a guided picture batch must read: the weights, and what the cache holds by then."""
+    """Bytes that all steps of a guided image batch must read: the weights, and what the cache holds by then."""
     config = gpt.config
     matrices = [p for name, p in gpt.named_parameters() if p.dim() > 1 and "embed" not in name]
     weights = sum(p.numel() * (1 if int8 else dtype.itemsize) + (4 * len(p) if int8 else 0) for p in matrices)
@@ -102,7 +102,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What is timed, by name, and how long each took to be ready, its first picture included."""
+    """What is timed, by name, and how long each took to be ready, its first image included."""
     labels = torch.arange(batch, device=options.device) % 1000
     makers: dict[str, Callable[[], Callable[[], Any]]] = {}
 
@@ -221,7 +221,7 @@ def warm(options: argparse.Namespace) -> None:
 def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """What there is so far."""
     if options.out:
-        with whole_file(options.out.with_suffix(".json")) as temporary:
+        with atomic_file(options.out.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -230,7 +230,7 @@ def main() -> None:
     if options.ranks and options.device != "cpu":
         raise SystemExit("--ranks is for processes that share a CPU")
     if options.warm:
-        print(f"compiled beforehand in {timed(lambda: warm(options)):.0f} s", flush=True)
+        print(f"compiled in advance in {timed(lambda: warm(options)):.0f} s", flush=True)
     result: dict[str, Any] = {
         "benchmark": "bench_sampling",
         "command": " ".join(["python -m benchmarks.bench_sampling", *sys.argv[1:]]),
@@ -251,14 +251,14 @@ def main() -> None:
     for size in options.sizes[:1]:
         for kind in options.dtypes:
             if options.first:
-                first = first_picture("benchmarks.bench_sampling", size, kind, options.device)
-                result.setdefault("first_picture_s", {})[f"{size} {kind}"] = first
-                print(f"first picture, {size} {kind}: {first}", flush=True)
+                first = first_image("benchmarks.bench_sampling", size, kind, options.device)
+                result.setdefault("first_image_s", {})[f"{size} {kind}"] = first
+                print(f"first image, {size} {kind}: {first}", flush=True)
             for ranks in options.ranks:
                 gpt = build(size, 256, options.device, DTYPES[kind])
-                rates = sorted(pictures_a_second(gpt, ranks, 8, CONFIG) for _ in range(3))
-                result.setdefault("pictures_s_by_ranks", {})[f"{size} {kind}, {ranks}"] = [round(r, 3) for r in rates]
-                print(f"{size} {kind}, {ranks} processes: {rates[1]:.3f} pictures/s", flush=True)
+                rates = sorted(images_a_second(gpt, ranks, 8, CONFIG) for _ in range(3))
+                result.setdefault("images_s_by_ranks", {})[f"{size} {kind}, {ranks}"] = [round(r, 3) for r in rates]
+                print(f"{size} {kind}, {ranks} processes: {rates[1]:.3f} images/s", flush=True)
     save(options, result)
     if options.out:
         plot(result, options.out.with_suffix(".png"))

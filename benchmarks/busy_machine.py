@@ -118,7 +118,7 @@ def main() -> None:
         measure_steps()
         return
     from benchmarks.timing import machine
-    from llamagen.files import whole_file
+    from llamagen.files import atomic_file
 
     record: dict[str, Any] = {
         "benchmark": "busy_machine",
@@ -146,7 +146,7 @@ def main() -> None:
             "alone / alone as OpenMP waits by itself": round(alone / default, 2),
         }
         print(record["ratios"])
-    with whole_file(RESULT) as temporary:
+    with atomic_file(RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,11 +1,11 @@
-"""Pictures and codes a second and core: this data layer beside plain ones.
+"""Images and codes a second and core: this data layer beside plain ones.
 
     python -m benchmarks.data_layer FOLDER [--image-size 256] [--rounds 7]
 
-FOLDER holds class folders of pictures. All run on one core, in turns, in one process: decoding alone and cropping
+FOLDER holds class folders of images. All run on one core, in turns, in one process: decoding alone and cropping
 alone, then whole pipelines from files to batches of float32 in [-1, 1]: plain Pillow with ADM's centre crop, the same
 in a torch DataLoader over the folder, and this layer from the folder and from shards. For codes: this layer from
-shards, beside a DataLoader over one ``.npy`` file a picture, as LlamaGen's published code stores them. Prints tables,
+shards, beside a DataLoader over one ``.npy`` file an image, as LlamaGen's published code stores them. Prints tables,
 then one line of JSON.
 """
 
@@ -34,7 +34,7 @@ from datamodules.packing import pack
 from datamodules.storage.folders import class_folders, index_folder
 from datamodules.storage.shards import CODES_FORMAT, ShardSet
 from datamodules.transforms.crops import centre_crop
-from datamodules.transforms.decode import read_picture
+from datamodules.transforms.decode import read_image
 
 BATCH = 16
 CODE_SAMPLES, VIEWS, GRID, VOCABULARY, CODE_BATCH = 20_000, 10, 16, 16_384, 256
@@ -54,14 +54,14 @@ def plain_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def plain_picture(path: str, size: int) -> Tensor:
+def plain_image(path: str, size: int) -> Tensor:
     with open(path, "rb") as file:
         image = plain_crop(plain_decode(file.read()), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class PlainFolder(Dataset[Tensor]):
-    """Pictures of a folder, one by one."""
+    """Images of a folder, one by one."""
 
     def __init__(self, paths: list[str], size: int) -> None:
         self.paths, self.size = paths, size
@@ -70,11 +70,11 @@ class PlainFolder(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Tensor:
-        return plain_picture(self.paths[number], self.size)
+        return plain_image(self.paths[number], self.size)
 
 
 class PlainCodes(Dataset[tuple[Tensor, int]]):
-    """A view at random of the codes in one file a picture."""
+    """A view at random of the codes in one file an image."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -121,7 +121,7 @@ def image_loader(root: str, size: int) -> Any:
     return data.train_dataloader()
 
 
-def count_pictures(loader: Any) -> int:
+def count_images(loader: Any) -> int:
     return sum(len(batch["images"] if isinstance(batch, dict) else batch) for batch in loader)
 
 
@@ -148,7 +148,7 @@ def differences(data: list[bytes], size: int) -> dict[str, float]:
     worst = [
         np.abs(
             np.asarray(plain_crop(plain_decode(file), size)).astype(int)
-            - centre_crop(read_picture(file, ""), size).astype(int)
+            - centre_crop(read_image(file, ""), size).astype(int)
         )
         for file in data
     ]
@@ -160,29 +160,29 @@ def differences(data: list[bytes], size: int) -> dict[str, float]:
     }
 
 
-def picture_parts(folder: Path, shards: Path, size: int) -> tuple[dict[str, Callable[[], int]], dict[str, float]]:
+def image_parts(folder: Path, shards: Path, size: int) -> tuple[dict[str, Callable[[], int]], dict[str, float]]:
     index = index_folder(folder, class_folders(folder))
     paths = list(index.paths)
     data = [Path(path).read_bytes() for path in paths]
     images = [plain_decode(file) for file in data]
-    pixels = [read_picture(file, "") for file in data]
+    pixels = [read_image(file, "") for file in data]
     from_folder, from_shards = image_loader(str(folder), size), image_loader(str(shards), size)
     plain_loader = DataLoader(PlainFolder(paths, size), BATCH, shuffle=True)
 
     def plain() -> int:
         for first in range(0, len(paths), BATCH):
-            torch.stack([plain_picture(path, size) for path in paths[first : first + BATCH]])
+            torch.stack([plain_image(path, size) for path in paths[first : first + BATCH]])
         return len(paths)
 
     parts: dict[str, Callable[[], int]] = {
         "decode: Pillow": lambda: len([plain_decode(file) for file in data]),
-        "decode: ours": lambda: len([read_picture(file, "") for file in data]),
+        "decode: ours": lambda: len([read_image(file, "") for file in data]),
         "crop: Pillow": lambda: len([plain_crop(image, size) for image in images]),
         "crop: ours": lambda: len([centre_crop(each, size) for each in pixels]),
         "pipeline: Pillow + ADM crop": plain,
-        "pipeline: DataLoader over the folder": lambda: count_pictures(plain_loader),
-        "pipeline: ours, folder": lambda: count_pictures(from_folder),
-        "pipeline: ours, shards": lambda: count_pictures(from_shards),
+        "pipeline: DataLoader over the folder": lambda: count_images(plain_loader),
+        "pipeline: ours, folder": lambda: count_images(from_folder),
+        "pipeline: ours, shards": lambda: count_images(from_shards),
     }
     return parts, differences(data, size)
 
@@ -194,7 +194,7 @@ def code_parts(folder: Path) -> dict[str, Callable[[], int]]:
     ours = data.train_dataloader()
     plain = DataLoader(PlainCodes(folder / "plain"), CODE_BATCH, shuffle=True)
     return {
-        "codes: one .npy a picture": lambda: sum(len(codes) for codes, _ in plain),
+        "codes: one .npy an image": lambda: sum(len(codes) for codes, _ in plain),
         "codes: ours, shards": lambda: sum(len(batch["codes"]) for batch in ours),
     }
 
@@ -208,7 +208,7 @@ def ratios(rates: dict[str, dict[str, float]]) -> dict[str, float]:
         "crop": ratio("crop: ours", "crop: Pillow"),
         "pipeline, folder": ratio("pipeline: ours, folder", "pipeline: Pillow + ADM crop"),
         "pipeline, shards": ratio("pipeline: ours, shards", "pipeline: Pillow + ADM crop"),
-        "codes": ratio("codes: ours, shards", "codes: one .npy a picture"),
+        "codes": ratio("codes: ours, shards", "codes: one .npy an image"),
     }
 
 
@@ -230,7 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary
         pack(str(options.folder), Path(temporary) / "shards", workers=1)
-        parts, pixels = picture_parts(options.folder, Path(temporary) / "shards", options.image_size)
+        parts, pixels = image_parts(options.folder, Path(temporary) / "shards", options.image_size)
         rates = measure({**parts, **code_parts(Path(temporary))}, options.rounds)
     print(f"{'one core':40}{'items/s':>10}{'quartiles':>22}")
     for name, rate in rates.items():

@@ -5,7 +5,7 @@ Everything behind ``--`` goes to ``python main.py test``. ``--line NAME=FILE`` d
 report already are not drawn again.
 
     python -m benchmarks.guidance_sweep docs/runs/evaluation_digits runs/sweep --scales 1 1.5 2 3 4 \
-        --line "real test pictures=runs/real/metrics.json" -- --config configs/argen/base.yaml …
+        --line "real test images=runs/real/metrics.json" -- --config configs/argen/base.yaml …
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.grids import figure_image, save_png
 from llamagen.output_paths import check_output
 
@@ -84,7 +84,7 @@ def main() -> None:
         lines[name] = next(value for key, value in numbers.items() if key.startswith(("gfid", "rfid")))
     options.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"arguments": arguments, "scales": points, "lines": lines}
-    with whole_file(options.out / "sweep.json") as temporary:
+    with atomic_file(options.out / "sweep.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     save_png(figure_image(draw(points, lines)), options.out / "sweep.png")
     for scale, numbers in points.items():

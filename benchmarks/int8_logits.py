@@ -27,7 +27,7 @@ from llamagen.sampling.decode_weights import DecodeWeights
 def rounded(gpt: GPT) -> GPT:
     """The model with its matrices rounded to what int8 keeps of them."""
     gpt = copy.deepcopy(gpt)
-    weights = DecodeWeights.of(gpt, torch.float32, int8=True)
+    weights = DecodeWeights.from_gpt(gpt, torch.float32, int8=True)
     for block, layer in zip(gpt.layers, weights.layers, strict=True):
         linears: Any = (block.attention, block.feed_forward)
         for module, name in ((0, "wqkv"), (0, "wo"), (1, "w1"), (1, "w3"), (1, "w2")):

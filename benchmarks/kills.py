@@ -42,11 +42,11 @@ from tqdm import tqdm
 from benchmarks.kills_run import EVERY, STEPS, Run, make_images, write_config
 from benchmarks.timing import machine
 from llamagen.checkpoints.integrity import check_integrity
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 RESULT = Path(__file__).parent / "results/kills.json"
 EVENTS = {"random": 15, "saving": 5, "full": 5}
-MOST_STEPS = 8
+MAX_STEPS = 8
 """Steps after which a random kill falls, at most."""
 STARTING = 4.0
 """Seconds after the start in which a random kill falls that is to come before the first step."""
@@ -126,7 +126,7 @@ class Disk:
 
 def kill_at_random(run: Run, numbers: random.Random) -> float:
     """Kill it while it starts, or within some steps."""
-    steps = numbers.randrange(-2, MOST_STEPS + 1)
+    steps = numbers.randrange(-2, MAX_STEPS + 1)
     end = run.begun + numbers.uniform(0.1, STARTING)
     while run.poll() and (time.monotonic() < end if steps < 0 else run.resumed < 0 or run.step < run.resumed + steps):
         time.sleep(0.002)
@@ -274,7 +274,7 @@ def main(args: list[str] | None = None) -> None:
         "seed": options.seed,
         **found,
     }
-    with whole_file(options.out) as temporary:
+    with atomic_file(options.out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     summary = {key: value for key, value in record.items() if key != "events"}
     print(json.dumps(summary, indent=1))

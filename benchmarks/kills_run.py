@@ -16,7 +16,7 @@ from PIL import Image
 
 import main as command_line
 from llamagen.command import run_command
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 EVERY = 4
 """Steps from one checkpoint to the next."""
@@ -51,7 +51,7 @@ def make_images(folder: Path) -> None:
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
         for index in range(10):
             coarse = Image.fromarray(numbers.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-            with whole_file(folder / f"class{label}/{index}.png") as temporary:
+            with atomic_file(folder / f"class{label}/{index}.png") as temporary:
                 coarse.resize((20, 20), Image.Resampling.BICUBIC).save(temporary, format="png")
 
 
@@ -87,7 +87,7 @@ def write_config(path: Path) -> None:
         },
         "data": {"init_args": {"image_size": 16, "batch_size": 4, "num_workers": 0}},
     }
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(content))
 
 

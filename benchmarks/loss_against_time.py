@@ -1,4 +1,4 @@
-"""Draw the loss of recorded runs of the second model against time.
+"""Draw the loss of recorded runs of the autoregressive model against time.
 
     python -m benchmarks.loss_against_time RUN … OUT
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 
 def read(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -42,7 +42,7 @@ def main() -> None:
         axes.set_title(f"{run.name}: {train[0][1]:.4f} → {train[-1][1]:.2f} nats a code")
         axes.set_xlabel("minutes")
         axes.legend()
-    with whole_file(out) as temporary:
+    with atomic_file(out) as temporary:
         figure.savefig(temporary, format=out.suffix.removeprefix("."), dpi=80)
 
 

@@ -1,4 +1,4 @@
-"""The training step that the second model's own is measured against: eager, all logits at once, an unfused optimizer.
+"""The plain training step that ours is compared with: eager, all logits at once, an unfused optimizer.
 
 Written from the paper as one would write it first, with the parameter names of the published checkpoints.
 """

@@ -73,7 +73,7 @@ class PlainStep:
         ]
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures and the quantiser's loss."""
+        """Images and the quantiser's loss."""
         latent = self.vqgan.quant_conv(self.vqgan.encoder(images))
         with torch.autocast(images.device.type, enabled=False):
             quantized, loss = quantize(latent, self.vqgan.quantize.embedding.weight)

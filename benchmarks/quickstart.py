@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ def main() -> None:
         ]
         for name in ("samples/grid.png", f"tokenizer/reconstructions/{_last(clone)}"):
             target = ROOT / "runs/benchmark" / Path(name).name
-            with whole_file(target) as temporary:
+            with atomic_file(target) as temporary:
                 temporary.write_bytes((clone / "runs/quickstart" / name).read_bytes())
     record = {
         "benchmark": "quickstart",

@@ -1,15 +1,15 @@
 """What ``rope_condition`` does to a model that must read its captions: zero beside identity.
 
-The pictures are scikit-learn's 8 × 8 digits as 4 × 4 codes (k-means over their 2 × 2 patches). Captions name digits of
+The images are scikit-learn's 8 × 8 digits as 4 × 4 codes (k-means over their 2 × 2 patches). Captions name digits of
 which one is meant, "not a five and a three": who is shown is decided by the word beside a digit, and the same words in
-another order describe another picture. Their features are those of a small T5 with random weights, or ("word by word")
+another order describe another image. Their features are those of a small T5 with random weights, or ("word by word")
 of the same T5 that is given one word at a time, so that they know nothing of their neighbours. Two GPTs differ in
 ``rope_condition`` alone: first weights, order of the data and captions are the same for a seed.
 
     python -m benchmarks.rope_condition --out benchmarks/results
 
-Prints a table, then one JSON line. Shares are of pictures drawn for validation captions, as a support vector machine on
-the real training pictures reads them; ``wrong caption costs`` is how much more cross entropy the validation pictures
+Prints a table, then one JSON line. Shares are of images drawn for validation captions, as a support vector machine on
+the real training images reads them; ``wrong caption costs`` is how much more cross entropy the validation images
 have behind their caption with two digits exchanged, of which one is the meant one.
 """
 
@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from benchmarks.small_t5 import save_small_t5
 from benchmarks.timing import machine
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.grids import figure_image, save_png
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler
@@ -77,7 +77,7 @@ class Captions(NamedTuple):
     digits: Tensor
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """Digits as codes (N, 16) with their labels, and what turns codes back: (64, 2 × 2) grey values of each code."""
 
     codes: Tensor
@@ -91,7 +91,7 @@ class Pictures(NamedTuple):
         return torch.from_numpy(self.judge.predict(pixels))
 
 
-def make_pictures() -> Pictures:
+def make_images() -> Images:
     """All digits; the last 300 of a fixed order are for validation, and neither codes nor classifier know them."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
@@ -100,7 +100,7 @@ def make_pictures() -> Pictures:
     clusters = KMeans(CODES, n_init=1, random_state=0).fit(patches[: -16 * VALIDATION])
     codes = torch.from_numpy(clusters.predict(patches).astype(np.int64)).view(-1, 16)
     judge = SVC(gamma=0.001, C=10).fit(pixels[:-VALIDATION], labels[:-VALIDATION])
-    return Pictures(codes, torch.from_numpy(labels), clusters.cluster_centers_, judge)
+    return Images(codes, torch.from_numpy(labels), clusters.cluster_centers_, judge)
 
 
 def write_caption(digits: Sequence[int], place: int) -> str:
@@ -143,18 +143,18 @@ def cross_entropy(gpt: GPT, codes: Tensor, captions: Captions) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
-def train(options: argparse.Namespace, pictures: Pictures, encoder: CaptionEncoder, case: Case, rotation: Any,
+def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, case: Case, rotation: Any,
           seed: int) -> dict[str, Any]:  # fmt: skip
-    """Train a model, watch it on validation pictures, and let it draw."""
+    """Train a model, watch it on validation images, and let it draw."""
     torch.manual_seed(seed)
     length = 4 * case.named - 1
     gpt = GPT(GPTConfig(dim=options.dim, n_layer=options.layers, n_head=4, multiple_of=32, vocab_size=CODES,
                         block_size=16, condition="text", caption_dim=WIDTH, caption_length=length,
                         condition_dropout=0.0, token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0,
                         rope_condition=rotation))  # fmt: skip
-    codes, labels = pictures.codes[:-VALIDATION], pictures.labels[:-VALIDATION]
+    codes, labels = images.codes[:-VALIDATION], images.labels[:-VALIDATION]
     known, _ = draw_captions(encoder, case, sorted(10 * list(range(10)) * (CAPTIONS_OF_A_DIGIT // 10)), seed)
-    held_out, meant = pictures.codes[-VALIDATION:], pictures.labels[-VALIDATION:]
+    held_out, meant = images.codes[-VALIDATION:], images.labels[-VALIDATION:]
     right, wrong = draw_captions(encoder, case, meant.tolist(), 1000)
     optimizer = torch.optim.AdamW(gpt.parameters(), options.lr, (0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.1)
@@ -177,7 +177,7 @@ def train(options: argparse.Namespace, pictures: Pictures, encoder: CaptionEncod
     with torch.no_grad():
         costs = float(cross_entropy(gpt, held_out, wrong)) - curve[-1][1]
     drawn = Sampler(gpt, VALIDATION)(right.features, caption_lengths=right.lengths, seed=seed)
-    seen = pictures.shown(drawn)[:, None] == right.digits
+    seen = images.shown(drawn)[:, None] == right.digits
     return {
         "curve": curve,
         "cross entropy": curve[-1][1],
@@ -202,7 +202,7 @@ def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
-    """For each case the cross entropies of all seeds above, and what the drawn pictures show below."""
+    """For each case the cross entropies of all seeds above, and what the drawn images show below."""
     figure = Figure(figsize=(3.2 * len(runs), 5.6), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
     for column, (case, sides) in enumerate(runs.items()):
@@ -221,7 +221,7 @@ def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
         above.set(title=case, xlabel="step")
         below.set(xticks=[0, 1], xticklabels=["meant", "named, not meant"], ylim=(0, 1), xlim=(-0.5, 1.5))
     axes[0, 0].set(ylabel="validation cross entropy, nats a code")
-    axes[1, 0].set(ylabel="share of drawn pictures")
+    axes[1, 0].set(ylabel="share of drawn images")
     axes[0, 0].legend(title="rope_condition")
     return figure
 
@@ -236,7 +236,7 @@ def report(result: dict[str, Any], ceiling: float) -> None:
             names = ("cross entropy", "wrong caption costs", "shows the meant digit", "shows a digit that is not meant")
             cells = [f"{numbers[name]['mean']:.3f}" if name in numbers else "" for name in names]
             print(f"{case:26}{rotation:16}{cells[0]:>14}{cells[1]:>13}{cells[2]:>8}{cells[3]:>11}")
-    print(f"\nreal validation pictures, through the codes, are read as their label: {ceiling:.3f}")
+    print(f"\nreal validation images, through the codes, are read as their label: {ceiling:.3f}")
 
 
 def main() -> None:
@@ -251,9 +251,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    started, pictures = time.process_time(), make_pictures()
+    started, images = time.process_time(), make_images()
     held_out = slice(-VALIDATION, None)
-    ceiling = float((pictures.shown(pictures.codes[held_out]) == pictures.labels[held_out]).float().mean())
+    ceiling = float((images.shown(images.codes[held_out]) == images.labels[held_out]).float().mean())
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
         case: {side: [] for side in ROTATIONS} for case in options.cases
     }
@@ -263,7 +263,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for case in options.cases:
                 for rotation in ROTATIONS:
-                    run = train(options, pictures, encoder, CASES[case], rotation, seed)
+                    run = train(options, images, encoder, CASES[case], rotation, seed)
                     print(f"seed {seed}, {case}, {rotation}: meant {run['shows the meant digit']:.3f}", flush=True)
                     runs[case][rotation].append(run)
     result = {case: {side: summed_up(each) for side, each in sides.items()} for case, sides in runs.items()}
@@ -280,14 +280,14 @@ def main() -> None:
         },
         "options": {name: value for name, value in vars(options).items() if name != "out"},
         "processor_seconds": round(time.process_time() - started, 1),
-        "real pictures": ceiling,
+        "real images": ceiling,
         "result": result,
         "runs": runs,
     }
     line = json.dumps(record)
     print(line)
     if options.out:
-        with whole_file(options.out / "rope_condition.json") as temporary:
+        with atomic_file(options.out / "rope_condition.json") as temporary:
             temporary.write_text(line + "\n")
         save_png(figure_image(draw(runs)), options.out / "rope_condition.png")
 

@@ -1,9 +1,9 @@
-"""A picture of what the sampling benchmark measured."""
+"""An image of what the sampling benchmark measured."""
 
 from pathlib import Path
 from typing import Any
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 NAMES = {
     "compiled": "compiled",
@@ -50,5 +50,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     time.set_ylim(bottom=0)
     time.grid(alpha=0.3)
     time.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=90)

@@ -1,4 +1,4 @@
-"""Time to the first picture in a new process, and pictures a second of several processes."""
+"""Time to the first image in a new process, and images a second of several processes."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
 CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def first_picture(module: str, size: str, kind: str, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of the parts of one guided picture of 256 px in a new process, model and weights on the device already.
+def first_image(module: str, size: str, kind: str, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of one guided image of 256 px in a new process, model and weights on the device already.
 
     Args:
         module: that knows how to build the model.
@@ -53,7 +53,7 @@ def first_picture(module: str, size: str, kind: str, device: str) -> dict[str, d
 
 
 @torch.no_grad()
-def _one_picture(gpt: GPT, device: str, config: SamplingConfig, compiled: bool) -> dict[str, float]:
+def _one_image(gpt: GPT, device: str, config: SamplingConfig, compiled: bool) -> dict[str, float]:
     tokenizer = VQGAN(VQGANConfig())
     marks = [time.perf_counter()]
 
@@ -84,11 +84,11 @@ def _rank(rank: int, threads: int, gpt: GPT, batch: int, config: SamplingConfig,
     ends.put(time.perf_counter() - began)
 
 
-def pictures_a_second(gpt: GPT, ranks: int, pictures: int, config: SamplingConfig) -> float:
-    """Codes of so many pictures on so many processes, which share the processor's threads, as pictures a second."""
+def images_a_second(gpt: GPT, ranks: int, images: int, config: SamplingConfig) -> float:
+    """Codes of so many images on so many processes, which share the processor's threads, as images a second."""
     context = mp.get_context("spawn")
     start, ends = context.Barrier(ranks), context.Queue()
-    threads, batch = max(torch.get_num_threads() // ranks, 1), pictures // ranks
+    threads, batch = max(torch.get_num_threads() // ranks, 1), images // ranks
     gpt.share_memory()
     running = [context.Process(target=_rank, args=(r, threads, gpt, batch, config, start, ends)) for r in range(ranks)]
     for process in running:
@@ -96,7 +96,7 @@ def pictures_a_second(gpt: GPT, ranks: int, pictures: int, config: SamplingConfi
     taken = [ends.get(timeout=600) for _ in running]
     for process in running:
         process.join()
-    return pictures / float(max(taken))
+    return images / float(max(taken))
 
 
 if __name__ == "__main__":
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     module, size, kind, device, compiled = sys.argv[1:]
     benchmark = import_module(module)
     built = benchmark.build(size, 256, device, benchmark.DTYPES[kind])
-    print(json.dumps(_one_picture(built, device, benchmark.CONFIG, bool(int(compiled)))))
+    print(json.dumps(_one_image(built, device, benchmark.CONFIG, bool(int(compiled)))))

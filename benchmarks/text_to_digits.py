@@ -1,8 +1,8 @@
 """Text to image from end to end on a CPU, without a network: captions of handwritten digits to new digits.
 
 A small T5 encoder with random weights and a tokenizer of a few words stands for FLAN-T5-XL; all else is the real thing,
-by the commands that anybody would give: tokenizer, codes, features of captions, training, pictures of prompts. How many
-pictures show the digit that their prompt names is judged by a support vector machine that has only seen real digits.
+by the commands that anybody would give: tokenizer, codes, features of captions, training, images of prompts. How many
+images show the digit that their prompt names is judged by a support vector machine that has only seen real digits.
 Prints a table, then one JSON line.
 
     python -m benchmarks.text_to_digits runs/text_digits
@@ -58,7 +58,7 @@ def commands(root: Path, per_prompt: int) -> dict[str, list[str]]:
             *("fit", *model, f"--data.init_args.root={root / 'features'}"),
             f"--trainer.default_root_dir={root / 'argen'}",
         ],
-        "pictures": [
+        "images": [
             *("predict", *model, "--config", "configs/argen/prompts.yaml", f"--data.init_args.prompts={PROMPTS}"),
             *(f"--data.init_args.per_prompt={per_prompt}", "--data.init_args.batch_size=100"),
             *(f"--trainer.default_root_dir={root / 'samples'}", f"--ckpt_path={root / 'argen/checkpoints/last.ckpt'}"),
@@ -67,7 +67,7 @@ def commands(root: Path, per_prompt: int) -> dict[str, list[str]]:
 
 
 def run(root: Path, per_prompt: int) -> tuple[dict[str, float], dict[str, float]]:
-    """All stages in a new folder: seconds of each, and the share of pictures recognised as what was asked for."""
+    """All stages in a new folder: seconds of each, and the share of images recognised as what was asked for."""
     root.mkdir(parents=True)
     save_small_t5(root / "t5", ["a", "handwritten", *NAMES], WIDTH)
     seconds = {}
@@ -82,7 +82,7 @@ def run(root: Path, per_prompt: int) -> tuple[dict[str, float], dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="folder for all of it; must not exist")
-    parser.add_argument("--per_prompt", type=int, default=50, help="pictures of each digit")
+    parser.add_argument("--per_prompt", type=int, default=50, help="images of each digit")
     options = parser.parse_args()
     if options.root.exists() or options.per_prompt < 1:
         parser.error(f"root is {options.root} and per_prompt {options.per_prompt}; give a new folder, and at least 1")
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"{name:>22} | {value:10.3f}")
     record = {
         "benchmark": "text_to_digits",
-        "pictures": options.per_prompt * len(PROMPTS),
+        "images": options.per_prompt * len(PROMPTS),
         "accuracy": accuracy,
         "seconds": seconds,
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

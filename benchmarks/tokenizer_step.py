@@ -123,12 +123,12 @@ def autocast_of(options: argparse.Namespace) -> Callable[[], torch.autocast]:
     return lambda: torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def pictures(options: argparse.Namespace) -> Tensor:
+def random_images(options: argparse.Namespace) -> Tensor:
     return torch.randn(options.batch_size, 3, options.image_size, options.image_size).tanh()
 
 
 def train(options: argparse.Namespace, module: VQGANModule, steps: int, *callbacks: pl.Callback) -> None:
-    batches: Any = [{"images": pictures(options)} for _ in range(steps)]
+    batches: Any = [{"images": random_images(options)} for _ in range(steps)]
     pl.Trainer(
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
@@ -204,7 +204,7 @@ def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> d
 def time_parts(options: argparse.Namespace, module: VQGANModule, plain: PlainStep) -> dict[str, dict[str, Any]]:
     """Each part of both steps by itself, with a gradient to its input."""
     steps, autocast, grid = max(3, options.steps // 2), autocast_of(options), options.image_size // 16
-    images = pictures(options).to(options.device)
+    images = random_images(options).to(options.device)
     latent = torch.randn(options.batch_size, 8, grid, grid, device=options.device)
     steps_by_name: dict[str, VQGANModule | PlainStep] = {"ours": module, "plain": plain}
     return {
@@ -219,7 +219,7 @@ def plain_step(options: argparse.Namespace, module: VQGANModule) -> Callable[[],
     assert isinstance(module.discriminator, PatchGAN)
     lpips = LPIPS(read_vgg16(module.lpips_weights)).to(device)
     plain = PlainStep(module.vqgan.to(device), module.discriminator.to(device), lpips)
-    images = pictures(options).to(device)
+    images = random_images(options).to(device)
     return lambda: plain(images, autocast_of(options)())
 
 
@@ -258,7 +258,7 @@ def convolution_limit(options: argparse.Namespace, folder: Path) -> dict[str, fl
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print the tables and the line of JSON."""
-    print(f"\n{'step':22}{'median s':>10}{'quartiles':>20}{'pictures/s':>12}{'peak GiB':>10}")
+    print(f"\n{'step':22}{'median s':>10}{'quartiles':>20}{'images/s':>12}{'peak GiB':>10}")
     for name in SIDES:
         step, memory = result[name], result["peak_gib"][name]
         print(

@@ -1,4 +1,4 @@
-"""What happens around training: averages, pictures, files."""
+"""What happens around training: averages, images, files."""
 
 from callbacks.codebook import CodebookHistogram
 from callbacks.compiled_sampling import CompiledSampling

@@ -1,4 +1,4 @@
-"""Which codes are in use, as a picture."""
+"""Which codes are in use, as an image."""
 
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ class CountsCodes(Protocol):
 class CodebookHistogram(pl.Callback):
     """At each validation: how often each code was used, the most frequent first, and how many are dead.
 
-    The picture is ``codebook/step_<batches seen>.png`` in the run's folder.
+    The image is ``codebook/step_<batches seen>.png`` in the run's folder.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

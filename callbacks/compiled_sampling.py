@@ -8,26 +8,26 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from llamagen.models.sharding import is_sharded
-from llamagen.sampling import PictureSampler, SamplingConfig, compute_dtype
+from llamagen.sampling import ImageSampler, SamplingConfig, compute_dtype
 
 WORTHWHILE = 20_000_000
 """Parameters from which on steps that are compiled save more than compiling takes."""
 
 
 class KeepsASampler(Protocol):
-    """A module that draws pictures with a sampler that it is given."""
+    """A module that draws images with a sampler that it is given."""
 
     gpt: Any
     can_sample: bool
-    sampler: PictureSampler | None
+    sampler: ImageSampler | None
     sampling: SamplingConfig
 
-    def build_sampler(self, batch_size: int, compiled: bool, int8: bool) -> PictureSampler:
+    def build_sampler(self, batch_size: int, compiled: bool, int8: bool) -> ImageSampler:
         """A new sampler."""
 
 
 class CompiledSampling(pl.Callback):
-    """While the model is validated, tested or predicts, draw its pictures by compiled steps with a static cache.
+    """While the model is validated, tested or predicts, draw its images by compiled steps with a static cache.
 
     When such a stage begins, the sampler is built for the weights that are evaluated (with the ``EMA`` callback the
     averages), and serves all who draw: sample grids, FID, predict. When it ends, its memory is freed: training takes as
@@ -36,9 +36,9 @@ class CompiledSampling(pl.Callback):
     Args:
         enabled: ``auto`` compiles for models of 20 million parameters and more, if it can be done here: on CPUs with a
             C++ compiler, on NVIDIA GPUs. ``true`` does so for any model, or fails; ``false`` never does.
-        batch_size: pictures that are drawn together on each rank; by default those of a batch, where the data ask
-            for pictures, and 64 elsewhere.
-        int8: let compiled steps read the matrices as int8: less to read, and slightly other pictures. Compiles any
+        batch_size: images that are drawn together on each rank; by default those of a batch, where the data ask
+            for images, and 64 elsewhere.
+        int8: let compiled steps read the matrices as int8: less to read, and slightly other images. Compiles any
             model, or fails.
     """
 
@@ -67,13 +67,13 @@ class CompiledSampling(pl.Callback):
         if trainer.sanity_checking or not (module.can_sample or self.enabled is True):
             return
         data = getattr(trainer, "datamodule", None)
-        asked = trainer.predicting or (trainer.testing and hasattr(data, "labels"))  # by data that ask for pictures
+        asked = trainer.predicting or (trainer.testing and hasattr(data, "labels"))  # by data that ask for images
         predicted = getattr(data, "batch_size", None) if asked else None
         batch_size, started = self.batch_size or predicted or 64, time.perf_counter()
         with trainer.precision_plugin.forward_context():
             if self._wanted(module):
                 how = f"{str(compute_dtype(module.gpt)).removeprefix('torch.')}{', int8 weights' if self.int8 else ''}"
-                self._say(trainer, f"compiling the sampling in {how}, {batch_size} pictures at a time")
+                self._say(trainer, f"compiling the sampling in {how}, {batch_size} images at a time")
                 try:
                     module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
                     module.sampler.prepare(module.sampling)
@@ -100,13 +100,13 @@ class CompiledSampling(pl.Callback):
                 torch.cuda.empty_cache()  # what graphs had is of no use to training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that draws no pictures.
+        """Refuse a module that draws no images.
 
         Raises:
             ValueError: in one line.
         """
         if not hasattr(pl_module, "build_sampler"):
-            raise ValueError(f"{type(pl_module).__name__} draws no pictures; leave out CompiledSampling")
+            raise ValueError(f"{type(pl_module).__name__} draws no images; leave out CompiledSampling")
 
     # At the start of the epoch, when all callbacks have seen the start of the stage: EMA has exchanged the weights.
 

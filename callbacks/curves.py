@@ -1,4 +1,4 @@
-"""Learning curves as a picture in the run's folder."""
+"""Learning curves as an image in the run's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from callbacks.figures import batches_seen
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 
 class LearningCurves(pl.Callback):
@@ -74,5 +74,5 @@ class LearningCurves(pl.Callback):
                 if points := self._history.get(f"{stage}/{name}"):
                     axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) < 30 else None)
             axes.legend()
-        with whole_file(Path(trainer.default_root_dir) / "curves.png") as temporary:
+        with atomic_file(Path(trainer.default_root_dir) / "curves.png") as temporary:
             figure.savefig(temporary, format="png", dpi=80)

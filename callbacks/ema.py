@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.weights import EMA_STATE, ENTRY, averaged_weights
-from llamagen.distributed.full_tensor import copy_whole_
-from llamagen.models.sharding import is_sharded, take_apart
+from llamagen.distributed.full_tensor import copy_full_
+from llamagen.models.sharding import is_sharded, reshard
 
 
 class HasGenerator(Protocol):
@@ -106,7 +106,7 @@ class EMA(pl.Callback):
         if self._optimizer is None or not self._has_average():
             return
         assert self._generator is not None
-        take_apart(self._generator)
+        reshard(self._generator)
         for parameter in self._parameters:
             average, weights = self._optimizer.state[parameter][EMA_STATE], parameter.detach()
             kept = weights.clone()
@@ -183,7 +183,7 @@ class EMA(pl.Callback):
             raise ValueError("the checkpoint has no EMA weights; run without the EMA callback to use its raw weights")
         parameters = dict(pl_module.named_parameters())
         for name, average in averages.items():
-            copy_whole_(parameters[name], average)
+            copy_full_(parameters[name], average)
 
 
 def _ordered_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""How good pictures are, measured while a model trains, and in ``test``. B batch, H × W pixels, N pictures in all."""
+"""How good images are, measured while a model trains, and in ``test``. B batch, H × W pixels, N images in all."""
 
 import time
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from evaluation.reference import Purpose, Reference, completed, read_reference
 from evaluation.report import check_report, write_report
 from llamagen.checkpoints.contents import weights_checksum
 from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
-from llamagen.sampling.pixels import check_picture_size, to_pixels
+from llamagen.sampling.pixels import check_image_size, to_pixels
 
 FOLDER = "report"
 MEASURED = ("gfid", "gsfid", "gkid", "rfid", "rsfid", "rkid", "precision", "recall", "inception_score")
@@ -30,14 +30,14 @@ MEASURED = ("gfid", "gsfid", "gkid", "rfid", "rsfid", "rkid", "precision", "reca
 
 
 class FIDMonitor(pl.Callback):
-    """Measure FID, sFID, KID, precision, recall and Inception Score of the model's pictures, over all ranks.
+    """Measure FID, sFID, KID, precision, recall and Inception Score of the model's images, over all ranks.
 
-    - With a model that draws: every n-th validation draws ``count`` pictures of all classes in turn, with the weights
+    - With a model that draws: every n-th validation draws ``count`` images of all classes in turn, with the weights
       that are evaluated (with the ``EMA`` callback their averages), by the sampler of ``CompiledSampling``, if that is
-      there. ``test`` measures the pictures that its data ask for, or, where these are codes, draws ``count``.
-    - A model of text draws a picture of each of the first ``count`` captions of the validation set instead; where there
+      there. ``test`` measures the images that its data ask for, or, where these are codes, draws ``count``.
+    - A model of text draws an image of each of the first ``count`` captions of the validation set instead; where there
       are fewer captions, or ``limit_val_batches`` leaves fewer, they come in turn. Stored features need no encoder.
-    - With a tokenizer: every n-th validation, and ``test``, measure the reconstructions of the validation pictures.
+    - With a tokenizer: every n-th validation, and ``test``, measure the reconstructions of the validation images.
 
     Numbers are logged with the name of their reference, as ``gfid/imagenet256-adm`` or ``rfid/val``, which
     ``ModelCheckpoint`` can monitor: at validations without a measurement the last one still counts, and before the
@@ -45,15 +45,15 @@ class FIDMonitor(pl.Callback):
 
     Args:
         reference: file of statistics, see ``python -m evaluation reference``. A tokenizer needs none: its
-            reconstructions are then compared with the pictures themselves.
+            reconstructions are then compared with the images themselves.
         features: extractor; Inception by default, whose weights are a download.
-        count: pictures to draw.
+        count: images to draw.
         every_n_validations: measure at every n-th validation.
-        seed: of the pictures; the same pictures come at each validation, as far as the model lets them.
-        batch_size: pictures that are drawn together where ``CompiledSampling`` does not say it.
-        picture_size: side in pixels to which reconstructions are resized before they are measured (bicubic, not
-            antialiased), as the paper does with those of 384 and 512 px, to 256; null leaves them. Drawn pictures have
-            the size that the model's own ``picture_size`` says.
+        seed: of the images; the same images come at each validation, as far as the model lets them.
+        batch_size: images that are drawn together where ``CompiledSampling`` does not say it.
+        image_size: side in pixels to which reconstructions are resized before they are measured (bicubic, not
+            antialiased), as the paper does with those of 384 and 512 px, to 256; null leaves them. Drawn images have
+            the size that the model's own ``image_size`` says.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FIDMonitor(pl.Callback):
         every_n_validations: int = 1,
         seed: int = 0,
         batch_size: int = 64,
-        picture_size: int | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if count < 2 or every_n_validations < 1 or batch_size < 1:
@@ -73,15 +73,15 @@ class FIDMonitor(pl.Callback):
                 "be at least 2, 1 and 1"
             )
         self.count, self.every_n_validations, self.seed, self.batch_size = count, every_n_validations, seed, batch_size
-        check_picture_size(picture_size)
-        self.features, self.picture_size = features, picture_size
+        check_image_size(image_size)
+        self.features, self.image_size = features, image_size
         self.reference: Reference | None = None if reference is None else read_reference(reference)
         self.measurement: Measurement | None = None
         self._gallery: Gallery | None = None
         self._captions: ValidationCaptions | None = None
         self._validations = 0
         self._last: dict[str, float] = {}
-        self._seconds = {"pictures": 0.0, "features": 0.0, "distances": 0.0}
+        self._seconds = {"images": 0.0, "features": 0.0, "distances": 0.0}
         self._seen = 0
         self._active, self._asked, self._started = False, False, 0.0
         self._total, self._weights, self._numbers = 0, "", dict[str, float]()
@@ -102,26 +102,26 @@ class FIDMonitor(pl.Callback):
             module.check_sampling(())
             if self.reference is None:
                 raise ValueError(
-                    "FIDMonitor needs a reference to compare drawn pictures with; make one by python -m evaluation "
-                    "reference PICTURES OUT.npz, and give it as reference"
+                    "FIDMonitor needs a reference to compare drawn images with; make one by python -m evaluation "
+                    "reference IMAGES OUT.npz, and give it as reference"
                 )
             if not module.needs_captions and self.count < module.num_classes:
                 rank_zero_warn(
-                    f"FIDMonitor draws {self.count} pictures, of the first {self.count} of {module.num_classes} "
+                    f"FIDMonitor draws {self.count} images, of the first {self.count} of {module.num_classes} "
                     "classes alone; set count to at least the number of classes, best to a multiple of it"
                 )
-            if self.picture_size is not None:
+            if self.image_size is not None:
                 raise ValueError(
-                    f"picture_size is {self.picture_size}, but the model draws pictures; set its own, "
-                    "model.init_args.picture_size"
+                    f"image_size is {self.image_size}, but the model draws images; set its own, "
+                    "model.init_args.image_size"
                 )
-            size = module.picture_side
+            size = module.image_side
         else:
             size = getattr(getattr(trainer, "datamodule", None), "image_size", 0)
-            size = size and (self.picture_size or size)
+            size = size and (self.image_size or size)
             if not hasattr(pl_module, "reconstruct") or not size:
                 raise ValueError(
-                    f"FIDMonitor neither knows how {type(pl_module).__name__} draws pictures nor the image_size of its "
+                    f"FIDMonitor neither knows how {type(pl_module).__name__} draws images nor the image_size of its "
                     "data; leave it out"
                 )
         if stage == "test":
@@ -135,7 +135,7 @@ class FIDMonitor(pl.Callback):
                 rank_zero_warn(warning)
         self._size = size
         self.measurement = None
-        if self.reference is None or self.reference.pictures is None:  # else its features are taken first
+        if self.reference is None or self.reference.images is None:  # else its features are taken first
             self.measurement = Measurement(self.features, size, self._kind, self.reference)
 
     def _check_checkpoints(self, trainer: pl.Trainer) -> None:
@@ -212,7 +212,7 @@ class FIDMonitor(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the reconstructions or drawn pictures of a batch into account, or keep its captions."""
+        """Take the reconstructions or drawn images of a batch into account, or keep its captions."""
         self._take(trainer, pl_module, outputs, batch)
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ class FIDMonitor(pl.Callback):
         elif "images" in outputs:
             self._asked = True
             images = outputs["images"].tensor().permute(0, 3, 1, 2)
-            self._spent("pictures", self._started, images)
+            self._spent("images", self._started, images)
             labels = batch.get("condition") if self._captions is None else None
             self._measure(images, outputs["index"], labels, batch.get("captions"))
         elif "reconstruction" in outputs:
@@ -309,11 +309,11 @@ class FIDMonitor(pl.Callback):
         if trainer.is_global_zero:
             spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items() if seconds)
             found = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            print(f"{found} ({total:,} pictures; {spent})", flush=True)
+            print(f"{found} ({total:,} images; {spent})", flush=True)
         return numbers
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw ``count`` pictures, shared out over ranks."""
+        """Draw ``count`` images, shared out over ranks."""
         module, rank, ranks = cast(Draws, pl_module), trainer.global_rank, trainer.world_size
         if self._captions is None:
             share = share_of_classes(self.count, module.num_classes, rank, ranks, module.device)
@@ -327,14 +327,12 @@ class FIDMonitor(pl.Callback):
             size = module.sampler.sampler.batch_size
             show = trainer.is_global_zero and trainer.progress_bar_callback is not None
             try:
-                with tqdm(
-                    total=self.count, desc="drawing for FID", unit="picture", leave=False, disable=not show
-                ) as bar:
+                with tqdm(total=self.count, desc="drawing for FID", unit="image", leave=False, disable=not show) as bar:
                     for index in share.numbers.split(size):
                         started, asked = time.perf_counter(), share.ask(index)
                         numbers = index.to(module.device)
                         images, _ = module.sample(asked.condition, numbers, self.seed, asked.lengths)
-                        self._spent("pictures", started, images)
+                        self._spent("images", started, images)
                         if some := int((index < self.count).sum()):
                             labels = None if asked.labels is None else asked.labels[:some]
                             captions = None if asked.captions is None else asked.captions[:some]
@@ -362,8 +360,8 @@ class FIDMonitor(pl.Callback):
             return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         facts: dict[str, Any] = {
-            "pictures": {"count": self._total, "resolution": self._size},
-            "reference": "the pictures themselves" if self.reference is None else self.reference.facts(),
+            "images": {"count": self._total, "resolution": self._size},
+            "reference": "the images themselves" if self.reference is None else self.reference.facts(),
             "extractor": {"name": extractor_name(self.features), "checksum": extractor_checksum(self.features)},
             "model": {"class": type(generator).__name__, "weights": self._weights, **asdict(generator.config)},
             "precision": str(trainer.precision),
@@ -377,7 +375,7 @@ class FIDMonitor(pl.Callback):
         folder = Path(trainer.default_root_dir) / FOLDER
         write_report(
             folder,
-            f"{type(generator).__name__} against {self.reference.name if self.reference else 'its pictures'}",
+            f"{type(generator).__name__} against {self.reference.name if self.reference else 'its images'}",
             numbers | logged,
             facts,
             published(generator.config, self._size),

@@ -1,4 +1,4 @@
-"""What FIDMonitor draws by itself: classes in turn, or captions. N pictures, B at a time, C positions, W wide."""
+"""What FIDMonitor draws by itself: classes in turn, or captions. N images, B at a time, C positions, W wide."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,21 +8,21 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from llamagen.sampling import PictureSampler
+from llamagen.sampling import ImageSampler
 from llamagen.text import unpack_left
 
 
 class Draws(Protocol):
-    """A module that draws pictures of classes or captions."""
+    """A module that draws images of classes or captions."""
 
     device: torch.device
-    sampler: PictureSampler | None
+    sampler: ImageSampler | None
     sampling: Any
     sample_seed: int
 
     @property
-    def picture_side(self) -> int:
-        """Of the pictures that it draws, in pixels."""
+    def image_side(self) -> int:
+        """Of the images that it draws, in pixels."""
 
     @property
     def num_classes(self) -> int:
@@ -30,17 +30,17 @@ class Draws(Protocol):
 
     @property
     def needs_captions(self) -> bool:
-        """Whether it draws pictures of captions, and not of classes."""
+        """Whether it draws images of captions, and not of classes."""
 
     @property
     def caption_facts(self) -> dict[str, Any]:
         """Of which encoder the captions' features are."""
 
-    def build_sampler(self, batch_size: int) -> PictureSampler:
+    def build_sampler(self, batch_size: int) -> ImageSampler:
         """A sampler with memory for many calls."""
 
     def check_sampling(self, classes: Sequence[int]) -> None:
-        """A ``ValueError`` if pictures of these classes cannot be drawn."""
+        """A ``ValueError`` if images of these classes cannot be drawn."""
 
     def condition_of(self, batch: dict[str, Any]) -> Any:
         """Features or texts of captions → ``features`` (B, C, W) padded on the left and ``lengths`` (B,)."""
@@ -48,11 +48,11 @@ class Draws(Protocol):
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Conditions and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
+        """Conditions and sample numbers (B,) → images (B, H, W, 3) uint8 and codes."""
 
 
-class Asked(NamedTuple):
-    """What B pictures are asked with.
+class ConditionBatch(NamedTuple):
+    """What B images are asked with.
 
     Attributes:
         condition: (B,) classes or (B, C, W) features.
@@ -67,37 +67,37 @@ class Asked(NamedTuple):
     captions: list[str] | None = None
 
 
-class Share(NamedTuple):
-    """What a rank draws: as many pictures on each, as ranks wait for each other where they share the parameters.
+class RankShare(NamedTuple):
+    """What a rank draws: as many images on each, as ranks wait for each other where they share the parameters.
 
     Attributes:
-        numbers: (N,) int64 on the CPU, of its pictures. Those at the end that are not below the number of pictures
+        numbers: (N,) int64 on the CPU, of its images. Those at the end that are not below the number of images
             in all are drawn for the sake of the other ranks.
         ask: numbers (B,) of some of them → what they are asked with.
     """
 
     numbers: Tensor
-    ask: Callable[[Tensor], Asked]
+    ask: Callable[[Tensor], ConditionBatch]
 
 
-def share_of_classes(count: int, num_classes: int, rank: int, ranks: int, device: torch.device) -> Share:
-    """Of ``count`` pictures of all classes in turn a rank draws every ``ranks``-th."""
+def share_of_classes(count: int, num_classes: int, rank: int, ranks: int, device: torch.device) -> RankShare:
+    """Of ``count`` images of all classes in turn a rank draws every ``ranks``-th."""
 
-    def ask(index: Tensor) -> Asked:
+    def ask(index: Tensor) -> ConditionBatch:
         labels = (index % num_classes).to(device)
-        return Asked(labels, labels=labels)
+        return ConditionBatch(labels, labels=labels)
 
-    return Share(rank + ranks * torch.arange(-(-count // ranks)), ask)
+    return RankShare(rank + ranks * torch.arange(-(-count // ranks)), ask)
 
 
 class ValidationCaptions:
     """The captions of the validation batches of a rank, kept for drawing: features without padding, on the CPU.
 
-    Picture i is one of the caption with number i in its set; where there are fewer captions than pictures, they come in
-    turn. So picture i is the same on any number of ranks, in any batches. Captions that cannot be used leave a gap.
+    Image i is one of the caption with number i in its set; where there are fewer captions than images, they come in
+    turn. So image i is the same on any number of ranks, in any batches. Captions that cannot be used leave a gap.
 
     Args:
-        count: pictures to draw. No more captions are kept.
+        count: images to draw. No more captions are kept.
     """
 
     def __init__(self, count: int) -> None:
@@ -132,7 +132,7 @@ class ValidationCaptions:
             if "captions" in batch:
                 self._texts[numbers[row]] = batch["captions"][row]
 
-    def share(self, rank: int, ranks: int, device: torch.device) -> Share:
+    def share(self, rank: int, ranks: int, device: torch.device) -> RankShare:
         """What this rank draws; all ranks must call it together."""
         known: list[Any] = [(sorted(self._tokens), self._size)]
         if ranks > 1:
@@ -145,16 +145,18 @@ class ValidationCaptions:
             shares.append([n + first for first in range(0, self.count, size) for n in own if n + first < self.count])
         if size < self.count:
             rank_zero_warn(
-                f"FIDMonitor draws {self.count} pictures of {len(taken)} captions, so several of each; set its count "
+                f"FIDMonitor draws {self.count} images of {len(taken)} captions, so several of each; set its count "
                 "to the number of captions, or give more of them"
             )
         index = shares[rank] + [self.count] * (max(map(len, shares)) - len(shares[rank]))
 
-        def ask(some: Tensor) -> Asked:
+        def ask(some: Tensor) -> ConditionBatch:
             numbers = (some % size).tolist()
             tokens = [self._tokens.get(number, self._nothing) for number in numbers]
             lengths = torch.tensor([len(each) for each in tokens], device=device)
             texts = [self._texts.get(number, "") for number in numbers] if self._texts else None
-            return Asked(unpack_left(torch.cat(tokens).to(device), lengths, self._positions), lengths, captions=texts)
+            return ConditionBatch(
+                unpack_left(torch.cat(tokens).to(device), lengths, self._positions), lengths, captions=texts
+            )
 
-        return Share(torch.tensor(index, dtype=torch.int64), ask)
+        return RankShare(torch.tensor(index, dtype=torch.int64), ask)

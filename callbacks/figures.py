@@ -1,4 +1,4 @@
-"""Pictures in the run's folder and in the loggers that take images."""
+"""Images in the run's folder and in the loggers that take images."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def batches_seen(trainer: pl.Trainer) -> int:
 
 
 def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:
-    """Save a picture as ``<run folder>/<name>/step_<batches seen>.png`` and show it in every logger that takes images.
+    """Save an image as ``<run folder>/<name>/step_<batches seen>.png`` and show it in every logger that takes images.
 
     Args:
         trainer: its ``default_root_dir`` is the run's folder.

@@ -1,4 +1,4 @@
-"""Pictures to look at while a model trains."""
+"""Images to look at while a model trains."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -16,19 +16,19 @@ from llamagen.text import clean_caption
 
 
 class Reconstructs(Protocol):
-    """A module that encodes and decodes pictures."""
+    """A module that encodes and decodes images."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → the same."""
 
 
 class Samples(Protocol):
-    """A module that draws pictures."""
+    """A module that draws images."""
 
     device: torch.device
 
     def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
-        """A ``ValueError`` if pictures of these classes or texts cannot be drawn."""
+        """A ``ValueError`` if images of these classes or texts cannot be drawn."""
 
     def condition_of(self, batch: dict[str, Any]) -> Any:
         """``condition`` (B,) or ``captions`` → ``features`` and ``lengths``, to sample with."""
@@ -36,16 +36,16 @@ class Samples(Protocol):
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Conditions and sample numbers (B,) → pictures (B, H, W, 3) uint8 and codes."""
+        """Conditions and sample numbers (B,) → images (B, H, W, 3) uint8 and codes."""
 
 
 class ReconstructionGrid(pl.Callback):
-    """Pictures above what the tokenizer makes of them: at each validation, and every so many batches if asked for.
+    """Images above what the tokenizer makes of them: at each validation, and every so many batches if asked for.
 
-    The pictures are the first ones of the validation set (before the first validation, of the training batch).
+    The images are the first ones of the validation set (before the first validation, of the training batch).
 
     Args:
-        count: number of pictures.
+        count: number of images.
         every_n_batches: draw also after each so many training batches, with the weights of that moment and not their
             average; 0 for validations only.
     """
@@ -105,11 +105,11 @@ class ReconstructionGrid(pl.Callback):
 
 
 class SampleGrid(pl.Callback):
-    """At validations: pictures that the model draws, a row for each class or prompt, always with the same seed.
+    """At validations: images that the model draws, a row for each class or prompt, always with the same seed.
 
     Args:
         classes: which classes, or how many: 10 means 0 to 9.
-        per_class: pictures of each, or of each prompt.
+        per_class: images of each, or of each prompt.
         every_n_validations: draw at every n-th validation.
         seed: of the draws.
         prompts: instead of classes: texts, for a text model; cleaned if the captions of the data are.
@@ -135,7 +135,7 @@ class SampleGrid(pl.Callback):
         self._validations = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out now, not at the first validation, that the module cannot draw these pictures.
+        """Find out now, not at the first validation, that the module cannot draw these images.
 
         Raises:
             ValueError: in one line.
@@ -166,8 +166,8 @@ class SampleGrid(pl.Callback):
         with trainer.precision_plugin.forward_context():
             indices = torch.arange(len(condition), device=module.device)
             images, _ = module.sample(condition, indices, self.seed, lengths)
-        pictures = images.cpu().numpy()
-        rows = [list(row) for row in np.split(pictures, len(pictures) // self.per_class)]
+        pixels = images.cpu().numpy()
+        rows = [list(row) for row in np.split(pixels, len(pixels) // self.per_class)]
         if not trainer.is_global_zero:
             return
         captions = [[prompt] * self.per_class for prompt in self.prompts]

@@ -1,4 +1,4 @@
-"""Which codes of a picture are hard to predict, as a picture."""
+"""Which codes of an image are hard to predict, as an image."""
 
 from math import isqrt
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.figures import batches_seen, publish
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.grids import figure_image
 
 
@@ -23,7 +23,7 @@ class PredictsCodes(Protocol):
 
 
 class PositionLoss(pl.Callback):
-    """At each validation and test: the cross entropy of each code of a picture, as a map and as a curve.
+    """At each validation and test: the cross entropy of each code of an image, as a map and as a curve.
 
     ``positions/step_<batches seen>.png`` in the run's folder, and beside it the numbers as ``.csv``.
     """
@@ -57,7 +57,7 @@ class PositionLoss(pl.Callback):
         lines = [",".join(["position", "row", "column", *nats])]
         for position, values in enumerate(zip(*nats.values(), strict=True)):
             lines.append(",".join([f"{position},{position // side},{position % side}", *(f"{v:.6g}" for v in values)]))
-        with whole_file(
+        with atomic_file(
             Path(trainer.default_root_dir) / "positions" / f"step_{batches_seen(trainer):07d}.csv"
         ) as temporary:
             temporary.write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""How far a run that draws pictures is."""
+"""How far a run that draws images is."""
 
 from typing import Any, Protocol, cast
 
@@ -12,23 +12,23 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt
 
 
 class CountedRequests(Protocol):
-    """A DataModule that knows how many pictures are to be drawn."""
+    """A DataModule that knows how many images are to be drawn."""
 
     @property
     def labels(self) -> np.ndarray:
-        """Class of each picture, those that are there included."""
+        """Class of each image, those that are there included."""
 
     @property
     def left(self) -> int:
-        """How many pictures were not there when the run was started."""
+        """How many images were not there when the run was started."""
 
 
 class SamplingProgress(pl.Callback):
-    """Show how many pictures there are, how many come in a second, and the time left, over all ranks.
+    """Show how many images there are, how many come in a second, and the time left, over all ranks.
 
-    Pictures that were there before count as done, but not for the speed. The bar takes the place of Lightning's in
+    Images that were there before count as done, but not for the speed. The bar takes the place of Lightning's in
     ``predict``, and is off where that is: ``--trainer.enable_progress_bar false``. List it behind ``ImageWriter``,
-    whose ranks wait for each other at the end, so that it then shows the pictures of all.
+    whose ranks wait for each other at the end, so that it then shows the images of all.
     """
 
     def __init__(self) -> None:
@@ -52,24 +52,24 @@ class SamplingProgress(pl.Callback):
         self._counted, self._before = 0, total - data.left
         # Ranks count in the store by which they have found each other, which none has to wait for.
         shared = dist.is_available() and dist.is_initialized()
-        self._store = dist.PrefixStore(f"pictures of run {self._runs}", _get_default_store()) if shared else None
+        self._store = dist.PrefixStore(f"images of run {self._runs}", _get_default_store()) if shared else None
         self._bar = tqdm(
             desc="sampling",
             total=total,
             initial=self._before,
-            unit=" pictures",
+            unit=" images",
             smoothing=0,
             dynamic_ncols=True,
             bar_format=BAR,
             disable=self._muted is None,
         )
 
-    def _count(self, pictures: int) -> None:
+    def _count(self, images: int) -> None:
         if self._store is not None:
-            self._counted = self._store.add("drawn", pictures)
+            self._counted = self._store.add("drawn", images)
         else:
-            self._counted += pictures
-        # Ranks that wait for each other may draw a picture again.
+            self._counted += images
+        # Ranks that wait for each other may draw an image again.
         self._bar.update(min(self._before + self._counted, self._bar.total) - self._bar.n)
 
     def on_predict_batch_end(
@@ -81,7 +81,7 @@ class SamplingProgress(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the pictures of a batch."""
+        """Count the images of a batch."""
         self._count(len(batch["index"]))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

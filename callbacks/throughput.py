@@ -41,7 +41,7 @@ def known_peak(device: torch.device) -> float | None:
 class Throughput(pl.Callback):
     """Log the speed of training under ``train/``, every ``log_every_n_steps`` steps of the trainer.
 
-    - ``tokens_a_second`` and ``sequences_a_second``: codes and pictures that all ranks have trained on.
+    - ``tokens_a_second`` and ``sequences_a_second``: codes and images that all ranks have trained on.
     - ``tflops_a_second``: of this rank's device, in 10¹² operations; those of the model, without recomputed blocks.
     - ``mfu``: its share of the peak, if that is known.
     - ``hours``: what the whole run has taken until then, the part before it was resumed included.

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 ROOT_KEY = "${trainer.default_root_dir}"
 RESUMING = ("last", "best", "hpc", "registry")
@@ -65,7 +65,7 @@ class RunConfig(SaveConfigCallback):
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(settings)
         text = yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
-        with whole_file(self._path(trainer)) as temporary:
+        with atomic_file(self._path(trainer)) as temporary:
             temporary.write_text(f"# lightning.pytorch=={pl.__version__}\n{text}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The base of every DataModule that reads pictures or codes."""
+"""The base of every DataModule that reads images or codes."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ from datamodules.storage.sources import SPLITS, Source, find_sources, hold_out
 from llamagen.option_checks import (
     check_choice,
     check_folder_name,
+    check_integer,
     check_positive,
     check_share,
-    check_whole,
 )
 
 
@@ -88,11 +88,11 @@ class ShardDataModule(pl.LightningDataModule):
         class_order: ClassOrder = "auto",
     ) -> None:
         super().__init__()
-        check_whole("batch_size", batch_size, 1)
-        check_whole("num_workers", num_workers, 0)
-        check_whole("seed", seed, 0)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("num_workers", num_workers, 0)
+        check_integer("seed", seed, 0)
         if resampled_epoch is not None:
-            check_whole("resampled_epoch", resampled_epoch, 1)
+            check_integer("resampled_epoch", resampled_epoch, 1)
         check_share("val_share", val_share, with_ends=False)
         check_share("max_bad_share", max_bad_share)
         check_positive("cache_gb", cache_gb)

@@ -18,7 +18,7 @@ __all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]
 
 
 class CaptionDataModule(ShardDataModule):
-    """Captions for a text encoder, by ``predict``: of codes, pictures or texts alone.
+    """Captions for a text encoder, by ``predict``: of codes, images or texts alone.
 
     A set of codes keeps them: they go with the captions.
 

@@ -1,4 +1,4 @@
-"""Codes for the autoregressive model: (L,) int64 and a condition. A views of a picture, h × w grid, L = h · w."""
+"""Codes for the autoregressive model: (L,) int64 and a condition. A views of an image, h × w grid, L = h · w."""
 
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ class CodeDataModule(ShardDataModule):
     Args:
         root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``; ``train`` and ``val``
             of this DataModule may name other shards that ``meta.json`` describes.
-        batch_size: pictures a rank and batch.
+        batch_size: images a rank and batch.
         clean_captions: clean captions, see :func:`llamagen.text.clean_caption`; those of stored features were, or were
             not, when these were made.
         short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
             epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
-        features: folder or address of a set of features of the same pictures' captions, as ``predict`` of
-            :class:`CaptionModule` wrote it; found by key, see :class:`~datamodules.storage.pairing.PairedFeatures`. None: those
-            that lie beside the codes, if there are any.
+        features: folder or address of a dataset of caption features of the same images, as ``predict`` of
+            :class:`CaptionModule` writes it; paired by key, see
+            :class:`~datamodules.storage.pairing.PairedFeatures`. None uses the features stored with the codes, if any.
     """
 
     extensions = ("npy",)
@@ -77,7 +77,7 @@ class CodeDataModule(ShardDataModule):
         meta = meta or read_meta(str(self.root), self.hint)  # it is not read yet where shards are named by themselves
         if meta.get("format") == CAPTIONS_FORMAT:
             raise ValueError(
-                f"{self.root} holds features of captions without codes; extract the pictures' codes, give their set as "
+                f"{self.root} holds features of captions without codes; extract the images' codes, give their set as "
                 "root, and this one as features"
             )
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
@@ -156,7 +156,7 @@ class CodeDataModule(ShardDataModule):
         dataset = CodeDataset(
             samples,
             self.code_meta,
-            draw_view=train,
+            choose_view=train,
             seed=self.seed,
             labels=self._asks_for_captions is not True,
             captions=captions and self.captioned,

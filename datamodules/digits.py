@@ -10,7 +10,7 @@ from PIL import Image
 from datamodules.images import ImageDataModule
 from datamodules.storage.shards import IMAGES_FORMAT, ShardSet, read_meta
 from datamodules.storage.sources import SPLITS
-from llamagen.files import whole_folder
+from llamagen.files import atomic_folder
 from llamagen.option_checks import check_folder_name
 
 VALIDATION_EVERY = 6
@@ -30,7 +30,7 @@ def write_digits(root: Path, captions: bool = False) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    with whole_folder(root) as temporary:
+    with atomic_folder(root) as temporary:
         shards = ShardSet(temporary, {}, hint="")
         shards.begin(SPLITS)
         numbers = np.arange(len(digits.target))
@@ -53,13 +53,13 @@ def write_digits(root: Path, captions: bool = False) -> None:
 
 
 class DigitsDataModule(ImageDataModule):
-    """Handwritten digits, written once as shards and then read like any other pictures; neither cropped nor mirrored.
+    """Handwritten digits, written once as shards and then read like any other images; neither cropped nor mirrored.
 
     Args:
         root: folder of the shards; written there if it does not exist.
-        image_size: side of the pictures in pixels; the originals have 8 and are enlarged bicubically.
-        batch_size: pictures a rank and batch.
-        num_workers: processes a rank that decode pictures; 0 for none.
+        image_size: side of the images in pixels; the originals have 8 and are enlarged bicubically.
+        batch_size: images a rank and batch.
+        num_workers: processes a rank that decode images; 0 for none.
         captions: each digit has a caption, too, such as "a handwritten three".
     """
 
@@ -86,7 +86,7 @@ class DigitsDataModule(ImageDataModule):
         if not root.exists():
             write_digits(root, self.captions)
         elif (meta := read_meta(root, hint)).get("format") != IMAGES_FORMAT:
-            raise ValueError(f"{root} holds something else than pictures; {hint}")
+            raise ValueError(f"{root} holds something else than images; {hint}")
         elif self.captions and not meta.get("captions"):
             raise ValueError(f"the digits in {root} were written without captions; {hint}, or set captions to false")
         super().prepare_data()

@@ -1,4 +1,4 @@
-"""Pictures for the tokenizer: float32 in [-1, 1], a label and a key. B batch, A views, H = W = ``image_size``."""
+"""Images for the tokenizer: float32 in [-1, 1], a label and a key. B batch, A views, H = W = ``image_size``."""
 
 from collections.abc import Sequence
 from math import isqrt
@@ -12,34 +12,34 @@ from datamodules.datasets.images import ImageDataset, Views, scale, to_planes
 from datamodules.loading.loader import ranks_wait
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.class_order import far_label
-from datamodules.storage.index import PICTURES, SampleIndex
+from datamodules.storage.index import IMAGES, SampleIndex
 from datamodules.storage.user_warnings import warn_user
 from datamodules.transforms.crops import view_names
-from datamodules.transforms.decode import MOST_PIXELS
-from llamagen.option_checks import check_choice, check_whole
+from datamodules.transforms.decode import MAX_PIXELS
+from llamagen.option_checks import check_choice, check_integer
 
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 
-MOST_SIDE = isqrt(MOST_PIXELS)
+MAX_SIDE = isqrt(MAX_PIXELS)
 """The largest square that could come out of an image that is read."""
-MOST_RANGE = 4
+MAX_RANGE = 4
 """The largest crop, by the size of the result."""
 
 
 class ImageDataModule(ShardDataModule):
-    """Pictures, cropped as in ADM: in the middle, except for training.
+    """Images, cropped as in ADM: in the middle, except for training.
 
     Args:
-        image_size: side of the pictures in pixels.
-        batch_size: pictures a rank and batch.
-        random_crop: train on crops of random size and place, of at least 0.8 of the picture's short side.
-        flip: train on pictures of which half are mirrored.
+        image_size: side of the images in pixels.
+        batch_size: images a rank and batch.
+        random_crop: train on crops of random size and place, of at least 0.8 of the image's short side.
+        flip: train on images of which half are mirrored.
         views: of which views ``predict`` makes codes: ``centre``, ``flip`` (that and its mirror image), or ``ten_crop``
             (the middle and the corners of two larger centre crops, and their mirror images: 20 views).
         crop_ranges: sizes of these larger crops, as shares of ``image_size``.
     """
 
-    extensions = PICTURES
+    extensions = IMAGES
     hint = "give a folder of class folders, or one with webdataset shards, for training as train within it"
 
     def __init__(
@@ -54,12 +54,10 @@ class ImageDataModule(ShardDataModule):
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        check_whole("image_size", image_size, 1, MOST_SIDE)
+        check_integer("image_size", image_size, 1, MAX_SIDE)
         check_choice("views", views, get_args(Views))
-        if not crop_ranges or not all(1 <= share <= MOST_RANGE for share in crop_ranges):
-            raise ValueError(
-                f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1, up to {MOST_RANGE}"
-            )
+        if not crop_ranges or not all(1 <= share <= MAX_RANGE for share in crop_ranges):
+            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1, up to {MAX_RANGE}")
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         self.views, self.crop_ranges = views, list(crop_ranges)
 
@@ -69,7 +67,7 @@ class ImageDataModule(ShardDataModule):
         return view_names(self.views, self.crop_ranges)
 
     def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> ImageDataset:
-        """Pictures of a split; those of the training split vary from epoch to epoch."""
+        """Images of a split; those of the training split vary from epoch to epoch."""
         train, predict = split == SPLITS[0], stage == "predict"
         if train and isinstance(samples, SampleIndex) and not self.class_names:
             _warn_of_far_label(samples)

@@ -1,7 +1,7 @@
 """What a data set holds: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
 Reads every sample as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
-reason; writes a contact sheet of pictures drawn at random. ROOT is what a DataModule takes: pictures, codes, or
+reason; writes a contact sheet of images drawn at random. ROOT is what a DataModule takes: images, codes, or
 features of captions, of which only the sizes are looked at.
 """
 
@@ -19,15 +19,15 @@ from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.bad_samples import BadSampleError, Skipped
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, PICTURES, SHORT_FEATURES, SampleIndex
+from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, SampleIndex
 from datamodules.storage.remote import ShardCache, is_remote
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.storage.sources import SPLITS, Source, find_sources
 from datamodules.transforms.crops import centre_crop
-from datamodules.transforms.decode import open_picture, read_picture
+from datamodules.transforms.decode import open_image, read_image
 from llamagen.command import run_command
-from llamagen.files import sha256_of, whole_file
-from llamagen.option_checks import check_whole
+from llamagen.files import atomic_file, sha256_of
+from llamagen.option_checks import check_integer
 from llamagen.output_paths import check_output_file
 from llamagen.parser_errors import OneLineParser
 
@@ -39,7 +39,7 @@ HINT = "give the folder or address of a data set"
 
 
 class Facts(Dataset[Any]):
-    """Of each picture: width, height, kind, colour mode, and whether it can be used.
+    """Of each image: width, height, kind, colour mode, and whether it can be used.
 
     Args:
         samples: of a split.
@@ -57,10 +57,10 @@ class Facts(Dataset[Any]):
         sample = self.samples[number]
         where = f"sample {sample.key} of {sample.source}"
         try:
-            data = sample.read_picture()
-            image = open_picture(data, where)
+            data = sample.read_image()
+            image = open_image(data, where)
             if self.decode:
-                read_picture(data, where)
+                read_image(data, where)
         except BadSampleError as error:
             return Skipped(number, sample.key, error.reason, str(error))
         return image.width, image.height, str(image.format), image.mode
@@ -77,11 +77,11 @@ def inspect(
     """Describe a data set.
 
     Args:
-        root: of pictures, codes or features of captions, as a DataModule takes it.
-        sheet: PNG file for a contact sheet of pictures; None writes none.
-        decode: decode every picture, not only its header.
-        num_workers: processes that read pictures; 0 for none.
-        seed: of the choice of pictures for the sheet.
+        root: of images, codes or features of captions, as a DataModule takes it.
+        sheet: PNG file for a contact sheet of images; None writes none.
+        decode: decode every image, not only its header.
+        num_workers: processes that read images; 0 for none.
+        seed: of the choice of images for the sheet.
         class_order: how class folders are numbered, as in a DataModule.
 
     Returns:
@@ -94,8 +94,8 @@ def inspect(
         raise ValueError(f"root is empty; {HINT}")
     if sheet is not None:
         check_output_file(sheet, (".png", ""), "sheet")
-    check_whole("num_workers", num_workers, 0)
-    check_whole("seed", seed, 0)
+    check_integer("num_workers", num_workers, 0)
+    check_integer("seed", seed, 0)
     train, val, meta = find_sources(root, None, None, HINT, class_order=class_order)
     for source in (train, val):
         if sheet is not None and source is not None and source.folder is not None:
@@ -106,19 +106,19 @@ def inspect(
             held = "codes" if kind == CODES_FORMAT else "features of captions"
             raise ValueError(f"{root} holds {held}, of which there is no contact sheet; leave --sheet out")
         return _inspect_codes(root) if kind == CODES_FORMAT else _inspect_features(root, meta, (train, val), cache)
-    lines = [f"{root}: pictures"]
+    lines = [f"{root}: images"]
     shown: list[SampleIndex] = []
     # What has no validation split is shown as it is, and not as a DataModule would divide it.
     for name, source in (("train" if val is not None else "all", train), ("val", val)):
         if source is None:
             continue
-        samples = source.index(cache).usable(PICTURES)
+        samples = source.index(cache).usable(IMAGES)
         shown.append(samples)
         lines += ["", f"{name}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
         lines += _classes(samples.labels, source.classes)
         lines += [f"  {source.numbering}"] if source.numbering else []
         facts, bad = _read(Facts(samples, decode), num_workers, name)
-        lines += _pictures(facts) + _bad([*samples.bad, *bad])
+        lines += _images(facts) + _bad([*samples.bad, *bad])
         if "txt" in samples.members:
             lines.append(f"  captions: {(samples.members['txt'][:, 0] >= 0).sum():,}")
         if decode:
@@ -158,7 +158,7 @@ def _inspect_codes(root: str) -> list[str]:
     meta = data.code_meta
     height, width = meta["grid"]
     lines = [
-        f"{root}: codes, {height} × {width} a picture out of {meta['vocabulary']}, {meta['views']} views, tokenizer "
+        f"{root}: codes, {height} × {width} an image out of {meta['vocabulary']}, {meta['views']} views, tokenizer "
         f"{meta['tokenizer'][:12]}"
     ]
     features = StoredFeatures(meta[FEATURES], root) if FEATURES in meta else None
@@ -251,7 +251,7 @@ def _classes(labels: np.ndarray, names: list[str]) -> list[str]:
 def _read(facts: Facts, num_workers: int, split: str) -> tuple[list[Any], list[Skipped]]:
     good, bad = [], []
     loader = DataLoader(facts, batch_size=64, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(facts), desc=split, unit="picture", leave=False) as bar:
+    with tqdm(total=len(facts), desc=split, unit="image", leave=False) as bar:
         for batch in loader:
             for fact in batch:
                 if isinstance(fact, Skipped):
@@ -262,7 +262,7 @@ def _read(facts: Facts, num_workers: int, split: str) -> tuple[list[Any], list[S
     return good, bad
 
 
-def _pictures(facts: list[Any]) -> list[str]:
+def _images(facts: list[Any]) -> list[str]:
     if not facts:
         return []
     widths, heights, kinds, modes = zip(*facts, strict=True)
@@ -287,7 +287,7 @@ def _bad(bad: list[Skipped]) -> list[str]:
 
 
 def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) -> None:
-    """Pictures drawn at random, sorted by class, with the class below each."""
+    """Images drawn at random, sorted by class, with the class below each."""
     order = np.random.default_rng(seed).permutation(len(samples))
     tiles: list[tuple[int, Image.Image]] = []
     for number in order:
@@ -295,19 +295,19 @@ def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) 
             break
         sample = samples[int(number)]
         try:
-            pixels = read_picture(sample.read_picture(), sample.key)
+            pixels = read_image(sample.read_image(), sample.key)
             tiles.append((sample.label, Image.fromarray(centre_crop(pixels, TILE))))
         except BadSampleError:
             continue
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + 18) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (label, picture) in enumerate(sorted(tiles, key=lambda tile: tile[0])):
+    for place, (label, image) in enumerate(sorted(tiles, key=lambda tile: tile[0])):
         left, top = 4 + place % COLUMNS * (TILE + 4), 4 + place // COLUMNS * (TILE + 18)
-        sheet.paste(picture, (left, top))
+        sheet.paste(image, (left, top))
         name = names[label] if 0 <= label < len(names) else str(label) if label >= 0 else ""
         pen.text((left, top + TILE + 1), name[:18], fill="black")
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         sheet.save(temporary, format="png")
 
 
@@ -318,11 +318,11 @@ def main(args: list[str] | None = None) -> None:
         args: instead of the command line's.
     """
     parser = OneLineParser("python -m datamodules.inspection", "Say what a data set holds.")
-    parser.add_argument("root", help="folder or address of pictures, codes or features of captions")
-    parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of pictures")
-    parser.add_argument("--headers_only", action="store_true", help="do not decode the pictures: faster, finds less")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures for the sheet (default: 0)")
+    parser.add_argument("root", help="folder or address of images, codes or features of captions")
+    parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of images")
+    parser.add_argument("--headers_only", action="store_true", help="do not decode the images: faster, finds less")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images for the sheet (default: 0)")
     parser.add_argument(
         "--class_order", choices=CLASS_ORDERS, default="auto", help="how class folders are numbered (default: auto)"
     )

@@ -1,4 +1,4 @@
-"""Turn pictures into webdataset shards: ``python -m datamodules.packing SOURCE OUT``.
+"""Turn images into webdataset shards: ``python -m datamodules.packing SOURCE OUT``.
 
 SOURCE is what a DataModule takes as root: a folder of class folders, one with ``train`` and ``val``, or shards, to pack
 them anew. OUT gets ``train``, ``val`` and at last ``meta.json``. The same command goes on where it was stopped.
@@ -17,18 +17,18 @@ from tqdm import tqdm
 
 from datamodules.storage.bad_samples import BadSampleError, Skipped
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.storage.index import PICTURES, WHOLE, Sample, SampleIndex
+from datamodules.storage.index import IMAGES, WHOLE, Sample, SampleIndex
 from datamodules.storage.index_store import START_METHOD
 from datamodules.storage.remote import is_remote
 from datamodules.storage.shards import IMAGES_FORMAT, META_FILE, ShardSet
 from datamodules.storage.sources import SPLITS
 from llamagen.command import run_command
-from llamagen.option_checks import check_positive, check_whole
+from llamagen.option_checks import check_integer, check_positive
 from llamagen.output_paths import check_output
 from llamagen.parser_errors import OneLineParser
 
 SKIPPED_FILE = "skipped.tsv"
-PARTS = (*PICTURES, "txt", "json")
+PARTS = (*IMAGES, "txt", "json")
 
 
 def pack(
@@ -60,8 +60,8 @@ def pack(
     """
     check_positive("shard_mb", shard_mb)
     if workers is not None:
-        check_whole("workers", workers, 1)
-    check_whole("seed", seed, 0)
+        check_integer("workers", workers, 1)
+    check_integer("seed", seed, 0)
     if not source:
         raise ValueError("source is empty; give a folder of class folders, or one with webdataset shards")
     out = Path(out)
@@ -119,12 +119,12 @@ def _foreign(out: Path) -> list[str]:
     return [name for name in here if name not in (*SPLITS, META_FILE, SKIPPED_FILE) and not name.startswith(".")]
 
 
-def _pieces(sizes: np.ndarray, most_bytes: float, seed: int) -> Iterator[np.ndarray]:
+def _pieces(sizes: np.ndarray, max_bytes: float, seed: int) -> Iterator[np.ndarray]:
     """The samples of each shard: shuffled, and cut where the next one would make the file too large."""
     order = np.random.default_rng(seed).permutation(len(sizes))
     first, total = 0, 0
     for place, number in enumerate(order):
-        if place > first and total + sizes[number] > most_bytes - tarfile.RECORDSIZE:
+        if place > first and total + sizes[number] > max_bytes - tarfile.RECORDSIZE:
             yield order[first:place]
             first, total = place, 0
         total += sizes[number]
@@ -172,7 +172,7 @@ def _parts(sample: Sample) -> dict[str, bytes]:
     return {
         extension: sample.read(extension)
         for extension in PARTS
-        if extension in sample.members and (extension in PICTURES or sample.read_text(extension))
+        if extension in sample.members and (extension in IMAGES or sample.read_text(extension))
     }
 
 
@@ -182,7 +182,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: instead of the command line's.
     """
-    parser = OneLineParser("python -m datamodules.packing", "Turn pictures into webdataset shards.")
+    parser = OneLineParser("python -m datamodules.packing", "Turn images into webdataset shards.")
     parser.add_argument("source", help="folder of class folders, one with train and val, or shards")
     parser.add_argument("out", type=Path, help="folder of the new set")
     parser.add_argument("--shard_mb", type=float, default=500.0, help="megabytes a shard (default: 500)")

@@ -1,4 +1,4 @@
-"""What to sample: prompts × how many. B pictures a batch."""
+"""What to sample: prompts × how many. B images a batch."""
 
 import json
 import unicodedata
@@ -112,21 +112,21 @@ def _read_list(text: str) -> list[str]:
 
 
 class PromptDataModule(RequestDataModule):
-    """Requests for pictures of prompts: the prompts in turn, until each was asked for ``per_prompt`` times.
+    """Requests for images of prompts: the prompts in turn, until each was asked for ``per_prompt`` times.
 
-    So picture i is one of prompt i modulo their number, and with a larger ``per_prompt`` the first pictures stay what
-    they were. ``predict`` is for pictures that are kept, ``test`` for pictures that are measured. Batches hold
-    ``index`` of each picture in the run, (B,) int64, and ``captions``, a list of B texts.
+    So image i is one of prompt i modulo their number, and with a larger ``per_prompt`` the first images stay what
+    they were. ``predict`` is for images that are kept, ``test`` for images that are measured. Batches hold
+    ``index`` of each image in the run, (B,) int64, and ``captions``, a list of B texts.
 
     Args:
-        prompts: a list, in which an empty prompt asks for a picture of no words; a text file with one prompt a line;
+        prompts: a list, in which an empty prompt asks for an image of no words; a text file with one prompt a line;
             or a table of tab-separated values with a header (``.tsv``), as PartiPrompts are published. See
             :func:`read_prompts` and :func:`clean_prompt`.
-        per_prompt: pictures of each prompt.
-        batch_size: pictures a rank and batch.
+        per_prompt: images of each prompt.
+        batch_size: images a rank and batch.
         column: of the prompts in a table; ``Prompt`` if it is not given.
         clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`: for models that were trained on such
-            captions. What is nothing then asks for a picture of no words.
+            captions. What is nothing then asks for an image of no words.
 
     Attributes:
         prompts: in order, as they are read by the model.
@@ -163,5 +163,5 @@ class PromptDataModule(RequestDataModule):
             self.prompts = [clean_caption(prompt) for prompt in self.prompts]
 
     def request(self, index: int) -> dict[str, Any]:
-        """``index`` of the picture in the run and ``captions``, its prompt."""
+        """``index`` of the image in the run and ``captions``, its prompt."""
         return {"index": index, "captions": self.prompts[self.labels[index]]}

@@ -42,16 +42,16 @@ def read_labels(path: Path) -> list[int]:
 
 
 class SampleDataModule(RequestDataModule):
-    """Requests for pictures of classes: the labels in turn, until each entry was asked for ``per_class`` times.
+    """Requests for images of classes: the labels in turn, until each entry was asked for ``per_class`` times.
 
-    ``predict`` is for pictures that are kept, ``test`` for pictures that are measured. Batches hold ``index`` of each
-    picture in the run and ``condition``, its class, both (B,) int64.
+    ``predict`` is for images that are kept, ``test`` for images that are measured. Batches hold ``index`` of each
+    image in the run and ``condition``, its class, both (B,) int64.
 
     Args:
         classes: which classes, or how many: 10 means 0 to 9; or a text file with one class number a line, in which a
             class may come several times, for example a file of 50,000 random labels with ``per_class`` 1.
-        per_class: pictures of each entry.
-        batch_size: pictures a rank and batch.
+        per_class: images of each entry.
+        batch_size: images a rank and batch.
 
     Attributes:
         classes: the entries, in order.
@@ -75,7 +75,7 @@ class SampleDataModule(RequestDataModule):
         self.classes = labels
 
     def request(self, index: int) -> dict[str, Any]:
-        """``index`` of the picture in the run and ``condition``, its class."""
+        """``index`` of the image in the run and ``condition``, its class."""
         return {"index": index, "condition": int(self.labels[index])}
 
 

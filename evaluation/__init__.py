@@ -1,1 +1,1 @@
-"""What pictures are measured against, and what comes of it: ``python -m evaluation --help``."""
+"""What images are measured against, and what comes of it: ``python -m evaluation --help``."""

@@ -1,4 +1,4 @@
-"""Evaluate pictures without a model: ``python -m evaluation compare|reference|classifier|clip --help``."""
+"""Evaluate images without a model: ``python -m evaluation compare|reference|classifier|clip --help``."""
 
 from llamagen.cores import share_cores
 
@@ -21,7 +21,7 @@ from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, usable_device
 from evaluation.content_check import check_content
 from evaluation.gallery import Gallery
-from evaluation.image_sets import PictureSet, open_pictures
+from evaluation.image_sets import ImageSet, open_images
 from evaluation.measurement import Measurement
 from evaluation.published import published
 from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
@@ -34,7 +34,7 @@ Split = Literal["train", "val"]
 
 
 def compare(
-    pictures: str,
+    images: str,
     reference: str,
     features: nn.Module | None = None,
     image_size: int | None = None,
@@ -47,47 +47,45 @@ def compare(
     device: str | None = None,
     report: Path | None = None,
 ) -> dict[str, float]:
-    """Measure pictures against others: FID, sFID, Inception Score, precision, recall and KID.
+    """Measure images against others: FID, sFID, Inception Score, precision, recall and KID.
 
     Args:
-        pictures: an ``.npz`` of samples, a folder of pictures or class folders, or shards.
-        reference: a file of statistics (of ``python -m evaluation reference``, or ADM's), or pictures like the first.
+        images: an ``.npz`` of samples, a folder of images or class folders, or shards.
+        reference: a file of statistics (of ``python -m evaluation reference``, or ADM's), or images like the first.
         features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
-        image_size: side in pixels to which pictures of another size are cropped by ADM's rule; those of an ``.npz``
+        image_size: side in pixels to which images of another size are cropped by ADM's rule; those of an ``.npz``
             never are.
-        split: of the pictures, if they have several.
-        reference_split: of the reference's pictures.
+        split: of the images, if they have several.
+        reference_split: of the reference's images.
         reference_name: what the reference is called in the names of the numbers; by default as its file or folder.
-        reconstructions: the pictures went through a tokenizer, and the reference are the same pictures before.
-        batch_size: pictures that are looked at together.
-        num_workers: processes that read picture files.
+        reconstructions: the images went through a tokenizer, and the reference are the same images before.
+        batch_size: images that are looked at together.
+        num_workers: processes that read image files.
         device: where features are extracted; by default a GPU, if there is one.
-        report: folder for a report with numbers and pictures.
+        report: folder for a report with numbers and images.
     """
     started, place = time.monotonic(), usable_device(device)
     _check_numbers(batch_size, num_workers)
     if report is not None:
         check_report(report)
     kind: Purpose = "reconstruction" if reconstructions else "generation"
-    found = open_pictures(pictures, image_size, split)
+    found = open_images(images, image_size, split)
     extractor = (Inception() if features is None else features).to(place)
     known = _reference(
         reference, extractor, image_size, reference_split, reference_name, kind, batch_size, num_workers, place, found
     )
     measurement, gallery = Measurement(extractor, found.size, kind, known).to(place), Gallery()
-    for images, index, seen, labels in look_at(
-        found, extractor, batch_size, num_workers, place, f"looking at {pictures}"
-    ):
+    for batch, index, seen, labels in look_at(found, extractor, batch_size, num_workers, place, f"looking at {images}"):
         measurement.add(seen, index)
-        gallery.show(images, index, seen.pool, labels)
+        gallery.show(batch, index, seen.pool, labels)
     if warning := known.mix_up(kind, measurement.count):
         print(f"warning: {warning}", file=sys.stderr)
     numbers = {name: value.item() for name, value in measurement.compute().items()}
     paper = [] if reconstructions else published(None, None)
     print(table(numbers, []))
     facts = {
-        "pictures": {
-            "source": pictures,
+        "images": {
+            "source": images,
             "count": measurement.count,
             "resolution": found.size,
             "crop": found.crop,
@@ -98,13 +96,13 @@ def compare(
         "seconds": round(time.monotonic() - started, 1),
     }
     if report is not None:
-        write_report(report, f"{pictures} against {known.name}", numbers, facts, paper, gallery.grids(known))
+        write_report(report, f"{images} against {known.name}", numbers, facts, paper, gallery.grids(known))
         print(f"report: {report / 'report.md'}")
     return numbers
 
 
 def reference(
-    pictures: str,
+    images: str,
     out: Path,
     name: str | None = None,
     purpose: Purpose | None = None,
@@ -115,39 +113,39 @@ def reference(
     num_workers: int = 0,
     device: str | None = None,
 ) -> None:
-    """Take the statistics of pictures and keep them as a reference: mu, sigma, features, and where they come from.
+    """Take the statistics of images and keep them as a reference: mu, sigma, features, and where they come from.
 
     Args:
-        pictures: a folder of pictures or class folders, shards, or an ``.npz``; one of ADM's references keeps its
+        images: a folder of images or class folders, shards, or an ``.npz``; one of ADM's references keeps its
             statistics, and gets features.
         out: file to write, ``.npz``.
         name: becomes part of the names of what is measured against it; by default the name of ``out``.
-        purpose: whether new pictures are to be compared with it, or reconstructions of these very pictures; by default
+        purpose: whether new images are to be compared with it, or reconstructions of these very images; by default
             what a file of statistics says, and else ``generation``.
         features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
-        image_size: side in pixels to which pictures of another size are cropped by ADM's rule.
-        split: of the pictures, if they have several.
-        batch_size: pictures that are looked at together.
-        num_workers: processes that read picture files.
+        image_size: side in pixels to which images of another size are cropped by ADM's rule.
+        split: of the images, if they have several.
+        batch_size: images that are looked at together.
+        num_workers: processes that read image files.
         device: where features are extracted; by default a GPU, if there is one.
     """
     check_output_file(out, (".npz",))
     _check_numbers(batch_size, num_workers)
-    if out.exists() and Path(pictures).exists() and out.samefile(pictures):
-        raise ValueError(f"out is {out}, which are the pictures; give another name")
+    if out.exists() and Path(images).exists() and out.samefile(images):
+        raise ValueError(f"out is {out}, which are the images; give another name")
     if out.exists() and not _holds_statistics(str(out)):
         raise ValueError(f"out is {out}, which is there and is no reference; give another name")
     called, place = checked_name(out.stem if name is None else name), usable_device(device)
-    if not _holds_statistics(pictures):
-        check_content(open_pictures(pictures, image_size, split), num_workers)
+    if not _holds_statistics(images):
+        check_content(open_images(images, image_size, split), num_workers)
     extractor = (Inception() if features is None else features).to(place)
     made = _reference(
-        pictures, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
+        images, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
     )
     made = made if purpose is None else replace(made, purpose=purpose)
     made.save(out)
     print(
-        f"{out}: {made.count or 'an unknown number of'} pictures of {made.resolution} px, for {made.purpose}, "
+        f"{out}: {made.count or 'an unknown number of'} images of {made.resolution} px, for {made.purpose}, "
         f"named {made.name}"
     )
 
@@ -169,9 +167,9 @@ def _reference(
     batch_size: int,
     num_workers: int,
     device: str,
-    compared: PictureSet | None = None,
+    compared: ImageSet | None = None,
 ) -> Reference:
-    """A file of statistics, or those of pictures; of the size of what is compared with them."""
+    """A file of statistics, or those of images; of the size of what is compared with them."""
     size = image_size if compared is None else compared.size
     if _holds_statistics(source):
         if split is not None:
@@ -181,18 +179,18 @@ def _reference(
         if compared is not None:
             check_content(compared, num_workers)
         return completed(known, extractor, device)
-    pictures = open_pictures(source, image_size, split)
-    if compared is not None and pictures.size != size:
+    images = open_images(source, image_size, split)
+    if compared is not None and images.size != size:
         raise ValueError(
-            f"the pictures of {source} are {pictures.size} × {pictures.size}, but those of {compared.name} {size} × "
-            f"{size}; compare pictures of one size, or set image_size, which crops those in folders and shards"
+            f"the images of {source} are {images.size} × {images.size}, but those of {compared.name} {size} × "
+            f"{size}; compare images of one size, or set image_size, which crops those in folders and shards"
         )
-    for images in (compared, pictures):  # now, and not after the extractor has seen the other side
-        if images is not None:
-            check_content(images, num_workers)
+    for each in (compared, images):  # now, and not after the extractor has seen the other side
+        if each is not None:
+            check_content(each, num_workers)
     path = Path(os.path.abspath(source))
     called = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
-    return make_reference(pictures, extractor, called, purpose, batch_size, num_workers, device)
+    return make_reference(images, extractor, called, purpose, batch_size, num_workers, device)
 
 
 def _holds_statistics(source: str) -> bool:
@@ -203,7 +201,7 @@ def _holds_statistics(source: str) -> bool:
         with zipfile.ZipFile(path) as file:
             return "mu.npy" in file.namelist()
     except (zipfile.BadZipFile, OSError):
-        return False  # whoever looks for pictures will say what is wrong
+        return False  # whoever looks for images will say what is wrong
 
 
 def main(args: list[str] | None = None) -> None:

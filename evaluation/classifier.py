@@ -1,4 +1,4 @@
-"""Trains the small classifier whose features take Inception's place for other kinds of pictures."""
+"""Trains the small classifier whose features take Inception's place for other kinds of images."""
 
 import json
 import math
@@ -17,13 +17,13 @@ from datamodules.images import ImageDataModule
 from datamodules.loading.loader import EvaluationLoader
 from datamodules.storage.class_order import ClassOrder
 from evaluation.command_line import usable_device
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.finite import broken_weight
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
 from llamagen.output_paths import check_output_file
 
 SHIFT = 2
-"""Pixels by which training pictures are moved at most, in each direction."""
+"""Pixels by which training images are moved at most, in each direction."""
 
 
 def train_classifier(
@@ -41,28 +41,28 @@ def train_classifier(
     device: str = "cpu",
     class_order: ClassOrder = "auto",
 ) -> float:
-    """Train a classifier on the training pictures of a set, and write it with its accuracy on the validation pictures.
+    """Train a classifier on the training images of a set, and write it with its accuracy on the validation images.
 
     Args:
         data: folder of class folders or shards, with ``train`` and ``val`` or without, as the tokenizer reads it.
         out: file to write, ``.safetensors``.
         name: what its features are called in the names of metrics, for example ``digits-classifier``.
-        image_size: side of the pictures in pixels.
-        epochs: times that each picture is seen.
-        batch_size: pictures of a step.
+        image_size: side of the images in pixels.
+        epochs: times that each image is seen.
+        batch_size: images of a step.
         width: channels of the first layer; there are four times as many features.
         lr: highest learning rate, of AdamW in one cycle.
-        flip: mirror half of the pictures.
-        num_workers: processes that read pictures.
+        flip: mirror half of the images.
+        num_workers: processes that read images.
         seed: of weights, order, moves and mirroring.
         device: where to train.
         class_order: how class folders are numbered, as in a DataModule.
 
     Returns:
-        Share of validation pictures that it recognises.
+        Share of validation images that it recognises.
 
     Raises:
-        ValueError: if the pictures have no classes, or a number makes no sense.
+        ValueError: if the images have no classes, or a number makes no sense.
         FloatingPointError: if the loss is not finite.
     """
     if epochs < 1:
@@ -76,7 +76,7 @@ def train_classifier(
     check_output_file(out, (".safetensors",))
     device = usable_device(device)
     torch.manual_seed(seed)
-    pictures = ImageDataModule(
+    datamodule = ImageDataModule(
         data,
         image_size,
         batch_size,
@@ -87,14 +87,14 @@ def train_classifier(
         remainder="drop",
         class_order=class_order,
     )
-    pictures.setup("fit")
-    train, validation = pictures.train_dataloader(), pictures.val_dataloader()
-    labels = np.concatenate([pictures.datasets[split].samples.labels for split in SPLITS])  # type: ignore[attr-defined]
+    datamodule.setup("fit")
+    train, validation = datamodule.train_dataloader(), datamodule.val_dataloader()
+    labels = np.concatenate([datamodule.datasets[split].samples.labels for split in SPLITS])  # type: ignore[attr-defined]
     if (labels < 0).any():
-        raise ValueError(f"some pictures in {data} have no class; give a set with a class for each picture")
+        raise ValueError(f"some images in {data} have no class; give a set with a class for each image")
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"all pictures in {data} are of one class; give a set of at least two")
-    num_classes = max(len(pictures.class_names), 1 + int(labels.max()))
+        raise ValueError(f"all images in {data} are of one class; give a set of at least two")
+    num_classes = max(len(datamodule.class_names), 1 + int(labels.max()))
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)
     steps = epochs * len(train)
@@ -133,18 +133,18 @@ def train_classifier(
         "epochs": epochs,
         "seed": seed,
     }
-    with whole_file(out) as temporary:
+    with atomic_file(out) as temporary:
         save_file(
             {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()},
             temporary,
             metadata={ENTRY: json.dumps(facts)},
         )
-    print(f"{out}: recognises {accuracy:.1%} of the validation pictures, after {time.monotonic() - started:.0f} s")
+    print(f"{out}: recognises {accuracy:.1%} of the validation images, after {time.monotonic() - started:.0f} s")
     return accuracy
 
 
 def _levels(images: Tensor, device: str) -> Tensor:
-    """Pictures in [-1, 1] as the levels 0 … 255 that extractors see."""
+    """Images in [-1, 1] as the levels 0 … 255 that extractors see."""
     return ((images.to(device) + 1) * 127.5).round()
 
 

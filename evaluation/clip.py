@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): how well pictures fit their prompts. B pictures of S × S pixels, W features."""
+"""CLIP (arXiv 2103.00020): how well images fit their prompts. B images of S × S pixels, W features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT = "openai/clip-vit-large-patch14"
 CLIP = PretrainedKind("CLIP", "CLIPModel", "CLIP", "the CLIP score", DEFAULT)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that CLIP was trained with, in [0, 1]; what a checkpoint says of itself comes first."""
+"""Of the images that CLIP was trained with, in [0, 1]; what a checkpoint says of itself comes first."""
 OLD_END = 2
 """What old configurations, OpenAI's own among them, falsely give as the token that ends a text. transformers then takes
 the largest token of a text for its end."""
@@ -31,7 +31,7 @@ the largest token of a text for its end."""
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to a picture before a CLIP sees it, as its checkpoint says.
+    """What is done to an image before a CLIP sees it, as its checkpoint says.
 
     It is done with Pillow, as in CLIP's publication. transformers does it with torchvision where that is installed, and
     else with Pillow, so that numbers would depend on it.
@@ -63,7 +63,7 @@ class Preparation:
 
 class Clip(nn.Module):
     """A CLIP of transformers, frozen, in float32. As an extractor of :func:`llamagen.metrics.extract` it gives features
-    of prepared pictures.
+    of prepared images.
 
     Args:
         name: name on the Hugging Face Hub, or a folder with ``config.json``, weights, ``preprocessor_config.json`` and
@@ -72,7 +72,7 @@ class Clip(nn.Module):
     Attributes:
         name: what it is called in the names of metrics: the last part of its name or path.
         source: the name as it was given.
-        preparation: of pictures.
+        preparation: of images.
         length: most tokens of a prompt, begin and end included; 77 of the published ones.
 
     Raises:
@@ -98,7 +98,7 @@ class Clip(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, W) of prepared pictures (B, 3, S, S), float32 in 0 … 255."""
+        """Features (B, W) of prepared images (B, 3, S, S), float32 in 0 … 255."""
         mean, std = (
             torch.tensor(values, device=images.device).view(3, 1, 1)
             for values in (self.preparation.mean, self.preparation.std)
@@ -110,7 +110,7 @@ class Clip(nn.Module):
         """Features (B, W) of prompts, each of which goes through the model once, however often it is asked for.
 
         One that has too many tokens is cut and keeps the token that ends it, whose features are those of the text.
-        torchmetrics cuts the end off, too, and so compares pictures with some word, or with the beginning of any text.
+        torchmetrics cuts the end off, too, and so compares images with some word, or with the beginning of any text.
         Half a surrogate pair counts as a "?".
 
         Raises:
@@ -143,10 +143,10 @@ class Clip(nn.Module):
         return self._encoded[prompt][1]
 
 
-class PictureScores(CLIPScore):
-    """torchmetrics' CLIP score with that of each picture: 100 · max(cos, 0) of its features and its prompt's.
+class ImageScores(CLIPScore):
+    """torchmetrics' CLIP score with that of each image: 100 · max(cos, 0) of its features and its prompt's.
 
-    torchmetrics takes the maximum of the mean; here it is taken of each picture, as in the score's publication (arXiv
+    torchmetrics takes the maximum of the mean; here it is taken of each image, as in the score's publication (arXiv
     2104.08718, whose factor is 2.5 and not 100). The two differ only where a cosine is below zero. Sums are in float64.
 
     Args:
@@ -162,22 +162,22 @@ class PictureScores(CLIPScore):
         self.add_state("of_each", [], dist_reduce_fx="cat")
 
     def update(self, source: Tensor, target: list[str]) -> None:  # type: ignore[override]
-        """Take pictures into account.
+        """Take images into account.
 
         Args:
-            source: (B, 3, S, S) uint8, prepared pictures on the device of the model.
+            source: (B, 3, S, S) uint8, prepared images on the device of the model.
             target: their prompts.
         """
         assert len(source) == len(target)
         clip = cast(Clip, self.model)
-        pictures, prompts = extract(clip, source).pool, clip.encode(target)
-        scores = 100 * F.cosine_similarity(pictures.double(), prompts.double()).clamp(min=0)
+        images, prompts = extract(clip, source).pool, clip.encode(target)
+        scores = 100 * F.cosine_similarity(images.double(), prompts.double()).clamp(min=0)
         self.score += scores.sum()
         self.n_samples += len(scores)
         cast(list[Tensor], self.of_each).append(scores)
 
     def each(self) -> np.ndarray:
-        """Scores of the pictures in the order in which they came, (N,) float64."""
+        """Scores of the images in the order in which they came, (N,) float64."""
         parts = self.of_each if isinstance(self.of_each, list) else [self.of_each]
         return np.concatenate([part.cpu().numpy() for part in parts])
 
@@ -192,7 +192,7 @@ def short_name(name: str | Path) -> str:
 
 
 def load_clip(name: str | Path) -> "tuple[CLIPModel, PreTrainedTokenizerBase, Preparation]":
-    """A CLIP on the CPU, its tokenizer, and what it wants to be done to pictures.
+    """A CLIP on the CPU, its tokenizer, and what it wants to be done to images.
 
     Args:
         name: a name on the Hub or a folder, see :class:`Clip`.

@@ -1,4 +1,4 @@
-"""Measures how well pictures fit the prompts that they were drawn of: ``python -m evaluation clip``. N pictures."""
+"""Measures how well images fit the prompts that they were drawn of: ``python -m evaluation clip``. N images."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datamodules.storage.bad_samples import BadSampleError
-from datamodules.transforms.decode import read_picture
-from evaluation.clip import DEFAULT, Clip, PictureScores, Preparation
+from datamodules.transforms.decode import read_image
+from evaluation.clip import DEFAULT, Clip, ImageScores, Preparation
 from evaluation.command_line import usable_device
 from evaluation.image_sets import join_checksums
-from evaluation.prompt_images import METADATA, PromptPicture, read_prompt_pictures
+from evaluation.prompt_images import METADATA, PromptImage, read_prompt_images
 from evaluation.report import rows_table, versions_here
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.metrics import extractor_checksum
 from llamagen.output_paths import check_output_file
 
-MOST_GROUPS = 50
+MAX_GROUPS = 50
 """A column of the metadata with more values than these is no category, but a remark, and is not measured by."""
 SHOWN_PROMPTS = 20
 """Of more prompts only the worst and the best are printed; all are in the file."""
@@ -34,25 +34,25 @@ LONGEST_SHOWN = 60
 
 
 class Score(NamedTuple):
-    """Of some pictures.
+    """Of some images.
 
     Attributes:
         mean: of their scores, in [0, 100].
-        error: standard error of the mean over pictures; None of a single picture.
-        pictures: their number.
+        error: standard error of the mean over images; None of a single image.
+        images: their number.
     """
 
     mean: float
     error: float | None
-    pictures: int
+    images: int
 
     def facts(self) -> dict[str, float | int | None]:
         """As they are written."""
-        return {"clip_score": self.mean, "standard_error": self.error, "pictures": self.pictures}
+        return {"clip_score": self.mean, "standard_error": self.error, "images": self.images}
 
     def cells(self) -> list[str]:
         """As they are printed."""
-        return [f"{self.mean:.4g}", "" if self.error is None else f"{self.error:.2g}", str(self.pictures)]
+        return [f"{self.mean:.4g}", "" if self.error is None else f"{self.error:.2g}", str(self.images)]
 
 
 def clip_score(
@@ -63,7 +63,7 @@ def clip_score(
     num_workers: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Measure how well pictures fit their prompts: the CLIP score, of all, by prompt and by category.
+    """Measure how well images fit their prompts: the CLIP score, of all, by prompt and by category.
 
     Args:
         samples: a folder that predict of prompts has completed, or any with a metadata.jsonl whose lines have
@@ -71,8 +71,8 @@ def clip_score(
         clip: a CLIP's folder as save_pretrained writes it, or its name on the Hugging Face Hub. Scores of different
             CLIPs cannot be compared.
         out: file for all numbers, ``.json``.
-        batch_size: pictures that are looked at together.
-        num_workers: processes that read picture files.
+        batch_size: images that are looked at together.
+        num_workers: processes that read image files.
         device: where features are extracted; by default a GPU, if there is one.
     """
     started, place = time.monotonic(), usable_device(device)
@@ -80,26 +80,26 @@ def clip_score(
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and at least 0")
     if out is not None:
         check_output_file(out, (".json",))
-    pictures = read_prompt_pictures(samples)
+    images = read_prompt_images(samples)
     model = Clip(clip).to(place)
-    scores, checksum = _scores(pictures, model, batch_size, num_workers, place)
+    scores, checksum = _scores(images, model, batch_size, num_workers, place)
     whole = score_of(scores)
     if not math.isfinite(whole.mean):
         raise ValueError(f"the CLIP score by {clip} is {whole.mean}; its weights are damaged: get them again")
     name = f"clip_score_{model.name}"
     numbers = {name: whole.mean} | ({} if whole.error is None else {f"{name}_error": whole.error})
-    prompts = _by(pictures, scores, lambda picture: (picture.number, picture.prompt))
-    columns = by_column(pictures, scores)
+    prompts = _by(images, scores, lambda image: (image.number, image.prompt))
+    columns = by_column(images, scores)
     cut = sum(model.was_cut(prompt) for _, prompt in prompts)
     if out is not None:
         facts = {
             "metrics": numbers,
-            "pictures": {"source": str(samples), "count": whole.pictures, "checksum": checksum},
+            "images": {"source": str(samples), "count": whole.images, "checksum": checksum},
             "extractor": {
                 "name": model.name,
                 "source": model.source,
                 "checksum": extractor_checksum(model.model),
-                "picture_side": model.preparation.crop,
+                "image_side": model.preparation.crop,
                 "prompt_tokens": model.length,
             },
             "prompts": {"count": len(prompts), "cut": cut},
@@ -113,7 +113,7 @@ def clip_score(
             "seconds": round(time.monotonic() - started, 1),
             "versions": versions_here() | {"transformers": version("transformers")},
         }
-        with whole_file(out) as temporary:
+        with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(_table(name, whole, prompts, columns))
     if cut:
@@ -124,7 +124,7 @@ def clip_score(
 
 
 class _Prepared(Dataset[Any]):
-    """Pictures as a CLIP wants them, with the SHA-256 of their pixels; or why one cannot be read.
+    """Images as a CLIP wants them, with the SHA-256 of their pixels; or why one cannot be read.
 
     An error that is raised in a worker would come with a page of where it was.
     """
@@ -138,26 +138,26 @@ class _Prepared(Dataset[Any]):
     def __getitem__(self, number: int) -> tuple[Tensor, str] | str:
         file = self.files[number]
         try:
-            pixels = read_picture(file.read_bytes(), str(file))
+            pixels = read_image(file.read_bytes(), str(file))
         except (BadSampleError, OSError) as error:
             return f"{error}; draw or get it again, or take its line out of {METADATA}"
         return self.preparation(pixels), hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
 def _scores(
-    pictures: Sequence[PromptPicture], clip: Clip, batch_size: int, num_workers: int, device: str
+    images: Sequence[PromptImage], clip: Clip, batch_size: int, num_workers: int, device: str
 ) -> tuple[np.ndarray, str]:
-    """Score of each picture, (N,) float64, and the checksum of all, with a progress bar."""
-    metric, digests = PictureScores(clip).to(device), list[str]()
-    dataset = _Prepared([picture.file for picture in pictures], clip.preparation)
+    """Score of each image, (N,) float64, and the checksum of all, with a progress bar."""
+    metric, digests = ImageScores(clip).to(device), list[str]()
+    dataset = _Prepared([image.file for image in images], clip.preparation)
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(pictures), desc=f"looking with {clip.name}", unit="picture") as bar:
+    with tqdm(total=len(images), desc=f"looking with {clip.name}", unit="image") as bar:
         for batch in loader:
             if bad := [each for each in batch if isinstance(each, str)]:
                 raise ValueError(bad[0])
-            some = pictures[len(digests) : len(digests) + len(batch)]
-            images = torch.stack([image for image, _ in batch]).to(device)
-            metric.update(images, [picture.prompt for picture in some])
+            some = images[len(digests) : len(digests) + len(batch)]
+            prepared = torch.stack([pixels for pixels, _ in batch]).to(device)
+            metric.update(prepared, [image.prompt for image in some])
             digests += [digest for _, digest in batch]
             bar.update(len(batch))
     return metric.each(), join_checksums(digests)
@@ -169,29 +169,27 @@ def score_of(scores: np.ndarray) -> Score:
     return Score(float(scores.mean()), error, len(scores))
 
 
-def _by(
-    pictures: Sequence[PromptPicture], scores: np.ndarray, key: Callable[[PromptPicture], Hashable]
-) -> dict[Any, Score]:
-    """Scores of pictures with equal keys, in the order in which these come; without those whose key is None."""
+def _by(images: Sequence[PromptImage], scores: np.ndarray, key: Callable[[PromptImage], Hashable]) -> dict[Any, Score]:
+    """Scores of images with equal keys, in the order in which these come; without those whose key is None."""
     rows: dict[Hashable, list[int]] = {}
-    for row, picture in enumerate(pictures):
-        if (value := key(picture)) is not None:
+    for row, image in enumerate(images):
+        if (value := key(image)) is not None:
             rows.setdefault(value, []).append(row)
     return {value: score_of(scores[some]) for value, some in rows.items()}
 
 
-def by_column(pictures: Sequence[PromptPicture], scores: np.ndarray) -> dict[str, dict[str, Score]]:
+def by_column(images: Sequence[PromptImage], scores: np.ndarray) -> dict[str, dict[str, Score]]:
     """Scores by the values of each column of the prompts that sorts them into categories.
 
-    These are columns with at most :data:`MOST_GROUPS` values, fewer than there are prompts. Pictures without a value
+    These are columns with at most :data:`MAX_GROUPS` values, fewer than there are prompts. Images without a value
     are in no category.
     """
-    prompts = {(picture.number, picture.prompt): picture.columns for picture in pictures}
+    prompts = {(image.number, image.prompt): image.columns for image in images}
     found = {}
     for name in dict.fromkeys(name for columns in prompts.values() for name in columns):
         values = [columns[name] for columns in prompts.values() if columns.get(name)]
-        if 0 < len(set(values)) <= min(MOST_GROUPS, len(values) - 1):
-            found[name] = _by(pictures, scores, lambda picture, name=name: picture.columns.get(name) or None)  # type: ignore[misc]
+        if 0 < len(set(values)) <= min(MAX_GROUPS, len(values) - 1):
+            found[name] = _by(images, scores, lambda image, name=name: image.columns.get(name) or None)  # type: ignore[misc]
     return found
 
 
@@ -200,7 +198,7 @@ def _table(name: str, whole: Score, prompts: dict[Any, Score], columns: dict[str
     for column, found in columns.items():
         rows += [[_cell(f"{column}: {value}"), *score.cells()] for value, score in sorted(found.items())]
     rows += [[_cell(label), *score.cells()] for label, score in _shown(prompts)]
-    return rows_table(["", "CLIP score", "standard error", "pictures"], rows)
+    return rows_table(["", "CLIP score", "standard error", "images"], rows)
 
 
 def _shown(prompts: dict[Any, Score]) -> Iterator[tuple[str, Score]]:

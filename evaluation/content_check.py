@@ -2,13 +2,13 @@
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from evaluation.image_sets import PictureSet
+from evaluation.image_sets import ImageSet
 
 LOOK = 16
 """Images read at a time; ordinary ones are settled by these."""
 
 
-def check_content(images: PictureSet, num_workers: int = 0) -> None:
+def check_content(images: ImageSet, num_workers: int = 0) -> None:
     """See that images are not all the same, and no floats that were cast to bytes without scaling.
 
     Images that look like that are read to the end, without an extractor, to be sure.
@@ -27,7 +27,7 @@ def check_content(images: PictureSet, num_workers: int = 0) -> None:
         raise ValueError(f"{images.name} cannot be measured: {fault}")
 
 
-def warn_of_content(images: PictureSet) -> None:
+def warn_of_content(images: ImageSet) -> None:
     """Warn of what is unusual about images that have been read to the end."""
     for doubt in images.content.doubts():
         rank_zero_warn(f"{images.name}: {doubt}")

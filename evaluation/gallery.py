@@ -1,4 +1,4 @@
-"""The few pictures that a report shows, out of many. B pictures of H × W pixels, F features."""
+"""The few images that a report shows, out of many. B images of H × W pixels, F features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,17 +21,17 @@ COLUMNS = 8
 
 @dataclass
 class Exhibit:
-    """A picture with what is shown of it.
+    """An image with what is shown of it.
 
     Attributes:
-        picture: (H, W, 3) uint8.
+        image: (H, W, 3) uint8.
         label: its class, -1 where it has none.
         features: (F,) float32.
         original: (H, W, 3) uint8, of which it is a reconstruction; None where it is none.
         caption: what it was drawn of; None where it is not known.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     label: int
     features: np.ndarray
     original: np.ndarray | None = None
@@ -40,7 +40,7 @@ class Exhibit:
 
 @dataclass
 class Gallery:
-    """Keeps some of the pictures that it is shown, always the same ones, in any order, batches and number of ranks.
+    """Keeps some of the images that it is shown, always the same ones, in any order, batches and number of ranks.
 
     Which ones is drawn by hashing their index, and their classes by hashing these. At most
     ``RANDOM + CLASSES · PER_CLASS`` are held.
@@ -58,7 +58,7 @@ class Gallery:
         originals: Tensor | None = None,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Show it pictures.
+        """Show it images.
 
         Args:
             images: (B, 3, H, W) uint8.
@@ -113,10 +113,10 @@ class Gallery:
         return self
 
     def grids(self, reference: Reference | None) -> dict[str, Image.Image]:
-        """Pictures for a report by name, as far as there is something to show.
+        """Images for a report by name, as far as there is something to show.
 
         ``random``, above their captions if these are known, and ``classes`` (a row for each), or ``reconstructions``
-        below their originals; ``neighbours``: beside each picture those of the reference that are nearest to it by
+        below their originals; ``neighbours``: beside each image those of the reference that are nearest to it by
         their features.
         """
         grids: dict[str, Image.Image] = {}
@@ -125,17 +125,17 @@ class Gallery:
             rows = []
             for start in range(0, min(len(drawn), RECONSTRUCTED), COLUMNS):
                 some = drawn[start : start + COLUMNS]
-                rows += [[each.original for each in some], [each.picture for each in some]]
+                rows += [[each.original for each in some], [each.image for each in some]]
             grids["reconstructions"] = grid_image(rows)  # type: ignore[arg-type]
             return grids
         if drawn:
             shown = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
-            pictures = [[each.picture for each in row] for row in shown]
+            images = [[each.image for each in row] for row in shown]
             captions = [[each.caption or "" for each in row] for row in shown]
-            grids["random"] = captioned_grid(pictures, captions) if any(map(any, captions)) else grid_image(pictures)
+            grids["random"] = captioned_grid(images, captions) if any(map(any, captions)) else grid_image(images)
         if self.by_class:
             grids["classes"] = grid_image(
-                [[e.picture for e in self.by_class[label].values()] for label in sorted(self.by_class)]
+                [[e.image for e in self.by_class[label].values()] for label in sorted(self.by_class)]
             )
         if reference is not None and reference.features is not None and reference.thumbnails is not None and drawn:
             grids["neighbours"] = _neighbours(drawn[:NEIGHBOURED], reference.features, reference.thumbnails)
@@ -148,7 +148,7 @@ def _neighbours(exhibits: list[Exhibit], features: Tensor, thumbnails: np.ndarra
     for each in exhibits:
         distances = (known - torch.from_numpy(each.features).double()).square().sum(1)
         nearest = distances.topk(min(NEIGHBOURS, len(known)), largest=False).indices.tolist()
-        rows.append([thumbnail(each.picture), *(thumbnails[place] for place in nearest)])
+        rows.append([thumbnail(each.image), *(thumbnails[place] for place in nearest)])
     return grid_image(rows)
 
 

@@ -1,4 +1,4 @@
-"""Pictures to evaluate, of anybody's: a folder, shards, or one ADM-style array. B batch, H = W = the set's ``size``."""
+"""Images to evaluate, of anybody's: a folder, shards, or one ADM-style array. B batch, H = W = the set's ``size``."""
 
 import hashlib
 import os
@@ -17,35 +17,35 @@ from datamodules.datasets.images import to_planes
 from datamodules.loading.loader import EvaluationLoader
 from datamodules.loading.order import shared_batches
 from datamodules.storage.bad_samples import BadSampleError, Skipped, Tally
-from datamodules.storage.folders import class_folders, flat_pictures, index_flat, index_folder
-from datamodules.storage.index import NO_LABEL, PICTURES, Sample, SampleIndex
+from datamodules.storage.folders import class_folders, flat_images, index_flat, index_folder
+from datamodules.storage.index import IMAGES, NO_LABEL, Sample, SampleIndex
 from datamodules.storage.layout import split_of
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.shards import CODES_FORMAT, META_FILE
 from datamodules.storage.sources import SPLITS, find_sources
 from datamodules.transforms.crops import centre_crop
-from datamodules.transforms.decode import read_picture
+from datamodules.transforms.decode import read_image
 from evaluation.image_content import ImageContent
-from evaluation.npz_images import ENDING, FEWEST, PictureArchive
+from evaluation.npz_images import ENDING, FEWEST, ImageArchive
 
 Split = Literal["train", "val"]
 Crop = Literal["none", "adm-centre"]
 
-MOST_BAD = 0.05
-"""Share of pictures that may be broken."""
+MAX_BAD = 0.05
+"""Share of images that may be broken."""
 
 OTHER_SIZE = "other size"
-"""Not a reason to skip a picture but to stop; it travels from a worker process as if it were one."""
+"""Not a reason to skip an image but to stop; it travels from a worker process as if it were one."""
 
-HINT = f"give a folder of pictures ({', '.join(PICTURES)}), of class folders or of shards, or an .npz"
+HINT = f"give a folder of images ({', '.join(IMAGES)}), of class folders or of shards, or an .npz"
 
 
-class PictureBatch(NamedTuple):
-    """Some pictures of a set.
+class ImageBatch(NamedTuple):
+    """Some images of a set.
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB, contiguous.
-        index: (B,) int64, the number of each within its set, ascending; broken pictures leave gaps.
+        index: (B,) int64, the number of each within its set, ascending; broken images leave gaps.
         labels: (B,) int64, class of each, −1 where it has none.
     """
 
@@ -54,13 +54,13 @@ class PictureBatch(NamedTuple):
     labels: Tensor
 
 
-class PictureSet(ABC):
-    """Square pictures of one size, in an order that does not change.
+class ImageSet(ABC):
+    """Square images of one size, in an order that does not change.
 
     Args:
         name: where they are, as the user said it.
         size: their side in pixels.
-        known: what cannot be read, as far as that is known beforehand.
+        known: what cannot be read, as far as that is known in advance.
 
     Attributes:
         cropped: how many of those that the last :meth:`batches` has handed out had another size.
@@ -70,21 +70,21 @@ class PictureSet(ABC):
     def __init__(self, name: str, size: int, known: Iterable[Skipped] = ()) -> None:
         self.name, self.size, self.cropped = name, size, 0
         self._known, self._digests, self.content = list(known), 0, ImageContent()
-        self._tally = _PictureTally(self._known)
+        self._tally = _ImageTally(self._known)
 
     @abstractmethod
     def __len__(self) -> int:
-        """Pictures that are known, broken ones among them included."""
+        """Images that are known, broken ones among them included."""
 
     def batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
-    ) -> Iterator[PictureBatch]:
-        """The pictures in order, from the first: rank r takes every ``world_size``-th one, from the r-th on.
+    ) -> Iterator[ImageBatch]:
+        """The images in order, from the first: rank r takes every ``world_size``-th one, from the r-th on.
 
         At most a batch or two are held, and two more for each worker. One iteration at a time.
 
         Args:
-            batch_size: most pictures of a batch; it is smaller at the end, or where pictures are broken.
+            batch_size: most images of a batch; it is smaller at the end, or where images are broken.
             rank: of this process.
             world_size: number of ranks.
             num_workers: processes that decode files; 0 for none. An array has nothing to decode, and takes none.
@@ -99,11 +99,11 @@ class PictureSet(ABC):
             )
         assert 0 <= rank < world_size
         self.cropped, self._digests, self.content = 0, 0, ImageContent()
-        self._tally = _PictureTally(self._known if rank == 0 else ())
+        self._tally = _ImageTally(self._known if rank == 0 else ())
         return self._read(batch_size, rank, world_size, num_workers)
 
     @abstractmethod
-    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[PictureBatch]:
+    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[ImageBatch]:
         """See :meth:`batches`; counts :attr:`cropped` and shows each batch to :meth:`_saw`."""
 
     def _saw(self, images: Tensor, digests: list[int]) -> None:
@@ -112,7 +112,7 @@ class PictureSet(ABC):
 
     @property
     def crop(self) -> Crop:
-        """What was done to the pictures that the last :meth:`batches` has handed out: ``none`` where all had the size,
+        """What was done to the images that the last :meth:`batches` has handed out: ``none`` where all had the size,
         ``adm-centre`` where some were resized and cropped.
         """
         return "adm-centre" if self.cropped else "none"
@@ -120,7 +120,7 @@ class PictureSet(ABC):
     def checksum(self) -> str:
         """Identifies the pixels that the last :meth:`batches` has handed out; costs no second pass.
 
-        It is the sum, modulo 2^256, of the SHA-256 of each picture, (H, W, 3) uint8, as 64 hexadecimal digits: the same
+        It is the sum, modulo 2^256, of the SHA-256 of each image, (H, W, 3) uint8, as 64 hexadecimal digits: the same
         in any order, in any kind of file without loss, and by :func:`join_checksums` on any number of ranks. Zeros say
         that nothing was read.
         """
@@ -128,7 +128,7 @@ class PictureSet(ABC):
 
     @property
     def skipped(self) -> Counter[str]:
-        """Pictures that cannot be read, by reason: what is known from the beginning, and what the last :meth:`batches`
+        """Images that cannot be read, by reason: what is known from the beginning, and what the last :meth:`batches`
         came upon. The former is counted by the first rank alone, so that ranks can be added up.
         """
         return self._tally.by_reason()
@@ -137,43 +137,43 @@ class PictureSet(ABC):
         """Judge the sum of :attr:`skipped` over all ranks.
 
         Raises:
-            ValueError: if more than 5 % of the pictures cannot be read.
+            ValueError: if more than 5 % of the images cannot be read.
         """
         bad, total = sum(skipped.values()), len(self) + len(self._known)
-        if bad > MOST_BAD * total:
+        if bad > MAX_BAD * total:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
             examples = [sample.message for sample in (*self._tally.seen, *self._known)][:1]
             raise ValueError(
-                f"{bad} of {total} pictures of {self.name} cannot be read, more than {MOST_BAD:.0%} "
+                f"{bad} of {total} images of {self.name} cannot be read, more than {MAX_BAD:.0%} "
                 f"({'; e.g. '.join([reasons, *examples])}); mend or remove them"
             )
 
 
 def join_checksums(checksums: Iterable[str]) -> str:
-    """:meth:`PictureSet.checksum` of a set, of those of all ranks."""
+    """:meth:`ImageSet.checksum` of a set, of those of all ranks."""
     return f"{sum(int(checksum, 16) for checksum in checksums) % 2**256:064x}"
 
 
-def open_pictures(name: str | Path, image_size: int | None = None, split: Split | None = None) -> PictureSet:
-    """Find pictures to evaluate; they are not read yet.
+def open_images(name: str | Path, image_size: int | None = None, split: Split | None = None) -> ImageSet:
+    """Find images to evaluate; they are not read yet.
 
     Args:
         name: an ``.npz`` with ``arr_0`` uint8 (N, H, W, 3) and perhaps labels ``arr_1``, or an ``.npy``; a folder of
-            pictures, in the order of their names; or of class folders or shards, read as in training; or with ``train``
+            images, in the order of their names; or of class folders or shards, read as in training; or with ``train``
             and ``val`` in it. Labels of class folders are their names, where these are whole
             numbers, else the places of their sorted names.
-        image_size: cut pictures of another size out by ADM's rule, to this side in pixels. None wants all of the size
-            that the first one has. Pictures of an array are never resized.
+        image_size: cut images of another size out by ADM's rule, to this side in pixels. None wants all of the size
+            that the first one has. Images of an array are never resized.
         split: of a set that has several.
 
     Raises:
-        ValueError: if there is nothing, fewer than two pictures, or something else; see also
-            :class:`~evaluation.npz_images.PictureArchive`.
+        ValueError: if there is nothing, fewer than two images, or something else; see also
+            :class:`~evaluation.npz_images.ImageArchive`.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1")
     if not str(name):
-        raise ValueError(f"the name of the pictures is empty; {HINT}")
+        raise ValueError(f"the name of the images is empty; {HINT}")
     name = os.path.expanduser(name)
     path = Path(name)
     array = path.suffix in (".npz", ENDING) or (path.is_file() and path.suffix != ".tar")
@@ -181,24 +181,24 @@ def open_pictures(name: str | Path, image_size: int | None = None, split: Split 
         return _Files(str(name), _find(str(name), split), image_size)
     if split is not None:
         raise ValueError(f"{name} has no splits; leave split {split} out")
-    archive = PictureArchive(path)
+    archive = ImageArchive(path)
     if image_size not in (None, archive.size):
         raise ValueError(
-            f"the pictures of {name} are {archive.size} × {archive.size}, not image_size {image_size}, and an array is "
-            f"never resized; sample with --model.init_args.picture_size {image_size}, or give a folder of pictures"
+            f"the images of {name} are {archive.size} × {archive.size}, not image_size {image_size}, and an array is "
+            f"never resized; sample with --model.init_args.image_size {image_size}, or give a folder of images"
         )
     return _Array(str(name), archive)
 
 
-class _Array(PictureSet):
-    def __init__(self, name: str, archive: PictureArchive) -> None:
+class _Array(ImageSet):
+    def __init__(self, name: str, archive: ImageArchive) -> None:
         super().__init__(name, archive.size)
         self._archive = archive
 
     def __len__(self) -> int:
         return self._archive.count
 
-    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[PictureBatch]:
+    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[ImageBatch]:
         numbers, place = range(rank, len(self), world_size), 0
         for block in self._archive.blocks(numbers, batch_size):
             index = np.array(numbers[place : place + len(block)])
@@ -208,25 +208,25 @@ class _Array(PictureSet):
             del block
             yield batch.pop()
 
-    def _batch(self, block: np.ndarray, index: np.ndarray) -> PictureBatch:
+    def _batch(self, block: np.ndarray, index: np.ndarray) -> ImageBatch:
         images = torch.from_numpy(to_planes(block))
         self._saw(images, list(map(_digest, block)))
         labels = self._archive.labels
         chosen = np.full(len(index), NO_LABEL) if labels is None else labels[index]
-        return PictureBatch(images, torch.from_numpy(index), torch.from_numpy(chosen))
+        return ImageBatch(images, torch.from_numpy(index), torch.from_numpy(chosen))
 
 
-class _Files(PictureSet):
+class _Files(ImageSet):
     def __init__(self, name: str, found: SampleIndex, image_size: int | None) -> None:
         # Labels and captions are no conditions here.
-        members = {extension: column for extension, column in found.members.items() if extension in PICTURES}
+        members = {extension: column for extension, column in found.members.items() if extension in IMAGES}
         labels = np.maximum(found.labels, NO_LABEL)
-        pictures = SampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
-        self._samples = pictures.usable(PICTURES, labels_needed=False)
+        images = SampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
+        self._samples = images.usable(IMAGES, labels_needed=False)
         super().__init__(name, 0, self._samples.bad)
         if len(self) < FEWEST:
             said = f" that can be read ({self._tally.describe()})" if self._known else ""
-            raise ValueError(f"{name} holds {len(self)} pictures{said}; at least {FEWEST} are needed; {HINT}")
+            raise ValueError(f"{name} holds {len(self)} images{said}; at least {FEWEST} are needed; {HINT}")
         self.check_skipped(self.skipped)
         self.size = image_size or self._size_of_first()
         self._dataset = _Squares(self._samples, self.size, resize=image_size is not None)
@@ -235,11 +235,11 @@ class _Files(PictureSet):
         return len(self._samples)
 
     def _size_of_first(self) -> int:
-        """Side of the first picture that is not broken."""
+        """Side of the first image that is not broken."""
         for sample in self._samples:
             place = _place_of(sample)
             try:
-                height, width = read_picture(sample.read_picture(), place).shape[:2]
+                height, width = read_image(sample.read_image(), place).shape[:2]
             except BadSampleError as error:
                 self._tally.add([Skipped(-1, sample.key, error.reason, str(error))])
                 self.check_skipped(self.skipped)
@@ -248,37 +248,37 @@ class _Files(PictureSet):
                 raise ValueError(
                     f"{place} is {width} × {height} and not square; set image_size, which crops by ADM's rule"
                 )
-            self._tally = _PictureTally(self._known)  # those before it are counted when they are read
+            self._tally = _ImageTally(self._known)  # those before it are counted when they are read
             return int(height)
-        raise AssertionError("too many broken pictures were let pass")
+        raise AssertionError("too many broken images were let pass")
 
-    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[PictureBatch]:
+    def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[ImageBatch]:
         addresses = shared_batches(len(self), batch_size, rank, world_size)
         for batch in EvaluationLoader(self._dataset, addresses, num_workers, tally=self._tally):
             if world_size == 1:
                 self.check_skipped(self.skipped)
             self._saw(batch["images"], batch["digests"])
             self.cropped += batch["cropped"]
-            yield PictureBatch(batch["images"], batch["numbers"], batch["labels"])
+            yield ImageBatch(batch["images"], batch["numbers"], batch["labels"])
         if world_size == 1:  # batches of which nothing is left are not seen above
             self.check_skipped(self.skipped)
 
 
-class _PictureTally(Tally):
-    """Counts what is broken, and stops at a picture of another size. Whether it is too much is said by the set.
+class _ImageTally(Tally):
+    """Counts what is broken, and stops at an image of another size. Whether it is too much is said by the set.
 
     Args:
-        known: what was broken before any picture was read.
+        known: what was broken before any image was read.
     """
 
     def __init__(self, known: Iterable[Skipped]) -> None:
-        super().__init__("pictures", 0, known, max_share=1.0, alone=False)
+        super().__init__("images", 0, known, max_share=1.0, alone=False)
 
     def add(self, skipped: Iterable[Skipped], opened: int = 0) -> None:
         """See :class:`~datamodules.storage.bad_samples.Tally`.
 
         Raises:
-            ValueError: of a picture of another size.
+            ValueError: of an image of another size.
         """
         skipped = list(skipped)
         for sample in skipped:
@@ -288,10 +288,10 @@ class _PictureTally(Tally):
 
 
 class _Squares(SampleDataset):
-    """Decodes pictures of one size.
+    """Decodes images of one size.
 
     Args:
-        samples: the pictures.
+        samples: the images.
         size: side in pixels.
         resize: cut those of another size out; else they are errors.
     """
@@ -303,13 +303,13 @@ class _Squares(SampleDataset):
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         sample = self.samples[number]
         place = _place_of(sample)
-        pixels = read_picture(sample.read_picture(), place)
+        pixels = read_image(sample.read_image(), place)
         height, width = pixels.shape[:2]
         crop = (height, width) != (self.size, self.size)
         if crop and not self.resize:
             raise BadSampleError(
                 OTHER_SIZE,
-                f"{place} is {width} × {height}, and the first picture {self.size} × {self.size}; set image_size, "
+                f"{place} is {width} × {height}, and the first image {self.size} × {self.size}; set image_size, "
                 "which crops by ADM's rule",
             )
         if crop:
@@ -330,13 +330,13 @@ def _digest(pixels: np.ndarray) -> int:
 
 
 def _place_of(sample: Sample) -> str:
-    """Where a picture is, for messages: its file, or its key within a shard."""
+    """Where an image is, for messages: its file, or its key within a shard."""
     path, _, size = next(iter(sample.members.values()))
     return path if size < 0 else f"sample {sample.key} of {path}"
 
 
 def _find(name: str, split: Split | None) -> SampleIndex:
-    """The pictures of a folder or of shards.
+    """The images of a folder or of shards.
 
     Raises:
         ValueError: if there are none, or it is not clear which are meant.
@@ -346,15 +346,15 @@ def _find(name: str, split: Split | None) -> SampleIndex:
         below = class_folders(folder)
         named = {split_of(part): part for part in below}
         present = [part for part in SPLITS if part in named]
-        # The data layer knows no pictures without a class folder or a shard around them.
-        if flat_pictures(folder) and split not in present:
+        # The data layer knows no images without a class folder or a shard around them.
+        if flat_images(folder) and split not in present:
             return _find_flat(folder, split)
-        flat = any(flat_pictures(folder / named[part]) for part in present)
+        flat = any(flat_images(folder / named[part]) for part in present)
         if flat and None not in named and len(named) == len(below):
             return _find(str(folder / named[_chosen(name, present, split)]), None)
     train, val, meta = find_sources(name, None, None, HINT)
     if meta.get("format") == CODES_FORMAT:
-        raise ValueError(f"{name} holds codes and no pictures; {HINT}")
+        raise ValueError(f"{name} holds codes and no images; {HINT}")
     sources = {part: source for part, source in zip(SPLITS, (train, val), strict=True) if source is not None}
     if train is not None and train.name == str(folder if folder.is_dir() else name):
         _check_unsplit(name, split)
@@ -367,7 +367,7 @@ def _find_flat(folder: Path, split: Split | None) -> SampleIndex:
     _check_unsplit(str(folder), split)
     if (below := class_folders(folder)) and len(index_folder(folder, below)):
         raise ValueError(
-            f"{folder} holds pictures of its own ({flat_pictures(folder)[0]}) beside folders of pictures "
+            f"{folder} holds images of its own ({flat_images(folder)[0]}) beside folders of images "
             f"({', '.join(below[:3])}); give one of these, or move them apart"
         )
     return index_flat(folder)

@@ -1,4 +1,4 @@
-"""All that is measured of pictures, in one pass of the extractor. B pictures of H × W pixels."""
+"""All that is measured of images, in one pass of the extractor. B images of H × W pixels."""
 
 from typing import cast
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from evaluation.image_content import ImageContent
 from evaluation.reference import Purpose, Reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
-from llamagen.metrics.image_metric import PictureMetric
+from llamagen.metrics.image_metric import ImageMetric
 from llamagen.metrics.inception import Inception
 from llamagen.metrics.inception_score import SplitStatistics
 
@@ -18,23 +18,23 @@ DISTANCES = ("fid", "sfid", "kid", "kid_std")
 SYMBOLS = (*DISTANCES, "precision", "recall", "inception_score", "inception_score_std")
 """Of all that can be measured."""
 OWN_NAME = "val"
-"""What the pictures that are reconstructed are called, where they are the reference: those of validation."""
+"""What the images that are reconstructed are called, where they are the reference: those of validation."""
 
 
 class Measurement:
-    """FID, sFID, KID, precision and recall of pictures against a reference, and their Inception Score.
+    """FID, sFID, KID, precision and recall of images against a reference, and their Inception Score.
 
     What the extractor does not give (``spatial``, ``logits``) or the reference does not hold is left out, of which one
-    warning tells; so are, when it is computed, numbers for which there are too few pictures. The names say what was
+    warning tells; so are, when it is computed, numbers for which there are too few images. The names say what was
     measured how, against what: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, with another extractor than
     Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
 
     Args:
         extractor: of features.
-        image_size: side of the pictures in pixels.
-        kind: of the pictures: ``generation`` or ``reconstruction``.
-        reference: what to compare with; None if the real pictures are shown, too.
-        name: of the real pictures, if there is no reference.
+        image_size: side of the images in pixels.
+        kind: of the images: ``generation`` or ``reconstruction``.
+        reference: what to compare with; None if the real images are shown, too.
+        name: of the real images, if there is no reference.
 
     Raises:
         ValueError: if the reference is of another extractor or size.
@@ -58,7 +58,7 @@ class Measurement:
         probe = extract(
             extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=_device(extractor))
         )
-        self.metrics: dict[str, PictureMetric] = {}
+        self.metrics: dict[str, ImageMetric] = {}
         self.metrics["fid"] = FID(extractor, image_size, None if reference is None else reference.statistics)
         if probe.spatial is not None and (reference is None or reference.spatial_statistics is not None):
             self.metrics["sfid"] = SFID(
@@ -93,21 +93,21 @@ class Measurement:
         return self
 
     def update(self, images: Tensor, index: Tensor | None = None, real: bool = False) -> Features:
-        """Take pictures into account.
+        """Take images into account.
 
         Args:
             images: (B, 3, H, W) uint8, on the device of the measurement.
-            index: (B,) int64, number of each picture in its set; see
+            index: (B,) int64, number of each image in its set; see
                 :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
-            real: these are the pictures to compare with.
+            real: these are the images to compare with.
 
         Returns:
             Their features.
 
         Raises:
-            ValueError: if they are no pictures of the right size.
+            ValueError: if they are no images of the right size.
         """
-        self.metrics["fid"].check_pictures(images)
+        self.metrics["fid"].check_images(images)
         features = extract(self.extractor, images)
         if not real:
             self._content.add(images)
@@ -130,7 +130,7 @@ class Measurement:
         warning says so: a model may generate such images.
 
         Raises:
-            ValueError: if there are fewer than two pictures.
+            ValueError: if there are fewer than two images.
             FloatingPointError: if a number is not finite.
         """
         numbers: dict[str, Tensor] = {}
@@ -187,7 +187,7 @@ class Measurement:
         return shuffled
 
     def reset(self) -> None:
-        """Forget all pictures."""
+        """Forget all images."""
         self.count, self._content = 0, ImageContent()
         for metric in self.metrics.values():
             metric.reset()
@@ -198,7 +198,7 @@ def name_of(symbol: str, kind: Purpose, extractor: str, reference: str) -> str:
 
     Args:
         symbol: of the metric.
-        kind: of the pictures; says what a distance is one of.
+        kind: of the images; says what a distance is one of.
         extractor: name of it.
         reference: name of it, which the Inception Score goes without.
     """

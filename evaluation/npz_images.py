@@ -1,6 +1,6 @@
-"""Pictures in one array, as ADM's evaluation has them (``.npz``), read a batch at a time. N pictures of H × W pixels.
+"""Images in one array, as ADM's evaluation has them (``.npz``), read a batch at a time. N images of H × W pixels.
 
-``np.load`` would hold the whole array: 9.8 GB for 50,000 pictures of 256 × 256 pixels.
+``np.load`` would hold the whole array: 9.8 GB for 50,000 images of 256 × 256 pixels.
 """
 
 import os
@@ -18,7 +18,7 @@ IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = {"mu", "sigma"}
 ENDING = ".npy"
 FEWEST = 2
-"""Pictures of which there are statistics."""
+"""Images of which there are statistics."""
 
 PIECE = 1 << 20
 """Bytes read at once: what a decompressor gives is held beside the batch."""
@@ -27,7 +27,7 @@ FIRST_VALUES = 1 << 22
 """Values that are looked at for advice on what to do about them."""
 
 VERSIONS = ((1, 0), (2, 0), (3, 0))
-MOST_KEYS = 10
+MAX_KEYS = 10
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 """What zipfile raises for files that are cut off, damaged, encrypted or packed in an unusual way."""
 
@@ -38,16 +38,16 @@ class _Header(NamedTuple):
     dtype: np.dtype[Any]
 
 
-class PictureArchive:
-    """The pictures of an ``.npz`` (``arr_0`` uint8 (N, H, W, 3), and ``arr_1``, labels (N,), if it is there), stored or
+class ImageArchive:
+    """The images of an ``.npz`` (``arr_0`` uint8 (N, H, W, 3), and ``arr_1``, labels (N,), if it is there), stored or
     deflated, or of an ``.npy`` of such an array. Nothing is ever unpickled.
 
     Args:
         path: the file.
 
     Attributes:
-        count: pictures.
-        size: side of the pictures in pixels.
+        count: images.
+        size: side of the images in pixels.
         labels: (N,) int64, or None.
 
     Raises:
@@ -57,7 +57,7 @@ class PictureArchive:
     def __init__(self, path: Path | str) -> None:
         self.path = path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path} does not exist; give an .npz of pictures, or a folder of them")
+            raise ValueError(f"{path} does not exist; give an .npz of images, or a folder of them")
         self._zipped, self._deflated = path.suffix != ENDING, False
         keys = self._keys() if self._zipped else [IMAGES]
         if IMAGES not in keys:
@@ -65,7 +65,7 @@ class PictureArchive:
         with self._member(IMAGES) as (member, length):
             header = self._header(member, IMAGES)
             self._start = member.tell()
-            self._check_pictures(header, length - self._start, member)
+            self._check_images(header, length - self._start, member)
         self.count, self.size = header.shape[:2]
         self.labels = self._read_labels() if LABELS in keys else None
 
@@ -100,7 +100,7 @@ class PictureArchive:
             version = np.lib.format.read_magic(member)
             if version not in VERSIONS:
                 raise ValueError(f"version {version}")
-            # Version 3 is version 2 in UTF-8, which differs in names of columns alone, and pictures have none.
+            # Version 3 is version 2 in UTF-8, which differs in names of columns alone, and images have none.
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             return _Header(*read(member))
         except Exception as error:  # the header is an expression of Python's, which can be wrong in all sorts of ways
@@ -108,7 +108,7 @@ class PictureArchive:
                 f"{key} of {self.path} is no array of numpy's ({_line(error)}); write it with np.savez"
             ) from error
 
-    def _check_pictures(self, header: _Header, length: int, member: IO[bytes]) -> None:
+    def _check_images(self, header: _Header, length: int, member: IO[bytes]) -> None:
         shape, dtype, where = header.shape, header.dtype, f"{IMAGES} of {self.path}"
         advice = _layout_advice(shape)
         if advice and len(shape) not in (3, 4) and dtype.kind != "O":
@@ -119,12 +119,12 @@ class PictureArchive:
         if advice:
             raise ValueError(f"{where} is {_shown(shape)}; it must be (N, H, W, 3); {advice}")
         if shape[0] < FEWEST:
-            raise ValueError(f"{where} holds {shape[0]} pictures; at least {FEWEST} are needed")
+            raise ValueError(f"{where} holds {shape[0]} images; at least {FEWEST} are needed")
         if shape[1] != shape[2] or shape[1] < 1:
-            raise ValueError(f"pictures of {self.path} are {shape[1]} × {shape[2]} (H × W); they must be square")
+            raise ValueError(f"images of {self.path} are {shape[1]} × {shape[2]} (H × W); they must be square")
         if header.fortran_order:
             raise ValueError(
-                f"{where} is in Fortran order, which spreads each picture over the file; write it with "
+                f"{where} is in Fortran order, which spreads each image over the file; write it with "
                 "np.ascontiguousarray"
             )
         if length < prod(shape):
@@ -147,7 +147,7 @@ class PictureArchive:
             if header.shape != (self.count,):
                 raise ValueError(
                     f"{LABELS} of {self.path} is {_shown(header.shape)}; it must hold a label for each of the "
-                    f"{self.count} pictures; mend it, or leave it out"
+                    f"{self.count} images; mend it, or leave it out"
                 )
             if header.dtype.kind not in "iu":
                 raise ValueError(
@@ -159,11 +159,11 @@ class PictureArchive:
         return labels
 
     def blocks(self, numbers: range, batch_size: int) -> Iterator[np.ndarray]:
-        """Pictures by number, in blocks: at most one of them, and a piece of the file, is held at a time.
+        """Images by number, in blocks: at most one of them, and a piece of the file, is held at a time.
 
         Args:
             numbers: which; ascending. Others are passed over: by a seek, or where they are deflated by reading on.
-            batch_size: most pictures of a block.
+            batch_size: most images of a block.
 
         Yields:
             (B, H, W, 3) uint8.
@@ -207,11 +207,9 @@ class PictureArchive:
 
 def _lacking(path: Path, keys: list[str]) -> str:
     if STATISTICS.issubset(keys):
-        return (
-            f"{path} holds only statistics ({', '.join(keys[:MOST_KEYS])}) and no pictures; give an .npz with {IMAGES}"
-        )
-    there = ", ".join(keys[:MOST_KEYS]) + (", …" if len(keys) > MOST_KEYS else "") if keys else "nothing"
-    return f"{path} has no {IMAGES} but {there}; write the pictures, uint8 (N, H, W, 3), by np.savez(path, pictures)"
+        return f"{path} holds only statistics ({', '.join(keys[:MAX_KEYS])}) and no images; give an .npz with {IMAGES}"
+    there = ", ".join(keys[:MAX_KEYS]) + (", …" if len(keys) > MAX_KEYS else "") if keys else "nothing"
+    return f"{path} has no {IMAGES} but {there}; write the images, uint8 (N, H, W, 3), by np.savez(path, images)"
 
 
 def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
@@ -256,7 +254,7 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
 def _layout_advice(shape: tuple[int, ...]) -> str:
     """What to do about a shape that is not (N, H, W, 3); nothing if it is."""
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
-        return "these are grey pictures: repeat each level three times along a last axis"
+        return "these are grey images: repeat each level three times along a last axis"
     if len(shape) == 1:
         return "this looks like labels: give the images four axes, and put them first"
     if len(shape) == 5:
@@ -269,7 +267,7 @@ def _layout_advice(shape: tuple[int, ...]) -> str:
         return "colours come first: use transpose(0, 2, 3, 1)"
     if shape[3] == 4:
         return "the fourth channel is transparency: leave it out"
-    return "pictures have three channels"
+    return "images have three channels"
 
 
 def _shown(shape: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures with their prompts, as ``metadata.jsonl`` in their folder lists them."""
+"""Images with their prompts, as ``metadata.jsonl`` in their folder lists them."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ TEXTS = ("prompt", "text")
 """What the prompt is called in a line: by ``predict``, and in other people's sets."""
 
 
-class PromptPicture(NamedTuple):
-    """A picture and what it was drawn of.
+class PromptImage(NamedTuple):
+    """An image and what it was drawn of.
 
     Attributes:
-        file: of the picture.
+        file: of the image.
         prompt: it was drawn of.
         number: of the prompt; None if the line has none.
         columns: what else is known of the prompt, by name.
@@ -25,8 +25,8 @@ class PromptPicture(NamedTuple):
     columns: dict[str, str]
 
 
-def read_prompt_pictures(folder: Path) -> list[PromptPicture]:
-    """The pictures of a folder that ``predict`` of prompts has completed, or of any with such a ``metadata.jsonl``.
+def read_prompt_images(folder: Path) -> list[PromptImage]:
+    """The images of a folder that ``predict`` of prompts has completed, or of any with such a ``metadata.jsonl``.
 
     Each line is a JSON object with ``file_name``, which is relative to the folder, and ``prompt`` or ``text``; perhaps
     with ``prompt_number`` and ``columns``, an object of texts.
@@ -35,27 +35,27 @@ def read_prompt_pictures(folder: Path) -> list[PromptPicture]:
         folder: of the file.
 
     Raises:
-        ValueError: in one line, if there is no such file, a line of it is something else, or a picture is missing.
+        ValueError: in one line, if there is no such file, a line of it is something else, or an image is missing.
     """
     path = folder / METADATA
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the folder of samples that predict of prompts has written")
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {METADATA}; predict of prompts writes it when all pictures are there: run the same "
+            f"{folder} has no {METADATA}; predict of prompts writes it when all images are there: run the same "
             "predict again to go on, or give the folder of a run that is complete"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: prompts may have other separators
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); draw the samples again") from error
-    found = [_picture(folder, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_image(folder, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ValueError(f"{path} lists no pictures; draw the samples again")
+        raise ValueError(f"{path} lists no images; draw the samples again")
     return found
 
 
-def _picture(folder: Path, path: Path, number: int, line: str) -> PromptPicture:
+def _image(folder: Path, path: Path, number: int, line: str) -> PromptImage:
     where = f"line {number} of {path}"
     try:
         entry = json.loads(line)
@@ -70,7 +70,7 @@ def _picture(folder: Path, path: Path, number: int, line: str) -> PromptPicture:
     if not file.is_file():
         raise ValueError(f"{file} does not exist, but {where} lists it; draw it again, or take the line out")
     prompt_number, columns = entry.get("prompt_number"), entry.get("columns")
-    return PromptPicture(
+    return PromptImage(
         file,
         _printable(text),
         prompt_number if isinstance(prompt_number, int) else None,

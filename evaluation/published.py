@@ -8,7 +8,7 @@ from llamagen.models.vqgan import VQGANConfig
 
 
 class Generation(NamedTuple):
-    """Class-conditional sampling, 50,000 pictures, measured at 256 px against ADM's reference."""
+    """Class-conditional sampling, 50,000 images, measured at 256 px against ADM's reference."""
 
     fid: float
     inception_score: float
@@ -43,7 +43,7 @@ GENERATION: dict[tuple[str, int], Generation] = {
     ("XXL", 384): Generation(2.34, 253.9, 0.80, 0.59, 1.75),
     ("3B", 384): Generation(2.18, 263.3, 0.81, 0.58, 1.65),
 }
-"""By size and the side in pixels at which pictures are sampled."""
+"""By size and the side in pixels at which images are sampled."""
 
 RECONSTRUCTION: dict[tuple[int, int], Reconstruction] = {
     (16, 256): Reconstruction(2.19, 20.79, 0.675),
@@ -74,8 +74,8 @@ def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) ->
     Of models of text it has none.
 
     Args:
-        config: of the model; None for other people's pictures, which are compared with samples of the paper.
-        image_size: pixels at which pictures are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
+        config: of the model; None for other people's images, which are compared with samples of the paper.
+        image_size: pixels at which images are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
     """
     if isinstance(config, VQGANConfig):
         key = (config.downsampling, image_size or 0)

@@ -1,4 +1,4 @@
-"""What pictures are measured against, as a file. F and S features, M pictures of which features are kept."""
+"""What images are measured against, as a file. F and S features, M images of which features are kept."""
 
 import json
 import zipfile
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation.content_check import check_content, warn_of_content
-from evaluation.image_sets import PictureSet, open_pictures
-from llamagen.files import whole_file
+from evaluation.image_sets import ImageSet, open_images
+from llamagen.files import atomic_file
 from llamagen.metrics import FID, SFID, Features, extract, extractor_checksum, extractor_name
 from llamagen.metrics.inception import Inception
 
 Purpose = Literal["generation", "reconstruction"]
 
 FORMAT = "llamagen-reference-1"
-MOST_FEATURES = 10_000
-"""Pictures whose features are kept: as many as ADM's references have pictures."""
+MAX_FEATURES = 10_000
+"""Images whose features are kept: as many as ADM's references have images."""
 THUMBNAIL = 64
 STATISTICS = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
@@ -38,24 +38,24 @@ ADM_NAMES = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of pictures, and where they come from.
+    """Statistics of images, and where they come from.
 
     Attributes:
         name: becomes part of the names of what is measured against it.
-        purpose: what is to be compared with it: ``generation`` (new pictures, usually against the training pictures) or
-            ``reconstruction`` (pictures that went through a tokenizer, against themselves).
-        count: number of pictures; None if the file does not say.
+        purpose: what is to be compared with it: ``generation`` (new images, usually against the training images) or
+            ``reconstruction`` (images that went through a tokenizer, against themselves).
+        count: number of images; None if the file does not say.
         resolution: their side in pixels; None likewise.
         crop: how they got that size: ``none``, ``adm-centre``; None likewise.
         extractor: name of the extractor of features.
         extractor_checksum: of its weights; None likewise.
-        source: where the pictures were.
-        checksum: of the pictures, see :meth:`~evaluation.image_sets.PictureSet.checksum`; None likewise.
+        source: where the images were.
+        checksum: of the images, see :meth:`~evaluation.image_sets.ImageSet.checksum`; None likewise.
         statistics: mean (F,) and covariance (F, F) of ``pool``, float64.
         spatial_statistics: (S,) and (S, S) likewise; None if there are none.
-        features: (M, F) float32, of pictures that are spread evenly over all; None if there are none.
-        thumbnails: (M, h, w, 3) uint8, these pictures, at most 64 pixels wide; None likewise.
-        pictures: file that holds M pictures whose features are not known yet, as in ADM's references.
+        features: (M, F) float32, of images that are spread evenly over all; None if there are none.
+        thumbnails: (M, h, w, 3) uint8, these images, at most 64 pixels wide; None likewise.
+        images: file that holds M images whose features are not known yet, as in ADM's references.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Reference:
     spatial_statistics: tuple[Tensor, Tensor] | None = None
     features: Tensor | None = None
     thumbnails: np.ndarray | None = None
-    pictures: Path | None = None
+    images: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """What is known of it beside the numbers; primitives only."""
@@ -89,7 +89,7 @@ class Reference:
         return {key: getattr(self, key) for key in keys}
 
     def check(self, extractor: nn.Module, image_size: int) -> None:
-        """See that pictures of this size, through this extractor, can be compared with it.
+        """See that images of this size, through this extractor, can be compared with it.
 
         Raises:
             ValueError: if not, with what differs.
@@ -107,34 +107,34 @@ class Reference:
             )
         if self.resolution not in (None, image_size):
             raise ValueError(
-                f"the reference {self.name} is of pictures of {self.resolution} pixels, not {image_size}; compare "
-                "pictures of one size (samples: model.init_args.picture_size)"
+                f"the reference {self.name} is of images of {self.resolution} pixels, not {image_size}; compare "
+                "images of one size (samples: model.init_args.image_size)"
             )
 
     def mix_up(self, kind: Purpose, count: int | None = None) -> str | None:
         """What to warn of, if this is a reference for something else; None if it is not.
 
         Args:
-            kind: of the pictures that are compared with it.
+            kind: of the images that are compared with it.
             count: of them.
         """
         if kind == "reconstruction" and self.purpose == "generation":
             return (
-                f"reconstructions are compared with {self.name}, a reference for generated pictures. rFID is the "
-                "distance of reconstructions from the very pictures that were reconstructed, usually the validation "
+                f"reconstructions are compared with {self.name}, a reference for generated images. rFID is the "
+                "distance of reconstructions from the very images that were reconstructed, usually the validation "
                 "set; against the statistics of the training set it is another number, often by more than 1. Leave "
-                "reference out, or make one of these pictures with --purpose reconstruction"
+                "reference out, or make one of these images with --purpose reconstruction"
             )
         if kind == "generation" and self.purpose == "reconstruction":
             return (
-                f"generated pictures are compared with {self.name}, a reference for reconstructions. gFID is the "
+                f"generated images are compared with {self.name}, a reference for reconstructions. gFID is the "
                 "distance from the statistics of the training set (for ImageNet those of ADM's "
                 "VIRTUAL_imagenet256_labeled.npz); against the validation set it is another number"
             )
         if kind == "reconstruction" and count is not None and self.count not in (None, count):
             return (
-                f"{count} reconstructions are compared with {self.name}, a reference of {self.count} pictures; rFID is "
-                "the distance from the very pictures that were reconstructed"
+                f"{count} reconstructions are compared with {self.name}, a reference of {self.count} images; rFID is "
+                "the distance from the very images that were reconstructed"
             )
         return None
 
@@ -148,14 +148,14 @@ class Reference:
         if self.thumbnails is not None:
             arrays["thumbnails"] = self.thumbnails
         arrays["meta"] = np.array(json.dumps({"format": FORMAT, **self.facts()}))
-        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
+        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
 
 def read_reference(path: Path | str, name: str | None = None) -> Reference:
     """A reference: a file of ``python -m evaluation reference``, one of ADM's, or any ``.npz`` of ``mu`` and ``sigma``.
 
-    Of files that do not say so it is taken that they are of Inception and for generated pictures.
+    Of files that do not say so it is taken that they are of Inception and for generated images.
 
     Args:
         path: the file.
@@ -173,7 +173,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             keys = set(file.files)
             if not keys.issuperset(STATISTICS):
-                hint = "it holds pictures; " if "arr_0" in keys else ""
+                hint = "it holds images; " if "arr_0" in keys else ""
                 raise ValueError(
                     f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference of it"
                 )
@@ -189,8 +189,8 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
         raise ValueError(f"{path} is no reference: {reason}") from error
     stem = path.stem
     if not meta:
-        pictures = path if "arr_0" in keys else None
-        resolution = open_pictures(path).size if pictures else None
+        images = path if "arr_0" in keys else None
+        resolution = open_images(path).size if images else None
         meta = {
             "name": ADM_NAMES.get(stem, stem),
             "purpose": "generation",
@@ -200,7 +200,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
     elif meta.get("format") != FORMAT:
         raise ValueError(f"{path} is a reference of the format {meta.get('format')}; this version reads {FORMAT}")
     else:
-        pictures = None
+        images = None
     if lacking := [key for key in ("name", "purpose", "extractor") if not meta.get(key)]:
         raise ValueError(f"{path} is no reference: it does not say its {', '.join(lacking)}; make it again")
     _check_shapes(path, parts)
@@ -214,7 +214,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
         spatial_statistics=(parts["mu_s"].flatten(), parts["sigma_s"]) if "mu_s" in parts else None,
         features=features,
         thumbnails=thumbnails,
-        pictures=pictures,
+        images=images,
         **known,
     )
 
@@ -251,56 +251,56 @@ def checked_name(name: str) -> str:
 
 
 def make_reference(
-    pictures: PictureSet,
+    images: ImageSet,
     extractor: nn.Module,
     name: str,
     purpose: Purpose = "generation",
     batch_size: int = 64,
     num_workers: int = 0,
     device: str | torch.device = "cpu",
-    most_features: int = MOST_FEATURES,
+    max_features: int = MAX_FEATURES,
 ) -> Reference:
-    """Take the statistics of pictures, with a progress bar.
+    """Take the statistics of images, with a progress bar.
 
     Args:
-        pictures: of one size.
+        images: of one size.
         extractor: of features.
         name: of the reference.
         purpose: see :class:`Reference`.
-        batch_size: pictures that are looked at together.
-        num_workers: processes that read pictures.
+        batch_size: images that are looked at together.
+        num_workers: processes that read images.
         device: where the extractor runs.
-        most_features: of how many pictures the features are kept, for precision, recall, KID and nearest neighbours.
+        max_features: of how many images the features are kept, for precision, recall, KID and nearest neighbours.
 
     Raises:
-        ValueError: if the name is none, or pictures are too few or cannot be read.
+        ValueError: if the name is none, or images are too few or cannot be read.
     """
     if purpose not in get_args(Purpose):
         raise ValueError(f"purpose is {purpose!r}; give {' or '.join(get_args(Purpose))}")
-    name, count = checked_name(name), len(pictures)
-    fid, sfid = FID(extractor, pictures.size).to(device), None
-    kept = np.unique(np.linspace(0, count - 1, min(count, most_features)).round().astype(int))
+    name, count = checked_name(name), len(images)
+    fid, sfid = FID(extractor, images.size).to(device), None
+    kept = np.unique(np.linspace(0, count - 1, min(count, max_features)).round().astype(int))
     excerpt, seen = _Excerpt(len(kept)), 0
-    for images, index, found, _ in look_at(pictures, extractor, batch_size, num_workers, device, f"looking at {name}"):
+    for batch, index, found, _ in look_at(images, extractor, batch_size, num_workers, device, f"looking at {name}"):
         if found.spatial is not None and sfid is None:
-            sfid = SFID(extractor, pictures.size).to(device)
+            sfid = SFID(extractor, images.size).to(device)
         for metric in (fid, sfid):
             if metric is not None:
                 metric.update(found, real=True)
         some = torch.from_numpy(np.isin(index.numpy(), kept))
-        excerpt.add(found.pool[some.to(found.pool.device)], images[some])
-        seen += len(images)
+        excerpt.add(found.pool[some.to(found.pool.device)], batch[some])
+        seen += len(batch)
     features, thumbnails = excerpt.whole()
     return Reference(
         name=name,
         purpose=purpose,
         count=seen,
-        resolution=pictures.size,
-        crop=pictures.crop,
+        resolution=images.size,
+        crop=images.crop,
         extractor=extractor_name(extractor),
         extractor_checksum=extractor_checksum(extractor),
-        source=pictures.name,
-        checksum=pictures.checksum(),
+        source=images.name,
+        checksum=images.checksum(),
         statistics=_on_cpu(fid.statistics(real=True)),
         spatial_statistics=None if sfid is None else _on_cpu(sfid.statistics(real=True)),
         features=features,
@@ -311,20 +311,20 @@ def make_reference(
 def completed(
     reference: Reference, extractor: nn.Module, device: str | torch.device, show_progress: bool = True
 ) -> Reference:
-    """A reference with features, where it has only pictures to take them of, as ADM's have."""
-    if reference.pictures is None:
+    """A reference with features, where it has only images to take them of, as ADM's have."""
+    if reference.images is None:
         return reference
-    pictures = open_pictures(reference.pictures)
-    excerpt = _Excerpt(len(pictures))
-    task = f"looking at the pictures of {reference.name}"
-    for images, _, found, _ in look_at(pictures, extractor, 64, 0, device, task, show_progress):
-        excerpt.add(found.pool, images)
+    images = open_images(reference.images)
+    excerpt = _Excerpt(len(images))
+    task = f"looking at the images of {reference.name}"
+    for batch, _, found, _ in look_at(images, extractor, 64, 0, device, task, show_progress):
+        excerpt.add(found.pool, batch)
     features, thumbnails = excerpt.whole()
-    return replace(reference, features=features, thumbnails=thumbnails, pictures=None)
+    return replace(reference, features=features, thumbnails=thumbnails, images=None)
 
 
 class _Excerpt:
-    """Features and thumbnails of some pictures.
+    """Features and thumbnails of some images.
 
     Their memory is taken at once: small pieces that stay, between large ones that come and go, would keep those from
     being used again.
@@ -335,9 +335,9 @@ class _Excerpt:
         self.features, self.thumbnails = torch.empty(0), np.empty(0, dtype=np.uint8)
 
     def add(self, pool: Tensor, images: Tensor) -> None:
-        """Take features (B, F) and pictures (B, 3, H, W) uint8."""
-        for row, picture in zip(pool.float().cpu(), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            small = thumbnail(picture)
+        """Take features (B, F) and images (B, 3, H, W) uint8."""
+        for row, image in zip(pool.float().cpu(), images.permute(0, 2, 3, 1).numpy(), strict=True):
+            small = thumbnail(image)
             if not self.count:
                 self.features = torch.empty(self.most, len(row))
                 self.thumbnails = np.empty((self.most, *small.shape), dtype=np.uint8)
@@ -350,7 +350,7 @@ class _Excerpt:
 
 
 def look_at(
-    pictures: PictureSet,
+    images: ImageSet,
     extractor: nn.Module,
     batch_size: int,
     num_workers: int,
@@ -358,32 +358,32 @@ def look_at(
     task: str,
     show_progress: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Features, Tensor]]:
-    """Pictures (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar.
+    """Images (B, 3, H, W) uint8 with index (B,), features and labels (B,), batch by batch, with a progress bar.
 
-    At the end it warns of pictures that could not be read, and of what is unusual about them.
+    At the end it warns of images that could not be read, and of what is unusual about them.
 
     Raises:
         ValueError: if they cannot be images, see :func:`~evaluation.content_check.check_content`.
     """
-    check_content(pictures, num_workers)
+    check_content(images, num_workers)
     extractor.eval()
-    batches = pictures.batches(batch_size, num_workers=num_workers)
-    with tqdm(total=len(pictures), desc=task, unit="picture", disable=not show_progress) as bar:
+    batches = images.batches(batch_size, num_workers=num_workers)
+    with tqdm(total=len(images), desc=task, unit="image", disable=not show_progress) as bar:
         for batch in batches:
             yield batch.images, batch.index, extract(extractor, batch.images.to(device)), batch.labels
             bar.update(len(batch.images))
-    if bad := pictures.skipped:
+    if bad := images.skipped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(bad.items()))
-        rank_zero_warn(f"{sum(bad.values())} pictures of {pictures.name} cannot be read and are left out ({reasons})")
-    warn_of_content(pictures)
+        rank_zero_warn(f"{sum(bad.values())} images of {images.name} cannot be read and are left out ({reasons})")
+    warn_of_content(images)
 
 
-def thumbnail(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) uint8, at most 64 pixels high and wide."""
-    image = Image.fromarray(picture)
-    if max(image.size) > THUMBNAIL:
-        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return np.array(image)
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8, at most 64 pixels high and wide."""
+    small = Image.fromarray(image)
+    if max(small.size) > THUMBNAIL:
+        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.array(small)
 
 
 def _on_cpu(statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

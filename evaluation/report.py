@@ -1,4 +1,4 @@
-"""The ``report`` folder: numbers, beside the paper's, and pictures."""
+"""The ``report`` folder: numbers, beside the paper's, and images."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from typing import Any
 from PIL import Image
 
 from evaluation.published import Published
-from llamagen.files import whole_folder
+from llamagen.files import atomic_folder
 from llamagen.grids import save_png
 from llamagen.output_paths import check_output
 
 FILES = ("metrics.json", "report.md")
 CAPTIONS = {
-    "random": "Pictures drawn at random",
-    "classes": "Pictures of some classes, a row for each",
-    "neighbours": "Pictures (left), and beside each those of the reference whose features are nearest to its own",
-    "reconstructions": "Pictures, and below them what the tokenizer makes of them",
+    "random": "Images drawn at random",
+    "classes": "Images of some classes, a row for each",
+    "neighbours": "Images (left), and beside each those of the reference whose features are nearest to its own",
+    "reconstructions": "Images, and below them what the tokenizer makes of them",
 }
 
 
@@ -47,7 +47,7 @@ def write_report(
         ValueError: if there is such a folder which is no report.
     """
     check_report(folder)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         content = {"metrics": dict(numbers), **facts, "versions": versions_here()}
         (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
         for name, image in grids.items():
@@ -122,7 +122,7 @@ def _markdown(
         remark = f" ({paper[0].remark})" if len(paper) == 1 else ""
         parts.append(
             f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with numbers over Inception, "
-            "of as many pictures, against the same reference."
+            "of as many images, against the same reference."
         )
     parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in grids]
     parts.append("## How it was measured\n\n" + "\n".join(_listed(facts)))

@@ -19,7 +19,7 @@ Terms = dict[str, Tensor]
 
 
 class AdversarialGame(nn.Module):
-    """Losses of both sides, with what is done to pictures before the discriminator sees them.
+    """Losses of both sides, with what is done to images before the discriminator sees them.
 
     Args:
         config: which losses, and their weights.
@@ -62,7 +62,7 @@ class AdversarialGame(nn.Module):
     def discriminator_loss(
         self, discriminator: Discriminator, images: Tensor, reconstruction: Tensor
     ) -> tuple[Tensor, Terms]:
-        """Loss of telling pictures (B, 3, H, W) from detached reconstructions, a scalar, and its unweighted terms."""
+        """Loss of telling images (B, 3, H, W) from detached reconstructions, a scalar, and its unweighted terms."""
         real = discriminator(self.augmentation(images)).float()
         fake = discriminator(self.augmentation(reconstruction)).float()
         loss = self.losses.discriminator(real, fake)

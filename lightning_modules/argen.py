@@ -12,12 +12,12 @@ from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import model_device
 from lightning_modules.code_checks import check_codes
 from lightning_modules.optimization import AdamWConfig
-from lightning_modules.sampling import DrawingModule
+from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
 from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights
 from llamagen.cost.gpt import flops_per_sequence
 from llamagen.finite import not_finite
-from llamagen.losses import linear_cross_entropy, linear_surprise
+from llamagen.losses import linear_cross_entropy, linear_token_nll
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import shard
@@ -26,25 +26,25 @@ from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
 
 
-class ARGenModule(DrawingModule):
+class ARGenModule(SamplingModule):
     """A GPT over the codes of a frozen image tokenizer.
 
-    The tokenizer is only needed to turn codes into pictures (``predict`` and sample grids). It is outside the state
+    The tokenizer is only needed to turn codes into images (``predict`` and sample grids). It is outside the state
     dict, the optimizer and EMA.
 
     Args:
         net: shape of the model.
         optimizer: settings of AdamW.
-        sampling: how pictures are drawn in ``predict`` and in sample grids.
+        sampling: how images are drawn in ``predict`` and in sample grids.
         tokenizer: checkpoint of the tokenizer run whose codes the model learns.
-        sample_seed: seed of the pictures that ``predict`` draws.
-        picture_size: side in pixels to which all drawn pictures are resized, at least 1; null leaves them as decoded.
-            The paper measures models for 384 px on pictures that are resized to 256 (arXiv 2406.06525, section 3); the
+        sample_seed: seed of the images that ``predict`` draws.
+        image_size: side in pixels to which all drawn images are resized, at least 1; null leaves them as decoded.
+            The paper measures models for 384 px on images that are resized to 256 (arXiv 2406.06525, section 3); the
             interpolation is that of the published code, see :func:`llamagen.sampling.pixels.to_pixels`.
         loss: what is added to the cross entropy.
         init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
         init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
-        init_adapt: what may differ from ``init_from`` on purpose: ``block_size``, for pictures of another size, and
+        init_adapt: what may differ from ``init_from`` on purpose: ``block_size``, for images of another size, and
             ``num_classes``, whose classes are then new.
         max_grad_norm: norm of the gradient, before clipping, above which the run is taken to diverge and stops.
         skip_bad_steps: instead of stopping, leave out steps whose gradient is not finite or above ``max_grad_norm``.
@@ -61,7 +61,7 @@ class ARGenModule(DrawingModule):
         sampling: SamplingConfig | None = None,
         tokenizer: Path | str | None = None,
         sample_seed: int = 0,
-        picture_size: int | None = None,
+        image_size: int | None = None,
         loss: ARGenLossConfig | None = None,
         init_from: Path | str | None = None,
         init_averaged: bool = True,
@@ -78,7 +78,7 @@ class ARGenModule(DrawingModule):
             sampling or SamplingConfig(),
             tokenizer,
             sample_seed,
-            picture_size,
+            image_size,
             text_encoder,
         )
         self.loss_config = loss or ARGenLossConfig()
@@ -154,14 +154,14 @@ class ARGenModule(DrawingModule):
 
     @property
     def flops_per_sequence(self) -> float:
-        """Operations of the model in a training step for one picture, see :mod:`llamagen.cost.gpt`."""
+        """Operations of the model in a training step for one image, see :mod:`llamagen.cost.gpt`."""
         return flops_per_sequence(self.gpt.config)
 
     def setup(self, stage: str) -> None:
         """Refuse codes or requests that do not fit the model, before anything is written.
 
         Raises:
-            ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, pictures cannot be
+            ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, images cannot be
                 sampled, the text encoder that is needed is not available, or the precision is not right for training.
         """
         super().setup(stage)
@@ -237,7 +237,7 @@ class ARGenModule(DrawingModule):
         self.evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
-        """The same under ``test/``; where the batch asks for pictures, draw them as ``predict`` does."""
+        """The same under ``test/``; where the batch asks for images, draw them as ``predict`` does."""
         if "codes" not in batch:
             return self.predict_step(batch, batch_idx)
         self.evaluate(batch, "test")
@@ -250,7 +250,7 @@ class ARGenModule(DrawingModule):
             FloatingPointError: if the cross entropy of a code is not finite.
         """
         codes = batch["codes"]
-        nats, rank = linear_surprise(self._hidden(batch), self.gpt.output.weight, codes.flatten())
+        nats, rank = linear_token_nll(self._hidden(batch), self.gpt.output.weight, codes.flatten())
         self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch)))
         cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.sharded import is_sharded_checkpoint
-from llamagen.files import remove, whole_file
+from llamagen.files import atomic_file, remove
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -35,7 +35,7 @@ class CheckpointFiles(TorchCheckpointIO):
             return
         local = local_path(path)
         with (
-            whole_file(local, tensor_bytes(checkpoint), is_sharded_checkpoint(local)) as temporary,
+            atomic_file(local, tensor_bytes(checkpoint), is_sharded_checkpoint(local)) as temporary,
             temporary.open("wb") as file,  # whose errors say why nothing can be written; PyTorch's own do not
         ):
             torch.save(checkpoint, file)

@@ -50,13 +50,13 @@ def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:
     height, width = meta["grid"]
     if (height, width) != (config.grid_size, config.grid_size):
         raise ValueError(
-            f"the tokenizer's grid is {height} × {width} = {height * width} codes a picture, but the model's "
+            f"the tokenizer's grid is {height} × {width} = {height * width} codes an image, but the model's "
             f"block_size is {config.block_size}; "
             + (f"set block_size to {height * width}" if height == width else "the model needs a square grid")
             + " or extract other codes"
         )
     if config.condition == "class" and not meta["num_classes"]:
-        raise ValueError("the codes have no classes, which the model needs; extract codes of pictures with classes")
+        raise ValueError("the codes have no classes, which the model needs; extract codes of images with classes")
     if config.condition == "class" and meta["num_classes"] > config.num_classes:
         raise ValueError(
             f"the codes have {meta['num_classes']} classes, but the model's num_classes is {config.num_classes}; "

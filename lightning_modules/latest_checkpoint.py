@@ -17,7 +17,7 @@ KEYWORDS = ("best", "last", "hpc", "registry")
 SUFFIX = ".ckpt"
 REPLACED = re.compile(r"\.(.+\.ckpt)\.(?:replaced\.tmp|old)")
 """Names of a sharded checkpoint in the moment in which another takes its place."""
-MOST_LISTED = 3
+MAX_LISTED = 3
 
 
 class Progress(NamedTuple):
@@ -101,9 +101,9 @@ def _newest(folders: list[Path], stage: str) -> str | None:
         return str(path)
     places = ", ".join(map(str, folders))
     if paths:
-        more = f"; and {len(refused) - MOST_LISTED} more" if len(refused) > MOST_LISTED else ""
+        more = f"; and {len(refused) - MAX_LISTED} more" if len(refused) > MAX_LISTED else ""
         raise ValueError(
-            f"--ckpt_path last: no checkpoint of this run can be read ({'; '.join(refused[:MOST_LISTED])}{more}); give "
+            f"--ckpt_path last: no checkpoint of this run can be read ({'; '.join(refused[:MAX_LISTED])}{more}); give "
             "the path of another one, or choose another trainer.default_root_dir to start from the beginning"
         )
     if not resumes:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules.checkpoint_files import is_local
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.full_disk import DiskFullError, full_disk_reported
 
 
@@ -49,7 +49,7 @@ class _MetricsWriter(ExperimentWriter):
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Write ``hparams.yaml``."""
         self.hparams.update(params)
-        with whole_file(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as temporary:
+        with atomic_file(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as temporary:
             save_hparams_to_yaml(temporary, self.hparams)
 
     def save(self) -> None:
@@ -68,7 +68,7 @@ class _MetricsWriter(ExperimentWriter):
                 with path.open(newline="") as file:
                     rows = list(csv.DictReader(file))
             try:
-                with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+                with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
                     file.write(self._rows([*rows, *self.metrics], header=True))
             except BaseException:
                 self.metrics_keys = old_keys

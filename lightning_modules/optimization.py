@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from llamagen.option_checks import check_not_negative, check_whole
+from llamagen.option_checks import check_integer, check_not_negative
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdamWConfig:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; they must be two, and each must be at least 0 and below 1")
         check_not_negative("weight_decay", self.weight_decay)
-        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_integer("warmup_steps", self.warmup_steps, 0)
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; it must be constant or cosine")
         if not 0.0 <= self.final_lr <= self.lr:

@@ -1,4 +1,4 @@
-"""How much of pictures is left after encoding and decoding. B batch, H × W pixels, h × w code grid."""
+"""How much of images is left after encoding and decoding. B batch, H × W pixels, h × w code grid."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ PIXELS = (1, 2, 3)
 
 
 class ReconstructionMetrics(nn.Module):
-    """PSNR, SSIM and codebook usage over a whole set of pictures and all ranks.
+    """PSNR, SSIM and codebook usage over a whole set of images and all ranks.
 
-    PSNR and SSIM are means over pictures, as the paper's are, on pixels in [0, 1], so with a data range of 1. (The
+    PSNR and SSIM are means over images, as the paper's are, on pixels in [0, 1], so with a data range of 1. (The
     paper's SSIM was taken with a data range of 2, which makes it larger.)
 
     Args:

@@ -1,4 +1,4 @@
-"""What the autoregressive module needs to draw pictures of classes or captions. B batch, L codes, H × W pixels."""
+"""What the autoregressive module needs to draw images of classes or captions. B batch, L codes, H × W pixels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +13,24 @@ from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGAN
 from llamagen.option_checks import option_named
-from llamagen.sampling import Pictures, PictureSampler, SamplingConfig
-from llamagen.sampling.pixels import check_picture_size
+from llamagen.sampling import Images, ImageSampler, SamplingConfig
+from llamagen.sampling.pixels import check_image_size
 from llamagen.text import TextEncoderConfig
 from llamagen.text.condition import Condition, TextCondition
 
 
-class DrawingModule(GenerativeModule):
-    """Base of :class:`ARGenModule`: condition → codes → pictures.
+class SamplingModule(GenerativeModule):
+    """Base of :class:`ARGenModule`: condition → codes → images.
 
     Tokenizer and text encoder are outside the state dict, the optimizer and EMA.
 
     Args:
         net: shape of the model.
         optimizer: settings of AdamW.
-        sampling: how pictures are drawn.
-        tokenizer: checkpoint of the tokenizer, which turns codes into pictures.
-        sample_seed: seed of the pictures that ``predict`` draws.
-        picture_size: side in pixels to which all drawn pictures are resized; None leaves them as decoded.
+        sampling: how images are drawn.
+        tokenizer: checkpoint of the tokenizer, which turns codes into images.
+        sample_seed: seed of the images that ``predict`` draws.
+        image_size: side in pixels to which all drawn images are resized; None leaves them as decoded.
         text_encoder: what reads the captions of a text model.
 
     Raises:
@@ -46,7 +46,7 @@ class DrawingModule(GenerativeModule):
         sampling: SamplingConfig,
         tokenizer: Path | str | None,
         sample_seed: int,
-        picture_size: int | None,
+        image_size: int | None,
         text_encoder: TextEncoderConfig | None,
     ) -> None:
         super().__init__(optimizer)
@@ -54,11 +54,11 @@ class DrawingModule(GenerativeModule):
             raise ValueError(f"text_encoder is {text_encoder.name}, but the model is one of classes; leave it out")
         self._text = TextCondition(net, text_encoder or TextEncoderConfig()) if net.condition == "text" else None
         self.sampling = sampling
-        check_picture_size(picture_size)
+        check_image_size(image_size)
         if sample_seed % 1 != 0:
             raise ValueError(f"sample_seed is {sample_seed}; it must be a whole number")
-        self.sample_seed, self.picture_size = sample_seed, picture_size
-        self.sampler: PictureSampler | None = None  # of a callback that keeps one
+        self.sample_seed, self.image_size = sample_seed, image_size
+        self.sampler: ImageSampler | None = None  # of a callback that keeps one
         # In a tuple, so that nn.Module does not see it.
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
@@ -75,12 +75,12 @@ class DrawingModule(GenerativeModule):
 
     @property
     def tokenizer_checksum(self) -> str | None:
-        """Of the tokenizer's weights, see :func:`llamagen.checkpoints.contents.weights_checksum`; None if it is not known."""
+        """Checksum of the tokenizer's weights, see :func:`~llamagen.checkpoints.contents.weights_checksum`, or None."""
         return self._tokenizer_checksum
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a tokenizer, to turn codes into pictures."""
+        """Whether there is a tokenizer, to turn codes into images."""
         return bool(self._tokenizer)
 
     @property
@@ -89,14 +89,14 @@ class DrawingModule(GenerativeModule):
         return self.gpt.config.num_classes
 
     @property
-    def picture_side(self) -> int:
-        """Of the pictures that it draws, in pixels.
+    def image_side(self) -> int:
+        """Of the images that it draws, in pixels.
 
         Raises:
             ValueError: if there is no tokenizer to tell.
         """
         self.check_sampling(())
-        return self.picture_size or self.gpt.config.grid_size * self._tokenizer[0].config.downsampling
+        return self.image_size or self.gpt.config.grid_size * self._tokenizer[0].config.downsampling
 
     @property
     def needs_captions(self) -> bool:
@@ -109,14 +109,14 @@ class DrawingModule(GenerativeModule):
         return dict(self._text.facts or {}) if self._text is not None else {}
 
     def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
-        """Refuse to draw pictures that cannot be drawn.
+        """Refuse to draw images that cannot be drawn.
 
         Args:
             classes: labels that will be asked for.
             prompts: texts that will be asked for; the encoder is then loaded.
 
         Raises:
-            ValueError: if there is no tokenizer to turn codes into pictures, the model does not know a class or texts,
+            ValueError: if there is no tokenizer to turn codes into images, the model does not know a class or texts,
                 or there is no text encoder.
         """
         if not self.can_sample:
@@ -172,21 +172,21 @@ class DrawingModule(GenerativeModule):
         if self._text is not None and hasattr(data, "prompts"):
             self._text.warn_of_uncleaned(data.clean_captions)
 
-    def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> PictureSampler:
-        """What draws the module's pictures, see :class:`~llamagen.sampling.PictureSampler`.
+    def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> ImageSampler:
+        """What draws the module's images, see :class:`~llamagen.sampling.ImageSampler`.
 
         Raises:
             ValueError: if the module has no tokenizer, or it cannot be compiled.
         """
         self.check_sampling(())
-        return PictureSampler(
-            self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8, picture_size=self.picture_size
+        return ImageSampler(
+            self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8, image_size=self.image_size
         )
 
     def draw(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
-    ) -> tuple[Pictures, Tensor]:
-        """Draw pictures with the module's sampling settings, and do not wait for them.
+    ) -> tuple[Images, Tensor]:
+        """Draw images with the module's sampling settings, and do not wait for them.
 
         Args:
             condition: (B,) labels or (B, C, caption_dim) caption features.
@@ -195,10 +195,10 @@ class DrawingModule(GenerativeModule):
             caption_lengths: (B,) int64, for padded captions.
 
         Returns:
-            B pictures and codes (B, L) int64.
+            B images and codes (B, L) int64.
 
         Raises:
-            ValueError: if the module has no tokenizer to turn codes into pictures.
+            ValueError: if the module has no tokenizer to turn codes into images.
         """
         sampler = self.sampler or self.build_sampler(max(len(condition), 1))
         return sampler(condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices)
@@ -206,12 +206,12 @@ class DrawingModule(GenerativeModule):
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`draw`, but pictures come as (B, H, W, 3) uint8."""
-        pictures, codes = self.draw(condition, indices, seed, caption_lengths)
-        return pictures.tensor(), codes
+        """As :meth:`draw`, but images come as (B, H, W, 3) uint8."""
+        images, codes = self.draw(condition, indices, seed, caption_lengths)
+        return images.tensor(), codes
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Pictures for what a batch asks for: ``images``, ``codes`` (B, L), ``index`` (B,).
+        """Images for what a batch asks for: ``images``, ``codes`` (B, L), ``index`` (B,).
 
         Of captions that are encoded here also ``truncated`` (B,) bool, on the CPU: which had more tokens than are read.
         """

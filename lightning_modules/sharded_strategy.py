@@ -15,7 +15,7 @@ from lightning_modules.base import GenerativeModule
 from lightning_modules.checkpoint_files import CheckpointFiles, tensor_bytes
 from llamagen.checkpoints.contents import check_fits, read_checkpoint
 from llamagen.checkpoints.sharded import numbered
-from llamagen.distributed.full_tensor import copy_whole_
+from llamagen.distributed.full_tensor import copy_full_
 from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
 from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, size_of
 
@@ -110,7 +110,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(f"{path} holds weights alone; begin a new run with them by model.init_args.init_from")
         weights = checkpoint.pop("state_dict")
         for name, tensor in module.state_dict().items():
-            copy_whole_(tensor, weights[name])
+            copy_full_(tensor, weights[name])
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             _load_optimizer(optimizer, state)
         return checkpoint
@@ -130,7 +130,7 @@ def _part_of(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
         return value
     part = torch.empty_like(parameter, dtype=value.dtype)
-    copy_whole_(part, value)
+    copy_full_(part, value)
     return part
 
 

@@ -17,7 +17,7 @@ from lightning_modules.code_revival import CodeRevival
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
-from llamagen.checkpoints.weights import ENTRY, below, differences, load_weights, read_weights
+from llamagen.checkpoints.weights import ENTRY, differences, load_weights, read_weights, strip_prefix
 from llamagen.distributed.across_ranks import mean_over_ranks
 from llamagen.finite import check_finite
 from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
@@ -25,7 +25,7 @@ from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from llamagen.option_checks import check_whole, option_named
+from llamagen.option_checks import check_integer, option_named
 
 
 class VQGANModule(GenerativeModule):
@@ -40,8 +40,8 @@ class VQGANModule(GenerativeModule):
         loss: terms of its loss and their weights.
         discriminator: ``PatchGAN`` (the default) or ``StyleGAN``, with its settings.
         optimizer: settings of AdamW, for both networks.
-        augmentation: what is done to pictures before the discriminator sees them, real or not: any of ``color``,
-            ``translation`` and ``cutout``; for few pictures.
+        augmentation: what is done to images before the discriminator sees them, real or not: any of ``color``,
+            ``translation`` and ``cutout``; for few images.
         lpips_weights: file of the VGG16 that LPIPS needs, as torchvision publishes it; None looks into torch.hub's
             cache and downloads it if it is not there. If given, validation measures LPIPS also where it has no weight.
         revive_codes_every: optimizer steps after which codes that were not used meanwhile are moved to latents of the
@@ -86,7 +86,7 @@ class VQGANModule(GenerativeModule):
         self._lpips: tuple[LPIPS, ...] = ()
         self.metrics = ReconstructionMetrics(size)
         self.train_codebook_usage = CodebookUsage(size)
-        check_whole("revive_codes_every", revive_codes_every, 0)
+        check_integer("revive_codes_every", revive_codes_every, 0)
         self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
         self._revived: int | None = None
         self._handles: list[Any] = []
@@ -134,7 +134,7 @@ class VQGANModule(GenerativeModule):
         return wanted and self.trainer.state.fn != "predict"
 
     def setup(self, stage: str) -> None:
-        """Refuse pictures that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
+        """Refuse images that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
 
         Raises:
             ValueError: if the size is not a multiple of the downsampling factor, or does not suit a network; if
@@ -168,12 +168,12 @@ class VQGANModule(GenerativeModule):
                 part.compile()  # in place: the names in the state dict stay
 
     def forward(self, images: Tensor) -> VQGANOutput:
-        """Reconstruct pictures (B, 3, H, W) in [-1, 1]."""
+        """Reconstruct images (B, 3, H, W) in [-1, 1]."""
         output: VQGANOutput = self.vqgan(images.to(memory_format=self.memory_format))
         return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] after encoding and decoding, same shape, not clamped.
+        """Images (B, 3, H, W) in [-1, 1] after encoding and decoding, same shape, not clamped.
 
         Raises:
             FloatingPointError: if they are not finite.
@@ -381,7 +381,9 @@ class VQGANModule(GenerativeModule):
         super().on_load_checkpoint(checkpoint)
         state, own = checkpoint["state_dict"], self.state_dict()
         fit = self.trainer.state.fn == "fit"
-        if fit and (differing := differences(below("discriminator.", state), below("discriminator.", own))):
+        if fit and (
+            differing := differences(strip_prefix("discriminator.", state), strip_prefix("discriminator.", own))
+        ):
             raise ValueError(
                 f"the checkpoint's discriminator is another one: {differing}; use model.init_args.discriminator and "
                 "loss.adversarial_weight of its run, or start anew with model.init_args.init_from"

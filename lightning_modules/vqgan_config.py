@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from llamagen.losses import ADVERSARIAL_LOSSES
-from llamagen.option_checks import check_not_negative, check_whole
+from llamagen.option_checks import check_integer, check_not_negative
 
 RECONSTRUCTIONS = ("l2", "l1")
 
@@ -27,7 +27,7 @@ class VQGANLossConfig:
         adaptive_weight: multiply ``adversarial_weight`` by the ratio of the gradients that the reconstruction and the
             discriminator send into the decoder's last layer. Costs another backward pass through LPIPS and the
             discriminator.
-        lecam_weight: of LeCAM, which keeps a discriminator that sees few pictures from overfitting; none at 0.
+        lecam_weight: of LeCAM, which keeps a discriminator that sees few images from overfitting; none at 0.
     """
 
     reconstruction: Literal["l2", "l1"] = "l2"
@@ -48,7 +48,7 @@ class VQGANLossConfig:
             value = getattr(self, field.name)
             if isinstance(value, int | float):
                 check_not_negative(field.name, value)
-        check_whole("adversarial_start", self.adversarial_start, 0)
+        check_integer("adversarial_start", self.adversarial_start, 0)
         if self.reconstruction not in RECONSTRUCTIONS:
             raise ValueError(f"reconstruction is {self.reconstruction!r}; choose one of {', '.join(RECONSTRUCTIONS)}")
         if self.adversarial not in ADVERSARIAL_LOSSES:

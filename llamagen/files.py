@@ -33,7 +33,7 @@ _swept: set[tuple[int, Path]] = set()
 
 
 class PendingFile:
-    """A file that is written under a temporary name until it is complete. See :func:`whole_file`.
+    """A file that is written under a temporary name until it is complete. See :func:`atomic_file`.
 
     Args:
         path: the final name; its folder is made if it does not exist.
@@ -94,7 +94,7 @@ class PendingFile:
 
 
 @contextmanager
-def whole_file(path: Path, needed: int | None = None, replaces_folder: bool = False) -> Iterator[Path]:
+def atomic_file(path: Path, needed: int | None = None, replaces_folder: bool = False) -> Iterator[Path]:
     """A temporary name next to ``path`` to write to; synced and renamed to ``path`` at the end, removed on an error.
 
     Each writer has a name of its own: several processes, also of several machines, may write the same file. The file
@@ -119,7 +119,7 @@ def whole_file(path: Path, needed: int | None = None, replaces_folder: bool = Fa
 
 
 @contextmanager
-def whole_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary folder next to ``path`` to fill; synced and renamed at the end, removed on an error.
 
     What has the name ``path`` is replaced. A folder cannot be replaced in one step: for a moment the one of before has

@@ -1,4 +1,4 @@
-"""Grids of pictures, and figures, as PNG files."""
+"""Grids of images, and figures, as PNG files."""
 
 import math
 from bisect import bisect_right
@@ -11,21 +11,21 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 MARGIN = 2
 LEGIBLE = 192
-"""Width in pixels from which on there is room for text below a picture."""
+"""Width in pixels from which on there is room for text below an image."""
 LINES = 3
 CHARACTERS = 600  # more than fit into these lines
 GAP = 8
 
 
 def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
-    """Pictures in rows, on grey.
+    """Images in rows, on grey.
 
     Args:
-        rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
+        rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
 
     Raises:
         ValueError: if there are none, or they are something else.
@@ -36,25 +36,25 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
         (len(rows) * (height + MARGIN) + MARGIN, columns * (width + MARGIN) + MARGIN, 3), 128, dtype=np.uint8
     )
     for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             top, left = MARGIN + r * (height + MARGIN), MARGIN + c * (width + MARGIN)
-            canvas[top : top + height, left : left + width] = picture
+            canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
 
 
 def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> Image.Image:
-    """Pictures in rows, each above its caption, on white.
+    """Images in rows, each above its caption, on white.
 
-    A caption is wrapped to the width of its picture; what does not fit into three lines is left out, and an ellipsis
-    stands for it. Pictures of less than 192 pixels are enlarged by a whole number, without interpolation. Characters
+    A caption is wrapped to the width of its image; what does not fit into three lines is left out, and an ellipsis
+    stands for it. Images of less than 192 pixels are enlarged by a whole number, without interpolation. Characters
     that the font (DejaVu Sans) lacks, such as Chinese and emoji, are drawn as boxes.
 
     Args:
-        rows: (H, W, 3) uint8 pictures of one size; rows may be of unequal length.
-        captions: of each picture.
+        rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
+        captions: of each image.
 
     Raises:
-        ValueError: if there are no pictures, they are something else, or not each has a caption.
+        ValueError: if there are no images, they are something else, or not each has a caption.
     """
     height, width = _size_of(rows)
     if [len(row) for row in captions] != [len(row) for row in rows]:
@@ -69,9 +69,9 @@ def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequ
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + len(rows) * GAP + GAP), "white")
     draw, top = ImageDraw.Draw(canvas), GAP
     for row, row_texts, row_height in zip(rows, texts, heights, strict=True):
-        for column, (picture, text) in enumerate(zip(row, row_texts, strict=True)):
+        for column, (image, text) in enumerate(zip(row, row_texts, strict=True)):
             left = GAP + column * (width + GAP)
-            canvas.paste(Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1)), (left, top))
+            canvas.paste(Image.fromarray(image.repeat(factor, 0).repeat(factor, 1)), (left, top))
             for number, words in enumerate(text):
                 draw.text((left, top + height + GAP // 2 + number * line), words, "black", font)
         top += row_height + GAP
@@ -119,7 +119,7 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def figure_image(figure: Any) -> Image.Image:
-    """A matplotlib ``Figure`` as a picture."""
+    """A matplotlib ``Figure`` as an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -131,14 +131,14 @@ def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | Non
     """Write a PNG, whole or not at all; its folder is made if it does not exist.
 
     Args:
-        image: the picture.
+        image: the image.
         path: the file.
-        text: what the file says of the picture, by keyword; Pillow reads it as the picture's ``info``.
+        text: what the file says of the image, by keyword; Pillow reads it as the image's ``info``.
     """
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
     buffer = BytesIO()
     image.save(buffer, format="png", pnginfo=chunks)
-    with whole_file(Path(path), buffer.tell()) as temporary:
+    with atomic_file(Path(path), buffer.tell()) as temporary:
         temporary.write_bytes(buffer.getbuffer())

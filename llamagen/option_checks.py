@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+def check_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """Refuse what is no whole number of a range.
 
     Args:

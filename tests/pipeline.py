@@ -47,7 +47,7 @@ class Pipeline:
 
     @property
     def samples(self) -> Path:
-        """Sampled pictures."""
+        """Sampled images."""
         return self.root / "samples"
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class KeepCodes(pl.Callback):
-    """Write the codes of each picture into a folder."""
+    """Write the codes of each image into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,7 +24,7 @@ class KeepCodes(pl.Callback):
 
 
 class PullThePlug(pl.Callback):
-    """Kill all processes of the command at once, on a rank, from a batch on as soon as there is a picture."""
+    """Kill all processes of the command at once, on a rank, from a batch on as soon as there is an image."""
 
     def __init__(self, rank: int, batch: int) -> None:
         self.rank, self.batch = rank, batch
@@ -32,7 +32,7 @@ class PullThePlug(pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *place: int
     ) -> None:
-        written = any(Path(trainer.default_root_dir).glob("pictures/*/*.png"))
+        written = any(Path(trainer.default_root_dir).glob("images/*/*.png"))
         if trainer.global_rank == self.rank and batch_idx >= self.batch and written:
             os.killpg(0, signal.SIGKILL)
 

@@ -54,12 +54,12 @@ def caption_lengths_for(gpt: GPT, batch_size: int) -> Tensor | None:
 
 
 def codes_for(gpt: GPT, batch_size: int, count: int) -> Tensor:
-    """The first ``count`` codes of some pictures."""
+    """The first ``count`` codes of some images."""
     return integer_input("small/codes", gpt.config.vocab_size, (batch_size, gpt.config.block_size))[:, :count]
 
 
 def images_for(batch_size: int, height: int, width: int) -> Tensor:
-    """Pictures in [-1, 1]."""
+    """Images in [-1, 1]."""
     return normal_input("small/image", (batch_size, 3, height, width)).tanh()
 
 

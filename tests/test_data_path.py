@@ -1,4 +1,4 @@
-"""From a folder of pictures to batches of codes: every key is accounted for, and broken pictures alone are lost."""
+"""From a folder of images to batches of codes: every key is accounted for, and broken images alone are lost."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ KINDS = [("jpg", "jpeg"), ("JPEG", "jpeg"), ("png", "png"), ("webp", "webp")]
 
 
 def write_folder(root: Path) -> set[str]:
-    """200 pictures of several kinds and sizes in class folders; their keys."""
+    """200 images of several kinds and sizes in class folders; their keys."""
     keys = set()
     for number in range(CLASSES * PER_CLASS):
         generator = np.random.default_rng(number)
@@ -34,16 +34,16 @@ def write_folder(root: Path) -> set[str]:
 
 
 def break_some(root: Path, keys: set[str]) -> set[str]:
-    """Break one picture of a hundred, each in its own way; their keys."""
+    """Break one image of a hundred, each in its own way; their keys."""
     broken = sorted(keys)[50::100]
     for place, key in enumerate(broken):
         (path,) = root.glob(f"{key}.*")
-        path.write_bytes([path.read_bytes()[: path.stat().st_size // 2], b"no picture at all"][place])
+        path.write_bytes([path.read_bytes()[: path.stat().st_size // 2], b"no image at all"][place])
     return set(broken)
 
 
 def arguments(pipeline: Pipeline, root: Path, folder: Path, num_workers: int) -> list[str]:
-    """To turn the pictures of ``root`` into codes."""
+    """To turn the images of ``root`` into codes."""
     kept = [item for item in pipeline.extract_arguments(folder) if not item.startswith("--data.init_args.root")]
     return [
         *(*kept, f"--ckpt_path={pipeline.tokenizer}", "--data=ImageDataModule", f"--data.init_args.root={root}"),
@@ -67,17 +67,17 @@ def code_keys(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str], set[str]]:
-    """A folder of pictures, all keys, and those of the broken ones."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str], set[str]]:
+    """A folder of images, all keys, and those of the broken ones."""
+    root = tmp_path_factory.mktemp("images")
     keys = write_folder(root)
     return root, keys, break_some(root, keys)
 
 
 def test_every_key_goes_from_folder_to_shards_to_codes_to_batches_but_the_broken_ones(
-    pipeline: Pipeline, pictures: tuple[Path, set[str], set[str]], tmp_path: Path
+    pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
-    root, keys, broken = pictures
+    root, keys, broken = images
     assert len(broken) == 0.01 * len(keys)
     pack(str(root), tmp_path / "shards", shard_mb=0.05, workers=1)
     data = ImageDataModule(str(tmp_path / "shards"), image_size=8, num_workers=1)
@@ -89,19 +89,19 @@ def test_every_key_goes_from_folder_to_shards_to_codes_to_batches_but_the_broken
     main.main(arguments(pipeline, tmp_path / "shards", tmp_path / "codes", num_workers=1))
     assert code_keys(tmp_path / "codes") == {key: int(key[5]) for key in keys - broken}
     listed = [line.split("\t") for line in (tmp_path / "codes/skipped.tsv").read_text().splitlines()[1:]]
-    assert {key: reason for _, key, reason, _ in listed} == dict.fromkeys(broken, "broken picture")
+    assert {key: reason for _, key, reason, _ in listed} == dict.fromkeys(broken, "broken image")
     meta = json.loads((tmp_path / "codes/meta.json").read_text())
     assert (meta["views"], len(meta["view_names"]), meta["classes"]) == (20, 20, [f"class{n}" for n in range(CLASSES)])
     assert sum(split["count"] for split in meta["splits"].values()) == len(keys) - len(broken)
 
 
 def test_two_ranks_write_the_codes_of_one_shard_by_shard(
-    pipeline: Pipeline, pictures: tuple[Path, set[str], set[str]], tmp_path: Path
+    pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
-    # Straight from the folder, in shards of 30 pictures.
+    # Straight from the folder, in shards of 30 images.
     small = "--trainer.callbacks=[{class_path: EMA}, {class_path: CodeWriter, init_args: {samples_per_shard: 30}}]"
-    main.main([*arguments(pipeline, pictures[0], tmp_path / "one", num_workers=0), small])
-    succeeds(two_processes([*arguments(pipeline, pictures[0], tmp_path / "two", num_workers=1), small]))
+    main.main([*arguments(pipeline, images[0], tmp_path / "one", num_workers=0), small])
+    succeeds(two_processes([*arguments(pipeline, images[0], tmp_path / "two", num_workers=1), small]))
     one, two = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.name != "predict.yaml"
          and path.is_file()} for folder in (tmp_path / "one", tmp_path / "two")
@@ -111,21 +111,21 @@ def test_two_ranks_write_the_codes_of_one_shard_by_shard(
     assert [str(name) for name in one if one[name] != two[name]] == []
 
 
-def test_skipped_pictures_are_logged_by_reason_and_are_fatal_above_the_tolerated_share(
-    pipeline: Pipeline, pictures: tuple[Path, set[str], set[str]], tmp_path: Path
+def test_skipped_images_are_logged_by_reason_and_are_fatal_above_the_tolerated_share(
+    pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
     def fit(folder: Path, *more: str) -> None:
         kept = [item for item in pipeline.tokenizer_arguments(folder) if "--trainer.max_steps" not in item]
-        main.main(["fit", *kept, "--data=ImageDataModule", f"--data.init_args.root={pictures[0]}",
+        main.main(["fit", *kept, "--data=ImageDataModule", f"--data.init_args.root={images[0]}",
                    "--data.init_args.image_size=8", "--data.init_args.num_workers=0", "--trainer.max_epochs=1",
                    "--trainer.val_check_interval=null", *more])  # fmt: skip
 
     fit(tmp_path / "run")
     (table,) = (tmp_path / "run").rglob("metrics.csv")
     lines = [line.split(",") for line in table.read_text().splitlines()]
-    column = lines[0].index("skipped/train/broken_picture")
+    column = lines[0].index("skipped/train/broken_image")
     assert [line[column] for line in lines[1:] if line[column]] == ["2.0"]
     with pytest.raises(
-        ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.005 .*broken picture"
+        ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.005 .*broken image"
     ):
         fit(tmp_path / "strict", "--data.init_args.max_bad_share=0.005")

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llamagen import files, full_disk
-from llamagen.files import PendingFile, remove, remove_leftovers, temporary_name, whole_file, whole_folder
+from llamagen.files import PendingFile, atomic_file, atomic_folder, remove, remove_leftovers, temporary_name
 from llamagen.full_disk import DiskFullError
 
 
@@ -55,7 +55,7 @@ def small_files() -> Iterator[int]:
 
 def test_a_file_gets_its_name_when_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new/file.txt"
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("text")
         assert not path.exists()
         assert temporary.parent == path.parent
@@ -77,7 +77,7 @@ def test_file_and_folder_are_synced_before_and_after_the_name_changes(
         events.append((kind, path.exists()))
 
     monkeypatch.setattr(os, "fsync", note)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("text")
     assert events == [("file", False), ("folder", True)]
 
@@ -87,7 +87,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path.write_text("old")
 
     def fail() -> None:
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text("half")
             raise RuntimeError("stopped")
 
@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path
         try:
             if stop == "synced":
                 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-            with whole_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 temporary.write_text("half")
                 if stop == "written":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 2
-    with whole_file(path) as temporary:  # the next writer removes what the dead one left
+    with atomic_file(path) as temporary:  # the next writer removes what the dead one left
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["file.txt"]
@@ -162,7 +162,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
     def write(number: int) -> None:
         start.wait()
         for _ in range(10):
-            with whole_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 temporary.write_bytes(bytes([number]) * 50_000)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
@@ -183,7 +183,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
 def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with whole_file(tmp_path / "a.safetensors") as temporary:
+        with atomic_file(tmp_path / "a.safetensors") as temporary:
             save_file({"a": torch.ones(2)}, temporary)
     finally:
         os.umask(before)
@@ -192,10 +192,10 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 
 def test_a_long_name_and_a_device_are_written_to(tmp_path: Path) -> None:
     path = tmp_path / ("ü" * 125 + ".txt")
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("text")
     assert path.read_text() == "text"
-    with whole_file(Path(os.devnull)) as temporary:
+    with atomic_file(Path(os.devnull)) as temporary:
         temporary.write_text("text")
     assert not Path(os.devnull).is_file()
 
@@ -204,9 +204,9 @@ def test_a_folder_is_not_replaced_by_a_file_unless_it_may_be(tmp_path: Path) -> 
     path = tmp_path / "last.ckpt"
     path.mkdir()
     (path / "inside").touch()
-    with pytest.raises(IsADirectoryError, match="is a folder; choose another name"), whole_file(path):
+    with pytest.raises(IsADirectoryError, match="is a folder; choose another name"), atomic_file(path):
         pass
-    with whole_file(path, replaces_folder=True) as temporary:
+    with atomic_file(path, replaces_folder=True) as temporary:
         temporary.write_text("one file")
     assert path.read_text() == "one file"
     assert names(tmp_path) == ["last.ckpt"]
@@ -222,7 +222,7 @@ def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path, old: str) ->
         path.touch()
     elif old == "a link":
         path.symlink_to(tmp_path / "nowhere")
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         (temporary / "below").mkdir()
         (temporary / "below/new").write_text("text")
         assert not (path / "below").exists()
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(PermissionError), whole_folder(path) as temporary:
+    with pytest.raises(PermissionError), atomic_folder(path) as temporary:
         (temporary / "new").touch()
     assert names(path) == ["old"]
     assert names(tmp_path) == ["report"]
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_line_with_path_and_bytes(
 ) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(DiskFullError) as error, whole_file(path, 123_456) as temporary:
+    with pytest.raises(DiskFullError) as error, atomic_file(path, 123_456) as temporary:
         write(temporary)
     assert isinstance(error.value, OSError)
     assert error.value.errno == errno.EFBIG
@@ -320,9 +320,9 @@ def test_a_full_disk_or_quota_is_found_wherever_it_is_reported(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         reason = r"needs more than 4 bytes, and [\d,]+ bytes are free"
-        with pytest.raises(DiskFullError, match=reason) as error, whole_file(tmp_path / "file") as temporary:
+        with pytest.raises(DiskFullError, match=reason) as error, atomic_file(tmp_path / "file") as temporary:
             temporary.write_text("text")
-        with pytest.raises(DiskFullError, match=r"needs more than 4 bytes"), whole_folder(tmp_path / "f") as temporary:
+        with pytest.raises(DiskFullError, match=r"needs more than 4 bytes"), atomic_folder(tmp_path / "f") as temporary:
             (temporary / "a").write_text("text")
     assert os.strerror(number) in str(error.value)
     assert names(tmp_path) == []
@@ -332,16 +332,16 @@ def test_a_full_disk_or_quota_is_found_wherever_it_is_reported(
 def test_an_error_of_pytorchs_writer_is_a_full_disk_where_nothing_is_free(
     tmp_path: Path, small_files: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "file") as temporary:
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
     monkeypatch.setattr(full_disk, "_free", lambda _: 1000)
-    with pytest.raises(DiskFullError, match="and 1,000 bytes are free"), whole_file(tmp_path / "file") as temporary:
+    with pytest.raises(DiskFullError, match="and 1,000 bytes are free"), atomic_file(tmp_path / "file") as temporary:
         write_torch_by_name(temporary)
     assert names(tmp_path) == []
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), whole_file(tmp_path / "file"):
+    with pytest.raises(PermissionError), atomic_file(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "no")
     pending = PendingFile(tmp_path / "file")
     pending.discard()

@@ -1,4 +1,4 @@
-"""The same 64 pictures come out for any batch size, on any number of processes, and after a kill in between."""
+"""The same 64 images come out for any batch size, on any number of processes, and after a kill in between."""
 
 import os
 import re
@@ -44,27 +44,27 @@ def killed(task: Callable[[], object]) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-def pictures(folder: Path) -> dict[Path, int]:
-    """Pictures of a run and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in (folder / "samples/pictures").rglob("*.png")}
+def image_files(folder: Path) -> dict[Path, int]:
+    """Images of a run and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in (folder / "samples/images").rglob("*.png")}
 
 
 def hidden(folder: Path) -> list[str]:
     return [path.name for path in (folder / "samples").rglob(".*")]
 
 
-def assert_same_pictures(folder: Path, left_alone: Path) -> None:
+def assert_same_images(folder: Path, left_alone: Path) -> None:
     """The codes of two runs are equal, as are their archives, and the archive holds what the files hold."""
-    assert len(list((folder / "codes").iterdir())) == len(pictures(folder)) == COUNT
+    assert len(list((folder / "codes").iterdir())) == len(image_files(folder)) == COUNT
     for path in (left_alone / "codes").iterdir():
         assert np.array_equal(np.load(path), np.load(folder / "codes" / path.name)), path.name
     with np.load(folder / "samples/samples.npz") as one, np.load(left_alone / "samples/samples.npz") as other:
         assert one["arr_1"].tolist() == other["arr_1"].tolist() == CLASSES * 8
         assert np.array_equal(one["arr_0"], other["arr_0"])
-        for index, picture in enumerate(one["arr_0"]):
+        for index, image in enumerate(one["arr_0"]):
             label = CLASSES[index % 8]
-            name = f"samples/pictures/{label}/{index:06d}_class{label}.png"
-            assert np.array_equal(np.array(Image.open(folder / name)), picture)
+            name = f"samples/images/{label}/{index:06d}_class{label}.png"
+            assert np.array_equal(np.array(Image.open(folder / name)), image)
     assert hidden(folder) == [".plan.json"]
 
 
@@ -79,16 +79,16 @@ def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_the_same_pictures_come_out_for_any_batch_size(
+def test_the_same_images_come_out_for_any_batch_size(
     pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
 ) -> None:
     main.main(command(pipeline, tmp_path, batch_size))
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
-def test_two_processes_draw_the_pictures_of_one(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_the_images_of_one(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
     succeeds(two_processes(command(pipeline, tmp_path, 7)))
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -96,36 +96,36 @@ def test_compiled_sampling_draws_them_too(
     pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
 ) -> None:
     main.main([*command(pipeline, tmp_path, batch_size), *COMPILED])
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_two_processes_go_on_compiled_where_one_was_killed(
     pipeline: Pipeline, left_alone: Path, tmp_path: Path
 ) -> None:
     killed(lambda: main.main([*command(pipeline, tmp_path, 7), *COMPILED, with_probe(PullThePlug, rank=0, batch=3)]))
-    assert 0 < len(pictures(tmp_path)) < COUNT
+    assert 0 < len(image_files(tmp_path)) < COUNT
     succeeds(two_processes([*command(pipeline, tmp_path, 5), *COMPILED]))
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_two_processes_go_on_where_one_was_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
     killed(lambda: main.main([*command(pipeline, tmp_path, 7), with_probe(PullThePlug, rank=0, batch=3)]))
-    before = pictures(tmp_path)
+    before = image_files(tmp_path)
     assert 0 < len(before) < COUNT
     succeeds(two_processes(command(pipeline, tmp_path, 5)))
-    assert before.items() <= pictures(tmp_path).items()
-    assert_same_pictures(tmp_path, left_alone)
+    assert before.items() <= image_files(tmp_path).items()
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_one_process_goes_on_where_two_were_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
     done = two_processes([*command(pipeline, tmp_path, 3), with_probe(PullThePlug, rank=1, batch=1)])
     assert done.returncode == -signal.SIGKILL
-    before = pictures(tmp_path)
+    before = image_files(tmp_path)
     assert len(before) > 0
     assert not (tmp_path / "samples/samples.npz").exists()
     main.main(command(pipeline, tmp_path, 64))
-    assert before.items() <= pictures(tmp_path).items()
-    assert_same_pictures(tmp_path, left_alone)
+    assert before.items() <= image_files(tmp_path).items()
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_a_run_may_be_killed_again_and_again(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_run_may_be_killed_again_and_again(pipeline: Pipeline, left_alone: Pat
         plug = with_probe(PullThePlug, rank=0, batch=1)
         killed(lambda: main.main([*command(pipeline, tmp_path, batch_size), plug]))  # noqa: B023
     main.main(command(pipeline, tmp_path, 2))
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -144,12 +144,12 @@ def test_two_processes_complete_a_run_of_which_almost_nothing_is_left(
     (tmp_path / "samples/samples.npz").unlink()
     (tmp_path / "samples/grid.png").unlink()
     for index in range(left):
-        (tmp_path / f"samples/pictures/{CLASSES[index]}/{index:06d}_class{CLASSES[index]}.png").unlink()
-    before = pictures(tmp_path)
+        (tmp_path / f"samples/images/{CLASSES[index]}/{index:06d}_class{CLASSES[index]}.png").unlink()
+    before = image_files(tmp_path)
     succeeds(two_processes(command(pipeline, tmp_path, 64)))
-    assert before.items() <= pictures(tmp_path).items()
+    assert before.items() <= image_files(tmp_path).items()
     assert (tmp_path / "samples/grid.png").exists()
-    assert_same_pictures(tmp_path, left_alone)
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
@@ -168,11 +168,11 @@ def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
     plan, archive = sorted(hidden(tmp_path))
     assert plan == ".plan.json"
     assert re.fullmatch(r"\.samples\.npz\..+\.tmp", archive)
-    before = pictures(tmp_path)
+    before = image_files(tmp_path)
     assert len(before) == COUNT
     main.main(command(pipeline, tmp_path, 64))
-    assert pictures(tmp_path) == before
-    assert_same_pictures(tmp_path, left_alone)
+    assert image_files(tmp_path) == before
+    assert_same_images(tmp_path, left_alone)
 
 
 def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
@@ -182,4 +182,4 @@ def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, t
     assert done.returncode != 0
     assert "was begun with another sample_seed (0 there, 5 here)" in done.stderr
     assert "Connection closed" not in done.stderr
-    assert len(pictures(tmp_path)) == 14
+    assert len(image_files(tmp_path)) == 14

@@ -9,7 +9,7 @@ from lightning_modules import AdamWConfig, VQGANLossConfig
 from lightning_modules.argen_config import ARGenLossConfig
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
-from llamagen.option_checks import check_not_negative, check_whole
+from llamagen.option_checks import check_integer, check_not_negative
 from llamagen.sampling import SamplingConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -41,13 +41,13 @@ def test_no_option_takes_a_number_that_is_none(config: Any) -> None:
 
 @pytest.mark.parametrize("value", [1, 7, 2**40])
 def test_whole_numbers_pass(value: int) -> None:
-    check_whole("n", value)
+    check_integer("n", value)
 
 
 def test_what_is_no_whole_number_is_told_from_what_is_too_small() -> None:
     for bad, said in ((0, "must be at least 1"), (1.5, "must be a whole number of at least 1"), ("3", "whole number")):
         with pytest.raises(ValueError, match=f"^n is {bad}; it .*{said}"):
-            check_whole("n", bad)
+            check_integer("n", bad)
     check_not_negative("x", 0.0)
     for number in (-1e-9, NAN, INF):
         with pytest.raises(ValueError, match=f"^x is {number}; it must be at least 0"):

@@ -9,7 +9,7 @@ import pytest
 from tests.test_architecture import SOURCES, relative
 
 WRITER = "llamagen/files.py"
-WHOLE = {"whole_file", "whole_folder", "PendingFile", "temporary_name"}
+WHOLE = {"atomic_file", "atomic_folder", "PendingFile", "temporary_name"}
 """What gives a temporary name."""
 MEMORY = {"BytesIO", "StringIO", "TemporaryDirectory"}
 """What needs no name, or has one that no other process knows."""
@@ -28,7 +28,7 @@ EXCEPTIONS = {
     ("benchmarks/data_layer.py", "plain / f'{number}.npy'"),
     ("benchmarks/data_layer.py", "plain / f'{number}.label.npy'"),
     ("benchmarks/account_for_keys.py", "path"),
-    ("benchmarks/account_for_keys.py", "work / 'pictures'"),
+    ("benchmarks/account_for_keys.py", "work / 'images'"),
     ("benchmarks/bench_evaluation.py", "path"),
     ("benchmarks/bench_evaluation.py", "archive"),
     ("benchmarks/tokenizer_step.py", "path"),
@@ -108,9 +108,9 @@ def test_a_source_writes_under_temporary_names_only(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "wrong"),
     [
-        ("with whole_file(path) as temporary:\n    temporary.write_text('a')", False),
-        ("with whole_file(path) as new, new.open('wb') as file:\n    np.savez(file, a=a)", False),
-        ("with whole_folder(path) as new:\n    (new / 'a').write_bytes(b'')", False),
+        ("with atomic_file(path) as temporary:\n    temporary.write_text('a')", False),
+        ("with atomic_file(path) as new, new.open('wb') as file:\n    np.savez(file, a=a)", False),
+        ("with atomic_folder(path) as new:\n    (new / 'a').write_bytes(b'')", False),
         ("buffer = BytesIO()\nnp.save(buffer, a)", False),
         ("with open(path, 'rb') as file:\n    file.read()", False),
         ("path.open()", False),
@@ -123,8 +123,8 @@ def test_a_source_writes_under_temporary_names_only(path: Path) -> None:
         ("np.savez(path, a=a)", True),
         ("save_file(state, path)", True),
         ("with zipfile.ZipFile(path, 'w') as archive:\n    pass", True),
-        ("def f(path):\n    with whole_file(path) as t:\n        path.write_text('a')", True),
-        ("def f(path):\n    with whole_file(path) as t:\n        pass\ndef g(t):\n    t.write_text('a')", True),
+        ("def f(path):\n    with atomic_file(path) as t:\n        path.write_text('a')", True),
+        ("def f(path):\n    with atomic_file(path) as t:\n        pass\ndef g(t):\n    t.write_text('a')", True),
     ],
 )
 def test_the_walk_sees_what_writes(source: str, wrong: bool) -> None:

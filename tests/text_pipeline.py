@@ -19,11 +19,11 @@ class TextPipeline:
 
     Attributes:
         root: of everything.
-        pictures: the run whose tokenizer makes the codes.
+        images: the run whose tokenizer makes the codes.
     """
 
     root: Path
-    pictures: Pipeline
+    images: Pipeline
 
     @property
     def t5(self) -> Path:
@@ -60,13 +60,13 @@ class TextPipeline:
             *("--config", "configs/argen/base.yaml", "--config", "configs/argen/digits.yaml"),
             *("--config", "configs/argen/text_digits.yaml", *QUIET),
             *(f"--model.init_args.net.{key}={value}" for key, value in TEXT_NET.items()),
-            *(f"--model.init_args.tokenizer={self.pictures.tokenizer}", "--trainer.max_steps=8"),
+            *(f"--model.init_args.tokenizer={self.images.tokenizer}", "--trainer.max_steps=8"),
             *(f"--model.init_args.text_encoder.name={self.t5}", f"--trainer.default_root_dir={folder}"),
             *("--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=2"),
         ]
 
     def prompt_arguments(self, folder: Path, prompts: str) -> list[str]:
-        """To draw pictures of prompts into ``folder``."""
+        """To draw images of prompts into ``folder``."""
         return [
             *("predict", *self.argen_arguments(folder), "--config", "configs/argen/prompts.yaml"),
             *(f"--trainer.default_root_dir={folder}", f"--data.init_args.prompts={prompts}"),
@@ -77,14 +77,12 @@ class TextPipeline:
         """Codes, features, training."""
         save_tiny_model(self.t5)
         tiny_tokenizer(("handwritten", *NAMES)).save_pretrained(self.t5)
-        tokenizer = [
-            item for item in self.pictures.tokenizer_arguments(self.codes) if "data.init_args.root" not in item
-        ]
+        tokenizer = [item for item in self.images.tokenizer_arguments(self.codes) if "data.init_args.root" not in item]
         main.main(
             [
                 *("predict", *tokenizer, "--config", "configs/vqgan/extract.yaml", "--data.init_args.captions=true"),
                 *(f"--data.init_args.root={self.root / 'digits'}", f"--trainer.default_root_dir={self.codes}"),
-                f"--ckpt_path={self.pictures.tokenizer}",
+                f"--ckpt_path={self.images.tokenizer}",
             ]
         )
         main.main(self.feature_arguments(self.features))

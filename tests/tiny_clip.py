@@ -20,7 +20,7 @@ def tiny_tokenizer(extra: tuple[str, ...] = ()) -> CLIPTokenizer:
 
 
 def save_tiny_clip(folder: Path, seed: int = 1, old_end: bool = False, side: int = SIDE) -> Path:
-    """Model, tokenizer and what is to be done to pictures, into a folder, which is returned.
+    """Model, tokenizer and what is to be done to images, into a folder, which is returned.
 
     With ``old_end`` the configuration says of the end of texts what old ones, OpenAI's among them, say.
     """
@@ -40,7 +40,7 @@ def save_tiny_clip(folder: Path, seed: int = 1, old_end: bool = False, side: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(config)
-        for parameter in model.parameters():  # as they are drawn, all pictures have nearly the same features
+        for parameter in model.parameters():  # as they are drawn, all images have nearly the same features
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)

@@ -22,8 +22,8 @@ class TokenizerModule(Protocol):
         """The tokenizer."""
 
 
-class PictureData(PlannedData, Protocol):
-    """A DataModule whose pictures become codes."""
+class ImageData(PlannedData, Protocol):
+    """A DataModule whose images become codes."""
 
     image_size: int
     view_names: list[str]
@@ -34,11 +34,11 @@ class CodeWriter(ShardSetWriter):
     ``meta.json``.
 
     A sample is ``<key>.npy``, (A, h, w) uint16, and ``<key>.cls`` or ``<key>.txt``, or both. Each shard holds the codes
-    of a fixed range of the pictures and is written by one rank. The command of a stopped run goes on with the shards
+    of a fixed range of the images and is written by one rank. The command of a stopped run goes on with the shards
     that are not there yet, on any number of ranks.
 
     Args:
-        samples_per_shard: pictures in a tar file.
+        samples_per_shard: images in a tar file.
     """
 
     def __init__(self, samples_per_shard: int = 2_000) -> None:
@@ -56,14 +56,14 @@ class CodeWriter(ShardSetWriter):
                 raise ValueError(f"codes are stored as uint16, which cannot hold a codebook of {vocabulary} entries")
         super().setup(trainer, pl_module, stage)
 
-    def plan(self, data: PictureData, module: TokenizerModule) -> dict[str, Any]:
-        """Pictures, views and tokenizer."""
+    def plan(self, data: ImageData, module: TokenizerModule) -> dict[str, Any]:
+        """Images, views and tokenizer."""
         return {
             "format": CODES_FORMAT,
             "tokenizer": weights_checksum(module.generator),
             "image_size": data.image_size,
             "view_names": data.view_names,
-            "pictures": {split: data.fingerprint(split) for split in data.predict_splits},
+            "images": {split: data.fingerprint(split) for split in data.predict_splits},
             "classes": data.class_names,
         }
 
@@ -71,7 +71,7 @@ class CodeWriter(ShardSetWriter):
         """Append a batch of codes, ``outputs`` (B, A, h, w).
 
         Raises:
-            ValueError: if a picture has neither a class nor a caption.
+            ValueError: if an image has neither a class nor a caption.
         """
         codes = outputs.cpu().numpy().astype(np.uint16)
         captions = batch.get("captions") or [""] * len(codes)
@@ -86,7 +86,7 @@ class CodeWriter(ShardSetWriter):
             writer.write(key, parts, label)
 
     def describe(
-        self, shards: ShardSet, pieces: Mapping[str, int], data: PictureData, module: TokenizerModule
+        self, shards: ShardSet, pieces: Mapping[str, int], data: ImageData, module: TokenizerModule
     ) -> dict[str, Any]:
         """Vocabulary, grid, views, classes and tokenizer."""
         config = module.generator.config

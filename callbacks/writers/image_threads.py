@@ -1,4 +1,4 @@
-"""Pictures are compressed while the next ones are drawn. H × W pixels."""
+"""Images are compressed while the next ones are drawn. H × W pixels."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,45 +14,45 @@ THREADS = 4
 WAITING = 512
 
 
-class PictureThreads:
+class ImageThreads:
     """A few threads that write PNG files, each whole or not at all; compression does not hold Python's lock.
 
     Args:
         threads: how many.
-        waiting: most pictures that wait for a thread; with more, :meth:`write` waits, so that memory is bounded.
+        waiting: most images that wait for a thread; with more, :meth:`write` waits, so that memory is bounded.
     """
 
     def __init__(self, threads: int = THREADS, waiting: int = WAITING) -> None:
-        self._pool = ThreadPoolExecutor(threads, "pictures")
+        self._pool = ThreadPoolExecutor(threads, "images")
         self._slots = Semaphore(threads + waiting)
         self._error: BaseException | None = None
 
-    def write(self, picture: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None = None) -> None:
-        """Have a picture written, soon.
+    def write(self, image: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None = None) -> None:
+        """Have an image written, soon.
 
         Args:
-            picture: gives (H, W, 3) uint8; called in a thread, where it may wait for a device.
+            image: gives (H, W, 3) uint8; called in a thread, where it may wait for a device.
             path: the file; its folder is made if it does not exist.
-            text: what the file says of the picture, by keyword.
+            text: what the file says of the image, by keyword.
 
         Raises:
             BaseException: the first error of a thread.
         """
         self._check()
         self._slots.acquire()
-        self._pool.submit(self._save, picture, path, text)
+        self._pool.submit(self._save, image, path, text)
 
-    def _save(self, picture: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None) -> None:
+    def _save(self, image: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None) -> None:
         try:
             if self._error is None:
-                save_png(Image.fromarray(picture()), path, text)
-        except BaseException as error:  # it is raised where the pictures come from
+                save_png(Image.fromarray(image()), path, text)
+        except BaseException as error:  # it is raised where the images come from
             self._error = self._error or error
         finally:
             self._slots.release()
 
     def finish(self) -> None:
-        """Wait until all pictures are written, and end the threads.
+        """Wait until all images are written, and end the threads.
 
         Raises:
             BaseException: the first error of a thread.
@@ -61,7 +61,7 @@ class PictureThreads:
         self._check()
 
     def cancel(self) -> None:
-        """Drop the pictures that wait, and end the threads."""
+        """Drop the images that wait, and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of the prompts of a run beside their pictures."""
+"""What is kept of the prompts of a run beside their images."""
 
 import hashlib
 import json
@@ -10,30 +10,30 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
 from callbacks.writers.sample_folder import METADATA, SampleFolder
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 CUT = "truncated"
-"""Keyword in the PNG of a picture whose prompt was cut. It is there that all ranks, and later runs, find it."""
+"""Keyword in the PNG of an image whose prompt was cut. It is there that all ranks, and later runs, find it."""
 NAMED = 5
 
 
 class PromptRequests(Protocol):
-    """A DataModule that asks for pictures of prompts."""
+    """A DataModule that asks for images of prompts."""
 
     prompts: list[str]
     columns: list[dict[str, str]]
     """What else is known of each prompt."""
 
 
-class DrawsPrompts(Protocol):
-    """A module that draws pictures of prompts."""
+class SamplesPrompts(Protocol):
+    """A module that draws images of prompts."""
 
     sampling: Any
     sample_seed: int
 
 
 def prompts_plan(prompts: Sequence[str], module: Any) -> dict[str, Any]:
-    """What decides the pictures of prompts, beside what decides any.
+    """What decides the images of prompts, beside what decides any.
 
     Args:
         prompts: all of the run.
@@ -46,13 +46,13 @@ def prompts_plan(prompts: Sequence[str], module: Any) -> dict[str, Any]:
     }
 
 
-def picture_text(truncated: bool) -> dict[str, str]:
-    """What the PNG of a picture says of it."""
+def image_text(truncated: bool) -> dict[str, str]:
+    """What the PNG of an image says of it."""
     return {CUT: "true"} if truncated else {}
 
 
 def was_cut(folder: SampleFolder, index: int) -> bool:
-    """Whether the prompt of a picture that is there was longer than the model reads."""
+    """Whether the prompt of an image that is there was longer than the model reads."""
     with Image.open(folder.path(index)) as image:  # reads the head of the file only
         return CUT in image.info
 
@@ -69,16 +69,16 @@ def warn_of_cut_prompts(folder: SampleFolder, prompts: Sequence[str]) -> None:
         )
 
 
-def write_metadata(folder: SampleFolder, data: PromptRequests, module: DrawsPrompts) -> None:
-    """Write ``metadata.jsonl``: for each picture a line with its file, prompt, seed and settings.
+def write_metadata(folder: SampleFolder, data: PromptRequests, module: SamplesPrompts) -> None:
+    """Write ``metadata.jsonl``: for each image a line with its file, prompt, seed and settings.
 
     Args:
-        folder: holds all its pictures; the file gets its name when it is whole.
+        folder: holds all its images; the file gets its name when it is whole.
         data: asked for them.
         module: drew them.
     """
     drawn_with = {"seed": module.sample_seed, "sampling": asdict(module.sampling)}
-    with whole_file(folder.root / METADATA) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_file(folder.root / METADATA) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, number in enumerate(folder.labels.tolist()):
             line = {
                 "file_name": folder.path(index).relative_to(folder.root).as_posix(),

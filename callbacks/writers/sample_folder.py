@@ -1,4 +1,4 @@
-"""The folder of a run that draws pictures: what goes where, what is there, and what it was begun with. N pictures."""
+"""The folder of a run that draws images: what goes where, what is there, and what it was begun with. N images."""
 
 import json
 import os
@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 
 from datamodules.storage.shards import PLAN_FILE
-from llamagen.files import remove_leftovers, whole_file
+from llamagen.files import atomic_file, remove_leftovers
 
-PICTURES = "pictures"
+IMAGES = "images"
 ARCHIVE = "samples.npz"
 GRID = "grid.png"
 METADATA = "metadata.jsonl"
 
 
 class SampleFolder:
-    """``pictures/<label>/<index:06d>_class<label>.png``, ``samples.npz``, ``grid.png`` and a plan, which is hidden.
+    """``images/<label>/<index:06d>_class<label>.png``, ``samples.npz``, ``grid.png`` and a plan, which is hidden.
 
     Of prompts the names end in ``_prompt<number>``, and there is a ``metadata.jsonl``.
 
-    The plan says what decides the pictures, so that a stopped run can be gone on with and is not mixed with another.
+    The plan says what decides the images, so that a stopped run can be gone on with and is not mixed with another.
     It stays when the run is complete.
 
     Args:
         root: of all this.
-        labels: class of each picture, or number of its prompt, (N,) int64.
+        labels: class of each image, or number of its prompt, (N,) int64.
         label_name: ``class`` or ``prompt``.
     """
 
@@ -38,30 +38,30 @@ class SampleFolder:
         self._digits = len(str(labels.max()))  # so that the order of names is that of the classes
 
     def path(self, index: int) -> Path:
-        """Where a picture goes."""
+        """Where an image goes."""
         label = self.labels[index]
-        folder = self.root / PICTURES / f"{label:0{self._digits}d}"
+        folder = self.root / IMAGES / f"{label:0{self._digits}d}"
         return folder / f"{index:06d}_{self.label_name}{label}.png"
 
     def check_free(self) -> None:
         """See that a run can begin or go on here; changes nothing.
 
         Raises:
-            ValueError: if the folder holds a complete run, or pictures that nobody planned.
+            ValueError: if the folder holds a complete run, or images that nobody planned.
         """
         planned = (self.root / PLAN_FILE).exists()
-        foreign = not planned and (self._has_pictures() or any(self.root.glob(f"*_{self.label_name}*.png")))
+        foreign = not planned and (self._has_images() or any(self.root.glob(f"*_{self.label_name}*.png")))
         if foreign or (self.root / ARCHIVE).exists():
             raise ValueError(f"{self.root} already holds samples; delete them or choose another folder")
 
-    def _has_pictures(self) -> bool:
-        return any(self.root.glob(f"{PICTURES}/*/*.png"))
+    def _has_images(self) -> bool:
+        return any(self.root.glob(f"{IMAGES}/*/*.png"))
 
     def drawn(self) -> list[int]:
-        """Indices of the pictures that are there, in order."""
-        pictures = self.root / PICTURES
+        """Indices of the images that are there, in order."""
+        images = self.root / IMAGES
         found = []
-        for folder in os.scandir(pictures) if pictures.is_dir() else ():
+        for folder in os.scandir(images) if images.is_dir() else ():
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 if match := self._name.fullmatch(entry.name):
                     index = int(match[1])
@@ -79,14 +79,14 @@ class SampleFolder:
             plan: primitives only.
 
         Raises:
-            ValueError: if the folder holds pictures of another plan, or the plan of something else.
+            ValueError: if the folder holds images of another plan, or the plan of something else.
         """
         path = self.root / PLAN_FILE
         if path.exists():
             self._compare(path, json.loads(json.dumps(plan)))
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(plan, indent=2) + "\n")
-        for folder in (self.root, *self.root.glob(f"{PICTURES}/*")):
+        for folder in (self.root, *self.root.glob(f"{IMAGES}/*")):
             remove_leftovers(folder, owned=True)
 
     def _compare(self, path: Path, plan: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class SampleFolder:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not the plan of a run ({error}); choose another folder") from error
         keys = ["format"]
-        if begun.get("format") == plan["format"] and self._has_pictures():  # without any, other settings may be tried
+        if begun.get("format") == plan["format"] and self._has_images():  # without any, other settings may be tried
             keys = sorted(begun | plan)
         pairs = {key: (begun.get(key), plan.get(key)) for key in keys}
         if other := [f"{key} ({_short(a)} there, {_short(b)} here)" for key, (a, b) in pairs.items() if a != b]:

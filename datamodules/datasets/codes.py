@@ -1,4 +1,4 @@
-"""Codes by number and epoch: (L,) int64 and a condition. A views of a picture, h × w grid, L = h · w.
+"""Codes by number and epoch: (L,) int64 and a condition. A views of an image, h × w grid, L = h · w.
 
 Apart from their DataModule: worker processes import this file, and not Lightning.
 """
@@ -32,7 +32,7 @@ class CodeDataset(SampleDataset):
     Args:
         samples: with an npy member (A, h, w) uint16.
         meta: description of the set: vocabulary, grid, number of classes, views.
-        draw_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
+        choose_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
         seed: of the draws.
         labels: read classes, where there are any.
         captions: read captions; a sample without one cannot be used.
@@ -46,7 +46,7 @@ class CodeDataset(SampleDataset):
         self,
         samples: "SampleIndex | StreamIndex",
         meta: dict[str, Any],
-        draw_view: bool,
+        choose_view: bool,
         seed: int,
         labels: bool = True,
         captions: bool = False,
@@ -56,7 +56,7 @@ class CodeDataset(SampleDataset):
         never_empty: bool = False,
     ) -> None:
         super().__init__(samples, never_empty)
-        self.draw_view, self.seed, self.labels, self.captions = draw_view, seed, labels, captions
+        self.choose_view, self.seed, self.labels, self.captions = choose_view, seed, labels, captions
         self.clean, self.features, self.short_share = clean, features, short_share
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
         self.shape = (meta["views"], *meta["grid"])
@@ -80,7 +80,9 @@ class CodeDataset(SampleDataset):
         """What of the addressed samples can be used, their numbers, and what cannot."""
         numbers = np.array([number for number, _ in addresses], np.int64)
         epoch = addresses[0][1]
-        views = draw(self.seed, epoch, numbers, self.shape[0]) if self.draw_view and epoch != NO_EPOCH else 0 * numbers
+        views = (
+            draw(self.seed, epoch, numbers, self.shape[0]) if self.choose_view and epoch != NO_EPOCH else 0 * numbers
+        )
         share = self.short_share if epoch != NO_EPOCH else 0.0
         short = draw(self.seed + SHORT, epoch, numbers, OF_SHARE) < share * OF_SHARE if share else numbers < 0
         samples, good, skipped = [], [], []

@@ -14,7 +14,7 @@ from datamodules.storage.index import SampleIndex
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex
 
-MOST_ATTEMPTS = 100
+MAX_ATTEMPTS = 100
 
 
 class SampleDataset(Dataset[dict[str, Any]]):
@@ -78,12 +78,12 @@ class SampleDataset(Dataset[dict[str, Any]]):
         """A batch of the samples that can be used, with ``numbers`` (B,) int64; the others under ``skipped``."""
         samples, numbers, skipped = self.read_many(addresses)
         number, epoch = addresses[0]
-        for attempt in range(1, MOST_ATTEMPTS + 1 if self.never_empty else 0):
+        for attempt in range(1, MAX_ATTEMPTS + 1 if self.never_empty else 0):
             if numbers:
                 break
             samples, numbers, _ = self.read_many([(self.samples.another(number, attempt), epoch)])
         if self.never_empty and not numbers:
-            raise ValueError(f"{MOST_ATTEMPTS} samples in a row cannot be used, the last: {skipped[-1].message}")
+            raise ValueError(f"{MAX_ATTEMPTS} samples in a row cannot be used, the last: {skipped[-1].message}")
         batch = {**self.join(samples), "numbers": torch.tensor(numbers)} if numbers else {}
         news, opened = self.samples.take_news()
         return {**batch, SKIPPED: (skipped + news, opened)} if skipped or news else batch

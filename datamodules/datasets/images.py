@@ -1,4 +1,4 @@
-"""Pictures by number and epoch. Apart from their DataModule: worker processes import this file, and not Lightning."""
+"""Images by number and epoch. Apart from their DataModule: worker processes import this file, and not Lightning."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.bad_samples import BadSampleError
 from datamodules.storage.index import NO_LABEL, SampleIndex
 from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops
-from datamodules.transforms.decode import read_picture
+from datamodules.transforms.decode import read_image
 
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex
@@ -32,15 +32,15 @@ def scale(levels: Tensor) -> Tensor:
 
 
 class ImageDataset(SampleDataset):
-    """Decodes pictures; asked for without an epoch, it gives their views, which is the centre crop alone by default.
+    """Decodes images; asked for without an epoch, it gives their views, which is the centre crop alone by default.
 
     Args:
         samples: with a png, jpg, jpeg or webp member.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
         random_crop: within an epoch, draw size and place of the crop by (seed, epoch, sample).
-        flip: within an epoch, mirror half of the pictures, drawn likewise.
+        flip: within an epoch, mirror half of the images, drawn likewise.
         seed: of the draws.
-        views: see :func:`~datamodules.transforms.crops.view_names`; more than one makes the pictures (A, 3, H, W).
+        views: see :func:`~datamodules.transforms.crops.view_names`; more than one makes the images (A, 3, H, W).
         crop_ranges: of ten crops.
         captions: read captions, too.
         never_empty: see :class:`~datamodules.datasets.dataset.SampleDataset`.
@@ -67,11 +67,11 @@ class ImageDataset(SampleDataset):
         """Planes, label and key of a sample.
 
         Raises:
-            BadSampleError: if it has no picture or a broken one.
+            BadSampleError: if it has no image or a broken one.
         """
         sample = self.samples[number]
-        pixels = read_picture(sample.read_picture(), f"sample {sample.key} of {sample.source}")
-        # Contiguous, and so a copy: a piece would keep the whole picture in memory until the batch is full.
+        pixels = read_image(sample.read_image(), f"sample {sample.key} of {sample.source}")
+        # Contiguous, and so a copy: a piece would keep the whole image in memory until the batch is full.
         parts = {
             "planes": to_planes(self._cut(pixels, number, epoch)),
             "labels": sample.label,

@@ -12,7 +12,7 @@ from datamodules.storage.index_store import IndexStore
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.sources import Source
 
-MOST_INDEXES = 4 * DRAWS_MIXED
+MAX_INDEXES = 4 * DRAWS_MIXED
 
 
 class StreamIndex(Sequence[Sample]):
@@ -32,7 +32,7 @@ class StreamIndex(Sequence[Sample]):
         self, source: Source, cache: ShardCache, extensions: Sequence[str], labels_needed: bool | None = None
     ) -> None:
         if source.folder is not None:
-            raise ValueError(f"resampled_epoch needs shards, but {source.name} is a folder of pictures; leave it out")
+            raise ValueError(f"resampled_epoch needs shards, but {source.name} is a folder of images; leave it out")
         self.source, self.cache, self._needed = source, cache, (tuple(extensions), labels_needed)
         self._indexes: OrderedDict[int, SampleIndex] = OrderedDict()
         self._news: list[Skipped] = []
@@ -61,7 +61,7 @@ class StreamIndex(Sequence[Sample]):
             if index.bad:
                 self._news += index.bad
                 self._opened += len(index) + len(index.bad)
-            if len(self._indexes) > MOST_INDEXES:
+            if len(self._indexes) > MAX_INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(number)
         return self._indexes[number]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 REASONS = (
     "truncated shard",
     "empty file",
-    "no picture",
-    "broken picture",
+    "no image",
+    "broken image",
     "too many pixels",
     "no label",
     "wrong label",
@@ -20,7 +20,7 @@ REASONS = (
 )
 """Why a sample may be skipped. All ranks count in this order."""
 
-MOST_EXAMPLES = 5
+MAX_EXAMPLES = 5
 
 
 class BadSampleError(ValueError):
@@ -96,7 +96,7 @@ class Tally:
         self.opened += opened
         for sample in skipped:
             self.counts[sample.reason] += 1
-            if self.keep or len(self.seen) < MOST_EXAMPLES:
+            if self.keep or len(self.seen) < MAX_EXAMPLES:
                 self.seen.append(sample)
         if self.alone:
             self._check(self.counts.total())

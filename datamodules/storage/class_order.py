@@ -147,7 +147,7 @@ def class_numbers(found: Sequence[str], classes: Sequence[str], where: str) -> d
         if name not in numbers:
             raise ValueError(
                 f"{where} has the class folder {name}, which is none of the {len(classes)} classes of the training "
-                "pictures; rename or remove it"
+                "images; rename or remove it"
             )
         if (other := labels.setdefault(numbers[name], name)) != name:
             raise ValueError(f"the folders {other} and {name} in {where} are the same class; rename or merge them")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from datamodules.storage.index import OTHER_PICTURES, PICTURES
+from datamodules.storage.index import IMAGES, OTHER_IMAGES
 
 SYSTEM_FOLDERS = frozenset(
     {
@@ -34,7 +34,7 @@ RUN_FOLDERS = frozenset({"lightning_logs", "wandb"})
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image, those that cannot be read included."""
     stem, _, suffix = name.rpartition(".")
-    return bool(stem) and not name.startswith(".") and suffix.lower() in (*PICTURES, *OTHER_PICTURES)
+    return bool(stem) and not name.startswith(".") and suffix.lower() in (*IMAGES, *OTHER_IMAGES)
 
 
 def is_run_folder(path: str) -> bool:

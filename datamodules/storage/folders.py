@@ -1,6 +1,6 @@
 """A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``; or one of
-pictures alone: ``root/1.jpg``. A text file of the same name in a class folder, ``root/dog/1.txt``, is the caption of a
-picture, where at least half of the pictures have one.
+images alone: ``root/1.jpg``. A text file of the same name in a class folder, ``root/dog/1.txt``, is the caption of a
+image, where at least half of the images have one.
 """
 
 import os
@@ -12,7 +12,7 @@ import numpy as np
 from datamodules.storage.bad_samples import Skipped
 from datamodules.storage.class_order import class_numbers
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.index import NO_LABEL, OTHER_PICTURES, PICTURES, TEXT, WHOLE, SampleIndex, Strings
+from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE, SampleIndex, Strings
 from datamodules.storage.layout import report_left_out
 from datamodules.storage.user_warnings import warn_user
 
@@ -30,7 +30,7 @@ def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
 
 
 def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> SampleIndex:
-    """The pictures of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
+    """The images of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
 
     A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
     same one, the suffix is added to it.
@@ -50,7 +50,7 @@ def index_folder(root: Path, classes: list[str], run_folder: Path | None = None)
     empty = {os.path.join(root, name): "no images" for name in places if name not in set(found)}
     numbers = class_numbers(found, classes, str(root))
     index = _index(root, ((*place, numbers[name]) for name in found for place in places[name]))
-    report_left_out(root, {**walk.left_out, **empty}, flat_pictures(root) if found else [])
+    report_left_out(root, {**walk.left_out, **empty}, flat_images(root) if found else [])
     counts = np.bincount(index.labels, minlength=1)
     if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
         warn_user(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
@@ -58,17 +58,17 @@ def index_folder(root: Path, classes: list[str], run_folder: Path | None = None)
 
 
 def index_flat(root: Path) -> SampleIndex:
-    """The pictures that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
-    return _index(root, [(str(root), flat_pictures(root), NO_LABEL)])
+    """The images that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
+    return _index(root, [(str(root), flat_images(root), NO_LABEL)])
 
 
-def flat_pictures(root: Path) -> list[str]:
-    """Names of the pictures that lie in a folder itself, sorted, those that cannot be read included."""
+def flat_images(root: Path) -> list[str]:
+    """Names of the images that lie in a folder itself, sorted, those that cannot be read included."""
     return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
 
 
 def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:
-    """The pictures among files, given by folder, names and label."""
+    """The images among files, given by folder, names and label."""
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
@@ -83,10 +83,10 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
         for file in names:
             stem, _, suffix = file.rpartition(".")
             path = os.path.join(folder, file)
-            if stem and not file.startswith(".") and suffix.lower() in OTHER_PICTURES:
-                story = f"{path} is no {', '.join(PICTURES)}; convert it, or remove it"
-                bad.append(Skipped(-1, os.path.relpath(path, root), "no picture", story))
-            if not stem or file.startswith(".") or suffix.lower() not in PICTURES:
+            if stem and not file.startswith(".") and suffix.lower() in OTHER_IMAGES:
+                story = f"{path} is no {', '.join(IMAGES)}; convert it, or remove it"
+                bad.append(Skipped(-1, os.path.relpath(path, root), "no image", story))
+            if not stem or file.startswith(".") or suffix.lower() not in IMAGES:
                 continue
             key = f"{prefix}{stem.replace('.', '_')}"
             if key in taken:
@@ -101,10 +101,17 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
             captioned.append(f"{stem}.{TEXT}" in texts)
     kinds = np.array(suffixes, dtype="U4")
     members = {}
-    for suffix in PICTURES:
+    for suffix in IMAGES:
         if (present := kinds == suffix).any():
             members[suffix] = np.where(present[:, None], [0, WHOLE], -1).astype(np.int64)
     if any(captioned) and 2 * sum(captioned) >= len(captioned):  # else they are notes
         members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE], -1).astype(np.int64)
     count = len(files)
-    return SampleIndex(Strings.of(files), np.arange(count), Strings.of(keys), members, np.array(labels, np.int64), bad)
+    return SampleIndex(
+        Strings.from_strings(files),
+        np.arange(count),
+        Strings.from_strings(keys),
+        members,
+        np.array(labels, np.int64),
+        bad,
+    )

@@ -17,16 +17,16 @@ import numpy as np
 from datamodules.storage.bad_samples import BadSampleError, Skipped
 from datamodules.storage.text_files import MARK, decode_text
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 FEATURES, SHORT_FEATURES = "features", "shortfeatures"
 """Of the caption and of its first sentence: the tokens' features alone, (n, W), little-endian."""
 TEXT = "txt"
 CAPTIONS = (TEXT, "json")
-EXTENSIONS = (*PICTURES, "cls", *CAPTIONS, "npy", FEATURES, SHORT_FEATURES)
+EXTENSIONS = (*IMAGES, "cls", *CAPTIONS, "npy", FEATURES, SHORT_FEATURES)
 """The only members of a shard that are ever read."""
 
-OTHER_PICTURES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic", "heif", "avif", "jxl")
-"""Pictures that are not read, but are missed where they are the only ones."""
+OTHER_IMAGES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic", "heif", "avif", "jxl")
+"""Images that are not read, but are missed where they are the only ones."""
 
 MISSING = {"npy": "no codes", CAPTIONS[0]: "no caption", FEATURES: "no caption", SHORT_FEATURES: "no caption"}
 """Why a sample cannot be used that lacks a member."""
@@ -38,8 +38,8 @@ NO_LABEL = -1
 WRONG_LABEL = -2
 MAX_CLASSES = 1_000_000
 """A class number from here on is taken for a mistake: a model has weights for each class up to the highest number."""
-MOST_TEXT_BYTES = 1 << 20
-MOST_OPEN_FILES = 128
+MAX_TEXT_BYTES = 1 << 20
+MAX_OPEN_FILES = 128
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
@@ -55,7 +55,7 @@ class Strings(Sequence[str]):
         self.block, self.ends = block, ends
 
     @classmethod
-    def of(cls, strings: Sequence[str]) -> "Strings":
+    def from_strings(cls, strings: Sequence[str]) -> "Strings":
         """From ordinary strings."""
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         return cls(b"".join(encoded), np.cumsum([len(string) for string in encoded], dtype=np.int64))
@@ -93,7 +93,7 @@ class OpenFiles:
         descriptor = self._descriptors.get(path)
         if descriptor is None:
             descriptor = self._descriptors[path] = self.open_another(path)
-            if len(self._descriptors) > MOST_OPEN_FILES:
+            if len(self._descriptors) > MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         else:
             self._descriptors.move_to_end(path)
@@ -168,7 +168,7 @@ class Sample(NamedTuple):
         """
         if extension not in self.members:
             raise BadSampleError(
-                MISSING.get(extension, "no picture"),
+                MISSING.get(extension, "no image"),
                 f"sample {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
             )
         path, offset, size = self.members[extension]
@@ -190,17 +190,17 @@ class Sample(NamedTuple):
             raise BadSampleError("empty file", f"the .{extension} of sample {self.key} of {self.source} is empty")
         return data
 
-    def read_picture(self) -> bytes:
-        """The bytes of the picture, whichever of :data:`PICTURES` it is.
+    def read_image(self) -> bytes:
+        """The bytes of the image, whichever of :data:`IMAGES` it is.
 
         Raises:
             BadSampleError: if it is missing, empty or cut off.
         """
-        extension = next((extension for extension in PICTURES if extension in self.members), None)
+        extension = next((extension for extension in IMAGES if extension in self.members), None)
         if extension is None:
             raise BadSampleError(
-                "no picture",
-                f"sample {self.key} of {self.source} has no picture; it needs one of {', '.join(PICTURES)}",
+                "no image",
+                f"sample {self.key} of {self.source} has no image; it needs one of {', '.join(IMAGES)}",
             )
         return self.read(extension)
 
@@ -227,7 +227,7 @@ class Sample(NamedTuple):
             return ""
         try:
             size = os.stat(member.path).st_size if member.size == WHOLE else member.size
-            return decode_text(self.read(extension)).strip() if 0 < size <= MOST_TEXT_BYTES else ""
+            return decode_text(self.read(extension)).strip() if 0 < size <= MAX_TEXT_BYTES else ""
         except (OSError, UnicodeDecodeError):
             return ""
 
@@ -237,8 +237,8 @@ class Sample(NamedTuple):
             if extension not in self.members:
                 continue
             data = self.read(extension) if self.members[extension].size else b""
-            if len(data) > MOST_TEXT_BYTES:
-                return f"its .{extension} has {len(data)} bytes, more than {MOST_TEXT_BYTES}"
+            if len(data) > MAX_TEXT_BYTES:
+                return f"its .{extension} has {len(data)} bytes, more than {MAX_TEXT_BYTES}"
             try:
                 decode_text(data)
             except UnicodeDecodeError as error:
@@ -250,7 +250,7 @@ class SampleIndex(Sequence[Sample]):
     """All samples of a set, as columns. N samples, F files.
 
     Args:
-        paths: (F,) the files: shards, or pictures.
+        paths: (F,) the files: shards, or images.
         file_of: (N,) int64, in which file each sample is.
         keys: (N,) their names.
         members: (N, 2) int64 for each extension: offset and size; an offset of −1 says that it is missing.
@@ -300,7 +300,7 @@ class SampleIndex(Sequence[Sample]):
         if offset < 0:
             return None
         path = self.paths[self.file_of[number]]
-        beside = size == WHOLE and extension not in PICTURES  # of a picture, which the path is of
+        beside = size == WHOLE and extension not in IMAGES  # of an image, which the path is of
         return Member(f"{path.rpartition('.')[0]}.{extension}" if beside else path, offset, size)
 
     def another(self, number: int, attempt: int) -> int:
@@ -339,7 +339,7 @@ class SampleIndex(Sequence[Sample]):
             empty |= (offsets >= 0) & (sizes == 0)
         # What stands beside the samples, like a README.txt, says nothing about them.
         labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
-        missing = MISSING.get(extensions[0], "no picture")
+        missing = MISSING.get(extensions[0], "no image")
         texts = [self.members[extension][:, 0] >= 0 for extension in CAPTIONS if extension in self.members]
         has_text = np.any(texts, axis=0) if texts else np.zeros(len(self), bool)
         faults = [

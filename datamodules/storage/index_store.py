@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datamodules.storage.bad_samples import Skipped
 from datamodules.storage.index import SampleIndex, Strings
 from datamodules.storage.tar_index import index_shard
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 VERSION = 3
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -93,8 +93,8 @@ class IndexStore:
 
 def _save(path: Path, index: SampleIndex) -> None:
     columns = {f"member_{extension}": column for extension, column in index.members.items()}
-    bad = Strings.of([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    bad = Strings.from_strings([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             keys=np.frombuffer(index.keys.block, np.uint8),
@@ -112,7 +112,7 @@ def _load(path: Path, shard: Path) -> SampleIndex:
     keys = Strings(columns["keys"].tobytes(), columns["key_ends"])
     bad = Strings(columns["bad"].tobytes(), columns["bad_ends"])
     return SampleIndex(
-        Strings.of([str(shard)]),
+        Strings.from_strings([str(shard)]),
         np.zeros(len(keys), np.int64),
         keys,
         {name.removeprefix("member_"): column for name, column in columns.items() if name.startswith("member_")},

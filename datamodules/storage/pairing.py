@@ -75,7 +75,7 @@ class PairedFeatures(StoredFeatures):
             raise ValueError(
                 f"none of the {len(samples)} samples of the codes in {name} has features in {self.root} (keys like "
                 f"{samples.keys[0]!r}, and there {features.keys[0] if len(features) else ''!r}); give features of the "
-                "same pictures' captions"
+                "same images' captions"
             )
         return np.split(partners, np.cumsum([len(index) for index in codes])[:-1])
 

@@ -14,7 +14,7 @@ import fsspec
 from aiohttp import ClientError, ClientTimeout
 from tqdm import tqdm
 
-from llamagen.files import sha256_of, whole_file
+from llamagen.files import atomic_file, sha256_of
 from llamagen.full_disk import DiskFullError, full_disk_reported
 
 EXTRAS = ("s3", "gs")
@@ -133,14 +133,14 @@ class ShardCache:
     Args:
         folder: where they are kept; None for :func:`default_cache`.
         allow_pipe: let ``pipe:`` addresses run their command.
-        most_bytes: drop what was not used for longest when more than this is kept; None keeps all.
+        max_bytes: drop what was not used for longest when more than this is kept; None keeps all.
     """
 
     def __init__(
-        self, folder: Path | str | None = None, allow_pipe: bool = False, most_bytes: int | None = None
+        self, folder: Path | str | None = None, allow_pipe: bool = False, max_bytes: int | None = None
     ) -> None:
         self.folder = Path(folder) if folder is not None else default_cache()
-        self.allow_pipe, self.most_bytes = allow_pipe, most_bytes
+        self.allow_pipe, self.max_bytes = allow_pipe, max_bytes
 
     def path_of(self, address: str, checksum: str | None = None) -> Path:
         """Where an address is kept; a path on this machine is itself. Another checksum is another file."""
@@ -164,18 +164,18 @@ class ShardCache:
         if not is_remote(address):
             return path
         if path.exists():
-            if self.most_bytes is not None:
+            if self.max_bytes is not None:
                 os.utime(path)
             return path
         check_address(address, self.allow_pipe)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
 
             def copy() -> None:
                 with full_disk_reported(path, temporary=temporary):
                     self._copy(address, temporary, checksum)
 
             patiently(copy, address)
-        if self.most_bytes is not None:
+        if self.max_bytes is not None:
             self._make_room(path)
         return path
 
@@ -201,7 +201,7 @@ class ShardCache:
                 sizes[path] = status.st_mtime, status.st_size
         total = sum(size for _, size in sizes.values())
         for path in sorted(sizes, key=lambda path: sizes[path]):
-            if total <= (self.most_bytes or 0) or path == newest:
+            if total <= (self.max_bytes or 0) or path == newest:
                 break
             total -= sizes[path][1]
             path.unlink(missing_ok=True)

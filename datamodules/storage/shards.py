@@ -15,7 +15,7 @@ import webdataset
 
 from datamodules.storage.bad_samples import Skipped, Tally
 from datamodules.storage.remote import is_remote, read_small
-from llamagen.files import PendingFile, remove_leftovers, sha256_of, whole_file
+from llamagen.files import PendingFile, atomic_file, remove_leftovers, sha256_of
 from llamagen.full_disk import full_disk_reported
 
 META_FILE = "meta.json"
@@ -84,7 +84,7 @@ def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[S
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    with whole_file(path, len(text)) as temporary:
+    with atomic_file(path, len(text)) as temporary:
         temporary.write_text(text)
 
 
@@ -290,7 +290,7 @@ class ShardSet:
         Tally("the set", everything, missing, max_bad_share)
         if lines:
             table = "\n".join(["split\tkey\treason\tmessage", *lines]) + "\n"
-            with whole_file(self.root / "skipped.tsv") as temporary:  # names of files may be anything
+            with atomic_file(self.root / "skipped.tsv") as temporary:  # names of files may be anything
                 temporary.write_text(table, encoding="utf-8", errors="backslashreplace")
         _write_json(
             self.root / META_FILE,

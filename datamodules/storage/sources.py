@@ -12,7 +12,7 @@ from webdataset.shardlists import expand_urls
 
 from datamodules.storage.class_order import ClassOrder, number_classes
 from datamodules.storage.folder_walk import FolderWalk
-from datamodules.storage.folders import class_folders, flat_pictures, index_folder
+from datamodules.storage.folders import class_folders, flat_images, index_folder
 from datamodules.storage.index import SampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.layout import SPLITS, check_classes, split_folders, split_shards
@@ -117,7 +117,7 @@ class Finder:
             classes, rule, warnings = number_classes(names, self.class_order, str(folder))
             numbering = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}, {rule}"
             return Source(str(folder), [], folder, classes, {}, numbering, warnings, self.run_folder)
-        if images := flat_pictures(folder):
+        if images := flat_images(folder):
             raise ValueError(
                 f"folder {folder} holds images ({images[0]}) but no class folders; move them into one, for example "
                 f"{folder / 'all'}"
@@ -129,7 +129,7 @@ class Finder:
                 f"{packed[0]} is compressed, but samples are read by their place in a shard; unpack it to "
                 f"{packed[0].name.split('.')[0]}.tar (images do not get smaller by it)"
             )
-        raise ValueError(f"folder {folder} holds neither .tar files nor folders of pictures; {self.hint}")
+        raise ValueError(f"folder {folder} holds neither .tar files nor folders of images; {self.hint}")
 
     def splits(self, root: str) -> tuple[dict[str, Any], dict[str, Source]]:
         """The description of a set, if it has one, and its splits."""

@@ -14,29 +14,29 @@ from datamodules.storage.index import (
     EXTENSIONS,
     MAX_CLASSES,
     NO_LABEL,
-    OTHER_PICTURES,
+    OTHER_IMAGES,
     WRONG_LABEL,
     SampleIndex,
     Strings,
 )
 from datamodules.storage.tar_samples import TarSamples
 
-MOST_LABEL_BYTES = 32
+MAX_LABEL_BYTES = 32
 MARK = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which some editors write."""
-KNOWN = frozenset({*EXTENSIONS, *OTHER_PICTURES})
+KNOWN = frozenset({*EXTENSIONS, *OTHER_IMAGES})
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """By the first bytes of a file."""
-MOST_MAGIC = 8
+MAX_MAGIC = 8
 
 
 def index_shard(path: Path) -> SampleIndex:
     """The samples of a tar file, from its headers and labels, in the order of their first members.
 
     The parts of a sample may lie anywhere in the file, and its key may hold dots, see
-    :class:`~datamodules.storage.tar_samples.TarSamples`. Members of other types than :data:`~datamodules.storage.index.EXTENSIONS` are
-    passed over, links and folders too; names are never used as paths. Of a file that ends too early or has a broken
-    header, the samples before are taken, and the loss is put down under ``bad``.
+    :class:`~datamodules.storage.tar_samples.TarSamples`. Members of types that are not in
+    :data:`~datamodules.storage.index.EXTENSIONS`, links and folders are ignored; names are never used as paths. If the
+    file ends early or has a broken header, the samples before that point are kept and the loss is recorded under ``bad``.
 
     Raises:
         ValueError: if the file cannot be read.
@@ -44,7 +44,7 @@ def index_shard(path: Path) -> SampleIndex:
     found = TarSamples(str(path))
     try:
         with path.open("rb") as file:
-            start = file.read(MOST_MAGIC)
+            start = file.read(MAX_MAGIC)
             file.seek(0)
             fault, half = _read_headers(file, found)
     except OSError as error:
@@ -64,9 +64,9 @@ def index_shard(path: Path) -> SampleIndex:
             column = [row.parts.get(extension, (-1, -1)) for _, row in samples]
             members[extension] = np.array(column, np.int64).reshape(-1, 2)
     return SampleIndex(
-        Strings.of([str(path)]),
+        Strings.from_strings([str(path)]),
         np.zeros(len(samples), np.int64),
-        Strings.of([key for key, _ in samples]),
+        Strings.from_strings([key for key, _ in samples]),
         members,
         np.array([row.label for _, row in samples], np.int64),
         [*bad, *unclear],
@@ -87,7 +87,7 @@ def _read_headers(file: BinaryIO, found: TarSamples) -> tuple[str, str]:
                     return f"ends inside {member.name}", f"{key}.{more}" if more else key
                 label = NO_LABEL
                 if kind == "cls":
-                    text = os.pread(file.fileno(), min(member.size, MOST_LABEL_BYTES + 1), member.offset_data)
+                    text = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES + 1), member.offset_data)
                     label = read_label(text)
                 place = (member.offset_data, member.size) if kind in EXTENSIONS else (-1, -1)
                 found.add(key, more, kind, place, label)
@@ -120,7 +120,7 @@ def _name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 def read_label(text: bytes) -> int:
     """The class that a .cls member holds, or :data:`~datamodules.storage.index.WRONG_LABEL`."""
-    if len(text) > MOST_LABEL_BYTES:
+    if len(text) > MAX_LABEL_BYTES:
         return WRONG_LABEL
     try:
         label = int(text.removeprefix(MARK))

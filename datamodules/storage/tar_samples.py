@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from datamodules.storage.bad_samples import Skipped
-from datamodules.storage.index import NO_LABEL, OTHER_PICTURES, PICTURES
+from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES
 
 NUMBER = re.compile(r"[0-9.]+")
 UNCLEAR = "unclear parts"
@@ -200,4 +200,4 @@ class TarSamples:
 
 
 def _is_content(extension: str) -> bool:
-    return extension in PICTURES or extension in OTHER_PICTURES or extension == "npy"
+    return extension in IMAGES or extension in OTHER_IMAGES or extension == "npy"

@@ -1,4 +1,4 @@
-"""Square pictures of one size, cut out as in ADM (arXiv 2105.05233): in the middle, at random, or ten of them.
+"""Square images of one size, cut out as in ADM (arXiv 2105.05233): in the middle, at random, or ten of them.
 
 Pixels are (H, W, 3) uint8. The resampling is Pillow's, done by PyTorch's kernel for bytes, which takes a quarter of the
 time and differs by at most 2 levels.
@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 SMALLEST_SHARE = 0.8
-"""A random crop has at least this share of the picture's short side."""
+"""A random crop has at least this share of the image's short side."""
 
 VIEWS = ("centre", "top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -21,8 +21,8 @@ VIEWS = ("centre", "top-left", "top-right", "bottom-left", "bottom-right")
 def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     """Shrink the short side to ``size``, cut out the middle.
 
-    Large pictures are first halved with a box filter while the short side is at least twice the target, then resized
-    bicubically; small pictures are enlarged the same way.
+    Large images are first halved with a box filter while the short side is at least twice the target, then resized
+    bicubically; small images are enlarged the same way.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -54,7 +54,7 @@ def random_crop(pixels: np.ndarray, size: int, generator: np.random.Generator) -
 
 
 def random_flip(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Half of the pictures with left and right exchanged."""
+    """Half of the images with left and right exchanged."""
     return pixels[:, ::-1] if generator.random() < 0.5 else pixels
 
 
@@ -69,7 +69,7 @@ def ten_crops(pixels: np.ndarray, size: int, ranges: Sequence[float]) -> list[np
         ranges: each at least 1.
 
     Returns:
-        10 · ranges pictures (size, size, 3) uint8, in the order of :func:`view_names`.
+        10 · ranges images (size, size, 3) uint8, in the order of :func:`view_names`.
     """
     views = []
     for share in ranges:
@@ -82,7 +82,7 @@ def ten_crops(pixels: np.ndarray, size: int, ranges: Sequence[float]) -> list[np
 
 
 def view_names(kind: str, ranges: Sequence[float]) -> list[str]:
-    """Names of the views of a picture.
+    """Names of the views of an image.
 
     Args:
         kind: ``centre``, ``flip`` (the centre crop and its mirror image) or ``ten_crop``.

@@ -1,4 +1,4 @@
-"""Files of pictures as pixels: (H, W, 3) uint8, RGB, upright."""
+"""Files of images as pixels: (H, W, 3) uint8, RGB, upright."""
 
 import warnings
 from io import BytesIO
@@ -13,11 +13,11 @@ from datamodules.storage.bad_samples import BadSampleError
 FORMATS = ("JPEG", "PNG", "WEBP")
 """The only decoders that are ever used: Pillow has others, some of which run programs (EPS runs Ghostscript)."""
 
-MOST_PIXELS = 89_478_485
-"""A picture that claims to have more is refused before it is decoded; Pillow warns from here on."""
+MAX_PIXELS = 89_478_485
+"""An image that claims to have more is refused before it is decoded; Pillow warns from here on."""
 
-MOST_STRETCHED = 100
-"""Longer side by shorter side, from where on a picture is refused."""
+MAX_STRETCHED = 100
+"""Longer side by shorter side, from where on an image is refused."""
 
 ORIENTATION = 0x0112
 
@@ -30,11 +30,11 @@ TURNS = {
     7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
     8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""What makes an image upright, by its EXIF orientation."""
 
 
-def open_picture(data: bytes, where: str) -> Image.Image:
-    """The header of a picture; its pixels are not decoded yet.
+def open_image(data: bytes, where: str) -> Image.Image:
+    """The header of an image; its pixels are not decoded yet.
 
     Args:
         data: the file.
@@ -44,35 +44,35 @@ def open_picture(data: bytes, where: str) -> Image.Image:
         BadSampleError: if it is empty, none of :data:`FORMATS`, or too large.
     """
     if not data:
-        raise BadSampleError("empty file", f"the picture of {where} is empty")
+        raise BadSampleError("empty file", f"the image of {where} is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadSampleError("too many pixels", f"the picture of {where} is too large ({error})") from error
+        raise BadSampleError("too many pixels", f"the image of {where} is too large ({error})") from error
     except UnidentifiedImageError as error:
-        raise BadSampleError("broken picture", f"the picture of {where} is broken (no JPEG, PNG or WebP)") from error
+        raise BadSampleError("broken image", f"the image of {where} is broken (no JPEG, PNG or WebP)") from error
     except (OSError, SyntaxError, ValueError) as error:  # all of them by Pillow
-        raise BadSampleError("broken picture", f"the picture of {where} is broken ({error})") from error
-    if image.width * image.height > MOST_PIXELS:
+        raise BadSampleError("broken image", f"the image of {where} is broken ({error})") from error
+    if image.width * image.height > MAX_PIXELS:
         raise BadSampleError(
             "too many pixels",
-            f"the picture of {where} has {image.width} × {image.height} pixels, more than {MOST_PIXELS}",
+            f"the image of {where} has {image.width} × {image.height} pixels, more than {MAX_PIXELS}",
         )
-    if max(image.size) > MOST_STRETCHED * min(image.size):
+    if max(image.size) > MAX_STRETCHED * min(image.size):
         raise BadSampleError(
             "too many pixels",
-            f"the picture of {where} has {image.width} × {image.height} pixels; a square as high as its short side is "
-            f"less than 1/{MOST_STRETCHED} of it, and enlarging it would take gigabytes",
+            f"the image of {where} has {image.width} × {image.height} pixels; a square as high as its short side is "
+            f"less than 1/{MAX_STRETCHED} of it, and enlarging it would take gigabytes",
         )
     return image
 
 
-def read_picture(data: bytes, where: str) -> np.ndarray:
+def read_image(data: bytes, where: str) -> np.ndarray:
     """A JPEG, PNG or WebP file as pixels.
 
-    Greyscale, CMYK and palette become RGB; transparency is left out; of 16 bits the upper 8 are kept; a picture is
+    Greyscale, CMYK and palette become RGB; transparency is left out; of 16 bits the upper 8 are kept; an image is
     turned as its EXIF orientation says, if that can be read.
 
     Args:
@@ -85,7 +85,7 @@ def read_picture(data: bytes, where: str) -> np.ndarray:
     Raises:
         BadSampleError: if it is empty, broken, of another format, or has too many pixels.
     """
-    image = open_picture(data, where)
+    image = open_image(data, where)
     pixels = None
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         try:
@@ -97,7 +97,7 @@ def read_picture(data: bytes, where: str) -> np.ndarray:
             pixels = np.array(_to_rgb(image))
     except Exception as error:  # Pillow raises all sorts, AssertionError for a missing palette
         said = str(error) or type(error).__name__
-        raise BadSampleError("broken picture", f"the picture of {where} is broken ({said})") from error
+        raise BadSampleError("broken image", f"the image of {where} is broken ({said})") from error
     turn = TURNS.get(_orientation(image))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
@@ -117,5 +117,5 @@ def _orientation(image: Image.Image) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged description is no reason to lose the picture
+    except Exception:  # a damaged description is no reason to lose the image
         return 1

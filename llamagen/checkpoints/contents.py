@@ -21,13 +21,13 @@ from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
-    below,
     differences,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
     read_weights,
     refuse_not_finite,
+    strip_prefix,
 )
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -100,12 +100,12 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             raise ValueError(f"the checkpoint's {name} is {there}, but here it is {here[name]}; set {name} to {there}")
     if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
         return
-    differing = differences(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
+    differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
             f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
         )
-    refuse_not_finite(below(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+    refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
 
 def build_model(weights: Weights) -> GPT | VQGAN:

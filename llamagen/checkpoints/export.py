@@ -1,6 +1,7 @@
-"""Weights of a checkpoint as a file of their own: ``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``.
+"""Export the weights of a checkpoint: ``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``.
 
-CHECKPOINT is anything that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT chooses the format:
+CHECKPOINT is any file that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
+format:
 
 - ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are.
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
@@ -14,7 +15,7 @@ import torch
 from llamagen.checkpoints.contents import build_model, describe
 from llamagen.checkpoints.weights import ENTRY, Weights, read_weights
 from llamagen.command import run_command
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.full_disk import DiskFullError
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
@@ -52,7 +53,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     from safetensors.torch import save_file
 
     try:
-        with whole_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
+        with atomic_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
             if out.suffix == ".pt":
                 with temporary.open("wb") as file:  # whose errors say why nothing can be written
                     torch.save({"model": state}, file)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.checkpoints.sharded import META_FILE, is_sharded_checkpoint, not_moments, read_sharded
-from llamagen.distributed.full_tensor import copy_whole_
+from llamagen.distributed.full_tensor import copy_full_
 from llamagen.finite import is_finite
 from llamagen.models.vqgan import VQGANConfig
 
@@ -26,7 +26,7 @@ PARALLEL, COMPILED = "module.", "_orig_mod."
 DERIVED = "freqs_cis"
 """The rotary table, which some published files store."""
 ZIP = b"PK\x03\x04"
-MOST_LISTED = 20
+MAX_LISTED = 20
 
 
 class Weights(NamedTuple):
@@ -146,9 +146,9 @@ def _of_our_run(path: Path, checkpoint: dict[str, Any], averaged: bool) -> Weigh
     averages = averaged_weights(checkpoint)
     weights = {**state, **averages} if averaged else state
     prefix = entry["prefix"]
-    discriminator = below("discriminator.", weights)
+    discriminator = strip_prefix("discriminator.", weights)
     return Weights(
-        _entries(below(prefix, weights), path),
+        _entries(strip_prefix(prefix, weights), path),
         _entries(discriminator, path) if discriminator else None,
         entry["config"],
         entry["architecture"],
@@ -198,7 +198,7 @@ def _source(path: Path, averaged: bool, with_averages: bool) -> str:
     return f"{path}, {'EMA' if averaged else 'raw'} weights"
 
 
-def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -209,7 +209,7 @@ def _entries(state: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no weights by name where they are looked for; give another file")
     state = {name.replace(COMPILED, ""): value for name, value in state.items()}  # also of a compiled part alone
     while all(name.startswith(PARALLEL) for name in state):
-        state = below(PARALLEL, state)
+        state = strip_prefix(PARALLEL, state)
     state = {name: value for name, value in state.items() if name != DERIVED}
     junk = [name for name, value in state.items() if not _is_dense(value)]
     if junk:
@@ -223,8 +223,8 @@ def _is_dense(value: Any) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(names[:MOST_LISTED]) + more
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def differences(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
@@ -272,7 +272,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {differing}")
     refuse_not_finite(state, here, source)
     for name, tensor in model.state_dict().items():
-        copy_whole_(tensor, state[name])
+        copy_full_(tensor, state[name])
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], here: Mapping[str, Tensor], source: str) -> None:

@@ -175,12 +175,12 @@ def _net(values: Any) -> GPTConfig:
         raise ValueError(f"model.init_args.net makes no model ({error})") from error
 
 
-def report(run: Run, pictures: int, mfu: float, peak_tflops: float) -> str:
+def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
     """All numbers as text.
 
     Args:
         run: the run.
-        pictures: to train on, counted as often as they are seen.
+        images: to train on, counted as often as they are seen.
         mfu: share of the peak that is reached.
         peak_tflops: of a GPU.
 
@@ -189,16 +189,16 @@ def report(run: Run, pictures: int, mfu: float, peak_tflops: float) -> str:
     """
     if not 0.0 < mfu <= 1.0:
         raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
-    for name, value in (("pictures", pictures), ("peak_tflops", peak_tflops)):
+    for name, value in (("images", images), ("peak_tflops", peak_tflops)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0 and finite")
-    net, days = run.net, gpu_days(run.net, pictures, mfu, peak_tflops)
+    net, days = run.net, gpu_days(run.net, images, mfu, peak_tflops)
     shared = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', which share the parameters' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
         ("training FLOPs a token", f"{flops_per_token(net):.4g}"),
         ("training FLOPs a sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
-        ("GPU days", f"{days:,.4g} for {pictures:,} pictures at {mfu:g} of {peak_tflops:g} TFLOP/s"),
+        ("GPU days", f"{days:,.4g} for {images:,} images at {mfu:g} of {peak_tflops:g} TFLOP/s"),
         ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
         ("KV cache a token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
         ("", ""),
@@ -227,7 +227,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones win")
     parser.add_argument("--batch_size", type=int, help="sequences on each GPU, instead of the configuration's")
-    parser.add_argument("--pictures", type=int, default=384_000_000, help="pictures times epochs: 300 of ImageNet")
+    parser.add_argument("--images", type=int, default=384_000_000, help="images times epochs: 300 of ImageNet")
     parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak that training reaches")
     parser.add_argument(
         "--peak_tflops",
@@ -241,7 +241,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         run = read_run(options.config, options.batch_size, options.precision, options.gpus)
-        text = report(run, options.pictures, options.mfu, options.peak_tflops)
+        text = report(run, options.images, options.mfu, options.peak_tflops)
     except ValueError as error:
         parser.error(str(error))
     print(text)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llamagen.losses.linear_cross_entropy import MOST_LOGITS
+from llamagen.losses.linear_cross_entropy import MAX_LOGITS
 from llamagen.models.gpt_config import GPTConfig
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
@@ -41,7 +41,7 @@ def positions(config: GPTConfig) -> int:
 
 
 def flops_per_sequence(config: GPTConfig) -> float:
-    """Floating-point operations of one training step for one picture, a multiplication and an addition being two.
+    """Floating-point operations of one training step for one image, a multiplication and an addition being two.
 
     Of the model, not of the hardware: blocks that are recomputed do not count, so that a share of the peak (MFU, PaLM,
     arXiv 2204.02311, appendix B) is one of useful work. With T positions, L codes and C condition positions:
@@ -74,16 +74,16 @@ def flops_per_token(config: GPTConfig) -> float:
     return flops_per_sequence(config) / config.block_size
 
 
-def gpu_days(config: GPTConfig, pictures: float, mfu: float, peak_tflops: float) -> float:
-    """Days of one GPU: ``pictures * flops_per_sequence / (mfu * peak * 86400)``.
+def gpu_days(config: GPTConfig, images: float, mfu: float, peak_tflops: float) -> float:
+    """Days of one GPU: ``images * flops_per_sequence / (mfu * peak * 86400)``.
 
     Args:
         config: of the model.
-        pictures: to train on, counted as often as they are seen.
+        images: to train on, counted as often as they are seen.
         mfu: share of the peak that is reached.
         peak_tflops: of the GPU, in 10¹² operations a second.
     """
-    return pictures * flops_per_sequence(config) / (mfu * peak_tflops * 1e12 * 86400)
+    return images * flops_per_sequence(config) / (mfu * peak_tflops * 1e12 * 86400)
 
 
 def cache_bytes_per_token(config: GPTConfig, precision: str) -> int:
@@ -184,7 +184,7 @@ class Head(NamedTuple):
 
 
 def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
-    """Memory of the loss, which holds at most ``MOST_LOGITS`` logits at a time.
+    """Memory of the loss, which holds at most ``MAX_LOGITS`` logits at a time.
 
     Args:
         config: of the model.
@@ -193,8 +193,8 @@ def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     """
     residual, compute = PRECISIONS[precision]
     rows = batch_size * config.block_size
-    logits = min(rows, max(1, MOST_LOGITS // config.vocab_size)) * config.vocab_size
+    logits = min(rows, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     narrow = compute * head_parameters(config) if residual != compute else 0
-    at_once = rows * config.vocab_size <= MOST_LOGITS
+    at_once = rows * config.vocab_size <= MAX_LOGITS
     kept = compute * rows * config.dim + (compute if at_once else 4) * head_parameters(config)
     return Head(kept, residual * rows * config.dim + narrow + logits * (4 if compute == 4 else 4 + compute))

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
+def copy_full_(tensor: Tensor, whole: Tensor) -> None:
     """Copy a tensor that is whole on every rank; of one that is spread over ranks, each its own part.
 
     Args:
@@ -27,7 +27,7 @@ def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
 
 
 @torch.no_grad()
-def draw_whole_(tensor: Tensor, draw: Callable[[Tensor], Any]) -> None:
+def init_full_(tensor: Tensor, draw: Callable[[Tensor], Any]) -> None:
     """Initialise a tensor in place; one that is spread over ranks like one on the CPU that is not.
 
     Args:
@@ -37,6 +37,6 @@ def draw_whole_(tensor: Tensor, draw: Callable[[Tensor], Any]) -> None:
     if isinstance(tensor, DTensor) and not tensor.is_meta:
         whole = torch.empty(tensor.shape)
         draw(whole)
-        copy_whole_(tensor, whole)
+        copy_full_(tensor, whole)
     else:
         draw(tensor)

@@ -1,4 +1,4 @@
-"""BatchNorm over the pictures of all ranks, on any device."""
+"""BatchNorm over the images of all ranks, on any device."""
 
 import torch
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ from llamagen.losses.adversarial import (
     non_saturating_generator_loss,
 )
 from llamagen.losses.lecam import LeCAM
-from llamagen.losses.linear_cross_entropy import CrossEntropy, Surprise, linear_cross_entropy, linear_surprise
+from llamagen.losses.linear_cross_entropy import CrossEntropy, TokenNLL, linear_cross_entropy, linear_token_nll
 from llamagen.losses.quantization import codebook_loss, commitment_loss, entropy_loss
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "AdversarialLoss",
     "CrossEntropy",
     "LeCAM",
-    "Surprise",
+    "TokenNLL",
     "adaptive_weight",
     "codebook_loss",
     "commitment_loss",
@@ -26,7 +26,7 @@ __all__ = [
     "hinge_discriminator_loss",
     "hinge_generator_loss",
     "linear_cross_entropy",
-    "linear_surprise",
+    "linear_token_nll",
     "logistic_discriminator_loss",
     "non_saturating_generator_loss",
 ]

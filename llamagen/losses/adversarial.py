@@ -13,7 +13,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """``−mean(fake)``: the generator wants its pictures judged real."""
+    """``−mean(fake)``: the generator wants its images judged real."""
     return -fake.mean()
 
 
@@ -31,7 +31,7 @@ class AdversarialLoss(NamedTuple):
     """A game.
 
     Attributes:
-        discriminator: loss of (logits of real pictures, logits of fakes).
+        discriminator: loss of (logits of real images, logits of fakes).
         generator: loss of (logits of fakes).
     """
 

@@ -1,4 +1,4 @@
-"""LeCAM regularisation of a discriminator that sees few pictures (arXiv 2104.03310)."""
+"""LeCAM regularisation of a discriminator that sees few images (arXiv 2104.03310)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ DECAY = 0.99
 
 
 class LeCAM(nn.Module):
-    """Keep the logits of real pictures near the usual logits of fakes, and the other way round.
+    """Keep the logits of real images near the usual logits of fakes, and the other way round.
 
     The usual ones are exponential moving averages (decay 0.99) of the mean logits, which start at the first batch. They
     are buffers, so that a resumed run goes on with them.

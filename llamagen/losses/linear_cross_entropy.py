@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MOST_LOGITS = 1 << 24
+MAX_LOGITS = 1 << 24
 """Logits that are held at a time: 64 MiB in float32."""
 CACHED_LOGITS = 1 << 20
 """Of them, logits that a CPU turns into probabilities at a time: 4 MiB in float32."""
@@ -31,7 +31,7 @@ def linear_cross_entropy(
     targets: Tensor,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    most_logits: int = MOST_LOGITS,
+    max_logits: int = MAX_LOGITS,
 ) -> CrossEntropy:
     """Mean cross entropy of ``hidden @ weight.T``, some rows at a time.
 
@@ -44,14 +44,14 @@ def linear_cross_entropy(
         targets: (N,) int64.
         label_smoothing: share of the target probability that is spread over all entries (Szegedy et al., 2016).
         z_loss: weight of the squared logarithm of the partition function, which keeps logits small (PaLM, 2022).
-        most_logits: that may be held at a time.
+        max_logits: that may be held at a time.
     """
-    loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, most_logits)
+    loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, max_logits)
     return CrossEntropy(loss, nats)
 
 
-class Surprise(NamedTuple):
-    """Results of :func:`linear_surprise`.
+class TokenNLL(NamedTuple):
+    """Results of :func:`linear_token_nll`.
 
     Attributes:
         nats: (N,) float32, cross entropy of each row.
@@ -63,23 +63,23 @@ class Surprise(NamedTuple):
 
 
 @torch.no_grad()
-def linear_surprise(hidden: Tensor, weight: Tensor, targets: Tensor, most_logits: int = MOST_LOGITS) -> Surprise:
+def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> TokenNLL:
     """How well each row of ``hidden @ weight.T`` predicts its target, some rows at a time; without a gradient.
 
     Args:
         hidden: (N, D).
         weight: (V, D), of the head.
         targets: (N,) int64.
-        most_logits: that may be held at a time.
+        max_logits: that may be held at a time.
     """
     nats, rank = [], []
-    rows = max(1, most_logits // len(weight))
+    rows = max(1, max_logits // len(weight))
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = F.linear(part, weight.to(part.dtype)).float()
         of_target = logits.gather(1, target[:, None])
         nats.append((logits.logsumexp(-1, keepdim=True) - of_target)[:, 0])
         rank.append((logits > of_target).sum(-1))
-    return Surprise(torch.cat(nats), torch.cat(rank))
+    return TokenNLL(torch.cat(nats), torch.cat(rank))
 
 
 def _to_gradient(logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float) -> CrossEntropy:
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         label_smoothing: float,
         z_loss: float,
-        most_logits: int,
+        max_logits: int,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
         weight_gradient: Tensor | None = None
         loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        rows = max(1, most_logits // len(weight))
+        rows = max(1, max_logits // len(weight))
         if dtype is torch.float16:  # or the sum over rows could be too large for it
             rows = min(rows, 1024)
         # On CPUs what is done in float32 stays in the cache; on GPUs a kernel wants as much as there is.

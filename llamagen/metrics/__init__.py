@@ -1,4 +1,4 @@
-"""``torchmetrics.Metric``s, and what they see of pictures."""
+"""``torchmetrics.Metric``s, and what they see of images."""
 
 from llamagen.metrics.classifier import Classifier, SmallClassifier
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage

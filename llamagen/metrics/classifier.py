@@ -1,7 +1,7 @@
-"""A small classifier as an extractor of features, where Inception knows little. B pictures of H × W pixels.
+"""A small classifier as an extractor of features, where Inception knows little. B images of H × W pixels.
 
-Inception was trained on photographs of about 300 pixels; on digits, or on pictures of 32 pixels, its features say
-little. A classifier of the pictures' own kind is trained in minutes by ``python -m evaluation classifier``.
+Inception was trained on photographs of about 300 pixels; on digits, or on images of 32 pixels, its features say
+little. A classifier of the images' own kind is trained in minutes by ``python -m evaluation classifier``.
 """
 
 import json
@@ -25,7 +25,7 @@ class SmallClassifier(nn.Module):
 
     Args:
         num_classes: how many classes it tells apart, K.
-        image_size: side of its pictures in pixels, a multiple of 4.
+        image_size: side of its images in pixels, a multiple of 4.
         width: channels of the first layer; the last has four times as many, the features.
 
     Raises:
@@ -48,7 +48,7 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> Features:
-        """Features of pictures.
+        """Features of images.
 
         Args:
             images: (B, 3, H, W) float32, 0 … 255.
@@ -62,7 +62,7 @@ class SmallClassifier(nn.Module):
         """
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"pictures are {images.shape[2]} × {images.shape[3]} pixels, but the classifier was trained on "
+                f"images are {images.shape[2]} × {images.shape[3]} pixels, but the classifier was trained on "
                 f"{self.image_size} × {self.image_size}; train one for this size"
             )
         middle = self.middle(self.fine((images - 128) / 128))

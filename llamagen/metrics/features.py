@@ -1,4 +1,4 @@
-"""What metrics see of pictures. B pictures of H × W pixels, F and S features, K classes."""
+"""What metrics see of images. B images of H × W pixels, F and S features, K classes."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
 
 
 class Features(NamedTuple):
-    """What an extractor makes of pictures.
+    """What an extractor makes of images.
 
     Attributes:
-        pool: (B, F) features of whole pictures: FID, KID, precision and recall.
+        pool: (B, F) features of whole images: FID, KID, precision and recall.
         spatial: (B, S) features that know where something is: sFID. None if the extractor has none.
         logits: (B, K) of the classes whose probabilities are the softmax: Inception Score. None if it has none.
         biased_logits: (B, K) with the bias of the last layer, as its training had them. The Inception Score that is
@@ -30,18 +30,18 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Features:
-    """Features of pictures, in float32 also under autocast (or in float64, if the extractor likes to).
+    """Features of images, in float32 also under autocast (or in float64, if the extractor likes to).
 
     Args:
-        extractor: turns pictures (B, 3, H, W), float32 with the whole numbers 0 … 255 of their files, into
-            :class:`Features`, or into a tensor that flattens to ``pool`` (B, F). It is moved to the pictures' device.
+        extractor: turns images (B, 3, H, W), float32 with the whole numbers 0 … 255 of their files, into
+            :class:`Features`, or into a tensor that flattens to ``pool`` (B, F). It is moved to the images' device.
         images: (B, 3, H, W) uint8.
 
     Raises:
-        ValueError: if these are no such pictures, or the extractor does not give a row for each of them.
+        ValueError: if these are no such images, or the extractor does not give a row for each of them.
         FloatingPointError: if features are not finite.
     """
-    refuse_other_than_pictures(images)
+    refuse_other_than_images(images)
 
     def run() -> Any:
         with torch.autocast(images.device.type, enabled=False), without_tf32():
@@ -56,7 +56,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
         if not isinstance(rows, Tensor) or rows.dim() < 2 or len(rows) != len(images):
             shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(
-                f"{type(extractor).__name__} gives {shape} as {name} of {len(images)} pictures; it must give one row "
+                f"{type(extractor).__name__} gives {shape} as {name} of {len(images)} images; it must give one row "
                 "of features for each"
             )
     flat = Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
@@ -100,21 +100,20 @@ def without_tf32() -> Iterator[None]:
         convolution.fp32_precision, product.fp32_precision = before
 
 
-def refuse_other_than_pictures(images: Tensor) -> None:
-    """See that these are pictures (B, 3, H, W) uint8.
+def refuse_other_than_images(images: Tensor) -> None:
+    """See that these are images (B, 3, H, W) uint8.
 
     Raises:
         ValueError: if they are not.
     """
     if not isinstance(images, Tensor):
         raise ValueError(
-            f"pictures must be one tensor, uint8 of shape (B, 3, H, W), not a {type(images).__name__}; of a list make "
+            f"images must be one tensor, uint8 of shape (B, 3, H, W), not a {type(images).__name__}; of a list make "
             "one with torch.stack, of an array with torch.from_numpy"
         )
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"pictures must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}"
-            f"{_advice(images)}"
+            f"images must be uint8 of shape (B, 3, H, W), not {images.dtype} of {tuple(images.shape)}{_advice(images)}"
         )
 
 

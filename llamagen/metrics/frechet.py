@@ -1,4 +1,4 @@
-"""FID and sFID: Fréchet distances between sets of pictures. B pictures of H × W pixels, F features."""
+"""FID and sFID: Fréchet distances between sets of images. B images of H × W pixels, F features."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from torch import Tensor, nn
 
 from llamagen.finite import is_finite
 from llamagen.metrics.features import Features
-from llamagen.metrics.image_metric import SIDES, PictureMetric, side_of
+from llamagen.metrics.image_metric import SIDES, ImageMetric, side_of
 
 
-class FID(PictureMetric):
-    """Fréchet distance between Gaussians that are fitted to the features of real and of other pictures.
+class FID(ImageMetric):
+    """Fréchet distance between Gaussians that are fitted to the features of real and of other images.
 
     (arXiv 1706.08500.) Statistics are summed up in float64 and over all ranks. Only with the features of Inception it
     is what people call FID; with others its ``name`` says so.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
-        image_size: side of the pictures in pixels.
-        reference: mean (F,) and covariance (F, F) of the real pictures, if they are known; else these are shown to
+        features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
+        image_size: side of the images in pixels.
+        reference: mean (F,) and covariance (F, F) of the real images, if they are known; else these are shown to
             ``update``.
 
     Attributes:
@@ -61,19 +61,19 @@ class FID(PictureMetric):
             )
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, pictures: Tensor | Features, real: bool = False) -> None:
-        """Take pictures into the statistics of one side.
+    def update(self, images: Tensor | Features, real: bool = False) -> None:
+        """Take images into the statistics of one side.
 
         Args:
-            pictures: (B, 3, H, W) uint8, or their features.
-            real: these are the pictures to compare with.
+            images: (B, 3, H, W) uint8, or their features.
+            real: these are the images to compare with.
 
         Raises:
-            ValueError: if they are no uint8 pictures of the metric's size, or real ones where a reference is known.
+            ValueError: if they are no uint8 images of the metric's size, or real ones where a reference is known.
         """
         if real and self.reference is not None:
-            raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
-        rows, side = self.rows(pictures).double(), side_of(real)
+            raise ValueError("real images were given, but the metric has a reference; leave one of them out")
+        rows, side = self.rows(images).double(), side_of(real)
         for name, value in (("sum", rows.sum(0)), ("count", len(rows))):
             setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
         # In place: matrices of 33 MB that come and go with each batch spoil the memory of CPUs.
@@ -86,7 +86,7 @@ class FID(PictureMetric):
         """The distance, a float64 scalar.
 
         Raises:
-            ValueError: if a side has fewer than two pictures.
+            ValueError: if a side has fewer than two images.
         """
         self.seen = int(self.fake_count)
         fake = self.statistics(real=False)
@@ -95,21 +95,21 @@ class FID(PictureMetric):
         return frechet_distance(mean, covariance, *fake)
 
     def statistics(self, real: bool) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and covariance (F, F) of a side, float64; of this rank's pictures, unless states are in sync.
+        """Mean (F,) and covariance (F, F) of a side, float64; of this rank's images, unless states are in sync.
 
         Raises:
-            ValueError: if it has fewer than two pictures.
+            ValueError: if it has fewer than two images.
         """
         side = side_of(real)
         total, outer, count = (getattr(self, f"{side}_{name}") for name in ("sum", "outer", "count"))
         if count < 2:
-            raise ValueError(f"{int(count)} {side} pictures are too few for {self.name}; give at least two")
+            raise ValueError(f"{int(count)} {side} images are too few for {self.name}; give at least two")
         mean = total / count
         return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
 class SFID(FID):
-    """FID over features that know where in a picture something is (arXiv 2103.03841, appendix).
+    """FID over features that know where in an image something is (arXiv 2103.03841, appendix).
 
     With Inception these are the first 7 channels of ``mixed_6/conv``, 17 × 17 × 7 = 2023 numbers. Arguments and errors
     are those of :class:`FID`.
@@ -124,7 +124,7 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
 
     ``|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½)``. With Σ = A Aᵀ and Σ' = B Bᵀ the trace of the root is the sum of the
     singular values of Aᵀ B. So no root is taken of what rounding has left of a zero: this is exact also for singular
-    covariances, of fewer pictures than features, where the root of the product is not.
+    covariances, of fewer images than features, where the root of the product is not.
 
     Args:
         mean: μ, (F,) float64.

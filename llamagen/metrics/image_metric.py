@@ -1,4 +1,4 @@
-"""What metrics over pictures share. B pictures of H × W pixels, N pictures in all, F features."""
+"""What metrics over images share. B images of H × W pixels, N images in all, F features."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -14,11 +14,11 @@ from llamagen.metrics.features import (
     extract,
     extractor_name,
     refuse_not_finite,
-    refuse_other_than_pictures,
+    refuse_other_than_images,
 )
 
 FAKE, REAL = SIDES = ("fake", "real")
-MOST_PIECES = 32
+MAX_PIECES = 32
 """Batches whose features are kept one by one, before they are put together. Small pieces that stay, between large ones
 that come and go, keep an allocator from using memory again: many times that of the features, on CPUs."""
 
@@ -28,13 +28,13 @@ def side_of(real: bool) -> str:
     return REAL if real else FAKE
 
 
-class PictureMetric(Metric):
-    """Base of the metrics that look at pictures through an extractor of features.
+class ImageMetric(Metric):
+    """Base of the metrics that look at images through an extractor of features.
 
     Args:
         features: extractor, see :func:`~llamagen.metrics.features.extract`. It is put into evaluation mode, frozen, and
             is in no state dict.
-        image_size: side of the pictures in pixels; others are refused, because the size changes every number.
+        image_size: side of the images in pixels; others are refused, because the size changes every number.
 
     Raises:
         ValueError: if the module is no extractor, or has not what the metric looks at.
@@ -49,7 +49,7 @@ class PictureMetric(Metric):
     def __init__(self, features: nn.Module, image_size: int) -> None:
         super().__init__()
         if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; give the side of the pictures in pixels")
+            raise ValueError(f"image_size is {image_size}; give the side of the images in pixels")
         self._extractor = (features.eval().requires_grad_(False),)  # in a tuple, so that nn.Module does not see it
         self.image_size = image_size
         device = next((value.device for value in features.state_dict().values()), torch.device("cpu"))
@@ -77,41 +77,41 @@ class PictureMetric(Metric):
             )
         return rows
 
-    def rows(self, pictures: Tensor | Features) -> Tensor:
+    def rows(self, images: Tensor | Features) -> Tensor:
         """What the metric looks at, (B, F).
 
         Args:
-            pictures: (B, 3, H, W) uint8, or their features, if these were extracted before.
+            images: (B, 3, H, W) uint8, or their features, if these were extracted before.
 
         Raises:
-            ValueError: if they are not pictures of the metric's size, or have other features.
+            ValueError: if they are not images of the metric's size, or have other features.
             FloatingPointError: if features are not finite.
         """
-        if isinstance(pictures, Features):
-            rows = self._part_of(pictures)
+        if isinstance(images, Features):
+            rows = self._part_of(images)
             refuse_not_finite(Features(rows), extractor_name(self.extractor))
         else:
-            self.check_pictures(pictures)
-            rows = self._part_of(extract(self.extractor, pictures))
+            self.check_images(images)
+            rows = self._part_of(extract(self.extractor, images))
         if rows.shape[1] != self.width:
             raise ValueError(
-                f"{rows.shape[1]} features came for each picture, but {self.width} for those of image_size "
+                f"{rows.shape[1]} features came for each image, but {self.width} for those of image_size "
                 f"{self.image_size}; use one extractor and one size"
             )
         return rows
 
-    def check_pictures(self, images: Tensor) -> None:
-        """See that these are pictures of the metric's size.
+    def check_images(self, images: Tensor) -> None:
+        """See that these are images of the metric's size.
 
         Raises:
             ValueError: if not.
         """
-        refuse_other_than_pictures(images)
+        refuse_other_than_images(images)
         if images.shape[2:] != (self.image_size, self.image_size):
             size = " × ".join(str(side) for side in images.shape[2:])
             raise ValueError(
-                f"pictures are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
-                "image_size to theirs, and compare only pictures of one size"
+                f"images are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
+                "image_size to theirs, and compare only images of one size"
             )
 
     # torchmetrics ignores `.half()`, but not the `.to(bfloat16)` by which Lightning turns a whole module to 16 bits.
@@ -129,11 +129,11 @@ class PictureMetric(Metric):
         self._computed = None
 
 
-class RowMetric(PictureMetric):
-    """Base of the metrics that need the features of every picture, in the pictures' order, which is that of an index.
+class RowMetric(ImageMetric):
+    """Base of the metrics that need the features of every image, in the images' order, which is that of an index.
 
     So the result is the same in any batches and on any number of ranks. Features and an index are kept for each
-    picture, on its rank; when the result is computed, those of all ranks are put together.
+    image, on its rank; when the result is computed, those of all ranks are put together.
     """
 
     full_state_update = True  # forward() must not begin anew with each batch: without an index, it counts
@@ -150,11 +150,11 @@ class RowMetric(PictureMetric):
         Args:
             side: ``real`` or ``fake``.
             rows: (B, F).
-            index: (B,) int64, number of each picture in its set. None: those of a rank come in order, and rank r of R
-                has every R-th picture, from the r-th on, as samplers for several ranks share them out.
+            index: (B,) int64, number of each image in its set. None: those of a rank come in order, and rank r of R
+                has every R-th image, from the r-th on, as samplers for several ranks share them out.
 
         Raises:
-            ValueError: if the index is not one number for each picture.
+            ValueError: if the index is not one number for each image.
         """
         kept: list[Tensor] = getattr(self, f"{side}_rows")
         indices: list[Tensor] = getattr(self, f"{side}_index")
@@ -165,31 +165,31 @@ class RowMetric(PictureMetric):
             index = rank + ranks * torch.arange(before, before + len(rows), device=rows.device)
         if index.shape != (len(rows),) or index.is_floating_point() or index.dtype is torch.bool:
             raise ValueError(
-                f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} pictures; give one whole number each"
+                f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} images; give one whole number each"
             )
         kept.append(rows.to(self.row_dtype))  # the same on all ranks, as the index is
         indices.append(index.to(rows.device, torch.int64))
-        if len(kept) >= MOST_PIECES:
+        if len(kept) >= MAX_PIECES:
             kept[:], indices[:] = [torch.cat(kept)], [torch.cat(indices)]
 
     def kept(self, side: str) -> Tensor:
         """The features of a side in the order of their index, (N, F).
 
         Raises:
-            ValueError: if there are fewer than two pictures.
+            ValueError: if there are fewer than two images.
             FloatingPointError: if features are not finite.
         """
         rows, index = getattr(self, f"{side}_rows"), getattr(self, f"{side}_index")
         count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))  # a tensor is that of all ranks
         if count < 2:
-            raise ValueError(f"{count} {side} pictures are too few for {self.name}; give at least two")
+            raise ValueError(f"{count} {side} images are too few for {self.name}; give at least two")
         order = torch.argsort(dim_zero_cat(index), stable=True)
         ordered = dim_zero_cat(rows)[order]
         refuse_not_finite(Features(ordered), extractor_name(self.extractor))  # states may be those of a file
         return ordered
 
     def reset(self) -> None:
-        """Forget all pictures, also if those of all ranks are there because a result was refused."""
+        """Forget all images, also if those of all ranks are there because a result was refused."""
         for name in self._defaults:
             setattr(self, name, [])
         super().reset()
@@ -204,10 +204,10 @@ class RowMetric(PictureMetric):
 
 
 class ComparingRowMetric(RowMetric):
-    """Base of the metrics that compare the features of every picture with those of real ones: KID, precision, recall.
+    """Base of the metrics that compare the features of every image with those of real ones: KID, precision, recall.
 
     Attributes:
-        reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
+        reference: features (M, F) of real images, if they are known; else these are shown to ``update``.
     """
 
     reference: Tensor | None = None
@@ -229,26 +229,26 @@ class ComparingRowMetric(RowMetric):
             )
         return reference.to(self.row_dtype)
 
-    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Keep the features of pictures.
+    def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
+        """Keep the features of images.
 
         Args:
-            pictures: (B, 3, H, W) uint8, or their features.
-            real: these are the pictures to compare with.
-            index: (B,) int64, number of each picture; see :meth:`RowMetric.keep`.
+            images: (B, 3, H, W) uint8, or their features.
+            real: these are the images to compare with.
+            index: (B,) int64, number of each image; see :meth:`RowMetric.keep`.
 
         Raises:
-            ValueError: if they are no uint8 pictures of the metric's size, or real ones where a reference is known.
+            ValueError: if they are no uint8 images of the metric's size, or real ones where a reference is known.
         """
         if real and self.reference is not None:
-            raise ValueError("real pictures were given, but the metric has a reference; leave one of them out")
-        self.keep(side_of(real), self.rows(pictures), index)
+            raise ValueError("real images were given, but the metric has a reference; leave one of them out")
+        self.keep(side_of(real), self.rows(images), index)
 
     def both_sides(self) -> tuple[Tensor, Tensor]:
-        """Features of the pictures (N, F) and of the real ones (M, F), those of the reference or kept, on one device.
+        """Features of the images (N, F) and of the real ones (M, F), those of the reference or kept, on one device.
 
         Raises:
-            ValueError: if a side has fewer than two pictures.
+            ValueError: if a side has fewer than two images.
             FloatingPointError: if features are not finite.
         """
         fake = self.kept(FAKE)

@@ -1,4 +1,4 @@
-"""Inception-2015, the network of FID and the Inception Score. B pictures of H × W pixels."""
+"""Inception-2015, the network of FID and the Inception Score. B images of H × W pixels."""
 
 from collections.abc import Callable
 from http.client import HTTPException
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import sha256_of, whole_file
+from llamagen.files import atomic_file, sha256_of
 from llamagen.full_disk import DiskFullError
 from llamagen.metrics.features import Features
 
@@ -28,7 +28,7 @@ HOW_TO_GIVE = (
     "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
     "--features.weights … of python -m evaluation"
 )
-MOST_LISTED = 20
+MAX_LISTED = 20
 
 
 class Layer(NamedTuple):
@@ -240,7 +240,7 @@ class InceptionNet(Chain):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Everything that is measured of pictures, in one pass.
+        """Everything that is measured of images, in one pass.
 
         Args:
             images: (B, 3, H, W) float32, the levels 0 … 255 of files, of any size.
@@ -252,7 +252,7 @@ class InceptionNet(Chain):
             take the Inception Score; ``biased_logits`` with it.
 
         Raises:
-            ValueError: if these are no such pictures.
+            ValueError: if these are no such images.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
@@ -338,7 +338,7 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
         if (folder / name).is_file():
             return folder / name
     try:  # under a temporary name until it is whole and its checksum is right
-        with whole_file(folder / FILE) as temporary:
+        with atomic_file(folder / FILE) as temporary:
             download_url_to_file(ADDRESS, str(temporary), hash_prefix=CHECKSUM)
     except DiskFullError:
         raise
@@ -384,7 +384,7 @@ def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
         ),
     ]
     if faults:
-        listed = "; ".join(faults[:MOST_LISTED]) + (f"; {more} more" if (more := len(faults) - MOST_LISTED) > 0 else "")
+        listed = "; ".join(faults[:MAX_LISTED]) + (f"; {more} more" if (more := len(faults) - MAX_LISTED) > 0 else "")
         raise ValueError(f"{file} is not Inception of 2015-12-05: {listed}; get {ADDRESS}")
     return found
 

@@ -1,4 +1,4 @@
-"""Inception Score. B pictures of H × W pixels, N in all, K classes."""
+"""Inception Score. B images of H × W pixels, N in all, K classes."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,17 +26,17 @@ class SplitStatistics(NamedTuple):
 
 
 class InceptionScore(RowMetric):
-    """How sure a classifier is of each picture, and how evenly of all: exp of mean KL(p(y|x) ‖ p(y)).
+    """How sure a classifier is of each image, and how evenly of all: exp of mean KL(p(y|x) ‖ p(y)).
 
-    (arXiv 1606.03498.) It is taken over splits of the pictures, in their order, as ADM's evaluation does with 10 splits
-    of 5,000. It knows no real pictures.
+    (arXiv 1606.03498.) It is taken over splits of the images, in their order, as ADM's evaluation does with 10 splits
+    of 5,000. It knows no real images.
 
     ADM's evaluation takes a random order for granted. Where images are sorted by class, a split knows some of the
     classes alone, and the score is far too low: see :attr:`shuffled`.
 
     Args:
         features: extractor that gives logits.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
         splits: number of equal parts.
 
     Attributes:
@@ -57,28 +57,28 @@ class InceptionScore(RowMetric):
             raise ValueError(f"splits is {splits}; it must be at least 1")
         self.splits = splits
 
-    def update(self, pictures: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Take pictures into account.
+    def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
+        """Take images into account.
 
         Args:
-            pictures: (B, 3, H, W) uint8, or their features.
-            real: these are the pictures that other metrics of a collection compare with; they are passed over.
-            index: (B,) int64, number of each picture; see :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
+            images: (B, 3, H, W) uint8, or their features.
+            real: these are the images that other metrics of a collection compare with; they are passed over.
+            index: (B,) int64, number of each image; see :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
         """
         if not real:
-            self.keep(FAKE, self.rows(pictures), index)
+            self.keep(FAKE, self.rows(images), index)
 
     def compute(self) -> SplitStatistics:
         """Mean and standard deviation over the splits, float64, from 1 to K.
 
         Raises:
-            ValueError: if there are fewer pictures than splits.
+            ValueError: if there are fewer images than splits.
         """
         logits = self.kept(FAKE)
         count = len(logits)
         if count < self.splits:
             raise ValueError(
-                f"{count} pictures are too few for {self.splits} splits of the Inception Score; give more, or set "
+                f"{count} images are too few for {self.splits} splits of the Inception Score; give more, or set "
                 "splits to less"
             )
         found = self._over_splits(logits)

@@ -1,4 +1,4 @@
-"""KID: kernel distance between sets of pictures. B pictures of H × W pixels, N and M in all, F features."""
+"""KID: kernel distance between sets of images. B images of H × W pixels, N and M in all, F features."""
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +8,16 @@ from llamagen.metrics.inception_score import SplitStatistics
 
 
 class KID(ComparingRowMetric):
-    """Squared maximum mean discrepancy with the kernel ``(x·y / F + 1)³``, unbiased, so also for few pictures.
+    """Squared maximum mean discrepancy with the kernel ``(x·y / F + 1)³``, unbiased, so also for few images.
 
-    (arXiv 1801.01401.) It is taken over random subsets, always the same ones for one seed and number of pictures.
+    (arXiv 1801.01401.) It is taken over random subsets, always the same ones for one seed and number of images.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
-        image_size: side of the pictures in pixels.
-        reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
+        features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
+        image_size: side of the images in pixels.
+        reference: features (M, F) of real images, if they are known; else these are shown to ``update``.
         subsets: how many.
-        subset_size: pictures of each side in a subset; all, where there are fewer.
+        subset_size: images of each side in a subset; all, where there are fewer.
         seed: of the choice.
 
     Raises:
@@ -44,10 +44,10 @@ class KID(ComparingRowMetric):
         self.reference = self.checked_reference(reference)
 
     def compute(self) -> SplitStatistics:
-        """Mean and standard deviation over the subsets, float64; about 0 for pictures of one kind, also below.
+        """Mean and standard deviation over the subsets, float64; about 0 for images of one kind, also below.
 
         Raises:
-            ValueError: if a side has fewer than two pictures.
+            ValueError: if a side has fewer than two images.
         """
         fake, real = self.both_sides()
         generator = torch.Generator().manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""Improved precision and recall. B pictures of H × W pixels, N and M in all, F features."""
+"""Improved precision and recall. B images of H × W pixels, N and M in all, F features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,11 +14,11 @@ UNSURE = 1e-9
 
 
 class PrecisionRecallStatistics(NamedTuple):
-    """Shares of pictures, in [0, 1], float64.
+    """Shares of images, in [0, 1], float64.
 
     Attributes:
-        precision: of the other pictures that lie within the manifold of the real ones: fidelity.
-        recall: of the real pictures that lie within the manifold of the others: diversity.
+        precision: of the other images that lie within the manifold of the real ones: fidelity.
+        recall: of the real images that lie within the manifold of the others: diversity.
     """
 
     precision: Tensor
@@ -26,16 +26,16 @@ class PrecisionRecallStatistics(NamedTuple):
 
 
 class PrecisionRecall(ComparingRowMetric):
-    """Precision and recall over manifolds of balls, around each picture as far as its k-th nearest neighbour.
+    """Precision and recall over manifolds of balls, around each image as far as its k-th nearest neighbour.
 
-    (arXiv 1904.06991.) Distances are taken in blocks, so memory grows with the pictures and not with their pairs.
+    (arXiv 1904.06991.) Distances are taken in blocks, so memory grows with the images and not with their pairs.
 
     Args:
-        features: extractor, see :class:`~llamagen.metrics.image_metric.PictureMetric`.
-        image_size: side of the pictures in pixels.
-        reference: features (M, F) of real pictures, if they are known; else these are shown to ``update``.
+        features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
+        image_size: side of the images in pixels.
+        reference: features (M, F) of real images, if they are known; else these are shown to ``update``.
         k: which neighbour the radius goes to; 3 in ADM's evaluation.
-        block: pictures of each side whose distances are taken at a time.
+        block: images of each side whose distances are taken at a time.
 
     Raises:
         ValueError: if the extractor is none, a number is too small, or the reference has another number of features.
@@ -61,7 +61,7 @@ class PrecisionRecall(ComparingRowMetric):
         """The two shares.
 
         Raises:
-            ValueError: if a side has not more than k pictures.
+            ValueError: if a side has not more than k images.
         """
         fake, real = self.both_sides()
         return precision_recall(real, fake, self.k, self.block)
@@ -74,7 +74,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) 
     Args:
         real: (M, F).
         fake: (N, F).
-        k: which neighbour, not counting the picture itself, the radius of a ball goes to.
+        k: which neighbour, not counting the image itself, the radius of a ball goes to.
         block: rows of each side whose distances are taken at a time.
 
     Raises:
@@ -82,7 +82,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) 
     """
     for name, rows in (("real", real), ("other", fake)):
         if len(rows) <= k:
-            raise ValueError(f"{len(rows)} {name} pictures have no {k}-th neighbour; give at least {k + 1}")
+            raise ValueError(f"{len(rows)} {name} images have no {k}-th neighbour; give at least {k + 1}")
     return PrecisionRecallStatistics(
         _share_within(fake, real, radii(real, k, block), block),
         _share_within(real, fake, radii(fake, k, block), block),
@@ -122,7 +122,7 @@ def _share_within(rows: Tensor, centres: Tensor, squared_radii: Tensor, block: i
             distances, slack = _distances(part, some)
             excess = distances - reach
             within |= (excess < -slack).any(1)
-            # What rounding could decide is computed exactly: doubles, and borders that are pictures themselves.
+            # What rounding could decide is computed exactly: doubles, and borders that are images themselves.
             row, column = ((excess.abs() <= slack) & ~within[:, None]).nonzero(as_tuple=True)
             for rows_at, columns_at in zip(row.split(block), column.split(block), strict=True):
                 sure = _exact(part[rows_at], some[columns_at]) <= reach[columns_at]
@@ -146,7 +146,7 @@ def _exact(x: Tensor, y: Tensor) -> Tensor:
     """Squared distance of each row of (B, F) from the same row of another (B, F), float64; 0 for equal ones.
 
     Squares are added in an order of its own. That of ``sum`` depends on shape, layout and device, and so would its last
-    digit: pictures that are as far as a border would lie within it or not by chance.
+    digit: images that are as far as a border would lie within it or not by chance.
     """
     squares = (x.double() - y.double()).square()
     while (width := squares.shape[-1]) > 1:

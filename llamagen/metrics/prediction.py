@@ -30,7 +30,7 @@ class CodePrediction(Metric):
     """Sums over every code that it is shown, over all ranks; B batch, L positions.
 
     Args:
-        length: number of codes of a picture L.
+        length: number of codes of an image L.
     """
 
     full_state_update = False
@@ -45,7 +45,7 @@ class CodePrediction(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, rank: Tensor) -> None:
-        """Add pictures.
+        """Add images.
 
         Args:
             nats: (B, L) float, cross entropy of each code.

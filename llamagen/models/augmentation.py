@@ -1,4 +1,4 @@
-"""What a discriminator is shown instead of pictures, if there are few of them (DiffAugment, arXiv 2006.10738).
+"""What a discriminator is shown instead of images, if there are few of them (DiffAugment, arXiv 2006.10738).
 
 B batch, H × W pixels.
 """
@@ -15,9 +15,9 @@ SHIFT = 1 / 8
 
 
 class DiscriminatorAugmentation(nn.Module):
-    """Random changes to pictures through which gradients flow; each picture draws its own.
+    """Random changes to images through which gradients flow; each image draws its own.
 
-    Real and reconstructed pictures both go through it, so the discriminator learns nothing of the changes, and the
+    Real and reconstructed images both go through it, so the discriminator learns nothing of the changes, and the
     generator is not taught them. Values are not clipped.
 
     Args:
@@ -56,7 +56,7 @@ class DiscriminatorAugmentation(nn.Module):
         brightness, saturation, contrast = torch.rand(3, len(images), dtype=images.dtype, device=images.device)
         # kornia works on [0, 1]; half of our range is 0.5 of brightness there.
         pixels = adjust_brightness((images + 1) / 2, (brightness - 0.5) / 2, clip_output=False)
-        # kornia's own blend with the grey picture clips, whatever one asks for.
+        # kornia's own blend with the grey image clips, whatever one asks for.
         grey = rgb_to_grayscale(pixels)
         pixels = grey + (pixels - grey) * (2 * saturation).view(-1, 1, 1, 1)
         mean = pixels.mean((1, 2, 3), keepdim=True)
@@ -78,5 +78,5 @@ class DiscriminatorAugmentation(nn.Module):
     def _cutout(images: Tensor) -> Tensor:
         from kornia.augmentation import RandomErasing
 
-        # A quarter of the area, as a square; drawn again for each picture and call.
+        # A quarter of the area, as a square; drawn again for each image and call.
         return cast(Tensor, RandomErasing(scale=(0.25, 0.25), ratio=(1.0, 1.0), value=0.0, p=1.0)(images))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from llamagen.models.gpt_config import GPTConfig
 
 
-def draw_dropped(batch_size: int, probability: float, device: torch.device) -> Tensor:
+def sample_dropped(batch_size: int, probability: float, device: torch.device) -> Tensor:
     """Which samples of a training batch lose their condition: (B,) bool."""
     return torch.rand(batch_size, device=device) < probability
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.distributed.sync_batch_norm import SyncBatchNorm2d
-from llamagen.option_checks import check_whole
+from llamagen.option_checks import check_integer
 
 LEAK = 0.2
 STYLEGAN_WIDTHS = {64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
@@ -15,11 +15,11 @@ STYLEGAN_WIDTHS = {64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
 class Discriminator(nn.Module):
-    """Judges pictures as real or fake."""
+    """Judges images as real or fake."""
 
     @abstractmethod
     def check_size(self, size: int) -> None:
-        """Refuse pictures of a size that it cannot judge.
+        """Refuse images of a size that it cannot judge.
 
         Args:
             size: side in pixels.
@@ -30,23 +30,23 @@ class Discriminator(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of any shape, the first dimension being that of (B, 3, H, W) pictures in [-1, 1]."""
+        """Logits of any shape, the first dimension being that of (B, 3, H, W) images in [-1, 1]."""
 
 
 class PatchGAN(Discriminator):
-    """Judge overlapping patches of a picture (arXiv 1611.07004), with BatchNorm over the batches of all ranks.
+    """Judge overlapping patches of an image (arXiv 1611.07004), with BatchNorm over the batches of all ranks.
 
     Args:
         channels: width of the first convolution; it doubles with each further one, up to eight times.
-        num_layers: convolutions of stride 2; fewer for small pictures.
+        num_layers: convolutions of stride 2; fewer for small images.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
         if channels < 1 or num_layers < 1:
             raise ValueError(f"channels {channels} and num_layers {num_layers} must both be at least 1")
-        check_whole("channels", channels)
-        check_whole("num_layers", num_layers)
+        check_integer("channels", channels)
+        check_integer("num_layers", num_layers)
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
         width = channels
         for index in range(1, num_layers + 1):
@@ -71,10 +71,10 @@ class PatchGAN(Discriminator):
                 nn.init.zeros_(module.bias)
 
     def check_size(self, size: int) -> None:
-        """Refuse pictures that are smaller than a patch."""
+        """Refuse images that are smaller than a patch."""
         if size < self.min_size:
             raise ValueError(
-                f"pictures have {size} px, but the discriminator needs at least {self.min_size}, with {self._depth} "
+                f"images have {size} px, but the discriminator needs at least {self.min_size}, with {self._depth} "
                 "layers of stride 2; lower model.init_args.discriminator.init_args.num_layers"
             )
 
@@ -86,7 +86,7 @@ class PatchGAN(Discriminator):
         """Logits of patches: (B, 3, H, W) in [-1, 1] → (B, 1, h, w).
 
         Raises:
-            ValueError: if the picture is smaller than a patch.
+            ValueError: if the image is smaller than a patch.
         """
         self.check_size(min(images.shape[2:]))
         return cast(Tensor, self.main(images))
@@ -128,10 +128,10 @@ class StyleGANBlock(nn.Module):
 
 
 class StyleGAN(Discriminator):
-    """Judge whole pictures of one size, with the discriminator of StyleGAN (arXiv 1912.04958).
+    """Judge whole images of one size, with the discriminator of StyleGAN (arXiv 1912.04958).
 
     Args:
-        image_size: side of the pictures in pixels, a power of two from 8 to 1024.
+        image_size: side of the images in pixels, a power of two from 8 to 1024.
     """
 
     def __init__(self, image_size: int = 256) -> None:
@@ -152,18 +152,18 @@ class StyleGAN(Discriminator):
         self.final_linear = nn.Sequential(nn.Linear(512 * size * size, 512), nn.LeakyReLU(LEAK), nn.Linear(512, 1))
 
     def check_size(self, size: int) -> None:
-        """Refuse pictures of another size than it was built for."""
+        """Refuse images of another size than it was built for."""
         if size != self.image_size:
             raise ValueError(
-                f"pictures have {size} px, but the discriminator is built for {self.image_size}; set "
+                f"images have {size} px, but the discriminator is built for {self.image_size}; set "
                 f"model.init_args.discriminator.init_args.image_size to {size}"
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """A logit for each picture: (B, 3, H, W) in [-1, 1] → (B, 1).
+        """A logit for each image: (B, 3, H, W) in [-1, 1] → (B, 1).
 
         Raises:
-            ValueError: if the pictures have another size.
+            ValueError: if the images have another size.
         """
         for size in images.shape[2:]:
             self.check_size(size)

@@ -1,6 +1,6 @@
-"""The autoregressive model: a Llama that predicts the codes of a picture in raster order after a condition.
+"""The autoregressive model: a Llama that predicts the codes of an image in raster order after a condition.
 
-Shapes: B batch, C condition positions, L codes of a picture, T positions of this call, S positions seen so far (T
+Shapes: B batch, C condition positions, L codes of an image, T positions of this call, S positions seen so far (T
 included), D width, H heads, G key-value heads, E width of a head, V vocabulary.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llamagen.distributed.full_tensor import draw_whole_
+from llamagen.distributed.full_tensor import init_full_
 from llamagen.models.causal_attention import causal_attention
-from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, draw_dropped
+from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, sample_dropped
 from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.inputs import check_codes
@@ -171,12 +171,12 @@ class GPT(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                draw_whole_(module.weight, partial(nn.init.normal_, std=0.02))
+                init_full_(module.weight, partial(nn.init.normal_, std=0.02))
             elif isinstance(module, RMSNorm):
-                draw_whole_(module.weight, nn.init.ones_)
+                init_full_(module.weight, nn.init.ones_)
             elif isinstance(module, CaptionEmbedder):
                 module.reset_parameters()
-        draw_whole_(self.output.weight, nn.init.zeros_)
+        init_full_(self.output.weight, nn.init.zeros_)
 
     def _make_rope(self, device: torch.device) -> Tensor:
         config = self.config
@@ -263,7 +263,7 @@ class GPT(nn.Module):
         parts = []
         if condition is not None:
             if drop_condition is None and self.training and self.config.condition_dropout > 0:
-                drop_condition = draw_dropped(len(condition), self.config.condition_dropout, condition.device)
+                drop_condition = sample_dropped(len(condition), self.config.condition_dropout, condition.device)
             if self.config.condition == "class":
                 condition = check_codes(condition, self.config.num_classes + 1, "class labels")
             parts.append(self.cls_embedding(condition, drop_condition))

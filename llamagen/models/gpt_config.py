@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import inf, isqrt
 from typing import Literal
 
-from llamagen.option_checks import check_whole
+from llamagen.option_checks import check_integer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GPTConfig:
         rope_base: wavelength base of the rotary embedding.
         norm_eps: added to the mean square in RMSNorm.
         vocab_size: number of codes of the image tokenizer.
-        block_size: number of codes of a picture, a square number (256 for 16 × 16).
+        block_size: number of codes of an image, a square number (256 for 16 × 16).
         condition: ``"class"`` for labels, ``"text"`` for caption features.
         num_classes: number of labels; one more row stands for "no class".
         caption_dim: width of the caption features (2048 for FLAN-T5-XL).
@@ -73,9 +73,9 @@ class GPTConfig:
             "caption_dim",
             "caption_length",
         ):
-            check_whole(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
         if self.n_kv_head is not None and self.n_kv_head >= 1:
-            check_whole("n_kv_head", self.n_kv_head)
+            check_integer("n_kv_head", self.n_kv_head)
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < inf:
             raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it must be positive, or not given")
         if self.ffn_dim < 1:

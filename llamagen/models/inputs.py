@@ -21,7 +21,7 @@ BYTES_AS_FLOATS = 10.0
 IMAGES = "images must be floats in [-1, 1] of shape (B, 3, H, W)"
 
 
-def is_whole(dtype: torch.dtype) -> bool:
+def is_integer(dtype: torch.dtype) -> bool:
     """Whether a dtype is one of whole numbers, of any width, signed or not; bool is not."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
@@ -67,7 +67,7 @@ def grids_of_codes(codes: CodeInput, codebook_size: int, device: torch.device) -
         ValueError: if their type, shape or values do not fit.
     """
     found = to_tensor(codes, "codes")
-    if not is_whole(found.dtype):
+    if not is_integer(found.dtype):
         raise ValueError(f"codes must be whole numbers, not {_dtype(found)}; give them as int64 or as stored, uint16")
     if found.dim() == 2:
         rows, length = found.shape
@@ -161,7 +161,7 @@ def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
         ValueError: if they are no whole numbers, or out of range.
     """
     if codes.dtype not in (torch.int64, torch.int32):
-        if not is_whole(codes.dtype):
+        if not is_integer(codes.dtype):
             raise ValueError(f"{name} must be whole numbers, not {_dtype(codes)}; give int64")
         codes = codes.long()
     if codes.device.type == "cpu" and codes.numel() and not torch.compiler.is_compiling():

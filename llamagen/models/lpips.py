@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look to a network (arXiv 1801.03924). B batch, H × W pixels."""
+"""LPIPS: how different two images look to a network (arXiv 1801.03924). B batch, H × W pixels."""
 
 import importlib.util
 import zipfile
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 from llamagen.full_disk import DiskFullError
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -22,7 +22,7 @@ VGG16_ADDRESS = f"https://download.pytorch.org/models/{VGG16_FILE}"
 CHECKSUM = "397923af"
 """Start of the SHA-256 of the file, which also is in its name."""
 OPTION = "model.init_args.lpips_weights"
-MOST_LISTED = 20
+MAX_LISTED = 20
 
 
 class LPIPS(nn.Module):
@@ -57,14 +57,14 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each picture in ``x`` from the one in ``y``; all but the convolutions is float32 under autocast.
+        """Distance of each image in ``x`` from the one in ``y``; all but the convolutions is float32 under autocast.
 
         Args:
             x: (B, 3, H, W) in [-1, 1], at least 16 px; usually the one with a gradient.
             y: the same shape.
 
         Returns:
-            (B,) float32, 0 for equal pictures.
+            (B,) float32, 0 for equal images.
 
         Raises:
             ValueError: if the shapes differ or are too small, or the images are no floats.
@@ -171,14 +171,14 @@ def read_vgg16(path: Path | str | None = None) -> dict[str, Tensor]:
         ),
     ]
     if faults:
-        listed = "; ".join(faults[:MOST_LISTED]) + (f"; {more} more" if (more := len(faults) - MOST_LISTED) > 0 else "")
+        listed = "; ".join(faults[:MAX_LISTED]) + (f"; {more} more" if (more := len(faults) - MAX_LISTED) > 0 else "")
         raise ValueError(f"{file} is not torchvision's VGG16: {listed}; get {VGG16_ADDRESS}")
     return found
 
 
 def _download(file: Path) -> None:
     try:  # under a temporary name until it is whole and its checksum is right
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             download_url_to_file(VGG16_ADDRESS, str(temporary), hash_prefix=CHECKSUM)
     except DiskFullError:
         raise

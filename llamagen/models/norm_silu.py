@@ -53,7 +53,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 def _gradient_of_block(parts: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradient of ``x`` (B, C, H, W) to ``out``; return those of weight and bias by picture, (B, C)."""
+    """Write the gradient of ``x`` (B, C, H, W) to ``out``; return those of weight and bias by image, (B, C)."""
     gradient, x, mean, rstd, out = parts
     groups, of_group = mean.shape[1], x.shape[1] // mean.shape[1]
     mean, rstd = (each.float().repeat_interleave(of_group, dim=1) for each in (mean, rstd))  # (B, C)
@@ -80,7 +80,7 @@ def _gradient_of_block(parts: list[Tensor], weight: Tensor, bias: Tensor) -> tup
 
 
 def _over_positions(values: Tensor, like: Tensor) -> Tensor:
-    """(B, C) → (B, C, 1, 1) in the dtype of the pictures."""
+    """(B, C) → (B, C, 1, 1) in the dtype of the images."""
     return values.to(like.dtype)[:, :, None, None]
 
 

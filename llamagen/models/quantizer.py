@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PUBLISHED_USAGE_WINDOW = 65536
-MOST_SIMILARITIES = 1 << 25
+MAX_SIMILARITIES = 1 << 25
 """Numbers in the largest block of similarities: 128 MiB."""
-MOST_SIMILARITIES_ON_CPU = 1 << 18
+MAX_SIMILARITIES_ON_CPU = 1 << 18
 """The same on a CPU: 1 MiB, which stays in its cache."""
 
 
@@ -94,7 +94,7 @@ def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
         Codes (B, h, w) int64.
     """
     vectors = latent.movedim(1, -1)
-    most = MOST_SIMILARITIES_ON_CPU if latent.device.type == "cpu" else MOST_SIMILARITIES
+    most = MAX_SIMILARITIES_ON_CPU if latent.device.type == "cpu" else MAX_SIMILARITIES
     rows = max(1, most // len(codebook))
     blocks = vectors.reshape(-1, vectors.shape[-1]).split(rows)
     return torch.cat([(block @ codebook.T).argmax(dim=-1) for block in blocks]).view(vectors.shape[:-1])

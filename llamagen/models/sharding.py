@@ -34,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def take_apart(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Give back what was put together and is kept, so that the next forward pass sees parameters that were changed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

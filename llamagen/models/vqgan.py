@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
 from llamagen.models.quantizer import VectorQuantizer
-from llamagen.option_checks import check_whole
+from llamagen.option_checks import check_integer
 
 GROUPS = 32
 
@@ -47,11 +47,11 @@ class VQGANConfig:
         """Refuse shapes that cannot be built."""
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         for name in ("channels", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim"):
-            check_whole(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
         if not self.channel_multipliers or not all(multiplier >= 1 for multiplier in self.channel_multipliers):
             raise ValueError(f"channel_multipliers is {self.channel_multipliers}; give one number ≥ 1 for each level")
         for multiplier in self.channel_multipliers:
-            check_whole("each of channel_multipliers", multiplier)
+            check_integer("each of channel_multipliers", multiplier)
         if self.channels % GROUPS:
             raise ValueError(f"channels is {self.channels}; GroupNorm needs a multiple of {GROUPS}")
         if not 0.0 <= self.dropout < 1.0:
@@ -69,7 +69,7 @@ class VQGANConfig:
 
 
 class Encoding(NamedTuple):
-    """A picture as codes.
+    """An image as codes.
 
     Attributes:
         codes: (B, h, w) int64.
@@ -85,7 +85,7 @@ class Encoding(NamedTuple):
 
 
 class VQGANOutput(NamedTuple):
-    """A picture that went through the codes.
+    """An image that went through the codes.
 
     Attributes:
         reconstruction: (B, 3, H, W), about [-1, 1], not clamped.
@@ -216,7 +216,7 @@ def middle(channels: int, dropout: float) -> nn.ModuleList:
 
 
 class Encoder(Blocks):
-    """Pictures to latents."""
+    """Images to latents."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Encoder(Blocks):
 
 
 class Decoder(Blocks):
-    """Latents to pictures; its levels are stored lowest resolution first."""
+    """Latents to images; its levels are stored lowest resolution first."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()

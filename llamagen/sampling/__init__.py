@@ -2,15 +2,15 @@
 
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.generate import generate
-from llamagen.sampling.image_sampler import PictureSampler
+from llamagen.sampling.image_sampler import ImageSampler
 from llamagen.sampling.logits import draw, filter_logits, guide
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
-from llamagen.sampling.pixels import Pictures, PixelDecoder
+from llamagen.sampling.pixels import Images, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
 
 __all__ = [
-    "PictureSampler",
-    "Pictures",
+    "ImageSampler",
+    "Images",
     "PixelDecoder",
     "Sampler",
     "SamplingConfig",

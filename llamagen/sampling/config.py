@@ -5,7 +5,7 @@ from math import cos, pi
 from numbers import Integral, Real
 from typing import Literal
 
-from llamagen.option_checks import check_whole
+from llamagen.option_checks import check_integer
 
 Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
 
@@ -55,14 +55,14 @@ class SamplingConfig:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if not self.top_k >= 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or the number of codes to keep")
-        check_whole("top_k", self.top_k, 0)
+        check_integer("top_k", self.top_k, 0)
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 0, and 1 is off")
         if self.guidance_steps is not None:
-            check_whole("guidance_steps", self.guidance_steps, 0)
-        check_whole("guidance_start", self.guidance_start, 0)
+            check_integer("guidance_steps", self.guidance_steps, 0)
+        check_integer("guidance_start", self.guidance_start, 0)
         if self.guidance_schedule not in ("constant", "linear", "cosine", "power_cosine"):
             raise ValueError(
                 f"guidance_schedule is {self.guidance_schedule!r}; it must be constant, linear, cosine or power_cosine"

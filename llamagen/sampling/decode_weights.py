@@ -67,7 +67,7 @@ class DecodeWeights:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, gpt: GPT, dtype: torch.dtype, int8: bool = False) -> "DecodeWeights":
+    def from_gpt(cls, gpt: GPT, dtype: torch.dtype, int8: bool = False) -> "DecodeWeights":
         """Take the weights of a model.
 
         Args:
@@ -102,7 +102,7 @@ class DecodeWeights:
     @torch.no_grad()
     def refresh(self, gpt: GPT) -> None:
         """Take over changes of the model's weights, in the memory that is here."""
-        fresh = DecodeWeights.of(gpt, self.dtype, self.head.scale is not None)
+        fresh = DecodeWeights.from_gpt(gpt, self.dtype, self.head.scale is not None)
         for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
             if kept.data_ptr() != new.data_ptr():
                 kept.copy_(new)

@@ -1,4 +1,4 @@
-"""Codes of one batch, one position after the other. B pictures, R rows (2 B where guided), L codes, V vocabulary."""
+"""Codes of one batch, one position after the other. B images, R rows (2 B where guided), L codes, V vocabulary."""
 
 from typing import cast
 
@@ -22,7 +22,7 @@ class Decoder:
 
     Args:
         gpt: the model, in evaluation mode.
-        batch_size: pictures of the largest batch.
+        batch_size: images of the largest batch.
         dtype: of the cache.
     """
 
@@ -50,7 +50,7 @@ class Decoder:
         """Draw the codes of a batch; arguments as in :func:`~llamagen.sampling.generate.generate`.
 
         Returns:
-            (B, L) int64. Afterwards ``broken`` (B,) bool says, on the device, of which pictures some logits were not
+            (B, L) int64. Afterwards ``broken`` (B,) bool says, on the device, of which images some logits were not
             finite.
         """
         length, self.batch = self.gpt.config.block_size, len(condition)

@@ -20,7 +20,7 @@ def generate(
     seed: int = 0,
     indices: Numbers | None = None,
 ) -> Tensor:
-    """Draw the codes of one picture for each condition, all together, by a :class:`Sampler` for this call alone.
+    """Draw the codes of one image for each condition, all together, by a :class:`Sampler` for this call alone.
 
     Args:
         gpt: the model.

@@ -11,12 +11,12 @@ from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_numbers
-from llamagen.sampling.pixels import Pictures, PixelDecoder
+from llamagen.sampling.pixels import Images, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
 
 
-class PictureSampler:
-    """Draws pictures, in batches, with memory that serves many calls.
+class ImageSampler:
+    """Draws images, in batches, with memory that serves many calls.
 
     Args:
         gpt: draws the codes.
@@ -24,7 +24,7 @@ class PictureSampler:
         batch_size: see :class:`~llamagen.sampling.sampler.Sampler`.
         compiled: see there.
         int8: see there.
-        picture_size: see :class:`~llamagen.sampling.pixels.PixelDecoder`.
+        image_size: see :class:`~llamagen.sampling.pixels.PixelDecoder`.
 
     Raises:
         ValueError: see there, or if the tokenizer has fewer codes than the model.
@@ -38,7 +38,7 @@ class PictureSampler:
         *,
         compiled: bool = False,
         int8: bool = False,
-        picture_size: int | None = None,
+        image_size: int | None = None,
     ) -> None:
         if gpt.config.vocab_size > tokenizer.config.codebook_size:
             raise ValueError(
@@ -48,7 +48,7 @@ class PictureSampler:
         self.sampler = Sampler(gpt, batch_size, compiled=compiled, int8=int8)
         dtype = compute_dtype(gpt)  # the decoder's activations may be too large for float16
         dtype = torch.float32 if dtype is torch.float16 else dtype
-        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, dtype, picture_size)
+        self.pixels = PixelDecoder(tokenizer, gpt.output.weight.device, dtype, image_size)
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate and compile for calls with these settings, before the first."""
@@ -62,17 +62,17 @@ class PictureSampler:
         caption_lengths: Numbers | None = None,
         seed: int = 0,
         indices: Numbers | None = None,
-    ) -> tuple[Pictures, Tensor]:
-        """Draw a picture for each condition; arguments and errors are those of a ``Sampler``.
+    ) -> tuple[Images, Tensor]:
+        """Draw an image for each condition; arguments and errors are those of a ``Sampler``.
 
         Returns:
-            N pictures and their codes (N, L) int64. A GPU may still be working on the pictures when the next call
+            N images and their codes (N, L) int64. A GPU may still be working on the images when the next call
             begins.
 
         Raises:
-            FloatingPointError: if logits or pixels are not finite; of pixels on a GPU when the pictures are fetched.
+            FloatingPointError: if logits or pixels are not finite; of pixels on a GPU when the images are fetched.
         """
-        size, pictures, codes = self.sampler.batch_size, [], []
+        size, images, codes = self.sampler.batch_size, [], []
         condition = as_condition(self.sampler.gpt, condition)
         caption_lengths = as_numbers(caption_lengths, "caption_lengths", condition.device)
         numbers = as_numbers(indices, "indices", condition.device)
@@ -89,7 +89,7 @@ class PictureSampler:
                 condition[rows], config, caption_lengths=lengths, seed=seed, indices=indices[rows]
             )
             side = isqrt(drawn.shape[1])
-            pictures.append(self.pixels(drawn.unflatten(1, (side, side))))
+            images.append(self.pixels(drawn.unflatten(1, (side, side))))
             check()  # waits for the codes, while a GPU decodes them
             codes.append(drawn)
-        return Pictures.together(pictures), torch.cat(codes)
+        return Images.together(images), torch.cat(codes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.models.inputs import is_whole, to_tensor
+from llamagen.models.inputs import is_integer, to_tensor
 from llamagen.sampling.config import SamplingConfig
 
 Condition = Tensor | np.ndarray | Sequence[Any] | int
@@ -32,7 +32,7 @@ def as_condition(gpt: GPT, condition: Condition) -> Tensor:
     config, device = gpt.config, gpt.output.weight.device
     if config.condition == "class":
         found = to_tensor(condition, "class labels")
-        if not is_whole(found.dtype):
+        if not is_integer(found.dtype):
             kind = "caption features" if found.dim() == 3 else str(found.dtype)
             raise ValueError(f"this model wants class labels, whole numbers of shape (N,), not {kind}")
         found = found.to(device, torch.int64)
@@ -65,7 +65,7 @@ def as_numbers(values: Numbers | None, what: str, device: torch.device) -> Tenso
     if values is None:
         return None
     found = to_tensor(values, what)
-    if not is_whole(found.dtype):
+    if not is_integer(found.dtype):
         raise ValueError(f"{what} must be whole numbers, not {found.dtype}")
     return found.to(device, torch.int64)
 
@@ -88,7 +88,7 @@ def as_config(config: SamplingConfig | Mapping[str, Any] | None) -> SamplingConf
     return SamplingConfig(**config)
 
 
-def as_whole(value: Any, name: str) -> int:
+def as_int(value: Any, name: str) -> int:
     """A whole number, of any type that is one.
 
     Raises:

@@ -1,6 +1,6 @@
 """Random numbers that belong to a sample: a pure function of seed, sample index, step and code.
 
-Counter-based, so picture i of a run is the same picture in any batch, on any rank and after any interruption. Whole
+Counter-based, so image i of a run is the same image in any batch, on any rank and after any interruption. Whole
 tensors of them are made on the device, within a compiled step too.
 """
 

@@ -1,6 +1,6 @@
-"""Codes → pixels, some pictures at a time, and on GPUs beside the next batch's codes.
+"""Codes → pixels, some images at a time, and on GPUs beside the next batch's codes.
 
-B pictures of H × W pixels, as decoded H' × W', h × w codes.
+B images of H × W pixels, as decoded H' × W', h × w codes.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
 from llamagen.models.vqgan import VQGAN, to_uint8
-from llamagen.option_checks import check_whole
+from llamagen.option_checks import check_integer
 
 PIXELS = {"cpu": 2**14, "cuda": 2**18}
 """Pixels that are decoded at a time, by kind of device: enough to keep it busy, and few to fill up the last time."""
 
 
-class Pictures:
-    """Pictures that a GPU may still be working on.
+class Images:
+    """Images that a GPU may still be working on.
 
     Args:
-        parts: (…, H, W, 3) uint8 tensors, together B pictures.
+        parts: (…, H, W, 3) uint8 tensors, together B images.
         ready: for each part what was recorded behind it on its stream; None if it is there.
         checks: whether parts that are not there yet are finite, looked at when they are fetched.
     """
@@ -41,12 +41,12 @@ class Pictures:
         self._array: np.ndarray | None = None
 
     @classmethod
-    def together(cls, pictures: "Sequence[Pictures]") -> "Pictures":
+    def together(cls, images: "Sequence[Images]") -> "Images":
         """Those of several batches as one."""
         return cls(
-            [part for each in pictures for part in each._parts],
-            [event for each in pictures for event in each._ready],
-            [check for each in pictures for check in each._checks],
+            [part for each in images for part in each._parts],
+            [event for each in images for event in each._ready],
+            [check for each in images for check in each._checks],
         )
 
     def tensor(self) -> Tensor:
@@ -87,23 +87,23 @@ def _fetched(images: Tensor, ready: "torch.cuda.Event | None") -> np.ndarray:
         return images.cpu().numpy()
 
 
-def check_picture_size(picture_size: int | None) -> None:
-    """Refuse a side that no picture can have.
+def check_image_size(image_size: int | None) -> None:
+    """Refuse a side that no image can have.
 
     Args:
-        picture_size: in pixels; None for pictures as decoded.
+        image_size: in pixels; None for images as decoded.
 
     Raises:
         ValueError: if it is below 1, or no whole number.
     """
-    if picture_size is not None and (not isinstance(picture_size, int) or picture_size < 1):
-        raise ValueError(f"picture_size is {picture_size}; it must be at least 1, or null for pictures as decoded")
-    if picture_size is not None:
-        check_whole("picture_size", picture_size)
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size is {image_size}; it must be at least 1, or null for images as decoded")
+    if image_size is not None:
+        check_integer("image_size", image_size)
 
 
 def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
-    """Bytes of pictures, which are resized first if they are of another size.
+    """Bytes of images, which are resized first if they are of another size.
 
     Resized as in the published evaluation, in float32: by bicubic interpolation (Keys' kernel with a = −0.75) without
     antialiasing, of values that are clamped only afterwards.
@@ -124,25 +124,25 @@ def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
 class PixelDecoder:
     """The decoder of a tokenizer for sampling: channels last, in the dtype of the sampling.
 
-    Pictures are decoded so many at a time whatever the batch, so a picture's pixels do not depend on the batch.
+    Images are decoded so many at a time whatever the batch, so an image's pixels do not depend on the batch.
 
     Args:
         tokenizer: left as it is; what decodes is copied, if it is in another dtype or on another device.
         device: where the codes are.
         dtype: of the computation.
-        picture_size: side in pixels to which pictures are resized, see :func:`to_pixels`; None leaves them as decoded.
+        image_size: side in pixels to which images are resized, see :func:`to_pixels`; None leaves them as decoded.
 
     Raises:
-        ValueError: if ``picture_size`` is below 1.
+        ValueError: if ``image_size`` is below 1.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
-        self, tokenizer: VQGAN, device: torch.device, dtype: torch.dtype, picture_size: int | None = None
+        self, tokenizer: VQGAN, device: torch.device, dtype: torch.dtype, image_size: int | None = None
     ) -> None:
-        check_picture_size(picture_size)
-        self._side, self._picture_size = tokenizer.config.downsampling, picture_size
+        check_image_size(image_size)
+        self._side, self._image_size = tokenizer.config.downsampling, image_size
         weight = tokenizer.post_quant_conv.weight
         parts: list[nn.Module] = [tokenizer.quantize, tokenizer.post_quant_conv, tokenizer.decoder]
         if weight.dtype is not dtype or weight.device != device:
@@ -152,27 +152,27 @@ class PixelDecoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def __call__(self, codes: Tensor) -> Pictures:
+    def __call__(self, codes: Tensor) -> Images:
         """Decode.
 
         Args:
             codes: (B, h, w) int64, which are taken to be in the codebook.
 
         Returns:
-            B pictures, with a ``picture_size`` square whatever h and w.
+            B images, with an ``image_size`` square whatever h and w.
 
         Raises:
-            FloatingPointError: if some are not finite; of a GPU's pictures when they are fetched.
+            FloatingPointError: if some are not finite; of a GPU's images when they are fetched.
         """
         if self._stream is None:
             images, broken = self._decode(codes)
             self._check_of(broken, codes)()
-            return Pictures([images], [None])
+            return Images([images], [None])
         self._stream.wait_stream(torch.cuda.current_stream(codes.device))
         codes.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             images, broken = self._decode(codes)
-            return Pictures([images], [self._stream.record_event()], [self._check_of(broken, codes)])
+            return Images([images], [self._stream.record_event()], [self._check_of(broken, codes)])
 
     def _check_of(self, broken: Tensor, codes: Tensor) -> FiniteCheck:
         parts = {"quantize": self._quantize, "post_quant_conv": self._post, "decoder": self._decoder}
@@ -186,11 +186,11 @@ class PixelDecoder:
 
     @torch.no_grad()
     def _decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, H, W, 3) uint8, and (B,) bool: which are not finite."""
+        """Images (B, H, W, 3) uint8, and (B,) bool: which are not finite."""
         height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
         count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
-        if self._picture_size is not None:
-            height = width = self._picture_size
+        if self._image_size is not None:
+            height = width = self._image_size
         images = codes.new_empty((len(codes), height, width, 3), dtype=torch.uint8)
         broken = codes.new_zeros(len(codes), dtype=torch.bool)
         for start in range(0, len(codes), count):
@@ -199,7 +199,7 @@ class PixelDecoder:
             with torch.autocast(codes.device.type, enabled=False):
                 latent = self._quantize.lookup(full).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
                 decoded = self._decoder(self._post(latent))
-                pictures = to_pixels(decoded, height, width)
+                resized = to_pixels(decoded, height, width)
             broken[start : start + count] = not_finite(decoded)[: len(part)]
-            images[start : start + count] = pictures[: len(part)]
+            images[start : start + count] = resized[: len(part)]
         return images, broken

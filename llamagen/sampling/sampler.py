@@ -16,11 +16,11 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUDecoder
 from llamagen.sampling.decoder import Decoder
 from llamagen.sampling.gpu.decoder import GPUDecoder
-from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_config, as_numbers, as_whole
+from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_config, as_int, as_numbers
 
 
 class Sampler:
-    """Draws the codes of pictures (arXiv 2406.06525, section 2.3).
+    """Draws the codes of images (arXiv 2406.06525, section 2.3).
 
     The condition is read once (prefill), then one code a step is decoded with a key-value cache, which is allocated
     once for all calls. Guidance runs both branches in one batch. Compiled, a step reads each weight once: on CPUs
@@ -28,12 +28,12 @@ class Sampler:
 
     A sample's random numbers depend on seed and index alone. In float32 its codes are the same in any batch. In
     bfloat16 and float16 they are on CPUs, compiled; else logits are rounded differently in batches of another size,
-    and where two codes are almost equally likely the other one may follow, and with it another picture of the same
+    and where two codes are almost equally likely the other one may follow, and with it another image of the same
     distribution.
 
     Args:
         gpt: the model. It is used in evaluation mode and left as it was found.
-        batch_size: pictures that are drawn together; a call may ask for more or fewer.
+        batch_size: images that are drawn together; a call may ask for more or fewer.
         compiled: draw with compiled steps. Weights that must be converted (to bfloat16 under autocast, or to int8) are
             copied, and copied again when those of the model have changed.
         int8: compiled steps read weights as int8, with a factor for each output; a copy beside the model's own.
@@ -46,7 +46,7 @@ class Sampler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, gpt: GPT, batch_size: int, *, compiled: bool = False, int8: bool = False) -> None:
-        batch_size = as_whole(batch_size, "batch_size")
+        batch_size = as_int(batch_size, "batch_size")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if int8 and not compiled:
@@ -101,7 +101,7 @@ class Sampler:
         seed: int = 0,
         indices: Numbers | None = None,
     ) -> Tensor:
-        """Draw the codes of one picture for each condition.
+        """Draw the codes of one image for each condition.
 
         Tensors, arrays of numpy and lists are taken, and moved to the model's device.
 
@@ -145,7 +145,7 @@ class Sampler:
         Returns:
             The codes, and what waits for them and raises a ``FloatingPointError`` if some logits were not finite.
         """
-        config, seed = as_config(config), as_whole(seed, "seed")
+        config, seed = as_config(config), as_int(seed, "seed")
         condition = as_condition(self.gpt, condition)
         caption_lengths = as_numbers(caption_lengths, "caption_lengths", condition.device)
         numbers = as_numbers(indices, "indices", condition.device)

@@ -3,7 +3,7 @@
 import html
 import re
 
-MOST_PASSES = 8
+MAX_PASSES = 8
 """What one rule takes away may uncover what another one looks for, seldom more than twice."""
 DOMAINS = r"com|org|net|edu|gov|io|co\.uk"
 """Of addresses without http:// and www. Many others are words, as in "the end.it was"."""
@@ -72,7 +72,7 @@ def clean_caption(text: str) -> str:
         raise ValueError(f'clean_caption needs ftfy ({error}); pip install -c constraints.txt -e ".[text]"') from error
     # Full-width marks and curly quotes are how other scripts write.
     config = TextFixerConfig(unescape_html=False, fix_character_width=False, uncurl_quotes=False)
-    for _ in range(MOST_PASSES):
+    for _ in range(MAX_PASSES):
         before, text = text, _clean_once(fix_text(text, config))
         if text == before:
             break

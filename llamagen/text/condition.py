@@ -102,7 +102,7 @@ class TextCondition:
             if not captioned:
                 raise ValueError(
                     "the codes have neither captions nor their features, which a text model needs; extract codes of "
-                    "pictures with captions"
+                    "images with captions"
                 )
             self.check(self.encoder.facts(), "the text encoder")
             self.facts = {**(self.facts or {}), "cleaned": cleaned}

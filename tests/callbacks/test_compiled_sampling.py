@@ -64,7 +64,7 @@ def test_a_validation_draws_by_compiled_steps_with_the_averages_and_training_goe
     assert len(watch.memory) == 9
     assert watch.left == [0] * 6
     said = capsys.readouterr().out
-    assert said.count("compiling the sampling in float32, 64 pictures at a time") == 3
+    assert said.count("compiling the sampling in float32, 64 images at a time") == 3
     assert said.count("compiled sampling is ready after") == 3
     assert len(list((tmp_path / "samples").iterdir())) == 3
 
@@ -79,7 +79,7 @@ def test_copies_are_made_of_the_averages_wherever_the_callback_stands(
         def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
             copied = pl_module.sampler.sampler.decoder.step.weights
             assert copied.dtype is torch.bfloat16
-            averages = DecodeWeights.of(pl_module.gpt, torch.bfloat16)
+            averages = DecodeWeights.from_gpt(pl_module.gpt, torch.bfloat16)
             equal.append(torch.equal(copied.layers[1].w2.values, averages.layers[1].w2.values))
 
     order = [CompiledSampling(True), EMA(0.9)] if first else [EMA(0.9), CompiledSampling(True)]
@@ -133,7 +133,7 @@ def test_auto_needs_no_tokenizer_where_nobody_draws(pipeline: Pipeline, tmp_path
     train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
 
 
-def test_predict_writes_the_same_pictures_compiled_or_not(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_predict_writes_the_same_images_compiled_or_not(pipeline: Pipeline, tmp_path: Path) -> None:
     more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
     main.main([*pipeline.sample_arguments(tmp_path), *more, f"--ckpt_path={pipeline.argen}"])
     with np.load(tmp_path / "samples.npz") as compiled, np.load(pipeline.samples / "samples.npz") as eager:
@@ -145,8 +145,8 @@ def test_predict_draws_as_many_at_a_time_as_its_batches_have(pipeline: Pipeline,
     evaluator(CompiledSampling(True)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
     evaluator(CompiledSampling(True, batch_size=2)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
     said = capsys.readouterr().out
-    assert "float32, 5 pictures at a time" in said
-    assert "float32, 2 pictures at a time" in said
+    assert "float32, 5 images at a time" in said
+    assert "float32, 2 images at a time" in said
 
 
 def test_int8_draws_from_rounded_weights(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_int8_draws_from_rounded_weights(pipeline: Pipeline, capsys: pytest.Capt
     assert "float32, int8 weights" in capsys.readouterr().out
 
 
-def test_in_pure_bfloat16_compiled_pictures_have_the_right_shape_and_are_the_same_in_any_batch(
+def test_in_pure_bfloat16_compiled_images_have_the_right_shape_and_are_the_same_in_any_batch(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
     arrays = []
@@ -211,6 +211,6 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], phrase:
         CompiledSampling(**options)
 
 
-def test_a_tokenizer_draws_no_pictures(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="VQGANModule draws no pictures; leave out CompiledSampling"):
+def test_a_tokenizer_draws_no_images(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VQGANModule draws no images; leave out CompiledSampling"):
         train(vqgan_module(), pipeline, tmp_path, CompiledSampling(), max_steps=1)

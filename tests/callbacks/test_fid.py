@@ -1,4 +1,4 @@
-"""Pictures are measured while a model trains and in ``test``: the numbers are those of the pictures themselves."""
+"""Images are measured while a model trains and in ``test``: the numbers are those of the images themselves."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
 from datamodules import DigitsDataModule, SampleDataModule
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, make_reference
 from lightning_modules import ARGenModule
@@ -41,7 +41,7 @@ NAMES = {
 def reference(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statistics of the training digits."""
     path = tmp_path_factory.mktemp("references") / "digits.npz"
-    make_reference(open_pictures(pipeline.digits, SIZE, "train"), Everything(), "digits").save(path)
+    make_reference(open_images(pipeline.digits, SIZE, "train"), Everything(), "digits").save(path)
     return path
 
 
@@ -68,22 +68,22 @@ class Shown(pl.Callback):
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self.pictures: list[Tensor] = []
+        self.images: list[Tensor] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         index = torch.arange(self.count)
-        self.pictures.append(pl_module.sample(index % 10, index, self.seed)[0].permute(0, 3, 1, 2))
+        self.images.append(pl_module.sample(index % 10, index, self.seed)[0].permute(0, 3, 1, 2))
 
 
-def measured(pictures: Tensor, reference: Path) -> dict[str, float]:
+def measured(images: Tensor, reference: Path) -> dict[str, float]:
     from evaluation.reference import read_reference
 
     measurement = Measurement(Everything(), SIZE, "generation", read_reference(reference))
-    measurement.update(pictures)
+    measurement.update(images)
     return {name: value.item() for name, value in measurement.compute().items()}
 
 
-def test_a_training_logs_the_numbers_of_the_pictures_of_its_averages(
+def test_a_training_logs_the_numbers_of_the_images_of_its_averages(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor = FIDMonitor(reference, Everything(), count=23, every_n_validations=2, seed=5, batch_size=4)
@@ -96,7 +96,7 @@ def test_a_training_logs_the_numbers_of_the_pictures_of_its_averages(
     )  # fmt: skip
     assert len(spy.seen) == 4
     assert spy.seen[0][GFID] == float("inf")
-    expected = [measured(shown.pictures[number], reference) for number in (1, 3)]
+    expected = [measured(shown.images[number], reference) for number in (1, 3)]
     assert [seen[GFID] for seen in spy.seen[1:]] == pytest.approx(
         [expected[0][GFID], expected[0][GFID], expected[1][GFID]]
     )
@@ -146,15 +146,15 @@ def test_a_resumed_run_can_monitor_the_last_measurement(pipeline: Pipeline, refe
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_reconstructions_are_measured_against_the_pictures_themselves(
+def test_reconstructions_are_measured_against_the_images_themselves(
     stored: bool, pipeline: Pipeline, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
     module = vqgan_module()
     known: Reference | None = None
     if stored:
-        pictures = open_pictures(pipeline.digits, SIZE, "val")
-        known = make_reference(pictures, Everything(), "digits-val", "reconstruction")
+        all_images = open_images(pipeline.digits, SIZE, "val")
+        known = make_reference(all_images, Everything(), "digits-val", "reconstruction")
         known.save(tmp_path / "val.npz")
     monitor = FIDMonitor(tmp_path / "val.npz" if stored else None, Everything())
     results = evaluator(monitor, default_root_dir=tmp_path).test(module, data, verbose=False)[0]
@@ -183,7 +183,7 @@ def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=16, batch_size=64, num_workers=0)
     module = vqgan_module()
-    monitor = FIDMonitor(features=Everything(), picture_size=SIZE)
+    monitor = FIDMonitor(features=Everything(), image_size=SIZE)
     results = evaluator(monitor, default_root_dir=tmp_path).test(module, data, verbose=False)[0]
     data.setup("validate")
     images = torch.cat([batch["images"] for batch in data.val_dataloader()])
@@ -195,8 +195,8 @@ def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
     measurement.update(small[1])
     name = "rfid_everything/val"
     assert results[name] == pytest.approx(measurement.compute()[name].item(), rel=1e-3)
-    drawing = FIDMonitor(reference, Everything(), picture_size=SIZE)
-    with pytest.raises(ValueError, match="picture_size is 8, but the model draws pictures; set its own"):
+    drawing = FIDMonitor(reference, Everything(), image_size=SIZE)
+    with pytest.raises(ValueError, match="image_size is 8, but the model draws images; set its own"):
         evaluator(drawing, default_root_dir=tmp_path).test(
             sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False
         )
@@ -219,20 +219,16 @@ def test_reconstructions_against_a_reference_for_generation_are_warned_of(
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
     trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
-    with pytest.warns(
-        UserWarning, match="reconstructions are compared with digits, a reference for generated pictures"
-    ):
+    with pytest.warns(UserWarning, match="reconstructions are compared with digits, a reference for generated images"):
         results = trainer.test(vqgan_module(), data, verbose=False)[0]
     assert "rfid_everything/digits" in results
 
 
-def test_drawn_pictures_against_a_reference_for_reconstructions_are_warned_of(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_drawn_images_against_a_reference_for_reconstructions_are_warned_of(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "val.npz"
-    make_reference(open_pictures(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
+    make_reference(open_images(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
     trainer = evaluator(FIDMonitor(path, Everything(), count=10), default_root_dir=tmp_path)
-    with pytest.warns(UserWarning, match="generated pictures are compared with val, a reference for reconstructions"):
+    with pytest.warns(UserWarning, match="generated images are compared with val, a reference for reconstructions"):
         trainer.test(sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False)
 
 
@@ -257,17 +253,17 @@ def report(pipeline: Pipeline, reference: Path, tmp_path_factory: pytest.TempPat
     return folder / "report"
 
 
-def test_test_measures_the_pictures_that_predict_draws(pipeline: Pipeline, report: Path, reference: Path) -> None:
+def test_test_measures_the_images_that_predict_draws(pipeline: Pipeline, report: Path, reference: Path) -> None:
     metrics = json.loads((report / "metrics.json").read_text())
-    batches = list(open_pictures(pipeline.samples / "samples.npz").batches(100))
+    batches = list(open_images(pipeline.samples / "samples.npz").batches(100))
     expected = measured(torch.cat([batch.images for batch in batches]), reference)
     assert metrics["metrics"] == pytest.approx(expected, rel=1e-5)
-    assert metrics["pictures"] == {"count": 30, "resolution": SIZE}
+    assert metrics["images"] == {"count": 30, "resolution": SIZE}
     assert metrics["reference"]["name"] == "digits"
     assert metrics["sampling"]["guidance_scale"] == 2.0
 
 
-def test_a_report_has_numbers_beside_the_papers_and_pictures(report: Path) -> None:
+def test_a_report_has_numbers_beside_the_papers_and_images(report: Path) -> None:
     assert {path.name for path in report.iterdir()} == {
         "metrics.json", "report.md", "random.png", "classes.png", "neighbours.png",
     }  # fmt: skip
@@ -282,7 +278,7 @@ def test_two_processes_report_what_one_does(pipeline: Pipeline, report: Path, re
     succeeds(two_processes(test_arguments(pipeline, tmp_path, reference)))
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (report, tmp_path / "report"))
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
-    assert two["pictures"] == one["pictures"]
+    assert two["images"] == one["images"]
     for name in ("random.png", "classes.png", "neighbours.png"):
         assert (tmp_path / "report" / name).read_bytes() == (report / name).read_bytes()
 
@@ -294,7 +290,7 @@ def test_test_on_codes_measures_the_loss_and_draws(pipeline: Pipeline, reference
     data = CodeDataModule(pipeline.codes, batch_size=50, num_workers=0)
     results = evaluator(monitor, default_root_dir=tmp_path).test(sampling_module(pipeline), data, verbose=False)[0]
     assert {"test/loss", *NAMES} <= set(results)
-    assert json.loads((tmp_path / "report/metrics.json").read_text())["pictures"]["count"] == 13
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["images"]["count"] == 13
 
 
 def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
@@ -314,7 +310,7 @@ def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Pa
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare drawn pictures with"),
+        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare drawn images with"),
         (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
     ],
 )
@@ -327,12 +323,12 @@ def test_what_cannot_be_measured_is_refused_before_training(
 
 def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     module = argen_module(tokenizer=pipeline.tokenizer)
-    module.picture_size = 16
-    with pytest.raises(ValueError, match="of pictures of 8 pixels, not 16"):
+    module.image_size = 16
+    with pytest.raises(ValueError, match="of images of 8 pixels, not 16"):
         train(module, pipeline, tmp_path, FIDMonitor(reference, Everything()), max_steps=2)
 
 
-def test_fewer_pictures_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+def test_fewer_images_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of the first 7 of 10 classes alone; set count to at least"):
         FIDMonitor(reference, Everything(), count=7).setup(
             evaluator(default_root_dir=tmp_path), sampling_module(pipeline), "fit"

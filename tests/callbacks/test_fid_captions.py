@@ -1,4 +1,4 @@
-"""Pictures of captions are measured while a text model trains and in ``test``, each with the number of its caption."""
+"""Images of captions are measured while a text model trains and in ``test``, each with the number of its caption."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
 from datamodules import CodeDataModule, PromptDataModule
 from datamodules.storage.shards import CODES_FORMAT, ShardSet
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from lightning_modules import AdamWConfig, ARGenModule
@@ -50,10 +50,10 @@ NET = {**GPT_NET, "condition": "text", "caption_dim": WIDTH, "caption_length": P
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of some pictures."""
+    """Statistics of some images."""
     folder = tmp_path_factory.mktemp("references")
-    pictures = open_pictures(write_npz(folder / "pictures.npz", 60, seed=0))
-    make_reference(pictures, Everything(), "some").save(folder / "some.npz")
+    images = open_images(write_npz(folder / "images.npz", 60, seed=0))
+    make_reference(images, Everything(), "some").save(folder / "some.npz")
     return folder / "some.npz"
 
 
@@ -85,7 +85,7 @@ def stored(number: int) -> Tensor:
 
 
 def write_set(root: Path, tokenizer: Path, features: bool, broken: Collection[int] = ()) -> Path:
-    """Codes of pictures with captions, and their features if they are to be stored."""
+    """Codes of images with captions, and their features if they are to be stored."""
     shards = ShardSet(root, {}, hint="")
     shards.begin(("train", "val"))
     for split, count in (("train", 8), ("val", VAL)):
@@ -138,16 +138,16 @@ def train(
 
 
 class Measured:
-    """Notes the pictures that are measured, by their numbers."""
+    """Notes the images that are measured, by their numbers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pictures: dict[int, Tensor] = {}
+        self.images: dict[int, Tensor] = {}
         update = Measurement.update
 
         def note(measurement: Measurement, images: Tensor, index: Tensor, real: bool = False) -> Any:
             for number, image in zip(index.tolist(), images, strict=True):
-                assert number not in self.pictures
-                self.pictures[number] = image.clone()
+                assert number not in self.images
+                self.images[number] = image.clone()
             return update(measurement, images, index, real)
 
         monkeypatch.setattr(Measurement, "update", note)
@@ -165,34 +165,34 @@ class Shown(pl.Callback):
 
     def __init__(self, index: list[int], size: int = VAL) -> None:
         self.index, self.size = index, size
-        self.pictures: list[dict[int, Tensor]] = []
+        self.images: list[dict[int, Tensor]] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         features = [stored(number % self.size) for number in self.index]
-        pictures = drawn(pl_module, features, self.index, SEED)
-        self.pictures.append(dict(zip(self.index, pictures, strict=True)))
+        images = drawn(pl_module, features, self.index, SEED)
+        self.images.append(dict(zip(self.index, images, strict=True)))
 
 
 def assert_equal(found: dict[int, Tensor], wanted: dict[int, Tensor]) -> None:
     assert sorted(found) == sorted(wanted)
-    for number, picture in wanted.items():
-        assert torch.equal(found[number], picture), number
+    for number, image in wanted.items():
+        assert torch.equal(found[number], image), number
 
 
-def numbers_of(pictures: dict[int, Tensor], reference: Path) -> dict[str, float]:
+def numbers_of(images: dict[int, Tensor], reference: Path) -> dict[str, float]:
     measurement = Measurement(Everything(), SIZE, "generation", read_reference(reference))
-    measurement.update(torch.stack([pictures[number] for number in sorted(pictures)]), torch.arange(len(pictures)))
+    measurement.update(torch.stack([images[number] for number in sorted(images)]), torch.arange(len(images)))
     return {name: value.item() for name, value in measurement.compute().items()}
 
 
 def assert_same_numbers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """But the deviation of KID, which is rounding where there are no more pictures than one of its subsets has."""
+    """But the deviation of KID, which is rounding where there are no more images than one of its subsets has."""
     assert set(found) >= NAMES
     for name in NAMES - {"gkid_std_everything/some"}:
         assert float(found[name]) == pytest.approx(float(wanted[name]), rel=1e-5), name
 
 
-def test_a_training_measures_pictures_of_the_captions_of_its_validation_set(
+def test_a_training_measures_images_of_the_captions_of_its_validation_set(
     tokenizer: Path, reference: Path, codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = FIDMonitor(reference, Everything(), count=11, every_n_validations=2, seed=SEED)
@@ -205,8 +205,8 @@ def test_a_training_measures_pictures_of_the_captions_of_its_validation_set(
         max_steps=4, val_check_interval=2, check_val_every_n_epoch=None,
     )  # fmt: skip
     monkeypatch.undo()
-    assert_equal(measured.pictures, shown.pictures[-1])
-    expected = numbers_of(measured.pictures, reference)
+    assert_equal(measured.images, shown.images[-1])
+    expected = numbers_of(measured.images, reference)
     assert_same_numbers(trainer.callback_metrics, expected)
     assert float(best.best_model_score) == pytest.approx(expected[GFID], rel=1e-5)
     assert module.sampler is None
@@ -238,9 +238,9 @@ def test_captions_come_in_turn(
     trainer = evaluator(shown, monitor, default_root_dir=tmp_path, limit_val_batches=batches)
     results = trainer.validate(text_module(tokenizer), data_of(codes), verbose=False)[0]
     assert set(results) >= NAMES
-    assert_equal(measured.pictures, shown.pictures[0])
+    assert_equal(measured.images, shown.images[0])
     told = [str(warning.message).split(";")[0] for warning in recwarn if "so several" in str(warning.message)]
-    several = f"FIDMonitor draws {count} pictures of {size} captions, so several of each"
+    several = f"FIDMonitor draws {count} images of {size} captions, so several of each"
     assert told == ([several] if count > size else [])
 
 
@@ -252,7 +252,7 @@ def test_captions_that_cannot_be_used_leave_a_gap(
     measured, shown = Measured(monkeypatch), Shown(index)
     trainer = evaluator(shown, FIDMonitor(reference, Everything(), 20, seed=SEED), default_root_dir=tmp_path)
     trainer.validate(text_module(tokenizer), data, verbose=False)
-    assert_equal(measured.pictures, shown.pictures[0])
+    assert_equal(measured.images, shown.images[0])
 
 
 def test_test_on_codes_draws_their_captions_and_shows_them(
@@ -265,25 +265,25 @@ def test_test_on_codes_draws_their_captions_and_shows_them(
     assert {"test/loss", *NAMES} <= set(results)
     encoded = CaptionEncoder(t5, POSITIONS, "float32")([caption(number) for number in range(10)])
     features = [each[:length] for each, length in zip(encoded.features, encoded.lengths.tolist(), strict=True)]
-    pictures = drawn(module, features, list(range(10)), SEED)
-    assert_equal(measured.pictures, dict(enumerate(pictures)))
+    images = drawn(module, features, list(range(10)), SEED)
+    assert_equal(measured.images, dict(enumerate(images)))
     assert_captioned(tmp_path, 10)
 
 
-def assert_captioned(folder: Path, pictures: int) -> None:
-    """A report has its pictures above captions, says of which encoder, and puts nothing of the paper's beside."""
+def assert_captioned(folder: Path, images: int) -> None:
+    """A report has its images above captions, says of which encoder, and puts nothing of the paper's beside."""
     assert {path.name for path in (folder / "report").iterdir()} == {
         "metrics.json", "report.md", "random.png", "neighbours.png",
     }  # fmt: skip
     grid = np.asarray(Image.open(folder / "report/random.png"))
-    assert grid.shape[1] > min(pictures, 8) * 192
+    assert grid.shape[1] > min(images, 8) * 192
     assert grid.shape[0] > 192 + 2 * 12
     facts = json.loads((folder / "report/metrics.json").read_text())
     assert facts["captions"]["width"] == WIDTH
     assert "384 px" not in (folder / "report/report.md").read_text()
 
 
-def test_test_with_prompts_measures_the_pictures_that_predict_draws(
+def test_test_with_prompts_measures_the_images_that_predict_draws(
     tokenizer: Path, reference: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "captions.tsv"
@@ -302,10 +302,10 @@ def test_test_with_prompts_measures_the_pictures_that_predict_draws(
     results = trainer.test(module, data, verbose=False)[0]
     monkeypatch.undo()
     assert len(expected) == 2 * VAL
-    assert_equal(measured.pictures, expected)
+    assert_equal(measured.images, expected)
     assert_same_numbers(results, numbers_of(expected, reference))
     assert_captioned(tmp_path, 2 * VAL)
-    assert json.loads((tmp_path / "report/metrics.json").read_text())["pictures"]["count"] == 2 * VAL
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["images"]["count"] == 2 * VAL
 
 
 def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Pa
         else:
             main.main(command)
         found[name] = json.loads((tmp_path / name / "report/metrics.json").read_text())
-    assert found["one"]["pictures"]["count"] == 16
+    assert found["one"]["images"]["count"] == 16
     for name in ("ddp", "sharded"):
-        assert found[name]["pictures"] == found["one"]["pictures"]
+        assert found[name]["images"] == found["one"]["images"]
         assert_same_numbers(found[name]["metrics"], found["one"]["metrics"])

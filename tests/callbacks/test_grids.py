@@ -1,4 +1,4 @@
-"""Grids of pictures."""
+"""Grids of images."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,9 +22,9 @@ def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
     return SimpleNamespace(default_root_dir=str(folder), fit_loop=loop, precision_plugin=precision, **settings)
 
 
-def test_a_grid_places_each_picture_in_its_cell() -> None:
-    pictures = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
-    grid = np.array(grid_image([pictures[:2], pictures[2:]]))
+def test_a_grid_places_each_image_in_its_cell() -> None:
+    images = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    grid = np.array(grid_image([images[:2], images[2:]]))
     assert grid.shape == (2 * 6 + 2, 2 * 8 + 2, 3)
     assert (grid[2:6, 2:8] == 10).all()
     assert (grid[2:6, 10:16] == 20).all()
@@ -111,21 +111,21 @@ def test_prompts_are_read_as_the_captions_of_the_data_are(clean: bool, tmp_path:
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000001.png"]
 
 
-def picture(width: int) -> np.ndarray:
+def flat_image(width: int) -> np.ndarray:
     return np.full((width // 2, width, 3), 200, dtype=np.uint8)
 
 
 @pytest.mark.parametrize(("width", "shown"), [(8, 192), (100, 200), (192, 192), (256, 256)])
-def test_captioned_pictures_are_wide_enough_for_words(width: int, shown: int) -> None:
-    grid = captioned_grid([[picture(width)] * 3, [picture(width)]], [["a", "b", "c"], ["d"]])
+def test_captioned_images_are_wide_enough_for_words(width: int, shown: int) -> None:
+    grid = captioned_grid([[flat_image(width)] * 3, [flat_image(width)]], [["a", "b", "c"], ["d"]])
     assert grid.width == 3 * (shown + GAP) + GAP
     pixels = np.array(grid)
     assert (pixels[GAP : GAP + shown // 2, GAP : GAP + shown] == 200).all()
     assert pixels[GAP + shown // 2 :, : GAP + shown].min() < 50
 
 
-def test_captions_stay_below_their_pictures_and_take_no_more_room_than_they_need() -> None:
-    rows = [[picture(256)] * 2]
+def test_captions_stay_below_their_images_and_take_no_more_room_than_they_need() -> None:
+    rows = [[flat_image(256)] * 2]
     heights = []
     for caption in ("a", "word " * 12, "word " * 1000, "x" * 10**6, "\u0301" * 10**4):
         grid = captioned_grid(rows, [[caption, ""]])
@@ -136,7 +136,7 @@ def test_captions_stay_below_their_pictures_and_take_no_more_room_than_they_need
     assert heights[2] == heights[3] == heights[0] + 2 * line
 
 
-def test_what_does_not_fit_below_a_picture_ends_in_an_ellipsis() -> None:
+def test_what_does_not_fit_below_an_image_ends_in_an_ellipsis() -> None:
     from llamagen.grids import _font, _wrapped
 
     font = _font(12)
@@ -153,7 +153,7 @@ ODD = ["日本語", "مرحبا", "हिन्दी", "👩‍👩‍👧🐕�
 
 
 def test_captions_in_any_script_are_drawn(tmp_path: Path) -> None:
-    grid = captioned_grid([[picture(64)] * len(ODD)], [ODD])
+    grid = captioned_grid([[flat_image(64)] * len(ODD)], [ODD])
     save_png(grid, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").size == grid.size
 
@@ -167,6 +167,6 @@ def test_letters_beyond_english_are_in_the_font() -> None:
 
 
 def test_a_png_says_what_it_is_told_to(tmp_path: Path) -> None:
-    save_png(Image.fromarray(picture(4)), tmp_path / "a.png", {"prompt": "柴犬"})
+    save_png(Image.fromarray(flat_image(4)), tmp_path / "a.png", {"prompt": "柴犬"})
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["prompt"] == "柴犬"

@@ -1,4 +1,4 @@
-"""What is shown of a run that draws pictures."""
+"""What is shown of a run that draws images."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.ranks import succeeds, two_processes
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
-    """To draw 30 pictures in batches of 7, with a progress bar."""
+    """To draw 30 images in batches of 7, with a progress bar."""
     arguments = [item for item in pipeline.sample_arguments(folder) if "enable_progress_bar" not in item]
     return [*arguments, f"--ckpt_path={pipeline.argen}", *more]
 
@@ -43,19 +43,19 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def test_pictures_are_counted_with_their_speed_and_the_time_left(
+def test_images_are_counted_with_their_speed_and_the_time_left(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
     (bar,) = bars
     assert bar.seen == [7, 14, 14]
-    assert "14/30 [00:02<00:02,  7.00 pictures/s]" in str(bar)
+    assert "14/30 [00:02<00:02,  7.00 images/s]" in str(bar)
     shown = capsys.readouterr()
     assert "sampling" in shown.err
     assert "Predicting" not in shown.out + shown.err  # Lightning's
 
 
-def test_a_run_that_is_gone_on_with_counts_all_pictures_but_the_speed_of_its_own(
+def test_a_run_that_is_gone_on_with_counts_all_images_but_the_speed_of_its_own(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any]
 ) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
@@ -63,7 +63,7 @@ def test_a_run_that_is_gone_on_with_counts_all_pictures_but_the_speed_of_its_own
     bar = bars[1]
     assert (bar.initial, bar.total) == (14, 30)
     assert bar.seen == [21, 28, 30, 30]
-    assert "30/30 [00:02<00:00,  8.00 pictures/s]" in str(bar)
+    assert "30/30 [00:02<00:00,  8.00 images/s]" in str(bar)
 
 
 def test_nothing_is_shown_where_bars_are_switched_off(
@@ -72,8 +72,8 @@ def test_nothing_is_shown_where_bars_are_switched_off(
     main.main(command(pipeline, tmp_path, "--trainer.enable_progress_bar=false"))
     assert all(bar.disable for bar in bars)
     shown = capsys.readouterr()
-    assert "pictures/s" not in shown.out + shown.err
-    assert "picture/s" not in shown.out + shown.err
+    assert "images/s" not in shown.out + shown.err
+    assert "image/s" not in shown.out + shown.err
     assert (tmp_path / "samples.npz").exists()
 
 
@@ -83,7 +83,7 @@ def test_lightnings_bar_is_given_back(pipeline: Pipeline, tmp_path: Path) -> Non
     assert trainer.progress_bar_callback.is_enabled
 
 
-def test_the_bar_of_two_processes_counts_the_pictures_of_both(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_bar_of_two_processes_counts_the_images_of_both(pipeline: Pipeline, tmp_path: Path) -> None:
     done = two_processes(command(pipeline, tmp_path, "--data.init_args.batch_size=4"))
     succeeds(done)
     counts = [int(count) for count in re.findall(r"sampling:.*?(\d+)/30 \[", done.stderr)]

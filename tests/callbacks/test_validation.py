@@ -96,8 +96,8 @@ def test_the_loss_of_each_position_is_drawn_and_written(pipeline: Pipeline, tmp_
     torch.testing.assert_close(torch.tensor([float(row["val"]) for row in rows]), total / count, rtol=1e-4, atol=1e-5)
     assert [(int(row["row"]), int(row["column"])) for row in rows] == [(n // 4, n % 4) for n in range(16)]
     assert float((total / count).std()) > 0.01
-    picture = np.array(Image.open(table.with_suffix(".png")))
-    assert picture.std() > 10
+    image = np.array(Image.open(table.with_suffix(".png")))
+    assert image.std() > 10
     trainer.test(module, data, verbose=False)
     assert next(csv.reader(table.open())) == ["position", "row", "column", "test"]
 

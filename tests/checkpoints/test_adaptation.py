@@ -1,4 +1,4 @@
-"""The second model starts from any published layout, strictly, and from another length or other classes on purpose."""
+"""The autoregressive model loads any published layout strictly, and adapts length or classes only on request."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The checkpoints that the shipped recipe of the second model keeps: the best, the last, and every so many steps."""
+"""Checkpoints that the autoregressive recipe keeps: the best, the last, and one every so many steps."""
 
 import os
 from pathlib import Path

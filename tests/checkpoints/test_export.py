@@ -39,7 +39,7 @@ def roomy() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_published_tokenizer_gives_the_published_pictures_and_survives_export(roomy: Path) -> None:
+def test_a_published_tokenizer_gives_the_published_images_and_survives_export(roomy: Path) -> None:
     record = golden("VQ-16")
     with torch.device("meta"):
         vqgan = VQGAN()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamagen.checkpoints.contents import build_model, check_fits, describe, load_vqgan
 from llamagen.checkpoints.weights import (
-    MOST_LISTED,
+    MAX_LISTED,
     Weights,
     averaged_weights,
     infer_vqgan_config,
@@ -274,8 +274,8 @@ def test_a_long_list_is_cut(state: State) -> None:
     with pytest.raises(ValueError) as error:
         load_weights(small_vqgan(), {}, "vq.pt")
     names = list(state)
-    assert f"missing: {', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more" in str(error.value)
-    assert names[MOST_LISTED] not in str(error.value)
+    assert f"missing: {', '.join(names[:MAX_LISTED])} and {len(names) - MAX_LISTED} more" in str(error.value)
+    assert names[MAX_LISTED] not in str(error.value)
 
 
 def test_a_model_keeps_its_dtype(state: State) -> None:

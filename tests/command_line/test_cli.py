@@ -163,12 +163,12 @@ def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
     ("prepare", "phrase"),
     [
         (missing, "does not exist; write the codes first"),
-        (empty, "holds neither .tar files nor folders of pictures; write the codes first"),
+        (empty, "holds neither .tar files nor folders of images; write the codes first"),
         (not_finished, "has no meta.json, so it was not written to its end; write the codes first"),
         (without_a_shard, "train-000000.tar does not exist"),
         (truncated, "samples of train cannot be used, more than max_bad_share 0.05 (truncated shard: "),
         (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
-        (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes a picture, but the model's block_size is 16"),
+        (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes an image, but the model's block_size is 16"),
     ],
 )
 def test_bad_codes_end_in_one_line_and_write_nothing(
@@ -183,11 +183,11 @@ def test_bad_codes_end_in_one_line_and_write_nothing(
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty"])
-def test_missing_pictures_end_in_one_line_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_missing_images_end_in_one_line_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     arguments = pipeline.tokenizer_arguments(tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"(does not exist|neither \.tar files nor folders of pictures); give a"
+        ValueError, match=r"(does not exist|neither \.tar files nor folders of images); give a"
     ) as error:
         main.main(
             [
@@ -248,7 +248,7 @@ def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, 
     done = two_processes(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "error: the tokenizer's grid is 8 × 8 = 64 codes a picture" in done.stderr
+    assert "error: the tokenizer's grid is 8 × 8 = 64 codes an image" in done.stderr
     assert "Connection closed" not in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -261,7 +261,7 @@ def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Pa
         assert (tmp_path / "codes" / path).read_bytes() == (pipeline.codes / path).read_bytes(), path
 
 
-def test_two_processes_train_both_networks_and_sample_the_pictures_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_processes_train_both_networks_and_sample_the_images_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = ["fit", *pipeline.tokenizer_arguments(tmp_path / "tokenizer"), "--data.init_args.batch_size=50"]
     succeeds(two_processes(arguments))
     checkpoint = torch.load(tmp_path / "tokenizer/checkpoints/last.ckpt", weights_only=True)

@@ -50,7 +50,7 @@ CASES += [
     ("fit", ("argen/base.yaml", "argen/digits.yaml", "argen/text_digits.yaml")),
 ]
 
-# Every base × overlay of the second model.
+# Every base × overlay of the autoregressive model.
 SIZES, HARDWARE = (
     [None, *(f"argen/{kind}/{path.name}" for path in sorted((CONFIGS / "argen" / kind).iterdir()))]
     for kind in ("size", "hardware")

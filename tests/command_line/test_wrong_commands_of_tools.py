@@ -65,7 +65,7 @@ WRONG: dict[str, str] = {
     f"cost --config {BASE} --batch_size=0": "batch_size is 0",
     f"cost --config {BASE} --batch_size=8 --gpus=0": "gpus is 0",
     f"cost --config {BASE} --batch_size=8 --peak_tflops=inf": "peak_tflops is inf",
-    f"cost --config {BASE} --batch_size=8 --pictures=0": "pictures is 0",
+    f"cost --config {BASE} --batch_size=8 --images=0": "images is 0",
     f"cost --config {BASE} --batch_size=8 --mfu=nan": "mfu is nan",
     "packing empty new": "empty",
     "packing text new": "text",

@@ -1,4 +1,4 @@
-"""The numbers that are known beforehand are those of the models themselves."""
+"""The numbers that are known in advance are those of the models themselves."""
 
 import contextlib
 from dataclasses import asdict, replace
@@ -239,7 +239,7 @@ def test_a_rank_keeps_the_share_that_was_said(tmp_path: Path) -> None:
 
 def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--config", str(CONFIGS / "size/L.yaml")]
-    cost.main(["--config", str(CONFIGS / "base.yaml"), *size, "--pictures=1000", "--gpus=2", "--batch_size=16"])
+    cost.main(["--config", str(CONFIGS / "base.yaml"), *size, "--images=1000", "--gpus=2", "--batch_size=16"])
     output = capsys.readouterr().out.splitlines()
     lines = {line[:34].strip(): line[34:].strip() for line in output}
     assert lines["parameters"] == "342,910,976"
@@ -266,7 +266,7 @@ def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> N
         ("{net}\ntrainer: {precision: 16-mixed}", ["--batch_size=2"], "precision is 16-mixed"),
         ("{net}", ["--batch_size=2", "--mfu=1.5"], "mfu is 1.5"),
         ("{net}", ["--batch_size=2", "--peak_tflops=0"], "peak_tflops is 0"),
-        ("{net}", ["--batch_size=2", "--pictures=-1"], "pictures is -1"),
+        ("{net}", ["--batch_size=2", "--images=-1"], "images is -1"),
         ("{net}", ["--batch_size=2", "--gpus=0"], "gpus is 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Shards, pictures and errors that the tests of the data layer share."""
+"""Shards, images and errors that the tests of the data layer share."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -36,13 +36,13 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path
 
 
 def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     buffer = BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
-def grey_picture(level: int, size: int = 4) -> bytes:
+def grey_image(level: int, size: int = 4) -> bytes:
     """A PNG of one grey level."""
     return encode(Image.fromarray(np.full((size, size), level, np.uint8)))
 
@@ -59,8 +59,8 @@ def write_shards(folder: Path, samples: Sequence[tuple[str, dict[str, bytes]]], 
     return paths
 
 
-def write_pictures(root: Path, train: int, val: int) -> None:
-    """A set of pictures: sample i of a split has key ``split/i``, grey level i and class i mod 5."""
+def write_images(root: Path, train: int, val: int) -> None:
+    """A set of images: sample i of a split has key ``split/i``, grey level i and class i mod 5."""
     for split, count in (("train", train), ("val", val)):
-        samples = [(f"{split}/{i}", {"png": grey_picture(i), "cls": str(i % 5).encode()}) for i in range(count)]
+        samples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
         write_shards(root / split, samples)

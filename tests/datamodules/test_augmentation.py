@@ -1,4 +1,4 @@
-"""Training pictures vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
+"""Training images vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
 
 from io import BytesIO
 from pathlib import Path
@@ -23,15 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
 SIZE, COUNT = 8, 12
 LEVELS = np.linspace(0, 255, 40).astype(np.uint8)
-PICTURE = encode(Image.fromarray(np.stack([np.tile(LEVELS, (30, 1)), np.full((30, 40), 9, np.uint8)] * 2, 2)[..., :3]))
+IMAGE = encode(Image.fromarray(np.stack([np.tile(LEVELS, (30, 1)), np.full((30, 40), 9, np.uint8)] * 2, 2)[..., :3]))
 """30 × 40 pixels whose red rises from left to right: a mirrored piece falls."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The same picture again and again."""
+    """The same image again and again."""
     for split, count in (("train", COUNT), ("val", 5)):
-        write_shards(tmp_path / split, [(f"{split}{number:02d}", {"png": PICTURE}) for number in range(count)])
+        write_shards(tmp_path / split, [(f"{split}{number:02d}", {"png": IMAGE}) for number in range(count)])
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def dataset(root: Path, **options: Any) -> ImageDataset:
 
 
 def plain(root: Path) -> Tensor:
-    """The picture without augmentation."""
+    """The image without augmentation."""
     images: Tensor = dataset(root)[0, NO_EPOCH]["images"]
     return images
 
@@ -61,7 +61,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def variants(images: Any) -> int:
-    """How many different pictures there are."""
+    """How many different images there are."""
     return len({image.numpy().tobytes() for image in images})
 
 
@@ -71,46 +71,44 @@ def rising(image: Tensor) -> bool:
 
 @pytest.mark.parametrize("options", [{}, {"random_crop": True, "flip": True}, {"random_crop": True}, {"flip": True}])
 def test_without_an_epoch_there_is_no_augmentation(root: Path, options: dict[str, bool]) -> None:
-    pictures = dataset(root, **options)
+    images = dataset(root, **options)
     for number in range(COUNT):
-        assert torch.equal(pictures[number, NO_EPOCH]["images"], plain(root))
+        assert torch.equal(images[number, NO_EPOCH]["images"], plain(root))
 
 
 def test_without_options_no_epoch_changes_anything(root: Path) -> None:
-    pictures = dataset(root)
-    assert (
-        variants([plain(root), *(pictures[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
-    )
+    images = dataset(root)
+    assert variants([plain(root), *(images[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
 
 
 def test_flips_alone_mirror_the_centre_crop_half_of_the_time(root: Path) -> None:
-    pictures = dataset(root, flip=True)
-    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
+    images = dataset(root, flip=True)
+    batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
     kept, mirrored = (
-        sum(torch.equal(image, wanted) for image in images) for wanted in (plain(root), plain(root).flip(2))
+        sum(torch.equal(image, wanted) for image in batch) for wanted in (plain(root), plain(root).flip(2))
     )
-    assert kept + mirrored == len(images) == 600
+    assert kept + mirrored == len(batch) == 600
     assert 240 < mirrored < 360  # 300 ± 12
 
 
 def test_random_crops_alone_are_not_mirrored(root: Path) -> None:
-    pictures = dataset(root, random_crop=True)
-    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(10)]
-    assert variants(images) > 10
-    assert all(rising(image) for image in images)
+    images = dataset(root, random_crop=True)
+    batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(10)]
+    assert variants(batch) > 10
+    assert all(rising(image) for image in batch)
 
 
 def test_both_together_give_crops_of_which_half_are_mirrored(root: Path) -> None:
-    pictures = dataset(root, random_crop=True, flip=True)
-    images = [pictures[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
-    assert variants(images) > 20
-    assert 240 < sum(rising(image) for image in images) < 360
+    images = dataset(root, random_crop=True, flip=True)
+    batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
+    assert variants(batch) > 20
+    assert 240 < sum(rising(image) for image in batch) < 360
 
 
-def test_a_picture_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
+def test_an_image_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
     def views(seed: int) -> list[list[Tensor]]:
-        pictures = dataset(root, random_crop=True, flip=True, seed=seed)
-        return [[pictures[number, epoch]["images"] for number in range(COUNT)] for epoch in range(3)]
+        images = dataset(root, random_crop=True, flip=True, seed=seed)
+        return [[images[number, epoch]["images"] for number in range(COUNT)] for epoch in range(3)]
 
     first, again, other = views(1), views(1), views(2)
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
@@ -153,13 +151,13 @@ def epochs(data: ImageDataModule, count: int = 2) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 2}, {"batch_size": 5}])
-def test_workers_and_batch_size_change_no_picture(root: Path, options: dict[str, int]) -> None:
+def test_workers_and_batch_size_change_no_image(root: Path, options: dict[str, int]) -> None:
     expected, found = epochs(image_data(root)), epochs(image_data(root, **options))
     assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not equal(*expected)
 
 
-def test_ranks_change_no_picture(root: Path) -> None:
+def test_ranks_change_no_image(root: Path) -> None:
     together: list[dict[str, Tensor]] = [{}, {}]
     for rank in range(2):
         data = image_data(root)
@@ -170,7 +168,7 @@ def test_ranks_change_no_picture(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_epoch_goes_on_with_the_same_pictures(root: Path, num_workers: int) -> None:
+def test_a_resumed_epoch_goes_on_with_the_same_images(root: Path, num_workers: int) -> None:
     expected = epochs(image_data(root))
     stopped = image_data(root, num_workers=num_workers)
     loader = stopped.train_dataloader()
@@ -191,12 +189,12 @@ def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path) -> None:
     assert equal(by_key(data.train_dataloader()), by_key(data.predict_dataloader()[0]))
 
 
-def test_a_picture_does_not_depend_on_its_batch(root: Path) -> None:
-    pictures = dataset(root, random_crop=True, flip=True)
-    together = pictures.__getitems__([(number, 1) for number in (7, 3, 0, 11)])
+def test_an_image_does_not_depend_on_its_batch(root: Path) -> None:
+    images = dataset(root, random_crop=True, flip=True)
+    together = images.__getitems__([(number, 1) for number in (7, 3, 0, 11)])
     assert together["numbers"].tolist() == [7, 3, 0, 11]
     for number, image in zip((7, 3, 0, 11), together["images"], strict=True):
-        assert torch.equal(image, pictures[number, 1]["images"])
+        assert torch.equal(image, images[number, 1]["images"])
 
 
 def pixels(image: Tensor) -> np.ndarray:
@@ -206,7 +204,7 @@ def pixels(image: Tensor) -> np.ndarray:
 
 
 def test_views_are_those_of_the_names(root: Path) -> None:
-    source = np.asarray(Image.open(BytesIO(PICTURE)))
+    source = np.asarray(Image.open(BytesIO(IMAGE)))
     centre = centre_crop(source, SIZE)
     for views, expected in (
         ("flip", [centre, centre[:, ::-1]]),

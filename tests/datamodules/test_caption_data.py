@@ -14,7 +14,7 @@ from datamodules.storage.shards import read_meta
 from lightning_modules import CaptionModule
 from llamagen.text import TextEncoderConfig
 from tests.datamodules.caption_sets import DESCRIPTION, caption, codes, write_captioned_codes
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 from tests.datamodules.storage.test_remote import Server
 from tests.lightning_modules.runs import evaluator
 from tests.tiny_t5 import save_tiny_t5
@@ -86,7 +86,7 @@ def test_shards_of_img2dataset_are_read(tmp_path: Path) -> None:
     samples: Samples = []
     for number in range(6):
         said = json.dumps({"caption": f"json {number}", "url": "http://a.b/c.jpg", "status": "success"}).encode()
-        parts = {"jpg": grey_picture(number), "txt": f"text {number}".encode(), "json": said}
+        parts = {"jpg": grey_image(number), "txt": f"text {number}".encode(), "json": said}
         if number == 2:
             del parts["txt"]
         samples.append((f"{number:09d}", parts))
@@ -178,7 +178,7 @@ def test_features_of_captions_alone_are_a_set_that_can_be_read_again(t5: Path, t
 
 
 def test_samples_without_captions_are_refused_if_they_are_too_many(tmp_path: Path) -> None:
-    write_shards(tmp_path, [("0", {"png": grey_picture(0)}), ("1", {"png": grey_picture(1)})])
+    write_shards(tmp_path, [("0", {"png": grey_image(0)}), ("1", {"png": grey_image(1)})])
     with pytest.raises(ValueError) as error:
         captions_of(str(tmp_path))
     assert_one_line(error, "2 of 2 samples", "no caption: 2", "none of txt, json")

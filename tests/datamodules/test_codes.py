@@ -25,7 +25,7 @@ def array_file(array: np.ndarray) -> bytes:
 
 
 def codes_of(split: str, number: int) -> np.ndarray:
-    """(A, h, w) codes, each picture its own."""
+    """(A, h, w) codes, each image its own."""
     rng = np.random.default_rng([split == "val", number])
     return rng.integers(0, VOCABULARY, (VIEWS, HEIGHT, WIDTH)).astype(np.uint16)
 
@@ -64,15 +64,15 @@ def code_data(root: Path, stage: str = "fit", batch_size: int = 4, **options: An
 
 
 def views_drawn(data: CodeDataModule, epochs: int) -> list[dict[str, int]]:
-    """For each epoch which view of each picture was drawn."""
+    """For each epoch which view of each image was drawn."""
     loader = data.train_dataloader()
     drawn = []
     for _ in range(epochs):
         views: dict[str, int] = {}
         for batch in loader:
             for key, codes in zip(batch["keys"], batch["codes"].numpy(), strict=True):
-                of_picture = codes_of("train", int(key.removeprefix("train"))).reshape(VIEWS, -1)
-                (views[key],) = np.flatnonzero((of_picture == codes).all(axis=1)).tolist()
+                of_image = codes_of("train", int(key.removeprefix("train"))).reshape(VIEWS, -1)
+                (views[key],) = np.flatnonzero((of_image == codes).all(axis=1)).tolist()
         drawn.append(views)
     return drawn
 
@@ -87,7 +87,7 @@ def test_batches_hold_codes_in_raster_order_and_their_class(tmp_path: Path) -> N
     assert batch["keys"] == [f"val{number}" for number in range(4)]
 
 
-def test_training_batches_hold_every_picture_with_its_class(tmp_path: Path) -> None:
+def test_training_batches_hold_every_image_with_its_class(tmp_path: Path) -> None:
     write_codes(tmp_path)
     batches = list(code_data(tmp_path).train_dataloader())
     labels = {
@@ -97,7 +97,7 @@ def test_training_batches_hold_every_picture_with_its_class(tmp_path: Path) -> N
     assert [tuple(batch["codes"].shape) for batch in batches] == [(4, 8), (4, 8), (1, 8)]
 
 
-def test_views_are_drawn_anew_each_epoch_as_seed_epoch_and_picture_say(tmp_path: Path) -> None:
+def test_views_are_drawn_anew_each_epoch_as_seed_epoch_and_image_say(tmp_path: Path) -> None:
     write_codes(tmp_path)
     drawn = views_drawn(code_data(tmp_path), epochs=4)
     assert {view for views in drawn for view in views.values()} == set(range(VIEWS))

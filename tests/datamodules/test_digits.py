@@ -119,7 +119,7 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_of_something_else_than_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_than_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / META_FILE).write_text(json.dumps({"format": "llamagen-codes"}))
     with pytest.raises(ValueError) as error:
         DigitsDataModule(tmp_path).prepare_data()

@@ -1,4 +1,4 @@
-"""Pictures for the tokenizer: (3, H, W) float32 in [-1, 1] with label and key, from the splits that a stage reads."""
+"""Images for the tokenizer: (3, H, W) float32 in [-1, 1] with label and key, from the splits that a stage reads."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from datamodules.storage.bad_samples import BadSampleError
 from datamodules.storage.index import NO_LABEL
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop
-from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_pictures, write_shards
+from tests.datamodules.shard_files import assert_one_line, encode, grey_image, write_images, write_shards
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 PNG = encode(Image.fromarray(COLOURS))
@@ -40,7 +40,7 @@ def test_levels_are_mapped_onto_minus_one_to_one() -> None:
     torch.testing.assert_close(tensor[1, 0], torch.linspace(-1, 1, 256), atol=1e-6, rtol=0)
 
 
-def test_pictures_of_any_number_of_dimensions_keep_their_places() -> None:
+def test_images_of_any_number_of_dimensions_keep_their_places() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 6, 3), dtype=np.uint8)
     tensor = scale(torch.from_numpy(to_planes(pixels)))
     assert tensor.shape == (2, 5, 3, 4, 6)
@@ -49,30 +49,30 @@ def test_pictures_of_any_number_of_dimensions_keep_their_places() -> None:
     assert pixels.dtype == np.uint8
 
 
-def test_a_picture_comes_with_its_label_and_key(tmp_path: Path) -> None:
+def test_an_image_comes_with_its_label_and_key(tmp_path: Path) -> None:
     sample = read_parts(tmp_path, {"png": PNG, "cls": b"7\n"})
     assert (sample["labels"], sample["keys"]) == (7, "folder/key")
     assert sample["images"].dtype == torch.float32
     assert np.array_equal(levels(sample["images"]).round(), COLOURS)
 
 
-def test_a_picture_without_a_class_has_no_label(tmp_path: Path) -> None:
+def test_an_image_without_a_class_has_no_label(tmp_path: Path) -> None:
     assert read_parts(tmp_path, {"png": PNG})["labels"] == NO_LABEL == -1
 
 
 @pytest.mark.parametrize(
     ("extension", "kind"), [("png", "png"), ("PNG", "png"), ("webp", "webp"), ("jpg", "jpeg"), ("JPEG", "jpeg")]
 )
-def test_a_picture_has_one_of_four_suffixes(tmp_path: Path, extension: str, kind: str) -> None:
+def test_an_image_has_one_of_four_suffixes(tmp_path: Path, extension: str, kind: str) -> None:
     sample = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
     assert abs(levels(sample["images"]) - (200, 100, 50)).max() <= 4
 
 
-def test_the_suffix_does_not_decide_how_a_picture_is_read(tmp_path: Path) -> None:
+def test_the_suffix_does_not_decide_how_an_image_is_read(tmp_path: Path) -> None:
     assert np.array_equal(levels(read_parts(tmp_path, {"jpg": PNG})["images"]).round(), COLOURS)
 
 
-def test_a_picture_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
+def test_an_image_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
     source = np.random.default_rng(1).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     found = levels(read_parts(tmp_path, {"png": encode(Image.fromarray(source))}, image_size=12)["images"])
     assert np.array_equal(found.round(), centre_crop(source, 12))
@@ -115,14 +115,14 @@ def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "reason", "phrase"),
     [
-        ({"png": b"this is not a picture"}, "broken picture", "is broken"),
-        ({"png": PNG[: len(PNG) // 2]}, "broken picture", "is broken"),
+        ({"png": b"this is not an image"}, "broken image", "is broken"),
+        ({"png": PNG[: len(PNG) // 2]}, "broken image", "is broken"),
         ({"png": b""}, "empty file", "is empty"),
-        ({"cls": b"1"}, "no picture", "has no picture; it needs one of jpg, jpeg, png, webp"),
+        ({"cls": b"1"}, "no image", "has no image; it needs one of jpg, jpeg, png, webp"),
     ],
     ids=str,
 )
-def test_a_sample_without_a_usable_picture_is_refused(
+def test_a_sample_without_a_usable_image_is_refused(
     tmp_path: Path, parts: dict[str, bytes], reason: str, phrase: str
 ) -> None:
     with pytest.raises(BadSampleError) as error:
@@ -135,8 +135,8 @@ def image_data(root: Path | None, **options: Any) -> ImageDataModule:
     return ImageDataModule(root, **{"image_size": 4, "batch_size": 3, "num_workers": 0, **options})
 
 
-def test_batches_hold_pictures_labels_and_keys_that_belong_together(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=10, val=4)
+def test_batches_hold_images_labels_and_keys_that_belong_together(tmp_path: Path) -> None:
+    write_images(tmp_path, train=10, val=4)
     data = image_data(tmp_path)
     data.setup("fit")
     batches = list(data.train_dataloader())
@@ -153,7 +153,7 @@ def test_batches_hold_pictures_labels_and_keys_that_belong_together(tmp_path: Pa
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_reads_the_validation_split_alone(tmp_path: Path, stage: str) -> None:
-    write_pictures(tmp_path, train=0, val=4)
+    write_images(tmp_path, train=0, val=4)
     data = image_data(tmp_path)
     data.setup(stage)
     loader = data.val_dataloader() if stage == "validate" else data.test_dataloader()
@@ -161,7 +161,7 @@ def test_evaluation_reads_the_validation_split_alone(tmp_path: Path, stage: str)
 
 
 def test_prediction_reads_both_splits_in_order(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=7, val=4)
+    write_images(tmp_path, train=7, val=4)
     data = image_data(tmp_path)
     data.setup("predict")
     keys = [[key for batch in loader for key in batch["keys"]] for loader in data.predict_dataloader()]
@@ -170,7 +170,7 @@ def test_prediction_reads_both_splits_in_order(tmp_path: Path) -> None:
 
 
 def test_the_trainer_says_which_share_a_rank_gets(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=8, val=5)
+    write_images(tmp_path, train=8, val=5)
     keys: dict[str, list[str]] = {"train": [], "val": []}
     for rank in range(2):
         data = image_data(tmp_path)
@@ -184,7 +184,7 @@ def test_the_trainer_says_which_share_a_rank_gets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["fit", "predict"])
 def test_data_without_a_training_split_are_refused(tmp_path: Path, stage: str) -> None:
-    write_pictures(tmp_path, train=0, val=3)
+    write_images(tmp_path, train=0, val=3)
     with pytest.raises(ValueError) as error:
         image_data(tmp_path).setup(stage)
     assert_one_line(error, "no train data", ImageDataModule.hint)
@@ -207,7 +207,7 @@ def all_keys(data: ImageDataModule) -> dict[str, list[str]]:
 
 
 def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=140, val=0)
+    write_images(tmp_path, train=140, val=0)
     whole = [f"train/{number}" for number in range(140)]
     keys = all_keys(image_data(tmp_path, val_share=0.2))
     assert sorted(keys["train"] + keys["val"]) == sorted(whole)
@@ -220,25 +220,25 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     validation.setup("validate")
     assert [key for batch in validation.val_dataloader() for key in batch["keys"]] == keys["val"]
     assert set(keys["val"]) < set(all_keys(image_data(tmp_path, val_share=0.4))["val"])
-    write_pictures(tmp_path / "more", train=180, val=0)
+    write_images(tmp_path / "more", train=180, val=0)
     more = all_keys(image_data(tmp_path / "more", val_share=0.2))
     assert [key for key in more["val"] if int(key.split("/")[1]) < 140] == keys["val"]
 
 
 def test_at_least_one_sample_is_held_out(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=5, val=0)
+    write_images(tmp_path, train=5, val=0)
     keys = all_keys(image_data(tmp_path, val_share=1e-6))
     assert (len(keys["train"]), len(keys["val"])) == (4, 1)
 
 
 def test_a_validation_split_is_not_mixed_with_a_held_out_share(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=20, val=3)
+    write_images(tmp_path, train=20, val=3)
     keys = all_keys(image_data(tmp_path, val_share=0.5))
     assert (len(keys["train"]), len(keys["val"])) == (20, 3)
 
 
 def test_a_folder_of_shards_without_splits_is_the_training_source(tmp_path: Path) -> None:
-    write_shards(tmp_path, [(f"{number:02d}", {"png": grey_picture(number)}) for number in range(40)])
+    write_shards(tmp_path, [(f"{number:02d}", {"png": grey_image(number)}) for number in range(40)])
     keys = all_keys(image_data(tmp_path, val_share=0.2))
     assert sorted(keys["train"] + keys["val"]) == [f"{number:02d}" for number in range(40)]
     assert keys["val"]
@@ -247,7 +247,7 @@ def test_a_folder_of_shards_without_splits_is_the_training_source(tmp_path: Path
 def test_a_folder_of_class_folders_without_splits_is_the_training_source(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / ("dog", "cat")[number % 2]).mkdir(exist_ok=True)
-        (tmp_path / ("dog", "cat")[number % 2] / f"{number:02d}.png").write_bytes(grey_picture(number))
+        (tmp_path / ("dog", "cat")[number % 2] / f"{number:02d}.png").write_bytes(grey_image(number))
     data = image_data(tmp_path, val_share=0.2)
     keys = all_keys(data)
     assert sorted(keys["train"] + keys["val"]) == sorted(f"{('dog', 'cat')[n % 2]}/{n:02d}" for n in range(40))
@@ -260,7 +260,7 @@ def test_a_folder_of_class_folders_without_splits_is_the_training_source(tmp_pat
 
 
 def test_train_and_val_can_be_named_one_by_one(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=7, val=4)
+    write_images(tmp_path, train=7, val=4)
     patterns = {
         split: f"{tmp_path}/{split}/{split}-{{000000..00000{n}}}.tar" for split, n in (("train", 2), ("val", 1))
     }
@@ -271,7 +271,7 @@ def test_train_and_val_can_be_named_one_by_one(tmp_path: Path) -> None:
 
 
 def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=3, val=3)
+    write_images(tmp_path, train=3, val=3)
     empty = (tmp_path / "val").glob("*.tar")
     for shard in empty:
         shard.write_bytes(bytes(10240))
@@ -317,8 +317,8 @@ def test_a_share_or_size_out_of_range_is_refused(options: dict[str, float], phra
 
 
 def test_train_is_read_instead_of_all_of_root(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "other", train=20, val=5)
-    write_pictures(tmp_path, train=8, val=4)
+    write_images(tmp_path / "other", train=20, val=5)
+    write_images(tmp_path, train=8, val=4)
     keys = all_keys(image_data(tmp_path / "other", train=str(tmp_path / "train"), val_share=0.3))
     assert sorted(keys["train"] + keys["val"]) == [f"train/{i}" for i in range(8)]
 

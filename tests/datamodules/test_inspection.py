@@ -1,4 +1,4 @@
-"""What the inspection says of a data set, picture by picture, and what it draws."""
+"""What the inspection says of a data set, image by image, and what it draws."""
 
 import json
 from io import BytesIO
@@ -14,7 +14,7 @@ from tests.datamodules.feature_sets import write_set
 from tests.datamodules.shard_files import assert_one_line, encode, write_shards
 
 
-def picture(width: int, height: int, colour: str = "red", kind: str = "png", mode: str = "RGB") -> bytes:
+def image_bytes(width: int, height: int, colour: str = "red", kind: str = "png", mode: str = "RGB") -> bytes:
     return encode(Image.new("RGB", (width, height), colour).convert(mode), kind)
 
 
@@ -26,21 +26,21 @@ def write_files(root: Path, contents: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Class folders with pictures of three sizes, and one of each thing that can be wrong."""
-    whole = picture(64, 64)
+    """Class folders with images of three sizes, and one of each thing that can be wrong."""
+    whole = image_bytes(64, 64)
     contents = {
-        "train/ant/0.png": picture(10, 20),
-        "train/ant/1.jpg": picture(30, 40, kind="jpeg"),
-        "train/ant/2.png": picture(50, 60, mode="L"),
-        "train/cat/3.webp": picture(90, 70, kind="webp"),
-        "train/cat/4.png": b"no picture",
+        "train/ant/0.png": image_bytes(10, 20),
+        "train/ant/1.jpg": image_bytes(30, 40, kind="jpeg"),
+        "train/ant/2.png": image_bytes(50, 60, mode="L"),
+        "train/cat/3.webp": image_bytes(90, 70, kind="webp"),
+        "train/cat/4.png": b"no image",
         "train/cat/5.png": b"",
         "train/cat/6.png": whole[: len(whole) - 40],
-        "train/dog/7.png": picture(10, 10),
-        "train/dog/8.png": picture(10, 10),
-        "train/dog/9.png": picture(10, 10),
-        "train/dog/10.png": picture(10, 10),
-        "val/dog/11.png": picture(8, 9),
+        "train/dog/7.png": image_bytes(10, 10),
+        "train/dog/8.png": image_bytes(10, 10),
+        "train/dog/9.png": image_bytes(10, 10),
+        "train/dog/10.png": image_bytes(10, 10),
+        "val/dog/11.png": image_bytes(8, 9),
     }
     write_files(tmp_path / "set", contents)
     return tmp_path / "set"
@@ -53,9 +53,9 @@ def section(lines: list[str], split: str) -> str:
     return "\n".join(lines[first:end])
 
 
-def test_counts_classes_sizes_and_kinds_are_those_of_the_pictures(folder: Path) -> None:
+def test_counts_classes_sizes_and_kinds_are_those_of_the_images(folder: Path) -> None:
     lines = inspect(str(folder), num_workers=0)
-    assert lines[0] == f"{folder}: pictures"
+    assert lines[0] == f"{folder}: images"
     assert section(lines, "val").splitlines() == [
         "val: 1 samples, in folders",
         "  classes: 1 of 3; samples a class: 1 (dog) to 1 (dog), median 1",
@@ -75,22 +75,22 @@ def test_counts_classes_sizes_and_kinds_are_those_of_the_pictures(folder: Path) 
 
 def test_bad_samples_are_listed_by_reason_with_their_place(folder: Path) -> None:
     train = section(inspect(str(folder), num_workers=0), "train")
-    assert "  bad samples: 3 (broken picture 2, empty file 1)\n" in train
+    assert "  bad samples: 3 (broken image 2, empty file 1)\n" in train
     for key in ("cat/4", "cat/5", "cat/6"):
         assert f"sample {key} of {folder}/train/cat" in train
 
 
-def test_headers_alone_do_not_find_a_truncated_picture(folder: Path) -> None:
+def test_headers_alone_do_not_find_a_truncated_image(folder: Path) -> None:
     train = section(inspect(str(folder), decode=False, num_workers=0), "train")
-    assert "  bad samples: 2 (broken picture 1, empty file 1)\n" in train
+    assert "  bad samples: 2 (broken image 1, empty file 1)\n" in train
     assert "width: 10 to 90 px" in train
     assert "kinds: PNG 7" in train
 
 
 def test_shards_with_captions_without_classes_and_what_is_wrong_with_them(tmp_path: Path) -> None:
-    samples = [(f"{number:09d}", {"png": picture(9, 9), "txt": b"words"}) for number in range(6)]
+    samples = [(f"{number:09d}", {"png": image_bytes(9, 9), "txt": b"words"}) for number in range(6)]
     samples[2] = (samples[2][0], {"txt": b"words"})
-    samples[3] = (samples[3][0], {"png": picture(9, 9)})
+    samples[3] = (samples[3][0], {"png": image_bytes(9, 9)})
     shards = write_shards(tmp_path / "train", samples)
     write_shards(tmp_path / "val", samples[:1])
     shards[1].write_bytes(shards[1].read_bytes()[: -3 * 4096])
@@ -98,32 +98,32 @@ def test_shards_with_captions_without_classes_and_what_is_wrong_with_them(tmp_pa
     lines = train.splitlines()
     assert lines[0].endswith("samples, in 2 shards")
     assert lines[1] == "  classes: none"
-    assert "no picture 1" in train
+    assert "no image 1" in train
     assert "truncated shard 1" in train
     assert lines[-1].startswith("  captions: ")
 
 
-def test_pictures_are_read_by_processes_too(folder: Path) -> None:
+def test_images_are_read_by_processes_too(folder: Path) -> None:
     assert inspect(str(folder), num_workers=1) == inspect(str(folder), num_workers=0)
 
 
-def test_the_contact_sheet_shows_the_pictures_sorted_by_class(tmp_path: Path) -> None:
+def test_the_contact_sheet_shows_the_images_sorted_by_class(tmp_path: Path) -> None:
     colours = {"ant": "red", "cat": "lime", "dog": "blue"}
     contents = {
-        f"{split}/{name}/{number}.png": picture(20, 30, colour)
+        f"{split}/{name}/{number}.png": image_bytes(20, 30, colour)
         for split in ("train", "val")
         for name, colour in colours.items()
         for number in range(8)
     }
     write_files(tmp_path / "set", contents)
-    (tmp_path / "set/train/ant/broken.png").write_bytes(b"no picture")
+    (tmp_path / "set/train/ant/broken.png").write_bytes(b"no image")
     sheet = tmp_path / "below/sheet.png"
     lines = inspect(str(tmp_path / "set"), sheet, num_workers=0)
     assert lines[-1] == f"contact sheet: {sheet}"
     with Image.open(sheet) as image:
         assert image.format == "PNG"
         pixels = np.array(image)
-    rows = 3  # 24 pictures
+    rows = 3  # 24 images
     assert pixels.shape == (rows * (TILE + 18) + 4, COLUMNS * (TILE + 4) + 4, 3)
     tiles = [
         pixels[4 + row * (TILE + 18) : 4 + row * (TILE + 18) + TILE, 4 + column * (TILE + 4) :][:, :TILE]
@@ -138,7 +138,7 @@ def test_the_contact_sheet_shows_the_pictures_sorted_by_class(tmp_path: Path) ->
     assert list(sheet.parent.iterdir()) == [sheet]
 
 
-def test_the_contact_sheet_of_many_pictures_is_drawn_as_the_seed_says(tmp_path: Path) -> None:
+def test_the_contact_sheet_of_many_images_is_drawn_as_the_seed_says(tmp_path: Path) -> None:
     levels = [(level, level, level) for level in range(100)]
     contents = {
         f"{split}/a/{level}.png": encode(Image.new("RGB", (4, 4), colour))
@@ -156,7 +156,7 @@ def test_the_contact_sheet_of_many_pictures_is_drawn_as_the_seed_says(tmp_path: 
 
 
 def write_codes(root: Path, broken: bool = False) -> Path:
-    """Codes of 6 and 2 pictures, 2 views each; the first views use 4 of 8 entries."""
+    """Codes of 6 and 2 images, 2 views each; the first views use 4 of 8 entries."""
     shards = ShardSet(root, {}, "")
     shards.begin(["train", "val"])
     for split, count in (("train", 6), ("val", 2)):
@@ -181,7 +181,7 @@ def write_codes(root: Path, broken: bool = False) -> Path:
 
 def test_codes_are_described(tmp_path: Path) -> None:
     assert inspect(str(write_codes(tmp_path))) == [
-        f"{tmp_path}: codes, 1 × 2 a picture out of 8, 2 views, tokenizer abcdefabcdef",
+        f"{tmp_path}: codes, 1 × 2 an image out of 8, 2 views, tokenizer abcdefabcdef",
         "",
         "train: 6 samples, in 1 shards",
         "  classes: 3 of 3; samples a class: 1 (ant) to 4 (dog), median 1",
@@ -218,7 +218,7 @@ def test_features_of_captions_are_described(tmp_path: Path) -> None:
 
 def test_features_beside_codes_are_described(tmp_path: Path) -> None:
     lines = inspect(str(write_set(tmp_path / "set", SPLITS, encoder="t5")))
-    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 a picture out of 1000, 2 views")
+    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 an image out of 1000, 2 views")
     assert lines[1] == f"features of captions: {KIND}"
     assert "  features: of 6 samples, 3.2 tokens on average, 5 at most\n  bad samples: none" in section(lines, "train")
 
@@ -280,7 +280,7 @@ def test_the_command_prints_what_the_function_says(folder: Path, capsys: pytest.
     ("arguments", "phrase"),
     [
         (["nowhere"], "folder nowhere does not exist"),
-        (["."], "neither .tar files nor folders of pictures"),
+        (["."], "neither .tar files nor folders of images"),
         (["ftp://example.org/set"], "unknown scheme"),
         (["nowhere", "--header"], "unrecognized arguments: --header"),
         ([], "root"),

@@ -16,7 +16,7 @@ from datamodules import (
     SampleDataModule,
 )
 from datamodules.packing import pack
-from tests.datamodules.shard_files import assert_one_line, grey_picture
+from tests.datamodules.shard_files import assert_one_line, grey_image
 
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -92,11 +92,12 @@ def test_options_of_packing_are_checked_first(tmp_path: Path, options: dict[str,
 
 def test_worker_processes_import_neither_lightning_nor_what_comes_with_it(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/1.png").write_bytes(grey_picture(1))
+    (tmp_path / "a/1.png").write_bytes(grey_image(1))
     (tmp_path / "empty").mkdir()  # is warned of, which must not need Lightning
     script = """
 import sys
-import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.datasets.images, datamodules.loading.stream
+import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.datasets.images
+import datamodules.loading.stream
 import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
 assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)

@@ -1,4 +1,4 @@
-"""Packing: every picture once, unchanged and in its place; stopped and gone on with, the set is the same."""
+"""Packing: every image once, unchanged and in its place; stopped and gone on with, the set is the same."""
 
 import hashlib
 import shutil
@@ -16,7 +16,7 @@ from datamodules.packing import main, pack
 from datamodules.storage.index import Sample
 from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 CLASSES = ["ant", "cat", "dog"]
 SHARD_MB = 0.04
@@ -65,7 +65,7 @@ def write_folder(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of class folders."""
-    return write_folder(tmp_path_factory.mktemp("folder") / "pictures")
+    return write_folder(tmp_path_factory.mktemp("folder") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,12 @@ def samples_of(root: Path, split: str) -> list[Sample]:
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Label and picture of each key of both splits."""
+    """Label and image of each key of both splits."""
     found = {}
     for sample in samples_of(root, "train") + samples_of(root, "val"):
         assert sample.key not in found
-        (picture,) = set(sample.members) - {"cls"}
-        found[sample.key] = (sample.label, sample.read(picture))
+        (image,) = set(sample.members) - {"cls"}
+        found[sample.key] = (sample.label, sample.read(image))
     return found
 
 
@@ -98,7 +98,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_every_picture_is_there_once_with_its_key_class_and_bytes(folder: Path, packed: Path) -> None:
+def test_every_image_is_there_once_with_its_key_class_and_bytes(folder: Path, packed: Path) -> None:
     expected = {
         f"{path.parent.relative_to(folder)}/{path.stem.replace('.', '_')}": (
             CLASSES.index(path.relative_to(folder).parts[0]),
@@ -138,7 +138,7 @@ def test_the_description_says_what_is_there(packed: Path) -> None:
     assert set(files(packed)) == {META_FILE, *there}
 
 
-def test_pictures_are_shuffled_as_the_seed_says(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_images_are_shuffled_as_the_seed_says(folder: Path, packed: Path, tmp_path: Path) -> None:
     pack(str(folder), tmp_path / "again", SHARD_MB, val_share=0.2, workers=1)
     assert files(tmp_path / "again") == files(packed)
     pack(str(folder), tmp_path / "other", SHARD_MB, val_share=0.2, seed=1, workers=1)
@@ -275,11 +275,11 @@ def test_shards_are_packed_anew_with_captions_and_descriptions(tmp_path: Path) -
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
 
 
-def test_captions_beside_pictures_are_packed_and_count_towards_the_size_of_a_shard(tmp_path: Path) -> None:
+def test_captions_beside_images_are_packed_and_count_towards_the_size_of_a_shard(tmp_path: Path) -> None:
     source = tmp_path / "source/pairs"
     source.mkdir(parents=True)
     for number in range(12):
-        (source / f"{number}.png").write_bytes(grey_picture(number))
+        (source / f"{number}.png").write_bytes(grey_image(number))
         (source / f"{number}.txt").write_text("word " * 300 if number else " ")
     pack(str(source.parent), tmp_path / "out", shard_mb=0.02, workers=1, max_bad_share=0.1)
     shards = sorted((tmp_path / "out").glob("*/*.tar"))
@@ -315,14 +315,14 @@ def test_long_and_foreign_names_count_towards_the_size_of_a_shard(tmp_path: Path
     for number in range(200):
         path = tmp_path / "source/a" / folder / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"picture")
+        path.write_bytes(b"image")
     pack(str(tmp_path / "source"), tmp_path / "out", shard_mb=0.1, val_share=0.01, workers=1)
     sizes = [shard.stat().st_size for shard in shards_of(tmp_path / "out", "train")]
     assert max(sizes) <= 100_000
     assert min(sizes[:-1]) > 70_000
 
 
-def test_a_picture_that_is_larger_than_a_shard_has_one_of_its_own(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_larger_than_a_shard_has_one_of_its_own(folder: Path, packed: Path, tmp_path: Path) -> None:
     pack(str(folder), tmp_path, shard_mb=0.001, val_share=0.2, workers=1)
     assert contents(tmp_path) == contents(packed)
     assert {len(index_shard(shard)) for shard in shards_of(tmp_path, "train")} == {1}

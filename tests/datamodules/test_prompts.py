@@ -1,4 +1,4 @@
-"""Requests for pictures of prompts: from lists, text files and tables; the odd ones too."""
+"""Requests for images of prompts: from lists, text files and tables; the odd ones too."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def test_a_byte_order_mark_before_a_prompt_is_dropped(tmp_path: Path) -> None:
     assert PromptDataModule(tmp_path / "p.txt").prompts == ["a cat", "a dog"]
 
 
-def test_prompts_come_in_turn_and_keep_their_numbers_when_more_pictures_are_asked_for() -> None:
+def test_prompts_come_in_turn_and_keep_their_numbers_when_more_images_are_asked_for() -> None:
     prompts = ["a cat", "", "a dog"]
     few, more = (PromptDataModule(prompts, per_prompt=n, batch_size=2) for n in (1, 3))
     assert requests(more) == list(enumerate(prompts * 3))

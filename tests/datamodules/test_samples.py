@@ -1,4 +1,4 @@
-"""Requests for pictures: balanced over classes, in one order on any number of ranks."""
+"""Requests for images: balanced over classes, in one order on any number of ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_the_classes_come_in_turn_until_each_has_its_share(classes: int | list[i
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-def test_a_picture_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
+def test_an_image_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
     data = SampleDataModule(4, per_class=3, batch_size=batch_size)
     shares = [requests(data, rank, world_size) for rank in range(world_size)]
     assert shares == [list(enumerate([0, 1, 2, 3] * 3))[rank::world_size] for rank in range(world_size)]
@@ -136,9 +136,9 @@ def test_an_impossible_request_is_refused_by_name_and_value(options: dict[str, i
     assert_one_line(error, phrase)
 
 
-def test_fewer_pictures_than_ranks_are_not_measured() -> None:
+def test_fewer_images_than_ranks_are_not_measured() -> None:
     data = SampleDataModule(2, per_class=1)
     requests(data, world_size=3)
-    with pytest.raises(ValueError, match="2 pictures cannot be measured on 3 ranks") as error:
+    with pytest.raises(ValueError, match="2 images cannot be measured on 3 ranks") as error:
         data.test_dataloader()
     assert_one_line(error)

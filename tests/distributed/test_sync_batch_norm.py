@@ -1,4 +1,4 @@
-"""BatchNorm over the pictures of all ranks."""
+"""BatchNorm over the images of all ranks."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.golden import normal_input
 from tests.ranks import run_on_ranks
 
 
-def pictures() -> Tensor:
+def random_images() -> Tensor:
     return normal_input("bn", (4, 3, 5, 6)) * 3 + 40
 
 
@@ -24,7 +24,7 @@ def filled() -> SyncBatchNorm2d:
 
 def one_rank(rank: int) -> dict[str, Tensor]:
     norm = filled()
-    x = pictures()[2 * rank : 2 * rank + 2]
+    x = random_images()[2 * rank : 2 * rank + 2]
     norm(x * 2 + 1)
     x = x.clone().requires_grad_()
     y = norm(x)
@@ -40,7 +40,7 @@ def one_rank(rank: int) -> dict[str, Tensor]:
 def test_two_ranks_normalise_like_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     norm = nn.BatchNorm2d(3)
     norm.load_state_dict(filled().state_dict())
-    x = pictures()
+    x = random_images()
     norm(x * 2 + 1)
     x = x.clone().requires_grad_()
     y = norm(x)
@@ -62,7 +62,7 @@ def test_two_ranks_normalise_like_one_process_with_the_whole_batch(tmp_path: Pat
 
 def one_rank_in_sixteen_bits(rank: int) -> Tensor:
     norm = filled().to(torch.bfloat16)
-    norm(pictures()[2 * rank : 2 * rank + 2].bfloat16())
+    norm(random_images()[2 * rank : 2 * rank + 2].bfloat16())
     assert norm.running_mean is not None
     return norm.running_mean
 
@@ -71,7 +71,7 @@ def test_ranks_agree_in_sixteen_bits_too(tmp_path: Path) -> None:
     one, two = run_on_ranks(one_rank_in_sixteen_bits, tmp_path)
     assert torch.equal(one, two)
     expected = nn.BatchNorm2d(3)
-    expected(pictures())
+    expected(random_images())
     assert expected.running_mean is not None
     torch.testing.assert_close(one.float(), expected.running_mean, atol=0.03, rtol=0.01)
 
@@ -79,5 +79,5 @@ def test_ranks_agree_in_sixteen_bits_too(tmp_path: Path) -> None:
 def test_one_process_uses_batch_norm_itself() -> None:
     norm, reference = filled(), nn.BatchNorm2d(3)
     reference.load_state_dict(norm.state_dict())
-    torch.testing.assert_close(norm(pictures()), reference(pictures()), atol=0, rtol=0)
+    torch.testing.assert_close(norm(random_images()), reference(random_images()), atol=0, rtol=0)
     assert list(norm.state_dict()) == list(reference.state_dict())

@@ -10,7 +10,7 @@ from evaluation import classifier as module
 from evaluation.classifier import train_classifier
 from llamagen.metrics import extract
 from llamagen.metrics.classifier import Classifier, read_classifier
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 OPTIONS = {"image_size": 8, "width": 8, "batch_size": 32, "lr": 1e-2}
 
@@ -32,7 +32,7 @@ def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
     out = tmp_path / "folder" / "digits.safetensors"
     accuracy = train(digits, out, image_size=16, width=16)
     assert accuracy > 0.8
-    assert f"{out}: recognises {accuracy:.1%} of the validation pictures" in capsys.readouterr().out
+    assert f"{out}: recognises {accuracy:.1%} of the validation images" in capsys.readouterr().out
     facts, _ = read_classifier(out)
     assert facts == {
         **{"name": "digits-classifier", "num_classes": 10, "image_size": 16, "width": 16},
@@ -83,25 +83,25 @@ def test_options_without_sense_are_refused(
 
 
 def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
-    """Shards without a description: for each picture of either split a class, or nothing."""
+    """Shards without a description: for each image of either split a class, or nothing."""
     for split, labels in zip(("train", "val"), classes, strict=True):
         samples = [
-            (f"{number:03d}", {"png": grey_picture(10 * number, 8), **({"cls": label.encode()} if label else {})})
+            (f"{number:03d}", {"png": grey_image(10 * number, 8), **({"cls": label.encode()} if label else {})})
             for number, label in enumerate(labels)
         ]
         write_shards(root / split, samples, per_shard=8)
     return root
 
 
-def test_pictures_without_classes_are_refused(tmp_path: Path) -> None:
+def test_images_without_classes_are_refused(tmp_path: Path) -> None:
     data = grey_set(tmp_path / "data", ([""] * 8, [""] * 4))
-    with pytest.raises(ValueError, match="have no class; give a set with a class for each picture") as error:
+    with pytest.raises(ValueError, match="have no class; give a set with a class for each image") as error:
         train(data, tmp_path / "a.safetensors", batch_size=4)
     assert_one_line(error, data)
     assert list(tmp_path.iterdir()) == [data]
 
 
-def test_a_class_that_only_training_pictures_have_counts(tmp_path: Path) -> None:
+def test_a_class_that_only_training_images_have_counts(tmp_path: Path) -> None:
     data = grey_set(tmp_path / "data", (["0", "1", "2", "6"] * 2, ["0", "1"] * 2))
     train(data, out := tmp_path / "a.safetensors", batch_size=4)
     assert read_classifier(out)[0]["num_classes"] == 7

@@ -1,4 +1,4 @@
-"""The CLIP behind the score: what it makes of pictures and prompts, and which it refuses to be."""
+"""The CLIP behind the score: what it makes of images and prompts, and which it refuses to be."""
 
 import json
 import pickle
@@ -15,9 +15,9 @@ from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 from transformers import BertConfig, CLIPImageProcessorPil
 
-from evaluation.clip import Clip, PictureScores, Preparation, short_name
+from evaluation.clip import Clip, ImageScores, Preparation, short_name
 from tests.evaluation.test_clip_score import fails, write_samples
-from tests.metrics.extractors import pictures
+from tests.metrics.extractors import random_images
 from tests.tiny_clip import SIDE, save_tiny_clip, tiny_tokenizer
 
 PROMPTS = ["a red cat", "dogs", "", "🙂 猫", "cat", "red"]
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def squares(count: int) -> Tensor:
-    return torch.nn.functional.interpolate(pictures(count, 0).float(), size=SIDE).to(torch.uint8)
+    return torch.nn.functional.interpolate(random_images(count, 0).float(), size=SIDE).to(torch.uint8)
 
 
 class Adapted(torch.nn.Module):
@@ -47,7 +47,7 @@ class Adapted(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_a_pictures_score_is_torchmetrics_score_of_it_alone(folder: Path) -> None:
+def test_an_images_score_is_torchmetrics_score_of_it_alone(folder: Path) -> None:
     clip, images = Clip(folder), squares(len(PROMPTS))
 
     def processor(text: Any = None, images: Any = None, **options: Any) -> Any:
@@ -61,7 +61,7 @@ def test_a_pictures_score_is_torchmetrics_score_of_it_alone(folder: Path) -> Non
         plain.update(image, prompt)
         expected.append(plain.compute().item())
         plain.reset()
-    scores = PictureScores(clip)
+    scores = ImageScores(clip)
     scores.update(images[:4], PROMPTS[:4])
     scores.update(images[4:], PROMPTS[4:])
     assert scores.each() == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -74,7 +74,7 @@ def test_a_pictures_score_is_torchmetrics_score_of_it_alone(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("size", [(32, 32), (256, 256), (20, 20), (48, 61), (131, 40)])
-def test_pictures_are_prepared_as_transformers_does_without_torchvision(size: tuple[int, int]) -> None:
+def test_images_are_prepared_as_transformers_does_without_torchvision(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE + 4}, crop_size=SIDE, do_rescale=False, do_normalize=False

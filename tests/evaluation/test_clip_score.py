@@ -1,4 +1,4 @@
-"""``python -m evaluation clip``: the score is that of the CLIP's features, for each picture with its own prompt."""
+"""``python -m evaluation clip``: the score is that of the CLIP's features, for each image with its own prompt."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from evaluation.__main__ import main
-from evaluation.clip_score import MOST_GROUPS, SHOWN_PROMPTS, by_column, clip_score, score_of
-from evaluation.prompt_images import PromptPicture
+from evaluation.clip_score import MAX_GROUPS, SHOWN_PROMPTS, by_column, clip_score, score_of
+from evaluation.prompt_images import PromptImage
 from llamagen.metrics import extractor_checksum
 from tests.tiny_clip import LENGTH, save_tiny_clip
 
@@ -35,12 +35,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_samples(
     folder: Path, prompts: list[str], each: int = EACH, columns: list[dict[str, str]] | None = None
 ) -> Path:
-    """A folder as predict completes it, with pictures of several shapes."""
+    """A folder as predict completes it, with images of several shapes."""
     generator = np.random.default_rng(0)
     lines = []
     for index in range(each * len(prompts)):
         number = index % len(prompts)
-        name = f"pictures/{number}/{index:06d}_prompt{number}.png"
+        name = f"images/{number}/{index:06d}_prompt{number}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         coarse = generator.integers(0, 256, (6, 5 + index % 3, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((40 + 7 * (index % 3), 48), Image.Resampling.BICUBIC).save(folder / name)
@@ -68,17 +68,17 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(samples: Path, clip: Path) -> np.ndarray:
-    """100 · max(cos, 0) of each picture by transformers alone, one picture and prompt at a time."""
+    """100 · max(cos, 0) of each original by transformers alone, one original and prompt at a time."""
     model, tokenizer = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip)
     processor = CLIPImageProcessorPil.from_pretrained(clip)
     scores = []
     for line in (samples / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         with Image.open(samples / entry["file_name"]) as image, torch.no_grad():
-            picture = model.get_image_features(**processor(image, return_tensors="pt")).pooler_output
+            original = model.get_image_features(**processor(image, return_tensors="pt")).pooler_output
             text = tokenizer([entry["prompt"]], truncation=True, max_length=LENGTH, return_tensors="pt")
             prompt = model.get_text_features(**text).pooler_output
-        scores.append(100 * max(torch.cosine_similarity(picture, prompt).item(), 0))
+        scores.append(100 * max(torch.cosine_similarity(original, prompt).item(), 0))
     return np.array(scores)
 
 
@@ -90,14 +90,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert stopped.value.code == 2
     shown = capsys.readouterr()
     assert not shown.out
-    lines = [line for line in shown.err.replace("\r", "\n").split("\n") if line and "picture/s" not in line]
-    lines = [line for line in lines if "Loading weights" not in line and "?picture" not in line]
+    lines = [line for line in shown.err.replace("\r", "\n").split("\n") if line and "image/s" not in line]
+    lines = [line for line in lines if "Loading weights" not in line and "?image" not in line]
     assert len(lines) == 1, shown.err
     assert lines[0].startswith("error: ")
     return lines[0]
 
 
-def test_scores_are_those_of_the_features_of_pictures_and_prompts(
+def test_scores_are_those_of_the_features_of_images_and_prompts(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "scores.json"
@@ -112,16 +112,16 @@ def test_scores_are_those_of_the_features_of_pictures_and_prompts(
     )
     for number, found in enumerate(content["by_prompt"]):
         own = each[number :: len(PROMPTS)]
-        assert (found["prompt_number"], found["prompt"], found["pictures"]) == (number, PROMPTS[number], EACH)
+        assert (found["prompt_number"], found["prompt"], found["images"]) == (number, PROMPTS[number], EACH)
         assert found["clip_score"] == pytest.approx(own.mean(), rel=1e-4, abs=1e-4)
         assert found["standard_error"] == pytest.approx(own.std(ddof=1) / EACH**0.5, rel=1e-3, abs=1e-4)
-    assert content["pictures"]["source"] == str(samples)
-    assert content["pictures"]["count"] == len(each)
+    assert content["images"]["source"] == str(samples)
+    assert content["images"]["count"] == len(each)
     assert content["extractor"] == {
         "name": "tiny",
         "source": str(clip),
         "checksum": extractor_checksum(CLIPModel.from_pretrained(clip)),
-        "picture_side": 32,
+        "image_side": 32,
         "prompt_tokens": LENGTH,
     }
     assert {"torch", "torchmetrics", "transformers"} < set(content["versions"])
@@ -149,7 +149,7 @@ def test_neither_batch_size_nor_workers_change_a_score(
     other = json.loads(out.read_text(encoding="utf-8"))
     for key in ("metrics", "by_column", "by_prompt"):
         assert numbers(found[key]) == pytest.approx(numbers(other[key]), rel=1e-5, abs=1e-5)
-    assert found["pictures"] == other["pictures"]
+    assert found["images"] == other["images"]
 
 
 def numbers(value: Any) -> list[float]:
@@ -173,7 +173,7 @@ def test_long_prompts_are_cut_keep_their_end_and_are_counted(
     assert content["by_prompt"][-1]["clip_score"] == pytest.approx(last, rel=1e-4)
 
 
-def test_categories_are_means_over_their_pictures(
+def test_categories_are_means_over_their_images(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.json"
@@ -184,7 +184,7 @@ def test_categories_are_means_over_their_pictures(
     each, number = expected(samples, clip), np.arange(EACH * len(PROMPTS)) % len(PROMPTS)
     for category, first in (("Animals", 0), ("Abstract", 2)):
         own = each[(number == first) | (number == first + 1)]
-        assert found["Category"][category]["pictures"] == 2 * EACH
+        assert found["Category"][category]["images"] == 2 * EACH
         assert found["Category"][category]["clip_score"] == pytest.approx(own.mean(), rel=1e-4)
     shown = capsys.readouterr().out
     assert shown.index("| Category: Abstract |") < shown.index("| Category: Animals |")
@@ -193,11 +193,11 @@ def test_categories_are_means_over_their_pictures(
 def test_a_column_with_many_values_is_no_category() -> None:
     def found(values: int) -> dict[str, Any]:
         count = 2 * values
-        some = [PromptPicture(Path("a"), str(row), row, {"Note": str(row % values)}) for row in range(count)]
+        some = [PromptImage(Path("a"), str(row), row, {"Note": str(row % values)}) for row in range(count)]
         return by_column(some, np.zeros(count))
 
-    assert set(found(MOST_GROUPS)) == {"Note"}
-    assert found(MOST_GROUPS + 1) == {}
+    assert set(found(MAX_GROUPS)) == {"Note"}
+    assert found(MAX_GROUPS + 1) == {}
 
 
 def test_of_many_prompts_the_worst_and_the_best_are_printed(
@@ -234,7 +234,7 @@ def test_half_a_surrogate_pair_is_a_question_mark(clip: Path, tmp_path: Path) ->
     assert clip_score(tmp_path, str(clip), tmp_path / "a.json") == whole
 
 
-def test_a_single_picture_has_no_standard_error(clip: Path, tmp_path: Path) -> None:
+def test_a_single_image_has_no_standard_error(clip: Path, tmp_path: Path) -> None:
     write_samples(tmp_path, ["a red cat"], each=1)
     assert set(clip_score(tmp_path, str(clip), tmp_path / "a.json")) == {"clip_score_tiny"}
     assert json.loads((tmp_path / "a.json").read_text())["by_prompt"][0]["standard_error"] is None
@@ -252,9 +252,9 @@ def test_what_is_no_complete_folder_is_refused(clip: Path, tmp_path: Path, capsy
     for text, message in (
         (whole[:-20], "line 4 of"),
         (whole + "3\n", "must be a JSON object with file_name and prompt"),
-        (whole.replace('"prompt":', '"caption":'), "has no prompt for pictures/0/000000_prompt0.png"),
+        (whole.replace('"prompt":', '"caption":'), "has no prompt for images/0/000000_prompt0.png"),
         (whole.replace("000002_", "000009_"), "000009_prompt0.png does not exist, but line 3 of"),
-        ("\n", "lists no pictures"),
+        ("\n", "lists no images"),
     ):
         metadata.write_text(text)
         assert message in refusal()
@@ -266,13 +266,13 @@ def test_what_is_no_complete_folder_is_refused(clip: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_pictures_that_cannot_be_read_are_named(
+def test_images_that_cannot_be_read_are_named(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
 ) -> None:
     write_samples(tmp_path, ["a red cat"], each=3)
-    file = tmp_path / "pictures" / "0" / "000001_prompt0.png"
+    file = tmp_path / "images" / "0" / "000001_prompt0.png"
     whole = file.read_bytes()
-    for data in (b"", b"no picture", whole[: len(whole) // 2]):
+    for data in (b"", b"no image", whole[: len(whole) // 2]):
         file.write_bytes(data)
         message = fails(capsys, tmp_path, f"--clip={clip}", f"--num_workers={num_workers}", f"--out={tmp_path}/a.json")
         assert str(file) in message

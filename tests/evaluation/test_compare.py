@@ -1,4 +1,4 @@
-"""``python -m evaluation``: any two sets of pictures are compared without a model, and errors are one line."""
+"""``python -m evaluation``: any two sets of images are compared without a model, and errors are one line."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from evaluation.__main__ import compare, main
-from evaluation.image_sets import PictureBatch, PictureSet, open_pictures
+from evaluation.image_sets import ImageBatch, ImageSet, open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from llamagen.metrics import extract
@@ -28,7 +28,7 @@ from tests.evaluation.sets import (
     write_folder,
     write_npz,
 )
-from tests.metrics.extractors import SIZE, Everything, pictures
+from tests.metrics.extractors import SIZE, Everything, random_images
 
 NAMES = {
     *(f"{name}_everything/real" for name in ("gfid", "gsfid", "gkid", "gkid_std", "precision", "recall")),
@@ -38,19 +38,19 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures as folders, arrays and statistics."""
-    root = tmp_path_factory.mktemp("pictures")
+    """The same images as folders, arrays and statistics."""
+    root = tmp_path_factory.mktemp("images")
     for name, count, seed in (("real", 30, 0), ("fake", 40, 1)):
         write_folder(root / name, count, seed)
         write_npz(root / f"{name}.npz", count, seed, np.arange(count) % 3)
-    make_reference(open_pictures(root / "real"), Everything(), "real").save(root / "statistics.npz")
+    make_reference(open_images(root / "real"), Everything(), "real").save(root / "statistics.npz")
     Image.new("RGB", (16, 16)).save(write_folder(root / "larger", 0, 0) / "a.png")
     Image.new("RGB", (16, 16)).save(root / "larger" / "b.png")
     write_folder(root / "one", 1, 0)
     (root / "empty").mkdir()
-    np.savez(root / "others.npz", pictures=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez(root / "others.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
     np.savez(root / "float.npz", arr_0=np.zeros((3, 8, 8, 3)))
-    (root / "text.npz").write_text("no pictures")
+    (root / "text.npz").write_text("no images")
     write_adm(root)
     return root
 
@@ -69,7 +69,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert stopped.value.code == 2
     shown = capsys.readouterr()
     assert not shown.out
-    lines = [line for line in shown.err.split("\n") if line and "picture/s" not in line]
+    lines = [line for line in shown.err.split("\n") if line and "image/s" not in line]
     assert len(lines) == 1, shown.err
     assert lines[0].startswith("error: ")
     return lines[0]
@@ -83,7 +83,7 @@ def test_numbers_are_those_of_a_measurement(
     report = tmp_path / "report"
     main(["compare", str(root / fake), str(root / real), EVERYTHING, f"--report={report}", "--batch_size=7"])
     measurement = Measurement(Everything(), SIZE, "generation", read_reference(root / "statistics.npz"))
-    measurement.update(pictures(40, 1))
+    measurement.update(random_images(40, 1))
     expected = {name: value.item() for name, value in measurement.compute().items()}
     assert set(expected) == NAMES
     content = json.loads((report / "metrics.json").read_text())
@@ -97,9 +97,9 @@ def test_numbers_are_those_of_a_measurement(
     assert f"report: {report / 'report.md'}" in shown.out
     assert "40/40" in shown.err
     assert "warning" not in shown.err
-    found = open_pictures(root / fake)
+    found = open_images(root / fake)
     list(found.batches(50))
-    assert content["pictures"] == {
+    assert content["images"] == {
         "source": str(root / fake), "count": 40, "resolution": SIZE, "crop": "none", "checksum": found.checksum(),
     }  # fmt: skip
     assert content["reference"] == {
@@ -142,9 +142,9 @@ def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.Capt
 def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "val.npz"
     main(["reference", str(root / "real"), str(out), EVERYTHING, "--purpose=reconstruction"])
-    assert f"{out}: 30 pictures of 8 px, for reconstruction, named val" in capsys.readouterr().out
+    assert f"{out}: 30 images of 8 px, for reconstruction, named val" in capsys.readouterr().out
     for fake, real, options, phrase in (
-        ("real", root / "statistics.npz", ["--reconstructions=true"], "real, a reference for generated pictures"),
+        ("real", root / "statistics.npz", ["--reconstructions=true"], "real, a reference for generated images"),
         ("fake", out, [], "val, a reference for reconstructions"),
         ("fake", out, ["--reconstructions=true"], "40 reconstructions are compared with val, a reference of 30"),
         ("fake", root / "real", ["--reconstructions=true"], "40 reconstructions are compared with real"),
@@ -171,13 +171,13 @@ def test_a_reference_of_adm_is_compared_with_and_completed(
     found = numbers(capsys.readouterr().out)
     with np.load(root / ADM_FILE) as file:
         mean, covariance = file["mu"], file["sigma"]
-    rows = extract(FakeInception().eval(), pictures(40, 1)).pool.double().numpy()
+    rows = extract(FakeInception().eval(), random_images(40, 1)).pool.double().numpy()
     roots = np.sqrt(np.linalg.eigvals(covariance @ np.cov(rows, rowvar=False)).real.clip(0))
     expected = np.square(mean - rows.mean(0)).sum() + np.trace(covariance + np.cov(rows, rowvar=False)) - 2 * sum(roots)
     assert found["gfid/imagenet256-adm"] == pytest.approx(expected, rel=1e-3)
     assert {"gsfid/imagenet256-adm", "precision/imagenet256-adm", "inception_score"} <= set(found)
     main(["reference", str(root / ADM_FILE), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
-    assert "an unknown number of pictures of 8 px, for generation, named adm" in capsys.readouterr().out
+    assert "an unknown number of images of 8 px, for generation, named adm" in capsys.readouterr().out
     main(["compare", str(root / "fake"), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
     again = numbers(capsys.readouterr().out)
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
@@ -223,26 +223,26 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no config": (["compare", "fake", "real", "--config=no.yaml"], ["no.yaml"]),
     "no such device": (["compare", "fake", "real", "--device=gpu"], ["device is 'gpu'", "give cpu, or cuda"]),
-    "no pictures": (["compare", "missing", "real"], ["missing does not exist"]),
+    "no images": (["compare", "missing", "real"], ["missing does not exist"]),
     "no such reference": (["compare", "fake", "missing.npz"], ["missing.npz does not exist"]),
-    "one picture": (["compare", "one", "real"], ["one holds 1 pictures; at least 2 are needed"]),
-    "one real picture": (["compare", "fake", "one"], ["one holds 1 pictures; at least 2 are needed"]),
-    "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of pictures"]),
+    "one image": (["compare", "one", "real"], ["one holds 1 images; at least 2 are needed"]),
+    "one real image": (["compare", "fake", "one"], ["one holds 1 images; at least 2 are needed"]),
+    "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of images"]),
     "another array": (["compare", "others.npz", "real"], ["others.npz", "arr_0"]),
     "floats": (["compare", "float.npz", "real"], ["float.npz", "float64", "uint8"]),
     "text": (["compare", "fake", "text.npz"], ["text.npz is no .npz, or damaged"]),
     "other sizes": (["compare", "fake", "larger"], ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
-    "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of pictures of 8 pixels, not 16"]),
+    "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of images of 8 pixels, not 16"]),
     "another extractor": (["compare", "fake", ADM_FILE], ["made with the extractor inception, not everything"]),
     "no report": (["compare", "fake", "real", "--report=empty"], ["empty is there and is no report"]),
     "out of no format": (["reference", "real", "out"], ["out is", "give the name of a file, *.npz"]),
     "out is a folder": (["reference", "real", "folder.npz"], ["out is", "give the name of a file, *.npz"]),
-    "out is the source": (["reference", "real.npz", "real.npz"], ["which are the pictures; give another name"]),
+    "out is the source": (["reference", "real.npz", "real.npz"], ["which are the images; give another name"]),
     "a slash": (["reference", "real", "out.npz", "--name=a/b"], ["cannot be named 'a/b'"]),
     "no name": (["reference", "real", "out.npz", "--name="], ["cannot be named ''"]),
     "white space": (["reference", "real", "my out.npz"], ["cannot be named 'my out'"]),
     "no purpose": (["reference", "real", "out.npz", "--purpose=no"], ["'generation', 'reconstruction'", "no"]),
-    "a size": (["reference", "statistics.npz", "out.npz", "--image_size=16"], ["of pictures of 8 pixels, not 16"]),
+    "a size": (["reference", "statistics.npz", "out.npz", "--image_size=16"], ["of images of 8 pixels, not 16"]),
     "a file for a folder": (["reference", "real", "text.npz/out.npz"], ["text.npz"]),
 }
 
@@ -310,14 +310,14 @@ def test_an_interruption_leaves_nothing_and_no_traceback(
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         write_npz(tmp_path / f"{name}.npz", 200, seed)
     alive: set[int] = set()
     most = 0
-    batches = PictureSet.batches
+    batches = ImageSet.batches
 
-    def spied(self: PictureSet, *arguments: Any, **options: Any) -> Iterator[PictureBatch]:
+    def spied(self: ImageSet, *arguments: Any, **options: Any) -> Iterator[ImageBatch]:
         nonlocal most
         for batch in batches(self, *arguments, **options):
             alive.add(id(batch.images))
@@ -325,7 +325,7 @@ def test_pictures_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             most = max(most, len(alive))
             yield batch
 
-    monkeypatch.setattr(PictureSet, "batches", spied)
+    monkeypatch.setattr(ImageSet, "batches", spied)
     compare(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), Everything(), batch_size=10)
     assert 0 < most <= 3
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from evaluation.__main__ import main
 from evaluation.content_check import check_content, warn_of_content
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from tests.datamodules.shard_files import encode, write_shards
 from tests.metrics.extractors import SIZE, Everything
 
@@ -78,13 +78,13 @@ def test_they_are_refused_before_anything_is_computed_or_written(
 
 def test_a_batch_of_ordinary_images_is_looked_at_and_all_of_odd_ones(root: Path) -> None:
     np.savez("many.npz", noise(200))
-    images = open_pictures("many.npz")
+    images = open_images("many.npz")
     check_content(images)
     assert images.content.count == 16
     late = np.zeros((200, SIZE, SIZE, 3), np.uint8)
     late[-1] = noise(1)
     np.savez("late.npz", late)
-    images = open_pictures("late.npz")
+    images = open_images("late.npz")
     check_content(images)
     assert images.content.count == 200
 
@@ -96,7 +96,7 @@ def test_odd_images_are_measured_with_a_warning(
     write(root / "binarised", (noise() > 127) * np.uint8(255))
     write(root / "copied", np.concatenate([noise(10), noise(10)]))
     for name, warning in (("binarised", "only the levels 0, 255"), ("copied", "10 of 20 images are exact copies")):
-        images = open_pictures(name)
+        images = open_images(name)
         check_content(images)
         list(images.batches(7, num_workers=num_workers))
         with pytest.warns(UserWarning, match=f"{name}: .*{warning}"):

@@ -1,4 +1,4 @@
-"""A report shows the same few pictures however they came, and beside them their nearest of the reference."""
+"""A report shows the same few images however they came, and beside them their nearest of the reference."""
 
 import numpy as np
 import pytest
@@ -9,33 +9,33 @@ from torch import Tensor
 from evaluation.gallery import CLASSES, NEIGHBOURED, NEIGHBOURS, PER_CLASS, RANDOM, RECONSTRUCTED, Gallery
 from evaluation.reference import Reference
 from llamagen.grids import MARGIN, captioned_grid, grid_image
-from tests.metrics.extractors import SIZE, pictures
+from tests.metrics.extractors import SIZE, random_images
 
 COUNT, KINDS = 500, 23
 
 
 def shown(index: Tensor, batch_size: int = 64, labels: bool = True, gallery: Gallery | None = None) -> Gallery:
-    """A gallery that has seen some of 500 pictures of 23 classes."""
+    """A gallery that has seen some of 500 images of 23 classes."""
     gallery = Gallery() if gallery is None else gallery
-    images = pictures(COUNT, 0)
+    batch = random_images(COUNT, 0)
     for some in index.split(batch_size):
-        features = images[some].flatten(1).float()
-        gallery.show(images[some], some, features, some % KINDS if labels else None)
+        features = batch[some].flatten(1).float()
+        gallery.show(batch[some], some, features, some % KINDS if labels else None)
     return gallery
 
 
 def content(gallery: Gallery) -> tuple[list[int], dict[int, list[int]]]:
-    """Which pictures it has, and sees that they are these."""
-    images = pictures(COUNT, 0).permute(0, 2, 3, 1).numpy()
+    """Which images it has, and sees that they are these."""
+    batch = random_images(COUNT, 0).permute(0, 2, 3, 1).numpy()
     for some in (gallery.chosen, *gallery.by_class.values()):
         for number, exhibit in some.items():
-            assert np.array_equal(exhibit.picture, images[number])
-            assert np.array_equal(exhibit.features, images[number].transpose(2, 0, 1).ravel())
+            assert np.array_equal(exhibit.image, batch[number])
+            assert np.array_equal(exhibit.features, batch[number].transpose(2, 0, 1).ravel())
     return list(gallery.chosen), {label: list(gallery.by_class[label]) for label in sorted(gallery.by_class)}
 
 
 def cells(image: Image.Image, side: int = SIZE) -> list[list[np.ndarray]]:
-    """The pictures of a grid."""
+    """The images of a grid."""
     array, step = np.asarray(image), side + MARGIN
     assert (array.shape[0] - MARGIN) % step == (array.shape[1] - MARGIN) % step == 0
     return [
@@ -44,7 +44,7 @@ def cells(image: Image.Image, side: int = SIZE) -> list[list[np.ndarray]]:
     ]
 
 
-def test_the_same_pictures_are_chosen_in_any_order_batches_and_ranks() -> None:
+def test_the_same_images_are_chosen_in_any_order_batches_and_ranks() -> None:
     expected = content(shown(torch.arange(COUNT)))
     shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
     assert content(shown(shuffled, 7)) == expected
@@ -72,15 +72,15 @@ def test_few_are_held_and_spread_over_all() -> None:
 
 @pytest.mark.parametrize("rows_last", [False, True])
 def test_what_is_held_is_no_view_of_the_batch(rows_last: bool) -> None:
-    gallery, images, features = Gallery(), pictures(9, 0), torch.zeros(9, 2)
+    gallery, batch, features = Gallery(), random_images(9, 0), torch.zeros(9, 2)
     if rows_last:
-        images = images.to(memory_format=torch.channels_last)
-    gallery.show(images, torch.arange(9), features, originals=images)
-    images.fill_(0)
+        batch = batch.to(memory_format=torch.channels_last)
+    gallery.show(batch, torch.arange(9), features, originals=batch)
+    batch.fill_(0)
     features.fill_(1)
     for number, exhibit in gallery.chosen.items():
-        before = pictures(9, 0)[number].permute(1, 2, 0).numpy()
-        assert np.array_equal(exhibit.picture, before)
+        before = random_images(9, 0)[number].permute(1, 2, 0).numpy()
+        assert np.array_equal(exhibit.image, before)
         assert np.array_equal(exhibit.original, before)  # type: ignore[arg-type]
         assert not exhibit.features.any()
 
@@ -92,26 +92,26 @@ def test_a_small_set_is_shown_whole() -> None:
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_pictures_without_class_have_no_rows_of_classes(given: bool) -> None:
-    gallery, images = Gallery(), pictures(5, 0)
-    gallery.show(images, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
+def test_images_without_class_have_no_rows_of_classes(given: bool) -> None:
+    gallery, batch = Gallery(), random_images(5, 0)
+    gallery.show(batch, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
     assert set(gallery.grids(None)) == {"random"}
 
 
-def test_captions_stand_below_their_pictures() -> None:
+def test_captions_stand_below_their_random_images() -> None:
     def shown_with(captions: list[str] | None) -> Image.Image:
         gallery = Gallery()
         for number in torch.arange(3).split(1):
             text = None if captions is None else [captions[int(number)]]
-            gallery.show(pictures(3, 0)[number], number, torch.zeros(1, 2), captions=text)
+            gallery.show(random_images(3, 0)[number], number, torch.zeros(1, 2), captions=text)
         return gallery.grids(None)["random"]
 
-    images, texts = pictures(3, 0).permute(0, 2, 3, 1).numpy(), ["a dog", "", "a red house"]
+    batch, texts = random_images(3, 0).permute(0, 2, 3, 1).numpy(), ["a dog", "", "a red house"]
     order = list(shown(torch.arange(3)).chosen)
-    expected = captioned_grid([[images[number] for number in order]], [[texts[number] for number in order]])
+    expected = captioned_grid([[batch[number] for number in order]], [[texts[number] for number in order]])
     assert np.array_equal(shown_with(texts), expected)
     for unknown in (None, [""] * 3):
-        assert np.array_equal(shown_with(unknown), grid_image([[images[number] for number in order]]))
+        assert np.array_equal(shown_with(unknown), grid_image([[batch[number] for number in order]]))
 
 
 def test_nothing_is_shown_of_nothing() -> None:
@@ -121,8 +121,8 @@ def test_nothing_is_shown_of_nothing() -> None:
 def test_each_class_has_a_row() -> None:
     gallery = shown(torch.arange(COUNT))
     rows = cells(gallery.grids(None)["classes"])
-    images = pictures(COUNT, 0).permute(0, 2, 3, 1).numpy()
-    expected = [[images[number] for number in numbers] for numbers in content(gallery)[1].values()]
+    batch = random_images(COUNT, 0).permute(0, 2, 3, 1).numpy()
+    expected = [[batch[number] for number in numbers] for numbers in content(gallery)[1].values()]
     assert np.array_equal(np.array(rows), np.array(expected))
 
 
@@ -136,27 +136,27 @@ def reference(features: Tensor, thumbnails: np.ndarray) -> Reference:
 def test_neighbours_are_the_nearest_of_the_reference() -> None:
     gallery = shown(torch.arange(COUNT))
     drawn = list(gallery.chosen)[:NEIGHBOURED]
-    images = pictures(COUNT, 0)
+    batch = random_images(COUNT, 0)
     known, thumbnails = [], []
-    # Of each picture that is shown, there are some at growing distances: the farther, the darker.
+    # Of each image that is shown, there are some at growing distances: the farther, the darker.
     for step in reversed(range(NEIGHBOURS + 1)):
         for number in drawn:
-            known.append(images[number].flatten().float() + step * torch.eye(3 * SIZE * SIZE)[0])
+            known.append(batch[number].flatten().float() + step * torch.eye(3 * SIZE * SIZE)[0])
             thumbnails.append(np.full((SIZE, SIZE, 3), 250 - 10 * step - drawn.index(number), np.uint8))
     rows = cells(gallery.grids(reference(torch.stack(known), np.stack(thumbnails)))["neighbours"])
     assert len(rows) == NEIGHBOURED
     for place, row in enumerate(rows):
-        assert np.array_equal(row[0], images[drawn[place]].permute(1, 2, 0).numpy())
+        assert np.array_equal(row[0], batch[drawn[place]].permute(1, 2, 0).numpy())
         assert [int(each[0, 0, 0]) for each in row[1:]] == [250 - 10 * step - place for step in range(NEIGHBOURS)]
 
 
-def test_a_reference_of_few_pictures_has_as_many_neighbours() -> None:
+def test_a_reference_of_few_images_has_as_many_neighbours() -> None:
     gallery = shown(torch.arange(20))
     grids = gallery.grids(reference(torch.zeros(2, 3 * SIZE * SIZE), np.zeros((2, SIZE, SIZE, 3), np.uint8)))
     assert len(cells(grids["neighbours"])[0]) == 3
 
 
-def test_large_pictures_stand_beside_neighbours_of_their_size() -> None:
+def test_large_images_stand_beside_neighbours_of_their_size() -> None:
     gallery = Gallery()
     gallery.show(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), torch.arange(3), torch.zeros(3, 2))
     grids = gallery.grids(reference(torch.zeros(2, 2), np.full((2, 64, 64, 3), 7, np.uint8)))
@@ -166,13 +166,13 @@ def test_large_pictures_stand_beside_neighbours_of_their_size() -> None:
 
 
 def test_reconstructions_stand_below_their_originals() -> None:
-    gallery, images = Gallery(), pictures(40, 0)
-    gallery.show(255 - images, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), images)
+    gallery, batch = Gallery(), random_images(40, 0)
+    gallery.show(255 - batch, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), batch)
     grids = gallery.grids(None)
     assert set(grids) == {"reconstructions"}
     rows = cells(grids["reconstructions"])
     originals = [each for row in rows[::2] for each in row]
     below = [each for row in rows[1::2] for each in row]
-    expected = [images[number].permute(1, 2, 0).numpy() for number in list(gallery.chosen)[:RECONSTRUCTED]]
+    expected = [batch[number].permute(1, 2, 0).numpy() for number in list(gallery.chosen)[:RECONSTRUCTED]]
     assert np.array_equal(np.array(originals), np.array(expected))
     assert np.array_equal(np.array(below), 255 - np.array(expected))

@@ -1,4 +1,4 @@
-"""Pictures to evaluate, out of folders and shards: which, in what order and size, what is skipped and refused."""
+"""Images to evaluate, out of folders and shards: which, in what order and size, what is skipped and refused."""
 
 from pathlib import Path
 from typing import cast
@@ -11,42 +11,40 @@ from PIL import Image
 from callbacks.writers.images import write_archive
 from callbacks.writers.sample_folder import SampleFolder
 from datamodules.transforms.crops import centre_crop
-from evaluation.image_sets import PictureBatch, PictureSet, Split, join_checksums, open_pictures
+from evaluation.image_sets import ImageBatch, ImageSet, Split, join_checksums, open_images
 from llamagen.grids import save_png
-from tests.datamodules.shard_files import assert_one_line, encode, write_pictures, write_shards
+from tests.datamodules.shard_files import assert_one_line, encode, write_images, write_shards
 
 
-def picture(number: int, size: int = 4, width: int | None = None) -> np.ndarray:
+def flat_image(number: int, size: int = 4, width: int | None = None) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (size, width or size, 3), np.uint8)
 
 
 def write(root: Path, *names: str, size: int = 4) -> None:
-    """Picture i under the i-th name."""
+    """Image i under the i-th name."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(number, size)).save(root / name, lossless=True)
+        Image.fromarray(flat_image(number, size)).save(root / name, lossless=True)
 
 
-def read(
-    found: PictureSet, batch_size: int = 3, rank: int = 0, world_size: int = 1, num_workers: int = 0
-) -> PictureBatch:
+def read(found: ImageSet, batch_size: int = 3, rank: int = 0, world_size: int = 1, num_workers: int = 0) -> ImageBatch:
     """A set, or a rank's share, as one batch."""
     parts = zip(*found.batches(batch_size, rank, world_size, num_workers), strict=True)
-    return PictureBatch(*(torch.cat(part) for part in parts))
+    return ImageBatch(*(torch.cat(part) for part in parts))
 
 
-def pixels(batch: PictureBatch) -> list[bytes]:
+def pixels(batch: ImageBatch) -> list[bytes]:
     return [image.tobytes() for image in batch.images.permute(0, 2, 3, 1).numpy()]
 
 
-def test_a_folder_of_pictures_alone_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_a_folder_of_images_alone_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path, "c.png", "000010_class3.png", "b.webp", "000009_class7.png")
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / ".hidden.png").write_bytes(b"")
     (tmp_path / "logs").mkdir()
-    found = open_pictures(tmp_path)
+    found = open_images(tmp_path)
     batch = read(found)
-    assert pixels(batch) == [picture(number).tobytes() for number in (3, 1, 2, 0)]
+    assert pixels(batch) == [flat_image(number).tobytes() for number in (3, 1, 2, 0)]
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous()
     assert batch.index.tolist() == [0, 1, 2, 3]
@@ -57,34 +55,34 @@ def test_a_folder_of_pictures_alone_is_read_in_the_order_of_names(tmp_path: Path
 def test_class_folders_are_read_in_the_order_of_paths(tmp_path: Path) -> None:
     write(tmp_path, "dog/0.png", "cat/1.png", "cat/0.png", "ant/b/5.png")
     (tmp_path / "._0.png").write_bytes(b"")  # of a Macintosh
-    batch = read(open_pictures(tmp_path))
-    assert pixels(batch) == [picture(number).tobytes() for number in (3, 2, 1, 0)]
+    batch = read(open_images(tmp_path))
+    assert pixels(batch) == [flat_image(number).tobytes() for number in (3, 2, 1, 0)]
     assert batch.labels.tolist() == [0, 1, 1, 2]
 
 
-def test_a_folder_and_the_archive_that_sampling_writes_are_the_same_pictures(tmp_path: Path) -> None:
+def test_a_folder_and_the_archive_that_sampling_writes_are_the_same_images(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([0, 0, 1, 1, 10]))
     for index in range(5):
-        save_png(Image.fromarray(picture(index)), folder.path(index))
+        save_png(Image.fromarray(flat_image(index)), folder.path(index))
     write_archive(folder)
-    files, archive = open_pictures(tmp_path / "pictures"), open_pictures(tmp_path / "samples.npz")
+    files, archive = open_images(tmp_path / "images"), open_images(tmp_path / "samples.npz")
     read_files, read_archive = read(files), read(archive)
     assert torch.equal(read_files.images, read_archive.images)
     assert read_files.labels.tolist() == read_archive.labels.tolist() == [0, 0, 1, 1, 10]
     assert files.checksum() == archive.checksum() != "0" * 64
-    save_png(Image.fromarray(picture(0)), tmp_path / "grid.png")
+    save_png(Image.fromarray(flat_image(0)), tmp_path / "grid.png")
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path)
-    assert_one_line(error, tmp_path, "grid.png", "pictures)", "give one of these")
+        open_images(tmp_path)
+    assert_one_line(error, tmp_path, "grid.png", "images)", "give one of these")
 
 
 def test_shards_are_read_without_regard_to_labels_and_captions(tmp_path: Path) -> None:
-    parts: list[dict[str, bytes]] = [{"png": encode(Image.fromarray(picture(number)))} for number in range(5)]
+    parts: list[dict[str, bytes]] = [{"png": encode(Image.fromarray(flat_image(number)))} for number in range(5)]
     parts[1]["cls"], parts[2]["cls"], parts[3]["txt"] = b"7", b"seven", b"a dog"
     write_shards(tmp_path / "set", [(f"{number}", part) for number, part in enumerate(parts)])
     for name in (tmp_path / "set", f"{tmp_path}/set/set-{{000000..000001}}.tar"):
-        batch = read(open_pictures(name))
-        assert pixels(batch) == [picture(number).tobytes() for number in range(5)]
+        batch = read(open_images(name))
+        assert pixels(batch) == [flat_image(number).tobytes() for number in range(5)]
         assert batch.labels.tolist() == [-1, 7, -1, -1, -1]
 
 
@@ -92,23 +90,23 @@ def test_of_a_set_with_splits_one_is_read(tmp_path: Path) -> None:
     write(tmp_path / "classes", "train/a/0.png", "train/b/1.png", "val/b/2.png", "val/b/3.png", "val/a/4.png")
     write(tmp_path / "flat", "train/0.png", "train/1.png", "val/2.png", "val/3.png", "val/4.png")
     write(tmp_path / "mixed", "train/a/0.png", "train/b/1.png", "val/2.png", "val/3.png", "val/4.png")
-    write_pictures(tmp_path / "shards", 2, 3)
+    write_images(tmp_path / "shards", 2, 3)
     for name in ("classes", "flat", "mixed", "shards"):
         for split, count in (("train", 2), ("val", 3)):
-            assert len(open_pictures(tmp_path / name, split=cast(Split, split))) == count
+            assert len(open_images(tmp_path / name, split=cast(Split, split))) == count
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name)
+            open_images(tmp_path / name)
         assert_one_line(error, tmp_path / name, "splits train and val", "set split")
-    assert read(open_pictures(tmp_path / "classes", split="val")).labels.tolist() == [0, 1, 1]
+    assert read(open_images(tmp_path / "classes", split="val")).labels.tolist() == [0, 1, 1]
 
 
 def test_the_only_split_is_read(tmp_path: Path) -> None:
     write(tmp_path / "classes", "val/a/0.png", "val/b/1.png")
     write(tmp_path / "flat", "val/0.png", "val/1.png")
     for name in ("classes", "flat"):
-        assert len(open_pictures(tmp_path / name)) == len(open_pictures(tmp_path / name, split="val")) == 2
+        assert len(open_images(tmp_path / name)) == len(open_images(tmp_path / name, split="val")) == 2
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name, split="train")
+            open_images(tmp_path / name, split="train")
         assert_one_line(error, tmp_path / name, "no split train, only val")
 
 
@@ -117,12 +115,12 @@ def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "classes", "a/0.png", "a/1.png")
     for name in ("flat", "classes"):
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name, split="train")
+            open_images(tmp_path / name, split="train")
         assert_one_line(error, tmp_path / name, "no train and val folders", "leave split train out")
 
 
-def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
-    rgb = Image.fromarray(picture(0) // 64 * 64)
+def test_all_kinds_of_images_become_rgb(tmp_path: Path) -> None:
+    rgb = Image.fromarray(flat_image(0) // 64 * 64)
     rgb.save(tmp_path / "0.png")
     transparent = rgb.copy()
     transparent.putalpha(7)
@@ -130,7 +128,7 @@ def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
     rgb.quantize(16).save(tmp_path / "2.png")
     rgb.convert("L").save(tmp_path / "3.png")
     rgb.convert("CMYK").save(tmp_path / "4.jpg")
-    batch = read(open_pictures(tmp_path))
+    batch = read(open_images(tmp_path))
     plain, alpha, palette, grey, cmyk = batch.images
     assert torch.equal(plain, alpha)
     assert torch.equal(palette, torch.from_numpy(np.array(rgb.quantize(16).convert("RGB"))).permute(2, 0, 1))
@@ -139,47 +137,47 @@ def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_of_another_size_is_an_error(tmp_path: Path, num_workers: int) -> None:
+def test_an_image_of_another_size_is_an_error(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, "a.png", "b.png")
-    Image.fromarray(picture(0, 6, 5)).save(tmp_path / "c.png")
+    Image.fromarray(flat_image(0, 6, 5)).save(tmp_path / "c.png")
     with pytest.raises(ValueError) as error:
-        read(open_pictures(tmp_path), num_workers=num_workers)
+        read(open_images(tmp_path), num_workers=num_workers)
     assert_one_line(error, tmp_path / "c.png", "5 × 6", "4 × 4", "image_size")
     assert str(error.value).startswith(str(tmp_path / "c.png")), "it is not counted as broken"
 
 
-def test_a_first_picture_that_is_not_square_is_an_error(tmp_path: Path) -> None:
+def test_a_first_image_that_is_not_square_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, "b.png")
-    Image.fromarray(picture(0, 6, 5)).save(tmp_path / "a.png")
+    Image.fromarray(flat_image(0, 6, 5)).save(tmp_path / "a.png")
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path)
+        open_images(tmp_path)
     assert_one_line(error, tmp_path / "a.png", "5 × 6", "not square", "image_size")
 
 
-def test_with_an_image_size_pictures_of_another_are_cropped(tmp_path: Path) -> None:
+def test_with_an_image_size_images_of_another_are_cropped(tmp_path: Path) -> None:
     write(tmp_path, "a.png", size=4)
-    Image.fromarray(picture(7, 11, 9)).save(tmp_path / "b.png")
-    Image.fromarray(picture(8, 3)).save(tmp_path / "c.png")
-    found = open_pictures(tmp_path, image_size=4)
+    Image.fromarray(flat_image(7, 11, 9)).save(tmp_path / "b.png")
+    Image.fromarray(flat_image(8, 3)).save(tmp_path / "c.png")
+    found = open_images(tmp_path, image_size=4)
     batch = read(found)
-    expected = [picture(0), centre_crop(picture(7, 11, 9), 4), centre_crop(picture(8, 3), 4)]
+    expected = [flat_image(0), centre_crop(flat_image(7, 11, 9), 4), centre_crop(flat_image(8, 3), 4)]
     assert pixels(batch) == [part.tobytes() for part in expected]
     assert (found.size, found.crop, found.cropped) == (4, "adm-centre", 2)
 
 
-def test_pictures_that_have_the_image_size_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_images_that_have_the_image_size_are_taken_as_they_are(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.png")
-    found = open_pictures(tmp_path, image_size=4)
-    assert pixels(read(found)) == [picture(0).tobytes(), picture(1).tobytes()]
+    found = open_images(tmp_path, image_size=4)
+    assert pixels(read(found)) == [flat_image(0).tobytes(), flat_image(1).tobytes()]
     assert found.crop == "none"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ranks_share_a_folder_out(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(7)))
-    whole = open_pictures(tmp_path)
+    whole = open_images(tmp_path)
     expected = pixels(read(whole))
-    found = open_pictures(tmp_path)
+    found = open_images(tmp_path)
     checksums = []
     for rank in range(2):
         batch = read(found, 3, rank, 2, num_workers)
@@ -193,78 +191,78 @@ def test_ranks_share_a_folder_out(tmp_path: Path, num_workers: int) -> None:
 def test_the_checksum_is_of_the_pixels(tmp_path: Path) -> None:
     write(tmp_path / "a", "0.png", "1.png")
     write(tmp_path / "b", "1.png", "0.png")
-    sets = [open_pictures(tmp_path / name) for name in "ab"]
+    sets = [open_images(tmp_path / name) for name in "ab"]
     assert sets[0].checksum() == "0" * 64
     for found in sets:
         read(found)
     assert sets[0].checksum() == sets[1].checksum()
     read(sets[0])
     assert sets[0].checksum() == sets[1].checksum(), "a second pass adds to the first"
-    changed = picture(0)
+    changed = flat_image(0)
     changed[3, 3, 2] ^= 1
     Image.fromarray(changed).save(tmp_path / "a/0.png")
     read(sets[0])
     assert sets[0].checksum() != sets[1].checksum()
-    Image.fromarray(picture(1)).save(tmp_path / "a/0.png")
+    Image.fromarray(flat_image(1)).save(tmp_path / "a/0.png")
     read(sets[0])
-    assert int(sets[0].checksum(), 16) != 0, "equal pictures must not cancel"
+    assert int(sets[0].checksum(), 16) != 0, "equal images must not cancel"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_pictures_are_skipped_and_counted(tmp_path: Path, num_workers: int) -> None:
+def test_broken_images_are_skipped_and_counted(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, *(f"{number:02d}.png" for number in range(40)))
-    (tmp_path / "00.png").write_bytes(b"no picture")
+    (tmp_path / "00.png").write_bytes(b"no image")
     (tmp_path / "30.png").write_bytes(b"")
-    found = open_pictures(tmp_path)
+    found = open_images(tmp_path)
     assert len(found) == 40
     assert found.skipped == {}
     for _ in range(2):
         batch = read(found, 1, num_workers=num_workers)
         assert batch.index.tolist() == [number for number in range(40) if number not in (0, 30)]
-        assert found.skipped == {"broken picture": 1, "empty file": 1}
+        assert found.skipped == {"broken image": 1, "empty file": 1}
     (tmp_path / "31.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
         read(found, 1, num_workers=num_workers)
-    assert_one_line(error, "3 of 40 pictures", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "mend")
+    assert_one_line(error, "3 of 40 images", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "mend")
 
 
-def test_a_set_whose_last_pictures_are_broken_is_refused(tmp_path: Path) -> None:
+def test_a_set_whose_last_images_are_broken_is_refused(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(5)))
     (tmp_path / "4.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
-        read(open_pictures(tmp_path), 1)
-    assert_one_line(error, "1 of 5 pictures", "4")
+        read(open_images(tmp_path), 1)
+    assert_one_line(error, "1 of 5 images", "4")
 
 
-def test_a_set_whose_first_pictures_are_broken_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+def test_a_set_whose_first_images_are_broken_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(5)))
     (tmp_path / "0.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path)
-    assert_one_line(error, "1 of 5 pictures", tmp_path / "0.png")
+        open_images(tmp_path)
+    assert_one_line(error, "1 of 5 images", tmp_path / "0.png")
 
 
 def test_several_ranks_judge_the_sum(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number:02d}.png" for number in range(39)))
     (tmp_path / "39.bmp").write_bytes(b"")
     (tmp_path / "05.png").write_bytes(b"")
-    found = open_pictures(tmp_path)
-    assert found.skipped == {"no picture": 1}
+    found = open_images(tmp_path)
+    assert found.skipped == {"no image": 1}
     counts = []
     for rank in range(2):
         read(found, 4, rank, 2)
         counts.append(found.skipped)
-    assert counts == [{"no picture": 1}, {"empty file": 1}]
+    assert counts == [{"no image": 1}, {"empty file": 1}]
     found.check_skipped(counts[0] + counts[1])
     for name in ("07.png", "09.png"):
         (tmp_path / name).write_bytes(b"")
     assert len(read(found, 4, 1, 2).index) == 16, "a rank among others does not judge"
     with pytest.raises(ValueError) as error:
-        found.check_skipped({"no picture": 1, "empty file": 2})
-    assert_one_line(error, "3 of 40", "empty file: 2, no picture: 1")
+        found.check_skipped({"no image": 1, "empty file": 2})
+    assert_one_line(error, "3 of 40", "empty file: 2, no image: 1")
 
 
-def test_what_holds_no_pictures_is_refused(tmp_path: Path) -> None:
+def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes/a").mkdir(parents=True)
     write(tmp_path / "one", "0.png")
@@ -275,31 +273,31 @@ def test_what_holds_no_pictures_is_refused(tmp_path: Path) -> None:
         "none": "does not exist",
         "empty": "holds neither",
         "classes": "hold no samples: no image is in a",
-        "one": "1 pictures; at least 2",
+        "one": "1 images; at least 2",
         "bmp": "convert it",
     }
     for name, said in cases.items():
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name)
-        assert_one_line(error, tmp_path / name, said, "give a folder of pictures")
+            open_images(tmp_path / name)
+        assert_one_line(error, tmp_path / name, said, "give a folder of images")
 
 
-def test_codes_are_no_pictures(tmp_path: Path) -> None:
+def test_codes_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"format": "llamagen-codes", "splits": {}}')
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path)
+        open_images(tmp_path)
     assert_one_line(error, tmp_path, "holds codes")
 
 
 @pytest.mark.parametrize("image_size", [0, -1])
 def test_an_impossible_size_is_refused(tmp_path: Path, image_size: int) -> None:
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path, image_size)
+        open_images(tmp_path, image_size)
     assert_one_line(error, f"image_size is {image_size}")
 
 
 def test_an_impossible_batch_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path).batches(0)
+        open_images(tmp_path).batches(0)
     assert_one_line(error, "batch_size is 0 and num_workers 0")

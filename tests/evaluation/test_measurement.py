@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement, name_of
 from evaluation.reference import Reference, make_reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extractor_checksum
 from tests.evaluation.sets import FakeInception, write_npz
-from tests.metrics.extractors import SIZE, Corner, Everything, Projection, pictures
+from tests.metrics.extractors import SIZE, Corner, Everything, Projection, random_images
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    path = write_npz(tmp_path_factory.mktemp("pictures") / "real.npz", 30, 0)
-    return make_reference(open_pictures(path), FakeInception(), "real")
+    path = write_npz(tmp_path_factory.mktemp("images") / "real.npz", 30, 0)
+    return make_reference(open_images(path), FakeInception(), "real")
 
 
 def measured(measurement: Measurement, images: Tensor, batch_size: int = 100) -> dict[str, float]:
@@ -30,14 +30,14 @@ def measured(measurement: Measurement, images: Tensor, batch_size: int = 100) ->
 
 
 def test_numbers_are_those_of_the_metrics(reference: Reference) -> None:
-    found = measured(Measurement(FakeInception(), SIZE, "generation", reference), pictures(40, 1))
+    found = measured(Measurement(FakeInception(), SIZE, "generation", reference), random_images(40, 1))
     extractor = FakeInception()
     expected = {}
     for metric, prefix in ((FID, "g"), (SFID, "g"), (KID, "g"), (PrecisionRecall, ""), (InceptionScore, "")):
         each = metric(extractor, SIZE)
         if metric is not InceptionScore:
-            each.update(pictures(30, 0), real=True)
-        each.update(pictures(40, 1))
+            each.update(random_images(30, 0), real=True)
+        each.update(random_images(40, 1))
         value = each.compute()
         if isinstance(value, Tensor):
             expected[f"{prefix}{each.symbol}/real"] = value.item()
@@ -58,24 +58,26 @@ class Exact(Corner):
 
 
 def test_batches_change_nothing(tmp_path: Path) -> None:
-    real = open_pictures(write_npz(tmp_path / "real.npz", 30, 0))
+    real = open_images(write_npz(tmp_path / "real.npz", 30, 0))
     reference = make_reference(real, Exact(), "real")
-    found = [measured(Measurement(Exact(), SIZE, "generation", reference), pictures(40, 1), size) for size in (40, 7)]
+    found = [
+        measured(Measurement(Exact(), SIZE, "generation", reference), random_images(40, 1), size) for size in (40, 7)
+    ]
     assert len(found[0]) == 8
     assert found[0] == pytest.approx(found[1], rel=1e-6, abs=1e-9)
 
 
-def test_the_pictures_themselves_are_the_reference_where_there_is_none() -> None:
+def test_the_images_themselves_are_the_reference_where_there_is_none() -> None:
     measurement = Measurement(FakeInception(), SIZE, "reconstruction")
-    measurement.update(pictures(30, 0), real=True)
-    found = measured(measurement, pictures(30, 0))
+    measurement.update(random_images(30, 0), real=True)
+    found = measured(measurement, random_images(30, 0))
     assert set(found) == {"rfid/val", "rsfid/val", "rkid/val", "rkid_std/val", "precision/val", "recall/val"}
     assert found["rfid/val"] == pytest.approx(0, abs=1e-6)
     assert found["precision/val"] == found["recall/val"] == 1
     assert measurement.count == 30
     measurement.reset()
     assert measurement.count == 0
-    with pytest.raises(ValueError, match="pictures are too few for fid"):
+    with pytest.raises(ValueError, match="images are too few for fid"):
         measurement.compute()
 
 
@@ -99,14 +101,14 @@ def symbols(found: dict[str, float]) -> set[str]:
 
 
 def test_what_the_extractor_does_not_give_is_left_out_with_one_warning(tmp_path: Path) -> None:
-    made = make_reference(open_pictures(write_npz(tmp_path / "a.npz", 30, 0)), Projection(), "a")
+    made = make_reference(open_images(write_npz(tmp_path / "a.npz", 30, 0)), Projection(), "a")
     with pytest.warns(UserWarning, match="left out") as warned:
         measurement = Measurement(Projection(), SIZE, "generation", made)
     assert [str(warning.message) for warning in warned] == [
         "left out: sfid, as the extractor Projection gives no spatial features; inception_score, as the extractor "
         "Projection gives no logits"
     ]
-    assert symbols(measured(measurement, pictures(30, 1))) == {"gfid", "gkid", "gkid_std", "precision", "recall"}
+    assert symbols(measured(measurement, random_images(30, 1))) == {"gfid", "gkid", "gkid_std", "precision", "recall"}
 
 
 def test_what_the_reference_does_not_hold_is_left_out_with_one_warning(reference: Reference) -> None:
@@ -117,41 +119,41 @@ def test_what_the_reference_does_not_hold_is_left_out_with_one_warning(reference
         "left out: sfid, as the reference real has no spatial statistics (mu_s and sigma_s); precision, recall and "
         "kid, as the reference real has no features"
     ]
-    assert set(measured(measurement, pictures(30, 1))) == {"gfid/real", "inception_score", "inception_score_std"}
+    assert set(measured(measurement, random_images(30, 1))) == {"gfid/real", "inception_score", "inception_score_std"}
 
 
 def test_nothing_is_warned_of_where_all_is_measured(reference: Reference) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kind in ("generation", "reconstruction"):
-            measured(Measurement(FakeInception(), SIZE, kind, reference), pictures(30, 1))  # type: ignore[arg-type]
+            measured(Measurement(FakeInception(), SIZE, kind, reference), random_images(30, 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_few_pictures_give_what_they_can(count: int, reference: Reference) -> None:
+def test_a_few_images_give_what_they_can(count: int, reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     with pytest.warns(UserWarning, match="left out") as warned:
-        found = measured(measurement, pictures(count, 1))
+        found = measured(measurement, random_images(count, 1))
     assert set(found) == {"gfid/real", "gsfid/real", "gkid/real", "gkid_std/real"}
     assert all(np.isfinite(list(found.values())))
     few, *messages = sorted(str(warning.message) for warning in warned)
     assert few.startswith(f"{count} images are fewer than the 16 features of inception")
     assert messages == [
-        f"inception_score is left out: {count} pictures are too few for 10 splits of the Inception Score; give more, "
+        f"inception_score is left out: {count} images are too few for 10 splits of the Inception Score; give more, "
         "or set splits to less",
-        f"precision_recall is left out: {count} other pictures have no 3-th neighbour; give at least 4",
+        f"precision_recall is left out: {count} other images have no 3-th neighbour; give at least 4",
     ]
 
 
-def test_one_picture_is_too_few(reference: Reference) -> None:
-    with pytest.raises(ValueError, match="1 fake pictures are too few for fid; give at least two"):
-        measured(Measurement(FakeInception(), SIZE, "generation", reference), pictures(1, 1))
+def test_one_image_is_too_few(reference: Reference) -> None:
+    with pytest.raises(ValueError, match="1 fake images are too few for fid; give at least two"):
+        measured(Measurement(FakeInception(), SIZE, "generation", reference), random_images(1, 1))
 
 
 def test_what_does_not_fit_the_reference_is_refused_at_once(reference: Reference) -> None:
     with pytest.raises(ValueError, match="made with the extractor inception, not everything"):
         Measurement(Everything(), SIZE, "generation", reference)
-    with pytest.raises(ValueError, match="of pictures of 8 pixels, not 16"):
+    with pytest.raises(ValueError, match="of images of 8 pixels, not 16"):
         Measurement(FakeInception(), 16, "generation", reference)
     short = replace(reference, statistics=(reference.statistics[0][:4], reference.statistics[1][:4, :4]))
     with pytest.raises(ValueError, match="use the reference of this extractor"):
@@ -174,7 +176,7 @@ class Normed(nn.Module):
 def test_an_extractor_in_training_mode_stays_what_it_is() -> None:
     extractor = Normed().train()
     before = extractor_checksum(extractor)
-    Measurement(extractor, SIZE, "reconstruction").update(pictures(5, 0))
+    Measurement(extractor, SIZE, "reconstruction").update(random_images(5, 0))
     assert extractor_checksum(extractor) == before
     assert torch.equal(extractor.norm.running_mean, torch.zeros(3))  # type: ignore[arg-type]
 
@@ -185,12 +187,12 @@ def test_a_model_whose_images_are_all_the_same_is_warned_of_once(
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     for _ in range(2):
         for index in range(3):
-            measurement.update(pictures(4, 0)[:1].repeat(4, 1, 1, 1), torch.arange(4 * index, 4 * index + 4))
+            measurement.update(random_images(4, 0)[:1].repeat(4, 1, 1, 1), torch.arange(4 * index, 4 * index + 4))
         measurement.compute()
         measurement.reset()
     told = [str(warning.message) for warning in recwarn if "says little" in str(warning.message)]
     assert told == ["what is measured says little: all 12 images are the same image; sample or copy them again"]
-    measurement.update(pictures(4, 0), torch.arange(4))
+    measurement.update(random_images(4, 0), torch.arange(4))
     measurement.compute()
     assert len([warning for warning in recwarn if "says little" in str(warning.message)]) == 1
 
@@ -208,13 +210,13 @@ class ByClass(nn.Module):
 
 
 def test_images_that_are_sorted_by_class_have_the_inception_score_of_a_random_order() -> None:
-    images = pictures(400, 1)
-    images[:, 0, 0, 0] = torch.arange(8).repeat_interleave(50)
+    batch = random_images(400, 1)
+    batch[:, 0, 0, 0] = torch.arange(8).repeat_interleave(50)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(5))
     found = {}
-    for name, some in (("sorted", images), ("random", images[order])):
+    for name, some in (("sorted", batch), ("random", batch[order])):
         measurement = Measurement(ByClass(), SIZE, "generation")
-        measurement.update(images, real=True)
+        measurement.update(batch, real=True)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             found[name] = measured(measurement, some)["inception_score_by-class"]
@@ -222,11 +224,11 @@ def test_images_that_are_sorted_by_class_have_the_inception_score_of_a_random_or
         assert len(sorted_images) == (name == "sorted")
     assert found["sorted"] == pytest.approx(found["random"], rel=0.03)
     alone = InceptionScore(ByClass(), SIZE)
-    alone.update(images)
+    alone.update(batch)
     assert alone.compute().mean < 0.5 * found["random"]  # what ADM's evaluation gives
 
 
 def test_fewer_images_than_features_are_warned_of(reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     with pytest.warns(UserWarning, match="12 images are fewer than the 16 features of inception, which makes FID"):
-        measured(measurement, pictures(12, 1))
+        measured(measurement, random_images(12, 1))

@@ -1,4 +1,4 @@
-"""Pictures in one array: what is read, what is refused, and how much is held."""
+"""Images in one array: what is read, what is refused, and how much is held."""
 
 import io
 import tracemalloc
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.image_sets import _Array, open_pictures
-from evaluation.npz_images import PIECE, PictureArchive
+from evaluation.image_sets import _Array, open_images
+from evaluation.npz_images import PIECE, ImageArchive
 from tests.datamodules.shard_files import assert_one_line
 
 
-def pictures(count: int = 7, size: int = 4) -> np.ndarray:
+def random_images(count: int = 7, size: int = 4) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
@@ -34,8 +34,8 @@ def write_array(array: np.ndarray, version: tuple[int, int] | None = None) -> by
 def read(
     path: Path, batch_size: int = 3, rank: int = 0, world_size: int = 1
 ) -> tuple[np.ndarray, list[int], list[int]]:
-    """Pictures (N, H, W, 3), numbers and labels."""
-    batches = list(open_pictures(path).batches(batch_size, rank, world_size))
+    """Images (N, H, W, 3), numbers and labels."""
+    batches = list(open_images(path).batches(batch_size, rank, world_size))
     assert all(len(batch.images) <= batch_size for batch in batches)
     images = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in batches])
     index, labels = (torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in ("index", "labels"))
@@ -45,18 +45,18 @@ def read(
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_an_archive_is_read_in_order(tmp_path: Path, save: Callable[..., None], batch_size: int) -> None:
-    expected = pictures()
+    expected = random_images()
     save(tmp_path / "a.npz", expected, np.arange(7, dtype=np.int32)[::-1])
-    images, index, labels = read(tmp_path / "a.npz", batch_size)
-    assert np.array_equal(images, expected)
+    batch, index, labels = read(tmp_path / "a.npz", batch_size)
+    assert np.array_equal(batch, expected)
     assert index == list(range(7))
     assert labels == [6, 5, 4, 3, 2, 1, 0]
-    found = open_pictures(tmp_path / "a.npz")
+    found = open_images(tmp_path / "a.npz")
     assert (found.name, found.size, found.crop, len(found)) == (str(tmp_path / "a.npz"), 4, "none", 7)
 
 
 def test_a_batch_says_its_types(tmp_path: Path) -> None:
-    batch = next(open_pictures(npz(tmp_path / "a.npz", arr_0=pictures())).batches(2))
+    batch = next(open_images(npz(tmp_path / "a.npz", arr_0=random_images())).batches(2))
     assert [str(part.dtype) for part in batch] == ["torch.uint8", "torch.int64", "torch.int64"]
     assert batch.images.shape == (2, 3, 4, 4)
     assert batch.images.is_contiguous()
@@ -64,33 +64,33 @@ def test_a_batch_says_its_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("size", [4, 400])  # to pass over a picture of 400 pixels takes a seek
+@pytest.mark.parametrize("size", [4, 400])  # to pass over an image of 400 pixels takes a seek
 @pytest.mark.parametrize("world_size", [2, 5, 8])
 def test_ranks_share_an_archive_out(tmp_path: Path, save: Callable[..., None], size: int, world_size: int) -> None:
     expected = np.zeros((7, size, size, 3), np.uint8) + np.arange(7, dtype=np.uint8)[:, None, None, None]
-    expected[:, 0] = pictures(7, size)[:, 0]
+    expected[:, 0] = random_images(7, size)[:, 0]
     save(tmp_path / "a.npz", expected, np.arange(7))
     for rank in range(min(world_size, 7)):
-        images, index, labels = read(tmp_path / "a.npz", 2, rank, world_size)
+        batch, index, labels = read(tmp_path / "a.npz", 2, rank, world_size)
         assert index == labels == list(range(7))[rank::world_size]
-        assert np.array_equal(images, expected[rank::world_size])
+        assert np.array_equal(batch, expected[rank::world_size])
     if world_size > 7:
-        assert list(open_pictures(tmp_path / "a.npz").batches(2, 7, 8)) == []
+        assert list(open_images(tmp_path / "a.npz").batches(2, 7, 8)) == []
 
 
 def test_a_plain_array_is_read(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", pictures())
-    images, index, labels = read(tmp_path / "a.npy")
-    assert np.array_equal(images, pictures())
+    np.save(tmp_path / "a.npy", random_images())
+    batch, index, labels = read(tmp_path / "a.npy")
+    assert np.array_equal(batch, random_images())
     assert (index, labels) == (list(range(7)), [-1] * 7)
-    assert np.array_equal(read(tmp_path / "a.npy", 2, 1, 3)[0], pictures()[1::3])
+    assert np.array_equal(read(tmp_path / "a.npy", 2, 1, 3)[0], random_images()[1::3])
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_all_versions_of_the_header_are_read(tmp_path: Path, version: tuple[int, int]) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("arr_0.npy", write_array(pictures(), version))
-    assert np.array_equal(read(tmp_path / "a.npz")[0], pictures())
+        archive.writestr("arr_0.npy", write_array(random_images(), version))
+    assert np.array_equal(read(tmp_path / "a.npz")[0], random_images())
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -98,7 +98,7 @@ def test_all_versions_of_the_header_are_read(tmp_path: Path, version: tuple[int,
 def test_a_batch_is_held_and_not_the_archive(tmp_path: Path, save: Callable[..., None], world_size: int) -> None:
     size = 64 * 128 * 128 * 3
     save(tmp_path / "a.npz", np.zeros((1024, 128, 128, 3), np.uint8))  # 50 MB
-    found = open_pictures(tmp_path / "a.npz")
+    found = open_images(tmp_path / "a.npz")
     assert isinstance(found, _Array)
     tracemalloc.start()
     try:
@@ -121,7 +121,7 @@ def save_zip(path: Path, **entries: bytes) -> None:
             archive.writestr(f"{name}.npy", data)
 
 
-FOUR = pictures(4)
+FOUR = random_images(4)
 BAD_ARRAYS: list[tuple[Any, tuple[str, ...]]] = [
     (FOUR / 255, ("float64", "uint8 0…255", "[0, 1]: multiply floats by 255 and round")),
     (FOUR / 250 - 0.01, ("float64", "[0, 1]: multiply floats by 255 and round")),
@@ -147,19 +147,19 @@ BAD_ARRAYS: list[tuple[Any, tuple[str, ...]]] = [
     (np.zeros((4, 5, 6, 3), np.uint8), ("5 × 6", "square")),
     (np.zeros((4, 0, 0, 3), np.uint8), ("0 × 0", "square")),
     (np.asfortranarray(FOUR), ("Fortran order", "np.ascontiguousarray")),
-    (FOUR[:0], ("0 pictures", "at least 2")),
-    (FOUR[:1], ("1 pictures", "at least 2")),
+    (FOUR[:0], ("0 images", "at least 2")),
+    (FOUR[:1], ("1 images", "at least 2")),
 ]
 
 
 @pytest.mark.parametrize(("array", "phrases"), BAD_ARRAYS)
-def test_what_are_no_pictures_is_refused(tmp_path: Path, array: np.ndarray, phrases: tuple[str, ...]) -> None:
+def test_what_are_no_images_is_refused(tmp_path: Path, array: np.ndarray, phrases: tuple[str, ...]) -> None:
     npz(tmp_path / "a.npz", arr_0=array)
     np.save(tmp_path / "a.npy", array)
     for name in ("a.npz", "a.npy"):
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name)
-        assert_one_line(error, tmp_path / name, "arr_0" if "square" not in phrases else "pictures", *phrases)
+            open_images(tmp_path / name)
+        assert_one_line(error, tmp_path / name, "arr_0" if "square" not in phrases else "images", *phrases)
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
@@ -169,56 +169,56 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
 
     trap = np.array([Trap(), Trap()], object)
     np.savez(tmp_path / "a.npz", trap, allow_pickle=True)
-    np.savez(tmp_path / "b.npz", pictures(2), trap, allow_pickle=True)
+    np.savez(tmp_path / "b.npz", random_images(2), trap, allow_pickle=True)
     for name, said in (("a.npz", "arr_0"), ("b.npz", "arr_1")):
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name)
+            open_images(tmp_path / name)
         assert_one_line(error, said, "object")
 
 
 @pytest.mark.parametrize(
     ("labels", "phrases"),
     [
-        (np.arange(3), ("(3,)", "each of the 7 pictures")),
-        (np.zeros((7, 10), int), ("(7, 10)", "each of the 7 pictures")),
+        (np.arange(3), ("(3,)", "each of the 7 images")),
+        (np.zeros((7, 10), int), ("(7, 10)", "each of the 7 images")),
         (np.zeros(7), ("float64", "whole numbers")),
         (np.array(["a"] * 7), ("<U1", "whole numbers")),
     ],
 )
 def test_wrong_labels_are_refused(tmp_path: Path, labels: np.ndarray, phrases: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as error:
-        open_pictures(npz(tmp_path / "a.npz", arr_0=pictures(), arr_1=labels))
+        open_images(npz(tmp_path / "a.npz", arr_0=random_images(), arr_1=labels))
     assert_one_line(error, tmp_path / "a.npz", "arr_1", *phrases)
 
 
-def test_an_archive_without_pictures_says_what_it_has(tmp_path: Path) -> None:
+def test_an_archive_without_images_says_what_it_has(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"samples": pictures(), "y": np.arange(7)}, ("no arr_0 but samples, y;", "np.savez")),
+        ({"samples": random_images(), "y": np.arange(7)}, ("no arr_0 but samples, y;", "np.savez")),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, ("holds only statistics (mu, sigma)",)),
         ({f"image{i}": np.zeros(1) for i in range(50)}, ("image9, …",)),
         ({}, ("no arr_0 but nothing",)),
     ]
     for arrays, phrases in cases:
         with pytest.raises(ValueError) as error:
-            open_pictures(npz(tmp_path / "a.npz", **arrays))
+            open_images(npz(tmp_path / "a.npz", **arrays))
         assert_one_line(error, tmp_path / "a.npz", *phrases)
 
 
-def test_pictures_beside_statistics_are_read(tmp_path: Path) -> None:
-    npz(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)), arr_0=pictures())
-    assert np.array_equal(read(tmp_path / "a.npz")[0], pictures())
+def test_images_beside_statistics_are_read(tmp_path: Path) -> None:
+    npz(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)), arr_0=random_images())
+    assert np.array_equal(read(tmp_path / "a.npz")[0], random_images())
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.npy"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path / name)
+        open_images(tmp_path / name)
     assert_one_line(error, tmp_path / name, "does not exist", "give")
 
 
 def test_damaged_files_are_refused_when_they_are_opened(tmp_path: Path) -> None:
-    whole = npz(tmp_path / "whole.npz", arr_0=pictures(100)).read_bytes()
-    header = write_array(pictures())
+    whole = npz(tmp_path / "whole.npz", arr_0=random_images(100)).read_bytes()
+    header = write_array(random_images())
     files = {
         "empty.npz": (b"", "no .npz"),
         "text.npz": (b"<html>not found</html>", "no .npz"),
@@ -228,39 +228,39 @@ def test_damaged_files_are_refused_when_they_are_opened(tmp_path: Path) -> None:
         "half.npy": (header[:-1], "arr_0 of"),
         "magic.npy": (header.replace(b"NUMPY\x01", b"NUMPY\x09"), "version (9, 0)"),
         "code.npy": (header.replace(b"{'descr'", b"(((((((("), "no array"),
-        "picture": (b"\x89PNG", "no .npz"),
+        "image": (b"\x89PNG", "no .npz"),
     }
     for name, (data, said) in files.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError) as error:
-            open_pictures(tmp_path / name)
+            open_images(tmp_path / name)
         assert_one_line(error, tmp_path / name, said)
 
 
 def test_an_array_that_is_shorter_than_it_says_is_refused(tmp_path: Path) -> None:
-    save_zip(tmp_path / "a.npz", arr_0=write_array(pictures())[:-1])
+    save_zip(tmp_path / "a.npz", arr_0=write_array(random_images())[:-1])
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path / "a.npz")
+        open_images(tmp_path / "a.npz")
     assert_one_line(error, "arr_0", "cut off", "(7, 4, 4, 3)", "needs 336 bytes", "335 are there")
-    save_zip(tmp_path / "b.npz", arr_0=write_array(pictures()), arr_1=write_array(np.arange(7))[:-1])
+    save_zip(tmp_path / "b.npz", arr_0=write_array(random_images()), arr_1=write_array(np.arange(7))[:-1])
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path / "b.npz")
+        open_images(tmp_path / "b.npz")
     assert_one_line(error, "arr_1", "cut off")
 
 
-def test_a_claim_of_many_pictures_costs_no_memory(tmp_path: Path) -> None:
+def test_a_claim_of_many_images_costs_no_memory(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     shape = (10**12, 256, 256, 3)
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
     save_zip(tmp_path / "a.npz", arr_0=buffer.getvalue())
     with pytest.raises(ValueError) as error:
-        open_pictures(tmp_path / "a.npz")
+        open_images(tmp_path / "a.npz")
     assert_one_line(error, "cut off", "0 are there")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damage_within_an_array_is_found_while_reading(tmp_path: Path, save: Callable[..., None]) -> None:
-    save(tmp_path / "a.npz", pictures(100))
+    save(tmp_path / "a.npz", random_images(100))
     data = bytearray((tmp_path / "a.npz").read_bytes())
     data[len(data) // 2] ^= 255
     (tmp_path / "a.npz").write_bytes(data)
@@ -282,26 +282,26 @@ def test_the_checksum_of_an_archive_is_compared(tmp_path: Path, save: Callable[.
 
 def test_an_entry_without_an_ending_is_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("arr_0", write_array(pictures()))
-    assert np.array_equal(read(tmp_path / "a.npz")[0], pictures())
+        archive.writestr("arr_0", write_array(random_images()))
+    assert np.array_equal(read(tmp_path / "a.npz")[0], random_images())
 
 
-def test_pictures_of_an_array_are_never_resized(tmp_path: Path) -> None:
-    path = npz(tmp_path / "a.npz", arr_0=pictures())
-    assert open_pictures(path, image_size=4).size == 4
+def test_images_of_an_array_are_never_resized(tmp_path: Path) -> None:
+    path = npz(tmp_path / "a.npz", arr_0=random_images())
+    assert open_images(path, image_size=4).size == 4
     with pytest.raises(ValueError) as error:
-        open_pictures(path, image_size=8)
-    assert_one_line(error, path, "4 × 4", "image_size 8", "--model.init_args.picture_size 8", "a folder")
+        open_images(path, image_size=8)
+    assert_one_line(error, path, "4 × 4", "image_size 8", "--model.init_args.image_size 8", "a folder")
 
 
 def test_an_array_has_no_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        open_pictures(npz(tmp_path / "a.npz", arr_0=pictures()), split="val")
+        open_images(npz(tmp_path / "a.npz", arr_0=random_images()), split="val")
     assert_one_line(error, "no splits", "val")
 
 
 def test_numbers_of_blocks_are_those_asked_for(tmp_path: Path) -> None:
-    archive = PictureArchive(npz(tmp_path / "a.npz", arr_0=pictures()))
+    archive = ImageArchive(npz(tmp_path / "a.npz", arr_0=random_images()))
     blocks = list(archive.blocks(range(2, 7, 2), 2))
     assert [len(block) for block in blocks] == [2, 1]
-    assert np.array_equal(np.concatenate(blocks), pictures()[2:7:2])
+    assert np.array_equal(np.concatenate(blocks), random_images()[2:7:2])

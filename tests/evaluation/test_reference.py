@@ -1,4 +1,4 @@
-"""A reference is a file with all that pictures are compared with, and refuses what it cannot be compared with."""
+"""A reference is a file with all that images are compared with, and refuses what it cannot be compared with."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,24 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.image_sets import open_pictures
+from evaluation.image_sets import open_images
 from evaluation.reference import Reference, completed, look_at, make_reference, read_reference
 from llamagen.metrics import extract, extractor_checksum
 from tests.datamodules.shard_files import assert_one_line
 from tests.evaluation.sets import FakeInception, rows_last, write_adm, write_folder, write_npz
-from tests.metrics.extractors import SIZE, Corner, Everything, Projection, pictures
+from tests.metrics.extractors import SIZE, Corner, Everything, Projection, random_images
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Reference:
-    """Of forty pictures, with the features of seven."""
+    """Of forty images, with the features of seven."""
     return make_reference(
-        open_pictures(write_npz(tmp_path / "a.npz", 40, 0)), Everything(), "forty", batch_size=9, most_features=7
+        open_images(write_npz(tmp_path / "a.npz", 40, 0)), Everything(), "forty", batch_size=9, max_features=7
     )
 
 
 def test_statistics_are_those_of_numpy(made: Reference) -> None:
-    batches = [extract(Everything().eval(), some) for some in pictures(40, 0).split(9)]
+    batches = [extract(Everything().eval(), some) for some in random_images(40, 0).split(9)]
     for statistics, part in ((made.statistics, "pool"), (made.spatial_statistics, "spatial")):
         rows = torch.cat([getattr(batch, part) for batch in batches]).double().numpy()
         assert statistics is not None
@@ -34,16 +34,16 @@ def test_statistics_are_those_of_numpy(made: Reference) -> None:
         np.testing.assert_allclose(statistics[1].numpy(), np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-10)
 
 
-def test_features_are_kept_of_few_pictures_spread_over_all(made: Reference) -> None:
+def test_features_are_kept_of_few_images_spread_over_all(made: Reference) -> None:
     spread = [0, 6, 13, 20, 26, 32, 39]
     assert made.features is not None
     assert made.thumbnails is not None
-    torch.testing.assert_close(made.features, extract(Everything().eval(), pictures(40, 0)[spread]).pool)
-    assert np.array_equal(made.thumbnails, rows_last(pictures(40, 0)[spread]))
+    torch.testing.assert_close(made.features, extract(Everything().eval(), random_images(40, 0)[spread]).pool)
+    assert np.array_equal(made.thumbnails, rows_last(random_images(40, 0)[spread]))
 
 
 def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
-    found = open_pictures(tmp_path / "a.npz")
+    found = open_images(tmp_path / "a.npz")
     list(found.batches(100))
     assert made.facts() == {
         "name": "forty",
@@ -58,16 +58,16 @@ def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
     }
 
 
-def test_pictures_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
+def test_images_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 3, 0)
     Image.new("RGB", (20, 12)).save(folder / "wide.png")
-    made = make_reference(open_pictures(folder, SIZE), Everything(), "cut")
+    made = make_reference(open_images(folder, SIZE), Everything(), "cut")
     assert (made.crop, made.resolution, made.count) == ("adm-centre", SIZE, 4)
 
 
 @pytest.mark.parametrize("extractor", [Everything(), Projection()])
 def test_a_file_gives_back_every_field(extractor: Projection, tmp_path: Path) -> None:
-    made = make_reference(open_pictures(write_npz(tmp_path / "a.npz", 9, 0)), extractor, "nine", "reconstruction")
+    made = make_reference(open_images(write_npz(tmp_path / "a.npz", 9, 0)), extractor, "nine", "reconstruction")
     made.save(tmp_path / "new" / "folder" / "r.npz")
     read = read_reference(tmp_path / "new" / "folder" / "r.npz")
     assert (read.spatial_statistics is None) == (not isinstance(extractor, Everything))
@@ -102,13 +102,13 @@ def test_a_file_may_be_called_differently(made: Reference, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "a\n"])
 def test_a_name_that_breaks_the_names_of_metrics_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a reference cannot be named") as error:
-        make_reference(open_pictures(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), name)
+        make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), name)
     assert_one_line(error, repr(name))
 
 
 def test_an_unknown_purpose_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="purpose is 'nothing'; give generation or reconstruction"):
-        make_reference(open_pictures(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), "a", "nothing")  # type: ignore[arg-type]
+        make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), "a", "nothing")  # type: ignore[arg-type]
 
 
 def test_what_is_stopped_in_the_middle_leaves_the_old_file(
@@ -148,13 +148,13 @@ def test_a_reference_of_adm_is_read_as_it_is(row: bool, dtype: type, tmp_path: P
     assert known.statistics[0].shape == (16,)
 
 
-def test_a_reference_of_adm_gets_the_features_of_its_pictures(tmp_path: Path) -> None:
+def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Path) -> None:
     known = read_reference(write_adm(tmp_path))
     assert known.features is None
     extractor = FakeInception()  # in training mode, with dropout
     whole = completed(known, extractor, "cpu", show_progress=False)
     assert whole.features is not None
-    torch.testing.assert_close(whole.features, extract(FakeInception().eval(), pictures(20, 5)).pool)
+    torch.testing.assert_close(whole.features, extract(FakeInception().eval(), random_images(20, 5)).pool)
     assert torch.equal(whole.statistics[0], known.statistics[0])
     whole.save(tmp_path / "whole.npz")
     again = read_reference(tmp_path / "whole.npz")
@@ -182,10 +182,10 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "no number": ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "mu or sigma is not finite"),
     "text": ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "could not convert string to float"),
     "objects": ({"mu": np.array([None]), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
-    "pictures": ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, "no mu and sigma, but arr_0; it holds pictures"),
+    "images": ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, "no mu and sigma, but arr_0; it holds images"),
     "half": ({"mu": np.zeros(3)}, "no mu and sigma, but mu"),
     "nothing": ({}, "no mu and sigma, but nothing"),
-    "float pictures": (
+    "float images": (
         {"mu": np.zeros(1), "sigma": np.eye(1), "arr_0": np.zeros((2, 4, 4, 3))},
         "arr_0",
     ),
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused(made: Reference) -> None:
     for extractor, size, phrase in (
         (Corner(), SIZE, "the reference forty was made with the extractor everything, not corner"),
         (other, SIZE, "the reference forty was made with other weights of everything"),
-        (Everything(), 16, "the reference forty is of pictures of 8 pixels, not 16"),
+        (Everything(), 16, "the reference forty is of images of 8 pixels, not 16"),
     ):
         with pytest.raises(ValueError, match=phrase) as error:
             made.check(extractor, size)
@@ -266,25 +266,25 @@ def test_a_mix_up_is_explained(made: Reference) -> None:
             "gFID",
             "VIRTUAL_imagenet256_labeled",
         ),
-        (other.mix_up("reconstruction", 39), "39 reconstructions", "a reference of 40 pictures", "rFID"),
+        (other.mix_up("reconstruction", 39), "39 reconstructions", "a reference of 40 images", "rFID"),
     ):
         assert warning is not None
         assert "\n" not in warning
         assert all(phrase in warning for phrase in phrases)
 
 
-def test_pictures_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 39, 0)
-    (folder / "broken.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match="1 pictures of .* cannot be read and are left out"):
-        made = make_reference(open_pictures(folder), Everything(), "a")
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="1 images of .* cannot be read and are left out"):
+        made = make_reference(open_images(folder), Everything(), "a")
     assert made.count == 39
     assert made.features is not None
     assert len(made.features) == 39
 
 
 def test_progress_is_shown_with_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = open_pictures(write_npz(tmp_path / "a.npz", 12, 0))
+    found = open_images(write_npz(tmp_path / "a.npz", 12, 0))
     assert len(list(look_at(found, Everything(), 5, 0, "cpu", "looking"))) == 3
     shown = capsys.readouterr()
     assert "looking: 100%" in shown.err

@@ -116,7 +116,7 @@ def test_without_the_paper_there_are_our_numbers_alone() -> None:
     assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | here |", "| --- | --- |", "| gfid/a | 1 |"]
 
 
-FACTS = {"pictures": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop": None}
+FACTS = {"images": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop": None}
 
 
 def write(folder: Path, numbers: dict[str, float] | None = None) -> None:
@@ -124,18 +124,18 @@ def write(folder: Path, numbers: dict[str, float] | None = None) -> None:
     write_report(folder, "a against b", {"gfid/b": 1.0} if numbers is None else numbers, FACTS, [], grids)
 
 
-def test_a_report_has_numbers_facts_and_pictures(tmp_path: Path) -> None:
+def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
     write(tmp_path / "new" / "report")
     files = {path.name for path in (tmp_path / "new" / "report").iterdir()}
     assert files == {"metrics.json", "report.md", *(f"{name}.png" for name in CAPTIONS)}
     content = json.loads((tmp_path / "new" / "report" / "metrics.json").read_text())
     assert content.pop("versions").keys() == {"python", "torch", "lightning", "torchmetrics"}
     assert content == {
-        "metrics": {"gfid/b": 1.0}, "pictures": {"source": "a", "sides": [8, 8]}, "seconds": 1.5, "crop": None,
+        "metrics": {"gfid/b": 1.0}, "images": {"source": "a", "sides": [8, 8]}, "seconds": 1.5, "crop": None,
     }  # fmt: skip
     text = (tmp_path / "new" / "report" / "report.md").read_text()
     assert text.startswith("# a against b\n\n|  | here |\n")
-    assert "- pictures:\n  - source: a\n" in text
+    assert "- images:\n  - source: a\n" in text
     for name, caption in CAPTIONS.items():
         assert f"![{name}]({name}.png)\n\n{caption}." in text
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report"]

@@ -1,4 +1,4 @@
-"""A picture that is not a number."""
+"""An image that is not a number."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 
 class Poison(pl.Callback):
-    """Puts a NaN into a picture of one batch of training or prediction.
+    """Puts a NaN into an image of one batch of training or prediction.
 
     Args:
         batch: number of the batch, from 0.

@@ -78,7 +78,7 @@ def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
 
 
 def test_a_sample_is_resized_before_it_becomes_bytes_in_any_batch() -> None:
-    module = ARGenModule(small_gpt(vocab_size=64).config, picture_size=11)
+    module = ARGenModule(small_gpt(vocab_size=64).config, image_size=11)
     vqgan, labels, indices = small_vqgan(), torch.arange(5), torch.arange(5) + 20
     module.gpt.load_state_dict(small_gpt(vocab_size=64).state_dict())
     module.eval()._tokenizer = (vqgan,)
@@ -89,16 +89,16 @@ def test_a_sample_is_resized_before_it_becomes_bytes_in_any_batch() -> None:
     expected = to_uint8(F.interpolate(decoded, size=(11, 11), mode="bicubic", align_corners=False, antialias=False))
     assert (images.shape, images.dtype) == ((5, 11, 11, 3), torch.uint8)
     difference = (images.int() - expected.permute(0, 2, 3, 1).int()).abs()
-    assert difference.max() <= 1  # the decoder may round otherwise with another number of pictures,
+    assert difference.max() <= 1  # the decoder may round otherwise with another number of images,
     assert (difference > 0).float().mean() < 0.01  # which seldom shows
     for row in range(5):
         one, _ = module.sample(labels[row : row + 1], indices[row : row + 1], seed=7)
         assert torch.equal(one[0], images[row])
 
 
-def test_a_size_that_no_picture_has_is_refused_when_the_module_is_built() -> None:
-    with pytest.raises(ValueError, match="picture_size is 0; it must be at least 1, or null"):
-        ARGenModule(small_gpt().config, picture_size=0)
+def test_a_size_that_no_image_has_is_refused_when_the_module_is_built() -> None:
+    with pytest.raises(ValueError, match="image_size is 0; it must be at least 1, or null"):
+        ARGenModule(small_gpt().config, image_size=0)
 
 
 def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
@@ -106,7 +106,7 @@ def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
         argen_module().sample(torch.tensor([0]), torch.tensor([0]), seed=0)
 
 
-def test_pictures_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_images_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
         train(argen_module(), pipeline, tmp_path, SampleGrid(classes=2), max_steps=1)
     with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
@@ -119,7 +119,7 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_training(pipeline: Pip
 @pytest.mark.parametrize(
     ("net", "phrase"),
     [
-        ({"block_size": 64}, "4 × 4 = 16 codes a picture, but the model's block_size is 64; set block_size to 16"),
+        ({"block_size": 64}, "4 × 4 = 16 codes an image, but the model's block_size is 64; set block_size to 16"),
         ({"vocab_size": 64}, "vocabulary of 32, but the model's vocab_size is 64; set vocab_size to 32"),
         ({"num_classes": 9}, "10 classes, but the model's num_classes is 9; set num_classes to 10"),
     ],

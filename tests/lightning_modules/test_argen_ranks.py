@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each train the second model like one with the whole batch."""
+"""Two processes with half of the batch each train the autoregressive model like one with the whole batch."""
 
 from pathlib import Path
 from typing import Any

@@ -65,7 +65,7 @@ def test_extraction_stops_and_names_the_weight(name: str, pipeline: Pipeline, tm
     assert files(tmp_path) == []
 
 
-def test_extraction_stops_at_one_picture_and_keeps_the_shards_before_it(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_extraction_stops_at_one_image_and_keeps_the_shards_before_it(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = evaluator(CodeWriter(300), Poison(3), default_root_dir=tmp_path)
     said = refusal(lambda: trainer.predict(vqgan_module(), digits(pipeline), return_predictions=False))
     assert said.startswith("the encoder's latent is not finite in predict, batch 3 (precision 32-true): the input of ")
@@ -135,7 +135,7 @@ def sampling_module(pipeline: Pipeline) -> ARGenModule:
     return module
 
 
-def test_sampling_writes_no_picture_archive_or_grid(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_sampling_writes_no_image_archive_or_grid(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = evaluator(ImageWriter(), default_root_dir=tmp_path)
     data = SampleDataModule(2, 3, 4)
     said = refusal(lambda: trainer.predict(sampling_module(pipeline), data, return_predictions=False))
@@ -195,11 +195,11 @@ def test_impossible_numbers_are_refused_when_a_module_is_made() -> None:
     for value in (0, -1.0, NAN, float("inf")):
         said = refusal(lambda value=value: argen_module_with(max_grad_norm=value), ValueError)  # type: ignore[misc]
         assert said.startswith(f"max_grad_norm is {value}; it must be positive")
-    for options in ({"picture_size": NAN}, {"picture_size": 1.5}, {"sample_seed": NAN}, {"tokenizer": "nowhere"}):
+    for options in ({"image_size": NAN}, {"image_size": 1.5}, {"sample_seed": NAN}, {"tokenizer": "nowhere"}):
         name = next(iter(options))
         assert refusal(lambda options=options: argen_module_with(**options), ValueError).startswith(name)  # type: ignore[misc]
     assert refusal(lambda: argen_module_with(init_from="nowhere"), ValueError).startswith("init_from: nowhere does")
-    assert "picture_size is 0" in refusal(lambda: argen_module_with(picture_size=0), ValueError)
+    assert "image_size is 0" in refusal(lambda: argen_module_with(image_size=0), ValueError)
     assert "revive_codes_every is -1" in refusal(lambda: VQGANModule(revive_codes_every=-1), ValueError)
     assert "init_from: nowhere" in refusal(lambda: VQGANModule(init_from="nowhere"), ValueError)
 

@@ -19,7 +19,7 @@ from lightning_modules import ARGenModule, ShardedStrategy, models_without_memor
 from llamagen.checkpoints.contents import read_checkpoint, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
-from llamagen.distributed.full_tensor import copy_whole_
+from llamagen.distributed.full_tensor import copy_full_
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import is_sharded, shard
 from tests.lightning_modules.runs import argen_module, vqgan_module
@@ -157,7 +157,7 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
         options = [item for item in validate if not item.startswith(("--trainer.max_steps", "--trainer.val_check"))]
         done = ended([sys.executable, "main.py", *options, ema, "--trainer.limit_val_batches=1.0", *shared])
         succeeds(done)
-        # Nine pictures in batches of four are two batches for the first rank, and one, cut in two, for the second.
+        # Nine images in batches of four are two batches for the first rank, and one, cut in two, for the second.
         few = ["--data.init_args.classes=[0,3,7]", "--data.init_args.batch_size=4"]
         sampled = ended([sys.executable, "main.py", *pipeline.sample_arguments(tmp_path / name), *few, *shared])
         succeeds(sampled)
@@ -166,9 +166,9 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
     assert one.keys() == two.keys() >= {"val/loss", "val/top5"}
     for name in ("val/loss", "val/perplexity", "val/top1", "val/top5"):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
-    pictures = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one/pictures").rglob("*.png"))
-    assert len(pictures) == 9
-    same = [(tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in pictures]
+    images = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one/images").rglob("*.png"))
+    assert len(images) == 9
+    same = [(tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in images]
     assert sum(same) >= 8  # a draw may fall on the other side of a boundary by rounding
 
 
@@ -271,11 +271,11 @@ def _uneven(rank: int) -> list[Tensor]:
     assert is_sharded(gpt)
     table = gpt.cls_embedding.embedding_table.weight
     whole = torch.arange(table.numel()).view(table.shape)
-    copy_whole_(table.data, whole)
+    copy_full_(table.data, whole)
     return [table.full_tensor().detach(), whole]
 
 
-def test_a_whole_tensor_is_copied_into_uneven_parts(tmp_path: Path) -> None:
+def test_a_full_tensor_is_copied_into_uneven_parts(tmp_path: Path) -> None:
     for found, wanted in run_on_ranks(_uneven, tmp_path):
         assert len(found) % 2
         assert torch.equal(found, wanted.float())

@@ -43,11 +43,11 @@ def text_module(pipeline: TextPipeline, dtype: Any = "float32", t5: Path | None 
     return ARGenModule(config, text_encoder=TextEncoderConfig(str(t5 or pipeline.t5), dtype))
 
 
-def drawing_module(pipeline: TextPipeline, dtype: Any = "float32", t5: Path | None = None) -> ARGenModule:
+def sampling_module(pipeline: TextPipeline, dtype: Any = "float32", t5: Path | None = None) -> ARGenModule:
     """The same with a tokenizer."""
     module = text_module(pipeline, dtype, t5)
     encoder = TextEncoderConfig(str(t5 or pipeline.t5), dtype)
-    return ARGenModule(module.gpt.config, tokenizer=pipeline.pictures.tokenizer, text_encoder=encoder)
+    return ARGenModule(module.gpt.config, tokenizer=pipeline.images.tokenizer, text_encoder=encoder)
 
 
 def data_of(root: Path, batch_size: int = 6, **options: Any) -> CodeDataModule:
@@ -206,11 +206,11 @@ def test_an_encoder_is_loaded_only_where_it_is_needed(
         evaluator().validate(text_module(text_pipeline), data_of(text_pipeline.codes))
     assert_one_line(error, 'pip install -c constraints.txt -e ".[text]"')
     with pytest.raises(ValueError) as error:
-        evaluator().predict(drawing_module(text_pipeline), PromptDataModule(["a cat"]))
+        evaluator().predict(sampling_module(text_pipeline), PromptDataModule(["a cat"]))
     assert_one_line(error, 'pip install -c constraints.txt -e ".[text]"')
     grid = SampleGrid(prompts=["a cat"])
     with pytest.raises(ValueError) as error:
-        evaluator(grid).validate(drawing_module(text_pipeline), data_of(text_pipeline.features))
+        evaluator(grid).validate(sampling_module(text_pipeline), data_of(text_pipeline.features))
     assert_one_line(error, 'pip install -c constraints.txt -e ".[text]"')
 
 
@@ -255,12 +255,12 @@ def test_features_that_do_not_fit_are_refused(
 
 CLASSES: Any = {
     "an encoder": lambda p: ARGenModule(GPTConfig(**GPT_NET), text_encoder=TextEncoderConfig("t5")),
-    "prompts": lambda p: evaluator().predict(argen_module(tokenizer=p.pictures.tokenizer), PromptDataModule(["a"])),
+    "prompts": lambda p: evaluator().predict(argen_module(tokenizer=p.images.tokenizer), PromptDataModule(["a"])),
 }
 TEXT: Any = {
-    "classes": lambda p: evaluator().predict(drawing_module(p), SampleDataModule(3)),
-    "a grid of classes": lambda p: evaluator(SampleGrid()).validate(drawing_module(p), data_of(p.features)),
-    "codes without captions": lambda p: evaluator().validate(text_module(p), data_of(p.pictures.codes)),
+    "classes": lambda p: evaluator().predict(sampling_module(p), SampleDataModule(3)),
+    "a grid of classes": lambda p: evaluator(SampleGrid()).validate(sampling_module(p), data_of(p.features)),
+    "codes without captions": lambda p: evaluator().validate(text_module(p), data_of(p.images.codes)),
     "a share above 1": lambda p: data_of(p.codes, short_caption_share=1.5),
 }
 
@@ -286,18 +286,18 @@ def test_what_a_text_model_cannot_use_is_refused(
 
 def test_another_encoder_than_that_of_training_is_refused(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     other = save_tiny_t5(tmp_path / "t5", seed=1)
-    module = drawing_module(text_pipeline, t5=other)
+    module = sampling_module(text_pipeline, t5=other)
     with pytest.raises(ValueError) as error:
         evaluator().predict(module, PromptDataModule(["a cat"]), ckpt_path=text_pipeline.argen, weights_only=True)
     assert_one_line(error, "the checkpoint has another encoder", other, "set model.init_args.text_encoder")
     prompts = SampleGrid(prompts=["a cat"], per_class=1)
     with pytest.raises(ValueError) as error:
-        evaluator(prompts).validate(drawing_module(text_pipeline, t5=other), data_of(text_pipeline.features))
+        evaluator(prompts).validate(sampling_module(text_pipeline, t5=other), data_of(text_pipeline.features))
     assert_one_line(error, "the encoder of the features has another encoder")
     module = ARGenModule(
         GPTConfig(**TEXT_NET),
         init_from=text_pipeline.argen,
-        tokenizer=text_pipeline.pictures.tokenizer,
+        tokenizer=text_pipeline.images.tokenizer,
         text_encoder=TextEncoderConfig(str(other), "float32"),
     )
     with pytest.raises(ValueError) as error:
@@ -306,7 +306,7 @@ def test_another_encoder_than_that_of_training_is_refused(text_pipeline: TextPip
 
 
 def test_the_same_encoder_in_another_precision_goes(text_pipeline: TextPipeline) -> None:
-    module = drawing_module(text_pipeline, "bfloat16")
+    module = sampling_module(text_pipeline, "bfloat16")
     prompts = PromptDataModule(["a cat"], clean_captions=True)
     (drawn,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
     assert cast(Any, drawn)["codes"].shape == (1, 16)
@@ -331,7 +331,7 @@ def test_features_that_do_not_say_of_which_encoder_they_are_go(text_pipeline: Te
     (root / "meta.json").write_text(json.dumps(meta))
     prompts = SampleGrid(prompts=["a cat"], per_class=1)
     evaluator(prompts, limit_val_batches=1, default_root_dir=tmp_path).validate(
-        drawing_module(text_pipeline), data_of(root), ckpt_path=text_pipeline.argen, verbose=False
+        sampling_module(text_pipeline), data_of(root), ckpt_path=text_pipeline.argen, verbose=False
     )
 
 
@@ -340,17 +340,17 @@ def test_prompts_that_are_not_cleaned_as_the_captions_were_are_warned_of(
 ) -> None:
     prompts, checkpoint = PromptDataModule(["A CAT"], batch_size=1), text_pipeline.argen
     with pytest.warns(UserWarning, match="captions were cleaned; set data.init_args.clean_captions to true"):
-        evaluator().predict(drawing_module(text_pipeline), prompts, ckpt_path=checkpoint, weights_only=True)
+        evaluator().predict(sampling_module(text_pipeline), prompts, ckpt_path=checkpoint, weights_only=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the model's captions")
         cleaned = PromptDataModule(["A CAT"], batch_size=1, clean_captions=True)
-        evaluator().predict(drawing_module(text_pipeline), cleaned, ckpt_path=checkpoint, weights_only=True)
+        evaluator().predict(sampling_module(text_pipeline), cleaned, ckpt_path=checkpoint, weights_only=True)
     assert cleaned.prompts == ["a cat"]
 
 
 @torch.no_grad()
 def test_prompts_are_drawn_from_the_features_of_the_encoder(text_pipeline: TextPipeline) -> None:
-    module = drawing_module(text_pipeline).eval()
+    module = sampling_module(text_pipeline).eval()
     prompts = ["a cat", "a red house on a tree and a dog and a house", ""]
     batch = {"captions": prompts, "index": torch.tensor([4, 0, 7])}
     cut = r"1 of 3 captions have more than 8 tokens and were cut, the first is 'a red house"

@@ -1,4 +1,4 @@
-"""The golden text model through the whole path: right-padded features → packed → padded left → module → pictures."""
+"""The golden text model through the whole path: right-padded features → packed → padded left → module → images."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules import ARGenModule
-from llamagen.sampling import PictureSampler, SamplingConfig
+from llamagen.sampling import ImageSampler, SamplingConfig
 from llamagen.text import pack
 from tests.golden import assert_matches, golden, integer_input
 from tests.golden_gpts import golden_gpt, golden_inputs
@@ -85,7 +85,7 @@ def test_greedy_codes_of_either_engine_are_the_published_ones(compiled: bool, ba
         temperature=0.0, **(guided if scale == "half" else {"guidance_scale": float(scale)})
     )
     module.sampler = module.build_sampler(batch_size, compiled=compiled)
-    assert isinstance(module.sampler, PictureSampler)
+    assert isinstance(module.sampler, ImageSampler)
     drawn = module.predict_step({**stored_batch(), "index": torch.arange(3)}, 0)
     assert drawn["codes"].tolist() == expected
     assert drawn["images"].numpy().shape == (3, 32, 32, 3)

@@ -1,4 +1,4 @@
-"""Runs of text models by the command line: resumed, on two ranks, sharded, compiled; and pictures of prompts."""
+"""Runs of text models by the command line: resumed, on two ranks, sharded, compiled; and images of prompts."""
 
 import json
 import sys
@@ -108,7 +108,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_drawn(folder: Path, count: int) -> None:
-    """All is there, and all pictures differ."""
+    """All is there, and all images differ."""
     with np.load(folder / "samples.npz") as archive:
         assert archive["arr_0"].shape == (count, 8, 8, 3)
     for line in records(folder):

@@ -141,7 +141,7 @@ def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -
     with torch.no_grad():
         output = module.eval()(images)
     error = ((output.reconstruction.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
-    psnr = (-10 * error.log10()).mean().item()  # of each picture, then the mean, as in the paper
+    psnr = (-10 * error.log10()).mean().item()  # of each image, then the mean, as in the paper
     pixels = [(x.clamp(-1, 1) + 1) / 2 for x in (output.reconstruction, images)]
     ssim = structural_similarity_index_measure(*pixels, data_range=1.0)
     used = len(output.encoding.codes.unique()) / 32
@@ -175,7 +175,7 @@ def test_negative_weights_are_refused(name: str) -> None:
     ("image_size", "layers", "phrase"),
     [(9, 1, "image_size is 9; the tokenizer needs a multiple of 2"), (8, 2, "the discriminator needs at least 12")],
 )
-def test_pictures_that_do_not_fit_are_refused_before_training(
+def test_images_that_do_not_fit_are_refused_before_training(
     image_size: int, layers: int, phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module(options={"discriminator": PatchGAN(num_layers=layers)})

@@ -93,7 +93,7 @@ def test_the_discriminator_is_not_even_asked_before_its_start(pipeline: Pipeline
     calls: list[int] = []
     module.discriminator.register_forward_hook(lambda *_: calls.append(module.global_step))
     train(module, pipeline, tmp_path, max_steps=4, val_check_interval=2)
-    assert calls == [2, 2, 2, 3, 3, 3]  # reconstruction, then picture and reconstruction
+    assert calls == [2, 2, 2, 3, 3, 3]  # reconstruction, then image and reconstruction
 
 
 @pytest.mark.parametrize("step", [0, 4])
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_chec
 
 
 class PoisonedValidation(Poison):
-    """Puts a NaN into a picture of the second validation."""
+    """Puts a NaN into an image of the second validation."""
 
     def __init__(self) -> None:
         super().__init__(batch=0)
@@ -143,7 +143,7 @@ def test_weights_whose_validation_is_not_a_number_do_not_replace_the_last_good_c
 
 
 class PoisonedTest(Poison):
-    """Puts a NaN into a picture of a test."""
+    """Puts a NaN into an image of a test."""
 
     def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -220,9 +220,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: P
     assert torch.equal(before, module.vqgan.encoder.conv_in.weight)
 
 
-def test_pictures_of_reconstructions_and_codes_are_left_at_the_chosen_batches(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_images_of_reconstructions_and_codes_are_left_at_the_chosen_batches(pipeline: Pipeline, tmp_path: Path) -> None:
     callbacks = (ReconstructionGrid(count=3, every_n_batches=3), CodebookHistogram(), LearningCurves())
     train(vqgan_module(), pipeline, tmp_path, *callbacks, max_steps=8, val_check_interval=4)
     names = sorted(path.name for path in (tmp_path / "reconstructions").iterdir())

@@ -54,7 +54,7 @@ def test_the_memory_format_changes_no_result(pipeline: Pipeline, tmp_path: Path)
     assert_moved_alike(start, one, other)
 
 
-def test_weights_and_pictures_have_the_memory_format(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_weights_and_images_have_the_memory_format(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module(options={"channels_last": True}, adversarial_start=0)
     seen: list[bool] = []
 

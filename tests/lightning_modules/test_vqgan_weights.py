@@ -180,7 +180,7 @@ def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_t
         main.main(["fit", *arguments, f"--model.init_args.lpips_weights={tmp_path / 'none.pth'}"])
 
 
-def test_pictures_that_are_too_small_for_lpips_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_images_that_are_too_small_for_lpips_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     torch.save(vgg16_state(), tmp_path / "vgg16.pth")
     module = vqgan_module(options={"lpips_weights": tmp_path / "vgg16.pth"}, perceptual_weight=1.0)
     with pytest.raises(ValueError, match="image_size is 8; LPIPS needs at least 16"):

@@ -42,7 +42,7 @@ def test_the_published_non_saturating_losses_with_swapped_arguments_are_not_repe
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_every_game_moves_judgements_and_pictures_the_right_way(name: str) -> None:
+def test_every_game_moves_judgements_and_images_the_right_way(name: str) -> None:
     real, fake = (torch.zeros(4, requires_grad=True) for _ in range(2))
     ADVERSARIAL_LOSSES[name].discriminator(real, fake).backward()
     assert (gradient(real) < 0).all()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamagen.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy, linear_surprise
+from llamagen.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy, linear_token_nll
 
 ROWS, WIDTH, VOCABULARY = 23, 12, 40
 
@@ -24,13 +24,13 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: floa
     return CrossEntropy(loss + penalty, F.cross_entropy(logits, targets).detach())
 
 
-@pytest.mark.parametrize("most_logits", [1, VOCABULARY, 7 * VOCABULARY, 10**6])
+@pytest.mark.parametrize("max_logits", [1, VOCABULARY, 7 * VOCABULARY, 10**6])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.1)])
 def test_loss_and_gradients_are_those_of_all_logits_at_once(
-    label_smoothing: float, z_loss: float, most_logits: int
+    label_smoothing: float, z_loss: float, max_logits: int
 ) -> None:
     ours, theirs = inputs(torch.float32), inputs()
-    found = linear_cross_entropy(*ours, label_smoothing, z_loss, most_logits)
+    found = linear_cross_entropy(*ours, label_smoothing, z_loss, max_logits)
     expected = plain(*theirs, label_smoothing, z_loss)
     torch.testing.assert_close(found.loss.double(), expected.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.nats.double(), expected.nats, atol=1e-5, rtol=1e-5)
@@ -104,17 +104,17 @@ def test_no_tensor_is_as_large_as_all_logits() -> None:
     hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(256, 8, requires_grad=True)
     targets = torch.zeros(512, dtype=torch.long)
     with _Largest() as largest:
-        linear_cross_entropy(hidden, weight, targets, most_logits=16 * 256).loss.backward()
+        linear_cross_entropy(hidden, weight, targets, max_logits=16 * 256).loss.backward()
     assert largest.numel == 512 * 8  # the gradient of the rows
     with _Largest() as largest:
         F.cross_entropy(F.linear(hidden, weight), targets)
     assert largest.numel == 512 * 256
 
 
-@pytest.mark.parametrize("most_logits", [1, 7 * VOCABULARY, 10**6])
-def test_surprise_is_the_cross_entropy_and_the_place_of_each_target(most_logits: int) -> None:
+@pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY, 10**6])
+def test_surprise_is_the_cross_entropy_and_the_place_of_each_target(max_logits: int) -> None:
     hidden, weight, targets = inputs(torch.float32)
-    found = linear_surprise(hidden, weight, targets, most_logits)
+    found = linear_token_nll(hidden, weight, targets, max_logits)
     logits = F.linear(hidden, weight)
     torch.testing.assert_close(found.nats, F.cross_entropy(logits, targets, reduction="none"), atol=1e-5, rtol=1e-5)
     order = logits.argsort(-1, descending=True)

@@ -1,4 +1,4 @@
-"""Small extractors of features, and pictures for them."""
+"""Small extractors of features, and images for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ SIZE = 8
 
 
 class Projection(nn.Module):
-    """Features of pictures of one size: a fixed random projection of the pixels, far from zero, and dropout."""
+    """Features of images of one size: a fixed random projection of the pixels, far from zero, and dropout."""
 
     def __init__(self, width: int = 16, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Anything(nn.Module):
         return self.function(images)
 
 
-def pictures(count: int, seed: int, least: int = 0) -> Tensor:
+def random_images(count: int, seed: int, least: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(least, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
 

@@ -14,7 +14,7 @@ from llamagen.metrics import FID, InceptionScore
 from llamagen.metrics.classifier import ENTRY, Classifier, SmallClassifier, read_classifier
 from llamagen.metrics.features import extract, extractor_name
 from tests.datamodules.shard_files import assert_one_line
-from tests.metrics.extractors import SIZE, pictures
+from tests.metrics.extractors import SIZE, random_images
 
 FACTS = {"name": "digits-classifier", "num_classes": 5, "image_size": SIZE, "width": 8, "accuracy": 0.5}
 
@@ -23,7 +23,7 @@ def small(width: int = 8) -> SmallClassifier:
     """One whose BatchNorm has seen something."""
     torch.manual_seed(1)
     classifier = SmallClassifier(5, SIZE, width)
-    classifier(pictures(20, 1).float())
+    classifier(random_images(20, 1).float())
     return classifier.eval()
 
 
@@ -54,11 +54,11 @@ def test_numbers_without_sense_are_refused(options: tuple[int, int, int]) -> Non
         SmallClassifier(*options)
 
 
-def test_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     classifier = Classifier(write(tmp_path / "a.safetensors", small()))
-    with pytest.raises(ValueError, match="pictures are 12 × 8 pixels, but the classifier was trained on 8 × 8; train"):
+    with pytest.raises(ValueError, match="images are 12 × 8 pixels, but the classifier was trained on 8 × 8; train"):
         classifier(torch.zeros(2, 3, 12, 8))
-    with pytest.raises(ValueError, match="pictures are 16 × 16 pixels, but the classifier was trained on 8 × 8"):
+    with pytest.raises(ValueError, match="images are 16 × 16 pixels, but the classifier was trained on 8 × 8"):
         FID(classifier, 16)
 
 
@@ -70,8 +70,8 @@ def test_it_comes_out_of_its_file_as_it_went_in(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert classifier.name == extractor_name(classifier) == "digits-classifier"
     assert read_classifier(path)[0] == FACTS
-    images = pictures(6, 2)
-    for found, expected in zip(extract(classifier, images), extract(original, images), strict=True):
+    batch = random_images(6, 2)
+    for found, expected in zip(extract(classifier, batch), extract(original, batch), strict=True):
         assert isinstance(found, Tensor)
         assert torch.equal(found, expected)
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
@@ -79,18 +79,18 @@ def test_it_comes_out_of_its_file_as_it_went_in(tmp_path: Path) -> None:
 
 def test_it_stays_in_evaluation_mode_whatever_a_parent_does(tmp_path: Path) -> None:
     classifier = Classifier(write(tmp_path / "a.safetensors", small()))
-    images, before = pictures(6, 2), copy.deepcopy(classifier.state_dict())
-    expected = extract(classifier, images).pool
+    batch, before = random_images(6, 2), copy.deepcopy(classifier.state_dict())
+    expected = extract(classifier, batch).pool
     nn.ModuleList([classifier]).train()
     assert not any(module.training for module in classifier.modules())
-    assert torch.equal(extract(classifier, images).pool, expected)
+    assert torch.equal(extract(classifier, batch).pool, expected)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
 def test_metrics_over_it_carry_its_name(tmp_path: Path) -> None:
     classifier = Classifier(str(write(tmp_path / "a.safetensors", small())))
     metric = InceptionScore(classifier, SIZE, splits=2)
-    metric.update(pictures(6, 2))
+    metric.update(random_images(6, 2))
     assert metric.name == "inception_score_digits-classifier"
     assert 1 <= metric.compute().mean.item() <= 5
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance is that of scipy's matrix root, however pictures come, and leaves no trace in state dicts."""
+"""The Fréchet distance is that of scipy's matrix root, however images come, and leaves no trace in state dicts."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.metrics import FID, SFID, Features, frechet_distance
-from tests.metrics.extractors import SIZE, Anything, Everything, Projection, pictures
+from tests.metrics.extractors import SIZE, Anything, Everything, Projection, random_images
 from tests.ranks import run_on_ranks
 
 
@@ -68,15 +68,15 @@ def test_a_gaussian_has_no_distance_from_itself(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [60, 10])
-def test_pictures_have_no_distance_from_themselves(count: int) -> None:
-    assert 0 <= measure(pictures(count, 1), pictures(count, 1).flip(0)).item() < 1e-6
+def test_images_have_no_distance_from_themselves(count: int) -> None:
+    assert 0 <= measure(random_images(count, 1), random_images(count, 1).flip(0)).item() < 1e-6
 
 
 @pytest.mark.parametrize("count", [60, 10])
-def test_the_distance_of_pictures_is_that_of_their_features(count: int) -> None:
-    real, fake = pictures(count, 1), pictures(50, 2, least=60)
+def test_the_distance_of_images_is_that_of_their_features(count: int) -> None:
+    real, fake = random_images(count, 1), random_images(50, 2, least=60)
     with torch.no_grad():
-        features = [Projection().eval().double()(images.double()).numpy() for images in (real, fake)]
+        features = [Projection().eval().double()(batch.double()).numpy() for batch in (real, fake)]
     distance = measure(real, fake)
     assert (distance.shape, distance.dtype) == ((), torch.float64)
     assert distance.item() == pytest.approx(by_scipy(*features), rel=1e-4)
@@ -85,51 +85,51 @@ def test_the_distance_of_pictures_is_that_of_their_features(count: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 60])
 def test_the_batch_size_does_not_matter(batch_size: int) -> None:
-    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    real, fake = random_images(60, 1), random_images(50, 2, least=60)
     assert measure(real, fake, batch_size).item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
 
 
 def test_features_that_hardly_differ_far_from_zero_keep_their_digits() -> None:
     # Mean 1e4, deviation 0.1: in float32 the difference of the two sums of squares is noise.
-    features = Anything(lambda images: 1e4 + 0.1 * images[:, :, 0, 0].double())
-    real, fake = pictures(200, 1), pictures(200, 2, least=100)
-    expected = by_scipy(*(0.1 * images[:, :, 0, 0].double().numpy() for images in (real, fake)))
+    features = Anything(lambda batch: 1e4 + 0.1 * batch[:, :, 0, 0].double())
+    real, fake = random_images(200, 1), random_images(200, 2, least=100)
+    expected = by_scipy(*(0.1 * batch[:, :, 0, 0].double().numpy() for batch in (real, fake)))
     assert measure(real, fake, features=features).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
 def test_features_of_several_dimensions_are_flattened(shape: tuple[int, ...]) -> None:
-    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    real, fake = random_images(30, 1), random_images(30, 2, least=60)
     assert torch.equal(measure(real, fake, features=Projection(shape=shape)), measure(real, fake))
 
 
 def test_features_see_the_levels_of_the_files_as_float32() -> None:
     seen: list[Tensor] = []
-    metric = FID(Anything(lambda images: (seen.append(images), images.mean((2, 3)))[1]), SIZE)
-    images = pictures(4, 1)
-    metric.update(images, real=True)
+    metric = FID(Anything(lambda batch: (seen.append(batch), batch.mean((2, 3)))[1]), SIZE)
+    batch = random_images(4, 1)
+    metric.update(batch, real=True)
     assert {tuple(probe.shape[1:]) for probe in seen} == {(3, SIZE, SIZE)}
     assert {probe.dtype for probe in seen} == {torch.float32}
     assert seen[0].eq(0).all()
-    assert torch.equal(seen[-1], images.float())
+    assert torch.equal(seen[-1], batch.float())
 
 
 def distance_of_a_rank(rank: int) -> dict[str, Tensor]:
     metric = FID(Projection(), SIZE)
-    metric.update(pictures(60, 1)[rank::2], real=True)
+    metric.update(random_images(60, 1)[rank::2], real=True)
     if rank == 0:  # a rank may have nothing
-        metric.update(pictures(50, 2, least=60), real=False)
+        metric.update(random_images(50, 2, least=60), real=False)
     return {"distance": metric.compute()}
 
 
 def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
-    expected = measure(pictures(60, 1), pictures(50, 2, least=60)).item()
+    expected = measure(random_images(60, 1), random_images(50, 2, least=60)).item()
     for result in run_on_ranks(distance_of_a_rank, tmp_path):
         assert result["distance"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_halves_add_up_to_the_whole() -> None:
-    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    real, fake = random_images(60, 1), random_images(50, 2, least=60)
     halves = [FID(Projection(), SIZE) for _ in range(2)]
     for rank, half in enumerate(halves):
         half.update(real[rank::2], real=True)
@@ -141,12 +141,12 @@ def test_halves_add_up_to_the_whole() -> None:
     assert merged.compute().item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
 
 
-def test_a_reset_forgets_the_pictures() -> None:
+def test_a_reset_forgets_the_random_images() -> None:
     metric = FID(Projection(), SIZE)
-    metric.update(pictures(9, 3), real=True)
-    metric.update(pictures(9, 4), real=False)
+    metric.update(random_images(9, 3), real=True)
+    metric.update(random_images(9, 4), real=False)
     metric.reset()
-    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    real, fake = random_images(30, 1), random_images(30, 2, least=60)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     assert torch.equal(metric.compute(), measure(real, fake))
@@ -170,14 +170,14 @@ def test_the_features_are_frozen_and_in_no_state_dict() -> None:
 def test_no_gradient_and_no_autocast_reach_the_features() -> None:
     seen: list[tuple[bool, torch.dtype]] = []
 
-    def features(images: Tensor) -> Tensor:
-        rows = images.flatten(1)
+    def features(batch: Tensor) -> Tensor:
+        rows = batch.flatten(1)
         seen.append((torch.is_grad_enabled(), (rows @ rows.T[:, :2]).dtype))
         return rows[:, :4]
 
     metric = FID(Anything(features), SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        metric.update(pictures(4, 1), real=True)
+        metric.update(random_images(4, 1), real=True)
     assert set(seen) == {(False, torch.float32)}
     assert not metric.real_outer.requires_grad
 
@@ -196,7 +196,7 @@ def test_no_gradient_and_no_autocast_reach_the_features() -> None:
 def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callable[[Any], Any]) -> None:
     owner = nn.Module()
     owner.metric = metric = FID(Projection(), SIZE)
-    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    real, fake = random_images(30, 1), random_images(30, 2, least=60)
     metric.update(real, real=True)
     cast(owner)
     metric.update(fake, real=False)
@@ -214,9 +214,9 @@ def test_statistics_go_to_another_device() -> None:
 
 
 @pytest.mark.gpu
-def test_features_follow_the_pictures_to_the_gpu() -> None:
+def test_features_follow_the_images_to_the_gpu() -> None:
     metric = FID(Projection(), SIZE).cuda()
-    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    real, fake = random_images(30, 1), random_images(30, 2, least=60)
     metric.update(real.cuda(), real=True)
     metric.update(fake.cuda(), real=False)
     distance = metric.compute()
@@ -227,7 +227,7 @@ def test_features_follow_the_pictures_to_the_gpu() -> None:
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
 def test_a_copy_goes_on_where_the_original_was(way: Callable[[FID], FID]) -> None:
     original = FID(Projection(), SIZE)
-    real, fake = pictures(30, 1), pictures(30, 2, least=60)
+    real, fake = random_images(30, 1), random_images(30, 2, least=60)
     original.update(real, real=True)
     copied = way(original)
     copied.update(fake, real=False)
@@ -245,8 +245,8 @@ def test_a_copy_goes_on_where_the_original_was(way: Callable[[FID], FID]) -> Non
         (lambda images: (images.flatten(1),), "tuple"),
     ],
 )
-def test_a_module_that_gives_no_row_for_each_picture_is_refused(function: Callable[[Tensor], Any], phrase: str) -> None:
-    with pytest.raises(ValueError, match=f"Anything gives {phrase} as pool of 2 pictures"):
+def test_a_module_that_gives_no_row_for_each_image_is_refused(function: Callable[[Tensor], Any], phrase: str) -> None:
+    with pytest.raises(ValueError, match=f"Anything gives {phrase} as pool of 2 images"):
         FID(Anything(function), SIZE)
 
 
@@ -260,7 +260,7 @@ def test_a_module_that_gives_no_row_for_each_picture_is_refused(function: Callab
         torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8),
     ],
 )
-def test_what_is_no_picture_of_a_file_is_refused(images: Tensor) -> None:
+def test_what_is_no_image_of_a_file_is_refused(images: Tensor) -> None:
     metric = FID(Projection(), SIZE)
     with pytest.raises(ValueError, match=r"must be uint8 of shape \(B, 3, H, W\), not") as error:
         metric.update(images, real=True)
@@ -268,33 +268,33 @@ def test_what_is_no_picture_of_a_file_is_refused(images: Tensor) -> None:
     assert str(tuple(images.shape)) in str(error.value)
 
 
-def test_pictures_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_refused() -> None:
     metric = FID(Projection(), SIZE)
-    with pytest.raises(ValueError, match="pictures are 4 × 6 pixels, but fid_Projection is for 8 × 8; set image_size"):
+    with pytest.raises(ValueError, match="images are 4 × 6 pixels, but fid_Projection is for 8 × 8; set image_size"):
         metric.update(torch.zeros(2, 3, 4, 6, dtype=torch.uint8), real=True)
 
 
 def test_another_number_of_features_than_expected_is_refused() -> None:
     metric = FID(Projection(), SIZE)
-    with pytest.raises(ValueError, match="48 features came for each picture, but 16 for those of image_size 8"):
+    with pytest.raises(ValueError, match="48 features came for each image, but 16 for those of image_size 8"):
         metric.update(Features(torch.zeros(2, 48)), real=True)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize(("real", "fake", "phrase"), [(0, 5, "0 real"), (1, 5, "1 real"), (5, 1, "1 fake")])
-def test_too_few_pictures_are_refused_and_counted(real: int, fake: int, phrase: str) -> None:
-    with pytest.raises(ValueError, match=f"{phrase} pictures are too few"):
-        measure(pictures(real, 1), pictures(fake, 2), features=Anything(lambda images: images.mean((2, 3))))
+def test_too_few_images_are_refused_and_counted(real: int, fake: int, phrase: str) -> None:
+    with pytest.raises(ValueError, match=f"{phrase} images are too few"):
+        measure(random_images(real, 1), random_images(fake, 2), features=Anything(lambda batch: batch.mean((2, 3))))
 
 
 @pytest.mark.parametrize(("count", "width"), [(700, 512), (100, 512), (50, 64)])
-def test_a_stored_reference_gives_the_distance_of_its_pictures(count: int, width: int) -> None:
+def test_a_stored_reference_gives_the_distance_of_its_random_images(count: int, width: int) -> None:
     real, fake = random_features(count, width, seed=1), random_features(count // 2, width, seed=2)
     extractor = Anything(lambda images: torch.zeros(len(images), width, dtype=torch.float64))
     metric = FID(extractor, SIZE, reference=(real.mean(0), np.cov(real, rowvar=False)))
     metric.update(Features(torch.from_numpy(fake)))
     assert metric.compute().item() == pytest.approx(by_scipy(real, fake), rel=1e-3)
-    with pytest.raises(ValueError, match="real pictures were given, but the metric has a reference"):
+    with pytest.raises(ValueError, match="real images were given, but the metric has a reference"):
         metric.update(Features(torch.from_numpy(real)), real=True)
 
 
@@ -308,7 +308,7 @@ def test_a_stored_reference_of_another_width_is_refused() -> None:
     [(300, 512, 0.0), (300, 512, 30.0), (100, 2048, 0.0), pytest.param(3000, 2048, 0.0, marks=pytest.mark.slow)],
 )
 def test_features_have_no_distance_from_themselves_in_any_order(count: int, width: int, offset: float) -> None:
-    # Non-negative features of order 1, as Inception's are; fewer pictures than features or more.
+    # Non-negative features of order 1, as Inception's are; fewer images than features or more.
     rows = (torch.from_numpy(random_features(count, width, seed=1)).abs() / width**0.5 + offset).float()
     metric = FID(Anything(lambda images: torch.zeros(len(images), width)), SIZE)
     metric.update(Features(rows), real=True)
@@ -326,11 +326,11 @@ def test_it_is_the_distance_of_scipy_at_the_width_of_inception(count: int) -> No
 
 
 def test_sfid_looks_at_spatial_features() -> None:
-    real, fake = pictures(60, 1), pictures(50, 2, least=60)
+    real, fake = random_images(60, 1), random_images(50, 2, least=60)
     metric = SFID(Everything(), SIZE)
     metric.update(real, real=True)
     metric.update(fake)
-    rows = [images[:, :, ::2, ::2].flatten(1).double().numpy() / 64 for images in (real, fake)]
+    rows = [batch[:, :, ::2, ::2].flatten(1).double().numpy() / 64 for batch in (real, fake)]
     assert metric.compute().item() == pytest.approx(by_scipy(*rows), rel=1e-4)
     with pytest.raises(ValueError, match="SFID needs spatial features, which Projection does not give"):
         SFID(Projection(), SIZE)

@@ -1,4 +1,4 @@
-"""What metrics over pictures share: order, batches, ranks, copies, states, references and refusals."""
+"""What metrics over images share: order, batches, ranks, copies, states, references and refusals."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamagen.metrics import KID, Features, InceptionScore, PrecisionRecall, extract
 from llamagen.metrics.image_metric import RowMetric
-from tests.metrics.extractors import SIZE, Anything, Corner, Everything, Projection, pictures
+from tests.metrics.extractors import SIZE, Anything, Corner, Everything, Projection, random_images
 from tests.ranks import run_on_ranks
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -25,12 +25,12 @@ every_metric = pytest.mark.parametrize("name", MAKERS)
 two_sided = pytest.mark.parametrize("name", ["kid", "precision_recall"])
 
 
-def real_pictures() -> Tensor:
-    return pictures(31, 1)
+def real_images() -> Tensor:
+    return random_images(31, 1)
 
 
-def fake_pictures() -> Tensor:
-    return pictures(25, 2, least=60)
+def fake_images() -> Tensor:
+    return random_images(25, 2, least=60)
 
 
 def make(name: str, extractor: nn.Module | None = None, **options: Any) -> Any:
@@ -40,7 +40,7 @@ def make(name: str, extractor: nn.Module | None = None, **options: Any) -> Any:
 def show(
     metric: RowMetric, images: Tensor, real: bool = False, index: Tensor | None = None, batch_size: int = 100
 ) -> None:
-    """Pictures in batches; real ones only to a metric that knows such."""
+    """Images in batches; real ones only to a metric that knows such."""
     side = {} if isinstance(metric, InceptionScore) else {"real": real}
     if real and not side:
         return
@@ -55,21 +55,21 @@ def result(metric: Any) -> list[float]:
 
 def measured(name: str, extractor: nn.Module | None = None, batch_size: int = 100) -> list[float]:
     metric = make(name, extractor)
-    show(metric, real_pictures(), True, batch_size=batch_size)
-    show(metric, fake_pictures(), batch_size=batch_size)
+    show(metric, real_images(), True, batch_size=batch_size)
+    show(metric, fake_images(), batch_size=batch_size)
     return result(metric)
 
 
 def finished(metric: Any) -> list[float]:
-    """The result of one that has seen all real pictures and the first ten others."""
-    show(metric, fake_pictures()[10:])
+    """The result of one that has seen all real images and the first ten others."""
+    show(metric, fake_images()[10:])
     return result(metric)
 
 
 def begun(name: str) -> Any:
     metric = make(name)
-    show(metric, real_pictures(), True)
-    show(metric, fake_pictures()[:10])
+    show(metric, real_images(), True)
+    show(metric, fake_images()[:10])
     return metric
 
 
@@ -80,9 +80,9 @@ def test_the_batch_size_does_not_matter(name: str, batch_size: int) -> None:
 
 
 @every_metric
-def test_pictures_count_in_the_order_of_their_index(name: str) -> None:
+def test_images_count_in_the_order_of_their_index(name: str) -> None:
     metric, unordered = make(name), make(name)
-    for number, (images, real) in enumerate(((real_pictures(), True), (fake_pictures(), False))):
+    for number, (images, real) in enumerate(((real_images(), True), (fake_images(), False))):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
         show(metric, images[order], real, order, batch_size=6)
         show(unordered, images[order], real)
@@ -93,16 +93,16 @@ def test_pictures_count_in_the_order_of_their_index(name: str) -> None:
 @every_metric
 def test_numbers_of_an_index_need_not_begin_at_zero_nor_be_of_64_bits(name: str) -> None:
     metric = make(name)
-    for images, real in ((real_pictures(), True), (fake_pictures(), False)):
+    for images, real in ((real_images(), True), (fake_images(), False)):
         show(metric, images.flip(0), real, 3 * torch.arange(len(images), dtype=torch.int32).flip(0) + 100, 8)
     assert result(metric) == measured(name)
     assert metric.fake_index[0].dtype == torch.int64
 
 
 def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
-    """What each metric makes on one of two ranks of pictures that are shared out in several ways."""
+    """What each metric makes on one of two ranks of images that are shared out in several ways."""
     found: dict[str, dict[str, list[float]]] = {}
-    sides = ((real_pictures(), True), (fake_pictures(), False))
+    sides = ((real_images(), True), (fake_images(), False))
     for name in MAKERS:
         cases = found.setdefault(name, {})
         metric = make(name)
@@ -123,20 +123,20 @@ def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
         cases["a rank with nothing"] = result(metric)
 
         metric = make(name)
-        show(metric, real_pictures()[rank::2], True)
-        show(metric, fake_pictures()[:14][rank::2])
+        show(metric, real_images()[rank::2], True)
+        show(metric, fake_images()[:14][rank::2])
         assert result(metric) == result(metric)
         metric = pickle.loads(pickle.dumps(metric))
-        show(metric, fake_pictures()[14:][rank::2])
+        show(metric, fake_images()[14:][rank::2])
         cases["in the middle and at the end"] = result(metric)
         assert isinstance(metric.fake_rows, list)
 
-        if rank == 0:  # one picture in all
-            show(lonely := make(name), fake_pictures()[:1])
+        if rank == 0:  # one image in all
+            show(lonely := make(name), fake_images()[:1])
         else:
             lonely = make(name)
-        show(lonely, real_pictures()[rank::2], True)
-        with pytest.raises(ValueError, match="1 fake pictures are too few"):
+        show(lonely, real_images()[rank::2], True)
+        with pytest.raises(ValueError, match="1 fake images are too few"):
             lonely.compute()
         lonely.reset()
         for images, real in sides:
@@ -146,7 +146,7 @@ def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_two_ranks_measure_what_one_process_does_however_pictures_are_shared_out(tmp_path: Path) -> None:
+def test_two_ranks_measure_what_one_process_does_however_images_are_shared_out(tmp_path: Path) -> None:
     for found in run_on_ranks(results_of_a_rank, tmp_path):
         assert set(found) == set(MAKERS)
         for name, cases in found.items():
@@ -176,8 +176,8 @@ def test_a_saved_state_goes_on_in_another_metric_and_stays_as_it_is(name: str) -
     results = []
     for _ in range(2):
         other = make(name)
-        show(other, fake_pictures()[:15])
-        show(other, fake_pictures()[:15], True)
+        show(other, fake_images()[:15])
+        show(other, fake_images()[:15], True)
         result(other)
         other.load_state_dict(state)
         assert sum(map(len, state["fake_rows"])) == 10
@@ -190,8 +190,8 @@ def test_a_saved_state_goes_on_in_another_metric_and_stays_as_it_is(name: str) -
 @every_metric
 def test_a_loaded_state_replaces_a_result_of_before(name: str) -> None:
     original, other = make(name), begun(name)
-    show(original, real_pictures(), True)
-    show(original, fake_pictures())
+    show(original, real_images(), True)
+    show(original, fake_images())
     original.persistent(True)
     assert result(other) != measured(name)
     other.load_state_dict(original.state_dict())
@@ -199,14 +199,14 @@ def test_a_loaded_state_replaces_a_result_of_before(name: str) -> None:
 
 
 @every_metric
-def test_a_reset_forgets_the_pictures(name: str) -> None:
+def test_a_reset_forgets_the_random_images(name: str) -> None:
     metric = make(name)
-    show(metric, pictures(40, 3), True)
-    show(metric, pictures(40, 4))
+    show(metric, random_images(40, 3), True)
+    show(metric, random_images(40, 4))
     result(metric)
     metric.reset()
-    show(metric, real_pictures(), True)
-    show(metric, fake_pictures())
+    show(metric, real_images(), True)
+    show(metric, fake_images())
     assert result(metric) == measured(name)
 
 
@@ -220,7 +220,7 @@ def test_a_result_of_the_middle_changes_nothing(name: str) -> None:
 
 def test_forward_gives_the_score_of_a_batch_and_keeps_the_order() -> None:
     metric = make("inception_score")
-    for batch in fake_pictures().split(5):
+    for batch in fake_images().split(5):
         show(alone := make("inception_score"), batch)
         assert [part.item() for part in metric(batch)] == result(alone)
     assert result(metric) == measured("inception_score")
@@ -241,8 +241,8 @@ def test_features_keep_their_precision_whatever_becomes_of_the_module(
 ) -> None:
     owner = nn.Module()
     owner.metric = metric = make(name, Corner(dtype))
-    show(metric, real_pictures(), True)
-    show(metric, fake_pictures()[:10])
+    show(metric, real_images(), True)
+    show(metric, fake_images()[:10])
     cast(owner)
     assert finished(metric) == measured(name, Corner(dtype))
     assert {rows.dtype for rows in metric.fake_rows} == {metric.row_dtype} == {dtype}
@@ -267,7 +267,7 @@ def test_the_features_are_frozen_in_evaluation_mode_and_in_no_state_dict(name: s
     assert owner.metric.extractor is extractor
     assert not extractor.dropout.training
     assert not extractor.scale.requires_grad
-    show(owner.metric, fake_pictures())
+    show(owner.metric, fake_images())
     assert not owner.metric.fake_rows[0].requires_grad
 
 
@@ -279,19 +279,19 @@ def test_kept_features_go_to_another_device(name: str) -> None:
 
 
 @two_sided
-def test_a_reference_is_worth_the_real_pictures(name: str) -> None:
-    rows = Corner().eval()(real_pictures().float()).pool.detach()
+def test_a_reference_is_worth_the_real_images(name: str) -> None:
+    rows = Corner().eval()(real_images().float()).pool.detach()
     metric = make(name, reference=rows.double())
-    show(metric, fake_pictures())
+    show(metric, fake_images())
     assert result(metric) == measured(name)
     assert metric.reference.dtype == metric.row_dtype == torch.float32
     assert metric.state_dict() == {}
     metric.reset()
-    show(metric, fake_pictures())
+    show(metric, fake_images())
     assert result(metric) == measured(name)
     assert result(pickle.loads(pickle.dumps(metric))) == measured(name)
-    with pytest.raises(ValueError, match="real pictures were given, but the metric has a reference; leave one of them"):
-        metric.update(real_pictures(), real=True)
+    with pytest.raises(ValueError, match="real images were given, but the metric has a reference; leave one of them"):
+        metric.update(real_images(), real=True)
 
 
 @two_sided
@@ -315,31 +315,31 @@ def test_names_say_whose_features_they_are_unless_these_are_those_of_inception()
 @pytest.mark.parametrize(
     ("images", "phrase"),
     [
-        (torch.zeros(4, 3, SIZE, SIZE), "pictures must be uint8 of shape"),
-        (torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), "pictures must be uint8 of shape"),
-        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), "pictures are 4 × 6 pixels, but .*_corner is for 8 × 8; set"),
-        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "9 features came for each picture, but (7|12) for"),
+        (torch.zeros(4, 3, SIZE, SIZE), "images must be uint8 of shape"),
+        (torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), "images must be uint8 of shape"),
+        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), "images are 4 × 6 pixels, but .*_corner is for 8 × 8; set"),
+        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "9 features came for each image, but (7|12) for"),
     ],
 )
-def test_what_is_no_picture_of_its_size_is_refused(name: str, images: Any, phrase: str) -> None:
+def test_what_is_no_image_of_its_size_is_refused(name: str, images: Any, phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):
         make(name).update(images)
 
 
 @pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).bool()])
 def test_an_index_that_is_not_one_whole_number_each_is_refused(index: Tensor) -> None:
-    with pytest.raises(ValueError, match="for 4 pictures; give one whole number each") as error:
-        show(make("kid"), fake_pictures()[:4], index=index)
+    with pytest.raises(ValueError, match="for 4 images; give one whole number each") as error:
+        show(make("kid"), fake_images()[:4], index=index)
     assert f"index is {index.dtype} of {tuple(index.shape)}" in str(error.value)
 
 
 @every_metric
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_pictures_are_refused(name: str, count: int) -> None:
+def test_fewer_than_two_images_are_refused(name: str, count: int) -> None:
     metric = make(name)
-    show(metric, real_pictures(), True)
-    metric.update(fake_pictures()[:count])
-    with pytest.raises(ValueError, match=f"{count} fake pictures are too few for {name}_corner; give at least two"):
+    show(metric, real_images(), True)
+    metric.update(fake_images()[:count])
+    with pytest.raises(ValueError, match=f"{count} fake images are too few for {name}_corner; give at least two"):
         metric.compute()
 
 
@@ -354,7 +354,7 @@ def test_features_that_are_no_numbers_are_refused(name: str, value: float) -> No
 
 
 def test_no_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_size is 0; give the side of the pictures in pixels"):
+    with pytest.raises(ValueError, match="image_size is 0; give the side of the images in pixels"):
         KID(Corner(), 0)
 
 
@@ -365,9 +365,9 @@ def test_an_extractor_is_not_rounded_to_tf32_whatever_training_likes(legacy: boo
     def precisions() -> list[str]:
         return [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
 
-    def look(images: Tensor) -> Tensor:
+    def look(batch: Tensor) -> Tensor:
         seen.append(precisions())
-        return images.flatten(1)
+        return batch.flatten(1)
 
     before = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
     if legacy:
@@ -377,7 +377,7 @@ def test_an_extractor_is_not_rounded_to_tf32_whatever_training_likes(legacy: boo
     try:
         around = precisions()
         assert around[1] == "tf32"
-        extract(Anything(look), pictures(2, 0))
+        extract(Anything(look), random_images(2, 0))
         assert seen == [["ieee", "ieee"]]
         assert precisions() == around
     finally:

@@ -1,4 +1,4 @@
-"""Inception gives what torch-fidelity's does, of pictures of every size, and where TensorFlow has it."""
+"""Inception gives what torch-fidelity's does, of images of every size, and where TensorFlow has it."""
 
 import copy
 import pickle
@@ -36,8 +36,8 @@ def filled(name: str, shape: torch.Size) -> Tensor:
     return 0.02 * values
 
 
-def pictures(size: str) -> Tensor:
-    """Two pictures of noise, the second of which is dark."""
+def random_images(size: str) -> Tensor:
+    """Two images of noise, the second of which is dark."""
     height, width = map(int, size.split("x"))
     images = integer_input(f"inception-{size}", 256, (2, 3, height, width)).to(torch.uint8)
     images[1] //= 4
@@ -54,7 +54,7 @@ def net() -> InceptionNet:
 
 @pytest.fixture(scope="module")
 def found(net: InceptionNet) -> dict[str, Features]:
-    return {size: extract(net, pictures(size)) for size in SIZES}
+    return {size: extract(net, random_images(size)) for size in SIZES}
 
 
 def test_names_and_shapes_are_those_of_the_published_weights() -> None:
@@ -76,12 +76,12 @@ def test_features_are_those_of_torch_fidelity(found: dict[str, Features], size: 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_are_resized_as_torch_fidelity_does(size: str) -> None:
-    resized = resize_tf1(pictures(size).float(), (299, 299))
+def test_images_are_resized_as_torch_fidelity_does(size: str) -> None:
+    resized = resize_tf1(random_images(size).float(), (299, 299))
     assert_matches(resized, inception_golden("sizes")[size]["resized"], tolerance=1e-4)
 
 
-def test_one_pass_gives_everything_a_row_for_each_picture(found: dict[str, Features]) -> None:
+def test_one_pass_gives_everything_a_row_for_each_image(found: dict[str, Features]) -> None:
     features = found["64x64"]
     assert [tuple(rows.shape) for rows in features] == [(2, 2048), (2, 17 * 17 * 7), (2, 1008), (2, 1008)]
     assert {rows.dtype for rows in features} == {torch.float32}
@@ -92,7 +92,7 @@ def test_spatial_features_are_in_the_order_of_tensorflow(net: InceptionNet, foun
     seen: list[Tensor] = []
     hook = net.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda *call: seen.append(call[2]))
     try:
-        extract(net, pictures("64x64"))
+        extract(net, random_images("64x64"))
     finally:
         hook.remove()
     spatial = found["64x64"].spatial
@@ -109,14 +109,14 @@ def test_the_bias_is_what_logits_differ_by(net: InceptionNet, found: dict[str, F
 
 
 def test_the_batch_size_does_not_matter(net: InceptionNet, found: dict[str, Features]) -> None:
-    images = pictures("200x333")
-    for rows, both in zip(extract(net, images[1:]), found["200x333"], strict=True):
+    batch = random_images("200x333")
+    for rows, both in zip(extract(net, batch[1:]), found["200x333"], strict=True):
         assert rows is not None
         assert both is not None
         torch.testing.assert_close(rows, both[1:], atol=1e-5, rtol=1e-4)
 
 
-def test_a_picture_between_pixels_is_interpolated_from_the_top_left() -> None:
+def test_an_image_between_pixels_is_interpolated_from_the_top_left() -> None:
     row = torch.tensor([[0.0, 30.0, 90.0]])
     wider = resize_tf1(row.view(1, 1, 1, 3), (1, 6)).flatten()
     assert wider.tolist() == [0, 15, 30, 60, 90, 90]  # half-pixel centers would give 0, 7.5, 22.5, …
@@ -124,7 +124,7 @@ def test_a_picture_between_pixels_is_interpolated_from_the_top_left() -> None:
     assert resize_tf1(column, (6, 2)).squeeze().tolist() == [[value, value] for value in wider.tolist()]
 
 
-def test_a_larger_picture_is_sampled_without_a_filter() -> None:
+def test_a_larger_image_is_sampled_without_a_filter() -> None:
     row = torch.tensor([10.0, 1.0, 2.0, 20.0, 5.0, 6.0]).view(1, 1, 1, 6)
     assert resize_tf1(row, (1, 2)).flatten().tolist() == [10, 20]
     assert resize_tf1(row, (1, 4)).flatten().tolist() == [10, 1.5, 20, 5.5]
@@ -140,9 +140,9 @@ def test_both_axes_are_interpolated() -> None:
     ]
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
-    images = pictures("299x299").float()
-    assert torch.equal(resize_tf1(images, (299, 299)), images)
+def test_an_image_of_the_right_size_stays_as_it_is() -> None:
+    batch = random_images("299x299").float()
+    assert torch.equal(resize_tf1(batch, (299, 299)), batch)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
         torch.zeros(1, 8, 8, 3),
     ],
 )
-def test_what_is_no_picture_is_refused(net: InceptionNet, images: Tensor) -> None:
+def test_what_is_no_image_is_refused(net: InceptionNet, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"needs floats with levels 0 … 255 of shape \(B, 3, H, W\), not") as error:
         net(images)
     assert str(images.dtype) in str(error.value)
@@ -174,12 +174,12 @@ def test_a_copy_sees_the_same(
 ) -> None:
     copied = way(net)
     assert copied.fc.weight is not net.fc.weight
-    torch.testing.assert_close(extract(copied, pictures("64x64")).pool, found["64x64"].pool)
+    torch.testing.assert_close(extract(copied, random_images("64x64")).pool, found["64x64"].pool)
 
 
-def test_random_weights_tell_pictures_apart() -> None:
+def test_random_weights_tell_images_apart() -> None:
     torch.manual_seed(0)
-    pool = extract(InceptionNet(), pictures("64x64")).pool
+    pool = extract(InceptionNet(), random_images("64x64")).pool
     assert (pool[0] - pool[1]).std() > 0.01 * pool.std()
     assert 0.01 < pool.std() < 10
 

@@ -1,4 +1,4 @@
-"""The Inception Score is that of its formula, over splits of the pictures in their order."""
+"""The Inception Score is that of its formula, over splits of the images in their order."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from llamagen.metrics import FID, KID, Features, InceptionScore
 from llamagen.metrics.inception_score import SplitStatistics
-from tests.metrics.extractors import SIZE, Anything, Everything, Projection, pictures
+from tests.metrics.extractors import SIZE, Anything, Everything, Projection, random_images
 
 CLASSES = 5
 
@@ -64,12 +64,12 @@ def test_there_are_ten_splits_if_none_are_given() -> None:
     assert metric.compute().mean.item() == pytest.approx(by_formula(wide.numpy(), 10)[0], rel=1e-6)
 
 
-def test_it_sees_the_logits_of_pictures() -> None:
-    images = pictures(40, 1)
+def test_it_sees_the_logits_of_random_images() -> None:
+    batch = random_images(40, 1)
     metric = InceptionScore(Everything(), SIZE, splits=3)
-    for part in images.split(9):
+    for part in batch.split(9):
         metric.update(part)
-    logits = Everything().eval()(images.float()).logits.detach().double().numpy()
+    logits = Everything().eval()(batch.float()).logits.detach().double().numpy()
     assert metric.compute().mean.item() == pytest.approx(by_formula(logits, 3)[0], rel=1e-5)
 
 
@@ -100,8 +100,8 @@ def test_numbers_of_a_large_offset_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize(("count", "splits"), [(9, 10), (2, 3)])
-def test_fewer_pictures_than_splits_are_refused(count: int, splits: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} pictures are too few for {splits} splits of the Inception Score"):
+def test_fewer_images_than_splits_are_refused(count: int, splits: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} images are too few for {splits} splits of the Inception Score"):
         of_logits(torch.zeros(count, CLASSES), splits)
 
 
@@ -119,8 +119,8 @@ def test_an_extractor_without_logits_is_refused_by_its_name() -> None:
         metric.update(Features(torch.zeros(2, 7)))
 
 
-def test_in_a_collection_it_passes_over_the_real_pictures() -> None:
-    extractor, real, fake = Everything(), pictures(30, 1, least=100), pictures(30, 2)
+def test_in_a_collection_it_passes_over_the_real_images() -> None:
+    extractor, real, fake = Everything(), random_images(30, 1, least=100), random_images(30, 2)
     alone, collection = (
         InceptionScore(extractor, SIZE),
         MetricCollection([FID(extractor, SIZE), KID(extractor, SIZE), InceptionScore(extractor, SIZE)]),

@@ -9,7 +9,7 @@ from torchmetrics.image.kid import poly_mmd
 from llamagen.metrics import KID, Features
 from llamagen.metrics.inception_score import SplitStatistics
 from llamagen.metrics.kernel_distance import squared_discrepancy
-from tests.metrics.extractors import SIZE, Anything, Projection, pictures
+from tests.metrics.extractors import SIZE, Anything, Projection, random_images
 
 WIDTH = 6
 
@@ -40,7 +40,7 @@ def features(count: int, seed: int, mean: float = 0.0) -> Tensor:
 
 
 @pytest.mark.parametrize(("count", "other_count"), [(30, 30), (30, 17), (2, 25), (2, 2)])
-def test_with_all_pictures_in_a_subset_it_is_the_distance_of_the_formula(count: int, other_count: int) -> None:
+def test_with_all_images_in_a_subset_it_is_the_distance_of_the_formula(count: int, other_count: int) -> None:
     real, fake = features(count, 1), features(other_count, 2, mean=0.5)
     found = measure(real, fake, subsets=3)
     assert (found.mean.dtype, found.std.dtype) == (torch.float64, torch.float64)
@@ -115,7 +115,7 @@ def test_there_are_a_hundred_subsets_of_a_thousand_if_nothing_else_is_said() -> 
     assert (metric.subsets, metric.subset_size, metric.seed) == (100, 1000, 0)
 
 
-def test_a_reference_gives_what_its_pictures_do() -> None:
+def test_a_reference_gives_what_its_images_do() -> None:
     real, fake = features(30, 1), features(20, 2, mean=0.5)
     known, shown = (measure(real, fake, reference, subsets=3, subset_size=8) for reference in (True, False))
     assert torch.equal(torch.stack([*known]), torch.stack([*shown]))
@@ -129,9 +129,9 @@ def test_numbers_that_are_too_small_are_refused(subsets: int, subset_size: int) 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize(("count", "other_count", "phrase"), [(1, 5, "1 real"), (5, 1, "1 fake"), (0, 5, "0 real")])
-def test_fewer_than_two_pictures_are_refused(count: int, other_count: int, phrase: str) -> None:
+def test_fewer_than_two_images_are_refused(count: int, other_count: int, phrase: str) -> None:
     metric = KID(Projection(), SIZE)
-    metric.update(pictures(count, 1), real=True)
-    metric.update(pictures(other_count, 2))
-    with pytest.raises(ValueError, match=f"{phrase} pictures are too few for kid_Projection; give at least two"):
+    metric.update(random_images(count, 1), real=True)
+    metric.update(random_images(other_count, 2))
+    with pytest.raises(ValueError, match=f"{phrase} images are too few for kid_Projection; give at least two"):
         metric.compute()

@@ -12,8 +12,8 @@ from evaluation.measurement import Measurement
 from llamagen.metrics import FID, KID, Features, PrecisionRecall
 from llamagen.metrics.classifier import ENTRY, Classifier, SmallClassifier
 from llamagen.metrics.frechet import frechet_distance
-from tests.datamodules.shard_files import grey_picture, write_shards
-from tests.metrics.extractors import SIZE, Everything, Projection, pictures
+from tests.datamodules.shard_files import grey_image, write_shards
+from tests.metrics.extractors import SIZE, Everything, Projection, random_images
 
 NAN = float("nan")
 
@@ -25,14 +25,14 @@ def test_a_broken_extractor_is_noticed_when_a_metric_is_made_and_at_each_batch()
         extractor.linear.weight[0, 0] = NAN
         measurement.extractor.linear.bias[2] = NAN  # type: ignore[union-attr,operator,index]
     said = r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
-    for make in (lambda: metric.update(pictures(3, 0)), lambda: KID(extractor, SIZE)):
+    for make in (lambda: metric.update(random_images(3, 0)), lambda: KID(extractor, SIZE)):
         with pytest.raises(FloatingPointError, match=said):
             make()
     with pytest.raises(FloatingPointError, match=r"weight linear\.bias is not finite"):
-        measurement.update(pictures(3, 0))
+        measurement.update(random_images(3, 0))
 
 
-def test_a_picture_that_overflows_is_named() -> None:
+def test_an_image_that_overflows_is_named() -> None:
     class Squares(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)[:, :4].mul(1e30).square()
@@ -78,7 +78,7 @@ def test_a_classifier_with_a_broken_weight_is_not_loaded(tmp_path: Path) -> None
 
 def test_a_classifier_that_diverges_leaves_no_file(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        samples = [(str(i), {"png": grey_picture(i * 9, 8), "cls": str(i % 2).encode()}) for i in range(8)]
+        samples = [(str(i), {"png": grey_image(i * 9, 8), "cls": str(i % 2).encode()}) for i in range(8)]
         write_shards(tmp_path / "data" / split, samples, per_shard=8)
     out = tmp_path / "a.safetensors"
     options: dict[str, Any] = {"image_size": 8, "width": 8, "batch_size": 4, "epochs": 4, "lr": 1e30}

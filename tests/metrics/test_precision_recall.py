@@ -1,4 +1,4 @@
-"""Precision and recall are exactly those of distances between all pairs, also where pictures lie on borders."""
+"""Precision and recall are exactly those of distances between all pairs, also where images lie on borders."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -159,8 +159,8 @@ def test_pairs_on_borders_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("count", "other_count", "phrase"), [(3, 9, "3 real"), (9, 3, "3 other"), (1, 9, "1 real")])
-def test_not_more_than_k_pictures_are_refused(count: int, other_count: int, phrase: str) -> None:
-    with pytest.raises(ValueError, match=f"{phrase} pictures have no 3-th neighbour; give at least 4"):
+def test_not_more_than_k_images_are_refused(count: int, other_count: int, phrase: str) -> None:
+    with pytest.raises(ValueError, match=f"{phrase} images have no 3-th neighbour; give at least 4"):
         measure(normal(count, 1), normal(other_count, 2), k=3)
     assert measure(normal(4, 1), normal(4, 1), k=3).precision == 1
 

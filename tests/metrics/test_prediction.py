@@ -64,6 +64,6 @@ def on_rank(rank: int) -> list[torch.Tensor]:
     return list(metric.compute())
 
 
-def test_ranks_with_unequal_numbers_of_pictures_count_by_their_codes(tmp_path: Path) -> None:
+def test_ranks_with_unequal_numbers_of_images_count_by_their_codes(tmp_path: Path) -> None:
     for result in run_on_ranks(on_rank, tmp_path):
         assert_close(PredictionStatistics(*result))

@@ -1,4 +1,4 @@
-"""What a discriminator is shown: gradients and values pass, every picture is changed differently, within its ranges."""
+"""What a discriminator is shown: gradients and values pass, every image is changed differently, within its ranges."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def changed(policy: str, images: Tensor, seed: int = 0) -> Tensor:
 
 
 def ramp(batch_size: int, height: int, width: int) -> Tensor:
-    """Pictures whose every pixel has its own number, from 1 on, in all channels."""
+    """Images whose every pixel has its own number, from 1 on, in all channels."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, 1, height, width)
     return numbers.repeat(batch_size, 3, 1, 1)
 
 
-def test_an_empty_policy_gives_the_pictures_themselves_and_draws_nothing() -> None:
+def test_an_empty_policy_gives_the_images_themselves_and_draws_nothing() -> None:
     images = images_for(2, 16, 16)
     before = torch.get_rng_state()
     assert DiscriminatorAugmentation()(images) is images
@@ -42,7 +42,7 @@ def test_a_repeated_name_is_refused() -> None:
 
 @pytest.mark.parametrize("policy", [*((name,) for name in POLICIES), POLICIES], ids="+".join)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_policy_changes_every_picture_differently_and_again_by_seed(
+def test_every_policy_changes_every_image_differently_and_again_by_seed(
     policy: tuple[str, ...], size: tuple[int, int]
 ) -> None:
     images = images_for(1, *size).repeat(8, 1, 1, 1)
@@ -56,7 +56,7 @@ def test_every_policy_changes_every_picture_differently_and_again_by_seed(
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(augment(images), other), "a second call draws anew"
-    assert len({tuple(picture.flatten().tolist()) for picture in first}) > 4
+    assert len({tuple(image.flatten().tolist()) for image in first}) > 4
     assert sum(not torch.equal(before, after) for before, after in zip(images, first, strict=True)) >= 7
 
 
@@ -81,14 +81,14 @@ def test_values_are_not_clipped(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_gradients_reach_the_pictures_and_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_reach_the_images_and_are_those_of_finite_differences(name: str) -> None:
     images = images_for(3, 16, 16).requires_grad_()
     weights = images_for(3, 16, 16).flip(0)
     (changed(name, images) * weights).sum().backward()
     assert images.grad is not None
     assert (images.grad != 0).float().mean() > 0.5
     direction = images_for(3, 16, 16).flip(3)
-    with torch.no_grad():  # every policy is linear in the pictures, up to a constant
+    with torch.no_grad():  # every policy is linear in the images, up to a constant
         numeric = ((changed(name, images + direction) - changed(name, images)) * weights).sum()
     torch.testing.assert_close(numeric, (images.grad * direction).sum(), atol=1e-3, rtol=1e-4)
 
@@ -99,8 +99,8 @@ def test_the_gradient_is_where_pixels_are_still_seen(name: str) -> None:
     result = changed(name, images)
     result.sum().backward()
     assert images.grad is not None
-    for picture, after, grad in zip(images.detach(), result.detach(), images.grad, strict=True):
-        assert torch.equal(grad, torch.isin(picture, after).float())
+    for image, after, grad in zip(images.detach(), result.detach(), images.grad, strict=True):
+        assert torch.equal(grad, torch.isin(image, after).float())
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -108,16 +108,16 @@ def test_translation_moves_by_whole_pixels_up_to_an_eighth_over_grey(height: int
     images = ramp(1, height, width).repeat(300, 1, 1, 1)
     result = changed("translation", images)
     seen = set()
-    for picture in result[:, 0]:
-        row, column = (picture != 0).nonzero()[0].tolist()
+    for image in result[:, 0]:
+        row, column = (image != 0).nonzero()[0].tolist()
         # The first pixel that is left says how far all of them have moved.
-        origin = int(picture[row, column].item()) - 1
+        origin = int(image[row, column].item()) - 1
         down, right = row - origin // width, column - origin % width
         expected = torch.zeros(height, width)
         expected[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = images[
             0, 0, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
         ]
-        assert torch.equal(picture, expected)
+        assert torch.equal(image, expected)
         seen.add((down, right))
     down_most, right_most = height // 8, width // 8
     assert {down for down, _ in seen} == set(range(-down_most, down_most + 1))
@@ -130,8 +130,8 @@ def test_translation_moves_by_whole_pixels_up_to_an_eighth_over_grey(height: int
 def test_cutout_is_a_grey_square_of_half_the_side_anywhere_inside(size: int, side: int) -> None:
     result = changed("cutout", ramp(400, size, size))
     corners = []
-    for picture in result:
-        holes = (picture == 0).nonzero()
+    for image in result:
+        holes = (image == 0).nonzero()
         assert len(holes) == 3 * side**2
         first, last = holes.min(0).values, holes.max(0).values
         assert (last - first + 1).tolist() == [3, side, side]
@@ -143,17 +143,17 @@ def test_cutout_is_a_grey_square_of_half_the_side_anywhere_inside(size: int, sid
 def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> None:
     torch.manual_seed(0)
     count = 500
-    # One picture, whose channels and pixels differ, so that the three changes can be told apart.
-    images = images_for(1, 16, 16)
-    result = changed("color", images.repeat(count, 1, 1, 1))
-    brightness = (result - images).mean((1, 2, 3))
+    # One image, whose channels and pixels differ, so that the three changes can be told apart.
+    batch = images_for(1, 16, 16)
+    result = changed("color", batch.repeat(count, 1, 1, 1))
+    brightness = (result - batch).mean((1, 2, 3))
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
-    def grey_and_rest(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        grey = (pictures * luma).sum(1, keepdim=True)
-        return grey, pictures - grey
+    def grey_and_rest(images: Tensor) -> tuple[Tensor, Tensor]:
+        grey = (images * luma).sum(1, keepdim=True)
+        return grey, images - grey
 
-    grey, rest = grey_and_rest(images)
+    grey, rest = grey_and_rest(batch)
     new_grey, new_rest = grey_and_rest(result)
     contrast = new_grey.std((1, 2, 3)) / grey.std()
     saturation = new_rest.std((1, 2, 3)) / rest.std() / contrast
@@ -170,7 +170,7 @@ def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> N
     assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.2, "the three are drawn separately"
 
 
-def test_color_keeps_a_grey_picture_grey_and_flat() -> None:
+def test_color_keeps_a_grey_image_grey_and_flat() -> None:
     result = changed("color", torch.full((5, 3, 8, 8), 0.25))
     torch.testing.assert_close(result, result[:, :1, :1, :1].expand_as(result))
     assert result.std(0).max() > 0.05

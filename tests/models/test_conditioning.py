@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamagen.models.conditioning import CaptionEmbedder, LabelEmbedder, draw_dropped
+from llamagen.models.conditioning import CaptionEmbedder, LabelEmbedder, sample_dropped
 from llamagen.models.gpt import GPT
 from tests.small_models import codes_for, condition_for, small_gpt
 
@@ -66,7 +66,7 @@ def test_no_condition_is_dropped_at_probability_zero() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.9])
 def test_conditions_are_dropped_at_the_configured_rate(probability: float) -> None:
     torch.manual_seed(0)
-    dropped = draw_dropped(20000, probability, torch.device("cpu"))
+    dropped = sample_dropped(20000, probability, torch.device("cpu"))
     assert dropped.dtype == torch.bool
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.01)
 

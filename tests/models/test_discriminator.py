@@ -1,4 +1,4 @@
-"""The PatchGAN judges patches, the StyleGAN discriminator whole pictures; both say so when a picture does not fit."""
+"""The PatchGAN judges patches, the StyleGAN discriminator whole images; both say so when an image does not fit."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tests.small_models import images_for
 
 
 @pytest.mark.parametrize(("layers", "smallest"), [(1, 6), (2, 12), (3, 24), (4, 48)])
-def test_the_smallest_picture_gives_one_patch_and_a_smaller_one_is_refused(layers: int, smallest: int) -> None:
+def test_the_smallest_image_gives_one_patch_and_a_smaller_one_is_refused(layers: int, smallest: int) -> None:
     model = PatchGAN(channels=4, num_layers=layers)
     assert model(images_for(2, smallest, smallest)).shape == (2, 1, 1, 1)
     for size in [(smallest - 1, smallest), (smallest, smallest - 1)]:
@@ -22,7 +22,7 @@ def test_the_smallest_picture_gives_one_patch_and_a_smaller_one_is_refused(layer
             model.main(images_for(2, *size))
         with pytest.raises(ValueError) as error:
             model(images_for(2, *size))
-        assert f"pictures have {smallest - 1} px, but the discriminator needs at least {smallest}" in str(error.value)
+        assert f"images have {smallest - 1} px, but the discriminator needs at least {smallest}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_shape_that_cannot_be_built_is_refused_by_value(options: dict[str, int
     assert [f"{name} {value}" for name, value in options.items() if f"{name} {value}" not in str(error.value)] == []
 
 
-def test_norms_see_the_pictures_of_all_ranks() -> None:
+def test_norms_see_the_images_of_all_ranks() -> None:
     norms = [module for module in PatchGAN(channels=2).modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert [type(norm) for norm in norms] == [SyncBatchNorm2d] * 3
 
@@ -101,7 +101,7 @@ def test_stylegan_has_the_published_state_dict_and_256_px_by_default() -> None:
         (1024, [16, 32, 64, 128, 256, 512, 512, 512, 512]),
     ],
 )
-def test_stylegan_is_wider_where_pictures_are_smaller(size: int, widths: list[int]) -> None:
+def test_stylegan_is_wider_where_images_are_smaller(size: int, widths: list[int]) -> None:
     with torch.device("meta"):
         model = StyleGAN(size)
         assert model(torch.empty(2, 3, size, size)).shape == (2, 1)
@@ -118,23 +118,23 @@ def test_stylegan_of_a_size_that_cannot_be_built_is_refused_by_value(size: int) 
 
 
 @pytest.mark.parametrize(("height", "width", "named"), [(8, 8, 8), (16, 32, 32), (32, 16, 32)])
-def test_stylegan_refuses_pictures_of_another_size(height: int, width: int, named: int) -> None:
+def test_stylegan_refuses_images_of_another_size(height: int, width: int, named: int) -> None:
     with torch.device("meta"):
         model = StyleGAN(16)
-        with pytest.raises(ValueError, match=f"pictures have {named} px, but the discriminator is built for 16"):
+        with pytest.raises(ValueError, match=f"images have {named} px, but the discriminator is built for 16"):
             model(torch.empty(1, 3, height, width))
 
 
 @pytest.mark.parametrize(
     ("model", "fitting", "others"), [("patch", (24, 25, 256), (23, 8)), ("style", (32,), (31, 64))]
 )
-def test_a_size_is_checked_without_pictures(model: str, fitting: tuple[int, ...], others: tuple[int, ...]) -> None:
+def test_a_size_is_checked_without_images(model: str, fitting: tuple[int, ...], others: tuple[int, ...]) -> None:
     with torch.device("meta"):
         discriminator: Discriminator = PatchGAN() if model == "patch" else StyleGAN(32)
     for size in fitting:
         discriminator.check_size(size)
     for size in others:
-        with pytest.raises(ValueError, match=f"pictures have {size} px"):
+        with pytest.raises(ValueError, match=f"images have {size} px"):
             discriminator.check_size(size)
 
 
@@ -159,7 +159,7 @@ def test_logits_do_not_depend_on_the_memory_format(kind: str) -> None:
     torch.testing.assert_close(other, model.to(memory_format=torch.contiguous_format)(images), atol=1e-5, rtol=1e-5)
 
 
-def test_stylegan_works_under_autocast_and_its_gradient_reaches_pictures_and_weights() -> None:
+def test_stylegan_works_under_autocast_and_its_gradient_reaches_images_and_weights() -> None:
     model = fill(StyleGAN(8))
     images = images_for(2, 8, 8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

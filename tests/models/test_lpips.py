@@ -46,14 +46,14 @@ def test_weights_have_the_names_and_shapes_of_torchvision() -> None:
     assert found == weights | biases
 
 
-def test_a_picture_is_at_no_distance_from_itself_and_order_does_not_matter(model: LPIPS) -> None:
+def test_an_image_is_at_no_distance_from_itself_and_order_does_not_matter(model: LPIPS) -> None:
     x, y = pair()
     assert model(x, x).tolist() == [0.0, 0.0]
     assert (model(x, y) > 1e-3).all()
     torch.testing.assert_close(model(x, y), model(y, x))
 
 
-def test_each_picture_has_its_own_distance(model: LPIPS) -> None:
+def test_each_image_has_its_own_distance(model: LPIPS) -> None:
     x, y = pair()
     each = torch.cat([model(x[:1], y[:1]), model(x[1:], y[1:])])
     torch.testing.assert_close(model(x, y), each)
@@ -76,7 +76,7 @@ def test_every_level_takes_part(model: LPIPS) -> None:
 
 
 def distance_in_float64(x: Tensor, y: Tensor, state: State, heads: list[Tensor]) -> Tensor:
-    """LPIPS written down once more, picture by picture."""
+    """LPIPS written down once more, image by image."""
     mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
     features = [(each.double() - mean) / std for each in (x, y)]
     total = torch.zeros(len(x), dtype=torch.float64)
@@ -93,10 +93,10 @@ def distance_in_float64(x: Tensor, y: Tensor, state: State, heads: list[Tensor])
 
 
 def test_distance_and_gradient_are_those_of_the_formula_in_float64(model: LPIPS, state: State) -> None:
-    pictures = pair(48)
-    x, exact = (pictures[0].clone().requires_grad_() for _ in range(2))
-    distance = model(x, pictures[1])
-    expected = distance_in_float64(exact, pictures[1], state, lpips.read_heads())
+    images = pair(48)
+    x, exact = (images[0].clone().requires_grad_() for _ in range(2))
+    distance = model(x, images[1])
+    expected = distance_in_float64(exact, images[1], state, lpips.read_heads())
     torch.testing.assert_close(distance.double(), expected, atol=1e-7, rtol=1e-4)
     distance.sum().backward()
     expected.sum().backward()
@@ -114,7 +114,7 @@ def test_features_that_are_all_zero_leave_the_gradient_finite(state: State) -> N
     assert x.grad.isfinite().all()
 
 
-def test_only_the_pictures_get_gradients_and_the_target_keeps_no_graph(model: LPIPS) -> None:
+def test_only_the_images_get_gradients_and_the_target_keeps_no_graph(model: LPIPS) -> None:
     x, y = pair(16)
     x.requires_grad_()
     saved: list[Tensor] = []
@@ -181,7 +181,7 @@ def test_making_it_draws_no_random_numbers(state: State) -> None:
 @pytest.mark.parametrize(
     ("shape", "other"), [((1, 3, 15, 16), None), ((1, 3, 16, 15), None), ((2, 3, 16, 16), (1, 3, 16, 16))]
 )
-def test_pictures_that_are_too_small_or_differ_in_shape_are_refused(
+def test_images_that_are_too_small_or_differ_in_shape_are_refused(
     model: LPIPS, shape: tuple[int, ...], other: tuple[int, ...] | None
 ) -> None:
     other = other or shape

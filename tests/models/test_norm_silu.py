@@ -20,7 +20,7 @@ def layer(channels: int, groups: int = 4) -> nn.GroupNorm:
     return norm
 
 
-def pictures(shape: tuple[int, ...], mean: float) -> Tensor:
+def random_images(shape: tuple[int, ...], mean: float) -> Tensor:
     x = (normal_input("norm/x", shape) + mean).bfloat16().to(memory_format=torch.channels_last)
     return x.requires_grad_()
 
@@ -49,7 +49,7 @@ def test_it_is_as_exact_as_pytorch_in_bfloat16(
     shape: tuple[int, ...], mean: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
-    norm, x = layer(shape[1]), pictures(shape, mean)
+    norm, x = layer(shape[1]), random_images(shape, mean)
     exact = outcome(layer(shape[1]).double(), x.double(), by_pytorch=True)
     native = outcome(norm, x.contiguous(), by_pytorch=True)
     for found, reference, wanted in zip(outcome(norm, x), native, exact, strict=True):
@@ -57,7 +57,7 @@ def test_it_is_as_exact_as_pytorch_in_bfloat16(
 
 
 def test_the_result_keeps_the_memory_format_and_the_dtype() -> None:
-    y, x_gradient, *_ = outcome(layer(8), pictures((2, 8, 4, 4), 0.0))
+    y, x_gradient, *_ = outcome(layer(8), random_images((2, 8, 4, 4), 0.0))
     for each in (y, x_gradient):
         assert each.dtype == torch.bfloat16
         assert each.is_contiguous(memory_format=torch.channels_last)
@@ -71,13 +71,13 @@ def test_pytorch_is_used_wherever_it_is_fast(
     used: list[int] = []
     original = module._NormSiLU.apply
     monkeypatch.setattr(module._NormSiLU, "apply", lambda *a: used.append(1) or original(*a))
-    x: Any = pictures((2, 8, 4, 4), 0.0).to(dtype).contiguous(memory_format=memory_format)
+    x: Any = random_images((2, 8, 4, 4), 0.0).to(dtype).contiguous(memory_format=memory_format)
     outcome(layer(8), x)
     assert bool(used) == (dtype == torch.bfloat16 and memory_format == torch.channels_last)
 
 
 def test_a_backward_pass_can_be_repeated() -> None:
-    norm, x = layer(8), pictures((2, 8, 4, 4), 1.0)
+    norm, x = layer(8), random_images((2, 8, 4, 4), 1.0)
     y = norm_silu(norm, x)
     first, second = (torch.autograd.grad(y.float().square().sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -144,7 +144,7 @@ def test_codes_do_not_depend_on_the_size_of_the_blocks(most: int, monkeypatch: p
         largest = max(largest, x.numel())
         return argmax(x, *arguments, **options)
 
-    monkeypatch.setattr("llamagen.models.quantizer.MOST_SIMILARITIES_ON_CPU", most)
+    monkeypatch.setattr("llamagen.models.quantizer.MAX_SIMILARITIES_ON_CPU", most)
     monkeypatch.setattr(torch.Tensor, "argmax", watched)
     assert torch.equal(nearest_codes(vectors, codebook), whole)
     assert largest == min(max(most // 16, 1), 30) * 16

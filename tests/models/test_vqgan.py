@@ -1,4 +1,4 @@
-"""The tokenizer maps pictures of any fitting size to a grid of codes and back."""
+"""The tokenizer maps images of any fitting size to a grid of codes and back."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -76,7 +76,7 @@ def test_downsampling_pads_right_and_bottom_only() -> None:
                 torch.testing.assert_close(found[0, 0, row, column], expected)
 
 
-def test_a_picture_does_not_depend_on_the_others_of_its_batch() -> None:
+def test_an_image_does_not_depend_on_the_others_of_its_batch() -> None:
     vqgan, images = small_vqgan(), images_for(4, 16, 16)
     with torch.no_grad():
         together, alone = vqgan(images), vqgan(images[2:3])
@@ -119,7 +119,7 @@ def test_the_last_weight_is_that_of_the_output_convolution() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 18, 16), (1, 3, 16, 18), (1, 4, 16, 16)])
-def test_pictures_of_another_shape_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as error:
         small_vqgan().encode(torch.zeros(shape))
     assert str(shape) in str(error.value)

@@ -12,7 +12,7 @@ MULTIPLIERS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}
 
 
 @pytest.mark.parametrize("entry", MULTIPLIERS)
-def test_tokenizer_gives_the_published_codes_pictures_and_losses(entry: str) -> None:
+def test_tokenizer_gives_the_published_codes_images_and_losses(entry: str) -> None:
     record = golden(entry)
     with torch.device("meta"):
         vqgan = VQGAN(VQGANConfig(channel_multipliers=MULTIPLIERS[entry]))

@@ -1,4 +1,4 @@
-"""The decode loop: equal to the plain one, the same picture in any batch, and the model left as it was found."""
+"""The decode loop: equal to the plain one, the same image in any batch, and the model left as it was found."""
 
 from typing import Any
 
@@ -24,21 +24,21 @@ def test_codes_are_those_of_a_plain_uncached_loop(variant: str, setting: str) ->
 
 @pytest.mark.parametrize("setting", ["greedy, guided", "sampled", "sampled, guided", "sampled, guided for 1 code"])
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_a_picture_is_the_same_in_any_batch(kind: str, setting: str) -> None:
+def test_an_image_is_the_same_in_any_batch(kind: str, setting: str) -> None:
     gpt, config = small_gpt(condition=kind), SamplingConfig(**SETTINGS[setting])
     condition, lengths, indices = condition_for(gpt, 5), caption_lengths_for(gpt, 5), torch.arange(10, 15)
 
-    def pictures(rows: list[int]) -> Tensor:
+    def sampled(rows: list[int]) -> Tensor:
         some = None if lengths is None else lengths[rows]
         return generate(gpt, condition[rows], config, caption_lengths=some, seed=3, indices=indices[rows])
 
-    together = pictures([0, 1, 2, 3, 4])
-    assert torch.equal(torch.cat([pictures([row]) for row in range(5)]), together)
-    assert torch.equal(pictures([3, 0, 4, 1, 2]), together[[3, 0, 4, 1, 2]])
+    together = sampled([0, 1, 2, 3, 4])
+    assert torch.equal(torch.cat([sampled([row]) for row in range(5)]), together)
+    assert torch.equal(sampled([3, 0, 4, 1, 2]), together[[3, 0, 4, 1, 2]])
     assert len(together.unique(dim=0)) == 5
 
 
-def test_seed_and_index_make_the_picture() -> None:
+def test_seed_and_index_make_the_image() -> None:
     gpt, labels = small_gpt(), torch.zeros(3, dtype=torch.int64)
     codes = generate(gpt, labels, seed=0)
     assert torch.equal(generate(gpt, labels, seed=0), codes)
@@ -141,7 +141,7 @@ def test_the_cache_has_the_dtype_of_the_keys(weights: torch.dtype, autocast: boo
     assert 0 <= int(codes.min()) <= int(codes.max()) < 48
 
 
-def test_codes_of_no_pictures_are_an_empty_batch() -> None:
+def test_codes_of_no_images_are_an_empty_batch() -> None:
     gpt = small_gpt()
     for scale in (1.0, 2.0):
         codes = generate(gpt, torch.empty(0, dtype=torch.int64), SamplingConfig(guidance_scale=scale))

@@ -8,7 +8,7 @@ import torch
 
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN
-from llamagen.sampling import PictureSampler, Sampler, SamplingConfig, generate
+from llamagen.sampling import ImageSampler, Sampler, SamplingConfig, generate
 from tests.small_models import SMALL_VQGAN
 
 SHAPE = {"dim": 32, "n_layer": 1, "n_head": 2, "multiple_of": 32, "block_size": 4}
@@ -115,13 +115,13 @@ def test_indices_and_batch_sizes_are_whole_numbers(of_classes: GPT) -> None:
 
 
 def test_a_sampler_of_images_takes_the_same(of_classes: GPT) -> None:
-    sampler = PictureSampler(of_classes, VQGAN(SMALL_VQGAN), 2)
+    sampler = ImageSampler(of_classes, VQGAN(SMALL_VQGAN), 2)
     images, codes = sampler([0, 1, 2], seed=3)
     assert torch.equal(codes, generate(of_classes, [0, 1, 2], seed=3))
     assert images.numpy().shape[0] == 3
     assert sampler([])[1].shape == (0, 4)
     refused("indices must have shape (3,)", sampler, [0, 1, 2], indices=[1, 2])
     refused("class 9 was asked for", sampler, [0, 1, 9])
-    refused("picture_size is 1.5", PictureSampler, of_classes, VQGAN(SMALL_VQGAN), 2, picture_size=1.5)
+    refused("image_size is 1.5", ImageSampler, of_classes, VQGAN(SMALL_VQGAN), 2, image_size=1.5)
     larger = GPT(GPTConfig(**SHAPE, vocab_size=SMALL_VQGAN.codebook_size + 1, num_classes=4))  # type: ignore[arg-type]
-    refused("the tokenizer has only", PictureSampler, larger, VQGAN(SMALL_VQGAN), 2)
+    refused("the tokenizer has only", ImageSampler, larger, VQGAN(SMALL_VQGAN), 2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.sampling import Pictures, PictureSampler, PixelDecoder, Sampler, SamplingConfig, generate
+from llamagen.sampling import Images, ImageSampler, PixelDecoder, Sampler, SamplingConfig, generate
 from llamagen.sampling.decoder import next_code
 from llamagen.sampling.noise import code_counters, seed_tensor
 from tests.small_models import caption_lengths_for, condition_for, small_gpt, small_vqgan
@@ -128,11 +128,11 @@ def test_a_sampler_goes_on_after_a_batch_that_was_not_finite() -> None:
         assert torch.equal(sampler(torch.tensor([0, 2])), fresh(torch.tensor([0, 2])))
 
 
-def test_pixels_that_are_not_finite_stop_the_pictures_of_their_batch() -> None:
+def test_pixels_that_are_not_finite_stop_the_images_of_their_batch() -> None:
     tokenizer = small_vqgan()
     codes = torch.arange(2 * 16).view(2, 4, 4)
     with torch.no_grad():
-        tokenizer.quantize.embedding.weight[20] = NAN  # a code of the second picture alone
+        tokenizer.quantize.embedding.weight[20] = NAN  # a code of the second image alone
     pixels = PixelDecoder(tokenizer, torch.device("cpu"), torch.float32)
     assert pixels(codes[:1]).numpy().shape == (1, 16, 16, 3)
     with pytest.raises(FloatingPointError, match=r"the pixels that the tokenizer decodes are not finite in 1 of 2 .*"):
@@ -140,26 +140,26 @@ def test_pixels_that_are_not_finite_stop_the_pictures_of_their_batch() -> None:
     with torch.no_grad():
         tokenizer.quantize.embedding.weight[20] = 1.0
         tokenizer.decoder.mid[0].conv1.weight.fill_(3e38)  # type: ignore[union-attr]
-    sampler = PictureSampler(small_gpt(vocab_size=64), tokenizer, 2)
+    sampler = ImageSampler(small_gpt(vocab_size=64), tokenizer, 2)
     with pytest.raises(
         FloatingPointError, match=r"the output of layer decoder\.mid\.0\.conv1 is the first that is not"
     ):
         sampler(torch.arange(2), SamplingConfig())
 
 
-def test_pictures_that_a_device_still_works_on_are_checked_when_they_are_fetched() -> None:
+def test_images_that_a_device_still_works_on_are_checked_when_they_are_fetched() -> None:
     tokenizer = small_vqgan()
     with torch.no_grad():
         tokenizer.quantize.embedding.weight[20] = NAN
     pixels = PixelDecoder(tokenizer, torch.device("cpu"), torch.float32)
     codes = torch.arange(2 * 16).view(2, 4, 4)
     images, broken = pixels._decode(codes)
-    pending = Pictures([images], [None], [pixels._check_of(broken, codes)])
-    both = Pictures.together([Pictures([images[:1]], [None]), pending])
+    pending = Images([images], [None], [pixels._check_of(broken, codes)])
+    both = Images.together([Images([images[:1]], [None]), pending])
     for fetch in (pending.numpy, pending.tensor, both.numpy, both.tensor):
         with pytest.raises(FloatingPointError, match=r"weight quantize\.embedding\.weight is not finite"):
             fetch()
-    assert isinstance(Pictures([images], [None]).numpy(), np.ndarray)
+    assert isinstance(Images([images], [None]).numpy(), np.ndarray)
 
 
 def test_flags_are_computed_without_asking_the_device() -> None:

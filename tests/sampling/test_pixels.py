@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llamagen.models.vqgan import to_uint8
-from llamagen.sampling import Pictures, PictureSampler, PixelDecoder, SamplingConfig, pixels
+from llamagen.sampling import Images, ImageSampler, PixelDecoder, SamplingConfig, pixels
 from llamagen.sampling.pixels import to_pixels
 from tests.golden import normal_input
 from tests.small_models import assert_same, small_gpt, small_vqgan
@@ -23,12 +23,12 @@ def some_codes(count: int) -> torch.Tensor:
 
 def test_pixels_are_those_of_the_tokenizer() -> None:
     vqgan, codes = small_vqgan(), some_codes(5)
-    pictures = PixelDecoder(vqgan, CPU, torch.float32)(codes)
+    images = PixelDecoder(vqgan, CPU, torch.float32)(codes)
     with torch.no_grad():
         expected = to_uint8(vqgan.decode_codes(codes)).permute(0, 2, 3, 1)
-    assert pictures.tensor().dtype is torch.uint8
-    assert (pictures.tensor().int() - expected.int()).abs().max() <= 1
-    assert (pictures.numpy() == pictures.tensor().numpy()).all()
+    assert images.tensor().dtype is torch.uint8
+    assert (images.tensor().int() - expected.int()).abs().max() <= 1
+    assert (images.numpy() == images.tensor().numpy()).all()
 
 
 def bicubic_matrix(new: int, old: int) -> np.ndarray:
@@ -77,9 +77,9 @@ def test_bytes_are_truncated_and_clamped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoded_pictures_are_resized_in_float32(dtype: torch.dtype) -> None:
+def test_decoded_images_are_resized_in_float32(dtype: torch.dtype) -> None:
     vqgan, codes = small_vqgan(), some_codes(4)
-    decode = PixelDecoder(vqgan, CPU, dtype, picture_size=11)
+    decode = PixelDecoder(vqgan, CPU, dtype, image_size=11)
     with torch.no_grad():
         decoded = decode._decoder(decode._post(decode._quantize.lookup(codes).to(dtype)))  # type: ignore[operator]
     assert decoded.dtype is dtype
@@ -88,40 +88,40 @@ def test_decoded_pictures_are_resized_in_float32(dtype: torch.dtype) -> None:
     assert (difference != 0).float().mean() < 0.02
 
 
-def test_pictures_that_have_the_size_are_left_as_decoded() -> None:
+def test_images_that_have_the_size_are_left_as_decoded() -> None:
     codes = some_codes(3)
     assert torch.equal(
-        PixelDecoder(small_vqgan(), CPU, torch.float32, picture_size=16)(codes).tensor(),
+        PixelDecoder(small_vqgan(), CPU, torch.float32, image_size=16)(codes).tensor(),
         PixelDecoder(small_vqgan(), CPU, torch.float32)(codes).tensor(),
     )
 
 
-@pytest.mark.parametrize("picture_size", [0, -256])
-def test_a_size_that_no_picture_has_is_refused(picture_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"picture_size is {picture_size}; it must be at least 1, or null"):
-        PictureSampler(small_gpt(vocab_size=64), small_vqgan(), 3, picture_size=picture_size)
+@pytest.mark.parametrize("image_size", [0, -256])
+def test_a_size_that_no_image_has_is_refused(image_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"image_size is {image_size}; it must be at least 1, or null"):
+        ImageSampler(small_gpt(vocab_size=64), small_vqgan(), 3, image_size=image_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("at_a_time", "picture_size"), [(1, None), (3, None), (64, None), (3, 11)])
-def test_a_picture_has_the_same_pixels_in_any_batch(
-    at_a_time: int, picture_size: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("at_a_time", "image_size"), [(1, None), (3, None), (64, None), (3, 11)])
+def test_an_image_has_the_same_pixels_in_any_batch(
+    at_a_time: int, image_size: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pixels.PIXELS, "cpu", at_a_time * 16 * 16)
-    decode, codes = PixelDecoder(small_vqgan(), CPU, dtype, picture_size), some_codes(7)
+    decode, codes = PixelDecoder(small_vqgan(), CPU, dtype, image_size), some_codes(7)
     together = decode(codes).tensor()
-    side = picture_size or 16
+    side = image_size or 16
     assert together.shape == (7, side, side, 3)
     assert torch.equal(torch.cat([decode(part).tensor() for part in codes.split(2)]), together)
     assert torch.equal(decode(codes[[6, 0]]).tensor(), together[[6, 0]])
     assert len(together.flatten(1).unique(dim=0)) == 7
 
 
-def test_no_codes_are_no_pictures() -> None:
+def test_no_codes_are_no_images() -> None:
     assert PixelDecoder(small_vqgan(), CPU, torch.float32)(some_codes(0)).numpy().shape == (0, 16, 16, 3)
-    sampler = PictureSampler(small_gpt(vocab_size=64), small_vqgan(), 3)
-    pictures, codes = sampler(torch.empty(0, dtype=torch.int64), SamplingConfig())
-    assert pictures.numpy().shape == (0, 16, 16, 3)
+    sampler = ImageSampler(small_gpt(vocab_size=64), small_vqgan(), 3)
+    images, codes = sampler(torch.empty(0, dtype=torch.int64), SamplingConfig())
+    assert images.numpy().shape == (0, 16, 16, 3)
     assert codes.shape == (0, 16)
 
 
@@ -133,8 +133,8 @@ def test_a_copy_in_bfloat16_leaves_the_tokenizer_as_it_is() -> None:
 
 
 def test_several_threads_get_the_same_array() -> None:
-    pictures, found = PixelDecoder(small_vqgan(), CPU, torch.float32)(some_codes(3)), []
-    threads = [threading.Thread(target=lambda: found.append(pictures.numpy())) for _ in range(8)]
+    images, found = PixelDecoder(small_vqgan(), CPU, torch.float32)(some_codes(3)), []
+    threads = [threading.Thread(target=lambda: found.append(images.numpy())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -143,20 +143,20 @@ def test_several_threads_get_the_same_array() -> None:
     assert all(array is found[0] for array in found)
 
 
-def test_pictures_of_several_batches_come_in_order() -> None:
+def test_images_of_several_batches_come_in_order() -> None:
     parts = [torch.full((n, 2, 2, 3), n, dtype=torch.uint8) for n in (1, 2)]
-    both = Pictures.together([Pictures([part], [None]) for part in parts])
+    both = Images.together([Images([part], [None]) for part in parts])
     assert both.numpy()[:, 0, 0, 0].tolist() == both.tensor()[:, 0, 0, 0].tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_call_for_more_pictures_than_a_batch_gives_those_of_single_calls(compiled: bool) -> None:
+def test_a_call_for_more_images_than_a_batch_gives_those_of_single_calls(compiled: bool) -> None:
     gpt, labels = small_gpt(vocab_size=64), torch.arange(7)
-    sampler = PictureSampler(gpt, small_vqgan(), 3, compiled=compiled)
-    pictures, codes = sampler(labels, SamplingConfig(guidance_scale=2.0), seed=5)
+    sampler = ImageSampler(gpt, small_vqgan(), 3, compiled=compiled)
+    images, codes = sampler(labels, SamplingConfig(guidance_scale=2.0), seed=5)
     for index in range(7):
         one, alone = sampler(
             labels[index : index + 1], SamplingConfig(guidance_scale=2.0), seed=5, indices=torch.tensor([index])
         )
         assert torch.equal(alone[0], codes[index])
-        assert (one.numpy()[0] == pictures.numpy()[index]).all()
+        assert (one.numpy()[0] == images.numpy()[index]).all()

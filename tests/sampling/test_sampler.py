@@ -77,7 +77,7 @@ def test_compiled_logits_of_a_row_are_the_same_bits_in_any_batch_and_on_any_numb
     dim: int, heads: int, int8: bool, dtype: torch.dtype
 ) -> None:
     gpt = small_gpt(dim=dim, n_head=heads, condition="text", vocab_size=100)
-    weights = DecodeWeights.of(gpt, dtype, int8)
+    weights = DecodeWeights.from_gpt(gpt, dtype, int8)
     features, codes, first = condition_for(gpt, 13), codes_for(gpt, 13, 4), torch.arange(13).int() % 6
     with torch.no_grad():
         embedded = torch.cat([gpt.cls_embedding(one) for one in features.split(1)])
@@ -114,7 +114,7 @@ def rounded_to_int8(gpt: GPT) -> GPT:
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_compiled_logits_are_those_of_the_model(variant: str, int8: bool, dtype: torch.dtype, allowed: float) -> None:
     gpt = small_gpt(**VARIANTS[variant])
-    weights = DecodeWeights.of(gpt, dtype, int8)
+    weights = DecodeWeights.from_gpt(gpt, dtype, int8)
     reference = rounded_to_int8(small_gpt(**VARIANTS[variant])) if int8 else gpt
     condition, lengths, codes = condition_for(gpt, 5), caption_lengths_for(gpt, 5), codes_for(gpt, 5, 15) % 48
     step, cache = CPUStep(weights), KVCache.allocate(gpt.config, 5, dtype=dtype)
@@ -134,7 +134,7 @@ def test_int8_weights_are_within_half_a_level_and_zeros_stay() -> None:
     gpt = small_gpt()
     with torch.no_grad():
         gpt.output.weight[3] = 0
-    head = DecodeWeights.of(gpt, torch.float32, int8=True).head
+    head = DecodeWeights.from_gpt(gpt, torch.float32, int8=True).head
     assert head.scale is not None
     assert head.values.dtype is torch.int8
     assert ((head.values * head.scale[:, None] - gpt.output.weight).abs() <= 0.501 * head.scale[:, None]).all()
@@ -146,7 +146,7 @@ def test_a_float32_sampler_reads_the_model_s_own_weights_and_sees_them_change() 
     gpt = small_gpt()
     sampler = Sampler(gpt, 2, compiled=True)
     before = sampler(torch.arange(2))
-    weights = DecodeWeights.of(gpt, torch.float32)
+    weights = DecodeWeights.from_gpt(gpt, torch.float32)
     assert weights.head.values.data_ptr() == gpt.output.weight.data_ptr()
     assert weights.layers[1].w2.values.data_ptr() == gpt.layers[1].feed_forward.w2.weight.data_ptr()
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_compiled_draws_are_those_of_draw(config: SamplingConfig, scale: float |
     if scale is not None:
         guided = torch.where(torch.tensor(scale == 1.0), logits[:batch], guided)
     indices, codes = torch.arange(batch) * 11, torch.full((batch, 3), -1)
-    step = CPUStep(DecodeWeights.of(small_gpt(), torch.float32))
+    step = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32))
     seed = -7 + 2**63
     broken = torch.zeros(batch, dtype=torch.bool)
     step.draw(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes, broken)

@@ -16,7 +16,7 @@ class CPUDecoder(Decoder):
 
     Args:
         gpt: the model, on the CPU.
-        batch_size: pictures B.
+        batch_size: images B.
         dtype: of products and cache, float32 or bfloat16.
         int8: keep the weights as int8.
 
@@ -26,7 +26,7 @@ class CPUDecoder(Decoder):
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
-        self.weights = DecodeWeights.of(gpt, dtype, int8)
+        self.weights = DecodeWeights.from_gpt(gpt, dtype, int8)
         self.step = CPUStep(self.weights)
         self.logits = torch.empty(0, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
 

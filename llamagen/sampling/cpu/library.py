@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from llamagen.files import whole_file
+from llamagen.files import atomic_file
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("vector.h", "step.cpp", "sampling.cpp")]
@@ -45,7 +45,7 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     name = f"cpu_step_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     path = _cache_folder() / name
     if not path.exists():
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             done = _run([*command, *map(str, SOURCES[1:]), "-o", str(temporary)], compiler)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["no message"]

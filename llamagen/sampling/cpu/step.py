@@ -17,7 +17,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("values", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
 
     @classmethod
-    def of(cls, matrix: Matrix) -> "_Matrix":
+    def from_matrix(cls, matrix: Matrix) -> "_Matrix":
         return cls(matrix.values.data_ptr(), None if matrix.scale is None else matrix.scale.data_ptr())
 
 
@@ -85,12 +85,12 @@ class CPUStep:
         layers = [
             _Layer(
                 layer.attention_norm.data_ptr(),
-                _Matrix.of(layer.wqkv),
-                _Matrix.of(layer.wo),
+                _Matrix.from_matrix(layer.wqkv),
+                _Matrix.from_matrix(layer.wo),
                 layer.ffn_norm.data_ptr(),
-                _Matrix.of(layer.w1),
-                _Matrix.of(layer.w3),
-                _Matrix.of(layer.w2),
+                _Matrix.from_matrix(layer.w1),
+                _Matrix.from_matrix(layer.w3),
+                _Matrix.from_matrix(layer.w2),
             )
             for layer in weights.layers
         ]
@@ -106,7 +106,7 @@ class CPUStep:
             weights.rope.data_ptr(),
             (_Layer * len(layers))(*layers),
             weights.norm.data_ptr(),
-            _Matrix.of(weights.head),
+            _Matrix.from_matrix(weights.head),
         )
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._drawn = torch.empty(0, dtype=torch.float32, device="cpu")

@@ -33,7 +33,7 @@ class GPUDecoder(Decoder):
 
     Args:
         gpt: the model, on the GPU.
-        batch_size: pictures B of every batch.
+        batch_size: images B of every batch.
         dtype: of products and cache.
         int8: keep the weights as int8.
 
@@ -49,7 +49,7 @@ class GPUDecoder(Decoder):
             raise ValueError(
                 "on GPUs sampling is compiled by Triton for CUDA, which is not here; sample without compiling"
             )
-        self.weights = DecodeWeights.of(gpt, dtype, int8)
+        self.weights = DecodeWeights.from_gpt(gpt, dtype, int8)
         self.gpu_step = GPUStep(self.weights, 2 * batch_size)
         self._embedding = gpt.tok_embeddings.weight  # kept, because graphs read its memory
         self._compiled = torch.compile(next_code, fullgraph=True, dynamic=False)
@@ -158,7 +158,7 @@ class GPUDecoder(Decoder):
                     self._position.fill_(self.gpt.config.condition_length)
                     self._one_step(guided)
             torch.cuda.current_stream(self.device).wait_stream(stream)
-            # Other threads, which fetch pictures or pin batches, may go on meanwhile.
+            # Other threads, which fetch images or pin batches, may go on meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._one_step(guided)
         for tensor, value in state:

@@ -1,4 +1,4 @@
-"""A model that draws pictures of prompts in no time, as the real one is asked to."""
+"""A model that draws images of prompts in no time, as the real one is asked to."""
 
 import hashlib
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamagen.sampling import Pictures, SamplingConfig
+from llamagen.sampling import Images, SamplingConfig
 
 LONGEST = 8  # words that it reads
 
@@ -20,17 +20,17 @@ def features(caption: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(digest, dtype=np.uint16).astype(np.float32))
 
 
-class HashedPictures(pl.LightningModule):
-    """Pictures are a function of prompt, seed and index alone.
+class HashedImages(pl.LightningModule):
+    """Images are a function of prompt, seed and index alone.
 
     Args:
         init_from: not read; the command line wants weights for a prediction.
         sampling: settings.
-        sample_seed: of the pictures.
+        sample_seed: of the images.
         reader: by what prompts are read.
     """
 
-    picture_size: int | None = None
+    image_size: int | None = None
     tokenizer_checksum: str | None = None
 
     def __init__(
@@ -48,13 +48,13 @@ class HashedPictures(pl.LightningModule):
         nn.init.zeros_(self.generator.bias)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Pictures of 8 pixels, their index, and whose prompts were cut."""
-        pictures = []
+        """Images of 8 pixels, their index, and whose prompts were cut."""
+        images = []
         for index, caption in zip(batch["index"].tolist(), batch["captions"], strict=True):
             seed = [self.sample_seed, index, *features(caption).long().tolist()]
-            pictures.append(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            images.append(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
         return {
-            "images": Pictures([torch.from_numpy(np.stack(pictures))], [None]),
+            "images": Images([torch.from_numpy(np.stack(images))], [None]),
             "index": batch["index"],
             "truncated": torch.tensor([len(caption.split()) > LONGEST for caption in batch["captions"]]),
         }

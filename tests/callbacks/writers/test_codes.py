@@ -1,4 +1,4 @@
-"""Extraction of codes: shard by shard, gone on with after a stop, and without the pictures that are broken."""
+"""Extraction of codes: shard by shard, gone on with after a stop, and without the images that are broken."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +15,12 @@ from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardWriter, read_m
 from datamodules.storage.tar_index import index_shard
 from lightning_modules import VQGANModule
 from llamagen.checkpoints.contents import weights_checksum
-from tests.datamodules.shard_files import assert_one_line, encode, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, encode, grey_image, write_shards
 from tests.lightning_modules.runs import evaluator, vqgan_module
 
 COUNTS = {"train": 45, "val": 12}
 PER_SHARD = 10
-BROKEN = b"no picture"
+BROKEN = b"no image"
 Samples = list[tuple[str, dict[str, bytes]]]
 
 
@@ -31,8 +31,8 @@ def tokenizer() -> VQGANModule:
 
 
 def samples_of(split: str, count: int) -> Samples:
-    """Grey pictures with classes."""
-    return [(f"{split}/{i}", {"png": grey_picture(i * 5 % 256, 8), "cls": str(i % 3).encode()}) for i in range(count)]
+    """Grey images with classes."""
+    return [(f"{split}/{i}", {"png": grey_image(i * 5 % 256, 8), "cls": str(i % 3).encode()}) for i in range(count)]
 
 
 def write_set(root: Path, train: Samples, val: Samples) -> Path:
@@ -42,19 +42,19 @@ def write_set(root: Path, train: Samples, val: Samples) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of whole pictures."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of whole images."""
+    root = tmp_path_factory.mktemp("images")
     return write_set(root, *(samples_of(split, count) for split, count in COUNTS.items()))
 
 
 def extract(
-    tokenizer: VQGANModule, pictures: Path, out: Path, per_shard: int = PER_SHARD, trainer: Any = None, **data: Any
+    tokenizer: VQGANModule, images: Path, out: Path, per_shard: int = PER_SHARD, trainer: Any = None, **data: Any
 ) -> None:
     """As ``predict`` does it."""
     options = {"image_size": 8, "batch_size": 4, "num_workers": 0, **data}
     run = evaluator(CodeWriter(per_shard), default_root_dir=out, **(trainer or {}))
-    run.predict(tokenizer, ImageDataModule(pictures, **options), return_predictions=False)
+    run.predict(tokenizer, ImageDataModule(images, **options), return_predictions=False)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -96,14 +96,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer: VQGANModule, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tokenizer: VQGANModule, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The codes of an extraction that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "codes"
-    extract(tokenizer, pictures, out)
+    extract(tokenizer, images, out)
     return out
 
 
-def test_each_shard_holds_a_fixed_range_of_the_pictures(whole: Path) -> None:
+def test_each_shard_holds_a_fixed_range_of_the_images(whole: Path) -> None:
     for split, count in COUNTS.items():
         keys = [f"{split}/{i}" for i in range(count)]
         assert keys_of(whole, split) == [keys[first : first + PER_SHARD] for first in range(0, count, PER_SHARD)]
@@ -138,53 +138,53 @@ def test_the_description_says_what_is_there_and_is_read(tokenizer: VQGANModule, 
 
 @pytest.mark.parametrize(("batches", "finished"), [(0, 0), (2, 0), (7, 2), (13, 4), (17, 5)])
 def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
-    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any, batches: int, finished: int
+    tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any, batches: int, finished: int
 ) -> None:
     patch = stop_after(batches)
     with pytest.raises(PulledPlugError):
-        extract(tokenizer, pictures, tmp_path)
+        extract(tokenizer, images, tmp_path)
     shards = {path: moment for path, moment in times(tmp_path).items() if path.suffix == ".tar"}
     assert len(shards) == finished
     assert list(tmp_path.rglob("*.tmp")) == []
     assert not (tmp_path / META_FILE).exists()
     patch.undo()
     (tmp_path / "train/.train-000004.tar-4711.tmp").write_bytes(b"of a killed process")
-    extract(tokenizer, pictures, tmp_path)
+    extract(tokenizer, images, tmp_path)
     assert files(tmp_path) == files(whole)
     assert {path: moment for path, moment in times(tmp_path).items() if path in shards} == shards
 
 
-def test_a_set_without_its_description_is_completed_without_reading_a_picture(
-    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any
+def test_a_set_without_its_description_is_completed_without_reading_an_image(
+    tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CodeWriter, "on_predict_end", lambda *args: args[0]._close(args[1].datamodule))
-        extract(tokenizer, pictures, tmp_path)
+        extract(tokenizer, images, tmp_path)
     assert (tmp_path / PLAN_FILE).exists()
     stop_after(0)
-    extract(tokenizer, pictures, tmp_path)
+    extract(tokenizer, images, tmp_path)
     assert files(tmp_path) == files(whole)
 
 
 def test_the_batch_size_may_change_on_the_way(
-    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, stop_after: Any
+    tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     patch = stop_after(7)
     with pytest.raises(PulledPlugError):
-        extract(tokenizer, pictures, tmp_path)
+        extract(tokenizer, images, tmp_path)
     patch.undo()
-    extract(tokenizer, pictures, tmp_path, batch_size=7)
+    extract(tokenizer, images, tmp_path, batch_size=7)
     for split in COUNTS:
         assert keys_of(tmp_path, split) == keys_of(whole, split)
 
 
-def test_a_part_of_the_pictures_is_no_set(tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_part_of_the_images_is_no_set(tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        extract(tokenizer, pictures, tmp_path, trainer={"limit_predict_batches": 5})
+        extract(tokenizer, images, tmp_path, trainer={"limit_predict_batches": 5})
     assert_one_line(error, "train-000001.tar", "was not written to its end", "run the same command again")
     assert [path.name for path in tmp_path.rglob("*.tar")] != []
     assert not (tmp_path / META_FILE).exists()
-    extract(tokenizer, pictures, tmp_path)
+    extract(tokenizer, images, tmp_path)
     assert files(tmp_path) == files(whole)
 
 
@@ -195,13 +195,13 @@ def test_a_part_of_the_pictures_is_no_set(tokenizer: VQGANModule, pictures: Path
         ({"views": "flip"}, "another view_names"),
         ({"image_size": 16}, "another image_size"),
         ({"tokenizer": "other"}, "another tokenizer"),
-        ({"pictures": "other"}, "another pictures"),
+        ({"images": "other"}, "another images"),
     ],
     ids=str,
 )
 def test_codes_of_another_kind_are_not_mixed_in(
     tokenizer: VQGANModule,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     stop_after: Any,
     change: dict[str, Any],
@@ -209,41 +209,41 @@ def test_codes_of_another_kind_are_not_mixed_in(
 ) -> None:
     patch = stop_after(7)
     with pytest.raises(PulledPlugError):
-        extract(tokenizer, pictures, tmp_path / "out")
+        extract(tokenizer, images, tmp_path / "out")
     patch.undo()
     before = files(tmp_path / "out")
-    options: dict[str, Any] = {"tokenizer": tokenizer, "pictures": pictures, **change}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "images": images, **change}
     if change.get("tokenizer") == "other":
         options["tokenizer"] = vqgan_module(seed=1)
-    if change.get("pictures") == "other":
-        options["pictures"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
+    if change.get("images") == "other":
+        options["images"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
     with pytest.raises(ValueError) as error:
         extract(out=tmp_path / "out", **options)
     assert_one_line(error, tmp_path / "out", f"begun with {phrase};", "delete it or choose another folder")
     assert files(tmp_path / "out") == before
 
 
-def test_a_complete_set_is_refused(tokenizer: VQGANModule, pictures: Path, whole: Path) -> None:
+def test_a_complete_set_is_refused(tokenizer: VQGANModule, images: Path, whole: Path) -> None:
     before = times(whole)
     with pytest.raises(ValueError) as error:
-        extract(tokenizer, pictures, whole)
+        extract(tokenizer, images, whole)
     assert_one_line(error, whole, "already holds a complete set", "delete it or choose another folder")
     assert times(whole) == before
 
 
-# All pictures of the second shard, of the last batch of the third and fourth, and one in the middle.
+# All images of the second shard, of the last batch of the third and fourth, and one in the middle.
 BAD = {*range(10, 20), 28, 29, *range(36, 40), 3}
 
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """The pictures, some of them broken, and one without a class."""
+    """The images, some of them broken, and one without a class."""
     train, val = samples_of("train", COUNTS["train"]), samples_of("val", COUNTS["val"])
     for number in BAD:
         train[number][1]["png"] = BROKEN
-    train.append(("train/no-class", {"png": grey_picture(0, 8)}))
+    train.append(("train/no-class", {"png": grey_image(0, 8)}))
     val[11][1]["png"] = b""
-    return write_set(tmp_path / "pictures", train, val)
+    return write_set(tmp_path / "images", train, val)
 
 
 def check_broken(root: Path) -> None:
@@ -259,18 +259,18 @@ def check_broken(root: Path) -> None:
     assert sorted(listed) == sorted(
         [
             ("train", "train/no-class", "no label"),
-            *(("train", f"train/{number}", "broken picture") for number in BAD),
+            *(("train", f"train/{number}", "broken image") for number in BAD),
             ("val", "val/11", "empty file"),
         ]
     )
     splits = read_meta(root, "")["splits"]
-    assert splits["train"]["skipped"] == {"broken picture": len(BAD), "no label": 1}
+    assert splits["train"]["skipped"] == {"broken image": len(BAD), "no label": 1}
     assert splits["val"]["skipped"] == {"empty file": 1}
     assert [shard["count"] for shard in splits["train"]["shards"]] == [len(keys) for keys in keys_of(root, "train")]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_pictures_are_left_out_and_listed(
+def test_broken_images_are_left_out_and_listed(
     tokenizer: VQGANModule, broken: Path, tmp_path: Path, num_workers: int
 ) -> None:
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4, num_workers=num_workers)
@@ -281,7 +281,7 @@ def test_broken_pictures_are_left_out_and_listed(
 
 
 @pytest.mark.parametrize("batches", [3, 5, 7])
-def test_broken_pictures_are_listed_once_after_a_stop(
+def test_broken_images_are_listed_once_after_a_stop(
     tokenizer: VQGANModule, broken: Path, tmp_path: Path, stop_after: Any, batches: int
 ) -> None:
     patch = stop_after(batches)
@@ -292,12 +292,12 @@ def test_broken_pictures_are_listed_once_after_a_stop(
     check_broken(tmp_path / "out")
 
 
-def test_too_many_broken_pictures_are_refused_until_they_are_tolerated(
+def test_too_many_broken_images_are_refused_until_they_are_tolerated(
     tokenizer: VQGANModule, broken: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.2)
-    assert_one_line(error, "of 46 samples of train cannot be used", "broken picture", "max_bad_share 0.2")
+    assert_one_line(error, "of 46 samples of train cannot be used", "broken image", "max_bad_share 0.2")
     assert not (tmp_path / "out" / META_FILE).exists()
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
     check_broken(tmp_path / "out")
@@ -305,11 +305,11 @@ def test_too_many_broken_pictures_are_refused_until_they_are_tolerated(
 
 def test_captions_are_written_beside_the_codes(tokenizer: VQGANModule, tmp_path: Path) -> None:
     def captioned(split: str) -> Samples:
-        texts: Samples = [(f"{split}{i}", {"png": grey_picture(i, 8), "txt": f"wörd {i}".encode()}) for i in range(3)]
-        return [*texts, (f"{split}3", {"png": grey_picture(3, 8), "txt": b"", "json": b'{"caption": "of json"}'})]
+        texts: Samples = [(f"{split}{i}", {"png": grey_image(i, 8), "txt": f"wörd {i}".encode()}) for i in range(3)]
+        return [*texts, (f"{split}3", {"png": grey_image(3, 8), "txt": b"", "json": b'{"caption": "of json"}'})]
 
-    write_set(tmp_path / "pictures", captioned("train"), captioned("val"))
-    extract(tokenizer, tmp_path / "pictures", tmp_path / "out")
+    write_set(tmp_path / "images", captioned("train"), captioned("val"))
+    extract(tokenizer, tmp_path / "images", tmp_path / "out")
     (shard,) = (tmp_path / "out/train").glob("*.tar")
     index = index_shard(shard)
     assert [sample.read("txt").decode() for sample in index] == ["wörd 0", "wörd 1", "wörd 2", "of json"]
@@ -317,24 +317,24 @@ def test_captions_are_written_beside_the_codes(tokenizer: VQGANModule, tmp_path:
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
 
 
-def test_a_picture_without_class_and_caption_among_others_is_left_out(tokenizer: VQGANModule, tmp_path: Path) -> None:
+def test_an_image_without_class_and_caption_among_others_is_left_out(tokenizer: VQGANModule, tmp_path: Path) -> None:
     def captioned(split: str) -> Samples:
         said = [b'{"caption": "words"}', b'{"caption": null}', b'{"caption": "more"}']
-        return [(f"{split}{i}", {"png": grey_picture(i, 8), "json": text}) for i, text in enumerate(said)]
+        return [(f"{split}{i}", {"png": grey_image(i, 8), "json": text}) for i, text in enumerate(said)]
 
-    write_set(tmp_path / "pictures", captioned("train"), captioned("val"))
-    extract(tokenizer, tmp_path / "pictures", tmp_path / "out", max_bad_share=0.4)
+    write_set(tmp_path / "images", captioned("train"), captioned("val"))
+    extract(tokenizer, tmp_path / "images", tmp_path / "out", max_bad_share=0.4)
     assert keys_of(tmp_path / "out", "train") == [["train0", "train2"]]
     assert read_meta(tmp_path / "out", "")["splits"]["train"]["skipped"] == {"no caption": 1}
 
 
-def test_pictures_without_classes_and_captions_are_refused_and_leave_no_shard(
+def test_images_without_classes_and_captions_are_refused_and_leave_no_shard(
     tokenizer: VQGANModule, tmp_path: Path
 ) -> None:
-    bare: Samples = [("0", {"png": grey_picture(0, 8)}), ("1", {"png": grey_picture(1, 8)})]
-    write_set(tmp_path / "pictures", bare, bare)
+    bare: Samples = [("0", {"png": grey_image(0, 8)}), ("1", {"png": grey_image(1, 8)})]
+    write_set(tmp_path / "images", bare, bare)
     with pytest.raises(ValueError) as error:
-        extract(tokenizer, tmp_path / "pictures", tmp_path / "out")
+        extract(tokenizer, tmp_path / "images", tmp_path / "out")
     assert_one_line(error, "sample 0", ".cls", ".txt")
     assert list((tmp_path / "out").rglob("*.tar")) == []
 
@@ -345,9 +345,9 @@ def test_each_view_has_its_codes(tokenizer: VQGANModule, tmp_path: Path) -> None
         (str(i), {"png": encode(Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8))), "cls": b"0"})
         for i in range(4)
     ]
-    write_set(tmp_path / "pictures", samples, samples)
+    write_set(tmp_path / "images", samples, samples)
     for views, count in (("centre", 1), ("flip", 2), ("ten_crop", 20)):
-        extract(tokenizer, tmp_path / "pictures", tmp_path / views, views=views)
+        extract(tokenizer, tmp_path / "images", tmp_path / views, views=views)
         meta = read_meta(tmp_path / views, "")
         assert (meta["views"], len(meta["view_names"])) == (count, count)
         codes = CodeDataModule(tmp_path / views, num_workers=0)
@@ -363,7 +363,7 @@ def test_an_impossible_shard_size_is_refused(per_shard: int) -> None:
 
 
 def test_a_full_disk_leaves_the_shards_that_are_whole(
-    tokenizer: VQGANModule, pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     close = ShardWriter.close
 
@@ -376,10 +376,10 @@ def test_a_full_disk_leaves_the_shards_that_are_whole(
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "close", full)
         with pytest.raises(OSError, match=r"no space"):
-            extract(tokenizer, pictures, tmp_path)
+            extract(tokenizer, images, tmp_path)
     assert [path.name for path in tmp_path.rglob("*.tar")] == ["train-000000.tar"]
     assert list(tmp_path.rglob("*.tmp")) == []
-    extract(tokenizer, pictures, tmp_path)
+    extract(tokenizer, images, tmp_path)
     assert files(tmp_path) == files(whole)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that ``predict`` of the second model leaves behind, and runs that are gone on with."""
+"""Images that ``predict`` of the autoregressive model leaves behind, and runs that are gone on with."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 
 import main
 from callbacks import ImageWriter, figures
-from callbacks.writers.image_threads import PictureThreads
+from callbacks.writers.image_threads import ImageThreads
 from callbacks.writers.sample_folder import SampleFolder
 from datamodules import ImageDataModule, SampleDataModule
 from lightning_modules import ARGenModule
@@ -27,16 +27,16 @@ LIMITED = "--trainer.limit_predict_batches=2"  # 1 may be read as all of them
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
-    """To draw 30 pictures in batches of 7."""
+    """To draw 30 images in batches of 7."""
     return [*pipeline.sample_arguments(folder), f"--ckpt_path={pipeline.argen}", *more]
 
 
 def drawn(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "pictures").rglob("*") if path.is_file())
+    return sorted(path.name for path in (folder / "images").rglob("*") if path.is_file())
 
 
 def test_samples_have_the_promised_places_and_archive(pipeline: Pipeline) -> None:
-    names = [f"pictures/{index % 10}/{index:06d}_class{index % 10}.png" for index in range(30)]
+    names = [f"images/{index % 10}/{index:06d}_class{index % 10}.png" for index in range(30)]
     files = [path.relative_to(pipeline.samples).as_posix() for path in pipeline.samples.rglob("*") if path.is_file()]
     assert sorted(files) == sorted([*names, ".plan.json", "grid.png", "predict.yaml", "samples.npz"])
     with np.load(pipeline.samples / "samples.npz") as archive:
@@ -44,15 +44,15 @@ def test_samples_have_the_promised_places_and_archive(pipeline: Pipeline) -> Non
     assert (found.dtype, found.shape) == (np.uint8, (30, 8, 8, 3))
     assert labels.dtype == np.int64
     assert labels.tolist() == [index % 10 for index in range(30)]
-    for name, picture in zip(names, found, strict=True):
-        assert np.array_equal(np.array(Image.open(pipeline.samples / name)), picture)
+    for name, image in zip(names, found, strict=True):
+        assert np.array_equal(np.array(Image.open(pipeline.samples / name)), image)
 
 
-def test_pictures_are_resized_in_files_archive_and_grid(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(command(pipeline, tmp_path, "--model.init_args.picture_size=5"))
-    for path in (tmp_path / "pictures").rglob("*.png"):
-        with Image.open(path) as picture:
-            assert picture.size == (5, 5)
+def test_images_are_resized_in_files_archive_and_grid(pipeline: Pipeline, tmp_path: Path) -> None:
+    main.main(command(pipeline, tmp_path, "--model.init_args.image_size=5"))
+    for path in (tmp_path / "images").rglob("*.png"):
+        with Image.open(path) as image:
+            assert image.size == (5, 5)
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (30, 5, 5, 3)
     assert np.array(Image.open(tmp_path / "grid.png")).shape == (10 * 7 + 2, 3 * 7 + 2, 3)
@@ -65,9 +65,9 @@ def test_the_grid_has_a_row_for_each_class(pipeline: Pipeline) -> None:
         assert np.array_equal(grid[2 + 10 * 4 : 10 + 10 * 4, 12:20], archive["arr_0"][14])
 
 
-def test_the_pictures_are_read_as_a_folder_of_class_folders(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_images_are_read_as_a_folder_of_class_folders(pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(command(pipeline, tmp_path, "--data.init_args.classes=[3,7]", "--data.init_args.per_class=2"))
-    data = ImageDataModule(tmp_path / "pictures", image_size=8, batch_size=4, num_workers=0)
+    data = ImageDataModule(tmp_path / "images", image_size=8, batch_size=4, num_workers=0)
     data.setup("fit")
     assert data.class_names == [str(number) for number in range(8)], "images keep the classes that were asked for"
     found = [dataset[number, 0]["labels"] for dataset in data.datasets.values() for number in range(len(dataset))]
@@ -104,8 +104,8 @@ def test_sampling_refuses_a_complete_folder(pipeline: Pipeline) -> None:
     assert {path: path.stat().st_mtime_ns for path in pipeline.samples.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["pictures/3/000003_class3.png", "000003_class3.png", "pictures/dog/rex.png"])
-def test_pictures_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["images/3/000003_class3.png", "000003_class3.png", "images/dog/rex.png"])
+def test_images_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -116,9 +116,9 @@ def test_pictures_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: 
 
 OTHERS = {
     "sample_seed (0 there, 3 here)": ["--model.init_args.sample_seed=3"],
-    "picture_size (None there, 5 here)": ["--model.init_args.picture_size=5"],
+    "image_size (None there, 5 here)": ["--model.init_args.image_size=5"],
     "sampling.temperature (0.8 there, 0.5 here)": ["--model.init_args.sampling.temperature=0.5"],
-    "number of pictures (30 there, 40 here)": ["--data.init_args.per_class=4"],
+    "number of images (30 there, 40 here)": ["--data.init_args.per_class=4"],
     "order of labels": ["--data.init_args.classes=[9,8,7,6,5,4,3,2,1,0]"],
     "precision (32-true there, bf16-mixed here)": ["--trainer.precision=bf16-mixed"],
     "model": ["--trainer.callbacks=[{class_path: ImageWriter}]"],  # the raw weights instead of their averages
@@ -163,14 +163,14 @@ def test_a_folder_with_another_kind_of_plan_is_refused(
 
 
 def test_a_limited_run_leaves_no_archive_and_is_gone_on_with(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"16 of 30 pictures are missing in .* so samples.npz was not written"):
+    with pytest.warns(UserWarning, match=r"16 of 30 images are missing in .* so samples.npz was not written"):
         main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
     assert not (tmp_path / "samples.npz").exists()
     assert not (tmp_path / "grid.png").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").rglob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
     assert len(before) == 14
     main.main(command(pipeline, tmp_path))
-    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "pictures").rglob("*.png")}.items()
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "images").rglob("*.png")}.items()
     assert drawn(tmp_path) == drawn(pipeline.samples)
     with np.load(tmp_path / "samples.npz") as one, np.load(pipeline.samples / "samples.npz") as other:
         assert np.array_equal(one["arr_1"], other["arr_1"])
@@ -179,41 +179,41 @@ def test_a_limited_run_leaves_no_archive_and_is_gone_on_with(pipeline: Pipeline,
 
 def test_what_a_killed_run_had_begun_to_write_is_cleared_away(pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(command(pipeline, tmp_path, LIMITED))
-    for name in (".samples.npz.tmp", "pictures/9/.000009_class9.png.tmp"):
+    for name in (".samples.npz.tmp", "images/9/.000009_class9.png.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     main.main(command(pipeline, tmp_path, LIMITED))
     assert [path.name for path in tmp_path.rglob(".*")] == [".plan.json"]
 
 
-def test_only_pictures_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
+def test_only_images_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([4, 2, 4]))
     assert folder.drawn() == []
     right = ("4/000000_class4.png", "4/000002_class4.png")
     wrong = ("2/000001_class4.png", "4/000001_class2.png", "4/000003_class4.png", "4/.000001_class2.png.tmp", "2/x")
     for name in (*right, *wrong):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / name).write_bytes(b"picture")
-    (tmp_path / "pictures/000001_class2.png").write_bytes(b"picture")
-    (tmp_path / "pictures/2/000001_class2.png").touch()  # left empty by a machine that went down
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"image")
+    (tmp_path / "images/000001_class2.png").write_bytes(b"image")
+    (tmp_path / "images/2/000001_class2.png").touch()  # left empty by a machine that went down
     assert folder.drawn() == [0, 2]
-    assert [folder.path(index) for index in (0, 2)] == [tmp_path / "pictures" / name for name in right]
+    assert [folder.path(index) for index in (0, 2)] == [tmp_path / "images" / name for name in right]
 
 
 def test_class_folders_are_named_so_that_their_order_is_that_of_the_classes(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([4, 12]))
-    assert folder.path(0) == tmp_path / "pictures/04/000000_class4.png"
-    assert folder.path(1) == tmp_path / "pictures/12/000001_class12.png"
+    assert folder.path(0) == tmp_path / "images/04/000000_class4.png"
+    assert folder.path(1) == tmp_path / "images/12/000001_class12.png"
     for index in (0, 1):
         folder.path(index).parent.mkdir(parents=True)
-        folder.path(index).write_bytes(b"picture")
+        folder.path(index).write_bytes(b"image")
     assert folder.drawn() == [0, 1]
 
 
 def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_path: Path) -> None:
     data = SampleDataModule(4, per_class=1)
-    (tmp_path / "pictures/1").mkdir(parents=True)
-    (tmp_path / "pictures/1/000001_class1.png").touch()
+    (tmp_path / "images/1").mkdir(parents=True)
+    (tmp_path / "images/1/000001_class1.png").touch()
     sent: list[Any] = []
     strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or ([0, 2], ""))
     trainer: Any = SimpleNamespace(
@@ -225,7 +225,7 @@ def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_pat
     assert [batch["index"].tolist() for batch in batches] == [[1, 3]]
 
 
-def test_a_rank_says_that_it_is_done_when_its_pictures_are_written(
+def test_a_rank_says_that_it_is_done_when_its_images_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_save(monkeypatch, lambda: time.sleep(0.02))
@@ -243,7 +243,7 @@ def test_a_rank_says_that_it_is_done_when_its_pictures_are_written(
         generator=torch.nn.Linear(1, 1),
         sampling=SamplingConfig(),
         sample_seed=0,
-        picture_size=None,
+        image_size=None,
         tokenizer_checksum=None,
     )
     writer = ImageWriter()
@@ -256,7 +256,7 @@ def test_a_rank_says_that_it_is_done_when_its_pictures_are_written(
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the disk be full in the middle of a picture."""
+    """Let the disk be full in the middle of an image."""
     write = Path.write_bytes
 
     def half_write(self: Path, data: Any) -> int:
@@ -282,7 +282,7 @@ def test_an_error_of_a_thread_ends_the_run_and_leaves_nothing_half_written(
     assert drawn(tmp_path) == drawn(pipeline.samples)
 
 
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 def slow_save(monkeypatch: pytest.MonkeyPatch, gate: Any) -> None:
@@ -291,15 +291,15 @@ def slow_save(monkeypatch: pytest.MonkeyPatch, gate: Any) -> None:
     monkeypatch.setattr("callbacks.writers.image_threads.save_png", lambda *args: gate() or save(*args))
 
 
-def test_pictures_are_written_beside_each_other_and_only_so_many_wait(
+def test_images_are_written_beside_each_other_and_only_so_many_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meeting = threading.Barrier(3, timeout=60)  # two threads and this one
     slow_save(monkeypatch, lambda: meeting.wait() and None)
-    threads = PictureThreads(threads=2, waiting=1)
+    threads = ImageThreads(threads=2, waiting=1)
     for number in range(3):
-        threads.write(lambda: PICTURE, tmp_path / f"{number}.png")
-    more = threading.Thread(target=lambda: threads.write(lambda: PICTURE, tmp_path / "3.png"))
+        threads.write(lambda: IMAGE, tmp_path / f"{number}.png")
+    more = threading.Thread(target=lambda: threads.write(lambda: IMAGE, tmp_path / "3.png"))
     more.start()
     more.join(0.2)
     assert more.is_alive()  # three are being written or wait, which is as many as may
@@ -315,9 +315,9 @@ def test_cancelling_drops_what_waits_and_finishes_what_was_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_save(monkeypatch, lambda: time.sleep(0.05))
-    threads = PictureThreads(threads=1, waiting=100)
+    threads = ImageThreads(threads=1, waiting=100)
     for number in range(100):
-        threads.write(lambda: PICTURE, tmp_path / f"{number}.png")
+        threads.write(lambda: IMAGE, tmp_path / f"{number}.png")
     threads.cancel()
     left = os.listdir(tmp_path)
     assert len(left) < 100
@@ -335,20 +335,20 @@ def test_a_run_that_fails_ends_its_threads(pipeline: Pipeline, tmp_path: Path, m
     monkeypatch.setattr(ARGenModule, "predict_step", fail)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         main.main(command(pipeline, tmp_path))
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("pictures")] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("images")] == []
     assert not any(name.startswith(".") for name in drawn(tmp_path))
 
 
-def test_the_first_error_is_raised_at_the_next_picture_and_at_the_end(
+def test_the_first_error_is_raised_at_the_next_image_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing_save(monkeypatch, "bad")
-    threads = PictureThreads(threads=1, waiting=0)
-    threads.write(lambda: PICTURE, tmp_path / "bad.png")
+    threads = ImageThreads(threads=1, waiting=0)
+    threads.write(lambda: IMAGE, tmp_path / "bad.png")
     threads._slots.acquire()  # it is over
     threads._slots.release()
     with pytest.raises(OSError, match="No space left"):
-        threads.write(lambda: PICTURE, tmp_path / "good.png")
+        threads.write(lambda: IMAGE, tmp_path / "good.png")
     with pytest.raises(OSError, match="No space left"):
         threads.finish()
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Pictures of prompts that ``predict`` leaves behind: their names, records and grid, and runs that are gone on with."""
+"""Images of prompts that ``predict`` leaves behind: their names, records and grid, and runs that are gone on with."""
 
 import json
 import warnings
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import main
-from tests.callbacks.writers.hashed_images import HashedPictures
+from tests.callbacks.writers.hashed_images import HashedImages
 from tests.datamodules.shard_files import assert_one_line
 from tests.ranks import succeeds, two_processes
 from tests.sampling_probes import PullThePlug, with_probe
@@ -24,10 +24,10 @@ CUT = r"1 of 5 prompts were longer than the model reads and were cut: prompt 3 \
 
 
 def command(folder: Path, prompts: list[str] | Path = PROMPTS, *more: str) -> list[str]:
-    """To draw two pictures of each prompt in batches of 3."""
+    """To draw two images of each prompt in batches of 3."""
     given = str(prompts) if isinstance(prompts, Path) else json.dumps(prompts, ensure_ascii=False)
     return [
-        *("predict", f"--model={HashedPictures.__module__}.HashedPictures", "--model.init_args.init_from=nothing"),
+        *("predict", f"--model={HashedImages.__module__}.HashedImages", "--model.init_args.init_from=nothing"),
         *("--data=PromptDataModule", f"--data.init_args.prompts={given}", "--data.init_args.per_prompt=2"),
         *("--data.init_args.batch_size=3", "--trainer.callbacks=[{class_path: ImageWriter}]"),
         *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"),
@@ -45,7 +45,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-NAMES = [f"pictures/{index % 5}/{index:06d}_prompt{index % 5}.png" for index in range(10)]
+NAMES = [f"images/{index % 5}/{index:06d}_prompt{index % 5}.png" for index in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def assert_same_run(folder: Path, left_alone: Path) -> None:
         assert np.array_equal(np.array(Image.open(folder / name)), np.array(Image.open(left_alone / name)))
 
 
-def test_pictures_are_named_by_prompt_and_collected(left_alone: Path) -> None:
+def test_images_are_named_by_prompt_and_collected(left_alone: Path) -> None:
     others = [".plan.json", "grid.png", "metadata.jsonl", "predict.yaml", "samples.npz"]
     assert files(left_alone) == sorted([*NAMES, *others])
     with np.load(left_alone / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == [0, 1, 2, 3, 4] * 2
         assert archive["arr_0"].shape == (10, 8, 8, 3)
-        for name, picture in zip(NAMES, archive["arr_0"], strict=True):
-            assert np.array_equal(np.array(Image.open(left_alone / name)), picture)
+        for name, image in zip(NAMES, archive["arr_0"], strict=True):
+            assert np.array_equal(np.array(Image.open(left_alone / name)), image)
 
 
-def test_each_picture_has_a_record_of_what_it_is_and_how_it_was_drawn(left_alone: Path) -> None:
+def test_each_image_has_a_record_of_what_it_is_and_how_it_was_drawn(left_alone: Path) -> None:
     found = records(left_alone)
     assert [record["file_name"] for record in found] == NAMES
     assert [record["index"] for record in found] == list(range(10))
@@ -89,7 +89,7 @@ def test_each_picture_has_a_record_of_what_it_is_and_how_it_was_drawn(left_alone
     assert "柴犬" in (left_alone / "metadata.jsonl").read_text(encoding="utf-8")
 
 
-def test_the_grid_has_a_row_for_each_prompt_with_the_prompt_below_its_pictures(left_alone: Path) -> None:
+def test_the_grid_has_a_row_for_each_prompt_with_the_prompt_below_its_images(left_alone: Path) -> None:
     grid = np.array(Image.open(left_alone / "grid.png"))
     assert grid.shape[1] == 2 * (192 + 8) + 8
     first = np.array(Image.open(left_alone / NAMES[0])).repeat(24, 0).repeat(24, 1)
@@ -97,7 +97,7 @@ def test_the_grid_has_a_row_for_each_prompt_with_the_prompt_below_its_pictures(l
     assert grid[200:220, 8:100].min() < 50  # words
 
 
-def test_prompts_of_one_picture_each_share_the_rows_of_the_grid(tmp_path: Path) -> None:
+def test_prompts_of_one_image_each_share_the_rows_of_the_grid(tmp_path: Path) -> None:
     main.main(command(tmp_path, [f"prompt {number}" for number in range(10)], "--data.init_args.per_prompt=1"))
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width == 4 * (192 + 8) + 8  # 4 + 4 + 2
@@ -116,7 +116,7 @@ def test_the_other_columns_of_a_table_are_in_the_records(tmp_path: Path) -> None
 
 OTHERS: dict[str, tuple[list[str], list[str]]] = {
     "list of prompts": (["a cat", "a dog", *PROMPTS[2:]], []),
-    "number of pictures (10 there, 12 here)": ([*PROMPTS, "more"], []),
+    "number of images (10 there, 12 here)": ([*PROMPTS, "more"], []),
     "sample_seed (0 there, 3 here)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
     "sampling.guidance_scale (7.5 there, 2.0 here)": (
         PROMPTS,
@@ -169,7 +169,7 @@ def test_prompts_that_an_earlier_run_has_cut_are_named(tmp_path: Path) -> None:
     assert [record["truncated"] for record in records(tmp_path)] == [True, False, False, False]
 
 
-def test_two_processes_draw_the_pictures_of_one_and_say_once_what_was_cut(tmp_path: Path, left_alone: Path) -> None:
+def test_two_processes_draw_the_images_of_one_and_say_once_what_was_cut(tmp_path: Path, left_alone: Path) -> None:
     done = two_processes(command(tmp_path))
     succeeds(done)
     assert (done.stdout + done.stderr).count("were longer than the model reads") == 1

@@ -1,4 +1,4 @@
-"""Codes that ``predict`` of the tokenizer leaves behind, and pictures that training does."""
+"""Codes that ``predict`` of the tokenizer leaves behind, and images that training does."""
 
 import hashlib
 import json
@@ -29,11 +29,11 @@ def test_codes_are_those_of_the_averaged_tokenizer(pipeline: Pipeline) -> None:
     seen = 0
     for split in ("train", "val"):
         for number in range(len(digits.datasets[split])):
-            picture, sample = digits.datasets[split][number, 0], codes.datasets[split][number, 0]
-            assert (picture["keys"], picture["labels"]) == (sample["keys"], sample["condition"])
+            image, sample = digits.datasets[split][number, 0], codes.datasets[split][number, 0]
+            assert (image["keys"], image["labels"]) == (sample["keys"], sample["condition"])
             if number % 50 == 0:
                 with torch.no_grad():
-                    expected = vqgan.encode(picture["images"][None]).codes.flatten()
+                    expected = vqgan.encode(image["images"][None]).codes.flatten()
                 assert torch.equal(sample["codes"], expected)
             seen += 1
     assert seen == 1797

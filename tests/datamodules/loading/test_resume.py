@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from datamodules.images import ImageDataModule
-from tests.datamodules.shard_files import write_pictures
+from tests.datamodules.shard_files import write_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    write_pictures(tmp_path, train=11, val=2)
+    write_images(tmp_path, train=11, val=2)
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from llamagen.models.discriminator import PatchGAN
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.code_sets import write_codes
-from tests.datamodules.shard_files import grey_picture, write_shards
+from tests.datamodules.shard_files import grey_image, write_shards
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*", "ignore:.*save_last.*")
@@ -140,13 +140,13 @@ def validate_almost_nothing(rank: int, root: Path, folder: Path) -> list[float]:
     loss = VQGANLossConfig(perceptual_weight=0.0, adversarial_weight=0.5, adversarial_start=0)
     module = VQGANModule(net, loss, discriminator=PatchGAN(8, 1))
     trainer.fit(module, data)
-    return [trainer.global_step, float(trainer.callback_metrics["skipped/val/broken_picture"])]
+    return [trainer.global_step, float(trainer.callback_metrics["skipped/val/broken_image"])]
 
 
 def test_a_rank_without_a_usable_validation_sample_does_not_let_the_other_wait(tmp_path: Path) -> None:
-    pictures = {f"{number}": {"png": grey_picture(number), "cls": b"1"} for number in range(8)}
-    write_shards(tmp_path / "set/train", list(pictures.items()))
-    write_shards(tmp_path / "set/val", [("good", pictures["0"]), ("bad", {"png": b"no picture", "cls": b"1"})])
+    images = {f"{number}": {"png": grey_image(number), "cls": b"1"} for number in range(8)}
+    write_shards(tmp_path / "set/train", list(images.items()))
+    write_shards(tmp_path / "set/val", [("good", images["0"]), ("bad", {"png": b"no image", "cls": b"1"})])
     assert run_on_ranks(validate_almost_nothing, tmp_path, tmp_path / "set", tmp_path) == [[2, 1.0]] * 2
 
 

@@ -8,17 +8,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from datamodules.datasets.dataset import MOST_ATTEMPTS, SampleDataset
+from datamodules.datasets.dataset import MAX_ATTEMPTS, SampleDataset
 from datamodules.images import ImageDataModule, ImageDataset
 from datamodules.loading.loader import SKIPPED
 from datamodules.loading.order import NO_EPOCH, SHARD_BITS, epoch_order
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.bad_samples import MOST_EXAMPLES, REASONS, BadSampleError, Skipped, Tally
+from datamodules.storage.bad_samples import MAX_EXAMPLES, REASONS, BadSampleError, Skipped, Tally
 from datamodules.storage.index import SampleIndex
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.sources import Source
 from datamodules.storage.tar_index import index_shard
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
@@ -28,30 +28,28 @@ def bad(count: int, reason: str = "empty file", first: int = 0) -> list[Skipped]
 
 
 def test_a_bad_sample_is_a_value_error_with_a_reason() -> None:
-    error = BadSampleError("empty file", "the picture of x is empty")
+    error = BadSampleError("empty file", "the image of x is empty")
     assert isinstance(error, ValueError)
-    assert (error.reason, str(error)) == ("empty file", "the picture of x is empty")
+    assert (error.reason, str(error)) == ("empty file", "the image of x is empty")
 
 
 def test_a_tally_counts_by_reason() -> None:
     tally = Tally("train", 100, known=bad(2, "no label"), max_share=0.1)
     tally.add(bad(3))
     tally.add([])
-    tally.add(bad(1, "broken picture", 3))
+    tally.add(bad(1, "broken image", 3))
     assert tally.total == 102
-    assert tally.counts == {"empty file": 3, "broken picture": 1}
-    assert tally.by_reason() == {"empty file": 3, "broken picture": 1, "no label": 2}
-    assert tally.describe() == "broken picture: 1, empty file: 3, no label: 2; e.g. sample key0 is bad"
+    assert tally.counts == {"empty file": 3, "broken image": 1}
+    assert tally.by_reason() == {"empty file": 3, "broken image": 1, "no label": 2}
+    assert tally.describe() == "broken image: 1, empty file: 3, no label: 2; e.g. sample key0 is bad"
 
 
 def test_the_share_is_exceeded_by_one_sample_more() -> None:
     tally = Tally("train", 100, max_share=0.05)
     tally.add(bad(5))
     with pytest.raises(ValueError) as error:
-        tally.add(bad(1, "broken picture", 5))
-    assert_one_line(
-        error, "6 of 100 samples of train", "max_bad_share 0.05", "broken picture: 1, empty file: 5", "key0"
-    )
+        tally.add(bad(1, "broken image", 5))
+    assert_one_line(error, "6 of 100 samples of train", "max_bad_share 0.05", "broken image: 1, empty file: 5", "key0")
 
 
 @pytest.mark.parametrize(("known", "count", "fits"), [(5, 95, True), (6, 94, False), (0, 0, True), (1, 0, False)])
@@ -102,7 +100,7 @@ def test_a_few_examples_are_remembered_or_all(keep: bool) -> None:
     tally = Tally("train", 1000, keep=keep)
     tally.add(bad(3))
     tally.add(bad(20, first=3))
-    assert tally.seen == bad(23 if keep else MOST_EXAMPLES)
+    assert tally.seen == bad(23 if keep else MAX_EXAMPLES)
 
 
 class Picky(SampleDataset):
@@ -116,7 +114,7 @@ class Picky(SampleDataset):
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         self.asked.append((number, epoch))
         if number in self.bad:
-            raise BadSampleError("broken picture", f"sample {number} is broken")
+            raise BadSampleError("broken image", f"sample {number} is broken")
         return {"value": 10 * number + epoch, "labels": number % 3}
 
     def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,12 +128,12 @@ COUNT = 12
 @pytest.fixture
 def samples(tmp_path: Path) -> SampleIndex:
     """Of keys k00 to k11."""
-    shards = write_shards(tmp_path / "train", [(f"k{n:02d}", {"png": grey_picture(n)}) for n in range(COUNT)])
+    shards = write_shards(tmp_path / "train", [(f"k{n:02d}", {"png": grey_image(n)}) for n in range(COUNT)])
     return SampleIndex.concatenate([index_shard(shard) for shard in shards])
 
 
 def skip(number: int) -> Skipped:
-    return Skipped(number, f"k{number:02d}", "broken picture", f"sample {number} is broken")
+    return Skipped(number, f"k{number:02d}", "broken image", f"sample {number} is broken")
 
 
 @pytest.mark.parametrize("never_empty", [False, True])
@@ -172,7 +170,7 @@ def test_where_nothing_at_all_can_be_used_the_search_ends(samples: SampleIndex) 
     dataset = Picky(samples, set(range(COUNT)), never_empty=True)
     with pytest.raises(ValueError, match=r"100 samples in a row cannot be used, .*sample 5 is broken"):
         dataset.__getitems__([(5, 0)])
-    assert len(dataset.asked) == 1 + MOST_ATTEMPTS
+    assert len(dataset.asked) == 1 + MAX_ATTEMPTS
 
 
 def test_one_sample_is_given_as_it_is_or_refused(samples: SampleIndex) -> None:
@@ -187,7 +185,7 @@ def test_one_sample_is_given_as_it_is_or_refused(samples: SampleIndex) -> None:
 
 def stream(folder: Path, empty: tuple[int, ...] = ()) -> StreamIndex:
     """Four shards of three samples, with a sample of no use in the second."""
-    parts = [(f"k{n:02d}", {"txt": b"no picture"} if n == 4 else {"png": grey_picture(n)}) for n in range(COUNT)]
+    parts = [(f"k{n:02d}", {"txt": b"no image"} if n == 4 else {"png": grey_image(n)}) for n in range(COUNT)]
     shards = write_shards(folder / "train", parts)
     for number in empty:
         shards[number].write_bytes(bytes(10240))
@@ -200,8 +198,8 @@ def test_what_opening_a_shard_of_a_stream_shows_is_told_once(tmp_path: Path) -> 
     batch = dataset.__getitems__([(number, 0) for number in numbers])
     assert batch["numbers"].tolist() == [numbers[0], numbers[2]]
     assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [
-        ("k05", "broken picture"),
-        ("k04", "no picture"),
+        ("k05", "broken image"),
+        ("k04", "no image"),
     ]
     assert [sample.key for sample in dataset.__getitems__([(numbers[1], 0)])[SKIPPED][0]] == ["k05"]
 
@@ -232,9 +230,9 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Pictures of which numbers 3, 8 and 13 are broken and 16 is empty."""
-    parts = {n: {"png": grey_picture(n), "cls": b"1"} for n in range(20)}
-    parts |= {n: {"png": grey_picture(n)[:50], "cls": b"1"} for n in (3, 8, 13)} | {16: {"png": b"", "cls": b"1"}}
+    """Images of which numbers 3, 8 and 13 are broken and 16 is empty."""
+    parts = {n: {"png": grey_image(n), "cls": b"1"} for n in range(20)}
+    parts |= {n: {"png": grey_image(n)[:50], "cls": b"1"} for n in (3, 8, 13)} | {16: {"png": b"", "cls": b"1"}}
     write_shards(tmp_path / "train", [(f"train/{n}", part) for n, part in parts.items()])
     write_shards(tmp_path / "val", [(f"val/{n}", part) for n, part in parts.items()])
     return tmp_path
@@ -244,24 +242,24 @@ GOOD = [n for n in range(20) if n not in (3, 8, 13, 16)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_data_set_with_some_broken_pictures_is_read_without_them(root: Path, num_workers: int) -> None:
+def test_a_data_set_with_some_broken_images_is_read_without_them(root: Path, num_workers: int) -> None:
     data = image_data(root, max_bad_share=0.2, num_workers=num_workers, batch_size=4)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         keys = [key for batch in loader for key in batch["keys"]]
         assert sorted(keys) == sorted(f"{split}/{n}" for n in GOOD)
-        assert data.tallies[split].counts == {"broken picture": 3}
-        assert data.tallies[split].by_reason() == {"broken picture": 3, "empty file": 1}
+        assert data.tallies[split].counts == {"broken image": 3}
+        assert data.tallies[split].by_reason() == {"broken image": 3, "empty file": 1}
         assert {sample.key for sample in data.tallies[split].seen} == {f"{split}/{n}" for n in (3, 8, 13)}
-        assert data.finish_tally(split) == {"broken picture": 3, "empty file": 1}
+        assert data.finish_tally(split) == {"broken image": 3, "empty file": 1}
         assert data.finish_tally(split) == {"empty file": 1}  # what is known stays so
 
 
-def test_more_broken_pictures_than_are_tolerated_end_the_run(root: Path) -> None:
+def test_more_broken_images_than_are_tolerated_end_the_run(root: Path) -> None:
     data = image_data(root, max_bad_share=0.19)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         with pytest.raises(ValueError) as error:
             list(loader)
-        assert_one_line(error, f"4 of 20 samples of {split}", "broken picture: 3, empty file: 1", f"sample {split}/")
+        assert_one_line(error, f"4 of 20 samples of {split}", "broken image: 3, empty file: 1", f"sample {split}/")
 
 
 def test_more_than_is_tolerated_before_reading_ends_the_run_at_once(root: Path) -> None:
@@ -270,7 +268,7 @@ def test_more_than_is_tolerated_before_reading_ends_the_run_at_once(root: Path) 
     assert_one_line(error, "1 of 20 samples of train", "empty file: 1", "train/16")
 
 
-def test_on_several_ranks_no_training_batch_is_without_pictures(root: Path) -> None:
+def test_on_several_ranks_no_training_batch_is_without_images(root: Path) -> None:
     order = epoch_order(19, 6, 0).tolist()  # the empty file is the last but three, and has no number
     instead = {3: 4, 8: 9, 13: 14}
     assert set(order[:16]) >= set(instead)
@@ -291,18 +289,18 @@ def test_on_several_ranks_no_training_batch_is_without_pictures(root: Path) -> N
 
 
 def test_what_is_known_to_be_bad_of_an_undivided_set_is_counted_with_its_training_split(tmp_path: Path) -> None:
-    write_shards(tmp_path, [(f"{n}", {"png": grey_picture(n) if n else b""}) for n in range(60)])
+    write_shards(tmp_path, [(f"{n}", {"png": grey_image(n) if n else b""}) for n in range(60)])
     data = image_data(tmp_path, val_share=0.3)
     assert [sample.key for sample in data.tallies["train"].known] == ["0"]
     assert data.tallies["val"].known == []
 
 
 @pytest.mark.parametrize("stray", [{"txt": b"read me"}, {"cls": b"1"}], ids=str)
-def test_what_stands_beside_the_pictures_does_not_say_what_they_need(tmp_path: Path, stray: dict[str, bytes]) -> None:
-    pictures = [(f"{n}", {"png": grey_picture(n)}) for n in range(30)]
-    write_shards(tmp_path, [*pictures, ("README", stray)], per_shard=31)
+def test_what_stands_beside_the_images_does_not_say_what_they_need(tmp_path: Path, stray: dict[str, bytes]) -> None:
+    images = [(f"{n}", {"png": grey_image(n)}) for n in range(30)]
+    write_shards(tmp_path, [*images, ("README", stray)], per_shard=31)
     data = image_data(tmp_path)
-    assert [(sample.key, sample.reason) for sample in data.tallies["train"].known] == [("README", "no picture")]
+    assert [(sample.key, sample.reason) for sample in data.tallies["train"].known] == [("README", "no image")]
 
 
 class Steps(pl.LightningModule):
@@ -327,9 +325,9 @@ class Steps(pl.LightningModule):
 
 def test_an_epoch_in_which_a_whole_training_batch_is_bad_ends_with_its_validation(tmp_path: Path) -> None:
     # Lightning validates after the last of the planned number of batches, and not at all if one is missing.
-    parts = [(f"{n}", {"png": b"broken" if n == 2 else grey_picture(n)}) for n in range(4)]
+    parts = [(f"{n}", {"png": b"broken" if n == 2 else grey_image(n)}) for n in range(4)]
     write_shards(tmp_path / "train", parts)
-    write_shards(tmp_path / "val", [("val", {"png": grey_picture(9)})])
+    write_shards(tmp_path / "val", [("val", {"png": grey_image(9)})])
     data = ImageDataModule(tmp_path, image_size=4, batch_size=1, num_workers=0, max_bad_share=0.5)
     steps = Steps()
     trainer = pl.Trainer(

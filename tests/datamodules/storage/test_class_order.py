@@ -10,14 +10,14 @@ from datamodules.inspection import inspect
 from datamodules.packing import pack
 from datamodules.storage.class_order import MAX_SPARSE, class_numbers, far_label, number_classes
 from datamodules.storage.shards import read_meta
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 
 def write_classes(root: Path, *names: str, count: int = 2) -> Path:
     for name in names:
         (root / name).mkdir(parents=True)
         for number in range(count):
-            (root / name / f"{number}.png").write_bytes(grey_picture(int(name) if name.isdigit() else number))
+            (root / name / f"{number}.png").write_bytes(grey_image(int(name) if name.isdigit() else number))
     return root
 
 
@@ -117,14 +117,14 @@ def test_a_class_number_far_above_the_others_is_warned_of_with_its_sample(tmp_pa
     assert far_label(np.array([0, 1, 1, 99_999, -1])) == 99_999
     assert far_label(np.array([0, 1, MAX_SPARSE - 1])) is far_label(np.array([-1])) is None
     write_shards(
-        tmp_path, [(f"k{i}", {"png": grey_picture(i), "cls": b"54321" if i == 3 else b"1"}) for i in range(20)], 20
+        tmp_path, [(f"k{i}", {"png": grey_image(i), "cls": b"54321" if i == 3 else b"1"}) for i in range(20)], 20
     )
     with pytest.warns(UserWarning, match=r"highest class is 54321, of sample k3 .* number of classes 54322"):
         ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.01).setup("fit")
 
 
 def test_a_class_number_of_two_billion_is_a_bad_sample_and_makes_no_classes(tmp_path: Path) -> None:
-    samples = [(f"k{i}", {"png": grey_picture(i), "cls": b"2000000000" if i == 3 else b"1"}) for i in range(40)]
+    samples = [(f"k{i}", {"png": grey_image(i), "cls": b"2000000000" if i == 3 else b"1"}) for i in range(40)]
     write_shards(tmp_path / "set", samples, per_shard=40)
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     assert read_meta(tmp_path / "packed", "")["num_classes"] == 2

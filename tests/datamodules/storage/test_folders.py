@@ -1,4 +1,4 @@
-"""A folder of class folders: which files are pictures, which class and key each has."""
+"""A folder of class folders: which files are images, which class and key each has."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from datamodules.images import ImageDataModule
 from datamodules.storage.bad_samples import BadSampleError
 from datamodules.storage.folders import class_folders, index_folder
 from datamodules.storage.index import SampleIndex
-from tests.datamodules.shard_files import assert_one_line, grey_picture
+from tests.datamodules.shard_files import assert_one_line, grey_image
 
 
 def write(root: Path, *names: str) -> None:
@@ -53,7 +53,7 @@ def test_a_class_without_a_readable_image_keeps_its_number_and_is_reported(tmp_p
         assert index(tmp_path).labels.tolist() == [1]
 
 
-def test_pictures_are_read_as_they_are(tmp_path: Path) -> None:
+def test_images_are_read_as_they_are(tmp_path: Path) -> None:
     names = ["a/1.jpg", "a/2.JPEG", "a/3.Png", "a/4.webp"]
     write(tmp_path, *names)
     samples = list(index(tmp_path))
@@ -62,16 +62,16 @@ def test_pictures_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 def captioned(root: Path, **texts: str) -> Path:
-    """Pictures 0 to 3, and captions of some."""
+    """Images 0 to 3, and captions of some."""
     root.mkdir(parents=True)
     for number in range(4):
-        (root / f"{number}.png").write_bytes(grey_picture(number))
+        (root / f"{number}.png").write_bytes(grey_image(number))
     for name, text in texts.items():
         (root / f"{name[1:]}.txt").write_text(text)
     return root
 
 
-def test_texts_beside_pictures_are_their_captions(tmp_path: Path) -> None:
+def test_texts_beside_images_are_their_captions(tmp_path: Path) -> None:
     captioned(tmp_path / "pairs", _0=" a cat\n", _1="ein Hündchen", _3="two", _README="read me")
     data = ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.2)
     data.setup("predict")
@@ -82,7 +82,7 @@ def test_texts_beside_pictures_are_their_captions(tmp_path: Path) -> None:
     assert found == {"pairs/0": "a cat", "pairs/1": "ein Hündchen", "pairs/2": "", "pairs/3": "two"}
 
 
-def test_a_note_beside_a_picture_makes_no_captions(tmp_path: Path) -> None:
+def test_a_note_beside_an_image_makes_no_captions(tmp_path: Path) -> None:
     captioned(tmp_path / "pairs", _0="crop this")
     data = ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.2)
     data.setup("predict")
@@ -151,13 +151,13 @@ def test_a_name_that_is_no_unicode_is_read(tmp_path: Path) -> None:
     assert sample.key == f"a/{name.removesuffix('.png')}"
 
 
-def test_a_folder_without_pictures_has_no_samples(tmp_path: Path) -> None:
+def test_a_folder_without_images_has_no_samples(tmp_path: Path) -> None:
     write(tmp_path, "a/README")
     assert len(index(tmp_path)) == 0
     assert len(index(tmp_path).usable(("png",))) == 0
 
 
-def test_a_picture_that_vanishes_is_bad_when_it_is_read(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_is_bad_when_it_is_read(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "a/2.png")
     first, second = index(tmp_path)
     (tmp_path / "a/1.png").unlink()
@@ -172,16 +172,16 @@ def test_a_picture_that_vanishes_is_bad_when_it_is_read(tmp_path: Path) -> None:
 def test_a_folder_of_another_class_than_those_of_training_is_refused(tmp_path: Path) -> None:
     for name in ("train/cat/1.png", "train/dog/1.png", "val/dog/1.png", "val/fox/1.png"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(grey_picture(1))
+        (tmp_path / name).write_bytes(grey_image(1))
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
     assert_one_line(error, tmp_path / "val", "fox", "none of the 2 classes")
 
 
-def test_validation_pictures_have_the_class_numbers_of_training(tmp_path: Path) -> None:
+def test_validation_images_have_the_class_numbers_of_training(tmp_path: Path) -> None:
     for name in ("train/ant/1.png", "train/cat/1.png", "train/dog/1.png", "val/dog/1.png"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(grey_picture(1))
+        (tmp_path / name).write_bytes(grey_image(1))
     data = ImageDataModule(tmp_path, num_workers=0)
     data.setup("fit")
     assert data.class_names == ["ant", "cat", "dog"]

@@ -14,7 +14,7 @@ from datamodules.storage.tar_index import index_shard, read_label
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 SAMPLES = [
-    ("000000", {"png": b"picture", "cls": b"3"}),
+    ("000000", {"png": b"image", "cls": b"3"}),
     ("folder.v1.0/000001", {"png": bytes(range(256)) * 5, "cls": b"17"}),
     ("a b/ü", {"jpg": b"x" * 513, "cls": b"0"}),
 ]
@@ -81,14 +81,14 @@ def test_members_that_nobody_reads_are_passed_over(tmp_path: Path) -> None:
         ({"n.0.gif": b"a", "n.0.cls": b"1", "n.1.jpg": b"b", "n.1.cls": b"1", "m.jpg": b"c"}, ["n.1", "m"], ["n.0"]),
         ({"0.jpg": b"a", "0.mask.png": b"b", "1.jpg": b"c"}, ["0", "1"], []),
     ],
-    ids=["other kinds of pictures", "keys with a dot", "a second picture of a sample"],
+    ids=["other kinds of images", "keys with a dot", "a second image of a sample"],
 )
-def test_pictures_that_are_not_read_are_missed(
+def test_images_that_are_not_read_are_missed(
     tmp_path: Path, members: dict[str, bytes], good: list[str], lost: list[str]
 ) -> None:
     index = index_shard(write_tar(tmp_path / "a.tar", members)).usable(("jpg", "png"), labels_needed=False)
     assert [sample.key for sample in index] == good
-    assert [(sample.key, sample.reason) for sample in index.bad] == [(key, "no picture") for key in lost]
+    assert [(sample.key, sample.reason) for sample in index.bad] == [(key, "no image") for key in lost]
 
 
 def test_a_part_that_comes_again_begins_another_sample(tmp_path: Path) -> None:
@@ -326,11 +326,11 @@ def test_samples_that_lack_what_is_needed_are_put_down_by_reason(tmp_path: Path)
     usable = index.usable(("png", "jpg", "webp"))
     assert [(sample.key, sample.label) for sample in usable] == [("0", 0), ("4", 4)]
     assert sorted(reasons(usable)) == [
-        ("1", "no picture"),
+        ("1", "no image"),
         ("2", "empty file"),
         ("3", "no label"),
         ("5", "wrong label"),
-        ("6", "no picture"),
+        ("6", "no image"),
     ]
     for sample in usable.bad:
         assert f"sample {sample.key} of {tmp_path / 'a.tar'}" in sample.message
@@ -345,14 +345,14 @@ def test_a_shard_of_which_no_sample_has_what_is_needed_is_bad_throughout(tmp_pat
 @pytest.mark.parametrize(
     ("needed", "usable"), [(None, ["0", "1"]), (False, ["0", "1"]), (True, [])], ids=["if any", "no", "yes"]
 )
-def test_pictures_without_any_class_are_usable_unless_classes_are_needed(
+def test_images_without_any_class_are_usable_unless_classes_are_needed(
     tmp_path: Path, needed: bool | None, usable: list[str]
 ) -> None:
     index = index_shard(write_tar(tmp_path / "a.tar", {"0.png": b"a", "1.png": b"b"}))
     assert [sample.key for sample in index.usable(("png",), needed)] == usable
 
 
-def test_a_picture_without_a_caption_is_bad_where_others_have_one(tmp_path: Path) -> None:
+def test_an_image_without_a_caption_is_bad_where_others_have_one(tmp_path: Path) -> None:
     index = index_shard(write_tar(tmp_path / "a.tar", {"0.png": b"a", "0.txt": b"words", "1.png": b"b"}))
     assert reasons(index.usable(("png",))) == [("1", "no caption")]
 

@@ -11,7 +11,7 @@ from datamodules.storage.index_store import IndexStore
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 SAMPLES = [(f"a b/{number}", {"png": bytes([number]) * 9, "cls": str(number).encode()}) for number in range(4)]
-SAMPLES.append(("ü", {"jpg": b"picture"}))
+SAMPLES.append(("ü", {"jpg": b"image"}))
 
 
 class Counted:

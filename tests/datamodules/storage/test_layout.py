@@ -10,7 +10,7 @@ from datamodules import ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.storage.layout import split_of
 from datamodules.storage.sources import Source, find_sources
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 
 def write(root: Path, *names: str) -> Path:
@@ -19,7 +19,7 @@ def write(root: Path, *names: str) -> Path:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
-            path.write_bytes(grey_picture(level % 200))
+            path.write_bytes(grey_image(level % 200))
     return root
 
 
@@ -62,7 +62,7 @@ def test_usual_names_of_splits_are_known() -> None:
         "test": "test testing Test test_set test2014",
     }.items():
         assert [split_of(name) for name in names.split()] == [split] * len(names.split())
-    for name in ("trains", "trainer", "valley", "value", "device", "testament", "pictures", "cat", "2017", ""):
+    for name in ("trains", "trainer", "valley", "value", "device", "testament", "images", "cat", "2017", ""):
         assert split_of(name) is None
 
 
@@ -90,7 +90,7 @@ def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
 
 
 def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) -> None:
-    sample = [("0", {"png": grey_picture(0)})]
+    sample = [("0", {"png": grey_image(0)})]
     for split in ("Training", "validation"):
         write_shards(tmp_path / "folders" / split, sample)
     (tmp_path / "names").mkdir()

@@ -17,7 +17,7 @@ from datamodules.storage.shards import ShardSet
 from datamodules.storage.sources import hold_out
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.code_sets import write_codes
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:
@@ -27,8 +27,8 @@ def write_folder(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def pictures(*classes: str, count: int = 10) -> dict[str, bytes]:
-    return {f"{name}/{number}.png": grey_picture(number) for name in classes for number in range(count)}
+def image_files(*classes: str, count: int = 10) -> dict[str, bytes]:
+    return {f"{name}/{number}.png": grey_image(number) for name in classes for number in range(count)}
 
 
 def image_data(root: Any = None, **options: Any) -> ImageDataModule:
@@ -42,21 +42,21 @@ def epoch(data: Any) -> list[str]:
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    data = image_data(str(write_folder(tmp_path, pictures("car", "train", "plane"))))
+    data = image_data(str(write_folder(tmp_path, image_files("car", "train", "plane"))))
     assert data.class_names == ["car", "plane", "train"]
     assert len(data.datasets["train"]) + len(data.datasets["val"]) == 30  # type: ignore[arg-type]
 
 
-def test_one_picture_cannot_be_divided_and_two_can(tmp_path: Path) -> None:
+def test_one_image_cannot_be_divided_and_two_can(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        image_data(str(write_folder(tmp_path / "one", pictures("a", count=1))))
+        image_data(str(write_folder(tmp_path / "one", image_files("a", count=1))))
     assert_one_line(error, "hold no samples")
-    data = image_data(str(write_folder(tmp_path / "two", pictures("a", count=2))), val_share=0.999)
+    data = image_data(str(write_folder(tmp_path / "two", image_files("a", count=2))), val_share=0.999)
     assert [len(data.datasets[split]) for split in ("train", "val")] == [1, 1]  # type: ignore[arg-type]
 
 
 def test_shards_with_the_same_keys_are_held_out_here_and_there(tmp_path: Path) -> None:
-    parts = [(f"{number}", {"png": grey_picture(number)}) for number in range(20)]
+    parts = [(f"{number}", {"png": grey_image(number)}) for number in range(20)]
     held_out = []
     for shard in range(10):
         (path,) = write_shards(tmp_path / f"s{shard}", parts, per_shard=20)
@@ -64,18 +64,18 @@ def test_shards_with_the_same_keys_are_held_out_here_and_there(tmp_path: Path) -
     assert len(set(held_out)) > 5
 
 
-def test_pictures_of_other_kinds_are_counted_where_they_are_missed(tmp_path: Path) -> None:
-    files = {**pictures("a", "b", count=40), "a/x.bmp": b"BM", "b/y.GIF": b"GIF", "b/notes.txt": b"text"}
+def test_images_of_other_kinds_are_counted_where_they_are_missed(tmp_path: Path) -> None:
+    files = {**image_files("a", "b", count=40), "a/x.bmp": b"BM", "b/y.GIF": b"GIF", "b/notes.txt": b"text"}
     data = image_data(str(write_folder(tmp_path / "few", files)))
-    assert data.tallies["train"].by_reason() == {"no picture": 2}
+    assert data.tallies["train"].by_reason() == {"no image": 2}
     many = {**files, **{f"c/{number}.tif": b"II" for number in range(10)}}
-    with pytest.raises(ValueError, match=r"12 of 92 samples .*no picture: 12; e.g. .* convert it"):
+    with pytest.raises(ValueError, match=r"12 of 92 samples .*no image: 12; e.g. .* convert it"):
         image_data(str(write_folder(tmp_path / "many", many)))
 
 
 def test_half_a_character_in_a_caption_is_replaced(tmp_path: Path) -> None:
     text = json.dumps({"caption": "x \ud83d"}).encode()
-    (shard,) = write_shards(tmp_path, [("0", {"png": grey_picture(1), "json": text})])
+    (shard,) = write_shards(tmp_path, [("0", {"png": grey_image(1), "json": text})])
     (sample,) = index_shard(shard)
     assert sample.read_caption() == "x ?"
 
@@ -91,7 +91,7 @@ def test_names_of_shards_of_codes_may_be_given_beside_the_description(tmp_path: 
 def write_half_labelled(root: Path, shards: int, lost: int) -> str:
     for shard in range(shards):
         parts = [
-            (f"{shard}_{number:03d}", {"png": grey_picture(number % 200), **({} if number < lost else {"cls": b"1"})})
+            (f"{shard}_{number:03d}", {"png": grey_image(number % 200), **({} if number < lost else {"cls": b"1"})})
             for number in range(100)
         ]
         (path,) = write_shards(root / str(shard), parts, per_shard=100)
@@ -117,7 +117,7 @@ def test_a_mixed_batch_never_leaves_the_place(tmp_path: Path) -> None:
 
 
 def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, pictures("a", "b"))
+    write_folder(tmp_path, image_files("a", "b"))
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path), tmp_path / "packed", workers=1)
     assert_one_line(error, tmp_path / "packed", "lies within")
@@ -125,7 +125,7 @@ def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_folder(tmp_path / "set", pictures("b", "c"))
+    write_folder(tmp_path / "set", image_files("b", "c"))
     monkeypatch.setattr(ShardSet, "finish", lambda *_: None)  # stopped just before the end
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     monkeypatch.undo()
@@ -137,7 +137,7 @@ def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: 
 
 
 def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_path: Path) -> None:
-    write_folder(tmp_path / "set", pictures("a", count=40))
+    write_folder(tmp_path / "set", image_files("a", count=40))
     for name in (b"\xff.jpg", b"a\tb.jpg"):
         Path(os.fsdecode(os.fsencode(tmp_path / "set/a/") + b"/" + name)).write_bytes(b"")
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1, max_bad_share=0.1)
@@ -147,9 +147,9 @@ def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_pat
 
 
 def test_inspection_shows_a_set_as_it_is_and_whether_its_shards_are(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "set", pictures("a", count=1))
+    folder = write_folder(tmp_path / "set", image_files("a", count=1))
     assert "all: 1 samples, in folders" in inspect(str(folder), num_workers=0)
-    write_folder(tmp_path / "set", pictures("a", count=40))
+    write_folder(tmp_path / "set", image_files("a", count=40))
     pack(str(folder), tmp_path / "packed", workers=1)
     assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 right") == 2
     shard = tmp_path / "packed/train/train-000000.tar"

@@ -14,10 +14,10 @@ from datamodules.samples import SampleDataModule
 from datamodules.storage.index import OpenFiles, SampleIndex
 from datamodules.storage.sources import find_sources
 from datamodules.storage.tar_index import index_shard
-from evaluation.image_sets import open_pictures
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_shards
+from evaluation.image_sets import open_images
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
-SAMPLES = [(str(number), {"png": grey_picture(number), "cls": b"0"}) for number in range(4)]
+SAMPLES = [(str(number), {"png": grey_image(number), "cls": b"0"}) for number in range(4)]
 HINT = "give a data set"
 
 
@@ -42,7 +42,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert found.shards == [str(shard)]
     assert PromptDataModule("~/prompts.txt").prompts == ["a red house"]
     assert SampleDataModule("~/classes.txt").classes == [7]
-    assert len(open_pictures("~/data")) == 4
+    assert len(open_images("~/data")) == 4
 
 
 def test_compressed_shards_are_refused_by_what_they_are(tmp_path: Path) -> None:

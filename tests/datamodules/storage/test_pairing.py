@@ -1,4 +1,4 @@
-"""Features of captions in a set of their own: each picture gets its own, by key, or it is not known and said so."""
+"""Features of captions in a set of their own: each image gets its own, by key, or it is not known and said so."""
 
 import json
 import pickle
@@ -279,7 +279,9 @@ def test_a_dataset_reads_in_another_process_what_it_reads_here(roots: tuple[Path
 def test_sets_are_compared_as_columns_of_numbers() -> None:
     count = 100_000
     numbers = np.random.default_rng(0).permutation(count)
-    here, there = (Strings.of([f"some/folder/{n:012d}" for n in order]) for order in (range(count), numbers.tolist()))
+    here, there = (
+        Strings.from_strings([f"some/folder/{n:012d}" for n in order]) for order in (range(count), numbers.tolist())
+    )
     tracemalloc.start()
     partners = pairing._partners(here, there, "", "")
     _, peak = tracemalloc.get_traced_memory()
@@ -317,9 +319,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda path: code_data(path / "codes", path / "features/train"),
         (f"has no {META_FILE}", pairing.HINT),
     ),
-    "features of other pictures": (
+    "features of other images": (
         lambda path: code_data(path / "codes", path / "others"),
-        ("none of the 30 samples", "'some/0'", "'other/0'", "same pictures"),
+        ("none of the 30 samples", "'some/0'", "'other/0'", "same images"),
     ),
     "captions that were not cleaned": (
         lambda path: code_data(path / "codes", path / "features", clean_captions=True),

@@ -19,7 +19,7 @@ from datamodules.storage.shards import META_FILE
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
 from tests.datamodules.code_sets import write_codes
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_pictures, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
 
 class Server(ThreadingHTTPServer):
@@ -127,12 +127,12 @@ def test_shards_of_an_s3_compatible_server_train_a_step(tmp_path: Path, monkeypa
         ):  # fmt: skip
             monkeypatch.setenv(name, value)
         files = s3fs.S3FileSystem()
-        files.mkdir("pictures")
-        files.put(str(tmp_path / "codes"), "pictures/codes", recursive=True)
-        assert len(train_a_step("s3://pictures/codes", tmp_path)) == 4
+        files.mkdir("images")
+        files.put(str(tmp_path / "codes"), "images/codes", recursive=True)
+        assert len(train_a_step("s3://images/codes", tmp_path)) == 4
         with pytest.raises(ValueError) as error:
-            train_a_step("s3://pictures/nowhere", tmp_path)
-        assert_one_line(error, "s3://pictures/nowhere/meta.json")
+            train_a_step("s3://images/nowhere", tmp_path)
+        assert_one_line(error, "s3://images/nowhere/meta.json")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
@@ -148,7 +148,7 @@ def test_a_server_that_fails_twice_and_then_answers_is_survived(tmp_path: Path, 
 
 
 def test_a_server_that_always_fails_is_an_error_with_the_address(tmp_path: Path, serve: Any) -> None:
-    write_pictures(tmp_path / "set", train=3, val=3)
+    write_images(tmp_path / "set", train=3, val=3)
     server = serve(tmp_path / "set", failures=1000)
     shard = f"{server.address}/train/train-000000.tar"
     with pytest.raises(ValueError) as error:
@@ -177,7 +177,7 @@ def test_a_server_that_never_answers_is_an_error_with_the_address(
 
 
 def test_a_shard_that_is_missing_on_the_server_is_an_error_at_once(tmp_path: Path, serve: Any) -> None:
-    write_pictures(tmp_path / "set", train=6, val=0)
+    write_images(tmp_path / "set", train=6, val=0)
     server = serve(tmp_path / "set")
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=f"{server.address}/train/train-{{000000..000002}}.tar", cache_dir=tmp_path).setup("fit")
@@ -196,8 +196,8 @@ def test_a_shard_with_another_checksum_than_its_set_says_is_refused(tmp_path: Pa
     assert_one_line(error, "train-000000.tar", "SHA-256")
 
 
-def test_pictures_come_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> None:
-    write_pictures(tmp_path / "set", train=7, val=3)
+def test_images_come_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> None:
+    write_images(tmp_path / "set", train=7, val=3)
     address = serve(tmp_path / "set").address
     data = ImageDataModule(
         train=f"{address}/train/train-{{000000..000002}}.tar", val=[f"{address}/val/val-000000.tar"],
@@ -210,7 +210,7 @@ def test_pictures_come_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> N
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_of_resampled_shards_keeps_within_its_cache(tmp_path: Path, serve: Any, num_workers: int) -> None:
-    write_pictures(tmp_path / "set", train=40, val=3)
+    write_images(tmp_path / "set", train=40, val=3)
     address = serve(tmp_path / "set").address
     shard_bytes = (tmp_path / "set/train/train-000000.tar").stat().st_size
     data = ImageDataModule(
@@ -226,7 +226,7 @@ def test_a_stream_of_resampled_shards_keeps_within_its_cache(tmp_path: Path, ser
 
 
 def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path, serve: Any) -> None:
-    write_pictures(tmp_path / "set", train=6, val=3)
+    write_images(tmp_path / "set", train=6, val=3)
     address = serve(tmp_path / "set").address
     data = ImageDataModule(
         train=f"{address}/train/train-{{000000..000005}}.tar", val=f"{address}/val/val-000000.tar",
@@ -238,7 +238,7 @@ def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path,
 
 
 def test_a_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path / "set", [("0", {"png": grey_picture(3)})])
+    (shard,) = write_shards(tmp_path / "set", [("0", {"png": grey_image(3)})])
     command = f"pipe:cat {shard}; touch {tmp_path}/ran"
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=command, val=str(shard)).setup("fit")

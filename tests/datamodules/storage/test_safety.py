@@ -17,7 +17,7 @@ from datamodules import CodeDataModule, ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.packing import pack
 from tests.datamodules.code_sets import codes_of, npy, write_codes
-from tests.datamodules.shard_files import grey_picture
+from tests.datamodules.shard_files import grey_image
 
 
 class Payload:
@@ -73,10 +73,10 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "ran"
 
 
-def test_hostile_members_beside_pictures_are_never_decoded(tmp_path: Path, target: Path) -> None:
+def test_hostile_members_beside_images_are_never_decoded(tmp_path: Path, target: Path) -> None:
     members = {}
     for number in range(20):
-        members |= {f"{number}.png": grey_picture(number), f"{number}.cls": b"1"}
+        members |= {f"{number}.png": grey_image(number), f"{number}.cls": b"1"}
         members |= hostile_parts(target, str(number))
     for split in ("train", "val"):
         write_tar(tmp_path / "set" / split / "a.tar", members)
@@ -140,16 +140,16 @@ def test_an_npy_header_is_only_compared_and_never_believed(tmp_path: Path, heade
 
 
 def test_names_that_lead_out_of_the_folder_are_harmless(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(grey_picture(200))
+    (tmp_path / "secret.png").write_bytes(grey_image(200))
     names = ["../../secret", f"{tmp_path}/secret", "/etc/passwd", "..", "a/../../b", "C:\\b", "a\0b", "ä/日本"]
-    members = {f"{name}.png": grey_picture(place) for place, name in enumerate(names)}
+    members = {f"{name}.png": grey_image(place) for place, name in enumerate(names)}
     write_tar(tmp_path / "set/train/a.tar", members, links={"link.png": "../../secret.png", "dir.png": str(tmp_path)})
-    write_tar(tmp_path / "set/val/a.tar", {"0.png": grey_picture(0)})
+    write_tar(tmp_path / "set/val/a.tar", {"0.png": grey_image(0)})
     before = sorted(tmp_path.rglob("*"))
     data = ImageDataModule(str(tmp_path / "set"), image_size=4, num_workers=0, flip=False)
     data.setup("fit")
     levels = torch.cat([batch["images"][:, 0, 0, 0] for batch in data.train_dataloader()])
-    assert ((levels + 1) * 127.5).round().max() < len(names)  # the pictures of the shard, not the secret one
+    assert ((levels + 1) * 127.5).round().max() < len(names)  # the images of the shard, not the secret one
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -166,7 +166,7 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (100_000_000, 1)], ids=str)
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
-    members = {f"{number}.png": grey_picture(number) for number in range(30)}
+    members = {f"{number}.png": grey_image(number) for number in range(30)}
     members["30.png"] = bomb(*size)
     for split in ("train", "val"):
         write_tar(tmp_path / split / "a.tar", members)

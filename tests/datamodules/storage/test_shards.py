@@ -16,7 +16,7 @@ from tests.datamodules.shard_files import assert_one_line
 
 HINT = "write it with the quickstart"
 SAMPLES = [
-    ("000000", {"png": b"picture", "cls": b"3"}),
+    ("000000", {"png": b"image", "cls": b"3"}),
     ("folder.v1.0/000001", {"png": bytes(range(256)) * 5, "cls": b"17"}),
     ("000002", {"npy": b"\x00" * 512, "cls": b"4"}),
     ("a b/ü", {"JPG": b"x" * 513}),
@@ -236,7 +236,7 @@ def test_a_set_without_one_of_its_shards_is_not_finished(tmp_path: Path) -> None
     assert not (tmp_path / META_FILE).exists()
 
 
-def test_a_shard_counts_as_written_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_shard_counts_as_written_only_when_it_is_integer(tmp_path: Path) -> None:
     shards = ShardSet(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     assert not shards.is_written("train", 0)

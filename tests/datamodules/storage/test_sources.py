@@ -11,7 +11,7 @@ from datamodules.images import ImageDataModule
 from datamodules.storage.index import SampleIndex, Strings
 from datamodules.storage.shards import META_FILE, ShardSet
 from datamodules.storage.sources import find_source, find_sources, hold_out
-from tests.datamodules.shard_files import assert_one_line, grey_picture, write_pictures, write_shards
+from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
 HINT = "give a data set"
 
@@ -20,7 +20,7 @@ def write_folder(root: Path, *names: str) -> Path:
     """PNG files in class folders."""
     for level, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(grey_picture(level))
+        (root / name).write_bytes(grey_image(level))
     return root
 
 
@@ -32,7 +32,7 @@ def write_set(root: Path, counts: dict[str, int]) -> Path:
         for number, first in enumerate((0, count // 2)):
             with shards.shard(split, number) as writer:
                 for place in range(first, count // 2 if number == 0 else count):
-                    writer.write(f"{split}{place}", {"png": grey_picture(place)}, place % 3)
+                    writer.write(f"{split}{place}", {"png": grey_image(place)}, place % 3)
     meta = {"format": "llamagen-images", "classes": ["ant", "cat", "dog"]}
     shards.finish(dict.fromkeys(counts, 2), meta, {}, 0.0)
     return root
@@ -73,14 +73,14 @@ def test_folders_train_and_val_are_the_splits(tmp_path: Path) -> None:
 
 
 def test_shards_in_a_folder_are_the_training_split_in_the_order_of_their_names(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [(str(i), {"png": grey_picture(i)}) for i in range(5)], per_shard=2)
+    shards = write_shards(tmp_path, [(str(i), {"png": grey_image(i)}) for i in range(5)], per_shard=2)
     train, val, meta = sources(tmp_path, None, None)
     assert train.shards == [str(shard) for shard in shards]
     assert (train.folder, val, meta) == (None, None, {})
 
 
 def test_shards_in_train_and_val_are_the_splits_without_a_description(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=4, val=2)
+    write_images(tmp_path, train=4, val=2)
     train, val, meta = sources(str(tmp_path), None, None)
     assert [len(train.shards), len(val.shards), meta, train.described] == [2, 1, {}, {}]
     assert keys(root=tmp_path) == {"train": [f"train/{i}" for i in range(4)], "val": ["val/0", "val/1"]}
@@ -88,7 +88,7 @@ def test_shards_in_train_and_val_are_the_splits_without_a_description(tmp_path: 
 
 def test_a_described_set_consists_of_the_shards_of_its_description(tmp_path: Path) -> None:
     write_set(tmp_path, {"train": 5, "val": 2})
-    write_shards(tmp_path / "stray", [("stray", {"png": grey_picture(0), "cls": b"0"})])
+    write_shards(tmp_path / "stray", [("stray", {"png": grey_image(0), "cls": b"0"})])
     (tmp_path / "stray/stray-000000.tar").rename(tmp_path / "train/stray.tar")
     train, val, meta = sources(tmp_path, None, None)
     assert train.shards == [f"{tmp_path}/train/train-00000{i}.tar" for i in range(2)]
@@ -104,8 +104,8 @@ def test_a_described_set_without_a_validation_split_keeps_some_of_its_training_s
 
 
 def test_validation_data_of_another_place_take_the_place_of_those_of_the_root(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", train=4, val=2)
-    (other,) = write_shards(tmp_path / "other", [("other", {"png": grey_picture(0), "cls": b"0"})])
+    write_images(tmp_path / "set", train=4, val=2)
+    (other,) = write_shards(tmp_path / "other", [("other", {"png": grey_image(0), "cls": b"0"})])
     found = keys(root=tmp_path / "set", val=str(other))
     assert found == {"train": [f"train/{i}" for i in range(4)], "val": ["other"]}
 
@@ -118,7 +118,7 @@ def test_patterns_are_expanded_as_in_a_shell(tmp_path: Path) -> None:
 
 
 def test_a_list_is_read_one_after_the_other(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "a", [(str(i), {"png": grey_picture(i)}) for i in range(4)], per_shard=1)
+    shards = write_shards(tmp_path / "a", [(str(i), {"png": grey_image(i)}) for i in range(4)], per_shard=1)
     names = [str(shards[3]), "s3://bucket/{0..1}.tar", str(tmp_path / "a")]
     remote = ["s3://bucket/0.tar", "s3://bucket/1.tar"]
     assert find_source(names, HINT).shards == [str(shards[3]), *remote, *map(str, shards)]
@@ -143,7 +143,7 @@ def test_a_folder_in_a_list_with_others_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named_before_training(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=4, val=2)
+    write_images(tmp_path, train=4, val=2)
     missing = f"{tmp_path}/train/train-000002.tar"
     data = ImageDataModule(train=f"{tmp_path}/train/train-{{000000..000002}}.tar", val=f"{tmp_path}/val", num_workers=0)
     with pytest.raises(ValueError) as error:
@@ -181,7 +181,7 @@ def test_a_description_with_wrong_splits_is_refused(tmp_path: Path, splits: Any)
 
 
 def test_a_description_of_something_else_is_passed_over(tmp_path: Path) -> None:
-    write_pictures(tmp_path, train=4, val=2)
+    write_images(tmp_path, train=4, val=2)
     (tmp_path / META_FILE).write_text(json.dumps({"format": "another", "splits": 3}))
     train, val, meta = sources(tmp_path, None, None)
     assert (len(train.shards), len(val.shards), meta["splits"]) == (2, 1, 3)
@@ -207,15 +207,15 @@ def test_an_unknown_scheme_is_refused(address: str) -> None:
 
 
 def test_training_data_of_another_place_take_the_place_of_all_of_the_root(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", train=4, val=2)
-    shards = write_shards(tmp_path / "other", [(str(i), {"png": grey_picture(i), "cls": b"0"}) for i in range(20)])
+    write_images(tmp_path / "set", train=4, val=2)
+    shards = write_shards(tmp_path / "other", [(str(i), {"png": grey_image(i), "cls": b"0"}) for i in range(20)])
     train, val, meta = sources(tmp_path / "set", str(tmp_path / "other"), None)
     assert (train.shards, val, meta) == ([str(shard) for shard in shards], None, {})
 
 
 @pytest.mark.parametrize("form", ["path", "pattern"])
 def test_shards_may_be_the_root(tmp_path: Path, form: str) -> None:
-    shards = write_shards(tmp_path, [(str(i), {"png": grey_picture(i)}) for i in range(4)], per_shard=2)
+    shards = write_shards(tmp_path, [(str(i), {"png": grey_image(i)}) for i in range(4)], per_shard=2)
     root = str(shards[1]) if form == "path" else f"{shards[0].parent}/{shards[0].stem[:-1]}{{0..1}}.tar"
     assert sources(root, None, None)[0].shards == [str(s) for s in (shards[1:] if form == "path" else shards)]
 
@@ -230,7 +230,7 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
     for args in ((tmp_path / "nowhere", None, None), (None, str(tmp_path / "nowhere"), None)):
         assert_one_line(refusal(*args), tmp_path / "nowhere", "does not exist", HINT)
     for args in ((tmp_path / "empty", None, None), (None, str(tmp_path / "empty"), None)):
-        assert_one_line(refusal(*args), tmp_path / "empty", "neither .tar files nor folders of pictures", HINT)
+        assert_one_line(refusal(*args), tmp_path / "empty", "neither .tar files nor folders of images", HINT)
     assert_one_line(refusal(tmp_path / "file", None, None), tmp_path / "file", HINT)
 
 
@@ -244,7 +244,7 @@ def test_a_root_with_validation_data_alone_can_be_validated_but_not_trained_on(t
     assert_one_line(error, "no train data", ImageDataModule.hint)
 
 
-def test_class_folders_without_pictures_are_refused(tmp_path: Path) -> None:
+def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
@@ -253,7 +253,9 @@ def test_class_folders_without_pictures_are_refused(tmp_path: Path) -> None:
 
 def index_of(names: list[str]) -> SampleIndex:
     count = len(names)
-    return SampleIndex(Strings.of(["a.tar"]), np.zeros(count, np.int64), Strings.of(names), {}, np.zeros(count))
+    return SampleIndex(
+        Strings.from_strings(["a.tar"]), np.zeros(count, np.int64), Strings.from_strings(names), {}, np.zeros(count)
+    )
 
 
 def held_out(names: list[str], share: float) -> list[str]:

@@ -11,7 +11,7 @@ from datamodules.packing import pack
 from datamodules.storage.index import SampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.tar_index import index_shard
-from tests.datamodules.shard_files import grey_picture
+from tests.datamodules.shard_files import grey_image
 
 Members = list[tuple[str, bytes]]
 
@@ -117,7 +117,7 @@ def test_a_cut_file_loses_the_sample_whose_part_is_cut(tmp_path: Path) -> None:
 def test_such_files_are_read_packed_streamed_and_indexed_alike(tmp_path: Path) -> None:
     for shard in range(2):
         names = [f"{n}.{shard}" for n in range(20)]
-        apart = [(f"{name}.{part}", grey_picture(n) if part == "png" else str(n % 5).encode())
+        apart = [(f"{name}.{part}", grey_image(n) if part == "png" else str(n % 5).encode())
                  for part in ("png", "cls") for n, name in enumerate(names)]  # fmt: skip
         write_tar(tmp_path / f"set/{shard}.tar", apart)
     data = ImageDataModule(tmp_path / "set", image_size=4, num_workers=0, flip=False)

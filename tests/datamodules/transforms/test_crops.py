@@ -15,7 +15,7 @@ COLOUR = (200, 100, 0)
 SMALL = [(5, 3), (3, 5), (7, 9), (1, 1), (1, 2), (2, 1), (12, 24)]
 LARGE = [(97, 31), (31, 97), (64, 64), (65, 66), (41, 20), (150, 100), (100, 150), (200, 129)]
 TALL = [(3, 1), (97, 31), (200, 40), (33, 16)]
-"""Heights and widths; pictures of the last kind are taller than twice their width."""
+"""Heights and widths; images of the last kind are taller than twice their width."""
 
 
 def noise(height: int, width: int, multiple: int = 1) -> np.ndarray:
@@ -30,13 +30,13 @@ def black_and_white(height: int, width: int) -> np.ndarray:
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """A picture whose red says the column and whose green says the row."""
+    """An image whose red says the column and whose green says the row."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, 0 * x], axis=2).astype(np.uint8)
 
 
 def shrunk(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """The whole picture as ADM resizes it, by Pillow alone."""
+    """The whole image as ADM resizes it, by Pillow alone."""
     image = Image.fromarray(pixels)
     width, height = image.size
     while min(width, height) >= 2 * short_side:
@@ -78,7 +78,7 @@ def test_the_crop_has_the_size_and_the_colour(source: tuple[int, int], size: int
         (20, 8, slice(6, 14), slice(0, 8)),
     ],
 )
-def test_a_picture_whose_short_side_fits_is_cut_and_not_resized(
+def test_an_image_whose_short_side_fits_is_cut_and_not_resized(
     height: int, width: int, rows: slice, columns: slice
 ) -> None:
     source = noise(height, width)
@@ -86,7 +86,7 @@ def test_a_picture_whose_short_side_fits_is_cut_and_not_resized(
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(16, 16, 2), (16, 24, 2), (24, 16, 2), (32, 32, 4), (32, 48, 4)])
-def test_a_large_picture_is_halved_by_means_of_boxes(height: int, width: int, side: int) -> None:
+def test_a_large_image_is_halved_by_means_of_boxes(height: int, width: int, side: int) -> None:
     source = noise(height, width, side * side)
     means = source.reshape(height // side, side, width // side, side, 3).mean((1, 3))
     assert np.array_equal(centre_crop(source, 8), middle(means, 8))
@@ -95,20 +95,20 @@ def test_a_large_picture_is_halved_by_means_of_boxes(height: int, width: int, si
 @pytest.mark.parametrize("size", [8, 16, 27])
 @pytest.mark.parametrize("source", [*SMALL, *LARGE, *TALL], ids=str)
 def test_the_pixels_are_those_of_pillow(source: tuple[int, int], size: int) -> None:
-    for picture in (noise(*source), black_and_white(*source), coordinates(*source)):
-        assert difference(centre_crop(picture, size), middle(shrunk(picture, size), size)) <= TOLERANCE
+    for image in (noise(*source), black_and_white(*source), coordinates(*source)):
+        assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("size", [8, 16, 27])
 @pytest.mark.parametrize("source", TALL, ids=str)
-def test_a_picture_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(
+def test_an_image_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(
     source: tuple[int, int], size: int
 ) -> None:
-    for picture in (noise(*source), black_and_white(*source)):
-        assert difference(centre_crop(picture, size), middle(shrunk(picture, size), size)) == 0
+    for image in (noise(*source), black_and_white(*source)):
+        assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) == 0
 
 
-def test_the_pixels_of_a_view_into_a_larger_picture_are_its_own() -> None:
+def test_the_pixels_of_a_view_into_a_larger_image_are_its_own() -> None:
     source = noise(40, 50)
     piece = source[3:30, 45:12:-1]
     assert np.array_equal(centre_crop(piece, 16), centre_crop(piece.copy(), 16))
@@ -151,14 +151,14 @@ def places(source: np.ndarray, draws: int) -> list[tuple[int, int, int]]:
 
 # Of these (32 to 40 pixels) some short sides are reached by a halving and others not.
 @pytest.mark.parametrize("source", [(16, 16), (27, 18), (18, 27), (34, 34), (50, 37), (100, 150), (6, 9)], ids=str)
-def test_a_random_crop_is_a_piece_of_the_shrunk_picture_with_every_length_and_place(source: tuple[int, int]) -> None:
-    picture = coordinates(*source)
-    found = places(picture, 2000)
+def test_a_random_crop_is_a_piece_of_the_shrunk_image_with_every_length_and_place(source: tuple[int, int]) -> None:
+    image = coordinates(*source)
+    found = places(image, 2000)
     sides = Counter(side for side, _, _ in found)
     assert sorted(sides) == list(SHORT_SIDES)
     assert all(330 < count < 470 for count in sides.values())  # 400 ± 18
     for side in SHORT_SIDES:
-        for axis, length in enumerate(shrunk(picture, side).shape[:2], start=1):
+        for axis, length in enumerate(shrunk(image, side).shape[:2], start=1):
             counts = Counter(place[axis] for place in found if place[0] == side)
             assert sorted(counts) == list(range(length - SIZE + 1))
             assert min(counts.values()) > 0.4 * sides[side] / len(counts)
@@ -175,14 +175,14 @@ def test_the_short_side_is_drawn_up_to_size_by_eight_tenths(size: int) -> None:
     crops = [random_crop(source, size, generator) for _ in range(60)]
     assert {crop.shape for crop in crops} == {(size, size, 3)}
     if size > 20:
-        inner = slice(3, size - 3)  # the filter has no neighbours at the edge of the picture
+        inner = slice(3, size - 3)  # the filter has no neighbours at the edge of the image
         sides = [256 / np.polyfit(np.arange(size)[inner], crop[0, inner, 0], 1)[0] for crop in crops]
         assert size - 0.2 < min(sides) < 1.05 * size
         assert 1.2 * size < max(sides) < np.ceil(1.25 * size) + 0.2
 
 
 @pytest.mark.parametrize("source", [(5, 3), (3, 5), (1, 40), (40, 1), (1, 1), (500, 375)])
-def test_a_random_crop_has_the_size_and_the_colour_also_of_small_pictures(source: tuple[int, int]) -> None:
+def test_a_random_crop_has_the_size_and_the_colour_also_of_small_images(source: tuple[int, int]) -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         assert is_plain(random_crop(np.full((*source, 3), COLOUR, np.uint8), 32, generator), 32)
@@ -197,12 +197,12 @@ def test_a_random_crop_depends_on_its_generator_alone() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     source = coordinates(4, 6)
     generator = np.random.default_rng(0)
     flipped = [random_flip(source, generator) for _ in range(1000)]
-    mirrored = [np.array_equal(picture, source[:, ::-1]) for picture in flipped]
-    assert all(was or np.array_equal(picture, source) for was, picture in zip(mirrored, flipped, strict=True))
+    mirrored = [np.array_equal(image, source[:, ::-1]) for image in flipped]
+    assert all(was or np.array_equal(image, source) for was, image in zip(mirrored, flipped, strict=True))
     assert 430 < sum(mirrored) < 570  # 500 ± 16
 
 
@@ -232,11 +232,11 @@ def test_each_of_ten_crops_is_where_its_name_says(size: int, share: float, side:
 
 @pytest.mark.parametrize("source", [(300, 400), (17, 13), (90, 40)], ids=str)
 def test_ten_crops_of_each_range_come_from_the_centre_crop_of_that_size(source: tuple[int, int]) -> None:
-    picture, size, ranges = noise(*source), 64, [1.1, 1.05]
-    views = ten_crops(picture, size, ranges)
+    image, size, ranges = noise(*source), 64, [1.1, 1.05]
+    views = ten_crops(image, size, ranges)
     assert [view.shape for view in views] == [(size, size, 3)] * 20
     for number, side in enumerate([70, 67]):  # 70.4 and 67.2
-        square = centre_crop(picture, side)
+        square = centre_crop(image, side)
         centre, corner, other = (views[10 * number + place] for place in (0, 1, 4))
         assert np.array_equal(centre, square[(side - size) // 2 :, (side - size) // 2 :][:size, :size])
         assert np.array_equal(corner, square[:size, :size])
@@ -244,8 +244,8 @@ def test_ten_crops_of_each_range_come_from_the_centre_crop_of_that_size(source: 
 
 
 def test_ten_crops_without_a_margin_are_the_centre_crop() -> None:
-    picture = noise(30, 40)
-    centre = centre_crop(picture, 16)
-    views = ten_crops(picture, 16, [1.0])
+    image = noise(30, 40)
+    centre = centre_crop(image, 16)
+    views = ten_crops(image, 16, [1.0])
     assert all(np.array_equal(view, centre) for view in views[:5])
     assert all(np.array_equal(view, centre[:, ::-1]) for view in views[5:])

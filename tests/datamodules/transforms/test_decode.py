@@ -1,4 +1,4 @@
-"""Files of pictures become upright RGB, JPEGs with the very pixels that Pillow gives; what is broken is refused."""
+"""Files of images become upright RGB, JPEGs with the very pixels that Pillow gives; what is broken is refused."""
 
 import struct
 import warnings
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datamodules.storage.bad_samples import BadSampleError
-from datamodules.transforms.decode import MOST_PIXELS, open_picture, read_picture
+from datamodules.transforms.decode import MAX_PIXELS, open_image, read_image
 from tests.datamodules.shard_files import assert_one_line, encode
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -19,7 +19,7 @@ PNG = encode(Image.fromarray(COLOURS))
 WHERE = "sample folder/key of train-000000.tar"
 
 SMOOTH = np.asarray(Image.fromarray(COLOURS).resize((37, 23), Image.Resampling.BICUBIC))
-"""A picture that survives JPEG."""
+"""An image that survives JPEG."""
 
 
 def pillow(data: bytes) -> np.ndarray:
@@ -29,7 +29,7 @@ def pillow(data: bytes) -> np.ndarray:
 def refusal(data: bytes) -> BadSampleError:
     """The error, in one line with the place."""
     with pytest.raises(BadSampleError) as error:
-        read_picture(data, WHERE)
+        read_image(data, WHERE)
     assert_one_line(error, WHERE)
     return error.value
 
@@ -51,8 +51,8 @@ def raw_png(width: int, height: int, depth: int, colours: int, rows: bytes, *chu
 @pytest.mark.parametrize(
     ("kind", "options"), [("png", {}), ("png", {"optimize": True}), ("webp", {"lossless": True})], ids=str
 )
-def test_lossless_pictures_keep_every_pixel(kind: str, options: dict[str, Any]) -> None:
-    pixels = read_picture(encode(Image.fromarray(COLOURS), kind, **options), WHERE)
+def test_lossless_images_keep_every_pixel(kind: str, options: dict[str, Any]) -> None:
+    pixels = read_image(encode(Image.fromarray(COLOURS), kind, **options), WHERE)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 8, 3))
     assert np.array_equal(pixels, COLOURS)
 
@@ -78,27 +78,27 @@ def test_lossless_pictures_keep_every_pixel(kind: str, options: dict[str, Any]) 
 def test_every_mode_becomes_rgb(
     mode: str, colour: Any, kind: str, expected: tuple[int, int, int], tolerance: int
 ) -> None:
-    picture = Image.new(mode, (8, 6), colour)
+    image = Image.new(mode, (8, 6), colour)
     if mode == "P":
-        picture.putpalette([level for entry in range(4) for level in (entry * 10, entry * 10 + 10, entry * 10 + 20)])
-    pixels = read_picture(encode(picture, kind), WHERE)
+        image.putpalette([level for entry in range(4) for level in (entry * 10, entry * 10 + 10, entry * 10 + 20)])
+    pixels = read_image(encode(image, kind), WHERE)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 8, 3))
     assert abs(pixels.astype(int) - expected).max() <= tolerance
 
 
 def test_a_transparent_colour_of_a_palette_keeps_its_colour() -> None:
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([1, 2, 3, 200, 100, 50])
-    assert (read_picture(encode(picture, transparency=1), WHERE) == (200, 100, 50)).all()
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([1, 2, 3, 200, 100, 50])
+    assert (read_image(encode(image, transparency=1), WHERE) == (200, 100, 50)).all()
 
 
 def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
     greys = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
-    pixels = read_picture(encode(Image.fromarray(greys)), WHERE)
+    pixels = read_image(encode(Image.fromarray(greys)), WHERE)
     assert np.array_equal(pixels, np.stack(3 * [greys >> 8], 2))
     colours = np.random.default_rng(1).integers(0, 1 << 16, (3, 5, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in colours)
-    assert np.array_equal(read_picture(raw_png(5, 3, 16, 2, rows), WHERE), colours >> 8)
+    assert np.array_equal(read_image(raw_png(5, 3, 16, 2, rows), WHERE), colours >> 8)
 
 
 JPEGS = {
@@ -120,23 +120,23 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(shape: tuple[int, int], options
     smooth = np.asarray(Image.fromarray(COLOURS).resize(shape[::-1]))
     for pixels in (noise, smooth):
         data = encode(Image.fromarray(pixels), "jpeg", **options)
-        assert np.array_equal(read_picture(data, WHERE), pillow(data))
+        assert np.array_equal(read_image(data, WHERE), pillow(data))
         if "keep_rgb" not in options:
             grey = encode(Image.fromarray(pixels).convert("L"), "jpeg", **options)
-            assert np.array_equal(read_picture(grey, WHERE), pillow(grey))
+            assert np.array_equal(read_image(grey, WHERE), pillow(grey))
 
 
 def test_a_jpeg_with_more_after_its_end_is_read() -> None:
     data = encode(Image.fromarray(SMOOTH), "jpeg")
-    assert np.array_equal(read_picture(data + b"\0" * 50, WHERE), pillow(data))
+    assert np.array_equal(read_image(data + b"\0" * 50, WHERE), pillow(data))
 
 
-def test_of_several_pictures_in_a_file_the_first_is_read() -> None:
-    pictures = {"save_all": True, "append_images": [Image.new("RGB", (37, 23))]}
-    for kind, options in (("png", pictures), ("webp", {**pictures, "lossless": True})):
-        assert np.array_equal(read_picture(encode(Image.fromarray(SMOOTH), kind, **options), WHERE), SMOOTH)
+def test_of_several_images_in_a_file_the_first_is_read() -> None:
+    images = {"save_all": True, "append_images": [Image.new("RGB", (37, 23))]}
+    for kind, options in (("png", images), ("webp", {**images, "lossless": True})):
+        assert np.array_equal(read_image(encode(Image.fromarray(SMOOTH), kind, **options), WHERE), SMOOTH)
     assert np.array_equal(
-        read_picture(encode(Image.fromarray(SMOOTH), "mpo", quality=90, **pictures), WHERE),
+        read_image(encode(Image.fromarray(SMOOTH), "mpo", quality=90, **images), WHERE),
         pillow(encode(Image.fromarray(SMOOTH), "jpeg", quality=90)),
     )
 
@@ -170,10 +170,10 @@ def exif(orientation: int) -> Image.Exif:
     ],
     ids=str,
 )
-def test_a_picture_is_turned_as_its_exif_orientation_says(
+def test_an_image_is_turned_as_its_exif_orientation_says(
     kind: str, options: dict[str, Any], tolerance: int, orientation: int
 ) -> None:
-    pixels = read_picture(encode(Image.fromarray(COLOURS), kind, exif=exif(orientation), **options), WHERE)
+    pixels = read_image(encode(Image.fromarray(COLOURS), kind, exif=exif(orientation), **options), WHERE)
     expected = ORIENTED[orientation]
     assert pixels.shape == expected.shape
     assert abs(pixels.astype(int) - expected).max() <= tolerance
@@ -183,7 +183,7 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_is_upright(orientation: int) -> None:
     data = encode(Image.fromarray(COLOURS), exif=exif(orientation))
-    assert np.array_equal(read_picture(data, WHERE), COLOURS)
+    assert np.array_equal(read_image(data, WHERE), COLOURS)
 
 
 EXIF = exif(6).tobytes().removeprefix(b"Exif\0\0")
@@ -197,21 +197,21 @@ DAMAGED_EXIF = {
 
 
 @pytest.mark.parametrize("description", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
-def test_a_damaged_description_is_no_reason_to_lose_the_picture(description: bytes) -> None:
+def test_a_damaged_description_is_no_reason_to_lose_the_image(description: bytes) -> None:
     png = PNG[:33] + png_chunk(b"eXIf", description) + PNG[33:]
     jpeg = encode(Image.fromarray(COLOURS), "jpeg", quality=100, subsampling=0)
     segment = b"Exif\0\0" + description
     jpeg = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(read_picture(png, WHERE), COLOURS)
-        assert abs(read_picture(jpeg, WHERE).astype(int) - COLOURS).max() <= 3
+        assert np.array_equal(read_image(png, WHERE), COLOURS)
+        assert abs(read_image(jpeg, WHERE).astype(int) - COLOURS).max() <= 3
 
 
 NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
 WEBP = encode(Image.fromarray(SMOOTH), "webp")
 BROKEN = {
-    "no picture": b"this is not a picture",
+    "no image": b"this is not an image",
     "one byte": b"\xff",
     "half a PNG": PNG[: len(PNG) // 2],
     "half a WebP": WEBP[: len(WEBP) // 2],
@@ -226,9 +226,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
-def test_a_broken_picture_is_refused(data: bytes) -> None:
+def test_a_broken_image_is_refused(data: bytes) -> None:
     error = refusal(data)
-    assert (error.reason, "is broken" in str(error)) == ("broken picture", True)
+    assert (error.reason, "is broken" in str(error)) == ("broken image", True)
 
 
 def test_an_empty_file_is_refused() -> None:
@@ -240,7 +240,7 @@ def test_a_truncated_jpeg_is_refused_wherever_it_ends(options: dict[str, bool]) 
     grey = options.pop("grey", False)
     data = encode(Image.fromarray(SMOOTH).convert("L" if grey else "RGB"), "jpeg", **options)
     for end in [*range(1, len(data), 37), len(data) - 3, len(data) - 2, len(data) - 1]:
-        assert refusal(data[:end]).reason == "broken picture"
+        assert refusal(data[:end]).reason == "broken image"
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
@@ -255,28 +255,28 @@ def test_a_jpeg_with_a_fault_is_read_as_pillow_reads_it(options: dict[str, bool]
         try:
             expected = pillow(bytes(damaged))
         except OSError:
-            assert refusal(bytes(damaged)).reason == "broken picture"
+            assert refusal(bytes(damaged)).reason == "broken image"
             continue
         kept += 1
-        assert np.array_equal(read_picture(bytes(damaged), WHERE), expected)
+        assert np.array_equal(read_image(bytes(damaged), WHERE), expected)
     assert kept > 20
 
 
 def test_the_greatest_number_of_pixels_is_allowed_and_one_more_is_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        allowed = open_picture(png_header(1765, MOST_PIXELS // 1765) + PNG[33:], WHERE)
-        assert MOST_PIXELS - 1765 < allowed.width * allowed.height <= MOST_PIXELS
-        for width, height in ((1765, MOST_PIXELS // 1765 + 1), (9460, 9460), (100_000, 100_000)):
+        allowed = open_image(png_header(1765, MAX_PIXELS // 1765) + PNG[33:], WHERE)
+        assert MAX_PIXELS - 1765 < allowed.width * allowed.height <= MAX_PIXELS
+        for width, height in ((1765, MAX_PIXELS // 1765 + 1), (9460, 9460), (100_000, 100_000)):
             error = refusal(png_header(width, height) + PNG[33:])
             assert error.reason == "too many pixels"
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 4000), (20_000, 1), (10, 1001)])
-def test_a_picture_that_would_become_huge_when_it_is_enlarged_is_refused(width: int, height: int) -> None:
+def test_an_image_that_would_become_huge_when_it_is_enlarged_is_refused(width: int, height: int) -> None:
     error = refusal(encode(Image.new("L", (width, height))))
     assert error.reason == "too many pixels"
-    assert read_picture(encode(Image.new("L", (10, 1000))), WHERE).shape == (1000, 10, 3)
+    assert read_image(encode(Image.new("L", (10, 1000))), WHERE).shape == (1000, 10, 3)
 
 
 def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,5 +306,5 @@ def test_other_formats_are_refused_and_reach_no_other_decoder(data: bytes, monke
     for name in set(Image.OPEN) - {"JPEG", "PNG", "WEBP"}:
         reach = lambda *_, name=name: reached.append(name)  # noqa: E731
         monkeypatch.setitem(Image.OPEN, name, (reach, reach))
-    assert refusal(data).reason == "broken picture"
+    assert refusal(data).reason == "broken image"
     assert reached == []

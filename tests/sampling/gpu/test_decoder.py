@@ -103,6 +103,6 @@ def test_pixels_are_decoded_beside_the_next_batch() -> None:
     with torch.no_grad():
         expected = PixelDecoder(vqgan, torch.device("cpu"), torch.float32)(codes).numpy().astype(int)
     pixels = PixelDecoder(small_vqgan(), torch.device("cuda"), torch.float32)
-    pictures = pixels(codes.cuda())
-    assert abs(pictures.numpy().astype(int) - expected).max() <= 1
-    assert abs(pictures.tensor().cpu().numpy().astype(int) - expected).max() <= 1
+    images = pixels(codes.cuda())
+    assert abs(images.numpy().astype(int) - expected).max() <= 1
+    assert abs(images.tensor().cpu().numpy().astype(int) - expected).max() <= 1

@@ -58,7 +58,7 @@ def decoded(
     codes, first, cache = codes[:batch], None if first is None else first[:batch], cache.first_rows(batch)
     spare = torch.full_like(cache.keys[:, :1], torch.nan)  # caches may have more rows than a call
     keys, values = (torch.cat([part, spare], 1).to(dtype) for part in (cache.keys, cache.values))
-    step = GPUStep(DecodeWeights.of(gpt, dtype, int8), batch + 2, **options)
+    step = GPUStep(DecodeWeights.from_gpt(gpt, dtype, int8), batch + 2, **options)
     position = torch.tensor(positions, device=device)
     logits = []
     for code in codes.unbind(1):
@@ -169,7 +169,7 @@ def test_a_captured_step_decodes_at_the_position_of_the_moment() -> None:
     codes, condition, _ = _inputs(gpt, "cuda", 16, 60)
     cache = KVCache.allocate(gpt.config, 16, torch.device("cuda"))
     gpt(None, condition, cache=cache)
-    step = GPUStep(DecodeWeights.of(gpt, torch.float32), 16)
+    step = GPUStep(DecodeWeights.from_gpt(gpt, torch.float32), 16)
     position = torch.tensor(1, device="cuda", dtype=torch.int32)
     x = torch.zeros(16, gpt.config.dim, device="cuda")
     step(x, position, None, cache.keys, cache.values)  # compiles
