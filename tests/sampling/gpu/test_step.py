@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
-from llamagen.sampling.decode_weights import DecodeWeights, quantised
+from llamagen.sampling.decode_weights import DecodeWeights, quantize
 from llamagen.sampling.gpu.step import GPUStep, Product, Tile, choose_places, choose_tile
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
@@ -27,7 +27,7 @@ def rounded(gpt: GPT, dtype: torch.dtype, int8: bool) -> GPT:
     gpt = copy.deepcopy(gpt)
     for name, module in gpt.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("cls_embedding"):
-            values, scale = quantised(module.weight)
+            values, scale = quantize(module.weight)
             module.weight.copy_(values * scale[:, None] if int8 else module.weight.to(dtype))
     return gpt
 
