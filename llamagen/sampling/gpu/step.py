@@ -111,7 +111,7 @@ def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: i
 def choose_attention_block(programs: int, dtype: torch.dtype, processors: int) -> tuple[int, int]:
     """Choose the warps of an attention program and the tokens that it reads at a time.
 
-    A program mostly waits for memory. The more programs there are, the smaller they should be, so that more run at once.
+    A program mostly waits for memory. With more programs smaller ones are better, because more of them run at once.
 
     Args:
         programs: number of programs.
