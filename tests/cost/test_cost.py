@@ -68,14 +68,14 @@ def kept_bytes(gpt: GPT, batch_size: int, precision: str) -> int:
 @pytest.mark.parametrize(
     "config", [*map(net_of, SIZES), SMALL, GROUPED, TEXT], ids=[*SIZES, "small", "grouped", "text"]
 )
-def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
+def test_parameters_equal_those_of_the_model(config: GPTConfig) -> None:
     with torch.device("meta"):
         gpt = GPT(config)
     assert gpt_cost.parameters(config) == sum(parameter.numel() for parameter in gpt.parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_operations_of_matrix_products_are_those_that_pytorch_counts(shape: str) -> None:
+def test_operations_of_matrix_products_equal_those_that_pytorch_counts(shape: str) -> None:
     config = SHAPES[shape]
     gpt = built(config, "32-true")
     condition, codes = condition_for(gpt, 3).requires_grad_(config.condition == "text"), codes_for(gpt, 3, 64)
@@ -89,7 +89,7 @@ def test_operations_of_matrix_products_are_those_that_pytorch_counts(shape: str)
     assert 3 * (gpt_cost.flops_per_sequence(config) - attention) == products
 
 
-def test_operations_of_attention_are_causal_and_the_head_counts_but_no_embedding() -> None:
+def test_operations_count_causal_attention_and_the_head_but_no_embedding() -> None:
     config = net_of("B")
     blocks = 12 * (4 * 768 * 768 + 3 * 768 * 2048)
     assert gpt_cost.flops_per_token(config) == 6 * (blocks + 768 * 16384) + 12 * 12 * 768 * 257 / 2
@@ -108,7 +108,7 @@ def test_days_follow_from_operations_and_peak() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_those_that_autograd_keeps(
+def test_activations_equal_those_that_autograd_keeps(
     shape: str, precision: str, checkpointing: bool, dropout: bool
 ) -> None:
     config = SHAPES[shape] if dropout else replace(SHAPES[shape], **DRY)
@@ -121,14 +121,14 @@ def test_activations_are_those_that_autograd_keeps(
     assert measured == pytest.approx(expected, rel=1e-2 if shape == "text" else 1e-4)
 
 
-def test_a_recomputed_block_is_one_that_would_have_been_kept() -> None:
+def test_a_recomputed_block_takes_the_memory_of_a_kept_one() -> None:
     one, two = (kept_bytes(built(replace(WIDE, n_layer=layers), "32-true"), 4, "32-true") for layers in (1, 2))
     estimate = gpt_cost.activations(WIDE, 4, "32-true", checkpointing=True, cuda=False)
     assert estimate.recomputed == pytest.approx(two - one, rel=0.01)
     assert gpt_cost.activations(WIDE, 4, "32-true").recomputed == 0
 
 
-def test_masks_are_bytes_and_on_a_gpu_odd_heads_are_padded() -> None:
+def test_masks_are_bytes_and_gpus_pad_odd_heads() -> None:
     length, batch_size = gpt_cost.positions(SMALL), 2
     gpu, cpu = (gpt_cost.activations(SMALL, batch_size, "32-true", cuda=cuda).kept for cuda in (True, False))
     assert cpu == gpu
@@ -143,7 +143,7 @@ def test_masks_are_bytes_and_on_a_gpu_odd_heads_are_padded() -> None:
 
 
 @pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
-def test_weights_gradients_moments_and_averages_are_those_of_a_step(precision: str) -> None:
+def test_weights_gradients_moments_and_averages_equal_those_of_a_step(precision: str) -> None:
     gpt = built(SMALL, precision)
     optimizer = build_adamw([gpt], AdamWConfig())["optimizer"]
     ema = EMA()
@@ -177,13 +177,13 @@ def test_the_head_holds_a_limited_number_of_logits() -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
 @pytest.mark.parametrize("config", [GROUPED, TEXT_GPT], ids=["grouped", "text"])
-def test_a_position_of_the_cache_is_as_large_as_said(config: GPTConfig, precision: str, dtype: torch.dtype) -> None:
+def test_cache_bytes_per_token_equal_those_of_the_cache(config: GPTConfig, precision: str, dtype: torch.dtype) -> None:
     cache = KVCache.allocate(config, 3, dtype=dtype)
     whole = 3 * gpt_cost.positions(config) * gpt_cost.cache_bytes_per_token(config, precision)
     assert whole == cache.keys.nbytes + cache.values.nbytes
 
 
-def test_later_files_win_and_the_command_line_wins_over_them(tmp_path: Path) -> None:
+def test_later_files_override_earlier_ones_and_the_command_line_overrides_both(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer: {precision: 32-true, callbacks: [{class_path: callbacks.LearningCurves}]}\n"
@@ -198,7 +198,7 @@ def test_later_files_win_and_the_command_line_wins_over_them(tmp_path: Path) -> 
     assert cost.read_run(both, 8, "bf16-true", 3) == cost.Run(wider, 8, "bf16-true", checkpointing=True, gpus=3)
 
 
-def test_the_hardware_of_an_overlay_counts() -> None:
+def test_hardware_overlays_set_gpus_batch_size_and_sharding() -> None:
     def run(name: str) -> cost.Run:
         return cost.read_run([CONFIGS / "base.yaml", CONFIGS / "hardware" / f"{name}.yaml"])
 
@@ -214,7 +214,7 @@ def test_the_hardware_of_an_overlay_counts() -> None:
     assert found["fsdp"].checkpointing
 
 
-def test_sharded_parameters_are_shared_out() -> None:
+def test_sharding_divides_the_memory_of_parameters() -> None:
     whole, parts = (cost.memory(cost.Run(SMALL, 2, ema=True, gpus=4, sharded=flag)) for flag in (False, True))
     for name in ("weights", "gradients", "moments of AdamW", "EMA"):
         assert parts[name] == pytest.approx(whole[name] / 4, abs=2)
@@ -230,7 +230,7 @@ def _bytes_of_rank(rank: int, config: dict[str, Any]) -> int:
     return sum(parameter.to_local().nbytes for parameter in gpt.parameters())  # type: ignore[attr-defined]
 
 
-def test_a_rank_keeps_the_share_that_was_said(tmp_path: Path) -> None:
+def test_a_rank_keeps_the_estimated_part_of_the_parameters(tmp_path: Path) -> None:
     kept = run_on_ranks(_bytes_of_rank, tmp_path, asdict(SMALL))
     said = cost.memory(cost.Run(SMALL, 2, gpus=2, sharded=True))["weights"]
     assert kept[0] == pytest.approx(said, rel=0.05)
@@ -270,7 +270,7 @@ def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> N
         ("{net}", ["--batch_size=2", "--gpus=0"], "gpus is 0"),
     ],
 )
-def test_a_mistake_is_said_in_one_line(
+def test_reports_a_mistake_in_one_line(
     text: str | None, options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.yaml"

@@ -32,13 +32,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scores", [1 << 20, 2 * 33 * 33, 1])
-def test_in_float64_it_is_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_float64_it_equals_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_SCORES", scores)
     for found, wanted in zip(results(_attend, torch.float64), results(fused, torch.float64), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
-def test_in_bfloat16_it_is_about_as_exact_as_the_fused_kernel() -> None:
+def test_in_bfloat16_it_is_about_as_accurate_as_the_fused_kernel() -> None:
     exact = results(fused, torch.float64)
     narrow = [each.bfloat16().double() for each in inputs(torch.float64)]
     assert len(narrow) == 3
@@ -53,7 +53,7 @@ def test_in_bfloat16_it_is_about_as_exact_as_the_fused_kernel() -> None:
         assert ours < max(2.0 * theirs, 0.005)
 
 
-def test_the_kernel_of_its_own_is_for_bfloat16_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_custom_kernel_is_used_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
     monkeypatch.setattr(module, "_attend", lambda q, k, v: calls.append(q.dtype) or q)
     for dtype in (torch.bfloat16, torch.float32):
@@ -67,9 +67,9 @@ def test_it_is_one_operator_of_a_compiled_graph() -> None:
         assert torch.equal(found, wanted)
 
 
-def test_the_operators_say_of_their_results_what_they_are() -> None:
+def test_the_operators_pass_pytorchs_checks() -> None:
     torch.library.opcheck(_attend, tuple(inputs(torch.bfloat16)))
 
 
-def test_the_result_lies_by_position() -> None:
+def test_the_result_has_the_memory_layout_of_the_projections() -> None:
     assert causal_attention(*inputs(torch.bfloat16)).transpose(1, 2).is_contiguous()

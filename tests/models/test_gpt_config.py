@@ -47,7 +47,7 @@ def compute(config: GPTConfig, training: bool) -> tuple[dict[str, torch.Size], T
     return {name: value.shape for name, value in gpt.state_dict().items()}, logits
 
 
-def test_the_table_of_changes_is_complete() -> None:
+def test_the_table_of_changes_covers_all_options() -> None:
     assert list(CHANGES) == [field.name for field in fields(GPTConfig)]
 
 
@@ -99,9 +99,7 @@ def test_dropout_is_off_in_evaluation(option: str) -> None:
     ],
     ids=str,
 )
-def test_a_shape_that_cannot_be_built_is_refused_by_name_and_value(
-    options: dict[str, Any], phrases: tuple[str, ...]
-) -> None:
+def test_rejects_invalid_shapes_with_name_and_value(options: dict[str, Any], phrases: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as error:
         replace(CLASS_GPT, **options)
     assert [phrase for phrase in phrases if phrase not in str(error.value)] == []
@@ -142,6 +140,6 @@ def test_derived_sizes(options: dict[str, Any], expected: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("name", ["ffn_dim_multiplier", "rope_base", "norm_eps"])
-def test_a_negative_scale_is_refused(name: str) -> None:
+def test_rejects_a_negative_scale(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1.0|{name} -1.0"):
         replace(CLASS_GPT, **{name: -1.0})

@@ -39,7 +39,7 @@ def refused(call: Callable[[Any], Any], given: Any, *phrases: str) -> None:
         assert phrase in message, message
 
 
-def test_codes_of_any_whole_type_are_decoded(vqgan: VQGAN) -> None:
+def test_decodes_codes_of_any_integer_type(vqgan: VQGAN) -> None:
     codes = torch.arange(16).view(1, 4, 4)
     expected = vqgan.decode_codes(codes)
     frozen = codes.numpy().astype(np.uint16)
@@ -57,7 +57,7 @@ def test_codes_of_any_whole_type_are_decoded(vqgan: VQGAN) -> None:
     assert vqgan.decode_codes(np.zeros((0, 4, 4), np.uint16)).shape == (0, 3, SIDE, SIDE)
 
 
-def test_what_are_no_codes_is_refused(vqgan: VQGAN) -> None:
+def test_rejects_what_is_not_a_code(vqgan: VQGAN) -> None:
     high = SMALL_VQGAN.codebook_size
     refused(vqgan.decode_codes, np.full((1, 2, 2), high, np.uint16), f"{high} … {high}", f"0 to {high - 1}")
     refused(vqgan.decode_codes, torch.full((1, 2, 2), -1), "-1 … -1")
@@ -71,7 +71,7 @@ def test_what_are_no_codes_is_refused(vqgan: VQGAN) -> None:
     refused(vqgan.decode, torch.zeros(1, 4, 4, dtype=torch.int64), "give codes to decode_codes")
 
 
-def test_levels_and_other_floats_are_encoded_as_the_same_image(vqgan: VQGAN) -> None:
+def test_levels_and_floats_of_an_image_have_the_same_codes(vqgan: VQGAN) -> None:
     expected = vqgan.encode(FLOATS).codes
     planes = torch.from_numpy(LEVELS).permute(2, 0, 1)
     for given in (
@@ -93,7 +93,7 @@ def test_levels_and_other_floats_are_encoded_as_the_same_image(vqgan: VQGAN) -> 
     assert vqgan.encode([LEVELS, LEVELS]).codes.shape[0] == 2
 
 
-def test_what_are_no_images_is_refused(vqgan: VQGAN) -> None:
+def test_rejects_what_is_not_an_image(vqgan: VQGAN) -> None:
     refused(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "not 0 to 255", "images / 127.5 - 1")
     refused(vqgan.encode, torch.from_numpy(LEVELS).permute(2, 0, 1)[None].long(), "int64", "uint8")
     refused(vqgan.encode, LEVELS > 3, "bool")
@@ -108,13 +108,13 @@ def test_what_are_no_images_is_refused(vqgan: VQGAN) -> None:
     vqgan.encode(FLOATS * 3)  # what a decoder gives may leave [-1, 1]
 
 
-def test_tokens_and_labels_of_any_whole_type_are_taken(gpt: GPT) -> None:
+def test_accepts_tokens_and_labels_of_any_integer_type(gpt: GPT) -> None:
     codes, labels = torch.arange(6).view(2, 3), torch.tensor([1, 4])
     expected = gpt(codes, labels)
     assert torch.equal(gpt(codes.to(torch.uint16), labels.to(torch.uint8)), expected)
 
 
-def test_tokens_and_labels_out_of_range_are_refused(gpt: GPT) -> None:
+def test_rejects_tokens_and_labels_out_of_range(gpt: GPT) -> None:
     codes, labels = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     refused(lambda given: gpt(given, labels), codes + 64, "tokens 64 … 64 are out of range", "0 to 63")
     refused(lambda given: gpt(given, labels), codes - 1, "tokens -1 … -1")
@@ -123,7 +123,7 @@ def test_tokens_and_labels_out_of_range_are_refused(gpt: GPT) -> None:
     refused(lambda given: gpt(codes, given), labels.float(), "class labels must be integers, not float32")
 
 
-def test_values_are_not_looked_at_in_compiled_graphs(vqgan: VQGAN, gpt: GPT) -> None:
+def test_values_are_not_checked_in_compiled_graphs(vqgan: VQGAN, gpt: GPT) -> None:
     """A look would break the graph."""
 
     def codes_of(tokens: Tensor, labels: Tensor) -> Tensor:
