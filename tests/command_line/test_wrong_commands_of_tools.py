@@ -61,7 +61,7 @@ WRONG: dict[str, str] = {
     "cost --config missing": "missing cannot be read",
     "cost --config classes": "classes cannot be read",
     "cost --config bytes": "bytes cannot be read",
-    "cost --config text": "text holds no mapping",
+    "cost --config text": "text is not a mapping",
     f"cost --config {BASE} --batch_size=0": "batch_size is 0",
     f"cost --config {BASE} --batch_size=8 --gpus=0": "gpus is 0",
     f"cost --config {BASE} --batch_size=8 --peak_tflops=inf": "peak_tflops is inf",

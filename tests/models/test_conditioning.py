@@ -13,7 +13,7 @@ KINDS = ["class", "text"]
 
 
 def no_condition(gpt: GPT, batch_size: int) -> Tensor:
-    """What stands for "no class" or "no caption"."""
+    """The condition "no class" or "no caption"."""
     if isinstance(gpt.cls_embedding, LabelEmbedder):
         return torch.full((batch_size,), gpt.config.num_classes)
     return gpt.cls_embedding.uncond_embedding.expand(batch_size, -1, -1)

@@ -1,4 +1,4 @@
-"""Dropout drops as many as it says, at random, and nothing in evaluation."""
+"""Dropout drops entries at random and at the given rate, and none in evaluation."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_entries_are_dropped_at_the_given_rate_and_the_mean_is_kept(probability:
 def test_entries_are_dropped_independently() -> None:
     torch.manual_seed(1)
     kept = _kept(torch.empty(4096, 64), 1 << 15, 0).float() - 0.5
-    correlation = (kept.T @ kept) / (0.25 * len(kept))  # of columns; four of them share a drawn word
+    correlation = (kept.T @ kept) / (0.25 * len(kept))  # of columns; four of them share a random word
     off = correlation - torch.eye(64)
     assert float(off.abs().max()) < 5 / 4096**0.5
     assert float(kept.mean().abs()) < 0.005

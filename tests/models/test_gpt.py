@@ -1,4 +1,4 @@
-"""What a GPT must hold to, whatever its weights: causality, independent rows, hidden padding, a fair start."""
+"""Properties of a GPT with any weights: causality, independent rows, masked padding, initial loss."""
 
 from math import log
 
@@ -65,13 +65,13 @@ def test_the_content_of_padding_changes_no_logit(rotation: str) -> None:
 def test_padding_attends_to_itself_only(rotation: str) -> None:
     gpt = small_gpt(condition="text", rope_condition=rotation)
     attention = gpt.layers[0].get_submodule("attention")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attention.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
     lengths = torch.tensor([1, 4])
     padding = torch.arange(6) < 6 - lengths[:, None]
     with torch.no_grad():
         gpt(None, condition_for(gpt, 2), caption_lengths=lengths)
-        ((x, found),) = seen
+        ((x, found),) = calls
         values = x @ attention.get_parameter("wqkv.weight")[-32:].T
         expected = values @ attention.get_parameter("wo.weight").T
     torch.testing.assert_close(found[padding], expected[padding], atol=1e-5, rtol=0)
@@ -134,7 +134,7 @@ def test_rms_norm_divides_by_the_root_mean_square_in_float32() -> None:
         found = norm(torch.tensor([[1.0, -1.0, 3.0, 5.0]]))
     expected = torch.tensor([[1.0, -2.0, 9.0, 20.0]]) / (9.0 + 0.5) ** 0.5
     torch.testing.assert_close(found, expected)
-    # 300² overflows float16, so its mean square exists in float32 only.
+    # 300² overflows float16, so only float32 can hold its mean square.
     low = norm.half()(torch.full((1, 4), 300.0, dtype=torch.float16))
     assert low.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 

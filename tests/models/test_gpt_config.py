@@ -1,4 +1,4 @@
-"""GPTConfig refuses what cannot be built, and every option of it does something."""
+"""GPTConfig rejects invalid shapes, and each of its options has an effect."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -11,7 +11,7 @@ from llamagen.models.gpt import GPT, GPTConfig
 from tests.golden import fill
 from tests.small_models import CLASS_GPT, TEXT_GPT, codes_for, condition_for
 
-# One change of every option; those of captions are seen in a text model.
+# One change of every option; those of captions have an effect in a text model only.
 CHANGES: dict[str, Any] = {
     "dim": 48,
     "n_layer": 3,
@@ -39,7 +39,7 @@ TRAINING_ONLY = [name for name in CHANGES if "drop" in name]
 
 
 def compute(config: GPTConfig, training: bool) -> tuple[dict[str, torch.Size], Tensor]:
-    """Shapes of the state dict, and logits under a fixed seed."""
+    """Shapes of the state dict, and logits with a fixed seed."""
     gpt = fill(GPT(config)).train(training)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Decoding with a cache is the same function as decoding without, and leaves nothing behind in the model."""
+"""Decoding with a cache computes the same function as without one, and does not change the model."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from llamagen.models.kv_cache import KVCache
 from tests.small_models import CLASS_GPT, GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
-# Codes that are given in each call, the first with the condition; 15 of 16 codes in all.
+# Numbers of codes of each call, the first one with the condition; 15 of 16 codes in total.
 CHUNKS = {"one by one": (0, *(1,) * 15), "mixed": (0, 5, 1, 9), "codes in the prefill": (3, 4, 8), "at once": (15,)}
 
 

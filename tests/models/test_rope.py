@@ -1,4 +1,4 @@
-"""The 2-D rotary embedding: rows and columns turn the right pairs, and the table survives every move of the model."""
+"""The 2-D rotary embedding: rows and columns rotate the right pairs, and moving a model does not change the table."""
 
 import cmath
 from typing import Literal
@@ -74,31 +74,31 @@ def test_with_zero_rotation_codes_depend_only_on_the_mean_of_the_caption(
     rotation: Literal["zero", "identity"], mean_is_all: bool
 ) -> None:
     gpt, lengths = small_gpt(condition="text", rope_condition=rotation), torch.tensor([3, 6])
-    seen: list[tuple[Attention, tuple[torch.Tensor, ...], torch.Tensor]] = []
+    calls: list[tuple[Attention, tuple[torch.Tensor, ...], torch.Tensor]] = []
     for block in gpt.layers:
-        block.get_submodule("attention").register_forward_hook(lambda *call: seen.append(call))
+        block.get_submodule("attention").register_forward_hook(lambda *call: calls.append(call))
     with torch.no_grad():
         gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=lengths)
-        calls = list(seen)
-        assert len(calls) == 2
-        for attention, (x, *others), found in calls:
-            levelled = x.clone()
-            for row, length in zip(levelled, lengths.tolist(), strict=True):
+        recorded = list(calls)
+        assert len(recorded) == 2
+        for attention, (x, *others), found in recorded:
+            averaged = x.clone()
+            for row, length in zip(averaged, lengths.tolist(), strict=True):
                 row[6 - length : 6] = row[6 - length : 6].mean(0)
-            difference = (attention(levelled, *others) - found)[:, 6:].abs().amax(-1)
+            difference = (attention(averaged, *others) - found)[:, 6:].abs().amax(-1)
             assert bool((difference < 1e-5).all()) is mean_is_all
             assert bool((difference > 1e-3).all()) is not mean_is_all
 
 
 def test_with_zero_rotation_a_caption_token_attends_to_the_mean_up_to_itself() -> None:
     gpt = small_gpt(condition="text", rope_condition="zero")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     for block in gpt.layers:
         attention = block.get_submodule("attention")
-        attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+        attention.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
     with torch.no_grad():
         gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=torch.tensor([6, 4]))
-        for block, (x, found) in zip(gpt.layers, seen, strict=True):
+        for block, (x, found) in zip(gpt.layers, calls, strict=True):
             attention = block.get_submodule("attention")
             values = x @ attention.get_parameter("wqkv.weight")[-32:].T @ attention.get_parameter("wo.weight").T
             for row, first in ((0, 0), (1, 2)):
