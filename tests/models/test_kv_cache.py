@@ -128,7 +128,7 @@ def test_rejects_more_codes_than_an_image_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("repeat", "message"), [(True, "given again at position 1"), (False, "neither tokens nor a condition")]
+    ("repeat", "message"), [(True, "repeated at position 1"), (False, "neither tokens nor a condition")]
 )
 def test_rejects_a_repeated_condition_and_an_empty_call(repeat: bool, message: str) -> None:
     gpt = small_gpt()
