@@ -134,8 +134,8 @@ class FIDMonitor(pl.Callback):
             )
         if self.image_size is not None:
             raise ValueError(
-                f"image_size of FIDMonitor is {self.image_size}, but it resizes reconstructions and the model generates "
-                "images; set model.init_args.image_size instead"
+                f"image_size of FIDMonitor is {self.image_size}, but it resizes reconstructions, and the model "
+                "generates images; set model.init_args.image_size instead"
             )
         return module.image_side
 

@@ -73,7 +73,7 @@ class ReconstructsImages(Protocol):
 
 
 @runtime_checkable
-class TokenizesImages(Protocol):
+class TokenizesImages(ReconstructsImages, Protocol):
     """A module whose generator is an image tokenizer."""
 
     @property

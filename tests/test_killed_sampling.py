@@ -180,6 +180,6 @@ def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, t
     other = [*command(pipeline, tmp_path, 7), "--model.init_args.sample_seed=5"]
     done: subprocess.CompletedProcess[str] = two_processes(other)
     assert done.returncode != 0
-    assert "was begun with another sample_seed (0 there, 5 here)" in done.stderr
+    assert "was started with another sample_seed (0 then, 5 now)" in done.stderr
     assert "Connection closed" not in done.stderr
     assert len(image_files(tmp_path)) == 14

@@ -196,7 +196,7 @@ def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
     name = "rfid_everything/val"
     assert results[name] == pytest.approx(measurement.compute()[name].item(), rel=1e-3)
     drawing = FIDMonitor(reference, Everything(), image_size=SIZE)
-    with pytest.raises(ValueError, match="image_size is 8, but the model draws images; set its own"):
+    with pytest.raises(ValueError, match=r"image_size of FIDMonitor is 8, .* set model.init_args.image_size instead"):
         evaluator(drawing, default_root_dir=tmp_path).test(
             sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False
         )
@@ -310,7 +310,7 @@ def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Pa
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare drawn images with"),
+        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare generated images with"),
         (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
     ],
 )
@@ -329,7 +329,7 @@ def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, refere
 
 
 def test_fewer_images_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="of the first 7 of 10 classes alone; set count to at least"):
+    with pytest.warns(UserWarning, match="only of the first 7 of 10 classes; set count to a multiple"):
         FIDMonitor(reference, Everything(), count=7).setup(
             evaluator(default_root_dir=tmp_path), sampling_module(pipeline), "fit"
         )

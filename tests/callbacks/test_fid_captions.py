@@ -239,8 +239,8 @@ def test_captions_come_in_turn(
     results = trainer.validate(text_module(tokenizer), data_of(codes), verbose=False)[0]
     assert set(results) >= NAMES
     assert_equal(measured.images, shown.images[0])
-    told = [str(warning.message).split(";")[0] for warning in recwarn if "so several" in str(warning.message)]
-    several = f"FIDMonitor draws {count} images of {size} captions, so several of each"
+    told = [str(warning.message).split(";")[0] for warning in recwarn if "several of each" in str(warning.message)]
+    several = f"FIDMonitor samples {count} images of {size} captions, several of each"
     assert told == ([several] if count > size else [])
 
 

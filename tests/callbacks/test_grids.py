@@ -65,6 +65,7 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
+        check_sampling = None
 
         def condition_of(self, batch: dict[str, Any]) -> Any:
             return batch["condition"], None, None
@@ -94,6 +95,7 @@ def test_prompts_are_read_as_the_captions_of_the_data_are(clean: bool, tmp_path:
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
+        check_sampling = None
 
         def condition_of(self, batch: dict[str, Any]) -> Any:
             read.append(batch["captions"])

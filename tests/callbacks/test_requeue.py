@@ -132,7 +132,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pipeline: Pipeline, tmp
 
 
 def test_a_run_that_would_not_be_saved_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give a ModelCheckpoint save_on_train_epoch_end: true"):
+    with pytest.raises(ValueError, match=r"add LastCheckpoint to trainer.callbacks"):
         train(argen_module(), pipeline, tmp_path, Requeue(), max_epochs=1)
 
 

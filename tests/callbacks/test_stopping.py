@@ -88,8 +88,8 @@ def test_the_second_signal_and_one_before_training_end_a_run_at_once(
     assert code != 1 or isinstance(caught.value.__context__, KeyboardInterrupt)
     assert not (tmp_path / "checkpoints").exists()
     signal.raise_signal(signal.SIGCONT)  # any handler that Lightning has put back is called now or never
-    assert [handler for handler in handlers() if handler != stop._hear] == [
-        handler for handler, now in zip(before, handlers(), strict=True) if now != stop._hear
+    assert [handler for handler in handlers() if handler != stop._handle] == [
+        handler for handler, now in zip(before, handlers(), strict=True) if now != stop._handle
     ]
     for each, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
         signal.signal(each, handler)

@@ -244,7 +244,7 @@ def test_sequences_are_those_of_all_ranks_and_operations_those_of_this_one(clock
 
 def test_a_module_of_unknown_work_is_refused() -> None:
     module = pl.LightningModule()
-    with pytest.raises(ValueError, match="LightningModule does not say its operations"):
+    with pytest.raises(ValueError, match="LightningModule has no flops_per_sequence"):
         Throughput().setup(cast(pl.Trainer, None), module, "fit")
     Throughput().setup(cast(pl.Trainer, None), module, "validate")
 

@@ -73,7 +73,7 @@ def test_validating_twice_changes_no_weight(pipeline: Pipeline, tmp_path: Path) 
 
 
 def test_a_module_with_one_set_of_numbers_is_not_validated_twice() -> None:
-    with pytest.raises(ValueError, match="validate_raw is true, but VQGANModule"):
+    with pytest.raises(ValueError, match="VQGANModule has no evaluate; set validate_raw to false"):
         EMA(validate_raw=True).setup(cast(pl.Trainer, None), vqgan_module(), "fit")
     EMA().setup(cast(pl.Trainer, None), vqgan_module(), "fit")
 
@@ -111,7 +111,7 @@ def test_a_map_shows_where_codes_are_hard() -> None:
 
 
 def test_a_module_that_predicts_no_codes_has_no_positions() -> None:
-    with pytest.raises(ValueError, match="VQGANModule predicts no codes; leave PositionLoss out"):
+    with pytest.raises(ValueError, match="VQGANModule has no nats_by_position; remove PositionLoss"):
         PositionLoss().setup(cast(pl.Trainer, None), vqgan_module(), "fit")
 
 

@@ -335,7 +335,7 @@ def test_images_without_classes_and_captions_are_refused_and_leave_no_shard(
     write_set(tmp_path / "images", bare, bare)
     with pytest.raises(ValueError) as error:
         extract(tokenizer, tmp_path / "images", tmp_path / "out")
-    assert_one_line(error, "sample 0", ".cls", ".txt")
+    assert_one_line(error, "example 0", ".cls", ".txt")
     assert list((tmp_path / "out").rglob("*.tar")) == []
 
 

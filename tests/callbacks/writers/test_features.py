@@ -359,7 +359,7 @@ def test_nothing_is_said_where_no_caption_is_cut(
 @pytest.mark.parametrize(
     ("scale", "dtype", "phrases"),
     [
-        (1e6, "float16", ["features of sample train/0 leave the range of float16", "set dtype of FeatureWriter to"]),
+        (1e6, "float16", ["features of example train/0 exceed the range of float16", "set dtype of FeatureWriter to"]),
         (float("nan"), "bfloat16", ["the features of the caption encoder", "are not finite", "(precision float32)"]),
         (float("nan"), "float16", ["weight encoder.final_layer_norm.weight is not finite", "(precision float32)"]),
     ],

@@ -115,12 +115,12 @@ def test_images_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: Pa
 
 
 OTHERS = {
-    "sample_seed (0 there, 3 here)": ["--model.init_args.sample_seed=3"],
-    "image_size (None there, 5 here)": ["--model.init_args.image_size=5"],
-    "sampling.temperature (0.8 there, 0.5 here)": ["--model.init_args.sampling.temperature=0.5"],
-    "number of images (30 there, 40 here)": ["--data.init_args.per_class=4"],
+    "sample_seed (0 then, 3 now)": ["--model.init_args.sample_seed=3"],
+    "image_size (None then, 5 now)": ["--model.init_args.image_size=5"],
+    "sampling.temperature (0.8 then, 0.5 now)": ["--model.init_args.sampling.temperature=0.5"],
+    "number of images (30 then, 40 now)": ["--data.init_args.per_class=4"],
     "order of labels": ["--data.init_args.classes=[9,8,7,6,5,4,3,2,1,0]"],
-    "precision (32-true there, bf16-mixed here)": ["--trainer.precision=bf16-mixed"],
+    "precision (32-true then, bf16-mixed now)": ["--trainer.precision=bf16-mixed"],
     "model": ["--trainer.callbacks=[{class_path: ImageWriter}]"],  # the raw weights instead of their averages
 }
 
@@ -133,7 +133,7 @@ def test_a_folder_that_was_begun_with_something_else_is_refused_by_name(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"}
     with pytest.raises(ValueError) as error:
         main.main(command(pipeline, tmp_path, *OTHERS[what]))
-    assert_one_line(error, tmp_path, f"was begun with another {what}", "go on by the command that began it")
+    assert_one_line(error, tmp_path, f"was started with another {what}", "resume it with the command that started it")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"} == before
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_drew_nothing_may_be_begun_otherwise(pipeline: Pipeline, tmp_
 @pytest.mark.parametrize(
     ("text", "phrase"),
     [
-        ('{"format": "llamagen-codes"}', "format (llamagen-codes there, llamagen-samples here)"),
+        ('{"format": "llamagen-codes"}', "format (llamagen-codes then, llamagen-samples now)"),
         ("?", "is not the plan"),
     ],
 )
@@ -188,7 +188,7 @@ def test_what_a_killed_run_had_begun_to_write_is_cleared_away(pipeline: Pipeline
 
 def test_only_images_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([4, 2, 4]))
-    assert folder.drawn() == []
+    assert folder.finished() == []
     right = ("4/000000_class4.png", "4/000002_class4.png")
     wrong = ("2/000001_class4.png", "4/000001_class2.png", "4/000003_class4.png", "4/.000001_class2.png.tmp", "2/x")
     for name in (*right, *wrong):
@@ -196,7 +196,7 @@ def test_only_images_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
         (tmp_path / "images" / name).write_bytes(b"image")
     (tmp_path / "images/000001_class2.png").write_bytes(b"image")
     (tmp_path / "images/2/000001_class2.png").touch()  # left empty by a machine that went down
-    assert folder.drawn() == [0, 2]
+    assert folder.finished() == [0, 2]
     assert [folder.path(index) for index in (0, 2)] == [tmp_path / "images" / name for name in right]
 
 
@@ -207,7 +207,19 @@ def test_class_folders_are_named_so_that_their_order_is_that_of_the_classes(tmp_
     for index in (0, 1):
         folder.path(index).parent.mkdir(parents=True)
         folder.path(index).write_bytes(b"image")
-    assert folder.drawn() == [0, 1]
+    assert folder.finished() == [0, 1]
+
+
+def stub_module() -> Any:
+    """What ImageWriter needs of a module."""
+    return SimpleNamespace(
+        generator=torch.nn.Linear(1, 1),
+        sampling=SamplingConfig(),
+        sample_seed=0,
+        image_size=None,
+        tokenizer_checksum=None,
+        caption_facts={},
+    )
 
 
 def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_path: Path) -> None:
@@ -219,7 +231,7 @@ def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_pat
     trainer: Any = SimpleNamespace(
         datamodule=data, default_root_dir=str(tmp_path), is_global_zero=False, strategy=strategy
     )
-    ImageWriter().setup(trainer, SimpleNamespace(), "predict")  # type: ignore[arg-type]
+    ImageWriter().setup(trainer, stub_module(), "predict")
     assert sent == [(None, "")]
     batches = list(data.predict_dataloader())
     assert [batch["index"].tolist() for batch in batches] == [[1, 3]]
@@ -239,14 +251,7 @@ def test_a_rank_says_that_it_is_done_when_its_images_are_written(
         strategy=strategy,
         precision="32-true",
     )
-    module: Any = SimpleNamespace(
-        generator=torch.nn.Linear(1, 1),
-        sampling=SamplingConfig(),
-        sample_seed=0,
-        image_size=None,
-        tokenizer_checksum=None,
-    )
-    writer = ImageWriter()
+    module, writer = stub_module(), ImageWriter()
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
     outputs = {"images": torch.zeros(10, 4, 4, 3, dtype=torch.uint8), "index": torch.arange(10)}

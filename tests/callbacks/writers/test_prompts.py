@@ -20,7 +20,7 @@ LONG = "one two three four five six seven eight nine ten"
 PROMPTS = ["a cat", "", 'ein "Hündchen" 🐕‍🦺 柴犬', LONG, "b\0b ../../etc/passwd"]
 CLEANED = [*PROMPTS[:4], "b b ../../etc/passwd"]
 LIMITED = "--trainer.limit_predict_batches=2"
-CUT = r"1 of 5 prompts were longer than the model reads and were cut: prompt 3 \('one two"
+CUT = r"1 of 5 prompts were longer than the model reads and were truncated: prompt 3 \('one two"
 
 
 def command(folder: Path, prompts: list[str] | Path = PROMPTS, *more: str) -> list[str]:
@@ -116,13 +116,13 @@ def test_the_other_columns_of_a_table_are_in_the_records(tmp_path: Path) -> None
 
 OTHERS: dict[str, tuple[list[str], list[str]]] = {
     "list of prompts": (["a cat", "a dog", *PROMPTS[2:]], []),
-    "number of images (10 there, 12 here)": ([*PROMPTS, "more"], []),
-    "sample_seed (0 there, 3 here)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
-    "sampling.guidance_scale (7.5 there, 2.0 here)": (
+    "number of images (10 then, 12 now)": ([*PROMPTS, "more"], []),
+    "sample_seed (0 then, 3 now)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
+    "sampling.guidance_scale (7.5 then, 2.0 now)": (
         PROMPTS,
         ["--model.init_args.sampling.guidance_scale=2", "--model.init_args.sampling.top_k=1000"],
     ),
-    "text.reader (hash there, rhyme here)": (PROMPTS, ["--model.init_args.reader=rhyme"]),
+    "text.reader (hash then, rhyme now)": (PROMPTS, ["--model.init_args.reader=rhyme"]),
 }
 
 
@@ -133,7 +133,7 @@ def test_a_folder_that_was_begun_with_something_else_is_refused_by_name(tmp_path
     prompts, more = OTHERS[what]
     with pytest.raises(ValueError) as error:
         main.main(command(tmp_path, prompts, *more))
-    assert_one_line(error, tmp_path, "was begun with another ", what)
+    assert_one_line(error, tmp_path, "was started with another ", what)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_said_of_cutting_where_nothing_was_cut(tmp_path: Path) -> Non
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         main.main(command(tmp_path, ["a cat", ""]))
-    assert not [warning for warning in said if "were cut" in str(warning.message)]
+    assert not [warning for warning in said if "were truncated" in str(warning.message)]
 
 
 def test_a_killed_run_is_gone_on_with_and_knows_what_it_had_cut(tmp_path: Path, left_alone: Path) -> None:
