@@ -1,4 +1,4 @@
-"""Runs of ``predict`` that an earlier version has stopped are resumed: its folder and its plan had other names."""
+"""Stopped ``predict`` runs of an earlier version, whose folder and plan used other names, are resumed."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import main
-from tests.callbacks.writers.test_images import LIMITED, command, drawn
+from tests.callbacks.writers.test_images import LIMITED, command, written_files
 from tests.callbacks.writers.test_writers import SHARDS_OF_500
 from tests.pipeline import Pipeline
 
@@ -34,7 +34,7 @@ def test_a_stopped_sampling_run_is_resumed(pipeline: Pipeline, tmp_path: Path) -
     assert times(tmp_path / "pictures", "*.png") == before
     main.main(command(pipeline, tmp_path))
     assert not (tmp_path / "pictures").exists()
-    assert drawn(tmp_path) == drawn(pipeline.samples)
+    assert written_files(tmp_path) == written_files(pipeline.samples)
     assert before.items() <= times(tmp_path / "images", "*.png").items()
     assert json.loads((tmp_path / ".plan.json").read_text()).keys() >= OLD_KEYS.keys()
 
