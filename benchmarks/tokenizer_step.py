@@ -229,7 +229,7 @@ def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
         print(f"{kind:22}" + "".join(f"{result['operators'][name][kind]:10.3f}" for name in SIDES))
     limit = result["convolution_limit"]
     print(
-        f"\nconvolutions alone: {limit['tflop']:.2f} TFLOP at this machine's best rate of {limit['tflop_a_second']:.2f} "
+        f"\nconvolutions alone: {limit['tflop']:.2f} TFLOP at this machine's best rate, {limit['tflop_a_second']:.2f} "
         f"TFLOP/s take {limit['seconds']:.2f} s; plain / that: {result['plain']['median'] / limit['seconds']:.2f}"
     )
     print("\n" + json.dumps(result))
