@@ -102,7 +102,7 @@ def main() -> None:
         write_images(Path(folder))
         for number, side in tqdm([(number, side) for number in range(options.rounds) for side in SIDES], unit="run"):
             rounds[number][side] = run_parts(checkouts[side], Path(folder), options.parts)
-    record = {
+    record: dict[str, Any] = {
         "benchmark": "before_after",
         "command": f"python -m benchmarks.before_after BEFORE AFTER --rounds {options.rounds}",
         "commits": {side: commit(checkout) for side, checkout in checkouts.items()},

@@ -1,5 +1,6 @@
-"""Files for GitHub say what the project does: the citation, the workflow, the template of bug reports."""
+"""The citation, the workflow, the template of bug reports and the page of reports agree with the project."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,9 @@ def test_the_workflow_runs_the_script_that_anyone_can_run() -> None:
 def test_a_bug_report_asks_for_the_environment() -> None:
     labels = [part["attributes"]["label"] for part in read(".github/ISSUE_TEMPLATE/bug_report.yml")["body"]]
     assert any("python -m llamagen.environment" in label for label in labels)
+
+
+def test_the_tests_that_the_page_of_reports_names_exist() -> None:
+    named = set(re.findall(r"`(?:[a-z_]+/)*(test_\w+\.py)`", (ROOT / "docs/reports.md").read_text()))
+    assert len(named) > 10
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
