@@ -37,7 +37,14 @@ ROOMS = {
     "llamagen/distributed": (),
     "llamagen/losses": (),
     "llamagen/metrics": ("llamagen.files", "llamagen.finite", "llamagen.full_disk"),
-    "llamagen/models": ("llamagen.distributed", "llamagen.files", "llamagen.full_disk", "llamagen.option_checks"),
+    "llamagen/models": (
+        "llamagen.distributed",
+        "llamagen.files",
+        "llamagen.finite",
+        "llamagen.full_disk",
+        "llamagen.losses",
+        "llamagen.option_checks",
+    ),
     "llamagen/sampling": (
         "llamagen.files",
         "llamagen.finite",

@@ -75,7 +75,8 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name; give a file of weights")
-    if isinstance(content.get(ENTRY), dict):
+    exported = content[ENTRY] if "model" in content and isinstance(content.get(ENTRY), dict) else {}
+    if isinstance(content.get(ENTRY), dict) and not exported:
         return _of_our_run(path, content, averaged)
     layout = next((key for key in LAYOUTS if isinstance(content.get(key), dict)), None)
     with_averages = isinstance(content.get("ema"), dict) and bool(content["ema"])
@@ -92,8 +93,8 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     return Weights(
         _entries(state, path),
         _entries(discriminator, path) if discriminator not in (None, {}) else None,
-        config=None,
-        architecture=None,
+        config=exported.get("config"),
+        architecture=exported.get("architecture"),
         source=_source(path, averaged, with_averages),
         averaged=averaged and with_averages,
     )

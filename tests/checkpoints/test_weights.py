@@ -385,7 +385,7 @@ def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> 
     other = small_gpt(**option)
     checkpoint = {"llamagen": describe(other, "gpt."), "state_dict": prefixed(other.state_dict(), "gpt.")}
     ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but here it is .*; set {name} to"):
+    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but the model's is .*; set {name} to"):
         check_fits(checkpoint, small_gpt())
     check_fits(checkpoint, other)
 

@@ -115,7 +115,7 @@ def test_the_discriminator_does_not_matter_outside_of_training(case: str, pipeli
 @pytest.mark.parametrize("case", ["another discriminator", "no discriminator"])
 def test_training_does_not_go_on_with_another_discriminator(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     options, loss = OTHER_LOSSES[case]
-    with pytest.raises(ValueError, match=r"the checkpoint.s discriminator is another one: .*start anew with") as error:
+    with pytest.raises(ValueError, match=r"the checkpoint has another discriminator: .*start a new run with") as error:
         train(vqgan_module(options=options, **loss), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
     assert "\n" not in str(error.value)
 
