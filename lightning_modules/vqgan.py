@@ -18,7 +18,7 @@ from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
 from llamagen.checkpoints.contents import check_quantizer
-from llamagen.checkpoints.weights import ENTRY, differences, load_weights, read_weights, strip_prefix
+from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights, strip_prefix
 from llamagen.finite import check_finite
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.discriminator import Discriminator, PatchGAN
@@ -26,6 +26,7 @@ from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
 from llamagen.models.quantizer import Quantized
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.option_checks import check_integer, option_named
+from llamagen.state_dicts import differences
 
 
 class VQGANModule(GenerativeModule):

@@ -6,7 +6,6 @@ were averaged, the names of the averaged parameters in the order of the optimize
 state.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from llamagen.checkpoints.adaptation import FUNCTION
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
-    differences,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
@@ -32,6 +29,7 @@ from llamagen.checkpoints.weights import (
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.quantizer import build_quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.state_dicts import differences, tensors_checksum
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
@@ -189,18 +187,9 @@ def load_vqgan(path: str | Path) -> VQGAN:
     return model
 
 
-@torch.inference_mode(False)  # in which spread tensors cannot be put together
-@torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
+    """SHA-256 over names and values of all parameters; equal weights give equal checksums in any file format.
 
-    Where parameters are spread over ranks, all of them must ask; a tensor at a time is put together.
+    If parameters are sharded over ranks, all ranks must call this.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        digest.update(name.encode())
-        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_checksum(dict(model.named_parameters()))

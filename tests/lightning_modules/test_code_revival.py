@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from lightning_modules.code_revival import CodeRevival
 from llamagen.models.quantizer import Quantized
 from llamagen.models.vector_quantizer import VectorQuantizer
-from tests.rounding import Rounding
 from tests.golden import normal_input
 from tests.lightning_modules.runs import train, vqgan_module
 from tests.pipeline import Pipeline
 from tests.ranks import run_on_ranks
+from tests.rounding import Rounding
 
 SIZE, WIDTH = 40, 4
 
