@@ -74,7 +74,7 @@ def test_other_classes_are_refused_and_possible_on_purpose(tmp_path: Path, weigh
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(ValueError) as error:
         ARGenModule(config(num_classes=4), init_from=tmp_path / "weights.pt")
-    assert_one_line(error, tmp_path, "10 classes", "here there are 4", "init_adapt [num_classes]")
+    assert_one_line(error, tmp_path, "num_classes is 10, but the model's is 4", "init_adapt [num_classes]")
     torch.manual_seed(8)
     fresh = GPT(config(num_classes=4))
     torch.manual_seed(8)
@@ -93,7 +93,7 @@ def test_a_longer_sequence_is_refused_where_the_length_is_known_and_possible_on_
 ) -> None:
     with pytest.raises(ValueError) as error:
         ARGenModule(config(block_size=64), init_from=pipeline.argen)
-    assert_one_line(error, "block_size is 16, here it is 64", "init_adapt [block_size]")
+    assert_one_line(error, "block_size is 16, but the model's is 64", "init_adapt [block_size]")
     module = ARGenModule(config(block_size=64), init_from=pipeline.argen, init_adapt=["block_size"])
     same = ARGenModule(config(), init_from=pipeline.argen)
     assert_same(module.gpt.state_dict(), same.gpt.state_dict())
@@ -107,12 +107,12 @@ def test_a_longer_sequence_is_refused_where_the_length_is_known_and_possible_on_
 def test_what_leaves_no_trace_in_shapes_is_compared_where_it_is_known(
     pipeline: Pipeline, option: str, value: Any
 ) -> None:
-    with pytest.raises(ValueError, match=rf"their {option} is .*, here it is {value}; set {option} to"):
+    with pytest.raises(ValueError, match=rf"{option} is .*, but the model's is {value}; set {option} to"):
         ARGenModule(config(**{option: value}), init_from=pipeline.argen)
 
 
 def test_a_tokenizer_is_no_start(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match=r"these are of a VQGAN, not of a GPT"):
+    with pytest.raises(ValueError, match=r"weights of a VQGAN, not of a GPT"):
         ARGenModule(config(), init_from=pipeline.tokenizer)
 
 

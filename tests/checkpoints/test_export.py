@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"do not fit this VQGAN; missing: quantize\.codebook_used$"):
         export(tmp_path / "vq.pt", tmp_path / "new/out.pt")
     torch.save({"model": small_gpt().state_dict()}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match="not those of a VQGAN"):
+    with pytest.raises(ValueError, match="not the weights of a VQGAN"):
         export(tmp_path / "gpt.pt", tmp_path / "new/out.pt")
     assert not (tmp_path / "new").exists()
 

@@ -216,7 +216,7 @@ def cut_old(path: Path) -> None:
     [
         ("vq.pt", lambda path: None, "vq.pt does not exist; give"),
         ("vq.safetensors", lambda path: None, "vq.safetensors does not exist; give"),
-        ("vq.pt", Path.mkdir, "vq.pt is a folder, but no sharded checkpoint that was written to its end"),
+        ("vq.pt", Path.mkdir, "vq.pt is a folder, but not a complete sharded checkpoint"),
         ("vq.pt", cut, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", cut_old, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", Path.touch, "vq.pt cannot be read as a checkpoint (EOFError)"),
@@ -224,16 +224,16 @@ def cut_old(path: Path) -> None:
         ("vq.safetensors", lambda path: path.write_text("text"), "vq.safetensors cannot be read as safetensors"),
         ("vq.safetensors", cut, "vq.safetensors cannot be read as safetensors"),
         ("vq.pt", written([torch.zeros(2)]), "vq.pt holds a list, not weights"),
-        ("vq.pt", written({}), "vq.pt holds no weights under model, module, state_dict, but nothing"),
+        ("vq.pt", written({}), "vq.pt has no weights under model, module, state_dict; it holds nothing"),
         ("vq.pt", written({"steps": 3, "optimizer": {}}), "model, module, state_dict, but steps, optimizer; give"),
         ("vq.pt", written({"model": {}}), "vq.pt holds no weights by name"),
         ("vq.pt", written({"model": {3: torch.zeros(2)}}), "vq.pt holds no weights by name"),
-        ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "something else than dense tensors among its weights: v"),
+        ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "holds weights that are not dense tensors: v"),
         ("vq.pt", written({"model": {"w": torch.zeros(2)}, "discriminator": torch.zeros(2)}), "no weights by name"),
-        ("vq.pt", written({"model": {"w": "text"}}), "something else than dense tensors among its weights: w"),
-        ("vq.pt", written({"model": {"w": torch.zeros(2).to_sparse()}}), "dense tensors among its weights: w"),
-        ("vq.pt", written({"model": {"w": torch.zeros(2, device="meta")}}), "dense tensors among its weights: w"),
-        ("vq.pt", written({"llamagen": {}, "state_dict": {}}), "vq.pt lacks a part of a training checkpoint"),
+        ("vq.pt", written({"model": {"w": "text"}}), "holds weights that are not dense tensors: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2).to_sparse()}}), "not dense tensors: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2, device="meta")}}), "not dense tensors: w"),
+        ("vq.pt", written({"llamagen": {}, "state_dict": {}}), "vq.pt is not a complete training checkpoint"),
     ],
 )
 def test_what_holds_no_weights_is_refused_in_one_line(
@@ -249,7 +249,7 @@ def test_what_holds_no_weights_is_refused_in_one_line(
 def test_averages_alone_are_no_raw_weights(state: State, tmp_path: Path) -> None:
     torch.save({"ema": state}, tmp_path / "vq.pt")
     assert_same(read_weights(tmp_path / "vq.pt").state, state)
-    with pytest.raises(ValueError, match=r"holds no weights under model, module, state_dict, but ema"):
+    with pytest.raises(ValueError, match=r"has no weights under model, module, state_dict; it holds ema"):
         read_weights(tmp_path / "vq.pt", averaged=False)
 
 
@@ -320,7 +320,7 @@ def test_what_is_no_tokenizer_has_no_configuration(
     changes: dict[str, Tensor | None], phrase: str, state: State
 ) -> None:
     changed = {name: value for name, value in {**state, **changes}.items() if value is not None}
-    with pytest.raises(ValueError, match=r"^vq\.pt: not those of a VQGAN") as error:
+    with pytest.raises(ValueError, match=r"^vq\.pt: not the weights of a VQGAN") as error:
         infer_vqgan_config(changed, "vq.pt")
     assert phrase in str(error.value)
     assert "give the weights of an image tokenizer" in str(error.value)
@@ -341,15 +341,15 @@ def test_a_gpt_is_no_tokenizer(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"last\.ckpt holds a GPT, not a VQGAN; give the weights of a tokenizer"):
         load_vqgan(pipeline.argen)
     torch.save({"model": small_gpt().state_dict()}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match=r"gpt\.pt, raw weights .*: not those of a VQGAN"):
+    with pytest.raises(ValueError, match=r"gpt\.pt, raw weights .*: not the weights of a VQGAN"):
         load_vqgan(tmp_path / "gpt.pt")
 
 
 @pytest.mark.parametrize(
     ("entry", "phrase"),
     [
-        ({"architecture": "VQGAN", "config": {"channel": 3}}, "a configuration that is none"),
-        ({"architecture": "GPT", "config": None}, "a configuration that is none"),
+        ({"architecture": "VQGAN", "config": {"channel": 3}}, "the configuration in the file is invalid"),
+        ({"architecture": "GPT", "config": None}, "the configuration in the file is invalid"),
         ({"architecture": "LPIPS", "config": {}}, "holds a LPIPS, which this version does not know"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> Non
     for name in ("quantize.embedding.weight", "quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight"):
         assert f"{name} is " in str(error.value)
     check_fits(checkpoint, other)
-    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
+    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is expected"):
         check_fits(checkpoint, small_gpt())
 
 
@@ -389,7 +389,7 @@ def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state:
 
 
 def test_a_crafted_entry_ends_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
-    for changes, phrase in (({"prefix": 3}, "lacks a part"), ({"ema_names": ["x"]}, "names 1 averages but holds more")):
+    for changes, phrase in (({"prefix": 3}, "not a complete training checkpoint"), ({"ema_names": ["x"]}, "names 1 averages but holds more")):
         checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
         checkpoint["llamagen"] |= changes
         torch.save(checkpoint, tmp_path / "crafted.ckpt")

@@ -154,9 +154,9 @@ def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -
 
 
 def test_the_checkpoint_of_another_model_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a GPT, but a VQGAN is to be loaded"):
+    with pytest.raises(ValueError, match="holds a GPT, but a VQGAN is expected"):
         train(vqgan_module(), pipeline, tmp_path, ckpt_path=pipeline.argen, max_steps=9)
-    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
+    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is expected"):
         train(argen_module(), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
     wide = argen_module(dim=64)
     with pytest.raises(ValueError, match=r"has another shape: .*; use the configuration") as error:

@@ -36,7 +36,7 @@ def test_an_unknown_name_is_refused(policy: list[str], named: str) -> None:
 
 
 def test_a_repeated_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['cutout', 'color', 'cutout'\] names one twice"):
+    with pytest.raises(ValueError, match=r"\['cutout', 'color', 'cutout'\] repeats a name"):
         DiscriminatorAugmentation(["cutout", "color", "cutout"])
 
 
