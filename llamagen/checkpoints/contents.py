@@ -85,16 +85,18 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             not finite.
     """
     entry = checkpoint.get(ENTRY)
-    wanted = architecture_of(model)
+    architecture = architecture_of(model)
     if not isinstance(entry, dict):
-        raise ValueError(f"the checkpoint was not written by this project's {wanted} training; choose another file")
-    if entry["architecture"] != wanted:
         raise ValueError(
-            f"the checkpoint holds a {entry['architecture']}, but a {wanted} is expected; choose the checkpoint of a "
-            f"{wanted} run"
+            f"the checkpoint was not written by this project's {architecture} training; choose another file"
+        )
+    if entry["architecture"] != architecture:
+        raise ValueError(
+            f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the checkpoint of a "
+            f"{architecture} run"
         )
     expected = asdict(model.config)
-    for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
+    for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
         loaded = entry["config"].get(name, expected[name])
         if loaded != expected[name]:
             raise ValueError(
@@ -107,7 +109,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
     differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
-            f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
+            f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was trained with"
         )
     refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
