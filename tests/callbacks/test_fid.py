@@ -210,7 +210,7 @@ def test_a_folder_that_is_no_report_is_found_before_anything_is_drawn(
     trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
     module = sampling_module(pipeline)
     monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(ValueError, match="report is there and is no report; move it away"):
+    with pytest.raises(ValueError, match="report exists and is not a report; move it away"):
         trainer.test(module, SampleDataModule(10, 2, 8), verbose=False)
 
 

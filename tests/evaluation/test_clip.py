@@ -64,12 +64,12 @@ def test_an_images_score_is_torchmetrics_score_of_it_alone(folder: Path) -> None
     scores = ImageScores(clip)
     scores.update(images[:4], PROMPTS[:4])
     scores.update(images[4:], PROMPTS[4:])
-    assert scores.each() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert scores.scores() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert scores.compute().item() == pytest.approx(np.mean(expected), rel=1e-4)
     assert len({round(score, 2) for score in expected}) > 2
     scores.reset()
     scores.update(images[:1], PROMPTS[:1])
-    assert scores.each() == pytest.approx(expected[:1], rel=1e-4, abs=1e-4)
+    assert scores.scores() == pytest.approx(expected[:1], rel=1e-4, abs=1e-4)
     assert scores.compute().item() == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
 
 

@@ -245,7 +245,7 @@ def test_what_is_no_complete_folder_is_refused(clip: Path, tmp_path: Path, capsy
     def refusal(*more: Any) -> str:
         return fails(capsys, tmp_path / "samples", f"--clip={clip}", f"--out={tmp_path / 'a.json'}", *more)
 
-    assert "is no folder" in refusal()
+    assert "is not a folder" in refusal()
     write_samples(tmp_path / "samples", ["a red cat", "dogs"], each=2)
     metadata = tmp_path / "samples" / "metadata.jsonl"
     whole = metadata.read_text()

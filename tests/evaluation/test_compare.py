@@ -159,8 +159,8 @@ def test_numbers_that_are_left_out_are_said(root: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     assert "sfid" not in shown.out
     assert [line for line in shown.err.splitlines() if line.startswith("warning: ")] == [
-        "warning: left out: sfid, as the extractor Projection gives no spatial features; inception_score, as the "
-        "extractor Projection gives no logits"
+        "warning: not measured: sfid, because the extractor Projection gives no spatial features; inception_score, "
+        "because the extractor Projection gives no logits"
     ]
 
 
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),
     "an abbreviation": (["compare", "fake", "real", "--batch=3"], ["unrecognized arguments: --batch=3"]),
     "no number": (["compare", "fake", "real", "--batch_size=x"], ["batch_size", "int", "x"]),
-    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0 and num_workers 0; they must be"]),
+    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0; it must be at least 1"]),
     "another split": (["compare", "fake", "real", "--split=test"], ["split", "'train', 'val'", "test"]),
     "a split of none": (["compare", "fake", "real", "--split=val"], ["leave split val out"]),
     "a split of statistics": (
@@ -230,14 +230,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of images"]),
     "another array": (["compare", "others.npz", "real"], ["others.npz", "arr_0"]),
     "floats": (["compare", "float.npz", "real"], ["float.npz", "float64", "uint8"]),
-    "text": (["compare", "fake", "text.npz"], ["text.npz is no .npz, or damaged"]),
+    "text": (["compare", "fake", "text.npz"], ["text.npz is not an .npz, or damaged"]),
     "other sizes": (["compare", "fake", "larger"], ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
     "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of images of 8 pixels, not 16"]),
     "another extractor": (["compare", "fake", ADM_FILE], ["made with the extractor inception, not everything"]),
-    "no report": (["compare", "fake", "real", "--report=empty"], ["empty is there and is no report"]),
+    "no report": (["compare", "fake", "real", "--report=empty"], ["empty exists and is not a report"]),
     "out of no format": (["reference", "real", "out"], ["out is", "give the name of a file, *.npz"]),
     "out is a folder": (["reference", "real", "folder.npz"], ["out is", "give the name of a file, *.npz"]),
-    "out is the source": (["reference", "real.npz", "real.npz"], ["which are the images; give another name"]),
+    "out is the source": (["reference", "real.npz", "real.npz"], ["which is the file of images; give another name"]),
     "a slash": (["reference", "real", "out.npz", "--name=a/b"], ["cannot be named 'a/b'"]),
     "no name": (["reference", "real", "out.npz", "--name="], ["cannot be named ''"]),
     "white space": (["reference", "real", "my out.npz"], ["cannot be named 'my out'"]),

@@ -108,7 +108,7 @@ def test_the_command_prints_the_warning_once(root: Path, capsys: pytest.CaptureF
     main(["compare", "binarised.npz", "good.npz", "--features=tests.metrics.extractors.Everything"])
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert [line for line in warnings if "only the levels" in line] == [
-        line for line in warnings if line.startswith("warning: binarised.npz: there are only the levels 0, 255; ")
+        line for line in warnings if line.startswith("warning: binarised.npz: the only levels are 0, 255; ")
     ]
     assert len([line for line in warnings if "only the levels" in line]) == 1
 
@@ -117,4 +117,4 @@ def test_statistics_of_equal_images_are_no_reference(root: Path, capsys: pytest.
     np.savez("flat.npz", mu=np.zeros(2), sigma=np.zeros((2, 2)))
     with pytest.raises(SystemExit):
         main(["compare", "good.npz", "flat.npz", EVERYTHING])
-    assert "flat.npz is no reference: sigma is zero everywhere" in capsys.readouterr().err
+    assert "flat.npz is not a reference: sigma is zero everywhere" in capsys.readouterr().err

@@ -20,7 +20,7 @@ def shown(index: Tensor, batch_size: int = 64, labels: bool = True, gallery: Gal
     batch = random_images(COUNT, 0)
     for some in index.split(batch_size):
         features = batch[some].flatten(1).float()
-        gallery.show(batch[some], some, features, some % KINDS if labels else None)
+        gallery.add(batch[some], some, features, some % KINDS if labels else None)
     return gallery
 
 
@@ -52,8 +52,8 @@ def test_the_same_images_are_chosen_in_any_order_batches_and_ranks() -> None:
     assert content(shown(torch.cat([shuffled, shuffled[:50]]))) == expected
     for ranks in (2, 3):
         galleries = [shown(torch.arange(rank, COUNT, ranks)) for rank in range(ranks)]
-        assert content(Gallery().together(galleries)) == expected
-        assert content(Gallery().together(galleries[::-1])) == expected
+        assert content(Gallery().merge(galleries)) == expected
+        assert content(Gallery().merge(galleries[::-1])) == expected
 
 
 def test_few_are_held_and_spread_over_all() -> None:
@@ -75,7 +75,7 @@ def test_what_is_held_is_no_view_of_the_batch(rows_last: bool) -> None:
     gallery, batch, features = Gallery(), random_images(9, 0), torch.zeros(9, 2)
     if rows_last:
         batch = batch.to(memory_format=torch.channels_last)
-    gallery.show(batch, torch.arange(9), features, originals=batch)
+    gallery.add(batch, torch.arange(9), features, originals=batch)
     batch.fill_(0)
     features.fill_(1)
     for number, exhibit in gallery.chosen.items():
@@ -94,7 +94,7 @@ def test_a_small_set_is_shown_whole() -> None:
 @pytest.mark.parametrize("given", [False, True])
 def test_images_without_class_have_no_rows_of_classes(given: bool) -> None:
     gallery, batch = Gallery(), random_images(5, 0)
-    gallery.show(batch, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
+    gallery.add(batch, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
     assert set(gallery.grids(None)) == {"random"}
 
 
@@ -103,7 +103,7 @@ def test_captions_stand_below_their_random_images() -> None:
         gallery = Gallery()
         for number in torch.arange(3).split(1):
             text = None if captions is None else [captions[int(number)]]
-            gallery.show(random_images(3, 0)[number], number, torch.zeros(1, 2), captions=text)
+            gallery.add(random_images(3, 0)[number], number, torch.zeros(1, 2), captions=text)
         return gallery.grids(None)["random"]
 
     batch, texts = random_images(3, 0).permute(0, 2, 3, 1).numpy(), ["a dog", "", "a red house"]
@@ -158,7 +158,7 @@ def test_a_reference_of_few_images_has_as_many_neighbours() -> None:
 
 def test_large_images_stand_beside_neighbours_of_their_size() -> None:
     gallery = Gallery()
-    gallery.show(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), torch.arange(3), torch.zeros(3, 2))
+    gallery.add(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), torch.arange(3), torch.zeros(3, 2))
     grids = gallery.grids(reference(torch.zeros(2, 2), np.full((2, 64, 64, 3), 7, np.uint8)))
     rows = cells(grids["neighbours"], 64)
     assert [int(each[0, 0, 0]) for each in rows[0]] == [0, 7, 7]
@@ -167,7 +167,7 @@ def test_large_images_stand_beside_neighbours_of_their_size() -> None:
 
 def test_reconstructions_stand_below_their_originals() -> None:
     gallery, batch = Gallery(), random_images(40, 0)
-    gallery.show(255 - batch, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), batch)
+    gallery.add(255 - batch, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), batch)
     grids = gallery.grids(None)
     assert set(grids) == {"reconstructions"}
     rows = cells(grids["reconstructions"])

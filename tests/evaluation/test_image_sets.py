@@ -223,7 +223,9 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, num_workers: int)
     (tmp_path / "31.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
         read(found, 1, num_workers=num_workers)
-    assert_one_line(error, "3 of 40 images", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "mend")
+    assert_one_line(
+        error, "3 of 40 images", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "fix or remove"
+    )
 
 
 def test_a_set_whose_last_images_are_broken_is_refused(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ BAD_ARRAYS: list[tuple[Any, tuple[str, ...]]] = [
     (FOUR[None], ("(1, 4, 4, 4, 3)", "x.reshape(-1, *x.shape[-3:])")),
     (FOUR[..., 0], ("(4, 4, 4)", "grey", "three times")),
     (FOUR[..., :1], ("(4, 4, 4, 1)", "grey")),
-    (np.zeros((4, 3, 5, 5), np.uint8), ("(4, 3, 5, 5)", "colours come first", "transpose(0, 2, 3, 1)")),
+    (np.zeros((4, 3, 5, 5), np.uint8), ("(4, 3, 5, 5)", "channels come first", "transpose(0, 2, 3, 1)")),
     (np.zeros((4, 5, 5, 4), np.uint8), ("(4, 5, 5, 4)", "transparency")),
     (np.zeros((4, 5, 5, 2), np.uint8), ("(4, 5, 5, 2)", "three channels")),
     (np.zeros((4, 5), np.uint8), ("(4, 5)", "four axes")),
@@ -181,8 +181,8 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     [
         (np.arange(3), ("(3,)", "each of the 7 images")),
         (np.zeros((7, 10), int), ("(7, 10)", "each of the 7 images")),
-        (np.zeros(7), ("float64", "whole numbers")),
-        (np.array(["a"] * 7), ("<U1", "whole numbers")),
+        (np.zeros(7), ("float64", "integers")),
+        (np.array(["a"] * 7), ("<U1", "integers")),
     ],
 )
 def test_wrong_labels_are_refused(tmp_path: Path, labels: np.ndarray, phrases: tuple[str, ...]) -> None:
@@ -204,7 +204,7 @@ def test_an_archive_without_images_says_what_it_has(tmp_path: Path) -> None:
         assert_one_line(error, tmp_path / "a.npz", *phrases)
 
 
-def test_images_beside_statistics_are_read(tmp_path: Path) -> None:
+def test_reads_the_images_of_a_file_that_also_has_statistics(tmp_path: Path) -> None:
     npz(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)), arr_0=random_images())
     assert np.array_equal(read(tmp_path / "a.npz")[0], random_images())
 
@@ -220,15 +220,15 @@ def test_damaged_files_are_refused_when_they_are_opened(tmp_path: Path) -> None:
     whole = npz(tmp_path / "whole.npz", arr_0=random_images(100)).read_bytes()
     header = write_array(random_images())
     files = {
-        "empty.npz": (b"", "no .npz"),
-        "text.npz": (b"<html>not found</html>", "no .npz"),
+        "empty.npz": (b"", "not an .npz"),
+        "text.npz": (b"<html>not found</html>", "not an .npz"),
         "half.npz": (whole[: len(whole) // 2], "cut off"),
         "empty.npy": (b"", "no array"),
         "text.npy": (b"<html>not found</html>", "no array"),
         "half.npy": (header[:-1], "arr_0 of"),
         "magic.npy": (header.replace(b"NUMPY\x01", b"NUMPY\x09"), "version (9, 0)"),
         "code.npy": (header.replace(b"{'descr'", b"(((((((("), "no array"),
-        "image": (b"\x89PNG", "no .npz"),
+        "image": (b"\x89PNG", "not an .npz"),
     }
     for name, (data, said) in files.items():
         (tmp_path / name).write_bytes(data)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.extraction import feature_batches
 from evaluation.image_sets import open_images
-from evaluation.reference import Reference, completed, look_at, make_reference, read_reference
+from evaluation.reference import Reference, make_reference, read_reference, with_features
 from llamagen.metrics import extract, extractor_checksum
 from tests.datamodules.shard_files import assert_one_line
 from tests.evaluation.sets import FakeInception, rows_last, write_adm, write_folder, write_npz
@@ -152,7 +153,7 @@ def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Pat
     known = read_reference(write_adm(tmp_path))
     assert known.features is None
     extractor = FakeInception()  # in training mode, with dropout
-    whole = completed(known, extractor, "cpu", show_progress=False)
+    whole = with_features(known, extractor, "cpu", show_progress=False)
     assert whole.features is not None
     torch.testing.assert_close(whole.features, extract(FakeInception().eval(), random_images(20, 5)).pool)
     assert torch.equal(whole.statistics[0], known.statistics[0])
@@ -161,7 +162,7 @@ def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Pat
     assert again.features is not None
     assert torch.equal(again.features, whole.features)
     assert (again.name, again.count) == ("imagenet256-adm", None)
-    assert completed(again, extractor, "cpu") is again
+    assert with_features(again, extractor, "cpu") is again
 
 
 def test_a_file_of_mean_and_covariance_alone_is_a_reference(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_file_of_mean_and_covariance_alone_is_a_reference(tmp_path: Path) -> N
     known = read_reference(tmp_path / "plain.npz")
     assert (known.name, known.resolution, known.count, known.features) == ("plain", None, None, None)
     assert known.spatial_statistics is None
-    assert completed(known, FakeInception(), "cpu") is known
+    assert with_features(known, FakeInception(), "cpu") is known
 
 
 DAMAGED: dict[str, tuple[Any, str]] = {
@@ -191,14 +192,14 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     ),
     "no facts": (
         {"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array('{"format": "llamagen-reference-1", "name": "a"}')},
-        "does not say its purpose, extractor",
+        "does not give its purpose, extractor",
     ),
     "a later format": (
         {"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array('{"format": "llamagen-reference-9"}')},
         "of the format llamagen-reference-9; this version reads llamagen-reference-1",
     ),
-    "broken facts": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("{")}, "is no reference"),
-    "facts of another kind": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("[1]")}, "is no reference"),
+    "broken facts": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("{")}, "is not a reference"),
+    "facts of another kind": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("[1]")}, "is not a reference"),
 }
 
 
@@ -233,7 +234,7 @@ def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Refer
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"r\.npz") as error:
         read_reference(path)
-    assert_one_line(error, "there is no reference" if kind == "missing" else "is no reference: ")
+    assert_one_line(error, "there is no reference" if kind == "missing" else "is not a reference: ")
 
 
 def test_what_does_not_fit_is_refused(made: Reference) -> None:
@@ -254,19 +255,19 @@ def test_what_does_not_fit_is_refused(made: Reference) -> None:
 
 def test_a_mix_up_is_explained(made: Reference) -> None:
     other = replace(made, purpose="reconstruction")
-    assert made.mix_up("generation", 3) is None
-    assert other.mix_up("reconstruction", 40) is None
-    assert other.mix_up("reconstruction") is None
-    assert replace(other, count=None).mix_up("reconstruction", 3) is None
+    assert made.mismatch("generation", 3) is None
+    assert other.mismatch("reconstruction", 40) is None
+    assert other.mismatch("reconstruction") is None
+    assert replace(other, count=None).mismatch("reconstruction", 3) is None
     for warning, *phrases in (
-        (made.mix_up("reconstruction", 40), "forty, a reference for generated", "rFID", "--purpose reconstruction"),
+        (made.mismatch("reconstruction", 40), "forty, a reference for generated", "rFID", "--purpose reconstruction"),
         (
-            other.mix_up("generation", 40),
+            other.mismatch("generation", 40),
             "forty, a reference for reconstructions",
             "gFID",
             "VIRTUAL_imagenet256_labeled",
         ),
-        (other.mix_up("reconstruction", 39), "39 reconstructions", "a reference of 40 images", "rFID"),
+        (other.mismatch("reconstruction", 39), "39 reconstructions", "a reference of 40 images", "rFID"),
     ):
         assert warning is not None
         assert "\n" not in warning
@@ -285,10 +286,10 @@ def test_images_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
 
 def test_progress_is_shown_with_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = open_images(write_npz(tmp_path / "a.npz", 12, 0))
-    assert len(list(look_at(found, Everything(), 5, 0, "cpu", "looking"))) == 3
+    assert len(list(feature_batches(found, Everything(), 5, 0, "cpu", "looking"))) == 3
     shown = capsys.readouterr()
     assert "looking: 100%" in shown.err
     assert "12/12" in shown.err
     assert not shown.out
-    list(look_at(found, Everything(), 5, 0, "cpu", "looking", show_progress=False))
+    list(feature_batches(found, Everything(), 5, 0, "cpu", "looking", show_progress=False))
     assert not capsys.readouterr().err

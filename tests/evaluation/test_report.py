@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation.published import published
-from evaluation.report import CAPTIONS, check_report, table, write_report
+from evaluation.report import CAPTIONS, Report, check_report, table
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.shard_files import assert_one_line
@@ -93,7 +93,7 @@ NUMBERS = {"gfid/imagenet256-adm": 12.3456, "gfid_digits/a": 1.0, "inception_sco
 
 def test_one_model_of_the_paper_has_a_column() -> None:
     assert table(NUMBERS, published(gpt(), 256)).splitlines() == [
-        "|  | here | paper: B, 256 px |",
+        "|  | measured | paper: B, 256 px |",
         "| --- | --- | --- |",
         "| gfid/imagenet256-adm | 12.35 | 5.46 |",
         "| gfid_digits/a | 1 |  |",
@@ -105,7 +105,7 @@ def test_one_model_of_the_paper_has_a_column() -> None:
 
 def test_many_models_of_the_paper_have_a_table() -> None:
     ours, theirs = table(NUMBERS, published(None, None)).split("\n\n")
-    assert ours.splitlines()[0] == "|  | here |"
+    assert ours.splitlines()[0] == "|  | measured |"
     assert theirs.splitlines()[0] == "| paper | gfid | inception_score | precision | recall |  |"
     assert len(theirs.splitlines()) == 2 + len(GENERATION)
     assert "| 3B, 384 px | 2.18 | 263.3 | 0.81 | 0.58 | 50,000 samples" in theirs
@@ -113,7 +113,7 @@ def test_many_models_of_the_paper_have_a_table() -> None:
 
 
 def test_without_the_paper_there_are_our_numbers_alone() -> None:
-    assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | here |", "| --- | --- |", "| gfid/a | 1 |"]
+    assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | measured |", "| --- | --- |", "| gfid/a | 1 |"]
 
 
 FACTS = {"images": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop": None}
@@ -121,7 +121,8 @@ FACTS = {"images": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop
 
 def write(folder: Path, numbers: dict[str, float] | None = None) -> None:
     grids = {name: Image.new("RGB", (3, 2)) for name in CAPTIONS}
-    write_report(folder, "a against b", {"gfid/b": 1.0} if numbers is None else numbers, FACTS, [], grids)
+    results = {"gfid/b": 1.0} if numbers is None else numbers
+    Report("a against b", results, FACTS, [], grids).write(folder)
 
 
 def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
         "metrics": {"gfid/b": 1.0}, "images": {"source": "a", "sides": [8, 8]}, "seconds": 1.5, "crop": None,
     }  # fmt: skip
     text = (tmp_path / "new" / "report" / "report.md").read_text()
-    assert text.startswith("# a against b\n\n|  | here |\n")
+    assert text.startswith("# a against b\n\n|  | measured |\n")
     assert "- images:\n  - source: a\n" in text
     for name, caption in CAPTIONS.items():
         assert f"![{name}]({name}.png)\n\n{caption}." in text
@@ -168,7 +169,7 @@ def test_a_folder_of_something_else_is_refused(names: list[str], tmp_path: Path)
     for name in names:
         (folder / name).touch()
     for call in (write, check_report):
-        with pytest.raises(ValueError, match="is there and is no report; move it away") as error:
+        with pytest.raises(ValueError, match="exists and is not a report; move it away") as error:
             call(folder)
         assert_one_line(error, folder)
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -177,7 +178,7 @@ def test_a_folder_of_something_else_is_refused(names: list[str], tmp_path: Path)
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("mine")
-    with pytest.raises(ValueError, match="is there and is no report"):
+    with pytest.raises(ValueError, match="exists and is not a report"):
         write(tmp_path / "r")
     assert (tmp_path / "r").read_text() == "mine"
 

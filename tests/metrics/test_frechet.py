@@ -276,7 +276,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 def test_another_number_of_features_than_expected_is_refused() -> None:
     metric = FID(Projection(), SIZE)
-    with pytest.raises(ValueError, match="48 features came for each image, but 16 for those of image_size 8"):
+    with pytest.raises(ValueError, match="got 48 features for each image, but 16 for images of image_size 8"):
         metric.update(Features(torch.zeros(2, 48)), real=True)
 
 

@@ -318,7 +318,7 @@ def test_names_say_whose_features_they_are_unless_these_are_those_of_inception()
         (torch.zeros(4, 3, SIZE, SIZE), "images must be uint8 of shape"),
         (torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), "images must be uint8 of shape"),
         (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), "images are 4 × 6 pixels, but .*_corner is for 8 × 8; set"),
-        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "9 features came for each image, but (7|12) for"),
+        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "got 9 features for each image, but (7|12) for"),
     ],
 )
 def test_what_is_no_image_of_its_size_is_refused(name: str, images: Any, phrase: str) -> None:
@@ -328,7 +328,7 @@ def test_what_is_no_image_of_its_size_is_refused(name: str, images: Any, phrase:
 
 @pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).bool()])
 def test_an_index_that_is_not_one_whole_number_each_is_refused(index: Tensor) -> None:
-    with pytest.raises(ValueError, match="for 4 images; give one whole number each") as error:
+    with pytest.raises(ValueError, match="for 4 images; give one integer for each") as error:
         show(make("kid"), fake_images()[:4], index=index)
     assert f"index is {index.dtype} of {tuple(index.shape)}" in str(error.value)
 
