@@ -1,4 +1,4 @@
-"""``python -m evaluation``: any two sets of images are compared without a model, and errors are one line."""
+"""``python -m evaluation`` compares two sets of images without a model; errors are one line."""
 
 import json
 import runpy
@@ -56,13 +56,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(printed: str) -> dict[str, float]:
-    """Of the table that the command prints."""
+    """Values of the table that the command prints."""
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     return {name: float(value) for name, value in rows[2:]}
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line in which the command says why it fails."""
+    """The error message of the command; checks that it is one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
@@ -77,7 +77,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 @pytest.mark.parametrize("fake", ["fake", "fake.npz"])
 @pytest.mark.parametrize("real", ["real", "real.npz", "statistics.npz"])
-def test_numbers_are_those_of_a_measurement(
+def test_compare_gives_the_results_of_a_measurement(
     fake: str, real: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "report"
@@ -110,7 +110,7 @@ def test_numbers_are_those_of_a_measurement(
     assert {path.name for path in report.iterdir()} == {"metrics.json", "report.md", *grids}
 
 
-def test_a_set_is_no_distance_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_has_distance_zero_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for real in ("fake", "fake.npz"):
         main(["compare", str(root / "fake.npz"), str(root / real), EVERYTHING])
         found = numbers(capsys.readouterr().out)
@@ -119,7 +119,7 @@ def test_a_set_is_no_distance_from_itself(root: Path, capsys: pytest.CaptureFixt
         assert found["precision_everything/fake"] == found["recall_everything/fake"] == 1
 
 
-def test_the_reference_can_be_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reference_can_be_given_a_name(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for real in ("real", "statistics.npz"):
         main(["compare", str(root / "fake"), str(root / real), EVERYTHING, "--reference_name=mine"])
         assert "gfid_everything/mine" in numbers(capsys.readouterr().out)
@@ -130,7 +130,7 @@ def test_the_reference_can_be_named(root: Path, capsys: pytest.CaptureFixture[st
     )
 
 
-def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reconstructions_have_their_own_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", str(root / "real.npz"), str(root / "real"), EVERYTHING, "--reconstructions=true"])
     shown = capsys.readouterr()
     found = numbers(shown.out)
@@ -139,7 +139,9 @@ def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.Capt
     assert "warning" not in shown.err
 
 
-def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_of_a_reference_for_another_purpose(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "val.npz"
     main(["reference", str(root / "real"), str(out), EVERYTHING, "--purpose=reconstruction"])
     assert f"{out}: 30 images of 8 px, for reconstruction, named val" in capsys.readouterr().out
@@ -154,7 +156,7 @@ def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.Captur
         assert phrase in warning
 
 
-def test_numbers_that_are_left_out_are_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_what_is_not_measured(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", str(root / "fake"), str(root / "real"), "--features=tests.metrics.extractors.Projection"])
     shown = capsys.readouterr()
     assert "sfid" not in shown.out
@@ -164,7 +166,7 @@ def test_numbers_that_are_left_out_are_said(root: Path, capsys: pytest.CaptureFi
     ]
 
 
-def test_a_reference_of_adm_is_compared_with_and_completed(
+def test_compares_with_a_reference_of_adm_and_adds_its_features(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["compare", str(root / "fake"), str(root / ADM_FILE), FAKE_INCEPTION])
@@ -183,9 +185,7 @@ def test_a_reference_of_adm_is_compared_with_and_completed(
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
 
 
-def test_a_classifier_takes_the_place_of_inception(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_classifier_can_replace_inception(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
     features = ["--features=Classifier", f"--features.weights={weights}"]
     main(["reference", str(root / "real"), str(out), *features])
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_makes_no_sense_is_refused_in_one_line(
+def test_rejects_wrong_arguments_in_one_line(
     kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, phrases = REFUSED[kind]
@@ -263,12 +263,12 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_no_traceback(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_an_error_of_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "compare", root / "fake", root / "real", EVERYTHING, "--device=cuda")
     assert "device is 'cuda', which cannot be used here" in message
 
 
-def test_without_the_weights_of_inception_the_error_says_what_to_do(
+def test_says_what_to_do_without_the_weights_of_inception(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
@@ -287,7 +287,7 @@ def test_without_the_weights_of_inception_the_error_says_what_to_do(
     assert "weights no.pth is not a file" in message
 
 
-def test_a_reference_keeps_its_purpose_unless_told_otherwise(root: Path, tmp_path: Path) -> None:
+def test_a_reference_keeps_its_purpose_by_default(root: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.npz" for name in "abc"]
     main(["reference", str(root / "real"), str(paths[0]), EVERYTHING, "--purpose=reconstruction"])
     main(["reference", str(paths[0]), str(paths[1]), EVERYTHING])
@@ -296,7 +296,7 @@ def test_a_reference_keeps_its_purpose_unless_told_otherwise(root: Path, tmp_pat
     assert [read_reference(path).name for path in paths] == ["a", "b", "c"]
 
 
-def test_an_interruption_leaves_nothing_and_no_traceback(
+def test_an_interrupt_leaves_no_files_and_no_traceback(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*arguments: Any) -> None:
@@ -310,7 +310,7 @@ def test_an_interruption_leaves_nothing_and_no_traceback(
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         write_npz(tmp_path / f"{name}.npz", 200, seed)
     alive: set[int] = set()
@@ -331,9 +331,7 @@ def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_it_is_the_module_that_python_runs(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_as_a_module(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluation", "compare", str(root / "missing"), str(root / "real"), EVERYTHING])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("evaluation", run_name="__main__")

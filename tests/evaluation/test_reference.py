@@ -1,4 +1,4 @@
-"""A reference is a file with all that images are compared with, and refuses what it cannot be compared with."""
+"""References: making, writing, reading, and checking that images fit."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from tests.metrics.extractors import SIZE, Corner, Everything, Projection, rando
 
 @pytest.fixture
 def made(tmp_path: Path) -> Reference:
-    """Of forty images, with the features of seven."""
+    """A reference of forty images with the features of seven."""
     return make_reference(
         open_images(write_npz(tmp_path / "a.npz", 40, 0)), Everything(), "forty", batch_size=9, max_features=7
     )
 
 
-def test_statistics_are_those_of_numpy(made: Reference) -> None:
+def test_statistics_equal_those_of_numpy(made: Reference) -> None:
     batches = [extract(Everything().eval(), some) for some in random_images(40, 0).split(9)]
     for statistics, part in ((made.statistics, "pool"), (made.spatial_statistics, "spatial")):
         rows = torch.cat([getattr(batch, part) for batch in batches]).double().numpy()
@@ -35,7 +35,7 @@ def test_statistics_are_those_of_numpy(made: Reference) -> None:
         np.testing.assert_allclose(statistics[1].numpy(), np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-10)
 
 
-def test_features_are_kept_of_few_images_spread_over_all(made: Reference) -> None:
+def test_stores_features_of_evenly_spread_images(made: Reference) -> None:
     spread = [0, 6, 13, 20, 26, 32, 39]
     assert made.features is not None
     assert made.thumbnails is not None
@@ -43,7 +43,7 @@ def test_features_are_kept_of_few_images_spread_over_all(made: Reference) -> Non
     assert np.array_equal(made.thumbnails, rows_last(random_images(40, 0)[spread]))
 
 
-def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
+def test_stores_the_origin_of_the_images(made: Reference, tmp_path: Path) -> None:
     found = open_images(tmp_path / "a.npz")
     list(found.batches(100))
     assert made.facts() == {
@@ -59,7 +59,7 @@ def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
     }
 
 
-def test_images_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
+def test_records_that_images_were_cropped(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 3, 0)
     Image.new("RGB", (20, 12)).save(folder / "wide.png")
     made = make_reference(open_images(folder, SIZE), Everything(), "cut")
@@ -67,7 +67,7 @@ def test_images_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extractor", [Everything(), Projection()])
-def test_a_file_gives_back_every_field(extractor: Projection, tmp_path: Path) -> None:
+def test_a_file_round_trips_every_field(extractor: Projection, tmp_path: Path) -> None:
     made = make_reference(open_images(write_npz(tmp_path / "a.npz", 9, 0)), extractor, "nine", "reconstruction")
     made.save(tmp_path / "new" / "folder" / "r.npz")
     read = read_reference(tmp_path / "new" / "folder" / "r.npz")
@@ -84,7 +84,7 @@ def test_a_file_gives_back_every_field(extractor: Projection, tmp_path: Path) ->
     assert replace(made, features=None, thumbnails=None).facts() == read.facts()
 
 
-def test_its_file_holds_the_names_of_adm_and_needs_no_pickle(made: Reference, tmp_path: Path) -> None:
+def test_the_file_uses_the_keys_of_adm_and_no_pickle(made: Reference, tmp_path: Path) -> None:
     made.save(tmp_path / "r.npz")
     with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
         assert {"mu", "sigma", "mu_s", "sigma_s", "features", "meta"} <= set(file.files)
@@ -92,7 +92,7 @@ def test_its_file_holds_the_names_of_adm_and_needs_no_pickle(made: Reference, tm
         assert all(file[key].dtype != object for key in file.files)
 
 
-def test_a_file_may_be_called_differently(made: Reference, tmp_path: Path) -> None:
+def test_the_name_can_be_overridden(made: Reference, tmp_path: Path) -> None:
     made.save(tmp_path / "r.npz")
     assert read_reference(tmp_path / "r.npz", "mine").name == "mine"
     with pytest.raises(ValueError, match="cannot be named 'my own'") as error:
@@ -101,18 +101,18 @@ def test_a_file_may_be_called_differently(made: Reference, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "a\n"])
-def test_a_name_that_breaks_the_names_of_metrics_is_refused(name: str, tmp_path: Path) -> None:
+def test_rejects_a_name_that_result_names_cannot_hold(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a reference cannot be named") as error:
         make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), name)
     assert_one_line(error, repr(name))
 
 
-def test_an_unknown_purpose_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unknown_purpose(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="purpose is 'nothing'; give generation or reconstruction"):
         make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), "a", "nothing")  # type: ignore[arg-type]
 
 
-def test_what_is_stopped_in_the_middle_leaves_the_old_file(
+def test_an_interrupted_write_keeps_the_old_file(
     made: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out" / "r.npz"
@@ -133,7 +133,7 @@ def test_what_is_stopped_in_the_middle_leaves_the_old_file(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("row", [False, True])
-def test_a_reference_of_adm_is_read_as_it_is(row: bool, dtype: type, tmp_path: Path) -> None:
+def test_reads_a_reference_of_adm(row: bool, dtype: type, tmp_path: Path) -> None:
     path = write_adm(tmp_path, row=row, dtype=dtype)
     known = read_reference(path)
     assert (known.name, known.extractor, known.resolution, known.purpose) == (
@@ -149,7 +149,7 @@ def test_a_reference_of_adm_is_read_as_it_is(row: bool, dtype: type, tmp_path: P
     assert known.statistics[0].shape == (16,)
 
 
-def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Path) -> None:
+def test_adds_features_to_a_reference_of_adm(tmp_path: Path) -> None:
     known = read_reference(write_adm(tmp_path))
     assert known.features is None
     extractor = FakeInception()  # in training mode, with dropout
@@ -165,7 +165,7 @@ def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Pat
     assert with_features(again, extractor, "cpu") is again
 
 
-def test_a_file_of_mean_and_covariance_alone_is_a_reference(tmp_path: Path) -> None:
+def test_reads_a_file_of_mean_and_covariance_only(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", mu=np.zeros(4, np.float32), sigma=np.eye(4, dtype=np.float32), mu_s=np.zeros(3))
     known = read_reference(tmp_path / "plain.npz")
     assert (known.name, known.resolution, known.count, known.features) == ("plain", None, None, None)
@@ -204,7 +204,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_another_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_rejects_another_file_in_one_line(kind: str, tmp_path: Path) -> None:
     arrays, phrase = DAMAGED[kind]
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(ValueError, match=phrase) as error:
@@ -213,7 +213,7 @@ def test_another_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "array", "cut off", "damaged", "damaged and packed"])
-def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Reference, tmp_path: Path) -> None:
+def test_rejects_a_damaged_or_missing_file_in_one_line(kind: str, made: Reference, tmp_path: Path) -> None:
     path = tmp_path / "r.npz"
     if kind == "text":
         path.write_text("mu, sigma")
@@ -237,7 +237,7 @@ def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Refer
     assert_one_line(error, "there is no reference" if kind == "missing" else "is not a reference: ")
 
 
-def test_what_does_not_fit_is_refused(made: Reference) -> None:
+def test_rejects_another_extractor_checksum_or_size(made: Reference) -> None:
     other = Everything()
     with torch.no_grad():
         other.linear.bias.add_(1)
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_refused(made: Reference) -> None:
     replace(made, resolution=None, extractor_checksum=None).check(other, 16)
 
 
-def test_a_mix_up_is_explained(made: Reference) -> None:
+def test_explains_a_reference_for_another_purpose(made: Reference) -> None:
     other = replace(made, purpose="reconstruction")
     assert made.mismatch("generation", 3) is None
     assert other.mismatch("reconstruction", 40) is None
@@ -274,17 +274,17 @@ def test_a_mix_up_is_explained(made: Reference) -> None:
         assert all(phrase in warning for phrase in phrases)
 
 
-def test_images_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
+def test_warns_of_images_that_cannot_be_read(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 39, 0)
     (folder / "broken.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="1 images of .* cannot be read and are left out"):
+    with pytest.warns(UserWarning, match="1 images of .* cannot be read and are skipped"):
         made = make_reference(open_images(folder), Everything(), "a")
     assert made.count == 39
     assert made.features is not None
     assert len(made.features) == 39
 
 
-def test_progress_is_shown_with_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_a_progress_bar_with_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = open_images(write_npz(tmp_path / "a.npz", 12, 0))
     assert len(list(feature_batches(found, Everything(), 5, 0, "cpu", "looking"))) == 3
     shown = capsys.readouterr()

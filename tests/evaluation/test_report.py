@@ -1,4 +1,4 @@
-"""A report is whole or not there, is JSON, and has the paper's figures beside ours where they belong."""
+"""Reports are complete or absent, valid JSON, and show the paper's figures next to matching models."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def gpt(size: str = "B", side: int = 256, **options: Any) -> GPTConfig:
 
 
 @pytest.mark.parametrize("title", GENERATION)
-def test_a_model_of_the_paper_has_its_figures(title: str) -> None:
+def test_a_model_of_the_paper_gets_its_figures(title: str) -> None:
     size, side = title.removesuffix(" px").split(", ")
     (found,) = published(gpt(size, int(side)), int(side))
     assert found.title == title
@@ -51,7 +51,7 @@ def test_a_model_of_the_paper_has_its_figures(title: str) -> None:
 
 
 @pytest.mark.parametrize("key", RECONSTRUCTION)
-def test_a_tokenizer_of_the_paper_has_its_figures(key: tuple[tuple[int, ...], int]) -> None:
+def test_a_tokenizer_of_the_paper_gets_its_figures(key: tuple[tuple[int, ...], int]) -> None:
     (found,) = published(VQGANConfig(channel_multipliers=key[0]), key[1])
     assert found.title == f"VQ-{2 ** (len(key[0]) - 1)}, {key[1]} px"
     assert found.figures["rfid"] == RECONSTRUCTION[key]
@@ -67,11 +67,11 @@ def test_a_tokenizer_of_the_paper_has_its_figures(key: tuple[tuple[int, ...], in
         GPTConfig(dim=64, n_layer=2, n_head=2),
     ],
 )
-def test_another_model_has_the_whole_table_beside_it(config: GPTConfig | None) -> None:
+def test_another_model_gets_the_figures_of_all_models(config: GPTConfig | None) -> None:
     assert [each.title for each in published(config, 256)] == list(GENERATION)
 
 
-def test_a_model_of_text_has_no_figures_of_classes_beside_it() -> None:
+def test_a_text_model_gets_no_figures() -> None:
     assert published(gpt("XL", condition="text"), 256) == []
 
 
@@ -84,14 +84,14 @@ def test_a_model_of_text_has_no_figures_of_classes_beside_it() -> None:
         (VQGANConfig(codebook_size=64), 256),
     ],
 )
-def test_another_tokenizer_has_the_whole_table_beside_it(config: VQGANConfig, side: int | None) -> None:
+def test_another_tokenizer_gets_the_figures_of_all_tokenizers(config: VQGANConfig, side: int | None) -> None:
     assert len(published(config, side)) == len(RECONSTRUCTION)
 
 
 NUMBERS = {"gfid/imagenet256-adm": 12.3456, "gfid_digits/a": 1.0, "inception_score": 200.0, "test/psnr": 20.0}
 
 
-def test_one_model_of_the_paper_has_a_column() -> None:
+def test_one_model_of_the_paper_is_a_column() -> None:
     assert table(NUMBERS, published(gpt(), 256)).splitlines() == [
         "|  | measured | paper: B, 256 px |",
         "| --- | --- | --- |",
@@ -103,7 +103,7 @@ def test_one_model_of_the_paper_has_a_column() -> None:
     assert "| test/psnr | 20 | 20.79 |" in table(NUMBERS, published(VQGANConfig(), 256))
 
 
-def test_many_models_of_the_paper_have_a_table() -> None:
+def test_many_models_of_the_paper_are_a_table() -> None:
     ours, theirs = table(NUMBERS, published(None, None)).split("\n\n")
     assert ours.splitlines()[0] == "|  | measured |"
     assert theirs.splitlines()[0] == "| paper | gfid | inception_score | precision | recall |  |"
@@ -112,7 +112,7 @@ def test_many_models_of_the_paper_have_a_table() -> None:
     assert "| VQ-16, 512 px | 0.7 |  |  |" in table({}, published(VQGANConfig(), 64))
 
 
-def test_without_the_paper_there_are_our_numbers_alone() -> None:
+def test_without_figures_the_table_holds_results_only() -> None:
     assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | measured |", "| --- | --- |", "| gfid/a | 1 |"]
 
 
@@ -125,7 +125,7 @@ def write(folder: Path, numbers: dict[str, float] | None = None) -> None:
     Report("a against b", results, FACTS, [], grids).write(folder)
 
 
-def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
+def test_a_report_holds_results_facts_and_grids(tmp_path: Path) -> None:
     write(tmp_path / "new" / "report")
     files = {path.name for path in (tmp_path / "new" / "report").iterdir()}
     assert files == {"metrics.json", "report.md", *(f"{name}.png" for name in CAPTIONS)}
@@ -146,14 +146,14 @@ def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
+def test_writes_nan_and_infinity_as_null(tmp_path: Path) -> None:
     write(tmp_path / "r", {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 2.0})
     content = json.loads((tmp_path / "r" / "metrics.json").read_text(), parse_constant=refuse)
     assert content["metrics"] == {"a": None, "b": None, "c": None, "d": 2.0}
     assert "| a | nan |\n| b | inf |" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_an_older_report_is_replaced(tmp_path: Path) -> None:
+def test_replaces_an_older_report(tmp_path: Path) -> None:
     write(tmp_path / "r")
     (tmp_path / "r" / "old.png").touch()
     write(tmp_path / "r", {"gfid/b": 2.0})
@@ -163,7 +163,7 @@ def test_an_older_report_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["thesis.tex"], ["metrics.json", "thesis.tex"]])
-def test_a_folder_of_something_else_is_refused(names: list[str], tmp_path: Path) -> None:
+def test_rejects_a_folder_that_is_not_a_report(names: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "r"
     folder.mkdir()
     for name in names:
@@ -176,14 +176,14 @@ def test_a_folder_of_something_else_is_refused(names: list[str], tmp_path: Path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_file(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not a report"):
         write(tmp_path / "r")
     assert (tmp_path / "r").read_text() == "mine"
 
 
-def test_what_is_stopped_in_the_middle_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Inception gets its weights, or says what is missing and where it is to be had."""
+"""Inception loads its weights, or says what is missing and where to get it."""
 
 import hashlib
 import socket
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Every entry is one number, so that files of it are small."""
+    """Weights whose tensors are expanded scalars, so that their files are small."""
     return {
         name: torch.tensor(float(index)).expand(shape) for index, (name, shape) in enumerate(inception_shapes().items())
     }
@@ -30,19 +30,19 @@ def same(found: State, state: State) -> bool:
     return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_weights_are_read_from_a_file_of_any_name(tmp_path: Path, state: State) -> None:
+def test_reads_weights_from_a_file_of_any_name(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "new.pth")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert same(read_inception(tmp_path / "new.pth"), state)
     assert same(read_inception(str(tmp_path / "old.pth")), state)
 
 
-def test_weights_are_read_from_safetensors(tmp_path: Path, state: State) -> None:
+def test_reads_weights_from_safetensors(tmp_path: Path, state: State) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "inception.safetensors")
     assert same(read_inception(tmp_path / "inception.safetensors"), state)
 
 
-def test_the_network_has_the_weights_of_the_file_and_stays_fixed(tmp_path: Path, state: State) -> None:
+def test_loads_the_weights_and_stays_frozen(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "inception.pth")
     generator = torch.get_rng_state()
     net = Inception(tmp_path / "inception.pth")
@@ -52,12 +52,12 @@ def test_the_network_has_the_weights_of_the_file_and_stays_fixed(tmp_path: Path,
     assert not any(module.training for module in net.train().modules())
 
 
-def test_half_precision_weights_become_float32(tmp_path: Path, state: State) -> None:
+def test_converts_half_precision_weights_to_float32(tmp_path: Path, state: State) -> None:
     torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pth")
     assert {value.dtype for value in read_inception(tmp_path / "half.pth").values()} == {torch.float32}
 
 
-def test_counted_steps_of_training_are_passed_over(tmp_path: Path, state: State) -> None:
+def test_ignores_step_counters(tmp_path: Path, state: State) -> None:
     steps = {
         name.replace("running_mean", "num_batches_tracked"): torch.tensor(7)
         for name in state
@@ -68,7 +68,7 @@ def test_counted_steps_of_training_are_passed_over(tmp_path: Path, state: State)
     assert same(read_inception(tmp_path / "inception.pth"), state)
 
 
-def test_what_differs_in_a_file_is_listed_in_one_line(tmp_path: Path, state: State) -> None:
+def test_lists_differences_in_one_line(tmp_path: Path, state: State) -> None:
     wrong = state | {"AuxLogits.fc.bias": torch.ones(1), "fc.weight": torch.ones(1000, 2048)}
     del wrong["Mixed_6d.branch7x7dbl_4.bn.running_var"]
     torch.save(wrong, tmp_path / "torchvision.pth")
@@ -86,7 +86,7 @@ def test_what_differs_in_a_file_is_listed_in_one_line(tmp_path: Path, state: Sta
         assert part in text
 
 
-def test_a_list_of_differences_stays_short(tmp_path: Path) -> None:
+def test_limits_the_list_of_differences(tmp_path: Path) -> None:
     torch.save({f"layer{index}.weight": torch.ones(1) for index in range(300)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"is missing; .*; 752 more; get https://") as error:
         read_inception(tmp_path / "other.pth")
@@ -95,7 +95,7 @@ def test_a_list_of_differences_stays_short(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", [1, 2], {"fc.bias": "text"}])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_damaged_file_is_named(tmp_path: Path, state: State, content: Any, suffix: str) -> None:
+def test_names_a_damaged_file(tmp_path: Path, state: State, content: Any, suffix: str) -> None:
     path = tmp_path / f"inception.{suffix}"
     if content == "truncated":
         torch.save(state, path)
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, state: State, content: Any, suf
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_file_that_runs_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "ran",)
@@ -124,7 +124,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [fetch_inception, read_inception, Inception])
 @pytest.mark.parametrize("name", ["absent.pth", "folder"])
-def test_a_path_that_is_no_file_is_named_with_its_option(tmp_path: Path, read: Any, name: str) -> None:
+def test_names_the_option_of_a_path_that_is_not_a_file(tmp_path: Path, read: Any, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"weights .*{name} is not a file; .*features\.init_args\.weights") as error:
         read(tmp_path / name)
@@ -132,7 +132,7 @@ def test_a_path_that_is_no_file_is_named_with_its_option(tmp_path: Path, read: A
 
 
 class Mirror:
-    """The published file at an address that needs no network, and an empty cache to download it into."""
+    """The published file at a local address, and an empty cache."""
 
     def __init__(self, folder: Path, state: State, patch: pytest.MonkeyPatch) -> None:
         self.cache, self.published, self._patch = folder / "torch" / "hub" / "checkpoints", folder / FILE, patch
@@ -145,7 +145,7 @@ class Mirror:
         self.move(self.published.as_uri())
 
     def move(self, address: str) -> None:
-        """Expect the file elsewhere."""
+        """Change the expected address."""
         self.address = address
         self._patch.setattr(inception, "ADDRESS", address)
 
@@ -160,7 +160,7 @@ def mirror(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> Mir
 
 
 def refusal(mirror: Mirror) -> str:
-    """The error of a download, which has one line, says everything and leaves nothing behind."""
+    """The error of a download; checks that it has one line and leaves no files."""
     with pytest.raises(ValueError) as error:
         Inception()
     text = str(error.value)
@@ -171,7 +171,7 @@ def refusal(mirror: Mirror) -> str:
     return text
 
 
-def test_the_file_is_downloaded_once(mirror: Mirror, state: State, capsys: pytest.CaptureFixture[str]) -> None:
+def test_downloads_the_file_once(mirror: Mirror, state: State, capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch_inception() == mirror.cache / FILE
     assert "100%" in capsys.readouterr().err
     mirror.published.unlink()
@@ -180,7 +180,7 @@ def test_the_file_is_downloaded_once(mirror: Mirror, state: State, capsys: pytes
 
 
 @pytest.mark.parametrize("name", [FILE, OTHER_NAME])
-def test_the_cache_is_searched_for_both_names(mirror: Mirror, state: State, name: str) -> None:
+def test_looks_in_the_cache_for_both_names(mirror: Mirror, state: State, name: str) -> None:
     mirror.cache.mkdir(parents=True)
     mirror.published.rename(mirror.cache / name)
     assert fetch_inception() == mirror.cache / name
@@ -190,7 +190,7 @@ def test_the_cache_is_searched_for_both_names(mirror: Mirror, state: State, name
 
 @pytest.mark.parametrize("name", [FILE, OTHER_NAME])
 @pytest.mark.parametrize("given", [False, True])
-def test_a_file_of_the_published_name_with_another_checksum_is_refused(
+def test_rejects_another_checksum_under_the_published_name(
     mirror: Mirror, state: State, name: str, given: bool
 ) -> None:
     mirror.cache.mkdir(parents=True)
@@ -202,13 +202,13 @@ def test_a_file_of_the_published_name_with_another_checksum_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_download_with_another_checksum_is_thrown_away(mirror: Mirror) -> None:
+def test_discards_a_download_with_another_checksum(mirror: Mirror) -> None:
     mirror.published.write_bytes(mirror.published.read_bytes() + b"changed on the way")
     assert "invalid hash value" in refusal(mirror)
 
 
 @pytest.mark.parametrize("failure", [ConnectionResetError("reset by peer"), IncompleteRead(b"1234", 99)])
-def test_a_download_that_breaks_off_leaves_nothing(
+def test_an_interrupted_download_leaves_nothing(
     mirror: Mirror, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     urlopen = torch.hub.urlopen
@@ -229,25 +229,25 @@ def test_a_download_that_breaks_off_leaves_nothing(
     assert str(failure) in refusal(mirror)
 
 
-def test_a_file_that_is_not_where_it_was_published_is_reported(mirror: Mirror) -> None:
+def test_reports_a_file_missing_at_the_address(mirror: Mirror) -> None:
     mirror.published.unlink()
     assert "No such file" in refusal(mirror)
 
 
-def test_without_a_network_it_says_what_to_do(mirror: Mirror) -> None:
+def test_says_what_to_do_without_a_network(mirror: Mirror) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         mirror.move(f"http://127.0.0.1:{unused.getsockname()[1]}/{FILE}")
         assert "refused" in refusal(mirror)
 
 
-def test_a_cache_that_cannot_be_written_is_reported(mirror: Mirror) -> None:
+def test_reports_a_cache_that_cannot_be_written(mirror: Mirror) -> None:
     mirror.cache.parent.parent.mkdir()
     mirror.cache.parent.write_text("a file where the folder should be")
     assert "Not a directory" in refusal(mirror) or "exists" in refusal(mirror)
 
 
-def test_the_published_address_and_checksum_belong_together() -> None:
+def test_the_address_holds_the_start_of_the_checksum() -> None:
     assert inception.ADDRESS == (
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
     )
