@@ -27,9 +27,7 @@ def test_finds_images_that_cannot_be_right() -> None:
         "all 6 images are white (level 255 everywhere)": np.full_like(noise(), 255),
         "all 6 images are grey (level 7 everywhere)": np.full_like(noise(), 7),
         "all 6 images are the same image": noise(1).repeat(6, 0),
-        "the only levels are 0 and 1, as if floats in [0, 1] were cast to bytes; multiply by 255": floats.round().astype(
-            "u1"
-        ),
+        "the only levels are 0 and 1, as if floats in [0, 1] were cast to bytes; multiply": floats.round().astype("u1"),
         "the only levels are 0, 1 and 255, as if floats in [-1, 1]": np.array([0, 1, 255], "u1")[noise() % 3],
     }
     for fault, images in cases.items():

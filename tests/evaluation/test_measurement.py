@@ -14,8 +14,8 @@ from evaluation.measurement import METRICS, Measurement, check_metrics, result_n
 from evaluation.reference import Reference, make_reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extractor_checksum
 from llamagen.metrics.image_metric import ImageMetric
-from llamagen.metrics.result_names import ResultName
 from tests.evaluation.sets import FakeInception, write_npz
+from tests.metrics.brightness import Brightness
 from tests.metrics.extractors import SIZE, Corner, Everything, Projection, random_images
 
 
@@ -102,7 +102,8 @@ def test_names_include_purpose_extractor_and_reference(
 
 def test_names_of_all_results() -> None:
     assert result_names(METRICS, "generation", "inception", "a") == [
-        "gfid/a", "gsfid/a", "precision/a", "recall/a", "gkid/a", "gkid_std/a", "inception_score", "inception_score_std",
+        "gfid/a", "gsfid/a", "precision/a", "recall/a", "gkid/a", "gkid_std/a",
+        "inception_score", "inception_score_std",
     ]  # fmt: skip
     assert result_names(METRICS, "reconstruction", "inception") == [
         "rfid/val", "rsfid/val", "precision/val", "recall/val", "rkid/val", "rkid_std/val",
@@ -247,37 +248,6 @@ def test_warns_of_fewer_images_than_features(reference: Reference) -> None:
         measured(measurement, random_images(12, 1))
 
 
-class Brightness(ImageMetric):
-    """A metric that the project does not know: mean and maximum difference of the features' means."""
-
-    symbol = "brightness"
-    result_names = (ResultName("brightness", has_purpose=True), ResultName("brightness_max", has_reference=False))
-    reference_part = "features"
-    sums: Tensor
-    count: Tensor
-
-    def __init__(self, features: nn.Module, image_size: int, reference: Tensor | None = None) -> None:
-        super().__init__(features, image_size, reference)
-        self.add_state("sums", torch.zeros(self.width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
-
-    def checked_reference(self, reference: Tensor) -> Tensor:
-        return reference.double().mean(0)
-
-    def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        if not real:
-            rows = self.rows(images).double()
-            self.sums += rows.sum(0)
-            self.count += len(rows)
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        differences = (self.sums / self.count - self.reference.to(self.sums)).abs()
-        return differences.mean(), differences.max()
-
-    def caveats(self) -> list[str]:
-        return [f"brightness of {int(self.count)} images"]
-
-
 def test_measures_a_further_metric(reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference, metrics=[*METRICS, Brightness])
     with pytest.warns(UserWarning, match="brightness of 30 images"):
@@ -311,7 +281,7 @@ def test_rejects_metrics_with_the_same_names() -> None:
         symbol = "other"
 
     for metrics in ([FID, KID, FID], [Brightness, Other]):
-        with pytest.raises(ValueError, match="two metrics are named .* symbols of its own"):
+        with pytest.raises(ValueError, match=r"two metrics are named .* symbols of its own"):
             check_metrics(metrics)
 
 
