@@ -205,23 +205,23 @@ def load_clip(name: str | Path) -> "tuple[CLIPModel, PreTrainedTokenizerBase, Pr
 def _check(config: Any, tokenizer: "PreTrainedTokenizerBase", source: str, local: bool) -> Preparation:
     from transformers import ImageProcessingMixin
 
-    said, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
-    preparation = _preparation(said, config.vision_config.image_size)
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+    preparation = _preparation(settings, config.vision_config.image_size)
     _check_tokenizer(tokenizer, config.text_config)
     return preparation
 
 
-def _preparation(said: dict[str, Any], image_size: int) -> Preparation:
+def _preparation(settings: dict[str, Any], image_size: int) -> Preparation:
     """Preprocessing according to ``preprocessor_config.json``; defaults are those of CLIP's publication."""
-    side, crop = _side(said.get("size", image_size)), _side(said.get("crop_size", image_size))
+    side, crop = _side(settings.get("size", image_size)), _side(settings.get("crop_size", image_size))
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if not all(said.get(step, True) for step in steps) or crop != image_size or side is None or side < crop:
+    if not all(settings.get(step, True) for step in steps) or crop != image_size or side is None or side < crop:
         raise ValueError(
             f"its preprocessor_config.json does not resize the shorter side and cut out {image_size} × {image_size} "
             "pixels"
         )
-    mean, std = (tuple(map(float, said.get(key, values))) for key, values in (("image_mean", MEAN), ("image_std", STD)))
-    return Preparation(side, crop, int(said.get("resample", 3)), mean, std)
+    mean, std = (tuple(map(float, settings.get(key, values))) for key, values in (("image_mean", MEAN), ("image_std", STD)))
+    return Preparation(side, crop, int(settings.get("resample", 3)), mean, std)
 
 
 def _side(size: Any) -> int | None:

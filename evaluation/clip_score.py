@@ -82,18 +82,18 @@ def clip_score(
     images = read_prompt_images(samples)
     model = Clip(clip).to(place)
     scores, checksum = _scores(images, model, batch_size, num_workers, place)
-    whole = score_of(scores)
-    if not math.isfinite(whole.mean):
-        raise ValueError(f"the CLIP score by {clip} is {whole.mean}; its weights are damaged: get them again")
+    total = score_of(scores)
+    if not math.isfinite(total.mean):
+        raise ValueError(f"the CLIP score by {clip} is {total.mean}; its weights are damaged: get them again")
     name = f"clip_score_{model.name}"
-    results = {name: whole.mean} | ({} if whole.error is None else {f"{name}_error": whole.error})
+    results = {name: total.mean} | ({} if total.error is None else {f"{name}_error": total.error})
     prompts = _by(images, scores, lambda image: (image.number, image.prompt))
     columns = by_column(images, scores)
     cut = sum(model.was_cut(prompt) for _, prompt in prompts)
     if out is not None:
         facts = {
             "metrics": results,
-            "images": {"source": str(samples), "count": whole.images, "checksum": checksum},
+            "images": {"source": str(samples), "count": total.images, "checksum": checksum},
             "extractor": {
                 "name": model.name,
                 "source": model.source,
@@ -114,7 +114,7 @@ def clip_score(
         }
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(_table(name, whole, prompts, columns))
+    print(_table(name, total, prompts, columns))
     if cut:
         print(f"{cut} of {len(prompts)} prompts are cut to the {model.length} tokens that {model.name} reads")
     if out is not None:
@@ -192,8 +192,8 @@ def by_column(images: Sequence[PromptImage], scores: np.ndarray) -> dict[str, di
     return found
 
 
-def _table(name: str, whole: Score, prompts: dict[Any, Score], columns: dict[str, dict[str, Score]]) -> str:
-    rows = [[name, *whole.cells()]]
+def _table(name: str, total: Score, prompts: dict[Any, Score], columns: dict[str, dict[str, Score]]) -> str:
+    rows = [[name, *total.cells()]]
     for column, found in columns.items():
         rows += [[_cell(f"{column}: {value}"), *score.cells()] for value, score in sorted(found.items())]
     rows += [[_cell(label), *score.cells()] for label, score in _shown(prompts)]

@@ -97,7 +97,7 @@ def check_finite_features(features: Features, name: str, blame: Callable[[], str
     def explain(rows: list[int]) -> FloatingPointError:
         part, dtype = next((part, value.dtype) for part, value in parts.items() if not_finite(value).any())
         precision = str(dtype).removeprefix("torch.")
-        return refusal(f"the {part} features of the extractor {name} are", precision, blame(), rows, broken.shape[1])
+        return refusal(f"the {PARTS[part]} of the extractor {name} are", precision, blame(), rows, broken.shape[1])
 
     FiniteCheck(broken.any(0), explain)()
 

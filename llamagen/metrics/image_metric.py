@@ -10,6 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from llamagen.finite import is_finite
 from llamagen.metrics.features import (
+    PARTS,
     Features,
     check_finite_features,
     check_uint8_images,
@@ -107,7 +108,7 @@ class ImageMetric(Metric):
         rows: Tensor | None = getattr(features, self.part)
         if rows is None:
             raise ValueError(
-                f"{type(self).__name__} needs {self.part} features, which {extractor_name(self.extractor)} does not "
+                f"{type(self).__name__} needs {PARTS[self.part]}, which {extractor_name(self.extractor)} does not "
                 "give; use another extractor or leave the metric out"
             )
         return rows

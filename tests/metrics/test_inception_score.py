@@ -112,10 +112,10 @@ def test_rejects_splits_below_one(splits: int) -> None:
 
 
 def test_rejects_an_extractor_without_logits() -> None:
-    with pytest.raises(ValueError, match="InceptionScore needs logits features, which Projection does not give; use"):
+    with pytest.raises(ValueError, match="InceptionScore needs logits, which Projection does not give; use"):
         InceptionScore(Projection(), SIZE)
     metric = InceptionScore(Everything(), SIZE)
-    with pytest.raises(ValueError, match="InceptionScore needs logits features, which everything does not give"):
+    with pytest.raises(ValueError, match="InceptionScore needs logits, which everything does not give"):
         metric.update(Features(torch.zeros(2, 7)))
 
 
