@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from callbacks import StopOnSignal
+from callbacks.checkpoints import RunCheckpoint
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_places
 from datamodules import (
@@ -119,6 +120,9 @@ class LlamaGenCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         use_metrics_logger(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.resolve_folder(trainer)
         check_places(trainer)
         return trainer
 
