@@ -1,6 +1,5 @@
 """Features of images, the input of the metrics. B images of H × W pixels, F and S features, K classes."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.state_dicts import tensors_checksum
 
 
 class Features(NamedTuple):
@@ -157,8 +157,4 @@ def extractor_name(extractor: nn.Module) -> str:
 
 def extractor_checksum(extractor: nn.Module) -> str:
     """SHA-256 over names and values of an extractor's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(extractor.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_checksum(extractor.state_dict())

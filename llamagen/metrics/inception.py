@@ -1,34 +1,34 @@
 """Inception-2015, the network of FID and the Inception Score. B images of H × W pixels."""
 
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import atomic_file, sha256_of
-from llamagen.full_disk import DiskFullError
+from llamagen.files import sha256_of
 from llamagen.metrics.features import Features
+from llamagen.published_weights import PublishedWeights
 
 SIZE = 299
 CLASSES = 1008
 EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
-FILE = "weights-inception-2015-12-05-6726825d.pth"
-OTHER_NAME = "pt_inception-2015-12-05-6726825d.pth"
-"""What pytorch-fid calls the same file."""
-ADDRESS = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-CHECKSUM = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the file."""
-HOW_TO_GIVE = (
-    "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
-    "--features.weights … of python -m evaluation"
+WEIGHTS = PublishedWeights(
+    network="Inception of 2015-12-05, the network of FID",
+    name="weights-inception-2015-12-05-6726825d.pth",
+    address=(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+    ),
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    options=(
+        "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
+        "--features.weights … of python -m evaluation"
+    ),
+    other_names=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's
 )
-MAX_LISTED = 20
 
 
 class Layer(NamedTuple):
@@ -278,7 +278,7 @@ class Inception(InceptionNet):
             :func:`read_inception`.
 
     Raises:
-        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+        ValueError: in one line, if the file is not available, damaged, or holds other weights.
     """
 
     name = "inception"
@@ -320,79 +320,35 @@ def inception_shapes() -> dict[str, torch.Size]:
 
 
 def fetch_inception(weights: Path | str | None = None) -> Path:
-    """The file of the weights, downloaded if need be; it is not read.
+    """Find the file of the weights, or download it; its content is not read.
 
     Args:
-        weights: the file; None looks into torch.hub's cache folder, for it or for what pytorch-fid calls it, and
-            downloads it if it is not there.
+        weights: the file; None looks into torch.hub's cache folder, also under pytorch-fid's name of the file, and
+            downloads the file if it is missing.
 
     Raises:
-        ValueError: in one line, if it cannot be had.
+        ValueError: in one line, if the file does not exist or could not be downloaded.
     """
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise ValueError(f"weights {weights} is not a file; get {ADDRESS} and give its path as {HOW_TO_GIVE}")
-        return Path(weights)
-    folder = Path(get_dir()) / "checkpoints"
-    for name in (FILE, OTHER_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    try:  # under a temporary name until it is whole and its checksum is right
-        with atomic_file(folder / FILE) as temporary:
-            download_url_to_file(ADDRESS, str(temporary), hash_prefix=CHECKSUM)
-    except DiskFullError:
-        raise
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise ValueError(
-            f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
-            f"({error}); put the file there, or give its path as {HOW_TO_GIVE}"
-        ) from None  # what urllib was led to it by is three pages
-    return folder / FILE
+    return WEIGHTS.fetch(weights)
 
 
 def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
-    """The weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
+    """Read the weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
 
     Args:
-        weights: a ``.pth`` or ``.safetensors`` of them; as for :func:`fetch_inception`. A file that has the name of
-            the published one must have its checksum. What counts the steps of training may be there or not.
+        weights: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_inception`. A file that has the name
+            of the published one must have its checksum. ``num_batches_tracked`` is optional.
 
     Returns:
         Weights by their published names, float32, on the CPU.
 
     Raises:
-        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+        ValueError: in one line, if the file is not available, damaged, or holds other weights.
     """
     file = fetch_inception(weights)
-    if file.name in (FILE, OTHER_NAME) and (digest := sha256_of(file)) != CHECKSUM:
+    if file.name in (WEIGHTS.name, *WEIGHTS.other_names) and (digest := sha256_of(file)) != WEIGHTS.sha256:
         raise ValueError(
-            f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
-            "it another name if other weights are meant"
+            f"{file} has the SHA-256 {digest}, not {WEIGHTS.sha256} as published; remove it and get {WEIGHTS.address}, "
+            "or rename it if other weights are intended"
         )
-    try:
-        found = {name: value.float() for name, value in _load(file).items() if not name.endswith("num_batches_tracked")}
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{file} cannot be read as Inception ({type(error).__name__}); get {ADDRESS}") from error
-    wanted = inception_shapes()
-    faults = [
-        *(f"{name} is missing" for name in wanted if name not in found),
-        *(f"{name} is unexpected" for name in found if name not in wanted),
-        *(
-            f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
-            for name, shape in wanted.items()
-            if name in found and found[name].shape != shape
-        ),
-    ]
-    if faults:
-        listed = "; ".join(faults[:MAX_LISTED]) + (f"; {more} more" if (more := len(faults) - MAX_LISTED) > 0 else "")
-        raise ValueError(f"{file} is not Inception of 2015-12-05: {listed}; get {ADDRESS}")
-    return found
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file  # imported here because few need it
-
-        return load_file(file)
-    content: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return content
+    return WEIGHTS.read(file, inception_shapes(), ignored_suffix="num_batches_tracked")
