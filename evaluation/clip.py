@@ -220,7 +220,8 @@ def _preparation(settings: dict[str, Any], image_size: int) -> Preparation:
             f"its preprocessor_config.json does not resize the shorter side and cut out {image_size} × {image_size} "
             "pixels"
         )
-    mean, std = (tuple(map(float, settings.get(key, values))) for key, values in (("image_mean", MEAN), ("image_std", STD)))
+    defaults = (("image_mean", MEAN), ("image_std", STD))
+    mean, std = (tuple(map(float, settings.get(key, values))) for key, values in defaults)
     return Preparation(side, crop, int(settings.get("resample", 3)), mean, std)
 
 

@@ -367,7 +367,7 @@ def test_the_error_without_inception_weights_names_the_file(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
         train(vqgan_module(), pipeline, tmp_path, FIDMonitor(), max_steps=2)

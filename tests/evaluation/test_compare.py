@@ -274,7 +274,7 @@ def test_says_what_to_do_without_the_weights_of_inception(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for command in (("compare", root / "fake", root / "real"), ("reference", root / "real", tmp_path / "r.npz")):
         message = fails(capsys, *command)
