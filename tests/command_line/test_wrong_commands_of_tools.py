@@ -10,7 +10,7 @@ from PIL import Image
 MODULES = {
     "evaluation": "evaluation.__main__",
     "export": "llamagen.checkpoints.export",
-    "cost": "llamagen.cost",
+    "cost": "llamagen.cost.__main__",
     "packing": "datamodules.packing",
     "inspection": "datamodules.inspection",
 }

@@ -25,7 +25,9 @@ def test_notices_a_broken_extractor_at_construction_and_in_each_batch() -> None:
     with torch.no_grad():
         extractor.linear.weight[0, 0] = NAN
         measurement.extractor.linear.bias[2] = NAN  # type: ignore[union-attr,operator,index]
-    message = r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
+    message = (
+        r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
+    )
     for make in (lambda: metric.update(random_images(3, 0)), lambda: KID(extractor, SIZE)):
         with pytest.raises(FloatingPointError, match=message):
             make()
