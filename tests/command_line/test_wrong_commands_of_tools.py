@@ -10,7 +10,7 @@ from PIL import Image
 MODULES = {
     "evaluation": "evaluation.__main__",
     "export": "llamagen.checkpoints.export",
-    "cost": "llamagen.cost",
+    "cost": "llamagen.cost.__main__",
     "packing": "datamodules.packing",
     "inspection": "datamodules.inspection",
 }
@@ -29,7 +29,7 @@ WRONG: dict[str, str] = {
     f"evaluation compare real real {EVERYTHING} --report=/proc/nowhere/a": "/proc/nowhere/a",
     f"evaluation compare real real {EVERYTHING} --report=classes": "classes exists and is not a report",
     f"evaluation compare missing real {EVERYTHING} --batch_size=0": "batch_size is 0",
-    f"evaluation compare missing real {EVERYTHING} --num_workers=-1": "num_workers -1",
+    f"evaluation compare missing real {EVERYTHING} --num_workers=-1": "num_workers is -1",
     f"evaluation compare real real {EVERYTHING} --batch_size=1.5": "batch_size",
     f"evaluation compare real real {EVERYTHING} --image_size=0": "image_size is 0",
     "evaluation compare real real --features=Classifier --features.weights=classes": "classes",
