@@ -2,8 +2,8 @@
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 
-Prints a table, then a line of JSON. ``sampled alike`` is the share of positions at which the same noise would sample the
-same code.
+Prints a table, then a line of JSON. ``sampled alike`` is the share of positions at which the same noise would sample
+the same code.
 """
 
 import argparse
