@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, spread
+from evaluation.extraction import feature_batches
 from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
-from evaluation.reference import Reference, look_at, make_reference
+from evaluation.reference import Reference, make_reference
 from llamagen.files import atomic_file
 from llamagen.metrics import Features, InceptionNet, extract, frechet_distance
 
@@ -116,7 +117,7 @@ def measure_archive(path: Path, reference: Reference | None, device: str) -> tup
     images, stub, before = open_images(path), Stub(), peak()
     measurement = Measurement(stub, SIDE, "generation", reference).to(device)
     started = time.perf_counter()
-    for _, index, features, _ in look_at(images, stub, 64, 0, device, path.name):
+    for _, index, features, _ in feature_batches(images, stub, 64, 0, device, path.name):
         measurement.add(features, index)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "peak_mb_before": before, "peak_mb": peak()}, measurement

@@ -76,7 +76,7 @@ class PlainStep:
         """Reconstructions and the quantiser's loss."""
         latent = self.vqgan.quant_conv(self.vqgan.encoder(images))
         with torch.autocast(images.device.type, enabled=False):
-            quantized, loss = quantize(latent, self.vqgan.quantize.embedding.weight)
+            quantized, loss = quantize(latent, self.vqgan.quantize.get_parameter("embedding.weight"))
         return self.vqgan.decoder(self.vqgan.post_quant_conv(quantized)), loss
 
     def __call__(self, images: Tensor, autocast: torch.autocast) -> None:

@@ -148,7 +148,7 @@ def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> d
     """Each part of a step as a function, and its input."""
     vqgan, discriminator = step.vqgan.to(images.device), step.discriminator
     assert discriminator is not None
-    weight = vqgan.quantize.embedding.weight
+    weight = vqgan.quantize.get_parameter("embedding.weight")
     if isinstance(step, VQGANModule):
         lpips = step._lpips[0].to(images.device)
         images = images.to(memory_format=step.memory_format)
