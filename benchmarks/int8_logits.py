@@ -20,7 +20,7 @@ from datamodules import CodeDataModule
 from llamagen.checkpoints.contents import build_model
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 from llamagen.sampling.decode_weights import DecodeWeights
 
 
@@ -50,7 +50,7 @@ def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, fl
         true = gpt(codes[:, :-1], batch["condition"]).flatten(0, 1)
         found = other(codes[:, :-1], batch["condition"]).flatten(0, 1).float()
         noise = gumbel(seed_tensor(0), torch.arange(len(true)), torch.tensor(number), counters)
-        one, two = (draw(logits, SamplingConfig(), noise) for logits in (true, found))
+        one, two = (sample_codes(logits, SamplingConfig(), noise) for logits in (true, found))
         sums["logit change"] += float((found - true).square().mean(1).sqrt().sum())
         kl = F.kl_div(found.log_softmax(-1), true.log_softmax(-1), log_target=True, reduction="sum")
         sums["KL divergence"] += float(kl)
