@@ -15,8 +15,8 @@ from callbacks import EMA, CompiledSampling, SampleGrid
 from datamodules import SampleDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
-from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.cpu.decoder import CPUDecoder
+from llamagen.sampling.decode_weights import DecodeWeights
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
