@@ -27,13 +27,13 @@ from callbacks.protocols import (
     require,
 )
 from evaluation.gallery import Gallery
-from evaluation.measurement import OWN_NAME, SYMBOLS, Measurement, name_of
-from evaluation.reference import Purpose, Reference, completed, read_reference
+from evaluation.measurement import METRICS, OWN_NAME, Measurement, check_metrics, result_names
+from evaluation.reference import Reference, read_reference, with_features
 from llamagen.checkpoints.contents import weights_checksum
-from llamagen.metrics import Features, Inception, extractor_checksum, extractor_name
+from llamagen.metrics import FID, Features, Inception, extractor_checksum, extractor_name
+from llamagen.metrics.image_metric import ImageMetric
+from llamagen.metrics.result_names import PURPOSES, Purpose
 from llamagen.sampling.pixels import check_image_size, to_pixels
-
-METRIC_PREFIXES = ("gfid", "gsfid", "gkid", "rfid", "rsfid", "rkid", "precision", "recall", "inception_score")
 
 
 class FIDMonitor(pl.Callback):
@@ -61,6 +61,7 @@ class FIDMonitor(pl.Callback):
         image_size: side in pixels to which reconstructions are resized before they are measured (bicubic, not
             antialiased), as the paper resizes those of 384 and 512 px to 256; null keeps their size. The size of
             sampled images is set by the model's own ``image_size``.
+        extra_metrics: class paths of further metrics, see docs/extending.md.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FIDMonitor(pl.Callback):
         seed: int = 0,
         batch_size: int = 64,
         image_size: int | None = None,
+        extra_metrics: list[type[ImageMetric]] | None = None,
     ) -> None:
         super().__init__()
         if count < 2 or every_n_validations < 1 or batch_size < 1:
@@ -82,6 +84,8 @@ class FIDMonitor(pl.Callback):
         self.count, self.every_n_validations, self.seed, self.batch_size = count, every_n_validations, seed, batch_size
         check_image_size(image_size)
         self.features, self.image_size = features, image_size
+        self.metrics = (*METRICS, *(extra_metrics or ()))
+        check_metrics(self.metrics)
         self.reference: Reference | None = None if reference is None else read_reference(reference)
         self.measurement: Measurement | None = None
         self._gallery: Gallery | None = None
@@ -112,13 +116,13 @@ class FIDMonitor(pl.Callback):
         self._kind: Purpose = "reconstruction" if module is None else "generation"
         if self.reference is not None:
             self.reference.check(self.features, size)
-            if warning := self.reference.mix_up(self._kind):
+            if warning := self.reference.mismatch(self._kind):
                 rank_zero_warn(warning)
         self._size = size
         self.measurement = None
         # A reference of images has no features yet; they are extracted at the first measurement, on the device.
         if self.reference is None or self.reference.images is None:
-            self.measurement = Measurement(self.features, size, self._kind, self.reference)
+            self.measurement = Measurement(self.features, size, self._kind, self.reference, metrics=self.metrics)
 
     def _generated_size(self, module: GeneratesImages) -> int:
         """Side of the images that the module will sample."""
@@ -151,10 +155,13 @@ class FIDMonitor(pl.Callback):
         return self.image_size or require(HasImageSize, datamodule(trainer), self).image_size
 
     def _check_checkpoints(self, trainer: pl.Trainer) -> None:
+        measured = tuple(
+            name.stem(purpose) for metric in self.metrics for name in metric.result_names for purpose in PURPOSES
+        )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, ModelCheckpoint) or callback.save_top_k <= 1 or self.every_n_validations == 1:
                 continue
-            if (callback.monitor or "").startswith(METRIC_PREFIXES):
+            if (callback.monitor or "").startswith(measured):
                 raise ValueError(
                     f"{type(callback).__name__} keeps the best {callback.save_top_k} by {callback.monitor}, which "
                     f"FIDMonitor measures only at every {self.every_n_validations}. validation: checkpoints in between "
@@ -193,8 +200,8 @@ class FIDMonitor(pl.Callback):
         if self.measurement is None:
             if self.reference is not None:
                 show = shows_progress(trainer)
-                self.reference = completed(self.reference, self.features, pl_module.device, show)
-            self.measurement = Measurement(self.features, self._size, self._kind, self.reference)
+                self.reference = with_features(self.reference, self.features, pl_module.device, show)
+            self.measurement = Measurement(self.features, self._size, self._kind, self.reference, metrics=self.metrics)
         self.measurement.to(pl_module.device)
 
     def on_validation_batch_end(
@@ -267,7 +274,7 @@ class FIDMonitor(pl.Callback):
         features: Features = self.measurement.update(images, index)
         self._add_time("features", started, images)
         if self._gallery is not None:
-            self._gallery.show(images, index, features.pool, labels, originals, captions)
+            self._gallery.add(images, index, features.pool, labels, originals, captions)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sample images if the model generates them, and log the metrics."""
@@ -276,7 +283,7 @@ class FIDMonitor(pl.Callback):
         if self._active:
             self._last = self._finish(trainer, pl_module)
         elif trainer.state.fn == "fit":  # only for checkpoint callbacks
-            last = {self._name_of("fid"): float("inf"), **self._last}
+            last = {self._names([FID])[0]: float("inf"), **self._last}
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in last.items()})
         self._active = False
 
@@ -297,12 +304,12 @@ class FIDMonitor(pl.Callback):
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that may be logged; after ``setup``."""
-        return [self._name_of(symbol) for symbol in SYMBOLS]
+        return self._names(self.metrics)
 
-    def _name_of(self, symbol: str) -> str:
+    def _names(self, metrics: Sequence[type[ImageMetric]]) -> list[str]:
         assert self.features is not None
-        name = OWN_NAME if self.reference is None else self.reference.name
-        return name_of(symbol, self._kind, extractor_name(self.features), name)
+        reference = OWN_NAME if self.reference is None else self.reference.name
+        return result_names(metrics, self._kind, extractor_name(self.features), reference)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         assert self.measurement is not None
@@ -314,7 +321,7 @@ class FIDMonitor(pl.Callback):
         total = int(
             trainer.strategy.reduce(torch.tensor(self.measurement.count, device=pl_module.device), reduce_op="sum")
         )
-        if self.reference is not None and (warning := self.reference.mix_up(self._kind, total)) and not fit:
+        if self.reference is not None and (warning := self.reference.mismatch(self._kind, total)) and not fit:
             rank_zero_warn(warning)
         with torch.inference_mode(False), torch.no_grad():  # training cannot write to inference tensors
             metrics = {name: value.item() for name, value in self.measurement.compute().items()}

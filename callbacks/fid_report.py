@@ -9,7 +9,7 @@ import torch.distributed as dist
 from evaluation.gallery import Gallery
 from evaluation.published import published
 from evaluation.reference import Reference
-from evaluation.report import check_report, write_report
+from evaluation.report import Report, check_report
 
 FOLDER = "report"
 
@@ -44,17 +44,17 @@ def write_test_report(
     if trainer.world_size > 1:
         galleries: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(galleries, gallery)
-        gallery = Gallery().together(galleries)
+        gallery = Gallery().merge(galleries)
     if not trainer.is_global_zero:
         return
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     folder = Path(trainer.default_root_dir) / FOLDER
-    write_report(
-        folder,
+    report = Report(
         f"{type(generator).__name__} against {reference.name if reference else 'its images'}",
         metrics | logged,
         facts,
         published(generator.config, facts["images"]["resolution"]),
         gallery.grids(reference),
     )
+    report.write(folder)
     print(f"report: {folder / 'report.md'}", flush=True)

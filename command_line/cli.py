@@ -75,6 +75,11 @@ class LlamaGenCLI(LightningCLI):
             return
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        if self.config.subcommand in ("test", "predict") and config.get("trainer.default_root_dir") is None:
+            # Overlays for these stages set it to null: results must not end up in the folder of the training run.
+            self.parser.error(
+                f"{self.config.subcommand} needs a folder for its results; give --trainer.default_root_dir FOLDER"
+            )
         if _is_frozen(config.get("model.class_path")):
             self._check_frozen(config)
         elif path is None and self.config.subcommand != "fit" and not config.get("model.init_args.init_from"):

@@ -210,7 +210,7 @@ def test_rejects_a_folder_of_other_files_before_sampling(
     trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
     module = sampling_module(pipeline)
     monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("sampled"))
-    with pytest.raises(ValueError, match="report is there and is no report; move it away"):
+    with pytest.raises(ValueError, match="report exists and is not a report; move it away"):
         trainer.test(module, SampleDataModule(10, 2, 8), verbose=False)
 
 
@@ -367,7 +367,7 @@ def test_the_error_without_inception_weights_names_the_file(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
         train(vqgan_module(), pipeline, tmp_path, FIDMonitor(), max_steps=2)

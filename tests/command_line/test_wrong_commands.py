@@ -60,7 +60,7 @@ FIT_TOKENIZER = {
     "--trainer.gradient_clip_val=x": "trainer.gradient_clip_val",
     "--trainer.default_root_dir={tmp}/file/run": "not a folder",
     "--ckpt_path={tmp}/file": "file",
-    "--ckpt_path={argen}": "holds a GPT, but a VQGAN is to be loaded",
+    "--ckpt_path={argen}": "holds a GPT, but a VQGAN is expected",
     "--config={tmp}/nowhere.yaml": "nowhere.yaml",
     "--config={tmp}/file": "file",
     with_callback("ModelCheckpoint", "monitor=val/psmr", "mode=max"): "monitor is 'val/psmr'",
@@ -95,7 +95,7 @@ FIT_ARGEN = {
     f"{MODEL}.sampling.top_p=1.5": "top_p is 1.5",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
     f"{MODEL}.loss.label_smoothing=2": "label_smoothing is 2",
-    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is to be loaded",
+    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("SampleGrid", "per_class=0"): "per_class 0",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",
@@ -125,7 +125,7 @@ PREDICT_ARGEN = {
 VALIDATE_TOKENIZER = {
     "--ckpt_path=null": "validate needs a trained model",
     f"{DATA}.root={{tmp}}/nowhere": "nowhere",
-    f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4) there and (64, 4) here",
+    f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4), expected (64, 4)",
     "--trainer.limit_val_batches=-1": "limit_val_batches",
     "--data=CaptionDataModule --data.root={tmp}/nowhere": "CaptionDataModule is for predict",
 }
