@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from datamodules.loading.loader import EvaluationLoader, TrainLoader, ranks_wait
 from datamodules.loading.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.bad_samples import REASONS, Tally
+from datamodules.storage.bad_examples import REASONS, Tally
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.index import CAPTIONS, ExampleIndex
 from datamodules.storage.remote import ShardCache, check_presence, is_remote
 from datamodules.storage.sources import SPLITS, Source, find_sources, hold_out
 from llamagen.option_checks import (
@@ -31,7 +31,7 @@ from llamagen.option_checks import (
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Samples from folders and shards, near or far; training in a reproducible, resumable order.
+    """Examples from folders and shards, near or far; training in a reproducible, resumable order.
 
     ``fit`` trains on ``train`` and validates on ``val``, ``validate`` and ``test`` read ``val``, ``predict`` reads
     both, in the order of :attr:`predict_splits`. Remote shards are fetched whole into ``cache_dir`` before training.
@@ -40,20 +40,20 @@ class ShardDataModule(pl.LightningDataModule):
         root: folder or address of the set. Within it ``train`` and ``val`` (or ``training``, ``Train``, ``validation``,
             ``dev`` and so on), each a folder of class folders or of shards; or the class folders or shards themselves;
             or shards by a pattern, as for ``train``.
-        batch_size: samples a rank and batch.
+        batch_size: examples a rank and batch.
         train: instead of all of ``root``, a folder, or shards by path or address (``http(s)://``, ``s3://``, ``gs://``)
             with patterns like ``{000..123}``; or a list of these.
         val: the same for validation, instead of what is in ``root``.
-        val_share: share of the training samples that is kept for validation where there is nothing else for it, drawn
+        val_share: share of the training examples that is kept for validation where there is nothing else for it, drawn
             by their keys.
         num_workers: processes a rank that prepare batches; 0 for none.
-        seed: decides the order of each training epoch, and random choices within a sample.
-        remainder: of an epoch's samples that do not fill a batch on every rank: ``keep`` them, so that the last batches
+        seed: decides the order of each training epoch, and random choices within an example.
+        remainder: of an epoch's examples that do not fill a batch on every rank: ``keep`` them, so that the last batches
             are smaller, ``drop`` them, or ``repeat`` the first ones to fill up.
-        resampled_epoch: None reads every training sample once an epoch. A number draws shards at random with
+        resampled_epoch: None reads every training example once an epoch. A number draws shards at random with
             replacement, without end, for sets that are too large to be fetched or shuffled whole; it says after how
-            many samples an epoch is over.
-        max_bad_share: share of samples that may be broken and are skipped; more is an error.
+            many examples an epoch is over.
+        max_bad_share: share of examples that may be broken and are skipped; more is an error.
         cache_dir: where remote shards and the indexes of shards are kept; None for ``~/.cache/llamagen``.
         cache_gb: with ``resampled_epoch``, gigabytes of remote shards to keep.
         allow_pipe: let addresses like ``pipe:aws s3 cp … -`` run their command.
@@ -63,7 +63,7 @@ class ShardDataModule(pl.LightningDataModule):
     """
 
     extensions: tuple[str, ...] = ()
-    """A sample needs one of these members."""
+    """An example needs one of these members."""
 
     hint = "give the folder that holds the data of each split"
     """What to do if there are no data; ends the error message."""
@@ -115,14 +115,14 @@ class ShardDataModule(pl.LightningDataModule):
         self.tallies: dict[str, Tally] = {}
         self.datasets: dict[str, Dataset[Any]] = {}
         self._sources: dict[str, Source | None] | None = None
-        self._indexes: dict[str, SampleIndex | StreamIndex] = {}
+        self._indexes: dict[str, ExampleIndex | StreamIndex] = {}
         self._train_loader: TrainLoader | None = None
         self._place: dict[str, int] | None = None
         self._shards: dict[str, tuple[int, Collection[int]]] = {}
 
     @abstractmethod
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> Dataset[Any]:
-        """The dataset of a split's samples; it is asked for (number, epoch) and has a length."""
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> Dataset[Any]:
+        """The dataset of a split's examples; it is asked for (number, epoch) and has a length."""
 
     @property
     def rank(self) -> int:
@@ -152,21 +152,21 @@ class ShardDataModule(pl.LightningDataModule):
             ValueError: if something is missing, empty, or too much of it cannot be used.
         """
         if stage == "predict" and self.resampled_epoch:
-            raise ValueError("predict reads each sample once; leave resampled_epoch out")
+            raise ValueError("predict reads each example once; leave resampled_epoch out")
         self.tallies = {}
         for split in _splits_of(stage):
-            samples = self._index(split)
-            bad = samples.bad if isinstance(samples, SampleIndex) else ()
-            self.captioned = self.captioned or not set(CAPTIONS).isdisjoint(samples.members)
-            count = self.resampled_epoch if isinstance(samples, StreamIndex) else len(samples)
-            if self._found()["val"] is None:  # two parts of one source: few held-out samples say little of its share
+            examples = self._index(split)
+            bad = examples.bad if isinstance(examples, ExampleIndex) else ()
+            self.captioned = self.captioned or not set(CAPTIONS).isdisjoint(examples.members)
+            count = self.resampled_epoch if isinstance(examples, StreamIndex) else len(examples)
+            if self._found()["val"] is None:  # two parts of one source: few held-out examples say little of its share
                 count = sum(len(index) for index in self._indexes.values())
             keep, alone = stage == "predict", self.world_size == 1
             self.tallies[split] = Tally(split, count or 0, bad, self.max_bad_share, keep, alone)
-            if not len(samples):
+            if not len(examples):
                 source = self._found()[split] or self._found()["train"]
-                raise ValueError(f"the {split} data in {source.name} hold no samples that can be used; {self.hint}")
-            self.datasets[split] = self.build_dataset(split, samples, stage)
+                raise ValueError(f"the {split} data in {source.name} hold no examples that can be used; {self.hint}")
+            self.datasets[split] = self.build_dataset(split, examples, stage)
 
     def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
         """Make out training and validation split, and the set's description.
@@ -203,7 +203,7 @@ class ShardDataModule(pl.LightningDataModule):
             self.numbering.append(f"{folder}: {numbering}")
             rank_zero_info(self.numbering[-1])
 
-    def _index(self, split: str) -> SampleIndex | StreamIndex:
+    def _index(self, split: str) -> ExampleIndex | StreamIndex:
         if split not in self._indexes:
             source = self._found()[split]
             if source is None and (split == "train" or self.resampled_epoch):
@@ -214,7 +214,7 @@ class ShardDataModule(pl.LightningDataModule):
             elif source is None or (split == "train" and self._found()["val"] is None):
                 train = self._whole("train")
                 held_out = hold_out(train, self.val_share)
-                # What is bad is counted with the training samples.
+                # What is bad is counted with the training examples.
                 validation = train.select(np.flatnonzero(held_out))
                 validation.bad = []
                 self._indexes |= {"train": train.select(np.flatnonzero(~held_out)), "val": validation}
@@ -222,31 +222,31 @@ class ShardDataModule(pl.LightningDataModule):
                 self._indexes[split] = self._whole(split)
         return self._indexes[split]
 
-    def _whole(self, split: str) -> SampleIndex:
+    def _whole(self, split: str) -> ExampleIndex:
         if self._found()[split] is None:
             raise ValueError(f"there are no training data; {self.hint}")
         return self.read_index(split).usable(self.extensions, self.labels_needed)
 
-    def read_index(self, split: str) -> SampleIndex:
-        """All samples of a split that is there, also those that cannot be used.
+    def read_index(self, split: str) -> ExampleIndex:
+        """All examples of a split that is there, also those that cannot be used.
 
         Raises:
             ValueError: if something is missing.
         """
-        index: SampleIndex = self._found()[split].index(self.cache)
+        index: ExampleIndex = self._found()[split].index(self.cache)
         return index
 
     @property
     def labels_needed(self) -> bool | None:
-        """Whether each sample needs a class; None if it is enough that all have one or none has."""
+        """Whether each example needs a class; None if it is enough that all have one or none has."""
         return None
 
     def _plan(self) -> EpochPlan | StreamPlan:
-        samples, ranks = self._indexes["train"], (self.rank, self.world_size)
-        if isinstance(samples, StreamIndex):
-            size = samples.shards, samples.per_draw, self.resampled_epoch or 0
+        examples, ranks = self._indexes["train"], (self.rank, self.world_size)
+        if isinstance(examples, StreamIndex):
+            size = examples.shards, examples.examples_per_shard, self.resampled_epoch or 0
             return StreamPlan(*size, self.batch_size, self.seed, *ranks)
-        return EpochPlan(len(samples), self.batch_size, self.seed, *ranks, self.remainder)
+        return EpochPlan(len(examples), self.batch_size, self.seed, *ranks, self.remainder)
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled by (seed, epoch), from the saved place if a checkpoint brought one."""
@@ -266,16 +266,16 @@ class ShardDataModule(pl.LightningDataModule):
         return EvaluationLoader(self.datasets[split], batches, self.num_workers, pin_memory, tally, never_empty)
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order: rank r takes every world_size-th sample, from the r-th on.
+        """The validation split, in order: rank r takes every world_size-th example, from the r-th on.
 
         Raises:
-            ValueError: if a rank would get no sample, and so nothing to take into the mean.
+            ValueError: if a rank would get no example, and so nothing to take into the mean.
         """
         count = len(self._indexes["val"])
         if count < self.world_size:
             raise ValueError(
-                f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks "
-                "(trainer.devices), or more validation samples (val, or val_share)"
+                f"{count} validation examples cannot be shared out over {self.world_size} ranks; use fewer ranks "
+                "(trainer.devices), or more validation examples (val, or val_share)"
             )
         batches = shared_batches(count, self.batch_size, self.rank, self.world_size, ranks_wait(self.trainer))
         return self._evaluation_loader("val", batches, never_empty=True)
@@ -295,7 +295,7 @@ class ShardDataModule(pl.LightningDataModule):
         self._shards[split] = samples_per_shard, done
 
     def predict_dataloader(self) -> list[EvaluationLoader]:
-        """Each of :attr:`predict_splits`, in order; no batch holds samples of two pieces of :meth:`plan_shards`."""
+        """Each of :attr:`predict_splits`, in order; no batch holds examples of two pieces of :meth:`plan_shards`."""
         loaders = []
         for split in self.predict_splits:
             count = len(self._indexes[split])
@@ -315,9 +315,9 @@ class ShardDataModule(pl.LightningDataModule):
         return loaders
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of keys and classes of a split's samples, in their order."""
+        """Checksum of keys and classes of a split's examples, in their order."""
         index = self._indexes[split]
-        assert isinstance(index, SampleIndex)
+        assert isinstance(index, ExampleIndex)
         columns = index.keys.block, index.keys.ends.tobytes(), index.labels.tobytes()
         return hashlib.sha256(b"".join(columns)).hexdigest()
 
@@ -354,7 +354,7 @@ class ShardDataModule(pl.LightningDataModule):
             return {} if self._place is None else {"train": self._place}
         place = self._train_loader.state_dict()
         if self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # The epoch is over, also where `limit_train_batches` leaves samples of it.
+            # The epoch is over, also where `limit_train_batches` leaves examples of it.
             place["consumed"] = self._train_loader.plan.count
         return {"train": place}
 

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from datamodules.base import ShardDataModule
 from datamodules.datasets.captions import CaptionDataset, caption_of
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.index import CAPTIONS, ExampleIndex
 from datamodules.storage.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.text.cleaning import clean_caption
@@ -33,7 +33,7 @@ class CaptionDataModule(ShardDataModule):
 
     extensions = CAPTIONS
     labels_needed = False
-    hint = "give a folder of codes or shards whose samples have captions (.txt, or caption in .json)"
+    hint = "give a folder of codes or shards whose examples have captions (.txt, or caption in .json)"
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class CaptionDataModule(ShardDataModule):
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples are of a set of codes."""
+        """Whether the examples are of a set of codes."""
         return self.source_meta.get("format") == CODES_FORMAT
 
     def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
@@ -67,13 +67,13 @@ class CaptionDataModule(ShardDataModule):
         return train, val, meta
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of keys and classes of a split's samples, in their order, and of where their captions lie.
+        """Checksum of keys and classes of a split's examples, in their order, and of where their captions lie.
 
         So captions that were written anew are seen to be others, as long as one has another length.
         """
-        samples = self._indexes[split]
-        assert isinstance(samples, SampleIndex)
-        columns = [samples.members[name].tobytes() for name in CAPTIONS if name in samples.members]
+        examples = self._indexes[split]
+        assert isinstance(examples, ExampleIndex)
+        columns = [examples.members[name].tobytes() for name in CAPTIONS if name in examples.members]
         return hashlib.sha256(b"".join([super().fingerprint(split).encode(), *columns])).hexdigest()
 
     def prepare_data(self) -> None:
@@ -104,11 +104,11 @@ class CaptionDataModule(ShardDataModule):
                 "what it wrote, with CodeDataModule"
             )
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CaptionDataset:
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> CaptionDataset:
         """Captions of a split."""
-        if not self.has_codes and isinstance(samples, SampleIndex) and "npy" in samples.members:
+        if not self.has_codes and isinstance(examples, ExampleIndex) and "npy" in examples.members:
             rank_zero_warn(
-                f"the .npy parts of the {split} samples are left out, for no {META_FILE} says that they are codes; if "
+                f"the .npy parts of the {split} examples are left out, for no {META_FILE} says that they are codes; if "
                 "they are, give the folder of the set as root"
             )
-        return CaptionDataset(samples, self.clean_captions, self.short_captions, self.has_codes)
+        return CaptionDataset(examples, self.clean_captions, self.short_captions, self.has_codes)

@@ -11,14 +11,14 @@ from datamodules.loading.loader import ranks_wait
 from datamodules.loading.order import NO_EPOCH
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, SampleIndex
+from datamodules.storage.index import FEATURES, ExampleIndex
 from datamodules.storage.pairing import PairedFeatures
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.option_checks import check_folder_name, check_share
 
 PROBED = 1000
-"""Samples that are read before training starts, to see that the set is what its description says."""
+"""Examples that are read before training starts, to see that the set is what its description says."""
 
 __all__ = ["CodeDataModule", "CodeDataset"]
 
@@ -33,7 +33,7 @@ class CodeDataModule(ShardDataModule):
         batch_size: images a rank and batch.
         clean_captions: clean captions, see :func:`llamagen.text.clean_caption`; those of stored features were, or were
             not, when these were made.
-        short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
+        short_caption_share: share of the training examples whose caption is its first sentence alone, other ones in each
             epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
         features: folder or address of a dataset of caption features of the same images, as ``predict`` of
             :class:`CaptionModule` writes it; paired by key, see
@@ -117,8 +117,8 @@ class CodeDataModule(ShardDataModule):
                 "(short_captions); extract the features again with them"
             )
 
-    def read_index(self, split: str) -> SampleIndex:
-        """All samples of a split, with what features of another set belong to them.
+    def read_index(self, split: str) -> ExampleIndex:
+        """All examples of a split, with what features of another set belong to them.
 
         Raises:
             ValueError: if something is missing, or it is not known which ones belong to which.
@@ -146,7 +146,7 @@ class CodeDataModule(ShardDataModule):
         """Whether the set has classes that the model needs."""
         return bool(self.code_meta.get("num_classes")) and self._asks_for_captions is not True
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CodeDataset:
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> CodeDataset:
         """Codes of a split, after a look at some of them; the others are checked as they are read.
 
         Raises:
@@ -154,7 +154,7 @@ class CodeDataModule(ShardDataModule):
         """
         train, captions = split == SPLITS[0], self._asks_for_captions is not False
         dataset = CodeDataset(
-            samples,
+            examples,
             self.code_meta,
             choose_view=train,
             seed=self.seed,
@@ -165,11 +165,11 @@ class CodeDataModule(ShardDataModule):
             short_share=self.short_caption_share if train else 0.0,
             never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
         )
-        if isinstance(samples, SampleIndex):
-            probe = range(0, len(samples), -(-len(samples) // PROBED))
+        if isinstance(examples, ExampleIndex):
+            probe = range(0, len(examples), -(-len(examples) // PROBED))
             skipped = dataset.read_many([(number, NO_EPOCH) for number in probe])[2]
             if len(skipped) > self.max_bad_share * len(probe):
                 raise ValueError(
-                    f"{len(skipped)} of {len(probe)} samples that were tried cannot be used: {skipped[0].message}"
+                    f"{len(skipped)} of {len(probe)} examples that were tried cannot be used: {skipped[0].message}"
                 )
         return dataset

@@ -14,7 +14,7 @@ from llamagen.files import atomic_folder
 from llamagen.option_checks import check_folder_name
 
 VALIDATION_EVERY = 6
-SAMPLES_PER_SHARD = 500
+EXAMPLES_PER_SHARD = 500
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -37,7 +37,7 @@ def write_digits(root: Path, captions: bool = False) -> None:
         for_validation = numbers % VALIDATION_EVERY == 0
         written = {}
         for split, chosen in (("train", numbers[~for_validation]), ("val", numbers[for_validation])):
-            pieces = [chosen[first : first + SAMPLES_PER_SHARD] for first in range(0, len(chosen), SAMPLES_PER_SHARD)]
+            pieces = [chosen[first : first + EXAMPLES_PER_SHARD] for first in range(0, len(chosen), EXAMPLES_PER_SHARD)]
             for piece, members in enumerate(pieces):
                 with shards.shard(split, piece) as writer:
                     for number in members:

@@ -12,8 +12,8 @@ from datamodules.datasets.images import ImageDataset, Views, scale, to_planes
 from datamodules.loading.loader import ranks_wait
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.class_order import far_label
-from datamodules.storage.index import IMAGES, SampleIndex
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.index import IMAGES, ExampleIndex
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 from datamodules.transforms.crops import view_names
 from datamodules.transforms.decode import MAX_PIXELS
 from llamagen.option_checks import check_choice, check_integer
@@ -66,13 +66,13 @@ class ImageDataModule(ShardDataModule):
         """Names of the views of which ``predict`` makes codes."""
         return view_names(self.views, self.crop_ranges)
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> ImageDataset:
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> ImageDataset:
         """Images of a split; those of the training split vary from epoch to epoch."""
         train, predict = split == SPLITS[0], stage == "predict"
-        if train and isinstance(samples, SampleIndex) and not self.class_names:
-            _warn_of_far_label(samples)
+        if train and isinstance(examples, ExampleIndex) and not self.class_names:
+            _warn_of_far_label(examples)
         return ImageDataset(
-            samples,
+            examples,
             self.image_size,
             self.random_crop and train,
             self.flip and train,
@@ -84,11 +84,11 @@ class ImageDataModule(ShardDataModule):
         )
 
 
-def _warn_of_far_label(samples: SampleIndex) -> None:
-    if (label := far_label(samples.labels)) is not None:
-        sample = samples[int(np.flatnonzero(samples.labels == label)[0])]
-        warn_user(
-            f"the highest class is {label}, of sample {sample.key} of {sample.source}, but only "
-            f"{len(np.unique(samples.labels))} different classes come; a mistyped label would make the number of "
+def _warn_of_far_label(examples: ExampleIndex) -> None:
+    if (label := far_label(examples.labels)) is not None:
+        example = examples[int(np.flatnonzero(examples.labels == label)[0])]
+        warn_on_rank_zero(
+            f"the highest class is {label}, of example {example.key} of {example.source}, but only "
+            f"{len(np.unique(examples.labels))} different classes come; a mistyped label would make the number of "
             f"classes {label + 1}"
         )

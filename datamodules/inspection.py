@@ -1,6 +1,6 @@
 """What a data set holds: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
-Reads every sample as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
+Reads every example as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
 reason; writes a contact sheet of images drawn at random. ROOT is what a DataModule takes: images, codes, or
 features of captions, of which only the sizes are looked at.
 """
@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, SampleIndex
+from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, ExampleIndex
 from datamodules.storage.remote import ShardCache, is_remote
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
 from datamodules.storage.sources import SPLITS, Source, find_sources
@@ -34,7 +34,7 @@ from llamagen.parser_errors import OneLineParser
 TILE = 112
 COLUMNS = 10
 ROWS = 6
-EXAMPLES = 5
+MAX_LISTED = 5
 HINT = "give the folder or address of a data set"
 
 
@@ -42,27 +42,27 @@ class Facts(Dataset[Any]):
     """Of each image: width, height, kind, colour mode, and whether it can be used.
 
     Args:
-        samples: of a split.
+        examples: of a split.
         decode: decode the pixels, too: slower, but finds all that is broken.
     """
 
-    def __init__(self, samples: SampleIndex, decode: bool) -> None:
-        self.samples, self.decode = samples, decode
+    def __init__(self, examples: ExampleIndex, decode: bool) -> None:
+        self.examples, self.decode = examples, decode
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.examples)
 
     def __getitem__(self, number: int) -> Any:
         """``(width, height, kind, mode)``, or what is wrong with it."""
-        sample = self.samples[number]
-        where = f"sample {sample.key} of {sample.source}"
+        example = self.examples[number]
+        where = f"example {example.key} of {example.source}"
         try:
-            data = sample.read_image()
+            data = example.read_image()
             image = open_image(data, where)
             if self.decode:
                 read_image(data, where)
-        except BadSampleError as error:
-            return Skipped(number, sample.key, error.reason, str(error))
+        except BadExampleError as error:
+            return Skipped(number, example.key, error.reason, str(error))
         return image.width, image.height, str(image.format), image.mode
 
 
@@ -107,20 +107,20 @@ def inspect(
             raise ValueError(f"{root} holds {held}, of which there is no contact sheet; leave --sheet out")
         return _inspect_codes(root) if kind == CODES_FORMAT else _inspect_features(root, meta, (train, val), cache)
     lines = [f"{root}: images"]
-    shown: list[SampleIndex] = []
+    shown: list[ExampleIndex] = []
     # What has no validation split is shown as it is, and not as a DataModule would divide it.
     for name, source in (("train" if val is not None else "all", train), ("val", val)):
         if source is None:
             continue
-        samples = source.index(cache).usable(IMAGES)
-        shown.append(samples)
-        lines += ["", f"{name}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
-        lines += _classes(samples.labels, source.classes)
+        examples = source.index(cache).usable(IMAGES)
+        shown.append(examples)
+        lines += ["", f"{name}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+        lines += _classes(examples.labels, source.classes)
         lines += [f"  {source.numbering}"] if source.numbering else []
-        facts, bad = _read(Facts(samples, decode), num_workers, name)
-        lines += _images(facts) + _bad([*samples.bad, *bad])
-        if "txt" in samples.members:
-            lines.append(f"  captions: {(samples.members['txt'][:, 0] >= 0).sum():,}")
+        facts, bad = _read(Facts(examples, decode), num_workers, name)
+        lines += _images(facts) + _bad([*examples.bad, *bad])
+        if "txt" in examples.members:
+            lines.append(f"  captions: {(examples.members['txt'][:, 0] >= 0).sum():,}")
         if decode:
             lines += _checksums(source)
     if sheet is not None:
@@ -165,20 +165,20 @@ def _inspect_codes(root: str) -> list[str]:
     lines += [] if features is None else [f"features of captions: {_kind(features, meta)}"]
     for split in SPLITS:
         dataset: Any = data.datasets[split]
-        samples: SampleIndex = dataset.samples
+        examples: ExampleIndex = dataset.examples
         used = np.zeros(meta["vocabulary"], bool)
         bad = []
-        for first in tqdm(range(0, len(samples), 1000), split, leave=False):
-            addresses = [(number, NO_EPOCH) for number in range(first, min(first + 1000, len(samples)))]
+        for first in tqdm(range(0, len(examples), 1000), split, leave=False):
+            addresses = [(number, NO_EPOCH) for number in range(first, min(first + 1000, len(examples)))]
             good, _, skipped = dataset.read_many(addresses)
             bad += skipped
-            for sample in good:
-                used[sample["codes"]] = True
-        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(shard_notes(meta, split, root)))}"]
-        lines += _classes(samples.labels, data.class_names)
+            for example in good:
+                used[example["codes"]] = True
+        lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(shard_notes(meta, split, root)))}"]
+        lines += _classes(examples.labels, data.class_names)
         lines.append(f"  codes in use (first view): {used.mean():.1%}")
-        lines += [] if features is None else _features(samples, features)[0]
-        lines += _bad([*samples.bad, *bad])
+        lines += [] if features is None else _features(examples, features)[0]
+        lines += _bad([*examples.bad, *bad])
     return lines
 
 
@@ -190,10 +190,10 @@ def _inspect_features(
     lines = [f"{root}: features of captions, {_kind(features, meta)}"]
     for split, source in zip(SPLITS, sources, strict=True):
         if source is not None:
-            samples = source.index(cache)
-            lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
-            said, bad = _features(samples, features)
-            lines += [*_classes(samples.labels, source.classes), *said, *_bad([*samples.bad, *bad])]
+            examples = source.index(cache)
+            lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+            said, bad = _features(examples, features)
+            lines += [*_classes(examples.labels, source.classes), *said, *_bad([*examples.bad, *bad])]
     return lines
 
 
@@ -203,27 +203,27 @@ def _kind(features: StoredFeatures, meta: dict[str, Any]) -> str:
     return f"up to {features.caption_length} tokens of width {features.width}, encoder {encoder}{short}"
 
 
-def _features(samples: SampleIndex, features: StoredFeatures) -> tuple[list[str], list[Skipped]]:
-    """How many samples have features, and of how many tokens; and whose are not there or no whole tokens."""
-    nothing = np.full((len(samples), 2), -1, np.int64)
-    offsets, sizes = samples.members.get(FEATURES, nothing).T
+def _features(examples: ExampleIndex, features: StoredFeatures) -> tuple[list[str], list[Skipped]]:
+    """How many examples have features, and of how many tokens; and whose are not there or no whole tokens."""
+    nothing = np.full((len(examples), 2), -1, np.int64)
+    offsets, sizes = examples.members.get(FEATURES, nothing).T
     tokens = features.tokens_in(sizes[offsets >= 0])
     good = tokens[tokens > 0]
     length = f"{good.mean():.1f} tokens on average, {good.max()} at most" if len(good) else "none whole"
-    wrong = np.zeros(len(samples), bool)
+    wrong = np.zeros(len(examples), bool)
     for part in (FEATURES, SHORT_FEATURES):
-        offsets, sizes = samples.members.get(part, nothing).T
+        offsets, sizes = examples.members.get(part, nothing).T
         wrong |= (offsets >= 0) & (features.tokens_in(sizes) == 0)
-    missing = samples.members.get(FEATURES, nothing)[:, 0] < 0
+    missing = examples.members.get(FEATURES, nothing)[:, 0] < 0
     bad = [
-        Skipped(number, samples.keys[number], reason, f"sample {samples.keys[number]} {story}")
+        Skipped(number, examples.keys[number], reason, f"example {examples.keys[number]} {story}")
         for which, reason, story in (
             (missing, "no caption", "has no features"),
             (wrong, "broken features", "has features of another size than whole tokens have"),
         )
         for number in np.flatnonzero(which).tolist()
     ]
-    return [f"  features: of {len(tokens):,} samples, {length}"], bad
+    return [f"  features: of {len(tokens):,} examples, {length}"], bad
 
 
 def _in_files(shards: int) -> str:
@@ -243,7 +243,7 @@ def _classes(labels: np.ndarray, names: list[str]) -> list[str]:
         return names[label] if label < len(names) else str(label)
 
     return [
-        f"{line}; samples a class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
+        f"{line}; examples a class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
         f"median {int(np.median(counts[present]))}"
     ]
 
@@ -281,23 +281,23 @@ def _numbers(counts: Counter[str]) -> str:
 
 def _bad(bad: list[Skipped]) -> list[str]:
     if not bad:
-        return ["  bad samples: none"]
-    lines = [f"  bad samples: {len(bad):,} ({_numbers(Counter(sample.reason for sample in bad))})"]
-    return lines + [f"    {sample.message}" for sample in bad[:EXAMPLES]]
+        return ["  bad examples: none"]
+    lines = [f"  bad examples: {len(bad):,} ({_numbers(Counter(example.reason for example in bad))})"]
+    return lines + [f"    {example.message}" for example in bad[:MAX_LISTED]]
 
 
-def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) -> None:
+def _write_sheet(examples: ExampleIndex, names: list[str], path: Path, seed: int) -> None:
     """Images drawn at random, sorted by class, with the class below each."""
-    order = np.random.default_rng(seed).permutation(len(samples))
+    order = np.random.default_rng(seed).permutation(len(examples))
     tiles: list[tuple[int, Image.Image]] = []
     for number in order:
         if len(tiles) == COLUMNS * ROWS:
             break
-        sample = samples[int(number)]
+        example = examples[int(number)]
         try:
-            pixels = read_image(sample.read_image(), sample.key)
-            tiles.append((sample.label, Image.fromarray(centre_crop(pixels, TILE))))
-        except BadSampleError:
+            pixels = read_image(example.read_image(), example.key)
+            tiles.append((example.label, Image.fromarray(centre_crop(pixels, TILE))))
+        except BadExampleError:
             continue
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + 18) + 4), "white")

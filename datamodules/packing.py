@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.storage.index import IMAGES, WHOLE, Sample, SampleIndex
+from datamodules.storage.index import IMAGES, WHOLE, Example, ExampleIndex
 from datamodules.storage.index_store import START_METHOD
 from datamodules.storage.remote import is_remote
 from datamodules.storage.shards import IMAGES_FORMAT, META_FILE, ShardSet
@@ -48,9 +48,9 @@ def pack(
     Args:
         source: a data set as a DataModule takes it.
         out: folder of the new set.
-        shard_mb: megabytes (10⁶ bytes) that a shard may have, unless a single sample has more.
+        shard_mb: megabytes (10⁶ bytes) that a shard may have, unless a single example has more.
         val_share: share that is kept for validation where ``source`` has nothing for it.
-        seed: of the order of the samples.
+        seed: of the order of the examples.
         workers: processes; None for as many as there are cores.
         max_bad_share: share of files that may be empty or unreadable.
         class_order: how class folders are numbered, as in a DataModule.
@@ -78,7 +78,7 @@ def pack(
     data.setup("predict")
     for line in data.numbering:
         print(line)
-    indexes = {split: data.datasets[split].samples for split in SPLITS}  # type: ignore[attr-defined]
+    indexes = {split: data.datasets[split].examples for split in SPLITS}  # type: ignore[attr-defined]
     sizes = {split: _sizes_in_tar(index) for split, index in indexes.items()}
     plan = {
         "format": IMAGES_FORMAT,
@@ -120,7 +120,7 @@ def _foreign(out: Path) -> list[str]:
 
 
 def _pieces(sizes: np.ndarray, max_bytes: float, seed: int) -> Iterator[np.ndarray]:
-    """The samples of each shard: shuffled, and cut where the next one would make the file too large."""
+    """The examples of each shard: shuffled, and cut where the next one would make the file too large."""
     order = np.random.default_rng(seed).permutation(len(sizes))
     first, total = 0, 0
     for place, number in enumerate(order):
@@ -132,8 +132,8 @@ def _pieces(sizes: np.ndarray, max_bytes: float, seed: int) -> Iterator[np.ndarr
         yield order[first:]
 
 
-def _sizes_in_tar(index: SampleIndex) -> np.ndarray:
-    """Bytes that each sample takes in a tar file, (N,) int64."""
+def _sizes_in_tar(index: ExampleIndex) -> np.ndarray:
+    """Bytes that each example takes in a tar file, (N,) int64."""
     lengths = np.diff(index.keys.ends, prepend=0)
     is_foreign = np.bitwise_or.reduceat(np.frombuffer(index.keys.block, np.uint8), index.keys.ends - lengths) > 127
     # A name that is long or not ASCII has a header and blocks of its own.
@@ -147,7 +147,7 @@ def _sizes_in_tar(index: SampleIndex) -> np.ndarray:
     return blocks * tarfile.BLOCKSIZE
 
 
-def _sizes(index: SampleIndex, extension: str, sizes: np.ndarray) -> np.ndarray:
+def _sizes(index: ExampleIndex, extension: str, sizes: np.ndarray) -> np.ndarray:
     """Of members, with those of whole files looked up."""
     looked_up = sizes.copy()
     for number in np.flatnonzero(sizes == WHOLE).tolist():
@@ -159,20 +159,20 @@ def _sizes(index: SampleIndex, extension: str, sizes: np.ndarray) -> np.ndarray:
     return looked_up
 
 
-def _write(shards: ShardSet, split: str, number: int, samples: SampleIndex) -> None:
+def _write(shards: ShardSet, split: str, number: int, examples: ExampleIndex) -> None:
     with shards.shard(split, number) as writer:
-        for sample in samples:
+        for example in examples:
             try:
-                writer.write(sample.key, _parts(sample), sample.label)
-            except BadSampleError as error:
-                writer.skipped.append(Skipped(-1, sample.key, error.reason, str(error)))
+                writer.write(example.key, _parts(example), example.label)
+            except BadExampleError as error:
+                writer.skipped.append(Skipped(-1, example.key, error.reason, str(error)))
 
 
-def _parts(sample: Sample) -> dict[str, bytes]:
+def _parts(example: Example) -> dict[str, bytes]:
     return {
-        extension: sample.read(extension)
+        extension: example.read(extension)
         for extension in PARTS
-        if extension in sample.members and (extension in IMAGES or sample.read_text(extension))
+        if extension in example.members and (extension in IMAGES or example.read_text(extension))
     }
 
 
@@ -189,7 +189,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--val_share", type=float, default=0.05, help="share kept for validation where SOURCE has none (default: 0.05)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the examples (default: 0)")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument(
         "--max_bad_share", type=float, default=0.05, help="share of files that may be unreadable (default: 0.05)"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from datamodules.datasets.base import ExampleDataset
 from datamodules.datasets.captions import caption_of
-from datamodules.datasets.dataset import SampleDataset
 from datamodules.loading.order import NO_EPOCH, Address, draw
-from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import NO_LABEL, SampleIndex
+from datamodules.storage.index import NO_LABEL, ExampleIndex
 from datamodules.storage.shards import META_FILE
 
 if TYPE_CHECKING:
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 SHORT = 0x5407
 """Goes into the seed of the draws of short captions, so that they do not hang on the draws of views."""
-OF_SHARE = 1 << 30
+SHARE_STEPS = 1 << 30
 
 
-class CodeDataset(SampleDataset):
-    """Reads the codes of samples; in training a view is drawn at random for each sample and epoch, and as many get the
+class CodeDataset(ExampleDataset):
+    """Reads the codes of examples; in training a view is drawn at random for each example and epoch, and as many get the
     first sentence of their caption instead of all of it as are asked for.
 
     Args:
-        samples: with an npy member (A, h, w) uint16.
+        examples: with an npy member (A, h, w) uint16.
         meta: description of the set: vocabulary, grid, number of classes, views.
-        choose_view: within an epoch, draw one of the views by (seed, epoch, sample); else take the first.
+        choose_view: within an epoch, draw one of the views by (seed, epoch, example); else take the first.
         seed: of the draws.
         labels: read classes, where there are any.
-        captions: read captions; a sample without one cannot be used.
+        captions: read captions; an example without one cannot be used.
         clean: clean them.
         features: read the captions' features, and not the captions.
-        short_share: within an epoch, share of the samples with short captions, drawn by (seed, epoch, sample).
-        never_empty: see :class:`~datamodules.datasets.dataset.SampleDataset`.
+        short_share: within an epoch, share of the examples with short captions, drawn by (seed, epoch, example).
+        never_empty: see :class:`~datamodules.datasets.base.ExampleDataset`.
     """
 
     def __init__(
         self,
-        samples: "SampleIndex | StreamIndex",
+        examples: "ExampleIndex | StreamIndex",
         meta: dict[str, Any],
         choose_view: bool,
         seed: int,
@@ -55,7 +55,7 @@ class CodeDataset(SampleDataset):
         short_share: float = 0.0,
         never_empty: bool = False,
     ) -> None:
-        super().__init__(samples, never_empty)
+        super().__init__(examples, never_empty)
         self.choose_view, self.seed, self.labels, self.captions = choose_view, seed, labels, captions
         self.clean, self.features, self.short_share = clean, features, short_share
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
@@ -66,36 +66,36 @@ class CodeDataset(SampleDataset):
         self._header = buffer.getvalue()[: self._size - 2 * int(np.prod(self.shape))]
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Codes, class and key of a sample.
+        """Codes, class and key of an example.
 
         Raises:
-            BadSampleError: if it has none, or not what ``meta.json`` says.
+            BadExampleError: if it has none, or not what ``meta.json`` says.
         """
-        samples, _, skipped = self.read_many([(number, epoch)])
+        examples, _, skipped = self.read_many([(number, epoch)])
         if skipped:
-            raise BadSampleError(skipped[0].reason, skipped[0].message)
-        return samples[0]
+            raise BadExampleError(skipped[0].reason, skipped[0].message)
+        return examples[0]
 
     def read_many(self, addresses: list[Address]) -> tuple[list[dict[str, Any]], list[int], list[Skipped]]:
-        """What of the addressed samples can be used, their numbers, and what cannot."""
+        """What of the addressed examples can be used, their numbers, and what cannot."""
         numbers = np.array([number for number, _ in addresses], np.int64)
         epoch = addresses[0][1]
         views = (
             draw(self.seed, epoch, numbers, self.shape[0]) if self.choose_view and epoch != NO_EPOCH else 0 * numbers
         )
         share = self.short_share if epoch != NO_EPOCH else 0.0
-        short = draw(self.seed + SHORT, epoch, numbers, OF_SHARE) < share * OF_SHARE if share else numbers < 0
-        samples, good, skipped = [], [], []
+        short = draw(self.seed + SHORT, epoch, numbers, SHARE_STEPS) < share * SHARE_STEPS if share else numbers < 0
+        examples, good, skipped = [], [], []
         for number, view, is_short in zip(numbers.tolist(), views.tolist(), short.tolist(), strict=True):
             try:
-                samples.append(self._read_view(number, view) | self._read_caption(number, is_short))
+                examples.append(self._read_view(number, view) | self._read_caption(number, is_short))
                 good.append(number)
-            except BadSampleError as error:
+            except BadExampleError as error:
                 skipped.append(Skipped(number, self._key(number), error.reason, str(error)))
-        return samples, good, skipped
+        return examples, good, skipped
 
     def _read_view(self, number: int, view: int) -> dict[str, Any]:
-        index, place = self.samples.locate(number)
+        index, place = self.examples.locate(number)
         member = index.member(place, "npy")
         data = index.files.read(*member) if member is not None and member.size == self._size else b""
         if len(data) == self._size and data.startswith(self._header):
@@ -117,12 +117,12 @@ class CodeDataset(SampleDataset):
     def _read_caption(self, number: int, short: bool) -> dict[str, Any]:
         if self.features is None and not self.captions:
             return {}
-        index, place = self.samples.locate(number)
+        index, place = self.examples.locate(number)
         if self.features is not None:
-            return {"caption_features": self.features.read(self.features.sample_of(index, place), short)}
+            return {"caption_features": self.features.read(self.features.example_of(index, place), short)}
         return {"captions": caption_of(index[place], self.clean, short)}
 
-    def _parse(self, index: SampleIndex, place: int) -> np.ndarray:
+    def _parse(self, index: ExampleIndex, place: int) -> np.ndarray:
         file = BytesIO(index[place].read("npy"))
         try:
             version = np.lib.format.read_magic(file)
@@ -138,16 +138,16 @@ class CodeDataset(SampleDataset):
         raise self._broken(index, place, f"{dtype} codes of shape {shape}, not uint16 of {self.shape}")
 
     @staticmethod
-    def _broken(index: SampleIndex, place: int, what: str, reason: str = "broken codes") -> BadSampleError:
-        sample = index[place]
+    def _broken(index: ExampleIndex, place: int, what: str, reason: str = "broken codes") -> BadExampleError:
+        example = index[place]
         again = f"extract the codes again, or correct {META_FILE}"
-        return BadSampleError(reason, f"sample {sample.key} of {sample.source} holds {what}; {again}")
+        return BadExampleError(reason, f"example {example.key} of {example.source} holds {what}; {again}")
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def join(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """``codes`` (B, L) int64, ``keys``, and as far as there are any ``condition`` (B,) int64, and ``captions`` or
         their features, see :meth:`~datamodules.storage.features.StoredFeatures.join`.
         """
-        batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+        batch: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
         batch["codes"] = torch.from_numpy(np.stack(batch["codes"]).astype(np.int64))
         if "condition" in batch:
             batch["condition"] = torch.tensor(batch["condition"])

@@ -1,1 +1,1 @@
-"""Which sample comes when: the order of an epoch, streams, and the loader."""
+"""Which example comes when: the order of an epoch, streams, and the loader."""

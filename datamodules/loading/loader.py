@@ -7,10 +7,10 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.loading.order import NO_EPOCH, Address, Plan
-from datamodules.storage.bad_samples import Tally
+from datamodules.storage.bad_examples import Tally
 
 SKIPPED = "skipped"
-"""Entry of a dataset's batch: arguments of :meth:`~datamodules.storage.bad_samples.Tally.add`. A batch of which
+"""Entry of a dataset's batch: arguments of :meth:`~datamodules.storage.bad_examples.Tally.add`. A batch of which
 nothing could be used has no other entry."""
 
 
@@ -18,12 +18,12 @@ class TrainLoader:
     """An endless supply of epochs whose place can be saved and restored.
 
     Each iteration is one epoch; the first one after :meth:`load_state_dict` is the rest of the saved epoch. The place
-    counts samples as they are handed out and not as workers prefetch them, so it is right for any number of workers.
+    counts examples as they are handed out and not as workers prefetch them, so it is right for any number of workers.
 
     Args:
-        dataset: maps an :data:`~datamodules.loading.order.Address` to a sample; or a list of them to a batch, by
+        dataset: maps an :data:`~datamodules.loading.order.Address` to an example; or a list of them to a batch, by
             ``__getitems__``, which then says under :data:`SKIPPED` what could not be used.
-        plan: order of the samples.
+        plan: order of the examples.
         num_workers: processes that prepare batches; 0 for none.
         pin_memory: prepare batches in pinned memory, for a GPU.
         tally: counts what could not be used.
@@ -57,7 +57,7 @@ class TrainLoader:
             place.epoch, place.consumed = place.epoch + 1, 0
         self._resume = False
         ends = self.plan.ends(place.consumed).tolist()
-        ends[-1] = self.plan.count  # where samples are left out, the epoch is over all the same
+        ends[-1] = self.plan.count  # where examples are left out, the epoch is over all the same
         for end, batch in zip(ends, self._loader, strict=True):
             place.consumed = end
             if usable(batch, self.tally):
@@ -77,7 +77,7 @@ class TrainLoader:
         self._loader._iterator = value
 
     def state_dict(self) -> dict[str, int]:
-        """Place: epoch, and samples of it that all ranks together have consumed."""
+        """Place: epoch, and examples of it that all ranks together have consumed."""
         return {"epoch": self._place.epoch, "consumed": self._place.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -105,15 +105,15 @@ class EvaluationLoader:
     """Given batches, in order.
 
     Ranks may have unequal numbers of them; where a step waits for other ranks, they are shared out equally. Like
-    :class:`TrainLoader` it is no DataLoader: Lightning would share out its samples a second time.
+    :class:`TrainLoader` it is no DataLoader: Lightning would share out its examples a second time.
 
     Args:
         dataset: as in :class:`TrainLoader`.
-        batches: addresses of the samples of each batch of this rank.
+        batches: addresses of the examples of each batch of this rank.
         num_workers: processes that prepare batches; 0 for none.
         pin_memory: prepare batches in pinned memory, for a GPU.
         tally: counts what could not be used.
-        never_empty: where nothing can be used, give one sample of another rank. For validation, where ranks wait for
+        never_empty: where nothing can be used, give one example of another rank. For validation, where ranks wait for
             each other's metrics.
     """
 
@@ -153,12 +153,12 @@ class EvaluationLoader:
             yield self._stand_in()
 
     def _stand_in(self) -> Any:
-        """A batch of one sample of the set, whichever can be used."""
+        """A batch of one example of the set, whichever can be used."""
         for number in range(len(self._loader.dataset)):  # type: ignore[arg-type]
             batch = self._loader.dataset.__getitems__([(number, NO_EPOCH)])  # type: ignore[attr-defined]
             if usable(batch, None):
                 return batch
-        raise ValueError("none of the samples can be used; look at the data with `python -m datamodules.inspection`")
+        raise ValueError("none of the examples can be used; look at the data with `python -m datamodules.inspection`")
 
 
 def ranks_wait(trainer: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Where the bytes of a sample are stored, and how they are found: folders, tar shards, indexes, remote shards."""
+"""Where the bytes of an example are stored, and how they are found: folders, tar shards, indexes, remote shards."""

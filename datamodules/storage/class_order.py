@@ -20,7 +20,7 @@ MAX_SPARSE = 1000
 MAX_CLASSES_PER_FOLDER = 10
 """With more classes than this for each folder, numbers are taken to be years or codes."""
 
-EXAMPLES = 10
+MAX_LISTED = 10
 
 
 class Numbering(NamedTuple):
@@ -105,10 +105,10 @@ def _by_number(names: list[str], order: ClassOrder, where: str) -> Numbering | N
     classes = [folders.get(number, str(number).zfill(width)) for number in range(count)]
     warnings = []
     if missing := [str(number) for number in range(count) if number not in folders]:
-        more = f" and {len(missing) - EXAMPLES} more" if len(missing) > EXAMPLES else ""
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         warnings.append(
             f"the class folders in {where} are whole numbers and taken as class numbers, 0 to {count - 1}, but there "
-            f"is no folder for {', '.join(missing[:EXAMPLES])}{more}: {len(missing)} of {count} classes have no images;"
+            f"is no folder for {', '.join(missing[:MAX_LISTED])}{more}: {len(missing)} of {count} classes have no images;"
             " set class_order to name to number the folders in the order of their names"
         )
     return Numbering(classes, "numbered by their folders' names, which are whole numbers", warnings)

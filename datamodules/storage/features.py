@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.storage.bad_samples import BadSampleError
-from datamodules.storage.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex
+from datamodules.storage.bad_examples import BadExampleError
+from datamodules.storage.index import FEATURES, SHORT_FEATURES, Example, ExampleIndex
 from datamodules.storage.shards import META_FILE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -17,7 +17,7 @@ EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 class StoredFeatures:
-    """Reads the features of one sample, and joins those of many. They stay packed: padding is made on the device.
+    """Reads the features of one example, and joins those of many. They stay packed: padding is made on the device.
 
     Args:
         described: what ``meta.json`` says under ``features``: ``width``, ``caption_length``, ``dtype``, ``short``.
@@ -39,34 +39,34 @@ class StoredFeatures:
                 f"features in {META_FILE} of {root} are wrong ({type(error).__name__}: {error}); extract them again"
             ) from error
 
-    def sample_of(self, index: SampleIndex, place: int) -> Sample:
-        """The sample that has the features of sample ``place``: it has them itself."""
-        sample: Sample = index[place]
-        return sample
+    def example_of(self, index: ExampleIndex, place: int) -> Example:
+        """The example that has the features of example ``place``: it has them itself."""
+        example: Example = index[place]
+        return example
 
-    def read(self, sample: Sample, short: bool) -> np.ndarray:
-        """Features of the caption of a sample, or of its first sentence, where that is another text.
+    def read(self, example: Example, short: bool) -> np.ndarray:
+        """Features of the caption of an example, or of its first sentence, where that is another text.
 
         Returns:
             (n, W) uint16, the bits of each number; n from 1 to ``caption_length``.
 
         Raises:
-            BadSampleError: if there are none, not as many as there should be, or some that are not finite.
+            BadExampleError: if there are none, not as many as there should be, or some that are not finite.
         """
-        data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
+        data = example.read(SHORT_FEATURES if short and SHORT_FEATURES in example.members else FEATURES)
         tokens = int(self.tokens_in(np.array(len(data))))
         if not tokens:
-            raise BadSampleError(
+            raise BadExampleError(
                 "broken features",
-                f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
+                f"example {example.key} of {example.source} has {len(data)} bytes of features, which are not 1 to "
                 f"{self.caption_length} tokens of width {self.width}; extract the features again",
             )
         bits = np.frombuffer(data, "<u2")
         exponent = EXPONENTS[self.dtype]
         if (bits & exponent).max() == exponent:
-            raise BadSampleError(
+            raise BadExampleError(
                 "broken features",
-                f"sample {sample.key} of {sample.source} has features that are not finite; extract the features again",
+                f"example {example.key} of {example.source} has features that are not finite; extract the features again",
             )
         return bits.reshape(tokens, self.width)
 

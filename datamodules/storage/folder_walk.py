@@ -26,7 +26,7 @@ SYSTEM_FOLDERS = frozenset(
 """Folders of operating systems, archivers and file servers, in lower case. Some hold thumbnails of the images."""
 
 RUN_FILES = ("fit.yaml", "validate.yaml", "test.yaml", "predict.yaml", ".plan.json")
-"""The configuration or the plan of a run, which marks its folder. The images in it are grids and samples."""
+"""The configuration or the plan of a run, which marks its folder. The images in it are grids and examples."""
 
 RUN_FOLDERS = frozenset({"lightning_logs", "wandb"})
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.bad_examples import Skipped
 from datamodules.storage.class_order import class_numbers
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE, SampleIndex, Strings
+from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE, ExampleIndex, Strings
 from datamodules.storage.layout import report_left_out
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 
 
 def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
@@ -29,7 +29,7 @@ def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
     return [name for name in walk.folders() if walk.holds_images(name)]
 
 
-def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> SampleIndex:
+def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> ExampleIndex:
     """The images of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
 
     A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
@@ -53,11 +53,11 @@ def index_folder(root: Path, classes: list[str], run_folder: Path | None = None)
     report_left_out(root, {**walk.left_out, **empty}, flat_images(root) if found else [])
     counts = np.bincount(index.labels, minlength=1)
     if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
-        warn_user(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
+        warn_on_rank_zero(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
     return index
 
 
-def index_flat(root: Path) -> SampleIndex:
+def index_flat(root: Path) -> ExampleIndex:
     """The images that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
     return _index(root, [(str(root), flat_images(root), NO_LABEL)])
 
@@ -67,7 +67,7 @@ def flat_images(root: Path) -> list[str]:
     return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
 
 
-def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:
+def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> ExampleIndex:
     """The images among files, given by folder, names and label."""
     files: list[str] = []
     keys: list[str] = []
@@ -107,7 +107,7 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
     if any(captioned) and 2 * sum(captioned) >= len(captioned):  # else they are notes
         members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE], -1).astype(np.int64)
     count = len(files)
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings(files),
         np.arange(count),
         Strings.from_strings(keys),

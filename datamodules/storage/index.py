@@ -1,8 +1,8 @@
-"""Where each sample lies: columns of numbers, so that millions of samples cost megabytes and no start-up time.
+"""Where each example lies: columns of numbers, so that millions of examples cost megabytes and no start-up time.
 
 webdataset streams shards, so it has neither a shuffle over a whole set, nor a place inside an epoch to return to.
 torchdata's stateful loader returns to a place only on the same number of ranks and workers. So tar shards are read here
-by an index of their headers, and a sample is a number.
+by an index of their headers, and an example is a number.
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.storage.bad_samples import BadSampleError, Skipped
+from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.text_files import MARK, decode_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -29,7 +29,7 @@ OTHER_IMAGES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic",
 """Images that are not read, but are missed where they are the only ones."""
 
 MISSING = {"npy": "no codes", CAPTIONS[0]: "no caption", FEATURES: "no caption", SHORT_FEATURES: "no caption"}
-"""Why a sample cannot be used that lacks a member."""
+"""Why an example cannot be used that lacks a member."""
 
 WHOLE = -1
 """The size of a part that is a whole file."""
@@ -135,15 +135,15 @@ class OpenFiles:
 
 
 class Member(NamedTuple):
-    """A part of a sample: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is :data:`WHOLE`."""
+    """A part of an example: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is :data:`WHOLE`."""
 
     path: str
     offset: int
     size: int
 
 
-class Sample(NamedTuple):
-    """A sample.
+class Example(NamedTuple):
+    """An example.
 
     Attributes:
         source: the shard, or the folder of its class.
@@ -163,13 +163,13 @@ class Sample(NamedTuple):
         """The bytes of a part.
 
         Raises:
-            BadSampleError: if it is missing, empty or cut off.
+            BadExampleError: if it is missing, empty or cut off.
             OSError: if this process may not open more files.
         """
         if extension not in self.members:
-            raise BadSampleError(
+            raise BadExampleError(
                 MISSING.get(extension, "no image"),
-                f"sample {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
+                f"example {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
             )
         path, offset, size = self.members[extension]
         try:
@@ -179,28 +179,28 @@ class Sample(NamedTuple):
             else:
                 data = self.files.read(path, offset, size)
         except OSError as error:
-            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the sample
+            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the example
                 raise
-            raise BadSampleError(
-                "empty file", f"sample {self.key} of {self.source} cannot be read ({error})"
+            raise BadExampleError(
+                "empty file", f"example {self.key} of {self.source} cannot be read ({error})"
             ) from error
         if len(data) < size:
-            raise BadSampleError("truncated shard", f"shard {path} ends inside sample {self.key}; write it again")
+            raise BadExampleError("truncated shard", f"shard {path} ends inside example {self.key}; write it again")
         if not data:
-            raise BadSampleError("empty file", f"the .{extension} of sample {self.key} of {self.source} is empty")
+            raise BadExampleError("empty file", f"the .{extension} of example {self.key} of {self.source} is empty")
         return data
 
     def read_image(self) -> bytes:
         """The bytes of the image, whichever of :data:`IMAGES` it is.
 
         Raises:
-            BadSampleError: if it is missing, empty or cut off.
+            BadExampleError: if it is missing, empty or cut off.
         """
         extension = next((extension for extension in IMAGES if extension in self.members), None)
         if extension is None:
-            raise BadSampleError(
+            raise BadExampleError(
                 "no image",
-                f"sample {self.key} of {self.source} has no image; it needs one of {', '.join(IMAGES)}",
+                f"example {self.key} of {self.source} has no image; it needs one of {', '.join(IMAGES)}",
             )
         return self.read(extension)
 
@@ -246,17 +246,17 @@ class Sample(NamedTuple):
         return ""
 
 
-class SampleIndex(Sequence[Sample]):
-    """All samples of a set, as columns. N samples, F files.
+class ExampleIndex(Sequence[Example]):
+    """All examples of a set, as columns. N examples, F files.
 
     Args:
         paths: (F,) the files: shards, or images.
-        file_of: (N,) int64, in which file each sample is.
+        file_of: (N,) int64, in which file each example is.
         keys: (N,) their names.
         members: (N, 2) int64 for each extension: offset and size; an offset of −1 says that it is missing.
         labels: (N,) int64, −1 for none.
         bad: what is known not to be usable, and so not among the N.
-        partners: (N,) int64, the number of each sample's features in the index of another set, −1 for none; None where
+        partners: (N,) int64, the number of each example's features in the index of another set, −1 for none; None where
             there is no other set.
     """
 
@@ -278,23 +278,23 @@ class SampleIndex(Sequence[Sample]):
         return len(self.file_of)
 
     def __getitem__(self, number: Any) -> Any:
-        """Sample ``number``."""
+        """Example ``number``."""
         if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
+            raise IndexError(f"example {number} of {len(self)}")
         path = self.paths[int(self.file_of[number])]
         members = {}
         for extension in self.members:
             if (member := self.member(number, extension)) is not None:
                 members[extension] = member
         source = path if path.endswith(".tar") else os.path.dirname(path)
-        return Sample(source, self.keys[number], members, int(self.labels[number]), self.files)
+        return Example(source, self.keys[number], members, int(self.labels[number]), self.files)
 
-    def locate(self, number: int) -> tuple["SampleIndex", int]:
-        """The index that a sample is in, and its place there."""
+    def locate(self, number: int) -> tuple["ExampleIndex", int]:
+        """The index that an example is in, and its place there."""
         return self, number
 
     def member(self, number: int, extension: str) -> Member | None:
-        """Where a part of sample ``number`` lies; None if it is missing."""
+        """Where a part of example ``number`` lies; None if it is missing."""
         column = self.members.get(extension)
         offset, size = column[number].tolist() if column is not None else (-1, 0)
         if offset < 0:
@@ -304,17 +304,17 @@ class SampleIndex(Sequence[Sample]):
         return Member(f"{path.rpartition('.')[0]}.{extension}" if beside else path, offset, size)
 
     def another(self, number: int, attempt: int) -> int:
-        """A sample that can stand in for ``number``."""
+        """An example that can stand in for ``number``."""
         return (number + attempt) % len(self)
 
     def take_news(self) -> tuple[list[Skipped], int]:
         """Nothing: what is not usable is known from the beginning, under ``bad``."""
         return [], 0
 
-    def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "SampleIndex":
-        """Some of the samples, in the given order, and more that are not usable."""
+    def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "ExampleIndex":
+        """Some of the examples, in the given order, and more that are not usable."""
         files, file_of = np.unique(self.file_of[numbers], return_inverse=True)
-        return SampleIndex(
+        return ExampleIndex(
             self.paths.take(files),
             file_of,
             self.keys.take(numbers),
@@ -324,8 +324,8 @@ class SampleIndex(Sequence[Sample]):
             None if self.partners is None else self.partners[numbers],
         )
 
-    def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "SampleIndex":
-        """Without the samples that lack what is needed.
+    def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "ExampleIndex":
+        """Without the examples that lack what is needed.
 
         Args:
             extensions: one of these members is needed.
@@ -337,7 +337,7 @@ class SampleIndex(Sequence[Sample]):
         for offsets, sizes in (column.T for column in columns):
             has_member |= offsets >= 0
             empty |= (offsets >= 0) & (sizes == 0)
-        # What stands beside the samples, like a README.txt, says nothing about them.
+        # What stands beside the examples, like a README.txt, says nothing about them.
         labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
         missing = MISSING.get(extensions[0], "no image")
         texts = [self.members[extension][:, 0] >= 0 for extension in CAPTIONS if extension in self.members]
@@ -361,17 +361,17 @@ class SampleIndex(Sequence[Sample]):
         bad = []
         for mask, reason, story in faults:
             for number in np.flatnonzero(mask & good):
-                sample = self[int(number)]
-                bad.append(Skipped(-1, sample.key, reason, f"sample {sample.key} of {sample.source} {story}"))
+                example = self[int(number)]
+                bad.append(Skipped(-1, example.key, reason, f"example {example.key} of {example.source} {story}"))
             good &= ~mask
         return self if good.all() else self.select(np.flatnonzero(good), bad)
 
     @staticmethod
-    def concatenate(parts: Sequence["SampleIndex"]) -> "SampleIndex":
+    def concatenate(parts: Sequence["ExampleIndex"]) -> "ExampleIndex":
         """One after the other, before they get partners."""
         starts = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])
         extensions = [extension for extension in EXTENSIONS if any(extension in part.members for part in parts)]
-        return SampleIndex(
+        return ExampleIndex(
             Strings.concatenate([part.paths for part in parts]),
             np.concatenate([part.file_of + start for part, start in zip(parts, starts, strict=True)]),
             Strings.concatenate([part.keys for part in parts]),
@@ -382,5 +382,5 @@ class SampleIndex(Sequence[Sample]):
                 for extension in extensions
             },
             np.concatenate([part.labels for part in parts]),
-            [sample for part in parts for sample in part.bad],
+            [example for part in parts for example in part.bad],
         )

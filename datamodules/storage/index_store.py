@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.storage.bad_samples import Skipped
-from datamodules.storage.index import SampleIndex, Strings
+from datamodules.storage.bad_examples import Skipped
+from datamodules.storage.index import ExampleIndex, Strings
 from datamodules.storage.tar_index import index_shard
 from llamagen.files import atomic_file
 
@@ -39,7 +39,7 @@ class IndexStore:
         name = f"{VERSION} {shard.absolute()} {status.st_size} {status.st_mtime_ns}"
         return self.folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.npz"
 
-    def index(self, shard: Path) -> SampleIndex:
+    def index(self, shard: Path) -> ExampleIndex:
         """The index of a shard, from the store if it is there.
 
         Raises:
@@ -57,15 +57,15 @@ class IndexStore:
             _save(path, index)
         return index
 
-    def index_all(self, shards: Sequence[Path], counts: Sequence[int | None] = ()) -> SampleIndex:
+    def index_all(self, shards: Sequence[Path], counts: Sequence[int | None] = ()) -> ExampleIndex:
         """The index of a set of shards, in their order.
 
         Args:
             shards: their files.
-            counts: samples that each is known to hold; what is missing of a truncated one is put down as bad.
+            counts: examples that each is known to hold; what is missing of a truncated one is put down as bad.
 
         Raises:
-            ValueError: if one is missing, cannot be read, or holds another number of samples.
+            ValueError: if one is missing, cannot be read, or holds another number of examples.
         """
         missing = [shard for shard in shards if not shard.exists() or not self._path(shard).exists()]
         if len(missing) >= MANY:
@@ -80,20 +80,22 @@ class IndexStore:
             lost = count - len(index)
             if lost < 0 or (lost and not index.bad):
                 raise ValueError(
-                    f"shard {shard} holds {len(index)} samples, but the description of its set says {count}; write the "
+                    f"shard {shard} holds {len(index)} examples, but the description of its set says {count}; write the "
                     "set again"
                 )
-            more = Skipped(-1, "", "truncated shard", f"a sample of shard {shard} is lost; write it again")
+            more = Skipped(-1, "", "truncated shard", f"an example of shard {shard} is lost; write it again")
             index.bad = [*index.bad, *lost * [more]][:lost]  # none, where only the end mark is cut off
-        return SampleIndex.concatenate(indexes)
+        return ExampleIndex.concatenate(indexes)
 
     def _remember(self, shard: Path) -> None:
         self.index(shard)
 
 
-def _save(path: Path, index: SampleIndex) -> None:
+def _save(path: Path, index: ExampleIndex) -> None:
     columns = {f"member_{extension}": column for extension, column in index.members.items()}
-    bad = Strings.from_strings([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
+    bad = Strings.from_strings(
+        [text for example in index.bad for text in (example.key, example.reason, example.message)]
+    )
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -106,12 +108,12 @@ def _save(path: Path, index: SampleIndex) -> None:
         )
 
 
-def _load(path: Path, shard: Path) -> SampleIndex:
+def _load(path: Path, shard: Path) -> ExampleIndex:
     with np.load(path, allow_pickle=False) as stored:
         columns = {name: stored[name] for name in stored.files}
     keys = Strings(columns["keys"].tobytes(), columns["key_ends"])
     bad = Strings(columns["bad"].tobytes(), columns["bad_ends"])
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings([str(shard)]),
         np.zeros(len(keys), np.int64),
         keys,

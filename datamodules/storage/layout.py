@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 
 SPLITS = ("train", "val")
 TEST = "test"
@@ -21,7 +21,7 @@ SPLIT_NAMES = {
 """
 
 SEPARATORS = re.compile(r"[\s_.\-]+")
-EXAMPLES = 10
+MAX_LISTED = 10
 PROBED = 3
 """Class folders that are looked into for splits."""
 
@@ -54,7 +54,7 @@ def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]
     kinds: dict[str, tuple[bool, bool]] = {}  # of each folder: has shards or folders of images, has images itself
     for name in (names := walk.folders()):
         if split_of(name) is not None:
-            kinds[name] = _holds_samples(root / name), _holds_images_itself(root / name)
+            kinds[name] = _holds_examples(root / name), _holds_images_itself(root / name)
     splits = {name for name, (structured, _) in kinds.items() if structured}
     others = [name for name in names if name not in kinds and (not kinds or walk.holds_images(name))]
     if others:
@@ -66,12 +66,12 @@ def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]
                     f"({_some(others)}); {CHOOSE}, or give {root} as train if all are classes"
                 )
             if classes := sorted(name for name, kind in kinds.items() if any(kind)):
-                warn_user(
+                warn_on_rank_zero(
                     f"{_some(classes)} in {root} may be meant as a split, but is read as a class, for it holds images "
                     f"itself and lies next to {_some(others)}; {CHOOSE} if it is none"
                 )
             return {}
-        warn_user(f"of {root}, which holds splits, other folders are left out: {_some(others)}")
+        warn_on_rank_zero(f"of {root}, which holds splits, other folders are left out: {_some(others)}")
         splits = pure
     flat = sorted(name for name, kind in kinds.items() if kind == (False, True))
     if not splits and len(flat) < 2:
@@ -101,7 +101,7 @@ def split_shards(shards: Sequence[str]) -> dict[str, list[str]]:
     if len(found) < 2:
         return {}
     if tests := found.pop(TEST, []):
-        warn_user(f"{len(tests)} shards of a test split are left out, such as {tests[0]}")
+        warn_on_rank_zero(f"{len(tests)} shards of a test split are left out, such as {tests[0]}")
     return dict(found)
 
 
@@ -116,7 +116,7 @@ def check_classes(root: Path, names: Sequence[str], run_folder: Path | None = No
     Raises:
         ValueError: if they are splits, or hold splits.
     """
-    structured = [name for name in names if split_of(name) is not None and _holds_samples(root / name)]
+    structured = [name for name in names if split_of(name) is not None and _holds_examples(root / name)]
     if len(names) > 1 and len(structured) == len(names):
         raise ValueError(
             f"the folders in {root} look like splits ({_some(structured)}), not like classes; give {root} as root, or "
@@ -132,7 +132,7 @@ def check_classes(root: Path, names: Sequence[str], run_folder: Path | None = No
         better = f"give {root / name} as root" if len(names) == 1 else f"move them to {root / 'train' / name} and so on"
         raise ValueError(f"{root / name} holds {_some(parts)}, which look like splits of a class; {better}")
     if len(names) == 1 and len(below[names[0]]) > 1:
-        warn_user(
+        warn_on_rank_zero(
             f"{root} holds one class folder only, {names[0]}; if the folders in it are the classes "
             f"({_some(below[names[0]])}), give {root / names[0]} instead"
         )
@@ -148,9 +148,9 @@ def report_left_out(root: Path, left_out: Mapping[str, str], images: Sequence[st
     """
     if left_out:
         told = _some([f"{os.path.relpath(path, root)} ({reason})" for path, reason in sorted(left_out.items())])
-        warn_user(f"folders in {root} that are left out: {told}")
+        warn_on_rank_zero(f"folders in {root} that are left out: {told}")
     if images:
-        warn_user(f"images in {root} that are in no class folder are left out: {_some(images)}")
+        warn_on_rank_zero(f"images in {root} that are in no class folder are left out: {_some(images)}")
 
 
 def _are_splits(names: Iterable[str]) -> bool:
@@ -170,11 +170,11 @@ def _one_each(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{root} holds a test split only, {tests[0]}; give {root / tests[0]} as train or val")
     if tests:
-        warn_user(f"the test split of {root} is left out: {_some(tests)}; {CHOOSE} to use it")
+        warn_on_rank_zero(f"the test split of {root} is left out: {_some(tests)}; {CHOOSE} to use it")
     return found
 
 
-def _holds_samples(folder: Path) -> bool:
+def _holds_examples(folder: Path) -> bool:
     """Whether a folder holds shards or folders of images."""
     if any(path.suffix == ".tar" for path in folder.iterdir() if not path.name.startswith(".")):
         return True
@@ -187,5 +187,5 @@ def _holds_images_itself(folder: Path) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
-    return f"{', '.join(names[:EXAMPLES])}{more}"
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{', '.join(names[:MAX_LISTED])}{more}"

@@ -5,16 +5,16 @@ from hashlib import blake2b
 
 import numpy as np
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex, Strings
+from datamodules.storage.index import FEATURES, SHORT_FEATURES, Example, ExampleIndex, Strings
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import find_sources
 
 HINT = "write features of the captions first, with `python main.py predict` and configs/text/extract.yaml"
 ADDED = "_"
-"""What a :class:`~datamodules.storage.shards.ShardWriter` adds to the keys of repeated samples."""
+"""What a :class:`~datamodules.storage.shards.ShardWriter` adds to the keys of repeated examples."""
 AT_ONCE = 1 << 16
 
 
@@ -23,12 +23,12 @@ class PairedFeatures(StoredFeatures):
 
     Two sets of one source may have other splits and other shards, so a key is looked for in all of the other set. A
     writer adds ``_`` to a key that its shard has already; so ``_`` at the end of a key does not count here. Where a key
-    then comes several times, the k-th sample of it has the k-th features, training split before validation split. That
-    is right only if both sets have the same samples of the key in the same order. So where any key comes several times,
-    each must come as often in both sets, or not at all among the features, and the samples that have features must have
+    then comes several times, the k-th example of it has the k-th features, training split before validation split. That
+    is right only if both sets have the same examples of the key in the same order. So where any key comes several times,
+    each must come as often in both sets, or not at all among the features, and the examples that have features must have
     them in their own order.
 
-    The sets are compared as columns of numbers, hashes of keys; the keys themselves when a sample is read.
+    The sets are compared as columns of numbers, hashes of keys; the keys themselves when an example is read.
 
     Args:
         root: folder or address of the set.
@@ -48,13 +48,13 @@ class PairedFeatures(StoredFeatures):
         super().__init__(meta[FEATURES], root)
         self.described = meta[FEATURES]
         self._sources = sources
-        self._index: SampleIndex | None = None
+        self._index: ExampleIndex | None = None
 
-    def pair(self, codes: Sequence[SampleIndex], cache: ShardCache, name: str) -> list[np.ndarray]:
-        """Find the features of each sample.
+    def pair(self, codes: Sequence[ExampleIndex], cache: ShardCache, name: str) -> list[np.ndarray]:
+        """Find the features of each example.
 
         Args:
-            codes: all samples of each split, also those that cannot be used.
+            codes: all examples of each split, also those that cannot be used.
             cache: where remote shards and indexes are kept.
             name: of the set of codes, for messages.
 
@@ -62,38 +62,38 @@ class PairedFeatures(StoredFeatures):
             For each split (N,) int64, numbers of the features; −1 for none.
 
         Raises:
-            ValueError: if no sample has any, or it is not clear which ones belong to a repeated key.
+            ValueError: if no example has any, or it is not clear which ones belong to a repeated key.
         """
         whole = _joined([source.index(cache) for source in self._sources])
         parts = {part: whole.members[part] for part in (FEATURES, SHORT_FEATURES) if part in whole.members}
-        self._index = features = SampleIndex(whole.paths, whole.file_of, whole.keys, parts, whole.labels)
-        samples = _joined(codes)
-        partners = _partners(samples.keys, features.keys, f"the codes in {name}", f"the features in {self.root}")
+        self._index = features = ExampleIndex(whole.paths, whole.file_of, whole.keys, parts, whole.labels)
+        examples = _joined(codes)
+        partners = _partners(examples.keys, features.keys, f"the codes in {name}", f"the features in {self.root}")
         present = parts[FEATURES][:, 0] >= 0 if FEATURES in parts else np.zeros(len(features), bool)
         partners[partners >= 0] = np.where(present[partners[partners >= 0]], partners[partners >= 0], -1)
-        if len(samples) and (partners < 0).all():
+        if len(examples) and (partners < 0).all():
             raise ValueError(
-                f"none of the {len(samples)} samples of the codes in {name} has features in {self.root} (keys like "
-                f"{samples.keys[0]!r}, and there {features.keys[0] if len(features) else ''!r}); give features of the "
+                f"none of the {len(examples)} examples of the codes in {name} has features in {self.root} (keys like "
+                f"{examples.keys[0]!r}, and there {features.keys[0] if len(features) else ''!r}); give features of the "
                 "same images' captions"
             )
         return np.split(partners, np.cumsum([len(index) for index in codes])[:-1])
 
-    def sample_of(self, index: SampleIndex, place: int) -> Sample:
-        """The sample that has the features of sample ``place``, which must have some.
+    def example_of(self, index: ExampleIndex, place: int) -> Example:
+        """The example that has the features of example ``place``, which must have some.
 
         Raises:
-            BadSampleError: if it has another key after all.
+            BadExampleError: if it has another key after all.
         """
         assert index.partners is not None
         assert self._index is not None
         number, key = int(index.partners[place]), index.keys[place]
-        sample: Sample = self._index[number]
-        if sample.key.rstrip(ADDED) != key.rstrip(ADDED):
-            raise BadSampleError(
-                "no caption", f"sample {key} has no features in {self.root}; those of {sample.key} have its hash"
+        example: Example = self._index[number]
+        if example.key.rstrip(ADDED) != key.rstrip(ADDED):
+            raise BadExampleError(
+                "no caption", f"example {key} has no features in {self.root}; those of {example.key} have its hash"
             )
-        return sample
+        return example
 
 
 def number_of(key: bytes) -> int:
@@ -114,8 +114,8 @@ def _bare(keys: Strings) -> Iterator[bytes]:
             start = end
 
 
-def _joined(parts: Sequence[SampleIndex]) -> SampleIndex:
-    return parts[0] if len(parts) == 1 else SampleIndex.concatenate(parts)
+def _joined(parts: Sequence[ExampleIndex]) -> ExampleIndex:
+    return parts[0] if len(parts) == 1 else ExampleIndex.concatenate(parts)
 
 
 def _partners(codes: Strings, features: Strings, these: str, those: str) -> np.ndarray:
@@ -126,7 +126,7 @@ def _partners(codes: Strings, features: Strings, these: str, those: str) -> np.n
     first, wanted_first = np.searchsorted(given, wanted), np.searchsorted(wanted, wanted)
     count = np.searchsorted(given, wanted, side="right") - first
     wanted_count = np.searchsorted(wanted, wanted, side="right") - wanted_first
-    number = np.arange(len(wanted)) - wanted_first  # of the sample among those of its key
+    number = np.arange(len(wanted)) - wanted_first  # of the example among those of its key
     unclear = (count > 0) & (count != wanted_count)
     for place in np.flatnonzero(unclear & (number == 0)).tolist():
         ours = [codes[row] for row in order[place : place + wanted_count[place]]]

@@ -1,6 +1,6 @@
 """The shard format: webdataset tar files, and sets of them, written shard by shard, each whole or not at all.
 
-A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A set is a folder for each split
+An example is a run of tar members with one key: ``000017.png``, ``000017.cls``. A set is a folder for each split
 (``train``, ``val``) beside a ``meta.json``, which is written last: without it the set is not complete.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import webdataset
 
-from datamodules.storage.bad_samples import Skipped, Tally
+from datamodules.storage.bad_examples import Skipped, Tally
 from datamodules.storage.remote import is_remote, read_small
 from llamagen.files import PendingFile, atomic_file, remove_leftovers, sha256_of
 from llamagen.full_disk import full_disk_reported
@@ -54,12 +54,12 @@ class ShardNote(NamedTuple):
 
     Attributes:
         name: of its file.
-        samples: how many it holds.
+        examples: how many it holds.
         sha256: checksum of its file.
     """
 
     name: str
-    samples: int
+    examples: int
     sha256: str
 
 
@@ -89,7 +89,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class ShardWriter:
-    """Writes a tar file of samples, which gets its name when it is whole. A context manager: an error leaves nothing.
+    """Writes a tar file of examples, which gets its name when it is whole. A context manager: an error leaves nothing.
 
     Beside it, a note says what it holds.
 
@@ -97,7 +97,7 @@ class ShardWriter:
         path: the file.
 
     Attributes:
-        count: samples that were written.
+        count: examples that were written.
         highest_label: −1 if none had one.
         skipped: put what was planned for the shard and could not be used in here.
         counted: put numbers in here that :meth:`ShardSet.counted` adds up over the set.
@@ -114,10 +114,10 @@ class ShardWriter:
         self._writer = webdataset.TarWriter(str(self._file.temporary), encoder=False, mtime=0)
 
     def write(self, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
-        """Add a sample.
+        """Add an example.
 
         Args:
-            key: its name; ``_`` is added while another sample of the file has it, and stands for each dot in its last
+            key: its name; ``_`` is added while another example of the file has it, and stands for each dot in its last
                 part, which would be read as the beginning of an extension.
             parts: the bytes of each part by extension.
             label: its class, written as a cls part; −1 for none.
@@ -152,7 +152,7 @@ class ShardWriter:
                 raise
             temporary = self._file.temporary
             note = {"count": self.count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-            more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
+            more = {"highest_label": self.highest_label, "bad": [list(example) for example in self.skipped]}
             _write_json(_note(self.path), {**note, **more, "counted": self.counted})
         self._file.publish()
 
@@ -183,7 +183,7 @@ class ShardWriter:
 class ShardSet:
     """A set of shards that is being written, by several processes if need be, and gone on with where it was stopped.
 
-    Which samples go into which shard is planned before. A shard gets its name when it is whole; its number of samples
+    Which examples go into which shard is planned before. A shard gets its name when it is whole; its number of examples
     and its checksum are put down beside it until ``meta.json`` takes them up.
 
     Args:
@@ -257,7 +257,7 @@ class ShardSet:
 
         Args:
             shards: number of shards of each split.
-            meta: more entries. ``num_classes`` grows to the highest label + 1; ``count`` is the number of samples.
+            meta: more entries. ``num_classes`` grows to the highest label + 1; ``count`` is the number of examples.
             known: what of each split was known not to be usable before the shards were planned. All that is not in the
                 set stands in ``skipped.tsv``, if there is anything.
             max_bad_share: greatest tolerable share of what is not in the set.
@@ -277,16 +277,16 @@ class ShardSet:
                     raise ValueError(f"shard {path} was not written to its end; run the same command again to go on")
                 note = json.loads(_note(path).read_text())
                 highest = max(highest, note.pop("highest_label"))
-                bad += [Skipped(*sample) for sample in note.pop("bad")]
+                bad += [Skipped(*example) for example in note.pop("bad")]
                 note.pop("counted", None)
                 entries.append({"name": path.name, **note})
                 notes.append(_note(path))
             count = sum(entry["count"] for entry in entries)
             everything += count
             missing += bad
-            reasons = Counter(sample.reason for sample in bad)
+            reasons = Counter(example.reason for example in bad)
             splits[split] = {"count": count, "skipped": reasons, "shards": entries}
-            lines += ["\t".join(" ".join(text.split()) for text in (split, *sample[1:])) for sample in bad]
+            lines += ["\t".join(" ".join(text.split()) for text in (split, *example[1:])) for example in bad]
         Tally("the set", everything, missing, max_bad_share)
         if lines:
             table = "\n".join(["split\tkey\treason\tmessage", *lines]) + "\n"

@@ -13,9 +13,10 @@ from webdataset.shardlists import expand_urls
 from datamodules.storage.class_order import ClassOrder, number_classes
 from datamodules.storage.folder_walk import FolderWalk
 from datamodules.storage.folders import class_folders, flat_images, index_folder
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.layout import SPLITS, check_classes, split_folders, split_shards
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 from datamodules.storage.remote import PIPE, ShardCache, check_address, check_presence, is_remote
 from datamodules.storage.shards import (
     CAPTIONS_FORMAT,
@@ -26,7 +27,6 @@ from datamodules.storage.shards import (
     read_meta,
     shard_notes,
 )
-from datamodules.storage.user_warnings import warn_user
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -40,7 +40,7 @@ class Source:
         shards: addresses of its shards; none for a folder.
         folder: the folder of class folders, else None.
         classes: names of the classes, where they are known.
-        described: how many samples each shard holds, and its checksum, where that is known.
+        described: how many examples each shard holds, and its checksum, where that is known.
         numbering: how class folders were numbered, for messages.
         warnings: what of that may not be as the user wants it.
         run_folder: folder that the current run writes to, which is no part of the data.
@@ -55,8 +55,8 @@ class Source:
     warnings: list[str] = field(default_factory=list)
     run_folder: Path | None = None
 
-    def index(self, cache: ShardCache) -> SampleIndex:
-        """Its samples, after fetching what is not on this machine.
+    def index(self, cache: ShardCache) -> ExampleIndex:
+        """Its examples, after fetching what is not on this machine.
 
         Raises:
             ValueError: if something is missing.
@@ -65,7 +65,7 @@ class Source:
             return index_folder(self.folder, self.classes, self.run_folder)
         check_presence(address for address in self.shards if not is_remote(address))
         checksums = {address: note.sha256 for address, note in self.described.items()}
-        counts = [self.described[address].samples if address in self.described else None for address in self.shards]
+        counts = [self.described[address].examples if address in self.described else None for address in self.shards]
         return IndexStore(cache.folder).index_all(cache.fetch_all(self.shards, checksums), counts)
 
 
@@ -123,10 +123,10 @@ class Finder:
                 f"{folder / 'all'}"
             )
         if names := FolderWalk(folder, self.run_folder).folders():
-            raise ValueError(f"the folders in {folder} hold no samples: no image is in {names[0]}; {self.hint}")
+            raise ValueError(f"the folders in {folder} hold no examples: no image is in {names[0]}; {self.hint}")
         if packed := sorted(path for path in folder.iterdir() if path.name.endswith(PACKED)):
             raise ValueError(
-                f"{packed[0]} is compressed, but samples are read by their place in a shard; unpack it to "
+                f"{packed[0]} is compressed, but examples are read by their place in a shard; unpack it to "
                 f"{packed[0].name.split('.')[0]}.tar (images do not get smaller by it)"
             )
         raise ValueError(f"folder {folder} holds neither .tar files nor folders of images; {self.hint}")
@@ -214,7 +214,7 @@ def find_sources(
         validation.classes, validation.numbering, validation.warnings = training.classes, "", []
     for source in (training, validation):
         for warning in source.warnings if source is not None else ():
-            warn_user(warning)
+            warn_on_rank_zero(warning)
     return training, validation, meta
 
 
@@ -228,10 +228,10 @@ def _described(root: str, split: str, meta: dict[str, Any]) -> Source:
     return Source(base, list(notes), classes=meta.get("classes") or [], described=notes)
 
 
-def hold_out(index: SampleIndex, share: float) -> np.ndarray:
-    """Which samples are for validation, (N,) bool: at least one, and not all, of two and more.
+def hold_out(index: ExampleIndex, share: float) -> np.ndarray:
+    """Which examples are for validation, (N,) bool: at least one, and not all, of two and more.
 
-    They are drawn by keys and names of shards, so that new samples move no others.
+    They are drawn by keys and names of shards, so that new examples move no others.
     """
     ends, block = index.keys.ends, index.keys.block
     starts = np.concatenate([[0], ends])[:-1]

@@ -9,17 +9,17 @@ from typing import BinaryIO
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.bad_examples import Skipped
 from datamodules.storage.index import (
     EXTENSIONS,
     MAX_CLASSES,
     NO_LABEL,
     OTHER_IMAGES,
     WRONG_LABEL,
-    SampleIndex,
+    ExampleIndex,
     Strings,
 )
-from datamodules.storage.tar_samples import TarSamples
+from datamodules.storage.tar_examples import TarExamples
 
 MAX_LABEL_BYTES = 32
 MARK = b"\xef\xbb\xbf"
@@ -30,18 +30,18 @@ COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\
 MAX_MAGIC = 8
 
 
-def index_shard(path: Path) -> SampleIndex:
-    """The samples of a tar file, from its headers and labels, in the order of their first members.
+def index_shard(path: Path) -> ExampleIndex:
+    """The examples of a tar file, from its headers and labels, in the order of their first members.
 
-    The parts of a sample may lie anywhere in the file, and its key may hold dots, see
-    :class:`~datamodules.storage.tar_samples.TarSamples`. Members of types that are not in
+    The parts of an example may lie anywhere in the file, and its key may hold dots, see
+    :class:`~datamodules.storage.tar_examples.TarExamples`. Members of types that are not in
     :data:`~datamodules.storage.index.EXTENSIONS`, links and folders are ignored; names are never used as paths. If the
-    file ends early or has a broken header, the samples before that point are kept and the loss is recorded under ``bad``.
+    file ends early or has a broken header, the examples before that point are kept and the loss is recorded under ``bad``.
 
     Raises:
         ValueError: if the file cannot be read.
     """
-    found = TarSamples(str(path))
+    found = TarExamples(str(path))
     try:
         with path.open("rb") as file:
             start = file.read(MAX_MAGIC)
@@ -51,30 +51,30 @@ def index_shard(path: Path) -> SampleIndex:
         raise ValueError(f"shard {path} cannot be read ({error}); write it again, or leave it out") from error
     if kind := next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None):
         raise ValueError(
-            f"shard {path} is compressed ({kind}), but samples are read by their place in it; unpack it (images do not "
+            f"shard {path} is compressed ({kind}), but examples are read by their place in it; unpack it (images do not "
             "get smaller by compression)"
         )
     bad = []
     if fault:
         bad.append(Skipped(-1, found.lose(half), "truncated shard", f"shard {path} {fault}; write it again"))
-    samples, unclear = found.finish()
+    examples, unclear = found.finish()
     members = {}
     for extension in EXTENSIONS:
-        if any(extension in row.parts for _, row in samples):
-            column = [row.parts.get(extension, (-1, -1)) for _, row in samples]
+        if any(extension in row.parts for _, row in examples):
+            column = [row.parts.get(extension, (-1, -1)) for _, row in examples]
             members[extension] = np.array(column, np.int64).reshape(-1, 2)
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings([str(path)]),
-        np.zeros(len(samples), np.int64),
-        Strings.from_strings([key for key, _ in samples]),
+        np.zeros(len(examples), np.int64),
+        Strings.from_strings([key for key, _ in examples]),
         members,
-        np.array([row.label for _, row in samples], np.int64),
+        np.array([row.label for _, row in examples], np.int64),
         [*bad, *unclear],
     )
 
 
-def _read_headers(file: BinaryIO, found: TarSamples) -> tuple[str, str]:
-    """Put down the members; what is wrong with the file, '' if nothing is, and the key of the sample it ends in."""
+def _read_headers(file: BinaryIO, found: TarExamples) -> tuple[str, str]:
+    """Put down the members; what is wrong with the file, '' if nothing is, and the key of the example it ends in."""
     end = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -109,7 +109,7 @@ def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and extension of a member that is a part of a sample; ('', '') if it is none."""
+    """Key and extension of a member that is a part of an example; ('', '') if it is none."""
     key, extension = base_plus_ext(member.name)
     if not member.isreg() or not key:
         return "", ""

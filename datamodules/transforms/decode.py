@@ -8,7 +8,7 @@ import numpy as np
 from kornia_rs.io import decode_image_jpegturbo
 from PIL import Image, UnidentifiedImageError
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """The only decoders that are ever used: Pillow has others, some of which run programs (EPS runs Ghostscript)."""
@@ -41,27 +41,27 @@ def open_image(data: bytes, where: str) -> Image.Image:
         where: it comes from, for messages.
 
     Raises:
-        BadSampleError: if it is empty, none of :data:`FORMATS`, or too large.
+        BadExampleError: if it is empty, none of :data:`FORMATS`, or too large.
     """
     if not data:
-        raise BadSampleError("empty file", f"the image of {where} is empty")
+        raise BadExampleError("empty file", f"the image of {where} is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadSampleError("too many pixels", f"the image of {where} is too large ({error})") from error
+        raise BadExampleError("too many pixels", f"the image of {where} is too large ({error})") from error
     except UnidentifiedImageError as error:
-        raise BadSampleError("broken image", f"the image of {where} is broken (no JPEG, PNG or WebP)") from error
+        raise BadExampleError("broken image", f"the image of {where} is broken (no JPEG, PNG or WebP)") from error
     except (OSError, SyntaxError, ValueError) as error:  # all of them by Pillow
-        raise BadSampleError("broken image", f"the image of {where} is broken ({error})") from error
+        raise BadExampleError("broken image", f"the image of {where} is broken ({error})") from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadSampleError(
+        raise BadExampleError(
             "too many pixels",
             f"the image of {where} has {image.width} × {image.height} pixels, more than {MAX_PIXELS}",
         )
     if max(image.size) > MAX_STRETCHED * min(image.size):
-        raise BadSampleError(
+        raise BadExampleError(
             "too many pixels",
             f"the image of {where} has {image.width} × {image.height} pixels; a square as high as its short side is "
             f"less than 1/{MAX_STRETCHED} of it, and enlarging it would take gigabytes",
@@ -83,7 +83,7 @@ def read_image(data: bytes, where: str) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        BadSampleError: if it is empty, broken, of another format, or has too many pixels.
+        BadExampleError: if it is empty, broken, of another format, or has too many pixels.
     """
     image = open_image(data, where)
     pixels = None
@@ -97,7 +97,7 @@ def read_image(data: bytes, where: str) -> np.ndarray:
             pixels = np.array(_to_rgb(image))
     except Exception as error:  # Pillow raises all sorts, AssertionError for a missing palette
         said = str(error) or type(error).__name__
-        raise BadSampleError("broken image", f"the image of {where} is broken ({said})") from error
+        raise BadExampleError("broken image", f"the image of {where} is broken ({said})") from error
     turn = TURNS.get(_orientation(image))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
-from datamodules import DigitsDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, DigitsDataModule
 from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, make_reference
@@ -198,7 +198,7 @@ def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
     drawing = FIDMonitor(reference, Everything(), image_size=SIZE)
     with pytest.raises(ValueError, match="image_size is 8, but the model draws images; set its own"):
         evaluator(drawing, default_root_dir=tmp_path).test(
-            sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False
+            sampling_module(pipeline), ClassRequestDataModule(10, 2, 8), verbose=False
         )
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_is_no_report_is_found_before_anything_is_drawn(
     module = sampling_module(pipeline)
     monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("drawn"))
     with pytest.raises(ValueError, match="report is there and is no report; move it away"):
-        trainer.test(module, SampleDataModule(10, 2, 8), verbose=False)
+        trainer.test(module, ClassRequestDataModule(10, 2, 8), verbose=False)
 
 
 def test_reconstructions_against_a_reference_for_generation_are_warned_of(
@@ -229,7 +229,7 @@ def test_drawn_images_against_a_reference_for_reconstructions_are_warned_of(pipe
     make_reference(open_images(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
     trainer = evaluator(FIDMonitor(path, Everything(), count=10), default_root_dir=tmp_path)
     with pytest.warns(UserWarning, match="generated images are compared with val, a reference for reconstructions"):
-        trainer.test(sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False)
+        trainer.test(sampling_module(pipeline), ClassRequestDataModule(10, 2, 8), verbose=False)
 
 
 def test_arguments(pipeline: Pipeline, folder: Path, reference: Path) -> list[str]:

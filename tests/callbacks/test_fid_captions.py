@@ -27,7 +27,7 @@ from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.sampling import SamplingConfig
 from llamagen.text import CaptionEncoder, TextEncoderConfig, pad_left
-from tests.datamodules.code_sets import codes_of, npy
+from tests.datamodules.code_datasets import codes_of, npy
 from tests.evaluation.sets import write_npz
 from tests.golden import fill
 from tests.lightning_modules.runs import evaluator

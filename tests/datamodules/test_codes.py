@@ -31,7 +31,7 @@ def codes_of(split: str, number: int) -> np.ndarray:
 
 
 def write_codes(root: Path, changed: dict[tuple[str, int], dict[str, bytes]] | None = None, **meta: Any) -> None:
-    """A set of codes in shards of 4; ``changed`` replaces the parts of single samples, ``meta`` the description."""
+    """A set of codes in shards of 4; ``changed`` replaces the parts of single examples, ``meta`` the description."""
     shards = ShardSet(root, {}, "")
     shards.begin(list(COUNTS))
     for split, count in COUNTS.items():
@@ -153,7 +153,7 @@ BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
 
 @pytest.mark.parametrize(("split", "number"), [("train", 5), ("val", 3)])
 @pytest.mark.parametrize("bad", BAD_PARTS)
-def test_too_many_samples_that_do_not_fit_the_description_are_refused_by_setup(
+def test_too_many_examples_that_do_not_fit_the_description_are_refused_by_setup(
     tmp_path: Path, split: str, number: int, bad: str
 ) -> None:
     parts, _, phrase = BAD_PARTS[bad]
@@ -161,11 +161,11 @@ def test_too_many_samples_that_do_not_fit_the_description_are_refused_by_setup(
     change_meta(tmp_path, lambda meta: meta.update(num_classes=CLASSES))  # it had grown to the highest label + 1
     with pytest.raises(ValueError) as error:
         code_data(tmp_path)
-    assert_one_line(error, tmp_path / split, f"sample {split}{number}", phrase)
+    assert_one_line(error, tmp_path / split, f"example {split}{number}", phrase)
 
 
 @pytest.mark.parametrize("bad", BAD_PARTS)
-def test_a_few_samples_that_do_not_fit_the_description_are_skipped_and_counted(tmp_path: Path, bad: str) -> None:
+def test_a_few_examples_that_do_not_fit_the_description_are_skipped_and_counted(tmp_path: Path, bad: str) -> None:
     parts, reason, phrase = BAD_PARTS[bad]
     write_codes(tmp_path, {("train", 5): parts})
     data = code_data(tmp_path, max_bad_share=0.12)
@@ -226,8 +226,8 @@ BAD_META: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "without format": (lambda meta: meta.pop("format"), "does not describe codes"),
     "without splits": (lambda meta: meta.pop("splits"), f"splits in {META_FILE}"),
     "another format": (lambda meta: meta.update(format="llamagen-images"), "does not describe codes"),
-    "more samples": (lambda meta: meta["splits"]["val"]["shards"][0].update(count=5), "says 5"),
-    "fewer samples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
+    "more examples": (lambda meta: meta["splits"]["val"]["shards"][0].update(count=5), "says 5"),
+    "fewer examples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
     "no training split": (lambda meta: meta["splits"].pop("train"), CodeDataModule.hint),
     "smaller vocabulary": (lambda meta: meta.update(vocabulary=10), "vocabulary of 10"),
     "fewer classes": (lambda meta: meta.update(num_classes=2), "2 classes"),
@@ -284,7 +284,7 @@ def test_a_shard_that_is_not_in_the_description_is_passed_over(tmp_path: Path) -
     assert sorted(keys) == [f"train{number}" for number in range(COUNTS["train"])]
 
 
-def test_the_samples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path) -> None:
+def test_the_examples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path) -> None:
     write_codes(tmp_path)
     shard = tmp_path / "train/train-000001.tar"
     shard.write_bytes(shard.read_bytes()[: 2 * 2048 + 600])
@@ -294,4 +294,4 @@ def test_the_samples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path)
     assert data.tallies["train"].by_reason() == {"truncated shard": 2}
     with pytest.raises(ValueError) as error:
         code_data(tmp_path, max_bad_share=0.22)
-    assert_one_line(error, "2 of 9 samples of train", "truncated shard: 2", shard, "max_bad_share 0.22")
+    assert_one_line(error, "2 of 9 examples of train", "truncated shard: 2", shard, "max_bad_share 0.22")

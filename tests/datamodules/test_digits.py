@@ -29,7 +29,7 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_the_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
-    keys = {split: list(written.datasets[split].samples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
+    keys = {split: list(written.datasets[split].examples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
     assert {split: len(names) for split, names in keys.items()} == {"train": 1497, "val": 300}
     assert sorted(keys["train"] + keys["val"]) == [f"{number:06d}" for number in range(1797)]
     root = Path(str(written.root))
@@ -147,7 +147,7 @@ def test_digits_have_captions_that_name_them(captioned: DigitsDataModule) -> Non
 
 def test_digits_have_no_captions_unless_asked_for(written: DigitsDataModule) -> None:
     for split in ("train", "val"):
-        assert "txt" not in written.datasets[split].samples.members  # type: ignore[attr-defined]
+        assert "txt" not in written.datasets[split].examples.members  # type: ignore[attr-defined]
     assert read_meta(str(written.root), "")["captions"] is False
 
 

@@ -13,11 +13,11 @@ import torch
 
 import main
 from callbacks import SampleGrid
-from datamodules import CodeDataModule, PromptDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule, PromptDataModule
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
 from llamagen.text import TextEncoderConfig, pad_left
-from tests.datamodules.caption_sets import write_caption_codes
+from tests.datamodules.caption_datasets import write_caption_codes
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import fill
 from tests.lightning_modules.runs import argen_module, evaluator
@@ -258,7 +258,7 @@ CLASSES: Any = {
     "prompts": lambda p: evaluator().predict(argen_module(tokenizer=p.images.tokenizer), PromptDataModule(["a"])),
 }
 TEXT: Any = {
-    "classes": lambda p: evaluator().predict(sampling_module(p), SampleDataModule(3)),
+    "classes": lambda p: evaluator().predict(sampling_module(p), ClassRequestDataModule(3)),
     "a grid of classes": lambda p: evaluator(SampleGrid()).validate(sampling_module(p), data_of(p.features)),
     "codes without captions": lambda p: evaluator().validate(text_module(p), data_of(p.images.codes)),
     "a share above 1": lambda p: data_of(p.codes, short_caption_share=1.5),

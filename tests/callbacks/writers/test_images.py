@@ -17,7 +17,7 @@ import main
 from callbacks import ImageWriter, figures
 from callbacks.writers.image_threads import ImageThreads
 from callbacks.writers.sample_folder import SampleFolder
-from datamodules import ImageDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, ImageDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
@@ -211,7 +211,7 @@ def test_class_folders_are_named_so_that_their_order_is_that_of_the_classes(tmp_
 
 
 def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_path: Path) -> None:
-    data = SampleDataModule(4, per_class=1)
+    data = ClassRequestDataModule(4, per_class=1)
     (tmp_path / "images/1").mkdir(parents=True)
     (tmp_path / "images/1/000001_class1.png").touch()
     sent: list[Any] = []
@@ -233,7 +233,7 @@ def test_a_rank_says_that_it_is_done_when_its_images_are_written(
     strategy = SimpleNamespace(broadcast=lambda value: value, barrier=lambda name: written.append(len(drawn(tmp_path))))
     trainer: Any = SimpleNamespace(
         callbacks=[],
-        datamodule=SampleDataModule(10, per_class=1),
+        datamodule=ClassRequestDataModule(10, per_class=1),
         default_root_dir=str(tmp_path),
         is_global_zero=True,
         strategy=strategy,

@@ -113,22 +113,22 @@ def test_another_order_is_an_option(tmp_path: Path) -> None:
     )
 
 
-def test_a_class_number_far_above_the_others_is_warned_of_with_its_sample(tmp_path: Path) -> None:
+def test_a_class_number_far_above_the_others_is_warned_of_with_its_example(tmp_path: Path) -> None:
     assert far_label(np.array([0, 1, 1, 99_999, -1])) == 99_999
     assert far_label(np.array([0, 1, MAX_SPARSE - 1])) is far_label(np.array([-1])) is None
     write_shards(
         tmp_path, [(f"k{i}", {"png": grey_image(i), "cls": b"54321" if i == 3 else b"1"}) for i in range(20)], 20
     )
-    with pytest.warns(UserWarning, match=r"highest class is 54321, of sample k3 .* number of classes 54322"):
+    with pytest.warns(UserWarning, match=r"highest class is 54321, of example k3 .* number of classes 54322"):
         ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.01).setup("fit")
 
 
-def test_a_class_number_of_two_billion_is_a_bad_sample_and_makes_no_classes(tmp_path: Path) -> None:
-    samples = [(f"k{i}", {"png": grey_image(i), "cls": b"2000000000" if i == 3 else b"1"}) for i in range(40)]
-    write_shards(tmp_path / "set", samples, per_shard=40)
+def test_a_class_number_of_two_billion_is_a_bad_example_and_makes_no_classes(tmp_path: Path) -> None:
+    examples = [(f"k{i}", {"png": grey_image(i), "cls": b"2000000000" if i == 3 else b"1"}) for i in range(40)]
+    write_shards(tmp_path / "set", examples, per_shard=40)
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     assert read_meta(tmp_path / "packed", "")["num_classes"] == 2
-    assert "sample k3 of" in (tmp_path / "packed/skipped.tsv").read_text()
+    assert "example k3 of" in (tmp_path / "packed/skipped.tsv").read_text()
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path / "set"), tmp_path / "strict", workers=1, max_bad_share=0.0)
-    assert_one_line(error, "sample k3 of", "no number from 0 to 999999")
+    assert_one_line(error, "example k3 of", "no number from 0 to 999999")

@@ -90,13 +90,13 @@ def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
 
 
 def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) -> None:
-    sample = [("0", {"png": grey_image(0)})]
+    example = [("0", {"png": grey_image(0)})]
     for split in ("Training", "validation"):
-        write_shards(tmp_path / "folders" / split, sample)
+        write_shards(tmp_path / "folders" / split, example)
     (tmp_path / "names").mkdir()
     for place, split in enumerate(("imagenet-train", "imagenet-val", "imagenet-test")):
         for number in range(2):
-            (path,) = write_shards(tmp_path / f"{place}{number}", sample)
+            (path,) = write_shards(tmp_path / f"{place}{number}", example)
             path.rename(tmp_path / "names" / f"{split}-{number:06d}.tar")
     for root, counts in ((tmp_path / "folders", [1, 1]), (tmp_path / "names", [2, 2])):
         first, second, said = find(root)

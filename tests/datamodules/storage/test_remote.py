@@ -18,7 +18,7 @@ from datamodules.storage.remote import ShardCache, check_address, check_presence
 from datamodules.storage.shards import META_FILE
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
 

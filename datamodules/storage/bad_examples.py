@@ -1,4 +1,4 @@
-"""Samples that cannot be used: skipped, counted by reason, and fatal where they are too many."""
+"""Examples that cannot be used: skipped, counted by reason, and fatal where they are too many."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ REASONS = (
     "broken features",
     "unclear parts",
 )
-"""Why a sample may be skipped. All ranks count in this order."""
+"""Why an example may be skipped. All ranks count in this order."""
 
-MAX_EXAMPLES = 5
+MAX_LISTED = 5
 
 
-class BadSampleError(ValueError):
-    """A sample that cannot be used.
+class BadExampleError(ValueError):
+    """An example that cannot be used.
 
     Args:
         reason: one of :data:`REASONS`.
@@ -37,10 +37,10 @@ class BadSampleError(ValueError):
 
 
 class Skipped(NamedTuple):
-    """A sample that was skipped.
+    """An example that was skipped.
 
     Attributes:
-        number: of the sample within its split; −1 if it never got one.
+        number: of the example within its split; −1 if it never got one.
         key: its key, or what is known of it.
         reason: one of :data:`REASONS`.
         message: the whole story in one line.
@@ -57,10 +57,10 @@ class Tally:
 
     Args:
         split: name of the split, for messages.
-        count: usable samples that an epoch should have, over all ranks.
-        known: what was found to be bad before any sample was read, the same on every rank.
-        max_share: greatest tolerable share of bad samples.
-        keep: remember every skipped sample, not only examples.
+        count: usable examples that an epoch should have, over all ranks.
+        known: what was found to be bad before any example was read, the same on every rank.
+        max_share: greatest tolerable share of bad examples.
+        keep: remember every skipped example, not only examples.
         alone: judge while reading. A rank among others must not: it would leave them waiting.
 
     Raises:
@@ -84,20 +84,20 @@ class Tally:
         self._check(0)
 
     def add(self, skipped: Iterable[Skipped], opened: int = 0) -> None:
-        """Count samples that this rank skipped.
+        """Count examples that this rank skipped.
 
         Args:
-            skipped: the samples.
-            opened: samples, good and bad, of shards whose headers told of some of them; the share is one of these, too.
+            skipped: the examples.
+            opened: examples, good and bad, of shards whose headers told of some of them; the share is one of these, too.
 
         Raises:
             ValueError: if they are too many, unless other ranks are to be asked.
         """
         self.opened += opened
-        for sample in skipped:
-            self.counts[sample.reason] += 1
-            if self.keep or len(self.seen) < MAX_EXAMPLES:
-                self.seen.append(sample)
+        for example in skipped:
+            self.counts[example.reason] += 1
+            if self.keep or len(self.seen) < MAX_LISTED:
+                self.seen.append(example)
         if self.alone:
             self._check(self.counts.total())
 
@@ -118,18 +118,18 @@ class Tally:
         bad, total = read + len(self.known), self.total + self.opened
         if bad > self.max_share * total:
             raise ValueError(
-                f"{bad} of {total} samples of {self.split} cannot be used, more than max_bad_share "
+                f"{bad} of {total} examples of {self.split} cannot be used, more than max_bad_share "
                 f"{self.max_share:g} ({self.describe()}); mend the data, or raise max_bad_share"
             )
 
     def by_reason(self) -> Counter[str]:
         """Numbers by reason, with what was known before reading."""
-        return +self.counts + Counter(sample.reason for sample in self.known)
+        return +self.counts + Counter(example.reason for example in self.known)
 
     def describe(self) -> str:
         """Numbers by reason, and an example, in one line."""
         numbers = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.by_reason().items()))
-        examples = [sample.message for sample in (*self.seen, *self.known)][:1]
+        examples = [example.message for example in (*self.seen, *self.known)][:1]
         return "; e.g. ".join([numbers, *examples])
 
     def reset(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.storage.shards import CODES_FORMAT, ShardSet
-from tests.datamodules.code_sets import codes_of, npy
+from tests.datamodules.code_datasets import codes_of, npy
 from tests.tiny_t5 import WORDS
 
 DESCRIPTION = {
@@ -30,19 +30,19 @@ def caption(number: int) -> str:
 
 
 def codes(number: int) -> bytes:
-    """The npy part of sample ``number``."""
+    """The npy part of example ``number``."""
     return npy(codes_of(number, views=2))
 
 
 def write_captioned_codes(
     root: Path, counts: Mapping[str, int], odd: Mapping[int, dict[str, bytes | None]] | None = None
 ) -> Path:
-    """A set of codes: sample i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
+    """A set of codes: example i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
 
     Args:
         root: folder of the set, which is returned.
-        counts: samples of each split.
-        odd: other parts of training samples, by number; None takes one away.
+        counts: examples of each split.
+        odd: other parts of training examples, by number; None takes one away.
     """
     shards = ShardSet(root, {}, hint="")
     shards.begin(list(counts))
@@ -64,7 +64,7 @@ def write_captioned_codes(
 def write_caption_codes(
     root: Path, train: Sequence[str], val: Sequence[str], per_shard: int = 5, tokenizer: str = "0" * 64
 ) -> None:
-    """Sample i of a split has key ``split/i``, codes of its own, the i-th caption, and no caption file for ''."""
+    """Example i of a split has key ``split/i``, codes of its own, the i-th caption, and no caption file for ''."""
     shards = ShardSet(root, {}, hint="")
     shards.begin(("train", "val"))
     pieces = {}

@@ -18,7 +18,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def codes_of(number: int, views: int = 1, grid: tuple[int, int] = (2, 2), vocabulary: int = 8) -> np.ndarray:
-    """The codes of sample ``number``."""
+    """The codes of example ``number``."""
     codes = np.random.default_rng(number).integers(0, vocabulary, (views, *grid))
     return codes.astype(np.uint16)
 
@@ -26,7 +26,7 @@ def codes_of(number: int, views: int = 1, grid: tuple[int, int] = (2, 2), vocabu
 def write_codes(
     root: Path, train: int, val: int, per_shard: int = 3, broken: Collection[int] = (), **options: Any
 ) -> None:
-    """A set of codes: sample i of a split has key ``split/i`` and class i mod 5; ``broken`` of training hold text."""
+    """A set of codes: example i of a split has key ``split/i`` and class i mod 5; ``broken`` of training hold text."""
     shards = ShardSet(root, {}, hint="")
     shards.begin(("train", "val"))
     written = {}

@@ -1,14 +1,14 @@
-"""Which members of a tar file are one sample.
+"""Which members of a tar file are one example.
 
-By webdataset's rule a member's name is its sample's key up to the first dot of the file's name, and what follows is the
-part's extension: ``22.05.jpg`` is the part ``05.jpg`` of sample ``22``. Files in the wild also have dots in their keys,
+By webdataset's rule a member's name is its example's key up to the first dot of the file's name, and what follows is the
+part's extension: ``22.05.jpg`` is the part ``05.jpg`` of example ``22``. Files in the wild also have dots in their keys,
 and several parts of a kind, and their parts lie anywhere in the shard. So members are put together when all are known.
 """
 
 import re
 from dataclasses import dataclass, field
 
-from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.bad_examples import Skipped
 from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES
 
 NUMBER = re.compile(r"[0-9.]+")
@@ -27,7 +27,7 @@ class Row:
         more: what stands between that and the known extension, '' mostly.
         parts: place of each part by extension; (−1, −1) for an image of a kind that is not read.
         label: class, of its cls part.
-        apart: some of its parts lie apart from others, with another sample between.
+        apart: some of its parts lie apart from others, with another example between.
     """
 
     base: str
@@ -63,8 +63,8 @@ class Row:
             self.label = other.label
 
 
-class TarSamples:
-    """The samples of a tar file, from its members in their order.
+class TarExamples:
+    """The examples of a tar file, from its members in their order.
 
     Args:
         shard: name of the file, for messages.
@@ -78,7 +78,7 @@ class TarSamples:
         self._base: str | None = None
 
     def add(self, base: str, more: str, extension: str, place: Place, label: int = NO_LABEL) -> None:
-        """Add a member, to its sample's parts before it, or to a new sample if these have one of the kind.
+        """Add a member, to its example's parts before it, or to a new example if these have one of the kind.
 
         Args:
             base: see :class:`Row`.
@@ -102,17 +102,17 @@ class TarSamples:
         self._base = base
 
     def lose(self, key: str) -> str:
-        """Drop the sample in which the file ends, as far as that can be told.
+        """Drop the example in which the file ends, as far as that can be told.
 
         Args:
             key: of the member in which it ends, '' if it ends between two.
 
         Returns:
-            The key of the lost sample, '' if it is not known.
+            The key of the lost example, '' if it is not known.
         """
         last = self.rows[-1] if self.rows else None
         if last is not None and not key:
-            # Where no next sample has begun, the last one may be cut off between its parts.
+            # Where no next example has begun, the last one may be cut off between its parts.
             others: set[str] = set().union(*(row.parts for row in self.rows[:-1]))
             key = last.key if others - set(last.parts) else ""
         if (row := self._latest.get(key)) is not None:
@@ -123,7 +123,7 @@ class TarSamples:
         """Put together what belongs together.
 
         Returns:
-            Key and parts of each sample, and those of which it is not clear what belongs to them.
+            Key and parts of each example, and those of which it is not clear what belongs to them.
         """
         bad: list[Skipped] = []
         rows = self._join_repeated(self.rows, bad) if self._repeated else self.rows
@@ -146,7 +146,7 @@ class TarSamples:
         return found, bad
 
     def _join_repeated(self, rows: list[Row], bad: list[Skipped]) -> list[Row]:
-        """Samples that come again: a part alone takes the place of the former one, as when tar unpacks the file."""
+        """Examples that come again: a part alone takes the place of the former one, as when tar unpacks the file."""
         groups: dict[str, list[Row]] = {key: [] for key in self._repeated}
         for row in rows:
             if row.key not in groups:
@@ -165,11 +165,11 @@ class TarSamples:
         return [row for row in rows if row.key not in groups or id(row) in kept]
 
     def _join_family(self, base: str, family: list[Row], bad: list[Skipped]) -> list[tuple[str, Row]]:
-        """The samples among rows of one key by webdataset's rule: one of them, or one for each key with a dot."""
+        """The examples among rows of one key by webdataset's rule: one of them, or one for each key with a dot."""
         apart = [(row.key, row) for row in family]
         plain = [row for row in family if not row.more]
         if any(row.has_content for row in plain):
-            # Masks, depths and other views: parts of the sample that nobody reads, but for a class.
+            # Masks, depths and other views: parts of the example that nobody reads, but for a class.
             parts = [row for row in family if row.more and not (row.has_number and row.has_content)]
             labels = [row for row in parts if "cls" in row.parts and not row.has_number]
             if len(plain) == len(labels) == 1 and "cls" not in plain[0].parts:
@@ -193,7 +193,7 @@ class TarSamples:
 
     def _unclear(self, key: str, what: str) -> Skipped:
         story = (
-            f"sample {key} of {self.shard} {what}, so what belongs together is not known; give each image a key of its "
+            f"example {key} of {self.shard} {what}, so what belongs together is not known; give each image a key of its "
             "own, and its parts the same key"
         )
         return Skipped(-1, key, UNCLEAR, story)

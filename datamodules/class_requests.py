@@ -41,7 +41,7 @@ def read_labels(path: Path) -> list[int]:
     return labels
 
 
-class SampleDataModule(RequestDataModule):
+class ClassRequestDataModule(RequestDataModule):
     """Requests for images of classes: the labels in turn, until each entry was asked for ``per_class`` times.
 
     ``predict`` is for images that are kept, ``test`` for images that are measured. Batches hold ``index`` of each
