@@ -1,7 +1,7 @@
-"""The one data layer that both modules share.
+"""The data layer: images, captions and codes for training, and requests for sampling.
 
-Its DataModules are imported when they are asked for: a worker process that reads examples needs none of them, and with
-them Lightning, which takes several times as long to import as all the rest.
+The DataModules are imported on first access. A worker process that reads examples needs neither them nor Lightning,
+whose import takes several times as long as everything else.
 """
 
 from importlib import import_module

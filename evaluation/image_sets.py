@@ -142,7 +142,7 @@ class ImageSet(ABC):
         bad, total = sum(skipped.values()), len(self) + len(self._known)
         if bad > MAX_BAD * total:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-            examples = [sample.message for sample in (*self._tally.seen, *self._known)][:1]
+            examples = [sample.message for sample in (*self._tally.skipped, *self._known)][:1]
             raise ValueError(
                 f"{bad} of {total} images of {self.name} cannot be read, more than {MAX_BAD:.0%} "
                 f"({'; e.g. '.join([reasons, *examples])}); mend or remove them"
@@ -316,7 +316,7 @@ class _Squares(ExampleDataset):
             pixels = centre_crop(pixels, self.size)
         return {"planes": to_planes(pixels), "label": sample.label, "digest": _digest(pixels), "cropped": crop}
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "images": torch.from_numpy(np.stack([sample["planes"] for sample in samples])),
             "labels": torch.tensor([sample["label"] for sample in samples]),

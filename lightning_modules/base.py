@@ -140,9 +140,9 @@ class GenerativeModule(pl.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if split not in getattr(datamodule, "tallies", ()):
             return
-        examples = [sample.message for sample in (*datamodule.tallies[split].seen, *datamodule.tallies[split].known)][
-            :1
-        ]
+        examples = [
+            sample.message for sample in (*datamodule.tallies[split].skipped, *datamodule.tallies[split].rejected)
+        ][:1]
         counts = datamodule.finish_tally(split)  # over all ranks, so each logs the same
         for reason, count in counts.items():
             self.log(f"skipped/{split}/{reason.replace(' ', '_')}", float(count))

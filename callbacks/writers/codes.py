@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from callbacks.writers.shard_dataset import PlannedData, ShardSetWriter
-from datamodules.storage.shards import CODES_FORMAT, ShardSet, ShardWriter
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset, ShardWriter
 from llamagen.checkpoints.contents import weights_checksum
 from llamagen.models.vqgan import VQGAN
 
@@ -86,7 +86,7 @@ class CodeWriter(ShardSetWriter):
             writer.write(key, parts, label)
 
     def describe(
-        self, shards: ShardSet, pieces: Mapping[str, int], data: ImageData, module: TokenizerModule
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: ImageData, module: TokenizerModule
     ) -> dict[str, Any]:
         """Vocabulary, grid, views, classes and tokenizer."""
         config = module.generator.config

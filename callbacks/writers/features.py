@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from callbacks.writers.shard_dataset import PlannedData, ShardSetWriter
 from datamodules.storage.index import FEATURES, SHORT_FEATURES
-from datamodules.storage.shards import CAPTIONS_FORMAT, ShardSet, ShardWriter
+from datamodules.storage.shards import CAPTIONS_FORMAT, ShardDataset, ShardWriter
 from llamagen.text import CaptionEncoder, EncodedCaptions, pack
 
 TRUNCATED = "truncated"
@@ -101,7 +101,7 @@ class FeatureWriter(ShardSetWriter):
             parts = {} if npy is None else {"npy": npy}
             parts |= {"txt": caption.encode("utf-8", "replace"), FEATURES: whole}
             writer.write(key, parts | ({SHORT_FEATURES: part} if sentence != caption else {}), label)
-        writer.counted[TRUNCATED] += int(outputs.captions.truncated.sum())
+        writer.counts[TRUNCATED] += int(outputs.captions.truncated.sum())
 
     def _bytes_of(self, encoded: EncodedCaptions, keys: list[str]) -> list[bytes]:
         """The tokens of each caption, as they are stored."""
@@ -119,10 +119,10 @@ class FeatureWriter(ShardSetWriter):
         return [numbers[end - length : end].tobytes() for length, end in zip(lengths, ends, strict=True)]
 
     def describe(
-        self, shards: ShardSet, pieces: Mapping[str, int], data: CaptionData, module: EncoderModule
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: CaptionData, module: EncoderModule
     ) -> dict[str, Any]:
         """All that is known of the codes, if there are any, and of the features; warns of captions that were cut."""
-        facts, truncated = shards.plan["encoder"], shards.counted(pieces)[TRUNCATED]
+        facts, truncated = shards.plan["encoder"], shards.total_counts(pieces)[TRUNCATED]
         if truncated:
             rank_zero_warn(
                 f"{truncated} captions have more tokens than caption_length {facts['caption_length']}; what is beyond "

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 
-from datamodules.storage.shards import ShardSet, ShardWriter
+from datamodules.storage.shards import ShardDataset, ShardWriter
 
 
 class PlannedData(Protocol):
@@ -41,7 +41,7 @@ class ShardSetWriter(pl.Callback):
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         self.samples_per_shard = samples_per_shard
-        self._set: ShardSet | None = None
+        self._set: ShardDataset | None = None
         self._writer: ShardWriter | None = None
         self._piece = ("", -1)
 
@@ -60,7 +60,7 @@ class ShardSetWriter(pl.Callback):
         """
 
     @abstractmethod
-    def describe(self, shards: ShardSet, pieces: Mapping[str, int], data: Any, module: Any) -> dict[str, Any]:
+    def describe(self, shards: ShardDataset, pieces: Mapping[str, int], data: Any, module: Any) -> dict[str, Any]:
         """What ``meta.json`` says of the set, beside its splits; asked on the first rank, when all shards are written.
 
         Args:
@@ -75,7 +75,7 @@ class ShardSetWriter(pl.Callback):
         if stage != "predict":
             return
         self._set = None
-        data, shards = self._data(trainer), ShardSet(Path(trainer.default_root_dir), {}, "")
+        data, shards = self._data(trainer), ShardDataset(Path(trainer.default_root_dir), {}, "")
         for split, pieces in self._pieces(data).items():
             done = [number for number in range(pieces) if shards.is_written(split, number)]
             data.plan_shards(split, self.samples_per_shard, done)
@@ -88,7 +88,7 @@ class ShardSetWriter(pl.Callback):
         """
         data = self._data(trainer)
         plan = {**self.plan(data, pl_module), "samples_per_shard": self.samples_per_shard}
-        self._set = ShardSet(Path(trainer.default_root_dir), plan, "delete it or choose another folder")
+        self._set = ShardDataset(Path(trainer.default_root_dir), plan, "delete it or choose another folder")
         self._set.check()
         trainer.strategy.barrier("folder of shards checked")
         if trainer.is_global_zero:
@@ -133,7 +133,7 @@ class ShardSetWriter(pl.Callback):
         if not trainer.is_global_zero:
             return
         pieces = self._pieces(data)
-        known = {split: data.tallies[split].known for split in data.predict_splits}
+        known = {split: data.tallies[split].rejected for split in data.predict_splits}
         self._set.finish(pieces, self.describe(self._set, pieces, data, pl_module), known, data.max_bad_share)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -169,7 +169,7 @@ class ShardSetWriter(pl.Callback):
             return
         split, number = self._piece
         first, end = self._range(data, split, number)
-        writer.skipped = [sample for sample in data.tallies[split].seen if first <= sample.number < end]
+        writer.skipped = [sample for sample in data.tallies[split].skipped if first <= sample.number < end]
         if writer.count + len(writer.skipped) == end - first:
             writer.close()
         else:  # not all of its samples came, e.g. by limit_predict_batches
@@ -179,7 +179,7 @@ class ShardSetWriter(pl.Callback):
         """Of pieces of which this rank could not use a single sample."""
         assert self._set is not None
         for split in data.predict_splits:
-            seen = data.tallies[split].seen
+            seen = data.tallies[split].skipped
             for number in {sample.number // self.samples_per_shard for sample in seen}:
                 first, end = self._range(data, split, number)
                 skipped = [sample for sample in seen if first <= sample.number < end]

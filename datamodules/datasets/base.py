@@ -1,4 +1,4 @@
-"""The base of datasets that skip what they cannot use."""
+"""Base class of the datasets, which skip bad examples."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ MAX_ATTEMPTS = 100
 
 
 class ExampleDataset(Dataset[dict[str, Any]]):
-    """Examples by number and epoch; a batch leaves out what cannot be used, and says so.
+    """Examples by number and epoch. A batch leaves out bad examples and lists them.
 
     Args:
-        examples: the examples.
-        never_empty: where nothing of a batch can be used, put another example in its place. For training, where other
-            ranks would wait for one without a batch, and Lightning ends an epoch properly only at its planned last one.
+        examples: index of the examples.
+        never_empty: if all examples of a batch are bad, use another example instead. Needed in training, where other
+            ranks would wait for a rank without a batch, and where Lightning ends an epoch only at its last batch.
     """
 
     def __init__(self, examples: "ExampleIndex | StreamIndex", never_empty: bool = False) -> None:
@@ -34,18 +34,18 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     @abstractmethod
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """The parts of an example.
+        """Read an example.
 
         Raises:
-            BadExampleError: if it cannot be used.
+            BadExampleError: if it is bad.
         """
 
     @abstractmethod
-    def join(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of what :meth:`read` gave, at least one."""
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Combine at least one result of :meth:`read` into a batch."""
 
     def read_many(self, addresses: list[Address]) -> tuple[list[dict[str, Any]], list[int], list[Skipped]]:
-        """What of the addressed examples can be used, their numbers, and what cannot."""
+        """Read examples. Returns the good ones, their numbers, and the bad ones."""
         examples: list[dict[str, Any]] = []
         numbers: list[int] = []
         skipped: list[Skipped] = []
@@ -59,31 +59,33 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     def _key(self, number: int) -> str:
         try:
-            index, place = self.examples.locate(number)
+            index, position = self.examples.locate(number)
         except BadExampleError:
             return ""
-        key: str = index.keys[place]
+        key: str = index.keys[position]
         return key
 
     def __getitem__(self, address: Address) -> dict[str, Any]:
-        """One example.
+        """Read one example.
 
         Raises:
-            BadExampleError: if it cannot be used.
+            BadExampleError: if it is bad.
         """
-        batch = self.join([self.read(*address)])
+        batch = self.collate([self.read(*address)])
         return {name: part[0].item() if name in ("labels", "condition") else part[0] for name, part in batch.items()}
 
     def __getitems__(self, addresses: list[Address]) -> dict[str, Any]:
-        """A batch of the examples that can be used, with ``numbers`` (B,) int64; the others under ``skipped``."""
+        """A batch of the good examples with their ``numbers``, (B,) int64; the bad ones are listed under
+        ``skipped``.
+        """
         examples, numbers, skipped = self.read_many(addresses)
         number, epoch = addresses[0]
         for attempt in range(1, MAX_ATTEMPTS + 1 if self.never_empty else 0):
             if numbers:
                 break
-            examples, numbers, _ = self.read_many([(self.examples.another(number, attempt), epoch)])
+            examples, numbers, _ = self.read_many([(self.examples.substitute(number, attempt), epoch)])
         if self.never_empty and not numbers:
-            raise ValueError(f"{MAX_ATTEMPTS} examples in a row cannot be used, the last: {skipped[-1].message}")
-        batch = {**self.join(examples), "numbers": torch.tensor(numbers)} if numbers else {}
-        news, opened = self.examples.take_news()
-        return {**batch, SKIPPED: (skipped + news, opened)} if skipped or news else batch
+            raise ValueError(f"{MAX_ATTEMPTS} examples in a row are bad, e.g.: {skipped[-1].message}")
+        batch = {**self.collate(examples), "numbers": torch.tensor(numbers)} if numbers else {}
+        more, opened = self.examples.pop_skipped()
+        return {**batch, SKIPPED: (skipped + more, opened)} if skipped or more else batch

@@ -1,4 +1,7 @@
-"""Captions by number. Apart from their DataModule: worker processes import this file, and not Lightning. B captions."""
+"""Dataset of captions. B: captions in a batch.
+
+Separate from the DataModule, so that worker processes import it without Lightning.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,37 +17,37 @@ if TYPE_CHECKING:
 
 
 def caption_of(example: Example, clean: bool = False, short: bool = False) -> str:
-    """The caption of an example, or its first sentence.
+    """Caption of an example, or its first sentence.
 
     Args:
-        example: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: the first sentence alone, found before cleaning, which takes away the capitals that tell where it ends;
-            the whole caption where cleaning leaves nothing of that sentence.
+        example: example with a txt or json member.
+        clean: clean the caption, see :func:`~llamagen.text.cleaning.clean_caption`.
+        short: use only the first sentence. It is found before cleaning, which removes the capitals that mark its end.
+            If cleaning leaves nothing of it, the whole caption is used.
 
     Raises:
-        BadExampleError: if it has none, or cleaning leaves nothing of it.
+        BadExampleError: if there is no caption, or cleaning leaves nothing of it.
     """
-    found = example.read_caption()
-    texts = [first_sentence(found), found] if short else [found]
+    caption = example.read_caption()
+    texts = [first_sentence(caption), caption] if short else [caption]
     text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
     if not text:
-        fault = "" if found else example.caption_fault()
-        what = f"has no caption that can be read: {fault}" if fault else "has no caption"
-        if found:
-            what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}"
-        raise BadExampleError("no caption", f"example {example.key} of {example.source} {what}")
+        fault = "" if caption else example.caption_fault()
+        problem = f"has no readable caption: {fault}" if fault else "has no caption"
+        if caption:
+            problem = f"has a caption that is empty after cleaning: {caption[:40]!r}"
+        raise BadExampleError("no caption", f"example {example.key} of {example.source} {problem}")
     return text
 
 
 class CaptionDataset(ExampleDataset):
-    """Reads captions, and what else of their examples goes with their features.
+    """Dataset of captions, with what is stored next to their features.
 
     Args:
-        examples: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: give the first sentences, too.
-        codes: give the bytes of the codes, which each example must then have.
+        examples: examples with a txt or json member.
+        clean: clean the captions, see :func:`~llamagen.text.cleaning.clean_caption`.
+        short: also give the first sentences.
+        codes: also give the bytes of the codes, which each example must then have.
     """
 
     def __init__(
@@ -54,10 +57,10 @@ class CaptionDataset(ExampleDataset):
         self.clean, self.short, self.codes = clean, short, codes
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Caption, label and key of an example.
+        """Read caption, label and key of an example.
 
         Raises:
-            BadExampleError: if it has no caption, or lacks the codes.
+            BadExampleError: if it has no caption or no codes.
         """
         example = self.examples[number]
         parts = {"captions": caption_of(example, self.clean), "labels": example.label, "keys": example.key}
@@ -65,7 +68,7 @@ class CaptionDataset(ExampleDataset):
             parts["short_captions"] = caption_of(example, self.clean, short=True)
         return {**parts, "codes": example.read("npy")} if self.codes else parts
 
-    def join(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """``captions``, ``short_captions``, ``keys``, ``labels`` (B,) int64 (−1 for none), ``codes`` as bytes."""
         batch: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
         return {**batch, "labels": torch.tensor(batch["labels"])}

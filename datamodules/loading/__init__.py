@@ -1,1 +1,1 @@
-"""Which example comes when: the order of an epoch, streams, and the loader."""
+"""Order of the training examples, streams of shards, and loaders."""

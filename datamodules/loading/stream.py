@@ -1,4 +1,4 @@
-"""Examples of shards that are fetched and indexed only when one of them is asked for."""
+"""Streams of shards, which are downloaded and indexed only when one of their examples is read."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -16,16 +16,16 @@ MAX_INDEXES = 4 * SHARDS_PER_SHUFFLE
 
 
 class StreamIndex(Sequence[Example]):
-    """The examples of a source by number: shard · 2⁴⁰ + place, where places beyond the last begin with the first again.
+    """Examples of a source by number: shard · 2⁴⁰ + position in the shard. Positions wrap around at its last example.
 
     Args:
-        source: shards, no folder.
-        cache: where remote ones are kept.
-        extensions: an example needs one of these members.
+        source: shards; folders are not supported.
+        cache: keeps remote shards.
+        extensions: an example needs at least one of these members.
         labels_needed: see :meth:`~datamodules.storage.index.ExampleIndex.usable`.
 
     Raises:
-        ValueError: if it is a folder, or its first shard has no examples.
+        ValueError: if the source is a folder, or its first shard has no usable examples.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class StreamIndex(Sequence[Example]):
             raise ValueError(f"resampled_epoch needs shards, but {source.name} is a folder of images; leave it out")
         self.source, self.cache, self._needed = source, cache, (tuple(extensions), labels_needed)
         self._indexes: OrderedDict[int, ExampleIndex] = OrderedDict()
-        self._news: list[Skipped] = []
+        self._skipped: list[Skipped] = []
         self._opened = 0
         self.examples_per_shard = len(self._shard(0))
         if not self.examples_per_shard:
-            raise ValueError(f"shard {source.shards[0]} holds no examples that can be used; leave it out")
+            raise ValueError(f"shard {source.shards[0]} holds no usable examples; leave it out")
 
     @property
     def shards(self) -> int:
@@ -48,18 +48,18 @@ class StreamIndex(Sequence[Example]):
 
     @property
     def members(self) -> Collection[str]:
-        """Extensions of the examples' parts, as far as the first shard tells."""
+        """Extensions of the examples' members in the first shard."""
         return self._shard(0).members
 
     def __len__(self) -> int:
-        """About how many examples there are: as if each shard had as many as the first."""
+        """Estimated number of examples, as if each shard had as many as the first."""
         return self.examples_per_shard * self.shards
 
     def _shard(self, number: int) -> ExampleIndex:
         if number not in self._indexes:
             self._indexes[number] = index = self._open(self.source.shards[number])
             if index.bad:
-                self._news += index.bad
+                self._skipped += index.bad
                 self._opened += len(index) + len(index.bad)
             if len(self._indexes) > MAX_INDEXES:
                 self._indexes.popitem(last=False)
@@ -67,7 +67,7 @@ class StreamIndex(Sequence[Example]):
         return self._indexes[number]
 
     def _open(self, address: str) -> ExampleIndex:
-        while True:  # another process may make room in the cache just now
+        while True:  # another process may remove the shard from the cache at any time
             path = self.cache.fetch(address)
             try:
                 index = IndexStore(self.cache.folder).index(path).usable(*self._needed)
@@ -78,31 +78,29 @@ class StreamIndex(Sequence[Example]):
                     raise
 
     def locate(self, number: int) -> tuple[ExampleIndex, int]:
-        """The index of an example's shard, and its place there.
+        """Index of an example's shard, and its position in it.
 
         Raises:
-            BadExampleError: if the shard has no examples.
-            ValueError: if it cannot be had.
+            BadExampleError: if the shard has no usable examples.
+            ValueError: if it cannot be downloaded.
         """
-        shard, place = number >> SHARD_BITS, number & ((1 << SHARD_BITS) - 1)
+        shard, position = number >> SHARD_BITS, number & ((1 << SHARD_BITS) - 1)
         index = self._shard(shard)
         if not len(index):
-            raise BadExampleError(
-                "truncated shard", f"shard {self.source.shards[shard]} holds no examples that can be used"
-            )
-        return index, place % len(index)
+            raise BadExampleError("truncated shard", f"shard {self.source.shards[shard]} holds no usable examples")
+        return index, position % len(index)
 
     def __getitem__(self, number: Any) -> Any:
         """Example ``number``."""
-        index, place = self.locate(number)
-        return index[place]
+        index, position = self.locate(number)
+        return index[position]
 
-    def another(self, number: int, attempt: int) -> int:
-        """An example of another shard."""
+    def substitute(self, number: int, attempt: int) -> int:
+        """Number of an example in another shard."""
         return ((number >> SHARD_BITS) + attempt) % self.shards << SHARD_BITS
 
-    def take_news(self) -> tuple[list[Skipped], int]:
-        """What was found not to be usable since the last time, by opening shards, and of how many examples in these."""
-        news, self._news = (self._news, self._opened), []
+    def pop_skipped(self) -> tuple[list[Skipped], int]:
+        """Bad examples found while indexing shards since the last call, and the number of examples in these shards."""
+        result, self._skipped = (self._skipped, self._opened), []
         self._opened = 0
-        return news
+        return result

@@ -1,4 +1,4 @@
-"""Examples that cannot be used: skipped, counted by reason, and fatal where they are too many."""
+"""Bad examples: skipped, counted by reason, and an error if there are too many."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ REASONS = (
     "broken features",
     "unclear parts",
 )
-"""Why an example may be skipped. All ranks count in this order."""
+"""Reasons why an example may be skipped. All ranks count in this order."""
 
 MAX_LISTED = 5
 
 
 class BadExampleError(ValueError):
-    """An example that cannot be used.
+    """Raised for an example that cannot be used.
 
     Args:
         reason: one of :data:`REASONS`.
-        message: the whole story in one line, with key and place.
+        message: full description in one line, with key and location.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -37,13 +37,13 @@ class BadExampleError(ValueError):
 
 
 class Skipped(NamedTuple):
-    """An example that was skipped.
+    """A bad example that was skipped.
 
     Attributes:
-        number: of the example within its split; −1 if it never got one.
-        key: its key, or what is known of it.
+        number: number of the example in its split; −1 if it is not in the index.
+        key: its key, as far as it is known.
         reason: one of :data:`REASONS`.
-        message: the whole story in one line.
+        message: full description in one line.
     """
 
     number: int
@@ -53,34 +53,39 @@ class Skipped(NamedTuple):
 
 
 class Tally:
-    """Counts what was skipped of a split, and raises when it is too much.
+    """Counts the bad examples of a split and raises an error when there are too many.
 
     Args:
         split: name of the split, for messages.
-        count: usable examples that an epoch should have, over all ranks.
-        known: what was found to be bad before any example was read, the same on every rank.
-        max_share: greatest tolerable share of bad examples.
-        keep: remember every skipped example, not only examples.
-        alone: judge while reading. A rank among others must not: it would leave them waiting.
+        count: examples in the index, over all ranks.
+        rejected: bad examples found while indexing, the same on every rank.
+        max_share: maximum share of bad examples.
+        keep: remember all skipped examples, not only the first few.
+        alone: check the share while reading. With several ranks only :meth:`check` may raise, on all ranks at once;
+            otherwise the other ranks would wait forever.
+
+    Attributes:
+        rejected: bad examples found while indexing.
+        skipped: bad examples found by this rank while reading.
 
     Raises:
-        ValueError: if what is known is too much already.
+        ValueError: if there are too many rejected examples.
     """
 
     def __init__(
         self,
         split: str,
         count: int,
-        known: Iterable[Skipped] = (),
+        rejected: Iterable[Skipped] = (),
         max_share: float = 0.05,
         keep: bool = False,
         alone: bool = True,
     ) -> None:
-        self.split, self.known, self.max_share, self.keep, self.alone = split, list(known), max_share, keep, alone
-        self.total = count + len(self.known)
+        self.split, self.rejected, self.max_share, self.keep, self.alone = split, list(rejected), max_share, keep, alone
+        self.total = count + len(self.rejected)
         self.opened = 0
         self.counts: Counter[str] = Counter()
-        self.seen: list[Skipped] = []
+        self.skipped: list[Skipped] = []
         self._check(0)
 
     def add(self, skipped: Iterable[Skipped], opened: int = 0) -> None:
@@ -88,52 +93,52 @@ class Tally:
 
         Args:
             skipped: the examples.
-            opened: examples, good and bad, of shards whose headers told of some of them; the share is one of these, too.
+            opened: in a stream, good and bad examples of newly indexed shards. They count in the total of the share.
 
         Raises:
-            ValueError: if they are too many, unless other ranks are to be asked.
+            ValueError: if there are too many and this is the only rank.
         """
         self.opened += opened
         for example in skipped:
             self.counts[example.reason] += 1
-            if self.keep or len(self.seen) < MAX_LISTED:
-                self.seen.append(example)
+            if self.keep or len(self.skipped) < MAX_LISTED:
+                self.skipped.append(example)
         if self.alone:
             self._check(self.counts.total())
 
     def check(self, counts: Iterable[int], opened: int = 0) -> None:
-        """Judge the sum over all ranks.
+        """Check the share of bad examples over all ranks.
 
         Args:
-            counts: number for each of :data:`REASONS` that ranks skipped while reading.
-            opened: see :meth:`add`.
+            counts: examples skipped while reading, for each of :data:`REASONS`, summed over ranks.
+            opened: see :meth:`add`, summed over ranks.
 
         Raises:
-            ValueError: if it is too much.
+            ValueError: if there are too many.
         """
         self.counts, self.opened = Counter(dict(zip(REASONS, counts, strict=True))), opened
         self._check(self.counts.total())
 
     def _check(self, read: int) -> None:
-        bad, total = read + len(self.known), self.total + self.opened
+        bad, total = read + len(self.rejected), self.total + self.opened
         if bad > self.max_share * total:
             raise ValueError(
-                f"{bad} of {total} examples of {self.split} cannot be used, more than max_bad_share "
-                f"{self.max_share:g} ({self.describe()}); mend the data, or raise max_bad_share"
+                f"{bad} of {total} examples of {self.split} are bad, more than max_bad_share "
+                f"{self.max_share:g} ({self.describe()}); fix the data, or increase max_bad_share"
             )
 
     def by_reason(self) -> Counter[str]:
-        """Numbers by reason, with what was known before reading."""
-        return +self.counts + Counter(example.reason for example in self.known)
+        """Number of rejected and skipped examples by reason."""
+        return +self.counts + Counter(example.reason for example in self.rejected)
 
     def describe(self) -> str:
-        """Numbers by reason, and an example, in one line."""
+        """Numbers by reason and the first message, in one line."""
         numbers = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.by_reason().items()))
-        examples = [example.message for example in (*self.seen, *self.known)][:1]
-        return "; e.g. ".join([numbers, *examples])
+        first = [example.message for example in (*self.skipped, *self.rejected)][:1]
+        return "; e.g. ".join([numbers, *first])
 
     def reset(self) -> None:
-        """Begin the next epoch."""
+        """Start the next epoch."""
         self.opened = 0
         self.counts.clear()
-        self.seen.clear()
+        self.skipped.clear()

@@ -1,4 +1,4 @@
-"""Warnings to the user, once and not from every rank, also where Lightning is not imported."""
+"""Warnings on the first rank only, without importing Lightning."""
 
 import warnings
 
@@ -6,6 +6,10 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 def warn_on_rank_zero(message: str) -> None:
-    """Warn on the first rank. Lightning says which that is; a process without Lightning has no other ranks."""
+    """Warn the user on the first rank.
+
+    Lightning's ``rank_zero_warn`` raises an error if Lightning has not set the rank. Without Lightning there is only
+    one rank, so this function then warns.
+    """
     if getattr(rank_zero_only, "rank", None) in (None, 0):
         warnings.warn(message, stacklevel=3)

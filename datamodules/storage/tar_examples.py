@@ -1,8 +1,8 @@
-"""Which members of a tar file are one example.
+"""Grouping of the members of a tar file into examples.
 
-By webdataset's rule a member's name is its example's key up to the first dot of the file's name, and what follows is the
-part's extension: ``22.05.jpg`` is the part ``05.jpg`` of example ``22``. Files in the wild also have dots in their keys,
-and several parts of a kind, and their parts lie anywhere in the shard. So members are put together when all are known.
+By webdataset's rule, the key of a member ends at the first dot of its file name, and the rest is the extension:
+``22.05.jpg`` is the member ``05.jpg`` of example ``22``. Real files also have dots in their keys, several members of
+one type, and members of one example anywhere in the shard. So members are grouped after all of them have been read.
 """
 
 import re
@@ -14,57 +14,57 @@ from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES
 NUMBER = re.compile(r"[0-9.]+")
 UNCLEAR = "unclear parts"
 
-Place = tuple[int, int]
+Location = tuple[int, int]
 """Offset and size of a member."""
 
 
 @dataclass(slots=True)
 class Row:
-    """The members of one name but for their known extensions.
+    """Members with the same name apart from their known extension.
 
     Attributes:
         base: the key by webdataset's rule.
-        more: what stands between that and the known extension, '' mostly.
-        parts: place of each part by extension; (−1, −1) for an image of a kind that is not read.
-        label: class, of its cls part.
-        apart: some of its parts lie apart from others, with another example between.
+        infix: the text between the key and the known extension, usually ''.
+        members: location of each member by extension; (−1, −1) for an image in an unsupported format.
+        label: class in the cls member.
+        is_scattered: other examples are between its members.
     """
 
     base: str
-    more: str
-    parts: dict[str, Place] = field(default_factory=dict)
+    infix: str
+    members: dict[str, Location] = field(default_factory=dict)
     label: int = NO_LABEL
-    apart: bool = False
+    is_scattered: bool = False
 
     @property
     def key(self) -> str:
-        """With what stands between, which may be a part of the key."""
-        return f"{self.base}.{self.more}" if self.more else self.base
+        """Key with the infix, which may be part of the key."""
+        return f"{self.base}.{self.infix}" if self.infix else self.base
 
     @property
     def has_content(self) -> bool:
-        """Whether it has an image or codes, and not only what belongs to one."""
-        return any(_is_content(extension) for extension in self.parts)
+        """Whether there is an image or codes."""
+        return any(_is_content(extension) for extension in self.members)
 
     @property
-    def has_notes(self) -> bool:
-        """Whether it has what belongs to an image or codes: a class, a caption."""
-        return not all(_is_content(extension) for extension in self.parts)
+    def has_annotations(self) -> bool:
+        """Whether there are members that annotate an image or codes: a class or a caption."""
+        return not all(_is_content(extension) for extension in self.members)
 
     @property
-    def has_number(self) -> bool:
-        """Whether what stands between is a number: a part of the key, and no name of a part."""
-        return NUMBER.fullmatch(self.more) is not None
+    def infix_is_number(self) -> bool:
+        """Whether the infix is a number, and so belongs to the key and does not name a member."""
+        return NUMBER.fullmatch(self.infix) is not None
 
-    def take(self, other: "Row") -> None:
-        """Take the parts of another row, instead of its own ones of the same kinds."""
-        self.parts |= other.parts
-        if "cls" in other.parts:
+    def merge(self, other: "Row") -> None:
+        """Add the members of another row; they replace members with the same extension."""
+        self.members |= other.members
+        if "cls" in other.members:
             self.label = other.label
 
 
 class TarExamples:
-    """The examples of a tar file, from its members in their order.
+    """Groups the members of a tar file, added in their order, into examples.
 
     Args:
         shard: name of the file, for messages.
@@ -77,57 +77,57 @@ class TarExamples:
         self._repeated: set[str] = set()
         self._base: str | None = None
 
-    def add(self, base: str, more: str, extension: str, place: Place, label: int = NO_LABEL) -> None:
-        """Add a member, to its example's parts before it, or to a new example if these have one of the kind.
+    def add(self, base: str, infix: str, extension: str, location: Location, label: int = NO_LABEL) -> None:
+        """Add a member to its example, or start a new example if there is already a member with the same extension.
 
         Args:
             base: see :class:`Row`.
-            more: see :class:`Row`.
-            extension: one that is known.
-            place: of its bytes.
-            label: class that it holds, if it is a cls part.
+            infix: see :class:`Row`.
+            extension: a known extension.
+            location: offset and size of the member.
+            label: class in the member, if it is a cls member.
         """
-        key = f"{base}.{more}" if more else base
+        key = f"{base}.{infix}" if infix else base
         row = self._latest.get(key)
-        if row is None or extension in row.parts:
+        if row is None or extension in row.members:
             if row is not None:
                 self._repeated.add(key)
-            row = self._latest[key] = Row(base, more)
+            row = self._latest[key] = Row(base, infix)
             self.rows.append(row)
         elif base != self._base:
-            row.apart = True
-        row.parts[extension] = place
+            row.is_scattered = True
+        row.members[extension] = location
         if extension == "cls":
             row.label = label
         self._base = base
 
-    def lose(self, key: str) -> str:
-        """Drop the example in which the file ends, as far as that can be told.
+    def drop_truncated(self, key: str) -> str:
+        """Drop the example in which the file is truncated, as far as it can be identified.
 
         Args:
-            key: of the member in which it ends, '' if it ends between two.
+            key: key of the truncated member, '' if the file ends between two members.
 
         Returns:
-            The key of the lost example, '' if it is not known.
+            Key of the lost example, '' if it is not known.
         """
         last = self.rows[-1] if self.rows else None
         if last is not None and not key:
-            # Where no next example has begun, the last one may be cut off between its parts.
-            others: set[str] = set().union(*(row.parts for row in self.rows[:-1]))
-            key = last.key if others - set(last.parts) else ""
+            # The last example may be incomplete. It is, if it lacks a member that other examples have.
+            others: set[str] = set().union(*(row.members for row in self.rows[:-1]))
+            key = last.key if others - set(last.members) else ""
         if (row := self._latest.get(key)) is not None:
             self.rows = [other for other in self.rows if other is not row]
         return key
 
     def finish(self) -> tuple[list[tuple[str, Row]], list[Skipped]]:
-        """Put together what belongs together.
+        """Group the members.
 
         Returns:
-            Key and parts of each example, and those of which it is not clear what belongs to them.
+            Key and members of each example, and the examples whose members are ambiguous.
         """
         bad: list[Skipped] = []
         rows = self._join_repeated(self.rows, bad) if self._repeated else self.rows
-        families: dict[str, list[Row]] = {row.base: [] for row in rows if row.more}
+        families: dict[str, list[Row]] = {row.base: [] for row in rows if row.infix}
         if not families:
             return [(row.key, row) for row in rows], bad
         for row in rows:
@@ -146,57 +146,58 @@ class TarExamples:
         return found, bad
 
     def _join_repeated(self, rows: list[Row], bad: list[Skipped]) -> list[Row]:
-        """Examples that come again: a part alone takes the place of the former one, as when tar unpacks the file."""
+        """Resolve repeated keys. A repeated member replaces the earlier one, as when tar unpacks the file."""
         groups: dict[str, list[Row]] = {key: [] for key in self._repeated}
         for row in rows:
             if row.key not in groups:
                 continue
             group = groups[row.key]
-            if group and set(row.parts) < set(group[-1].parts):
-                group[-1].take(row)
+            if group and set(row.members) < set(group[-1].members):
+                group[-1].merge(row)
             else:
                 group.append(row)
         kept = {id(row) for group in groups.values() for row in group}
         for key, group in groups.items():
-            if len(group) > 1 and any(row.apart for row in group):
+            if len(group) > 1 and any(row.is_scattered for row in group):
                 kept -= {id(row) for row in group}
-                story = self._unclear(key, "comes several times, with its parts apart from each other")
-                bad += [story] * len(group)
+                bad += [self._ambiguous(key, "occurs several times, with other examples between its members")] * len(
+                    group
+                )
         return [row for row in rows if row.key not in groups or id(row) in kept]
 
     def _join_family(self, base: str, family: list[Row], bad: list[Skipped]) -> list[tuple[str, Row]]:
-        """The examples among rows of one key by webdataset's rule: one of them, or one for each key with a dot."""
-        apart = [(row.key, row) for row in family]
-        plain = [row for row in family if not row.more]
+        """Group rows with the same key by webdataset's rule: into one example, or one for each key with a dot."""
+        separate = [(row.key, row) for row in family]
+        plain = [row for row in family if not row.infix]
         if any(row.has_content for row in plain):
-            # Masks, depths and other views: parts of the example that nobody reads, but for a class.
-            parts = [row for row in family if row.more and not (row.has_number and row.has_content)]
-            labels = [row for row in parts if "cls" in row.parts and not row.has_number]
-            if len(plain) == len(labels) == 1 and "cls" not in plain[0].parts:
-                plain[0].parts["cls"], plain[0].label = labels[0].parts["cls"], labels[0].label
-            dropped = {id(row) for row in parts}
+            # Masks, depth maps and other views are members that are not read. Only their class is used.
+            extras = [row for row in family if row.infix and not (row.infix_is_number and row.has_content)]
+            labels = [row for row in extras if "cls" in row.members and not row.infix_is_number]
+            if len(plain) == len(labels) == 1 and "cls" not in plain[0].members:
+                plain[0].members["cls"], plain[0].label = labels[0].members["cls"], labels[0].label
+            dropped = {id(row) for row in extras}
             return [(row.key, row) for row in family if id(row) not in dropped]
         images = [row for row in family if row.has_content]
-        notes = [row for row in family if not row.has_content]
-        if not images or not notes or any(row.has_number for row in family):
-            return apart
-        kinds = [kind for row in [*images, *notes] for kind in row.parts]
+        annotations = [row for row in family if not row.has_content]
+        if not images or not annotations or any(row.infix_is_number for row in family):
+            return separate
+        kinds = [kind for row in [*images, *annotations] for kind in row.members]
         if len(images) == 1 and len(set(kinds)) == len(kinds):
-            for row in notes:
-                images[0].take(row)
+            for row in annotations:
+                images[0].merge(row)
             return [(base, images[0])]
-        if any(row.has_notes for row in images):
-            return apart
-        names = ", ".join(f"{row.more}.{kind}" if row.more else kind for row in family for kind in row.parts)
-        bad.append(self._unclear(base, f"has the parts {names[:200]}"))
+        if any(row.has_annotations for row in images):
+            return separate
+        names = ", ".join(f"{row.infix}.{kind}" if row.infix else kind for row in family for kind in row.members)
+        bad.append(self._ambiguous(base, f"has the members {names[:200]}"))
         return []
 
-    def _unclear(self, key: str, what: str) -> Skipped:
-        story = (
-            f"example {key} of {self.shard} {what}, so what belongs together is not known; give each image a key of its "
-            "own, and its parts the same key"
+    def _ambiguous(self, key: str, problem: str) -> Skipped:
+        message = (
+            f"example {key} of {self.shard} {problem}, so it is ambiguous which belong together; give each image its "
+            "own key, and its class and caption the same key"
         )
-        return Skipped(-1, key, UNCLEAR, story)
+        return Skipped(-1, key, UNCLEAR, message)
 
 
 def _is_content(extension: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import main
-from datamodules.storage.shards import META_FILE, ShardSet, read_meta
+from datamodules.storage.shards import META_FILE, ShardDataset, read_meta
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 from tests.text_pipeline import TextPipeline
@@ -132,7 +132,7 @@ def truncated(pipeline: Pipeline, tmp_path: Path) -> Path:
 
 def rewritten(pipeline: Pipeline, root: Path, codes: list[np.ndarray], **meta: object) -> Path:
     """A set with these codes in each split, and the description of the pipeline's but for ``meta``."""
-    shards = ShardSet(root, {}, "")
+    shards = ShardDataset(root, {}, "")
     shards.begin(["train", "val"])
     for split in ("train", "val"):
         with shards.shard(split, 0) as writer:

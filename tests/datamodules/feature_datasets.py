@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardDataset
 from tests.datamodules.code_datasets import codes_of, npy
 
 WIDTH, LENGTH, VIEWS, GRID, VOCABULARY = 4, 5, 2, (2, 2), 1000
@@ -46,7 +46,7 @@ def write_set(
         silent: numbers of examples without the text of a caption.
         features: otherwise described.
     """
-    shards = ShardSet(root, {}, hint="")
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(list(splits))
     pieces = {}
     for split, examples in splits.items():
@@ -63,5 +63,5 @@ def write_set(
         pieces[split] = len(starts)
     meta = {"format": CODES_FORMAT, **CODES} if "codes" in parts else {"format": CAPTIONS_FORMAT}
     meta |= {"features": {**FEATURES, **features}} if "features" in parts else {}
-    shards.finish(pieces, meta, known={}, max_bad_share=0.0)
+    shards.finish(pieces, meta, rejected={}, max_bad_share=0.0)
     return root

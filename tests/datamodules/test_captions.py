@@ -62,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption_and_other_encodings_are_named
     texts_of = dict(zip(found["keys"], found["captions"], strict=True))
     assert texts_of["0"] == "with a mark"
     assert not {"1", "2"} & set(texts_of)
-    messages = [example.message for tally in data.tallies.values() for example in tally.seen]
+    messages = [example.message for tally in data.tallies.values() for example in tally.skipped]
     assert len(messages) == 2
     assert all("its .txt is not in UTF-8" in message and "convert it" in message for message in messages)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.codes import CodeDataModule
-from datamodules.storage.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardDataset
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 VIEWS, HEIGHT, WIDTH, VOCABULARY, CLASSES = 3, 2, 4, 50, 5
@@ -32,7 +32,7 @@ def codes_of(split: str, number: int) -> np.ndarray:
 
 def write_codes(root: Path, changed: dict[tuple[str, int], dict[str, bytes]] | None = None, **meta: Any) -> None:
     """A set of codes in shards of 4; ``changed`` replaces the parts of single examples, ``meta`` the description."""
-    shards = ShardSet(root, {}, "")
+    shards = ShardDataset(root, {}, "")
     shards.begin(list(COUNTS))
     for split, count in COUNTS.items():
         for shard in range(-(-count // 4)):

@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from datamodules.digits import DigitsDataModule
-from datamodules.storage.shards import META_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.shards import META_FILE, ShardDataset, ShardWriter, read_meta
 from tests.datamodules.shard_files import assert_one_line
 
 
@@ -95,10 +95,10 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupt_before_the_description_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(shards: ShardSet, *args: Any, **more: Any) -> None:
+    def interrupted(shards: ShardDataset, *args: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ShardSet, "finish", interrupted)
+    monkeypatch.setattr(ShardDataset, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DigitsDataModule(tmp_path / "digits").prepare_data()
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from datamodules.inspection import COLUMNS, ROWS, TILE, inspect, main
-from datamodules.storage.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardDataset
 from tests.datamodules.feature_datasets import write_set
 from tests.datamodules.shard_files import assert_one_line, encode, write_shards
 
@@ -157,7 +157,7 @@ def test_the_contact_sheet_of_many_images_is_drawn_as_the_seed_says(tmp_path: Pa
 
 def write_codes(root: Path, broken: bool = False) -> Path:
     """Codes of 6 and 2 images, 2 views each; the first views use 4 of 8 entries."""
-    shards = ShardSet(root, {}, "")
+    shards = ShardDataset(root, {}, "")
     shards.begin(["train", "val"])
     for split, count in (("train", 6), ("val", 2)):
         with shards.shard(split, 0) as writer:

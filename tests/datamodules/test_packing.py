@@ -14,7 +14,7 @@ import pytest
 from datamodules import packing
 from datamodules.packing import main, pack
 from datamodules.storage.index import Example
-from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardDataset, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
@@ -185,7 +185,7 @@ def test_a_set_without_its_description_is_completed(folder: Path, packed: Path, 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path, SHARD_MB, val_share=0.2, workers=1)
     assert (tmp_path / PLAN_FILE).exists()
@@ -201,7 +201,7 @@ def begun(folder: Path, tmp_path: Path) -> Iterator[Path]:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path / "out", SHARD_MB, val_share=0.2, workers=1)
     before = files(tmp_path / "out")

@@ -332,7 +332,7 @@ def test_what_was_skipped_is_counted_and_taken_out_of_the_batch(num_workers: int
     seen = [number for batch in batches for number in batch["numbers"].tolist()]
     assert seen == [number for number in epoch_order(20, 5, 0).tolist() if number % 4]
     assert tally.counts == {"empty file": 5}
-    assert {example.number for example in tally.seen} == {0, 4, 8, 12, 16}
+    assert {example.number for example in tally.skipped} == {0, 4, 8, 12, 16}
 
 
 def test_a_batch_of_which_nothing_can_be_used_is_passed_over_and_moves_the_place() -> None:

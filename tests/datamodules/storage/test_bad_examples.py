@@ -34,7 +34,7 @@ def test_a_bad_example_is_a_value_error_with_a_reason() -> None:
 
 
 def test_a_tally_counts_by_reason() -> None:
-    tally = Tally("train", 100, known=bad(2, "no label"), max_share=0.1)
+    tally = Tally("train", 100, rejected=bad(2, "no label"), max_share=0.1)
     tally.add(bad(3))
     tally.add([])
     tally.add(bad(1, "broken image", 3))
@@ -91,7 +91,7 @@ def test_an_epoch_begins_with_what_is_known_alone() -> None:
     for _ in range(3):
         tally.add(bad(3))
         tally.reset()
-    assert (tally.counts, tally.seen) == ({}, [])
+    assert (tally.counts, tally.skipped) == ({}, [])
     assert tally.by_reason() == {"no label": 2}
 
 
@@ -100,7 +100,7 @@ def test_a_few_examples_are_remembered_or_all(keep: bool) -> None:
     tally = Tally("train", 1000, keep=keep)
     tally.add(bad(3))
     tally.add(bad(20, first=3))
-    assert tally.seen == bad(23 if keep else MAX_LISTED)
+    assert tally.skipped == bad(23 if keep else MAX_LISTED)
 
 
 class Picky(ExampleDataset):
@@ -117,7 +117,7 @@ class Picky(ExampleDataset):
             raise BadExampleError("broken image", f"example {number} is broken")
         return {"value": 10 * number + epoch, "labels": number % 3}
 
-    def join(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         assert examples
         return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
 
@@ -249,7 +249,7 @@ def test_a_data_set_with_some_broken_images_is_read_without_them(root: Path, num
         assert sorted(keys) == sorted(f"{split}/{n}" for n in GOOD)
         assert data.tallies[split].counts == {"broken image": 3}
         assert data.tallies[split].by_reason() == {"broken image": 3, "empty file": 1}
-        assert {example.key for example in data.tallies[split].seen} == {f"{split}/{n}" for n in (3, 8, 13)}
+        assert {example.key for example in data.tallies[split].skipped} == {f"{split}/{n}" for n in (3, 8, 13)}
         assert data.finish_tally(split) == {"broken image": 3, "empty file": 1}
         assert data.finish_tally(split) == {"empty file": 1}  # what is known stays so
 
@@ -281,7 +281,7 @@ def test_on_several_ranks_no_training_batch_is_without_images(root: Path) -> Non
         assert len(batches) == len(loader) == 9
         planned = order[rank:16:2]
         assert [batch["numbers"].item() for batch in batches[:-1]] == [instead.get(n, n) for n in planned]
-        assert {example.number for example in data.tallies["train"].seen} == set(order[rank::2]) & set(instead)
+        assert {example.number for example in data.tallies["train"].skipped} == set(order[rank::2]) & set(instead)
         # Who validates need not wait for another: its batches may be empty, and are left out.
         assert sum(len(batch["keys"]) for batch in data.val_dataloader()) == len(range(rank, 19, 2)) - len(
             data.tallies["val"].seen
@@ -291,8 +291,8 @@ def test_on_several_ranks_no_training_batch_is_without_images(root: Path) -> Non
 def test_what_is_known_to_be_bad_of_an_undivided_set_is_counted_with_its_training_split(tmp_path: Path) -> None:
     write_shards(tmp_path, [(f"{n}", {"png": grey_image(n) if n else b""}) for n in range(60)])
     data = image_data(tmp_path, val_share=0.3)
-    assert [example.key for example in data.tallies["train"].known] == ["0"]
-    assert data.tallies["val"].known == []
+    assert [example.key for example in data.tallies["train"].rejected] == ["0"]
+    assert data.tallies["val"].rejected == []
 
 
 @pytest.mark.parametrize("stray", [{"txt": b"read me"}, {"cls": b"1"}], ids=str)
@@ -300,7 +300,7 @@ def test_what_stands_beside_the_images_does_not_say_what_they_need(tmp_path: Pat
     images = [(f"{n}", {"png": grey_image(n)}) for n in range(30)]
     write_shards(tmp_path, [*images, ("README", stray)], per_shard=31)
     data = image_data(tmp_path)
-    assert [(example.key, example.reason) for example in data.tallies["train"].known] == [("README", "no image")]
+    assert [(example.key, example.reason) for example in data.tallies["train"].rejected] == [("README", "no image")]
 
 
 class Steps(pl.LightningModule):

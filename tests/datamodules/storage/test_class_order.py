@@ -8,7 +8,7 @@ import pytest
 from datamodules import ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.packing import pack
-from datamodules.storage.class_order import MAX_SPARSE, class_numbers, far_label, number_classes
+from datamodules.storage.class_order import MAX_SPARSE, class_numbers, number_classes, outlying_label
 from datamodules.storage.shards import read_meta
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
@@ -114,8 +114,8 @@ def test_another_order_is_an_option(tmp_path: Path) -> None:
 
 
 def test_a_class_number_far_above_the_others_is_warned_of_with_its_example(tmp_path: Path) -> None:
-    assert far_label(np.array([0, 1, 1, 99_999, -1])) == 99_999
-    assert far_label(np.array([0, 1, MAX_SPARSE - 1])) is far_label(np.array([-1])) is None
+    assert outlying_label(np.array([0, 1, 1, 99_999, -1])) == 99_999
+    assert outlying_label(np.array([0, 1, MAX_SPARSE - 1])) is outlying_label(np.array([-1])) is None
     write_shards(
         tmp_path, [(f"k{i}", {"png": grey_image(i), "cls": b"54321" if i == 3 else b"1"}) for i in range(20)], 20
     )

@@ -13,7 +13,7 @@ from datamodules import CodeDataModule, ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.loading.order import NO_EPOCH
 from datamodules.packing import pack
-from datamodules.storage.shards import ShardSet
+from datamodules.storage.shards import ShardDataset
 from datamodules.storage.sources import hold_out
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.code_datasets import write_codes
@@ -126,14 +126,14 @@ def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
 
 def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "set", image_files("b", "c"))
-    monkeypatch.setattr(ShardSet, "finish", lambda *_: None)  # stopped just before the end
+    monkeypatch.setattr(ShardDataset, "finish", lambda *_: None)  # stopped just before the end
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     monkeypatch.undo()
     (tmp_path / "set/a").mkdir()  # every class moves on by one, but no example is added
     (tmp_path / "set/a/1.bmp").write_bytes(b"BM")
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
-    assert_one_line(error, "another classes, examples")
+    assert_one_line(error, "another classes, samples")
 
 
 def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_path: Path) -> None:

@@ -232,8 +232,8 @@ def test_the_given_features_win_over_those_beside_the_codes(tmp_path: Path) -> N
 def test_two_keys_of_one_hash_cost_an_example_and_do_not_exchange_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
 ) -> None:
-    number_of = pairing.number_of
-    monkeypatch.setattr(pairing, "number_of", lambda key: 7 if key.decode() in (*same.split(), "x") else number_of(key))
+    key_hash = pairing.key_hash
+    monkeypatch.setattr(pairing, "key_hash", lambda key: 7 if key.decode() in (*same.split(), "x") else key_hash(key))
     root = write_set(tmp_path / "codes", SPLITS, "codes")
     splits = {"train": [("x" if number == 4 else key, number) for key, number in SOURCE[:23]], "val": SOURCE[23:]}
     features = write_set(tmp_path / "features", splits, "features")
@@ -246,8 +246,8 @@ def test_two_keys_of_one_hash_cost_an_example_and_do_not_exchange_captions(
 def test_keys_of_one_hash_that_come_in_other_numbers_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number_of = pairing.number_of
-    monkeypatch.setattr(pairing, "number_of", lambda key: 7 if key in (b"some/4", b"some/9") else number_of(key))
+    key_hash = pairing.key_hash
+    monkeypatch.setattr(pairing, "key_hash", lambda key: 7 if key in (b"some/4", b"some/9") else key_hash(key))
     root = write_set(tmp_path / "codes", {"train": SOURCE[:9] + SOURCE[10:23], "val": SOURCE[23:]}, "codes")
     data = code_data(root, write_set(tmp_path / "features", SPLITS, "features"))
     assert_each_has_its_own(data, set(range(23)) - {4, 9}, range(23, 30))

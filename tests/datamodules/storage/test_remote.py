@@ -60,7 +60,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.0)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_server_that_is_not_there_is_an_error_with_the_address(tmp_path: Path)
 def test_a_server_that_never_answers_is_an_error_with_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/train.tar"
         with pytest.raises(ValueError) as error:

@@ -10,7 +10,15 @@ import pytest
 import webdataset
 
 from datamodules.storage.bad_examples import Skipped
-from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardNote, ShardSet, ShardWriter, read_meta, shard_notes
+from datamodules.storage.shards import (
+    META_FILE,
+    PLAN_FILE,
+    ShardDataset,
+    ShardEntry,
+    ShardWriter,
+    read_meta,
+    shard_entries,
+)
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line
 
@@ -35,7 +43,9 @@ def write_shard(path: Path, examples: list[tuple[str, dict[str, bytes]]]) -> Non
             writer.write(key, parts)
 
 
-def fill(shards: ShardSet, split: str, number: int, labels: list[int], skipped: list[Skipped] | None = None) -> None:
+def fill(
+    shards: ShardDataset, split: str, number: int, labels: list[int], skipped: list[Skipped] | None = None
+) -> None:
     """Write a shard with an example for each label."""
     with shards.shard(split, number) as writer:
         for place, label in enumerate(labels):
@@ -160,7 +170,7 @@ def test_a_key_that_comes_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_finished_set_is_described_by_counts_sizes_and_checksums(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.check()
     shards.begin(["train", "val"])
     fill(shards, "train", 0, [0, 5])
@@ -178,15 +188,15 @@ def test_a_finished_set_is_described_by_counts_sizes_and_checksums(tmp_path: Pat
             {"name": name, "count": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, count, data in zip(names[split], counts, contents, strict=True)
         ]
-        assert shard_notes(meta, split, tmp_path) == [
-            ShardNote(name, count, hashlib.sha256(data).hexdigest())
+        assert shard_entries(meta, split, tmp_path) == [
+            ShardEntry(name, count, hashlib.sha256(data).hexdigest())
             for name, count, data in zip(names[split], counts, contents, strict=True)
         ]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(0, 3), (3, 3), (10, 10)])
 def test_the_number_of_classes_grows_to_the_highest_label(tmp_path: Path, given: int, expected: int) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [2, 1])
     shards.finish({"train": 1}, {"num_classes": given}, {}, 0.0)
@@ -194,7 +204,7 @@ def test_the_number_of_classes_grows_to_the_highest_label(tmp_path: Path, given:
 
 
 def test_what_is_not_in_the_set_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train", "val"])
     fill(shards, "train", 0, [0], [Skipped(1, "dog/1", "empty file", "example dog/1 is\tempty\nindeed")])
     fill(shards, "train", 1, [0], [Skipped(3, "dog/3", "empty file", "example dog/3 is empty")])
@@ -214,7 +224,7 @@ def test_what_is_not_in_the_set_is_counted_by_reason_and_listed(tmp_path: Path) 
 
 
 def test_too_much_that_is_not_in_the_set_is_refused(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [0, 1, 2], [Skipped(3, "dog/1", "empty file", "example dog/1 is empty")])
     with pytest.raises(ValueError) as error:
@@ -226,7 +236,7 @@ def test_too_much_that_is_not_in_the_set_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_without_one_of_its_shards_is_not_finished(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [0])
     fill(shards, "train", 2, [0])
@@ -237,7 +247,7 @@ def test_a_set_without_one_of_its_shards_is_not_finished(tmp_path: Path) -> None
 
 
 def test_a_shard_counts_as_written_only_when_it_is_integer(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     assert not shards.is_written("train", 0)
     writer = shards.shard("train", 0)
@@ -251,18 +261,18 @@ def test_a_shard_counts_as_written_only_when_it_is_integer(tmp_path: Path) -> No
 
 
 def test_a_set_is_gone_on_with_and_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [0])
     before = files(tmp_path)
     (tmp_path / "train/.train-000001.tar-4711.tmp").write_bytes(b"half")
-    again = ShardSet(tmp_path, PLAN, HINT)
+    again = ShardDataset(tmp_path, PLAN, HINT)
     again.check()
     again.begin(["train"])
     assert files(tmp_path) == before
     fill(again, "train", 1, [0])
     again.finish({"train": 2}, {}, {}, 0.0)
-    assert [note.examples for note in shard_notes(read_meta(tmp_path, HINT), "train", tmp_path)] == [1, 1]
+    assert [note.examples for note in shard_entries(read_meta(tmp_path, HINT), "train", tmp_path)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -274,18 +284,18 @@ def test_a_set_is_gone_on_with_and_what_a_killed_process_left_is_removed(tmp_pat
     ],
 )
 def test_a_set_that_was_begun_with_another_plan_is_refused(tmp_path: Path, plan: dict[str, Any], phrase: str) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [0])
     before = files(tmp_path)
     with pytest.raises(ValueError) as error:
-        ShardSet(tmp_path, plan, HINT).check()
+        ShardDataset(tmp_path, plan, HINT).check()
     assert_one_line(error, tmp_path, f"begun with {phrase};", HINT)
     assert files(tmp_path) == before
 
 
 def test_a_complete_set_is_refused(tmp_path: Path) -> None:
-    shards = ShardSet(tmp_path, PLAN, HINT)
+    shards = ShardDataset(tmp_path, PLAN, HINT)
     shards.begin(["train"])
     fill(shards, "train", 0, [0])
     shards.finish({"train": 1}, {}, {}, 0.0)
@@ -299,14 +309,14 @@ def test_shards_that_nobody_planned_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     write_shard(tmp_path / "train/other.tar", EXAMPLES)
     with pytest.raises(ValueError) as error:
-        ShardSet(tmp_path, PLAN, HINT).check()
+        ShardDataset(tmp_path, PLAN, HINT).check()
     assert_one_line(error, tmp_path, "other.tar", HINT)
 
 
 def test_another_file_in_the_folder_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "predict.yaml").touch()
-    ShardSet(tmp_path, PLAN, HINT).check()
-    ShardSet(tmp_path / "nowhere", PLAN, HINT).check()
+    ShardDataset(tmp_path, PLAN, HINT).check()
+    ShardDataset(tmp_path / "nowhere", PLAN, HINT).check()
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -359,12 +369,12 @@ NOTE = {"name": "train-000000.tar", "count": 3, "sha256": "0" * 64}
 )
 def test_a_description_without_the_shards_of_a_split_is_refused(tmp_path: Path, splits: Any) -> None:
     with pytest.raises(ValueError) as error:
-        shard_notes({"splits": splits}, "train", tmp_path)
+        shard_entries({"splits": splits}, "train", tmp_path)
     assert_one_line(error, tmp_path, META_FILE, "the shards of train", "write the set again")
 
 
 @pytest.mark.parametrize("name", ["../a.tar", "/etc/a.tar", "..\\a.tar", ".a.tar", "a.zip", "", "b/a.tar"])
 def test_a_shard_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as error:
-        shard_notes({"splits": {"train": {"shards": [NOTE, {**NOTE, "name": name}]}}}, "train", tmp_path)
+        shard_entries({"splits": {"train": {"shards": [NOTE, {**NOTE, "name": name}]}}}, "train", tmp_path)
     assert_one_line(error, tmp_path, repr(name), "no file name")

@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.images import ImageDataModule
 from datamodules.storage.index import ExampleIndex, Strings
-from datamodules.storage.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardDataset
 from datamodules.storage.sources import find_source, find_sources, hold_out
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
@@ -26,7 +26,7 @@ def write_folder(root: Path, *names: str) -> Path:
 
 def write_set(root: Path, counts: dict[str, int]) -> Path:
     """A described set of two shards a split."""
-    shards = ShardSet(root, {}, HINT)
+    shards = ShardDataset(root, {}, HINT)
     shards.begin(list(counts))
     for split, count in counts.items():
         for number, first in enumerate((0, count // 2)):
@@ -82,7 +82,7 @@ def test_shards_in_a_folder_are_the_training_split_in_the_order_of_their_names(t
 def test_shards_in_train_and_val_are_the_splits_without_a_description(tmp_path: Path) -> None:
     write_images(tmp_path, train=4, val=2)
     train, val, meta = sources(str(tmp_path), None, None)
-    assert [len(train.shards), len(val.shards), meta, train.described] == [2, 1, {}, {}]
+    assert [len(train.shards), len(val.shards), meta, train.entries] == [2, 1, {}, {}]
     assert keys(root=tmp_path) == {"train": [f"train/{i}" for i in range(4)], "val": ["val/0", "val/1"]}
 
 
@@ -92,7 +92,7 @@ def test_a_described_set_consists_of_the_shards_of_its_description(tmp_path: Pat
     (tmp_path / "stray/stray-000000.tar").rename(tmp_path / "train/stray.tar")
     train, val, meta = sources(tmp_path, None, None)
     assert train.shards == [f"{tmp_path}/train/train-00000{i}.tar" for i in range(2)]
-    assert [train.described[shard].examples for shard in train.shards] == [2, 3]
+    assert [train.entries[shard].examples for shard in train.shards] == [2, 3]
     assert (train.classes, val.name, meta["num_classes"]) == (["ant", "cat", "dog"], f"{tmp_path}/val", 3)
     assert keys(root=tmp_path)["train"] == [f"train{i}" for i in range(5)]
 
