@@ -58,7 +58,9 @@ class ImageDataModule(ShardDataModule):
         check_integer("image_size", image_size, 1, MAX_SIDE)
         check_choice("views", views, get_args(Views))
         if not crop_ranges or not all(1 <= factor <= MAX_CROP_RANGE for factor in crop_ranges):
-            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers from 1 to {MAX_CROP_RANGE}")
+            raise ValueError(
+                f"crop_ranges is {list(crop_ranges)}; give at least one number, each from 1 to {MAX_CROP_RANGE}"
+            )
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         self.views, self.crop_ranges = views, list(crop_ranges)
 

@@ -149,7 +149,7 @@ class GenerativeModule(pl.LightningModule):
         if counts:
             numbers = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
             story = "; e.g. ".join([numbers, *examples])
-            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({story})")
+            rank_zero_warn(f"{sum(counts.values())} examples of {split} were skipped in this epoch ({story})")
 
     def _log_batches_seen(self) -> None:
         # Loggers take what is logged as "step" for the x axis.

@@ -88,7 +88,8 @@ def _as_text(by_name: Numbering, where: str) -> Numbering:
     highest = max(by_name.classes, key=int)
     by_name.warnings.append(
         f"the {len(by_name.classes)} class folders in {where} have numbers up to {highest}, too high for class "
-        "numbers, so folders are numbered in the order of their names; if they are class numbers, set class_order to number"
+        "numbers, so folders are numbered in the order of their names; set class_order to number if they are class "
+        "numbers"
     )
     return by_name
 

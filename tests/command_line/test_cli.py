@@ -164,9 +164,9 @@ def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
     [
         (missing, "does not exist; write the codes first"),
         (empty, "holds neither .tar files nor folders of images; write the codes first"),
-        (not_finished, "has no meta.json, so it was not written to its end; write the codes first"),
+        (not_finished, "has no meta.json, so it is incomplete; write the codes first"),
         (without_a_shard, "train-000000.tar does not exist"),
-        (truncated, "samples of train cannot be used, more than max_bad_share 0.05 (truncated shard: "),
+        (truncated, "examples of train are bad, more than max_bad_share 0.05 (truncated shard: "),
         (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
         (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes an image, but the model's block_size is 16"),
     ],

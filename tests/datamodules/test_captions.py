@@ -132,7 +132,7 @@ def test_named_shards_of_a_set_of_codes_keep_its_description(tmp_path: Path) -> 
 
 def test_npy_parts_of_unknown_meaning_are_left_out_with_a_warning(tmp_path: Path) -> None:
     write_captioned_codes(tmp_path, {"train": 20, "val": 3})
-    with pytest.warns(UserWarning, match=r"the \.npy parts of the train examples are left out"):
+    with pytest.warns(UserWarning, match=r"the \.npy members of the train examples are ignored"):
         batch = captions_of(f"{tmp_path}/train/train-{{000000..000001}}.tar")
     assert "codes" not in batch
     assert len(batch["captions"]) == 14

@@ -66,14 +66,14 @@ def test_the_labels_of_a_file_come_in_turn_and_may_be_repeated(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "phrases"),
     [
-        (b"3\n\nfive\n", ("line 3", "'five' is no class number", "write one number from 0 on in each line")),
+        (b"3\n\nfive\n", ("line 3", "'five' is not a class number", "write one integer from 0")),
         (b"-3\n", ("line 1", "'-3'")),
         (b"1\n2.5\n", ("line 2", "'2.5'")),
         (b"1 2\n", ("line 1", "'1 2'")),
-        ("\u0663\n".encode(), ("line 1", "is no class number")),
+        ("\u0663\n".encode(), ("line 1", "is not a class number")),
         (b"9999999999\n", ("line 1", "'9999999999'")),
-        (b"\n \n", ("has no labels", "line 1", "write one class number in each line")),
-        (b"", ("has no labels",)),
+        (b"\n \n", ("holds no class numbers", "write one in each line")),
+        (b"", ("holds no class numbers",)),
         (b"\xff\xfe3\x00", ("cannot be read (not a text file)",)),
         (None, ("cannot be read (No such file or directory)", "give a number, a list, or a text file")),
     ],

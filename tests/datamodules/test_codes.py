@@ -136,9 +136,9 @@ BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "too few views": ({"npy": array_file(GOOD[:2]), "cls": b"0"}, "broken codes", "(2, 2, 4)"),
     "turned grid": ({"npy": array_file(GOOD.transpose(0, 2, 1).copy()), "cls": b"0"}, "broken codes", "(3, 4, 2)"),
     "class too high": ({"npy": array_file(GOOD), "cls": b"5"}, "wrong label", "class 5"),
-    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "wrong label", "that is no number"),
-    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "wrong label", "that is no number"),
-    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "wrong label", "that is no number"),
+    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "wrong label", "that is not an integer"),
+    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "wrong label", "that is not an integer"),
+    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "wrong label", "that is not an integer"),
     "no class": ({"npy": array_file(GOOD)}, "no label", "no class (.cls)"),
     "no codes": ({"cls": b"0"}, "no codes", "has none of npy"),
     "empty file": ({"npy": b"", "cls": b"0"}, "empty file", "is empty"),
@@ -262,7 +262,7 @@ def test_a_set_that_was_not_written_to_its_end_is_refused(tmp_path: Path) -> Non
     (tmp_path / "codes" / META_FILE).unlink()
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "codes")
-    assert_one_line(error, tmp_path / "codes", META_FILE, "not written to its end", CodeDataModule.hint)
+    assert_one_line(error, tmp_path / "codes", META_FILE, "it is incomplete", CodeDataModule.hint)
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "nowhere")
     assert_one_line(error, tmp_path / "nowhere", "does not exist", CodeDataModule.hint)

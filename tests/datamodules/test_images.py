@@ -106,7 +106,9 @@ def test_a_caption_is_read_where_it_is_asked_for(tmp_path: Path, parts: dict[str
 
 
 def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot be read are left out, e.g. of example folder/key .* not in UTF-8"):
+    with pytest.warns(
+        UserWarning, match=r"unreadable captions are left out, e.g. of example folder/key .* not in UTF-8"
+    ):
         read_parts(tmp_path / "labelled", {"png": PNG, "cls": b"1", "txt": b"\xff"}, captions=True)
     with pytest.raises(BadExampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
         read_parts(tmp_path / "unlabelled", {"png": PNG, "txt": b"\xff"}, captions=True)
@@ -277,7 +279,7 @@ def test_shards_without_examples_are_refused(tmp_path: Path) -> None:
         shard.write_bytes(bytes(10240))
     with pytest.raises(ValueError) as error:
         image_data(tmp_path).setup("validate")
-    assert_one_line(error, tmp_path / "val", "no examples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path / "val", "no usable examples", ImageDataModule.hint)
 
 
 @pytest.mark.parametrize(

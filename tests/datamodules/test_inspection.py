@@ -58,19 +58,19 @@ def test_counts_classes_sizes_and_kinds_are_those_of_the_images(folder: Path) ->
     assert lines[0] == f"{folder}: images"
     assert section(lines, "val").splitlines() == [
         "val: 1 examples, in folders",
-        "  classes: 1 of 3; examples a class: 1 (dog) to 1 (dog), median 1",
-        "  short side: 8 to 8 px, median 8, nine tenths 8 to 8",
+        "  classes: 1 of 3; examples per class: 1 (dog) to 1 (dog), median 1",
+        "  short side: 8 to 8 px, median 8, 90 % from 8 to 8",
         "  width: 8 to 8 px, height: 9 to 9 px",
-        "  kinds: PNG 1; colours: RGB 1",
+        "  formats: PNG 1; colour modes: RGB 1",
         "  bad examples: none",
     ]
     train = section(lines, "train")
     assert train.startswith(
-        "train: 11 examples, in folders\n  classes: 3 of 3; examples a class: 3 (ant) to 4 (cat), median 4\n"
+        "train: 11 examples, in folders\n  classes: 3 of 3; examples per class: 3 (ant) to 4 (cat), median 4\n"
     )
-    assert "  short side: 10 to 70 px, median 10, nine tenths 10 to 63\n" in train
+    assert "  short side: 10 to 70 px, median 10, 90 % from 10 to 63\n" in train
     assert "  width: 10 to 90 px, height: 10 to 70 px\n" in train
-    assert "  kinds: PNG 6, JPEG 1, WEBP 1; colours: RGB 7, L 1\n" in train
+    assert "  formats: PNG 6, JPEG 1, WEBP 1; colour modes: RGB 7, L 1\n" in train
 
 
 def test_bad_examples_are_listed_by_reason_with_their_place(folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_headers_alone_do_not_find_a_truncated_image(folder: Path) -> None:
     train = section(inspect(str(folder), decode=False, num_workers=0), "train")
     assert "  bad examples: 2 (broken image 1, empty file 1)\n" in train
     assert "width: 10 to 90 px" in train
-    assert "kinds: PNG 7" in train
+    assert "formats: PNG 7" in train
 
 
 def test_shards_with_captions_without_classes_and_what_is_wrong_with_them(tmp_path: Path) -> None:
@@ -181,15 +181,15 @@ def write_codes(root: Path, broken: bool = False) -> Path:
 
 def test_codes_are_described(tmp_path: Path) -> None:
     assert inspect(str(write_codes(tmp_path))) == [
-        f"{tmp_path}: codes, 1 × 2 an image out of 8, 2 views, tokenizer abcdefabcdef",
+        f"{tmp_path}: codes, 1 × 2 per image, vocabulary 8, 2 views, tokenizer abcdefabcdef",
         "",
         "train: 6 examples, in 1 shards",
-        "  classes: 3 of 3; examples a class: 1 (ant) to 4 (dog), median 1",
+        "  classes: 3 of 3; examples per class: 1 (ant) to 4 (dog), median 1",
         "  codes in use (first view): 50.0%",
         "  bad examples: none",
         "",
         "val: 2 examples, in 1 shards",
-        "  classes: 2 of 3; examples a class: 1 (ant) to 1 (ant), median 1",
+        "  classes: 2 of 3; examples per class: 1 (ant) to 1 (ant), median 1",
         "  codes in use (first view): 37.5%",
         "  bad examples: none",
     ]
@@ -202,7 +202,7 @@ KIND = "up to 5 tokens of width 4, encoder t5, also of first sentences"
 def test_features_of_captions_are_described(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", SPLITS, "features", encoder="t5")
     assert inspect(str(root)) == [
-        f"{root}: features of captions, {KIND}",
+        f"{root}: caption features, {KIND}",
         "",
         "train: 6 examples, in 2 shards",
         "  classes: none",
@@ -218,8 +218,8 @@ def test_features_of_captions_are_described(tmp_path: Path) -> None:
 
 def test_features_beside_codes_are_described(tmp_path: Path) -> None:
     lines = inspect(str(write_set(tmp_path / "set", SPLITS, encoder="t5")))
-    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 an image out of 1000, 2 views")
-    assert lines[1] == f"features of captions: {KIND}"
+    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000, 2 views")
+    assert lines[1] == f"caption features: {KIND}"
     assert "  features: of 6 examples, 3.2 tokens on average, 5 at most\n  bad examples: none" in section(
         lines, "train"
     )
@@ -245,7 +245,9 @@ def test_samples_without_features_and_broken_features_of_first_sentences_are_lis
     said = section(inspect(str(tmp_path)), "train")
     assert "  features: of 2 examples, 2.5 tokens on average, 3 at most" in said
     assert "  bad examples: 2 (no caption 1, broken features 1)" in said
-    assert "    example 1 has no features\n    example 0 has features of another size" in said
+    assert (
+        "    example 1 has no features\n    example 0 has features whose size is not a whole number of tokens" in said
+    )
 
 
 @pytest.mark.parametrize("parts", ["features", "codes features"])
@@ -253,7 +255,7 @@ def test_a_contact_sheet_of_features_is_refused(tmp_path: Path, parts: str) -> N
     root = write_set(tmp_path / "set", SPLITS, parts)
     with pytest.raises(ValueError) as error:
         inspect(str(root), tmp_path / "sheet.png")
-    assert_one_line(error, root, f"holds {'codes' if 'codes' in parts else 'features of captions'}", "--sheet")
+    assert_one_line(error, root, f"holds {'codes' if 'codes' in parts else 'caption features'}", "--sheet")
 
 
 def test_broken_codes_are_listed(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def begun(folder: Path, tmp_path: Path) -> Iterator[Path]:
     [
         ({"seed": 1}, "another seed"),
         ({"shard_mb": 0.05}, "another shard_mb"),
-        ({"val_share": 0.4}, "another examples"),
+        ({"val_share": 0.4}, "another samples"),
     ],
     ids=str,
 )
@@ -238,7 +238,7 @@ def test_a_complete_set_is_refused(folder: Path, packed: Path) -> None:
     before = files(packed)
     with pytest.raises(ValueError) as error:
         pack(str(folder), packed, SHARD_MB, val_share=0.2, workers=1)
-    assert_one_line(error, packed, "already holds a complete set")
+    assert_one_line(error, packed, "already holds a complete dataset")
     assert files(packed) == before
 
 

@@ -70,7 +70,7 @@ def test_the_seed_decides_the_weights(digits: Path, tmp_path: Path) -> None:
         ({"name": "digits/small"}, "name is 'digits/small'; give one without a slash"),
         ({"name": " "}, "name is ' '; give one without a slash"),
         ({"width": 4}, "num_classes is 10, image_size 8 and width 4"),
-        ({"batch_size": 1600}, "1497 training samples cannot be shared out .* batch_size 1600"),
+        ({"batch_size": 1600}, "1497 training examples cannot be distributed .* batch_size 1600"),
     ],
 )
 def test_options_without_sense_are_refused(

@@ -272,7 +272,7 @@ def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
     cases = {
         "none": "does not exist",
         "empty": "holds neither",
-        "classes": "hold no samples: no image is in a",
+        "classes": "hold no examples: no image is in a",
         "one": "1 images; at least 2",
         "bmp": "convert it",
     }

@@ -180,7 +180,7 @@ def test_samples_without_a_caption_are_skipped_and_counted(text_pipeline: TextPi
 
     module = text_module(text_pipeline)
     with pytest.warns(
-        UserWarning, match=r"3 samples of train were skipped in this epoch \(no caption: 3; e\.g\. sample"
+        UserWarning, match=r"3 examples of train were skipped in this epoch \(no caption: 3; e\.g\. example"
     ):
         pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -234,7 +234,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
             {},
             {"cleaned": False},
             {"clean_captions": True},
-            ("of captions as they were; set it to false", "extract the features again"),
+            ("of uncleaned captions; set it to false", "extract the features again"),
         ),
         ({}, {"short": False}, {"short_caption_share": 0.1}, ("no features of short captions",)),
     ],

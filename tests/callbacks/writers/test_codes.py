@@ -181,7 +181,7 @@ def test_the_batch_size_may_change_on_the_way(
 def test_a_part_of_the_images_is_no_set(tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, tmp_path, trainer={"limit_predict_batches": 5})
-    assert_one_line(error, "train-000001.tar", "was not written to its end", "run the same command again")
+    assert_one_line(error, "train-000001.tar", "is incomplete", "repeat the command to resume")
     assert [path.name for path in tmp_path.rglob("*.tar")] != []
     assert not (tmp_path / META_FILE).exists()
     extract(tokenizer, images, tmp_path)
@@ -219,7 +219,7 @@ def test_codes_of_another_kind_are_not_mixed_in(
         options["images"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
     with pytest.raises(ValueError) as error:
         extract(out=tmp_path / "out", **options)
-    assert_one_line(error, tmp_path / "out", f"begun with {phrase};", "delete it or choose another folder")
+    assert_one_line(error, tmp_path / "out", f"started with {phrase};", "delete it or choose another folder")
     assert files(tmp_path / "out") == before
 
 
@@ -227,7 +227,7 @@ def test_a_complete_set_is_refused(tokenizer: VQGANModule, images: Path, whole: 
     before = times(whole)
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, whole)
-    assert_one_line(error, whole, "already holds a complete set", "delete it or choose another folder")
+    assert_one_line(error, whole, "already holds a complete dataset", "delete it or choose another folder")
     assert times(whole) == before
 
 
@@ -297,7 +297,7 @@ def test_too_many_broken_images_are_refused_until_they_are_tolerated(
 ) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.2)
-    assert_one_line(error, "of 46 samples of train cannot be used", "broken image", "max_bad_share 0.2")
+    assert_one_line(error, "of 46 examples of train are bad", "broken image", "max_bad_share 0.2")
     assert not (tmp_path / "out" / META_FILE).exists()
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
     check_broken(tmp_path / "out")

@@ -234,7 +234,7 @@ def test_features_of_another_kind_are_not_mixed_in(
         source = write_captioned_codes(tmp_path / "other", counts, odd)
     with pytest.raises(ValueError) as error:
         extract(module, source, out, **change)
-    assert_one_line(error, out, f"begun with {phrase};", "delete it or choose another folder")
+    assert_one_line(error, out, f"started with {phrase};", "delete it or choose another folder")
     assert files(out) == before
 
 
@@ -393,5 +393,5 @@ def test_a_complete_set_is_refused(t5: Path, source: Path, whole: Path) -> None:
     before = files(whole)
     with pytest.raises(ValueError) as error:
         extract(module_of(t5), source, whole)
-    assert_one_line(error, whole, "already holds a complete set")
+    assert_one_line(error, whole, "already holds a complete dataset")
     assert files(whole) == before

@@ -365,7 +365,7 @@ def test_too_much_that_cannot_be_used_ends_the_run(loader_of: str) -> None:
     source: Any = TrainLoader(Leaky(4), EpochPlan(20, 1, 5), 0, tally=tally)
     if loader_of == "evaluation":
         source = EvaluationLoader(Leaky(4), evaluation_batches(range(20), 1), 0, tally=tally)
-    with pytest.raises(ValueError, match=rf"5 of 20 examples of {loader_of} cannot be used"):
+    with pytest.raises(ValueError, match=rf"5 of 20 examples of {loader_of} are bad"):
         list(source)
     assert tally.counts == {"empty file": 5}
 

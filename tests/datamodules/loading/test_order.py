@@ -391,7 +391,7 @@ def test_ranks_that_wait_for_each_other_get_equally_many_batches(batch_size: int
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(3, 1, 2), (1, 4, 2), (10, 1, 8)])
 def test_what_cannot_be_shared_out_equally_is_refused(count: int, batch_size: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} examples in batches of {batch_size} cannot be shared out"):
+    with pytest.raises(ValueError, match=f"{count} examples in batches of {batch_size} cannot be distributed"):
         shared_batches(count, batch_size, 0, world_size, equally=True)
 
 

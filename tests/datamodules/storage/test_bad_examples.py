@@ -168,7 +168,7 @@ def test_where_no_batch_may_be_empty_the_next_usable_example_takes_the_place(exa
 
 def test_where_nothing_at_all_can_be_used_the_search_ends(examples: ExampleIndex) -> None:
     dataset = Picky(examples, set(range(COUNT)), never_empty=True)
-    with pytest.raises(ValueError, match=r"100 examples in a row cannot be used, .*example 5 is broken"):
+    with pytest.raises(ValueError, match=r"100 examples in a row are bad, .*example 5 is broken"):
         dataset.__getitems__([(5, 0)])
     assert len(dataset.asked) == 1 + MAX_ATTEMPTS
 

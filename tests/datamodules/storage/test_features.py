@@ -43,12 +43,12 @@ def test_features_are_read_as_they_were_stored(dtype: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
 def test_features_that_are_not_finite_are_broken(dtype: str, number: float, tmp_path: Path) -> None:
     data = stored([[0.0, 1.0, number, 2.0]], getattr(torch, dtype))
-    with pytest.raises(BadExampleError, match="features that are not finite; extract the features again") as error:
+    with pytest.raises(BadExampleError, match="features that are not finite; extract them again") as error:
         reader(dtype).read(example_with_features(tmp_path, data), short=False)
     assert error.value.reason == "broken features"
 
 
 @pytest.mark.parametrize("size", [1, 2 * WIDTH - 2, 2 * WIDTH * (LENGTH + 1)])
 def test_features_of_another_size_are_broken(size: int, tmp_path: Path) -> None:
-    with pytest.raises(BadExampleError, match=f"has {size} bytes of features, which are not 1 to {LENGTH} tokens"):
+    with pytest.raises(BadExampleError, match=f"has {size} bytes of features, not 1 to {LENGTH} tokens"):
         reader("bfloat16").read(example_with_features(tmp_path, bytes(size)), short=False)

@@ -150,7 +150,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, shard: Path, monkeypatch: 
 def test_a_whole_shard_with_another_number_of_examples_is_refused(tmp_path: Path, shard: Path, count: int) -> None:
     with pytest.raises(ValueError) as error:
         IndexStore(tmp_path / "cache").index_all([shard], [count])
-    assert_one_line(error, shard, "holds 5 examples", f"says {count}", "write the set again")
+    assert_one_line(error, shard, "holds 5 examples", f"says {count}", "write the dataset again")
     assert len(IndexStore(tmp_path / "cache").index_all([shard], [None])) == 5
 
 

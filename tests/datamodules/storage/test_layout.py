@@ -86,7 +86,7 @@ def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
     first, second, said = find(tmp_path / "b")
     assert (names_of(first)[0], names_of(second)[0]) == ("train", "val")
     assert "the test split" in said
-    refusal(write(tmp_path / "c", "test/ant/1.png"), "test split only", "as train or val")
+    refusal(write(tmp_path / "c", "test/ant/1.png"), "only a test split", "as train or val")
 
 
 def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -
     for phrase in ("$RECYCLE.BIN (a system folder)", ".ipynb_checkpoints (hidden)", "@eaDir (a system folder)",
                    "__MACOSX (a system folder)", "ant/@eaDir (a system folder)", "lost+found (a system folder)",
                    "new folder (no images)", "notes (no images)",
-                   "no class folder are left out: stray.png"):  # fmt: skip
+                   "outside of class folders are left out: stray.png"):  # fmt: skip
         assert phrase in said
 
 

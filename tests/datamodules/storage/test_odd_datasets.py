@@ -50,7 +50,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 def test_one_image_cannot_be_divided_and_two_can(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         image_data(str(write_folder(tmp_path / "one", image_files("a", count=1))))
-    assert_one_line(error, "hold no examples")
+    assert_one_line(error, "hold no usable examples")
     data = image_data(str(write_folder(tmp_path / "two", image_files("a", count=2))), val_share=0.999)
     assert [len(data.datasets[split]) for split in ("train", "val")] == [1, 1]  # type: ignore[arg-type]
 
@@ -69,7 +69,7 @@ def test_images_of_other_kinds_are_counted_where_they_are_missed(tmp_path: Path)
     data = image_data(str(write_folder(tmp_path / "few", files)))
     assert data.tallies["train"].by_reason() == {"no image": 2}
     many = {**files, **{f"c/{number}.tif": b"II" for number in range(10)}}
-    with pytest.raises(ValueError, match=r"12 of 92 examples .*no image: 12; e.g. .* convert it"):
+    with pytest.raises(ValueError, match=r"12 of 92 examples .*no image: 12; e.g. .* convert or remove it"):
         image_data(str(write_folder(tmp_path / "many", many)))
 
 
@@ -105,7 +105,7 @@ def test_in_a_stream_the_share_of_bad_examples_is_that_of_the_opened_shards(tmp_
     data = image_data(train=good, val=val, resampled_epoch=100)
     assert len(epoch(data)) == 100
     assert data.tallies["train"].counts["no label"] >= 3
-    with pytest.raises(ValueError, match=r"examples of train cannot be used, more than max_bad_share 0.05"):
+    with pytest.raises(ValueError, match=r"examples of train are bad, more than max_bad_share 0.05"):
         epoch(image_data(train=bad, val=val, resampled_epoch=100))
 
 
@@ -120,7 +120,7 @@ def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, image_files("a", "b"))
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path), tmp_path / "packed", workers=1)
-    assert_one_line(error, tmp_path / "packed", "lies within")
+    assert_one_line(error, tmp_path / "packed", "is inside")
     assert not (tmp_path / "packed").exists()
 
 
@@ -151,11 +151,11 @@ def test_inspection_shows_a_set_as_it_is_and_whether_its_shards_are(tmp_path: Pa
     assert "all: 1 examples, in folders" in inspect(str(folder), num_workers=0)
     write_folder(tmp_path / "set", image_files("a", count=40))
     pack(str(folder), tmp_path / "packed", workers=1)
-    assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 right") == 2
+    assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 correct") == 2
     shard = tmp_path / "packed/train/train-000000.tar"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1  # behind the end mark, where nothing is read
     shard.write_bytes(data)
     lines = inspect(str(tmp_path / "packed"), num_workers=0)
-    assert "  checksums: 0 of 1 right" in lines
-    assert f"    {shard} is not what was written" in lines
+    assert "  checksums: 0 of 1 correct" in lines
+    assert f"    {shard} has changed since it was written" in lines

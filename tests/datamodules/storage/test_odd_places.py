@@ -80,5 +80,5 @@ def test_samples_are_not_bad_because_too_many_files_are_open(
     if most:
         assert [example.read("png") for example in index] == [parts["png"] for _, parts in EXAMPLES]
     else:
-        with pytest.raises(OSError, match="too many open files; raise the limit by ulimit -n"):
+        with pytest.raises(OSError, match="too many open files; increase the limit with ulimit -n"):
             index[0].read("png")

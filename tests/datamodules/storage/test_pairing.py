@@ -135,7 +135,7 @@ def reordered(*numbers: int) -> list[tuple[str, int]]:
 
 
 UNCLEAR: dict[str, tuple[Splits, str]] = {
-    "one is missing": ({"train": LOCAL[:7] + LOCAL[8:20], "val": LOCAL[20:]}, "comes 6 times in the codes"),
+    "one is missing": ({"train": LOCAL[:7] + LOCAL[8:20], "val": LOCAL[20:]}, "occurs 6 times in the codes"),
     "one is missing in val": ({"train": LOCAL[:20], "val": LOCAL[21:]}, "but 5 times in the features"),
     "one is left": ({"train": LOCAL[:5], "val": []}, "but 1 times in the features"),
     "one too many": ({"train": LOCAL[:20], "val": [*LOCAL[20:], ("002", 40)]}, "but 7 times in the features"),
@@ -155,7 +155,7 @@ def test_repeated_keys_are_refused_where_it_is_not_known_what_belongs_together(
     features = write_set(tmp_path / "features", splits, "features")
     with pytest.raises(ValueError) as error:
         code_data(root, features, stage)
-    assert_one_line(error, root, features, phrase, "not known; extract the features again")
+    assert_one_line(error, root, features, phrase, "ambiguous; extract the features again")
 
 
 GAPS = {"train": SOURCE[:3] + SOURCE[5:23], "val": SOURCE[23:]}
@@ -172,7 +172,7 @@ def test_samples_without_features_are_known_before_reading_and_counted(tmp_path:
     assert_each_has_its_own(data, [number for _, number in GAPS["train"]], range(23, 30))
     with pytest.raises(ValueError) as error:
         code_data(root, features, max_bad_share=0.08)
-    assert_one_line(error, "2 of 23 examples of train", "no caption: 2", "has no features of a caption")
+    assert_one_line(error, "2 of 23 examples of train", "no caption: 2", "has no caption features")
 
 
 def test_samples_of_the_other_set_that_have_no_features_themselves_count_as_none(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_two_keys_of_one_hash_cost_an_example_and_do_not_exchange_captions(
     data = code_data(root, features, max_bad_share=0.2)
     assert_each_has_its_own(data, set(range(23)) - {4}, range(23, 30))
     assert data.tallies["train"].by_reason() == {"no caption": 1}
-    assert "those of x have its hash" in data.tallies["train"].describe()
+    assert "key x has the same hash" in data.tallies["train"].describe()
 
 
 def test_keys_of_one_hash_that_come_in_other_numbers_are_left_out(
@@ -311,10 +311,13 @@ def test_features_on_a_server_are_those_of_features_here(roots: tuple[Path, Path
 REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a stream": (
         lambda path: CodeDataModule(path / "codes", features=path / "features", resampled_epoch=100),
-        ("features is", "with resampled_epoch features must lie beside the codes"),
+        ("features is", "with resampled_epoch features must be in the shards of the codes"),
     ),
     "captions as codes": (lambda path: code_data(path / "features"), ("without codes", "this one as features")),
-    "codes as features": (lambda path: code_data(path / "codes", path / "codes"), ("does not describe features",)),
+    "codes as features": (
+        lambda path: code_data(path / "codes", path / "codes"),
+        ("does not describe caption features",),
+    ),
     "shards without a description": (
         lambda path: code_data(path / "codes", path / "features/train"),
         (f"has no {META_FILE}", pairing.HINT),
@@ -325,7 +328,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "captions that were not cleaned": (
         lambda path: code_data(path / "codes", path / "features", clean_captions=True),
-        ("clean_captions is true", "features in", "are of captions as they were"),
+        ("clean_captions is true", "features in", "are of uncleaned captions"),
     ),
     "no short captions": (
         lambda path: code_data(path / "codes", path / "others", short_caption_share=0.1),
@@ -337,7 +340,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a broken description": (
         lambda path: code_data(path / "codes", path / "broken"),
-        ("features in meta.json of", "broken are wrong", "extract them again"),
+        ("features in meta.json of", "broken is invalid", "extract them again"),
     ),
 }
 

@@ -162,7 +162,7 @@ def test_a_server_that_is_not_there_is_an_error_with_the_address(tmp_path: Path)
     address = f"http://127.0.0.1:{free_port()}/train-{{000..001}}.tar"
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=address, val=address, cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, address.split("-")[0], "cannot be had", "after 5 attempts")
+    assert_one_line(error, address.split("-")[0], "could not be downloaded", "after 5 attempts")
 
 
 def test_a_server_that_never_answers_is_an_error_with_the_address(
@@ -181,7 +181,7 @@ def test_a_shard_that_is_missing_on_the_server_is_an_error_at_once(tmp_path: Pat
     server = serve(tmp_path / "set")
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=f"{server.address}/train/train-{{000000..000002}}.tar", cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, f"{server.address}/train/train-000002.tar", "cannot be had")
+    assert_one_line(error, f"{server.address}/train/train-000002.tar", "could not be downloaded")
     assert server.asked["/train/train-000002.tar"] == 1
 
 
@@ -234,7 +234,7 @@ def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path,
     )  # fmt: skip
     with pytest.raises(ValueError) as error:
         data.setup("fit")
-    assert_one_line(error, f"{address}/train/train-00000", "cannot be had")
+    assert_one_line(error, f"{address}/train/train-00000", "could not be downloaded")
 
 
 def test_a_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:

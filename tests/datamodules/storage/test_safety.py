@@ -180,5 +180,5 @@ def test_shard_names_in_a_description_are_no_paths(tmp_path: Path) -> None:
     write_codes(tmp_path / "set", train=3, val=3)
     meta = tmp_path / "set/meta.json"
     meta.write_text(meta.read_text().replace("train-000000.tar", "../../train-000000.tar"))
-    with pytest.raises(ValueError, match=r"names the shard .*no file name"):
+    with pytest.raises(ValueError, match=r"names the shard .*not a file name"):
         CodeDataModule(tmp_path / "set").setup("fit")

@@ -217,9 +217,9 @@ def test_what_is_not_in_the_set_is_counted_by_reason_and_listed(tmp_path: Path) 
     assert splits["val"]["skipped"] == {}
     assert (tmp_path / "skipped.tsv").read_text().splitlines() == [
         "split\tkey\treason\tmessage",
-        "train\tdog/7\tno label\tsample dog/7 has none",
-        "train\tdog/1\tempty file\tsample dog/1 is empty indeed",
-        "train\tdog/3\tempty file\tsample dog/3 is empty",
+        "train\tdog/7\tno label\texample dog/7 has none",
+        "train\tdog/1\tempty file\texample dog/1 is empty indeed",
+        "train\tdog/3\tempty file\texample dog/3 is empty",
     ]
 
 
@@ -229,7 +229,7 @@ def test_too_much_that_is_not_in_the_set_is_refused(tmp_path: Path) -> None:
     fill(shards, "train", 0, [0, 1, 2], [Skipped(3, "dog/1", "empty file", "example dog/1 is empty")])
     with pytest.raises(ValueError) as error:
         shards.finish({"train": 1}, {}, {}, 0.24)
-    assert_one_line(error, "1 of 4 examples of the set", "empty file: 1", "example dog/1 is empty", "0.24")
+    assert_one_line(error, "1 of 4 examples of the dataset", "empty file: 1", "example dog/1 is empty", "0.24")
     assert not (tmp_path / META_FILE).exists()
     shards.finish({"train": 1}, {}, {}, 0.25)
     assert (tmp_path / META_FILE).exists()
@@ -242,7 +242,7 @@ def test_a_set_without_one_of_its_shards_is_not_finished(tmp_path: Path) -> None
     fill(shards, "train", 2, [0])
     with pytest.raises(ValueError) as error:
         shards.finish({"train": 3}, {}, {}, 0.0)
-    assert_one_line(error, "train-000001.tar", "run the same command again")
+    assert_one_line(error, "train-000001.tar", "repeat the command to resume")
     assert not (tmp_path / META_FILE).exists()
 
 
@@ -290,7 +290,7 @@ def test_a_set_that_was_begun_with_another_plan_is_refused(tmp_path: Path, plan:
     before = files(tmp_path)
     with pytest.raises(ValueError) as error:
         ShardDataset(tmp_path, plan, HINT).check()
-    assert_one_line(error, tmp_path, f"begun with {phrase};", HINT)
+    assert_one_line(error, tmp_path, f"started with {phrase};", HINT)
     assert files(tmp_path) == before
 
 
@@ -302,7 +302,7 @@ def test_a_complete_set_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / PLAN_FILE).exists()
     with pytest.raises(ValueError) as error:
         shards.check()
-    assert_one_line(error, tmp_path, "already holds a complete set", HINT)
+    assert_one_line(error, tmp_path, "already holds a complete dataset", HINT)
 
 
 def test_shards_that_nobody_planned_are_refused(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_another_file_in_the_folder_is_no_obstacle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "phrase"),
     [
-        (None, "not written to its end"),
+        (None, "it is incomplete"),
         (b"{", "not valid JSON"),
         (b"", "not valid JSON"),
         (b"\xff\xfe\x00{", "not valid JSON"),
@@ -370,7 +370,7 @@ NOTE = {"name": "train-000000.tar", "count": 3, "sha256": "0" * 64}
 def test_a_description_without_the_shards_of_a_split_is_refused(tmp_path: Path, splits: Any) -> None:
     with pytest.raises(ValueError) as error:
         shard_entries({"splits": splits}, "train", tmp_path)
-    assert_one_line(error, tmp_path, META_FILE, "the shards of train", "write the set again")
+    assert_one_line(error, tmp_path, META_FILE, "the shards of train", "write the dataset again")
 
 
 @pytest.mark.parametrize("name", ["../a.tar", "/etc/a.tar", "..\\a.tar", ".a.tar", "a.zip", "", "b/a.tar"])

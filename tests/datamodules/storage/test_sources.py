@@ -169,7 +169,7 @@ def test_a_shard_that_does_not_fit_its_description_is_refused(tmp_path: Path, co
     (tmp_path / META_FILE).write_text(json.dumps(meta))
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path, phrase, "write the set again")
+    assert_one_line(error, tmp_path, phrase, "write the dataset again")
 
 
 @pytest.mark.parametrize("splits", [None, 3, [1]], ids=str)
@@ -248,7 +248,7 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path, "hold no examples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path, "hold no usable examples", ImageDataModule.hint)
 
 
 def index_of(names: list[str]) -> ExampleIndex:

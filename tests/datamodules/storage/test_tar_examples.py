@@ -79,8 +79,12 @@ def test_keys_may_hold_dots_and_parts_may_have_names(tmp_path: Path, names: str,
 @pytest.mark.parametrize(
     ("names", "key", "phrase"),
     [
-        ("s.left.jpg s.right.jpg s.cls", "s", "has the parts left.jpg, right.jpg, cls"),
-        ("k.jpg l.jpg k.jpg l.cls k.cls l.txt k.cls k.txt", "k", "comes several times, with its parts apart"),
+        ("s.left.jpg s.right.jpg s.cls", "s", "has the members left.jpg, right.jpg, cls"),
+        (
+            "k.jpg l.jpg k.jpg l.cls k.cls l.txt k.cls k.txt",
+            "k",
+            "occurs several times, with other examples between its members",
+        ),
     ],
 )
 def test_what_cannot_be_put_together_is_bad_for_the_true_reason(
