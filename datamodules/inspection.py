@@ -1,8 +1,8 @@
 """Describe a dataset: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
 Reads every example as training would. Prints counts, classes, sizes, file formats, and bad examples by reason. Writes a
-contact sheet of random images. ROOT is anything that a DataModule accepts: images, codes or caption features. Of caption
-features only the sizes are checked.
+contact sheet of random images. ROOT is anything that a DataModule accepts: images, codes or caption features. Of
+caption features only the sizes are checked.
 """
 
 from collections import Counter

@@ -12,10 +12,10 @@ from datamodules.loading.order import (
     SHARD_BITS,
     EpochPlan,
     StreamPlan,
-    cut,
-    draw,
+    batch_ends,
     epoch_order,
     evaluation_batches,
+    random_integers,
     shared_batches,
 )
 from tests.datamodules.shard_files import assert_one_line
@@ -187,8 +187,8 @@ def test_few_examples_left_for_many_ranks_are_filled_up() -> None:
 
 def test_an_epoch_that_is_over_has_no_batches() -> None:
     for remainder in ("keep", "drop", "repeat"):
-        assert cut(10, 10, 3, 2, remainder).tolist() == []
-        assert cut(10, 12, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 10, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 12, 3, 2, remainder).tolist() == []
 
 
 def test_a_global_batch_holds_the_same_examples_on_any_number_of_ranks() -> None:
@@ -321,7 +321,7 @@ def test_a_stream_of_less_than_a_batch_is_refused(world_size: int) -> None:
 
 @pytest.mark.parametrize("below", [1, 2, 10, 20, 1000])
 def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
-    drawn = draw(3, 2, np.arange(20_000), below)
+    drawn = random_integers(3, 2, np.arange(20_000), below)
     assert (drawn.dtype, drawn.shape) == (np.int64, (20_000,))
     counts = np.bincount(drawn, minlength=below)
     assert len(counts) == below
@@ -331,31 +331,31 @@ def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
 
 def test_a_draw_is_a_pure_function_of_seed_epoch_and_number() -> None:
     numbers = np.random.default_rng(0).permutation(5000)
-    together = draw(3, 2, numbers, 20)
+    together = random_integers(3, 2, numbers, 20)
     np.random.seed(1)
-    assert draw(3, 2, numbers, 20).tolist() == together.tolist()
+    assert random_integers(3, 2, numbers, 20).tolist() == together.tolist()
     # In whatever batches the examples come.
-    apart = np.concatenate([draw(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
+    apart = np.concatenate([random_integers(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
     assert apart.tolist() == together.tolist()
-    assert draw(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
+    assert random_integers(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
 
 
 @pytest.mark.parametrize("other", [(3, 1), (2, 2), (2, 3), (0, 0)])
 def test_draws_of_other_seeds_and_epochs_are_independent(other: tuple[int, int]) -> None:
     numbers = np.arange(20_000)
-    same = (draw(3, 2, numbers, 10) == draw(*other, numbers, 10)).mean()
+    same = (random_integers(3, 2, numbers, 10) == random_integers(*other, numbers, 10)).mean()
     assert 0.09 < same < 0.11  # 0.1 ± 0.002
 
 
 def test_draws_of_neighbouring_numbers_are_independent() -> None:
-    drawn = draw(3, 2, np.arange(20_000), 10)
+    drawn = random_integers(3, 2, np.arange(20_000), 10)
     for distance in (1, 2, 10, 64):
         assert 0.09 < (drawn[distance:] == drawn[:-distance]).mean() < 0.11
 
 
 def test_a_draw_takes_the_numbers_of_streams() -> None:
     numbers = (np.arange(2000) << SHARD_BITS) + 3
-    counts = np.bincount(draw(0, 0, numbers, 2))
+    counts = np.bincount(random_integers(0, 0, numbers, 2))
     assert 900 < counts.min() <= counts.max() < 1100
 
 

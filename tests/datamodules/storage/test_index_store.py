@@ -178,7 +178,7 @@ def test_many_new_shards_are_indexed_by_several_processes_in_their_order(
 ) -> None:
     shards = write_shards(tmp_path / "train", EXAMPLES, per_shard=1)
     expected = contents(IndexStore(tmp_path / "cache").index_all(shards))
-    monkeypatch.setattr(index_store, "MANY", len(shards))
+    monkeypatch.setattr(index_store, "MIN_PARALLEL", len(shards))
     monkeypatch.setattr(index_store.os, "cpu_count", lambda: 1)
     counted = Counted(monkeypatch)
     assert contents(IndexStore(tmp_path / "other cache").index_all(shards)) == expected

@@ -37,7 +37,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "classes.txt").write_text("7\n")
     for options in ({"root": "~/data"}, {"train": f"~/data/{shard.name}"}, {"train": ["~/data"]}):
         data: ShardDataModule = ImageDataModule(**options, num_workers=0)
-        found, _, _ = data.find()
+        found, _, _ = data.find_splits()
         assert found is not None
         assert found.shards == [str(shard)]
     assert PromptDataModule("~/prompts.txt").prompts == ["a red house"]

@@ -283,7 +283,7 @@ def test_sets_are_compared_as_columns_of_numbers() -> None:
         Strings.from_strings([f"some/folder/{n:012d}" for n in order]) for order in (range(count), numbers.tolist())
     )
     tracemalloc.start()
-    partners = pairing._partners(here, there, "", "")
+    partners = pairing._match(here, there, "", "")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert np.array_equal(numbers[partners], np.arange(count))

@@ -377,4 +377,4 @@ def test_a_description_without_the_shards_of_a_split_is_refused(tmp_path: Path, 
 def test_a_shard_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as error:
         shard_entries({"splits": {"train": {"shards": [NOTE, {**NOTE, "name": name}]}}}, "train", tmp_path)
-    assert_one_line(error, tmp_path, repr(name), "no file name")
+    assert_one_line(error, tmp_path, repr(name), "not a file name")

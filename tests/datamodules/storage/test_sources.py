@@ -248,7 +248,7 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path, "hold no usable examples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path, "hold no examples", ImageDataModule.hint)
 
 
 def index_of(names: list[str]) -> ExampleIndex:
