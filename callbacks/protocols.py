@@ -196,7 +196,7 @@ class CleansCaptions(Protocol):
 
 @runtime_checkable
 class ImageRequests(Protocol):
-    """A DataModule that requests images, such as SampleDataModule or PromptDataModule."""
+    """A DataModule that requests images, such as ClassRequestDataModule or PromptDataModule."""
 
     label_name: str
     """What a label is a number of: ``class`` or ``prompt``."""

@@ -32,7 +32,7 @@ from callbacks.protocols import (
     optional,
     require,
 )
-from datamodules import CodeDataModule, DigitsDataModule, PromptDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule, DigitsDataModule, PromptDataModule
 from lightning_modules import CaptionModule
 from tests.datamodules.shard_files import assert_one_line
 from tests.lightning_modules.runs import argen_module, evaluator, vqgan_module
@@ -70,7 +70,7 @@ def test_our_data_satisfies_the_protocols_of_the_writers(pipeline: Pipeline) -> 
     images = DigitsDataModule(pipeline.digits, image_size=8, num_workers=0)
     images.setup("predict")
     assert satisfied(images) == {"HasImageSize", "ShardableData", "ShardableImages"}
-    assert satisfied(SampleDataModule(2, 1)) == {"ImageRequests"}
+    assert satisfied(ClassRequestDataModule(2, 1)) == {"ImageRequests"}
     assert satisfied(PromptDataModule(["a"])) == {"ImageRequests", "PromptRequests", "CleansCaptions"}
 
 
