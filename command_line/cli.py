@@ -22,11 +22,11 @@ from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_places
 from datamodules import (
     CaptionDataModule,
+    ClassRequestDataModule,
     CodeDataModule,
     DigitsDataModule,
     ImageDataModule,
     PromptDataModule,
-    SampleDataModule,
 )
 from lightning_modules import (
     ARGenModule,
@@ -45,7 +45,7 @@ DATA_MODULES = (
     DigitsDataModule,
     ImageDataModule,
     PromptDataModule,
-    SampleDataModule,
+    ClassRequestDataModule,
 )
 """Imported, and so known by their short names; they are loaded only where they are asked for."""
 

@@ -140,16 +140,16 @@ class GenerativeModule(pl.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if split not in getattr(datamodule, "tallies", ()):
             return
-        examples = [sample.message for sample in (*datamodule.tallies[split].seen, *datamodule.tallies[split].known)][
-            :1
-        ]
+        examples = [
+            sample.message for sample in (*datamodule.tallies[split].skipped, *datamodule.tallies[split].rejected)
+        ][:1]
         counts = datamodule.finish_tally(split)  # over all ranks, so each logs the same
         for reason, count in counts.items():
             self.log(f"skipped/{split}/{reason.replace(' ', '_')}", float(count))
         if counts:
             numbers = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
             story = "; e.g. ".join([numbers, *examples])
-            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({story})")
+            rank_zero_warn(f"{sum(counts.values())} examples of {split} were skipped in this epoch ({story})")
 
     def _log_batches_seen(self) -> None:
         # Loggers take what is logged as "step" for the x axis.

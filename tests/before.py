@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from evaluation.prompt_pictures import read_prompt_pictures
+from llamagen.checkpoint import build_model, load_vqgan, weights_checksum
+from llamagen.weights import read_weights
 from PIL import Image
 
 import main
 from datamodules import CodeDataModule, ImageDataModule
 from evaluation.__main__ import main as evaluate
-from evaluation.prompt_pictures import read_prompt_pictures
 from evaluation.reference import read_reference
-from llamagen.checkpoint import build_model, load_vqgan, weights_checksum
 from llamagen.models.gpt import GPT
 from llamagen.sampling import generate
-from llamagen.weights import read_weights
 from tests.golden import normal_input
 
 FIXTURES = Path(__file__).parent / "fixtures/before"

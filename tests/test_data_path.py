@@ -125,7 +125,5 @@ def test_skipped_images_are_logged_by_reason_and_are_fatal_above_the_tolerated_s
     lines = [line.split(",") for line in table.read_text().splitlines()]
     column = lines[0].index("skipped/train/broken_image")
     assert [line[column] for line in lines[1:] if line[column]] == ["2.0"]
-    with pytest.raises(
-        ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.005 .*broken image"
-    ):
+    with pytest.raises(ValueError, match=r"examples of train are bad, more than max_bad_share 0.005 .*broken image"):
         fit(tmp_path / "strict", "--data.init_args.max_bad_share=0.005")

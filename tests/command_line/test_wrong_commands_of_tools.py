@@ -72,7 +72,7 @@ WRONG: dict[str, str] = {
     "packing classes text": "out text is a file",
     "packing classes text/new": "out text/new cannot be written",
     "packing classes /proc/nowhere/new": "out /proc/nowhere/new cannot be written",
-    "packing classes real": "out real holds other things already (000.png, 001.png, 002.png)",
+    "packing classes real": "out real already holds other files (000.png, 001.png, 002.png)",
     "packing classes new --shard_mb=nan": "shard_mb is nan",
     "packing classes new --shard_mb=inf": "shard_mb is inf",
     "packing classes new --val_share=2": "val_share is 2.0",

@@ -15,7 +15,7 @@ from datamodules.storage.shards import ShardWriter
 
 
 class Numbers(Dataset[Address]):
-    """A dataset whose samples say as what they were asked for: (number, epoch)."""
+    """A dataset whose examples say as what they were asked for: (number, epoch)."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -47,20 +47,20 @@ def grey_image(level: int, size: int = 4) -> bytes:
     return encode(Image.fromarray(np.full((size, size), level, np.uint8)))
 
 
-def write_shards(folder: Path, samples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
-    """Shards of (key, parts) in a folder, ``<folder>/<name>-000000.tar`` and so on; no folder for no samples."""
+def write_shards(folder: Path, examples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
+    """Shards of (key, parts) in a folder, ``<folder>/<name>-000000.tar`` and so on; no folder for no examples."""
     paths = []
-    for number, first in enumerate(range(0, len(samples), per_shard)):
+    for number, first in enumerate(range(0, len(examples), per_shard)):
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / f"{folder.name}-{number:06d}.tar")
         with ShardWriter(paths[-1]) as writer:
-            for key, parts in samples[first : first + per_shard]:
+            for key, parts in examples[first : first + per_shard]:
                 writer.write(key, parts)
     return paths
 
 
 def write_images(root: Path, train: int, val: int) -> None:
-    """A set of images: sample i of a split has key ``split/i``, grey level i and class i mod 5."""
+    """A set of images: example i of a split has key ``split/i``, grey level i and class i mod 5."""
     for split, count in (("train", train), ("val", val)):
-        samples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
-        write_shards(root / split, samples)
+        examples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
+        write_shards(root / split, examples)

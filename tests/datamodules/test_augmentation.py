@@ -1,4 +1,4 @@
-"""Training images vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
+"""Training images vary as (seed, epoch, example) say and as the options allow; evaluation never does."""
 
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule, ImageDataset
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop, ten_crops
 from tests.datamodules.shard_files import encode, write_shards
@@ -43,7 +43,7 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
 
 def dataset(root: Path, **options: Any) -> ImageDataset:
     shards = sorted((root / "train").glob("*.tar"))
-    return ImageDataset(SampleIndex.concatenate([index_shard(shard) for shard in shards]), SIZE, **options)
+    return ImageDataset(ExampleIndex.concatenate([index_shard(shard) for shard in shards]), SIZE, **options)
 
 
 def plain(root: Path) -> Tensor:
@@ -105,7 +105,7 @@ def test_both_together_give_crops_of_which_half_are_mirrored(root: Path) -> None
     assert 240 < sum(rising(image) for image in batch) < 360
 
 
-def test_an_image_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
+def test_an_image_is_a_function_of_seed_epoch_and_example(root: Path) -> None:
     def views(seed: int) -> list[list[Tensor]]:
         images = dataset(root, random_crop=True, flip=True, seed=seed)
         return [[images[number, epoch]["images"] for number in range(COUNT)] for epoch in range(3)]
@@ -113,8 +113,8 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
     first, again, other = views(1), views(1), views(2)
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
     assert len({torch.stack(epoch).numpy().tobytes() for epoch in [*first, *other]}) == 6
-    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all samples of an epoch
-    assert all(variants(sample) > 1 for sample in list(zip(*first, strict=True))[:4])
+    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all examples of an epoch
+    assert all(variants(example) > 1 for example in list(zip(*first, strict=True))[:4])
 
 
 def test_training_is_augmented_unless_options_say_no(root: Path) -> None:

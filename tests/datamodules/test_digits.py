@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from datamodules.digits import DigitsDataModule
-from datamodules.storage.shards import META_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.shards import META_FILE, ShardDataset, ShardWriter, read_meta
 from tests.datamodules.shard_files import assert_one_line
 
 
@@ -29,7 +29,7 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_the_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
-    keys = {split: list(written.datasets[split].samples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
+    keys = {split: list(written.datasets[split].examples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
     assert {split: len(names) for split, names in keys.items()} == {"train": 1497, "val": 300}
     assert sorted(keys["train"] + keys["val"]) == [f"{number:06d}" for number in range(1797)]
     root = Path(str(written.root))
@@ -95,10 +95,10 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupt_before_the_description_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(shards: ShardSet, *args: Any, **more: Any) -> None:
+    def interrupted(shards: ShardDataset, *args: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ShardSet, "finish", interrupted)
+    monkeypatch.setattr(ShardDataset, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DigitsDataModule(tmp_path / "digits").prepare_data()
     assert list(tmp_path.iterdir()) == []
@@ -147,7 +147,7 @@ def test_digits_have_captions_that_name_them(captioned: DigitsDataModule) -> Non
 
 def test_digits_have_no_captions_unless_asked_for(written: DigitsDataModule) -> None:
     for split in ("train", "val"):
-        assert "txt" not in written.datasets[split].samples.members  # type: ignore[attr-defined]
+        assert "txt" not in written.datasets[split].examples.members  # type: ignore[attr-defined]
     assert read_meta(str(written.root), "")["captions"] is False
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.images import ImageDataModule, ImageDataset, scale, to_planes
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.index import NO_LABEL
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop
@@ -22,7 +22,7 @@ PNG = encode(Image.fromarray(COLOURS))
 
 
 def read_parts(folder: Path, parts: dict[str, bytes], image_size: int = 8, **options: Any) -> dict[str, Any]:
-    """The sample that comes out of these files."""
+    """The example that comes out of these files."""
     (shard,) = write_shards(folder / "train", [("folder/key", parts)])
     return ImageDataset(index_shard(shard), image_size, **options)[0, NO_EPOCH]
 
@@ -50,10 +50,10 @@ def test_images_of_any_number_of_dimensions_keep_their_places() -> None:
 
 
 def test_an_image_comes_with_its_label_and_key(tmp_path: Path) -> None:
-    sample = read_parts(tmp_path, {"png": PNG, "cls": b"7\n"})
-    assert (sample["labels"], sample["keys"]) == (7, "folder/key")
-    assert sample["images"].dtype == torch.float32
-    assert np.array_equal(levels(sample["images"]).round(), COLOURS)
+    example = read_parts(tmp_path, {"png": PNG, "cls": b"7\n"})
+    assert (example["labels"], example["keys"]) == (7, "folder/key")
+    assert example["images"].dtype == torch.float32
+    assert np.array_equal(levels(example["images"]).round(), COLOURS)
 
 
 def test_an_image_without_a_class_has_no_label(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_an_image_without_a_class_has_no_label(tmp_path: Path) -> None:
     ("extension", "kind"), [("png", "png"), ("PNG", "png"), ("webp", "webp"), ("jpg", "jpeg"), ("JPEG", "jpeg")]
 )
 def test_an_image_has_one_of_four_suffixes(tmp_path: Path, extension: str, kind: str) -> None:
-    sample = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
-    assert abs(levels(sample["images"]) - (200, 100, 50)).max() <= 4
+    example = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
+    assert abs(levels(example["images"]) - (200, 100, 50)).max() <= 4
 
 
 def test_the_suffix_does_not_decide_how_an_image_is_read(tmp_path: Path) -> None:
@@ -99,16 +99,18 @@ def test_a_caption_is_read_where_it_is_asked_for(tmp_path: Path, parts: dict[str
     if caption:
         assert read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)["captions"] == caption
     else:
-        with pytest.raises(BadSampleError, match=r"folder/key of .* has neither class nor caption") as error:
+        with pytest.raises(BadExampleError, match=r"folder/key of .* has neither class nor caption") as error:
             read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)
         assert error.value.reason == "no caption"
         read_parts(tmp_path / "not asked", {"png": PNG, **parts})
 
 
 def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot be read are left out, e.g. of sample folder/key .* not in UTF-8"):
+    with pytest.warns(
+        UserWarning, match=r"unreadable captions are left out, e.g. of example folder/key .* not in UTF-8"
+    ):
         read_parts(tmp_path / "labelled", {"png": PNG, "cls": b"1", "txt": b"\xff"}, captions=True)
-    with pytest.raises(BadSampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
+    with pytest.raises(BadExampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
         read_parts(tmp_path / "unlabelled", {"png": PNG, "txt": b"\xff"}, captions=True)
 
 
@@ -122,13 +124,13 @@ def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_sample_without_a_usable_image_is_refused(
+def test_an_example_without_a_usable_image_is_refused(
     tmp_path: Path, parts: dict[str, bytes], reason: str, phrase: str
 ) -> None:
-    with pytest.raises(BadSampleError) as error:
+    with pytest.raises(BadExampleError) as error:
         read_parts(tmp_path, parts)
     assert error.value.reason == reason
-    assert_one_line(error, tmp_path / "train", "sample folder/key", phrase)
+    assert_one_line(error, tmp_path / "train", "example folder/key", phrase)
 
 
 def image_data(root: Path | None, **options: Any) -> ImageDataModule:
@@ -214,7 +216,7 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     assert 14 < len(keys["val"]) < 42  # 28 ± 5
     assert all(part == [key for key in whole if key in part] for part in keys.values())  # in their order
     assert keys["val"] != whole[: len(keys["val"])]
-    # Drawn by the keys alone: neither seed nor stage nor more samples change it, and a larger share holds the smaller.
+    # Drawn by the keys alone: neither seed nor stage nor more examples change it, and a larger share holds the smaller.
     assert all_keys(image_data(tmp_path, val_share=0.2, seed=7)) == keys
     validation = image_data(tmp_path, val_share=0.2)
     validation.setup("validate")
@@ -225,7 +227,7 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     assert [key for key in more["val"] if int(key.split("/")[1]) < 140] == keys["val"]
 
 
-def test_at_least_one_sample_is_held_out(tmp_path: Path) -> None:
+def test_at_least_one_example_is_held_out(tmp_path: Path) -> None:
     write_images(tmp_path, train=5, val=0)
     keys = all_keys(image_data(tmp_path, val_share=1e-6))
     assert (len(keys["train"]), len(keys["val"])) == (4, 1)
@@ -270,14 +272,14 @@ def test_train_and_val_can_be_named_one_by_one(tmp_path: Path) -> None:
     assert all_keys(swapped)["val"] == keys["train"]
 
 
-def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
+def test_shards_without_examples_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, train=3, val=3)
     empty = (tmp_path / "val").glob("*.tar")
     for shard in empty:
         shard.write_bytes(bytes(10240))
     with pytest.raises(ValueError) as error:
         image_data(tmp_path).setup("validate")
-    assert_one_line(error, tmp_path / "val", "no samples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path / "val", "no usable examples", ImageDataModule.hint)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 
 from datamodules import (
     CaptionDataModule,
+    ClassRequestDataModule,
     CodeDataModule,
     DigitsDataModule,
     ImageDataModule,
     PromptDataModule,
-    SampleDataModule,
 )
 from datamodules.packing import pack
 from tests.datamodules.shard_files import assert_one_line, grey_image
@@ -48,7 +48,7 @@ OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (CaptionDataModule, {"root": "nowhere"}, WRONG),
     (CodeDataModule, {"root": "nowhere"}, WRONG | {"short_caption_share": (-0.1, 1.1, NAN), "features": ("",)}),
     (
-        SampleDataModule,
+        ClassRequestDataModule,
         {},
         {
             "classes": (0, -1, 10**9, [], [1, 1], [-1], [0.5], [10**9], "nowhere.txt"),
@@ -100,7 +100,7 @@ import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.da
 import datamodules.loading.stream
 import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
-assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
+assert "all: 1 examples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)
 from datamodules import CodeDataModule
 assert not heavy, heavy

@@ -13,8 +13,8 @@ import pytest
 
 from datamodules import packing
 from datamodules.packing import main, pack
-from datamodules.storage.index import Sample
-from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.index import Example
+from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardDataset, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
@@ -80,17 +80,17 @@ def shards_of(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
 
 
-def samples_of(root: Path, split: str) -> list[Sample]:
-    return [sample for shard in shards_of(root, split) for sample in index_shard(shard)]
+def examples_of(root: Path, split: str) -> list[Example]:
+    return [example for shard in shards_of(root, split) for example in index_shard(shard)]
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes]]:
     """Label and image of each key of both splits."""
     found = {}
-    for sample in samples_of(root, "train") + samples_of(root, "val"):
-        assert sample.key not in found
-        (image,) = set(sample.members) - {"cls"}
-        found[sample.key] = (sample.label, sample.read(image))
+    for example in examples_of(root, "train") + examples_of(root, "val"):
+        assert example.key not in found
+        (image,) = set(example.members) - {"cls"}
+        found[example.key] = (example.label, example.read(image))
     return found
 
 
@@ -112,7 +112,7 @@ def test_every_image_is_there_once_with_its_key_class_and_bytes(folder: Path, pa
 
 
 def test_some_are_kept_for_validation(packed: Path) -> None:
-    assert 4 <= len(samples_of(packed, "val")) <= 24
+    assert 4 <= len(examples_of(packed, "val")) <= 24
 
 
 def test_no_shard_is_larger_than_wanted_and_none_is_smaller_than_needed(packed: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_description_says_what_is_there(packed: Path) -> None:
     assert (meta["format"], meta["classes"], meta["num_classes"]) == ("llamagen-images", CLASSES, 3)
     for split in ("train", "val"):
         entry = meta["splits"][split]
-        assert entry["count"] == len(samples_of(packed, split))
+        assert entry["count"] == len(examples_of(packed, split))
         assert entry["skipped"] == {}
         assert [tuple(shard[name] for name in ("name", "count", "bytes", "sha256")) for shard in entry["shards"]] == [
             (path.name, len(index_shard(path)), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -144,10 +144,10 @@ def test_images_are_shuffled_as_the_seed_says(folder: Path, packed: Path, tmp_pa
     pack(str(folder), tmp_path / "other", SHARD_MB, val_share=0.2, seed=1, workers=1)
     assert contents(tmp_path / "other") == contents(packed)
     for split in ("train", "val"):
-        first, second = ([s.key for s in samples_of(root, split)] for root in (packed, tmp_path / "other"))
+        first, second = ([s.key for s in examples_of(root, split)] for root in (packed, tmp_path / "other"))
         assert sorted(first) == sorted(second)
         assert first != second
-    labels = [sample.label for sample in samples_of(packed, "train")]
+    labels = [example.label for example in examples_of(packed, "train")]
     assert sum(one != other for one, other in pairwise(labels)) > len(labels) // 3
 
 
@@ -185,7 +185,7 @@ def test_a_set_without_its_description_is_completed(folder: Path, packed: Path, 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path, SHARD_MB, val_share=0.2, workers=1)
     assert (tmp_path / PLAN_FILE).exists()
@@ -201,7 +201,7 @@ def begun(folder: Path, tmp_path: Path) -> Iterator[Path]:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path / "out", SHARD_MB, val_share=0.2, workers=1)
     before = files(tmp_path / "out")
@@ -238,7 +238,7 @@ def test_a_complete_set_is_refused(folder: Path, packed: Path) -> None:
     before = files(packed)
     with pytest.raises(ValueError) as error:
         pack(str(folder), packed, SHARD_MB, val_share=0.2, workers=1)
-    assert_one_line(error, packed, "already holds a complete set")
+    assert_one_line(error, packed, "already holds a complete dataset")
     assert files(packed) == before
 
 
@@ -263,15 +263,15 @@ def test_empty_files_are_left_out_and_listed(folder: Path, tmp_path: Path) -> No
 
 
 def test_shards_are_packed_anew_with_captions_and_descriptions(tmp_path: Path) -> None:
-    samples = {
+    examples = {
         f"{number:09d}": {"jpg": bytes([number]) * 99, "txt": b"words %d" % number, "json": b'{"caption": "words"}'}
         for number in range(20)
     }
-    write_shards(tmp_path / "source", list(samples.items()), per_shard=4)
+    write_shards(tmp_path / "source", list(examples.items()), per_shard=4)
     pack(str(tmp_path / "source"), tmp_path / "out", val_share=0.2, workers=1)
-    found = samples_of(tmp_path / "out", "train") + samples_of(tmp_path / "out", "val")
-    assert {s.key: {part: s.read(part) for part in s.members} for s in found} == samples
-    assert {sample.label for sample in found} == {-1}
+    found = examples_of(tmp_path / "out", "train") + examples_of(tmp_path / "out", "val")
+    assert {s.key: {part: s.read(part) for part in s.members} for s in found} == examples
+    assert {example.label for example in found} == {-1}
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
 
 
@@ -284,8 +284,8 @@ def test_captions_beside_images_are_packed_and_count_towards_the_size_of_a_shard
     pack(str(source.parent), tmp_path / "out", shard_mb=0.02, workers=1, max_bad_share=0.1)
     shards = sorted((tmp_path / "out").glob("*/*.tar"))
     assert all(path.stat().st_size <= 20_000 for path in shards)
-    samples = [sample for path in shards for sample in index_shard(path)]
-    assert {sample.key: sample.read_caption() for sample in samples} == {
+    examples = [example for path in shards for example in index_shard(path)]
+    assert {example.key: example.read_caption() for example in examples} == {
         f"pairs/{number}": ("word " * 300).strip() if number else "" for number in range(12)
     }
 
@@ -293,21 +293,21 @@ def test_captions_beside_images_are_packed_and_count_towards_the_size_of_a_shard
 def test_a_packed_set_can_be_packed_anew(packed: Path, tmp_path: Path) -> None:
     pack(str(packed), tmp_path, shard_mb=0.09, seed=3, workers=1)
     assert contents(tmp_path) == contents(packed)
-    assert {s.key for s in samples_of(tmp_path, "val")} == {s.key for s in samples_of(packed, "val")}
+    assert {s.key for s in examples_of(tmp_path, "val")} == {s.key for s in examples_of(packed, "val")}
     assert 1 < len(shards_of(tmp_path, "train")) < len(shards_of(packed, "train"))
     assert read_meta(tmp_path, "")["classes"] == CLASSES
 
 
 def test_samples_of_shards_that_use_the_same_keys_stay_apart(tmp_path: Path) -> None:
     for shard in range(8):
-        samples = [(str(number), {"png": bytes([shard, number]), "cls": b"1"}) for number in range(4)]
-        write_shards(tmp_path / f"part{shard}", samples, per_shard=4)
+        examples = [(str(number), {"png": bytes([shard, number]), "cls": b"1"}) for number in range(4)]
+        write_shards(tmp_path / f"part{shard}", examples, per_shard=4)
         (tmp_path / "source").mkdir(exist_ok=True)
         (tmp_path / f"part{shard}/part{shard}-000000.tar").rename(tmp_path / f"source/{shard}.tar")
     pack(str(tmp_path / "source"), tmp_path / "out", val_share=0.2, workers=1)
-    found = samples_of(tmp_path / "out", "train") + samples_of(tmp_path / "out", "val")
-    assert sorted(sample.read("png") for sample in found) == [bytes([i, j]) for i in range(8) for j in range(4)]
-    assert read_meta(tmp_path / "out", "")["splits"]["train"]["count"] == len(samples_of(tmp_path / "out", "train"))
+    found = examples_of(tmp_path / "out", "train") + examples_of(tmp_path / "out", "val")
+    assert sorted(example.read("png") for example in found) == [bytes([i, j]) for i in range(8) for j in range(4)]
+    assert read_meta(tmp_path / "out", "")["splits"]["train"]["count"] == len(examples_of(tmp_path / "out", "train"))
 
 
 @pytest.mark.parametrize("folder", ["ü", "long name " * 12, "langer Name ü " * 12], ids=["foreign", "long", "both"])

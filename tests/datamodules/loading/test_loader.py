@@ -1,4 +1,4 @@
-"""Training batches go on at the very sample; evaluation sees every sample once."""
+"""Training batches go on at the very example; evaluation sees every example once."""
 
 import gc
 import os
@@ -26,7 +26,7 @@ from datamodules.loading.order import (
     epoch_order,
     evaluation_batches,
 )
-from datamodules.storage.bad_samples import Skipped, Tally
+from datamodules.storage.bad_examples import Skipped, Tally
 from tests.datamodules.loading.test_order import CASES
 from tests.datamodules.shard_files import Numbers
 
@@ -34,7 +34,7 @@ from tests.datamodules.shard_files import Numbers
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
 Batches = list[list[tuple[int, int]]]
-"""(number, epoch) of each sample of each batch."""
+"""(number, epoch) of each example of each batch."""
 
 
 def loader(
@@ -65,7 +65,7 @@ def numbers(batches: Batches) -> list[int]:
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES)
-def test_an_epoch_holds_every_sample_once_and_ranks_are_disjoint(count: int, batch_size: int, world_size: int) -> None:
+def test_an_epoch_holds_every_example_once_and_ranks_are_disjoint(count: int, batch_size: int, world_size: int) -> None:
     ranks = [loader(count, batch_size, rank, world_size) for rank in range(world_size)]
     epochs = [[take(rank) for rank in ranks] for _ in range(3)]
     for epoch, batches in enumerate(epochs):
@@ -175,7 +175,7 @@ def test_after_a_whole_epoch_the_next_one_starts_also_after_restore(
     assert take(restored) == expected
 
 
-def test_a_whole_epoch_that_left_samples_out_is_over_on_any_number_of_ranks() -> None:
+def test_a_whole_epoch_that_left_examples_out_is_over_on_any_number_of_ranks() -> None:
     source = loader(10, 1, 0, world_size=4, remainder="drop")
     take(source, len(source))
     alone = loader(10, 1)
@@ -207,7 +207,7 @@ def test_a_rest_too_small_for_the_ranks_is_filled_up() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_stream_goes_on_at_the_very_sample(world_size: int, num_workers: int) -> None:
+def test_a_stream_goes_on_at_the_very_example(world_size: int, num_workers: int) -> None:
     for rank in range(world_size):
         plan = StreamPlan(9, 4, 40, 3, 5, rank, world_size)
         uninterrupted = TrainLoader(Numbers(0), plan, 0)
@@ -277,7 +277,7 @@ def test_a_fit_that_stops_within_an_epoch_ends_its_workers(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("count", "batch_size", "world_size", "num_workers"), [*((*case, 0) for case in CASES), (2, 4, 3, 0), (11, 2, 2, 2)]
 )
-def test_evaluation_sees_every_sample_once_in_order(
+def test_evaluation_sees_every_example_once_in_order(
     count: int, batch_size: int, world_size: int, num_workers: int
 ) -> None:
     seen = []
@@ -305,7 +305,7 @@ def test_evaluation_takes_its_batches_as_they_are_given() -> None:
 
 
 class Leaky(Dataset[Any]):
-    """Whole batches at a time, as a SampleDataset gives them; what is divisible by ``of`` cannot be used."""
+    """Whole batches at a time, as a ExampleDataset gives them; what is divisible by ``of`` cannot be used."""
 
     def __init__(self, of: int) -> None:
         self.of = of
@@ -314,7 +314,7 @@ class Leaky(Dataset[Any]):
         return 20
 
     def __getitem__(self, address: Address) -> Any:
-        raise AssertionError("samples are asked for by batches")
+        raise AssertionError("examples are asked for by batches")
 
     def __getitems__(self, addresses: list[Address]) -> dict[str, Any]:
         good = [number for number, _ in addresses if number % self.of]
@@ -332,7 +332,7 @@ def test_what_was_skipped_is_counted_and_taken_out_of_the_batch(num_workers: int
     seen = [number for batch in batches for number in batch["numbers"].tolist()]
     assert seen == [number for number in epoch_order(20, 5, 0).tolist() if number % 4]
     assert tally.counts == {"empty file": 5}
-    assert {sample.number for sample in tally.seen} == {0, 4, 8, 12, 16}
+    assert {example.number for example in tally.skipped} == {0, 4, 8, 12, 16}
 
 
 def test_a_batch_of_which_nothing_can_be_used_is_passed_over_and_moves_the_place() -> None:
@@ -365,7 +365,7 @@ def test_too_much_that_cannot_be_used_ends_the_run(loader_of: str) -> None:
     source: Any = TrainLoader(Leaky(4), EpochPlan(20, 1, 5), 0, tally=tally)
     if loader_of == "evaluation":
         source = EvaluationLoader(Leaky(4), evaluation_batches(range(20), 1), 0, tally=tally)
-    with pytest.raises(ValueError, match=rf"5 of 20 samples of {loader_of} cannot be used"):
+    with pytest.raises(ValueError, match=rf"5 of 20 examples of {loader_of} are bad"):
         list(source)
     assert tally.counts == {"empty file": 5}
 

@@ -1,4 +1,4 @@
-"""The order of samples is a pure function of seed and epoch, and is shared out over ranks without loss."""
+"""The order of examples is a pure function of seed and epoch, and is shared out over ranks without loss."""
 
 from collections import Counter
 from itertools import pairwise
@@ -12,15 +12,15 @@ from datamodules.loading.order import (
     SHARD_BITS,
     EpochPlan,
     StreamPlan,
-    cut,
-    draw,
+    batch_ends,
     epoch_order,
     evaluation_batches,
+    random_integers,
     shared_batches,
 )
 from tests.datamodules.shard_files import assert_one_line
 
-# (count, batch_size, world_size), of which each rank gets at least one sample.
+# (count, batch_size, world_size), of which each rank gets at least one example.
 CASES = [
     (1, 1, 1),
     (10, 3, 1),
@@ -63,7 +63,7 @@ def ranks(
 
 
 def flat(batches: list[list[list[int]]]) -> list[int]:
-    """All samples in the order in which they are consumed: batch by batch, the ranks taking turns."""
+    """All examples in the order in which they are consumed: batch by batch, the ranks taking turns."""
     order = []
     for step in zip(*batches, strict=True):
         turns = [list(batch) for batch in step]
@@ -88,13 +88,13 @@ def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> No
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES + RANDOM_CASES)
-def test_keep_gives_every_sample_once_in_the_planned_order(count: int, batch_size: int, world_size: int) -> None:
+def test_keep_gives_every_example_once_in_the_planned_order(count: int, batch_size: int, world_size: int) -> None:
     batches = ranks(count, batch_size, world_size)
     assert flat(batches) == planned(count)
     sizes = [[len(batch) for batch in step] for step in zip(*batches, strict=True)]
     assert all(max(step) - min(step) <= 1 for step in sizes)
     assert all(step == [batch_size] * world_size for step in sizes[:-1])
-    # Where fewer samples than ranks are left over, the last batches of some ranks are one larger.
+    # Where fewer examples than ranks are left over, the last batches of some ranks are one larger.
     rest = count % (batch_size * world_size)
     enlarged = 0 < rest < world_size and count > rest
     assert max(sizes[-1]) == (batch_size + 1 if enlarged else min(batch_size, -(-(rest or count) // world_size)))
@@ -106,7 +106,7 @@ def test_drop_leaves_out_what_fills_no_batch_on_every_rank(count: int, batch_siz
     if count < step:
         with pytest.raises(ValueError) as error:
             EpochPlan(count, batch_size, 5, 0, world_size, "drop")
-        assert_one_line(error, f"{count} training samples", f"{world_size} ranks", f"batch_size {batch_size}", "drop")
+        assert_one_line(error, f"{count} training examples", f"{world_size} ranks", f"batch_size {batch_size}", "drop")
         return
     batches = ranks(count, batch_size, world_size, "drop")
     assert flat(batches) == planned(count)[: count // step * step]
@@ -114,7 +114,7 @@ def test_drop_leaves_out_what_fills_no_batch_on_every_rank(count: int, batch_siz
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES + RANDOM_CASES)
-def test_repeat_fills_up_with_the_first_samples_of_the_epoch(count: int, batch_size: int, world_size: int) -> None:
+def test_repeat_fills_up_with_the_first_examples_of_the_epoch(count: int, batch_size: int, world_size: int) -> None:
     batches = ranks(count, batch_size, world_size, "repeat")
     missing = -count % (batch_size * world_size)
     order = planned(count)
@@ -159,12 +159,12 @@ def test_an_epoch_that_goes_on_over_other_ranks_loses_nothing_and_keeps_its_orde
     rest = flat(ranks(count, *after, start=len(seen)))
     left = count - len(seen)
     order = planned(count)
-    # Where fewer samples than ranks are left, nobody may wait: the first ones of the epoch fill up.
+    # Where fewer examples than ranks are left, nobody may wait: the first ones of the epoch fill up.
     assert seen + rest == order + order[: max(after[1] - left, 0)]
     assert len(rest) == max(left, after[1])
 
 
-def test_the_resumed_cases_include_ends_with_fewer_samples_than_ranks() -> None:
+def test_the_resumed_cases_include_ends_with_fewer_examples_than_ranks() -> None:
     # So that the test above sees all there is to see.
     ends = []
     for count, before, (batch_size, world_size), place in RESUMED:
@@ -177,7 +177,7 @@ def test_the_resumed_cases_include_ends_with_fewer_samples_than_ranks() -> None:
     assert set(ends) == {"few", "enlarged", "whole", ""}
 
 
-def test_few_samples_left_for_many_ranks_are_filled_up() -> None:
+def test_few_examples_left_for_many_ranks_are_filled_up() -> None:
     order = planned(10)
     assert ranks(10, 2, 4, start=8) == [[[order[8]]], [[order[9]]], [[order[0]]], [[order[1]]]]
     assert ranks(10, 2, 4, "drop", start=8) == [[], [], [], []]
@@ -187,11 +187,11 @@ def test_few_samples_left_for_many_ranks_are_filled_up() -> None:
 
 def test_an_epoch_that_is_over_has_no_batches() -> None:
     for remainder in ("keep", "drop", "repeat"):
-        assert cut(10, 10, 3, 2, remainder).tolist() == []
-        assert cut(10, 12, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 10, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 12, 3, 2, remainder).tolist() == []
 
 
-def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks() -> None:
+def test_a_global_batch_holds_the_same_examples_on_any_number_of_ranks() -> None:
     order = planned(24)
     found = []
     for world_size in (1, 2, 3, 6):
@@ -201,14 +201,14 @@ def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks() -> None:
 
 
 @pytest.mark.parametrize("remainder", ["keep", "drop", "repeat"])
-def test_fewer_samples_than_ranks_are_refused(remainder: Literal["keep", "drop", "repeat"]) -> None:
+def test_fewer_examples_than_ranks_are_refused(remainder: Literal["keep", "drop", "repeat"]) -> None:
     with pytest.raises(ValueError) as error:
         EpochPlan(2, 1, 0, 0, 3, remainder)
-    assert_one_line(error, "2 training samples", "3 ranks", "use fewer ranks")
+    assert_one_line(error, "2 training examples", "3 ranks", "use fewer ranks")
 
 
-STREAM = {"shards": 20, "per_draw": 7, "count": 1000, "batch_size": 6, "seed": 5}
-"""Eight draws are 56 samples; an epoch on two ranks is 996 samples, 498 on each, and ends within a ninth group."""
+STREAM = {"shards": 20, "examples_per_shard": 7, "count": 1000, "batch_size": 6, "seed": 5}
+"""Eight draws are 56 examples; an epoch on two ranks is 996 examples, 498 on each, and ends within a ninth group."""
 
 
 def stream(rank: int = 0, world_size: int = 1, epoch: int = 0, consumed: int = 0, **options: int) -> list[list[int]]:
@@ -257,7 +257,7 @@ def test_ranks_draw_shards_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 56, 60])
-def test_the_batch_size_does_not_change_the_samples_of_a_stream(batch_size: int) -> None:
+def test_the_batch_size_does_not_change_the_examples_of_a_stream(batch_size: int) -> None:
     expected, found = numbers(stream()), numbers(stream(batch_size=batch_size))
     least = min(len(expected), len(found))
     assert least >= 900
@@ -288,7 +288,7 @@ def test_a_stream_that_goes_on_over_other_ranks_ends_with_its_epoch(world_size: 
         assert plan.ends(497).max() <= plan.count
 
 
-def test_from_each_drawn_shard_a_run_of_samples_is_taken() -> None:
+def test_from_each_drawn_shard_a_run_of_examples_is_taken() -> None:
     for group in range(8):
         found = np.array(numbers(stream(shards=10**6)))[group * 56 : (group + 1) * 56]
         runs = [sorted(found[found >> SHARD_BITS == shard]) for shard in set((found >> SHARD_BITS).tolist())]
@@ -305,7 +305,7 @@ def test_shards_and_places_are_drawn_about_uniformly() -> None:
     assert all(2000 < count < 3600 for count in shards.values())  # 2800 ± 137 (400 draws of 7)
     places = found & ((1 << SHARD_BITS) - 1)
     assert places.max() < 1 << 32  # far from the next shard
-    # As StreamIndex does it, in a shard of 24 and one of 5 samples.
+    # As StreamIndex does it, in a shard of 24 and one of 5 examples.
     for size in (24, 5):
         counts = np.bincount(places % size, minlength=size)
         assert len(counts) == size
@@ -321,7 +321,7 @@ def test_a_stream_of_less_than_a_batch_is_refused(world_size: int) -> None:
 
 @pytest.mark.parametrize("below", [1, 2, 10, 20, 1000])
 def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
-    drawn = draw(3, 2, np.arange(20_000), below)
+    drawn = random_integers(3, 2, np.arange(20_000), below)
     assert (drawn.dtype, drawn.shape) == (np.int64, (20_000,))
     counts = np.bincount(drawn, minlength=below)
     assert len(counts) == below
@@ -331,36 +331,36 @@ def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
 
 def test_a_draw_is_a_pure_function_of_seed_epoch_and_number() -> None:
     numbers = np.random.default_rng(0).permutation(5000)
-    together = draw(3, 2, numbers, 20)
+    together = random_integers(3, 2, numbers, 20)
     np.random.seed(1)
-    assert draw(3, 2, numbers, 20).tolist() == together.tolist()
-    # In whatever batches the samples come.
-    apart = np.concatenate([draw(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
+    assert random_integers(3, 2, numbers, 20).tolist() == together.tolist()
+    # In whatever batches the examples come.
+    apart = np.concatenate([random_integers(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
     assert apart.tolist() == together.tolist()
-    assert draw(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
+    assert random_integers(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
 
 
 @pytest.mark.parametrize("other", [(3, 1), (2, 2), (2, 3), (0, 0)])
 def test_draws_of_other_seeds_and_epochs_are_independent(other: tuple[int, int]) -> None:
     numbers = np.arange(20_000)
-    same = (draw(3, 2, numbers, 10) == draw(*other, numbers, 10)).mean()
+    same = (random_integers(3, 2, numbers, 10) == random_integers(*other, numbers, 10)).mean()
     assert 0.09 < same < 0.11  # 0.1 ± 0.002
 
 
 def test_draws_of_neighbouring_numbers_are_independent() -> None:
-    drawn = draw(3, 2, np.arange(20_000), 10)
+    drawn = random_integers(3, 2, np.arange(20_000), 10)
     for distance in (1, 2, 10, 64):
         assert 0.09 < (drawn[distance:] == drawn[:-distance]).mean() < 0.11
 
 
 def test_a_draw_takes_the_numbers_of_streams() -> None:
     numbers = (np.arange(2000) << SHARD_BITS) + 3
-    counts = np.bincount(draw(0, 0, numbers, 2))
+    counts = np.bincount(random_integers(0, 0, numbers, 2))
     assert 900 < counts.min() <= counts.max() < 1100
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 3), (1, 3), (6, 3), (7, 3), (2, 1)])
-def test_evaluation_batches_hold_each_sample_once_in_order(count: int, batch_size: int) -> None:
+def test_evaluation_batches_hold_each_example_once_in_order(count: int, batch_size: int) -> None:
     batches = evaluation_batches(range(count), batch_size)
     assert [address for batch in batches for address in batch] == [(number, NO_EPOCH) for number in range(count)]
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * max(-(-count // batch_size) - 1, 0)
@@ -391,7 +391,7 @@ def test_ranks_that_wait_for_each_other_get_equally_many_batches(batch_size: int
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(3, 1, 2), (1, 4, 2), (10, 1, 8)])
 def test_what_cannot_be_shared_out_equally_is_refused(count: int, batch_size: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} samples in batches of {batch_size} cannot be shared out"):
+    with pytest.raises(ValueError, match=f"{count} examples in batches of {batch_size} cannot be distributed"):
         shared_batches(count, batch_size, 0, world_size, equally=True)
 
 

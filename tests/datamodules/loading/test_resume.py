@@ -120,10 +120,10 @@ def test_an_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
     assert data.state_dict() == {"train": {"epoch": 0, "consumed": 11}}
 
 
-def test_fewer_validation_samples_than_ranks_are_refused(root: Path) -> None:
+def test_fewer_validation_examples_than_ranks_are_refused(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of(world_size=3)
-    with pytest.raises(ValueError, match="2 validation samples cannot be shared out over 3 ranks"):
+    with pytest.raises(ValueError, match="2 validation examples cannot be distributed over 3 ranks"):
         data.val_dataloader()
 
 

@@ -16,7 +16,7 @@ from lightning_modules import ARGenModule, VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import grey_image, write_shards
 from tests.ranks import run_on_ranks
 
@@ -77,7 +77,7 @@ def resume_on_two_ranks(rank: int, root: Path, folder: Path) -> dict[int, list[A
     return {workers: fit(root, folder, workers, 2, -1, folder / f"workers{workers}.ckpt").seen for workers in WORKERS}
 
 
-def read_broken_samples(rank: int, root: Path, folder: Path) -> list[Any]:
+def read_broken_examples(rank: int, root: Path, folder: Path) -> list[Any]:
     as_rank(rank)
     return fit(root, folder, 0, 2, COUNT // 2, None, batch_size=1).seen
 
@@ -143,7 +143,7 @@ def validate_almost_nothing(rank: int, root: Path, folder: Path) -> list[float]:
     return [trainer.global_step, float(trainer.callback_metrics["skipped/val/broken_image"])]
 
 
-def test_a_rank_without_a_usable_validation_sample_does_not_let_the_other_wait(tmp_path: Path) -> None:
+def test_a_rank_without_a_usable_validation_example_does_not_let_the_other_wait(tmp_path: Path) -> None:
     images = {f"{number}": {"png": grey_image(number), "cls": b"1"} for number in range(8)}
     write_shards(tmp_path / "set/train", list(images.items()))
     write_shards(tmp_path / "set/val", [("good", images["0"]), ("bad", {"png": b"no image", "cls": b"1"})])
@@ -153,7 +153,7 @@ def test_a_rank_without_a_usable_validation_sample_does_not_let_the_other_wait(t
 def test_ranks_whose_whole_batch_is_broken_do_not_let_the_others_wait(tmp_path: Path) -> None:
     broken = {5, 30}
     write_codes(tmp_path / "codes", train=COUNT, val=3, per_shard=7, broken=broken)
-    ranks = run_on_ranks(read_broken_samples, tmp_path, tmp_path / "codes", tmp_path)
+    ranks = run_on_ranks(read_broken_examples, tmp_path, tmp_path / "codes", tmp_path)
     assert [len(seen) for seen in ranks] == [COUNT // 2] * 2
     keys = {key for seen in ranks for _, batch in seen for key in batch}
     assert keys == {f"train/{number}" for number in range(COUNT) if number not in broken}

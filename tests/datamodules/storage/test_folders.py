@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from datamodules.images import ImageDataModule
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.folders import class_folders, index_folder
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from tests.datamodules.shard_files import assert_one_line, grey_image
 
 
@@ -18,7 +18,7 @@ def write(root: Path, *names: str) -> None:
         (root / name).write_bytes(name.encode("utf-8", "surrogateescape"))
 
 
-def index(root: Path) -> SampleIndex:
+def index(root: Path) -> ExampleIndex:
     return index_folder(root, class_folders(root))
 
 
@@ -29,7 +29,7 @@ def keys(root: Path) -> list[str]:
 def test_classes_are_numbered_by_their_sorted_names(tmp_path: Path) -> None:
     write(tmp_path, "dog/1.jpg", "cat/2.jpg", "ant/3.jpg", "Zebra/4.jpg", "dog/0.jpg")
     assert class_folders(tmp_path) == ["Zebra", "ant", "cat", "dog"]
-    found = [(sample.key, sample.label, sample.source) for sample in index(tmp_path)]
+    found = [(example.key, example.label, example.source) for example in index(tmp_path)]
     assert found == [
         ("Zebra/4", 0, str(tmp_path / "Zebra")),
         ("ant/3", 1, str(tmp_path / "ant")),
@@ -49,16 +49,16 @@ def test_a_folder_without_images_is_no_class_and_is_reported(tmp_path: Path) -> 
 
 def test_a_class_without_a_readable_image_keeps_its_number_and_is_reported(tmp_path: Path) -> None:
     write(tmp_path, "a/1.bmp", "b/1.png")
-    with pytest.warns(UserWarning, match=r"without an image that can be read: a$"):
+    with pytest.warns(UserWarning, match=r"without a readable image: a$"):
         assert index(tmp_path).labels.tolist() == [1]
 
 
 def test_images_are_read_as_they_are(tmp_path: Path) -> None:
     names = ["a/1.jpg", "a/2.JPEG", "a/3.Png", "a/4.webp"]
     write(tmp_path, *names)
-    samples = list(index(tmp_path))
-    assert [list(sample.members) for sample in samples] == [["jpg"], ["jpeg"], ["png"], ["webp"]]
-    assert [sample.read(*sample.members).decode() for sample in samples] == names
+    examples = list(index(tmp_path))
+    assert [list(example.members) for example in examples] == [["jpg"], ["jpeg"], ["png"], ["webp"]]
+    assert [example.read(*example.members).decode() for example in examples] == names
 
 
 def captioned(root: Path, **texts: str) -> Path:
@@ -87,7 +87,7 @@ def test_a_note_beside_an_image_makes_no_captions(tmp_path: Path) -> None:
     data = ImageDataModule(tmp_path, image_size=4, num_workers=0, val_share=0.2)
     data.setup("predict")
     assert not data.captioned
-    assert sum(len(data.datasets[split].samples) for split in ("train", "val")) == 4  # type: ignore[attr-defined]
+    assert sum(len(data.datasets[split].examples) for split in ("train", "val")) == 4  # type: ignore[attr-defined]
 
 
 def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_dots_within_a_name_become_underscores(tmp_path: Path) -> None:
 )
 def test_files_of_one_stem_have_keys_of_their_own(tmp_path: Path, names: list[str], expected: dict[str, str]) -> None:
     write(tmp_path, *(f"a/{name}" for name in names))
-    found = {sample.key: sample.read(*sample.members).decode() for sample in index(tmp_path)}
+    found = {example.key: example.read(*example.members).decode() for example in index(tmp_path)}
     assert found == {f"a/{key}": f"a/{name}" for key, name in expected.items()}
 
 
@@ -146,12 +146,12 @@ def test_a_name_that_is_no_unicode_is_read(tmp_path: Path) -> None:
         write(tmp_path, f"a/{name}")
     except OSError:
         pytest.skip("the file system takes only names in UTF-8")
-    (sample,) = index_folder(tmp_path, ["a"])
-    assert sample.read("png") == b"a/\xff\xfe.png"
-    assert sample.key == f"a/{name.removesuffix('.png')}"
+    (example,) = index_folder(tmp_path, ["a"])
+    assert example.read("png") == b"a/\xff\xfe.png"
+    assert example.key == f"a/{name.removesuffix('.png')}"
 
 
-def test_a_folder_without_images_has_no_samples(tmp_path: Path) -> None:
+def test_a_folder_without_images_has_no_examples(tmp_path: Path) -> None:
     write(tmp_path, "a/README")
     assert len(index(tmp_path)) == 0
     assert len(index(tmp_path).usable(("png",))) == 0
@@ -162,10 +162,10 @@ def test_an_image_that_vanishes_is_bad_when_it_is_read(tmp_path: Path) -> None:
     first, second = index(tmp_path)
     (tmp_path / "a/1.png").unlink()
     (tmp_path / "a/2.png").write_bytes(b"")
-    for sample in (first, second):
-        with pytest.raises(BadSampleError) as error:
-            sample.read("png")
-        assert_one_line(error, sample.key)
+    for example in (first, second):
+        with pytest.raises(BadExampleError) as error:
+            example.read("png")
+        assert_one_line(error, example.key)
         assert error.value.reason == "empty file"
 
 
@@ -175,7 +175,7 @@ def test_a_folder_of_another_class_than_those_of_training_is_refused(tmp_path: P
         (tmp_path / name).write_bytes(grey_image(1))
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path / "val", "fox", "none of the 2 classes")
+    assert_one_line(error, tmp_path / "val", "fox", "not among the 2 classes")
 
 
 def test_validation_images_have_the_class_numbers_of_training(tmp_path: Path) -> None:
@@ -185,4 +185,4 @@ def test_validation_images_have_the_class_numbers_of_training(tmp_path: Path) ->
     data = ImageDataModule(tmp_path, num_workers=0)
     data.setup("fit")
     assert data.class_names == ["ant", "cat", "dog"]
-    assert data.datasets["val"].samples.labels.tolist() == [2]  # type: ignore[attr-defined]
+    assert data.datasets["val"].examples.labels.tolist() == [2]  # type: ignore[attr-defined]

@@ -86,17 +86,17 @@ def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
     first, second, said = find(tmp_path / "b")
     assert (names_of(first)[0], names_of(second)[0]) == ("train", "val")
     assert "the test split" in said
-    refusal(write(tmp_path / "c", "test/ant/1.png"), "test split only", "as train or val")
+    refusal(write(tmp_path / "c", "test/ant/1.png"), "only a test split", "as train or val")
 
 
 def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) -> None:
-    sample = [("0", {"png": grey_image(0)})]
+    example = [("0", {"png": grey_image(0)})]
     for split in ("Training", "validation"):
-        write_shards(tmp_path / "folders" / split, sample)
+        write_shards(tmp_path / "folders" / split, example)
     (tmp_path / "names").mkdir()
     for place, split in enumerate(("imagenet-train", "imagenet-val", "imagenet-test")):
         for number in range(2):
-            (path,) = write_shards(tmp_path / f"{place}{number}", sample)
+            (path,) = write_shards(tmp_path / f"{place}{number}", example)
             path.rename(tmp_path / "names" / f"{split}-{number:06d}.tar")
     for root, counts in ((tmp_path / "folders", [1, 1]), (tmp_path / "names", [2, 2])):
         first, second, said = find(root)
@@ -162,7 +162,7 @@ def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -
     for phrase in ("$RECYCLE.BIN (a system folder)", ".ipynb_checkpoints (hidden)", "@eaDir (a system folder)",
                    "__MACOSX (a system folder)", "ant/@eaDir (a system folder)", "lost+found (a system folder)",
                    "new folder (no images)", "notes (no images)",
-                   "no class folder are left out: stray.png"):  # fmt: skip
+                   "outside of class folders are left out: stray.png"):  # fmt: skip
         assert phrase in said
 
 

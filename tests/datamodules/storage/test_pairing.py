@@ -15,9 +15,9 @@ import torch
 from datamodules import CodeDataModule
 from datamodules.loading.order import NO_EPOCH
 from datamodules.storage import pairing
-from datamodules.storage.index import SampleIndex, Strings
+from datamodules.storage.index import ExampleIndex, Strings
 from datamodules.storage.shards import META_FILE, read_meta
-from tests.datamodules.feature_sets import FEATURES, WIDTH, Splits, codes, tokens, write_set
+from tests.datamodules.feature_datasets import FEATURES, WIDTH, Splits, codes, tokens, write_set
 from tests.datamodules.shard_files import assert_one_line
 from tests.datamodules.storage.test_remote import Server
 
@@ -35,7 +35,7 @@ def code_data(root: Path, features: Path | str | None = None, stage: str = "fit"
 
 
 def pairs(batches: Iterable[dict[str, Any]]) -> list[tuple[int, list[list[float]]]]:
-    """Of each sample its number, by its codes, and its features, in order."""
+    """Of each example its number, by its codes, and its features, in order."""
     found = []
     for batch in batches:
         numbers = [NUMBER_OF[row.astype(np.uint16).tobytes()] for row in batch["codes"].numpy()]
@@ -45,7 +45,7 @@ def pairs(batches: Iterable[dict[str, Any]]) -> list[tuple[int, list[list[float]
 
 
 def assert_each_has_its_own(data: CodeDataModule, train: Iterable[int], val: Iterable[int]) -> None:
-    """The splits have these samples, each with its own features."""
+    """The splits have these examples, each with its own features."""
     for loader, expected in ((data.train_dataloader(), train), (data.val_dataloader(), val)):
         assert sorted(pairs(loader)) == [(number, tokens(number).tolist()) for number in sorted(expected)]
 
@@ -108,11 +108,11 @@ def test_named_shards_of_the_codes_get_their_features(tmp_path: Path) -> None:
 
 
 LOCAL = [(f"{number % 5:03d}", number) for number in range(30)]
-"""Keys that are unique within each five samples alone."""
+"""Keys that are unique within each five examples alone."""
 
 
 @pytest.mark.parametrize(("codes_per_shard", "features_per_shard"), [(4, 30), (30, 7), (5, 5)])
-def test_the_kth_sample_of_a_key_has_the_kth_features(
+def test_the_kth_example_of_a_key_has_the_kth_features(
     tmp_path: Path, codes_per_shard: int, features_per_shard: int
 ) -> None:
     splits = {"train": LOCAL[:21], "val": LOCAL[21:]}
@@ -124,7 +124,7 @@ def test_the_kth_sample_of_a_key_has_the_kth_features(
 
 def test_a_repeated_key_without_any_features_is_left_out_alone(tmp_path: Path) -> None:
     root = write_set(tmp_path / "codes", {"train": LOCAL[:20], "val": LOCAL[20:]}, "codes")
-    rest = [[sample for sample in part if sample[0] != "003"] for part in (LOCAL[:20], LOCAL[20:])]
+    rest = [[example for example in part if example[0] != "003"] for part in (LOCAL[:20], LOCAL[20:])]
     features = write_set(tmp_path / "features", dict(zip(("train", "val"), rest, strict=True)), "features")
     data = code_data(root, features, max_bad_share=0.2)
     assert_each_has_its_own(data, [number for _, number in rest[0]], [number for _, number in rest[1]])
@@ -135,7 +135,7 @@ def reordered(*numbers: int) -> list[tuple[str, int]]:
 
 
 UNCLEAR: dict[str, tuple[Splits, str]] = {
-    "one is missing": ({"train": LOCAL[:7] + LOCAL[8:20], "val": LOCAL[20:]}, "comes 6 times in the codes"),
+    "one is missing": ({"train": LOCAL[:7] + LOCAL[8:20], "val": LOCAL[20:]}, "occurs 6 times in the codes"),
     "one is missing in val": ({"train": LOCAL[:20], "val": LOCAL[21:]}, "but 5 times in the features"),
     "one is left": ({"train": LOCAL[:5], "val": []}, "but 1 times in the features"),
     "one too many": ({"train": LOCAL[:20], "val": [*LOCAL[20:], ("002", 40)]}, "but 7 times in the features"),
@@ -155,7 +155,7 @@ def test_repeated_keys_are_refused_where_it_is_not_known_what_belongs_together(
     features = write_set(tmp_path / "features", splits, "features")
     with pytest.raises(ValueError) as error:
         code_data(root, features, stage)
-    assert_one_line(error, root, features, phrase, "not known; extract the features again")
+    assert_one_line(error, root, features, phrase, "ambiguous; extract the features again")
 
 
 GAPS = {"train": SOURCE[:3] + SOURCE[5:23], "val": SOURCE[23:]}
@@ -166,13 +166,13 @@ def test_samples_without_features_are_known_before_reading_and_counted(tmp_path:
     features = write_set(tmp_path / "features", GAPS, "features")
     data = code_data(root, features, max_bad_share=0.1)
     assert data.tallies["train"].by_reason() == {"no caption": 2}
-    assert "sample some/3 of" in data.tallies["train"].describe()
+    assert "example some/3 of" in data.tallies["train"].describe()
     assert [len(batch["codes"]) for batch in data.train_dataloader()] == [4, 4, 4, 4, 4, 1]
     assert data.finish_tally("train") == {"no caption": 2}
     assert_each_has_its_own(data, [number for _, number in GAPS["train"]], range(23, 30))
     with pytest.raises(ValueError) as error:
         code_data(root, features, max_bad_share=0.08)
-    assert_one_line(error, "2 of 23 samples of train", "no caption: 2", "has no features of a caption")
+    assert_one_line(error, "2 of 23 examples of train", "no caption: 2", "has no caption features")
 
 
 def test_samples_of_the_other_set_that_have_no_features_themselves_count_as_none(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_model_of_classes_does_not_look_at_the_features(tmp_path: Path) -> Non
 
 def test_the_given_features_win_over_those_beside_the_codes(tmp_path: Path) -> None:
     root = write_set(tmp_path / "codes", SPLITS, encoder="old")
-    others = {split: [(key, number + 30) for key, number in samples] for split, samples in SPLITS.items()}
+    others = {split: [(key, number + 30) for key, number in examples] for split, examples in SPLITS.items()}
     features = write_set(tmp_path / "features", others, "codes features", encoder="new")
     before = (root / META_FILE).read_bytes()
     data = code_data(root, features)
@@ -229,25 +229,25 @@ def test_the_given_features_win_over_those_beside_the_codes(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("same", ["some/4", "some/4 some/25"])
-def test_two_keys_of_one_hash_cost_a_sample_and_do_not_exchange_captions(
+def test_two_keys_of_one_hash_cost_an_example_and_do_not_exchange_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
 ) -> None:
-    number_of = pairing.number_of
-    monkeypatch.setattr(pairing, "number_of", lambda key: 7 if key.decode() in (*same.split(), "x") else number_of(key))
+    key_hash = pairing.key_hash
+    monkeypatch.setattr(pairing, "key_hash", lambda key: 7 if key.decode() in (*same.split(), "x") else key_hash(key))
     root = write_set(tmp_path / "codes", SPLITS, "codes")
     splits = {"train": [("x" if number == 4 else key, number) for key, number in SOURCE[:23]], "val": SOURCE[23:]}
     features = write_set(tmp_path / "features", splits, "features")
     data = code_data(root, features, max_bad_share=0.2)
     assert_each_has_its_own(data, set(range(23)) - {4}, range(23, 30))
     assert data.tallies["train"].by_reason() == {"no caption": 1}
-    assert "those of x have its hash" in data.tallies["train"].describe()
+    assert "key x has the same hash" in data.tallies["train"].describe()
 
 
 def test_keys_of_one_hash_that_come_in_other_numbers_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number_of = pairing.number_of
-    monkeypatch.setattr(pairing, "number_of", lambda key: 7 if key in (b"some/4", b"some/9") else number_of(key))
+    key_hash = pairing.key_hash
+    monkeypatch.setattr(pairing, "key_hash", lambda key: 7 if key in (b"some/4", b"some/9") else key_hash(key))
     root = write_set(tmp_path / "codes", {"train": SOURCE[:9] + SOURCE[10:23], "val": SOURCE[23:]}, "codes")
     data = code_data(root, write_set(tmp_path / "features", SPLITS, "features"))
     assert_each_has_its_own(data, set(range(23)) - {4, 9}, range(23, 30))
@@ -283,7 +283,7 @@ def test_sets_are_compared_as_columns_of_numbers() -> None:
         Strings.from_strings([f"some/folder/{n:012d}" for n in order]) for order in (range(count), numbers.tolist())
     )
     tracemalloc.start()
-    partners = pairing._partners(here, there, "", "")
+    partners = pairing._match(here, there, "", "")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert np.array_equal(numbers[partners], np.arange(count))
@@ -294,9 +294,9 @@ def test_what_is_kept_of_the_other_set_is_columns_of_its_features(roots: tuple[P
     _, root, features = roots
     data = code_data(root, features)
     kept = data.datasets["train"].features._index  # type: ignore[attr-defined]
-    assert isinstance(kept, SampleIndex)
+    assert isinstance(kept, ExampleIndex)
     assert sorted(kept.members) == ["features", "shortfeatures"]
-    partners = data.datasets["train"].samples.partners  # type: ignore[attr-defined]
+    partners = data.datasets["train"].examples.partners  # type: ignore[attr-defined]
     assert (partners.dtype, partners.tolist()) == (np.int64, [*range(23)])
 
 
@@ -311,21 +311,24 @@ def test_features_on_a_server_are_those_of_features_here(roots: tuple[Path, Path
 REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a stream": (
         lambda path: CodeDataModule(path / "codes", features=path / "features", resampled_epoch=100),
-        ("features is", "with resampled_epoch features must lie beside the codes"),
+        ("features is", "with resampled_epoch features must be in the shards of the codes"),
     ),
     "captions as codes": (lambda path: code_data(path / "features"), ("without codes", "this one as features")),
-    "codes as features": (lambda path: code_data(path / "codes", path / "codes"), ("does not describe features",)),
+    "codes as features": (
+        lambda path: code_data(path / "codes", path / "codes"),
+        ("does not describe caption features",),
+    ),
     "shards without a description": (
         lambda path: code_data(path / "codes", path / "features/train"),
         (f"has no {META_FILE}", pairing.HINT),
     ),
     "features of other images": (
         lambda path: code_data(path / "codes", path / "others"),
-        ("none of the 30 samples", "'some/0'", "'other/0'", "same images"),
+        ("none of the 30 examples", "'some/0'", "'other/0'", "same images"),
     ),
     "captions that were not cleaned": (
         lambda path: code_data(path / "codes", path / "features", clean_captions=True),
-        ("clean_captions is true", "features in", "are of captions as they were"),
+        ("clean_captions is true", "features in", "are of uncleaned captions"),
     ),
     "no short captions": (
         lambda path: code_data(path / "codes", path / "others", short_caption_share=0.1),
@@ -337,7 +340,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a broken description": (
         lambda path: code_data(path / "codes", path / "broken"),
-        ("features in meta.json of", "broken are wrong", "extract them again"),
+        ("features in meta.json of", "broken is invalid", "extract them again"),
     ),
 }
 

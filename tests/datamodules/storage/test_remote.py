@@ -18,7 +18,7 @@ from datamodules.storage.remote import ShardCache, check_address, check_presence
 from datamodules.storage.shards import META_FILE
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
 
@@ -60,7 +60,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.0)
 
 
 @pytest.fixture
@@ -162,13 +162,13 @@ def test_a_server_that_is_not_there_is_an_error_with_the_address(tmp_path: Path)
     address = f"http://127.0.0.1:{free_port()}/train-{{000..001}}.tar"
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=address, val=address, cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, address.split("-")[0], "cannot be had", "after 5 attempts")
+    assert_one_line(error, address.split("-")[0], "could not be downloaded", "after 5 attempts")
 
 
 def test_a_server_that_never_answers_is_an_error_with_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/train.tar"
         with pytest.raises(ValueError) as error:
@@ -181,7 +181,7 @@ def test_a_shard_that_is_missing_on_the_server_is_an_error_at_once(tmp_path: Pat
     server = serve(tmp_path / "set")
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=f"{server.address}/train/train-{{000000..000002}}.tar", cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, f"{server.address}/train/train-000002.tar", "cannot be had")
+    assert_one_line(error, f"{server.address}/train/train-000002.tar", "could not be downloaded")
     assert server.asked["/train/train-000002.tar"] == 1
 
 
@@ -234,7 +234,7 @@ def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path,
     )  # fmt: skip
     with pytest.raises(ValueError) as error:
         data.setup("fit")
-    assert_one_line(error, f"{address}/train/train-00000", "cannot be had")
+    assert_one_line(error, f"{address}/train/train-00000", "could not be downloaded")
 
 
 def test_a_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from datamodules import CodeDataModule, ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.packing import pack
-from tests.datamodules.code_sets import codes_of, npy, write_codes
+from tests.datamodules.code_datasets import codes_of, npy, write_codes
 from tests.datamodules.shard_files import grey_image
 
 
@@ -93,7 +93,7 @@ def test_hostile_members_beside_images_are_never_decoded(tmp_path: Path, target:
     assert not target.exists()
 
 
-def test_codes_that_are_pickled_objects_are_bad_samples_and_run_nothing(tmp_path: Path, target: Path) -> None:
+def test_codes_that_are_pickled_objects_are_bad_examples_and_run_nothing(tmp_path: Path, target: Path) -> None:
     write_codes(tmp_path, train=50, val=3, per_shard=50)
     objects = io.BytesIO()
     np.save(objects, np.array([Payload(target)], dtype=object), allow_pickle=True)
@@ -180,5 +180,5 @@ def test_shard_names_in_a_description_are_no_paths(tmp_path: Path) -> None:
     write_codes(tmp_path / "set", train=3, val=3)
     meta = tmp_path / "set/meta.json"
     meta.write_text(meta.read_text().replace("train-000000.tar", "../../train-000000.tar"))
-    with pytest.raises(ValueError, match=r"names the shard .*no file name"):
+    with pytest.raises(ValueError, match=r"names the shard .*not a file name"):
         CodeDataModule(tmp_path / "set").setup("fit")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from datamodules.images import ImageDataModule
-from datamodules.storage.index import SampleIndex, Strings
-from datamodules.storage.shards import META_FILE, ShardSet
+from datamodules.storage.index import ExampleIndex, Strings
+from datamodules.storage.shards import META_FILE, ShardDataset
 from datamodules.storage.sources import find_source, find_sources, hold_out
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
@@ -26,7 +26,7 @@ def write_folder(root: Path, *names: str) -> Path:
 
 def write_set(root: Path, counts: dict[str, int]) -> Path:
     """A described set of two shards a split."""
-    shards = ShardSet(root, {}, HINT)
+    shards = ShardDataset(root, {}, HINT)
     shards.begin(list(counts))
     for split, count in counts.items():
         for number, first in enumerate((0, count // 2)):
@@ -52,7 +52,7 @@ def keys(**options: Any) -> dict[str, list[str]]:
     """The keys of each split, as a DataModule reads them."""
     data = ImageDataModule(**options, num_workers=0)
     data.setup("fit")
-    return {split: list(data.datasets[split].samples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
+    return {split: list(data.datasets[split].examples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
 
 
 def test_a_folder_of_class_folders_is_the_training_split(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_shards_in_a_folder_are_the_training_split_in_the_order_of_their_names(t
 def test_shards_in_train_and_val_are_the_splits_without_a_description(tmp_path: Path) -> None:
     write_images(tmp_path, train=4, val=2)
     train, val, meta = sources(str(tmp_path), None, None)
-    assert [len(train.shards), len(val.shards), meta, train.described] == [2, 1, {}, {}]
+    assert [len(train.shards), len(val.shards), meta, train.entries] == [2, 1, {}, {}]
     assert keys(root=tmp_path) == {"train": [f"train/{i}" for i in range(4)], "val": ["val/0", "val/1"]}
 
 
@@ -92,7 +92,7 @@ def test_a_described_set_consists_of_the_shards_of_its_description(tmp_path: Pat
     (tmp_path / "stray/stray-000000.tar").rename(tmp_path / "train/stray.tar")
     train, val, meta = sources(tmp_path, None, None)
     assert train.shards == [f"{tmp_path}/train/train-00000{i}.tar" for i in range(2)]
-    assert [train.described[shard].samples for shard in train.shards] == [2, 3]
+    assert [train.entries[shard].examples for shard in train.shards] == [2, 3]
     assert (train.classes, val.name, meta["num_classes"]) == (["ant", "cat", "dog"], f"{tmp_path}/val", 3)
     assert keys(root=tmp_path)["train"] == [f"train{i}" for i in range(5)]
 
@@ -169,7 +169,7 @@ def test_a_shard_that_does_not_fit_its_description_is_refused(tmp_path: Path, co
     (tmp_path / META_FILE).write_text(json.dumps(meta))
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path, phrase, "write the set again")
+    assert_one_line(error, tmp_path, phrase, "write the dataset again")
 
 
 @pytest.mark.parametrize("splits", [None, 3, [1]], ids=str)
@@ -248,12 +248,12 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     with pytest.raises(ValueError) as error:
         ImageDataModule(tmp_path, num_workers=0).setup("fit")
-    assert_one_line(error, tmp_path, "hold no samples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path, "hold no examples", ImageDataModule.hint)
 
 
-def index_of(names: list[str]) -> SampleIndex:
+def index_of(names: list[str]) -> ExampleIndex:
     count = len(names)
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings(["a.tar"]), np.zeros(count, np.int64), Strings.from_strings(names), {}, np.zeros(count)
     )
 
@@ -278,7 +278,7 @@ def test_what_is_held_out_depends_on_the_key_alone() -> None:
     assert set(many) < set(held_out(names, 0.3))
 
 
-def test_at_least_one_sample_is_held_out() -> None:
+def test_at_least_one_example_is_held_out() -> None:
     assert len(held_out(["a", "b", "c"], 1e-9)) == 1
     assert len(hold_out(index_of([]), 0.5)) == 0
 

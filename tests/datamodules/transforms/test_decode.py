@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.transforms.decode import MAX_PIXELS, open_image, read_image
 from tests.datamodules.shard_files import assert_one_line, encode
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 PNG = encode(Image.fromarray(COLOURS))
-WHERE = "sample folder/key of train-000000.tar"
+WHERE = "example folder/key of train-000000.tar"
 
 SMOOTH = np.asarray(Image.fromarray(COLOURS).resize((37, 23), Image.Resampling.BICUBIC))
 """An image that survives JPEG."""
@@ -26,9 +26,9 @@ def pillow(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
 
 
-def refusal(data: bytes) -> BadSampleError:
+def refusal(data: bytes) -> BadExampleError:
     """The error, in one line with the place."""
-    with pytest.raises(BadSampleError) as error:
+    with pytest.raises(BadExampleError) as error:
         read_image(data, WHERE)
     assert_one_line(error, WHERE)
     return error.value

@@ -13,13 +13,13 @@ from datamodules import CaptionDataModule
 from datamodules.storage.shards import read_meta
 from lightning_modules import CaptionModule
 from llamagen.text import TextEncoderConfig
-from tests.datamodules.caption_sets import DESCRIPTION, caption, codes, write_captioned_codes
+from tests.datamodules.caption_datasets import DESCRIPTION, caption, codes, write_captioned_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 from tests.datamodules.storage.test_remote import Server
 from tests.lightning_modules.runs import evaluator
 from tests.tiny_t5 import save_tiny_t5
 
-Samples = list[tuple[str, dict[str, bytes]]]
+Examples = list[tuple[str, dict[str, bytes]]]
 
 
 def read(data: CaptionDataModule) -> dict[str, list[Any]]:
@@ -37,7 +37,7 @@ def captions_of(root: str, **options: Any) -> dict[str, list[Any]]:
     return read(CaptionDataModule(root, batch_size=4, num_workers=0, **options))
 
 
-def texts(count: int) -> Samples:
+def texts(count: int) -> Examples:
     return [(f"{number:03d}", {"txt": caption(number).encode()}) for number in range(count)]
 
 
@@ -62,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption_and_other_encodings_are_named
     texts_of = dict(zip(found["keys"], found["captions"], strict=True))
     assert texts_of["0"] == "with a mark"
     assert not {"1", "2"} & set(texts_of)
-    messages = [sample.message for tally in data.tallies.values() for sample in tally.seen]
+    messages = [example.message for tally in data.tallies.values() for example in tally.skipped]
     assert len(messages) == 2
     assert all("its .txt is not in UTF-8" in message and "convert it" in message for message in messages)
 
@@ -83,14 +83,14 @@ def test_first_sentences_are_those_before_cleaning(tmp_path: Path) -> None:
 
 
 def test_shards_of_img2dataset_are_read(tmp_path: Path) -> None:
-    samples: Samples = []
+    examples: Examples = []
     for number in range(6):
         said = json.dumps({"caption": f"json {number}", "url": "http://a.b/c.jpg", "status": "success"}).encode()
         parts = {"jpg": grey_image(number), "txt": f"text {number}".encode(), "json": said}
         if number == 2:
             del parts["txt"]
-        samples.append((f"{number:09d}", parts))
-    write_shards(tmp_path, samples)
+        examples.append((f"{number:09d}", parts))
+    write_shards(tmp_path, examples)
     batch = captions_of(str(tmp_path))
     found = dict(zip(batch["keys"], batch["captions"], strict=True))
     assert found == {f"{n:09d}": f"json {n}" if n == 2 else f"text {n}" for n in range(6)}
@@ -132,7 +132,7 @@ def test_named_shards_of_a_set_of_codes_keep_its_description(tmp_path: Path) -> 
 
 def test_npy_parts_of_unknown_meaning_are_left_out_with_a_warning(tmp_path: Path) -> None:
     write_captioned_codes(tmp_path, {"train": 20, "val": 3})
-    with pytest.warns(UserWarning, match=r"the \.npy parts of the train samples are left out"):
+    with pytest.warns(UserWarning, match=r"the \.npy members of the train examples are ignored"):
         batch = captions_of(f"{tmp_path}/train/train-{{000000..000001}}.tar")
     assert "codes" not in batch
     assert len(batch["captions"]) == 14
@@ -181,7 +181,7 @@ def test_samples_without_captions_are_refused_if_they_are_too_many(tmp_path: Pat
     write_shards(tmp_path, [("0", {"png": grey_image(0)}), ("1", {"png": grey_image(1)})])
     with pytest.raises(ValueError) as error:
         captions_of(str(tmp_path))
-    assert_one_line(error, "2 of 2 samples", "no caption: 2", "none of txt, json")
+    assert_one_line(error, "2 of 2 examples", "no caption: 2", "none of txt, json")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
