@@ -1,4 +1,4 @@
-"""Small sets of codes with captions."""
+"""Small datasets of codes with captions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,14 +30,14 @@ def caption(number: int) -> str:
 
 
 def codes(number: int) -> bytes:
-    """The npy part of example ``number``."""
+    """The npy member of example ``number``."""
     return npy(codes_of(number, views=2))
 
 
 def write_captioned_codes(
     root: Path, counts: Mapping[str, int], odd: Mapping[int, dict[str, bytes | None]] | None = None
 ) -> Path:
-    """A set of codes: example i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
+    """Write codes: example i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
 
     Args:
         root: folder of the set, which is returned.
@@ -64,7 +64,9 @@ def write_captioned_codes(
 def write_caption_codes(
     root: Path, train: Sequence[str], val: Sequence[str], per_shard: int = 5, tokenizer: str = "0" * 64
 ) -> None:
-    """Example i of a split has key ``split/i``, codes of its own, the i-th caption, and no caption file for ''."""
+    """Write codes: example i of a split has key ``split/i``, its own codes and the i-th caption; '' writes no
+    caption.
+    """
     shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     pieces = {}

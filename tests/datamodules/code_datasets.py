@@ -1,4 +1,4 @@
-"""Small sets of codes, with their description."""
+"""Small datasets of codes with meta.json."""
 
 from collections.abc import Collection
 from io import BytesIO
@@ -11,7 +11,7 @@ from datamodules.storage.shards import CODES_FORMAT, ShardDataset
 
 
 def npy(array: np.ndarray) -> bytes:
-    """An array as the bytes of a file."""
+    """Encode an array as a file."""
     buffer = BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
@@ -26,7 +26,9 @@ def codes_of(number: int, views: int = 1, grid: tuple[int, int] = (2, 2), vocabu
 def write_codes(
     root: Path, train: int, val: int, per_shard: int = 3, broken: Collection[int] = (), **options: Any
 ) -> None:
-    """A set of codes: example i of a split has key ``split/i`` and class i mod 5; ``broken`` of training hold text."""
+    """Write codes: example i of a split has key ``split/i`` and class i mod 5; ``broken`` training examples hold
+    text.
+    """
     shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     written = {}

@@ -1,4 +1,4 @@
-"""Small sets of codes and of features of captions, which may lie in one set or in two."""
+"""Small datasets of codes, caption features, or both."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ CODES = {"vocabulary": VOCABULARY, "grid": list(GRID), "views": VIEWS, "num_clas
 FEATURES = {"width": WIDTH, "caption_length": LENGTH, "dtype": "float16", "short": True, "cleaned": False}
 
 Splits = Mapping[str, Sequence[tuple[str, int]]]
-"""Keys and numbers of the examples of each split; the number decides all that is in an example."""
+"""Keys and numbers of the examples of each split; the number determines the content of an example."""
 
 
 def tokens(number: int, short: bool = False) -> np.ndarray:
@@ -28,7 +28,7 @@ def codes(number: int) -> np.ndarray:
     return codes_of(number, VIEWS, GRID, VOCABULARY)
 
 
-def write_set(
+def write_dataset(
     root: Path,
     splits: Splits,
     parts: str = "codes features",
@@ -36,7 +36,7 @@ def write_set(
     silent: Collection[int] = (),
     **features: Any,
 ) -> Path:
-    """A set with ``codes``, ``features`` or both. Every third example has a short caption of its own.
+    """Write a dataset with ``codes``, ``features`` or both. Every third example has a separate short caption.
 
     Args:
         root: folder of the set, which is returned.

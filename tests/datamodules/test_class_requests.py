@@ -1,4 +1,4 @@
-"""Requests for images: balanced over classes, in one order on any number of ranks."""
+"""Requests for images of classes: balanced, and in the same order on any number of ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.datamodules.shard_files import assert_one_line
 def requests(
     data: ClassRequestDataModule, rank: int = 0, world_size: int = 1, ranks_wait: bool = False
 ) -> list[tuple[int, int]]:
-    """(index, class) in the order of a rank."""
+    """(index, class) of each image of a rank, in order."""
     module = SimpleNamespace(device_mesh=object() if ranks_wait else None)
     trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=module)
     data.trainer = trainer  # type: ignore[assignment]
@@ -26,7 +26,7 @@ def requests(
 
 
 def batches(data: ClassRequestDataModule, rank: int, world_size: int) -> int:
-    """How many batches a rank gets where ranks wait for each other."""
+    """Number of batches of a rank if ranks wait for each other."""
     requests(data, rank, world_size, ranks_wait=True)
     return len(data.predict_dataloader())
 
@@ -34,7 +34,7 @@ def batches(data: ClassRequestDataModule, rank: int, world_size: int) -> int:
 @pytest.mark.parametrize(
     ("classes", "expected"), [(3, [0, 1, 2]), (1, [0]), ([7, 2, 9], [7, 2, 9])], ids=["number", "one", "list"]
 )
-def test_the_classes_come_in_turn_until_each_has_its_share(classes: int | list[int], expected: list[int]) -> None:
+def test_classes_are_requested_in_rounds(classes: int | list[int], expected: list[int]) -> None:
     found = requests(ClassRequestDataModule(classes, per_class=4, batch_size=5))
     assert found == list(enumerate(expected * 4))
     assert set(Counter(label for _, label in found).values()) == {4}
@@ -42,7 +42,7 @@ def test_the_classes_come_in_turn_until_each_has_its_share(classes: int | list[i
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-def test_an_image_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
+def test_image_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
     data = ClassRequestDataModule(4, per_class=3, batch_size=batch_size)
     shares = [requests(data, rank, world_size) for rank in range(world_size)]
     assert shares == [list(enumerate([0, 1, 2, 3] * 3))[rank::world_size] for rank in range(world_size)]
@@ -53,7 +53,7 @@ def test_batches_have_the_batch_size() -> None:
     assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
 
 
-def test_the_labels_of_a_file_come_in_turn_and_may_be_repeated(tmp_path: Path) -> None:
+def test_labels_of_a_file_are_requested_in_rounds_and_may_repeat(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes(b"\xef\xbb\xbf7\n\n  2\r\n7\n 0 \n\n")
     data = ClassRequestDataModule(path, per_class=3, batch_size=5)
@@ -79,7 +79,7 @@ def test_the_labels_of_a_file_come_in_turn_and_may_be_repeated(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_a_bad_file_of_labels_is_refused_with_its_line(
+def test_bad_label_file_is_refused_with_its_line(
     content: bytes | None, phrases: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "labels.txt"
@@ -90,7 +90,7 @@ def test_a_bad_file_of_labels_is_refused_with_its_line(
     assert_one_line(error, path, *phrases)
 
 
-def test_a_folder_is_no_file_of_labels(tmp_path: Path) -> None:
+def test_folder_is_refused_as_label_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         ClassRequestDataModule(tmp_path)
     assert_one_line(error, tmp_path, "cannot be read (Is a directory)")
@@ -98,9 +98,7 @@ def test_a_folder_is_no_file_of_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks_wait", [False, True])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 3), (2, 2), (3, 7), (4, 1)])
-def test_what_is_done_is_left_out_before_the_rest_is_shared_out(
-    world_size: int, batch_size: int, ranks_wait: bool
-) -> None:
+def test_finished_images_are_left_out_before_distribution(world_size: int, batch_size: int, ranks_wait: bool) -> None:
     data = ClassRequestDataModule(4, per_class=5, batch_size=batch_size)
     for done in ([0, 1, 2, 5, 19], [7], list(range(20)), list(range(19)), []):
         data.leave_out(done)
@@ -130,7 +128,7 @@ def test_what_is_done_is_left_out_before_the_rest_is_shared_out(
     ],
     ids=str,
 )
-def test_an_impossible_request_is_refused_by_name_and_value(options: dict[str, int | list[int]], phrase: str) -> None:
+def test_invalid_request_is_refused_with_name_and_value(options: dict[str, int | list[int]], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         ClassRequestDataModule(**options)  # type: ignore[arg-type]
     assert_one_line(error, phrase)

@@ -1,4 +1,4 @@
-"""Every option of every data module is checked when it is constructed, in one line that names it."""
+"""Every option of every DataModule is checked in the constructor, with an error in one line that names it."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "train": ("",),
     "val": ("",),
 }
-OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
+CASES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (
         ImageDataModule,
         {"root": "nowhere"},
@@ -64,8 +64,8 @@ OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("module", "good", "wrong"), OF_MODULES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_wrong_option_is_refused_at_once_in_one_line_with_its_name(
+@pytest.mark.parametrize(("module", "good", "wrong"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_invalid_option_is_refused_at_once_in_one_line_with_its_name(
     module: Any, good: dict[str, Any], wrong: dict[str, tuple[Any, ...]]
 ) -> None:
     module(**good)
@@ -76,7 +76,7 @@ def test_a_wrong_option_is_refused_at_once_in_one_line_with_its_name(
             assert_one_line(error, name)
 
 
-def test_a_file_is_no_folder_for_the_cache(tmp_path: Path) -> None:
+def test_cache_dir_must_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError) as error:
         ImageDataModule("nowhere", cache_dir=tmp_path / "file")
@@ -84,13 +84,13 @@ def test_a_file_is_no_folder_for_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"shard_mb": NAN}, {"shard_mb": INF}, {"seed": -1}, {"workers": 0}], ids=str)
-def test_options_of_packing_are_checked_first(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_packing_checks_its_options_first(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:
         pack("nowhere", tmp_path / "out", **options)
     assert_one_line(error, *options)
 
 
-def test_worker_processes_import_neither_lightning_nor_what_comes_with_it(tmp_path: Path) -> None:
+def test_worker_processes_do_not_import_lightning(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(grey_image(1))
     (tmp_path / "empty").mkdir()  # is warned of, which must not need Lightning

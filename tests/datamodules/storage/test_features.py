@@ -1,4 +1,4 @@
-"""Stored features: what is none of a caption is not trained on."""
+"""Stored features: only valid caption features are used in training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Files in odd places: names that look like patterns, the home folder, compressed shards, too many open files."""
+"""Unusual paths: names that look like patterns, the home folder, compressed shards, too many open files."""
 
 import errno
 import gzip
@@ -22,7 +22,7 @@ HINT = "give a data set"
 
 
 @pytest.mark.parametrize("name", ["brace{0..2}s", "{a,b}", "back\\slash", "br[ack]et", "star*", "100%d", "a=b, c#d"])
-def test_a_shard_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
+def test_existing_shard_is_not_a_pattern(name: str, tmp_path: Path) -> None:
     shard = write_shards(tmp_path / name, EXAMPLES, per_shard=4)[0]
     for root, train in ((None, str(shard)), (str(shard), None), (str(tmp_path / name), None)):
         found, _, _ = find_sources(root, train, None, HINT)
@@ -30,7 +30,7 @@ def test_a_shard_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
         assert found.shards == [str(shard)]
 
 
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     shard = write_shards(tmp_path / "data", EXAMPLES, per_shard=4)[0]
     (tmp_path / "prompts.txt").write_text("a red house\n")
@@ -45,7 +45,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(open_images("~/data")) == 4
 
 
-def test_compressed_shards_are_refused_by_what_they_are(tmp_path: Path) -> None:
+def test_compressed_shards_are_refused_with_their_format(tmp_path: Path) -> None:
     shard = write_shards(tmp_path / "plain", EXAMPLES, per_shard=4)[0]
     packed = tmp_path / "packed/a.tar.gz"
     packed.parent.mkdir()
@@ -59,7 +59,7 @@ def test_compressed_shards_are_refused_by_what_they_are(tmp_path: Path) -> None:
 
 
 def few_files(monkeypatch: pytest.MonkeyPatch, files: OpenFiles, most: int) -> None:
-    """Let ``files`` keep no more than so many open: what the system says when a process reaches its limit."""
+    """Let ``files`` open at most ``most`` files, like a process that reaches the limit of the system."""
     really_open = os.open
 
     def limited(path: str, flags: int) -> int:
@@ -71,7 +71,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch, files: OpenFiles, most: int) -> N
 
 
 @pytest.mark.parametrize("most", [2, 0])
-def test_samples_are_not_bad_because_too_many_files_are_open(
+def test_too_many_open_files_do_not_make_examples_bad(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_shards(tmp_path / "shards", EXAMPLES, per_shard=1)

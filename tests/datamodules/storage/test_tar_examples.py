@@ -1,4 +1,4 @@
-"""Tar files as plain tools write them: parts that lie apart, keys with dots, members that come again."""
+"""Tar files of other tools: scattered members, keys with dots, repeated members."""
 
 import io
 import tarfile
@@ -39,7 +39,7 @@ def named(*names: str) -> Members:
     return [(name, name.encode() if not name.endswith("cls") else b"3") for name in names]
 
 
-def test_parts_of_an_example_are_put_together_wherever_they_lie(tmp_path: Path) -> None:
+def test_members_of_an_example_are_grouped_from_anywhere_in_the_file(tmp_path: Path) -> None:
     members = [(f"d/{n}.{part}", str(n).encode()) for part in ("jpg", "txt", "cls") for n in (2, 0, 1)]
     index = index_of(tmp_path, members)
     assert contents(index) == {f"d/{n}": dict.fromkeys(("jpg", "cls", "txt"), str(n).encode()) for n in range(3)}
@@ -69,7 +69,7 @@ def test_parts_of_an_example_are_put_together_wherever_they_lie(tmp_path: Path) 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_keys_may_hold_dots_and_parts_may_have_names(tmp_path: Path, names: str, expected: dict[str, str]) -> None:
+def test_keys_may_contain_dots_and_members_may_have_names(tmp_path: Path, names: str, expected: dict[str, str]) -> None:
     index = index_of(tmp_path, named(*names.split()))
     assert {key: " ".join(sorted(parts)) for key, parts in contents(index).items()} == expected
     assert index.bad == []
@@ -87,9 +87,7 @@ def test_keys_may_hold_dots_and_parts_may_have_names(tmp_path: Path, names: str,
         ),
     ],
 )
-def test_what_cannot_be_put_together_is_bad_for_the_true_reason(
-    tmp_path: Path, names: str, key: str, phrase: str
-) -> None:
+def test_ambiguous_members_are_bad_with_the_right_reason(tmp_path: Path, names: str, key: str, phrase: str) -> None:
     index = index_of(tmp_path, named(*names.split(), "m.jpg", "m.cls"))
     assert key not in list(index.keys)
     assert {(example.key, example.reason) for example in index.bad} == {(key, "unclear parts")}
@@ -97,20 +95,20 @@ def test_what_cannot_be_put_together_is_bad_for_the_true_reason(
     assert index[len(index) - 1].key == "m"
 
 
-def test_a_part_that_is_added_later_takes_the_place_of_the_first_one(tmp_path: Path) -> None:
+def test_appended_member_replaces_the_first_one(tmp_path: Path) -> None:
     members = [("0.jpg", b"old"), ("0.cls", b"1"), ("1.jpg", b"b"), ("1.cls", b"2"), ("0.jpg", b"new"), ("1.cls", b"5")]
     index = index_of(tmp_path, members)
     assert contents(index) == {"0": {"jpg": b"new", "cls": b"1"}, "1": {"jpg": b"b", "cls": b"5"}}
     assert index.labels.tolist() == [1, 5]
 
 
-def test_whole_examples_of_one_key_stay_examples_of_their_own(tmp_path: Path) -> None:
+def test_complete_examples_with_one_key_stay_separate(tmp_path: Path) -> None:
     members = [(f"{key}.{part}", part.encode()) for _ in range(2) for key in "ab" for part in ("jpg", "txt")]
     index = index_of(tmp_path, members)
     assert (list(index.keys), index.bad) == (["a", "b", "a", "b"], [])
 
 
-def test_a_cut_file_loses_the_example_whose_part_is_cut(tmp_path: Path) -> None:
+def test_truncated_file_loses_the_example_with_the_truncated_member(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{n}.{part}", b"1") for part in ("jpg", "cls") for n in range(3)])
     path.write_bytes(path.read_bytes()[: 1024 * 4 + 512])  # within 1.cls
     index = index_shard(path).usable(("jpg",), labels_needed=True)
@@ -118,7 +116,7 @@ def test_a_cut_file_loses_the_example_whose_part_is_cut(tmp_path: Path) -> None:
     assert [(example.key, example.reason) for example in index.bad] == [("1", "truncated shard"), ("2", "no label")]
 
 
-def test_such_files_are_read_packed_streamed_and_indexed_alike(tmp_path: Path) -> None:
+def test_files_with_scattered_members_are_read_packed_and_streamed_alike(tmp_path: Path) -> None:
     for shard in range(2):
         names = [f"{n}.{shard}" for n in range(20)]
         apart = [(f"{name}.{part}", grey_image(n) if part == "png" else str(n % 5).encode())
