@@ -3,8 +3,8 @@
     python -m benchmarks.busy_machine [--steps_only]
 
 The other program is an endless loop, pinned to one core. Steps are those of the quickstart's autoregressive model, as
-many as fit into 15 seconds, with threads that wait as commands let them (``llamagen.cores.WAITING``), that sleep at
-once, and that wait as OpenMP lets them by itself. ``make quickstart`` runs in a clone of this folder with this
+many as fit into 15 seconds, with threads that wait as commands let them (``llamagen.cores.WAIT_SETTINGS``), that
+sleep at once, and that wait as OpenMP lets them by itself. ``make quickstart`` runs in a clone of this folder with this
 environment, without installing; alone also as OpenMP waits by itself. Prints tables and writes
 ``benchmarks/results/busy_machine.json``.
 """
@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamagen.cores import WAITING
+from llamagen.cores import WAIT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/busy_machine.json"
 SECONDS = 15.0
 LOOP = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
-POLICIES = {"as commands wait": WAITING, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "OpenMP's default": {}}
+POLICIES = {"as commands wait": WAIT_SETTINGS, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "OpenMP's default": {}}
 ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
 """OpenMP's default, written out, so that commands take it for the user's wish."""
 STAGES = ("1/4 tokenizer", "2/4 codes", "3/4 autoregressive model", "4/4 samples")

@@ -99,7 +99,7 @@ class FIDMonitor(pl.Callback):
         draws = hasattr(pl_module, "build_sampler")
         if draws:
             module = cast(Draws, pl_module)
-            module.check_sampling(())
+            module.check_requests(())
             if self.reference is None:
                 raise ValueError(
                     "FIDMonitor needs a reference to compare drawn images with; make one by python -m evaluation "
@@ -115,7 +115,7 @@ class FIDMonitor(pl.Callback):
                     f"image_size is {self.image_size}, but the model draws images; set its own, "
                     "model.init_args.image_size"
                 )
-            size = module.image_side
+            size = module.output_size
         else:
             size = getattr(getattr(trainer, "datamodule", None), "image_size", 0)
             size = size and (self.image_size or size)
@@ -371,7 +371,7 @@ class FIDMonitor(pl.Callback):
             module = cast(Draws, pl_module)
             facts["sampling"] = {**asdict(module.sampling), "seed": module.sample_seed if self._asked else self.seed}
             if module.needs_captions:
-                facts["captions"] = module.caption_facts
+                facts["captions"] = module.caption_metadata
         folder = Path(trainer.default_root_dir) / FOLDER
         write_report(
             folder,

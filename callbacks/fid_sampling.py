@@ -21,7 +21,7 @@ class Draws(Protocol):
     sample_seed: int
 
     @property
-    def image_side(self) -> int:
+    def output_size(self) -> int:
         """Of the images that it draws, in pixels."""
 
     @property
@@ -33,16 +33,16 @@ class Draws(Protocol):
         """Whether it draws images of captions, and not of classes."""
 
     @property
-    def caption_facts(self) -> dict[str, Any]:
+    def caption_metadata(self) -> dict[str, Any]:
         """Of which encoder the captions' features are."""
 
     def build_sampler(self, batch_size: int) -> ImageSampler:
         """A sampler with memory for many calls."""
 
-    def check_sampling(self, classes: Sequence[int]) -> None:
+    def check_requests(self, classes: Sequence[int]) -> None:
         """A ``ValueError`` if images of these classes cannot be drawn."""
 
-    def condition_of(self, batch: dict[str, Any]) -> Any:
+    def batch_condition(self, batch: dict[str, Any]) -> Any:
         """Features or texts of captions → ``features`` (B, C, W) padded on the left and ``lengths`` (B,)."""
 
     def sample(
@@ -119,7 +119,7 @@ class ValidationCaptions:
         rows = [row for row, number in enumerate(numbers) if number < self.count]
         if not rows and self._positions:
             return
-        features, lengths, _ = module.condition_of(batch)
+        features, lengths, _ = module.batch_condition(batch)
         self._positions = features.shape[1]
         self._nothing = features.new_zeros(1, features.shape[2], device="cpu")
         sizes = [self._positions] * len(numbers) if lengths is None else lengths.tolist()

@@ -27,10 +27,10 @@ class Samples(Protocol):
 
     device: torch.device
 
-    def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
+    def check_requests(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
         """A ``ValueError`` if images of these classes or texts cannot be drawn."""
 
-    def condition_of(self, batch: dict[str, Any]) -> Any:
+    def batch_condition(self, batch: dict[str, Any]) -> Any:
         """``condition`` (B,) or ``captions`` → ``features`` and ``lengths``, to sample with."""
 
     def sample(
@@ -140,9 +140,9 @@ class SampleGrid(pl.Callback):
         Raises:
             ValueError: in one line.
         """
-        if not hasattr(pl_module, "check_sampling"):
+        if not hasattr(pl_module, "check_requests"):
             raise ValueError(f"{type(pl_module).__name__} samples no images; leave SampleGrid out of trainer.callbacks")
-        cast(Samples, pl_module).check_sampling([] if self.prompts else self.classes, self.prompts)
+        cast(Samples, pl_module).check_requests([] if self.prompts else self.classes, self.prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were."""
@@ -160,7 +160,7 @@ class SampleGrid(pl.Callback):
         if self._validations % self.every_n_validations or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         module = cast(Samples, pl_module)
-        condition, lengths, _ = module.condition_of(self._asked(trainer, module))
+        condition, lengths, _ = module.batch_condition(self._asked(trainer, module))
         condition = condition.repeat_interleave(self.per_class, 0)
         lengths = None if lengths is None else lengths.repeat_interleave(self.per_class, 0)
         with trainer.precision_plugin.forward_context():

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from callbacks import StopOnSignal
 from command_line.run_config import RunConfig
-from command_line.start_checks import StartChecks, check_places
+from command_line.start_checks import StartChecks, check_folders
 from datamodules import (
     CaptionDataModule,
     CodeDataModule,
@@ -30,8 +30,8 @@ from datamodules import (
 from lightning_modules import (
     ARGenModule,
     CheckpointFiles,
-    chosen_checkpoint,
-    models_without_memory,
+    models_on_meta_device,
+    resolve_checkpoint,
     use_metrics_logger,
 )
 from llamagen.checkpoints.contents import read_checkpoint
@@ -100,7 +100,7 @@ class LlamaGenCLI(LightningCLI):
         sharded = strategy == "sharded" or getattr(strategy, "class_path", None) == SHARDED
         try:
             # What is to be spread over ranks gets its memory when it is.
-            with models_without_memory() if sharded else nullcontext():
+            with models_on_meta_device() if sharded else nullcontext():
                 super().instantiate_classes()
             if sharded and not isinstance(self.model, ARGenModule):
                 raise ValueError(
@@ -119,12 +119,12 @@ class LlamaGenCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         use_metrics_logger(trainer)
-        check_places(trainer)
+        check_folders(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = chosen_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
         return kwargs
 
     def before_instantiate_classes(self) -> None:

@@ -38,7 +38,7 @@ class Progress(NamedTuple):
     changed: int
 
 
-def chosen_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
+def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
     """What to load for a ``--ckpt_path``.
 
     A file or folder is compared with its checksums. ``last`` is the newest complete checkpoint among those that the

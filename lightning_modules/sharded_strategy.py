@@ -17,7 +17,7 @@ from llamagen.checkpoints.contents import check_fits, read_checkpoint
 from llamagen.checkpoints.sharded import numbered
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
-from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, size_of
+from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno, size_of
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -77,10 +77,10 @@ class ShardedStrategy(ModelParallelStrategy):
             error = caught
         failure: BaseException | None = error
         if error is not None and self.global_rank == 0:
-            number, written = full_disk_number(error, path.parent), size_of(temporary)
+            number, written = full_disk_errno(error, path.parent), size_of(temporary)
             remove(temporary)
             if number is not None:
-                failure = disk_full(path, number, own_bytes * self.world_size, written)
+                failure = disk_full_error(path, number, own_bytes * self.world_size, written)
         # What stops the first rank stops all of them, so that none waits for it.
         is_full, reason = self.broadcast((isinstance(failure, DiskFullError), "" if failure is None else str(failure)))
         if self.global_rank and reason:

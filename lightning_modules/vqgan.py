@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
@@ -122,6 +122,12 @@ class VQGANModule(GenerativeModule):
     def generator(self) -> VQGAN:
         """The tokenizer."""
         return self.vqgan
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The tokenizer, and the discriminator if there is one."""
+        networks: dict[str, nn.Module | None] = {"vqgan": self.vqgan, "discriminator": self.discriminator}
+        return {name: network for name, network in networks.items() if network is not None}
 
     def prepare_data(self) -> None:
         """Fetch the weights of LPIPS, in one process of each machine."""
@@ -239,21 +245,6 @@ class VQGANModule(GenerativeModule):
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each network by itself, so that a wild discriminator does not slow the tokenizer.
-
-        Raises:
-            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
-        """
-        for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
-            if network is not None:
-                self.clip(name, network, gradient_clip_val, gradient_clip_algorithm)
-
     def on_fit_start(self) -> None:
         """Follow the optimizer, for the revival of codes."""
         super().on_fit_start()
@@ -360,10 +351,6 @@ class VQGANModule(GenerativeModule):
         terms = ["lpips"] * self._needs_lpips + ["entropy"] * (self.loss_config.entropy_weight > 0)
         terms += ["reconstruction", "codebook", "commitment", "loss"]
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
-
-    def configure_optimizers(self) -> Any:
-        """One AdamW for both networks."""
-        return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how often each code was used since the epoch began, over all ranks."""

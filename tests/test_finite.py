@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.finite import FiniteCheck, broken_weight, check_finite, culprit, is_finite, not_finite, refusal
+from llamagen.finite import FiniteCheck, broken_weight, check_finite, find_source, is_finite, not_finite, refusal
 
 NAN, INF = float("nan"), float("inf")
 
@@ -49,16 +49,18 @@ class Two(nn.Module):
 def test_the_culprit_is_a_weight_or_the_first_layer() -> None:
     model, x = Two(), torch.ones(1, 2)
     assert broken_weight(model) is None
-    assert culprit(model, lambda: model(x)) == ""
+    assert find_source(model, lambda: model(x)) == ""
     with torch.no_grad():
         model.second.weight.fill_(3e38)
         model.first.weight.fill_(3e38)
-    assert culprit(model, lambda: model(x)) == "the output of layer first is the first that is not finite"
-    assert culprit(model, lambda: model(x * NAN)) == "the input of layer first is the first that is not finite"
+    assert find_source(model, lambda: model(x)) == "the output of layer first is the first that is not finite"
+    assert find_source(model, lambda: model(x * NAN)) == "the input of layer first is the first that is not finite"
     broken = Two(INF)
-    assert culprit({"a": broken}, lambda: broken(x)) == "the input of layer a.second is the first that is not finite"
+    assert (
+        find_source({"a": broken}, lambda: broken(x)) == "the input of layer a.second is the first that is not finite"
+    )
     model.table[1] = NAN
-    assert culprit(model) == f"weight {broken_weight(model)} is not finite" == "weight table is not finite"
+    assert find_source(model) == f"weight {broken_weight(model)} is not finite" == "weight table is not finite"
     assert not model.first._forward_hooks
 
 

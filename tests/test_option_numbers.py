@@ -45,7 +45,7 @@ def test_whole_numbers_pass(value: int) -> None:
 
 
 def test_what_is_no_whole_number_is_told_from_what_is_too_small() -> None:
-    for bad, said in ((0, "must be at least 1"), (1.5, "must be a whole number of at least 1"), ("3", "whole number")):
+    for bad, said in ((0, "must be at least 1"), (1.5, "must be an integer of at least 1"), ("3", "an integer")):
         with pytest.raises(ValueError, match=f"^n is {bad}; it .*{said}"):
             check_integer("n", bad)
     check_not_negative("x", 0.0)

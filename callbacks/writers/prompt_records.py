@@ -37,9 +37,9 @@ def prompts_plan(prompts: Sequence[str], module: Any) -> dict[str, Any]:
 
     Args:
         prompts: all of the run.
-        module: may have ``caption_facts``, which say by what the prompts are read: primitives by name.
+        module: may have ``caption_metadata``, which say by what the prompts are read: primitives by name.
     """
-    facts: Mapping[str, Any] = getattr(module, "caption_facts", None) or {}
+    facts: Mapping[str, Any] = getattr(module, "caption_metadata", None) or {}
     return {
         "list of prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         **{f"text.{name}": value for name, value in facts.items()},

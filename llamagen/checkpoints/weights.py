@@ -40,7 +40,7 @@ class Weights(NamedTuple):
         source: which weights of which file these are, for a message.
         averaged: these are known to be averages (EMA).
         captions: what is known of the features that a text model was trained on, see
-            :meth:`llamagen.text.CaptionEncoder.facts`.
+            :meth:`llamagen.text.CaptionEncoder.metadata`.
     """
 
     state: dict[str, Tensor]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite, not_finite_error
 
 
 class Features(NamedTuple):
@@ -60,7 +60,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 "of features for each"
             )
     flat = Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
-    refuse_not_finite(flat, extractor_name(extractor), lambda: culprit(extractor, run))
+    refuse_not_finite(flat, extractor_name(extractor), lambda: find_source(extractor, run))
     return flat
 
 
@@ -82,7 +82,9 @@ def refuse_not_finite(features: Features, name: str, blame: Callable[[], str] = 
     def explain(rows: list[int]) -> FloatingPointError:
         part, dtype = next((part, value.dtype) for part, value in parts.items() if not_finite(value).any())
         precision = str(dtype).removeprefix("torch.")
-        return refusal(f"the {part} features of the extractor {name} are", precision, blame(), rows, broken.shape[1])
+        return not_finite_error(
+            f"the {part} features of the extractor {name} are", precision, blame(), rows, broken.shape[1]
+        )
 
     FiniteCheck(broken.any(0), explain)()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen.finite import FiniteCheck, culprit, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite_error
 from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
@@ -186,9 +186,11 @@ class Sampler:
 
         def explain(rows: list[int]) -> FloatingPointError:
             # Without the ranks that share the parameters no layer can be computed.
-            blame = culprit(self.gpt, None if sharded else partial(score, rows[0]))
+            blame = find_source(self.gpt, None if sharded else partial(score, rows[0]))
             numbers = [int(indices[row]) for row in rows]
-            return refusal("the logits of the autoregressive model are", precision, blame, numbers, len(broken))
+            return not_finite_error(
+                "the logits of the autoregressive model are", precision, blame, numbers, len(broken)
+            )
 
         return FiniteCheck(broken, explain)
 
@@ -227,7 +229,7 @@ def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices:
         lowest, highest = int(condition.min()), int(condition.max())
         if lowest < 0 or highest >= config.num_classes:
             raise ValueError(
-                f"class {lowest if lowest < 0 else highest} was asked for, but the model knows the classes "
+                f"class {lowest if lowest < 0 else highest} was requested, but the model has classes "
                 f"0 to {config.num_classes - 1}"
             )
     if batch and caption_lengths is not None:

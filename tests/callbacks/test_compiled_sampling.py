@@ -42,7 +42,7 @@ class Watch(pl.Callback):
         assert isinstance(decoder, CPUDecoder)
         self.memory += [weakref.ref(decoder), weakref.ref(decoder._memory.keys), weakref.ref(decoder.step.weights)]
         labels = torch.arange(3)
-        _, codes = pl_module.draw(labels, labels, seed=4)
+        _, codes = pl_module.sample_async(labels, labels, seed=4)
         expected = generate(pl_module.gpt, labels, pl_module.sampling, seed=4)
         self.codes.append(torch.equal(codes, expected))
 

@@ -66,7 +66,7 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
     class Module(torch.nn.Module):
         device = torch.device("cpu")
 
-        def condition_of(self, batch: dict[str, Any]) -> Any:
+        def batch_condition(self, batch: dict[str, Any]) -> Any:
             return batch["condition"], None, None
 
         def sample(self, condition: Any, indices: Any, seed: int, lengths: Any) -> Any:
@@ -95,7 +95,7 @@ def test_prompts_are_read_as_the_captions_of_the_data_are(clean: bool, tmp_path:
     class Module(torch.nn.Module):
         device = torch.device("cpu")
 
-        def condition_of(self, batch: dict[str, Any]) -> Any:
+        def batch_condition(self, batch: dict[str, Any]) -> Any:
             read.append(batch["captions"])
             return torch.zeros(2, 3, 4), torch.tensor([3, 2]), None
 

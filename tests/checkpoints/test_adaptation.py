@@ -117,6 +117,6 @@ def test_a_tokenizer_is_no_start(pipeline: Pipeline) -> None:
 
 
 def test_an_adaptation_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but there is no init_from"):
+    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but init_from is not given"):
         ARGenModule(config(), init_adapt=["num_classes"])
     assert argen_module().gpt is not None

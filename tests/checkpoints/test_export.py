@@ -217,7 +217,7 @@ def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_place_that_cannot_be_written_is_named(suffix: str, published: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written .*; choose another place") as error:
+    with pytest.raises(ValueError, match=r"cannot be written: .*; choose another place") as error:
         export(published, tmp_path / f"file/out{suffix}")
     assert "\n" not in str(error.value)
 

@@ -110,7 +110,7 @@ PREDICT_ARGEN = {
     f"{MODEL}.image_size=0": "image_size is 0",
     f"{MODEL}.sampling.temperature=-1": "temperature is -1",
     f"{MODEL}.tokenizer=null": "model.init_args.tokenizer",
-    "--data=PromptDataModule --data.prompts=[a]": "prompts were asked for",
+    "--data=PromptDataModule --data.prompts=[a]": "prompts were given",
     "--data=PromptDataModule --data.prompts={tmp}/nowhere.tsv": "nowhere.tsv",
     "--data=PromptDataModule --data.prompts=[a] --data.per_prompt=0": "per_prompt is 0",
     "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",

@@ -109,7 +109,7 @@ def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
 def test_images_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
         train(argen_module(), pipeline, tmp_path, SampleGrid(classes=2), max_steps=1)
-    with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="class 10 was requested, but the model has classes 0 to 9"):
         train(argen_module(tokenizer=pipeline.tokenizer), pipeline, tmp_path, SampleGrid(classes=11), max_steps=1)
     with pytest.raises(ValueError, match="class 17 was asked for"):
         evaluator().predict(argen_module(tokenizer=pipeline.tokenizer), SampleDataModule(classes=[3, 17]))

@@ -90,7 +90,7 @@ class Poison(pl.Callback):
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_keeps_the_last_checkpoint(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    with pytest.raises(FloatingPointError, match=r"^loss not finite at step 5; go on from the last checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"^loss not finite at step 5; resume from the last checkpoint"):
         train(argen_module(), pipeline, tmp_path, Poison(5), every=2, max_steps=8)
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
@@ -121,7 +121,7 @@ def test_an_exploding_gradient_stops_with_the_step_and_the_norm(pipeline: Pipeli
     module = argen_module()
     module.max_grad_norm = 100.0
     with pytest.raises(
-        FloatingPointError, match=r"^the gradient of the gpt has a norm of .*, more than 100, at step 3"
+        FloatingPointError, match=r"^the gradient of the gpt has a norm of .*, above max_grad_norm 100, at step 3"
     ):
         train(module, pipeline, tmp_path, Explode(3, 1e6), every=2, max_steps=6)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2

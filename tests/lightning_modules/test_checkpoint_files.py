@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoint, use_metrics_logger
+from lightning_modules import CheckpointFiles, ShardedStrategy, resolve_checkpoint, use_metrics_logger
 from lightning_modules.checkpoint_files import local_path, tensor_bytes
 from lightning_modules.metrics_file import MetricsLogger
 from llamagen.checkpoints.contents import read_checkpoint
@@ -126,7 +126,7 @@ def test_a_run_whose_disk_is_full_keeps_its_checkpoints_and_goes_on(
     assert names(folder) == ["epoch=0-step=2.ckpt", "last.ckpt"]
     assert [read_checkpoint(path)["global_step"] for path in folder.iterdir()] == [2, 2]
     trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    assert chosen_checkpoint("last", trainer, "fit") == str(folder / "last.ckpt")
+    assert resolve_checkpoint("last", trainer, "fit") == str(folder / "last.ckpt")
 
 
 def logged(path: Path) -> list[dict[str, str]]:

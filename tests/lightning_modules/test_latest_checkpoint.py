@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoint
+from lightning_modules import CheckpointFiles, ShardedStrategy, resolve_checkpoint
 from lightning_modules.latest_checkpoint import checkpoint_folders
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.integrity import check_integrity
@@ -69,7 +69,7 @@ def trainer_for(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
 
 
 def last(folder: Path, stage: str = "fit", *callbacks: pl.Callback) -> Any:
-    return chosen_checkpoint("last", trainer_for(folder, *callbacks), stage)
+    return resolve_checkpoint("last", trainer_for(folder, *callbacks), stage)
 
 
 def test_progress_decides_not_names_or_times(save: Callable[..., Path], folder: Path) -> None:
@@ -162,17 +162,17 @@ def test_addresses_are_left_to_lightning(folder: Path) -> None:
     trainer = trainer_for(folder)
     trainer.callbacks[-1].dirpath = "s3://bucket/run"  # type: ignore[attr-defined]
     assert checkpoint_folders(trainer) is None
-    assert chosen_checkpoint("last", trainer, "fit") == "last"
+    assert resolve_checkpoint("last", trainer, "fit") == "last"
     for given in (None, "best", "hpc", "https://server/model.ckpt"):
-        assert chosen_checkpoint(given, trainer, "fit") == given
+        assert resolve_checkpoint(given, trainer, "fit") == given
 
 
 def test_a_damaged_file_that_was_asked_for_is_refused_in_one_line(save: Callable[..., Path], folder: Path) -> None:
     path = save("last.ckpt", 20)
-    assert chosen_checkpoint(str(path), trainer_for(folder), "fit") == str(path)
+    assert resolve_checkpoint(str(path), trainer_for(folder), "fit") == str(path)
     change_a_byte(path)
     with pytest.raises(ValueError, match="is damaged") as error:
-        chosen_checkpoint(str(path), trainer_for(folder), "fit")
+        resolve_checkpoint(str(path), trainer_for(folder), "fit")
     assert "\n" not in str(error.value)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import main
-from lightning_modules import ARGenModule, ShardedStrategy, models_without_memory
+from lightning_modules import ARGenModule, ShardedStrategy, models_on_meta_device
 from llamagen.checkpoints.contents import read_checkpoint, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
@@ -214,7 +214,7 @@ def _initial(rank: int, weights: str, num_classes: int) -> dict[str, Tensor]:
     """What a sharded model begins with that was built on the meta device."""
     torch.manual_seed(0)
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    with models_without_memory():
+    with models_on_meta_device():
         module = _start(weights, num_classes)
     module._device_mesh = mesh
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
@@ -254,13 +254,13 @@ def test_a_model_without_memory_gets_the_weights_that_it_would_have(
 
 def test_a_model_without_memory_gets_it_without_a_strategy_too(half: Path) -> None:
     torch.manual_seed(0)
-    with models_without_memory():
+    with models_on_meta_device():
         module = ARGenModule(GPTConfig(**GPT_NET))
     module.configure_model()
     torch.manual_seed(0)
     for name, value in GPT(GPTConfig(**GPT_NET)).state_dict().items():
         assert torch.equal(module.gpt.state_dict()[name], value)
-    with models_without_memory(), pytest.raises(ValueError, match="they do not fit"):
+    with models_on_meta_device(), pytest.raises(ValueError, match="they do not fit"):
         ARGenModule(GPTConfig(**{**GPT_NET, "dim": 64}), init_from=half)
 
 
@@ -331,9 +331,9 @@ def _with_mesh(module: Any, data: int, tensor: int, precision: str = "32-true") 
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set tensor_parallel_size to 1"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set it to 1"):
         _with_mesh(argen_module(), 1, 2).configure_model()
-    with pytest.raises(ValueError, match="precision 16-mixed is not right with sharded parameters"):
+    with pytest.raises(ValueError, match="precision 16-mixed does not work with sharded parameters"):
         _with_mesh(argen_module(), 2, 1, "16-mixed").configure_model()
     with pytest.raises(ValueError, match="VQGANModule is small enough for each GPU"):
         _with_mesh(vqgan_module(), 2, 1).configure_model()

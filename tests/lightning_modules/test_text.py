@@ -268,10 +268,10 @@ TEXT: Any = {
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (CLASSES["an encoder"], "the model is one of classes; leave it out"),
-        (CLASSES["prompts"], "the model is one of classes; give classes"),
-        (TEXT["classes"], "the model is one of text; give prompts"),
-        (TEXT["a grid of classes"], "the model is one of text; give prompts"),
+        (CLASSES["an encoder"], "the model is class-conditional; leave it out"),
+        (CLASSES["prompts"], "the model is class-conditional; give classes"),
+        (TEXT["classes"], "the model is text-conditional; give prompts"),
+        (TEXT["a grid of classes"], "the model is text-conditional; give prompts"),
         (TEXT["codes without captions"], "neither captions nor their features"),
         (TEXT["a share above 1"], "short_caption_share is 1.5"),
     ],
@@ -310,7 +310,7 @@ def test_the_same_encoder_in_another_precision_goes(text_pipeline: TextPipeline)
     prompts = PromptDataModule(["a cat"], clean_captions=True)
     (drawn,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
     assert cast(Any, drawn)["codes"].shape == (1, 16)
-    assert module.caption_facts["encoder"] == str(text_pipeline.t5)
+    assert module.caption_metadata["encoder"] == str(text_pipeline.t5)
 
 
 def test_a_second_stage_knows_whether_its_own_captions_were_cleaned(text_pipeline: TextPipeline) -> None:
@@ -319,9 +319,9 @@ def test_a_second_stage_knows_whether_its_own_captions_were_cleaned(text_pipelin
         init_from=text_pipeline.argen,
         text_encoder=TextEncoderConfig(str(text_pipeline.t5), "float32"),
     )
-    assert module.caption_facts["cleaned"]
+    assert module.caption_metadata["cleaned"]
     evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.codes), verbose=False)
-    assert not module.caption_facts["cleaned"]
+    assert not module.caption_metadata["cleaned"]
 
 
 def test_features_that_do_not_say_of_which_encoder_they_are_go(text_pipeline: TextPipeline, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_prompts_are_drawn_from_the_features_of_the_encoder(text_pipeline: TextP
     module = sampling_module(text_pipeline).eval()
     prompts = ["a cat", "a red house on a tree and a dog and a house", ""]
     batch = {"captions": prompts, "index": torch.tensor([4, 0, 7])}
-    cut = r"1 of 3 captions have more than 8 tokens and were cut, the first is 'a red house"
+    cut = r"1 of 3 captions have more than 8 tokens and were cut, first 'a red house"
     with pytest.warns(UserWarning, match=cut):
         drawn = module.predict_step(dict(batch), 0)
     assert module._text is not None

@@ -50,7 +50,7 @@ def stored_batch() -> dict[str, Any]:
 @torch.no_grad()
 def test_packed_features_give_the_published_logits() -> None:
     module, batch = text_module(), stored_batch()
-    condition, lengths, _ = module.condition_of(batch)
+    condition, lengths, _ = module.batch_condition(batch)
     assert torch.equal(condition, golden_inputs(ENTRY, module.gpt.config)[0])
     assert_matches(module(batch["codes"], condition, lengths), golden(ENTRY)["train_logits"])
 

@@ -88,7 +88,7 @@ def test_what_is_exported_is_what_came_in(name: str, tmp_path: Path) -> None:
     known = facts if name.endswith(".safetensors") else None
     assert read_weights(tmp_path / name).captions == known
     again = ARGenModule(golden_gpt(ENTRY).config, init_from=tmp_path / name)
-    assert again.caption_facts == (known or {})
+    assert again.caption_metadata == (known or {})
     assert_same(dict(read_weights(tmp_path / name).state), dict(golden_gpt(ENTRY).state_dict()))
 
 

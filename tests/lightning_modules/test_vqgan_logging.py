@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_chec
     step: int, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module()
-    message = rf"^reconstruction, .* not finite at step {step}; go on from the last checkpoint, if there is one"
+    message = rf"^reconstruction, .* not finite at step {step}; resume from the last checkpoint, if there is one"
     with pytest.raises(FloatingPointError, match=message):
         train(module, pipeline, tmp_path, Poison(step), every=2, max_steps=8)
     for weight in module.parameters():

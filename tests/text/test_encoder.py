@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 
 from llamagen.text import CaptionEncoder, encoder
-from llamagen.text.pretrained import cut, tokenized
+from llamagen.text.pretrained import tokenize, truncate
 from tests.tiny_t5 import WIDTH, save_tiny_model, save_tiny_t5, tiny_tokenizer
 
 CAPTIONS = [
@@ -58,10 +58,11 @@ def test_features_are_those_of_the_t5_with_zeros_after_the_last_token(t5: Captio
 
 
 def test_a_caption_that_is_cut_keeps_its_end(t5: CaptionEncoder) -> None:
-    whole = tokenized(t5.tokenizer, ["a cat " * 30])[0]
+    whole = tokenize(t5.tokenizer, ["a cat " * 30])[0]
     assert len(whole) == 61
     assert (
-        cut(whole, t5.caption_length) == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
+        truncate(whole, t5.caption_length)
+        == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
     )
     assert not t5(["a cat " * 5 + "a"]).truncated.item()  # 11 words and the end
 
@@ -71,7 +72,7 @@ def test_features_do_not_depend_on_batch_order_or_padding(
     t5: CaptionEncoder, monkeypatch: pytest.MonkeyPatch, tokens_in_pass: int
 ) -> None:
     alone = torch.cat([t5([caption]).features for caption in CAPTIONS])
-    monkeypatch.setattr(encoder, "TOKENS_IN_PASS", tokens_in_pass)
+    monkeypatch.setattr(encoder, "MAX_PASS_TOKENS", tokens_in_pass)
     torch.testing.assert_close(t5(CAPTIONS).features, alone, rtol=0, atol=1e-5)
     backward = t5(CAPTIONS[::-1])
     torch.testing.assert_close(backward.features.flip(0), alone, rtol=0, atol=1e-5)
@@ -96,7 +97,7 @@ def test_passes_hold_each_caption_once_longest_first_and_no_more_tokens_than_all
     assert sorted(row for rows in shares for row in rows) == list(range(2000))
     longest = [max(lengths[row] for row in rows) for rows in shares]
     assert longest == sorted(longest, reverse=True)
-    assert all(len(rows) * most <= encoder.TOKENS_IN_PASS for rows, most in zip(shares, longest, strict=True))
+    assert all(len(rows) * most <= encoder.MAX_PASS_TOKENS for rows, most in zip(shares, longest, strict=True))
     padded = sum(len(rows) * most for rows, most in zip(shares, longest, strict=True))
     assert padded < 1.1 * sum(lengths)  # 2 × without sorting
 
@@ -124,7 +125,9 @@ def test_features_that_are_not_finite_stop_and_name_caption_and_weight(tmp_path:
         encoder(["a dog", "a cat"])
     assert encoder(["a dog"]).features.isfinite().all()
     encoder.model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot be used: its weight .*shared\.weight is not finite; get it again"):
+    with pytest.raises(
+        ValueError, match=r"cannot be used: its weight .*shared\.weight is not finite; download it again"
+    ):
         CaptionEncoder(tmp_path)
 
 
@@ -181,22 +184,22 @@ def test_float16_and_other_wrong_arguments_are_refused(folder: Path) -> None:
         CaptionEncoder(folder, caption_length=0)
 
 
-def test_facts_are_primitives_that_tell_encoders_apart(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
-    facts = t5.facts()
+def test_metadata_are_primitives_that_tell_encoders_apart(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
+    facts = t5.metadata()
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["encoder"], facts["width"], facts["caption_length"]) == (str(folder), WIDTH, 12)
     assert facts["dtype"] == "float32"
     same = CaptionEncoder(shutil.copytree(folder, tmp_path / "same"), caption_length=12, dtype="float32")
     t5(CAPTIONS)
-    assert {**same.facts(), "encoder": str(folder)} == t5.facts() == facts
-    rounded = CaptionEncoder(folder, caption_length=12, dtype="bfloat16").facts()
+    assert {**same.metadata(), "encoder": str(folder)} == t5.metadata() == facts
+    rounded = CaptionEncoder(folder, caption_length=12, dtype="bfloat16").metadata()
     assert rounded == {**facts, "dtype": "bfloat16"}
     save_tiny_model(tmp_path / "same", seed=1)
-    other = CaptionEncoder(tmp_path / "same", caption_length=12, dtype="float32").facts()
+    other = CaptionEncoder(tmp_path / "same", caption_length=12, dtype="float32").metadata()
     assert other["weights"] != facts["weights"]
     assert other["tokenizer"] == facts["tokenizer"]
     tiny_tokenizer(extra=("sofa",)).save_pretrained(tmp_path / "same")
-    assert CaptionEncoder(tmp_path / "same").facts()["tokenizer"] != facts["tokenizer"]
+    assert CaptionEncoder(tmp_path / "same").metadata()["tokenizer"] != facts["tokenizer"]
 
 
 def test_a_folder_is_read_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +237,7 @@ def test_a_tokenizer_of_sentencepiece_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0, "tokenizer_class": "T5Tokenizer"}))
     own = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     found = CaptionEncoder(tmp_path)
-    assert tokenized(found.tokenizer, ["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
+    assert tokenize(found.tokenizer, ["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
 
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_codes_classes_and_captions_stand_beside_their_features(source: Path, wh
 
 
 def test_the_description_is_that_of_the_codes_and_of_the_encoder(t5: Path, whole: Path) -> None:
-    meta, facts = read_meta(whole, ""), module_of(t5).encoder.facts()
+    meta, facts = read_meta(whole, ""), module_of(t5).encoder.metadata()
     expected = {
         "encoder": str(t5),
         "width": WIDTH,

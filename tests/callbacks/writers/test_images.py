@@ -92,7 +92,7 @@ def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_writ
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.txt").write_text("3\n10\n")
-    with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="class 10 was requested, but the model has classes 0 to 9"):
         main.main(command(pipeline, tmp_path / "samples", f"--data.init_args.classes={tmp_path / 'labels.txt'}"))
     assert not (tmp_path / "samples").exists()
 
