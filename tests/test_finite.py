@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.finite import FiniteCheck, broken_weight, check_finite, find_source, is_finite, not_finite, refusal
+from llamagen.finite import FiniteCheck, broken_weight, check_finite, find_source, is_finite, not_finite, not_finite_error
 
 NAN, INF = float("nan"), float("inf")
 
@@ -65,11 +65,11 @@ def test_the_culprit_is_a_weight_or_the_first_layer() -> None:
 
 
 def test_a_refusal_is_one_line_with_examples_place_precision_and_advice() -> None:
-    assert str(refusal("the latent is", "32-true", where=" in test, batch 2")) == (
+    assert str(not_finite_error("the latent is", "32-true", where=" in test, batch 2")) == (
         "the latent is not finite in test, batch 2 (precision 32-true); use 32-true (float32), or weights of an "
         "earlier checkpoint"
     )
-    half = str(refusal("they are", "16-true", "weight a is not finite", [3, 5], 8))
+    half = str(not_finite_error("they are", "16-true", "weight a is not finite", [3, 5], 8))
     assert half.startswith("they are not finite in 2 of 8 examples (first: number 3) (precision 16-true): weight a is")
     assert "use bf16-mixed or 32-true (bfloat16 or float32) and, if that does not help, other weights" in half
 
