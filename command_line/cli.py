@@ -70,7 +70,7 @@ class LlamaGenCLI(LightningCLI):
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let hyperparameters in the checkpoint override the configuration. Here the two are compared later.
+        # Lightning would let hyperparameters in the checkpoint override the configuration. Here they are only checked.
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
@@ -177,7 +177,7 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     """
     # predict and test leave out callbacks of training on purpose.
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-    # `${trainer.default_root_dir}` in a file means the key of the current stage, such as `fit.trainer.default_root_dir`.
+    # `${trainer.default_root_dir}` in a file means the key of the stage, such as `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(

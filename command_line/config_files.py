@@ -1,4 +1,4 @@
-"""Configuration files as a user gives them: checked before they are parsed, and accepted with options of older names."""
+"""Configuration files: checks before they are parsed, and older names of options."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training logic of the two models, and the frozen encoder of captions."""
+"""Training logic of the two models, the frozen caption encoder, and what their runs need of Lightning."""
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig

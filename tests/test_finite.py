@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.finite import FiniteCheck, broken_weight, check_finite, find_source, is_finite, not_finite, not_finite_error
+from llamagen.finite import (
+    FiniteCheck,
+    broken_weight,
+    check_finite,
+    find_source,
+    is_finite,
+    not_finite,
+    not_finite_error,
+)
 
 NAN, INF = float("nan"), float("inf")
 

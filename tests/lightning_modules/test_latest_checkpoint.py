@@ -142,7 +142,7 @@ def test_weights_alone_are_used_but_not_resumed_from(save: Callable[..., Path], 
     del content["optimizer_states"], content["loops"]
     torch.save(content, newer)
     assert last(folder, "validate") == str(newer)
-    with pytest.warns(UserWarning, match="holds weights alone"):
+    with pytest.warns(UserWarning, match="holds only weights"):
         assert last(folder) == str(whole)
 
 

@@ -193,7 +193,7 @@ def test_weights_alone_are_no_run_to_go_on_with(half: Path, tmp_path: Path, monk
     monkeypatch.setattr(ShardedStrategy, "lightning_module", module)
     monkeypatch.setattr(ShardedStrategy, "optimizers", [torch.optim.AdamW(module.parameters())])
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(ValueError, match="holds weights alone; begin a new run"):
+    with pytest.raises(ValueError, match="holds only weights; start a new run"):
         strategy.load_checkpoint(tmp_path / "weights.ckpt")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     monkeypatch.setattr(ShardedStrategy, "optimizers", [])
