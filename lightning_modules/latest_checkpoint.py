@@ -117,9 +117,7 @@ def _candidates(folders: Iterable[Path]) -> list[Path]:
     for number, folder in enumerate(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             replaced = REPLACED.fullmatch(path.name)
-            if number == 0 and not path.name.startswith(
-                "hpc_ckpt_"
-            ):  # directly in the run's folder: only those of SLURM requeues
+            if number == 0 and not path.name.startswith("hpc_ckpt_"):  # in the run's own folder: only SLURM's
                 continue
             if replaced:  # its process was killed between two renames
                 if not (folder / replaced[1]).exists() and path.is_dir():

@@ -177,7 +177,7 @@ def test_the_discriminator_can_be_left_to_the_default(pipeline: Pipeline) -> Non
         ({"perceptual_weight": float("nan")}, "perceptual_weight is nan; it must be at least 0"),
     ],
 )
-def test_a_loss_without_a_meaning_is_refused(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_invalid_loss_settings(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         VQGANLossConfig(**options)
     assert str(error.value) == phrase
