@@ -95,19 +95,19 @@ class ARGenModule(SamplingModule):
         )
         self.nats_by_position: dict[str, Tensor] = {}
         with option_named("init_from"):
-            self._start = read_weights(init_from, init_averaged) if init_from is not None else None
+            self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
-        if self._text is not None and self._start is not None and self._start.captions:
-            self._text.check_encoder(self._start.captions, self._start.source)
-        self._load_start()  # a model on the meta device only has its shapes checked here
-        if self._start is None and init_adapt:
+        if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
+            self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
+        self._load_initial_weights()  # a model on the meta device only has its shapes checked here
+        if self._initial_weights is None and init_adapt:
             raise ValueError(f"init_adapt is {list(init_adapt)}, but init_from is not given; give the initial weights")
 
-    def _load_start(self) -> None:
-        if self._start is not None:
+    def _load_initial_weights(self) -> None:
+        if self._initial_weights is not None:
             with option_named("init_from"):
-                state = adapt_to(self.gpt, self._start, self._init_adapt)
-                load_weights(self.gpt, state, self._start.source)
+                state = adapt_to(self.gpt, self._initial_weights, self._init_adapt)
+                load_weights(self.gpt, state, self._initial_weights.source)
 
     def configure_model(self) -> None:
         """Compile the blocks, and shard the parameters if the strategy is ``ModelParallelStrategy`` (FSDP2).
@@ -139,11 +139,11 @@ class ARGenModule(SamplingModule):
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(self._generator_state)
                 self.gpt.reset_parameters()
-            self._load_start()
+            self._load_initial_weights()
         if self.device_mesh is not None:
             for buffer in self.gpt.buffers():  # not sharded; initialised at random on each rank
                 buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))
-        self._start = None
+        self._initial_weights = None
 
     @property
     def generator(self) -> GPT:

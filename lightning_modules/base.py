@@ -46,7 +46,7 @@ class GenerativeModule(pl.LightningModule):
     """Base of :class:`VQGANModule` and :class:`ARGenModule`.
 
     Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank. So a
-    resumed run equals an uninterrupted one, whatever random numbers validation or a callback used in between. The seed
+    resumed run equals an uninterrupted one, even if validation or a callback used random numbers in between. The seed
     is that of ``seed_everything`` and is saved in the checkpoint.
 
     The x axis of all logged metrics is the number of batches that a rank has seen.
@@ -120,8 +120,8 @@ class GenerativeModule(pl.LightningModule):
         batches, wanted = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         if batches < wanted:
             rank_zero_warn(
-                f"accumulate_grad_batches is {wanted}, but an epoch has {batches} batches, and Lightning steps at its "
-                f"end in any case: the gradient is {batches}/{wanted} of the mean; set it to at most {batches}"
+                f"accumulate_grad_batches is {wanted}, but an epoch has {batches} batches, and Lightning takes a step "
+                f"at its end anyway: the gradient is {batches}/{wanted} of the mean; set it to at most {batches}"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -321,9 +321,9 @@ class GenerativeModule(pl.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.state.fn != "fit" or "loops" not in checkpoint or not hasattr(datamodule, "batches_done"):
             return
-        done, whole = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
+        done, total = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if 0 < done < whole and not progress["is_last_batch"]:
+        if 0 < done < total and not progress["is_last_batch"]:
             shift = (
                 done - progress["current"]["ready"]
             )  # added to all: Lightning relies on the differences between them

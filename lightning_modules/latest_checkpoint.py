@@ -41,7 +41,7 @@ class Progress(NamedTuple):
 def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
     """The checkpoint to load for a ``--ckpt_path``, after a comparison with its checksums.
 
-    ``last`` is the newest complete checkpoint in the folders of the run's callbacks, whatever its name. Checkpoints are
+    ``last`` is the newest complete checkpoint in the folders of the run's callbacks, with any name. Checkpoints are
     ordered by training progress, not by file time. Unreadable ones are skipped with a warning.
 
     Args:

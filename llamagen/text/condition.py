@@ -100,7 +100,7 @@ class TextCondition:
         """Check that a dataset of codes has captions or features that match the model.
 
         Loads the encoder if there are only captions. From here on ``metadata["cleaned"]`` describes this dataset,
-        whatever the initial weights were trained on.
+        not that of the initial weights.
 
         Args:
             meta: the dataset's ``meta.json``.

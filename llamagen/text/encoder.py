@@ -117,7 +117,7 @@ class CaptionEncoder(nn.Module):
         return cast(torch.dtype, self.model.shared.weight.dtype)
 
     def train(self, mode: bool = True) -> "CaptionEncoder":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, also as part of a module in training mode."""
         return super().train(False)
 
     @torch.no_grad()

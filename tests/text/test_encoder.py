@@ -177,9 +177,7 @@ def test_bfloat16_is_the_default_for_all_weights_and_near_float32(folder: Path, 
 
 
 def test_the_config_rejects_float16() -> None:
-    with pytest.raises(
-        ValueError, match=r"dtype 'float16' .*bfloat16, float32; T5 overflows in float16"
-    ):
+    with pytest.raises(ValueError, match=r"dtype 'float16' .*bfloat16, float32; T5 overflows in float16"):
         TextEncoderConfig(dtype="float16")  # type: ignore[arg-type]
     assert TextEncoderConfig(dtype="float32").dtype == "float32"
 
