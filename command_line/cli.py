@@ -13,18 +13,11 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+import datamodules
 from callbacks import StopOnSignal
-from command_line.config_files import check_config_files, with_renamed_options
+from command_line.config_files import check_config_files, with_current_names
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_folders
-from datamodules import (
-    CaptionDataModule,
-    CodeDataModule,
-    DigitsDataModule,
-    ImageDataModule,
-    PromptDataModule,
-    SampleDataModule,
-)
 from lightning_modules import (
     ARGenModule,
     CheckpointFiles,
@@ -36,14 +29,7 @@ from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
 
-DATA_MODULES = (
-    CaptionDataModule,
-    CodeDataModule,
-    DigitsDataModule,
-    ImageDataModule,
-    PromptDataModule,
-    SampleDataModule,
-)
+DATA_MODULES = tuple(getattr(datamodules, name) for name in datamodules.__all__)
 """Imported so that the command line finds them by their short names."""
 
 PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -51,10 +37,10 @@ SHARDED = "lightning_modules.ShardedStrategy"
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors. Configuration files may use older names of options."""
+    """Lightning's parser with one-line errors. Configuration files may use older names."""
 
     def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        return super()._load_config_parser_mode(with_renamed_options(content, str(path)), path, *args, **kwargs)
+        return super()._load_config_parser_mode(with_current_names(content, str(path)), path, *args, **kwargs)
 
 
 class LlamaGenCLI(LightningCLI):

@@ -1,4 +1,4 @@
-"""Configuration files: checks before they are parsed, and older names of options."""
+"""Configuration files: checks before they are parsed, and older names of options and classes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from llamagen.parser_errors import RENAMED_OPTIONS
+from llamagen.parser_errors import RENAMED_CLASSES, RENAMED_OPTIONS
 
 
 def check_config_files(args: list[str] | dict[str, Any]) -> None:
@@ -31,8 +31,8 @@ def check_config_files(args: list[str] | dict[str, Any]) -> None:
                 raise ValueError(f"--config {name} cannot be read as YAML ({problem}); give a configuration file")
 
 
-def with_renamed_options(content: str, path: str) -> str:
-    """The content of a configuration file with current names of options; warns if some were older.
+def with_current_names(content: str, path: str) -> str:
+    """The content of a configuration file with current names of options and classes; warns if some were older.
 
     Args:
         content: YAML.
@@ -44,7 +44,7 @@ def with_renamed_options(content: str, path: str) -> str:
     if not found:
         return content
     pairs = ", ".join(f"{old} is now {new}" for old, new in found.items())
-    rank_zero_warn(f"{path or 'the configuration'} uses older names of options ({pairs}); rename them there")
+    rank_zero_warn(f"{path or 'the configuration'} uses older names ({pairs}); rename them there")
     return yaml.safe_dump(renamed, sort_keys=False, allow_unicode=True)
 
 
@@ -53,6 +53,14 @@ def _renamed(value: Any, found: dict[str, str]) -> Any:
         return [_renamed(each, found) for each in value]
     if not isinstance(value, dict):
         return value
-    old = {key: RENAMED_OPTIONS[key] for key in value if key in RENAMED_OPTIONS}
-    found |= old
-    return {old.get(key, key): _renamed(each, found) for key, each in value.items()}
+    result = {}
+    for key, each in value.items():
+        if key in RENAMED_OPTIONS:
+            found[key] = key = RENAMED_OPTIONS[key]
+        if key == "class_path" and isinstance(each, str):
+            package, dot, name = each.rpartition(".")
+            if name in RENAMED_CLASSES:
+                found[name] = RENAMED_CLASSES[name]
+                each = f"{package}{dot}{RENAMED_CLASSES[name]}"
+        result[key] = _renamed(each, found)
+    return result

@@ -21,7 +21,7 @@ from llamagen.finite import find_source, not_finite_error
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 
-_WITHOUT_MEMORY: ContextVar[bool] = ContextVar("on meta device", default=False)
+_ON_META_DEVICE: ContextVar[bool] = ContextVar("on meta device", default=False)
 
 
 @contextmanager
@@ -30,16 +30,16 @@ def models_on_meta_device() -> Iterator[None]:
 
     ``configure_model`` allocates and initialises them. Everything else in a module is built as usual.
     """
-    token = _WITHOUT_MEMORY.set(True)
+    token = _ON_META_DEVICE.set(True)
     try:
         yield
     finally:
-        _WITHOUT_MEMORY.reset(token)
+        _ON_META_DEVICE.reset(token)
 
 
 def model_device() -> AbstractContextManager[Any]:
     """Context in which a module builds a shardable model, see :func:`models_on_meta_device`."""
-    return torch.device("meta") if _WITHOUT_MEMORY.get() else nullcontext()
+    return torch.device("meta") if _ON_META_DEVICE.get() else nullcontext()
 
 
 class GenerativeModule(pl.LightningModule):
@@ -324,9 +324,8 @@ class GenerativeModule(pl.LightningModule):
         done, total = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if 0 < done < total and not progress["is_last_batch"]:
-            shift = (
-                done - progress["current"]["ready"]
-            )  # added to all: Lightning relies on the differences between them
+            # Added to all counters: Lightning relies on the differences between them.
+            shift = done - progress["current"]["ready"]
             for state in progress["current"]:
                 progress["current"][state] += shift
 

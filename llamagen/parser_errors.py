@@ -34,6 +34,9 @@ PHRASES = (
 RENAMED_OPTIONS = {"picture_size": "image_size"}
 """Older names of options. Configuration files may use them; arguments are rejected with the current name."""
 
+RENAMED_CLASSES: dict[str, str] = {}
+"""Older names of classes, without their packages, which configuration files may use."""
+
 
 def one_line(message: str) -> str:
     """A message of jsonargparse in one line: the full name of the option, then the problem."""

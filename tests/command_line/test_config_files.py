@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import main
-from command_line.config_files import with_renamed_options
+from command_line.config_files import RENAMED_CLASSES, with_current_names
 from tests.pipeline import Pipeline
 
 
@@ -23,7 +23,7 @@ def old_configuration(pipeline: Pipeline, path: Path) -> Path:
 def test_a_run_starts_from_a_saved_configuration_with_older_names(pipeline: Pipeline, tmp_path: Path) -> None:
     config = old_configuration(pipeline, tmp_path / "old.yaml")
     run = ["--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    with pytest.warns(UserWarning, match=r"old\.yaml uses older names of options \(picture_size is now image_size\)"):
+    with pytest.warns(UserWarning, match=r"old\.yaml uses older names \(picture_size is now image_size\)"):
         cli = main.main(["fit", "--config", str(config), *run])
     assert cli.model.image_size == 8
     saved = yaml.safe_load((tmp_path / "run/fit.yaml").read_text())["model"]["init_args"]
@@ -46,7 +46,16 @@ def test_an_argument_with_an_older_name_is_rejected_with_the_current_one(
 def test_options_in_lists_are_renamed_and_other_content_is_kept() -> None:
     old = "trainer:\n  callbacks:\n  - class_path: FIDMonitor\n    init_args: {count: 5, picture_size: 256}\n"
     with pytest.warns(UserWarning, match="the configuration uses older names"):
-        renamed = yaml.safe_load(with_renamed_options(old, ""))
+        renamed = yaml.safe_load(with_current_names(old, ""))
     assert renamed["trainer"]["callbacks"][0]["init_args"] == {"count": 5, "image_size": 256}
     current = "# kept as it is\ndata: {init_args: {image_size: 256}}\n"
-    assert with_renamed_options(current, "") == current
+    assert with_current_names(current, "") == current
+
+
+def test_classes_are_renamed_with_and_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED_CLASSES, "OldName", "NewName")
+    old = "data:\n  class_path: datamodules.OldName\nmodel:\n- class_path: OldName\n- class_path: Another\n"
+    with pytest.warns(UserWarning, match=r"old\.yaml uses older names \(OldName is now NewName\); rename them there"):
+        renamed = yaml.safe_load(with_current_names(old, "old.yaml"))
+    assert renamed["data"] == {"class_path": "datamodules.NewName"}
+    assert renamed["model"] == [{"class_path": "NewName"}, {"class_path": "Another"}]
