@@ -222,7 +222,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
 @pytest.mark.parametrize(
     ("net", "features", "options", "phrases"),
     [
-        ({"caption_dim": 16}, {}, {}, ("width 32", "caption_dim 16; set them")),
+        ({"caption_dim": 16}, {}, {}, ("width 32", "caption_dim 16; set both")),
         ({"caption_length": 7}, {}, {}, ("up to 8 tokens", "caption_length is 7")),
         ({}, {"width": 0}, {}, ("features in meta.json", "extract them again")),
         ({}, {"dtype": "int8"}, {}, ("features in meta.json", "extract them again")),
