@@ -1,8 +1,9 @@
-"""What int8 weights change: logits and loss of a trained GPT on validation codes, beside bfloat16.
+"""How int8 weights change the logits and the loss of a trained GPT on validation codes, compared with bfloat16.
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 
-Prints a table, then a line of JSON. ``drawn`` is the share of codes that would be drawn alike with the same noise.
+Prints a table, then a line of JSON. ``drawn alike`` is the share of positions at which the same noise would sample the
+same code.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from datamodules import CodeDataModule
 from llamagen.checkpoints.contents import build_model
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 from llamagen.sampling.decode_weights import DecodeWeights
 
 
 @torch.no_grad()
 def rounded(gpt: GPT) -> GPT:
-    """The model with its matrices rounded to what int8 keeps of them."""
+    """A copy of the model with its matrices rounded to int8 and back."""
     gpt = copy.deepcopy(gpt)
     weights = DecodeWeights.from_gpt(gpt, torch.float32, int8=True)
     for block, layer in zip(gpt.layers, weights.layers, strict=True):
@@ -40,7 +41,7 @@ def rounded(gpt: GPT) -> GPT:
 
 @torch.no_grad()
 def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over all codes."""
+    """Differences between two models, as means over all codes."""
     sums = dict.fromkeys(("logit change", "KL divergence", "loss", "drawn alike"), 0.0)
     spread, count = 0.0, 0
     counters = code_counters(gpt.config.vocab_size)
@@ -49,7 +50,7 @@ def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, fl
         true = gpt(codes[:, :-1], batch["condition"]).flatten(0, 1)
         found = other(codes[:, :-1], batch["condition"]).flatten(0, 1).float()
         noise = gumbel(seed_tensor(0), torch.arange(len(true)), torch.tensor(number), counters)
-        one, two = (draw(logits, SamplingConfig(), noise) for logits in (true, found))
+        one, two = (sample_codes(logits, SamplingConfig(), noise) for logits in (true, found))
         sums["logit change"] += float((found - true).square().mean(1).sqrt().sum())
         kl = F.kl_div(found.log_softmax(-1), true.log_softmax(-1), log_target=True, reduction="sum")
         sums["KL divergence"] += float(kl)

@@ -6,22 +6,19 @@ were averaged, the names of the averaged parameters in the order of the optimize
 state.
 """
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from llamagen.checkpoints.adaptation import FUNCTION
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
-    differences,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
@@ -30,7 +27,9 @@ from llamagen.checkpoints.weights import (
     strip_prefix,
 )
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.quantizer import build_quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.state_dicts import differences, tensors_checksum
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
@@ -93,11 +92,15 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
             f"a {wanted} run"
         )
-    here = asdict(model.config)
+    expected = asdict(model.config)
     for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
-        there = entry["config"].get(name, here[name])
-        if there != here[name]:
-            raise ValueError(f"the checkpoint's {name} is {there}, but here it is {here[name]}; set {name} to {there}")
+        loaded = entry["config"].get(name, expected[name])
+        if loaded != expected[name]:
+            raise ValueError(
+                f"the checkpoint's {name} is {loaded}, but the model's is {expected[name]}; set {name} to {loaded}"
+            )
+    if isinstance(model, VQGAN):
+        check_quantizer(entry["config"], model, "the checkpoint")
     if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
         return
     differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
@@ -106,6 +109,25 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
         )
     refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+
+
+def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str) -> None:
+    """Check that weights belong to a tokenizer with the same quantiser, which may leave no trace in their shapes.
+
+    Args:
+        config: configuration from a file; None if it has none.
+        model: where the weights are to be loaded.
+        source: name of the weights for the message.
+
+    Raises:
+        ValueError: in one line, if the quantiser or one of its arguments differs.
+    """
+    loaded, expected = (config or {}).get("quantizer"), model.config.quantizer
+    if config is not None and loaded != expected:
+        raise ValueError(
+            f"{source} has the quantizer {loaded or 'by default'}, but the model has {expected or 'the default one'}; "
+            f"set net.quantizer to {loaded or 'null'}"
+        )
 
 
 def build_model(weights: Weights) -> GPT | VQGAN:
@@ -124,6 +146,10 @@ def build_model(weights: Weights) -> GPT | VQGAN:
     with torch.device("meta"):
         model = _empty_model(weights)
     model = model.to_empty(device="cpu")
+    if isinstance(model, VQGAN) and model.config.quantizer is not None:
+        # footgun: buffers that are not in the state dict lost their values on the meta device.
+        with torch.random.fork_rng(devices=[]):
+            model.quantize = build_quantizer(model.config.quantizer)
     load_weights(model, weights.state, weights.source)
     return model.eval().requires_grad_(False)
 
@@ -161,18 +187,9 @@ def load_vqgan(path: str | Path) -> VQGAN:
     return model
 
 
-@torch.inference_mode(False)  # in which spread tensors cannot be put together
-@torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
+    """SHA-256 over names and values of all parameters; equal weights give equal checksums in any file format.
 
-    Where parameters are spread over ranks, all of them must ask; a tensor at a time is put together.
+    If parameters are sharded over ranks, all ranks must call this.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        digest.update(name.encode())
-        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_checksum(dict(model.named_parameters()))

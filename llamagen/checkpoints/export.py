@@ -3,12 +3,14 @@
 CHECKPOINT is any file that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
 format:
 
-- ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are.
+- ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are. For a tokenizer with a
+  quantiser of its own also architecture and configuration, under ``llamagen``.
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +58,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
         with atomic_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
             if out.suffix == ".pt":
                 with temporary.open("wb") as file:  # whose errors say why nothing can be written
-                    torch.save({"model": state}, file)
+                    torch.save({"model": state} | _entry_of_quantizer(model), file)
             else:
                 save_file(state, temporary, _metadata(model, weights))
     except DiskFullError:
@@ -66,6 +68,13 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
         raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
+
+
+def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
+    """The configuration of a tokenizer that its shapes do not tell, for a ``.pt`` file."""
+    if not isinstance(model, VQGAN) or model.config.quantizer is None:
+        return {}
+    return {ENTRY: describe(model, prefix="")}
 
 
 def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:

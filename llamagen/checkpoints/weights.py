@@ -6,7 +6,7 @@ Read are published ``.pt`` files and training checkpoints, training checkpoints 
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from llamagen.checkpoints.sharded import META_FILE, is_sharded_checkpoint, not_m
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.finite import is_finite
 from llamagen.models.vqgan import VQGANConfig
+from llamagen.state_dicts import differences, listed
 
 ENTRY = "llamagen"
 EMA_STATE = "ema"
@@ -26,7 +27,6 @@ PARALLEL, COMPILED = "module.", "_orig_mod."
 DERIVED = "freqs_cis"
 """The rotary table, which some published files store."""
 ZIP = b"PK\x03\x04"
-MAX_LISTED = 20
 
 
 class Weights(NamedTuple):
@@ -75,7 +75,8 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name; give a file of weights")
-    if isinstance(content.get(ENTRY), dict):
+    exported = content[ENTRY] if "model" in content and isinstance(content.get(ENTRY), dict) else {}
+    if isinstance(content.get(ENTRY), dict) and not exported:
         return _of_our_run(path, content, averaged)
     layout = next((key for key in LAYOUTS if isinstance(content.get(key), dict)), None)
     with_averages = isinstance(content.get("ema"), dict) and bool(content["ema"])
@@ -86,14 +87,14 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     elif any(isinstance(value, Tensor) for value in content.values()):
         state = content
     else:
-        found = _listed(str(key) for key in content) or "nothing"
+        found = listed(str(key) for key in content) or "nothing"
         raise ValueError(f"{path} holds no weights under {', '.join(LAYOUTS)}, but {found}; give another file")
     discriminator = content.get("discriminator") if state is not content else None
     return Weights(
         _entries(state, path),
         _entries(discriminator, path) if discriminator not in (None, {}) else None,
-        config=None,
-        architecture=None,
+        config=exported.get("config"),
+        architecture=exported.get("architecture"),
         source=_source(path, averaged, with_averages),
         averaged=averaged and with_averages,
     )
@@ -213,46 +214,12 @@ def _entries(state: Any, path: Path) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if name != DERIVED}
     junk = [name for name, value in state.items() if not _is_dense(value)]
     if junk:
-        raise ValueError(f"{path} holds something else than dense tensors among its weights: {_listed(junk)}")
+        raise ValueError(f"{path} holds something else than dense tensors among its weights: {listed(junk)}")
     return {name: value.detach() for name, value in state.items()}
 
 
 def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
-def differences(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
-    """How the entries of a file differ in name or shape from those of a model.
-
-    Args:
-        there: entries of the file.
-        here: entries of the model.
-
-    Returns:
-        Missing, unexpected and wrongly shaped entries in one line, at most 20 of each, and those that hold no real
-        floating-point numbers; empty if there are none.
-    """
-    parts = {
-        "missing": [name for name in here if name not in there],
-        "unexpected": [name for name in there if name not in here],
-        "no real floating-point numbers": [
-            f"{name} ({str(there[name].dtype).removeprefix('torch.')})"
-            for name, value in here.items()
-            if name in there and value.is_floating_point() and not there[name].is_floating_point()
-        ],
-        "of another shape": [
-            f"{name} is {tuple(there[name].shape)} there and {tuple(value.shape)} here"
-            for name, value in here.items()
-            if name in there and there[name].shape != value.shape
-        ],
-    }
-    return "; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -291,7 +258,7 @@ def refuse_not_finite(state: Mapping[str, Tensor], here: Mapping[str, Tensor], s
         dtype = str(here[broken[0]].dtype).removeprefix("torch.")
         raise ValueError(
             f"{source}: {'weights are' if len(broken) > 1 else 'a weight is'} not finite in {dtype} (NaN or infinity): "
-            f"{_listed(broken)}; the run that wrote them diverged or the file is damaged, give an earlier checkpoint "
+            f"{listed(broken)}; the run that wrote them diverged or the file is damaged, give an earlier checkpoint "
             "or another file"
         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.finite import check_finite
+from llamagen.state_dicts import tensors_checksum
 from llamagen.text.pretrained import PretrainedKind, load_pretrained, replace_surrogates, tokenize, truncate
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ class CaptionEncoder(nn.Module):
             and ``tokenizer``.
         """
         if not self._checksums:  # computed once: hashing gigabytes takes seconds
-            self._checksums = {"weights": _weights_checksum(self.model), "tokenizer": self._tokenizer_checksum()}
+            # Rounded to bfloat16, so that the checksum does not depend on the dtype in which the weights were loaded.
+            weights = tensors_checksum(dict(self.model.named_parameters()), torch.bfloat16)
+            self._checksums = {"weights": weights, "tokenizer": self._tokenizer_checksum()}
         return {
             "encoder": self.name,
             "width": self.width,
@@ -249,13 +252,3 @@ def _texts(captions: Sequence[str]) -> list[str]:
         if not isinstance(caption, str):
             raise ValueError(f"caption {place} must be a text, not {caption!r:.40}")
     return [replace_surrogates(caption) for caption in captions]
-
-
-def _weights_checksum(model: nn.Module) -> str:
-    """SHA-256 of names and values of parameters, rounded to bfloat16: the same for each ``dtype``."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -36,7 +36,7 @@ def test_every_published_model_loads_strictly_from_its_file(name: str, tmp_path:
     with torch.device("meta"):  # all that differs would be found here, too
         module = ARGenModule(GPTConfig(**GPT_SIZES[name]), init_from=path)
     weights = read_weights(path)
-    for changed in ("missing", "unexpected", "of another shape"):
+    for changed in ("missing", "unexpected", "shape mismatch"):
         state: dict[str, Tensor] = dict(weights.state)
         last = list(state)[-1]
         if changed == "unexpected":

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from llamagen.checkpoints.contents import build_model, check_fits, describe, load_vqgan
 from llamagen.checkpoints.weights import (
-    MAX_LISTED,
     Weights,
     averaged_weights,
     infer_vqgan_config,
@@ -265,17 +264,9 @@ def test_all_that_differs_is_listed_and_nothing_is_changed(state: State) -> None
         load_weights(model, wrong, "vq.pt, raw weights")
     assert str(error.value) == (
         "vq.pt, raw weights: they do not fit this VQGAN; missing: quantize.codebook_used, quant_conv.bias; "
-        "unexpected: layers.0.freqs_cis, head; of another shape: decoder.conv_out.bias is (5,) there and (3,) here"
+        "unexpected: layers.0.freqs_cis, head; shape mismatch: decoder.conv_out.bias is (5,), expected (3,)"
     )
     assert_same(model.state_dict(), before)
-
-
-def test_a_long_list_is_cut(state: State) -> None:
-    with pytest.raises(ValueError) as error:
-        load_weights(small_vqgan(), {}, "vq.pt")
-    names = list(state)
-    assert f"missing: {', '.join(names[:MAX_LISTED])} and {len(names) - MAX_LISTED} more" in str(error.value)
-    assert names[MAX_LISTED] not in str(error.value)
 
 
 def test_a_model_keeps_its_dtype(state: State) -> None:
@@ -385,7 +376,7 @@ def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> 
     other = small_gpt(**option)
     checkpoint = {"llamagen": describe(other, "gpt."), "state_dict": prefixed(other.state_dict(), "gpt.")}
     ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but here it is .*; set {name} to"):
+    with pytest.raises(ValueError, match=f"the checkpoint's {name} is {value}, but the model's is .*; set {name} to"):
         check_fits(checkpoint, small_gpt())
     check_fits(checkpoint, other)
 
@@ -393,7 +384,7 @@ def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state: State) -> None:
     name = "encoder.conv_in.weight"
-    with pytest.raises(ValueError, match=f"no real floating-point numbers: {name} .{str(dtype)[6:]}"):
+    with pytest.raises(ValueError, match=f"not floating-point: {name} .{str(dtype)[6:]}"):
         load_weights(small_vqgan(), {**state, name: state[name].to(dtype)}, "these")
 
 

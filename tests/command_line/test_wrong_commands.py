@@ -123,7 +123,7 @@ PREDICT_ARGEN = {
 VALIDATE_TOKENIZER = {
     "--ckpt_path=null": "validate needs a trained model",
     f"{DATA}.root={{tmp}}/nowhere": "nowhere",
-    f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4) there and (64, 4) here",
+    f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4), expected (64, 4)",
     "--trainer.limit_val_batches=-1": "limit_val_batches",
     "--data=CaptionDataModule --data.root={tmp}/nowhere": "CaptionDataModule is for predict",
 }

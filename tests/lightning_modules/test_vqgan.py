@@ -71,7 +71,7 @@ def test_one_optimizer_trains_like_two(pipeline: Pipeline, tmp_path: Path) -> No
     reference.train()
     for images in batches:
         output = reference.vqgan(images)
-        entries, latent = output.encoding.entries, output.encoding.latent
+        entries, latent = reference.vqgan.quantize.lookup(output.encoding.codes), output.encoding.latent
         loss = F.mse_loss(output.reconstruction, images) + codebook_loss(entries, latent)
         loss = loss + 0.25 * commitment_loss(entries, latent)
         loss = loss + 0.5 * hinge_generator_loss(reference.discriminator(output.reconstruction))

@@ -137,7 +137,9 @@ class PoisonedValidation(Poison):
 def test_weights_whose_validation_is_not_a_number_do_not_replace_the_last_good_checkpoint(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    with pytest.raises(FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; resume from"):
+    with pytest.raises(
+        FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; resume from"
+    ):
         train(vqgan_module(), pipeline, tmp_path, PoisonedValidation(), max_steps=9, val_check_interval=3)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 

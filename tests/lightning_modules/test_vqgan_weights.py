@@ -12,7 +12,7 @@ import main
 from lightning_modules import VQGANModule
 from llamagen.checkpoints.export import export
 from llamagen.models.discriminator import PatchGAN, StyleGAN
-from llamagen.models.lpips import VGG16_ADDRESS, VGG16_FILE
+from llamagen.models.lpips import VGG16
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.golden import fill
 from tests.lightning_modules.runs import State, datamodule_for, evaluator, train, vqgan_module
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_trained(weights: State, tmp_
     assert "\n" not in message
     assert "missing: decoder.conv_out.bias" in message
     assert "unexpected: extra" in message
-    assert "encoder.conv_in.weight is (1, 2) there and (32, 3, 3, 3) here" in message
+    assert "encoder.conv_in.weight is (1, 2), expected (32, 3, 3, 3)" in message
 
 
 def test_a_discriminator_of_another_shape_is_refused_where_it_is_trained(
@@ -91,7 +91,7 @@ def test_a_discriminator_of_another_shape_is_refused_where_it_is_trained(
     module = vqgan_module(options={"init_from": tmp_path / "vq.pt"})
     evaluator(limit_val_batches=1).validate(module, datamodule_for(module, pipeline), verbose=False)
     assert_holds(module.vqgan, weights)
-    with pytest.raises(ValueError, match=r"the discriminator of .*of another shape: main\.0\.weight is"):
+    with pytest.raises(ValueError, match=r"the discriminator of .*shape mismatch: main\.0\.weight is"):
         train(module, pipeline, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +115,7 @@ def test_the_discriminator_does_not_matter_outside_of_training(case: str, pipeli
 @pytest.mark.parametrize("case", ["another discriminator", "no discriminator"])
 def test_training_does_not_go_on_with_another_discriminator(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     options, loss = OTHER_LOSSES[case]
-    with pytest.raises(ValueError, match=r"the checkpoint.s discriminator is another one: .*start anew with") as error:
+    with pytest.raises(ValueError, match=r"the checkpoint has another discriminator: .*start a new run with") as error:
         train(vqgan_module(options=options, **loss), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
     assert "\n" not in str(error.value)
 
@@ -173,7 +173,7 @@ def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_t
     arguments = pipeline.tokenizer_arguments(tmp_path / "run")
     with pytest.raises(ValueError) as error:
         main.main(["fit", *arguments, "--model.init_args.loss.perceptual_weight=1"])
-    for part in (VGG16_FILE, VGG16_ADDRESS, "model.init_args.lpips_weights", str(tmp_path / "cache")):
+    for part in (VGG16.name, VGG16.address, "model.init_args.lpips_weights", str(tmp_path / "cache")):
         assert part in str(error.value)
     assert not (tmp_path / "run").exists()
     with pytest.raises((ValueError, SystemExit)) as error:

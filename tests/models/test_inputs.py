@@ -61,8 +61,8 @@ def test_what_are_no_codes_is_refused(vqgan: VQGAN) -> None:
     high = SMALL_VQGAN.codebook_size
     refused(vqgan.decode_codes, np.full((1, 2, 2), high, np.uint16), f"{high} … {high}", f"0 to {high - 1}")
     refused(vqgan.decode_codes, torch.full((1, 2, 2), -1), "-1 … -1")
-    refused(vqgan.decode_codes, torch.zeros(1, 2, 2), "whole numbers", "float32")
-    refused(vqgan.decode_codes, torch.zeros(1, 2, 2, dtype=torch.bool), "whole numbers", "bool")
+    refused(vqgan.decode_codes, torch.zeros(1, 2, 2), "integers", "float32")
+    refused(vqgan.decode_codes, torch.zeros(1, 2, 2, dtype=torch.bool), "integers", "bool")
     refused(vqgan.decode_codes, torch.zeros(2, 16, dtype=torch.int64), "(2, 16)", "reshape(-1, 4, 4)")
     refused(vqgan.decode_codes, [[1, 2], [3]], "one shape")
     refused(vqgan.decode_codes, [torch.zeros(2, 2), torch.zeros(4, 4)], "(2, 2) and (4, 4)")
@@ -94,7 +94,7 @@ def test_levels_and_other_floats_are_encoded_as_the_same_image(vqgan: VQGAN) -> 
 
 
 def test_what_are_no_images_is_refused(vqgan: VQGAN) -> None:
-    refused(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "these are 0 to 255", "images / 127.5 - 1")
+    refused(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "not 0 to 255", "images / 127.5 - 1")
     refused(vqgan.encode, torch.from_numpy(LEVELS).permute(2, 0, 1)[None].long(), "int64", "uint8")
     refused(vqgan.encode, LEVELS > 3, "bool")
     refused(vqgan.encode, LEVELS[:, :, 0], "(16, 16)", "grey images")
@@ -118,9 +118,9 @@ def test_tokens_and_labels_out_of_range_are_refused(gpt: GPT) -> None:
     codes, labels = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     refused(lambda given: gpt(given, labels), codes + 64, "tokens 64 … 64 are out of range", "0 to 63")
     refused(lambda given: gpt(given, labels), codes - 1, "tokens -1 … -1")
-    refused(lambda given: gpt(given, labels), codes.float(), "tokens must be whole numbers, not float32")
+    refused(lambda given: gpt(given, labels), codes.float(), "tokens must be integers, not float32")
     refused(lambda given: gpt(codes, given), labels + 5, "class labels 5 … 5", "0 to 4")
-    refused(lambda given: gpt(codes, given), labels.float(), "class labels must be whole numbers, not float32")
+    refused(lambda given: gpt(codes, given), labels.float(), "class labels must be integers, not float32")
 
 
 def test_values_are_not_looked_at_in_compiled_graphs(vqgan: VQGAN, gpt: GPT) -> None:

@@ -117,7 +117,7 @@ def test_a_full_cache_refuses_one_more_position() -> None:
     cache = KVCache.allocate(CLASS_GPT, 1)
     cache.advance(15)
     cache.layer(0).append(torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
-    with pytest.raises(ValueError, match="holds 16 positions and cannot take position 17"):
+    with pytest.raises(ValueError, match="holds 16 tokens and has no room for token 17"):
         cache.layer(0).append(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
 
 

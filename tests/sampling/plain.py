@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 
 SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,5 +47,5 @@ def plain_loop(
         other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
         logits = scale * logits + (1 - scale) * other
         noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), code_counters(gpt.config.vocab_size))
-        codes = torch.cat([codes, draw(logits, config, noise)[:, None]], dim=1)
+        codes = torch.cat([codes, sample_codes(logits, config, noise)[:, None]], dim=1)
     return codes

@@ -57,8 +57,8 @@ def test_no_labels_give_no_codes(of_classes: GPT, of_text: GPT) -> None:
 
 
 def test_what_are_no_labels_is_refused(of_classes: GPT) -> None:
-    refused("class 4 was asked for", generate, of_classes, [0, 4])
-    refused("class -1 was asked for", generate, of_classes, [-1])
+    refused("class 4 was requested", generate, of_classes, [0, 4])
+    refused("class -1 was requested", generate, of_classes, [-1])
     refused("not torch.float64", generate, of_classes, [0.0])
     refused("not torch.bool", generate, of_classes, [True])
     refused("not caption features", generate, of_classes, torch.zeros(2, 5, 8))
@@ -86,14 +86,14 @@ def test_what_are_no_features_is_refused(of_text: GPT) -> None:
     refused("not (2, 5, 9)", generate, of_text, torch.zeros(2, 5, 9))
     refused("caption_lengths holds 0", generate, of_text, torch.zeros(2, 5, 8), caption_lengths=[0, 5])
     refused("it has shape (1,)", generate, of_text, torch.zeros(2, 5, 8), caption_lengths=[5])
-    refused("caption_lengths must be whole", generate, of_text, torch.zeros(1, 5, 8), caption_lengths=[1.0])
+    refused("caption_lengths must be integers", generate, of_text, torch.zeros(1, 5, 8), caption_lengths=[1.0])
 
 
 def test_seeds_are_any_whole_numbers(of_classes: GPT) -> None:
     for seed in (-1, 2**70, np.int64(3)):
         assert generate(of_classes, [0], seed=seed).shape == (1, 4)
     for other in (1.5, None, "1"):
-        refused("it must be a whole number", generate, of_classes, [0], seed=other)
+        refused("it must be an integer", generate, of_classes, [0], seed=other)
 
 
 def test_settings_may_be_a_mapping(of_classes: GPT) -> None:
@@ -109,7 +109,7 @@ def test_settings_may_be_a_mapping(of_classes: GPT) -> None:
 def test_indices_and_batch_sizes_are_whole_numbers(of_classes: GPT) -> None:
     expected = generate(of_classes, [0, 1], indices=torch.tensor([5, 6]))
     assert torch.equal(generate(of_classes, [0, 1], indices=[5, 6]), expected)
-    refused("indices must be whole numbers", generate, of_classes, [0, 1], indices=[5.0, 6.0])
+    refused("indices must be integers", generate, of_classes, [0, 1], indices=[5.0, 6.0])
     for size in (0, -1, 1.5, None, "8"):
         refused("batch_size is", Sampler, of_classes, size)
 
@@ -121,7 +121,7 @@ def test_a_sampler_of_images_takes_the_same(of_classes: GPT) -> None:
     assert images.numpy().shape[0] == 3
     assert sampler([])[1].shape == (0, 4)
     refused("indices must have shape (3,)", sampler, [0, 1, 2], indices=[1, 2])
-    refused("class 9 was asked for", sampler, [0, 1, 9])
+    refused("class 9 was requested", sampler, [0, 1, 9])
     refused("image_size is 1.5", ImageSampler, of_classes, VQGAN(SMALL_VQGAN), 2, image_size=1.5)
     larger = GPT(GPTConfig(**SHAPE, vocab_size=SMALL_VQGAN.codebook_size + 1, num_classes=4))  # type: ignore[arg-type]
     refused("the tokenizer has only", ImageSampler, larger, VQGAN(SMALL_VQGAN), 2)

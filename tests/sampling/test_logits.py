@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.sampling import SamplingConfig, code_counters, draw, filter_logits, guide, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, filter_logits, guide, gumbel, sample_codes, seed_tensor
 from tests.golden import golden, normal_input
 
 
@@ -26,7 +26,7 @@ def log_probabilities(*probabilities: float) -> Tensor:
 def frequencies(logits: Tensor, config: SamplingConfig, count: int = 20_000) -> Tensor:
     """How often each code of one row of logits (1, V) is drawn, (V,) int64."""
     rows = logits.expand(count, -1)
-    codes = draw(rows, config, noise_for(rows))
+    codes = sample_codes(rows, config, noise_for(rows))
     return torch.bincount(codes, minlength=logits.shape[-1])
 
 
@@ -75,7 +75,7 @@ def test_filtering_leaves_its_input_alone(top_k: int, top_p: float) -> None:
     logits = normal_input("filter/logits", (4, 50))
     before = logits.clone()
     filter_logits(logits, top_k, top_p)
-    draw(logits, SamplingConfig(0.7, top_k, top_p), noise_for(logits))
+    sample_codes(logits, SamplingConfig(0.7, top_k, top_p), noise_for(logits))
     assert torch.equal(logits, before)
 
 
@@ -102,7 +102,7 @@ def test_top_p_counts_the_probabilities_at_the_temperature() -> None:
 def test_a_row_has_its_own_noise_and_its_own_filter() -> None:
     logits = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, -inf], [-inf, 0.0, 0.0], [9.0, 0.0, 0.0]])
     noise = torch.tensor([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0], [9.0, 0.0, 1.0], [0.0, 20.0, 0.0]])
-    assert draw(logits, SamplingConfig(top_p=0.99), noise).tolist() == [0, 1, 2, 0]
+    assert sample_codes(logits, SamplingConfig(top_p=0.99), noise).tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_row_has_its_own_noise_and_its_own_filter() -> None:
 )
 def test_a_code_of_probability_zero_is_never_drawn(logits: list[float], possible: set[int]) -> None:
     rows = torch.tensor([logits]).expand(3000, -1)
-    codes = draw(rows, SamplingConfig(), noise_for(rows))
+    codes = sample_codes(rows, SamplingConfig(), noise_for(rows))
     assert codes.dtype == torch.int64
     assert set(codes.tolist()) == possible
 
@@ -125,7 +125,7 @@ def test_a_code_of_probability_zero_is_never_drawn(logits: list[float], possible
 def test_probabilities_of_a_millionth_are_drawn_as_often_as_they_should() -> None:
     # 16,383 codes of 1e-6 each beside one of almost all the rest: what a coarse uniform number would lose.
     rows = torch.cat([torch.zeros(1, 1), torch.full((1, 16_383), -13.8)], dim=1).expand(2000, -1)
-    share = (draw(rows, SamplingConfig(), noise_for(rows)) > 0).double().mean().item()
+    share = (sample_codes(rows, SamplingConfig(), noise_for(rows)) > 0).double().mean().item()
     expected = 1 - rows[0].double().softmax(-1)[0].item()
     assert share == pytest.approx(expected, abs=4 * (expected / 2000) ** 0.5)
 
@@ -150,7 +150,7 @@ def test_equally_likely_codes_stay_or_go_together(top_k: int, top_p: float) -> N
 @pytest.mark.parametrize("config", [SamplingConfig(0.0), SamplingConfig(0.0, 5, 0.5), SamplingConfig(3.0, top_k=1)])
 def test_temperature_zero_and_top_k_one_are_greedy(config: SamplingConfig) -> None:
     logits = normal_input("draw/greedy", (500, 40))
-    assert torch.equal(draw(logits, config, noise_for(logits)), logits.argmax(-1))
+    assert torch.equal(sample_codes(logits, config, noise_for(logits)), logits.argmax(-1))
 
 
 def test_a_low_temperature_sharpens_and_a_high_one_flattens() -> None:
@@ -166,10 +166,10 @@ def test_logits_of_low_precision_are_drawn_from_in_float32(dtype: torch.dtype) -
     logits = normal_input("draw/logits", (200, 3000)).to(dtype)
     numbers = noise_for(logits)
     config = SamplingConfig(0.7, 500, 0.9)
-    assert torch.equal(draw(logits, config, numbers), draw(logits.float(), config, numbers))
+    assert torch.equal(sample_codes(logits, config, numbers), sample_codes(logits.float(), config, numbers))
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45])
 def test_a_tiny_temperature_is_greedy_and_never_leaves_the_vocabulary(temperature: float) -> None:
     logits = torch.tensor([[5.0, 90.0, 1.0]])
-    assert draw(logits, SamplingConfig(temperature), noise_for(logits)).item() == 1
+    assert sample_codes(logits, SamplingConfig(temperature), noise_for(logits)).item() == 1

@@ -154,8 +154,8 @@ def test_images_that_a_device_still_works_on_are_checked_when_they_are_fetched()
     pixels = PixelDecoder(tokenizer, torch.device("cpu"), torch.float32)
     codes = torch.arange(2 * 16).view(2, 4, 4)
     images, broken = pixels._decode(codes)
-    pending = Images([images], [None], [pixels._check_of(broken, codes)])
-    both = Images.together([Images([images[:1]], [None]), pending])
+    pending = Images([images], [None], [pixels._finite_check(broken, codes)])
+    both = Images.concatenate([Images([images[:1]], [None]), pending])
     for fetch in (pending.numpy, pending.tensor, both.numpy, both.tensor):
         with pytest.raises(FloatingPointError, match=r"weight quantize\.embedding\.weight is not finite"):
             fetch()

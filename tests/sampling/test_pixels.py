@@ -145,7 +145,7 @@ def test_several_threads_get_the_same_array() -> None:
 
 def test_images_of_several_batches_come_in_order() -> None:
     parts = [torch.full((n, 2, 2, 3), n, dtype=torch.uint8) for n in (1, 2)]
-    both = Images.together([Images([part], [None]) for part in parts])
+    both = Images.concatenate([Images([part], [None]) for part in parts])
     assert both.numpy()[:, 0, 0, 0].tolist() == both.tensor()[:, 0, 0, 0].tolist() == [1, 2, 2]
 
 

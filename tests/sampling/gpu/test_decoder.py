@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
+from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for, small_gpt, small_vqgan
 
@@ -77,12 +78,12 @@ def test_no_code_waits_for_the_device() -> None:
     sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
     labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
     expected = sampler(labels, config, seed=3)
-    decoder, indices = sampler.decoder, torch.arange(4, device="cuda")
+    decoder, request = sampler.decoder, SamplingRequest(labels, config, None, 3, torch.arange(4, device="cuda"))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            found = decoder(labels, config, None, 3, indices)
+            found = decoder(request).codes
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert torch.equal(found, expected)

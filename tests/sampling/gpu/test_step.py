@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
-from llamagen.sampling.decode_weights import DecodeWeights, quantised
-from llamagen.sampling.gpu.step import GPUStep, Product, Tile, choose_places, choose_tile
+from llamagen.sampling.decode_weights import DecodeWeights, quantize
+from llamagen.sampling.gpu.step import GPUStep, Product, Tile, choose_attention_block, choose_tile
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 GROUPED = {"dim": 128, "n_head": 4, "n_kv_head": 2, "rope_condition": "identity"}
@@ -27,7 +27,7 @@ def rounded(gpt: GPT, dtype: torch.dtype, int8: bool) -> GPT:
     gpt = copy.deepcopy(gpt)
     for name, module in gpt.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("cls_embedding"):
-            values, scale = quantised(module.weight)
+            values, scale = quantize(module.weight)
             module.weight.copy_(values * scale[:, None] if int8 else module.weight.to(dtype))
     return gpt
 
@@ -202,5 +202,5 @@ def test_in_float32_the_tile_is_the_same_for_each_number_of_rows() -> None:
 
 
 def test_in_float32_the_attention_is_the_same_for_each_number_of_rows() -> None:
-    assert len({choose_places(12 * rows, torch.float32, 132) for rows in ROWS}) == 1
-    assert len({choose_places(12 * rows, torch.bfloat16, 132) for rows in ROWS}) == 3
+    assert len({choose_attention_block(12 * rows, torch.float32, 132) for rows in ROWS}) == 1
+    assert len({choose_attention_block(12 * rows, torch.bfloat16, 132) for rows in ROWS}) == 3
