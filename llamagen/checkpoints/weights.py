@@ -40,7 +40,7 @@ class Weights(NamedTuple):
         source: name of the weights for messages: file, and whether they are averages.
         averaged: whether they are known to be averages (EMA).
         captions: description of the caption features that a text model was trained on, see
-            :meth:`llamagen.text.CaptionEncoder.facts`.
+            :meth:`llamagen.text.CaptionEncoder.metadata`.
     """
 
     state: dict[str, Tensor]

@@ -115,6 +115,6 @@ def test_rejects_the_weights_of_a_tokenizer(pipeline: Pipeline) -> None:
 
 
 def test_rejects_init_adapt_without_init_from() -> None:
-    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but there is no init_from"):
+    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but init_from is not given"):
         ARGenModule(config(), init_adapt=["num_classes"])
     assert argen_module().gpt is not None

@@ -97,7 +97,7 @@ def test_an_overflow_of_float16_names_the_layer_and_a_better_precision() -> None
     gpt.half()
     error = message(gpt)
     assert "(precision float16): the output of layer layers.0.feed_forward.w2 is the first that is not finite" in error
-    assert error.endswith("values leave the range of float16: use bf16-mixed or 32-true (bfloat16 or float32)")
+    assert error.endswith("values overflow in float16: use bf16-mixed or 32-true (bfloat16 or float32)")
 
 
 def test_both_engines_detect_an_overflow_of_guidance() -> None:
