@@ -5,7 +5,8 @@
 The other program is an endless loop, pinned to one core. The quickstart's autoregressive model trains for 15 seconds
 with each of three settings: threads wait as in this project's commands (``llamagen.cores.WAIT_SETTINGS``), sleep at
 once, or wait by OpenMP's default. ``make quickstart`` runs in a clone of this folder with this environment, without
-installing; without the loop also with OpenMP's default. Prints tables and writes ``benchmarks/results/busy_machine.json``.
+installing; without the loop also with OpenMP's default. Prints tables and writes
+``benchmarks/results/busy_machine.json``.
 """
 
 import argparse
