@@ -34,7 +34,7 @@ class VQGANModule(GenerativeModule):
 
     Each step computes the generator's loss with the discriminator frozen and the discriminator's loss on the detached
     reconstruction, and returns their sum. Neither network receives the other's gradient, so the result equals that of
-    two optimizers. On several ranks it equals that of one process with the whole batch.
+    two optimizers. On several ranks it equals that of one process with the global batch.
 
     Args:
         net: shape of the tokenizer.
@@ -303,7 +303,7 @@ class VQGANModule(GenerativeModule):
         return reconstruction
 
     def on_validation_epoch_end(self) -> None:
-        """Log metrics over the whole validation set and all ranks.
+        """Log metrics over the validation set and all ranks.
 
         Raises:
             FloatingPointError: if a loss term is not finite during fit, before a checkpoint of such weights is saved.
@@ -315,7 +315,7 @@ class VQGANModule(GenerativeModule):
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log metrics over the whole test set and all ranks."""
+        """Log metrics over the test set and all ranks."""
         super().on_test_epoch_end()
         self._log_metrics("test")
 
