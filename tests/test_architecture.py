@@ -79,6 +79,8 @@ ROOMS = {
     "callbacks": ("llamagen", "evaluation", "datamodules.storage.index", "datamodules.storage.shards"),
     "callbacks/writers": (
         "callbacks.compiled_sampling",
+        "callbacks.progress",
+        "callbacks.protocols",
         "datamodules.storage.index",
         "datamodules.storage.shards",
         "llamagen",

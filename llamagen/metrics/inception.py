@@ -32,7 +32,7 @@ WEIGHTS = PublishedWeights(
 
 
 class Layer(NamedTuple):
-    """A convolution, its normalisation and ReLU: the name and the width of what it gives."""
+    """A convolution with normalisation and ReLU; ``width`` is the number of output channels."""
 
     name: str
     width: int
@@ -43,27 +43,27 @@ class Layer(NamedTuple):
 
 Pool = Callable[[Tensor], Tensor]
 Step = Layer | Pool | list[Layer]
-"""Layers in a list see the same input, and what they give is joined."""
+"""Layers in a list get the same input, and their outputs are concatenated."""
 Branch = list[Step]
 
 
 def halve(x: Tensor) -> Tensor:
-    """The maximum of every second 3 × 3 window that lies inside."""
+    """3 × 3 max pooling with stride 2 and without padding."""
     return F.max_pool2d(x, 3, stride=2)
 
 
 def average(x: Tensor) -> Tensor:
-    """The average around each place. TensorFlow counts only what lies inside, other than PyTorch unless told so."""
+    """3 × 3 average pooling. Like TensorFlow, and unlike PyTorch's default, it does not count the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def maximum(x: Tensor) -> Tensor:
-    """The maximum around each place."""
+    """3 × 3 max pooling with stride 1."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 def _mixed_35(pooled: int) -> list[Branch]:
-    """The block of 35 × 35 places."""
+    """A block at 35 × 35."""
     return [
         [Layer("branch1x1", 64)],
         [Layer("branch5x5_1", 48), Layer("branch5x5_2", 64, (5, 5))],
@@ -73,7 +73,7 @@ def _mixed_35(pooled: int) -> list[Branch]:
 
 
 def _mixed_17(narrow: int) -> list[Branch]:
-    """The block of 17 × 17 places, where 7 × 7 convolutions are pairs of 1 × 7 and 7 × 1."""
+    """A block at 17 × 17, with 7 × 7 convolutions factorised into 1 × 7 and 7 × 1."""
     row, column = (1, 7), (7, 1)
     return [
         [Layer("branch1x1", 192)],
@@ -90,7 +90,7 @@ def _mixed_17(narrow: int) -> list[Branch]:
 
 
 def _mixed_8(pool: Pool) -> list[Branch]:
-    """The block of 8 × 8 places, where branches fork at their ends."""
+    """A block at 8 × 8, with branches that fork at their ends."""
     row, column = (1, 3), (3, 1)
     return [
         [Layer("branch1x1", 320)],
@@ -141,12 +141,12 @@ BLOCKS: dict[str, list[Branch]] = {
         [halve],
     ],
     "Mixed_7b": _mixed_8(average),
-    "Mixed_7c": _mixed_8(maximum),  # the graph of 2015 has it so, although the paper has an average here too
+    "Mixed_7c": _mixed_8(maximum),  # as in the graph of 2015, although the paper uses an average
 }
 
 
 class Normalisation(nn.Module):
-    """Batch normalisation by given statistics. PyTorch's own also counts its steps, which a file may lack."""
+    """Batch normalisation with fixed statistics. PyTorch's own also has a step counter, which a file may lack."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -164,7 +164,7 @@ class Normalisation(nn.Module):
 
 
 class Convolution(nn.Module):
-    """What a :class:`Layer` describes. The weights keep the size of activations on average, until others are read."""
+    """The module of a :class:`Layer`, with random weights that preserve the scale of activations."""
 
     def __init__(self, previous: int, layer: Layer) -> None:
         super().__init__()
@@ -180,10 +180,10 @@ class Convolution(nn.Module):
 
 
 class Chain(nn.Module):
-    """A module that has layers as children of their names, and runs steps one after the other."""
+    """A module that holds layers by name and runs steps in sequence."""
 
     def add(self, previous: int, steps: Branch) -> int:
-        """Make the layers of steps; gives the width after them."""
+        """Add the layers of steps; returns the output width."""
         for step in steps:
             if callable(step):
                 continue
@@ -194,7 +194,7 @@ class Chain(nn.Module):
         return previous
 
     def follow(self, steps: Branch, x: Tensor) -> Tensor:
-        """What steps make of (B, C, H, W)."""
+        """Run the steps on (B, C, H, W)."""
         for step in steps:
             if callable(step):
                 x = step(x)
@@ -206,7 +206,7 @@ class Chain(nn.Module):
 
 
 class Mixed(Chain):
-    """Branches that see the same input, joined along channels in their order."""
+    """Branches with the same input, whose outputs are concatenated along channels."""
 
     def __init__(self, previous: int, branches: list[Branch]) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ class Mixed(Chain):
 class InceptionNet(Chain):
     """Inception of the TensorFlow graph of 2015-12-05 (arXiv 1512.00567 section 6), with random weights.
 
-    It gives what torch-fidelity's gives, and its entries have the same names; that itself is not used because it needs
-    torchvision. It is a fixed function: always in evaluation mode, frozen.
+    Outputs and parameter names are those of torch-fidelity's network, which is not used itself because it needs
+    torchvision. It is always frozen and in evaluation mode.
     """
 
     def __init__(self) -> None:
@@ -236,23 +236,23 @@ class InceptionNet(Chain):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "InceptionNet":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, even if a parent is set to training."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Everything that is measured of images, in one pass.
+        """All features in one pass.
 
         Args:
-            images: (B, 3, H, W) float32, the levels 0 … 255 of files, of any size.
+            images: (B, 3, H, W) float32 with levels 0 … 255, of any size.
 
         Returns:
             ``pool`` (B, 2048), averages of the last block. ``spatial`` (B, 17 · 17 · 7), the first 7 channels of
-            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), so that statistics of ADM's files fit:
+            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), as in the statistics of ADM's files, for
             sFID (arXiv 2103.03841). ``logits`` (B, 1008) without the bias of the last layer, as ADM and torch-fidelity
-            take the Inception Score; ``biased_logits`` with it.
+            compute the Inception Score; ``biased_logits`` with it.
 
         Raises:
-            ValueError: if these are no such images.
+            ValueError: if the images have another type or shape.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
@@ -290,14 +290,14 @@ class Inception(InceptionNet):
 
 
 def resize_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation as TensorFlow 1 has it, without ``align_corners`` and ``half_pixel_centers``.
+    """Bilinear interpolation of TensorFlow 1, without ``align_corners`` and ``half_pixel_centers``.
 
-    Pixel i of n comes from i · (old n / n) of the old ones, without a filter against aliasing; what would come from
-    beyond the last pixel is that pixel. PyTorch's own ``interpolate`` shifts by half a pixel, which changes FIDs.
+    Output pixel i of n samples the input at i · (input size / n), without antialiasing; positions beyond the last pixel
+    are clamped to it. footgun: PyTorch's ``interpolate`` shifts by half a pixel, which changes FIDs.
 
     Args:
         images: (B, C, H, W), floats.
-        size: height and width to come.
+        size: output height and width.
 
     Returns:
         (B, C, height, width) of the same dtype.
@@ -314,7 +314,7 @@ def resize_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def inception_shapes() -> dict[str, torch.Size]:
-    """Names and shapes of the weights."""
+    """Names and shapes of the network's weights."""
     with torch.device("meta"):
         return {name: value.shape for name, value in InceptionNet().state_dict().items()}
 
