@@ -1,10 +1,10 @@
-"""Follow every image of a folder to the batches of the autoregressive model, and see that only broken ones get lost.
+"""Follow each image of a folder into the batches of the autoregressive model: only broken ones may get lost.
 
     python -m benchmarks.account_for_keys FOLDER [--broken 5]
 
-Copies FOLDER (class folders of images), breaks some images, each in another way, packs the copy into shards, makes
-codes of ten crops at two sizes with a small untrained tokenizer, and reads the codes for an epoch of training and one
-of validation. Prints the number of keys at each station, then one line of JSON.
+Copies FOLDER (class folders of images), damages some images in different ways, packs the copy into shards, extracts
+codes of ten crops at two sizes with a small untrained tokenizer, and reads the codes for one epoch of training and one
+of validation. Prints the number of keys at each stage, then one line of JSON.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIZE = 64
 
 
 def break_images(folder: Path, count: int) -> dict[str, str]:
-    """Keys of the images that were broken, and how."""
+    """Damage some images. Returns the damage by key."""
     index = index_folder(folder, class_folders(folder))
     broken = {}
     for place, number in enumerate(np.random.default_rng(0).permutation(len(index))[:count]):
@@ -47,7 +47,7 @@ def break_images(folder: Path, count: int) -> dict[str, str]:
 
 
 def keys_of(data: Any) -> list[str]:
-    """Keys of an epoch of training and one of validation."""
+    """Keys of one epoch of training and one of validation."""
     data.setup("fit")
     return [
         key for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader for key in batch["keys"]
@@ -55,7 +55,7 @@ def keys_of(data: Any) -> list[str]:
 
 
 def extract(shards: Path, folder: Path) -> None:
-    """Train a small tokenizer for a step, then make codes with it."""
+    """Train a small tokenizer for one step, then extract codes with it."""
     shared = [
         *("--config", "configs/vqgan/base.yaml", "--config", "configs/vqgan/small.yaml"),
         *("--trainer.accelerator=cpu", "--model.init_args.loss.perceptual_weight=0", "--trainer.logger=false"),
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--broken", type=int, default=5)
     options = parser.parse_args()
     if not options.folder.is_dir():
-        parser.error(f"{options.folder} is no folder; give one of class folders of images")
+        parser.error(f"{options.folder} is not a folder; give a folder of class folders of images")
     with tempfile.TemporaryDirectory() as temporary:
         work, start = Path(temporary), time.perf_counter()
         shutil.copytree(options.folder, work / "images", copy_function=shutil.copyfile)
@@ -105,7 +105,7 @@ def main() -> None:
     }
     for name, each in stations.items():
         print(f"{name:28}{len(each):6} keys, {len(keys) - len(set(each))} lost, {len(each) - len(set(each))} twice")
-    print(f"lost are exactly the broken ones: {result['lost_exactly_the_broken']}")
+    print(f"exactly the broken images are lost: {result['lost_exactly_the_broken']}")
     print("\n" + json.dumps(result))
 
 

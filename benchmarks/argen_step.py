@@ -1,17 +1,16 @@
-"""Time and memory of a training step of the autoregressive model, beside a plain one.
+"""Time and memory of a training step of the autoregressive model, compared with a plain implementation.
 
     python -m benchmarks.argen_step --size B --batch-size 4 [--compile] [--device cuda]
 
-The step is that of ``ARGenModule`` in Lightning's Trainer: the paper's recipe, clipping, AdamW, EMA. After each of its
-steps one of ``benchmarks/plain_gpt.py`` (eager, all logits, unfused optimizer) is timed in the same process. The last
-steps are profiled, by kind of operator, beside what their matrix products alone would take at the best rate of this
-machine. Memory is measured in processes of their own. Prints tables, then one line of JSON.
+The step is that of ``ARGenModule`` in Lightning's Trainer: the paper's recipe, clipping, AdamW, EMA. After each of them
+a step of ``benchmarks/plain_gpt.py`` (eager, all logits, unfused optimizer) is timed in the same process. The last
+steps are profiled by kind of operator, and compared with the time of their matrix products alone at this machine's
+best rate. Memory is measured in separate processes. Prints tables, then one line of JSON.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,21 +20,27 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.operators import OperatorTimes
 from benchmarks.plain_gpt import PlainStep
 from benchmarks.timing import machine, spread, synchronize
-from benchmarks.tokenizer_step import medians, resident
-from callbacks import EMA
+from benchmarks.training_step import (
+    PROFILED,
+    SIDES,
+    WARM_UP,
+    Stopwatch,
+    autocast_of,
+    medians,
+    memory_in_own_process,
+    peak_since,
+    resident,
+    train,
+)
 from callbacks.throughput import known_peak
 from lightning_modules import AdamWConfig, ARGenModule
 from llamagen.cost.gpt import flops_per_sequence
 from llamagen.models.gpt import GPTConfig
 
-WARM_UP, PROFILED = 3, 3
-SIDES = ("ours", "plain")
 SIZES = Path("configs/argen/size")
 
 
@@ -48,9 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true", help="ours recomputes its blocks")
-    parser.add_argument("--without-plain", action="store_true", help="for sizes of which there is room for one only")
-    parser.add_argument("--memory-of", choices=SIDES, help="only run this one and print its peak memory")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our step")
+    parser.add_argument("--without-plain", action="store_true", help="for sizes of which only one fits into memory")
+    parser.add_argument("--memory-of", choices=SIDES, help="only run this side and print its peak memory")
     return parser.parse_args()
 
 
@@ -72,96 +77,47 @@ def batch_of(options: argparse.Namespace) -> dict[str, Tensor]:
     }
 
 
-def autocast_of(options: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+def batches_of(options: argparse.Namespace, steps: int) -> list[dict[str, Tensor]]:
+    return [batch_of(options) for _ in range(steps)]
 
 
-def train(options: argparse.Namespace, module: ARGenModule, steps: int, *callbacks: pl.Callback) -> None:
-    batches: Any = [batch_of(options) for _ in range(steps)]
-    pl.Trainer(
-        accelerator="gpu" if options.device == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[EMA(), *callbacks],
-    ).fit(module, DataLoader(batches, batch_size=None))
-
-
-class Stopwatch(pl.Callback):
-    """Times each step of the Trainer, and after it one of the peer; the last steps of each are profiled instead."""
+class ARGenStopwatch(Stopwatch):
+    """Compares with :class:`PlainStep`."""
 
     def __init__(self, options: argparse.Namespace, steps: int) -> None:
-        self.options, self.first_profiled = options, steps - PROFILED
-        self.sides = SIDES[:1] if options.without_plain else SIDES
-        self.times: dict[str, list[float]] = {name: [] for name in self.sides}
-        self.profiles: dict[str, list[dict[str, float]]] = {name: [] for name in self.sides}
+        super().__init__(options.device, steps, SIDES[:1] if options.without_plain else SIDES)
+        self.options = options
         self.plain: PlainStep | None = None
 
-    def _start(self, batch_idx: int) -> None:
-        self.profiler = OperatorTimes(self.options.device) if batch_idx >= self.first_profiled else None
-        synchronize()
-        if self.profiler is not None:
-            self.profiler.start()
-        self.start = time.perf_counter()
+    def prepare_plain_step(self, module: ARGenModule) -> None:
+        """Copy the weights."""
+        self.plain = self.plain or PlainStep(module.gpt)
 
-    def _stop(self, name: str) -> None:
-        synchronize()
-        if self.profiler is None:
-            self.times[name].append(time.perf_counter() - self.start)
-        else:
-            self.profiles[name].append(self.profiler.stop())
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start."""
-        self._start(batch_idx)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop, and let the peer do a step."""
-        self._stop("ours")
-        if not self.options.without_plain:
-            self.plain = self.plain or PlainStep(pl_module.gpt)
-            with torch.enable_grad():
-                self._start(batch_idx)
-                self.plain(batch["codes"], batch["condition"], autocast_of(self.options))
-                self._stop("plain")
-        if batch_idx < self.first_profiled:
-            print(
-                f"step {batch_idx}: {', '.join(f'{n} {each[-1]:.3f} s' for n, each in self.times.items())}", flush=True
-            )
+    def plain_step(self, batch: dict[str, Tensor]) -> None:
+        """One step of the plain implementation."""
+        assert self.plain is not None
+        self.plain(batch["codes"], batch["condition"], autocast_of(self.options.device, self.options.precision))
 
 
 def peak_memory(options: argparse.Namespace, module: ARGenModule) -> float:
-    """Peak memory of three steps in GiB: of the GPU's allocator, or of the process without what it had before."""
+    """Peak memory of three steps in GiB, see :func:`peak_since`."""
     weights = 4 * sum(parameter.numel() for parameter in module.parameters()) / 2**30
     before = resident("VmRSS") - weights
     if options.memory_of == "ours":
-        train(options, module, 3)
+        train(module, batches_of(options, 3), options.device, options.precision)
     else:
         step, batch = PlainStep(module.gpt.to(options.device)), batch_of(options)
-        del module.gpt  # its weights are copied
+        del module.gpt  # PlainStep has copied its weights
         moved = {name: value.to(options.device) for name, value in batch.items()}
         for _ in range(3):
-            step(moved["codes"], moved["condition"], autocast_of(options))
-    if options.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resident("VmHWM") - before
-
-
-def memory_in_own_process(kind: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.argen_step", *sys.argv[1:], "--memory-of", kind]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
+            step(moved["codes"], moved["condition"], autocast_of(options.device, options.precision))
+    return peak_since(before, options.device)
 
 
 def product_limit(options: argparse.Namespace, module: ARGenModule) -> dict[str, float]:
-    """What the matrix products of a step alone cost: operations, the machine's best rate, and so seconds."""
+    """Operations of the matrix products of a step, the machine's best rate, and the seconds that follow."""
     gpt, batch = module.gpt.to(options.device), batch_of(options)
-    with FlopCounterMode(display=False) as counter, autocast_of(options):
+    with FlopCounterMode(display=False) as counter, autocast_of(options.device, options.precision):
         gpt(batch["codes"][:, :-1].to(options.device), batch["condition"].to(options.device)).float().mean().backward()
     gpt.zero_grad()
     flops = float(sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name)))
@@ -180,7 +136,7 @@ def product_limit(options: argparse.Namespace, module: ARGenModule) -> dict[str,
 
 
 def report(options: argparse.Namespace, result: dict[str, Any], sides: tuple[str, ...]) -> None:
-    """Print the tables and the line of JSON."""
+    """Print tables and one line of JSON."""
     print(f"\n{'step':22}{'median s':>10}{'quartiles':>20}{'codes/s':>12}{'peak GiB':>10}")
     for name in sides:
         step, memory = result[name], result["peak_gib"][name]
@@ -194,8 +150,8 @@ def report(options: argparse.Namespace, result: dict[str, Any], sides: tuple[str
         print(f"{kind:22}" + "".join(f"{result['operators'][name][kind]:10.3f}" for name in sides))
     limit = result["product_limit"]
     print(
-        f"\nmatrix products alone: {limit['tflop']:.2f} TFLOP at {limit['tflop_a_second']:.2f} TFLOP/s, the best of "
-        f"this machine: {limit['seconds']:.2f} s"
+        f"\nmatrix products alone: {limit['tflop']:.2f} TFLOP at this machine's best rate of "
+        f"{limit['tflop_a_second']:.2f} TFLOP/s take {limit['seconds']:.2f} s"
     )
     print("\n" + json.dumps(result))
 
@@ -207,8 +163,8 @@ def main() -> None:
         print(peak_memory(options, module))
         return
     steps = WARM_UP + options.steps + PROFILED
-    watch = Stopwatch(options, steps)
-    train(options, module, steps, watch)
+    watch = ARGenStopwatch(options, steps)
+    train(module, batches_of(options, steps), options.device, options.precision, watch)
     times = {name: each[WARM_UP:] for name, each in watch.times.items()}
     work = flops_per_sequence(module.gpt.config) * options.batch_size / 1e12 / statistics.median(times["ours"])
     result: dict[str, Any] = {
@@ -223,9 +179,9 @@ def main() -> None:
     }
     if peak := known_peak(torch.device(options.device)):
         result["mfu"] = round(work / peak, 4)
-    watch.plain = None
+    watch.plain = None  # frees its memory
     result["product_limit"] = product_limit(options, module)
-    result["peak_gib"] = {name: round(memory_in_own_process(name), 2) for name in watch.sides}
+    result["peak_gib"] = {name: round(memory_in_own_process("argen_step", name), 2) for name in watch.sides}
     if not options.without_plain:
         result["ratio"] = round(statistics.median(times["plain"]) / statistics.median(times["ours"]), 3)
         result["memory_ratio"] = round(result["peak_gib"]["ours"] / result["peak_gib"]["plain"], 3)

@@ -1,8 +1,8 @@
-"""What evaluation costs: the extractor, FID's matrix root, and 50,000 images of 256 × 256 with all metrics.
+"""Cost of evaluation: the extractor, FID's matrix root, and all metrics of 50,000 images of 256 × 256 pixels.
 
-Prints tables, then one JSON line. The extractor has random weights, which take as long as trained ones. The 50,000
-images (9.8 GB, written to a temporary folder first) go through the reading, the progress bar and all metrics with a
-stub in place of Inception, whose features have its widths and cost nothing, so that the rest can be seen.
+Prints tables, then one JSON line. The extractor has random weights, which take as long as trained ones. For the 50,000
+images (9.8 GB, written to a temporary folder first) a stub replaces Inception, with features of the same widths at no
+cost, so that the time of reading and of the metrics shows.
 
     python -m benchmarks.bench_evaluation --json benchmarks/results/evaluation_cpu.json
 """
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, spread
+from evaluation.extraction import feature_batches
 from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
-from evaluation.reference import Reference, look_at, make_reference
+from evaluation.reference import Reference, make_reference
 from llamagen.files import atomic_file
 from llamagen.metrics import Features, InceptionNet, extract, frechet_distance
 
@@ -34,7 +35,7 @@ SIDE = 256
 
 
 class Stub(nn.Module):
-    """Features of Inception's widths that cost nothing: some pixels, and their squares."""
+    """An extractor that costs nothing: pixels as features of Inception's widths."""
 
     name = "stub"
 
@@ -47,12 +48,12 @@ class Stub(nn.Module):
 
 
 def peak() -> float:
-    """Most memory that the process had, in MB."""
+    """Peak memory of the process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def time_extractor(device: str, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Images a second of Inception's network, from 256 × 256 pixels, resizing included."""
+    """Images a second of Inception's network, from 256 × 256 pixels and including the resizing."""
     network = InceptionNet().to(device)
     images = torch.randint(0, 256, (batch_size, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     seconds = []
@@ -70,7 +71,7 @@ def time_extractor(device: str, batch_size: int, repeats: int) -> dict[str, Any]
 
 
 def time_root(device: str, repeats: int, with_scipy: bool) -> dict[str, Any]:
-    """Seconds of a Fréchet distance over 2048 features, beside scipy's matrix square root, and their difference."""
+    """Seconds of a Fréchet distance over 2048 features, and time and difference of scipy's matrix square root."""
     generator = np.random.default_rng(0)
     mixing = generator.normal(size=(2048, 2048)) / 45
     sides = [np.abs(generator.normal(size=(5000, 2048)) @ mixing) + shift for shift in (0.0, 0.05)]
@@ -98,7 +99,7 @@ def time_root(device: str, repeats: int, with_scipy: bool) -> dict[str, Any]:
 
 
 def write_images(path: Path, count: int) -> None:
-    """An ADM-style archive of noise."""
+    """Write noise as an archive in ADM's format."""
     generator = np.random.default_rng(0)
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive,
@@ -107,16 +108,16 @@ def write_images(path: Path, count: int) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
         np.lib.format.write_array_header_1_0(entry, header)
         for start in range(0, count, 256):
-            some = min(256, count - start)
-            entry.write(generator.bytes(some * SIDE * SIDE * 3))
+            images = min(256, count - start)
+            entry.write(generator.bytes(images * SIDE * SIDE * 3))
 
 
 def measure_archive(path: Path, reference: Reference | None, device: str) -> tuple[dict[str, Any], Measurement]:
-    """Read an archive and take its images into account."""
+    """Read an archive and add its images to a new measurement."""
     images, stub, before = open_images(path), Stub(), peak()
     measurement = Measurement(stub, SIDE, "generation", reference).to(device)
     started = time.perf_counter()
-    for _, index, features, _ in look_at(images, stub, 64, 0, device, path.name):
+    for _, index, features, _ in feature_batches(images, stub, 64, 0, device, path.name):
         measurement.add(features, index)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "peak_mb_before": before, "peak_mb": peak()}, measurement
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no_scipy", action="store_true", help="leave out scipy's matrix root")
+    parser.add_argument("--no_scipy", action="store_true", help="skip scipy's matrix root")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {

@@ -1,16 +1,16 @@
-"""Codes a second of sampling, beside the Llama of transformers, and beside what the memory allows.
+"""Codes a second of sampling, compared with the Llama of transformers and with the limit that the memory sets.
 
     python -m benchmarks.bench_sampling --device cpu --dtypes fp32 bf16 --sizes B L --batches 1 4 16 64 --codes 256 576
     python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sizes B L XL XXL 3B --batches 1 4 16 64
 
-For each size, dtype and batch, all in one process: (a) the engine eager, (b) compiled, (c) the transformers Llama of
-the same shape by ``generate``, guided by a logits processor with both branches in one batch, which reads its weights
-once a step as ours does; and its own ``guidance_scale``, which runs the branches one after the other. All are guided
-(4.0) and draw from the 2000 most likely codes. The sides take turns; medians and quartiles over repeats.
+For each size, dtype and batch, in one process and in alternation: (a) the eager engine, (b) the compiled engine,
+(c) ``generate`` of a transformers Llama of the same shape, with guidance by a logits processor and both branches in one
+batch, so that it reads its weights once a step as ours does, (d) the same with its own ``guidance_scale``, which runs
+the branches one after the other. All use a guidance scale of 4.0 and top-k 2000. Medians and quartiles over repeats.
 
-The limit of the memory is the bytes that the steps must read (all weights but the embeddings, and the filled part of
-the cache), over the bandwidth of a copy, which is measured in the same run. Prints tables, then a line of JSON, and
-draws a plot. ``transformers`` is in the extra ``benchmark``.
+The memory limit is the number of bytes that the steps must read (all weights but the embeddings, and the filled part
+of the cache) divided by the bandwidth of a copy, which is measured in the same run. Prints tables, then a line of JSON,
+and saves a plot. ``transformers`` is in the extra ``benchmark``.
 """
 
 import argparse
@@ -47,19 +47,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[4])
     parser.add_argument("--codes", nargs="+", type=int, default=[256])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--once-above", type=float, default=60.0, help="seconds of a run that is not repeated")
+    parser.add_argument(
+        "--once-above", type=float, default=60.0, help="do not repeat runs that take more seconds than this"
+    )
     parser.add_argument("--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"])
-    parser.add_argument("--int8", action="store_true", help="also compiled with int8 weights")
-    parser.add_argument("--warm", type=int, default=0, help="processes that compile for the GPU in advance")
-    parser.add_argument("--first", action="store_true", help="also the time to the first image in a new process")
-    parser.add_argument("--ranks", nargs="*", type=int, default=[], help="also images a second of so many processes")
-    parser.add_argument("--out", type=Path, help="where JSON and plot go: a name without its ending")
+    parser.add_argument("--int8", action="store_true", help="also measure the compiled engine with int8 weights")
+    parser.add_argument("--warm", type=int, default=0, help="number of processes that compile GPU kernels in advance")
+    parser.add_argument(
+        "--first", action="store_true", help="also measure the time to the first image in a new process"
+    )
+    parser.add_argument(
+        "--ranks", nargs="*", type=int, default=[], help="also measure images a second with these numbers of processes"
+    )
+    parser.add_argument("--out", type=Path, help="path of the JSON file and the plot, without extension")
     return parser.parse_args()
 
 
 @torch.no_grad()
 def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | None = None) -> GPT:
-    """A GPT with random weights whose draws are spread over many codes."""
+    """A GPT with random weights, whose distributions spread over many codes."""
     net = yaml.safe_load((SIZES / f"{size}.yaml").read_text())["model"]["init_args"]["net"]
     net["n_layer"] = layers or net["n_layer"]
     with torch.device("meta"):
@@ -71,7 +77,7 @@ def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | 
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a large copy reads and writes, the median of some."""
+    """Bytes a second that a large copy reads and writes: the median of nine copies."""
     source = torch.randn(2**28, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(9):
@@ -84,7 +90,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def bytes_read(gpt: GPT, dtype: torch.dtype, batch: int, int8: bool = False) -> float:
-    """Bytes that all steps of a guided image batch must read: the weights, and what the cache holds by then."""
+    """Bytes that all steps of a guided batch must read: the weights, and the filled part of the cache."""
     config = gpt.config
     matrices = [p for name, p in gpt.named_parameters() if p.dim() > 1 and "embed" not in name]
     weights = sum(p.numel() * (1 if int8 else dtype.itemsize) + (4 * len(p) if int8 else 0) for p in matrices)
@@ -102,7 +108,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What is timed, by name, and how long each took to be ready, its first image included."""
+    """The functions to time by name, and the seconds that each took to prepare."""
     labels = torch.arange(batch, device=options.device) % 1000
     makers: dict[str, Callable[[], Callable[[], Any]]] = {}
 
@@ -130,7 +136,7 @@ def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, 
 
 
 def measure(options: argparse.Namespace, size: str, kind: str, batch: int, codes: int) -> dict[str, Any]:
-    """All sides at one size, dtype and batch."""
+    """Time all sides at one size, dtype and batch."""
     dtype = DTYPES[kind]
     gpt = build(size, codes, options.device, dtype)
     runs, ready = sides(options, gpt, batch)
@@ -200,7 +206,7 @@ def growth(options: argparse.Namespace, size: str, kind: str, batch: int, codes:
 
 
 def warm(options: argparse.Namespace) -> None:
-    """Let several processes fill the caches of compiled kernels, each with models of one layer."""
+    """Fill the caches of compiled kernels with several processes, each with a model of one layer."""
     cases = [
         (s, b, c, d) for s in options.sizes for b in options.batches for c in options.codes[:1] for d in options.dtypes
     ]
@@ -219,7 +225,7 @@ def warm(options: argparse.Namespace) -> None:
 
 
 def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """What there is so far."""
+    """Write the results so far."""
     if options.out:
         with atomic_file(options.out.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -228,7 +234,7 @@ def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
 def main() -> None:
     options = arguments()
     if options.ranks and options.device != "cpu":
-        raise SystemExit("--ranks is for processes that share a CPU")
+        raise SystemExit("--ranks is for processes that share a CPU; leave it out with --device cuda")
     if options.warm:
         print(f"compiled in advance in {timed(lambda: warm(options)):.0f} s", flush=True)
     result: dict[str, Any] = {

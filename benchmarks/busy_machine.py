@@ -1,12 +1,11 @@
-"""What another program on a core costs: training steps and ``make quickstart``, with and without OMP_WAIT_POLICY.
+"""Cost of another program on a core for training steps and ``make quickstart``, by how OpenMP threads wait.
 
     python -m benchmarks.busy_machine [--steps_only]
 
-The other program is an endless loop, pinned to one core. Steps are those of the quickstart's autoregressive model, as
-many as fit into 15 seconds, with threads that wait as commands let them (``llamagen.cores.WAITING``), that sleep at
-once, and that wait as OpenMP lets them by itself. ``make quickstart`` runs in a clone of this folder with this
-environment, without installing; alone also as OpenMP waits by itself. Prints tables and writes
-``benchmarks/results/busy_machine.json``.
+The other program is an endless loop, pinned to one core. The quickstart's autoregressive model trains for 15 seconds
+with each of three settings: threads wait as in this project's commands (``llamagen.cores.WAITING``), sleep at once, or
+wait by OpenMP's default. ``make quickstart`` runs in a clone of this folder with this environment, without installing;
+without the loop also with OpenMP's default. Prints tables and writes ``benchmarks/results/busy_machine.json``.
 """
 
 import argparse
@@ -30,13 +29,13 @@ SECONDS = 15.0
 LOOP = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 POLICIES = {"as commands wait": WAITING, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "OpenMP's default": {}}
 ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
-"""OpenMP's default, written out, so that commands take it for the user's wish."""
+"""OpenMP's default, written out: commands do not change what the user has set."""
 STAGES = ("1/4 tokenizer", "2/4 codes", "3/4 autoregressive model", "4/4 samples")
 
 
 @contextmanager
 def endless_loop(wanted: bool) -> Iterator[None]:
-    """A program that uses a whole core, the last one that this process may use."""
+    """Run a program that uses a whole core, the last one that this process may use."""
     if not wanted:
         yield
         return
@@ -49,7 +48,7 @@ def endless_loop(wanted: bool) -> Iterator[None]:
 
 
 def measure_steps() -> None:
-    """Print seconds of training steps of the quickstart's GPT, in this process."""
+    """Train the quickstart's GPT in this process, and print the seconds of its steps."""
     import torch
 
     from llamagen.losses import linear_cross_entropy
@@ -74,7 +73,7 @@ def measure_steps() -> None:
 
 
 def steps(policy: dict[str, str], busy: bool) -> dict[str, float]:
-    """Seconds of a step: median and quartiles."""
+    """Median and quartiles of the seconds of a step."""
     from benchmarks.timing import spread
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
@@ -111,7 +110,7 @@ def quickstart(policy: dict[str, str], busy: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.busy_machine", description=__doc__)
-    parser.add_argument("--steps_only", action="store_true", help="leave out make quickstart, which takes 15 minutes")
+    parser.add_argument("--steps_only", action="store_true", help="skip make quickstart, which takes 15 minutes")
     parser.add_argument("--measure_steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_steps:

@@ -1,12 +1,12 @@
-"""Images and codes a second and core: this data layer beside plain ones.
+"""Images and codes a second on one core: this data layer compared with plain ones.
 
     python -m benchmarks.data_layer FOLDER [--image-size 256] [--rounds 7]
 
-FOLDER holds class folders of images. All run on one core, in turns, in one process: decoding alone and cropping
-alone, then whole pipelines from files to batches of float32 in [-1, 1]: plain Pillow with ADM's centre crop, the same
-in a torch DataLoader over the folder, and this layer from the folder and from shards. For codes: this layer from
-shards, beside a DataLoader over one ``.npy`` file an image, as LlamaGen's published code stores them. Prints tables,
-then one line of JSON.
+FOLDER holds class folders of images. All parts run on one core, in alternation, in one process: decoding alone,
+cropping alone, and complete pipelines from files to batches of float32 in [-1, 1]: Pillow with ADM's centre crop, the
+same in a torch DataLoader over the folder, and this layer from the folder and from shards. For codes: this layer from
+shards, compared with a DataLoader over one ``.npy`` file per image, as LlamaGen's published code stores them. Prints
+tables, then one line of JSON.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def plain_image(path: str, size: int) -> Tensor:
 
 
 class PlainFolder(Dataset[Tensor]):
-    """Images of a folder, one by one."""
+    """Images of a folder, decoded and cropped by Pillow."""
 
     def __init__(self, paths: list[str], size: int) -> None:
         self.paths, self.size = paths, size
@@ -74,7 +74,7 @@ class PlainFolder(Dataset[Tensor]):
 
 
 class PlainCodes(Dataset[tuple[Tensor, int]]):
-    """A view at random of the codes in one file an image."""
+    """A random view of the codes, from one file per image."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,13 +126,13 @@ def count_images(loader: Any) -> int:
 
 
 def measure(parts: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, float]]:
-    """Items a second of each part, in turns."""
+    """Items a second of each part; the parts run in alternation."""
     rates: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(rounds + 1):
         for name, part in parts.items():
             start = time.perf_counter()
             count = part()
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 rates[name].append(count / (time.perf_counter() - start))
     return {
         name: {
@@ -144,7 +144,7 @@ def measure(parts: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[
 
 
 def differences(data: list[bytes], size: int) -> dict[str, float]:
-    """Of our pixels from Pillow's, in levels."""
+    """Differences between our pixels and Pillow's, in levels of 0 to 255."""
     worst = [
         np.abs(
             np.asarray(plain_crop(plain_decode(file), size)).astype(int)
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     if not options.folder.is_dir():
-        parser.error(f"{options.folder} is no folder; give one of class folders of images")
+        parser.error(f"{options.folder} is not a folder; give a folder of class folders of images")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
-"""How many sampled digits a classifier recognises as the class that was asked for.
+"""Share of generated digits that a classifier recognises as the requested class.
 
-The classifier is a support vector machine on the 8 × 8 pixels of scikit-learn's real digits; it has never seen a
-sample. Prints a table, then one JSON line.
+The classifier is a support vector machine, trained on the 8 × 8 pixels of scikit-learn's real digits alone. Prints a
+table, then one JSON line.
 
     python benchmarks/digits_accuracy.py runs/quickstart/samples/samples.npz
 """
@@ -31,7 +31,7 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def measure(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Share of images recognised as their label: of each class, over all, and of real digits in cross-validation."""
+    """Share of images recognised as their label: by class, over all images, and for real digits in cross-validation."""
     digits = load_digits()
     classifier = SVC(gamma=0.001, C=10)
     real = cross_val_score(classifier, digits.data, digits.target, cv=5).mean()

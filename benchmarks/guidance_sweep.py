@@ -1,8 +1,8 @@
-r"""FID, precision and recall of samples against the scale of guidance: ``main.py test`` for each scale, and a plot.
+r"""FID, precision and recall of samples against the guidance scale: ``main.py test`` for each scale, and a plot.
 
-Everything behind ``--`` goes to ``python main.py test``. ``--line NAME=FILE`` draws the FID of a report's
-``metrics.json``, also of ``python -m evaluation compare --report``, as a line to compare with. Scales that have a
-report already are not drawn again.
+All arguments after ``--`` are passed to ``python main.py test``. ``--line NAME=FILE`` adds a horizontal line at the FID
+in the ``metrics.json`` of another report, such as that of ``python -m evaluation compare --report``. Scales that
+already have a report are not measured again.
 
     python -m benchmarks.guidance_sweep docs/runs/evaluation_digits runs/sweep --scales 1 1.5 2 3 4 \
         --line "real test images=runs/real/metrics.json" -- --config configs/argen/base.yaml …
@@ -23,18 +23,18 @@ from llamagen.output_paths import check_output
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
-    """Numbers of a report."""
+    """Metrics of a report by name."""
     numbers: dict[str, float] = json.loads((folder / "metrics.json").read_text())["metrics"]
     return numbers
 
 
-def value_of(numbers: dict[str, float], beginning: str) -> float:
-    """The number whose name begins so, up to the extractor or the reference."""
-    return next(value for name, value in numbers.items() if name.replace("/", "_").startswith(f"{beginning}_"))
+def value_of(numbers: dict[str, float], prefix: str) -> float:
+    """The value of the metric of this name, with any extractor and reference."""
+    return next(value for name, value in numbers.items() if name.replace("/", "_").startswith(f"{prefix}_"))
 
 
-def draw(points: dict[float, dict[str, float]], lines: dict[str, float]) -> Figure:
-    """FID above, precision and recall below."""
+def plot(points: dict[float, dict[str, float]], lines: dict[str, float]) -> Figure:
+    """FID in the upper plot, precision and recall in the lower one."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     scales = sorted(points)
@@ -46,7 +46,7 @@ def draw(points: dict[float, dict[str, float]], lines: dict[str, float]) -> Figu
     above.legend()
     for each in ("precision", "recall"):
         below.plot(scales, [value_of(points[scale], each) for scale in scales], "o-", label=each)
-    below.set(xlabel="scale of guidance", ylim=(0, 1))
+    below.set(xlabel="guidance scale", ylim=(0, 1))
     below.legend()
     return figure
 
@@ -55,10 +55,12 @@ def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder of the record: sweep.json, sweep.png")
-    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("out", type=Path, help="folder for sweep.json and sweep.png")
+    parser.add_argument("runs", type=Path, help="folder for the runs of main.py test")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--line", action="append", default=[], help="NAME=metrics.json")
+    parser.add_argument(
+        "--line", action="append", default=[], help="NAME=metrics.json: a line at the FID of that report"
+    )
     options = parser.parse_args(arguments[:split])
     try:
         check_output(options.out / "sweep.json", "out")
@@ -86,7 +88,7 @@ def main() -> None:
     record: dict[str, Any] = {"arguments": arguments, "scales": points, "lines": lines}
     with atomic_file(options.out / "sweep.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-    save_png(figure_image(draw(points, lines)), options.out / "sweep.png")
+    save_png(figure_image(plot(points, lines)), options.out / "sweep.png")
     for scale, numbers in points.items():
         print(f"guidance {scale:g}: FID {value_of(numbers, 'gfid'):.3f}")
 

@@ -1,8 +1,9 @@
-"""What int8 weights change: logits and loss of a trained GPT on validation codes, beside bfloat16.
+"""How int8 weights change the logits and the loss of a trained GPT on validation codes, compared with bfloat16.
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 
-Prints a table, then a line of JSON. ``drawn`` is the share of codes that would be drawn alike with the same noise.
+Prints a table, then a line of JSON. ``drawn alike`` is the share of positions at which the same noise would sample the
+same code.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from llamagen.sampling.decode_weights import DecodeWeights
 
 @torch.no_grad()
 def rounded(gpt: GPT) -> GPT:
-    """The model with its matrices rounded to what int8 keeps of them."""
+    """A copy of the model with its matrices rounded to int8 and back."""
     gpt = copy.deepcopy(gpt)
     weights = DecodeWeights.from_gpt(gpt, torch.float32, int8=True)
     for block, layer in zip(gpt.layers, weights.layers, strict=True):
@@ -40,7 +41,7 @@ def rounded(gpt: GPT) -> GPT:
 
 @torch.no_grad()
 def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over all codes."""
+    """Differences between two models, as means over all codes."""
     sums = dict.fromkeys(("logit change", "KL divergence", "loss", "drawn alike"), 0.0)
     spread, count = 0.0, 0
     counters = code_counters(gpt.config.vocab_size)

@@ -1,18 +1,18 @@
-"""Kills a training again and again, and fills its disk, and looks at what is lost.
+"""Kill a training run repeatedly, fill its disk, and check what is lost.
 
     python -m benchmarks.kills FOLDER [--seed N] [--out FILE.json]
 
-A small tokenizer trains on synthetic images. Fifteen times its process is killed (SIGKILL) at a random moment, five
-times while a checkpoint is written; five times its disk is full when a checkpoint is due. Each time the same command
-resumes it with ``--ckpt_path last``. The benchmark checks that
+A small tokenizer trains on synthetic images. Its process is killed (SIGKILL) fifteen times at a random moment and five
+times while it writes a checkpoint; five times its disk is full when a checkpoint is due. Each time the same command
+resumes the run with ``--ckpt_path last``. The benchmark checks that
 
-- no file under a final name is ever unreadable,
-- each run resumes from the newest checkpoint that was complete, so that only the steps since then are done again,
-- a full disk ends a run in one line and with exit code 1,
-- the weights and the optimizer's state are, bit for bit, those of a run that nothing has stopped.
+- every file under a final name is readable at any time,
+- each run resumes from the newest complete checkpoint, so only the steps since then are repeated,
+- a full disk ends a run with one line and exit code 1,
+- weights and optimizer state at the end equal those of an uninterrupted run, bit for bit.
 
-As root, the run's folder is a small file system of its own in memory, whose size is changed to fill it. Else it is
-``FOLDER``, which should be on another file system than the one for temporary files, and files are limited in size.
+For root, the run's folder is a small file system in memory, which is resized to fill it. For other users it is in
+``FOLDER``, which should not be on the file system of temporary files, and the size of files is limited instead.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums keep their order, and processes can be forked
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for sums in a fixed order, and so that processes can be forked
 
 import lightning
 import torch
@@ -47,16 +47,16 @@ from llamagen.files import atomic_file
 RESULT = Path(__file__).parent / "results/kills.json"
 EVENTS = {"random": 15, "saving": 5, "full": 5}
 MAX_STEPS = 8
-"""Steps after which a random kill falls, at most."""
+"""A random kill comes at most this many steps after the run has resumed."""
 STARTING = 4.0
-"""Seconds after the start in which a random kill falls that is to come before the first step."""
+"""A random kill before the first step comes within this many seconds after the start."""
 PAGE = resource.getpagesize()
 DISK = 400
-"""Megabytes of the file system in memory."""
+"""Size of the file system in memory, in megabytes."""
 
 
 def check_files(folder: Path) -> int:
-    """Read every file of a run that has a final name.
+    """Read every file of a run that has its final name.
 
     Returns:
         The step of the newest checkpoint; 0 if there is none.
@@ -82,14 +82,14 @@ def check_files(folder: Path) -> int:
             elif path.suffix == ".yaml":
                 assert yaml.safe_load(path.read_text())
             else:
-                raise AssertionError("nobody knows this file")
+                raise AssertionError("unexpected file")
         except Exception as error:
             raise AssertionError(f"{path} cannot be read: {error}") from error
     return newest
 
 
 def differing(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two checkpoints are not equal, bit for bit."""
+    """Paths of the entries in which two checkpoints are not equal, bit for bit."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) else [place]
     if isinstance(one, dict):
@@ -102,10 +102,10 @@ def differing(one: Any, other: Any, place: str = "") -> list[str]:
 
 
 class Disk:
-    """Where the run's folder is: in a file system of its own if there may be one.
+    """The disk of the run: a file system in memory, if this process may mount one.
 
     Args:
-        work: a folder of the file system to use else.
+        work: folder to use otherwise.
     """
 
     def __init__(self, work: Path) -> None:
@@ -115,19 +115,19 @@ class Disk:
         self.mounted = os.geteuid() == 0 and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
 
     def resize(self, size: str) -> None:
-        """Give it another size, in the words of ``mount``."""
+        """Resize it, with a size as ``mount`` reads it."""
         subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
 
     def close(self) -> None:
-        """Take it away."""
+        """Unmount it."""
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
 
 def kill_at_random(run: Run, numbers: random.Random) -> float:
-    """Kill it while it starts, or within some steps."""
+    """Kill a run while it starts, or after a few steps."""
     steps = numbers.randrange(-2, MAX_STEPS + 1)
-    end = run.begun + numbers.uniform(0.1, STARTING)
+    end = run.started + numbers.uniform(0.1, STARTING)
     while run.poll() and (time.monotonic() < end if steps < 0 else run.resumed < 0 or run.step < run.resumed + steps):
         time.sleep(0.002)
     time.sleep(numbers.uniform(0, 0.1))
@@ -135,7 +135,7 @@ def kill_at_random(run: Run, numbers: random.Random) -> float:
 
 
 def kill_while_saving(run: Run, numbers: random.Random) -> float:
-    """Kill it when a checkpoint is there in part; which one, and how much of it, is random."""
+    """Kill a run when a random part of a checkpoint is written."""
     sizes = [path.stat().st_size for path in run.folder.glob("checkpoints/*.ckpt")]
     enough = int(numbers.uniform(0, 0.9) * max(sizes, default=0))
     while run.poll() and (run.resumed < 0 or run.saved_bytes() < enough):
@@ -144,7 +144,7 @@ def kill_while_saving(run: Run, numbers: random.Random) -> float:
 
 
 def fill(work: Path, disk: Disk, size: int, numbers: random.Random) -> Run:
-    """Let its disk become full, but for a part of a checkpoint, when it has begun: one that is full is not begun on."""
+    """Leave room for only part of a checkpoint once the run has started (a run on a full disk would not start)."""
     room = int(numbers.uniform(0.1, 0.9) * size)
     run = Run(work, disk.folder / "run", limit=None if disk.mounted else room)
     if disk.mounted:
@@ -157,11 +157,11 @@ def fill(work: Path, disk: Disk, size: int, numbers: random.Random) -> Run:
     return run
 
 
-def one_event(kind: str, work: Path, disk: Disk, numbers: random.Random) -> dict[str, Any]:
-    """Stop the run once, and see that nothing was lost.
+def stop_once(kind: str, work: Path, disk: Disk, numbers: random.Random) -> dict[str, Any]:
+    """Stop the run once, and check that nothing was lost.
 
     Raises:
-        AssertionError: if something was.
+        AssertionError: if something was lost.
     """
     folder = disk.folder / "run"
     before = check_files(folder)
@@ -195,12 +195,12 @@ def one_event(kind: str, work: Path, disk: Disk, numbers: random.Random) -> dict
     }
 
 
-def stop_again_and_again(work: Path, seed: int) -> dict[str, Any]:
-    """The whole benchmark.
+def stop_repeatedly(work: Path, seed: int) -> dict[str, Any]:
+    """Run the whole benchmark.
 
     Args:
         work: an empty folder.
-        seed: of the moments.
+        seed: seed of the random moments.
 
     Raises:
         AssertionError: if something was lost.
@@ -210,13 +210,13 @@ def stop_again_and_again(work: Path, seed: int) -> dict[str, Any]:
     write_config(work / "kills.yaml")
     kinds = [kind for kind, count in EVENTS.items() for _ in range(count)]
     numbers.shuffle(kinds)
-    disk, begun = Disk(work), time.monotonic()
+    disk, started = Disk(work), time.monotonic()
     try:
         alone = Run(work, work / "alone")
         assert alone.wait() == 0, (work / "log.txt").read_text()[-2000:]
         events = []
         for kind in tqdm(kinds, "stopping", unit="stop"):
-            events.append(one_event(kind, work, disk, numbers))
+            events.append(stop_once(kind, work, disk, numbers))
         folder = disk.folder / "run"
         last = Run(work, folder)
         before = events[-1]["newest_complete_checkpoint"]
@@ -241,7 +241,7 @@ def stop_again_and_again(work: Path, seed: int) -> dict[str, Any]:
             "most_steps_lost_at_once": max(event["steps_lost"] for event in events),
             "equal_to_an_uninterrupted_run": True,
             "unreadable_files_under_a_final_name": 0,
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(time.monotonic() - started, 1),
             "events": events,
         }
     finally:
@@ -249,21 +249,23 @@ def stop_again_and_again(work: Path, seed: int) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        args: instead of the command line's.
+        args: arguments; None reads the command line.
     """
     parser = argparse.ArgumentParser("python -m benchmarks.kills", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="an empty folder, which is removed at the end if nothing was lost")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"record (default: {RESULT.name} in the results)")
+    parser.add_argument("folder", type=Path, help="an empty folder; it is removed at the end if nothing was lost")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULT, help=f"file of the record (default: benchmarks/results/{RESULT.name})"
+    )
     options = parser.parse_args(args)
     work = options.folder.absolute()
     if work.exists() and any(work.iterdir()):
         parser.error(f"{work} is not empty; give an empty folder")
     work.mkdir(parents=True, exist_ok=True)
-    found = stop_again_and_again(work, options.seed)
+    found = stop_repeatedly(work, options.seed)
     shutil.rmtree(work)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
     record = {

@@ -1,4 +1,4 @@
-"""The small training that :mod:`benchmarks.kills` stops: its images, its configuration and its process."""
+"""The small training run that :mod:`benchmarks.kills` stops: its images, its configuration and its process."""
 
 import os
 import resource
@@ -22,30 +22,30 @@ EVERY = 4
 """Steps from one checkpoint to the next."""
 STEPS = 60
 PATIENCE = 300.0
-"""Seconds after which a process is taken to hang."""
+"""Seconds after which a process counts as hanging."""
 
 
 class ReportSteps(pl.Callback):
-    """Says on a pipe which step a run resumes from, and each step that it has done.
+    """Report to a pipe the step from which a run resumes, and each finished step.
 
     Args:
-        pipe: number of the pipe.
+        pipe: file descriptor of the pipe.
     """
 
     def __init__(self, pipe: int) -> None:
         self.pipe = pipe
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step that it resumes from."""
+        """Report the step from which the run resumes."""
         os.write(self.pipe, f"resumed {trainer.global_step}\n".encode())
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A step that was done."""
+        """Report a finished step."""
         os.write(self.pipe, f"step {trainer.global_step}\n".encode())
 
 
 def make_images(folder: Path) -> None:
-    """Four classes of ten images of 20 × 20 pixels."""
+    """Write four classes of ten images of 20 × 20 pixels."""
     numbers = np.random.default_rng(0)
     for label in range(4):
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def make_images(folder: Path) -> None:
 
 
 def write_config(path: Path) -> None:
-    """What is trained, beside the recipe's base."""
+    """Write the overlay that is trained on top of the base recipe."""
     saving = {
         "dirpath": "${trainer.default_root_dir}/checkpoints",
         "filename": "step_{step:07d}",
@@ -92,18 +92,18 @@ def write_config(path: Path) -> None:
 
 
 class Run:
-    """A process that trains, of the same command each time.
+    """A training process, started with the same command each time.
 
     Args:
-        work: folder of images, configuration and log.
-        folder: of the run.
-        limit: bytes that a file may have.
+        work: folder with the images, the configuration and the log.
+        folder: folder of the run.
+        limit: largest size of a file in bytes; None for no limit.
     """
 
     def __init__(self, work: Path, folder: Path, limit: int | None = None) -> None:
         self.folder, self.log = folder, work / "log.txt"
         self.resumed, self.step = -1, -1
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         reading, writing = os.pipe()
         arguments = [
             *("fit", "--config", "configs/vqgan/base.yaml", "--config", str(work / "kills.yaml")),
@@ -122,7 +122,7 @@ class Run:
         self.status: int | None = None
 
     def poll(self) -> bool:
-        """Take up what it says; whether it still runs."""
+        """Read what the process reported. Returns whether it still runs."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
@@ -138,24 +138,24 @@ class Run:
         return self.status is None
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for the end of the process. Returns its exit code."""
         while self.poll():
             time.sleep(0.01)
-            if time.monotonic() - self.begun > PATIENCE:
+            if time.monotonic() - self.started > PATIENCE:
                 os.kill(self.pid, signal.SIGKILL)
         os.close(self._pipe)
         assert self.status is not None
         return self.status
 
     def kill(self) -> float:
-        """End it at once; seconds after its start."""
-        moment = time.monotonic() - self.begun
+        """Kill the process. Returns the seconds since its start."""
+        moment = time.monotonic() - self.started
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
         return round(moment, 3)
 
     def saved_bytes(self) -> int:
-        """How much there is of a checkpoint that it is writing; −1 if it is writing none."""
+        """Bytes written so far of the checkpoint that is being saved; −1 if none is."""
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder / "checkpoints"):
                 if f"-{self.pid}-" in entry.name and entry.name.endswith(".tmp"):
@@ -164,7 +164,7 @@ class Run:
 
 
 def _train(arguments: list[str], log: Path, limit: int | None) -> int:
-    """In the child: the command, with the exit codes that the command line has."""
+    """Run the command in the child process. Returns the exit code that the command line would have."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,9 +1,9 @@
-"""Draw the loss of recorded runs of the autoregressive model against time.
+"""Plot the loss of recorded runs of the autoregressive model against time.
 
     python -m benchmarks.loss_against_time RUN … OUT
 
-RUN is a folder with a ``metrics.csv`` of the ``Throughput`` callback, OUT a PNG. Validation losses stand at the time of
-the training step before them.
+RUN is a folder with a ``metrics.csv`` that the ``Throughput`` callback logged to, OUT a PNG file. A validation loss is
+plotted at the time of the training step before it.
 """
 
 import csv

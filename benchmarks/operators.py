@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operator, and how long its convolutions alone must take."""
+"""Time of a training step by kind of operator, and the operations and best rate of its convolutions."""
 
 import statistics
 import time
@@ -17,28 +17,28 @@ KINDS = {
     "optimizer, EMA": ("adam", "lerp", "Optimizer.step"),
     "copies, casts": ("copy_", "cat", "contiguous"),
 }
-"""Parts of operators' names; what fits none is elsewhere."""
+"""Parts of operator names; an operator that matches none is counted as ``OTHERS``."""
 OTHERS = "everything else"
 
 
 def kind_of(operator: str) -> str:
-    """The first kind whose words the name of an operator holds."""
+    """The first kind with a word that the operator's name contains."""
     return next((kind for kind, words in KINDS.items() if any(word in operator for word in words)), OTHERS)
 
 
 class OperatorTimes:
-    """Profiles what happens between :meth:`start` and :meth:`stop`."""
+    """Profiles the operators between :meth:`start` and :meth:`stop`."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self._profile: Any = profile(activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU])
 
     def start(self) -> None:
-        """Begin."""
+        """Start profiling."""
         self._profile.start()
 
     def stop(self) -> dict[str, float]:
-        """Seconds by kind of operator, each without the operators that it calls."""
+        """Seconds by kind of operator; an operator's time excludes the operators that it calls."""
         self._profile.stop()
         seconds = dict.fromkeys((*KINDS, OTHERS), 0.0)
         for event in self._profile.key_averages():
@@ -55,7 +55,7 @@ def convolution_flops(step: Callable[[], None]) -> float:
 
 
 def fastest_convolution(device: str, dtype: torch.dtype, repeats: int = 20) -> float:
-    """Operations a second of a 3 × 3 convolution that suits the machine: 256 channels, 64 px, ``channels_last``."""
+    """Operations a second of a 3 × 3 convolution of a favourable shape: 256 channels, 64 px, ``channels_last``."""
     batch, channels, side = 4, 256, 64
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
 """The plain training step that ours is compared with: eager, all logits at once, an unfused optimizer.
 
-Written from the paper as one would write it first, with the parameter names of the published checkpoints.
+A straightforward implementation of the paper, with the parameter names of the published checkpoints.
 """
 
 import copy
@@ -19,7 +19,7 @@ def linears(**shapes: tuple[int, int]) -> nn.ModuleDict:
 
 
 class PlainBlock(nn.Module):
-    """Attention and SwiGLU behind norms."""
+    """Attention and SwiGLU, each after a norm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class PlainBlock(nn.Module):
         heads, dropout = self.config.n_head, self.config.resid_dropout
         q, k, v = self.attention["wqkv"](self.attention_norm(x)).chunk(3, dim=-1)
         q, k, v = (part.view(*part.shape[:2], heads, -1) for part in (q, k, v))
-        q, k = (turn(part, rope).transpose(1, 2) for part in (q, k))
+        q, k = (rotate(part, rope).transpose(1, 2) for part in (q, k))
         y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.attention["wo"](y), dropout)
         y, ffn = self.ffn_norm(x), self.feed_forward
@@ -54,7 +54,7 @@ class PlainNorm(nn.Module):
         return norm.type_as(x) * self.weight
 
 
-def turn(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate pairs of (B, L, H, E) as complex numbers."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rope[:, None]).flatten(3).type_as(x)
@@ -106,7 +106,7 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=False, fused=False)
 
     def __call__(self, codes: Tensor, labels: Tensor, autocast: torch.autocast) -> float:
-        """One step; its loss."""
+        """Do one step and return its loss."""
         with autocast:
             logits = self.gpt(codes, labels)
             loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())

@@ -1,7 +1,7 @@
-"""The tokenizer's training step as one would first write it: the peer of ``benchmarks/tokenizer_step.py``.
+"""A straightforward training step of the tokenizer, which ``benchmarks/tokenizer_step.py`` compares with ours.
 
-Eager, contiguous tensors, the whole matrix of distances, attention with an explicit softmax, two optimizers with a
-backward pass each, the average as a second copy of the model. The networks' weights and the loss are the same.
+Eager, with contiguous tensors, the full matrix of distances, attention with an explicit softmax, two optimizers with
+a backward pass each, and the average as a second copy of the model. Weights and loss are the same as ours.
 """
 
 import copy
@@ -21,7 +21,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class PlainAttention(AttentionBlock):
-    """Attention over positions with the whole matrix of weights."""
+    """Attention over positions with the full matrix of weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
@@ -35,7 +35,7 @@ class PlainAttention(AttentionBlock):
 
 
 def quantize(latent: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest entries (B, E, h, w) by the matrix of all squared distances, and the sum of both losses."""
+    """Nearest entries (B, E, h, w) by the full matrix of squared distances, and the sum of both losses."""
     z, codebook = F.normalize(latent.float(), dim=1), F.normalize(embedding, dim=-1)
     rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     distances = rows.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rows @ codebook.T
@@ -45,7 +45,7 @@ def quantize(latent: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contiguous(network: Network) -> Network:
-    """The network with the usual memory format."""
+    """Convert a network to the contiguous memory format."""
     convert_conv2d_weight_memory_format(network, torch.contiguous_format)
     return network
 
@@ -73,10 +73,10 @@ class PlainStep:
         ]
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and the quantiser's loss."""
+        """Reconstructions and the quantiser's loss."""
         latent = self.vqgan.quant_conv(self.vqgan.encoder(images))
         with torch.autocast(images.device.type, enabled=False):
-            quantized, loss = quantize(latent, self.vqgan.quantize.embedding.weight)
+            quantized, loss = quantize(latent, self.vqgan.quantize.get_parameter("embedding.weight"))
         return self.vqgan.decoder(self.vqgan.post_quant_conv(quantized)), loss
 
     def __call__(self, images: Tensor, autocast: torch.autocast) -> None:

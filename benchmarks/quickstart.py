@@ -1,4 +1,4 @@
-"""Time and accuracy of ``make quickstart`` in an empty clone with an empty environment, installing included.
+"""Time and accuracy of ``make quickstart`` in a fresh clone with an empty environment, including the installation.
 
 Prints a table, then one JSON line.
 

@@ -1,16 +1,16 @@
-"""What ``rope_condition`` does to a model that must read its captions: zero beside identity.
+"""The effect of ``rope_condition`` on a model that must read its captions: ``zero`` compared with ``identity``.
 
-The images are scikit-learn's 8 × 8 digits as 4 × 4 codes (k-means over their 2 × 2 patches). Captions name digits of
-which one is meant, "not a five and a three": who is shown is decided by the word beside a digit, and the same words in
-another order describe another image. Their features are those of a small T5 with random weights, or ("word by word")
-of the same T5 that is given one word at a time, so that they know nothing of their neighbours. Two GPTs differ in
-``rope_condition`` alone: first weights, order of the data and captions are the same for a seed.
+The images are scikit-learn's 8 × 8 digits as 4 × 4 codes (k-means over their 2 × 2 patches). A caption names several
+digits and means one: "not a five and a three". The words next to a digit decide whether it is meant, so the same words
+in another order describe another image. The features come from a small T5 with random weights, or ("word by word")
+from the same T5 run on one word at a time, so that a feature contains nothing of its neighbours. Two GPTs differ in
+``rope_condition`` alone: for a seed, initial weights, order of the data and captions are the same.
 
     python -m benchmarks.rope_condition --out benchmarks/results
 
-Prints a table, then one JSON line. Shares are of images drawn for validation captions, as a support vector machine on
-the real training images reads them; ``wrong caption costs`` is how much more cross entropy the validation images
-have behind their caption with two digits exchanged, of which one is the meant one.
+Prints a table, then one JSON line. A support vector machine, trained on the real training images, classifies the images
+generated for validation captions. ``wrong caption costs`` is the increase of the validation cross entropy when the
+meant digit of each caption is exchanged with another one.
 """
 
 import argparse
@@ -55,7 +55,7 @@ CAPTIONS_OF_A_DIGIT = 300
 
 
 class Case(NamedTuple):
-    """How captions are made: how many digits they name, and whether features are made of each word by itself."""
+    """A kind of captions: how many digits they name, and whether each word is encoded by itself."""
 
     named: int
     word_by_word: bool = False
@@ -70,7 +70,7 @@ CASES = {
 
 
 class Captions(NamedTuple):
-    """Features (N, C, W), padded on the left, their lengths (N,), and the digits (N, named), the meant one first."""
+    """Features (N, C, W) padded on the left, lengths (N,), and digits (N, named) with the meant one first."""
 
     features: Tensor
     lengths: Tensor
@@ -78,7 +78,7 @@ class Captions(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Digits as codes (N, 16) with their labels, and what turns codes back: (64, 2 × 2) grey values of each code."""
+    """Digits as codes (N, 16) with labels (N,), the grey values (64, 2 × 2) of each code, and the classifier."""
 
     codes: Tensor
     labels: Tensor
@@ -86,13 +86,13 @@ class Images(NamedTuple):
     judge: SVC
 
     def shown(self, codes: Tensor) -> Tensor:
-        """(N, 16) codes → (N,) the digits that the classifier sees."""
+        """Classify images: codes (N, 16) → digits (N,)."""
         pixels = self.patches[codes.numpy()].reshape(-1, 4, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 64)
         return torch.from_numpy(self.judge.predict(pixels))
 
 
 def make_images() -> Images:
-    """All digits; the last 300 of a fixed order are for validation, and neither codes nor classifier know them."""
+    """All digits in a fixed order; codes and classifier are fitted without the last 300, which are for validation."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
     pixels, labels = digits.data[order], digits.target[order]
@@ -104,31 +104,31 @@ def make_images() -> Images:
 
 
 def write_caption(digits: Sequence[int], place: int) -> str:
-    """The first of the digits is meant, and is named at a place among the others."""
+    """A caption that means the first of the digits and names it at a place among the others."""
     phrases = [f"not a {DIGITS[digit]}" for digit in digits[1:]]
     phrases.insert(place, f"a {DIGITS[digits[0]]}")
     return " and ".join(phrases)
 
 
-def draw_captions(encoder: CaptionEncoder, case: Case, meant: Sequence[int], seed: int) -> tuple[Captions, Captions]:
-    """A caption for each digit, and the same with the meant and the next digit exchanged."""
+def random_captions(encoder: CaptionEncoder, case: Case, meant: Sequence[int], seed: int) -> tuple[Captions, Captions]:
+    """A random caption for each digit, and the same caption with the meant and the next digit exchanged."""
     source = random.Random(seed)
     digits = [[digit, *source.sample([x for x in range(10) if x != digit], case.named - 1)] for digit in meant]
     places = [source.randrange(case.named) for _ in meant]
     swapped = [[*row[1::-1], *row[2:]] for row in digits]
     first, second = (
-        Captions(*read(encoder, case, [write_caption(row, place) for row, place in zip(rows, places, strict=True)]),
+        Captions(*encode(encoder, case, [write_caption(row, place) for row, place in zip(rows, places, strict=True)]),
                  torch.tensor(rows))
         for rows in (digits, swapped)
     )  # fmt: skip
     return first, second
 
 
-def read(encoder: CaptionEncoder, case: Case, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Features, padded on the left, and their lengths."""
+def encode(encoder: CaptionEncoder, case: Case, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Features of captions, padded on the left, and their lengths."""
     encoded = encoder(captions)
     features, length = encoded.features, 4 * case.named - 1
-    if case.word_by_word:  # the end has no neighbours either
+    if case.word_by_word:  # the end of the caption is also encoded alone
         alone = {word: encoder([word]).features[0, 0] for word in WORDS} | {"": encoder([""]).features[0, 0]}
         features = torch.zeros_like(features)
         for row, caption in enumerate(captions):
@@ -145,7 +145,7 @@ def cross_entropy(gpt: GPT, codes: Tensor, captions: Captions) -> Tensor:
 
 def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, case: Case, rotation: Any,
           seed: int) -> dict[str, Any]:  # fmt: skip
-    """Train a model, watch it on validation images, and let it draw."""
+    """Train a model, validate it while it trains, and classify the images that it generates."""
     torch.manual_seed(seed)
     length = 4 * case.named - 1
     gpt = GPT(GPTConfig(dim=options.dim, n_layer=options.layers, n_head=4, multiple_of=32, vocab_size=CODES,
@@ -153,9 +153,9 @@ def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, 
                         condition_dropout=0.0, token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0,
                         rope_condition=rotation))  # fmt: skip
     codes, labels = images.codes[:-VALIDATION], images.labels[:-VALIDATION]
-    known, _ = draw_captions(encoder, case, sorted(10 * list(range(10)) * (CAPTIONS_OF_A_DIGIT // 10)), seed)
+    training, _ = random_captions(encoder, case, sorted(10 * list(range(10)) * (CAPTIONS_OF_A_DIGIT // 10)), seed)
     held_out, meant = images.codes[-VALIDATION:], images.labels[-VALIDATION:]
-    right, wrong = draw_captions(encoder, case, meant.tolist(), 1000)
+    right, wrong = random_captions(encoder, case, meant.tolist(), 1000)
     optimizer = torch.optim.AdamW(gpt.parameters(), options.lr, (0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.1)
     order = torch.Generator().manual_seed(seed)
@@ -165,7 +165,7 @@ def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, 
             waiting = torch.randperm(len(codes), generator=order)
         rows, waiting = waiting[:BATCH], waiting[BATCH:]
         chosen = labels[rows] * CAPTIONS_OF_A_DIGIT + torch.randint(CAPTIONS_OF_A_DIGIT, (BATCH,), generator=order)
-        loss = cross_entropy(gpt, codes[rows], Captions(*(part[chosen] for part in known)))
+        loss = cross_entropy(gpt, codes[rows], Captions(*(part[chosen] for part in training)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -176,8 +176,8 @@ def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, 
                 curve.append((step, round(float(cross_entropy(gpt, held_out, right)), 4)))
     with torch.no_grad():
         costs = float(cross_entropy(gpt, held_out, wrong)) - curve[-1][1]
-    drawn = Sampler(gpt, VALIDATION)(right.features, caption_lengths=right.lengths, seed=seed)
-    seen = images.shown(drawn)[:, None] == right.digits
+    generated = Sampler(gpt, VALIDATION)(right.features, caption_lengths=right.lengths, seed=seed)
+    seen = images.shown(generated)[:, None] == right.digits
     return {
         "curve": curve,
         "cross entropy": curve[-1][1],
@@ -187,8 +187,8 @@ def train(options: argparse.Namespace, images: Images, encoder: CaptionEncoder, 
     }
 
 
-def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the seeds, and the lowest and highest, of each number."""
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, lowest and highest value of each metric over the seeds."""
     names = [name for name, value in runs[0].items() if isinstance(value, float)]
     columns = {name: [run[name] for run in runs] for name in names}
     return {
@@ -201,8 +201,8 @@ def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
-    """For each case the cross entropies of all seeds above, and what the drawn images show below."""
+def plot(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
+    """For each case the cross entropies of all seeds (above), and what the generated images show (below)."""
     figure = Figure(figsize=(3.2 * len(runs), 5.6), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
     for column, (case, sides) in enumerate(runs.items()):
@@ -221,7 +221,7 @@ def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
         above.set(title=case, xlabel="step")
         below.set(xticks=[0, 1], xticklabels=["meant", "named, not meant"], ylim=(0, 1), xlim=(-0.5, 1.5))
     axes[0, 0].set(ylabel="validation cross entropy, nats a code")
-    axes[1, 0].set(ylabel="share of drawn images")
+    axes[1, 0].set(ylabel="share of generated images")
     axes[0, 0].legend(title="rope_condition")
     return figure
 
@@ -236,7 +236,7 @@ def report(result: dict[str, Any], ceiling: float) -> None:
             names = ("cross entropy", "wrong caption costs", "shows the meant digit", "shows a digit that is not meant")
             cells = [f"{numbers[name]['mean']:.3f}" if name in numbers else "" for name in names]
             print(f"{case:26}{rotation:16}{cells[0]:>14}{cells[1]:>13}{cells[2]:>8}{cells[3]:>11}")
-    print(f"\nreal validation images, through the codes, are read as their label: {ceiling:.3f}")
+    print(f"\nreal validation images, encoded and decoded, that are recognised as their label: {ceiling:.3f}")
 
 
 def main() -> None:
@@ -266,7 +266,7 @@ def main() -> None:
                     run = train(options, images, encoder, CASES[case], rotation, seed)
                     print(f"seed {seed}, {case}, {rotation}: meant {run['shows the meant digit']:.3f}", flush=True)
                     runs[case][rotation].append(run)
-    result = {case: {side: summed_up(each) for side, each in sides.items()} for case, sides in runs.items()}
+    result = {case: {side: summarize(each) for side, each in sides.items()} for case, sides in runs.items()}
     report(result, ceiling)
     record = {
         "benchmark": "rope_condition",
@@ -289,7 +289,7 @@ def main() -> None:
     if options.out:
         with atomic_file(options.out / "rope_condition.json") as temporary:
             temporary.write_text(line + "\n")
-        save_png(figure_image(draw(runs)), options.out / "rope_condition.png")
+        save_png(figure_image(plot(runs)), options.out / "rope_condition.png")
 
 
 if __name__ == "__main__":

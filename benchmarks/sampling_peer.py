@@ -1,4 +1,4 @@
-"""The Llama of transformers in the shape of a GPT, drawing as many codes by ``generate``."""
+"""A Llama of transformers in the shape of a GPT, which generates as many codes."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from llamagen.sampling import SamplingConfig
 
 
 class Peer:
-    """A Llama with random weights of the same number and dtype; it starts from a token instead of a class.
+    """A Llama with random weights, as many as the GPT's and of its dtype; it starts from a token instead of a class.
 
     Args:
-        gpt: its shape.
+        gpt: the model with the shape to copy.
         config: guidance and top-k.
 
     Raises:
@@ -45,7 +45,7 @@ class Peer:
 
     @torch.no_grad()
     def one_batch(self, labels: Tensor) -> Tensor:
-        """Both branches in one batch; the harder peer. That they draw apart from each other costs no time."""
+        """Generate with both branches in one batch, the faster way. Each samples its own codes, at the same cost."""
         start = torch.cat([labels, labels + 1000])[:, None]
 
         def guided(ids: Tensor, logits: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Peer:
 
     @torch.no_grad()
     def two_passes(self, labels: Tensor) -> Tensor:
-        """By the argument of ``generate``, which runs the branches one after the other."""
+        """Generate with the guidance of ``generate``, which runs the branches one after the other."""
         without = torch.full_like(labels, 1000)[:, None]
         return self._generate(labels[:, None], guidance_scale=self.config.guidance_scale, negative_prompt_ids=without)
 

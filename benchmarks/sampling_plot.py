@@ -1,4 +1,4 @@
-"""An image of what the sampling benchmark measured."""
+"""The plot of ``benchmarks/bench_sampling.py``."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ NAMES = {
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Codes a second of each side above, the share of the memory limit and time against position below.
+    """Plot codes a second of each side, the share of the memory limit, and time against position.
 
     Args:
-        result: of the benchmark.
-        path: of the PNG.
+        result: the record of the benchmark.
+        path: the PNG file to write.
     """
     import matplotlib
 

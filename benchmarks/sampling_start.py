@@ -21,17 +21,17 @@ CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def first_image(module: str, size: str, kind: str, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of the parts of one guided image of 256 px in a new process, model and weights on the device already.
+    """Seconds until one guided image of 256 px is done in a new process, with the weights on the device.
 
     Args:
-        module: that knows how to build the model.
-        size: of the GPT.
-        kind: dtype.
+        module: benchmark module with ``build`` and ``DTYPES``.
+        size: size of the GPT.
+        kind: key of ``DTYPES``.
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        For eager, compiled with empty caches, and compiled with the caches that this left: ``ready`` (compiling),
-        ``codes``, ``pixels``.
+        Seconds of ``ready`` (compiling), ``codes`` and ``pixels``, for eager sampling, for compiled sampling with empty
+        caches, and for compiled sampling with the caches that the second run left.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def _rank(rank: int, threads: int, gpt: GPT, batch: int, config: SamplingConfig,
 
 
 def images_a_second(gpt: GPT, ranks: int, images: int, config: SamplingConfig) -> float:
-    """Codes of so many images on so many processes, which share the processor's threads, as images a second."""
+    """Images a second whose codes several processes generate; they share the processor's threads equally."""
     context = mp.get_context("spawn")
     start, ends = context.Barrier(ranks), context.Queue()
     threads, batch = max(torch.get_num_threads() // ranks, 1), images // ranks

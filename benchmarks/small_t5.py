@@ -1,7 +1,6 @@
-"""A small T5 encoder with random weights, and a tokenizer of given words, for benchmarks that cannot download one.
+"""A small T5 encoder with random weights and a tokenizer of given words, for benchmarks without a network.
 
-Both are transformers' own classes, in a folder as ``save_pretrained`` leaves it, so ``CaptionEncoder`` reads them as it
-reads the published ones.
+Both are classes of transformers, saved by ``save_pretrained``, so ``CaptionEncoder`` reads them like published ones.
 """
 
 from collections.abc import Iterable
@@ -14,13 +13,14 @@ HEAD_WIDTH = 16
 
 
 def save_small_t5(folder: Path, words: Iterable[str], width: int = 64, seed: int = 0) -> Path:
-    """Write model and tokenizer.
+    """Write a model and its tokenizer.
 
     Args:
-        folder: where to; it is made if it does not exist.
-        words: each becomes one token. Others fall into letters and digits, and what is neither into ``<unk>``.
-        width: of the features, a multiple of 16.
-        seed: of the weights, which have the deviations with which transformers starts a training.
+        folder: folder to write to; created if it does not exist.
+        words: each becomes one token. Other words are split into letters and digits, and other characters become
+            ``<unk>``.
+        width: width of the features, a multiple of 16.
+        seed: seed of the weights, which are initialised as transformers does it.
 
     Returns:
         The folder.

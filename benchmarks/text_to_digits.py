@@ -1,9 +1,9 @@
 """Text to image from end to end on a CPU, without a network: captions of handwritten digits to new digits.
 
-A small T5 encoder with random weights and a tokenizer of a few words stands for FLAN-T5-XL; all else is the real thing,
-by the commands that anybody would give: tokenizer, codes, features of captions, training, images of prompts. How many
-images show the digit that their prompt names is judged by a support vector machine that has only seen real digits.
-Prints a table, then one JSON line.
+A small T5 encoder with random weights and a tokenizer of a few words replaces FLAN-T5-XL. All else is the usual
+pipeline, run by its commands: tokenizer, codes, features of captions, training, images of prompts. A support vector
+machine trained on real digits measures how many images show the digit that their prompt names. Prints a table, then one
+JSON line.
 
     python -m benchmarks.text_to_digits runs/text_digits
 """
@@ -29,7 +29,7 @@ WIDTH = 64
 
 
 def commands(root: Path, per_prompt: int) -> dict[str, list[str]]:
-    """Arguments of main.py by stage, in their order."""
+    """Arguments of main.py by stage, in the order of the stages."""
     tokenizer = [
         *("--config", "configs/vqgan/base.yaml", "--config", "configs/vqgan/digits.yaml"),
         *(f"--data.init_args.root={root / 'digits'}", "--data.init_args.captions=true"),
@@ -67,7 +67,11 @@ def commands(root: Path, per_prompt: int) -> dict[str, list[str]]:
 
 
 def run(root: Path, per_prompt: int) -> tuple[dict[str, float], dict[str, float]]:
-    """All stages in a new folder: seconds of each, and the share of images recognised as what was asked for."""
+    """Run all stages in a new folder.
+
+    Returns:
+        Seconds of each stage, and the share of images recognised as the requested digit.
+    """
     root.mkdir(parents=True)
     save_small_t5(root / "t5", ["a", "handwritten", *NAMES], WIDTH)
     seconds = {}
@@ -81,7 +85,7 @@ def run(root: Path, per_prompt: int) -> tuple[dict[str, float], dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("root", type=Path, help="folder for all of it; must not exist")
+    parser.add_argument("root", type=Path, help="folder for all results; must not exist")
     parser.add_argument("--per_prompt", type=int, default=50, help="images of each digit")
     options = parser.parse_args()
     if options.root.exists() or options.per_prompt < 1:
@@ -90,7 +94,7 @@ def main() -> None:
     print(f"{'stage':>22} | seconds")
     for name, value in seconds.items():
         print(f"{name:>22} | {value:7.1f}")
-    print(f"{'asked for':>22} | recognised")
+    print(f"{'requested digit':>22} | recognised")
     for name, value in accuracy.items():
         print(f"{name:>22} | {value:10.3f}")
     record = {

@@ -1,4 +1,4 @@
-"""What all benchmarks share: how a time is taken, summed up, and which machine it is of."""
+"""What all benchmarks share: waiting for the GPU, summaries of times, and the name of the machine."""
 
 import platform
 import statistics
@@ -20,7 +20,7 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 def machine(device: str) -> str:
-    """Name of the GPU, or of the processor with the number of threads."""
+    """Name of the GPU, or name of the processor with the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -1,21 +1,21 @@
-"""Time and memory of a training step of the tokenizer, beside a plain implementation of the same step.
+"""Time and memory of a training step of the tokenizer, compared with a plain implementation of the same step.
 
     python -m benchmarks.tokenizer_step --image-size 128 --batch-size 4 [--compile] [--device cuda]
 
 The step is that of ``VQGANModule`` in Lightning's Trainer: VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW,
-EMA. After each of its steps one of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random
-weights here: they do not change its cost. The last steps are profiled: where their time goes, beside what their
-convolutions alone would take at the best rate of this machine. Prints tables, then one line of JSON.
+EMA. After each of them a step of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random
+weights, which do not change its cost. The last steps are profiled by kind of operator, and compared with the time of
+their convolutions alone at this machine's best rate. Prints tables, then one line of JSON.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,26 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.data import DataLoader
 
-from benchmarks.operators import OperatorTimes, convolution_flops, fastest_convolution
+from benchmarks.operators import convolution_flops, fastest_convolution
 from benchmarks.plain_tokenizer import PlainStep, quantize
 from benchmarks.timing import machine, spread, synchronize
-from callbacks import EMA
+from benchmarks.training_step import (
+    PROFILED,
+    SIDES,
+    WARM_UP,
+    Stopwatch,
+    autocast_of,
+    medians,
+    memory_in_own_process,
+    peak_since,
+    resident,
+    train,
+)
 from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.lpips import LPIPS, read_vgg16
 
-WARM_UP, PROFILED = 3, 3
-SIDES = ("ours", "plain")
 Part = Callable[[Tensor], Tensor]
 
 
@@ -46,13 +54,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--contiguous", action="store_true", help="without channels_last")
-    parser.add_argument("--memory-of", choices=SIDES, help="only run this one and print its peak memory")
+    parser.add_argument("--contiguous", action="store_true", help="contiguous tensors instead of channels_last")
+    parser.add_argument("--memory-of", choices=SIDES, help="only run this side and print its peak memory")
     return parser.parse_args()
 
 
 def random_vgg16(path: Path) -> Path:
-    """A file of VGG16 weights of the usual size and no use."""
+    """Write random weights of VGG16's shapes."""
     torch.manual_seed(0)
     shapes = LPIPS.vgg16_shapes()
     torch.save(
@@ -61,52 +69,24 @@ def random_vgg16(path: Path) -> Path:
     return path
 
 
-class Stopwatch(pl.Callback):
-    """Times each step of the Trainer, and after it one of the peer; the last steps of each are profiled instead."""
+class TokenizerStopwatch(Stopwatch):
+    """Compares with :class:`PlainStep`."""
 
     def __init__(self, options: argparse.Namespace, steps: int) -> None:
-        self.options, self.first_profiled = options, steps - PROFILED
-        self.times: dict[str, list[float]] = {name: [] for name in SIDES}
-        self.profiles: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        super().__init__(options.device, steps)
+        self.options = options
         self.plain: PlainStep | None = None
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start."""
-        self.profiler = OperatorTimes(self.options.device) if batch_idx >= self.first_profiled else None
-        self._start()
-
-    def _start(self) -> None:
-        synchronize()
-        if self.profiler is not None:
-            self.profiler.start()
-        self.start = time.perf_counter()
-
-    def _stop(self, name: str) -> None:
-        synchronize()
-        if self.profiler is None:
-            self.times[name].append(time.perf_counter() - self.start)
-        else:
-            self.profiles[name].append(self.profiler.stop())
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop, and let the peer do a step."""
-        self._stop("ours")
+    def prepare_plain_step(self, module: VQGANModule) -> None:
+        """Copy the networks."""
         if self.plain is None:
-            self.plain = PlainStep(pl_module.vqgan, pl_module.discriminator, pl_module._lpips[0])
-        if self.profiler is not None:
-            self.profiler = OperatorTimes(self.options.device)
-        with torch.enable_grad():
-            self._start()
-            self.plain(batch["images"], autocast_of(self.options)())
-            self._stop("plain")
-        if self.profiler is None:
-            seconds = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in self.times.items())
-            print(f"step {batch_idx}: {seconds}", flush=True)
+            assert isinstance(module.discriminator, PatchGAN)
+            self.plain = PlainStep(module.vqgan, module.discriminator, module._lpips[0])
 
-
-def medians(profiles: list[dict[str, float]]) -> dict[str, float]:
-    """Seconds by kind of operator, each the median of several steps."""
-    return {kind: round(statistics.median(each[kind] for each in profiles), 3) for kind in profiles[0]}
+    def plain_step(self, batch: dict[str, Tensor]) -> None:
+        """One step of the plain implementation."""
+        assert self.plain is not None
+        self.plain(batch["images"], autocast_of(self.options.device, self.options.precision))
 
 
 def build(options: argparse.Namespace, folder: Path) -> VQGANModule:
@@ -119,32 +99,16 @@ def build(options: argparse.Namespace, folder: Path) -> VQGANModule:
     )
 
 
-def autocast_of(options: argparse.Namespace) -> Callable[[], torch.autocast]:
-    return lambda: torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
-
-
 def random_images(options: argparse.Namespace) -> Tensor:
     return torch.randn(options.batch_size, 3, options.image_size, options.image_size).tanh()
 
 
-def train(options: argparse.Namespace, module: VQGANModule, steps: int, *callbacks: pl.Callback) -> None:
-    batches: Any = [{"images": random_images(options)} for _ in range(steps)]
-    pl.Trainer(
-        accelerator="gpu" if options.device == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[EMA(), *callbacks],
-    ).fit(module, DataLoader(batches, batch_size=None))
+def batches_of(options: argparse.Namespace, steps: int) -> list[dict[str, Tensor]]:
+    return [{"images": random_images(options)} for _ in range(steps)]
 
 
 def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> dict[str, Any]:
-    """Forward and backward time of a part in seconds, and what it keeps for the backward pass in MiB."""
+    """Seconds of a part's forward and backward pass, and the MiB that it keeps for the backward pass."""
     forward, backward = [], []
     for _ in range(steps + WARM_UP):
         leaf = x.detach().requires_grad_()
@@ -166,7 +130,7 @@ def time_part(part: Part, x: Tensor, autocast: Callable[[], torch.autocast], ste
 
 
 def kept_for_backward(part: Part, x: Tensor, autocast: Callable[[], torch.autocast]) -> int:
-    """Bytes of the tensors that a part saves for its gradient, each storage once."""
+    """Bytes of the tensors that a part saves for its backward pass, each storage counted once."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -184,7 +148,7 @@ def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> d
     """Each part of a step as a function, and its input."""
     vqgan, discriminator = step.vqgan.to(images.device), step.discriminator
     assert discriminator is not None
-    weight = vqgan.quantize.embedding.weight
+    weight = vqgan.quantize.get_parameter("embedding.weight")
     if isinstance(step, VQGANModule):
         lpips = step._lpips[0].to(images.device)
         images = images.to(memory_format=step.memory_format)
@@ -202,8 +166,9 @@ def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> d
 
 
 def time_parts(options: argparse.Namespace, module: VQGANModule, plain: PlainStep) -> dict[str, dict[str, Any]]:
-    """Each part of both steps by itself, with a gradient to its input."""
-    steps, autocast, grid = max(3, options.steps // 2), autocast_of(options), options.image_size // 16
+    """Time each part of both steps by itself, with a gradient to its input."""
+    steps, grid = max(3, options.steps // 2), options.image_size // 16
+    autocast = partial(autocast_of, options.device, options.precision)
     images = random_images(options).to(options.device)
     latent = torch.randn(options.batch_size, 8, grid, grid, device=options.device)
     steps_by_name: dict[str, VQGANModule | PlainStep] = {"ours": module, "plain": plain}
@@ -214,50 +179,36 @@ def time_parts(options: argparse.Namespace, module: VQGANModule, plain: PlainSte
 
 
 def plain_step(options: argparse.Namespace, module: VQGANModule) -> Callable[[], None]:
-    """A step of the peer that can be repeated."""
+    """A plain step that can be repeated."""
     device = torch.device(options.device)
     assert isinstance(module.discriminator, PatchGAN)
     lpips = LPIPS(read_vgg16(module.lpips_weights)).to(device)
     plain = PlainStep(module.vqgan.to(device), module.discriminator.to(device), lpips)
     images = random_images(options).to(device)
-    return lambda: plain(images, autocast_of(options)())
-
-
-def resident(field: str) -> float:
-    """Memory of this process in GiB: ``VmRSS``, or its peak ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
+    return lambda: plain(images, autocast_of(options.device, options.precision))
 
 
 def peak_memory(options: argparse.Namespace, module: VQGANModule) -> float:
-    """Peak memory of two steps in GiB: of the GPU's allocator, or of the process without what it had before."""
+    """Peak memory of two steps in GiB, see :func:`peak_since`."""
     before = resident("VmRSS")
     if options.memory_of == "ours":
-        train(options, module, 2)
+        train(module, batches_of(options, 2), options.device, options.precision)
     else:
         step = plain_step(options, module)
         for _ in range(2):
             step()
-    if options.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resident("VmHWM") - before
-
-
-def memory_in_own_process(kind: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.tokenizer_step", *sys.argv[1:], "--memory-of", kind]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
+    return peak_since(before, options.device)
 
 
 def convolution_limit(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """What the convolutions of a step alone cost: operations, the machine's best rate, and so seconds."""
+    """Operations of the convolutions of a step, the machine's best rate, and the seconds that follow."""
     flops = convolution_flops(plain_step(options, build(options, folder)))
     rate = fastest_convolution(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     return {"tflop": round(flops / 1e12, 3), "tflop_a_second": round(rate / 1e12, 3), "seconds": round(flops / rate, 3)}
 
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Print the tables and the line of JSON."""
+    """Print tables and one line of JSON."""
     print(f"\n{'step':22}{'median s':>10}{'quartiles':>20}{'images/s':>12}{'peak GiB':>10}")
     for name in SIDES:
         step, memory = result[name], result["peak_gib"][name]
@@ -278,8 +229,8 @@ def report(options: argparse.Namespace, result: dict[str, Any]) -> None:
         print(f"{kind:22}" + "".join(f"{result['operators'][name][kind]:10.3f}" for name in SIDES))
     limit = result["convolution_limit"]
     print(
-        f"\nconvolutions alone: {limit['tflop']:.2f} TFLOP at {limit['tflop_a_second']:.2f} TFLOP/s, the best of this "
-        f"machine: {limit['seconds']:.2f} s; plain / that: {result['plain']['median'] / limit['seconds']:.2f}"
+        f"\nconvolutions alone: {limit['tflop']:.2f} TFLOP at this machine's best rate, {limit['tflop_a_second']:.2f} "
+        f"TFLOP/s take {limit['seconds']:.2f} s; plain / that: {result['plain']['median'] / limit['seconds']:.2f}"
     )
     print("\n" + json.dumps(result))
 
@@ -292,8 +243,8 @@ def main() -> None:
             print(peak_memory(options, module))
             return
         steps = WARM_UP + options.steps + PROFILED
-        watch = Stopwatch(options, steps)
-        train(options, module, steps, watch)
+        watch = TokenizerStopwatch(options, steps)
+        train(module, batches_of(options, steps), options.device, options.precision, watch)
         times = {name: each[WARM_UP:] for name, each in watch.times.items()}
         assert watch.plain is not None
         result: dict[str, Any] = {
@@ -308,7 +259,7 @@ def main() -> None:
             "operators": {name: medians(watch.profiles[name]) for name in SIDES},
             "convolution_limit": convolution_limit(options, Path(folder)),
         }
-    result["peak_gib"] = {name: round(memory_in_own_process(name), 2) for name in SIDES}
+    result["peak_gib"] = {name: round(memory_in_own_process("tokenizer_step", name), 2) for name in SIDES}
     report(options, result)
 
 

@@ -1,5 +1,6 @@
 """What happens around training: averages, images, files."""
 
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint, StepCheckpoint
 from callbacks.codebook import CodebookHistogram
 from callbacks.compiled_sampling import CompiledSampling
 from callbacks.curves import LearningCurves
@@ -17,18 +18,21 @@ from callbacks.writers.images import ImageWriter
 
 __all__ = [
     "EMA",
+    "BestCheckpoint",
     "CodeWriter",
     "CodebookHistogram",
     "CompiledSampling",
     "FIDMonitor",
     "FeatureWriter",
     "ImageWriter",
+    "LastCheckpoint",
     "LearningCurves",
     "PositionLoss",
     "ReconstructionGrid",
     "Requeue",
     "SampleGrid",
     "SamplingProgress",
+    "StepCheckpoint",
     "StopOnSignal",
     "Throughput",
 ]

@@ -1,6 +1,4 @@
-"""Which codes are in use, as an image."""
-
-from typing import Any, Protocol, cast
+"""Histogram of codebook usage. K codes."""
 
 import lightning.pytorch as pl
 import numpy as np
@@ -8,56 +6,44 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
-from callbacks.figures import publish
+from callbacks.figures import new_figure, publish
+from callbacks.protocols import CountsCodes, require
 from llamagen.grids import figure_image
 
 
-class CountsCodes(Protocol):
-    """A module that knows how often each code was used, over all ranks."""
-
-    code_counts: dict[str, Tensor]
-    """Counts (K,) int64 of the last training epoch (``train``) and the last validation (``val``)."""
-
-
 class CodebookHistogram(pl.Callback):
-    """At each validation: how often each code was used, the most frequent first, and how many are dead.
+    """At each validation, plot how often each code was used and how many codes are dead.
 
-    The image is ``codebook/step_<batches seen>.png`` in the run's folder.
+    The figure is ``codebook/step_<batches seen>.png`` in the run's folder.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that has no codebook.
+        """Check the module.
 
         Raises:
-            ValueError: in one line.
+            ValueError: if it has no codebook.
         """
-        if not hasattr(pl_module, "code_counts"):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no codebook; leave CodebookHistogram out of trainer.callbacks"
-            )
+        require(CountsCodes, pl_module, self)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the counts of this validation and of the last training epoch."""
+        """Plot the counts of this validation and of the last training epoch."""
         if not trainer.sanity_checking:
-            self._draw(trainer, cast(CountsCodes, pl_module).code_counts)
+            self._plot(trainer, require(CountsCodes, pl_module, self).code_counts)
 
     @rank_zero_only
-    def _draw(self, trainer: pl.Trainer, counts: dict[str, Tensor]) -> None:
+    def _plot(self, trainer: pl.Trainer, counts: dict[str, Tensor]) -> None:
         publish(trainer, histogram({stage: each.cpu().numpy() for stage, each in counts.items()}), "codebook")
 
 
 def histogram(counts: dict[str, np.ndarray]) -> Image.Image:
-    """Counts of codes, sorted, one panel for each stage.
+    """Plot sorted code counts, one panel for each stage.
 
     Args:
-        counts: by stage, (K,) integers.
+        counts: (K,) integers by stage.
     """
-    # Without pyplot: no global state, no window system. Imported here for its start-up time.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.8 * len(counts)), layout="constrained")
+    figure = new_figure(7, 2.8 * len(counts))
     for position, (stage, each) in enumerate(sorted(counts.items())):
-        axes: Any = figure.add_subplot(len(counts), 1, position + 1)
+        axes = figure.add_subplot(len(counts), 1, position + 1)
         ordered, size = np.sort(each)[::-1], len(each)
         used = int((each > 0).sum())
         axes.fill_between(np.arange(used), ordered[:used], step="mid")

@@ -1,45 +1,36 @@
 """Compiled sampling while a model is evaluated."""
 
 import time
-from typing import Any, Literal, Protocol, cast
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from callbacks.protocols import ImageRequests, KeepsSampler, datamodule, optional, require
+from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
-from llamagen.sampling import ImageSampler, SamplingConfig, compute_dtype
+from llamagen.sampling import compute_dtype
 
-WORTHWHILE = 20_000_000
-"""Parameters from which on steps that are compiled save more than compiling takes."""
-
-
-class KeepsASampler(Protocol):
-    """A module that draws images with a sampler that it is given."""
-
-    gpt: Any
-    can_sample: bool
-    sampler: ImageSampler | None
-    sampling: SamplingConfig
-
-    def build_sampler(self, batch_size: int, compiled: bool, int8: bool) -> ImageSampler:
-        """A new sampler."""
+MIN_PARAMETERS = 20_000_000
+"""Size of a model from which compiled steps save more time than compiling takes."""
+DEFAULT_BATCH_SIZE = 64
 
 
 class CompiledSampling(pl.Callback):
-    """While the model is validated, tested or predicts, draw its images by compiled steps with a static cache.
+    """In validation, test and predict, sample images by compiled steps with a static cache.
 
-    When such a stage begins, the sampler is built for the weights that are evaluated (with the ``EMA`` callback the
-    averages), and serves all who draw: sample grids, FID, predict. When it ends, its memory is freed: training takes as
-    much as without. Where nothing is compiled the sampler still serves all calls with the same memory.
+    The sampler is built at the start of such a stage, for the weights that are evaluated (the averages, with the
+    ``EMA`` callback), and is used by sample grids, FID and predict. At the end of the stage its memory is freed for
+    training. Models that are not compiled also keep one sampler, with one cache, for the whole stage.
 
     Args:
-        enabled: ``auto`` compiles for models of 20 million parameters and more, if it can be done here: on CPUs with a
-            C++ compiler, on NVIDIA GPUs. ``true`` does so for any model, or fails; ``false`` never does.
-        batch_size: images that are drawn together on each rank; by default those of a batch, where the data ask
-            for images, and 64 elsewhere.
-        int8: let compiled steps read the matrices as int8: less to read, and slightly other images. Compiles any
-            model, or fails.
+        enabled: ``auto`` compiles models of at least 20 million parameters on CPUs with a C++ compiler and on NVIDIA
+            GPUs. ``true`` compiles any model, or raises an error; ``false`` never compiles.
+        batch_size: images sampled together on each rank; by default the batch size of the data where it requests
+            images, and 64 elsewhere.
+        int8: store matrices of compiled steps as int8: faster, with slightly different images. Compiles any model, or
+            raises an error.
     """
 
     def __init__(
@@ -56,30 +47,34 @@ class CompiledSampling(pl.Callback):
         self.enabled = True if int8 else enabled
         self.batch_size, self.int8 = batch_size, int8
 
-    def _wanted(self, module: KeepsASampler) -> bool:
+    def _should_compile(self, gpt: GPT) -> bool:
         if self.enabled != "auto":
             return bool(self.enabled)
-        large = sum(parameter.numel() for parameter in module.gpt.parameters()) >= WORTHWHILE
-        return large and not is_sharded(module.gpt) and module.gpt.output.weight.device.type in ("cpu", "cuda")
+        large = sum(parameter.numel() for parameter in gpt.parameters()) >= MIN_PARAMETERS
+        return large and not is_sharded(gpt) and gpt.output.weight.device.type in ("cpu", "cuda")
+
+    def _batch_size(self, trainer: pl.Trainer) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        requests = optional(ImageRequests, datamodule(trainer))
+        return DEFAULT_BATCH_SIZE if requests is None else requests.batch_size
 
     def _build(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = cast(KeepsASampler, pl_module)
+        module = require(KeepsSampler, pl_module, self)
         if trainer.sanity_checking or not (module.can_sample or self.enabled is True):
             return
-        data = getattr(trainer, "datamodule", None)
-        asked = trainer.predicting or (trainer.testing and hasattr(data, "labels"))  # by data that ask for images
-        predicted = getattr(data, "batch_size", None) if asked else None
-        batch_size, started = self.batch_size or predicted or 64, time.perf_counter()
+        batch_size, started = self._batch_size(trainer), time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            if self._wanted(module):
-                how = f"{str(compute_dtype(module.gpt)).removeprefix('torch.')}{', int8 weights' if self.int8 else ''}"
-                self._say(trainer, f"compiling the sampling in {how}, {batch_size} images at a time")
+            if self._should_compile(module.generator):
+                dtype = str(compute_dtype(module.generator)).removeprefix("torch.")
+                weights = ", int8 weights" if self.int8 else ""
+                self._print(trainer, f"compiling the sampling in {dtype}{weights}, {batch_size} images at a time")
                 try:
                     module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
                     module.sampler.prepare(module.sampling)
-                    self._say(trainer, f"compiled sampling is ready after {time.perf_counter() - started:.1f} s")
+                    self._print(trainer, f"compiled sampling is ready after {time.perf_counter() - started:.1f} s")
                     return
-                except Exception as error:  # of compilers, drivers, memory: sampling goes without
+                except Exception as error:  # compiler, driver or memory: fall back to sampling without compilation
                     self._free(pl_module)
                     if self.enabled != "auto":
                         raise
@@ -87,28 +82,28 @@ class CompiledSampling(pl.Callback):
             module.sampler = module.build_sampler(batch_size, compiled=False, int8=False)
 
     @staticmethod
-    def _say(trainer: pl.Trainer, message: str) -> None:
+    def _print(trainer: pl.Trainer, message: str) -> None:
         if trainer.is_global_zero:
             print(message, flush=True)
 
     @staticmethod
     def _free(pl_module: pl.LightningModule) -> None:
-        module = cast(KeepsASampler, pl_module)
-        if getattr(module, "sampler", None) is not None:
+        module = optional(KeepsSampler, pl_module)
+        if module is not None and module.sampler is not None:
             module.sampler = None
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what graphs had is of no use to training
+                torch.cuda.empty_cache()  # training cannot reuse the memory pool of CUDA graphs
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that draws no images.
+        """Check the module.
 
         Raises:
-            ValueError: in one line.
+            ValueError: if it samples no images.
         """
-        if not hasattr(pl_module, "build_sampler"):
-            raise ValueError(f"{type(pl_module).__name__} draws no images; leave out CompiledSampling")
+        require(KeepsSampler, pl_module, self)
 
-    # At the start of the epoch, when all callbacks have seen the start of the stage: EMA has exchanged the weights.
+    # Footgun: the sampler copies weights, so it is built at the start of the epoch, not of the stage: EMA swaps the
+    # weights in a hook of the stage's start, before or after this callback.
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the sampler."""
@@ -123,21 +118,21 @@ class CompiledSampling(pl.Callback):
         self._build(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free it."""
+        """Free the sampler."""
         self._free(pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free it."""
+        """Free the sampler."""
         self._free(pl_module)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free it."""
+        """Free the sampler."""
         self._free(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Free it."""
+        """Free the sampler."""
         self._free(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Free it."""
+        """Free the sampler."""
         self._free(pl_module)

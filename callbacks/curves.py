@@ -1,4 +1,4 @@
-"""Learning curves as an image in the run's folder."""
+"""Learning curves as a figure in the run's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from callbacks.figures import batches_seen
+from callbacks.figures import batches_seen, new_figure
 from llamagen.files import atomic_file
 
 
 class LearningCurves(pl.Callback):
-    """Draw every logged number over the batches seen into ``curves.png``, at each validation and at the end.
+    """Plot every logged metric over the batches seen into ``curves.png``, at each validation and at the end.
 
-    Training numbers are taken every ``log_every_n_steps`` steps of the trainer. The curves so far are in the
+    Training metrics are recorded every ``log_every_n_steps`` steps of the trainer. The curves are part of the
     checkpoint: a resumed run continues them.
     """
 
@@ -22,7 +22,7 @@ class LearningCurves(pl.Callback):
         self._history: dict[str, list[list[float]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far: name → [batches seen, value] pairs."""
+        """The curves: [batches seen, value] pairs by metric."""
         return {"history": self._history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -38,34 +38,31 @@ class LearningCurves(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the training numbers now and then."""
+        """Record the training metrics every ``log_every_n_steps`` steps."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         stepped = (batch_idx + 1) % max(trainer.accumulate_grad_batches, 1) == 0
         if stepped and trainer.global_step % every == 0:
             self._record(trainer, "train")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the validation numbers and draw."""
+        """Record the validation metrics and plot the curves."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._record(trainer, "val")
             self._record(trainer, "val_raw")
-            self._draw(trainer)
+            self._plot(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the last stretch."""
-        self._draw(trainer)
+        """Plot what was recorded since the last validation."""
+        self._plot(trainer)
 
     @rank_zero_only
-    def _draw(self, trainer: pl.Trainer) -> None:
-        # A figure of its own, without pyplot: no global state, no window system. Imported here for its start-up time.
-        from matplotlib.figure import Figure
-
+    def _plot(self, trainer: pl.Trainer) -> None:
         names = sorted({name.partition("/")[2] for name in self._history})
         if not names:
             return
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
-        figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+        figure = new_figure(5 * columns, 3.2 * rows)
         for position, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, position + 1)
             axes.set_title(name)

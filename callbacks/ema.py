@@ -1,44 +1,31 @@
 """Exponential moving average of the generator's parameters."""
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from callbacks.protocols import EvaluatesStages, HasGenerator, require
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.weights import EMA_STATE, ENTRY, averaged_weights
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.models.sharding import is_sharded, reshard
 
 
-class HasGenerator(Protocol):
-    """A module that says which of its networks is averaged."""
-
-    @property
-    def generator(self) -> nn.Module:
-        """The network to average."""
-
-
-class Evaluates(HasGenerator, Protocol):
-    """A module that can be told where the numbers of a batch belong."""
-
-    def evaluate(self, batch: Any, stage: str) -> None:
-        """Count a batch among those of a stage, and log their numbers under its name at the end of the validation."""
-
-
 class EMA(pl.Callback):
-    """Average the generator's parameters over the optimizer's steps, and evaluate, sample and predict with the average.
+    """Average the generator's parameters over the optimizer's steps; validate, test and predict with the average.
 
-    The average lives in the optimizer's state of each parameter, next to its moments. So it is saved, restored and
+    The average is part of the optimizer's state of each parameter, next to its moments. So it is saved, restored and
     moved with them, steps that the optimizer skips do not count, and accumulated gradients count once. The
     discriminator, LPIPS and buffers are not averaged.
 
     Args:
-        decay: share of the old average that a step keeps; 0.9999 in the paper. A run of n steps wants at most about
+        decay: weight of the old average in each step; 0.9999 in the paper. For a run of n steps, at most about
             ``1 − 10 / n``.
-        validate_raw: in training, validate the weights themselves, too, under ``val_raw/``; takes twice as long.
+        validate_raw: during training, validate the raw weights as well, under ``val_raw/``; a validation then takes
+            twice as long.
     """
 
     def __init__(self, decay: float = 0.9999, validate_raw: bool = False) -> None:
@@ -55,19 +42,18 @@ class EMA(pl.Callback):
         self._swapped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse to validate twice what can be validated only once.
+        """Check the module.
 
         Raises:
-            ValueError: in one line.
+            ValueError: if it has no generator, or cannot validate the raw weights as well.
         """
-        if self.validate_raw and not hasattr(pl_module, "evaluate"):
-            raise ValueError(
-                f"validate_raw is true, but {type(pl_module).__name__} validates one set of weights; leave it out"
-            )
+        require(HasGenerator, pl_module, self)
+        if self.validate_raw:
+            require(EvaluatesStages, pl_module, "EMA.validate_raw", "set validate_raw to false")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Follow the optimizer."""
-        self._generator = cast(HasGenerator, pl_module).generator
+        """Register the hooks that average after each step of the optimizer."""
+        self._generator = require(HasGenerator, pl_module, self).generator
         averaged = {id(parameter) for parameter in self._generator.parameters() if parameter.requires_grad}
         self._optimizer = trainer.optimizers[0]
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
@@ -80,14 +66,14 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # The average starts from the weights before the first step. They cannot be put into the optimizer's state yet:
-        # it sets up its moments only where the state is empty.
+        # The average starts from the weights before the first step. Footgun: they must not enter the optimizer's state
+        # yet, because AdamW initializes its moments only while the state is empty.
         if not self._has_average():
             self._initial = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if all(parameter.grad is None for parameter in self._parameters):  # a step that was left out does not count
+        if all(parameter.grad is None for parameter in self._parameters):  # a skipped step does not count
             return
         if self._initial:
             for parameter, initial in zip(self._parameters, self._initial, strict=True):
@@ -102,7 +88,7 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange weights and averages in place, a tensor at a time: graphs and shards point to their storage."""
+        """Swap weights and averages in place, one tensor at a time: graphs and shards point to their storage."""
         if self._optimizer is None or not self._has_average():
             return
         assert self._generator is not None
@@ -131,23 +117,23 @@ class EMA(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """The same batch with the weights themselves, if asked for."""
+        """Evaluate the batch with the raw weights as well, if ``validate_raw``."""
         if self.validate_raw and self._swapped:
             self._swap()
             with trainer.precision_plugin.forward_context():
-                cast(Evaluates, pl_module).evaluate(batch, "val_raw")
+                require(EvaluatesStages, pl_module, self).evaluate(batch, "val_raw")
             self._swap()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on training with the weights."""
+        """Swap the weights back for training."""
         self._swap_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no averages behind in the place of weights."""
+        """Swap the weights back."""
         self._swap_back()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizer."""
+        """Remove the hooks."""
         self._swap_back()
         for handle in self._handles:
             handle.remove()
@@ -157,25 +143,25 @@ class EMA(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note the names of the optimizer's parameters, so that the averages can be found without the model."""
+        """Store the names of the optimizer's parameters, which identify the averages without the model."""
         if self._optimizer is None:
             return
         if self._swapped:
-            raise RuntimeError("a checkpoint was asked for while the averages are in the place of the weights")
+            raise RuntimeError("a checkpoint was requested while the averages are swapped in for the weights")
         checkpoint.setdefault(ENTRY, {})["ema_names"] = list(self._names)
 
     @torch.no_grad()
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Outside of ``fit`` there is no optimizer: put the averages in the place of the weights.
+        """Outside of ``fit``, which has an optimizer to hold averages, load the averages as the weights.
 
         Raises:
             ValueError: if the checkpoint has no averages.
         """
         if trainer.state.fn == "fit":
             return
-        if is_sharded(cast(HasGenerator, pl_module).generator):  # and so is not told what the file holds
+        if is_sharded(require(HasGenerator, pl_module, self).generator):  # Lightning passes no full checkpoint
             path: Any = trainer.ckpt_path
             checkpoint = read_checkpoint(path, wanted=lambda name: name.endswith(f".{EMA_STATE}"))
         averages = averaged_weights(checkpoint)
@@ -187,5 +173,5 @@ class EMA(pl.Callback):
 
 
 def _ordered_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters in the order in which a saved optimizer numbers them."""
+    """Parameters in the order of the numbers in the optimizer's state dict."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,64 +1,25 @@
-"""What FIDMonitor draws by itself: classes in turn, or captions. N images, B at a time, C positions, W wide."""
+"""Sampling for FIDMonitor: of all classes in turn, or of captions. N images, B a batch, C caption positions, W wide."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from llamagen.sampling import ImageSampler
+from callbacks.protocols import SamplesImages
 from llamagen.text import unpack_left
 
 
-class Draws(Protocol):
-    """A module that draws images of classes or captions."""
-
-    device: torch.device
-    sampler: ImageSampler | None
-    sampling: Any
-    sample_seed: int
-
-    @property
-    def image_side(self) -> int:
-        """Of the images that it draws, in pixels."""
-
-    @property
-    def num_classes(self) -> int:
-        """Of the labels that it knows."""
-
-    @property
-    def needs_captions(self) -> bool:
-        """Whether it draws images of captions, and not of classes."""
-
-    @property
-    def caption_facts(self) -> dict[str, Any]:
-        """Of which encoder the captions' features are."""
-
-    def build_sampler(self, batch_size: int) -> ImageSampler:
-        """A sampler with memory for many calls."""
-
-    def check_sampling(self, classes: Sequence[int]) -> None:
-        """A ``ValueError`` if images of these classes cannot be drawn."""
-
-    def condition_of(self, batch: dict[str, Any]) -> Any:
-        """Features or texts of captions → ``features`` (B, C, W) padded on the left and ``lengths`` (B,)."""
-
-    def sample(
-        self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Conditions and sample numbers (B,) → images (B, H, W, 3) uint8 and codes."""
-
-
 class ConditionBatch(NamedTuple):
-    """What B images are asked with.
+    """Conditions of B images.
 
     Attributes:
         condition: (B,) classes or (B, C, W) features.
         lengths: (B,) of captions.
         labels: (B,) classes.
-        captions: B texts, where they are known.
+        captions: B texts, if the data has them.
     """
 
     condition: Tensor
@@ -68,36 +29,37 @@ class ConditionBatch(NamedTuple):
 
 
 class RankShare(NamedTuple):
-    """What a rank draws: as many images on each, as ranks wait for each other where they share the parameters.
+    """Images that a rank samples. All ranks have equally many, because ranks of a sharded model wait for each other.
 
     Attributes:
-        numbers: (N,) int64 on the CPU, of its images. Those at the end that are not below the number of images
-            in all are drawn for the sake of the other ranks.
-        ask: numbers (B,) of some of them → what they are asked with.
+        numbers: (N,) int64 on the CPU, of the rank's images. Numbers at the end that are not below the total count
+            are padding: their images are sampled only for the other ranks.
+        conditions: numbers (B,) → the conditions of these images.
     """
 
     numbers: Tensor
-    ask: Callable[[Tensor], ConditionBatch]
+    conditions: Callable[[Tensor], ConditionBatch]
 
 
 def share_of_classes(count: int, num_classes: int, rank: int, ranks: int, device: torch.device) -> RankShare:
-    """Of ``count`` images of all classes in turn a rank draws every ``ranks``-th."""
+    """The rank's share of ``count`` images of all classes in turn: every ``ranks``-th image."""
 
-    def ask(index: Tensor) -> ConditionBatch:
-        labels = (index % num_classes).to(device)
+    def conditions(numbers: Tensor) -> ConditionBatch:
+        labels = (numbers % num_classes).to(device)
         return ConditionBatch(labels, labels=labels)
 
-    return RankShare(rank + ranks * torch.arange(-(-count // ranks)), ask)
+    return RankShare(rank + ranks * torch.arange(-(-count // ranks)), conditions)
 
 
 class ValidationCaptions:
-    """The captions of the validation batches of a rank, kept for drawing: features without padding, on the CPU.
+    """The captions of a rank's validation batches, kept for sampling: features without padding, on the CPU.
 
-    Image i is one of the caption with number i in its set; where there are fewer captions than images, they come in
-    turn. So image i is the same on any number of ranks, in any batches. Captions that cannot be used leave a gap.
+    Image i is sampled of the caption with number i in its dataset; if there are fewer captions than images, they are
+    repeated in order. So image i is the same on any number of ranks and in any batches. Images of captions that cannot
+    be read are left out.
 
     Args:
-        count: images to draw. No more captions are kept.
+        count: number of images. No more captions are kept.
     """
 
     def __init__(self, count: int) -> None:
@@ -105,14 +67,14 @@ class ValidationCaptions:
         self._tokens: dict[int, Tensor] = {}
         self._texts: dict[int, str] = {}
         self._size, self._positions = 0, 0
-        self._nothing = torch.empty(0)
+        self._no_tokens = torch.empty(0)
 
-    def keep(self, batch: dict[str, Any], module: Draws) -> None:
-        """Keep what of a batch will be drawn; its captions are encoded, if the module has not done so before.
+    def keep(self, batch: dict[str, Any], module: SamplesImages) -> None:
+        """Keep the captions of a batch that will be sampled; they are encoded unless the batch has their features.
 
         Args:
-            batch: has ``numbers`` (B,), of each sample in its set, and what the module makes conditions of.
-            module: makes them.
+            batch: with ``numbers`` (B,), the number of each sample in its dataset, and the captions or features.
+            module: computes the condition.
         """
         numbers = batch["numbers"].tolist()
         self._size = max(self._size, *(number + 1 for number in numbers))
@@ -121,7 +83,7 @@ class ValidationCaptions:
             return
         features, lengths, _ = module.condition_of(batch)
         self._positions = features.shape[1]
-        self._nothing = features.new_zeros(1, features.shape[2], device="cpu")
+        self._no_tokens = features.new_zeros(1, features.shape[2], device="cpu")
         sizes = [self._positions] * len(numbers) if lengths is None else lengths.tolist()
         is_token = torch.arange(self._positions) >= self._positions - torch.tensor(sizes).unsqueeze(1)
         chosen = torch.zeros(len(numbers), 1, dtype=torch.bool)
@@ -133,30 +95,29 @@ class ValidationCaptions:
                 self._texts[numbers[row]] = batch["captions"][row]
 
     def share(self, rank: int, ranks: int, device: torch.device) -> RankShare:
-        """What this rank draws; all ranks must call it together."""
-        known: list[Any] = [(sorted(self._tokens), self._size)]
+        """The rank's share of the images. A collective call: all ranks must make it."""
+        kept: list[Any] = [(sorted(self._tokens), self._size)]
         if ranks > 1:
-            known *= ranks
-            dist.all_gather_object(known, (sorted(self._tokens), self._size))
-        size, taken, shares = max(size for _, size in known), set[int](), list[list[int]]()
-        for numbers, _ in known:  # a rank that can use none of its own samples has one of another rank
+            kept *= ranks
+            dist.all_gather_object(kept, (sorted(self._tokens), self._size))
+        size, taken, shares = max(size for _, size in kept), set[int](), list[list[int]]()
+        for numbers, _ in kept:  # a rank whose own samples are all unreadable has a copy of another rank's sample
             own = [number for number in numbers if number not in taken]
             taken.update(own)
             shares.append([n + first for first in range(0, self.count, size) for n in own if n + first < self.count])
         if size < self.count:
             rank_zero_warn(
-                f"FIDMonitor draws {self.count} images of {len(taken)} captions, so several of each; set its count "
-                "to the number of captions, or give more of them"
+                f"FIDMonitor samples {self.count} images of {len(taken)} captions, several of each; set its count to "
+                "the number of captions, or use more validation data"
             )
         index = shares[rank] + [self.count] * (max(map(len, shares)) - len(shares[rank]))
 
-        def ask(some: Tensor) -> ConditionBatch:
-            numbers = (some % size).tolist()
-            tokens = [self._tokens.get(number, self._nothing) for number in numbers]
+        def conditions(images: Tensor) -> ConditionBatch:
+            numbers = (images % size).tolist()
+            tokens = [self._tokens.get(number, self._no_tokens) for number in numbers]
             lengths = torch.tensor([len(each) for each in tokens], device=device)
             texts = [self._texts.get(number, "") for number in numbers] if self._texts else None
-            return ConditionBatch(
-                unpack_left(torch.cat(tokens).to(device), lengths, self._positions), lengths, captions=texts
-            )
+            features = unpack_left(torch.cat(tokens).to(device), lengths, self._positions)
+            return ConditionBatch(features, lengths, captions=texts)
 
-        return RankShare(torch.tensor(index, dtype=torch.int64), ask)
+        return RankShare(torch.tensor(index, dtype=torch.int64), conditions)

@@ -1,6 +1,7 @@
-"""Images in the run's folder and in the loggers that take images."""
+"""Figures and images in the run's folder and in loggers that accept images."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,8 +15,22 @@ def batches_seen(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure.
+
+    It is made without pyplot, which has global state and may open windows.
+
+    Args:
+        width: in inches.
+        height: in inches.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:
-    """Save an image as ``<run folder>/<name>/step_<batches seen>.png`` and show it in every logger that takes images.
+    """Save an image as ``<run folder>/<name>/step_<batches seen>.png`` and pass it to loggers that accept images.
 
     Args:
         trainer: its ``default_root_dir`` is the run's folder.

@@ -1,34 +1,28 @@
-"""How far a run that draws images is."""
+"""Progress bars."""
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
+from callbacks.protocols import ImageRequests, datamodule, require
+
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
-class CountedRequests(Protocol):
-    """A DataModule that knows how many images are to be drawn."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each image, those that are there included."""
-
-    @property
-    def left(self) -> int:
-        """How many images were not there when the run was started."""
+def shows_progress(trainer: pl.Trainer) -> bool:
+    """Whether this process shows progress bars: rank zero, unless ``trainer.enable_progress_bar`` is false."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
 class SamplingProgress(pl.Callback):
-    """Show how many images there are, how many come in a second, and the time left, over all ranks.
+    """Show the number of sampled images, images per second and the remaining time, over all ranks.
 
-    Images that were there before count as done, but not for the speed. The bar takes the place of Lightning's in
-    ``predict``, and is off where that is: ``--trainer.enable_progress_bar false``. List it behind ``ImageWriter``,
-    whose ranks wait for each other at the end, so that it then shows the images of all.
+    Images of earlier runs count as done, but not for the speed. The bar replaces Lightning's in ``predict`` and is
+    disabled together with it (``--trainer.enable_progress_bar false``). List it after ``ImageWriter``, which waits for
+    all ranks at the end, so that the bar ends with the images of all ranks.
     """
 
     def __init__(self) -> None:
@@ -39,18 +33,25 @@ class SamplingProgress(pl.Callback):
         self._muted: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Silence Lightning's bar."""
+        """Check the data, and disable Lightning's bar.
+
+        Raises:
+            ValueError: if the data of ``predict`` requests no images.
+        """
         self._runs += 1
-        if stage == "predict" and trainer.is_global_zero and trainer.progress_bar_callback is not None:
+        if stage != "predict":
+            return
+        require(ImageRequests, datamodule(trainer), self)
+        if shows_progress(trainer):
             self._muted = trainer.progress_bar_callback
             self._muted.disable()
 
     def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar, when sampling has been compiled."""
-        data = cast(CountedRequests, trainer.datamodule)  # type: ignore[attr-defined]
+        """Show the bar, after sampling has been compiled."""
+        data = require(ImageRequests, datamodule(trainer), self)
         total = len(data.labels)
         self._counted, self._before = 0, total - data.left
-        # Ranks count in the store by which they have found each other, which none has to wait for.
+        # Ranks count in the store of the process group: unlike a collective, it makes no rank wait.
         shared = dist.is_available() and dist.is_initialized()
         self._store = dist.PrefixStore(f"images of run {self._runs}", _get_default_store()) if shared else None
         self._bar = tqdm(
@@ -66,10 +67,10 @@ class SamplingProgress(pl.Callback):
 
     def _count(self, images: int) -> None:
         if self._store is not None:
-            self._counted = self._store.add("drawn", images)
+            self._counted = self._store.add("sampled", images)
         else:
             self._counted += images
-        # Ranks that wait for each other may draw an image again.
+        # Ranks of a sharded model may sample an image twice, to have equal numbers of batches.
         self._bar.update(min(self._before + self._counted, self._bar.total) - self._bar.n)
 
     def on_predict_batch_end(
@@ -85,17 +86,17 @@ class SamplingProgress(pl.Callback):
         self._count(len(batch["index"]))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what all ranks have drawn."""
+        """Show the images of all ranks."""
         self._count(0)
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the bar as it is."""
+        """Close the bar where it is, and enable Lightning's again."""
         self._close()
         self._unmute()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give Lightning's bar back."""
+        """Enable Lightning's bar again."""
         self._unmute()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs that end before their time is up, and begin again."""
+"""Runs that end before their time limit and are put back into the queue."""
 
 import os
 import subprocess
@@ -11,11 +11,12 @@ from callbacks.stopping import StopOnSignal
 
 
 class Requeue(StopOnSignal):
-    """On a signal: finish the step, save, end, and have SLURM put the job back into its queue.
+    """On a signal: finish the step, save a checkpoint, end, and let SLURM requeue the job.
 
-    ``#SBATCH --signal=SIGUSR1@300`` sends it five minutes before the time is up. With ``--ckpt_path last`` the same
-    command then resumes where it was. Lightning's own requeueing saves within a step, on each rank at another place;
-    where parameters are sharded, ranks would wait for each other for ever. Without SLURM a run ends in the same way.
+    ``#SBATCH --signal=SIGUSR1@300`` sends the signal five minutes before the time limit. With ``--ckpt_path last`` the
+    same command then resumes the run. Without SLURM a run ends in the same way. Lightning's own requeueing saves
+    wherever the signal interrupts a rank, within a step; with sharded parameters, ranks would wait for each other
+    forever.
 
     Args:
         signal: name of the signal.
@@ -27,23 +28,23 @@ class Requeue(StopOnSignal):
         super().__init__([signal])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen, before Lightning does.
+        """Install the signal handler, before Lightning installs its own.
 
         Raises:
-            ValueError: if nothing would be saved at the end.
+            ValueError: if no callback would save a checkpoint at the end.
         """
         if stage != "fit":
             return
         saved = [getattr(each, "_save_on_train_epoch_end", None) for each in trainer.checkpoint_callbacks]
         if not any(saved):
             raise ValueError(
-                "Requeue ends a run within an epoch, where no callback would save it; give a ModelCheckpoint "
-                "save_on_train_epoch_end: true"
+                "Requeue ends a run within an epoch, where no callback saves a checkpoint; add LastCheckpoint to "
+                "trainer.callbacks, or set save_on_train_epoch_end of a ModelCheckpoint to true"
             )
         super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """When all is saved, put the job back."""
+        """Requeue the job, after the checkpoint has been saved."""
         super().teardown(trainer, pl_module, stage)
         job = os.environ.get("SLURM_JOB_ID")
         if stage != "fit" or not self._stopping or job is None or not trainer.is_global_zero:

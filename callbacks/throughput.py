@@ -1,10 +1,12 @@
-"""How fast a training is."""
+"""Throughput of training."""
 
 import time
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+from callbacks.protocols import CountsOperations, require
 
 PEAK_TFLOPS = {
     "GB200": 2500.0,
@@ -18,20 +20,12 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""10¹² operations a second in products of dense bfloat16 matrices with sums in float32, from NVIDIA's data sheets, by
-what is in the name of the GPU; the first that is counts."""
-
-
-class CountsOperations(Protocol):
-    """A module that says how much work a sequence is."""
-
-    @property
-    def flops_per_sequence(self) -> float:
-        """Floating-point operations of a training step for one sequence."""
+"""Peak of dense bfloat16 matrix products with float32 accumulation in 10¹² operations a second, from NVIDIA's data
+sheets, by a part of the GPU's name. The first match counts."""
 
 
 def known_peak(device: torch.device) -> float | None:
-    """The peak of a GPU in 10¹² operations a second, None if it is not in :data:`PEAK_TFLOPS`."""
+    """Peak of a GPU in 10¹² operations a second, None if it is not in :data:`PEAK_TFLOPS`."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -39,28 +33,27 @@ def known_peak(device: torch.device) -> float | None:
 
 
 class Throughput(pl.Callback):
-    """Log the speed of training under ``train/``, every ``log_every_n_steps`` steps of the trainer.
+    """Log the throughput of training under ``train/``, every ``log_every_n_steps`` steps of the trainer.
 
-    - ``tokens_a_second`` and ``sequences_a_second``: codes and images that all ranks have trained on.
-    - ``tflops_a_second``: of this rank's device, in 10¹² operations; those of the model, without recomputed blocks.
-    - ``mfu``: its share of the peak, if that is known.
-    - ``hours``: what the whole run has taken until then, the part before it was resumed included.
+    - ``tokens_a_second`` and ``sequences_a_second``: codes and images, over all ranks.
+    - ``tflops_a_second``: 10¹² operations of the model on this rank's device, without recomputed blocks.
+    - ``mfu``: model FLOPs utilization, the fraction of the device's peak; for known GPUs.
+    - ``hours``: duration of the run, including the time before it was resumed.
 
-    Each but the last is over the time since it was logged last, with what lies between steps (waiting for data), but
-    without validation, checkpoints and the time between epochs. The device is only waited for at the ends of such
-    stretches.
-    The first number holds whatever is slow at the start. Checkpoints of weights alone, which callbacks do not hear of,
-    are not left out.
+    All but ``hours`` are measured over the window since they were last logged. A window includes waiting for data, and
+    excludes validation, saving checkpoints and the time between epochs. The device is synchronized only at the ends of
+    a window. The first window includes one-time costs such as compilation. Saving checkpoints that hold only weights
+    is not excluded: Lightning does not report it to callbacks.
 
     Args:
-        peak_tflops: of the device, in 10¹² operations a second; by default that of dense bfloat16 matrices, for GPUs
-            that are known.
+        peak_tflops: peak of the device in 10¹² operations a second; by default that of dense bfloat16 matrix products
+            of a known GPU.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         super().__init__()
         if peak_tflops is not None and not peak_tflops > 0:
-            raise ValueError(f"peak_tflops is {peak_tflops}; it must be above 0, or null for that of a known GPU")
+            raise ValueError(f"peak_tflops is {peak_tflops}; it must be above 0, or null for the peak of a known GPU")
         self.peak_tflops = peak_tflops
         self._clear()
         self._started: float | None = None
@@ -71,34 +64,32 @@ class Throughput(pl.Callback):
         self._seconds, self._sequences, self._tokens = 0.0, 0, 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module whose work is not known.
+        """Check the module.
 
         Raises:
-            ValueError: in one line.
+            ValueError: if it does not count its operations.
         """
-        if stage == "fit" and not hasattr(pl_module, "flops_per_sequence"):
-            raise ValueError(
-                f"{type(pl_module).__name__} does not say its operations; leave Throughput out of trainer.callbacks"
-            )
+        if stage == "fit":
+            require(CountsOperations, pl_module, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The time that the run has taken."""
+        """Duration of the run."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return {"hours": self._hours + running / 3600}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self._hours = state_dict["hours"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Reset the window."""
         self._clear()
         self._started, self._step = None, trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the clock run, if it stands."""
+        """Start the clock, unless it runs."""
         if self._started is None:
             self._started = _now(pl_module.device)
 
@@ -112,7 +103,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and log now and then."""
+        """Count, and log every ``log_every_n_steps`` steps."""
         self._sequences += len(batch["codes"])
         self._tokens += batch["codes"].numel()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -123,26 +114,26 @@ class Throughput(pl.Callback):
         if self._seconds > 0:
             self._log(trainer, pl_module)
         self._clear()
-        # Not the time that was just taken: ranks may have waited for one another.
+        # Not the time that was just read: ranks wait for each other while they log.
         self._started = _now(pl_module.device)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         counts = torch.tensor([self._sequences, self._tokens], dtype=torch.float64, device="cpu")
         if trainer.world_size > 1:
-            # In float32, which every device has, and which is exact up to 2²⁴ a number.
+            # Reduced in float32, which every device supports; exact up to 2²⁴.
             counts = trainer.strategy.reduce(counts.float().to(pl_module.device), reduce_op="sum")
         sequences, tokens = counts.tolist()
-        work = cast(CountsOperations, pl_module).flops_per_sequence * self._sequences / 1e12
-        numbers = {
+        tera_operations = require(CountsOperations, pl_module, self).flops_per_sequence * self._sequences / 1e12
+        metrics = {
             "sequences_a_second": sequences / self._seconds,
             "tokens_a_second": tokens / self._seconds,
-            "tflops_a_second": work / self._seconds,
+            "tflops_a_second": tera_operations / self._seconds,
             "hours": self._hours,
         }
         if peak := self.peak_tflops or known_peak(pl_module.device):
-            numbers["mfu"] = numbers["tflops_a_second"] / peak
-        for name, number in numbers.items():
-            pl_module.log(f"train/{name}", number)
+            metrics["mfu"] = metrics["tflops_a_second"] / peak
+        for name, value in metrics.items():
+            pl_module.log(f"train/{name}", value)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -160,7 +151,7 @@ class Throughput(pl.Callback):
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was told to do."""
+    """Time in seconds, after the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from callbacks import StopOnSignal
+from callbacks.checkpoints import RunCheckpoint
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_places
 from datamodules import (
@@ -74,6 +75,11 @@ class LlamaGenCLI(LightningCLI):
             return
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        if self.config.subcommand in ("test", "predict") and config.get("trainer.default_root_dir") is None:
+            # Overlays for these stages set it to null: results must not end up in the folder of the training run.
+            self.parser.error(
+                f"{self.config.subcommand} needs a folder for its results; give --trainer.default_root_dir FOLDER"
+            )
         if _is_frozen(config.get("model.class_path")):
             self._check_frozen(config)
         elif path is None and self.config.subcommand != "fit" and not config.get("model.init_args.init_from"):
@@ -119,6 +125,9 @@ class LlamaGenCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         use_metrics_logger(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.resolve_folder(trainer)
         check_places(trainer)
         return trainer
 

@@ -65,7 +65,7 @@ class ClassRequestDataModule(RequestDataModule):
         else:
             if isinstance(classes, int) and classes > MAX_CLASSES:
                 raise ValueError(f"classes is {classes}; it must be at most {MAX_CLASSES}")
-            labels = list(range(classes)) if isinstance(classes, int) else list(classes)
+            labels = list(range(classes)) if isinstance(classes, int) else list(classes or [])
             if not labels or len(set(labels)) < len(labels) or not all(map(_is_label, labels)):
                 raise ValueError(
                     f"classes is {classes}; give a positive number, a list of different class numbers, or a text file "

@@ -20,14 +20,16 @@ from evaluation.classifier import train_classifier
 from evaluation.clip_score import clip_score
 from evaluation.command_line import Parser, usable_device
 from evaluation.content_check import check_content
+from evaluation.extraction import feature_batches
 from evaluation.gallery import Gallery
-from evaluation.image_sets import ImageSet, open_images
+from evaluation.image_sets import ImageSet, check_loading, open_images
 from evaluation.measurement import Measurement
 from evaluation.published import published
-from evaluation.reference import Purpose, Reference, checked_name, completed, look_at, make_reference, read_reference
-from evaluation.report import check_report, table, write_report
+from evaluation.reference import Reference, make_reference, read_reference, with_features
+from evaluation.report import Report, check_report, table
 from llamagen.command import fault_of, one_line, run_command
 from llamagen.metrics import Inception, extractor_checksum, extractor_name
+from llamagen.metrics.result_names import Purpose, check_name
 from llamagen.output_paths import check_output_file
 
 Split = Literal["train", "val"]
@@ -51,54 +53,64 @@ def compare(
 
     Args:
         images: an ``.npz`` of samples, a folder of images or class folders, or shards.
-        reference: a file of statistics (of ``python -m evaluation reference``, or ADM's), or images like the first.
-        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
-        image_size: side in pixels to which images of another size are cropped by ADM's rule; those of an ``.npz``
-            never are.
-        split: of the images, if they have several.
-        reference_split: of the reference's images.
-        reference_name: what the reference is called in the names of the numbers; by default as its file or folder.
-        reconstructions: the images went through a tokenizer, and the reference are the same images before.
-        batch_size: images that are looked at together.
+        reference: a file of ``python -m evaluation reference``, one of ADM's, or images in one of the forms above.
+        features: extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
+        image_size: side in pixels to which images of another size are resized and cropped by ADM's rule. Images of an
+            ``.npz`` are never resized.
+        split: train or val, for images that have both.
+        reference_split: the same for the reference's images.
+        reference_name: name of the reference in the names of results; by default that of its file or folder.
+        reconstructions: the images are reconstructions, and the reference holds the originals.
+        batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU, if there is one.
-        report: folder for a report with numbers and images.
+        device: where features are extracted; by default a GPU if there is one.
+        report: folder for a report with results and image grids.
     """
     started, place = time.monotonic(), usable_device(device)
-    _check_numbers(batch_size, num_workers)
+    check_loading(batch_size, num_workers)
     if report is not None:
         check_report(report)
-    kind: Purpose = "reconstruction" if reconstructions else "generation"
-    found = open_images(images, image_size, split)
+    purpose: Purpose = "reconstruction" if reconstructions else "generation"
+    image_set = open_images(images, image_size, split)
     extractor = (Inception() if features is None else features).to(place)
-    known = _reference(
-        reference, extractor, image_size, reference_split, reference_name, kind, batch_size, num_workers, place, found
+    statistics = _reference(
+        reference,
+        extractor,
+        image_size,
+        reference_split,
+        reference_name,
+        purpose,
+        batch_size,
+        num_workers,
+        place,
+        compared=image_set,
     )
-    measurement, gallery = Measurement(extractor, found.size, kind, known).to(place), Gallery()
-    for batch, index, seen, labels in look_at(found, extractor, batch_size, num_workers, place, f"looking at {images}"):
-        measurement.add(seen, index)
-        gallery.show(batch, index, seen.pool, labels)
-    if warning := known.mix_up(kind, measurement.count):
+    measurement, gallery = Measurement(extractor, image_set.size, purpose, statistics).to(place), Gallery()
+    for batch in feature_batches(image_set, extractor, batch_size, num_workers, place, f"features of {images}"):
+        measurement.add(batch.features, batch.index)
+        gallery.add(batch.images, batch.index, batch.features.pool, batch.labels)
+    if warning := statistics.mismatch(purpose, measurement.count):
         print(f"warning: {warning}", file=sys.stderr)
-    numbers = {name: value.item() for name, value in measurement.compute().items()}
+    results = {name: value.item() for name, value in measurement.compute().items()}
     paper = [] if reconstructions else published(None, None)
-    print(table(numbers, []))
+    print(table(results, []))
     facts = {
         "images": {
             "source": images,
             "count": measurement.count,
-            "resolution": found.size,
-            "crop": found.crop,
-            "checksum": found.checksum(),
+            "resolution": image_set.size,
+            "crop": image_set.crop,
+            "checksum": image_set.checksum(),
         },
-        "reference": known.facts(),
+        "reference": statistics.facts(),
         "extractor": {"name": extractor_name(extractor), "checksum": extractor_checksum(extractor)},
         "seconds": round(time.monotonic() - started, 1),
     }
     if report is not None:
-        write_report(report, f"{images} against {known.name}", numbers, facts, paper, gallery.grids(known))
+        title = f"{images} against {statistics.name}"
+        Report(title, results, facts, paper, gallery.grids(statistics)).write(report)
         print(f"report: {report / 'report.md'}")
-    return numbers
+    return results
 
 
 def reference(
@@ -113,34 +125,34 @@ def reference(
     num_workers: int = 0,
     device: str | None = None,
 ) -> None:
-    """Take the statistics of images and keep them as a reference: mu, sigma, features, and where they come from.
+    """Write a reference: statistics and features of images, and where they come from.
 
     Args:
-        images: a folder of images or class folders, shards, or an ``.npz``; one of ADM's references keeps its
-            statistics, and gets features.
+        images: a folder of images or class folders, shards, or an ``.npz``. One of ADM's references keeps its
+            statistics; features are added.
         out: file to write, ``.npz``.
-        name: becomes part of the names of what is measured against it; by default the name of ``out``.
-        purpose: whether new images are to be compared with it, or reconstructions of these very images; by default
-            what a file of statistics says, and else ``generation``.
-        features: extractor: Inception, which is the default, Classifier with --features.weights FILE, or a class path.
-        image_size: side in pixels to which images of another size are cropped by ADM's rule.
-        split: of the images, if they have several.
-        batch_size: images that are looked at together.
+        name: part of the names of results measured against it; by default the name of ``out``.
+        purpose: what to compare with it: generated images, or reconstructions of these very images. By default what a
+            file of statistics says, else ``generation``.
+        features: extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
+        image_size: side in pixels to which images of another size are resized and cropped by ADM's rule.
+        split: train or val, for images that have both.
+        batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU, if there is one.
+        device: where features are extracted; by default a GPU if there is one.
     """
     check_output_file(out, (".npz",))
-    _check_numbers(batch_size, num_workers)
+    check_loading(batch_size, num_workers)
     if out.exists() and Path(images).exists() and out.samefile(images):
-        raise ValueError(f"out is {out}, which are the images; give another name")
+        raise ValueError(f"out is {out}, which is the file of images; give another name")
     if out.exists() and not _holds_statistics(str(out)):
-        raise ValueError(f"out is {out}, which is there and is no reference; give another name")
-    called, place = checked_name(out.stem if name is None else name), usable_device(device)
+        raise ValueError(f"out is {out}, which exists and is not a reference; give another name")
+    name, place = check_name(out.stem if name is None else name, "reference"), usable_device(device)
     if not _holds_statistics(images):
         check_content(open_images(images, image_size, split), num_workers)
     extractor = (Inception() if features is None else features).to(place)
     made = _reference(
-        images, extractor, image_size, split, called, purpose or "generation", batch_size, num_workers, place
+        images, extractor, image_size, split, name, purpose or "generation", batch_size, num_workers, place
     )
     made = made if purpose is None else replace(made, purpose=purpose)
     made.save(out)
@@ -148,13 +160,6 @@ def reference(
         f"{out}: {made.count or 'an unknown number of'} images of {made.resolution} px, for {made.purpose}, "
         f"named {made.name}"
     )
-
-
-def _check_numbers(batch_size: int, num_workers: int) -> None:
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(
-            f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
-        )
 
 
 def _reference(
@@ -169,28 +174,28 @@ def _reference(
     device: str,
     compared: ImageSet | None = None,
 ) -> Reference:
-    """A file of statistics, or those of images; of the size of what is compared with them."""
+    """Read a reference, or make one of images. It must fit the size of the compared images."""
     size = image_size if compared is None else compared.size
     if _holds_statistics(source):
         if split is not None:
             raise ValueError(f"{source} is a file of statistics and has no split {split}; leave the split out")
-        known = read_reference(source, name)
-        known.check(extractor, size or known.resolution or 0)
+        statistics = read_reference(source, name)
+        statistics.check(extractor, size or statistics.resolution or 0)
         if compared is not None:
             check_content(compared, num_workers)
-        return completed(known, extractor, device)
+        return with_features(statistics, extractor, device)
     images = open_images(source, image_size, split)
     if compared is not None and images.size != size:
         raise ValueError(
             f"the images of {source} are {images.size} × {images.size}, but those of {compared.name} {size} × "
             f"{size}; compare images of one size, or set image_size, which crops those in folders and shards"
         )
-    for each in (compared, images):  # now, and not after the extractor has seen the other side
-        if each is not None:
-            check_content(each, num_workers)
+    for image_set in (compared, images):  # both before any features are extracted, which takes minutes
+        if image_set is not None:
+            check_content(image_set, num_workers)
     path = Path(os.path.abspath(source))
-    called = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
-    return make_reference(images, extractor, called, purpose, batch_size, num_workers, device)
+    name = "_".join((path.name if path.is_dir() else path.stem).split()) if name is None else name
+    return make_reference(images, extractor, name, purpose, batch_size, num_workers, device)
 
 
 def _holds_statistics(source: str) -> bool:
@@ -201,14 +206,14 @@ def _holds_statistics(source: str) -> bool:
         with zipfile.ZipFile(path) as file:
             return "mu.npy" in file.namelist()
     except (zipfile.BadZipFile, OSError):
-        return False  # whoever looks for images will say what is wrong
+        return False  # open_images reports what is wrong
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        args: instead of the command line's.
+        args: instead of those of the command line.
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Trains the small classifier whose features take Inception's place for other kinds of images."""
+"""Trains a small classifier as an extractor for images that Inception does not suit."""
 
 import json
 import math
@@ -20,10 +20,11 @@ from evaluation.command_line import usable_device
 from llamagen.files import atomic_file
 from llamagen.finite import broken_weight
 from llamagen.metrics.classifier import ENTRY, SmallClassifier
+from llamagen.metrics.result_names import check_name
 from llamagen.output_paths import check_output_file
 
 SHIFT = 2
-"""Pixels by which training images are moved at most, in each direction."""
+"""Maximum random shift of training images in pixels, in each direction."""
 
 
 def train_classifier(
@@ -41,34 +42,33 @@ def train_classifier(
     device: str = "cpu",
     class_order: ClassOrder = "auto",
 ) -> float:
-    """Train a classifier on the training images of a set, and write it with its accuracy on the validation images.
+    """Train a classifier, whose features the other commands can use in place of Inception's.
 
     Args:
-        data: folder of class folders or shards, with ``train`` and ``val`` or without, as the tokenizer reads it.
+        data: folder of class folders or shards, with ``train`` and ``val`` or without, as for the tokenizer.
         out: file to write, ``.safetensors``.
-        name: what its features are called in the names of metrics, for example ``digits-classifier``.
+        name: name of the extractor in result names, for example ``digits-classifier``.
         image_size: side of the images in pixels.
-        epochs: times that each image is seen.
-        batch_size: images of a step.
+        epochs: passes over the training images.
+        batch_size: images per step.
         width: channels of the first layer; there are four times as many features.
-        lr: highest learning rate, of AdamW in one cycle.
+        lr: maximum learning rate of AdamW with a one-cycle schedule.
         flip: mirror half of the images.
         num_workers: processes that read images.
-        seed: of weights, order, moves and mirroring.
+        seed: of weights, order and augmentation.
         device: where to train.
         class_order: how class folders are numbered, as in a DataModule.
 
     Returns:
-        Share of validation images that it recognises.
+        Accuracy on the validation images, in [0, 1].
 
     Raises:
-        ValueError: if the images have no classes, or a number makes no sense.
+        ValueError: if the images have no classes, or an option is out of range.
         FloatingPointError: if the loss is not finite.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
-    if "/" in name or not name.strip():
-        raise ValueError(f"name is {name!r}; give one without a slash, as it becomes part of the names of metrics")
+    check_name(name, "classifier")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr}; it must be above 0")
     if not 0 <= seed < 2**63:
@@ -91,20 +91,20 @@ def train_classifier(
     train, validation = datamodule.train_dataloader(), datamodule.val_dataloader()
     labels = np.concatenate([datamodule.datasets[split].examples.labels for split in SPLITS])  # type: ignore[attr-defined]
     if (labels < 0).any():
-        raise ValueError(f"some images in {data} have no class; give a set with a class for each image")
+        raise ValueError(f"some images in {data} have no class; give a dataset with a class for each image")
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"all images in {data} are of one class; give a set of at least two")
+        raise ValueError(f"all images in {data} are of one class; give a dataset of at least two")
     num_classes = max(len(datamodule.class_names), 1 + int(labels.max()))
     classifier = SmallClassifier(num_classes, image_size, width).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.05)
     steps = epochs * len(train)
-    rise = 0.2 if steps != 5 else 0.4  # OneCycleLR divides by zero where the rise is one step
+    rise = 0.2 if steps != 5 else 0.4  # OneCycleLR divides by zero if the rise is one step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     started = time.monotonic()
     with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):
             for batch in train:
-                images = _moved(_levels(batch["images"], device))
+                images = _shifted(_levels(batch["images"], device))
                 classes = batch["labels"].to(device)
                 loss = F.cross_entropy(classifier(images).biased_logits, classes, label_smoothing=0.05)
                 optimizer.zero_grad()
@@ -139,16 +139,16 @@ def train_classifier(
             temporary,
             metadata={ENTRY: json.dumps(facts)},
         )
-    print(f"{out}: recognises {accuracy:.1%} of the validation images, after {time.monotonic() - started:.0f} s")
+    print(f"{out}: accuracy {accuracy:.1%} on the validation images, after {time.monotonic() - started:.0f} s")
     return accuracy
 
 
 def _levels(images: Tensor, device: str) -> Tensor:
-    """Images in [-1, 1] as the levels 0 … 255 that extractors see."""
+    """Convert images in [-1, 1] to the levels 0 … 255 that extractors expect."""
     return ((images.to(device) + 1) * 127.5).round()
 
 
-def _moved(images: Tensor) -> Tensor:
+def _shifted(images: Tensor) -> Tensor:
     down, right = torch.randint(2 * SHIFT + 1, (2,)).tolist()
     padded = F.pad(images, (SHIFT,) * 4, mode="replicate")
     return padded[:, :, down : down + images.shape[2], right : right + images.shape[3]]

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): how well images fit their prompts. B images of S × S pixels, W features."""
+"""CLIP (arXiv 2103.00020) and its score. B images of S × S pixels, W features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 DEFAULT = "openai/clip-vit-large-patch14"
 CLIP = PretrainedKind("CLIP", "CLIPModel", "CLIP", "the CLIP score", DEFAULT)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that CLIP was trained with, in [0, 1]; what a checkpoint says of itself comes first."""
+"""Statistics of CLIP's training images, in [0, 1]; used if a checkpoint does not give its own."""
 OLD_END = 2
-"""What old configurations, OpenAI's own among them, falsely give as the token that ends a text. transformers then takes
-the largest token of a text for its end."""
+"""Wrong end-of-text token in old configurations, including OpenAI's own. For it, transformers takes the largest token
+of a text as its end."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to an image before a CLIP sees it, as its checkpoint says.
+    """Preprocessing of a CLIP's images, according to its checkpoint.
 
-    It is done with Pillow, as in CLIP's publication. transformers does it with torchvision where that is installed, and
-    else with Pillow, so that numbers would depend on it.
+    It uses Pillow, as CLIP's publication does. transformers uses torchvision if that is installed, so its scores depend
+    on the installation.
 
     Attributes:
-        side: pixels to which the shorter side is resized.
-        crop: side S of the square that is cut out of the middle.
+        side: length in pixels to which the shorter side is resized.
+        crop: side S of the centre crop.
         resample: Pillow's number of the filter; 3 is bicubic.
-        mean: of each channel, of values in [0, 1].
-        std: likewise.
+        mean: of each channel, for values in [0, 1].
+        std: of each channel, for values in [0, 1].
     """
 
     side: int
@@ -62,21 +62,20 @@ class Preparation:
 
 
 class Clip(nn.Module):
-    """A CLIP of transformers, frozen, in float32. As an extractor of :func:`llamagen.metrics.extract` it gives features
-    of prepared images.
+    """A frozen CLIP of transformers in float32, an extractor of prepared images for :func:`llamagen.metrics.extract`.
 
     Args:
         name: name on the Hugging Face Hub, or a folder with ``config.json``, weights, ``preprocessor_config.json`` and
-            the tokenizer, as ``save_pretrained`` writes it. Nothing of a folder is looked for in a network.
+            the tokenizer, as ``save_pretrained`` writes it. For a folder, the network is never used.
 
     Attributes:
-        name: what it is called in the names of metrics: the last part of its name or path.
-        source: the name as it was given.
-        preparation: of images.
-        length: most tokens of a prompt, begin and end included; 77 of the published ones.
+        name: name in result names: the last part of the Hub's name or of the path.
+        source: the name as given.
+        preparation: preprocessing of images.
+        length: maximum number of tokens of a prompt including begin and end; 77 for published models.
 
     Raises:
-        ValueError: in one line, if the extra ``text`` is missing, or the CLIP cannot be had or is something else.
+        ValueError: in one line, if the extra ``text`` is missing, or the CLIP is not available or not a CLIP.
     """
 
     def __init__(self, name: str | Path = DEFAULT) -> None:
@@ -94,7 +93,7 @@ class Clip(nn.Module):
         return cast(torch.device, self.model.logit_scale.device)
 
     def train(self, mode: bool = True) -> "Clip":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, even if a parent is set to training."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -107,14 +106,14 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Features (B, W) of prompts, each of which goes through the model once, however often it is asked for.
+        """Features (B, W) of prompts. They are cached, so each prompt is encoded once.
 
-        One that has too many tokens is cut and keeps the token that ends it, whose features are those of the text.
-        torchmetrics cuts the end off, too, and so compares images with some word, or with the beginning of any text.
-        Half a surrogate pair counts as a "?".
+        footgun: CLIP's text features are those of the end token. A prompt with too many tokens is therefore cut before
+        the end token, not after it. torchmetrics cuts the end token off, and compares images with features of another
+        token. Lone surrogates are encoded as "?".
 
         Raises:
-            ValueError: if it is given one text instead of a list.
+            ValueError: if it gets a text instead of a list.
         """
         if isinstance(prompts, str):  # whose letters would be prompts
             raise ValueError(f"prompts must be a list of texts, not the text {prompts[:40]!r}")
@@ -123,7 +122,7 @@ class Clip(nn.Module):
             whole = tokenized(self.tokenizer, [readable(prompt) for prompt in new])
             tokens = [cut(each, self.length) for each in whole]
             longest = max(map(len, tokens))
-            # More ends after the end: no token sees what comes after it, and the first end is the one that counts.
+            # Pad with end tokens: attention is causal, and CLIP uses the first end token.
             ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in tokens], device=self.device)
             with torch.autocast(self.device.type, enabled=False), without_tf32():
                 features = self.model.get_text_features(ids, ids.new_ones(ids.shape)).pooler_output
@@ -144,28 +143,28 @@ class Clip(nn.Module):
 
 
 class ImageScores(CLIPScore):
-    """torchmetrics' CLIP score with that of each image: 100 · max(cos, 0) of its features and its prompt's.
+    """torchmetrics' CLIP score, with the score of each image: 100 · max(cos(image features, prompt features), 0).
 
-    torchmetrics takes the maximum of the mean; here it is taken of each image, as in the score's publication (arXiv
-    2104.08718, whose factor is 2.5 and not 100). The two differ only where a cosine is below zero. Sums are in float64.
+    The maximum is taken for each image, as in the score's publication (arXiv 2104.08718, with a factor of 2.5 instead
+    of 100). torchmetrics takes that of the mean, which differs only if a cosine is negative. Sums are in float64.
 
     Args:
-        clip: gives features.
-        **kwargs: of any ``torchmetrics.Metric``.
+        clip: extracts the features.
+        **kwargs: options of ``torchmetrics.Metric``.
     """
 
-    of_each: list[Tensor] | Tensor
+    image_scores: list[Tensor] | Tensor
 
     def __init__(self, clip: Clip, **kwargs: Any) -> None:
         super().__init__(lambda: (clip, clip.tokenizer), **kwargs)
         self.add_state("score", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("of_each", [], dist_reduce_fx="cat")
+        self.add_state("image_scores", [], dist_reduce_fx="cat")
 
     def update(self, source: Tensor, target: list[str]) -> None:  # type: ignore[override]
-        """Take images into account.
+        """Add images.
 
         Args:
-            source: (B, 3, S, S) uint8, prepared images on the device of the model.
+            source: (B, 3, S, S) uint8, prepared images on the model's device.
             target: their prompts.
         """
         assert len(source) == len(target)
@@ -174,16 +173,16 @@ class ImageScores(CLIPScore):
         scores = 100 * F.cosine_similarity(images.double(), prompts.double()).clamp(min=0)
         self.score += scores.sum()
         self.n_samples += len(scores)
-        cast(list[Tensor], self.of_each).append(scores)
+        cast(list[Tensor], self.image_scores).append(scores)
 
-    def each(self) -> np.ndarray:
-        """Scores of the images in the order in which they came, (N,) float64."""
-        parts = self.of_each if isinstance(self.of_each, list) else [self.of_each]
+    def scores(self) -> np.ndarray:
+        """Scores of the images in the order of the updates, (N,) float64."""
+        parts = self.image_scores if isinstance(self.image_scores, list) else [self.image_scores]
         return np.concatenate([part.cpu().numpy() for part in parts])
 
 
 def short_name(name: str | Path) -> str:
-    """What a CLIP is called in the names of metrics; of a folder in the Hub's cache what it is called on the Hub."""
+    """A CLIP's name in result names. For a folder in the Hub's cache it is the name on the Hub."""
     path = Path(name).expanduser()
     path = path.resolve() if path.is_dir() else path
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
@@ -192,13 +191,13 @@ def short_name(name: str | Path) -> str:
 
 
 def load_clip(name: str | Path) -> "tuple[CLIPModel, PreTrainedTokenizerBase, Preparation]":
-    """A CLIP on the CPU, its tokenizer, and what it wants to be done to images.
+    """Load a CLIP on the CPU, its tokenizer and its preprocessing.
 
     Args:
         name: a name on the Hub or a folder, see :class:`Clip`.
 
     Raises:
-        ValueError: in one line, if transformers is not installed, or they cannot be had or are something else.
+        ValueError: in one line, if transformers is not installed, or the CLIP is not available or not a CLIP.
     """
     return load_pretrained(name, CLIP, torch.float32, _check)
 
@@ -206,27 +205,28 @@ def load_clip(name: str | Path) -> "tuple[CLIPModel, PreTrainedTokenizerBase, Pr
 def _check(config: Any, tokenizer: "PreTrainedTokenizerBase", source: str, local: bool) -> Preparation:
     from transformers import ImageProcessingMixin
 
-    said, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
-    preparation = _preparation(said, config.vision_config.image_size)
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+    preparation = _preparation(settings, config.vision_config.image_size)
     _check_tokenizer(tokenizer, config.text_config)
     return preparation
 
 
-def _preparation(said: dict[str, Any], image_size: int) -> Preparation:
-    """Of what ``preprocessor_config.json`` says; what it leaves out is as CLIP's publication has it."""
-    side, crop = _side(said.get("size", image_size)), _side(said.get("crop_size", image_size))
+def _preparation(settings: dict[str, Any], image_size: int) -> Preparation:
+    """Preprocessing according to ``preprocessor_config.json``; defaults are those of CLIP's publication."""
+    side, crop = _side(settings.get("size", image_size)), _side(settings.get("crop_size", image_size))
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if not all(said.get(step, True) for step in steps) or crop != image_size or side is None or side < crop:
+    if not all(settings.get(step, True) for step in steps) or crop != image_size or side is None or side < crop:
         raise ValueError(
             f"its preprocessor_config.json does not resize the shorter side and cut out {image_size} × {image_size} "
             "pixels"
         )
-    mean, std = (tuple(map(float, said.get(key, values))) for key, values in (("image_mean", MEAN), ("image_std", STD)))
-    return Preparation(side, crop, int(said.get("resample", 3)), mean, std)
+    defaults = (("image_mean", MEAN), ("image_std", STD))
+    mean, std = (tuple(map(float, settings.get(key, values))) for key, values in defaults)
+    return Preparation(side, crop, int(settings.get("resample", 3)), mean, std)
 
 
 def _side(size: Any) -> int | None:
-    """Of a size that is one number, in any of the forms that transformers has had for it."""
+    """The side of a square size, in any of the forms that transformers has used."""
     if isinstance(size, dict):
         sides = {value for key, value in size.items() if key in ("shortest_edge", "height", "width") and value}
         size = sides.pop() if len(sides) == 1 else None
@@ -234,7 +234,7 @@ def _side(size: Any) -> int | None:
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", config: Any) -> None:
-    """See that a tokenizer ends texts as the model knows it, and knows no token that the model does not."""
+    """Check that the tokenizer ends texts with the model's end token and has no token that the model lacks."""
     tokens, last = tokenizer("")["input_ids"], max(tokenizer.get_vocab().values())
     end = last if config.eos_token_id == OLD_END else config.eos_token_id
     if not tokens or tokens[-1] != end or tokens.count(end) != 1:

@@ -1,4 +1,4 @@
-"""Measures how well images fit the prompts that they were drawn of: ``python -m evaluation clip``. N images."""
+"""CLIP score of generated images and their prompts: ``python -m evaluation clip``. N images."""
 
 import hashlib
 import json
@@ -19,27 +19,27 @@ from datamodules.storage.bad_examples import BadExampleError
 from datamodules.transforms.decode import read_image
 from evaluation.clip import DEFAULT, Clip, ImageScores, Preparation
 from evaluation.command_line import usable_device
-from evaluation.image_sets import join_checksums
+from evaluation.image_sets import check_loading, join_checksums
 from evaluation.prompt_images import METADATA, PromptImage, read_prompt_images
-from evaluation.report import rows_table, versions_here
+from evaluation.report import package_versions, rows_table
 from llamagen.files import atomic_file
 from llamagen.metrics import extractor_checksum
 from llamagen.output_paths import check_output_file
 
 MAX_GROUPS = 50
-"""A column of the metadata with more values than these is no category, but a remark, and is not measured by."""
+"""A column with more distinct values is taken for free text and not for categories."""
 SHOWN_PROMPTS = 20
-"""Of more prompts only the worst and the best are printed; all are in the file."""
-LONGEST_SHOWN = 60
+"""If there are more prompts, only the worst and the best are printed. The file holds all."""
+MAX_CELL = 60
 
 
 class Score(NamedTuple):
-    """Of some images.
+    """Mean CLIP score of images.
 
     Attributes:
-        mean: of their scores, in [0, 100].
-        error: standard error of the mean over images; None of a single image.
-        images: their number.
+        mean: of the images' scores, in [0, 100].
+        error: standard error of the mean; None for a single image.
+        images: number of images.
     """
 
     mean: float
@@ -47,11 +47,11 @@ class Score(NamedTuple):
     images: int
 
     def facts(self) -> dict[str, float | int | None]:
-        """As they are written."""
+        """The values for the file."""
         return {"clip_score": self.mean, "standard_error": self.error, "images": self.images}
 
     def cells(self) -> list[str]:
-        """As they are printed."""
+        """The values for the table."""
         return [f"{self.mean:.4g}", "" if self.error is None else f"{self.error:.2g}", str(self.images)]
 
 
@@ -63,38 +63,37 @@ def clip_score(
     num_workers: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Measure how well images fit their prompts: the CLIP score, of all, by prompt and by category.
+    """Measure how well images match their prompts: the CLIP score, in total, by prompt and by category.
 
     Args:
-        samples: a folder that predict of prompts has completed, or any with a metadata.jsonl whose lines have
-            file_name and prompt or text.
-        clip: a CLIP's folder as save_pretrained writes it, or its name on the Hugging Face Hub. Scores of different
+        samples: a folder that predict wrote for prompts, or any with a metadata.jsonl whose lines have file_name and
+            prompt or text.
+        clip: a CLIP's name on the Hugging Face Hub, or a folder as save_pretrained writes it. Scores of different
             CLIPs cannot be compared.
-        out: file for all numbers, ``.json``.
-        batch_size: images that are looked at together.
+        out: file for all results, ``.json``.
+        batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU, if there is one.
+        device: where features are extracted; by default a GPU if there is one.
     """
     started, place = time.monotonic(), usable_device(device)
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and at least 0")
+    check_loading(batch_size, num_workers)
     if out is not None:
         check_output_file(out, (".json",))
     images = read_prompt_images(samples)
     model = Clip(clip).to(place)
     scores, checksum = _scores(images, model, batch_size, num_workers, place)
-    whole = score_of(scores)
-    if not math.isfinite(whole.mean):
-        raise ValueError(f"the CLIP score by {clip} is {whole.mean}; its weights are damaged: get them again")
+    total = score_of(scores)
+    if not math.isfinite(total.mean):
+        raise ValueError(f"the CLIP score by {clip} is {total.mean}; its weights are damaged: get them again")
     name = f"clip_score_{model.name}"
-    numbers = {name: whole.mean} | ({} if whole.error is None else {f"{name}_error": whole.error})
+    results = {name: total.mean} | ({} if total.error is None else {f"{name}_error": total.error})
     prompts = _by(images, scores, lambda image: (image.number, image.prompt))
     columns = by_column(images, scores)
     cut = sum(model.was_cut(prompt) for _, prompt in prompts)
     if out is not None:
         facts = {
-            "metrics": numbers,
-            "images": {"source": str(samples), "count": whole.images, "checksum": checksum},
+            "metrics": results,
+            "images": {"source": str(samples), "count": total.images, "checksum": checksum},
             "extractor": {
                 "name": model.name,
                 "source": model.source,
@@ -111,22 +110,22 @@ def clip_score(
                 for (number, prompt), score in prompts.items()
             ],
             "seconds": round(time.monotonic() - started, 1),
-            "versions": versions_here() | {"transformers": version("transformers")},
+            "versions": package_versions() | {"transformers": version("transformers")},
         }
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(_table(name, whole, prompts, columns))
+    print(_table(name, total, prompts, columns))
     if cut:
-        print(f"{cut} of {len(prompts)} prompts are longer than the {model.length} tokens that {model.name} reads: cut")
+        print(f"{cut} of {len(prompts)} prompts are cut to the {model.length} tokens that {model.name} reads")
     if out is not None:
         print(f"scores: {out}")
-    return numbers
+    return results
 
 
 class _Prepared(Dataset[Any]):
-    """Images as a CLIP wants them, with the SHA-256 of their pixels; or why one cannot be read.
+    """Images prepared for a CLIP, with the SHA-256 of their pixels, or the message if one cannot be read.
 
-    An error that is raised in a worker would come with a page of where it was.
+    Messages are returned, because an exception raised in a worker would carry its traceback.
     """
 
     def __init__(self, files: list[Path], preparation: Preparation) -> None:
@@ -140,49 +139,49 @@ class _Prepared(Dataset[Any]):
         try:
             pixels = read_image(file.read_bytes(), str(file))
         except (BadExampleError, OSError) as error:
-            return f"{error}; draw or get it again, or take its line out of {METADATA}"
+            return f"{error}; generate or get it again, or remove its line from {METADATA}"
         return self.preparation(pixels), hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
 def _scores(
     images: Sequence[PromptImage], clip: Clip, batch_size: int, num_workers: int, device: str
 ) -> tuple[np.ndarray, str]:
-    """Score of each image, (N,) float64, and the checksum of all, with a progress bar."""
+    """Score of each image, (N,) float64, and the checksum of all images, with a progress bar."""
     metric, digests = ImageScores(clip).to(device), list[str]()
     dataset = _Prepared([image.file for image in images], clip.preparation)
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(images), desc=f"looking with {clip.name}", unit="image") as bar:
+    with tqdm(total=len(images), desc=f"features of {clip.name}", unit="image") as bar:
         for batch in loader:
             if bad := [each for each in batch if isinstance(each, str)]:
                 raise ValueError(bad[0])
-            some = images[len(digests) : len(digests) + len(batch)]
+            prompts = [image.prompt for image in images[len(digests) : len(digests) + len(batch)]]
             prepared = torch.stack([pixels for pixels, _ in batch]).to(device)
-            metric.update(prepared, [image.prompt for image in some])
+            metric.update(prepared, prompts)
             digests += [digest for _, digest in batch]
             bar.update(len(batch))
-    return metric.each(), join_checksums(digests)
+    return metric.scores(), join_checksums(digests)
 
 
 def score_of(scores: np.ndarray) -> Score:
-    """Mean and its standard error of scores (n,), n at least 1."""
+    """Mean of scores (n,), n at least 1, with its standard error."""
     error = float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else None
     return Score(float(scores.mean()), error, len(scores))
 
 
 def _by(images: Sequence[PromptImage], scores: np.ndarray, key: Callable[[PromptImage], Hashable]) -> dict[Any, Score]:
-    """Scores of images with equal keys, in the order in which these come; without those whose key is None."""
+    """Scores of images grouped by key, in order of first appearance; images with key None are left out."""
     rows: dict[Hashable, list[int]] = {}
     for row, image in enumerate(images):
         if (value := key(image)) is not None:
             rows.setdefault(value, []).append(row)
-    return {value: score_of(scores[some]) for value, some in rows.items()}
+    return {value: score_of(scores[group]) for value, group in rows.items()}
 
 
 def by_column(images: Sequence[PromptImage], scores: np.ndarray) -> dict[str, dict[str, Score]]:
-    """Scores by the values of each column of the prompts that sorts them into categories.
+    """Scores by category, for each column of the prompts that holds categories.
 
-    These are columns with at most :data:`MAX_GROUPS` values, fewer than there are prompts. Images without a value
-    are in no category.
+    These are columns with at most :data:`MAX_GROUPS` distinct values and fewer values than prompts. Images without a
+    value are in no category.
     """
     prompts = {(image.number, image.prompt): image.columns for image in images}
     found = {}
@@ -193,8 +192,8 @@ def by_column(images: Sequence[PromptImage], scores: np.ndarray) -> dict[str, di
     return found
 
 
-def _table(name: str, whole: Score, prompts: dict[Any, Score], columns: dict[str, dict[str, Score]]) -> str:
-    rows = [[name, *whole.cells()]]
+def _table(name: str, total: Score, prompts: dict[Any, Score], columns: dict[str, dict[str, Score]]) -> str:
+    rows = [[name, *total.cells()]]
     for column, found in columns.items():
         rows += [[_cell(f"{column}: {value}"), *score.cells()] for value, score in sorted(found.items())]
     rows += [[_cell(label), *score.cells()] for label, score in _shown(prompts)]
@@ -202,7 +201,7 @@ def _table(name: str, whole: Score, prompts: dict[Any, Score], columns: dict[str
 
 
 def _shown(prompts: dict[Any, Score]) -> Iterator[tuple[str, Score]]:
-    """All prompts in order, or the worst and the best ones, the worst first."""
+    """All prompts in order, or if there are many the worst and the best, from worst to best."""
     listed = list(enumerate(prompts.items()))
     if len(listed) > SHOWN_PROMPTS:
         listed.sort(key=lambda each: each[1][1].mean)
@@ -212,6 +211,6 @@ def _shown(prompts: dict[Any, Score]) -> Iterator[tuple[str, Score]]:
 
 
 def _cell(text: str) -> str:
-    """A text in one cell of a table, cut if it is long."""
+    """A text for a cell of a Markdown table, shortened if it is long."""
     line = " ".join(text.split()).replace("|", "\\|")
-    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}…"
+    return line if len(line) <= MAX_CELL else f"{line[:MAX_CELL]}…"

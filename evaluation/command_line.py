@@ -1,4 +1,4 @@
-"""What a user meets on the command line: errors in one line, and devices that are there."""
+"""The command line's parser and its check of devices."""
 
 import re
 from typing import Any
@@ -9,25 +9,25 @@ from jsonargparse import ArgumentParser
 from llamagen.parser_errors import OneLineErrors
 
 SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*\)")
-"""What it says of an argument that is any module: hundreds of PyTorch's."""
+"""Where jsonargparse lists every known module: hundreds of PyTorch's."""
 
 
 class Parser(OneLineErrors, ArgumentParser):
-    """Says in one line what is wrong with the arguments, and takes no abbreviations of their names."""
+    """A parser with errors of one line that accepts no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help, without a list of all modules that there are."""
+        """The help text without the list of all known modules."""
         return SUBCLASSES.sub(")", super().format_help(*args, **kwargs))
 
 
 def usable_device(device: str | None) -> str:
-    """The device that was asked for; a GPU, if there is one, if none was.
+    """The given device; if none is given, a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if the device is not available.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"

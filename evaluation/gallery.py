@@ -1,4 +1,4 @@
-"""The few images that a report shows, out of many. B images of H × W pixels, F features."""
+"""Selects the images that a report shows. B images of H × W pixels, F features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ COLUMNS = 8
 
 @dataclass
 class Exhibit:
-    """An image with what is shown of it.
+    """An image of a report.
 
     Attributes:
         image: (H, W, 3) uint8.
-        label: its class, -1 where it has none.
+        label: its class, -1 if it has none.
         features: (F,) float32.
-        original: (H, W, 3) uint8, of which it is a reconstruction; None where it is none.
-        caption: what it was drawn of; None where it is not known.
+        original: (H, W, 3) uint8, the original of a reconstruction; else None.
+        caption: the prompt that the image was generated from; None if there is none.
     """
 
     image: np.ndarray
@@ -40,16 +40,15 @@ class Exhibit:
 
 @dataclass
 class Gallery:
-    """Keeps some of the images that it is shown, always the same ones, in any order, batches and number of ranks.
+    """A random selection of at most ``RANDOM + CLASSES · PER_CLASS`` images.
 
-    Which ones is drawn by hashing their index, and their classes by hashing these. At most
-    ``RANDOM + CLASSES · PER_CLASS`` are held.
+    Hashes of index and class decide, so the selection does not depend on order, batches or the number of ranks.
     """
 
     chosen: dict[int, Exhibit] = field(default_factory=dict)
     by_class: dict[int, dict[int, Exhibit]] = field(default_factory=dict)
 
-    def show(
+    def add(
         self,
         images: Tensor,
         index: Tensor,
@@ -58,15 +57,15 @@ class Gallery:
         originals: Tensor | None = None,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Show it images.
+        """Add images; the gallery keeps those that belong to the selection.
 
         Args:
             images: (B, 3, H, W) uint8.
-            index: (B,) int64, number of each in its set.
+            index: (B,) int64, position of each image in its dataset.
             features: (B, F).
-            labels: (B,) int64, -1 where there is none.
-            originals: (B, 3, H, W) uint8, what they are reconstructions of.
-            captions: B texts that they were drawn of.
+            labels: (B,) int64, -1 for images without a class.
+            originals: (B, 3, H, W) uint8, originals of reconstructions.
+            captions: B prompts.
         """
         classes = [-1] * len(index) if labels is None else labels.tolist()
         for row, (number, label) in enumerate(zip(index.tolist(), classes, strict=True)):
@@ -99,37 +98,38 @@ class Gallery:
             self.by_class.setdefault(exhibit.label, {})[number] = exhibit
             for label in sorted(self.by_class, key=_rank)[CLASSES:]:
                 del self.by_class[label]
-            for label, some in self.by_class.items():
-                self.by_class[label] = {each: some[each] for each in sorted(some)[:PER_CLASS]}
+            for label, exhibits in self.by_class.items():
+                self.by_class[label] = {each: exhibits[each] for each in sorted(exhibits)[:PER_CLASS]}
 
-    def together(self, galleries: "Sequence[Gallery]") -> "Gallery":
-        """Take what others, of other ranks, have kept."""
+    def merge(self, galleries: "Sequence[Gallery]") -> "Gallery":
+        """Add the selections of other ranks; returns self."""
         for gallery in galleries:
             for number, exhibit in gallery.chosen.items():
                 self._take(number, exhibit)
-            for some in gallery.by_class.values():
-                for number, exhibit in some.items():
+            for exhibits in gallery.by_class.values():
+                for number, exhibit in exhibits.items():
                     self._take(number, exhibit)
         return self
 
     def grids(self, reference: Reference | None) -> dict[str, Image.Image]:
-        """Images for a report by name, as far as there is something to show.
+        """Grids of images for a report, by name; those that would be empty are left out.
 
-        ``random``, above their captions if these are known, and ``classes`` (a row for each), or ``reconstructions``
-        below their originals; ``neighbours``: beside each image those of the reference that are nearest to it by
-        their features.
+        - ``reconstructions`` below their originals, or else
+        - ``random`` images, with captions if there are some,
+        - ``classes``, a row for each class,
+        - ``neighbours``: next to each image those of the reference with the nearest features.
         """
         grids: dict[str, Image.Image] = {}
-        drawn = list(self.chosen.values())
-        if drawn and drawn[0].original is not None:
+        exhibits = list(self.chosen.values())
+        if exhibits and exhibits[0].original is not None:
             rows = []
-            for start in range(0, min(len(drawn), RECONSTRUCTED), COLUMNS):
-                some = drawn[start : start + COLUMNS]
-                rows += [[each.original for each in some], [each.image for each in some]]
+            for start in range(0, min(len(exhibits), RECONSTRUCTED), COLUMNS):
+                row = exhibits[start : start + COLUMNS]
+                rows += [[each.original for each in row], [each.image for each in row]]
             grids["reconstructions"] = grid_image(rows)  # type: ignore[arg-type]
             return grids
-        if drawn:
-            shown = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
+        if exhibits:
+            shown = [exhibits[start : start + COLUMNS] for start in range(0, len(exhibits), COLUMNS)]
             images = [[each.image for each in row] for row in shown]
             captions = [[each.caption or "" for each in row] for row in shown]
             grids["random"] = captioned_grid(images, captions) if any(map(any, captions)) else grid_image(images)
@@ -137,23 +137,23 @@ class Gallery:
             grids["classes"] = grid_image(
                 [[e.image for e in self.by_class[label].values()] for label in sorted(self.by_class)]
             )
-        if reference is not None and reference.features is not None and reference.thumbnails is not None and drawn:
-            grids["neighbours"] = _neighbours(drawn[:NEIGHBOURED], reference.features, reference.thumbnails)
+        if reference is not None and reference.features is not None and reference.thumbnails is not None and exhibits:
+            grids["neighbours"] = _neighbours(exhibits[:NEIGHBOURED], reference.features, reference.thumbnails)
         return grids
 
 
 def _neighbours(exhibits: list[Exhibit], features: Tensor, thumbnails: np.ndarray) -> Image.Image:
     rows = []
-    known = features.double()
+    reference = features.double()
     for each in exhibits:
-        distances = (known - torch.from_numpy(each.features).double()).square().sum(1)
-        nearest = distances.topk(min(NEIGHBOURS, len(known)), largest=False).indices.tolist()
+        distances = (reference - torch.from_numpy(each.features).double()).square().sum(1)
+        nearest = distances.topk(min(NEIGHBOURS, len(reference)), largest=False).indices.tolist()
         rows.append([thumbnail(each.image), *(thumbnails[place] for place in nearest)])
     return grid_image(rows)
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    # A copy: a view would keep the whole batch in memory.
+    # clone: a view would keep the whole batch in memory.
     pixels: np.ndarray = image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).cpu().numpy()
     return pixels
 

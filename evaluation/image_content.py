@@ -1,6 +1,6 @@
-"""Whether images can be what they should be: all the same, cast from floats without scaling, copies of each other.
+"""Detects images that are all the same, copies of each other, or cast from floats without scaling.
 
-B images of H × W pixels, (B, 3, H, W) uint8, N images in all.
+B images of H × W pixels, (B, 3, H, W) uint8, N images in total.
 """
 
 from array import array
@@ -10,16 +10,16 @@ import numpy as np
 from torch import Tensor
 
 FEW_LEVELS = 4
-"""At most so many levels in all images are worth a warning: masks and binarised images have two."""
+"""Warn if all images together have at most this many levels: masks and binarised images have two."""
 DARK = 32
-"""Images whose highest level is below this are nearly black, as digits of 0 to 16 are if nobody scales them."""
+"""Warn if no level reaches this: images are nearly black, like digits with levels 0 to 16 that were not scaled."""
 MAX_COPIES = 0.01
 """Share of images that may be exact copies of others."""
 CHANNELS = ("red", "green", "blue")
 
 
 class ImageContent:
-    """Looks at images as they pass; cheap, because ordinary images settle most questions with the first ones.
+    """Collects facts about images. It is cheap: the first few ordinary images answer most questions.
 
     Attributes:
         count: images seen.
@@ -33,10 +33,10 @@ class ImageContent:
         self._digests = array("Q")
 
     def add(self, images: Tensor, digests: Sequence[int] = ()) -> None:
-        """Look at more images.
+        """Add images.
 
         Args:
-            images: (B, 3, H, W) uint8, on any device; those of a GPU are waited for.
+            images: (B, 3, H, W) uint8, on any device. This synchronises with a GPU.
             digests: B checksums of 256 bits each; without them copies are not counted.
         """
         self.count += len(images)
@@ -49,23 +49,23 @@ class ImageContent:
             self._all_equal = bool((images == self._first).all())
         if self._all_flat:
             self._all_flat = bool((images == images[:, :, :1, :1]).all())
-        for image in images:  # one at a time, because counting needs eight bytes for each
+        for image in images:  # one at a time: bincount converts pixels to eight bytes each
             if self._levels_known():
                 break
             for seen, plane in zip(self._levels, image.cpu().numpy(), strict=True):
                 seen |= np.bincount(plane.reshape(-1), minlength=256) > 0
 
     def _levels_known(self) -> bool:
-        """Whether no more levels can change what is said."""
+        """Whether further levels cannot change any message."""
         return bool((self._levels.sum(1) > FEW_LEVELS).all() and self._levels[:, DARK:].any())
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing that comes can make :meth:`fault` find something."""
+        """Whether :meth:`fault` will be None regardless of further images."""
         return not self._all_equal and bool(self._levels[:, 2:255].any())
 
     def fault(self) -> str | None:
-        """Why these cannot be the images that they should be, with what to do; None if they can."""
+        """Why the images cannot be right, with a remedy; None if they can."""
         levels = np.flatnonzero(self._levels.any(0)).tolist()
         if self.count > 1 and self._all_equal:
             if len(levels) > 1:
@@ -81,36 +81,36 @@ class ImageContent:
             )
         if levels and levels[-1] == 1:
             return (
-                "there are no levels but 0 and 1, as if floats in [0, 1] were cast to bytes; multiply by 255 and round "
+                "the only levels are 0 and 1, as if floats in [0, 1] were cast to bytes; multiply by 255 and round "
                 "first"
             )
         if levels == [0, 1, 255]:
             return (
-                "there are no levels but 0, 1 and 255, as if floats in [-1, 1] were cast to bytes; convert them by "
+                "the only levels are 0, 1 and 255, as if floats in [-1, 1] were cast to bytes; convert them by "
                 "((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
             )
         return None
 
     def doubts(self) -> list[str]:
-        """What is unusual about them, for warnings; all of what :meth:`fault` does not refuse."""
+        """Warnings about content that is unusual but may be right."""
         if not self.count or self.fault():
             return []
-        found = []
+        doubts = []
         levels = np.flatnonzero(self._levels.any(0)).tolist()
         if len(levels) <= FEW_LEVELS:
-            found.append(
-                f"there are only the levels {', '.join(map(str, levels))}; that is right for masks and binarised "
+            doubts.append(
+                f"the only levels are {', '.join(map(str, levels))}; that is right for masks and binarised "
                 "images, but not for photographs, nor for floats that were cast to bytes"
             )
         if levels[-1] < DARK:
-            found.append(f"no level is above {levels[-1]} of 255, so the images are nearly black; scale them to 0…255")
+            doubts.append(f"no level is above {levels[-1]} of 255, so the images are nearly black; scale them to 0…255")
         if self._all_flat and self.count > 1:
-            found.append("each image is of a single colour")
+            doubts.append("each image is of a single colour")
         else:
             flat = [name for name, seen in zip(CHANNELS, self._levels, strict=True) if seen.sum() == 1]
             if flat:
-                found.append(f"the {' and '.join(flat)} channel is the same everywhere, in all images")
+                doubts.append(f"the {' and '.join(flat)} channel is the same everywhere, in all images")
         copies = len(self._digests) - len(np.unique(np.frombuffer(self._digests, np.uint64))) if self._digests else 0
         if copies > MAX_COPIES * self.count:
-            found.append(f"{copies:,} of {self.count:,} images are exact copies of others")
-        return found
+            doubts.append(f"{copies:,} of {self.count:,} images are exact copies of others")
+        return doubts

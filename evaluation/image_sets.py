@@ -1,4 +1,4 @@
-"""Images to evaluate, of anybody's: a folder, shards, or one ADM-style array. B batch, H = W = the set's ``size``."""
+"""Sets of images to evaluate: a folder, shards, or an array like ADM's. B batch, H = W = ``size``."""
 
 import hashlib
 import os
@@ -26,45 +26,46 @@ from datamodules.storage.sources import SPLITS, find_sources
 from datamodules.transforms.crops import centre_crop
 from datamodules.transforms.decode import read_image
 from evaluation.image_content import ImageContent
-from evaluation.npz_images import ENDING, FEWEST, ImageArchive
+from evaluation.npz_images import ENDING, MIN_IMAGES, ImageArchive
+from llamagen.option_checks import check_integer
 
 Split = Literal["train", "val"]
 Crop = Literal["none", "adm-centre"]
 
 MAX_BAD = 0.05
-"""Share of images that may be broken."""
+"""Largest tolerated share of broken images."""
 
 OTHER_SIZE = "other size"
-"""Not a reason to skip an image but to stop; it travels from a worker process as if it were one."""
+"""Reason that stops the run instead of skipping the image. Worker processes report it like the other reasons."""
 
 HINT = f"give a folder of images ({', '.join(IMAGES)}), of class folders or of shards, or an .npz"
 
 
 class ImageBatch(NamedTuple):
-    """Some images of a set.
+    """A batch of images.
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB, contiguous.
-        index: (B,) int64, the number of each within its set, ascending; broken images leave gaps.
-        labels: (B,) int64, class of each, −1 where it has none.
+        index: (B,) int64, position of each image in the set, ascending; broken images leave gaps.
+        labels: (B,) int64, class of each image, −1 if it has none.
     """
 
     images: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple's method of this name is of no use here
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which is not needed
     labels: Tensor
 
 
 class ImageSet(ABC):
-    """Square images of one size, in an order that does not change.
+    """Square images of one size, in a fixed order.
 
     Args:
-        name: where they are, as the user said it.
-        size: their side in pixels.
-        known: what cannot be read, as far as that is known in advance.
+        name: path, as given by the user.
+        size: side of the images in pixels.
+        known: images that are already known to be unreadable.
 
     Attributes:
-        cropped: how many of those that the last :meth:`batches` has handed out had another size.
-        content: what was seen of these images.
+        cropped: number of images that the last :meth:`batches` resized and cropped.
+        content: facts about the images that the last :meth:`batches` returned.
     """
 
     def __init__(self, name: str, size: int, known: Iterable[Skipped] = ()) -> None:
@@ -74,29 +75,26 @@ class ImageSet(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Images that are known, broken ones among them included."""
+        """Number of images, including broken ones that were not detected yet."""
 
     def batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
     ) -> Iterator[ImageBatch]:
-        """The images in order, from the first: rank r takes every ``world_size``-th one, from the r-th on.
+        """Iterate over the images in order; rank r gets images r, r + world_size, ….
 
-        At most a batch or two are held, and two more for each worker. One iteration at a time.
+        Memory holds at most two batches, and two more per worker. Only one iteration may run at a time.
 
         Args:
-            batch_size: most images of a batch; it is smaller at the end, or where images are broken.
+            batch_size: maximum number of images per batch; the last batch and those with broken images are smaller.
             rank: of this process.
             world_size: number of ranks.
-            num_workers: processes that decode files; 0 for none. An array has nothing to decode, and takes none.
+            num_workers: processes that decode files; arrays do not use them.
 
         Raises:
-            ValueError: if a file is damaged, has another size that nobody asked to crop, or, on one rank, if too many
-                are broken; several ranks add up :attr:`skipped` and ask :meth:`check_skipped`.
+            ValueError: if a file is damaged, or has another size without ``image_size`` being set, or, with one rank,
+                if too many images are broken. Several ranks must sum :attr:`skipped` and call :meth:`check_skipped`.
         """
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(
-                f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and at least 0"
-            )
+        check_loading(batch_size, num_workers)
         assert 0 <= rank < world_size
         self.cropped, self._digests, self.content = 0, 0, ImageContent()
         self._tally = _ImageTally(self._known if rank == 0 else ())
@@ -104,37 +102,36 @@ class ImageSet(ABC):
 
     @abstractmethod
     def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[ImageBatch]:
-        """See :meth:`batches`; counts :attr:`cropped` and shows each batch to :meth:`_saw`."""
+        """See :meth:`batches`; implementations count :attr:`cropped` and pass each batch to :meth:`_record`."""
 
-    def _saw(self, images: Tensor, digests: list[int]) -> None:
+    def _record(self, images: Tensor, digests: list[int]) -> None:
         self._digests = (self._digests + sum(digests)) % 2**256
         self.content.add(images, digests)
 
     @property
     def crop(self) -> Crop:
-        """What was done to the images that the last :meth:`batches` has handed out: ``none`` where all had the size,
-        ``adm-centre`` where some were resized and cropped.
-        """
+        """``adm-centre`` if the last :meth:`batches` resized and cropped some images, else ``none``."""
         return "adm-centre" if self.cropped else "none"
 
     def checksum(self) -> str:
-        """Identifies the pixels that the last :meth:`batches` has handed out; costs no second pass.
+        """Checksum of the pixels that the last :meth:`batches` returned, without a second pass.
 
-        It is the sum, modulo 2^256, of the SHA-256 of each image, (H, W, 3) uint8, as 64 hexadecimal digits: the same
-        in any order, in any kind of file without loss, and by :func:`join_checksums` on any number of ranks. Zeros say
-        that nothing was read.
+        It is the sum modulo 2^256 of the SHA-256 of each image, (H, W, 3) uint8, as 64 hexadecimal digits. So it does
+        not depend on order or lossless file format, and :func:`join_checksums` combines ranks. Zeros mean that nothing
+        was read.
         """
         return f"{self._digests:064x}"
 
     @property
     def skipped(self) -> Counter[str]:
-        """Images that cannot be read, by reason: what is known from the beginning, and what the last :meth:`batches`
-        came upon. The former is counted by the first rank alone, so that ranks can be added up.
+        """Unreadable images by reason: those known in advance and those that the last :meth:`batches` found.
+
+        Only the first rank counts the former, so that ranks can be summed.
         """
         return self._tally.by_reason()
 
     def check_skipped(self, skipped: Mapping[str, int]) -> None:
-        """Judge the sum of :attr:`skipped` over all ranks.
+        """Check the sum of :attr:`skipped` over all ranks.
 
         Raises:
             ValueError: if more than 5 % of the images cannot be read.
@@ -145,33 +142,42 @@ class ImageSet(ABC):
             examples = [sample.message for sample in (*self._tally.skipped, *self._known)][:1]
             raise ValueError(
                 f"{bad} of {total} images of {self.name} cannot be read, more than {MAX_BAD:.0%} "
-                f"({'; e.g. '.join([reasons, *examples])}); mend or remove them"
+                f"({'; e.g. '.join([reasons, *examples])}); fix or remove them"
             )
 
 
+def check_loading(batch_size: int, num_workers: int) -> None:
+    """Raise a ValueError if ``batch_size`` is below 1 or ``num_workers`` below 0."""
+    check_integer("batch_size", batch_size)
+    check_integer("num_workers", num_workers, least=0)
+
+
 def join_checksums(checksums: Iterable[str]) -> str:
-    """:meth:`ImageSet.checksum` of a set, of those of all ranks."""
+    """:meth:`ImageSet.checksum` of a set from those of its parts, for example of all ranks."""
     return f"{sum(int(checksum, 16) for checksum in checksums) % 2**256:064x}"
 
 
 def open_images(name: str | Path, image_size: int | None = None, split: Split | None = None) -> ImageSet:
-    """Find images to evaluate; they are not read yet.
+    """Find images to evaluate without reading them yet.
 
     Args:
-        name: an ``.npz`` with ``arr_0`` uint8 (N, H, W, 3) and perhaps labels ``arr_1``, or an ``.npy``; a folder of
-            images, in the order of their names; or of class folders or shards, read as in training; or with ``train``
-            and ``val`` in it. Labels of class folders are their names, where these are whole
-            numbers, else the places of their sorted names.
-        image_size: cut images of another size out by ADM's rule, to this side in pixels. None wants all of the size
-            that the first one has. Images of an array are never resized.
-        split: of a set that has several.
+        name: one of these:
+
+            - an ``.npz`` with ``arr_0`` uint8 (N, H, W, 3) and optionally labels ``arr_1``, or an ``.npy``;
+            - a folder of images, which are sorted by name;
+            - a folder of class folders or shards, read as in training. Labels are the folders' names if these are
+              integers, else the positions of their sorted names;
+            - a folder with ``train`` and ``val`` in one of these forms.
+        image_size: resize and crop images of another size by ADM's rule, to this side in pixels. If None, all must have
+            the size of the first image. Images of an array are never resized.
+        split: to use, if the folder has several.
 
     Raises:
-        ValueError: if there is nothing, fewer than two images, or something else; see also
+        ValueError: if there are fewer than two images, or the form is another; see also
             :class:`~evaluation.npz_images.ImageArchive`.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    if image_size is not None:
+        check_integer("image_size", image_size)
     if not str(name):
         raise ValueError(f"the name of the images is empty; {HINT}")
     name = os.path.expanduser(name)
@@ -203,30 +209,30 @@ class _Array(ImageSet):
         for block in self._archive.blocks(numbers, batch_size):
             index = np.array(numbers[place : place + len(block)])
             place += len(block)
-            # Names would keep block and batch while the next is read.
+            # No name may hold block and batch while the next one is read.
             batch = [self._batch(block, index)]
             del block
             yield batch.pop()
 
     def _batch(self, block: np.ndarray, index: np.ndarray) -> ImageBatch:
         images = torch.from_numpy(to_planes(block))
-        self._saw(images, list(map(_digest, block)))
+        self._record(images, list(map(_digest, block)))
         labels = self._archive.labels
-        chosen = np.full(len(index), NO_LABEL) if labels is None else labels[index]
-        return ImageBatch(images, torch.from_numpy(index), torch.from_numpy(chosen))
+        classes = np.full(len(index), NO_LABEL) if labels is None else labels[index]
+        return ImageBatch(images, torch.from_numpy(index), torch.from_numpy(classes))
 
 
 class _Files(ImageSet):
     def __init__(self, name: str, found: ExampleIndex, image_size: int | None) -> None:
-        # Labels and captions are no conditions here.
+        # Images without a label or caption are used, too.
         members = {extension: column for extension, column in found.members.items() if extension in IMAGES}
         labels = np.maximum(found.labels, NO_LABEL)
         images = ExampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
         self._samples = images.usable(IMAGES, labels_needed=False)
         super().__init__(name, 0, self._samples.bad)
-        if len(self) < FEWEST:
-            said = f" that can be read ({self._tally.describe()})" if self._known else ""
-            raise ValueError(f"{name} holds {len(self)} images{said}; at least {FEWEST} are needed; {HINT}")
+        if len(self) < MIN_IMAGES:
+            readable = f" that can be read ({self._tally.describe()})" if self._known else ""
+            raise ValueError(f"{name} holds {len(self)} images{readable}; at least {MIN_IMAGES} are needed; {HINT}")
         self.check_skipped(self.skipped)
         self.size = image_size or self._size_of_first()
         self._dataset = _Squares(self._samples, self.size, resize=image_size is not None)
@@ -235,7 +241,7 @@ class _Files(ImageSet):
         return len(self._samples)
 
     def _size_of_first(self) -> int:
-        """Side of the first image that is not broken."""
+        """Side of the first readable image."""
         for sample in self._samples:
             place = _place_of(sample)
             try:
@@ -248,27 +254,27 @@ class _Files(ImageSet):
                 raise ValueError(
                     f"{place} is {width} × {height} and not square; set image_size, which crops by ADM's rule"
                 )
-            self._tally = _ImageTally(self._known)  # those before it are counted when they are read
+            self._tally = _ImageTally(self._known)  # broken ones before it are counted again when read
             return int(height)
-        raise AssertionError("too many broken images were let pass")
+        raise AssertionError("check_skipped accepted a set without readable images")
 
     def _read(self, batch_size: int, rank: int, world_size: int, num_workers: int) -> Iterator[ImageBatch]:
         addresses = shared_batches(len(self), batch_size, rank, world_size)
         for batch in EvaluationLoader(self._dataset, addresses, num_workers, tally=self._tally):
             if world_size == 1:
                 self.check_skipped(self.skipped)
-            self._saw(batch["images"], batch["digests"])
+            self._record(batch["images"], batch["digests"])
             self.cropped += batch["cropped"]
             yield ImageBatch(batch["images"], batch["numbers"], batch["labels"])
-        if world_size == 1:  # batches of which nothing is left are not seen above
+        if world_size == 1:  # the loader drops batches without readable images
             self.check_skipped(self.skipped)
 
 
 class _ImageTally(Tally):
-    """Counts what is broken, and stops at an image of another size. Whether it is too much is said by the set.
+    """Counts broken images and stops at one of another size. :class:`ImageSet` decides how many are too many.
 
     Args:
-        known: what was broken before any image was read.
+        known: images that were known to be broken in advance.
     """
 
     def __init__(self, known: Iterable[Skipped]) -> None:
@@ -278,7 +284,7 @@ class _ImageTally(Tally):
         """See :class:`~datamodules.storage.bad_examples.Tally`.
 
         Raises:
-            ValueError: of an image of another size.
+            ValueError: if an image has another size.
         """
         skipped = list(skipped)
         for sample in skipped:
@@ -293,7 +299,7 @@ class _Squares(ExampleDataset):
     Args:
         samples: the images.
         size: side in pixels.
-        resize: cut those of another size out; else they are errors.
+        resize: whether to resize and crop images of another size; else they are errors.
     """
 
     def __init__(self, samples: ExampleIndex, size: int, resize: bool) -> None:
@@ -330,7 +336,7 @@ def _digest(pixels: np.ndarray) -> int:
 
 
 def _place_of(sample: Example) -> str:
-    """Where an image is, for messages: its file, or its key within a shard."""
+    """Where an image is, for messages: its file, or its key in a shard."""
     path, _, size = next(iter(sample.members.values()))
     return path if size < 0 else f"sample {sample.key} of {path}"
 
@@ -339,18 +345,18 @@ def _find(name: str, split: Split | None) -> ExampleIndex:
     """The images of a folder or of shards.
 
     Raises:
-        ValueError: if there are none, or it is not clear which are meant.
+        ValueError: if there are none, or it is ambiguous which are meant.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / META_FILE).is_file() and not any(folder.glob("*.tar")):
-        below = class_folders(folder)
-        named = {split_of(part): part for part in below}
+        subfolders = class_folders(folder)
+        named = {split_of(part): part for part in subfolders}
         present = [part for part in SPLITS if part in named]
-        # The data layer knows no images without a class folder or a shard around them.
+        # The data layer reads images only from class folders and shards.
         if flat_images(folder) and split not in present:
             return _find_flat(folder, split)
         flat = any(flat_images(folder / named[part]) for part in present)
-        if flat and None not in named and len(named) == len(below):
+        if flat and None not in named and len(named) == len(subfolders):
             return _find(str(folder / named[_chosen(name, present, split)]), None)
     train, val, meta = find_sources(name, None, None, HINT)
     if meta.get("format") == CODES_FORMAT:
@@ -365,10 +371,10 @@ def _find(name: str, split: Split | None) -> ExampleIndex:
 
 def _find_flat(folder: Path, split: Split | None) -> ExampleIndex:
     _check_unsplit(str(folder), split)
-    if (below := class_folders(folder)) and len(index_folder(folder, below)):
+    if (subfolders := class_folders(folder)) and len(index_folder(folder, subfolders)):
         raise ValueError(
-            f"{folder} holds images of its own ({flat_images(folder)[0]}) beside folders of images "
-            f"({', '.join(below[:3])}); give one of these, or move them apart"
+            f"{folder} holds both images ({flat_images(folder)[0]}) and folders of images "
+            f"({', '.join(subfolders[:3])}); give one of the folders, or move the images"
         )
     return index_flat(folder)
 
@@ -379,7 +385,7 @@ def _check_unsplit(name: str, split: Split | None) -> None:
 
 
 def _chosen(name: str, present: list[str], split: Split | None) -> str:
-    """The split that is meant."""
+    """The given split, or the only one."""
     if split is None and len(present) == 1:
         return present[0]
     if split is None:

@@ -1,113 +1,112 @@
-"""All that is measured of images, in one pass of the extractor. B images of H × W pixels."""
+"""All metrics of a set of images, in one pass of the extractor. B images of H × W pixels."""
 
-from typing import cast
+from collections.abc import Iterable, Sequence
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from evaluation.image_content import ImageContent
-from evaluation.reference import Purpose, Reference
+from evaluation.reference import CONTENT, Reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extract, extractor_name
+from llamagen.metrics.features import PARTS, probe
 from llamagen.metrics.image_metric import ImageMetric
-from llamagen.metrics.inception import Inception
-from llamagen.metrics.inception_score import SplitStatistics
+from llamagen.metrics.result_names import Purpose
 
-PREFIX = {"generation": "g", "reconstruction": "r"}
-DISTANCES = ("fid", "sfid", "kid", "kid_std")
-SYMBOLS = (*DISTANCES, "precision", "recall", "inception_score", "inception_score_std")
-"""Of all that can be measured."""
+METRICS: tuple[type[ImageMetric], ...] = (FID, SFID, PrecisionRecall, KID, InceptionScore)
+"""What is measured by default, also by ``FIDMonitor`` and ``python -m evaluation compare``. Add a metric here."""
 OWN_NAME = "val"
-"""What the images that are reconstructed are called, where they are the reference: those of validation."""
+"""Name of the reference where reconstructions are compared with the validation images themselves."""
 
 
 class Measurement:
-    """FID, sFID, KID, precision and recall of images against a reference, and their Inception Score.
+    """Metrics of images against a reference.
 
-    What the extractor does not give (``spatial``, ``logits``) or the reference does not hold is left out, of which one
-    warning tells; so are, when it is computed, numbers for which there are too few images. The names say what was
-    measured how, against what: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, with another extractor than
-    Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
+    Metrics are left out if the extractor lacks their features or the reference lacks their part; one warning lists
+    them. ``compute`` also leaves out those for which there are too few images. Result names say what was measured, with
+    which extractor and against which reference: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, and with another
+    extractor than Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
 
     Args:
         extractor: of features.
         image_size: side of the images in pixels.
-        kind: of the images: ``generation`` or ``reconstruction``.
-        reference: what to compare with; None if the real images are shown, too.
+        purpose: whether the images are generated or reconstructions.
+        reference: to compare with; None if the real images are passed to :meth:`update`, too.
         name: of the real images, if there is no reference.
+        metrics: classes to measure with.
 
     Raises:
-        ValueError: if the reference is of another extractor or size.
+        ValueError: if the reference is of another extractor or size, or two metrics have the same symbol.
     """
 
     def __init__(
         self,
         extractor: nn.Module,
         image_size: int,
-        kind: Purpose,
+        purpose: Purpose,
         reference: Reference | None = None,
         name: str = OWN_NAME,
+        metrics: Sequence[type[ImageMetric]] = METRICS,
     ) -> None:
         if reference is not None:
             reference.check(extractor, image_size)
-        self.extractor, self.kind, self.reference = extractor, kind, reference
+        check_metrics(metrics)
+        self.extractor, self.purpose, self.reference = extractor, purpose, reference
         self.name = name if reference is None else reference.name
         self.count = 0
-        self._content, self._is_told = ImageContent(), False
+        self._content, self._has_warned = ImageContent(), False
         extractor.eval()
-        probe = extract(
-            extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=_device(extractor))
-        )
+        provided = probe(extractor, image_size)
         self.metrics: dict[str, ImageMetric] = {}
-        self.metrics["fid"] = FID(extractor, image_size, None if reference is None else reference.statistics)
-        if probe.spatial is not None and (reference is None or reference.spatial_statistics is not None):
-            self.metrics["sfid"] = SFID(
-                extractor, image_size, None if reference is None else reference.spatial_statistics
-            )
-        if reference is None or reference.features is not None:
-            rows = None if reference is None else reference.features
-            self.metrics["precision_recall"] = PrecisionRecall(extractor, image_size, rows)
-            self.metrics["kid"] = KID(extractor, image_size, rows)
-        if probe.logits is not None and kind == "generation":
-            self.metrics["inception_score"] = InceptionScore(extractor, image_size)
-        if missing := self._missing(probe):
-            rank_zero_warn(f"left out: {'; '.join(missing)}")
+        missing: dict[str, list[str]] = {}
+        for metric in metrics:
+            if purpose not in metric.purposes:
+                continue
+            if reason := self._obstacle(metric, provided):
+                missing.setdefault(reason, []).append(metric.symbol)
+                continue
+            if reference is None or metric.reference_part is None:
+                self.metrics[metric.symbol] = metric(extractor, image_size)
+            else:
+                part = getattr(reference, metric.reference_part)
+                self.metrics[metric.symbol] = metric(extractor, image_size, reference=part)
+        if missing:
+            listed = "; ".join(f"{' and '.join(symbols)}, because {reason}" for reason, symbols in missing.items())
+            rank_zero_warn(f"not measured: {listed}")
+        if not self.metrics:
+            raise ValueError("there is no metric to measure; use another extractor or reference")
 
-    def _missing(self, probe: Features) -> list[str]:
-        """What is not measured, and why."""
-        here, missing = extractor_name(self.extractor), []
-        if probe.spatial is None:
-            missing.append(f"sfid, as the extractor {here} gives no spatial features")
-        elif "sfid" not in self.metrics:
-            missing.append(f"sfid, as the reference {self.name} has no spatial statistics (mu_s and sigma_s)")
-        if "kid" not in self.metrics:
-            missing.append(f"precision, recall and kid, as the reference {self.name} has no features")
-        if probe.logits is None and self.kind == "generation":
-            missing.append(f"inception_score, as the extractor {here} gives no logits")
-        return missing
+    def _obstacle(self, metric: type[ImageMetric], provided: Features) -> str | None:
+        """Why a metric cannot be measured; None if it can."""
+        if getattr(provided, metric.part) is None:
+            return f"the extractor {extractor_name(self.extractor)} gives no {PARTS[metric.part]}"
+        part = metric.reference_part
+        if self.reference is not None and part is not None and getattr(self.reference, part) is None:
+            return f"the reference {self.name} has no {CONTENT[part]}"
+        return None
 
     def to(self, device: str | torch.device) -> "Measurement":
-        """The same on another device."""
+        """Move all states to a device."""
         for metric in self.metrics.values():
             metric.to(device)
         return self
 
     def update(self, images: Tensor, index: Tensor | None = None, real: bool = False) -> Features:
-        """Take images into account.
+        """Add images.
 
         Args:
             images: (B, 3, H, W) uint8, on the device of the measurement.
-            index: (B,) int64, number of each image in its set; see
+            index: (B,) int64, position of each image in its dataset; see
                 :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
-            real: these are the images to compare with.
+            real: whether these are real images, to compare with.
 
         Returns:
             Their features.
 
         Raises:
-            ValueError: if they are no images of the right size.
+            ValueError: if they are not uint8 images of the right size.
         """
-        self.metrics["fid"].check_images(images)
+        next(iter(self.metrics.values())).check_images(images)
         features = extract(self.extractor, images)
         if not real:
             self._content.add(images)
@@ -115,76 +114,47 @@ class Measurement:
         return features
 
     def add(self, features: Features, index: Tensor | None = None, real: bool = False) -> None:
-        """As :meth:`update`, for features that were extracted before."""
+        """Add images by their features; see :meth:`update`."""
         self.count += 0 if real else len(features.pool)
-        for name, metric in self.metrics.items():
-            if name in ("fid", "sfid"):
-                metric.update(features, real=real)
-            else:
-                metric.update(features, real=real, index=index)
+        for metric in self.metrics.values():
+            metric.update(features, real=real, index=index)
 
     def compute(self) -> dict[str, Tensor]:
-        """Numbers by name, float64 scalars on the CPU; all ranks must call it together.
+        """Results by name, float64 scalars on the CPU; all ranks must call it together.
 
-        The first time that all images are the same, or only have the levels of floats that were cast to bytes, a
-        warning says so: a model may generate such images.
+        A warning, once per object, says if all images are the same or look like floats that were cast to bytes: a
+        broken model generates such images.
 
         Raises:
-            ValueError: if there are fewer than two images.
-            FloatingPointError: if a number is not finite.
+            ValueError: if there are too few images for every metric.
+            FloatingPointError: if a result is not finite.
         """
-        numbers: dict[str, Tensor] = {}
-        if (fault := self._content.fault()) and not self._is_told:  # once, however often a model is measured
-            self._is_told = True
-            rank_zero_warn(f"what is measured says little: {fault}")
-
-        def note(symbol: str, value: Tensor) -> None:
-            name = name_of(symbol, self.kind, extractor_name(self.extractor), self.name)
-            if not value.isfinite():
-                raise FloatingPointError(f"{name} is {value.item()} (precision float64); see what its features are of")
-            numbers[name] = value.cpu()
-
-        for name, metric in self.metrics.items():
+        if (fault := self._content.fault()) and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(f"the results say little: {fault}")
+        results: dict[str, Tensor] = {}
+        errors: dict[str, ValueError] = {}
+        for symbol, metric in self.metrics.items():
             try:
-                found = metric.compute()
+                values = metric.results()
             except ValueError as error:
-                if name == "fid":
-                    raise
-                rank_zero_warn(f"{name} is left out: {error}")
+                errors[symbol] = error
                 continue
-            if name == "fid":
-                self._warn_of_few_images()
-            if name == "inception_score":
-                found = self._unsorted(found)
-            if name == "precision_recall":
-                note("precision", found.precision)
-                note("recall", found.recall)
-            elif name in ("fid", "sfid"):
-                note(name, found)
-            else:
-                note(name, found.mean)
-                note(f"{name}_std", found.std)
-        return numbers
-
-    def _warn_of_few_images(self) -> None:
-        fid = cast(FID, self.metrics["fid"])
-        if fid.seen < fid.width:
-            rank_zero_warn(
-                f"{fid.seen} images are fewer than the {fid.width} features of {extractor_name(self.extractor)}, which "
-                "makes FID far too large; compare it only with one of equally many images, or measure more "
-                "(publications take 50,000)"
-            )
-
-    def _unsorted(self, found: SplitStatistics) -> SplitStatistics:
-        """The Inception Score that people mean: of images in random order."""
-        shuffled = cast(InceptionScore, self.metrics["inception_score"]).shuffled
-        if shuffled is None:
-            return found
-        rank_zero_warn(
-            f"the images seem to be sorted by class: in their order the Inception Score is {found.mean:.4g}, as each "
-            f"of its splits has some classes only; {shuffled.mean:.4g} is given, that of a random order"
-        )
-        return shuffled
+            for name in metric.result_names:
+                full = name.full(self.purpose, extractor_name(self.extractor), self.name)
+                value = values[name.symbol]
+                if not value.isfinite():
+                    raise FloatingPointError(
+                        f"{full} is {value.item()} (precision float64); check the images and the extractor"
+                    )
+                results[full] = value.cpu()
+            for caveat in metric.caveats():
+                rank_zero_warn(caveat)
+        if not results:
+            raise next(iter(errors.values()))
+        for symbol, reason in errors.items():
+            rank_zero_warn(f"{symbol} is not measured: {reason}")
+        return results
 
     def reset(self) -> None:
         """Forget all images."""
@@ -193,19 +163,39 @@ class Measurement:
             metric.reset()
 
 
-def name_of(symbol: str, kind: Purpose, extractor: str, reference: str) -> str:
-    """What a number is called: ``gfid/imagenet256-adm``, ``rfid/val``, ``precision_digits-classifier/digits-train``.
+def check_metrics(metrics: Iterable[type[ImageMetric]]) -> None:
+    """Check that the symbols of metrics and of their results differ.
+
+    Raises:
+        ValueError: if two are the same.
+    """
+    symbols: set[str] = set()
+    results: set[str] = set()
+    for metric in metrics:
+        names = {name.symbol for name in metric.result_names}
+        if metric.symbol in symbols or names & results:
+            raise ValueError(
+                f"two metrics are named {metric.symbol} or report {', '.join(sorted(names))}; give "
+                f"{metric.__name__} symbols of its own"
+            )
+        symbols.add(metric.symbol)
+        results |= names
+
+
+def result_names(
+    metrics: Iterable[type[ImageMetric]], purpose: Purpose, extractor: str, reference: str = OWN_NAME
+) -> list[str]:
+    """Names of all results that metrics may report.
 
     Args:
-        symbol: of the metric.
-        kind: of the images; says what a distance is one of.
-        extractor: name of it.
-        reference: name of it, which the Inception Score goes without.
+        metrics: classes of them.
+        purpose: of the images.
+        extractor: name of the extractor.
+        reference: name of the reference.
     """
-    prefix = PREFIX[kind] if symbol in DISTANCES else ""
-    suffix = "" if extractor == Inception.name else f"_{extractor}"
-    return f"{prefix}{symbol}{suffix}" + ("" if symbol.startswith("inception_score") else f"/{reference}")
-
-
-def _device(extractor: nn.Module) -> torch.device:
-    return next((value.device for value in extractor.state_dict().values()), torch.device("cpu"))
+    return [
+        name.full(purpose, extractor, reference)
+        for metric in metrics
+        if purpose in metric.purposes
+        for name in metric.result_names
+    ]

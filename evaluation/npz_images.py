@@ -1,6 +1,6 @@
-"""Images in one array, as ADM's evaluation has them (``.npz``), read a batch at a time. N images of H × W pixels.
+"""Reads arrays of images like ADM's (``.npz``) in batches. N images of H × W pixels.
 
-``np.load`` would hold the whole array: 9.8 GB for 50,000 images of 256 × 256 pixels.
+``np.load`` would load the whole array: 9.8 GB for 50,000 images of 256 × 256 pixels.
 """
 
 import os
@@ -17,19 +17,19 @@ import numpy as np
 IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = {"mu", "sigma"}
 ENDING = ".npy"
-FEWEST = 2
-"""Images of which there are statistics."""
+MIN_IMAGES = 2
+"""Statistics need at least two images."""
 
 PIECE = 1 << 20
-"""Bytes read at once: what a decompressor gives is held beside the batch."""
+"""Bytes to read at once; the decompressor's output is held in addition to the batch."""
 
 FIRST_VALUES = 1 << 22
-"""Values that are looked at for advice on what to do about them."""
+"""Number of values that the advice on converting an array is based on."""
 
 VERSIONS = ((1, 0), (2, 0), (3, 0))
 MAX_KEYS = 10
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
-"""What zipfile raises for files that are cut off, damaged, encrypted or packed in an unusual way."""
+"""Exceptions of zipfile for files that are cut off, damaged, encrypted or compressed in an unusual way."""
 
 
 class _Header(NamedTuple):
@@ -39,19 +39,21 @@ class _Header(NamedTuple):
 
 
 class ImageArchive:
-    """The images of an ``.npz`` (``arr_0`` uint8 (N, H, W, 3), and ``arr_1``, labels (N,), if it is there), stored or
-    deflated, or of an ``.npy`` of such an array. Nothing is ever unpickled.
+    """Images of an ``.npz`` or ``.npy``. Nothing is ever unpickled.
+
+    An ``.npz``, stored or deflated, holds ``arr_0`` uint8 (N, H, W, 3) and optionally labels ``arr_1`` (N,). An
+    ``.npy`` holds the images.
 
     Args:
         path: the file.
 
     Attributes:
-        count: images.
+        count: number of images.
         size: side of the images in pixels.
         labels: (N,) int64, or None.
 
     Raises:
-        ValueError: if the file is missing, damaged or cut off, or holds something else.
+        ValueError: if the file is missing, damaged, cut off, or of another kind.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -75,12 +77,12 @@ class ImageArchive:
                 return [name.removesuffix(ENDING) for name in archive.namelist()]
         except (*DAMAGES, ValueError) as error:
             raise ValueError(
-                f"{self.path} is no .npz, or damaged or cut off ({_line(error)}); get or write it again"
+                f"{self.path} is not an .npz, or damaged or cut off ({_line(error)}); get or write it again"
             ) from error
 
     @contextmanager
     def _member(self, key: str) -> Iterator[tuple[IO[bytes], int]]:
-        """An array of the file to read from, and its bytes."""
+        """An open array of the file, and its length in bytes."""
         if not self._zipped:
             with open(self.path, "rb") as file:
                 yield file, os.stat(self.path).st_size
@@ -100,12 +102,12 @@ class ImageArchive:
             version = np.lib.format.read_magic(member)
             if version not in VERSIONS:
                 raise ValueError(f"version {version}")
-            # Version 3 is version 2 in UTF-8, which differs in names of columns alone, and images have none.
+            # Version 3 differs from 2 only in the encoding of field names, which arrays of images do not have.
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             return _Header(*read(member))
-        except Exception as error:  # the header is an expression of Python's, which can be wrong in all sorts of ways
+        except Exception as error:  # the header is a Python literal, which can be wrong in many ways
             raise ValueError(
-                f"{key} of {self.path} is no array of numpy's ({_line(error)}); write it with np.savez"
+                f"{key} of {self.path} is not a NumPy array ({_line(error)}); write it with np.savez"
             ) from error
 
     def _check_images(self, header: _Header, length: int, member: IO[bytes]) -> None:
@@ -118,8 +120,8 @@ class ImageArchive:
             raise ValueError(f"{where} is {dtype}; it must be uint8 0…255; {remedy}")
         if advice:
             raise ValueError(f"{where} is {_shown(shape)}; it must be (N, H, W, 3); {advice}")
-        if shape[0] < FEWEST:
-            raise ValueError(f"{where} holds {shape[0]} images; at least {FEWEST} are needed")
+        if shape[0] < MIN_IMAGES:
+            raise ValueError(f"{where} holds {shape[0]} images; at least {MIN_IMAGES} are needed")
         if shape[1] != shape[2] or shape[1] < 1:
             raise ValueError(f"images of {self.path} are {shape[1]} × {shape[2]} (H × W); they must be square")
         if header.fortran_order:
@@ -129,17 +131,17 @@ class ImageArchive:
             )
         if length < prod(shape):
             raise ValueError(
-                f"{where} is cut off: {_shown(shape)} needs {prod(shape):,} bytes, and {max(length, 0):,} are there; "
+                f"{where} is cut off: {_shown(shape)} needs {prod(shape):,} bytes, but it has {max(length, 0):,}; "
                 "get or write it again"
             )
 
     def _first_values(self, header: _Header, member: IO[bytes]) -> np.ndarray:
-        """Some values of an array of numbers, (n,); none of others."""
+        """The first values of a numeric array, (n,); empty for other types."""
         if header.dtype.kind not in "fiu":
             return np.empty(0)
         width = header.dtype.itemsize
-        some = member.read(min(FIRST_VALUES, prod(header.shape)) * width)
-        return np.frombuffer(some[: len(some) // width * width], header.dtype)
+        data = member.read(min(FIRST_VALUES, prod(header.shape)) * width)
+        return np.frombuffer(data[: len(data) // width * width], header.dtype)
 
     def _read_labels(self) -> np.ndarray:
         with self._member(LABELS) as (member, _):
@@ -147,11 +149,11 @@ class ImageArchive:
             if header.shape != (self.count,):
                 raise ValueError(
                     f"{LABELS} of {self.path} is {_shown(header.shape)}; it must hold a label for each of the "
-                    f"{self.count} images; mend it, or leave it out"
+                    f"{self.count} images; fix it, or leave it out"
                 )
             if header.dtype.kind not in "iu":
                 raise ValueError(
-                    f"{LABELS} of {self.path} is {header.dtype}; labels must be whole numbers; mend it, or leave it out"
+                    f"{LABELS} of {self.path} is {header.dtype}; labels must be integers; fix it, or leave it out"
                 )
             block = np.empty(self.count, header.dtype)
             self._fill(member, block, LABELS)
@@ -159,26 +161,26 @@ class ImageArchive:
         return labels
 
     def blocks(self, numbers: range, batch_size: int) -> Iterator[np.ndarray]:
-        """Images by number, in blocks: at most one of them, and a piece of the file, is held at a time.
+        """Iterate over images in blocks. Memory holds one block and a piece of the file.
 
         Args:
-            numbers: which; ascending. Others are passed over: by a seek, or where they are deflated by reading on.
-            batch_size: most images of a block.
+            numbers: positions of the images, ascending. Others are skipped by a seek, or by reading if compressed.
+            batch_size: maximum number of images in a block.
 
         Yields:
             (B, H, W, 3) uint8.
 
         Raises:
-            ValueError: if the file turns out to be damaged.
+            ValueError: if the file is damaged.
         """
         with self._member(IMAGES) as (member, _):
             for first in range(0, len(numbers), batch_size):
-                # Held by nobody here while the caller works with it.
+                # Without a name here, so that the caller can free the block.
                 yield self._block(member, numbers[first : first + batch_size])
 
     def _block(self, member: IO[bytes], numbers: range) -> np.ndarray:
         block = np.empty((len(numbers), self.size, self.size, 3), np.uint8)
-        # Neighbours are read as one.
+        # Consecutive images are read at once.
         parts = [(numbers[0], block)] if numbers.step == 1 else zip(numbers, block, strict=True)
         for number, part in parts:
             self._skip_to(member, self._start + number * self.size * self.size * 3)
@@ -186,16 +188,16 @@ class ImageArchive:
         return block
 
     def _skip_to(self, member: IO[bytes], place: int) -> None:
-        # A seek within a zip gives up its checksum. What is deflated it would read on through, 16 MB at a time, which
-        # zipfile puts together out of pieces of 4 kB.
+        # A seek in a zip file disables the CRC check. In deflated data zipfile would seek by reading 16 MB at a time,
+        # assembled from pieces of 4 kB, so skip those by reading into nothing.
         if not self._deflated and place - member.tell() > PIECE:
             member.seek(place)
         while (rest := place - member.tell()) > 0:
             if not member.read1(min(rest, PIECE)):  # type: ignore[attr-defined]
-                raise EOFError("it ends too early")
+                raise EOFError("unexpected end of file")
 
     def _fill(self, member: IO[bytes], array: np.ndarray, key: str) -> None:
-        """Read an array, which is contiguous."""
+        """Read into a contiguous array."""
         view = array.reshape(-1).view(np.uint8).data
         place = 0
         while place < len(view):
@@ -208,12 +210,12 @@ class ImageArchive:
 def _lacking(path: Path, keys: list[str]) -> str:
     if STATISTICS.issubset(keys):
         return f"{path} holds only statistics ({', '.join(keys[:MAX_KEYS])}) and no images; give an .npz with {IMAGES}"
-    there = ", ".join(keys[:MAX_KEYS]) + (", …" if len(keys) > MAX_KEYS else "") if keys else "nothing"
-    return f"{path} has no {IMAGES} but {there}; write the images, uint8 (N, H, W, 3), by np.savez(path, images)"
+    present = ", ".join(keys[:MAX_KEYS]) + (", …" if len(keys) > MAX_KEYS else "") if keys else "nothing"
+    return f"{path} has no {IMAGES} but {present}; write the images, uint8 (N, H, W, 3), by np.savez(path, images)"
 
 
 def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
-    """How to make levels 0…255 of an array x that is not uint8.
+    """How to convert an array x that is not uint8 to levels 0…255.
 
     Args:
         dtype: of the array.
@@ -228,14 +230,14 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
     if not np.isfinite(values).all():
         return "some of its values are not finite (NaN or infinity): find out why before anything else"
     low, high = float(values.min()), float(values.max())
-    span = f"these are {low:.4g} to {high:.4g}"
+    span = f"its values are {low:.4g} to {high:.4g}"
     if dtype.kind == "f":
         # What a decoder gives is not clamped, so the ends are not sharp.
         if -2 <= low < -0.25 and high <= 2:
-            return f"{span}, so take them as [-1, 1]: ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
+            return f"{span}, which looks like [-1, 1]: use ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
         if low >= -0.25 and high <= 2:
             return (
-                f"{span}, so take them as [0, 1]: multiply floats by 255 and round, "
+                f"{span}, which looks like [0, 1]: multiply floats by 255 and round, "
                 "(x * 255).round().clip(0, 255).astype(np.uint8)"
             )
         if low >= 0 and high <= 255.5:
@@ -243,20 +245,20 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
     elif low == 0 and high == 1:
         return f"{span}: use (x * 255).astype(np.uint8)"
     elif low >= 0 and high <= 255:
-        return f"{span}: convert it by x.astype(np.uint8)"
+        return f"{span}: use x.astype(np.uint8)"
     elif dtype == np.uint16:
-        return f"{span}, so take them as 16 bits: (x // 257).astype(np.uint8)"
+        return f"{span}, which looks like 16 bits: use (x // 257).astype(np.uint8)"
     elif dtype == np.int8:
         return f"{span}: use (x.astype(np.int16) + 128).astype(np.uint8)"
     return f"{span}: scale them to 0…255, round, and convert them"
 
 
 def _layout_advice(shape: tuple[int, ...]) -> str:
-    """What to do about a shape that is not (N, H, W, 3); nothing if it is."""
+    """How to convert a shape to (N, H, W, 3); empty if it is one."""
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
         return "these are grey images: repeat each level three times along a last axis"
     if len(shape) == 1:
-        return "this looks like labels: give the images four axes, and put them first"
+        return "this looks like labels: give the images four axes, and pass them first"
     if len(shape) == 5:
         return "reshape it to four axes, x.reshape(-1, *x.shape[-3:])"
     if len(shape) != 4:
@@ -264,17 +266,17 @@ def _layout_advice(shape: tuple[int, ...]) -> str:
     if shape[3] == 3:
         return ""
     if shape[1] == 3:
-        return "colours come first: use transpose(0, 2, 3, 1)"
+        return "channels come first: use transpose(0, 2, 3, 1)"
     if shape[3] == 4:
         return "the fourth channel is transparency: leave it out"
     return "images have three channels"
 
 
 def _shown(shape: tuple[int, ...]) -> str:
-    """A shape in one line, also where a file claims to have thousands of axes."""
+    """A shape in one line, even if a file claims thousands of axes."""
     return str(shape) if len(shape) <= 8 else f"of {len(shape)} axes"
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, in one line and not without end."""
+    """An error's message in one line of limited length."""
     return " ".join((str(error) or type(error).__name__).split())[:200]

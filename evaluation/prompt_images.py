@@ -1,4 +1,4 @@
-"""Images with their prompts, as ``metadata.jsonl`` in their folder lists them."""
+"""Reads images and their prompts from a folder with a ``metadata.jsonl``."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 METADATA = "metadata.jsonl"
 TEXTS = ("prompt", "text")
-"""What the prompt is called in a line: by ``predict``, and in other people's sets."""
+"""Keys of the prompt: that of ``predict``, and a common one of other datasets."""
 
 
 class PromptImage(NamedTuple):
-    """An image and what it was drawn of.
+    """An image and its prompt.
 
     Attributes:
-        file: of the image.
-        prompt: it was drawn of.
+        file: the image.
+        prompt: text that the image was generated from.
         number: of the prompt; None if the line has none.
-        columns: what else is known of the prompt, by name.
+        columns: further columns of the prompt's table, by name.
     """
 
     file: Path
@@ -26,32 +26,32 @@ class PromptImage(NamedTuple):
 
 
 def read_prompt_images(folder: Path) -> list[PromptImage]:
-    """The images of a folder that ``predict`` of prompts has completed, or of any with such a ``metadata.jsonl``.
+    """Read the ``metadata.jsonl`` that ``predict`` writes for prompts, or one of the same form.
 
-    Each line is a JSON object with ``file_name``, which is relative to the folder, and ``prompt`` or ``text``; perhaps
-    with ``prompt_number`` and ``columns``, an object of texts.
+    Each line is a JSON object with ``file_name``, relative to the folder, and ``prompt`` or ``text``. Optional are
+    ``prompt_number`` and ``columns``, an object of texts.
 
     Args:
-        folder: of the file.
+        folder: with the file and the images.
 
     Raises:
-        ValueError: in one line, if there is no such file, a line of it is something else, or an image is missing.
+        ValueError: in one line, if the file is missing, a line has another form, or an image is missing.
     """
     path = folder / METADATA
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give the folder of samples that predict of prompts has written")
+        raise ValueError(f"{folder} is not a folder; give the folder of samples that predict wrote for prompts")
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {METADATA}; predict of prompts writes it when all images are there: run the same "
-            "predict again to go on, or give the folder of a run that is complete"
+            f"{folder} has no {METADATA}, which predict writes when all images of the prompts are complete; run the "
+            "same predict again to resume, or give a complete folder"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: prompts may have other separators
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); draw the samples again") from error
+        raise ValueError(f"{path} cannot be read ({error}); generate the samples again") from error
     found = [_image(folder, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ValueError(f"{path} lists no images; draw the samples again")
+        raise ValueError(f"{path} lists no images; generate the samples again")
     return found
 
 
@@ -60,7 +60,7 @@ def _image(folder: Path, path: Path, number: int, line: str) -> PromptImage:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}); mend it, or draw the samples again") from error
+        raise ValueError(f"{where} is not JSON ({error}); fix it, or generate the samples again") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         raise ValueError(f"{where} is {line.strip()[:60]!r}; it must be a JSON object with file_name and prompt")
     text = next((entry[key] for key in TEXTS if key in entry), None)
@@ -68,7 +68,7 @@ def _image(folder: Path, path: Path, number: int, line: str) -> PromptImage:
         raise ValueError(f"{where} has no prompt for {entry['file_name']}; give it a text as {' or '.join(TEXTS)}")
     file = folder / entry["file_name"]
     if not file.is_file():
-        raise ValueError(f"{file} does not exist, but {where} lists it; draw it again, or take the line out")
+        raise ValueError(f"{file} does not exist, but {where} lists it; generate it again, or remove the line")
     prompt_number, columns = entry.get("prompt_number"), entry.get("columns")
     return PromptImage(
         file,
@@ -83,5 +83,5 @@ def _texts(columns: dict[str, Any]) -> dict[str, str]:
 
 
 def _printable(text: str) -> str:
-    """A text with a "?" for half a surrogate pair, which JSON can name and no file can hold."""
+    """The text with "?" for lone surrogates, which JSON can express and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The paper's figures (arXiv 2406.06525, tables of sections 2 and 3), for models that are the paper's."""
+"""The paper's figures (arXiv 2406.06525, tables of sections 2 and 3)."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Generation(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """ImageNet's validation set through a tokenizer; SSIM there has a data range of 2, which makes it larger."""
+    """Reconstruction of ImageNet's validation images. SSIM has a data range of 2, so it is larger than ours."""
 
     fid: float
     psnr: float | None
@@ -55,11 +55,11 @@ RECONSTRUCTION: dict[tuple[int, int], Reconstruction] = {
 
 
 class Published(NamedTuple):
-    """What the paper says of a model.
+    """The paper's figures for a model.
 
     Attributes:
-        title: which model it is there.
-        figures: by the beginning of our names for the numbers, up to a slash.
+        title: the model's name.
+        figures: by the part of our result names before the slash.
         remark: how they were measured.
     """
 
@@ -69,13 +69,13 @@ class Published(NamedTuple):
 
 
 def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) -> list[Published]:
-    """The paper's figures for a model: its own, or, if it is none of the paper's, those of all of its kind.
+    """The paper's figures for a model. If it is not one of the paper's, those of all models of its kind.
 
-    Of models of text it has none.
+    For text-conditional models the list is empty.
 
     Args:
-        config: of the model; None for other people's images, which are compared with samples of the paper.
-        image_size: pixels at which images are made. (A GPT's is known by its codes: 16 × 16 of them are 256.)
+        config: of the model; None for images of unknown origin, which are compared with all generative models.
+        image_size: side of reconstructions in pixels. A GPT's follows from its codes: 16 × 16 codes are 256 pixels.
     """
     if isinstance(config, VQGANConfig):
         key = (config.downsampling, image_size or 0)

@@ -1,9 +1,10 @@
-"""The ``report`` folder: numbers, beside the paper's, and images."""
+"""Writes the ``report`` folder: results, the paper's figures next to them, and image grids."""
 
 import json
 import math
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,63 +18,82 @@ from llamagen.output_paths import check_output
 
 FILES = ("metrics.json", "report.md")
 CAPTIONS = {
-    "random": "Images drawn at random",
-    "classes": "Images of some classes, a row for each",
-    "neighbours": "Images (left), and beside each those of the reference whose features are nearest to its own",
-    "reconstructions": "Images, and below them what the tokenizer makes of them",
+    "random": "Randomly chosen images",
+    "classes": "Images by class, a row for each",
+    "neighbours": "Images (left) with their nearest neighbours among the reference's images, by features",
+    "reconstructions": "Original images, with their reconstructions below",
 }
 
 
-def write_report(
-    folder: Path,
-    title: str,
-    numbers: Mapping[str, float],
-    facts: Mapping[str, Any],
-    paper: list[Published],
-    grids: Mapping[str, Image.Image],
-) -> None:
-    """Write ``metrics.json``, ``report.md`` and grids into a folder, which takes the place of an older report.
+@dataclass(frozen=True)
+class Report:
+    """A report.
 
-    Args:
-        folder: appears when it is whole.
-        title: of the table.
-        numbers: results by name.
-        facts: how they came about; in ``metrics.json``, what JSON does not know is text, and numbers that are none
-            are null.
-        paper: figures to put beside them.
-        grids: by the names of :data:`CAPTIONS`.
-
-    Raises:
-        ValueError: if there is such a folder which is no report.
+    Attributes:
+        title: heading.
+        results: values by name.
+        facts: how they were measured. ``metrics.json`` holds what JSON cannot represent as text, and NaN and infinity
+            as null.
+        paper: figures of the paper to compare with.
+        grids: images by the names of :data:`CAPTIONS`.
     """
-    check_report(folder)
-    with atomic_folder(folder) as temporary:
-        content = {"metrics": dict(numbers), **facts, "versions": versions_here()}
-        (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
-        for name, image in grids.items():
-            save_png(image, temporary / f"{name}.png")
-        (temporary / "report.md").write_text(_markdown(title, numbers, facts, paper, grids))
+
+    title: str
+    results: Mapping[str, float]
+    facts: Mapping[str, Any]
+    paper: list[Published]
+    grids: Mapping[str, Image.Image]
+
+    def write(self, folder: Path) -> None:
+        """Write ``metrics.json``, ``report.md`` and grids into a folder, which replaces an older report.
+
+        Args:
+            folder: to write; it appears when it is complete.
+
+        Raises:
+            ValueError: if the folder exists and is not a report.
+        """
+        check_report(folder)
+        with atomic_folder(folder) as temporary:
+            content = {"metrics": dict(self.results), **self.facts, "versions": package_versions()}
+            (temporary / "metrics.json").write_text(json.dumps(_json(content), indent=2, allow_nan=False) + "\n")
+            for name, image in self.grids.items():
+                save_png(image, temporary / f"{name}.png")
+            (temporary / "report.md").write_text(self.markdown())
+
+    def markdown(self) -> str:
+        """The text of ``report.md``."""
+        parts = [f"# {self.title}", table(self.results, self.paper)]
+        if self.paper:
+            remark = f" ({self.paper[0].remark})" if len(self.paper) == 1 else ""
+            parts.append(
+                f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with results over "
+                "Inception, of equally many images, against the same reference."
+            )
+        parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in self.grids]
+        parts.append("## How it was measured\n\n" + "\n".join(_listed(self.facts)))
+        return "\n\n".join(parts) + "\n"
 
 
 def check_report(folder: Path) -> None:
-    """See that a report can be written there.
+    """Check that a report can be written to a folder.
 
     Raises:
-        ValueError: if there is something that is no report, or nothing can be written.
+        ValueError: if the folder exists and is not a report, or cannot be written.
     """
     check_output(folder)
     if folder.exists() and not all((folder / name).is_file() for name in FILES):
-        raise ValueError(f"{folder} is there and is no report; move it away, or choose another folder")
+        raise ValueError(f"{folder} exists and is not a report; move it away, or choose another folder")
 
 
-def versions_here() -> dict[str, str]:
-    """Of what numbers may depend on."""
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results may depend on."""
     packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
     return {"python": platform.python_version(), **packages}
 
 
 def _json(value: Any) -> Any:
-    """The same of what JSON knows."""
+    """The value in types that JSON can represent."""
     if isinstance(value, Mapping):
         return {str(key): _json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -83,18 +103,18 @@ def _json(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def table(numbers: Mapping[str, float], paper: list[Published]) -> str:
-    """Numbers in Markdown, each beside the paper's figure for this model, if it is one of the paper's.
+def table(results: Mapping[str, float], paper: list[Published]) -> str:
+    """Results in Markdown, with the paper's figures next to them if the model is one of the paper's.
 
-    Else the paper's models follow in a table of their own. Numbers over another extractor than Inception, whose names
-    say so, have no figure beside them.
+    For other models, the paper's models follow in a table of their own. Results over another extractor than Inception,
+    which have another name, get no figure.
     """
     own = paper[0] if len(paper) == 1 else None
     rows = []
-    for name, value in numbers.items():
+    for name, value in results.items():
         figure = None if own is None else own.figures.get(name.removeprefix("test/").split("/")[0])
         rows.append([name, f"{value:.4g}", *([] if own is None else ["" if figure is None else f"{figure:g}"])])
-    parts = [rows_table(["", "here", *([] if own is None else [f"paper: {own.title}"])], rows)]
+    parts = [rows_table(["", "measured", *([] if own is None else [f"paper: {own.title}"])], rows)]
     if len(paper) > 1:
         keys = list(paper[0].figures)
         listed = [
@@ -106,27 +126,8 @@ def table(numbers: Mapping[str, float], paper: list[Published]) -> str:
 
 
 def rows_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def _markdown(
-    title: str,
-    numbers: Mapping[str, float],
-    facts: Mapping[str, Any],
-    paper: list[Published],
-    grids: Mapping[str, Image.Image],
-) -> str:
-    parts = [f"# {title}", table(numbers, paper)]
-    if paper:
-        remark = f" ({paper[0].remark})" if len(paper) == 1 else ""
-        parts.append(
-            f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with numbers over Inception, "
-            "of as many images, against the same reference."
-        )
-    parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in grids]
-    parts.append("## How it was measured\n\n" + "\n".join(_listed(facts)))
-    return "\n\n".join(parts) + "\n"
 
 
 def _listed(facts: Mapping[str, Any], indent: str = "") -> list[str]:

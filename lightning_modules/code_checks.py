@@ -1,46 +1,37 @@
-"""Whether codes are right: fit to be stored, made of finite numbers, and of the kind that a GPT learns."""
+"""Checks of codes: they can be stored, and they are codes that a GPT can learn."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from llamagen.finite import not_finite
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.vqgan import Encoding
 
 MAX_CODES = 2**16
-"""Codes that a shard can tell apart."""
+"""Number of codes that a shard can store, as uint16."""
 
 
-def check_codebook_size(size: int) -> None:
-    """Refuse a codebook whose codes could not be stored, before it is trained.
+def check_codebook_size(name: str, size: int) -> None:
+    """Check that the codes of a quantiser can be stored, before it is trained.
+
+    Args:
+        name: of the value, for the message.
+        size: number of codes.
 
     Raises:
-        ValueError: if it has too many entries.
+        ValueError: in one line, if there are too many codes.
     """
     if size > MAX_CODES:
-        raise ValueError(f"codebook_size is {size}; codes are stored as uint16: at most {MAX_CODES:,}")
-
-
-def broken_parts(encoding: Encoding) -> dict[str, Tensor]:
-    """Of which vectors codes mean nothing: by their name a scalar bool, True where one of them is not finite."""
-    return {
-        # One that is too large for float32 to be normalised becomes 0.
-        "the encoder's latent": ~(encoding.latent.square().sum(1) > 0.5).all(),
-        "the codebook's entry": not_finite(encoding.entries).any(),
-    }
+        raise ValueError(f"{name} is {size}; codes are stored as uint16: at most {MAX_CODES:,}")
 
 
 def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:
-    """Refuse codes that the model cannot learn.
+    """Check that codes suit a model.
 
     Args:
-        config: of the model.
-        meta: description of the set.
+        config: shape of the model.
+        meta: description of the dataset of codes.
 
     Raises:
-        ValueError: if vocabulary, grid or number of classes differ.
+        ValueError: in one line, if vocabulary, grid or number of classes differ.
     """
     if meta["vocabulary"] != config.vocab_size:
         raise ValueError(

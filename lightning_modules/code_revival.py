@@ -1,66 +1,75 @@
-"""Dead codes come back to life. B batch, E codebook width, h × w grid, K codes."""
+"""Revival of unused codes. B batch, E channels of the quantised latent, h × w grid, K codes."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from llamagen.checkpoints.weights import EMA_STATE
 from llamagen.metrics import CodebookUsage
-from llamagen.models.quantizer import VectorQuantizer
-from llamagen.models.vqgan import Encoding
+from llamagen.models.quantizer import Quantized, Quantizer
+from llamagen.option_checks import check_integer
 
 
 class CodeRevival(nn.Module):
-    """Moves codes that nothing was near to for a while to where latents are.
+    """Moves codes that were not used for a while to latents of the current batch.
 
-    A code that is never the nearest gets no gradient and stays dead. Every so many steps the codes that no rank used
-    since the last time become latents of the current batch, drawn at random on the first rank; their moments in the
-    optimizer are forgotten, and their average becomes the new value.
+    A code that is never the nearest gets no gradient and stays unused. Every ``every`` steps, each code that no rank
+    has used since the last revival becomes a random latent of rank 0's batch. The optimizer's moments of moved codes
+    are reset to 0, and their EMA is set to the new value.
 
     Args:
-        codebook_size: number of codes K.
+        quantizer: the quantiser whose codes are revived; it must have learned codes.
         every: optimizer steps between two revivals.
+
+    Raises:
+        ValueError: in one line, if ``every`` is not a positive integer, or the codes are not learned.
     """
 
-    def __init__(self, codebook_size: int, every: int) -> None:
+    def __init__(self, quantizer: Quantizer, every: int) -> None:
         super().__init__()
+        check_integer("revive_codes_every", every)
+        if quantizer.learned_codes is None:
+            raise ValueError(
+                f"revive_codes_every is {every}, but {type(quantizer).__name__} has no learned codes; set it to 0"
+            )
         self.every = every
-        self.usage = CodebookUsage(codebook_size)
+        self.usage = CodebookUsage(quantizer.size)
         self._latents: Tensor | None = None
 
-    def see(self, encoding: Encoding) -> None:
+    def update(self, encoding: Quantized) -> None:
         """Count the codes of a batch and keep its latents."""
         self.usage.update(encoding.codes)
         self._latents = encoding.latent.detach().movedim(1, -1).flatten(0, -2)
 
-    def is_due(self, optimizer: Optimizer, quantizer: VectorQuantizer) -> bool:
-        """Whether ``every`` steps have passed, asked after a step that the optimizer really took."""
-        return int(optimizer.state[quantizer.embedding.weight]["step"]) % self.every == 0
+    def is_due(self, optimizer: Optimizer, quantizer: Quantizer) -> bool:
+        """Whether ``every`` steps have passed. Call it after a step that the optimizer did take, not one skipped."""
+        assert quantizer.learned_codes is not None
+        return int(optimizer.state[quantizer.learned_codes]["step"]) % self.every == 0
 
     @torch.no_grad()
-    def revive(self, quantizer: VectorQuantizer, optimizer: Optimizer, strategy: Any) -> int:
-        """Give dead codes new places; all ranks call it together.
+    def revive(self, quantizer: Quantizer, optimizer: Optimizer, strategy: Any) -> int:
+        """Move the unused codes; all ranks must call it together.
 
         Args:
-            quantizer: whose codebook.
-            optimizer: that trains it.
-            strategy: Lightning's, which broadcasts the places.
+            quantizer: the quantiser.
+            optimizer: the optimizer that trains it.
+            strategy: Lightning's strategy, which broadcasts the latents.
 
         Returns:
-            Number of codes that were moved.
+            Number of moved codes.
         """
+        weight = quantizer.learned_codes
         assert self._latents is not None
-        dead = (self.usage.compute().counts == 0).nonzero().flatten()
+        assert weight is not None
+        unused = (self.usage.compute().counts == 0).nonzero().flatten()
         self.usage.reset()
-        drawn = self._latents[torch.randperm(len(self._latents), device=self._latents.device)[: len(dead)]]
-        entries = F.normalize(strategy.broadcast(drawn).to(dead.device), dim=-1)
-        dead = dead[: len(entries)]
-        weight = quantizer.embedding.weight
-        weight[dead] = entries.to(weight.dtype)
+        chosen = self._latents[torch.randperm(len(self._latents), device=self._latents.device)[: len(unused)]]
+        latents = strategy.broadcast(chosen).to(unused.device)
+        moved = unused[: len(latents)]
+        quantizer.move_codes(moved, latents)
         for name, value in optimizer.state[weight].items():
             if torch.is_tensor(value) and value.shape == weight.shape:
-                value[dead] = weight[dead] if name == EMA_STATE else 0.0
-        return len(dead)
+                value[moved] = weight[moved] if name == EMA_STATE else 0.0
+        return len(moved)

@@ -1,57 +1,61 @@
 """Training of the image tokenizer. B batch, H × W pixels, h × w code grid, K codes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from lightning_modules.adversarial import AdversarialGame, Terms
 from lightning_modules.base import GenerativeModule
-from lightning_modules.code_checks import broken_parts, check_codebook_size
+from lightning_modules.code_checks import check_codebook_size
 from lightning_modules.code_revival import CodeRevival
+from lightning_modules.generator_loss import configure_quantizer_losses, generator_loss
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
-from llamagen.checkpoints.weights import ENTRY, differences, load_weights, read_weights, strip_prefix
-from llamagen.distributed.across_ranks import mean_over_ranks
+from llamagen.checkpoints.contents import check_quantizer
+from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights, strip_prefix
 from llamagen.finite import check_finite
-from llamagen.losses import codebook_loss, commitment_loss, entropy_loss
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
+from llamagen.models.quantizer import Quantized
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from llamagen.option_checks import check_integer, option_named
+from llamagen.state_dicts import differences
 
 
 class VQGANModule(GenerativeModule):
-    """Tokenizer and discriminator, trained by one optimizer in one pass.
+    """Trains tokenizer and discriminator with one optimizer in one pass.
 
-    Each step reconstructs, takes the generator's loss with the discriminator frozen, takes the discriminator's loss on
-    the detached reconstruction, and returns their sum: neither network sees the other's gradient, and the result is
-    that of two optimizers. On several ranks it is that of one process with the whole batch.
+    Each step computes the generator's loss with the discriminator frozen and the discriminator's loss on the detached
+    reconstruction, and returns their sum. Neither network receives the other's gradient, so the result equals that of
+    two optimizers. On several ranks it equals that of one process with the global batch.
 
     Args:
         net: shape of the tokenizer.
-        loss: terms of its loss and their weights.
+        loss: terms of the loss and their weights.
         discriminator: ``PatchGAN`` (the default) or ``StyleGAN``, with its settings.
         optimizer: settings of AdamW, for both networks.
-        augmentation: what is done to images before the discriminator sees them, real or not: any of ``color``,
-            ``translation`` and ``cutout``; for few images.
-        lpips_weights: file of the VGG16 that LPIPS needs, as torchvision publishes it; None looks into torch.hub's
-            cache and downloads it if it is not there. If given, validation measures LPIPS also where it has no weight.
-        revive_codes_every: optimizer steps after which codes that were not used meanwhile are moved to latents of the
-            current batch; 0 for never.
+        augmentation: augmentations of real and reconstructed images before the discriminator: any of ``color``,
+            ``translation`` and ``cutout``. Useful for small datasets.
+        lpips_weights: file of torchvision's VGG16 for LPIPS; None takes it from torch.hub's cache, or downloads it. If
+            given, validation measures LPIPS even if ``loss.perceptual_weight`` is 0.
+        revive_codes_every: optimizer steps between two revivals of unused codes, which move them to latents of the
+            current batch; 0 for none.
         init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
-        init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
-        channels_last: keep the channels of a pixel together in memory, which suits convolutions on GPUs.
+        init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
+        channels_last: store images and weights in channels-last memory format, which convolutions on GPUs prefer.
         compile: compile encoder, decoder and LPIPS; takes minutes at the start.
-        activation_checkpointing: recompute the blocks of encoder and decoder in the backward pass; less memory for a
-            third more work.
+        activation_checkpointing: recompute the blocks of encoder and decoder in the backward pass: less memory, about
+            a third more compute.
+
+    Raises:
+        ValueError: in one line, if an option is wrong or ``init_from`` does not fit.
     """
 
     def __init__(
@@ -71,8 +75,13 @@ class VQGANModule(GenerativeModule):
     ) -> None:
         super().__init__(optimizer or AdamWConfig(weight_decay=0.0))
         self.loss_config = loss or VQGANLossConfig()
-        check_codebook_size(size := (net or VQGANConfig()).codebook_size)
+        net = net or VQGANConfig()
+        if net.quantizer is None:  # before memory is allocated for the codebook
+            check_codebook_size("codebook_size", net.codebook_size)
         self.vqgan = VQGAN(net)
+        quantizer = self.vqgan.quantize
+        check_codebook_size(f"size of {type(quantizer).__name__}", quantizer.size)
+        configure_quantizer_losses(quantizer, self.loss_config)
         self.vqgan.checkpoint_activations(activation_checkpointing)
         adversarial = self.loss_config.adversarial_weight > 0
         self.discriminator = (discriminator or PatchGAN()) if adversarial else None
@@ -82,17 +91,17 @@ class VQGANModule(GenerativeModule):
         if lpips_weights is not None:
             fetch_vgg16(lpips_weights)
         self.lpips_weights = lpips_weights
-        # In a tuple, so that nn.Module does not see it: it is in no state dict and no optimizer.
+        # footgun: in a tuple, so that nn.Module does not register it; it must not be in a state dict or an optimizer.
         self._lpips: tuple[LPIPS, ...] = ()
-        self.metrics = ReconstructionMetrics(size)
-        self.train_codebook_usage = CodebookUsage(size)
+        self.metrics = ReconstructionMetrics(quantizer.size)
+        self.train_codebook_usage = CodebookUsage(quantizer.size)
         check_integer("revive_codes_every", revive_codes_every, 0)
-        self.revival = CodeRevival(size, revive_codes_every) if revive_codes_every else None
+        self.revival = CodeRevival(quantizer, revive_codes_every) if revive_codes_every else None
         self._revived: int | None = None
         self._handles: list[Any] = []
         self.code_counts: dict[str, Tensor] = {}
         self._broken_in_validation: Terms = {}
-        self._foreign_discriminator: ValueError | None = None
+        self._discriminator_mismatch: ValueError | None = None
         if init_from is not None:
             self._start_from(init_from, init_averaged)
 
@@ -104,19 +113,18 @@ class VQGANModule(GenerativeModule):
                 f"init_from {path} holds a {weights.architecture}, not a VQGAN; give a tokenizer's weights"
             )
         with option_named("init_from"):
+            check_quantizer(weights.config, self.vqgan, weights.source)
             load_weights(self.vqgan, weights.state, weights.source)
         if self.discriminator is None:
             return
         if weights.discriminator is None:
             rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
         else:
-            advice = (
-                "choose its model.init_args.discriminator, or leave it out of the file with llamagen.checkpoints.export"
-            )
+            remedy = "set model.init_args.discriminator to its class, or remove it with llamagen.checkpoints.export"
             try:
-                load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({advice})")
-            except ValueError as error:  # which matters to a training alone
-                self._foreign_discriminator = error
+                load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({remedy})")
+            except ValueError as error:  # raised in setup, and only for fit
+                self._discriminator_mismatch = error
 
     @property
     def generator(self) -> VQGAN:
@@ -124,25 +132,25 @@ class VQGANModule(GenerativeModule):
         return self.vqgan
 
     def prepare_data(self) -> None:
-        """Fetch the weights of LPIPS, in one process of each machine."""
+        """Download the weights of LPIPS if needed, in one process per machine."""
         if self._needs_lpips:
             fetch_vgg16(self.lpips_weights)
 
     @property
     def _needs_lpips(self) -> bool:
-        wanted = self.loss_config.perceptual_weight > 0 or self.lpips_weights is not None
-        return wanted and self.trainer.state.fn != "predict"
+        enabled = self.loss_config.perceptual_weight > 0 or self.lpips_weights is not None
+        return enabled and self.trainer.state.fn != "predict"
 
     def setup(self, stage: str) -> None:
-        """Refuse images that do not fit the networks, now and not when the discriminator starts; get LPIPS ready.
+        """Check the image size before the first step, and load LPIPS.
 
         Raises:
-            ValueError: if the size is not a multiple of the downsampling factor, or does not suit a network; if
-                ``init_from`` has another discriminator, or the precision is not right for training.
+            ValueError: if the image size is not a multiple of the downsampling factor or too small for a network, if
+                ``init_from`` has another discriminator, or if the precision is not suitable for training.
         """
         super().setup(stage)
-        if stage == "fit" and self._foreign_discriminator is not None:
-            raise self._foreign_discriminator
+        if stage == "fit" and self._discriminator_mismatch is not None:
+            raise self._discriminator_mismatch
         size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
         if size is not None:
             if size % self.vqgan.config.downsampling:
@@ -154,7 +162,7 @@ class VQGANModule(GenerativeModule):
             if self._needs_lpips and size < MIN_SIZE:
                 raise ValueError(
                     f"image_size is {size}; LPIPS needs at least {MIN_SIZE}, or "
-                    "model.init_args.loss.perceptual_weight 0 to do without it"
+                    "set model.init_args.loss.perceptual_weight to 0"
                 )
         if self._needs_lpips and not self._lpips:
             self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)
@@ -162,10 +170,10 @@ class VQGANModule(GenerativeModule):
             if network is not None:
                 convert_conv2d_weight_memory_format(network, self.memory_format)
         if self._compile:
-            if self.loss_config.adaptive_weight:  # it runs through the compiled decoder a second time
+            if self.loss_config.adaptive_weight:  # a second backward pass through the compiled decoder
                 torch._functorch.config.donated_buffer = False
             for part in (self.vqgan.encoder, self.vqgan.decoder, *self._lpips):
-                part.compile()  # in place: the names in the state dict stay
+                part.compile()  # in place: names in the state dict do not change
 
     def forward(self, images: Tensor) -> VQGANOutput:
         """Reconstruct images (B, 3, H, W) in [-1, 1]."""
@@ -173,10 +181,10 @@ class VQGANModule(GenerativeModule):
         return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] after encoding and decoding, same shape, not clamped.
+        """Encode and decode images (B, 3, H, W) in [-1, 1]; same shape, not clamped.
 
         Raises:
-            FloatingPointError: if they are not finite.
+            FloatingPointError: if the reconstruction is not finite.
         """
         output: VQGANOutput = self(images)
         reconstruction = output.reconstruction
@@ -195,47 +203,33 @@ class VQGANModule(GenerativeModule):
         """
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
-        loss, terms = self._generator_terms(images, output, mean_over_ranks)
+        loss, terms = self._generator_loss(images, output)
         discriminator_loss: Tensor | float = 0.0
         if self.game is not None and self.discriminator is not None and self._adversarial:
             terms["generator"] = self.game.generator_loss(self.discriminator, output.reconstruction)
             weight = self.game.generator_weight(terms, self.vqgan.decoder.last_weight, self.scaler)
             loss = loss + weight * terms["generator"]
-            discriminator_loss, more = self.game.discriminator_loss(
+            discriminator_loss, discriminator_terms = self.game.discriminator_loss(
                 self.discriminator, images, output.reconstruction.detach()
             )
-            terms |= more
+            terms |= discriminator_terms
         elif self.discriminator is not None and self.trainer.world_size > 1:
-            # DDP waits for every parameter: before the start they take part with a gradient of zero.
+            # footgun: DDP waits for the gradient of every parameter, so the discriminator gets zeros before its start.
             discriminator_loss = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         self.check_finite({name: ~value.detach().isfinite() for name, value in terms.items()})
         self.train_codebook_usage.update(output.encoding.codes)
         if self.revival is not None:
-            self.revival.see(output.encoding)
+            self.revival.update(output.encoding)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(images))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss + discriminator_loss
 
-    def _generator_terms(
-        self, images: Tensor, output: VQGANOutput, mean_of_ranks: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Terms]:
-        """The generator's loss without the adversarial part, and its unweighted terms."""
-        encoding, config = output.encoding, self.loss_config
-        difference = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
-        terms = {
-            "reconstruction": difference(output.reconstruction.float(), images.float()),
-            "codebook": codebook_loss(encoding.entries, encoding.latent),
-            "commitment": commitment_loss(encoding.entries, encoding.latent),
-        }
-        if self._lpips and (config.perceptual_weight > 0 or not self.training):
-            terms["perceptual"] = self._lpips[0].to(images.device)(output.reconstruction, images).mean()
-        if config.entropy_weight > 0:
-            terms["entropy"] = entropy_loss(encoding.latent, self.vqgan.quantize.codebook(), mean_of_ranks)
-        loss = sum((getattr(config, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
-        return loss, terms
+    def _generator_loss(self, images: Tensor, output: VQGANOutput) -> tuple[Tensor, Terms]:
+        used = self._lpips and (self.loss_config.perceptual_weight > 0 or not self.training)
+        return generator_loss(self.loss_config, images, output, self._lpips[0] if used else None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leave the discriminator alone before its start: no moments, no weight decay."""
+        """Skip the discriminator before its start: no moments, no weight decay."""
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
@@ -245,7 +239,7 @@ class VQGANModule(GenerativeModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each network by itself, so that a wild discriminator does not slow the tokenizer.
+        """Clip each network separately, so that large gradients of the discriminator do not slow the tokenizer.
 
         Raises:
             FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
@@ -255,13 +249,13 @@ class VQGANModule(GenerativeModule):
                 self.clip(name, network, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
-        """Follow the optimizer, for the revival of codes."""
+        """Hook code revival to the optimizer's steps."""
         super().on_fit_start()
         if self.revival is not None:
             self._handles = [self.trainer.optimizers[0].register_step_post_hook(self._revive_codes)]
 
     def teardown(self, stage: str) -> None:
-        """Let go of the optimizer."""
+        """Remove the hooks on the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -272,13 +266,13 @@ class VQGANModule(GenerativeModule):
             self._revived = self.revival.revive(self.vqgan.quantize, optimizer, self.trainer.strategy)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log how many codes came back to life."""
+        """Log the number of revived codes."""
         if self._revived is not None:
             self.log("train/revived_codes", float(self._revived))
             self._revived = None
 
     def on_train_epoch_end(self) -> None:
-        """Codebook usage and perplexity of the epoch, over all ranks, under ``train/``."""
+        """Log codebook usage and perplexity of the epoch, over all ranks, under ``train/``."""
         super().on_train_epoch_end()
         self._log_usage(self.train_codebook_usage.compute(), "train")
         self.train_codebook_usage.reset()
@@ -289,7 +283,7 @@ class VQGANModule(GenerativeModule):
         self.code_counts[stage] = statistics.counts
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Loss terms, PSNR, SSIM and codebook usage under ``val/``; LPIPS is its loss term.
+        """Log loss terms, PSNR, SSIM and codebook usage under ``val/``; ``val/lpips`` is the perceptual term.
 
         Returns:
             ``reconstruction`` (B, 3, H, W) in about [-1, 1], for callbacks.
@@ -297,16 +291,15 @@ class VQGANModule(GenerativeModule):
         return {"reconstruction": self._evaluate(batch, "val")}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The same under ``test/``."""
+        """As :meth:`validation_step`, under ``test/``."""
         return {"reconstruction": self._evaluate(batch, "test")}
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> Tensor:
         images = batch["images"].to(memory_format=self.memory_format)
         output = self(images)
-        with torch.autocast(images.device.type, enabled=False):  # numbers to compare are not rounded to 16 bits
+        with torch.autocast(images.device.type, enabled=False):  # metrics are computed in float32
             output = output._replace(reconstruction=output.reconstruction.float())
-            # Ranks may have unequal numbers of batches here, so none may wait for another.
-            loss, terms = self._generator_terms(images, output, None)
+            loss, terms = self._generator_loss(images, output)
         broken = {name: ~value.isfinite() for name, value in terms.items()}
         self.stop_unless_finite(broken, lambda: self(images))
         for name, flag in broken.items() if self.trainer.state.fn == "fit" else ():
@@ -319,10 +312,10 @@ class VQGANModule(GenerativeModule):
         return reconstruction
 
     def on_validation_epoch_end(self) -> None:
-        """Metrics over the whole validation set and all ranks.
+        """Log metrics over the validation set and all ranks.
 
         Raises:
-            FloatingPointError: if a term is not finite while training: before a checkpoint is made of such weights.
+            FloatingPointError: if a loss term is not finite during fit, before a checkpoint of such weights is saved.
         """
         super().on_validation_epoch_end()
         broken, self._broken_in_validation = self._broken_in_validation, {}
@@ -331,34 +324,33 @@ class VQGANModule(GenerativeModule):
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Metrics over the whole test set and all ranks."""
+        """Log metrics over the test set and all ranks."""
         super().on_test_epoch_end()
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        # Computed here, not handed to `log` as metrics: usage has several results.
-        numbers, usage = self.metrics.finish()
-        for name, value in numbers.items():
+        # Lightning's `log` takes metrics of one result only; codebook usage has several.
+        values, usage = self.metrics.finish()
+        for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "psnr")
         self._log_usage(usage, stage)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Codes (B, A, h, w) int64 of ``batch["images"]``, (B, A, 3, H, W) with A views of each, or (B, 3, H, W).
+        """Encode ``batch["images"]``, (B, A, 3, H, W) with A views per image, or (B, 3, H, W), to codes (B, A, h, w).
 
         Raises:
-            FloatingPointError: if a latent, or the entry that is nearest to it, is not finite.
+            FloatingPointError: if a latent or a codebook entry is not finite.
         """
         images = batch["images"] if batch["images"].ndim == 5 else batch["images"].unsqueeze(1)
         flat = images.flatten(0, 1).contiguous(memory_format=self.memory_format)
-        encoding = self.vqgan.encode(flat)
-        self.stop_unless_finite(broken_parts(encoding), lambda: self.vqgan.encode(flat))
+        encoding: Quantized = self.vqgan.encode(flat)
+        self.stop_unless_finite(self.vqgan.quantize.broken_parts(encoding), lambda: self.vqgan.encode(flat))
         views: Tensor = encoding.codes.unflatten(0, images.shape[:2])
         return views
 
     def metric_names(self) -> list[str]:
-        """Names of what is logged at each validation."""
-        terms = ["lpips"] * self._needs_lpips + ["entropy"] * (self.loss_config.entropy_weight > 0)
-        terms += ["reconstruction", "codebook", "commitment", "loss"]
+        """Names of the values logged at each validation."""
+        terms = [*["lpips"] * self._needs_lpips, *self.vqgan.quantize.loss_names, "reconstruction", "loss"]
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
 
     def configure_optimizers(self) -> Any:
@@ -366,17 +358,17 @@ class VQGANModule(GenerativeModule):
         return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how often each code was used since the epoch began, over all ranks."""
+        """Store how often each code was used since the epoch began, over all ranks."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["code_counts"] = [
             self.trainer.strategy.reduce(counts.clone(), reduce_op="sum") for counts in self._running_counts()
         ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting, on the first rank. Outside of ``fit`` the discriminator does not matter, and is not loaded.
+        """Restore the counts of codes, on rank 0. Outside ``fit`` the discriminator is not loaded.
 
         Raises:
-            ValueError: if it is the checkpoint of another model, or training is to go on with another discriminator.
+            ValueError: if the checkpoint holds another model or, for ``fit``, another discriminator.
         """
         super().on_load_checkpoint(checkpoint)
         state, own = checkpoint["state_dict"], self.state_dict()
@@ -385,8 +377,8 @@ class VQGANModule(GenerativeModule):
             differing := differences(strip_prefix("discriminator.", state), strip_prefix("discriminator.", own))
         ):
             raise ValueError(
-                f"the checkpoint's discriminator is another one: {differing}; use model.init_args.discriminator and "
-                "loss.adversarial_weight of its run, or start anew with model.init_args.init_from"
+                f"the checkpoint has another discriminator: {differing}; use model.init_args.discriminator and "
+                "loss.adversarial_weight of its run, or start a new run with model.init_args.init_from"
             )
         optional = ("game.",) if fit else ("game.", "discriminator.")
         saved = {name: state.pop(name) for name in list(state) if name.startswith(optional)}

@@ -121,7 +121,7 @@ def _last_words(fault: Fault | None) -> str:
     if fault is None:
         return (
             "error: this is a bug of llamagen-lightning, not your mistake; report it in the project's issue tracker "
-            "with the command and the lines above"
+            "with the command, the lines above and the output of python -m llamagen.environment"
         )
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     return f"error: {'' if rank == '0' else f'rank {rank}: '}{fault.message}"

@@ -1,4 +1,4 @@
-"""A run that is killed and started again with the same command ends like one that was left alone."""
+"""A run that is killed and resumed with the same command ends like an uninterrupted one."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from lightning_modules.base import GenerativeModule
 from tests.pipeline import Pipeline
 
 STEPS = 15
-# Float16 with a GradScaler, as on a GPU; it begins too high and grows again, so that some steps are skipped.
+# Float16 with a GradScaler, as on a GPU. Its scale starts too high and grows again, so some steps are skipped.
 SCALER = "{device: cpu, init_scale: 1.0e+10, backoff_factor: 1.0e-3, growth_factor: 1.0e+3, growth_interval: 4}"
 SCALED = [
     "--trainer.precision=null",
@@ -25,7 +25,7 @@ KILLS = [1, 4, 7, 8, 13]
 
 
 def arguments(pipeline: Pipeline, folder: Path) -> list[str]:
-    """A training that keeps a checkpoint every third step, and goes on with the last one if there is one."""
+    """A training that saves a checkpoint every third step, and resumes from the last one if it exists."""
     kept = [item for item in pipeline.argen_arguments(folder) if not item.startswith(("--trainer.max_steps",))]
     checkpoints = f"{{dirpath: {folder}/checkpoints, save_last: true, every_n_train_steps: 3}}"
     ema, saving = "{class_path: EMA, init_args: {decay: 0.9}}", "{class_path: ModelCheckpoint, init_args: "
@@ -42,7 +42,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def run_until_killed(command: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command in a process of its own, which is killed as soon as a batch of that step is over."""
+    """Run the command in a process of its own, which is killed after a batch of that step."""
 
     def die(self: GenerativeModule, *_: Any) -> None:
         if self.global_step == step:
@@ -62,61 +62,61 @@ def run_until_killed(command: list[str], step: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="module")
-def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("left_alone")
+def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     main.main(arguments(pipeline, folder))
     return state(folder)
 
 
 @pytest.fixture(scope="module")
-def left_alone_in_float16(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("left_alone_in_float16")
+def uninterrupted_in_float16(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted_in_float16")
     main.main([*arguments(pipeline, folder), *SCALED])
     return state(folder)
 
 
 @pytest.mark.parametrize("step", KILLS)
-def test_a_killed_run_ends_in_the_weights_of_one_that_was_left_alone(
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     pipeline: Pipeline,
-    left_alone: dict[str, Any],
+    uninterrupted: dict[str, Any],
     tmp_path: Path,
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert_ends_alike(arguments(pipeline, tmp_path), left_alone, tmp_path, step, monkeypatch)
+    assert_ends_equal(arguments(pipeline, tmp_path), uninterrupted, tmp_path, step, monkeypatch)
 
 
 @pytest.mark.parametrize("step", [4, 13])
-def test_a_killed_run_in_float16_goes_on_with_its_scaler(
+def test_a_killed_run_in_float16_restores_its_scaler(
     pipeline: Pipeline,
-    left_alone_in_float16: dict[str, Any],
+    uninterrupted_in_float16: dict[str, Any],
     tmp_path: Path,
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken = left_alone_in_float16["optimizer_states"][0]["state"][0]["step"]
-    assert STEPS // 2 < taken < STEPS  # the scaler has skipped some
+    steps_taken = uninterrupted_in_float16["optimizer_states"][0]["state"][0]["step"]
+    assert STEPS // 2 < steps_taken < STEPS  # the scaler has skipped some
     command = [*arguments(pipeline, tmp_path), *SCALED]
-    assert_ends_alike(command, left_alone_in_float16, tmp_path, step, monkeypatch)
+    assert_ends_equal(command, uninterrupted_in_float16, tmp_path, step, monkeypatch)
 
 
-def assert_ends_alike(
-    command: list[str], left_alone: dict[str, Any], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+def assert_ends_equal(
+    command: list[str], uninterrupted: dict[str, Any], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill a run at a step, start it again by the same command, and compare it with one that was left alone."""
+    """Kill a run at a step, resume it with the same command, and compare it with an uninterrupted one."""
     run_until_killed(command, step, monkeypatch)
     if step >= 3:
         assert state(tmp_path)["global_step"] == step // 3 * 3
     main.main(command)
     ended = state(tmp_path)
-    assert ended["global_step"] == left_alone["global_step"] == STEPS
-    assert ended["CodeDataModule"] == left_alone["CodeDataModule"]
-    assert ended.get("MixedPrecision") == left_alone.get("MixedPrecision")
-    for name, value in left_alone["state_dict"].items():
+    assert ended["global_step"] == uninterrupted["global_step"] == STEPS
+    assert ended["CodeDataModule"] == uninterrupted["CodeDataModule"]
+    assert ended.get("MixedPrecision") == uninterrupted.get("MixedPrecision")
+    for name, value in uninterrupted["state_dict"].items():
         assert torch.equal(ended["state_dict"][name], value), name
     moments = ended["optimizer_states"][0]["state"]
     assert len(moments) > 10
-    for index, entries in left_alone["optimizer_states"][0]["state"].items():
+    for index, entries in uninterrupted["optimizer_states"][0]["state"].items():
         assert "ema" in entries
         for name, value in entries.items():
             assert torch.equal(moments[index][name], value), (index, name)

@@ -1,4 +1,4 @@
-"""The same 64 images come out for any batch size, on any number of processes, and after a kill in between."""
+"""The same 64 images are sampled with any batch size, on any number of processes, and after a kill."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def command(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
 
 
 def killed(task: Callable[[], object]) -> None:
-    """A task in a process of its own, at the head of a group of its own, is killed."""
+    """Run a task in a process with a process group of its own, and check that it is killed."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -45,7 +45,7 @@ def killed(task: Callable[[], object]) -> None:
 
 
 def image_files(folder: Path) -> dict[Path, int]:
-    """Images of a run and when they were written."""
+    """Images of a run, with the times at which they were written."""
     return {path: path.stat().st_mtime_ns for path in (folder / "samples/images").rglob("*.png")}
 
 
@@ -53,12 +53,12 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in (folder / "samples").rglob(".*")]
 
 
-def assert_same_images(folder: Path, left_alone: Path) -> None:
+def assert_same_images(folder: Path, uninterrupted: Path) -> None:
     """The codes of two runs are equal, as are their archives, and the archive holds what the files hold."""
     assert len(list((folder / "codes").iterdir())) == len(image_files(folder)) == COUNT
-    for path in (left_alone / "codes").iterdir():
+    for path in (uninterrupted / "codes").iterdir():
         assert np.array_equal(np.load(path), np.load(folder / "codes" / path.name)), path.name
-    with np.load(folder / "samples/samples.npz") as one, np.load(left_alone / "samples/samples.npz") as other:
+    with np.load(folder / "samples/samples.npz") as one, np.load(uninterrupted / "samples/samples.npz") as other:
         assert one["arr_1"].tolist() == other["arr_1"].tolist() == CLASSES * 8
         assert np.array_equal(one["arr_0"], other["arr_0"])
         for index, image in enumerate(one["arr_0"]):
@@ -69,9 +69,9 @@ def assert_same_images(folder: Path, left_alone: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("left_alone")
+def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     main.main(command(pipeline, folder, 64))
     with np.load(folder / "samples/samples.npz") as archive:
         assert len(np.unique(archive["arr_0"], axis=0)) == COUNT
@@ -79,45 +79,45 @@ def left_alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_the_same_images_come_out_for_any_batch_size(
-    pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
+def test_samples_the_same_images_with_any_batch_size(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path, batch_size: int
 ) -> None:
     main.main(command(pipeline, tmp_path, batch_size))
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_two_processes_draw_the_images_of_one(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_two_processes_sample_the_images_of_one(pipeline: Pipeline, uninterrupted: Path, tmp_path: Path) -> None:
     succeeds(two_processes(command(pipeline, tmp_path, 7)))
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_compiled_sampling_draws_them_too(
-    pipeline: Pipeline, left_alone: Path, tmp_path: Path, batch_size: int
+def test_compiled_sampling_samples_the_same_images(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path, batch_size: int
 ) -> None:
     main.main([*command(pipeline, tmp_path, batch_size), *COMPILED])
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_two_processes_go_on_compiled_where_one_was_killed(
-    pipeline: Pipeline, left_alone: Path, tmp_path: Path
+def test_two_processes_resume_a_killed_run_with_compiled_sampling(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path
 ) -> None:
     killed(lambda: main.main([*command(pipeline, tmp_path, 7), *COMPILED, with_probe(PullThePlug, rank=0, batch=3)]))
     assert 0 < len(image_files(tmp_path)) < COUNT
     succeeds(two_processes([*command(pipeline, tmp_path, 5), *COMPILED]))
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_two_processes_go_on_where_one_was_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_a_run_of_one(pipeline: Pipeline, uninterrupted: Path, tmp_path: Path) -> None:
     killed(lambda: main.main([*command(pipeline, tmp_path, 7), with_probe(PullThePlug, rank=0, batch=3)]))
     before = image_files(tmp_path)
     assert 0 < len(before) < COUNT
     succeeds(two_processes(command(pipeline, tmp_path, 5)))
     assert before.items() <= image_files(tmp_path).items()
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_one_process_goes_on_where_two_were_killed(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_run_of_two(pipeline: Pipeline, uninterrupted: Path, tmp_path: Path) -> None:
     done = two_processes([*command(pipeline, tmp_path, 3), with_probe(PullThePlug, rank=1, batch=1)])
     assert done.returncode == -signal.SIGKILL
     before = image_files(tmp_path)
@@ -125,20 +125,20 @@ def test_one_process_goes_on_where_two_were_killed(pipeline: Pipeline, left_alon
     assert not (tmp_path / "samples/samples.npz").exists()
     main.main(command(pipeline, tmp_path, 64))
     assert before.items() <= image_files(tmp_path).items()
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_a_run_may_be_killed_again_and_again(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_a_run_may_be_killed_repeatedly(pipeline: Pipeline, uninterrupted: Path, tmp_path: Path) -> None:
     for batch_size in (1, 9, 4):
         plug = with_probe(PullThePlug, rank=0, batch=1)
         killed(lambda: main.main([*command(pipeline, tmp_path, batch_size), plug]))  # noqa: B023
     main.main(command(pipeline, tmp_path, 2))
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_two_processes_complete_a_run_of_which_almost_nothing_is_left(
-    pipeline: Pipeline, left_alone: Path, tmp_path: Path, left: int
+def test_two_processes_complete_a_run_with_at_most_one_image_left(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path, left: int
 ) -> None:
     main.main(command(pipeline, tmp_path, 64))
     (tmp_path / "samples/samples.npz").unlink()
@@ -149,11 +149,11 @@ def test_two_processes_complete_a_run_of_which_almost_nothing_is_left(
     succeeds(two_processes(command(pipeline, tmp_path, 64)))
     assert before.items() <= image_files(tmp_path).items()
     assert (tmp_path / "samples/grid.png").exists()
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
-    pipeline: Pipeline, left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_killed_while_writing_the_archive_only_writes_it_again(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = image_writer._pixels
 
@@ -172,14 +172,16 @@ def test_a_run_that_was_killed_while_it_wrote_the_archive_only_writes_it_again(
     assert len(before) == COUNT
     main.main(command(pipeline, tmp_path, 64))
     assert image_files(tmp_path) == before
-    assert_same_images(tmp_path, left_alone)
+    assert_same_images(tmp_path, uninterrupted)
 
 
-def test_a_refusal_reaches_every_process(pipeline: Pipeline, left_alone: Path, tmp_path: Path) -> None:
+def test_an_error_of_rank_zero_is_raised_in_every_process(
+    pipeline: Pipeline, uninterrupted: Path, tmp_path: Path
+) -> None:
     main.main([*command(pipeline, tmp_path, 7), "--trainer.limit_predict_batches=2"])
     other = [*command(pipeline, tmp_path, 7), "--model.init_args.sample_seed=5"]
     done: subprocess.CompletedProcess[str] = two_processes(other)
     assert done.returncode != 0
-    assert "was begun with another sample_seed (0 there, 5 here)" in done.stderr
+    assert "was started with another sample_seed (0 then, 5 now)" in done.stderr
     assert "Connection closed" not in done.stderr
     assert len(image_files(tmp_path)) == 14

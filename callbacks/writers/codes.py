@@ -1,63 +1,51 @@
-"""Writes the codes that ``predict`` of the tokenizer yields as shards. B batch, A views, h × w grid."""
+"""Writer of the codes that ``predict`` of the tokenizer computes, as shards. B batch, A views, h × w grid."""
 
 from collections.abc import Mapping
 from io import BytesIO
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
-from callbacks.writers.shard_dataset import PlannedData, ShardSetWriter
+from callbacks.protocols import ShardableImages, TokenizesImages, require
+from callbacks.writers.shard_dataset import ShardDatasetWriter
 from datamodules.storage.shards import CODES_FORMAT, ShardDataset, ShardWriter
 from llamagen.checkpoints.contents import weights_checksum
-from llamagen.models.vqgan import VQGAN
 
 
-class TokenizerModule(Protocol):
-    """A module whose generator is the tokenizer."""
-
-    @property
-    def generator(self) -> VQGAN:
-        """The tokenizer."""
-
-
-class ImageData(PlannedData, Protocol):
-    """A DataModule whose images become codes."""
-
-    image_size: int
-    view_names: list[str]
-
-
-class CodeWriter(ShardSetWriter):
-    """Write codes, labels, captions and keys as shards into the run's folder: ``train``, ``val``, at last
+class CodeWriter(ShardDatasetWriter):
+    """Write codes, labels, captions and keys as shards into the run's folder: ``train``, ``val``, and finally
     ``meta.json``.
 
-    A sample is ``<key>.npy``, (A, h, w) uint16, and ``<key>.cls`` or ``<key>.txt``, or both. Each shard holds the codes
-    of a fixed range of the images and is written by one rank. The command of a stopped run goes on with the shards
-    that are not there yet, on any number of ranks.
+    An example is ``<key>.npy``, (A, h, w) uint16, with ``<key>.cls``, ``<key>.txt`` or both. Each shard holds the codes
+    of a fixed range of the images and is written by one rank. The same command resumes a stopped run with the
+    remaining shards, on any number of ranks.
 
     Args:
         samples_per_shard: images in a tar file.
     """
 
+    data_protocol = ShardableImages
+    module_protocol = TokenizesImages
+
     def __init__(self, samples_per_shard: int = 2_000) -> None:
         super().__init__(samples_per_shard)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Plan which shards are to be written.
+        """Plan the remaining shards.
 
         Raises:
-            ValueError: for a vocabulary that uint16 cannot hold.
+            ValueError: if module or data do not suit this callback, or uint16 cannot hold the codes.
         """
         if stage == "predict":
-            vocabulary = cast(TokenizerModule, pl_module).generator.config.codebook_size
+            vocabulary = require(TokenizesImages, pl_module, self).generator.config.codebook_size
             if vocabulary > 2**16:
                 raise ValueError(f"codes are stored as uint16, which cannot hold a codebook of {vocabulary} entries")
         super().setup(trainer, pl_module, stage)
 
-    def plan(self, data: ImageData, module: TokenizerModule) -> dict[str, Any]:
-        """Images, views and tokenizer."""
+    def plan(self, data: ShardableImages, module: TokenizesImages) -> dict[str, Any]:
+        """Tokenizer, images and views."""
         return {
             "format": CODES_FORMAT,
             "tokenizer": weights_checksum(module.generator),
@@ -75,18 +63,18 @@ class CodeWriter(ShardSetWriter):
         """
         codes = outputs.cpu().numpy().astype(np.uint16)
         captions = batch.get("captions") or [""] * len(codes)
-        for key, label, caption, sample in zip(batch["keys"], batch["labels"].tolist(), captions, codes, strict=True):
+        for key, label, caption, views in zip(batch["keys"], batch["labels"].tolist(), captions, codes, strict=True):
             if label < 0 and not caption:
                 raise ValueError(
-                    f"sample {key} has neither a class (.cls) nor a caption (.txt), of which codes need one"
+                    f"example {key} has neither a class (.cls) nor a caption (.txt); codes need at least one of them"
                 )
             buffer = BytesIO()
-            np.save(buffer, sample)
+            np.save(buffer, views)
             parts = {"npy": buffer.getvalue()} | ({"txt": caption.encode()} if caption else {})
             writer.write(key, parts, label)
 
     def describe(
-        self, shards: ShardDataset, pieces: Mapping[str, int], data: ImageData, module: TokenizerModule
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: ShardableImages, module: TokenizesImages
     ) -> dict[str, Any]:
         """Vocabulary, grid, views, classes and tokenizer."""
         config = module.generator.config

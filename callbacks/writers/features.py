@@ -1,69 +1,41 @@
-"""Writes the features that ``predict`` of the caption encoder yields as shards. B captions, C positions, W wide."""
+"""Writer of the features that ``predict`` of the text encoder computes, as shards. B captions, C positions, W wide."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from callbacks.writers.shard_dataset import PlannedData, ShardSetWriter
+from callbacks.protocols import CaptionOutputs, EncodesCaptions, ShardableCaptions
+from callbacks.writers.shard_dataset import ShardDatasetWriter
 from datamodules.storage.index import FEATURES, SHORT_FEATURES
 from datamodules.storage.shards import CAPTIONS_FORMAT, ShardDataset, ShardWriter
-from llamagen.text import CaptionEncoder, EncodedCaptions, pack
+from llamagen.text import EncodedCaptions, pack
 
 TRUNCATED = "truncated"
 
 
-class EncoderModule(Protocol):
-    """A module that encodes captions."""
-
-    @property
-    def encoder(self) -> CaptionEncoder:
-        """The encoder."""
-
-
-class CaptionData(PlannedData, Protocol):
-    """A DataModule of captions."""
-
-    clean_captions: bool
-    short_captions: bool
-    source_meta: dict[str, Any]
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether the samples are of a set of codes."""
-
-
-class CaptionOutputs(Protocol):
-    """What is made of a batch of captions."""
-
-    @property
-    def captions(self) -> EncodedCaptions:
-        """Features of the captions."""
-
-    @property
-    def short_captions(self) -> EncodedCaptions | None:
-        """Features of their first sentences, where these were asked for."""
-
-
-class FeatureWriter(ShardSetWriter):
-    """Write features, captions, labels and codes as shards into the run's folder: ``train``, ``val``, at last
+class FeatureWriter(ShardDatasetWriter):
+    """Write features, captions, labels and codes as shards into the run's folder: ``train``, ``val``, and finally
     ``meta.json``.
 
-    A sample is ``<key>.features``, (n, W) of the caption's n tokens alone, in little-endian numbers without a header;
-    ``<key>.txt``, the caption as it was encoded; and what there is of ``<key>.npy``, the codes, ``<key>.cls``, and
-    ``<key>.shortfeatures``, of the first sentence where that is another text. So codes and features make one set, of
-    which ``meta.json`` says all that it said of the codes. Each shard is of a fixed range of the samples and is written
-    by one rank. The command of a stopped run goes on with the shards that are not there yet, on any number of ranks.
+    An example is ``<key>.features``, (n, W) little-endian without a header, for the caption's n tokens without padding;
+    ``<key>.txt``, the caption as it was encoded; and, where they exist, ``<key>.npy`` (codes), ``<key>.cls``, and
+    ``<key>.shortfeatures`` (features of the first sentence, if it differs from the caption). Codes and features form
+    one dataset: its ``meta.json`` keeps the entries of the codes. Each shard holds a fixed range of the examples and is
+    written by one rank. The same command resumes a stopped run with the remaining shards, on any number of ranks.
 
     Args:
         samples_per_shard: captions in a tar file.
-        dtype: how features are stored: ``bfloat16``, or ``float16``, which is more exact and has a smaller range; an
-            encoder in bfloat16 loses nothing by the first.
+        dtype: dtype of stored features: ``bfloat16``, which is exact for an encoder in bfloat16, or ``float16``, which
+            is more precise and has a smaller range.
     """
+
+    data_protocol = ShardableCaptions
+    module_protocol = EncodesCaptions
 
     def __init__(self, samples_per_shard: int = 2_000, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> None:
         super().__init__(samples_per_shard)
@@ -71,8 +43,8 @@ class FeatureWriter(ShardSetWriter):
             raise ValueError(f"dtype of stored features is {dtype!r}; it must be bfloat16 or float16")
         self.dtype = dtype
 
-    def plan(self, data: CaptionData, module: EncoderModule) -> dict[str, Any]:
-        """Captions, encoder, and what is done with both."""
+    def plan(self, data: ShardableCaptions, module: EncodesCaptions) -> dict[str, Any]:
+        """Encoder, captions and their source, and options."""
         source = json.dumps(data.source_meta, sort_keys=True)
         return {
             "format": FEATURES,
@@ -81,15 +53,15 @@ class FeatureWriter(ShardSetWriter):
             "clean_captions": data.clean_captions,
             "short_captions": data.short_captions,
             "captions": {split: data.fingerprint(split) for split in data.predict_splits},
-            "source": hashlib.sha256(source.encode()).hexdigest(),  # with the checksums of its shards
+            "source": hashlib.sha256(source.encode()).hexdigest(),  # includes the checksums of its shards
         }
 
     def write(self, writer: ShardWriter, outputs: CaptionOutputs, batch: dict[str, Any]) -> None:
         """Append a batch.
 
         Raises:
-            ValueError: if features leave the range of the numbers they are stored in.
-            FloatingPointError: if they are not finite as they came.
+            ValueError: if features exceed the range of the stored dtype.
+            FloatingPointError: if the encoder's features are not finite.
         """
         captions, keys = batch["captions"], batch["keys"]
         features = self._bytes_of(outputs.captions, keys)
@@ -104,31 +76,31 @@ class FeatureWriter(ShardSetWriter):
         writer.counts[TRUNCATED] += int(outputs.captions.truncated.sum())
 
     def _bytes_of(self, encoded: EncodedCaptions, keys: list[str]) -> list[bytes]:
-        """The tokens of each caption, as they are stored."""
+        """The stored bytes of each caption's tokens."""
         tokens = pack(encoded.features, encoded.lengths)
         lengths = encoded.lengths.tolist()
         stored = tokens.to(getattr(torch, self.dtype))
         if not stored.isfinite().all():
             finite = [bool(part.isfinite().all()) for part in stored.split(lengths)]
-            sample = f"features of sample {keys[finite.index(False)]}"
+            example = f"features of example {keys[finite.index(False)]}"
             if tokens.isfinite().all():
-                raise ValueError(f"{sample} leave the range of {self.dtype}; set dtype of FeatureWriter to bfloat16")
-            raise FloatingPointError(f"{sample} are not finite; the weights of the encoder may be damaged")
+                raise ValueError(f"{example} exceed the range of {self.dtype}; set dtype of FeatureWriter to bfloat16")
+            raise FloatingPointError(f"{example} are not finite; the weights of the encoder may be damaged")
         numbers = stored.view(torch.int16).cpu().numpy().astype("<i2", copy=False)
         ends = np.cumsum(lengths)
         return [numbers[end - length : end].tobytes() for length, end in zip(lengths, ends, strict=True)]
 
     def describe(
-        self, shards: ShardDataset, pieces: Mapping[str, int], data: CaptionData, module: EncoderModule
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: ShardableCaptions, module: EncodesCaptions
     ) -> dict[str, Any]:
-        """All that is known of the codes, if there are any, and of the features; warns of captions that were cut."""
+        """Entries of the codes, if there are any, and of the features; warns about truncated captions."""
         facts, truncated = shards.plan["encoder"], shards.total_counts(pieces)[TRUNCATED]
         if truncated:
             rank_zero_warn(
-                f"{truncated} captions have more tokens than caption_length {facts['caption_length']}; what is beyond "
-                "was cut off"
+                f"{truncated} captions have more tokens than caption_length {facts['caption_length']} and were "
+                "truncated"
             )
-        before = data.source_meta.get(FEATURES, {})
+        described = data.source_meta.get(FEATURES, {})
         features = {
             "encoder": facts["encoder"],
             "width": facts["width"],
@@ -137,7 +109,7 @@ class FeatureWriter(ShardSetWriter):
             "encoder_dtype": facts["dtype"],
             "weights": facts["weights"],
             "tokenizer": facts["tokenizer"],
-            "cleaned": data.clean_captions or before.get("cleaned", False),
+            "cleaned": data.clean_captions or described.get("cleaned", False),
             "short": data.short_captions,
             "truncated": truncated,
         }

@@ -1,4 +1,4 @@
-"""Images are compressed while the next ones are drawn. H × W pixels."""
+"""Threads that write images while the next ones are sampled. H × W pixels."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,11 @@ WAITING = 512
 
 
 class ImageThreads:
-    """A few threads that write PNG files, each whole or not at all; compression does not hold Python's lock.
+    """A few threads that write PNG files, each complete or not at all; compression releases Python's lock.
 
     Args:
-        threads: how many.
-        waiting: most images that wait for a thread; with more, :meth:`write` waits, so that memory is bounded.
+        threads: number of threads.
+        waiting: maximum number of images that wait for a thread; beyond it, :meth:`write` blocks, which bounds memory.
     """
 
     def __init__(self, threads: int = THREADS, waiting: int = WAITING) -> None:
@@ -28,12 +28,12 @@ class ImageThreads:
         self._error: BaseException | None = None
 
     def write(self, image: Callable[[], np.ndarray], path: Path, text: Mapping[str, str] | None = None) -> None:
-        """Have an image written, soon.
+        """Queue an image for writing.
 
         Args:
-            image: gives (H, W, 3) uint8; called in a thread, where it may wait for a device.
-            path: the file; its folder is made if it does not exist.
-            text: what the file says of the image, by keyword.
+            image: returns (H, W, 3) uint8; called in a thread, where it may wait for a device.
+            path: the file; its folder is created if it does not exist.
+            text: text chunks of the PNG by keyword.
 
         Raises:
             BaseException: the first error of a thread.
@@ -46,13 +46,13 @@ class ImageThreads:
         try:
             if self._error is None:
                 save_png(Image.fromarray(image()), path, text)
-        except BaseException as error:  # it is raised where the images come from
+        except BaseException as error:  # raised by the next call of this object
             self._error = self._error or error
         finally:
             self._slots.release()
 
     def finish(self) -> None:
-        """Wait until all images are written, and end the threads.
+        """Wait until all images are written, then end the threads.
 
         Raises:
             BaseException: the first error of a thread.
@@ -61,7 +61,7 @@ class ImageThreads:
         self._check()
 
     def cancel(self) -> None:
-        """Drop the images that wait, and end the threads."""
+        """Discard the images that wait, and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _check(self) -> None:

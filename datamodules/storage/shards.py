@@ -25,6 +25,21 @@ CODES_FORMAT = "llamagen-codes"
 CAPTIONS_FORMAT = "llamagen-captions"
 
 
+RENAMED_PLAN_KEYS = {"number of pictures": "number of images", "picture_size": "image_size", "pictures": "images"}
+"""Keys of plans that earlier versions wrote, and what they are called now."""
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of a stopped run, also of an earlier version.
+
+    Raises:
+        ValueError: if it is not JSON.
+        TypeError: if it is not an object.
+    """
+    plan: dict[str, Any] = dict(json.loads(path.read_text()))
+    return {RENAMED_PLAN_KEYS.get(key, key): value for key, value in plan.items()}
+
+
 def read_meta(root: Path | str, hint: str) -> dict[str, Any]:
     """Read ``meta.json`` of a dataset of shards, from its folder or address.
 
@@ -210,7 +225,7 @@ class ShardDataset:
             raise ValueError(f"{self.root} already holds a complete dataset; {self.hint}")
         plan = self.root / PLAN_FILE
         if plan.is_file():
-            started = json.loads(plan.read_text())
+            started = read_plan(plan)
             if differing := sorted(key for key in started | self.plan if started.get(key) != self.plan.get(key)):
                 raise ValueError(f"{self.root} was started with another {', '.join(differing)}; {self.hint}")
         elif shards := sorted(self.root.glob("*/*.tar")):

@@ -1,27 +1,23 @@
-"""What a checkpoint says of its model, and how to get the model out of it again. Plain torch, primitives only.
+"""The description of a model in its checkpoint, and building the model from it. Plain torch, primitives only.
 
-A training checkpoint of this project is Lightning's, with one entry more: ``checkpoint["llamagen"]`` holds the
-architecture (``"VQGAN"`` or ``"GPT"``), its configuration, the prefix of its weights in ``state_dict`` and, if weights
-were averaged, the names of the averaged parameters in the order of the optimizer, which keeps the averages in its
-state.
+A training checkpoint of this project is a Lightning checkpoint with one more entry: ``checkpoint["llamagen"]`` holds
+the architecture (``"VQGAN"`` or ``"GPT"``), its configuration and the prefix of its weights in ``state_dict``. With EMA
+it also holds the names of the averaged parameters in the optimizer's order: the averages are in the optimizer's state.
 """
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from llamagen.checkpoints.adaptation import FUNCTION
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
-    differences,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
@@ -30,40 +26,43 @@ from llamagen.checkpoints.weights import (
     strip_prefix,
 )
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.quantizer import build_quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.state_dicts import differences, tensors_checksum
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
-    """The entry of a checkpoint that says what its weights are.
+    """Describe a model for the ``"llamagen"`` entry of its checkpoint.
 
     Args:
-        model: the model that was trained.
-        prefix: where its weights are in the ``state_dict``, for example ``"gpt."``.
+        model: the trained model.
+        prefix: prefix of its weights in the ``state_dict``, for example ``"gpt."``.
 
     Returns:
-        Primitives only, so that the checkpoint loads with ``weights_only``.
+        Architecture, configuration and prefix: primitives only, so that the checkpoint loads with ``weights_only``.
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     return {"architecture": architecture_of(model), "config": config, "prefix": prefix}
 
 
 def architecture_of(model: GPT | VQGAN) -> str:
-    """Its class, whatever became of it when its parameters were spread over ranks."""
+    """Name of the model's class. footgun: sharding replaces ``type(model)`` by a generated subclass."""
     return "GPT" if isinstance(model, GPT) else "VQGAN"
 
 
 def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moments) -> dict[str, Any]:
-    """A training checkpoint of this project; tensors of a file are read when they are used.
+    """Read a training checkpoint of this project. Tensors of a file are memory-mapped: read when they are used.
 
     Args:
-        path: its file, or the folder of a sharded one.
-        wanted: which tensors of a sharded one to read, see :func:`~llamagen.checkpoints.sharded.read_sharded`.
+        path: the file, or the folder of a sharded checkpoint.
+        wanted: selects tensors of a sharded checkpoint by name, see
+            :func:`~llamagen.checkpoints.sharded.read_sharded`.
 
     Returns:
         The checkpoint, on the CPU.
 
     Raises:
-        ValueError: in one line, if there is no such file or it is something else.
+        ValueError: in one line, if the file does not exist or is not such a checkpoint.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -75,55 +74,85 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
-    """Refuse a checkpoint whose weights are not those of a model of this shape and function, or are not finite.
+    """Check that a checkpoint can be loaded into a model, before anything is changed.
 
     Args:
-        checkpoint: as loaded.
-        model: where its weights are to go.
+        checkpoint: the loaded checkpoint.
+        model: destination of its weights.
 
     Raises:
-        ValueError: in one line, with what differs.
+        ValueError: in one line with all differences, if architecture, configuration or shapes differ, or weights are
+            not finite.
     """
     entry = checkpoint.get(ENTRY)
-    wanted = architecture_of(model)
+    architecture = architecture_of(model)
     if not isinstance(entry, dict):
-        raise ValueError(f"the checkpoint was not written by this project's {wanted} training; choose another file")
-    if entry["architecture"] != wanted:
         raise ValueError(
-            f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
-            f"a {wanted} run"
+            f"the checkpoint was not written by this project's {architecture} training; choose another file"
         )
-    here = asdict(model.config)
-    for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
-        there = entry["config"].get(name, here[name])
-        if there != here[name]:
-            raise ValueError(f"the checkpoint's {name} is {there}, but here it is {here[name]}; set {name} to {there}")
-    if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
+    if entry["architecture"] != architecture:
+        raise ValueError(
+            f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the checkpoint of a "
+            f"{architecture} run"
+        )
+    expected = asdict(model.config)
+    for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
+        loaded = entry["config"].get(name, expected[name])
+        if loaded != expected[name]:
+            raise ValueError(
+                f"the checkpoint's {name} is {loaded}, but the model's is {expected[name]}; set {name} to {loaded}"
+            )
+    if isinstance(model, VQGAN):
+        check_quantizer(entry["config"], model, "the checkpoint")
+    if "state_dict" not in checkpoint:  # sharded: the weights are already in the model
         return
     differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
-            f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
+            f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was trained with"
         )
     refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
 
-def build_model(weights: Weights) -> GPT | VQGAN:
-    """The model that weights belong to, with these weights, in evaluation mode, frozen.
+def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str) -> None:
+    """Check that weights belong to a tokenizer with the same quantiser, which may leave no trace in their shapes.
 
     Args:
-        weights: as read. If they do not say what they are, they are a tokenizer, and their shapes give its
-            configuration.
-
-    Returns:
-        The model, on the CPU, float32. Random numbers are not drawn.
+        config: configuration from a file; None if it has none.
+        model: where the weights are to be loaded.
+        source: name of the weights for the message.
 
     Raises:
-        ValueError: in one line, if they are something else.
+        ValueError: in one line, if the quantiser or one of its arguments differs.
+    """
+    loaded, expected = (config or {}).get("quantizer"), model.config.quantizer
+    if config is not None and loaded != expected:
+        raise ValueError(
+            f"{source} has the quantizer {loaded or 'by default'}, but the model has {expected or 'the default one'}; "
+            f"set net.quantizer to {loaded or 'null'}"
+        )
+
+
+def build_model(weights: Weights) -> GPT | VQGAN:
+    """Build the model of given weights, in evaluation mode and frozen.
+
+    Args:
+        weights: weights of a file. Without an architecture they must be those of a tokenizer, whose configuration is
+            inferred from their shapes.
+
+    Returns:
+        The model, on the CPU, float32. The random generator is not used.
+
+    Raises:
+        ValueError: in one line, if they are not the weights of a known model.
     """
     with torch.device("meta"):
         model = _empty_model(weights)
     model = model.to_empty(device="cpu")
+    if isinstance(model, VQGAN) and model.config.quantizer is not None:
+        # footgun: buffers that are not in the state dict lost their values on the meta device.
+        with torch.random.fork_rng(devices=[]):
+            model.quantize = build_quantizer(model.config.quantizer)
     load_weights(model, weights.state, weights.source)
     return model.eval().requires_grad_(False)
 
@@ -137,12 +166,12 @@ def _empty_model(weights: Weights) -> GPT | VQGAN:
         if weights.architecture == "GPT":
             return GPT(GPTConfig(**(weights.config or {})))
     except TypeError as error:
-        raise ValueError(f"{weights.source}: the file says a configuration that is none ({error})") from error
+        raise ValueError(f"{weights.source}: the configuration in the file is invalid ({error})") from error
     raise ValueError(f"{weights.source}: the file holds a {weights.architecture}, which this version does not know")
 
 
 def load_vqgan(path: str | Path) -> VQGAN:
-    """The image tokenizer of a file: averaged weights if it has them, in evaluation mode, frozen.
+    """Load an image tokenizer, with averaged (EMA) weights if the file has them, in evaluation mode and frozen.
 
     Args:
         path: checkpoint of a tokenizer run, published ``.pt``, or safetensors.
@@ -151,7 +180,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
         The model, on the CPU.
 
     Raises:
-        ValueError: if there is no such file or it holds something else.
+        ValueError: in one line, if the file does not exist or does not hold a tokenizer.
     """
     weights = read_weights(path)
     if weights.architecture not in (None, "VQGAN"):
@@ -161,18 +190,9 @@ def load_vqgan(path: str | Path) -> VQGAN:
     return model
 
 
-@torch.inference_mode(False)  # in which spread tensors cannot be put together
-@torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters: the same weights give the same sum, wherever they come from.
+    """SHA-256 over names and values of all parameters; equal weights give equal checksums in any file format.
 
-    Where parameters are spread over ranks, all of them must ask; a tensor at a time is put together.
+    If parameters are sharded over ranks, all ranks must call this.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        digest.update(name.encode())
-        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_checksum(dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""``torchmetrics.Metric``s, and what they see of images."""
+"""Metrics (``torchmetrics.Metric``s) and feature extractors."""
 
 from llamagen.metrics.classifier import Classifier, SmallClassifier
 from llamagen.metrics.codebook import CodebookStatistics, CodebookUsage

@@ -1,7 +1,7 @@
-"""A small classifier as an extractor of features, where Inception knows little. B images of H × W pixels.
+"""A small classifier as an extractor, for images that Inception does not suit. B images of H × W pixels.
 
-Inception was trained on photographs of about 300 pixels; on digits, or on images of 32 pixels, its features say
-little. A classifier of the images' own kind is trained in minutes by ``python -m evaluation classifier``.
+Inception was trained on photographs of about 300 pixels. For digits, or images of 32 pixels, its features are not
+meaningful. ``python -m evaluation classifier`` trains a classifier of the images at hand within minutes.
 """
 
 import json
@@ -21,15 +21,15 @@ ENTRY = "classifier"
 
 
 class SmallClassifier(nn.Module):
-    """Five 3 × 3 convolutions with BatchNorm and ReLU, at H, H/2 and H/4; their mean over places, and a linear layer.
+    """Five 3 × 3 convolutions with BatchNorm and ReLU at H, H/2 and H/4, global average pooling, and a linear layer.
 
     Args:
-        num_classes: how many classes it tells apart, K.
-        image_size: side of its images in pixels, a multiple of 4.
-        width: channels of the first layer; the last has four times as many, the features.
+        num_classes: K, number of classes.
+        image_size: side of the images in pixels, a multiple of 4.
+        width: channels of the first layer; there are four times as many features.
 
     Raises:
-        ValueError: if a number makes no sense.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, num_classes: int, image_size: int, width: int = 32) -> None:
@@ -54,11 +54,11 @@ class SmallClassifier(nn.Module):
             images: (B, 3, H, W) float32, 0 … 255.
 
         Returns:
-            ``pool`` (B, 4 · width); ``spatial`` (B, H/2 · W/2 · 7), the first channels of the middle, with its places;
+            ``pool`` (B, 4 · width); ``spatial`` (B, H/2 · W/2 · 7), the first 7 channels after the middle layers;
             ``logits`` and ``biased_logits`` (B, K), which are the same here.
 
         Raises:
-            ValueError: if they have another size than those that it was trained on.
+            ValueError: if the images have another size than ``image_size``.
         """
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(
@@ -73,16 +73,16 @@ class SmallClassifier(nn.Module):
 
 
 class Classifier(SmallClassifier):
-    """A trained classifier out of its file, in evaluation mode, frozen.
+    """A trained classifier, in evaluation mode and frozen.
 
     Args:
-        weights: file that ``python -m evaluation classifier`` has written.
+        weights: file written by ``python -m evaluation classifier``.
 
     Attributes:
-        name: what it is called in the names of metrics, as its training was told.
+        name: name in result names, as given at training.
 
     Raises:
-        ValueError: if there is no such file, or it holds something else.
+        ValueError: if the file is missing or not a classifier.
     """
 
     def __init__(self, weights: Path | str) -> None:
@@ -99,15 +99,15 @@ class Classifier(SmallClassifier):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, even if a parent is set to training."""
         return super().train(False)
 
 
 def read_classifier(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """What a classifier's file says of it, and its weights.
+    """Metadata and weights of a classifier's file.
 
     Raises:
-        ValueError: if there is no such file, or it holds something else.
+        ValueError: if the file is missing or not a classifier.
     """
     if not path.is_file():
         raise ValueError(f"there is no classifier {path}; train one with python -m evaluation classifier")
@@ -124,5 +124,5 @@ def _no_classifier(path: Path | str, error: Exception) -> ValueError:
     return ValueError(f"{path} is not a classifier ({kind}); train one with python -m evaluation classifier")
 
 
-def _layer(before: int, after: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+def _layer(channels: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())

@@ -1,4 +1,4 @@
-"""How much of the codebook is in use."""
+"""Usage of the codebook."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class CodebookStatistics(NamedTuple):
-    """What became of the codes; K codes.
+    """How often the K codes occurred.
 
     Attributes:
         usage: share of the codes that occurred, in [0, 1].
@@ -22,7 +22,7 @@ class CodebookStatistics(NamedTuple):
 
 
 class CodebookUsage(Metric):
-    """Counts every code that it is shown, over all ranks; K codes.
+    """Counts codes over all ranks; K codes.
 
     Args:
         codebook_size: number of codes K.
@@ -39,20 +39,20 @@ class CodebookUsage(Metric):
         """Count codes.
 
         Args:
-            codes: whole numbers in [0, K) of any shape and width.
+            codes: integers in [0, K) of any shape and integer dtype.
 
         Raises:
-            ValueError: if they are no whole numbers, or one is K or more.
+            ValueError: if they are not integers, or one is K or more.
         """
         if codes.is_floating_point() or codes.is_complex() or codes.dtype is torch.bool:
-            raise ValueError(f"codes must be whole numbers, not {codes.dtype}")
+            raise ValueError(f"codes must be integers, not {codes.dtype}")
         counts = torch.bincount(codes.flatten().long(), minlength=len(self.counts))
         if len(counts) > len(self.counts):
             raise ValueError(f"a code is {len(counts) - 1}, but the codebook has {len(self.counts)} entries")
         self.counts += counts
 
     def compute(self) -> CodebookStatistics:
-        """Usage 0 and perplexity 1 if nothing was counted."""
+        """Usage and perplexity; 0 and 1 if nothing was counted."""
         frequency = self.counts.double() / self.counts.sum().clamp(min=1)
         return CodebookStatistics(
             (self.counts > 0).float().mean(),

@@ -1,6 +1,5 @@
-"""What metrics see of images. B images of H × W pixels, F and S features, K classes."""
+"""Features of images, the input of the metrics. B images of H × W pixels, F and S features, K classes."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.state_dicts import tensors_checksum
 
 
 class Features(NamedTuple):
-    """What an extractor makes of images.
+    """Output of an extractor. Fields that an extractor does not provide are None.
 
     Attributes:
-        pool: (B, F) features of whole images: FID, KID, precision and recall.
-        spatial: (B, S) features that know where something is: sFID. None if the extractor has none.
-        logits: (B, K) of the classes whose probabilities are the softmax: Inception Score. None if it has none.
-        biased_logits: (B, K) with the bias of the last layer, as its training had them. The Inception Score that is
-            usually quoted is taken without.
+        pool: (B, F) features of whole images, for FID, KID, precision and recall.
+        spatial: (B, S) features that keep the spatial layout, for sFID.
+        logits: (B, K) class logits, for the Inception Score.
+        biased_logits: (B, K) logits with the bias of the last layer, as in training. The Inception Score that is
+            usually quoted leaves the bias out.
     """
 
     pool: Tensor
@@ -28,20 +28,24 @@ class Features(NamedTuple):
     biased_logits: Tensor | None = None
 
 
+PARTS = {"pool": "pool features", "spatial": "spatial features", "logits": "logits", "biased_logits": "biased logits"}
+"""The fields of :class:`Features`, in words."""
+
+
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Features:
-    """Features of images, in float32 also under autocast (or in float64, if the extractor likes to).
+    """Extract features in float32, also under autocast (or in float64, if the extractor returns that).
 
     Args:
-        extractor: turns images (B, 3, H, W), float32 with the whole numbers 0 … 255 of their files, into
-            :class:`Features`, or into a tensor that flattens to ``pool`` (B, F). It is moved to the images' device.
+        extractor: maps images (B, 3, H, W), float32 with the levels 0 … 255, to :class:`Features`, or to a tensor that
+            flattens to ``pool`` (B, F). It is moved to the images' device.
         images: (B, 3, H, W) uint8.
 
     Raises:
-        ValueError: if these are no such images, or the extractor does not give a row for each of them.
+        ValueError: if the images have another type or shape, or the extractor does not return one row per image.
         FloatingPointError: if features are not finite.
     """
-    refuse_other_than_images(images)
+    check_uint8_images(images)
 
     def run() -> Any:
         with torch.autocast(images.device.type, enabled=False), without_tf32():
@@ -60,20 +64,31 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 "of features for each"
             )
     flat = Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
-    refuse_not_finite(flat, extractor_name(extractor), lambda: culprit(extractor, run))
+    check_finite_features(flat, extractor_name(extractor), lambda: culprit(extractor, run))
     return flat
 
 
-def refuse_not_finite(features: Features, name: str, blame: Callable[[], str] = str) -> None:
-    """See that features are finite; waits for their device.
+def probe(extractor: nn.Module, image_size: int) -> Features:
+    """Features of two black images, which tell what an extractor provides and how wide it is.
+
+    Args:
+        extractor: in evaluation mode. It stays on its device.
+        image_size: side of the images in pixels.
+    """
+    device = next((value.device for value in extractor.state_dict().values()), torch.device("cpu"))
+    return extract(extractor, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=device))
+
+
+def check_finite_features(features: Features, name: str, blame: Callable[[], str] = str) -> None:
+    """Check that features are finite. This synchronises with their device.
 
     Args:
         features: of a batch.
         name: of their extractor.
-        blame: says what they come from; asked only if they are not.
+        blame: names the layer or weight at fault; called only if features are not finite.
 
     Raises:
-        FloatingPointError: if not, in one line.
+        FloatingPointError: in one line, if they are not.
     """
     given: dict[str, Tensor | None] = features._asdict()
     parts = {part: rows for part, rows in given.items() if rows is not None}
@@ -82,14 +97,14 @@ def refuse_not_finite(features: Features, name: str, blame: Callable[[], str] = 
     def explain(rows: list[int]) -> FloatingPointError:
         part, dtype = next((part, value.dtype) for part, value in parts.items() if not_finite(value).any())
         precision = str(dtype).removeprefix("torch.")
-        return refusal(f"the {part} features of the extractor {name} are", precision, blame(), rows, broken.shape[1])
+        return refusal(f"the {PARTS[part]} of the extractor {name} are", precision, blame(), rows, broken.shape[1])
 
     FiniteCheck(broken.any(0), explain)()
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """TF32 rounds what is multiplied to 10 bits, on some GPUs and not on others, whatever training may like."""
+    """Turn TF32 off: it rounds factors to 10 bits on some GPUs only, so metrics would depend on the GPU."""
     convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     product = torch.backends.cuda.matmul
     before = convolution.fp32_precision, product.fp32_precision
@@ -100,16 +115,16 @@ def without_tf32() -> Iterator[None]:
         convolution.fp32_precision, product.fp32_precision = before
 
 
-def refuse_other_than_images(images: Tensor) -> None:
-    """See that these are images (B, 3, H, W) uint8.
+def check_uint8_images(images: Tensor) -> None:
+    """Check that images are (B, 3, H, W) uint8.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they are not, with how to convert them.
     """
     if not isinstance(images, Tensor):
         raise ValueError(
-            f"images must be one tensor, uint8 of shape (B, 3, H, W), not a {type(images).__name__}; of a list make "
-            "one with torch.stack, of an array with torch.from_numpy"
+            f"images must be one tensor, uint8 of shape (B, 3, H, W), not a {type(images).__name__}; convert a list "
+            "with torch.stack, an array with torch.from_numpy"
         )
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
@@ -118,16 +133,16 @@ def refuse_other_than_images(images: Tensor) -> None:
 
 
 def _advice(images: Tensor) -> str:
-    """What to do about images that are no (B, 3, H, W) uint8; waits for the device, but these are refused anyway."""
+    """How to convert images to (B, 3, H, W) uint8. Synchronises with the device, which no longer matters here."""
     if images.dtype is torch.uint8:
         return "; use permute(0, 3, 1, 2)" if images.dim() == 4 and images.shape[3] == 3 else ""
     if not images.numel() or images.is_complex():
         return ""
     low, high = float(images.min()), float(images.max())
     if images.is_floating_point() and low < -0.25 and low >= -2 and high <= 2:
-        return "; of floats in [-1, 1] take ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)"
+        return "; convert floats in [-1, 1] with ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)"
     if low >= 0 and 2 < high <= 255.5:
-        return "; of levels 0 to 255 take x.round().to(torch.uint8)"
+        return "; convert levels 0 to 255 with x.round().to(torch.uint8)"
     return "; multiply floats in [0, 1] by 255, round, and convert them"
 
 
@@ -136,14 +151,10 @@ def _flat(rows: Tensor) -> Tensor:
 
 
 def extractor_name(extractor: nn.Module) -> str:
-    """What an extractor is called in the names of metrics: its ``name``, or else its class."""
+    """The name that metric names mention: the extractor's ``name`` attribute, or else its class."""
     return str(getattr(extractor, "name", type(extractor).__name__))
 
 
 def extractor_checksum(extractor: nn.Module) -> str:
     """SHA-256 over names and values of an extractor's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(extractor.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_checksum(extractor.state_dict())

@@ -1,36 +1,42 @@
 """FID and sFID: Fréchet distances between sets of images. B images of H × W pixels, F features."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llamagen.finite import is_finite
-from llamagen.metrics.features import Features
-from llamagen.metrics.image_metric import SIDES, ImageMetric, side_of
+from llamagen.metrics.features import Features, extractor_name
+from llamagen.metrics.image_metric import SIDES, ImageMetric, ReferencePart, side_name
+from llamagen.metrics.result_names import ResultName
+
+Statistics = tuple[Tensor | Any, Tensor | Any]
+"""Mean (F,) and covariance (F, F), tensors or arrays."""
 
 
 class FID(ImageMetric):
-    """Fréchet distance between Gaussians that are fitted to the features of real and of other images.
+    """Fréchet Inception Distance (arXiv 1706.08500): distance of Gaussians fitted to the features of two image sets.
 
-    (arXiv 1706.08500.) Statistics are summed up in float64 and over all ranks. Only with the features of Inception it
-    is what people call FID; with others its ``name`` says so.
+    Statistics are summed in float64 over all ranks. With another extractor than Inception the values differ from
+    published FIDs, so the metric's ``name`` then includes the extractor.
 
     Args:
         features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
         image_size: side of the images in pixels.
-        reference: mean (F,) and covariance (F, F) of the real images, if they are known; else these are shown to
-            ``update``.
+        reference: mean (F,) and covariance (F, F) of the real images; None if real images are passed to ``update``.
 
     Attributes:
-        seen: how many images the last :meth:`compute` compared, over all ranks.
+        count: number of images in the last :meth:`compute`, over all ranks.
 
     Raises:
-        ValueError: if the extractor is none, or the reference has another number of features or is not finite.
+        ValueError: if the module is not an extractor, or the reference has another width or is not finite.
     """
 
     symbol = "fid"
-    seen = 0
+    result_names: ClassVar[tuple[ResultName, ...]] = (ResultName("fid", has_purpose=True),)
+    reference_part: ClassVar[ReferencePart | None] = "statistics"
+    reference: tuple[Tensor, Tensor] | None
+    count = 0
     real_sum: Tensor
     real_outer: Tensor
     real_count: Tensor
@@ -38,22 +44,8 @@ class FID(ImageMetric):
     fake_outer: Tensor
     fake_count: Tensor
 
-    def __init__(
-        self, features: nn.Module, image_size: int, reference: tuple[Tensor | Any, Tensor | Any] | None = None
-    ) -> None:
-        super().__init__(features, image_size)
-        self.reference = None
-        if reference is not None:
-            mean, covariance = (torch.as_tensor(part).double() for part in reference)
-            shapes = (self.width,), (self.width, self.width)
-            if (mean.shape, covariance.shape) != shapes:
-                raise ValueError(
-                    f"the reference has a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}, "
-                    f"but {self.name} has {self.width} features; use the reference of this extractor"
-                )
-            if not (is_finite(mean) and is_finite(covariance)):
-                raise ValueError("mean or covariance of the reference are not finite; get or make it again")
-            self.reference = mean, covariance
+    def __init__(self, features: nn.Module, image_size: int, reference: Statistics | None = None) -> None:
+        super().__init__(features, image_size, reference)
         for side in SIDES:
             self.add_state(f"{side}_sum", torch.zeros(self.width, dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(
@@ -61,22 +53,38 @@ class FID(ImageMetric):
             )
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, images: Tensor | Features, real: bool = False) -> None:
-        """Take images into the statistics of one side.
+    def checked_reference(self, reference: Statistics) -> tuple[Tensor, Tensor]:
+        """The reference's mean and covariance in float64.
+
+        Raises:
+            ValueError: if they have another width than the features, or are not finite.
+        """
+        mean, covariance = (torch.as_tensor(part).double() for part in reference)
+        if (mean.shape, covariance.shape) != ((self.width,), (self.width, self.width)):
+            raise ValueError(
+                f"the reference has a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}, "
+                f"but {self.name} has {self.width} features; use the reference of this extractor"
+            )
+        if not (is_finite(mean) and is_finite(covariance)):
+            raise ValueError("mean or covariance of the reference are not finite; get or make it again")
+        return mean, covariance
+
+    def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
+        """Add images to the statistics of one side.
 
         Args:
             images: (B, 3, H, W) uint8, or their features.
-            real: these are the images to compare with.
+            real: whether these are real images, to compare with.
+            index: not used, because the statistics do not depend on the order.
 
         Raises:
-            ValueError: if they are no uint8 images of the metric's size, or real ones where a reference is known.
+            ValueError: if they are not uint8 images of the metric's size, or are real although there is a reference.
         """
-        if real and self.reference is not None:
-            raise ValueError("real images were given, but the metric has a reference; leave one of them out")
-        rows, side = self.rows(images).double(), side_of(real)
+        self._check_side(real)
+        rows, side = self.rows(images).double(), side_name(real)
         for name, value in (("sum", rows.sum(0)), ("count", len(rows))):
             setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
-        # In place: matrices of 33 MB that come and go with each batch spoil the memory of CPUs.
+        # In place: allocating 33 MB for each batch fragments the heap on CPUs.
         outer: Tensor = getattr(self, f"{side}_outer")
         if outer.is_inference() and not torch.is_inference_mode_enabled():
             outer = outer.clone()
@@ -88,43 +96,59 @@ class FID(ImageMetric):
         Raises:
             ValueError: if a side has fewer than two images.
         """
-        self.seen = int(self.fake_count)
+        self.count = int(self.fake_count)
         fake = self.statistics(real=False)
         real = self.statistics(real=True) if self.reference is None else self.reference
         mean, covariance = (part.to(fake[0].device) for part in real)
         return frechet_distance(mean, covariance, *fake)
 
     def statistics(self, real: bool) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and covariance (F, F) of a side, float64; of this rank's images, unless states are in sync.
+        """Mean (F,) and covariance (F, F) of a side, float64. Covers this rank's images only, unless states are synced.
 
         Raises:
-            ValueError: if it has fewer than two images.
+            ValueError: if the side has fewer than two images.
         """
-        side = side_of(real)
+        side = side_name(real)
         total, outer, count = (getattr(self, f"{side}_{name}") for name in ("sum", "outer", "count"))
         if count < 2:
             raise ValueError(f"{int(count)} {side} images are too few for {self.name}; give at least two")
         mean = total / count
         return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
+    def caveats(self) -> list[str]:
+        """A warning if there were fewer images than features, because FID is then far too large."""
+        if self.count >= self.width:
+            return []
+        return [
+            f"{self.count} images are fewer than the {self.width} features of {extractor_name(self.extractor)}, which "
+            "makes FID far too large; compare it only with one of equally many images, or measure more "
+            "(publications use 50,000)"
+        ]
+
 
 class SFID(FID):
-    """FID over features that know where in an image something is (arXiv 2103.03841, appendix).
+    """FID over features that keep the spatial layout (arXiv 2103.03841, appendix).
 
-    With Inception these are the first 7 channels of ``mixed_6/conv``, 17 × 17 × 7 = 2023 numbers. Arguments and errors
+    With Inception these are the first 7 channels of ``mixed_6/conv``, 17 × 17 × 7 = 2023 features. Arguments and errors
     are those of :class:`FID`.
     """
 
     symbol = "sfid"
+    result_names = (ResultName("sfid", has_purpose=True),)
     part = "spatial"
+    reference_part = "spatial_statistics"
+
+    def caveats(self) -> list[str]:
+        """None: with too few images FID already warns."""
+        return []
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
     """Squared Fréchet (2-Wasserstein) distance between two Gaussians.
 
     ``|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½)``. With Σ = A Aᵀ and Σ' = B Bᵀ the trace of the root is the sum of the
-    singular values of Aᵀ B. So no root is taken of what rounding has left of a zero: this is exact also for singular
-    covariances, of fewer images than features, where the root of the product is not.
+    singular values of Aᵀ B. This stays exact for singular covariances, which come from fewer images than features: a
+    matrix root would take roots of eigenvalues that are zero up to rounding.
 
     Args:
         mean: μ, (F,) float64.
@@ -136,11 +160,13 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
         Scalar, float64, at least 0.
 
     Raises:
-        FloatingPointError: if something is not finite.
+        FloatingPointError: if an argument is not finite.
     """
     for name, value in (("mean", mean + other_mean), ("covariance", covariance + other_covariance)):
         if not value.isfinite().all():
-            raise FloatingPointError(f"the {name} of features is not finite (precision float64); see what they are of")
+            raise FloatingPointError(
+                f"the {name} of features is not finite (precision float64); check the images and the extractor"
+            )
     trace_of_root = torch.linalg.svdvals(_factor(covariance).T @ _factor(other_covariance)).sum()
     distance: Tensor = (
         (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * trace_of_root
@@ -149,8 +175,8 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A (F, R) with A Aᵀ = Σ of rank R, as far as rounding tells."""
+    """A (F, R) with A Aᵀ = Σ, where R is the numerical rank of Σ."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    some = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    factor: Tensor = vectors[:, some] * values[some].sqrt()
+    positive = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    factor: Tensor = vectors[:, positive] * values[positive].sqrt()
     return factor

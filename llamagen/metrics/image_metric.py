@@ -1,7 +1,7 @@
-"""What metrics over images share. B images of H × W pixels, N images in all, F features."""
+"""Bases of the metrics over images. B images of H × W pixels per batch, N images in total, F features."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,52 +10,69 @@ from torchmetrics.utilities import dim_zero_cat
 
 from llamagen.finite import is_finite
 from llamagen.metrics.features import (
+    PARTS,
     Features,
+    check_finite_features,
+    check_uint8_images,
     extract,
     extractor_name,
-    refuse_not_finite,
-    refuse_other_than_images,
+    probe,
 )
+from llamagen.metrics.result_names import PURPOSES, Purpose, ResultName, with_extractor
 
 FAKE, REAL = SIDES = ("fake", "real")
 MAX_PIECES = 32
-"""Batches whose features are kept one by one, before they are put together. Small pieces that stay, between large ones
-that come and go, keep an allocator from using memory again: many times that of the features, on CPUs."""
+"""Batches of features to keep separately before they are concatenated. On CPUs, small tensors that stay between large
+temporary ones fragment the heap, which then grows to many times the size of the features."""
+
+ReferencePart = Literal["statistics", "spatial_statistics", "features"]
+"""Fields of a reference: mean and covariance of pool and of spatial features, and pool features (M, F)."""
 
 
-def side_of(real: bool) -> str:
-    """The name of a side in the states of metrics."""
+def side_name(real: bool) -> str:
+    """Prefix of a metric's states for real or for compared images."""
     return REAL if real else FAKE
 
 
 class ImageMetric(Metric):
-    """Base of the metrics that look at images through an extractor of features.
+    """Base of the metrics over images that use an extractor of features.
+
+    Subclasses implement ``update(images, real=False, index=None)`` and ``compute()``, and declare the class attributes
+    below. ``evaluation.measurement`` needs nothing else to measure, name and report them.
 
     Args:
         features: extractor, see :func:`~llamagen.metrics.features.extract`. It is put into evaluation mode, frozen, and
             is in no state dict.
-        image_size: side of the images in pixels; others are refused, because the size changes every number.
+        image_size: side of the images in pixels. Other sizes are rejected, because the size changes every result.
+        reference: the :attr:`reference_part` of a reference; None if real images are passed to ``update``.
 
     Raises:
-        ValueError: if the module is no extractor, or has not what the metric looks at.
+        ValueError: if the module is not an extractor or lacks the features that the metric needs, or the reference does
+            not fit.
     """
 
     full_state_update = False
     symbol: ClassVar[str]
-    """What the metric is called, in lower case."""
+    """The metric's name in messages, in lower case."""
+    result_names: ClassVar[tuple[ResultName, ...]]
+    """Names of the values that ``compute`` returns, in order."""
     part: ClassVar[str] = "pool"
-    """Which of the features it looks at."""
+    """The field of :class:`Features` that the metric uses."""
+    reference_part: ClassVar[ReferencePart | None] = None
+    """What the metric needs of a reference; None for metrics that compare with nothing."""
+    purposes: ClassVar[tuple[Purpose, ...]] = PURPOSES
+    """What the metric is for: generated images, reconstructions, or both."""
+    reference: Any
 
-    def __init__(self, features: nn.Module, image_size: int) -> None:
+    def __init__(self, features: nn.Module, image_size: int, reference: Any = None) -> None:
         super().__init__()
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; give the side of the images in pixels")
         self._extractor = (features.eval().requires_grad_(False),)  # in a tuple, so that nn.Module does not see it
         self.image_size = image_size
-        device = next((value.device for value in features.state_dict().values()), torch.device("cpu"))
-        probe = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        rows = self._part_of(extract(features, probe))
+        rows = self._part_of(probe(features, image_size))
         self.width, self.row_dtype = rows.shape[1], rows.dtype
+        self.reference = None if reference is None else self.checked_reference(reference)
 
     @property
     def extractor(self) -> nn.Module:
@@ -64,82 +81,113 @@ class ImageMetric(Metric):
 
     @property
     def name(self) -> str:
-        """The metric's symbol; where the extractor is not Inception, whose numbers people compare, with its name."""
-        extractor = extractor_name(self.extractor)
-        return self.symbol if extractor == "inception" else f"{self.symbol}_{extractor}"
+        """The metric's symbol, followed by the extractor's name unless that is Inception."""
+        return with_extractor(self.symbol, extractor_name(self.extractor))
+
+    def checked_reference(self, reference: Any) -> Any:
+        """The part of a reference as the metric keeps it.
+
+        Raises:
+            ValueError: if it does not fit the metric.
+        """
+        raise ValueError(f"{self.name} compares with nothing; leave the reference out")
+
+    def results(self) -> dict[str, Tensor]:
+        """What ``compute`` returns, by the symbols of :attr:`result_names`. All ranks must call it together."""
+        return self._by_symbol(self.compute())
+
+    def _by_symbol(self, values: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        values = [values] if isinstance(values, Tensor) else values
+        return {name.symbol: value for name, value in zip(self.result_names, values, strict=True)}
+
+    def caveats(self) -> list[str]:
+        """Warnings about the last results, for example because of too few images; call it after :meth:`results`."""
+        return []
 
     def _part_of(self, features: Features) -> Tensor:
         rows: Tensor | None = getattr(features, self.part)
         if rows is None:
             raise ValueError(
-                f"{type(self).__name__} needs {self.part} features, which {extractor_name(self.extractor)} does not "
+                f"{type(self).__name__} needs {PARTS[self.part]}, which {extractor_name(self.extractor)} does not "
                 "give; use another extractor or leave the metric out"
             )
         return rows
 
+    def _check_side(self, real: bool) -> None:
+        if real and self.reference is not None:
+            raise ValueError("real images were given, but the metric has a reference; leave one of them out")
+
     def rows(self, images: Tensor | Features) -> Tensor:
-        """What the metric looks at, (B, F).
+        """The features that the metric uses, (B, F).
 
         Args:
-            images: (B, 3, H, W) uint8, or their features, if these were extracted before.
+            images: (B, 3, H, W) uint8, or their features if already extracted.
 
         Raises:
-            ValueError: if they are not images of the metric's size, or have other features.
+            ValueError: if they are not images of the metric's size, or have another number of features.
             FloatingPointError: if features are not finite.
         """
         if isinstance(images, Features):
             rows = self._part_of(images)
-            refuse_not_finite(Features(rows), extractor_name(self.extractor))
+            check_finite_features(Features(rows), extractor_name(self.extractor))
         else:
             self.check_images(images)
             rows = self._part_of(extract(self.extractor, images))
         if rows.shape[1] != self.width:
             raise ValueError(
-                f"{rows.shape[1]} features came for each image, but {self.width} for those of image_size "
+                f"got {rows.shape[1]} features for each image, but {self.width} for images of image_size "
                 f"{self.image_size}; use one extractor and one size"
             )
         return rows
 
     def check_images(self, images: Tensor) -> None:
-        """See that these are images of the metric's size.
+        """Check the images' type and size.
 
         Raises:
-            ValueError: if not.
+            ValueError: if they are not uint8 images of the metric's size.
         """
-        refuse_other_than_images(images)
+        check_uint8_images(images)
         if images.shape[2:] != (self.image_size, self.image_size):
             size = " × ".join(str(side) for side in images.shape[2:])
             raise ValueError(
                 f"images are {size} pixels, but {self.name} is for {self.image_size} × {self.image_size}; set "
-                "image_size to theirs, and compare only images of one size"
+                "image_size to their size, and compare only images of one size"
             )
 
-    # torchmetrics ignores `.half()`, but not the `.to(bfloat16)` by which Lightning turns a whole module to 16 bits.
+    # torchmetrics ignores `.half()`, but not the `.to(bfloat16)` with which Lightning casts a whole module.
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Go along to another device, but not to another precision."""
+        """Move to another device, but never change the precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # torchmetrics would go on in the lists of the state dict itself, and keep the result of before.
+        # footgun: torchmetrics would append to the lists of the state dict itself, and return the cached old result.
         for name in self._defaults:
             state = getattr(self, name)
-            here = [part.to(self.device) for part in state] if isinstance(state, list) else state.to(self.device)
-            setattr(self, name, here)
+            own = [part.to(self.device) for part in state] if isinstance(state, list) else state.to(self.device)
+            setattr(self, name, own)
         self._computed = None
 
 
 class RowMetric(ImageMetric):
-    """Base of the metrics that need the features of every image, in the images' order, which is that of an index.
+    """Base of the metrics that need the features of every image, ordered by the images' index.
 
-    So the result is the same in any batches and on any number of ranks. Features and an index are kept for each
-    image, on its rank; when the result is computed, those of all ranks are put together.
+    Each rank keeps the features and the index of its images. ``compute`` gathers them from all ranks and sorts them, so
+    the result does not depend on batches or on the number of ranks.
+
+    Args:
+        features: extractor, see :class:`ImageMetric`.
+        image_size: side of the images in pixels.
+        reference: see :class:`ImageMetric`.
+        sides: which sides to keep: ``real``, ``fake`` or both.
     """
 
-    full_state_update = True  # forward() must not begin anew with each batch: without an index, it counts
+    full_state_update = True  # forward() must not start again with each batch: without an index, it counts
 
-    def __init__(self, features: nn.Module, image_size: int, sides: Sequence[str] = SIDES) -> None:
-        super().__init__(features, image_size)
+    def __init__(
+        self, features: nn.Module, image_size: int, reference: Any = None, sides: Sequence[str] = SIDES
+    ) -> None:
+        super().__init__(features, image_size, reference)
         for side in sides:
             self.add_state(f"{side}_rows", [], dist_reduce_fx="cat")
             self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
@@ -150,11 +198,11 @@ class RowMetric(ImageMetric):
         Args:
             side: ``real`` or ``fake``.
             rows: (B, F).
-            index: (B,) int64, number of each image in its set. None: those of a rank come in order, and rank r of R
-                has every R-th image, from the r-th on, as samplers for several ranks share them out.
+            index: (B,) int64, position of each image in its dataset. If None, images are counted as they come, and rank
+                r of R is assumed to see images r, r + R, r + 2R, …, as a distributed sampler hands them out.
 
         Raises:
-            ValueError: if the index is not one number for each image.
+            ValueError: if the index does not hold one integer for each image.
         """
         kept: list[Tensor] = getattr(self, f"{side}_rows")
         indices: list[Tensor] = getattr(self, f"{side}_index")
@@ -165,37 +213,37 @@ class RowMetric(ImageMetric):
             index = rank + ranks * torch.arange(before, before + len(rows), device=rows.device)
         if index.shape != (len(rows),) or index.is_floating_point() or index.dtype is torch.bool:
             raise ValueError(
-                f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} images; give one whole number each"
+                f"index is {index.dtype} of {tuple(index.shape)} for {len(rows)} images; give one integer for each"
             )
-        kept.append(rows.to(self.row_dtype))  # the same on all ranks, as the index is
+        kept.append(rows.to(self.row_dtype))  # all ranks must gather the same dtype
         indices.append(index.to(rows.device, torch.int64))
         if len(kept) >= MAX_PIECES:
             kept[:], indices[:] = [torch.cat(kept)], [torch.cat(indices)]
 
     def kept(self, side: str) -> Tensor:
-        """The features of a side in the order of their index, (N, F).
+        """The features of a side, sorted by index, (N, F).
 
         Raises:
             ValueError: if there are fewer than two images.
             FloatingPointError: if features are not finite.
         """
         rows, index = getattr(self, f"{side}_rows"), getattr(self, f"{side}_index")
-        count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))  # a tensor is that of all ranks
+        count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))  # a tensor: gathered from all ranks
         if count < 2:
             raise ValueError(f"{count} {side} images are too few for {self.name}; give at least two")
         order = torch.argsort(dim_zero_cat(index), stable=True)
         ordered = dim_zero_cat(rows)[order]
-        refuse_not_finite(Features(ordered), extractor_name(self.extractor))  # states may be those of a file
+        check_finite_features(Features(ordered), extractor_name(self.extractor))  # states may come from a file
         return ordered
 
     def reset(self) -> None:
-        """Forget all images, also if those of all ranks are there because a result was refused."""
+        """Forget all images, also the gathered ones that remain if ``compute`` raised."""
         for name in self._defaults:
             setattr(self, name, [])
         super().reset()
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # torchmetrics would gather a tensor without a second dimension from a rank that has nothing.
+        # footgun: torchmetrics gathers a tensor of shape (0,) from a rank without images, which cannot be concatenated.
         for name in self._reductions:
             if isinstance(kept := getattr(self, name), list) and not kept:
                 shape, dtype = ((0,), torch.int64) if name.endswith("_index") else ((0, self.width), self.row_dtype)
@@ -204,22 +252,23 @@ class RowMetric(ImageMetric):
 
 
 class ComparingRowMetric(RowMetric):
-    """Base of the metrics that compare the features of every image with those of real ones: KID, precision, recall.
+    """Base of the metrics that compare the features of all images with those of real ones: KID, precision, recall.
 
-    Attributes:
-        reference: features (M, F) of real images, if they are known; else these are shown to ``update``.
+    Args:
+        features: extractor, see :class:`ImageMetric`.
+        image_size: side of the images in pixels.
+        reference: features (M, F) of real images; None if real images are passed to ``update``.
     """
 
-    reference: Tensor | None = None
+    reference_part = "features"
+    reference: Tensor | None
 
-    def checked_reference(self, reference: Tensor | None) -> Tensor | None:
-        """A reference, in the precision of the features.
+    def checked_reference(self, reference: Tensor) -> Tensor:
+        """The reference's features (M, F) in the precision of the extractor's.
 
         Raises:
-            ValueError: if it has another number of features, fewer than two rows, or some that are not finite.
+            ValueError: if they have another width, fewer than two rows, or values that are not finite.
         """
-        if reference is None:
-            return None
         if not is_finite(reference, self.row_dtype):
             raise ValueError("the reference has features that are not finite; get or make it again")
         if reference.dim() != 2 or reference.shape[1] != self.width or len(reference) < 2:
@@ -230,22 +279,21 @@ class ComparingRowMetric(RowMetric):
         return reference.to(self.row_dtype)
 
     def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Keep the features of images.
+        """Add images.
 
         Args:
             images: (B, 3, H, W) uint8, or their features.
-            real: these are the images to compare with.
-            index: (B,) int64, number of each image; see :meth:`RowMetric.keep`.
+            real: whether these are real images, to compare with.
+            index: (B,) int64, position of each image in its dataset; see :meth:`RowMetric.keep`.
 
         Raises:
-            ValueError: if they are no uint8 images of the metric's size, or real ones where a reference is known.
+            ValueError: if they are not uint8 images of the metric's size, or are real although there is a reference.
         """
-        if real and self.reference is not None:
-            raise ValueError("real images were given, but the metric has a reference; leave one of them out")
-        self.keep(side_of(real), self.rows(images), index)
+        self._check_side(real)
+        self.keep(side_name(real), self.rows(images), index)
 
     def both_sides(self) -> tuple[Tensor, Tensor]:
-        """Features of the images (N, F) and of the real ones (M, F), those of the reference or kept, on one device.
+        """Features of the compared images (N, F) and of the real ones (M, F), on one device.
 
         Raises:
             ValueError: if a side has fewer than two images.

@@ -1,38 +1,38 @@
 """Inception-2015, the network of FID and the Inception Score. B images of H × W pixels."""
 
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.hub import download_url_to_file, get_dir
 
-from llamagen.files import atomic_file, sha256_of
-from llamagen.full_disk import DiskFullError
+from llamagen.files import sha256_of
 from llamagen.metrics.features import Features
+from llamagen.published_weights import PublishedWeights
 
 SIZE = 299
 CLASSES = 1008
 EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
-FILE = "weights-inception-2015-12-05-6726825d.pth"
-OTHER_NAME = "pt_inception-2015-12-05-6726825d.pth"
-"""What pytorch-fid calls the same file."""
-ADDRESS = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-CHECKSUM = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the file."""
-HOW_TO_GIVE = (
-    "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
-    "--features.weights … of python -m evaluation"
+WEIGHTS = PublishedWeights(
+    network="Inception of 2015-12-05, the network of FID",
+    name="weights-inception-2015-12-05-6726825d.pth",
+    address=(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+    ),
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    options=(
+        "Inception(weights=…), which is features.init_args.weights in a config, and --features Inception "
+        "--features.weights … of python -m evaluation"
+    ),
+    other_names=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's
 )
-MAX_LISTED = 20
 
 
 class Layer(NamedTuple):
-    """A convolution, its normalisation and ReLU: the name and the width of what it gives."""
+    """A convolution with normalisation and ReLU; ``width`` is the number of output channels."""
 
     name: str
     width: int
@@ -43,27 +43,27 @@ class Layer(NamedTuple):
 
 Pool = Callable[[Tensor], Tensor]
 Step = Layer | Pool | list[Layer]
-"""Layers in a list see the same input, and what they give is joined."""
+"""Layers in a list get the same input, and their outputs are concatenated."""
 Branch = list[Step]
 
 
 def halve(x: Tensor) -> Tensor:
-    """The maximum of every second 3 × 3 window that lies inside."""
+    """3 × 3 max pooling with stride 2 and without padding."""
     return F.max_pool2d(x, 3, stride=2)
 
 
 def average(x: Tensor) -> Tensor:
-    """The average around each place. TensorFlow counts only what lies inside, other than PyTorch unless told so."""
+    """3 × 3 average pooling. Like TensorFlow, and unlike PyTorch's default, it does not count the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def maximum(x: Tensor) -> Tensor:
-    """The maximum around each place."""
+    """3 × 3 max pooling with stride 1."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 def _mixed_35(pooled: int) -> list[Branch]:
-    """The block of 35 × 35 places."""
+    """A block at 35 × 35."""
     return [
         [Layer("branch1x1", 64)],
         [Layer("branch5x5_1", 48), Layer("branch5x5_2", 64, (5, 5))],
@@ -73,7 +73,7 @@ def _mixed_35(pooled: int) -> list[Branch]:
 
 
 def _mixed_17(narrow: int) -> list[Branch]:
-    """The block of 17 × 17 places, where 7 × 7 convolutions are pairs of 1 × 7 and 7 × 1."""
+    """A block at 17 × 17, with 7 × 7 convolutions factorised into 1 × 7 and 7 × 1."""
     row, column = (1, 7), (7, 1)
     return [
         [Layer("branch1x1", 192)],
@@ -90,7 +90,7 @@ def _mixed_17(narrow: int) -> list[Branch]:
 
 
 def _mixed_8(pool: Pool) -> list[Branch]:
-    """The block of 8 × 8 places, where branches fork at their ends."""
+    """A block at 8 × 8, with branches that fork at their ends."""
     row, column = (1, 3), (3, 1)
     return [
         [Layer("branch1x1", 320)],
@@ -141,12 +141,12 @@ BLOCKS: dict[str, list[Branch]] = {
         [halve],
     ],
     "Mixed_7b": _mixed_8(average),
-    "Mixed_7c": _mixed_8(maximum),  # the graph of 2015 has it so, although the paper has an average here too
+    "Mixed_7c": _mixed_8(maximum),  # as in the graph of 2015, although the paper uses an average
 }
 
 
 class Normalisation(nn.Module):
-    """Batch normalisation by given statistics. PyTorch's own also counts its steps, which a file may lack."""
+    """Batch normalisation with fixed statistics. PyTorch's own also has a step counter, which a file may lack."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -164,7 +164,7 @@ class Normalisation(nn.Module):
 
 
 class Convolution(nn.Module):
-    """What a :class:`Layer` describes. The weights keep the size of activations on average, until others are read."""
+    """The module of a :class:`Layer`, with random weights that preserve the scale of activations."""
 
     def __init__(self, previous: int, layer: Layer) -> None:
         super().__init__()
@@ -180,10 +180,10 @@ class Convolution(nn.Module):
 
 
 class Chain(nn.Module):
-    """A module that has layers as children of their names, and runs steps one after the other."""
+    """A module that holds layers by name and runs steps in sequence."""
 
     def add(self, previous: int, steps: Branch) -> int:
-        """Make the layers of steps; gives the width after them."""
+        """Add the layers of steps; returns the output width."""
         for step in steps:
             if callable(step):
                 continue
@@ -194,7 +194,7 @@ class Chain(nn.Module):
         return previous
 
     def follow(self, steps: Branch, x: Tensor) -> Tensor:
-        """What steps make of (B, C, H, W)."""
+        """Run the steps on (B, C, H, W)."""
         for step in steps:
             if callable(step):
                 x = step(x)
@@ -206,7 +206,7 @@ class Chain(nn.Module):
 
 
 class Mixed(Chain):
-    """Branches that see the same input, joined along channels in their order."""
+    """Branches with the same input, whose outputs are concatenated along channels."""
 
     def __init__(self, previous: int, branches: list[Branch]) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ class Mixed(Chain):
 class InceptionNet(Chain):
     """Inception of the TensorFlow graph of 2015-12-05 (arXiv 1512.00567 section 6), with random weights.
 
-    It gives what torch-fidelity's gives, and its entries have the same names; that itself is not used because it needs
-    torchvision. It is a fixed function: always in evaluation mode, frozen.
+    Outputs and parameter names are those of torch-fidelity's network, which is not used itself because it needs
+    torchvision. It is always frozen and in evaluation mode.
     """
 
     def __init__(self) -> None:
@@ -236,23 +236,23 @@ class InceptionNet(Chain):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "InceptionNet":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, even if a parent is set to training."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Everything that is measured of images, in one pass.
+        """All features in one pass.
 
         Args:
-            images: (B, 3, H, W) float32, the levels 0 … 255 of files, of any size.
+            images: (B, 3, H, W) float32 with levels 0 … 255, of any size.
 
         Returns:
             ``pool`` (B, 2048), averages of the last block. ``spatial`` (B, 17 · 17 · 7), the first 7 channels of
-            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), so that statistics of ADM's files fit:
+            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), as in the statistics of ADM's files, for
             sFID (arXiv 2103.03841). ``logits`` (B, 1008) without the bias of the last layer, as ADM and torch-fidelity
-            take the Inception Score; ``biased_logits`` with it.
+            compute the Inception Score; ``biased_logits`` with it.
 
         Raises:
-            ValueError: if these are no such images.
+            ValueError: if the images have another type or shape.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
@@ -278,7 +278,7 @@ class Inception(InceptionNet):
             :func:`read_inception`.
 
     Raises:
-        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+        ValueError: in one line, if the file is not available, damaged, or holds other weights.
     """
 
     name = "inception"
@@ -290,14 +290,14 @@ class Inception(InceptionNet):
 
 
 def resize_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation as TensorFlow 1 has it, without ``align_corners`` and ``half_pixel_centers``.
+    """Bilinear interpolation of TensorFlow 1, without ``align_corners`` and ``half_pixel_centers``.
 
-    Pixel i of n comes from i · (old n / n) of the old ones, without a filter against aliasing; what would come from
-    beyond the last pixel is that pixel. PyTorch's own ``interpolate`` shifts by half a pixel, which changes FIDs.
+    Output pixel i of n samples the input at i · (input size / n), without antialiasing; positions beyond the last pixel
+    are clamped to it. footgun: PyTorch's ``interpolate`` shifts by half a pixel, which changes FIDs.
 
     Args:
         images: (B, C, H, W), floats.
-        size: height and width to come.
+        size: output height and width.
 
     Returns:
         (B, C, height, width) of the same dtype.
@@ -314,85 +314,41 @@ def resize_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def inception_shapes() -> dict[str, torch.Size]:
-    """Names and shapes of the weights that are needed."""
+    """Names and shapes of the network's weights."""
     with torch.device("meta"):
         return {name: value.shape for name, value in InceptionNet().state_dict().items()}
 
 
 def fetch_inception(weights: Path | str | None = None) -> Path:
-    """The file of the weights, downloaded if need be; it is not read.
+    """Find the file of the weights, or download it; its content is not read.
 
     Args:
-        weights: the file; None looks into torch.hub's cache folder, for it or for what pytorch-fid calls it, and
-            downloads it if it is not there.
+        weights: the file; None looks into torch.hub's cache folder, also under pytorch-fid's name of the file, and
+            downloads the file if it is missing.
 
     Raises:
-        ValueError: in one line, if it cannot be had.
+        ValueError: in one line, if the file does not exist or could not be downloaded.
     """
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise ValueError(f"weights {weights} is not a file; get {ADDRESS} and give its path as {HOW_TO_GIVE}")
-        return Path(weights)
-    folder = Path(get_dir()) / "checkpoints"
-    for name in (FILE, OTHER_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    try:  # under a temporary name until it is whole and its checksum is right
-        with atomic_file(folder / FILE) as temporary:
-            download_url_to_file(ADDRESS, str(temporary), hash_prefix=CHECKSUM)
-    except DiskFullError:
-        raise
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise ValueError(
-            f"Inception needs its weights, {FILE}, which are not in {folder} and could not be had from {ADDRESS} "
-            f"({error}); put the file there, or give its path as {HOW_TO_GIVE}"
-        ) from None  # what urllib was led to it by is three pages
-    return folder / FILE
+    return WEIGHTS.fetch(weights)
 
 
 def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
-    """The weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
+    """Read the weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
 
     Args:
-        weights: a ``.pth`` or ``.safetensors`` of them; as for :func:`fetch_inception`. A file that has the name of
-            the published one must have its checksum. What counts the steps of training may be there or not.
+        weights: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_inception`. A file that has the name
+            of the published one must have its checksum. ``num_batches_tracked`` is optional.
 
     Returns:
         Weights by their published names, float32, on the CPU.
 
     Raises:
-        ValueError: in one line, if the file cannot be had, is damaged or is something else.
+        ValueError: in one line, if the file is not available, damaged, or holds other weights.
     """
     file = fetch_inception(weights)
-    if file.name in (FILE, OTHER_NAME) and (digest := sha256_of(file)) != CHECKSUM:
+    if file.name in (WEIGHTS.name, *WEIGHTS.other_names) and (digest := sha256_of(file)) != WEIGHTS.sha256:
         raise ValueError(
-            f"{file} has the SHA-256 {digest}, not {CHECKSUM} as published; remove it and get {ADDRESS}, or give "
-            "it another name if other weights are meant"
+            f"{file} has the SHA-256 {digest}, not {WEIGHTS.sha256} as published; remove it and get {WEIGHTS.address}, "
+            "or rename it if other weights are intended"
         )
-    try:
-        found = {name: value.float() for name, value in _load(file).items() if not name.endswith("num_batches_tracked")}
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{file} cannot be read as Inception ({type(error).__name__}); get {ADDRESS}") from error
-    wanted = inception_shapes()
-    faults = [
-        *(f"{name} is missing" for name in wanted if name not in found),
-        *(f"{name} is unexpected" for name in found if name not in wanted),
-        *(
-            f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
-            for name, shape in wanted.items()
-            if name in found and found[name].shape != shape
-        ),
-    ]
-    if faults:
-        listed = "; ".join(faults[:MAX_LISTED]) + (f"; {more} more" if (more := len(faults) - MAX_LISTED) > 0 else "")
-        raise ValueError(f"{file} is not Inception of 2015-12-05: {listed}; get {ADDRESS}")
-    return found
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file  # imported here because few need it
-
-        return load_file(file)
-    content: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return content
+    return WEIGHTS.read(file, inception_shapes(), ignored_suffix="num_batches_tracked")

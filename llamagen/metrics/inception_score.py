@@ -1,4 +1,4 @@
-"""Inception Score. B images of H × W pixels, N in all, K classes."""
+"""Inception Score. B images of H × W pixels, N in total, K classes."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -8,17 +8,19 @@ from torch import Tensor, nn
 
 from llamagen.metrics.features import Features
 from llamagen.metrics.image_metric import FAKE, RowMetric
+from llamagen.metrics.result_names import ResultName
 
 SORTED_ERRORS, SORTED_SHARE = 6.0, 0.95
-"""Images count as sorted if shuffling raises the score by more than so many standard errors, and above this share."""
+"""Images count as sorted by class if their score is below this share of the score after shuffling, and below it by more
+than this many standard errors."""
 
 
 class SplitStatistics(NamedTuple):
-    """A number that was taken several times.
+    """A value that was measured on several parts of the images, N times.
 
     Attributes:
-        mean: over the times.
-        std: standard deviation over them (of these themselves: divided by their number).
+        mean: over the parts.
+        std: standard deviation over the parts, dividing by N.
     """
 
     mean: Tensor
@@ -26,29 +28,35 @@ class SplitStatistics(NamedTuple):
 
 
 class InceptionScore(RowMetric):
-    """How sure a classifier is of each image, and how evenly of all: exp of mean KL(p(y|x) ‖ p(y)).
+    """Inception Score (arXiv 1606.03498), exp of mean KL(p(y|x) ‖ p(y)).
 
-    (arXiv 1606.03498.) It is taken over splits of the images, in their order, as ADM's evaluation does with 10 splits
-    of 5,000. It knows no real images.
+    It is high if a classifier is sure about each image and all classes occur. It uses no real images. The score is
+    averaged over consecutive splits of the images; ADM's evaluation uses 10 splits of 5,000.
 
-    ADM's evaluation takes a random order for granted. Where images are sorted by class, a split knows some of the
-    classes alone, and the score is far too low: see :attr:`shuffled`.
+    footgun: images must be in random order. If they are sorted by class, each split contains few classes and the score
+    is far too low. :meth:`compute` returns that score, as ADM's evaluation does; :meth:`results` detects the case and
+    returns :attr:`shuffled` instead.
 
     Args:
-        features: extractor that gives logits.
+        features: extractor that provides logits.
         image_size: side of the images in pixels.
         splits: number of equal parts.
 
     Attributes:
-        shuffled: what :meth:`compute` would have given for the same images in a random order, always the same one, if
-            they seem to be sorted; None if they do not, and before the first :meth:`compute`.
+        shuffled: score of the same images in a fixed random order, if the last :meth:`compute` found them sorted by
+            class; else None.
 
     Raises:
-        ValueError: if the extractor gives no logits, or there is no split.
+        ValueError: if the extractor provides no logits, or ``splits`` is below 1.
     """
 
     symbol = "inception_score"
+    result_names = (
+        ResultName("inception_score", has_reference=False),
+        ResultName("inception_score_std", has_reference=False),
+    )
     part = "logits"
+    purposes = ("generation",)
     shuffled: SplitStatistics | None = None
 
     def __init__(self, features: nn.Module, image_size: int, splits: int = 10) -> None:
@@ -58,12 +66,12 @@ class InceptionScore(RowMetric):
         self.splits = splits
 
     def update(self, images: Tensor | Features, real: bool = False, index: Tensor | None = None) -> None:
-        """Take images into account.
+        """Add images.
 
         Args:
             images: (B, 3, H, W) uint8, or their features.
-            real: these are the images that other metrics of a collection compare with; they are passed over.
-            index: (B,) int64, number of each image; see :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
+            real: whether these are real images; they are ignored.
+            index: (B,) int64, position of each image; see :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
         """
         if not real:
             self.keep(FAKE, self.rows(images), index)
@@ -81,12 +89,26 @@ class InceptionScore(RowMetric):
                 f"{count} images are too few for {self.splits} splits of the Inception Score; give more, or set "
                 "splits to less"
             )
-        found = self._over_splits(logits)
+        score = self._over_splits(logits)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         shuffled = self._over_splits(logits[order.to(logits.device)])
         least = shuffled.mean - SORTED_ERRORS * shuffled.std / self.splits**0.5
-        self.shuffled = shuffled if found.mean < min(least, SORTED_SHARE * shuffled.mean) else None
-        return found
+        self.shuffled = shuffled if score.mean < min(least, SORTED_SHARE * shuffled.mean) else None
+        return score
+
+    def results(self) -> dict[str, Tensor]:
+        """The score, that of a random order if images are sorted by class. All ranks must call it together."""
+        score = self.compute()
+        return self._by_symbol(score if self.shuffled is None else self.shuffled)
+
+    def caveats(self) -> list[str]:
+        """A warning if images are sorted by class."""
+        if self.shuffled is None:
+            return []
+        return [
+            f"the images seem to be sorted by class: in their order the Inception Score is {self.compute().mean:.4g}, "
+            f"because each split contains some classes only; reported is {self.shuffled.mean:.4g}, for a random order"
+        ]
 
     def _over_splits(self, logits: Tensor) -> SplitStatistics:
         count = len(logits)

@@ -1,4 +1,4 @@
-"""Improved precision and recall. B images of H × W pixels, N and M in all, F features."""
+"""Improved precision and recall. B images of H × W pixels, N and M in total, F features."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamagen.metrics.image_metric import ComparingRowMetric
+from llamagen.metrics.result_names import ResultName
 
-UNSURE = 1e-9
-"""Relative error that squared distances by way of a product of matrices surely do not have in float64."""
+ROUNDING = 1e-9
+"""Bound of the relative error of squared distances that are computed by a matrix product in float64."""
 
 
 class PrecisionRecallStatistics(NamedTuple):
-    """Shares of images, in [0, 1], float64.
+    """Shares of images in [0, 1], float64.
 
     Attributes:
-        precision: of the other images that lie within the manifold of the real ones: fidelity.
-        recall: of the real images that lie within the manifold of the others: diversity.
+        precision: share of the compared images that are within the manifold of the real ones: fidelity.
+        recall: share of the real images that are within the manifold of the compared ones: diversity.
     """
 
     precision: Tensor
@@ -26,22 +27,24 @@ class PrecisionRecallStatistics(NamedTuple):
 
 
 class PrecisionRecall(ComparingRowMetric):
-    """Precision and recall over manifolds of balls, around each image as far as its k-th nearest neighbour.
+    """Improved precision and recall (arXiv 1904.06991).
 
-    (arXiv 1904.06991.) Distances are taken in blocks, so memory grows with the images and not with their pairs.
+    A manifold is the union of balls around the features of each image, which reach to the k-th nearest neighbour.
+    Distances are computed in blocks, so memory grows with the number of images and not with that of pairs.
 
     Args:
         features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
         image_size: side of the images in pixels.
-        reference: features (M, F) of real images, if they are known; else these are shown to ``update``.
-        k: which neighbour the radius goes to; 3 in ADM's evaluation.
-        block: images of each side whose distances are taken at a time.
+        reference: features (M, F) of real images; None if real images are passed to ``update``.
+        k: neighbour that sets a ball's radius; 3 in ADM's evaluation.
+        block: images of each side whose distances are computed at a time.
 
     Raises:
-        ValueError: if the extractor is none, a number is too small, or the reference has another number of features.
+        ValueError: if the module is not an extractor, an option is too small, or the reference has another width.
     """
 
     symbol = "precision_recall"
+    result_names = (ResultName("precision"), ResultName("recall"))
 
     def __init__(
         self,
@@ -51,17 +54,16 @@ class PrecisionRecall(ComparingRowMetric):
         k: int = 3,
         block: int = 4096,
     ) -> None:
-        super().__init__(features, image_size)
+        super().__init__(features, image_size, reference)
         if k < 1 or block < 1:
             raise ValueError(f"k is {k} and block {block}; both must be at least 1")
         self.k, self.block = k, block
-        self.reference = self.checked_reference(reference)
 
     def compute(self) -> PrecisionRecallStatistics:
-        """The two shares.
+        """Precision and recall.
 
         Raises:
-            ValueError: if a side has not more than k images.
+            ValueError: if a side has at most k images.
         """
         fake, real = self.both_sides()
         return precision_recall(real, fake, self.k, self.block)
@@ -69,16 +71,16 @@ class PrecisionRecall(ComparingRowMetric):
 
 @torch.no_grad()
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) -> PrecisionRecallStatistics:
-    """Precision and recall of features, exactly those of float64 distances between all pairs.
+    """Precision and recall of features, equal to what float64 distances between all pairs give.
 
     Args:
         real: (M, F).
         fake: (N, F).
-        k: which neighbour, not counting the image itself, the radius of a ball goes to.
-        block: rows of each side whose distances are taken at a time.
+        k: neighbour, not counting the image itself, that sets a ball's radius.
+        block: rows of each side whose distances are computed at a time.
 
     Raises:
-        ValueError: if a side has not more than k rows.
+        ValueError: if a side has at most k rows.
     """
     for name, rows in (("real", real), ("other", fake)):
         if len(rows) <= k:
@@ -92,40 +94,41 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) 
 @torch.no_grad()
 def radii(rows: Tensor, k: int, block: int = 4096) -> Tensor:
     """Squared distance of each row (N, F) from its k-th nearest neighbour among the others, (N,) float64."""
-    found = []
-    most = min(2 * k + 8, len(rows))  # more than k + 1, because rounding may change the order of the nearest
+    radius_blocks = []
+    candidates = min(2 * k + 8, len(rows))  # more than k + 1, because rounding may change the order of the nearest
     for _, part in _blocks(rows, block):
         nearest = torch.full((len(part), 0), 0.0, dtype=torch.float64, device=rows.device)
         places = nearest.long()
         for offset, other in _blocks(rows, block):
-            here = torch.arange(offset, offset + len(other), device=rows.device).expand(len(part), -1)
+            other_places = torch.arange(offset, offset + len(other), device=rows.device).expand(len(part), -1)
             distances, slack = _distances(part, other)
-            nearest, places = torch.cat([nearest, distances - slack], 1), torch.cat([places, here], 1)
-            nearest, order = nearest.topk(min(most, nearest.shape[1]), largest=False)
+            nearest, places = torch.cat([nearest, distances - slack], 1), torch.cat([places, other_places], 1)
+            nearest, order = nearest.topk(min(candidates, nearest.shape[1]), largest=False)
             places = places.gather(1, order)
         exact = torch.stack([_exact(part, rows[column]) for column in places.unbind(1)], 1)
-        radius = exact.sort(1).values[:, k]  # the nearest is the row itself, or its double
-        if most < len(rows):  # others are at least as far as the last of these may be; is the k-th nearer?
+        radius = exact.sort(1).values[:, k]  # the nearest is the row itself, or a duplicate
+        if candidates < len(rows):  # all other rows are at least as far as the last candidate; check that it suffices
             for place in ((radius > nearest[:, -1]) & (radius > 0)).nonzero().flatten().tolist():
                 every = torch.cat([_exact(part[place], other) for _, other in _blocks(rows, block)])
                 radius[place] = every.kthvalue(k + 1).values
-        found.append(radius)
-    return torch.cat(found)
+        radius_blocks.append(radius)
+    return torch.cat(radius_blocks)
 
 
 def _share_within(rows: Tensor, centres: Tensor, squared_radii: Tensor, block: int) -> Tensor:
+    """Share of rows (N, F) that are within at least one ball around the centres (M, F)."""
     inside = 0
     for _, part in _blocks(rows, block):
         within = torch.zeros(len(part), dtype=torch.bool, device=rows.device)
-        for offset, some in _blocks(centres, block):
-            reach = squared_radii[offset : offset + len(some)]
-            distances, slack = _distances(part, some)
+        for offset, other in _blocks(centres, block):
+            reach = squared_radii[offset : offset + len(other)]
+            distances, slack = _distances(part, other)
             excess = distances - reach
             within |= (excess < -slack).any(1)
-            # What rounding could decide is computed exactly: doubles, and borders that are images themselves.
+            # Where rounding could decide, compute exactly: duplicates, and rows that are on a ball's border.
             row, column = ((excess.abs() <= slack) & ~within[:, None]).nonzero(as_tuple=True)
             for rows_at, columns_at in zip(row.split(block), column.split(block), strict=True):
-                sure = _exact(part[rows_at], some[columns_at]) <= reach[columns_at]
+                sure = _exact(part[rows_at], other[columns_at]) <= reach[columns_at]
                 within[rows_at[sure]] = True
         inside += int(within.sum())
     return torch.tensor(inside / len(rows), dtype=torch.float64, device=rows.device)
@@ -136,17 +139,17 @@ def _blocks(rows: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (B, C) of rows (B, F) and (C, F), in float64, and how far rounding puts them off at most."""
+    """Squared distances (B, C) of rows (B, F) and (C, F), in float64, and a bound of their rounding error."""
     x, y = x.double(), y.double()
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    return torch.addmm(norms, x, y.T, alpha=-2), UNSURE * norms
+    return torch.addmm(norms, x, y.T, alpha=-2), ROUNDING * norms
 
 
 def _exact(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distance of each row of (B, F) from the same row of another (B, F), float64; 0 for equal ones.
+    """Squared distance between corresponding rows of two (B, F), float64; exactly 0 for equal rows.
 
-    Squares are added in an order of its own. That of ``sum`` depends on shape, layout and device, and so would its last
-    digit: images that are as far as a border would lie within it or not by chance.
+    Squares are added in a fixed order. The order of ``sum``, and so its last digit, depends on shape, layout and
+    device: whether a row on a ball's border counts as inside would then be chance.
     """
     squares = (x.double() - y.double()).square()
     while (width := squares.shape[-1]) > 1:

@@ -1,4 +1,4 @@
-"""How well codes are predicted."""
+"""Quality of next-code prediction."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,9 +13,9 @@ class PredictionStatistics(NamedTuple):
 
     Attributes:
         nats: cross entropy of a code, in nats.
-        perplexity: exp of it: among how many equally likely codes the model is in doubt.
-        top1: share of codes that were the model's first guess, in [0, 1].
-        top5: share of codes among its first five.
+        perplexity: exp of the cross entropy.
+        top1: share of codes to which the model gave the highest probability, in [0, 1].
+        top5: share of codes among the five most probable ones.
         nats_by_position: (L,) cross entropy at each position of the sequence.
     """
 
@@ -27,10 +27,10 @@ class PredictionStatistics(NamedTuple):
 
 
 class CodePrediction(Metric):
-    """Sums over every code that it is shown, over all ranks; B batch, L positions.
+    """Averages over all codes and ranks; B batch, L positions.
 
     Args:
-        length: number of codes of an image L.
+        length: L, number of codes of an image.
     """
 
     full_state_update = False
@@ -49,19 +49,19 @@ class CodePrediction(Metric):
 
         Args:
             nats: (B, L) float, cross entropy of each code.
-            rank: (B, L) int64, number of codes that the model held to be likelier.
+            rank: (B, L) int64, number of codes that the model considered more probable.
         """
         self.nats += nats.double().sum(0)
         self.hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
         self.count += len(nats)
 
     def compute(self) -> PredictionStatistics:
-        """NaN where nothing was added."""
+        """The means; NaN if nothing was added."""
         by_position = self.nats / self.count
         nats = by_position.mean()
         top1, top5 = self.hits / (self.count * len(self.nats))
         return PredictionStatistics(nats.float(), nats.exp().float(), top1, top5, by_position.float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Go along to another device, but not to another precision."""
+        """Move to another device, but never change the precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)

@@ -1,100 +1,168 @@
-"""Vector quantisation with an l2-normalised codebook (arXiv 2406.06525, section 2.1)."""
+"""The interface of a quantiser, and how one is built from a configuration (arXiv 2406.06525, section 2.1).
 
-from typing import NamedTuple
+A quantiser turns each vector of the encoder's latent into an integer code, and a code back into a vector. B batch,
+E channels of the quantised latent, h × w grid, K codes.
+"""
 
-import torch
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-PUBLISHED_USAGE_WINDOW = 65536
-MAX_SIMILARITIES = 1 << 25
-"""Numbers in the largest block of similarities: 128 MiB."""
-MAX_SIMILARITIES_ON_CPU = 1 << 18
-"""The same on a CPU: 1 MiB, which stays in its cache."""
+from llamagen.finite import not_finite
+from llamagen.option_checks import check_integer
+
+CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 class Quantized(NamedTuple):
-    """What quantising a latent gives; B batch, E codebook width, h × w grid.
+    """A quantised latent.
 
     Attributes:
-        quantized: (B, E, h, w), the chosen entries; gradients pass straight through to ``latent``.
-        codes: (B, h, w) int64.
-        latent: (B, E, h, w), the l2-normalised latent.
-        entries: (B, E, h, w), the chosen l2-normalised entries; gradients reach the codebook.
+        quantized: (B, E, h, w) float32, input of the decoder; its gradient must reach ``latent``, for example straight
+            through.
+        codes: (B, h, w) int64 in [0, K).
+        latent: (B, E, h, w) float32, the latent as it was compared with the codes.
+        losses: unweighted terms of the loss by name, scalars with a gradient: those of :attr:`Quantizer.loss_names`.
     """
 
     quantized: Tensor
     codes: Tensor
     latent: Tensor
-    entries: Tensor
+    losses: dict[str, Tensor]
 
 
-class VectorQuantizer(nn.Module):
-    """Replace each vector of a grid by the nearest entry of a codebook, both on the unit sphere.
+class Quantizer(nn.Module, ABC):
+    """Base of all quantisers: implement :meth:`forward` and :meth:`lookup`, and :attr:`loss_names` if it has losses.
+
+    The constructor of a subclass takes numbers, strings, booleans, and lists or dicts of them: they are stored in
+    checkpoints, from which the quantiser is built again.
 
     Args:
-        codebook_size: number of entries K.
-        codebook_dim: width of an entry E.
+        size: number of codes K.
+        dim: channels E of the quantised latent.
     """
 
-    codebook_used: Tensor
-
-    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+    def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size, codebook_dim)
-        # Published state dicts carry this window of recent codes; it is kept so that they load strictly. Usage is
-        # counted by llamagen.metrics.CodebookUsage.
-        self.register_buffer("codebook_used", torch.zeros(PUBLISHED_USAGE_WINDOW))
-        self.reset_parameters()
+        for name, value in (("size", size), ("dim", dim)):
+            check_integer(f"{name} of {type(self).__name__}", value)
+        self.size = size
+        self.dim = dim
 
-    def reset_parameters(self) -> None:
-        """Spread the entries over the unit sphere."""
-        size = self.embedding.num_embeddings
-        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
-        with torch.no_grad():
-            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-
-    def codebook(self) -> Tensor:
-        """The l2-normalised entries, (K, E) float32."""
-        return F.normalize(self.embedding.weight.float(), dim=-1)
-
+    @abstractmethod
     def forward(self, latent: Tensor) -> Quantized:
-        """Quantise, in float32 also under autocast.
+        """Quantise a latent (B, E, h, w) of any floating-point dtype; autocast may be on."""
 
-        Args:
-            latent: (B, E, h, w).
-
-        Returns:
-            The quantised latent with all its parts, float32.
-        """
-        with torch.autocast(latent.device.type, enabled=False):
-            latent = F.normalize(latent.float(), dim=1)
-            codebook = self.codebook()
-            codes = nearest_codes(latent, codebook)
-            entries = F.embedding(codes, codebook).movedim(-1, 1)
-            return Quantized(latent + (entries - latent).detach(), codes, latent, entries)
-
+    @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """Entries of codes: (B, h, w) int64 → (B, E, h, w) float32."""
-        return F.embedding(codes, self.codebook()).movedim(-1, 1)
+        """Quantised latents of codes: (B, h, w) int64 → (B, E, h, w) float32."""
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of the losses that :meth:`forward` returns; none by default.
+
+        ``codebook``, ``commitment`` and ``entropy`` are multiplied by their weights in
+        :class:`~lightning_modules.vqgan_config.VQGANLossConfig`. Others have the weight 1: scale them yourself.
+        """
+        return ()
+
+    def set_loss_weights(self, weights: Mapping[str, float]) -> None:
+        """Receive the weights of the losses before training; override it to skip an expensive loss of weight 0."""
+
+    @property
+    def learned_codes(self) -> Tensor | None:
+        """The parameter (K, …) that holds the codes, which code revival needs; None if codes are not learned."""
+        return None
+
+    def move_codes(self, codes: Tensor, latents: Tensor) -> None:
+        """Move codes (n,) to latents (n, E), for code revival.
+
+        Raises:
+            NotImplementedError: if the quantiser has no learned codes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no learned codes")
+
+    def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
+        """Parts that make codes meaningless: a scalar bool by the name of the part, True where it is not finite."""
+        return {
+            "the encoder's latent": not_finite(encoding.latent).any(),
+            "the quantised latent": not_finite(encoding.quantized).any(),
+        }
 
 
-@torch.no_grad()
-def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
-    """The entry of the codebook that is nearest to each vector; the first one among equals.
-
-    On the unit sphere it is the one with the largest dot product. Dot products are held for one block of vectors at a
-    time, never for all of them.
+def check_quantizer_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the description of a quantiser; nothing is imported.
 
     Args:
-        latent: (B, E, h, w), l2-normalised, float32.
-        codebook: (K, E), l2-normalised, float32.
+        spec: ``class_path`` and, if the class needs any, ``init_args``. The command line leaves out the level
+            ``init_args``, so other keys are arguments, too.
 
     Returns:
-        Codes (B, h, w) int64.
+        ``{"class_path": str, "init_args": dict}``, primitives only.
+
+    Raises:
+        ValueError: in one line, if it is not such a description.
     """
-    vectors = latent.movedim(1, -1)
-    most = MAX_SIMILARITIES_ON_CPU if latent.device.type == "cpu" else MAX_SIMILARITIES
-    rows = max(1, most // len(codebook))
-    blocks = vectors.reshape(-1, vectors.shape[-1]).split(rows)
-    return torch.cat([(block @ codebook.T).argmax(dim=-1) for block in blocks]).view(vectors.shape[:-1])
+    arguments = {key: value for key, value in spec.items() if key not in ("class_path", "init_args")}
+    path, given = spec.get("class_path"), spec.get("init_args") or {}
+    if not isinstance(path, str) or not CLASS_PATH.fullmatch(path):
+        raise ValueError(f"quantizer.class_path is {path!r}; give a class as package.module.Name")
+    if not isinstance(given, Mapping):
+        raise ValueError(f"quantizer.init_args is {given!r}; give the arguments of {path} by name")
+    arguments = {**given, **arguments}
+    for name, value in arguments.items():
+        if not _is_primitive(value):
+            raise ValueError(
+                f"quantizer.init_args.{name} is {value!r}; give a number, a string, a boolean, or a list or dict of "
+                "them, which a checkpoint can hold"
+            )
+    return {"class_path": path, "init_args": arguments}
+
+
+def _is_primitive(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_primitive, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_primitive, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:
+    """Build the quantiser that a configuration or a file of weights describes.
+
+    footgun: the class path may come from a downloaded file. The module must be on the Python path, so no code of the
+    file runs; but importing a module runs its top-level statements, and only then is the class checked.
+
+    Args:
+        spec: as :func:`check_quantizer_spec` returns it.
+
+    Raises:
+        ValueError: in one line, if there is no such class, it is not a :class:`Quantizer`, or its arguments are wrong.
+    """
+    path, arguments = spec["class_path"], spec["init_args"]
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"quantizer.class_path is {path}, which cannot be imported ({error}); give a class of a module on the "
+            "Python path"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Quantizer)) or inspect.isabstract(found):
+        raise ValueError(
+            f"quantizer.class_path is {path}, which is not a quantiser; give a subclass of "
+            "llamagen.models.quantizer.Quantizer that defines forward and lookup"
+        )
+    signature = inspect.signature(found)
+    try:
+        signature.bind(**arguments)
+        return found(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"quantizer.init_args is {arguments}, which {path} does not accept ({error}); its arguments are {signature}"
+        ) from error

@@ -1,11 +1,12 @@
-"""The image tokenizer: convolutional encoder, vector quantiser, convolutional decoder (arXiv 2406.06525, section 2.1).
+"""The image tokenizer: convolutional encoder, quantiser, convolutional decoder (arXiv 2406.06525, section 2.1).
 
-Shapes: B batch, H × W pixels, h × w = H / f × W / f grid, f = 2 ** (levels − 1), Z latent width, E codebook width.
+Shapes: B batch, H × W pixels, h × w = H / f × W / f grid, f = 2 ** (levels − 1), Z channels of the latent,
+E channels of the quantised latent, K codes.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
-from llamagen.models.quantizer import VectorQuantizer
+from llamagen.models.quantizer import Quantized, Quantizer, build_quantizer, check_quantizer_spec
+from llamagen.models.vector_quantizer import VectorQuantizer
 from llamagen.option_checks import check_integer
 
 GROUPS = 32
@@ -25,14 +27,16 @@ class VQGANConfig:
     """Shape of an image tokenizer; the defaults are the published VQ-16.
 
     Args:
-        channels: base width, a multiple of 32.
-        channel_multipliers: width of each level over ``channels``, highest resolution first, for encoder and decoder.
-            Each level but the first halves the resolution: five levels are VQ-16, ``[1, 2, 2, 4]`` is VQ-8.
+        channels: base number of channels, a multiple of 32.
+        channel_multipliers: channels of each level divided by ``channels``, highest resolution first, for encoder and
+            decoder. Each level but the first halves the resolution: five levels are VQ-16, ``[1, 2, 2, 4]`` is VQ-8.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
-        z_channels: width of the latent before it is projected to ``codebook_dim``.
-        codebook_size: number of codes.
-        codebook_dim: width of a codebook entry.
-        dropout: dropout inside the residual blocks.
+        z_channels: channels of the latent before it is projected to ``codebook_dim``.
+        codebook_size: number of codes K. With ``quantizer`` it is ignored: the quantiser determines it.
+        codebook_dim: channels E of the quantised latent. With ``quantizer`` it is ignored, too.
+        dropout: dropout probability inside the residual blocks.
+        quantizer: ``class_path`` and ``init_args`` of another :class:`~llamagen.models.quantizer.Quantizer`; None for
+            the vector quantiser of the paper. Stored in checkpoints, so primitives only.
     """
 
     channels: int = 128
@@ -42,9 +46,14 @@ class VQGANConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     dropout: float = 0.0
+    quantizer: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Check all values.
+
+        Raises:
+            ValueError: in one line, with option and value.
+        """
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         for name in ("channels", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim"):
             check_integer(name, getattr(self, name))
@@ -56,10 +65,12 @@ class VQGANConfig:
             raise ValueError(f"channels is {self.channels}; GroupNorm needs a multiple of {GROUPS}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; a probability must be at least 0 and below 1")
+        if self.quantizer is not None:
+            object.__setattr__(self, "quantizer", check_quantizer_spec(self.quantizer))
 
     @property
     def downsampling(self) -> int:
-        """Pixels to a code, along each side."""
+        """Pixels per code along each side."""
         return 1 << (len(self.channel_multipliers) - 1)
 
     @property
@@ -68,41 +79,25 @@ class VQGANConfig:
         return tuple(self.channels * multiplier for multiplier in self.channel_multipliers)
 
 
-class Encoding(NamedTuple):
-    """An image as codes.
-
-    Attributes:
-        codes: (B, h, w) int64.
-        quantized: (B, E, h, w) float32, chosen entries with straight-through gradient to ``latent``.
-        latent: (B, E, h, w) float32, l2-normalised.
-        entries: (B, E, h, w) float32, chosen l2-normalised entries with gradient to the codebook.
-    """
-
-    codes: Tensor
-    quantized: Tensor
-    latent: Tensor
-    entries: Tensor
-
-
 class VQGANOutput(NamedTuple):
-    """An image that went through the codes.
+    """Images after encoding and decoding.
 
     Attributes:
         reconstruction: (B, 3, H, W), about [-1, 1], not clamped.
-        encoding: its codes and what the losses need.
+        encoding: codes, quantised latent and the quantiser's losses.
     """
 
     reconstruction: Tensor
-    encoding: Encoding
+    encoding: Quantized
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The normalisation of every block."""
+    """GroupNorm as every block uses it."""
     return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm → SiLU → conv, twice, with dropout before the second and a 1×1 shortcut where the width changes."""
+    """GroupNorm → SiLU → conv, twice, with dropout before the second conv; a 1×1 shortcut if the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -167,7 +162,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, then the step to the next: ``downsample``, ``upsample`` or none."""
+    """The blocks of one resolution, then ``downsample``, ``upsample`` or neither."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
@@ -177,7 +172,7 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
 
     def parts(self) -> Iterator[nn.Module]:
-        """Its blocks in the order in which they are applied: (B, in, H, W) → (B, out, H', W')."""
+        """Yield the blocks in the order in which they are applied: (B, in, H, W) → (B, out, H', W')."""
         for index, block in enumerate(self.res):
             yield block
             if self.attn:
@@ -188,12 +183,12 @@ class Level(nn.Module):
 
 
 class Blocks(nn.Module):
-    """What encoder and decoder share: running a list of blocks, whose activations may be recomputed."""
+    """Base of encoder and decoder: runs a list of blocks, with activation checkpointing if it is on."""
 
     checkpoint_activations = False
 
     def run(self, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
-        """Apply blocks in turn; with ``checkpoint_activations`` each keeps its input only, for the backward pass."""
+        """Apply the blocks; with ``checkpoint_activations`` each block keeps only its input for the backward pass."""
         for block in blocks:
             if isinstance(block, Level):
                 x = self.run(x, block.parts())
@@ -216,7 +211,7 @@ def middle(channels: int, dropout: float) -> nn.ModuleList:
 
 
 class Encoder(Blocks):
-    """Images to latents."""
+    """Images → latents."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -242,7 +237,7 @@ class Encoder(Blocks):
 
 
 class Decoder(Blocks):
-    """Latents to images; its levels are stored lowest resolution first."""
+    """Latents → images; its levels are stored lowest resolution first."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -262,7 +257,7 @@ class Decoder(Blocks):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight at which the adaptive adversarial weight compares gradients."""
+        """The weight whose gradients the adaptive adversarial weight compares."""
         return self.conv_out.weight
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -272,45 +267,62 @@ class Decoder(Blocks):
 
 
 class VQGAN(nn.Module):
-    """The image tokenizer; state-dict names and shapes are those of the published checkpoints.
+    """The image tokenizer; with the default quantiser its state dict has the published names and shapes.
 
     Args:
         config: shape of the model; VQ-16 by default.
+
+    Attributes:
+        config: the same, with ``codebook_size`` and ``codebook_dim`` of the quantiser.
+        quantize: the quantiser.
+
+    Raises:
+        ValueError: in one line, if the configured quantiser cannot be built.
     """
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or VQGANConfig()
+        config = config or VQGANConfig()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quantize: Quantizer = (
+            VectorQuantizer(config.codebook_size, config.codebook_dim)
+            if config.quantizer is None
+            else build_quantizer(config.quantizer)
+        )
+        self.quant_conv = nn.Conv2d(config.z_channels, self.quantize.dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.quantize.dim, config.z_channels, 1)
+        self.config = replace(config, codebook_size=self.quantize.size, codebook_dim=self.quantize.dim)
 
     def checkpoint_activations(self, enabled: bool) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them: less memory, more work."""
+        """Turn activation checkpointing on or off: blocks recompute their activations in the backward pass."""
         self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = enabled
 
-    def encode(self, images: ImageInput) -> Encoding:
-        """Images to codes.
+    def encode(self, images: ImageInput) -> Quantized:
+        """Encode images to codes.
 
         Args:
-            images: (B, 3, H, W) floats in [-1, 1]; H and W multiples of the downsampling factor. Levels 0 to 255 are
-                taken as uint8 and scaled, also those of one image without B. (B, H, W, 3), arrays of numpy, a Pillow
-                image and a list of images of one size are taken, too. All go to the model's device and dtype.
+            images: (B, 3, H, W) floats in [-1, 1]; H and W multiples of the downsampling factor. uint8 levels 0 to 255
+                are scaled. Also accepted: channels last (B, H, W, 3), one image without B, numpy arrays, a Pillow
+                image, and a list of images of one size. Images are moved to the model's device and dtype.
 
         Returns:
-            Codes (B, h, w) and the vectors behind them.
+            Codes (B, h, w) int64, the quantised latent (B, E, h, w), the latent, and the quantiser's losses.
 
         Raises:
-            ValueError: in one line, if type, shape or range do not fit.
+            ValueError: in one line, if type, shape or range are wrong.
         """
         images = batch_of_images(images, self.config.downsampling, self.encoder.conv_in.weight)
-        quantized, codes, latent, entries = self.quantize(self.quant_conv(self.encoder(images)))
-        return Encoding(codes, quantized, latent, entries)
+        encoding: Quantized = self.quantize(self.quant_conv(self.encoder(images)))
+        if encoding.losses.keys() != set(names := self.quantize.loss_names):
+            raise ValueError(
+                f"{type(self.quantize).__name__}.forward returned the losses {', '.join(encoding.losses) or 'none'}, "
+                f"but loss_names is {names}; they must agree"
+            )
+        return encoding
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Quantised latents to images.
+        """Decode quantised latents to images.
 
         Args:
             quantized: (B, E, h, w), floats.
@@ -319,9 +331,9 @@ class VQGAN(nn.Module):
             (B, 3, H, W), about [-1, 1], not clamped.
 
         Raises:
-            ValueError: if these are no latents, but codes, for example.
+            ValueError: if they are not latents, for example codes.
         """
-        width = self.config.codebook_dim
+        width = self.quantize.dim
         if quantized.dim() != 4 or quantized.shape[1] != width or not quantized.is_floating_point():
             raise ValueError(
                 f"quantised latents must be floats of shape (B, {width}, h, w), not {quantized.dtype} of "
@@ -331,35 +343,35 @@ class VQGAN(nn.Module):
         return cast(Tensor, self.decoder(self.post_quant_conv(quantized)))
 
     def decode_codes(self, codes: CodeInput) -> Tensor:
-        """Codes to images.
+        """Decode codes to images.
 
         Args:
-            codes: whole numbers in [0, codebook_size), (B, h, w), or (h, w) of one image; of any width, as the uint16
-                of shards, in a tensor, an array of numpy or nested lists, on any device.
+            codes: integers in [0, K), (B, h, w), or (h, w) for one image. A tensor on any device, a numpy array or
+                nested lists, of any integer dtype: shards hold uint16.
 
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.
 
         Raises:
-            ValueError: in one line, if type, shape or codes do not fit.
+            ValueError: in one line, if type, shape or codes are wrong.
         """
-        codes = grids_of_codes(codes, self.config.codebook_size, self.quantize.embedding.weight.device)
+        codes = grids_of_codes(codes, self.quantize.size, self.post_quant_conv.weight.device)
         return self.decode(self.quantize.lookup(codes))
 
     def forward(self, images: ImageInput) -> VQGANOutput:
-        """Reconstruct images (B, 3, H, W) in [-1, 1] through their codes; takes what :meth:`encode` takes."""
+        """Encode and decode images (B, 3, H, W) in [-1, 1]; accepts all that :meth:`encode` accepts."""
         encoding = self.encode(images)
         return VQGANOutput(self.decode(encoding.quantized), encoding)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (clamped) to uint8 in [0, 255], as published: ``clamp(127.5 x + 128)``, truncated.
+    """Convert images in [-1, 1] to uint8 in [0, 255] as the published code does: ``clamp(127.5 x + 128)``, truncated.
 
     Args:
         images: floats of any shape.
 
     Raises:
-        ValueError: if they are no floats, as levels are.
+        ValueError: if they are not floats.
     """
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; to_uint8 takes floats in [-1, 1]")

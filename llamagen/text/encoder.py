@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.finite import check_finite
+from llamagen.state_dicts import tensors_checksum
 from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
 
 if TYPE_CHECKING:
@@ -163,7 +164,9 @@ class CaptionEncoder(nn.Module):
             ``tokenizer``.
         """
         if not self._checksums:  # over gigabytes, which never change
-            self._checksums = {"weights": _weights_checksum(self.model), "tokenizer": self._tokenizer_checksum()}
+            # Rounded to bfloat16, so that the checksum does not depend on the dtype in which the weights were loaded.
+            weights = tensors_checksum(dict(self.model.named_parameters()), torch.bfloat16)
+            self._checksums = {"weights": weights, "tokenizer": self._tokenizer_checksum()}
         return {
             "encoder": self.name,
             "width": self.width,
@@ -236,13 +239,3 @@ def _texts(captions: Sequence[str]) -> list[str]:
         if not isinstance(caption, str):
             raise ValueError(f"caption {place} must be a text, not {caption!r:.40}")
     return [readable(caption) for caption in captions]
-
-
-def _weights_checksum(model: nn.Module) -> str:
-    """SHA-256 over names and values of parameters, rounded to bfloat16: the same for each dtype they are read in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Compiled sampling lives as long as an evaluation, draws with the weights that are evaluated, and leaves no memory."""
+"""Compiled sampling exists during a stage, uses the evaluated weights, and frees its memory."""
 
 import gc
 import weakref
@@ -15,8 +15,8 @@ from callbacks import EMA, CompiledSampling, SampleGrid
 from datamodules import ClassRequestDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
+from llamagen.sampling.cpu.decoder import CPUDecoder
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.sampling.decoder import CPUDecoder
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
@@ -28,12 +28,12 @@ def module_for(pipeline: Pipeline, **net: Any) -> ARGenModule:
 
 
 class Watch(pl.Callback):
-    """Looks at the sampler where others would use it, and whether anything of it is left in training."""
+    """Records the sampler in validations, and how much of it is still in memory while training."""
 
     def __init__(self) -> None:
         self.decoders: list[CPUDecoder] = []
         self.codes: list[bool] = []
-        self.left: list[int] = []
+        self.alive: list[int] = []
         self.memory: list[weakref.ref[Any]] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -49,10 +49,10 @@ class Watch(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         gc.collect()
         assert pl_module.sampler is None
-        self.left.append(sum(reference() is not None for reference in self.memory))
+        self.alive.append(sum(reference() is not None for reference in self.memory))
 
 
-def test_a_validation_draws_by_compiled_steps_with_the_averages_and_training_goes_on_without_a_trace(
+def test_validation_samples_by_compiled_steps_and_frees_them_before_training(
     pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch()
@@ -62,15 +62,15 @@ def test_a_validation_draws_by_compiled_steps_with_the_averages_and_training_goe
     )  # fmt: skip
     assert watch.codes == [True] * 3
     assert len(watch.memory) == 9
-    assert watch.left == [0] * 6
-    said = capsys.readouterr().out
-    assert said.count("compiling the sampling in float32, 64 images at a time") == 3
-    assert said.count("compiled sampling is ready after") == 3
+    assert watch.alive == [0] * 6
+    output = capsys.readouterr().out
+    assert output.count("compiling the sampling in float32, 64 images at a time") == 3
+    assert output.count("compiled sampling is ready after") == 3
     assert len(list((tmp_path / "samples").iterdir())) == 3
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_copies_are_made_of_the_averages_wherever_the_callback_stands(
+def test_compiled_weights_are_the_averages_in_any_order_of_callbacks(
     first: bool, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     equal: list[bool] = []
@@ -93,7 +93,7 @@ def test_copies_are_made_of_the_averages_wherever_the_callback_stands(
     assert not torch.equal(average, module.gpt.layers[1].feed_forward.w2.weight)
 
 
-def test_auto_compiles_large_models_and_no_others(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_only_large_models(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     module, built = module_for(pipeline), []
     build = ARGenModule.build_sampler
     monkeypatch.setattr(
@@ -105,14 +105,14 @@ def test_auto_compiles_large_models_and_no_others(pipeline: Pipeline, monkeypatc
     assert True not in built
     evaluator(CompiledSampling(False)).predict(module, requests)
     assert True not in built
-    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 20_000)
+    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 20_000)
     assert sum(p.numel() for p in module.gpt.parameters()) > 20_000
     evaluator(CompiledSampling()).predict(module, requests)
     assert built[-1] is True
 
 
-def test_auto_samples_without_where_it_cannot_be_compiled(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 1)
+def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
 
     def refuse(*_: Any) -> None:
         raise ValueError("no compiler here")
@@ -128,8 +128,8 @@ def test_auto_samples_without_where_it_cannot_be_compiled(pipeline: Pipeline, mo
     assert module.sampler is None
 
 
-def test_auto_needs_no_tokenizer_where_nobody_draws(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("callbacks.compiled_sampling.WORTHWHILE", 1)
+def test_auto_needs_no_tokenizer_if_nothing_is_sampled(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
     train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
 
 
@@ -141,31 +141,29 @@ def test_predict_writes_the_same_images_compiled_or_not(pipeline: Pipeline, tmp_
         assert np.array_equal(compiled["arr_1"], eager["arr_1"])
 
 
-def test_predict_draws_as_many_at_a_time_as_its_batches_have(pipeline: Pipeline, capsys: Any) -> None:
+def test_predict_samples_with_the_batch_size_of_its_data(pipeline: Pipeline, capsys: Any) -> None:
     evaluator(CompiledSampling(True)).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=5))
     evaluator(CompiledSampling(True, batch_size=2)).predict(
         module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=5)
     )
-    said = capsys.readouterr().out
-    assert "float32, 5 images at a time" in said
-    assert "float32, 2 images at a time" in said
+    output = capsys.readouterr().out
+    assert "float32, 5 images at a time" in output
+    assert "float32, 2 images at a time" in output
 
 
-def test_int8_draws_from_rounded_weights(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_samples_with_rounded_weights(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     kinds: list[torch.dtype] = []
 
-    class Look(pl.Callback):
+    class Record(pl.Callback):
         def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             kinds.append(pl_module.sampler.sampler.decoder.step.weights.layers[0].wqkv.values.dtype)
 
-    evaluator(CompiledSampling(True, int8=True), Look()).predict(module_for(pipeline), ClassRequestDataModule(2, 1))
+    evaluator(CompiledSampling(True, int8=True), Record()).predict(module_for(pipeline), ClassRequestDataModule(2, 1))
     assert kinds == [torch.int8]
     assert "float32, int8 weights" in capsys.readouterr().out
 
 
-def test_in_pure_bfloat16_compiled_images_have_the_right_shape_and_are_the_same_in_any_batch(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_compiled_images_in_bf16_true_are_the_same_in_any_batch(pipeline: Pipeline, tmp_path: Path) -> None:
     arrays = []
     for size in (3, 30):
         more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
@@ -177,28 +175,28 @@ def test_in_pure_bfloat16_compiled_images_have_the_right_shape_and_are_the_same_
     assert np.array_equal(*arrays)
 
 
-def test_a_model_that_is_not_compiled_keeps_its_cache_for_the_whole_stage(pipeline: Pipeline) -> None:
+def test_without_compilation_one_cache_is_kept_for_the_stage(pipeline: Pipeline) -> None:
     seen: list[Any] = []
 
-    class Look(pl.Callback):
+    class Record(pl.Callback):
         def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             seen.append(pl_module.sampler.sampler.decoder._memory.keys)
 
-    evaluator(CompiledSampling(), Look()).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2))
+    evaluator(CompiledSampling(), Record()).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2))
     assert len(seen) == 3
     assert all(keys is seen[0] for keys in seen)
 
 
-def test_the_sampler_is_freed_after_test_predict_and_an_exception(pipeline: Pipeline) -> None:
+def test_the_sampler_is_freed_after_predict_and_after_an_exception(pipeline: Pipeline) -> None:
     module, requests = module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2)
 
-    class Stumble(pl.Callback):
+    class Fail(pl.Callback):
         def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             assert pl_module.sampler is not None
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        evaluator(CompiledSampling(True), Stumble()).predict(module, requests)
+        evaluator(CompiledSampling(True), Fail()).predict(module, requests)
     assert module.sampler is None
     evaluator(CompiledSampling(True)).predict(module, requests)
     assert module.sampler is None
@@ -208,11 +206,11 @@ def test_the_sampler_is_freed_after_test_predict_and_an_exception(pipeline: Pipe
     ("options", "phrase"),
     [({"batch_size": 0}, "batch_size is 0"), ({"enabled": False, "int8": True}, "compiled sampling is not enabled")],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_invalid_options(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):
         CompiledSampling(**options)
 
 
-def test_a_tokenizer_draws_no_images(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="VQGANModule draws no images; leave out CompiledSampling"):
+def test_rejects_a_module_that_samples_no_images(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"CompiledSampling needs a module .* but VQGANModule has no .*build_sampler"):
         train(vqgan_module(), pipeline, tmp_path, CompiledSampling(), max_steps=1)

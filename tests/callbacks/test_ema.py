@@ -18,7 +18,7 @@ PROBE = "vqgan.decoder.conv_out.weight"
 
 
 class Recorder(pl.Callback):
-    """The weights of a parameter before the first step, after each step, and at each validation."""
+    """Records a weight before the first step, after each step, and at each validation."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -76,7 +76,7 @@ def test_only_the_generator_is_averaged(pipeline: Pipeline, tmp_path: Path) -> N
     assert not any("ema" in name for name in checkpoint["state_dict"])
 
 
-def test_an_exception_in_validation_leaves_the_weights_in_place(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_an_exception_in_validation_restores_the_raw_weights(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     recorder = Recorder()
 
@@ -90,7 +90,7 @@ def test_an_exception_in_validation_leaves_the_weights_in_place(pipeline: Pipeli
     assert not torch.equal(recorder.validations[0], recorder.steps[-1])
 
 
-def test_other_stages_use_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_other_stages_load_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
     train(vqgan_module(), pipeline, tmp_path, max_steps=4)
     path = tmp_path / "checkpoints/last.ckpt"
     expected = averaged_weights(torch.load(path, weights_only=True))[PROBE]
@@ -102,7 +102,7 @@ def test_other_stages_use_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp
     assert torch.equal(load_vqgan(path).decoder.conv_out.weight, expected)
 
 
-def test_a_run_that_goes_on_without_averaging_leaves_a_readable_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_run_resumed_without_ema_writes_a_readable_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
     train(vqgan_module(), pipeline, tmp_path / "first", max_steps=2)
     module = vqgan_module()
     trainer = evaluator(max_steps=3, limit_val_batches=0)
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_without_averaging_leaves_a_readable_checkpoint(pipel
     assert torch.equal(load_vqgan(tmp_path / "second.ckpt").decoder.conv_out.weight, module.get_parameter(PROBE))
 
 
-def test_a_checkpoint_without_averages_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_without_averages(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     trainer = evaluator(max_steps=1, limit_val_batches=0)
     trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8))
@@ -125,6 +125,6 @@ def test_a_checkpoint_without_averages_is_refused(pipeline: Pipeline, tmp_path: 
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
-def test_a_decay_outside_of_its_range_is_refused(decay: float) -> None:
+def test_rejects_a_decay_out_of_range(decay: float) -> None:
     with pytest.raises(ValueError, match=f"decay is {decay}"):
         EMA(decay)

@@ -1,4 +1,4 @@
-"""Images are measured while a model trains and in ``test``: the numbers are those of the images themselves."""
+"""FIDMonitor measures the images of classes and reconstructions, while a model trains and in ``test``."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def sampling_module(pipeline: Pipeline, seed: int = 0) -> ARGenModule:
 
 
 class Spy(pl.Callback):
-    """Notes what can be monitored after each validation, and what was logged."""
+    """Records the metrics after each validation."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -64,7 +64,7 @@ class Spy(pl.Callback):
 
 
 class Shown(pl.Callback):
-    """Draws at the end of a validation what the monitor should have drawn."""
+    """Samples at the end of a validation the images that the monitor should sample."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -83,7 +83,7 @@ def measured(images: Tensor, reference: Path) -> dict[str, float]:
     return {name: value.item() for name, value in measurement.compute().items()}
 
 
-def test_a_training_logs_the_numbers_of_the_images_of_its_averages(
+def test_logs_the_metrics_of_images_sampled_with_the_averages(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor = FIDMonitor(reference, Everything(), count=23, every_n_validations=2, seed=5, batch_size=4)
@@ -108,8 +108,8 @@ def test_a_training_logs_the_numbers_of_the_images_of_its_averages(
     assert module.sampler is None
 
 
-def test_several_best_checkpoints_are_refused_where_not_every_validation_measures(reference: Path) -> None:
-    # Weights that nobody measured would be among the best, by the number of those before.
+def test_rejects_several_best_checkpoints_if_not_every_validation_measures(reference: Path) -> None:
+    # Otherwise weights that were not measured would be ranked by an earlier measurement.
     def check(every: int, **options: Any) -> None:
         trainer: Any = SimpleNamespace(callbacks=[ModelCheckpoint(**options)])
         FIDMonitor(reference, Everything(), every_n_validations=every)._check_checkpoints(trainer)
@@ -121,7 +121,7 @@ def test_several_best_checkpoints_are_refused_where_not_every_validation_measure
     check(2, monitor="val/loss", save_top_k=3)
 
 
-def test_the_extractor_is_in_no_checkpoint_and_the_count_of_validations_is(
+def test_checkpoints_hold_the_number_of_validations_but_not_the_extractor(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor = FIDMonitor(reference, Everything(), count=11, every_n_validations=3)
@@ -138,7 +138,7 @@ def test_the_extractor_is_in_no_checkpoint_and_the_count_of_validations_is(
     assert set(resumed.state_dict()["last"]) == NAMES
 
 
-def test_a_resumed_run_can_monitor_the_last_measurement(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_the_last_measurement(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     monitor, spy = FIDMonitor(reference, Everything(), count=11, every_n_validations=9), Spy()
     monitor.load_state_dict({"validations": 3, "last": {GFID: 3.5}})
     train(sampling_module(pipeline), pipeline, tmp_path, monitor, spy, max_steps=4, val_check_interval=2)
@@ -151,18 +151,18 @@ def test_reconstructions_are_measured_against_the_images_themselves(
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
     module = vqgan_module()
-    known: Reference | None = None
+    stored_reference: Reference | None = None
     if stored:
         all_images = open_images(pipeline.digits, SIZE, "val")
-        known = make_reference(all_images, Everything(), "digits-val", "reconstruction")
-        known.save(tmp_path / "val.npz")
+        stored_reference = make_reference(all_images, Everything(), "digits-val", "reconstruction")
+        stored_reference.save(tmp_path / "val.npz")
     monitor = FIDMonitor(tmp_path / "val.npz" if stored else None, Everything())
     results = evaluator(monitor, default_root_dir=tmp_path).test(module, data, verbose=False)[0]
     data.setup("validate")
     images = torch.cat([batch["images"] for batch in data.val_dataloader()])
     with torch.no_grad():
         found = to_uint8(module.eval().reconstruct(images))
-    measurement = Measurement(Everything(), SIZE, "reconstruction", known)
+    measurement = Measurement(Everything(), SIZE, "reconstruction", stored_reference)
     if not stored:
         measurement.update(to_uint8(images), real=True)
     measurement.update(found)
@@ -178,7 +178,7 @@ def test_reconstructions_are_measured_against_the_images_themselves(
     assert Image.open(tmp_path / "report/reconstructions.png").size[0] > 8 * SIZE
 
 
-def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
+def test_reconstructions_are_resized_before_they_are_measured(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=16, batch_size=64, num_workers=0)
@@ -195,26 +195,26 @@ def test_reconstructions_are_measured_at_the_size_that_was_asked_for(
     measurement.update(small[1])
     name = "rfid_everything/val"
     assert results[name] == pytest.approx(measurement.compute()[name].item(), rel=1e-3)
-    drawing = FIDMonitor(reference, Everything(), image_size=SIZE)
-    with pytest.raises(ValueError, match="image_size is 8, but the model draws images; set its own"):
-        evaluator(drawing, default_root_dir=tmp_path).test(
+    monitor = FIDMonitor(reference, Everything(), image_size=SIZE)
+    with pytest.raises(ValueError, match=r"image_size of FIDMonitor is 8, .* set model.init_args.image_size instead"):
+        evaluator(monitor, default_root_dir=tmp_path).test(
             sampling_module(pipeline), ClassRequestDataModule(10, 2, 8), verbose=False
         )
 
 
-def test_a_folder_that_is_no_report_is_found_before_anything_is_drawn(
+def test_rejects_a_folder_of_other_files_before_sampling(
     pipeline: Pipeline, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report/notes.txt").write_text("mine")
     trainer = evaluator(FIDMonitor(reference, Everything()), default_root_dir=tmp_path)
     module = sampling_module(pipeline)
-    monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(ValueError, match="report is there and is no report; move it away"):
+    monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="report exists and is not a report; move it away"):
         trainer.test(module, ClassRequestDataModule(10, 2, 8), verbose=False)
 
 
-def test_reconstructions_against_a_reference_for_generation_are_warned_of(
+def test_warns_about_reconstructions_against_a_reference_for_generation(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     data = DigitsDataModule(pipeline.digits, image_size=SIZE, batch_size=64, num_workers=0)
@@ -224,7 +224,9 @@ def test_reconstructions_against_a_reference_for_generation_are_warned_of(
     assert "rfid_everything/digits" in results
 
 
-def test_drawn_images_against_a_reference_for_reconstructions_are_warned_of(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_warns_about_generated_images_against_a_reference_for_reconstructions(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     path = tmp_path / "val.npz"
     make_reference(open_images(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
     trainer = evaluator(FIDMonitor(path, Everything(), count=10), default_root_dir=tmp_path)
@@ -233,7 +235,7 @@ def test_drawn_images_against_a_reference_for_reconstructions_are_warned_of(pipe
 
 
 def test_arguments(pipeline: Pipeline, folder: Path, reference: Path) -> list[str]:
-    """Of ``test`` that draws three digits of each class."""
+    """Arguments of ``test`` that samples three digits of each class."""
     return [
         *("test", *pipeline.sample_arguments(folder)[1:]),
         *("--config", "configs/argen/evaluate.yaml", f"--trainer.default_root_dir={folder}"),
@@ -247,13 +249,13 @@ test_arguments.__test__ = False  # type: ignore[attr-defined]
 
 @pytest.fixture(scope="module")
 def report(pipeline: Pipeline, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of ``test`` by the command line, on one process."""
+    """The report of ``test`` on one process, by the command line."""
     folder = tmp_path_factory.mktemp("evaluation")
     main.main(test_arguments(pipeline, folder, reference))
     return folder / "report"
 
 
-def test_test_measures_the_images_that_predict_draws(pipeline: Pipeline, report: Path, reference: Path) -> None:
+def test_test_measures_the_images_that_predict_samples(pipeline: Pipeline, report: Path, reference: Path) -> None:
     metrics = json.loads((report / "metrics.json").read_text())
     batches = list(open_images(pipeline.samples / "samples.npz").batches(100))
     expected = measured(torch.cat([batch.images for batch in batches]), reference)
@@ -263,7 +265,7 @@ def test_test_measures_the_images_that_predict_draws(pipeline: Pipeline, report:
     assert metrics["sampling"]["guidance_scale"] == 2.0
 
 
-def test_a_report_has_numbers_beside_the_papers_and_images(report: Path) -> None:
+def test_a_report_has_metrics_the_papers_values_and_images(report: Path) -> None:
     assert {path.name for path in report.iterdir()} == {
         "metrics.json", "report.md", "random.png", "classes.png", "neighbours.png",
     }  # fmt: skip
@@ -274,7 +276,9 @@ def test_a_report_has_numbers_beside_the_papers_and_images(report: Path) -> None
     assert Image.open(report / "classes.png").size[1] == 10 * (SIZE + 2) + 2
 
 
-def test_two_processes_report_what_one_does(pipeline: Pipeline, report: Path, reference: Path, tmp_path: Path) -> None:
+def test_two_processes_report_the_same_as_one(
+    pipeline: Pipeline, report: Path, reference: Path, tmp_path: Path
+) -> None:
     succeeds(two_processes(test_arguments(pipeline, tmp_path, reference)))
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (report, tmp_path / "report"))
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
@@ -283,7 +287,7 @@ def test_two_processes_report_what_one_does(pipeline: Pipeline, report: Path, re
         assert (tmp_path / "report" / name).read_bytes() == (report / name).read_bytes()
 
 
-def test_test_on_codes_measures_the_loss_and_draws(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+def test_test_on_codes_measures_the_loss_and_samples(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     from datamodules import CodeDataModule
 
     monitor = FIDMonitor(reference, Everything(), count=13, batch_size=4)
@@ -293,7 +297,7 @@ def test_test_on_codes_measures_the_loss_and_draws(pipeline: Pipeline, reference
     assert json.loads((tmp_path / "report/metrics.json").read_text())["images"]["count"] == 13
 
 
-def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+def test_validate_always_measures(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     from datamodules import CodeDataModule
 
     monitor = FIDMonitor(reference, Everything(), count=12, every_n_validations=7)
@@ -310,39 +314,39 @@ def test_validate_measures_whatever_the_period(pipeline: Pipeline, reference: Pa
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare drawn images with"),
+        (lambda path: FIDMonitor(None, Everything()), "needs a reference to compare generated images with"),
         (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_training(
+def test_rejects_what_cannot_be_measured_before_training(
     make: Any, phrase: str, pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=phrase):
         train(sampling_module(pipeline), pipeline, tmp_path, make(reference), max_steps=2)
 
 
-def test_a_reference_of_another_resolution_is_refused(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+def test_rejects_a_reference_of_another_resolution(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     module = argen_module(tokenizer=pipeline.tokenizer)
     module.image_size = 16
     with pytest.raises(ValueError, match="of images of 8 pixels, not 16"):
         train(module, pipeline, tmp_path, FIDMonitor(reference, Everything()), max_steps=2)
 
 
-def test_fewer_images_than_classes_are_warned_of(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="of the first 7 of 10 classes alone; set count to at least"):
+def test_warns_about_fewer_images_than_classes(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="only of the first 7 of 10 classes; set count to a multiple"):
         FIDMonitor(reference, Everything(), count=7).setup(
             evaluator(default_root_dir=tmp_path), sampling_module(pipeline), "fit"
         )
 
 
-def test_an_extractor_for_another_size_is_found_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_an_extractor_for_another_size_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     monitor = FIDMonitor(features=Projection(), every_n_validations=99)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train(vqgan_module(), pipeline, tmp_path, monitor, max_steps=2, image_size=16)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_that_goes_on_with_another_reference_monitors_its_name(
+def test_a_run_resumed_with_another_reference_logs_its_name(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor, spy = FIDMonitor(reference, Everything(), count=11, every_n_validations=9), Spy()
@@ -352,18 +356,18 @@ def test_a_run_that_goes_on_with_another_reference_monitors_its_name(
 
 
 @pytest.mark.parametrize("options", [{"count": 1}, {"every_n_validations": 0}, {"batch_size": 0}])
-def test_numbers_that_make_no_sense_are_refused(options: dict[str, int]) -> None:
+def test_rejects_invalid_options(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="they must be at least 2, 1 and 1"):
         FIDMonitor(**options)
 
 
-def test_without_weights_of_inception_the_error_says_what_to_do(
+def test_the_error_without_inception_weights_names_the_file(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
         train(vqgan_module(), pipeline, tmp_path, FIDMonitor(), max_steps=2)

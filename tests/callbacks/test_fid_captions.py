@@ -1,4 +1,4 @@
-"""Images of captions are measured while a text model trains and in ``test``, each with the number of its caption."""
+"""FIDMonitor measures the images of captions, while a text model trains and in ``test``."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ NAMES = {
 }
 VAL, POSITIONS, SEED = 14, 6, 5
 BROKEN = (2, 4)
-"""Both of the first of two ranks, which so draws less than the other."""
+"""Both belong to the first of two ranks, which then samples fewer images than the other."""
 NET = {**GPT_NET, "condition": "text", "caption_dim": WIDTH, "caption_length": POSITIONS}
 
 
@@ -74,18 +74,18 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def caption(number: int) -> str:
-    """Of validation sample ``number``, and of no other."""
+    """A unique caption for validation example ``number``."""
     return f"a {WORDS[number % len(WORDS)]} on the {WORDS[-1 - number // 4]} house" if number % 3 else WORDS[number]
 
 
 def stored(number: int) -> Tensor:
-    """The features of validation sample ``number``, (n, W)."""
+    """The features of validation example ``number``, (n, W)."""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(number % POSITIONS + 1, WIDTH, generator=generator).bfloat16()
 
 
 def write_set(root: Path, tokenizer: Path, features: bool, broken: Collection[int] = ()) -> Path:
-    """Codes of images with captions, and their features if they are to be stored."""
+    """Write codes with captions, and their features if ``features``."""
     shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     for split, count in (("train", 8), ("val", VAL)):
@@ -107,7 +107,7 @@ def write_set(root: Path, tokenizer: Path, features: bool, broken: Collection[in
 
 @pytest.fixture(scope="module")
 def codes(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With stored features."""
+    """Codes with stored features."""
     return write_set(tmp_path_factory.mktemp("codes") / "set", tokenizer, features=True)
 
 
@@ -138,30 +138,30 @@ def train(
 
 
 class Measured:
-    """Notes the images that are measured, by their numbers."""
+    """Records the measured images by number."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: dict[int, Tensor] = {}
         update = Measurement.update
 
-        def note(measurement: Measurement, images: Tensor, index: Tensor, real: bool = False) -> Any:
+        def record(measurement: Measurement, images: Tensor, index: Tensor, real: bool = False) -> Any:
             for number, image in zip(index.tolist(), images, strict=True):
                 assert number not in self.images
                 self.images[number] = image.clone()
             return update(measurement, images, index, real)
 
-        monkeypatch.setattr(Measurement, "update", note)
+        monkeypatch.setattr(Measurement, "update", record)
 
 
-def drawn(module: ARGenModule, features: list[Tensor], index: list[int], seed: int) -> Tensor:
-    """What the module draws of features (n, W): (B, 3, H, W)."""
+def sampled(module: ARGenModule, features: list[Tensor], index: list[int], seed: int) -> Tensor:
+    """Images that the module samples of features (n, W): (B, 3, H, W)."""
     lengths = torch.tensor([len(each) for each in features])
     padded = torch.stack([torch.nn.functional.pad(each, (0, 0, 0, POSITIONS - len(each))) for each in features])
     return module.sample(pad_left(padded, lengths), torch.tensor(index), seed, lengths)[0].permute(0, 3, 1, 2)
 
 
 class Shown(pl.Callback):
-    """Draws at the end of a validation what the monitor should have drawn."""
+    """Samples at the end of a validation the images that the monitor should sample."""
 
     def __init__(self, index: list[int], size: int = VAL) -> None:
         self.index, self.size = index, size
@@ -169,7 +169,7 @@ class Shown(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         features = [stored(number % self.size) for number in self.index]
-        images = drawn(pl_module, features, self.index, SEED)
+        images = sampled(pl_module, features, self.index, SEED)
         self.images.append(dict(zip(self.index, images, strict=True)))
 
 
@@ -179,20 +179,20 @@ def assert_equal(found: dict[int, Tensor], wanted: dict[int, Tensor]) -> None:
         assert torch.equal(found[number], image), number
 
 
-def numbers_of(images: dict[int, Tensor], reference: Path) -> dict[str, float]:
+def metrics_of(images: dict[int, Tensor], reference: Path) -> dict[str, float]:
     measurement = Measurement(Everything(), SIZE, "generation", read_reference(reference))
     measurement.update(torch.stack([images[number] for number in sorted(images)]), torch.arange(len(images)))
     return {name: value.item() for name, value in measurement.compute().items()}
 
 
-def assert_same_numbers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """But the deviation of KID, which is rounding where there are no more images than one of its subsets has."""
+def assert_same_metrics(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Except the deviation of KID, which is rounding if there are no more images than in one of its subsets."""
     assert set(found) >= NAMES
     for name in NAMES - {"gkid_std_everything/some"}:
         assert float(found[name]) == pytest.approx(float(wanted[name]), rel=1e-5), name
 
 
-def test_a_training_measures_images_of_the_captions_of_its_validation_set(
+def test_measures_images_of_the_captions_of_the_validation_data(
     tokenizer: Path, reference: Path, codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = FIDMonitor(reference, Everything(), count=11, every_n_validations=2, seed=SEED)
@@ -206,8 +206,8 @@ def test_a_training_measures_images_of_the_captions_of_its_validation_set(
     )  # fmt: skip
     monkeypatch.undo()
     assert_equal(measured.images, shown.images[-1])
-    expected = numbers_of(measured.images, reference)
-    assert_same_numbers(trainer.callback_metrics, expected)
+    expected = metrics_of(measured.images, reference)
+    assert_same_metrics(trainer.callback_metrics, expected)
     assert float(best.best_model_score) == pytest.approx(expected[GFID], rel=1e-5)
     assert module.sampler is None
 
@@ -221,7 +221,7 @@ def test_a_training_measures_images_of_the_captions_of_its_validation_set(
         pytest.param(12, 2, range(12), 8, id="more than captions of the batches"),
     ],
 )
-def test_captions_come_in_turn(
+def test_captions_are_repeated_in_order(
     count: int,
     batches: float,
     index: range,
@@ -239,12 +239,12 @@ def test_captions_come_in_turn(
     results = trainer.validate(text_module(tokenizer), data_of(codes), verbose=False)[0]
     assert set(results) >= NAMES
     assert_equal(measured.images, shown.images[0])
-    told = [str(warning.message).split(";")[0] for warning in recwarn if "so several" in str(warning.message)]
-    several = f"FIDMonitor draws {count} images of {size} captions, so several of each"
-    assert told == ([several] if count > size else [])
+    warned = [str(warning.message).split(";")[0] for warning in recwarn if "several of each" in str(warning.message)]
+    several = f"FIDMonitor samples {count} images of {size} captions, several of each"
+    assert warned == ([several] if count > size else [])
 
 
-def test_captions_that_cannot_be_used_leave_a_gap(
+def test_unreadable_captions_leave_a_gap(
     tokenizer: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_of(write_set(tmp_path / "set", tokenizer, features=True, broken=BROKEN), max_bad_share=0.2)
@@ -255,7 +255,7 @@ def test_captions_that_cannot_be_used_leave_a_gap(
     assert_equal(measured.images, shown.images[0])
 
 
-def test_test_on_codes_draws_their_captions_and_shows_them(
+def test_test_on_codes_samples_their_captions_and_shows_them(
     tokenizer: Path, reference: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = write_set(tmp_path / "set", tokenizer, features=False)
@@ -265,13 +265,13 @@ def test_test_on_codes_draws_their_captions_and_shows_them(
     assert {"test/loss", *NAMES} <= set(results)
     encoded = CaptionEncoder(t5, POSITIONS, "float32")([caption(number) for number in range(10)])
     features = [each[:length] for each, length in zip(encoded.features, encoded.lengths.tolist(), strict=True)]
-    images = drawn(module, features, list(range(10)), SEED)
+    images = sampled(module, features, list(range(10)), SEED)
     assert_equal(measured.images, dict(enumerate(images)))
     assert_captioned(tmp_path, 10)
 
 
 def assert_captioned(folder: Path, images: int) -> None:
-    """A report has its images above captions, says of which encoder, and puts nothing of the paper's beside."""
+    """A report shows captions below images, names the text encoder, and has no values of the paper."""
     assert {path.name for path in (folder / "report").iterdir()} == {
         "metrics.json", "report.md", "random.png", "neighbours.png",
     }  # fmt: skip
@@ -283,7 +283,7 @@ def assert_captioned(folder: Path, images: int) -> None:
     assert "384 px" not in (folder / "report/report.md").read_text()
 
 
-def test_test_with_prompts_measures_the_images_that_predict_draws(
+def test_test_with_prompts_measures_the_images_that_predict_samples(
     tokenizer: Path, reference: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "captions.tsv"
@@ -303,13 +303,13 @@ def test_test_with_prompts_measures_the_images_that_predict_draws(
     monkeypatch.undo()
     assert len(expected) == 2 * VAL
     assert_equal(measured.images, expected)
-    assert_same_numbers(results, numbers_of(expected, reference))
+    assert_same_metrics(results, metrics_of(expected, reference))
     assert_captioned(tmp_path, 2 * VAL)
     assert json.loads((tmp_path / "report/metrics.json").read_text())["images"]["count"] == 2 * VAL
 
 
-def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Path, tmp_path: Path) -> None:
-    """Also where ranks have unequal numbers of captions, and wait for each other in each step."""
+def test_the_report_is_the_same_on_any_number_of_processes(tokenizer: Path, reference: Path, tmp_path: Path) -> None:
+    """Also if ranks have unequal numbers of captions, and if they wait for each other in each step."""
     codes = write_set(tmp_path / "set", tokenizer, features=True, broken=BROKEN)
     keep = ModelCheckpoint(tmp_path, filename="text")
     train(text_module(tokenizer), data_of(codes, max_bad_share=0.2), tmp_path, keep, max_steps=2, limit_val_batches=0)
@@ -343,4 +343,4 @@ def test_any_number_of_processes_reports_the_same(tokenizer: Path, reference: Pa
     assert found["one"]["images"]["count"] == 16
     for name in ("ddp", "sharded"):
         assert found[name]["images"] == found["one"]["images"]
-        assert_same_numbers(found[name]["metrics"], found["one"]["metrics"])
+        assert_same_metrics(found[name]["metrics"], found["one"]["metrics"])

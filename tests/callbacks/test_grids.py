@@ -15,7 +15,7 @@ from llamagen.grids import GAP, captioned_grid, grid_image, save_png
 
 
 def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
-    """What a callback asks of a trainer after so many batches."""
+    """The part of a trainer that callbacks use, after so many batches."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches - 1))
     settings = {"loggers": [], "sanity_checking": False, "is_global_zero": True, **options}
     precision = SimpleNamespace(forward_context=nullcontext)
@@ -32,7 +32,7 @@ def test_a_grid_places_each_image_in_its_cell() -> None:
     assert (grid[8:12, 10:16] == 128).all()
 
 
-def test_a_grid_goes_to_the_folder_and_to_loggers_that_take_images(tmp_path: Path) -> None:
+def test_a_grid_is_saved_and_passed_to_loggers_that_accept_images(tmp_path: Path) -> None:
     calls: list[Any] = []
     wandb = SimpleNamespace(log_image=lambda **arguments: calls.append(arguments))
     board = SimpleNamespace(experiment=SimpleNamespace(add_image=lambda *a, **k: calls.append((a, k))))
@@ -55,16 +55,17 @@ def test_a_grid_goes_to_the_folder_and_to_loggers_that_take_images(tmp_path: Pat
         lambda: SampleGrid(every_n_validations=0),
     ],
 )
-def test_an_empty_grid_is_refused(make: Any) -> None:
+def test_rejects_an_empty_grid(make: Any) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         make()
 
 
-def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
+def test_samples_are_saved_at_every_nth_validation(tmp_path: Path) -> None:
     import torch
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
+        check_sampling = None
 
         def condition_of(self, batch: dict[str, Any]) -> Any:
             return batch["condition"], None, None
@@ -87,13 +88,14 @@ def test_samples_are_drawn_at_every_nth_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clean", [False, True])
-def test_prompts_are_read_as_the_captions_of_the_data_are(clean: bool, tmp_path: Path) -> None:
+def test_prompts_are_cleaned_if_the_data_cleans_its_captions(clean: bool, tmp_path: Path) -> None:
     import torch
 
     read: list[list[str]] = []
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
+        check_sampling = None
 
         def condition_of(self, batch: dict[str, Any]) -> Any:
             read.append(batch["captions"])
@@ -116,7 +118,7 @@ def flat_image(width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "shown"), [(8, 192), (100, 200), (192, 192), (256, 256)])
-def test_captioned_images_are_wide_enough_for_words(width: int, shown: int) -> None:
+def test_captioned_images_have_a_minimum_width(width: int, shown: int) -> None:
     grid = captioned_grid([[flat_image(width)] * 3, [flat_image(width)]], [["a", "b", "c"], ["d"]])
     assert grid.width == 3 * (shown + GAP) + GAP
     pixels = np.array(grid)
@@ -124,7 +126,7 @@ def test_captioned_images_are_wide_enough_for_words(width: int, shown: int) -> N
     assert pixels[GAP + shown // 2 :, : GAP + shown].min() < 50
 
 
-def test_captions_stay_below_their_images_and_take_no_more_room_than_they_need() -> None:
+def test_captions_fit_below_their_images_on_as_many_lines_as_they_need() -> None:
     rows = [[flat_image(256)] * 2]
     heights = []
     for caption in ("a", "word " * 12, "word " * 1000, "x" * 10**6, "\u0301" * 10**4):
@@ -136,7 +138,7 @@ def test_captions_stay_below_their_images_and_take_no_more_room_than_they_need()
     assert heights[2] == heights[3] == heights[0] + 2 * line
 
 
-def test_what_does_not_fit_below_an_image_ends_in_an_ellipsis() -> None:
+def test_long_captions_end_in_an_ellipsis() -> None:
     from llamagen.grids import _font, _wrapped
 
     font = _font(12)
@@ -152,13 +154,13 @@ def test_what_does_not_fit_below_an_image_ends_in_an_ellipsis() -> None:
 ODD = ["日本語", "مرحبا", "हिन्दी", "👩‍👩‍👧🐕‍🦺", "a\0b\x07\ud800\u202e", "", "\u2028", "e\u0301" * 50]
 
 
-def test_captions_in_any_script_are_drawn(tmp_path: Path) -> None:
+def test_captions_may_be_in_any_script(tmp_path: Path) -> None:
     grid = captioned_grid([[flat_image(64)] * len(ODD)], [ODD])
     save_png(grid, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").size == grid.size
 
 
-def test_letters_beyond_english_are_in_the_font() -> None:
+def test_the_font_has_letters_of_other_european_languages() -> None:
     from llamagen.grids import _font
 
     font = _font(12)
@@ -166,7 +168,7 @@ def test_letters_beyond_english_are_in_the_font() -> None:
     assert all(bytes(font.getmask(letter)) != lacking for letter in "éñßřпΕم…—")
 
 
-def test_a_png_says_what_it_is_told_to(tmp_path: Path) -> None:
+def test_text_is_stored_in_a_png(tmp_path: Path) -> None:
     save_png(Image.fromarray(flat_image(4)), tmp_path / "a.png", {"prompt": "柴犬"})
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["prompt"] == "柴犬"

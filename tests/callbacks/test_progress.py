@@ -1,4 +1,4 @@
-"""What is shown of a run that draws images."""
+"""The progress bar of sampling."""
 
 import re
 from pathlib import Path
@@ -14,17 +14,17 @@ from tests.ranks import succeeds, two_processes
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
-    """To draw 30 images in batches of 7, with a progress bar."""
+    """Sample 30 images in batches of 7, with a progress bar."""
     arguments = [item for item in pipeline.sample_arguments(folder) if "enable_progress_bar" not in item]
     return [*arguments, f"--ckpt_path={pipeline.argen}", *more]
 
 
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The bars that were shown, whose clock stands at two seconds after each start."""
+    """The bars that were shown; their clocks are fixed at two seconds after the start."""
     made: list[Any] = []
 
-    class Kept(tqdm):  # type: ignore[type-arg]
+    class Recorded(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             made.append(self)
@@ -39,11 +39,11 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def format_dict(self) -> Any:
             return {**super().format_dict, "elapsed": 2.0}
 
-    monkeypatch.setattr(progress, "tqdm", Kept)
+    monkeypatch.setattr(progress, "tqdm", Recorded)
     return made
 
 
-def test_images_are_counted_with_their_speed_and_the_time_left(
+def test_shows_images_speed_and_remaining_time(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
@@ -55,7 +55,7 @@ def test_images_are_counted_with_their_speed_and_the_time_left(
     assert "Predicting" not in shown.out + shown.err  # Lightning's
 
 
-def test_a_run_that_is_gone_on_with_counts_all_images_but_the_speed_of_its_own(
+def test_a_resumed_run_counts_all_images_and_measures_its_own_speed(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any]
 ) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
@@ -66,7 +66,7 @@ def test_a_run_that_is_gone_on_with_counts_all_images_but_the_speed_of_its_own(
     assert "30/30 [00:02<00:00,  8.00 images/s]" in str(bar)
 
 
-def test_nothing_is_shown_where_bars_are_switched_off(
+def test_shows_nothing_if_progress_bars_are_disabled(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.enable_progress_bar=false"))
@@ -77,7 +77,7 @@ def test_nothing_is_shown_where_bars_are_switched_off(
     assert (tmp_path / "samples.npz").exists()
 
 
-def test_lightnings_bar_is_given_back(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_enables_lightnings_bar_again(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = main.main(command(pipeline, tmp_path, "--data.init_args.per_class=1")).trainer
     assert trainer.progress_bar_callback is not None
     assert trainer.progress_bar_callback.is_enabled

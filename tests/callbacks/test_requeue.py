@@ -1,4 +1,4 @@
-"""A run that is told to stop ends at a whole step, is put back into the queue, and goes on as if nothing had been."""
+"""A run that a signal stops ends after a complete step, is requeued, and resumes exactly."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.ranks import ended, succeeds
 
 
 class Kill(pl.Callback):
-    """Sends the signal while a batch is being worked on."""
+    """Sends the signal during a training step."""
 
     def __init__(self, batch: int, rank: int = 0) -> None:
         self.batch, self.rank = batch, rank
@@ -37,17 +37,17 @@ def run(pipeline: Pipeline, folder: Path, *more: pl.Callback, module: Any = None
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A SLURM that writes down what it is told."""
+    """A stub of SLURM's command that records its arguments."""
     command = tmp_path / "bin/scontrol"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "told"}\n')
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "calls"}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    return tmp_path / "told"
+    return tmp_path / "calls"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_stopped_run_goes_on_to_the_same_weights(
+def test_a_stopped_run_resumes_to_the_same_weights(
     accumulate: int, pipeline: Pipeline, tmp_path: Path, scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert scontrol.read_text() == "requeue 4711\n"
 
 
-def test_there_is_no_validation_before_all_is_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_no_validation_runs_before_the_checkpoint_is_saved(pipeline: Pipeline, tmp_path: Path) -> None:
     validated: list[int] = []
 
     class Watch(pl.Callback):
@@ -79,7 +79,7 @@ def test_there_is_no_validation_before_all_is_saved(pipeline: Pipeline, tmp_path
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
-def test_a_task_of_an_array_is_put_back_by_its_number(
+def test_requeues_a_task_of_a_job_array(
     pipeline: Pipeline, tmp_path: Path, scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("SLURM_JOB_ID", "4713"), ("SLURM_ARRAY_JOB_ID", "4711"), ("SLURM_ARRAY_TASK_ID", "2")):
@@ -88,7 +88,7 @@ def test_a_task_of_an_array_is_put_back_by_its_number(
     assert scontrol.read_text() == "requeue 4711_2\n"
 
 
-def test_without_slurm_a_run_ends_and_the_signal_means_again_what_it_meant(
+def test_without_slurm_the_run_ends_and_the_handler_is_restored(
     pipeline: Pipeline, tmp_path: Path, scontrol: Path
 ) -> None:
     before = signal.getsignal(signal.SIGUSR1)
@@ -99,9 +99,7 @@ def test_without_slurm_a_run_ends_and_the_signal_means_again_what_it_meant(
     assert not scontrol.exists()
 
 
-def test_a_queue_that_does_not_answer_is_a_warning(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warns_if_requeueing_fails(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="job 4711 could not be put back"):
@@ -124,18 +122,18 @@ trainer = run(
 """
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step(pipeline: Pipeline, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(tmp_path), pipeline=str(pipeline.root)))
     succeeds(ended(["env", f"PYTHONPATH={Path.cwd()}", sys.executable, str(script)]))
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
-def test_a_run_that_would_not_be_saved_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give a ModelCheckpoint save_on_train_epoch_end: true"):
+def test_rejects_a_run_that_would_not_be_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"add LastCheckpoint to trainer.callbacks"):
         train(argen_module(), pipeline, tmp_path, Requeue(), max_epochs=1)
 
 
-def test_a_signal_that_does_not_exist_is_refused() -> None:
+def test_rejects_an_unknown_signal() -> None:
     with pytest.raises(ValueError, match="signal is 'SIGSTOPP'; it must be the name of a signal"):
         Requeue("SIGSTOPP")

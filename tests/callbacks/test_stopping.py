@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run at a whole step, saved; the shell learns of it, and a second signal does not wait."""
+"""SIGTERM and SIGINT end a run after a complete step and a checkpoint; a second signal ends it at once."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.ranks import ended, two_processes
 
 
 class Signal(pl.Callback):
-    """Sends a signal at a moment of a run, as often as told."""
+    """Sends a signal in a hook, a given number of times."""
 
     def __init__(self, hook: str, number: int, batch: int = 0, times: int = 1, rank: int = 0) -> None:
         self.number, self.batch, self.times, self.rank = number, batch, times, rank
@@ -41,7 +41,7 @@ def run(pipeline: Pipeline, folder: Path, *more: pl.Callback, module: Any = None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_resumes_to_the_same_weights(number: int, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(number: int, pipeline: Pipeline, tmp_path: Path) -> None:
     before, alone, second, stop = handlers(), argen_module(), argen_module(), StopOnSignal()
     wanted = state_of(alone, run(pipeline, tmp_path / "alone", module=alone, max_epochs=2))
     sending = Signal("on_train_batch_start", number, batch=2)
@@ -54,7 +54,7 @@ def test_a_run_that_is_ended_resumes_to_the_same_weights(number: int, pipeline: 
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
-def test_a_validation_is_finished_first_and_the_epoch_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_running_validation_is_finished_and_the_epoch_saved(pipeline: Pipeline, tmp_path: Path) -> None:
     stop, sending = StopOnSignal(), Signal("on_validation_epoch_start", signal.SIGTERM)
     trainer = run(pipeline, tmp_path / "run", stop, sending, max_epochs=3)
     assert (trainer.global_step, trainer.current_epoch, stop.received) == (8, 1, signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_a_validation_is_finished_first_and_the_epoch_saved(pipeline: Pipeline, 
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
 
 
-def test_what_no_callback_would_save_is_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_saves_a_checkpoint_if_no_other_callback_does(pipeline: Pipeline, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=100)
     sending = Signal("on_train_batch_start", signal.SIGTERM, batch=2)
     train(argen_module(), pipeline, tmp_path, callbacks=[saving, StopOnSignal(), sending], max_epochs=2)
@@ -78,7 +78,7 @@ def test_what_no_callback_would_save_is_saved(pipeline: Pipeline, tmp_path: Path
         ("on_sanity_check_start", 1, signal.SIGINT, SystemExit, 1),  # Lightning's, after KeyboardInterrupt
     ],
 )
-def test_the_second_signal_and_one_before_training_end_a_run_at_once(
+def test_a_second_signal_or_one_before_training_ends_the_run_at_once(
     hook: str, times: int, number: int, error: type[BaseException], code: int, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     before, stop = handlers(), StopOnSignal()
@@ -87,15 +87,15 @@ def test_the_second_signal_and_one_before_training_end_a_run_at_once(
     assert caught.value.code == code  # type: ignore[attr-defined]
     assert code != 1 or isinstance(caught.value.__context__, KeyboardInterrupt)
     assert not (tmp_path / "checkpoints").exists()
-    signal.raise_signal(signal.SIGCONT)  # any handler that Lightning has put back is called now or never
-    assert [handler for handler in handlers() if handler != stop._hear] == [
-        handler for handler, now in zip(before, handlers(), strict=True) if now != stop._hear
+    signal.raise_signal(signal.SIGCONT)  # runs any handler that Lightning has restored
+    assert [handler for handler in handlers() if handler != stop._handle] == [
+        handler for handler, now in zip(before, handlers(), strict=True) if now != stop._handle
     ]
     for each, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
         signal.signal(each, handler)
 
 
-def test_the_shell_learns_of_sigterm_and_half_written_samples_are_none(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import signal, sys\n"

@@ -1,4 +1,4 @@
-"""The speed of training, by a clock that only goes where the test lets it."""
+"""Throughput of training, measured with a simulated clock."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +22,18 @@ WORK = 3e12
 
 
 class Clock:
-    """Seconds, and how often they were asked for."""
+    """Simulated time in seconds, and how often it was read."""
 
     def __init__(self) -> None:
-        self.now, self.asked = 0.0, 0
+        self.now, self.reads = 0.0, 0
 
     def perf_counter(self) -> float:
-        self.asked += 1
+        self.reads += 1
         return self.now
 
 
 class Codes(Dataset[dict[str, Tensor]]):
-    """Sixteen batches of codes, the last of an epoch smaller; loading one takes time."""
+    """Batches of codes; the sixteenth is smaller, and loading one takes time."""
 
     def __init__(self, clock: Clock, count: int) -> None:
         self.clock, self.count = clock, count
@@ -48,7 +48,7 @@ class Codes(Dataset[dict[str, Tensor]]):
 
 
 class Slow(pl.LightningModule):
-    """Everything that it does takes time."""
+    """A module whose steps take simulated time."""
 
     flops_per_sequence = WORK
 
@@ -72,7 +72,7 @@ class Slow(pl.LightningModule):
 
 
 class Recorder(Logger):
-    """What a logger is given, by the step."""
+    """Records what is logged, by step."""
 
     name, version = "recorder", 0
 
@@ -121,12 +121,12 @@ def fit(
 
 
 def seconds_of(logged: dict[int, dict[str, float]], rows: int = 4 * ROWS) -> dict[int, float]:
-    return {step: rows / numbers["train/sequences_a_second"] for step, numbers in logged.items()}
+    return {step: rows / metrics["train/sequences_a_second"] for step, metrics in logged.items()}
 
 
-def test_speed_is_over_the_time_since_the_last_number_with_its_waiting_for_data(clock: Clock, tmp_path: Path) -> None:
+def test_a_window_includes_waiting_for_data(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(), limit_train_batches=12)
-    # The first window starts with its first batch at hand; steps without a number log none.
+    # The first window starts after its first batch was loaded.
     assert list(logged) == [4, 8, 12]
     whole = -LOAD
     for step, seconds in ((4, 4 * STEP + 3 * LOAD), (8, 4 * (STEP + LOAD)), (12, 4 * (STEP + LOAD))):
@@ -141,42 +141,42 @@ def test_speed_is_over_the_time_since_the_last_number_with_its_waiting_for_data(
         )
 
 
-def test_smaller_batches_count_as_what_they_are(clock: Clock, tmp_path: Path) -> None:
+def test_smaller_batches_are_counted_by_their_size(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(), log_every_n_steps=8)
     assert logged[16]["train/sequences_a_second"] == pytest.approx((7 * ROWS + 1) / (8 * (STEP + LOAD)))
 
 
-def test_accumulated_batches_count_and_steps_are_the_optimizers(clock: Clock, tmp_path: Path) -> None:
+def test_accumulated_batches_count_and_windows_end_at_optimizer_steps(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(), accumulate_grad_batches=2, limit_train_batches=9)
     assert list(logged) == [4]
     assert seconds_of(logged, 8 * ROWS) == pytest.approx({4: 8 * STEP + 7 * LOAD})
 
 
-def test_validation_is_left_out(clock: Clock, tmp_path: Path) -> None:
+def test_excludes_validation(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(), limit_val_batches=2, val_check_interval=2, limit_train_batches=8)
-    # Behind a validation the clock starts when the next batch is there.
+    # After a validation the clock starts when the next batch is there.
     assert seconds_of(logged) == pytest.approx({4: 4 * STEP + 2 * LOAD, 8: 4 * STEP + 2 * LOAD})
     assert clock.now > 8 * VALIDATE
 
 
-def test_checkpoints_are_left_out(clock: Clock, tmp_path: Path) -> None:
+def test_excludes_checkpoints(clock: Clock, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     logged = fit(clock, tmp_path, Throughput(), checkpoint, limit_train_batches=8)
     assert seconds_of(logged) == pytest.approx({4: 4 * STEP + 2 * LOAD, 8: 4 * STEP + 3 * LOAD})
     assert clock.now > 2 * SAVE
 
 
-def test_a_window_goes_on_in_the_next_epoch(clock: Clock, tmp_path: Path) -> None:
+def test_a_window_continues_in_the_next_epoch(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(), max_epochs=3, limit_train_batches=3)
     assert seconds_of(logged) == pytest.approx({4: 4 * STEP + 2 * LOAD, 8: 4 * STEP + 3 * LOAD})
 
 
-def test_the_device_is_waited_for_at_the_ends_of_windows_alone(clock: Clock, tmp_path: Path) -> None:
+def test_synchronizes_the_device_only_at_the_ends_of_windows(clock: Clock, tmp_path: Path) -> None:
     fit(clock, tmp_path, Throughput(), limit_train_batches=12, log_every_n_steps=6)
-    assert clock.asked == 1 + 2 * 2 + 1  # at the start, at both ends between windows, and at the end of the epoch
+    assert clock.reads == 1 + 2 * 2 + 1  # at the start, twice between windows, and at the end of the epoch
 
 
-def test_hours_are_those_of_the_whole_run(clock: Clock, tmp_path: Path) -> None:
+def test_hours_include_the_time_before_resuming(clock: Clock, tmp_path: Path) -> None:
     first, second = Throughput(), Throughput()
     before = fit(clock, tmp_path, first, limit_train_batches=8)[8]["train/hours"]
     assert first.state_dict() == {"hours": pytest.approx(before)}
@@ -187,11 +187,11 @@ def test_hours_are_those_of_the_whole_run(clock: Clock, tmp_path: Path) -> None:
     assert second.state_dict() == {"hours": pytest.approx(2 * before + 0.01)}
 
 
-def test_nothing_is_logged_where_a_trainer_logs_nothing(clock: Clock, tmp_path: Path) -> None:
+def test_logs_nothing_if_the_trainer_logs_nothing(clock: Clock, tmp_path: Path) -> None:
     assert fit(clock, tmp_path, Throughput(), log_every_n_steps=0) == {}
 
 
-def test_the_share_of_a_given_peak_is_logged(clock: Clock, tmp_path: Path) -> None:
+def test_logs_mfu_for_a_given_peak(clock: Clock, tmp_path: Path) -> None:
     logged = fit(clock, tmp_path, Throughput(peak_tflops=60.0), limit_train_batches=4)
     assert logged[4]["train/mfu"] == pytest.approx(logged[4]["train/tflops_a_second"] / 60.0)
 
@@ -209,13 +209,13 @@ def test_the_share_of_a_given_peak_is_logged(clock: Clock, tmp_path: Path) -> No
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
-def test_the_peak_of_a_known_gpu_is_known(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_peak_of_a_gpu_by_its_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert throughput.known_peak(torch.device("cuda", 0)) == peak
     assert throughput.known_peak(torch.device("cpu")) is None
 
 
-def test_a_gpu_is_waited_for_before_the_clock_is_read(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronizes_a_gpu_before_reading_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(device: torch.device) -> None:
         clock.now += 7.0
 
@@ -224,7 +224,7 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(clock: Clock, monkeypatch:
     assert throughput._now(torch.device("cpu")) == 7.0
 
 
-def test_sequences_are_those_of_all_ranks_and_operations_those_of_this_one(clock: Clock) -> None:
+def test_counts_sequences_of_all_ranks_and_operations_of_one(clock: Clock) -> None:
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(device=torch.device("cpu"), flops_per_sequence=WORK, log=logged.__setitem__)
     strategy = SimpleNamespace(reduce=lambda counts, reduce_op: {"sum": 2 * counts + 1}[reduce_op])
@@ -242,19 +242,19 @@ def test_sequences_are_those_of_all_ranks_and_operations_those_of_this_one(clock
     }
 
 
-def test_a_module_of_unknown_work_is_refused() -> None:
+def test_rejects_a_module_that_does_not_count_its_operations() -> None:
     module = pl.LightningModule()
-    with pytest.raises(ValueError, match="LightningModule does not say its operations"):
+    with pytest.raises(ValueError, match="LightningModule has no flops_per_sequence"):
         Throughput().setup(cast(pl.Trainer, None), module, "fit")
     Throughput().setup(cast(pl.Trainer, None), module, "validate")
 
 
 @pytest.mark.parametrize("peak", [0.0, -1.0, float("nan")])
-def test_a_peak_without_a_meaning_is_refused(peak: float) -> None:
+def test_rejects_an_invalid_peak(peak: float) -> None:
     with pytest.raises(ValueError, match="peak_tflops is"):
         Throughput(peak)
 
 
-def test_the_autoregressive_module_says_its_operations() -> None:
+def test_the_autoregressive_module_counts_its_operations() -> None:
     module = argen_module()
     assert module.flops_per_sequence == flops_per_sequence(module.gpt.config) > 0

@@ -1,4 +1,4 @@
-"""Validation of averages and of the weights themselves, and of each position by itself."""
+"""Validation of averages and of raw weights, and the loss of each position."""
 
 import csv
 from pathlib import Path
@@ -19,23 +19,23 @@ from datamodules import CodeDataModule
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
-NUMBERS = ("loss", "perplexity", "top1", "top5")
+METRICS = ("loss", "perplexity", "top1", "top5")
 
 
 def validated(
     module: pl.LightningModule, pipeline: Pipeline, *callbacks: pl.Callback, **options: Any
 ) -> dict[str, Any]:
-    (numbers,) = evaluator(*callbacks, limit_val_batches=2).validate(
+    (metrics,) = evaluator(*callbacks, limit_val_batches=2).validate(
         module,
         CodeDataModule(pipeline.codes, batch_size=50, num_workers=0),
         verbose=False,
         weights_only=True,
         **options,
     )
-    return dict(numbers)
+    return dict(metrics)
 
 
-def test_averages_and_weights_are_validated_side_by_side(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_averages_and_raw_weights_are_validated(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = train(
         argen_module(),
         pipeline,
@@ -49,13 +49,13 @@ def test_averages_and_weights_are_validated_side_by_side(pipeline: Pipeline, tmp
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     averages = validated(argen_module(1), pipeline, EMA(), ckpt_path=tmp_path / "last.ckpt")
     weights = validated(argen_module(1), pipeline, ckpt_path=tmp_path / "last.ckpt")
-    for name in NUMBERS:
+    for name in METRICS:
         assert logged[f"val/{name}"] == pytest.approx(averages[f"val/{name}"], rel=1e-5)
         assert logged[f"val_raw/{name}"] == pytest.approx(weights[f"val/{name}"], rel=1e-5)
     assert logged["val/loss"] != pytest.approx(logged["val_raw/loss"], rel=1e-4)
 
 
-def test_without_asking_only_the_averages_are_validated(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_by_default_only_the_averages_are_validated(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = train(argen_module(), pipeline, tmp_path, max_steps=2, val_check_interval=2)
     assert not any(name.startswith("val_raw") for name in trainer.callback_metrics)
 
@@ -72,13 +72,13 @@ def test_validating_twice_changes_no_weight(pipeline: Pipeline, tmp_path: Path) 
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_module_with_one_set_of_numbers_is_not_validated_twice() -> None:
-    with pytest.raises(ValueError, match="validate_raw is true, but VQGANModule"):
+def test_rejects_validate_raw_for_a_module_without_evaluate() -> None:
+    with pytest.raises(ValueError, match="VQGANModule has no evaluate; set validate_raw to false"):
         EMA(validate_raw=True).setup(cast(pl.Trainer, None), vqgan_module(), "fit")
     EMA().setup(cast(pl.Trainer, None), vqgan_module(), "fit")
 
 
-def test_the_loss_of_each_position_is_drawn_and_written(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_loss_of_each_position_is_plotted_and_written(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     module.gpt.output.weight.data.normal_(std=0.5)
     trainer = evaluator(PositionLoss(), default_root_dir=tmp_path)
@@ -102,7 +102,7 @@ def test_the_loss_of_each_position_is_drawn_and_written(pipeline: Pipeline, tmp_
     assert next(csv.reader(table.open())) == ["position", "row", "column", "test"]
 
 
-def test_a_map_shows_where_codes_are_hard() -> None:
+def test_the_figure_depends_on_the_values() -> None:
     easy, hard = np.zeros(16), np.zeros(16)
     hard[5] = 3.0
     assert np.array(position_image({"val": easy})).shape == np.array(position_image({"val": hard})).shape
@@ -110,12 +110,12 @@ def test_a_map_shows_where_codes_are_hard() -> None:
     assert position_image({"val": easy, "val_raw": hard}).height > 1.5 * position_image({"val": easy}).height
 
 
-def test_a_module_that_predicts_no_codes_has_no_positions() -> None:
-    with pytest.raises(ValueError, match="VQGANModule predicts no codes; leave PositionLoss out"):
+def test_rejects_a_module_that_predicts_no_codes() -> None:
+    with pytest.raises(ValueError, match="VQGANModule has no nats_by_position; remove PositionLoss"):
         PositionLoss().setup(cast(pl.Trainer, None), vqgan_module(), "fit")
 
 
-def test_weights_and_averages_share_a_curve(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_curves_hold_averages_and_raw_weights(pipeline: Pipeline, tmp_path: Path) -> None:
     curves = LearningCurves()
     train(
         argen_module(), pipeline, tmp_path, callbacks=[EMA(0.9, validate_raw=True), curves], max_steps=2,

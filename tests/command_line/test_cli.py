@@ -208,7 +208,7 @@ def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
         arguments = pipeline.sample_arguments(tmp_path / "run")[1:]
     else:
         arguments.append(f"--data.init_args.root={pipeline.codes}")
-    with pytest.raises(ValueError, match=r"the checkpoint holds a VQGAN, but a GPT is to be loaded") as error:
+    with pytest.raises(ValueError, match=r"the checkpoint holds a VQGAN, but a GPT is expected") as error:
         main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}"])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -1,8 +1,9 @@
-"""Every shipped YAML parses on top of its base, takes effect, and has the published size."""
+"""Every shipped configuration parses on top of its base, takes effect, and builds a model of the published size."""
 
 import contextlib
 import io
 import itertools
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ OVERLAYS = {
     for model in MODELS
 }
 LOGGERS = sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "logger").glob("*.yaml"))
-FOR_PREDICTION = {"sample", "prompts", "extract"}
+STAGES = {"sample": "predict", "prompts": "predict", "extract": "predict", "evaluate": "test"}
 CASES = [
-    ("predict" if Path(overlay).stem in FOR_PREDICTION else "fit", (f"{model}/base.yaml", overlay))
+    (STAGES.get(Path(overlay).stem, "fit"), (f"{model}/base.yaml", overlay))
     for model in MODELS
     for overlay in (*OVERLAYS[model], *LOGGERS)
 ]
-# The chains of the quickstart, and the stages that need no overlay.
+# The chains of the quickstart and of the documentation, and the stages that need no overlay.
 CASES += [(stage, (base,)) for stage in ("fit", "validate", "test", "predict") for base in BASES]
 CASES += [
     ("predict", ("argen/base.yaml", "argen/digits.yaml", "argen/sample.yaml")),
@@ -43,11 +44,16 @@ CASES += [
     ("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml")),
     ("predict", ("vqgan/base.yaml", "vqgan/vq8.yaml", "vqgan/extract.yaml")),
     ("fit", ("argen/base.yaml", "argen/size/XXL.yaml", "logger/wandb.yaml")),
-    ("predict", ("text/extract.yaml",)),  # complete by itself
+    ("predict", ("text/extract.yaml",)),  # needs no base
     ("predict", ("argen/base.yaml", "argen/t2i_stage2.yaml", "argen/prompts.yaml")),
     ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/t2i_stage2.yaml")),
     ("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/size/B.yaml")),
     ("fit", ("argen/base.yaml", "argen/digits.yaml", "argen/text_digits.yaml")),
+    ("predict", ("argen/base.yaml", "argen/digits.yaml", "argen/text_digits.yaml", "argen/prompts.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/extract.yaml", "vqgan/ten_crop.yaml")),
+    ("test", ("argen/base.yaml", "argen/digits.yaml", "argen/evaluate.yaml")),
+    ("test", ("argen/base.yaml", "argen/size/L.yaml", "argen/evaluate.yaml")),
+    ("test", ("vqgan/base.yaml", "vqgan/small.yaml", "vqgan/evaluate.yaml")),
 ]
 
 # Every base × overlay of the autoregressive model.
@@ -90,7 +96,7 @@ def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
-    """Where a configuration does not say what a YAML file says."""
+    """Paths of the values of a YAML file that a configuration does not have."""
     if isinstance(wanted, dict):
         if not isinstance(parsed, dict):
             return [where]
@@ -103,8 +109,8 @@ def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
             for i, pair in enumerate(zip(wanted, parsed, strict=True))
             for path in differences(*pair, f"{where}[{i}]")
         ]
-    if isinstance(wanted, str) and "${" in wanted:
-        return [where] if not isinstance(parsed, str) or "${" in parsed else []
+    if isinstance(wanted, str) and "${" in wanted:  # an interpolation, which may stand for a number
+        return [where] if parsed is None or "${" in str(parsed) else []
     if where.endswith("class_path"):  # printed in full
         return [] if str(parsed).split(".")[-1] == wanted.split(".")[-1] else [where]
     return [] if parsed == wanted else [where]
@@ -113,7 +119,7 @@ def differences(wanted: Any, parsed: Any, where: str = "") -> list[str]:
 def _differences_at(key: str, wanted: Any, parsed: dict[str, Any], where: str) -> list[str]:
     if not key.endswith("+"):
         return differences(wanted, parsed.get(key), where)
-    whole = parsed.get(key.removesuffix("+"))  # to which a list was appended
+    whole = parsed.get(key.removesuffix("+"))  # the list was appended to this one
     return differences(wanted, whole[-len(wanted) :], where) if isinstance(whole, list) else [where]
 
 
@@ -142,16 +148,18 @@ def test_every_file_is_in_a_case() -> None:
     assert set(BASES) <= shipped
 
 
-def test_the_values_that_do_not_arrive_are_found() -> None:
+def test_differences_lists_the_values_that_do_not_take_effect() -> None:
     assert differences({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}, "d": 1}) == [".a.b[1].c"]
     assert differences({"a": "${b}/x", "c": {"d": 1}}, {"a": "${b}/x", "c": None}) == [".a", ".c"]
     assert differences({"class_path": "EMA"}, {"class_path": "callbacks.EMA"}) == []
 
 
 @pytest.mark.parametrize("names", CHAINS, ids=lambda names: "+".join(names[1:]) or "base")
-def test_every_overlay_takes_effect_on_every_other_and_builds_the_published_model(names: tuple[str, ...]) -> None:
+def test_every_overlay_takes_effect_together_with_every_other_and_builds_the_published_model(
+    names: tuple[str, ...],
+) -> None:
     parsed = parse("fit", names)
-    for name in names[1:]:  # they share no key, so each says what it says in any company
+    for name in names[1:]:  # overlays of different kinds share no key
         assert differences(yaml.safe_load((CONFIGS / name).read_text()), parsed) == []
     parser = ArgumentParser()
     parser.add_class_arguments(ARGenModule, "model")
@@ -172,7 +180,7 @@ def test_no_key_of_an_overlay_repeats_the_base(name: str) -> None:
     assert (repeated == set(keys)) if name in SAME_AS_BASE else (repeated <= ALSO_IN_BASE)
 
 
-def test_hardware_and_batches_make_the_global_batch_of_the_paper() -> None:
+def test_every_hardware_overlay_has_the_global_batch_of_the_paper() -> None:
     batches = {}
     for name in HARDWARE[1:]:
         assert name is not None
@@ -194,29 +202,28 @@ def test_the_base_is_gpt_b() -> None:
     assert small == base
 
 
-STAGES = ("argen/base.yaml", "argen/t2i_stage1.yaml"), ("argen/base.yaml", "argen/t2i_stage2.yaml")
+TEXT_CHAINS = ("argen/base.yaml", "argen/t2i_stage1.yaml"), ("argen/base.yaml", "argen/t2i_stage2.yaml")
 
 
-def test_the_second_stage_of_text_to_image_differs_from_the_first_in_what_it_lists() -> None:
-    first, second = (parse("fit", names) for names in STAGES)
+def test_the_second_stage_of_text_to_image_differs_from_the_first_only_in_the_options_it_lists() -> None:
+    first, second = (parse("fit", names) for names in TEXT_CHAINS)
     assert sorted(differences(first, second)) == [
         ".data.init_args.root",
         ".data.init_args.short_caption_share",
         ".model.init_args.init_adapt",
         ".model.init_args.init_from",
         ".model.init_args.net.block_size",
-        *(f".trainer.callbacks[{number}].init_args.dirpath" for number in (1, 2, 3)),
         ".trainer.default_root_dir",
         ".trainer.logger.init_args.save_dir",
         ".trainer.max_steps",
     ]
-    assert parse("fit", (*STAGES[0], "argen/t2i_stage2.yaml")) == second
-    listed = (CONFIGS / STAGES[1][1]).read_text().split("trainer:")[0]
+    assert parse("fit", (*TEXT_CHAINS[0], "argen/t2i_stage2.yaml")) == second
+    listed = (CONFIGS / TEXT_CHAINS[1][1]).read_text().split("trainer:")[0]
     for option in ("init_from", "init_adapt", "block_size", "short_caption_share", "root", "max_steps"):
         assert f"#   {option}" in listed or f", {option}" in listed
 
 
-@pytest.mark.parametrize(("names", "grid"), [(STAGES[0], 16), (STAGES[1], 32)], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize(("names", "grid"), [(TEXT_CHAINS[0], 16), (TEXT_CHAINS[1], 32)], ids=["stage 1", "stage 2"])
 def test_the_text_models_have_the_published_size_and_the_recipe(names: tuple[str, ...], grid: int) -> None:
     config = parse("fit", names)
     net = GPTConfig(**config["model"]["init_args"]["net"])
@@ -238,20 +245,22 @@ def test_a_tokenizer_has_the_published_number_of_parameters(names: tuple[str, ..
     assert parameters(vqgan) == TOKENIZER_PARAMETERS[names]
 
 
-def test_the_codes_of_the_quickstart_fit_both_of_its_models() -> None:
+def test_the_codes_of_the_quickstart_fit_both_models() -> None:
     tokenizer = parse("fit", ("vqgan/base.yaml", "vqgan/digits.yaml"))
     argen = parse("fit", ("argen/base.yaml", "argen/digits.yaml"))
     net = tokenizer["model"]["init_args"]["net"]
     side = tokenizer["data"]["init_args"]["image_size"] // 2 ** (len(net["channel_multipliers"]) - 1)
     assert argen["model"]["init_args"]["net"]["block_size"] == side**2
     assert argen["model"]["init_args"]["net"]["vocab_size"] == net["codebook_size"]
-    codes = parse("predict", ("vqgan/base.yaml", "vqgan/digits.yaml", "vqgan/extract.yaml"))
-    assert argen["data"]["init_args"]["root"] == codes["trainer"]["default_root_dir"]
+    makefile = (CONFIGS.parent / "Makefile").read_text().replace("$(RUN)", "runs/quickstart")
+    extraction = re.search(r"vqgan/extract\.yaml .*\n.*--trainer\.default_root_dir (\S+)", makefile)
+    assert extraction is not None
+    assert argen["data"]["init_args"]["root"] == extraction[1]
     run = tokenizer["trainer"]["default_root_dir"]
     assert argen["model"]["init_args"]["tokenizer"] == f"{run}/checkpoints/last.ckpt"
 
 
-def test_features_of_captions_fit_the_model_that_reads_them() -> None:
+def test_extracted_features_fit_the_text_model() -> None:
     module = parse("predict", ("text/extract.yaml",))["model"]["init_args"]
     net = parse("fit", ("argen/base.yaml", "argen/t2i_stage1.yaml"))["model"]["init_args"]["net"]
     assert module["caption_length"] == net["caption_length"]
@@ -271,7 +280,7 @@ def test_features_of_captions_fit_the_model_that_reads_them() -> None:
     ],
     ids=".".join,
 )
-def test_an_unknown_key_of_an_overlay_is_refused_by_name(
+def test_an_unknown_key_of_an_overlay_is_an_error_that_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, keys: tuple[str, ...]
 ) -> None:
     tree: Any = 3
@@ -285,3 +294,60 @@ def test_an_unknown_key_of_an_overlay_is_refused_by_name(
     captured = capsys.readouterr()
     assert keys[-1] in captured.err.replace(str(overlay), "")
     assert captured.out == ""
+
+
+# The overlays that are for any run.
+GENERAL = [
+    ("predict", ("argen/base.yaml", "argen/size/B.yaml", "argen/sample.yaml")),
+    ("predict", ("argen/base.yaml", "argen/t2i_stage1.yaml", "argen/prompts.yaml")),
+    ("test", ("argen/base.yaml", "argen/evaluate.yaml")),
+    ("predict", ("vqgan/base.yaml", "vqgan/extract.yaml")),
+    ("test", ("vqgan/base.yaml", "vqgan/evaluate.yaml")),
+    ("predict", ("text/extract.yaml",)),
+]
+
+
+@pytest.mark.parametrize(("stage", "names"), GENERAL, ids=lambda value: value if isinstance(value, str) else value[-1])
+def test_general_overlays_name_no_run_and_the_missing_folder_is_an_error(
+    stage: str,
+    names: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "runs/" not in (CONFIGS / names[-1]).read_text()
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument for name in names for argument in ("--config", str(CONFIGS / name))]
+    prompts = ["--data.init_args.prompts=[a]"] if "prompts" in names[-1] else []
+    with pytest.raises(SystemExit) as end:
+        main([stage, *arguments, *prompts])
+    assert end.value.code == 2
+    assert "give --trainer.default_root_dir" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_prompts_are_an_error_that_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    _, names = GENERAL[1]
+    with pytest.raises(SystemExit) as end:
+        main(["predict", *(argument for name in names for argument in ("--config", str(CONFIGS / name)))])
+    assert end.value.code == 2
+    assert "required: prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overlay", ["sample", "evaluate"])
+def test_images_of_all_classes_of_the_model_are_generated(overlay: str) -> None:
+    general = parse(STAGES[overlay], ("argen/base.yaml", f"argen/{overlay}.yaml"))
+    digits = parse(STAGES[overlay], ("argen/base.yaml", "argen/digits.yaml", f"argen/{overlay}.yaml"))
+    assert [parsed["data"]["init_args"]["classes"] for parsed in (general, digits)] == [1000, 10]
+    assert general["data"]["init_args"] == {"classes": 1000, "per_class": 50, "batch_size": 64}
+
+
+def test_the_readme_lists_every_file() -> None:
+    text = (CONFIGS / "README.md").read_text()
+    links = set(re.findall(r"\]\(((?:vqgan|argen|logger|text)/[^)]+)\)", text))
+    assert all((CONFIGS / link).exists() for link in links)
+    sizes = {path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "argen/size").iterdir()}
+    shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
+    assert links == (shipped - sizes) | {"argen/size"}
+    row = next(line for line in text.splitlines() if "(argen/size)" in line)
+    assert all(re.search(rf"\b{Path(size).stem}\b", row) for size in sizes)

@@ -19,7 +19,7 @@ ADM_FILE = "VIRTUAL_imagenet256_labeled.npz"
 
 
 class FakeInception(Everything):
-    """Says that it is Inception, as ADM's references take for granted."""
+    """An extractor named Inception, as ADM's references assume."""
 
     name = "inception"
 
@@ -60,7 +60,7 @@ def write_adm(folder: Path, count: int = 20, seed: int = 5, row: bool = False, d
 
 
 def write_classifier(path: Path, seed: int) -> Path:
-    """A classifier that has learned nothing, named ``shapes``."""
+    """An untrained classifier named ``shapes``."""
     options = {"num_classes": 3, "image_size": SIZE, "width": 8}
     torch.manual_seed(seed)
     save_file(SmallClassifier(**options).state_dict(), path, {ENTRY: json.dumps({"name": "shapes", **options})})

@@ -1,4 +1,4 @@
-"""The training of the small classifier leaves a file that recognises digits, or none at all."""
+"""Training the small classifier writes a file that recognises digits, or none."""
 
 from pathlib import Path
 
@@ -26,13 +26,13 @@ def train(data: Path, out: Path, name: str = "digits-classifier", epochs: int = 
     return train_classifier(str(data), out, name, epochs=epochs, **{**OPTIONS, **options})  # type: ignore[arg-type]
 
 
-def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
+def test_recognises_digits_after_an_epoch_and_stores_its_accuracy(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "folder" / "digits.safetensors"
     accuracy = train(digits, out, image_size=16, width=16)
     assert accuracy > 0.8
-    assert f"{out}: recognises {accuracy:.1%} of the validation images" in capsys.readouterr().out
+    assert f"{out}: accuracy {accuracy:.1%} on the validation images" in capsys.readouterr().out
     facts, _ = read_classifier(out)
     assert facts == {
         **{"name": "digits-classifier", "num_classes": 10, "image_size": 16, "width": 16},
@@ -49,12 +49,12 @@ def test_it_recognises_digits_after_an_epoch_and_its_file_says_how_many(
     assert (logits.argmax(1) == batch["labels"]).double().mean().item() == pytest.approx(accuracy, abs=1 / 300)
 
 
-def test_a_training_may_be_five_steps(digits: Path, tmp_path: Path) -> None:
+def test_trains_for_five_steps(digits: Path, tmp_path: Path) -> None:
     train(digits, tmp_path / "a.safetensors", batch_size=256)
     assert (tmp_path / "a.safetensors").is_file()
 
 
-def test_the_seed_decides_the_weights(digits: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_weights(digits: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.safetensors" for name in "abc"]
     for file, seed in zip(files, (3, 3, 4), strict=True):
         train(digits, file, batch_size=512, seed=seed)
@@ -67,15 +67,13 @@ def test_the_seed_decides_the_weights(digits: Path, tmp_path: Path) -> None:
     ("options", "phrase"),
     [
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
-        ({"name": "digits/small"}, "name is 'digits/small'; give one without a slash"),
-        ({"name": " "}, "name is ' '; give one without a slash"),
+        ({"name": "digits/small"}, "a classifier cannot be named 'digits/small'; give a name without slashes"),
+        ({"name": " "}, "a classifier cannot be named ' '; give a name without slashes"),
         ({"width": 4}, "num_classes is 10, image_size 8 and width 4"),
         ({"batch_size": 1600}, "1497 training examples cannot be distributed .* batch_size 1600"),
     ],
 )
-def test_options_without_sense_are_refused(
-    digits: Path, tmp_path: Path, options: dict[str, float], phrase: str
-) -> None:
+def test_rejects_options_out_of_range(digits: Path, tmp_path: Path, options: dict[str, float], phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase) as error:
         train(digits, tmp_path / "a.safetensors", **options)  # type: ignore[arg-type]
     assert_one_line(error)
@@ -83,7 +81,7 @@ def test_options_without_sense_are_refused(
 
 
 def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
-    """Shards without a description: for each image of either split a class, or nothing."""
+    """Shards without meta.json, with a class for each image or none."""
     for split, labels in zip(("train", "val"), classes, strict=True):
         samples = [
             (f"{number:03d}", {"png": grey_image(10 * number, 8), **({"cls": label.encode()} if label else {})})
@@ -93,21 +91,21 @@ def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
     return root
 
 
-def test_images_without_classes_are_refused(tmp_path: Path) -> None:
+def test_rejects_images_without_classes(tmp_path: Path) -> None:
     data = grey_set(tmp_path / "data", ([""] * 8, [""] * 4))
-    with pytest.raises(ValueError, match="have no class; give a set with a class for each image") as error:
+    with pytest.raises(ValueError, match="have no class; give a dataset with a class for each image") as error:
         train(data, tmp_path / "a.safetensors", batch_size=4)
     assert_one_line(error, data)
     assert list(tmp_path.iterdir()) == [data]
 
 
-def test_a_class_that_only_training_images_have_counts(tmp_path: Path) -> None:
+def test_counts_classes_that_only_training_images_have(tmp_path: Path) -> None:
     data = grey_set(tmp_path / "data", (["0", "1", "2", "6"] * 2, ["0", "1"] * 2))
     train(data, out := tmp_path / "a.safetensors", batch_size=4)
     assert read_classifier(out)[0]["num_classes"] == 7
 
 
-def test_a_file_of_before_stays_if_writing_fails(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_the_old_file_if_writing_fails(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(state: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left")

@@ -1,4 +1,4 @@
-"""The CLIP behind the score: what it makes of images and prompts, and which it refuses to be."""
+"""The CLIP model: preparation, features of images and prompts, and errors."""
 
 import json
 import pickle
@@ -33,7 +33,7 @@ def squares(count: int) -> Tensor:
 
 
 class Adapted(torch.nn.Module):
-    """A CLIP as torchmetrics expects it, which gives tensors."""
+    """A CLIP that returns tensors, as torchmetrics expects."""
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Adapted(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_an_images_score_is_torchmetrics_score_of_it_alone(folder: Path) -> None:
+def test_scores_equal_those_of_torchmetrics_for_single_images(folder: Path) -> None:
     clip, images = Clip(folder), squares(len(PROMPTS))
 
     def processor(text: Any = None, images: Any = None, **options: Any) -> Any:
@@ -64,17 +64,17 @@ def test_an_images_score_is_torchmetrics_score_of_it_alone(folder: Path) -> None
     scores = ImageScores(clip)
     scores.update(images[:4], PROMPTS[:4])
     scores.update(images[4:], PROMPTS[4:])
-    assert scores.each() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert scores.scores() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert scores.compute().item() == pytest.approx(np.mean(expected), rel=1e-4)
     assert len({round(score, 2) for score in expected}) > 2
     scores.reset()
     scores.update(images[:1], PROMPTS[:1])
-    assert scores.each() == pytest.approx(expected[:1], rel=1e-4, abs=1e-4)
+    assert scores.scores() == pytest.approx(expected[:1], rel=1e-4, abs=1e-4)
     assert scores.compute().item() == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (256, 256), (20, 20), (48, 61), (131, 40)])
-def test_images_are_prepared_as_transformers_does_without_torchvision(size: tuple[int, int]) -> None:
+def test_prepares_images_like_transformers_without_torchvision(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE + 4}, crop_size=SIDE, do_rescale=False, do_normalize=False
@@ -84,7 +84,7 @@ def test_images_are_prepared_as_transformers_does_without_torchvision(size: tupl
 
 
 @pytest.mark.parametrize("size", [SIDE, {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}])
-def test_all_forms_of_a_size_are_read(folder: Path, tmp_path: Path, size: Any) -> None:
+def test_reads_all_forms_of_a_size(folder: Path, tmp_path: Path, size: Any) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     said = {"size": size, "crop_size": size, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
@@ -93,7 +93,7 @@ def test_all_forms_of_a_size_are_read(folder: Path, tmp_path: Path, size: Any) -
     assert not torch.equal(clip(squares(1).float()), Clip(folder)(squares(1).float()))
 
 
-def test_each_prompt_goes_through_the_model_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encodes_each_prompt_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = Clip(folder)
     seen: list[int] = []
     encode = clip.model.get_text_features
@@ -106,14 +106,14 @@ def test_each_prompt_goes_through_the_model_once(folder: Path, monkeypatch: pyte
     assert not torch.equal(first[0], first[1])
 
 
-def test_it_is_frozen_and_stays_in_evaluation_mode(folder: Path) -> None:
+def test_is_frozen_and_stays_in_evaluation_mode(folder: Path) -> None:
     clip = Clip(folder).train()
     assert not any(module.training for module in clip.modules())
     assert not any(parameter.requires_grad for parameter in clip.parameters())
     assert {parameter.dtype for parameter in clip.parameters()} == {torch.float32}
 
 
-def test_the_preparation_travels_to_workers() -> None:
+def test_the_preparation_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(Preparation(4, 3))) == Preparation(4, 3)
 
 
@@ -125,11 +125,11 @@ def test_the_preparation_travels_to_workers() -> None:
         ("/a/hub/models--openai--clip-vit-base-patch16/snapshots/57c216476eef", "clip-vit-base-patch16"),
     ],
 )
-def test_a_clip_is_called_by_the_last_part_of_its_name(name: str, short: str) -> None:
+def test_the_name_is_the_last_part_of_the_path(name: str, short: str) -> None:
     assert short_name(name) == short
 
 
-def test_without_transformers_the_extra_is_named(
+def test_names_the_extra_without_transformers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_samples(tmp_path, ["a red cat"], each=1)
@@ -137,7 +137,7 @@ def test_without_transformers_the_extra_is_named(
     assert 'pip install -c constraints.txt -e ".[text]"' in fails(capsys, tmp_path, f"--clip={folder}")
 
 
-def test_a_clip_that_is_not_there_or_something_else_is_refused(
+def test_rejects_a_missing_or_other_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path / "samples", ["a red cat"], each=1)
@@ -154,7 +154,7 @@ def test_a_clip_that_is_not_there_or_something_else_is_refused(
     assert "it is a bert, not a CLIP" in refusal(tmp_path / "other")
 
 
-def test_a_damaged_clip_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_a_damaged_clip(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples, damaged = write_samples(tmp_path / "samples", ["a red cat"], each=1), tmp_path / "damaged"
 
     def refusal() -> str:
@@ -172,7 +172,7 @@ def test_a_damaged_clip_is_refused(folder: Path, tmp_path: Path, capsys: pytest.
     assert "cannot be used" in refusal()
 
 
-def test_files_that_do_not_fit_the_model_are_refused(
+def test_rejects_files_that_do_not_fit_the_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, other = write_samples(tmp_path / "samples", ["a red cat"], each=1), tmp_path / "other"

@@ -1,4 +1,4 @@
-"""``python -m evaluation clip``: the score is that of the CLIP's features, for each image with its own prompt."""
+"""``python -m evaluation clip``: scores follow from CLIP's features of each image and its prompt."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_samples(
     folder: Path, prompts: list[str], each: int = EACH, columns: list[dict[str, str]] | None = None
 ) -> Path:
-    """A folder as predict completes it, with images of several shapes."""
+    """A folder as predict writes it, with images of several shapes."""
     generator = np.random.default_rng(0)
     lines = []
     for index in range(each * len(prompts)):
@@ -83,7 +83,7 @@ def expected(samples: Path, clip: Path) -> np.ndarray:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line in which the command says why it fails."""
+    """The error message of the command; checks that it is one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["clip", *map(str, arguments)])
@@ -97,7 +97,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return lines[0]
 
 
-def test_scores_are_those_of_the_features_of_images_and_prompts(
+def test_scores_follow_from_the_features_of_images_and_prompts(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "scores.json"
@@ -132,14 +132,14 @@ def test_scores_are_those_of_the_features_of_images_and_prompts(
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
 
 
-def test_old_configurations_that_name_a_wrong_end_give_the_same(samples: Path, tmp_path: Path, clip: Path) -> None:
+def test_old_configurations_with_a_wrong_end_token_give_the_same(samples: Path, tmp_path: Path, clip: Path) -> None:
     old = save_tiny_clip(tmp_path / "tiny", old_end=True)
     assert expected(samples, old) == pytest.approx(expected(samples, clip), rel=1e-5, abs=1e-5)
     assert clip_score(samples, str(old)) == clip_score(samples, str(clip))
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (64, 0), (4, 2)])
-def test_neither_batch_size_nor_workers_change_a_score(
+def test_batch_size_and_workers_do_not_change_scores(
     samples: Path, clip: Path, tmp_path: Path, batch_size: int, num_workers: int
 ) -> None:
     out = tmp_path / "scores.json"
@@ -153,13 +153,13 @@ def test_neither_batch_size_nor_workers_change_a_score(
 
 
 def numbers(value: Any) -> list[float]:
-    """All numbers of some JSON, in order."""
+    """All numbers of a JSON value, in order."""
     if isinstance(value, dict | list):
         return [each for part in (value.values() if isinstance(value, dict) else value) for each in numbers(part)]
     return [value] if isinstance(value, float) else []
 
 
-def test_long_prompts_are_cut_keep_their_end_and_are_counted(
+def test_cuts_long_prompts_before_their_end_token_and_counts_them(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.json"
@@ -173,7 +173,7 @@ def test_long_prompts_are_cut_keep_their_end_and_are_counted(
     assert content["by_prompt"][-1]["clip_score"] == pytest.approx(last, rel=1e-4)
 
 
-def test_categories_are_means_over_their_images(
+def test_scores_of_categories_are_means_over_their_images(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.json"
@@ -190,7 +190,7 @@ def test_categories_are_means_over_their_images(
     assert shown.index("| Category: Abstract |") < shown.index("| Category: Animals |")
 
 
-def test_a_column_with_many_values_is_no_category() -> None:
+def test_a_column_with_many_values_is_not_a_category() -> None:
     def found(values: int) -> dict[str, Any]:
         count = 2 * values
         some = [PromptImage(Path("a"), str(row), row, {"Note": str(row % values)}) for row in range(count)]
@@ -200,7 +200,7 @@ def test_a_column_with_many_values_is_no_category() -> None:
     assert found(MAX_GROUPS + 1) == {}
 
 
-def test_of_many_prompts_the_worst_and_the_best_are_printed(
+def test_prints_the_worst_and_the_best_of_many_prompts(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [f"cat {number} | of a lot" for number in range(SHOWN_PROMPTS + 5)]
@@ -215,7 +215,7 @@ def test_of_many_prompts_the_worst_and_the_best_are_printed(
     assert all(line.replace("\\|", "").count("|") == 5 for line in shown)
 
 
-def test_sets_of_others_have_text_and_no_numbers(clip: Path, tmp_path: Path) -> None:
+def test_reads_datasets_with_text_and_without_numbers(clip: Path, tmp_path: Path) -> None:
     write_samples(tmp_path, PROMPTS, each=1)
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     whole = clip_score(tmp_path, str(clip))
@@ -226,7 +226,7 @@ def test_sets_of_others_have_text_and_no_numbers(clip: Path, tmp_path: Path) -> 
     assert {each["prompt_number"] for each in found} == {None}
 
 
-def test_half_a_surrogate_pair_is_a_question_mark(clip: Path, tmp_path: Path) -> None:
+def test_a_lone_surrogate_becomes_a_question_mark(clip: Path, tmp_path: Path) -> None:
     write_samples(tmp_path, ["a ? b"], each=1)
     whole = clip_score(tmp_path, str(clip))
     text = (tmp_path / "metadata.jsonl").read_text().replace("a ? b", "a \\ud83d b")
@@ -241,11 +241,11 @@ def test_a_single_image_has_no_standard_error(clip: Path, tmp_path: Path) -> Non
     assert score_of(np.array([1.0, 2.0])) == (1.5, pytest.approx(0.5), 2)
 
 
-def test_what_is_no_complete_folder_is_refused(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_incomplete_folders(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(*more: Any) -> str:
         return fails(capsys, tmp_path / "samples", f"--clip={clip}", f"--out={tmp_path / 'a.json'}", *more)
 
-    assert "is no folder" in refusal()
+    assert "is not a folder" in refusal()
     write_samples(tmp_path / "samples", ["a red cat", "dogs"], each=2)
     metadata = tmp_path / "samples" / "metadata.jsonl"
     whole = metadata.read_text()
@@ -266,7 +266,7 @@ def test_what_is_no_complete_folder_is_refused(clip: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_that_cannot_be_read_are_named(
+def test_names_images_that_cannot_be_read(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
 ) -> None:
     write_samples(tmp_path, ["a red cat"], each=3)
@@ -280,7 +280,7 @@ def test_images_that_cannot_be_read_are_named(
     assert not (tmp_path / "a.json").exists()
 
 
-def test_arguments_that_make_no_sense_are_refused(
+def test_rejects_arguments_out_of_range(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argument, message in (

@@ -1,4 +1,4 @@
-"""``python -m evaluation``: any two sets of images are compared without a model, and errors are one line."""
+"""``python -m evaluation`` compares two sets of images without a model; errors are one line."""
 
 import json
 import runpy
@@ -56,13 +56,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(printed: str) -> dict[str, float]:
-    """Of the table that the command prints."""
+    """Values of the table that the command prints."""
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     return {name: float(value) for name, value in rows[2:]}
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line in which the command says why it fails."""
+    """The error message of the command; checks that it is one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
@@ -77,7 +77,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 @pytest.mark.parametrize("fake", ["fake", "fake.npz"])
 @pytest.mark.parametrize("real", ["real", "real.npz", "statistics.npz"])
-def test_numbers_are_those_of_a_measurement(
+def test_compare_gives_the_results_of_a_measurement(
     fake: str, real: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "report"
@@ -110,7 +110,7 @@ def test_numbers_are_those_of_a_measurement(
     assert {path.name for path in report.iterdir()} == {"metrics.json", "report.md", *grids}
 
 
-def test_a_set_is_no_distance_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_has_distance_zero_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for real in ("fake", "fake.npz"):
         main(["compare", str(root / "fake.npz"), str(root / real), EVERYTHING])
         found = numbers(capsys.readouterr().out)
@@ -119,7 +119,7 @@ def test_a_set_is_no_distance_from_itself(root: Path, capsys: pytest.CaptureFixt
         assert found["precision_everything/fake"] == found["recall_everything/fake"] == 1
 
 
-def test_the_reference_can_be_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reference_can_be_given_a_name(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for real in ("real", "statistics.npz"):
         main(["compare", str(root / "fake"), str(root / real), EVERYTHING, "--reference_name=mine"])
         assert "gfid_everything/mine" in numbers(capsys.readouterr().out)
@@ -130,7 +130,7 @@ def test_the_reference_can_be_named(root: Path, capsys: pytest.CaptureFixture[st
     )
 
 
-def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reconstructions_have_their_own_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", str(root / "real.npz"), str(root / "real"), EVERYTHING, "--reconstructions=true"])
     shown = capsys.readouterr()
     found = numbers(shown.out)
@@ -139,7 +139,9 @@ def test_reconstructions_have_names_of_their_own(root: Path, capsys: pytest.Capt
     assert "warning" not in shown.err
 
 
-def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_of_a_reference_for_another_purpose(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "val.npz"
     main(["reference", str(root / "real"), str(out), EVERYTHING, "--purpose=reconstruction"])
     assert f"{out}: 30 images of 8 px, for reconstruction, named val" in capsys.readouterr().out
@@ -154,17 +156,17 @@ def test_a_mix_up_is_warned_of(root: Path, tmp_path: Path, capsys: pytest.Captur
         assert phrase in warning
 
 
-def test_numbers_that_are_left_out_are_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_what_is_not_measured(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", str(root / "fake"), str(root / "real"), "--features=tests.metrics.extractors.Projection"])
     shown = capsys.readouterr()
     assert "sfid" not in shown.out
     assert [line for line in shown.err.splitlines() if line.startswith("warning: ")] == [
-        "warning: left out: sfid, as the extractor Projection gives no spatial features; inception_score, as the "
-        "extractor Projection gives no logits"
+        "warning: not measured: sfid, because the extractor Projection gives no spatial features; inception_score, "
+        "because the extractor Projection gives no logits"
     ]
 
 
-def test_a_reference_of_adm_is_compared_with_and_completed(
+def test_compares_with_a_reference_of_adm_and_adds_its_features(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["compare", str(root / "fake"), str(root / ADM_FILE), FAKE_INCEPTION])
@@ -183,9 +185,7 @@ def test_a_reference_of_adm_is_compared_with_and_completed(
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
 
 
-def test_a_classifier_takes_the_place_of_inception(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_classifier_can_replace_inception(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
     features = ["--features=Classifier", f"--features.weights={weights}"]
     main(["reference", str(root / "real"), str(out), *features])
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),
     "an abbreviation": (["compare", "fake", "real", "--batch=3"], ["unrecognized arguments: --batch=3"]),
     "no number": (["compare", "fake", "real", "--batch_size=x"], ["batch_size", "int", "x"]),
-    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0 and num_workers 0; they must be"]),
+    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0; it must be at least 1"]),
     "another split": (["compare", "fake", "real", "--split=test"], ["split", "'train', 'val'", "test"]),
     "a split of none": (["compare", "fake", "real", "--split=val"], ["leave split val out"]),
     "a split of statistics": (
@@ -230,14 +230,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of images"]),
     "another array": (["compare", "others.npz", "real"], ["others.npz", "arr_0"]),
     "floats": (["compare", "float.npz", "real"], ["float.npz", "float64", "uint8"]),
-    "text": (["compare", "fake", "text.npz"], ["text.npz is no .npz, or damaged"]),
+    "text": (["compare", "fake", "text.npz"], ["text.npz is not an .npz, or damaged"]),
     "other sizes": (["compare", "fake", "larger"], ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
     "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of images of 8 pixels, not 16"]),
     "another extractor": (["compare", "fake", ADM_FILE], ["made with the extractor inception, not everything"]),
-    "no report": (["compare", "fake", "real", "--report=empty"], ["empty is there and is no report"]),
+    "no report": (["compare", "fake", "real", "--report=empty"], ["empty exists and is not a report"]),
     "out of no format": (["reference", "real", "out"], ["out is", "give the name of a file, *.npz"]),
     "out is a folder": (["reference", "real", "folder.npz"], ["out is", "give the name of a file, *.npz"]),
-    "out is the source": (["reference", "real.npz", "real.npz"], ["which are the images; give another name"]),
+    "out is the source": (["reference", "real.npz", "real.npz"], ["which is the file of images; give another name"]),
     "a slash": (["reference", "real", "out.npz", "--name=a/b"], ["cannot be named 'a/b'"]),
     "no name": (["reference", "real", "out.npz", "--name="], ["cannot be named ''"]),
     "white space": (["reference", "real", "my out.npz"], ["cannot be named 'my out'"]),
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_makes_no_sense_is_refused_in_one_line(
+def test_rejects_wrong_arguments_in_one_line(
     kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, phrases = REFUSED[kind]
@@ -263,18 +263,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_no_traceback(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_an_error_of_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "compare", root / "fake", root / "real", EVERYTHING, "--device=cuda")
     assert "device is 'cuda', which cannot be used here" in message
 
 
-def test_without_the_weights_of_inception_the_error_says_what_to_do(
+def test_says_what_to_do_without_the_weights_of_inception(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("llamagen.metrics.inception.download_url_to_file", refuse)
+    monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for command in (("compare", root / "fake", root / "real"), ("reference", root / "real", tmp_path / "r.npz")):
         message = fails(capsys, *command)
@@ -287,7 +287,7 @@ def test_without_the_weights_of_inception_the_error_says_what_to_do(
     assert "weights no.pth is not a file" in message
 
 
-def test_a_reference_keeps_its_purpose_unless_told_otherwise(root: Path, tmp_path: Path) -> None:
+def test_a_reference_keeps_its_purpose_by_default(root: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.npz" for name in "abc"]
     main(["reference", str(root / "real"), str(paths[0]), EVERYTHING, "--purpose=reconstruction"])
     main(["reference", str(paths[0]), str(paths[1]), EVERYTHING])
@@ -296,7 +296,7 @@ def test_a_reference_keeps_its_purpose_unless_told_otherwise(root: Path, tmp_pat
     assert [read_reference(path).name for path in paths] == ["a", "b", "c"]
 
 
-def test_an_interruption_leaves_nothing_and_no_traceback(
+def test_an_interrupt_leaves_no_files_and_no_traceback(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*arguments: Any) -> None:
@@ -310,7 +310,7 @@ def test_an_interruption_leaves_nothing_and_no_traceback(
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         write_npz(tmp_path / f"{name}.npz", 200, seed)
     alive: set[int] = set()
@@ -331,9 +331,7 @@ def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_it_is_the_module_that_python_runs(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_as_a_module(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluation", "compare", str(root / "missing"), str(root / "real"), EVERYTHING])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("evaluation", run_name="__main__")

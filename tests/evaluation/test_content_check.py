@@ -1,4 +1,4 @@
-"""Images that cannot be measured are refused before an extractor sees them, on both sides and in any kind of file."""
+"""Implausible images are rejected before features are extracted, on both sides and in all forms."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ EVERYTHING = "--features=tests.evaluation.test_content_check.Unused"
 
 
 class Unused(Everything):
-    """An extractor that must not see images; measures look at a probe of zeros."""
+    """An extractor that accepts only black images, with which metrics probe it."""
 
     def forward(self, images: Any) -> Any:
-        assert not images.any(), "it was shown images"
+        assert not images.any(), "features of images were extracted"
         return super().forward(images)
 
 
@@ -49,9 +49,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_they_are_refused_before_anything_is_computed_or_written(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rejects_implausible_images_before_computing_or_writing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(root.rglob("*"))
     for name, reason in (
         ("ones.npz", "multiply by 255 and round first"),
@@ -76,7 +74,7 @@ def test_they_are_refused_before_anything_is_computed_or_written(
     assert sorted(root.rglob("*")) == before
 
 
-def test_a_batch_of_ordinary_images_is_looked_at_and_all_of_odd_ones(root: Path) -> None:
+def test_reads_one_batch_of_ordinary_images_and_all_suspicious_ones(root: Path) -> None:
     np.savez("many.npz", noise(200))
     images = open_images("many.npz")
     check_content(images)
@@ -90,12 +88,10 @@ def test_a_batch_of_ordinary_images_is_looked_at_and_all_of_odd_ones(root: Path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_odd_images_are_measured_with_a_warning(
-    root: Path, capsys: pytest.CaptureFixture[str], num_workers: int
-) -> None:
+def test_warns_of_unusual_images(root: Path, capsys: pytest.CaptureFixture[str], num_workers: int) -> None:
     write(root / "binarised", (noise() > 127) * np.uint8(255))
     write(root / "copied", np.concatenate([noise(10), noise(10)]))
-    for name, warning in (("binarised", "only the levels 0, 255"), ("copied", "10 of 20 images are exact copies")):
+    for name, warning in (("binarised", "the only levels are 0, 255"), ("copied", "10 of 20 images are exact copies")):
         images = open_images(name)
         check_content(images)
         list(images.batches(7, num_workers=num_workers))
@@ -107,14 +103,14 @@ def test_the_command_prints_the_warning_once(root: Path, capsys: pytest.CaptureF
     np.savez("binarised.npz", (noise() > 127) * np.uint8(255))
     main(["compare", "binarised.npz", "good.npz", "--features=tests.metrics.extractors.Everything"])
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line for line in warnings if "only the levels" in line] == [
-        line for line in warnings if line.startswith("warning: binarised.npz: there are only the levels 0, 255; ")
+    assert [line for line in warnings if "the only levels" in line] == [
+        line for line in warnings if line.startswith("warning: binarised.npz: the only levels are 0, 255; ")
     ]
-    assert len([line for line in warnings if "only the levels" in line]) == 1
+    assert len([line for line in warnings if "the only levels" in line]) == 1
 
 
-def test_statistics_of_equal_images_are_no_reference(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_statistics_without_variance(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("flat.npz", mu=np.zeros(2), sigma=np.zeros((2, 2)))
     with pytest.raises(SystemExit):
         main(["compare", "good.npz", "flat.npz", EVERYTHING])
-    assert "flat.npz is no reference: sigma is zero everywhere" in capsys.readouterr().err
+    assert "flat.npz is not a reference: sigma is zero everywhere" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A report shows the same few images however they came, and beside them their nearest of the reference."""
+"""The images of a report do not depend on order, batches or ranks; neighbours are the nearest."""
 
 import numpy as np
 import pytest
@@ -15,17 +15,17 @@ COUNT, KINDS = 500, 23
 
 
 def shown(index: Tensor, batch_size: int = 64, labels: bool = True, gallery: Gallery | None = None) -> Gallery:
-    """A gallery that has seen some of 500 images of 23 classes."""
+    """A gallery with some of 500 images of 23 classes."""
     gallery = Gallery() if gallery is None else gallery
     batch = random_images(COUNT, 0)
     for some in index.split(batch_size):
         features = batch[some].flatten(1).float()
-        gallery.show(batch[some], some, features, some % KINDS if labels else None)
+        gallery.add(batch[some], some, features, some % KINDS if labels else None)
     return gallery
 
 
 def content(gallery: Gallery) -> tuple[list[int], dict[int, list[int]]]:
-    """Which images it has, and sees that they are these."""
+    """The positions of its images; checks their content."""
     batch = random_images(COUNT, 0).permute(0, 2, 3, 1).numpy()
     for some in (gallery.chosen, *gallery.by_class.values()):
         for number, exhibit in some.items():
@@ -44,7 +44,7 @@ def cells(image: Image.Image, side: int = SIZE) -> list[list[np.ndarray]]:
     ]
 
 
-def test_the_same_images_are_chosen_in_any_order_batches_and_ranks() -> None:
+def test_the_selection_does_not_depend_on_order_batches_and_ranks() -> None:
     expected = content(shown(torch.arange(COUNT)))
     shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
     assert content(shown(shuffled, 7)) == expected
@@ -52,11 +52,11 @@ def test_the_same_images_are_chosen_in_any_order_batches_and_ranks() -> None:
     assert content(shown(torch.cat([shuffled, shuffled[:50]]))) == expected
     for ranks in (2, 3):
         galleries = [shown(torch.arange(rank, COUNT, ranks)) for rank in range(ranks)]
-        assert content(Gallery().together(galleries)) == expected
-        assert content(Gallery().together(galleries[::-1])) == expected
+        assert content(Gallery().merge(galleries)) == expected
+        assert content(Gallery().merge(galleries[::-1])) == expected
 
 
-def test_few_are_held_and_spread_over_all() -> None:
+def test_keeps_few_images_spread_over_all() -> None:
     gallery = Gallery()
     for start in range(0, COUNT, 50):
         shown(torch.arange(start, start + 50), gallery=gallery)
@@ -71,11 +71,11 @@ def test_few_are_held_and_spread_over_all() -> None:
 
 
 @pytest.mark.parametrize("rows_last", [False, True])
-def test_what_is_held_is_no_view_of_the_batch(rows_last: bool) -> None:
+def test_keeps_copies_and_not_views_of_the_batch(rows_last: bool) -> None:
     gallery, batch, features = Gallery(), random_images(9, 0), torch.zeros(9, 2)
     if rows_last:
         batch = batch.to(memory_format=torch.channels_last)
-    gallery.show(batch, torch.arange(9), features, originals=batch)
+    gallery.add(batch, torch.arange(9), features, originals=batch)
     batch.fill_(0)
     features.fill_(1)
     for number, exhibit in gallery.chosen.items():
@@ -85,25 +85,25 @@ def test_what_is_held_is_no_view_of_the_batch(rows_last: bool) -> None:
         assert not exhibit.features.any()
 
 
-def test_a_small_set_is_shown_whole() -> None:
+def test_shows_all_images_of_a_small_dataset() -> None:
     chosen, by_class = content(shown(torch.arange(11)))
     assert sorted(chosen) == list(range(11))
     assert len(by_class) == CLASSES
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_images_without_class_have_no_rows_of_classes(given: bool) -> None:
+def test_images_without_classes_have_no_class_grid(given: bool) -> None:
     gallery, batch = Gallery(), random_images(5, 0)
-    gallery.show(batch, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
+    gallery.add(batch, torch.arange(5), torch.zeros(5, 2), torch.full((5,), -1) if given else None)
     assert set(gallery.grids(None)) == {"random"}
 
 
-def test_captions_stand_below_their_random_images() -> None:
+def test_random_images_have_captions() -> None:
     def shown_with(captions: list[str] | None) -> Image.Image:
         gallery = Gallery()
         for number in torch.arange(3).split(1):
             text = None if captions is None else [captions[int(number)]]
-            gallery.show(random_images(3, 0)[number], number, torch.zeros(1, 2), captions=text)
+            gallery.add(random_images(3, 0)[number], number, torch.zeros(1, 2), captions=text)
         return gallery.grids(None)["random"]
 
     batch, texts = random_images(3, 0).permute(0, 2, 3, 1).numpy(), ["a dog", "", "a red house"]
@@ -114,7 +114,7 @@ def test_captions_stand_below_their_random_images() -> None:
         assert np.array_equal(shown_with(unknown), grid_image([[batch[number] for number in order]]))
 
 
-def test_nothing_is_shown_of_nothing() -> None:
+def test_an_empty_gallery_has_no_grids() -> None:
     assert Gallery().grids(None) == {}
 
 
@@ -133,7 +133,7 @@ def reference(features: Tensor, thumbnails: np.ndarray) -> Reference:
     )
 
 
-def test_neighbours_are_the_nearest_of_the_reference() -> None:
+def test_neighbours_have_the_nearest_features() -> None:
     gallery = shown(torch.arange(COUNT))
     drawn = list(gallery.chosen)[:NEIGHBOURED]
     batch = random_images(COUNT, 0)
@@ -150,24 +150,24 @@ def test_neighbours_are_the_nearest_of_the_reference() -> None:
         assert [int(each[0, 0, 0]) for each in row[1:]] == [250 - 10 * step - place for step in range(NEIGHBOURS)]
 
 
-def test_a_reference_of_few_images_has_as_many_neighbours() -> None:
+def test_shows_fewer_neighbours_of_a_small_reference() -> None:
     gallery = shown(torch.arange(20))
     grids = gallery.grids(reference(torch.zeros(2, 3 * SIZE * SIZE), np.zeros((2, SIZE, SIZE, 3), np.uint8)))
     assert len(cells(grids["neighbours"])[0]) == 3
 
 
-def test_large_images_stand_beside_neighbours_of_their_size() -> None:
+def test_shrinks_large_images_to_the_size_of_their_neighbours() -> None:
     gallery = Gallery()
-    gallery.show(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), torch.arange(3), torch.zeros(3, 2))
+    gallery.add(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), torch.arange(3), torch.zeros(3, 2))
     grids = gallery.grids(reference(torch.zeros(2, 2), np.full((2, 64, 64, 3), 7, np.uint8)))
     rows = cells(grids["neighbours"], 64)
     assert [int(each[0, 0, 0]) for each in rows[0]] == [0, 7, 7]
     assert grids["random"].size == (3 * (128 + MARGIN) + MARGIN, 128 + 2 * MARGIN)
 
 
-def test_reconstructions_stand_below_their_originals() -> None:
+def test_reconstructions_are_below_their_originals() -> None:
     gallery, batch = Gallery(), random_images(40, 0)
-    gallery.show(255 - batch, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), batch)
+    gallery.add(255 - batch, torch.arange(40), torch.zeros(40, 2), torch.zeros(40).long(), batch)
     grids = gallery.grids(None)
     assert set(grids) == {"reconstructions"}
     rows = cells(grids["reconstructions"])

@@ -1,4 +1,4 @@
-"""Which images cannot be what they should be, and what is unusual about others."""
+"""Implausible images are found, unusual ones lead to warnings."""
 
 import numpy as np
 import torch
@@ -20,17 +20,15 @@ def seen(images: np.ndarray, batch_size: int = 4, copies: bool = False) -> Image
     return content
 
 
-def test_images_that_cannot_be_images_have_a_fault() -> None:
+def test_finds_images_that_cannot_be_right() -> None:
     floats = noise() / 255
     cases = {
         "all 6 images are black (level 0 everywhere); floats in [0, 1]": floats.astype(np.uint8) * 0,
         "all 6 images are white (level 255 everywhere)": np.full_like(noise(), 255),
         "all 6 images are grey (level 7 everywhere)": np.full_like(noise(), 7),
         "all 6 images are the same image": noise(1).repeat(6, 0),
-        "no levels but 0 and 1, as if floats in [0, 1] were cast to bytes; multiply by 255": floats.round().astype(
-            "u1"
-        ),
-        "no levels but 0, 1 and 255, as if floats in [-1, 1]": np.array([0, 1, 255], "u1")[noise() % 3],
+        "the only levels are 0 and 1, as if floats in [0, 1] were cast to bytes; multiply": floats.round().astype("u1"),
+        "the only levels are 0, 1 and 255, as if floats in [-1, 1]": np.array([0, 1, 255], "u1")[noise() % 3],
     }
     for fault, images in cases.items():
         content = seen(images)
@@ -40,7 +38,7 @@ def test_images_that_cannot_be_images_have_a_fault() -> None:
         assert content.doubts() == []
 
 
-def test_what_people_measure_has_no_fault() -> None:
+def test_accepts_usual_images() -> None:
     binarised = (noise() > 127) * np.uint8(255)
     grey = noise()[:, :1].repeat(3, 1)
     two = np.zeros((2, 3, 4, 4), np.uint8)
@@ -55,17 +53,17 @@ def test_what_people_measure_has_no_fault() -> None:
     assert ImageContent().doubts() == []
 
 
-def test_ordinary_images_are_settled_by_the_first_two() -> None:
+def test_two_ordinary_images_settle_the_check() -> None:
     assert seen(noise(2)).is_settled
-    assert not seen(noise(1)).is_settled, "one image may be the first of equal ones"
+    assert not seen(noise(1)).is_settled, "one image may be the first of many equal ones"
 
 
-def test_unusual_images_are_doubted() -> None:
+def test_warns_of_unusual_images() -> None:
     constant = noise()
     constant[:, 1] = 7
     copied = np.concatenate([noise(), noise(1)])
     cases = {
-        "only the levels 0, 255; that is right for masks and binarised images": (noise() > 127) * np.uint8(255),
+        "the only levels are 0, 255; that is right for masks and binarised images": (noise() > 127) * np.uint8(255),
         "no level is above 15 of 255, so the images are nearly black": noise() // 16,
         "each image is of a single colour": np.broadcast_to(noise()[:, :, :1, :1], noise().shape),
         "the green channel is the same everywhere": constant,
@@ -75,14 +73,14 @@ def test_unusual_images_are_doubted() -> None:
         (found,) = seen(images, copies=True).doubts()
         assert doubt in found
         assert "\n" not in found
-    assert seen(copied).doubts() == [], "copies are known by digests alone"
+    assert seen(copied).doubts() == [], "copies are found by their digests"
 
 
-def test_a_few_copies_are_not_worth_a_warning() -> None:
+def test_does_not_warn_of_a_few_copies() -> None:
     assert seen(np.concatenate([noise(200), noise(1)]), copies=True).doubts() == []
 
 
-def test_a_difference_in_the_last_image_counts() -> None:
+def test_a_difference_in_the_last_image_is_noticed() -> None:
     images = np.zeros_like(noise(9))
     assert seen(images, 2).fault()
     images[8, 2, 3, 3] = 200

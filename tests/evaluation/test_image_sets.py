@@ -1,4 +1,4 @@
-"""Images to evaluate, out of folders and shards: which, in what order and size, what is skipped and refused."""
+"""Images of folders and shards: order, size, and what is skipped or rejected."""
 
 from pathlib import Path
 from typing import cast
@@ -28,7 +28,7 @@ def write(root: Path, *names: str, size: int = 4) -> None:
 
 
 def read(found: ImageSet, batch_size: int = 3, rank: int = 0, world_size: int = 1, num_workers: int = 0) -> ImageBatch:
-    """A set, or a rank's share, as one batch."""
+    """A dataset, or a rank's share, as one batch."""
     parts = zip(*found.batches(batch_size, rank, world_size, num_workers), strict=True)
     return ImageBatch(*(torch.cat(part) for part in parts))
 
@@ -37,7 +37,7 @@ def pixels(batch: ImageBatch) -> list[bytes]:
     return [image.tobytes() for image in batch.images.permute(0, 2, 3, 1).numpy()]
 
 
-def test_a_folder_of_images_alone_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_reads_a_flat_folder_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path, "c.png", "000010_class3.png", "b.webp", "000009_class7.png")
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / ".hidden.png").write_bytes(b"")
@@ -52,7 +52,7 @@ def test_a_folder_of_images_alone_is_read_in_the_order_of_names(tmp_path: Path) 
     assert (found.name, found.size, found.crop, len(found), found.skipped) == (str(tmp_path), 4, "none", 4, {})
 
 
-def test_class_folders_are_read_in_the_order_of_paths(tmp_path: Path) -> None:
+def test_reads_class_folders_in_the_order_of_paths(tmp_path: Path) -> None:
     write(tmp_path, "dog/0.png", "cat/1.png", "cat/0.png", "ant/b/5.png")
     (tmp_path / "._0.png").write_bytes(b"")  # of a Macintosh
     batch = read(open_images(tmp_path))
@@ -60,7 +60,7 @@ def test_class_folders_are_read_in_the_order_of_paths(tmp_path: Path) -> None:
     assert batch.labels.tolist() == [0, 1, 1, 2]
 
 
-def test_a_folder_and_the_archive_that_sampling_writes_are_the_same_images(tmp_path: Path) -> None:
+def test_a_sampled_folder_and_its_archive_hold_the_same_images(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([0, 0, 1, 1, 10]))
     for index in range(5):
         save_png(Image.fromarray(flat_image(index)), folder.path(index))
@@ -73,10 +73,10 @@ def test_a_folder_and_the_archive_that_sampling_writes_are_the_same_images(tmp_p
     save_png(Image.fromarray(flat_image(0)), tmp_path / "grid.png")
     with pytest.raises(ValueError) as error:
         open_images(tmp_path)
-    assert_one_line(error, tmp_path, "grid.png", "images)", "give one of these")
+    assert_one_line(error, tmp_path, "grid.png", "images)", "give one of the folders")
 
 
-def test_shards_are_read_without_regard_to_labels_and_captions(tmp_path: Path) -> None:
+def test_reads_shards_without_labels_and_captions(tmp_path: Path) -> None:
     parts: list[dict[str, bytes]] = [{"png": encode(Image.fromarray(flat_image(number)))} for number in range(5)]
     parts[1]["cls"], parts[2]["cls"], parts[3]["txt"] = b"7", b"seven", b"a dog"
     write_shards(tmp_path / "set", [(f"{number}", part) for number, part in enumerate(parts)])
@@ -86,7 +86,7 @@ def test_shards_are_read_without_regard_to_labels_and_captions(tmp_path: Path) -
         assert batch.labels.tolist() == [-1, 7, -1, -1, -1]
 
 
-def test_of_a_set_with_splits_one_is_read(tmp_path: Path) -> None:
+def test_reads_one_split(tmp_path: Path) -> None:
     write(tmp_path / "classes", "train/a/0.png", "train/b/1.png", "val/b/2.png", "val/b/3.png", "val/a/4.png")
     write(tmp_path / "flat", "train/0.png", "train/1.png", "val/2.png", "val/3.png", "val/4.png")
     write(tmp_path / "mixed", "train/a/0.png", "train/b/1.png", "val/2.png", "val/3.png", "val/4.png")
@@ -100,7 +100,7 @@ def test_of_a_set_with_splits_one_is_read(tmp_path: Path) -> None:
     assert read(open_images(tmp_path / "classes", split="val")).labels.tolist() == [0, 1, 1]
 
 
-def test_the_only_split_is_read(tmp_path: Path) -> None:
+def test_reads_the_only_split(tmp_path: Path) -> None:
     write(tmp_path / "classes", "val/a/0.png", "val/b/1.png")
     write(tmp_path / "flat", "val/0.png", "val/1.png")
     for name in ("classes", "flat"):
@@ -110,7 +110,7 @@ def test_the_only_split_is_read(tmp_path: Path) -> None:
         assert_one_line(error, tmp_path / name, "no split train, only val")
 
 
-def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_split_if_there_are_none(tmp_path: Path) -> None:
     write(tmp_path / "flat", "0.png", "1.png")
     write(tmp_path / "classes", "a/0.png", "a/1.png")
     for name in ("flat", "classes"):
@@ -119,7 +119,7 @@ def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
         assert_one_line(error, tmp_path / name, "no train and val folders", "leave split train out")
 
 
-def test_all_kinds_of_images_become_rgb(tmp_path: Path) -> None:
+def test_converts_all_modes_to_rgb(tmp_path: Path) -> None:
     rgb = Image.fromarray(flat_image(0) // 64 * 64)
     rgb.save(tmp_path / "0.png")
     transparent = rgb.copy()
@@ -137,7 +137,7 @@ def test_all_kinds_of_images_become_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_of_another_size_is_an_error(tmp_path: Path, num_workers: int) -> None:
+def test_rejects_an_image_of_another_size(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, "a.png", "b.png")
     Image.fromarray(flat_image(0, 6, 5)).save(tmp_path / "c.png")
     with pytest.raises(ValueError) as error:
@@ -146,7 +146,7 @@ def test_an_image_of_another_size_is_an_error(tmp_path: Path, num_workers: int) 
     assert str(error.value).startswith(str(tmp_path / "c.png")), "it is not counted as broken"
 
 
-def test_a_first_image_that_is_not_square_is_an_error(tmp_path: Path) -> None:
+def test_rejects_a_first_image_that_is_not_square(tmp_path: Path) -> None:
     write(tmp_path, "b.png")
     Image.fromarray(flat_image(0, 6, 5)).save(tmp_path / "a.png")
     with pytest.raises(ValueError) as error:
@@ -154,7 +154,7 @@ def test_a_first_image_that_is_not_square_is_an_error(tmp_path: Path) -> None:
     assert_one_line(error, tmp_path / "a.png", "5 × 6", "not square", "image_size")
 
 
-def test_with_an_image_size_images_of_another_are_cropped(tmp_path: Path) -> None:
+def test_crops_images_of_another_size_to_image_size(tmp_path: Path) -> None:
     write(tmp_path, "a.png", size=4)
     Image.fromarray(flat_image(7, 11, 9)).save(tmp_path / "b.png")
     Image.fromarray(flat_image(8, 3)).save(tmp_path / "c.png")
@@ -165,7 +165,7 @@ def test_with_an_image_size_images_of_another_are_cropped(tmp_path: Path) -> Non
     assert (found.size, found.crop, found.cropped) == (4, "adm-centre", 2)
 
 
-def test_images_that_have_the_image_size_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_keeps_images_of_image_size(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.png")
     found = open_images(tmp_path, image_size=4)
     assert pixels(read(found)) == [flat_image(0).tobytes(), flat_image(1).tobytes()]
@@ -173,7 +173,7 @@ def test_images_that_have_the_image_size_are_taken_as_they_are(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_ranks_share_a_folder_out(tmp_path: Path, num_workers: int) -> None:
+def test_ranks_share_a_folder(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(7)))
     whole = open_images(tmp_path)
     expected = pixels(read(whole))
@@ -188,7 +188,7 @@ def test_ranks_share_a_folder_out(tmp_path: Path, num_workers: int) -> None:
     assert join_checksums(["f" * 64, f"{2:064x}"]) == f"{1:064x}"
 
 
-def test_the_checksum_is_of_the_pixels(tmp_path: Path) -> None:
+def test_the_checksum_depends_on_pixels_only(tmp_path: Path) -> None:
     write(tmp_path / "a", "0.png", "1.png")
     write(tmp_path / "b", "1.png", "0.png")
     sets = [open_images(tmp_path / name) for name in "ab"]
@@ -209,7 +209,7 @@ def test_the_checksum_is_of_the_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_images_are_skipped_and_counted(tmp_path: Path, num_workers: int) -> None:
+def test_skips_and_counts_broken_images(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, *(f"{number:02d}.png" for number in range(40)))
     (tmp_path / "00.png").write_bytes(b"no image")
     (tmp_path / "30.png").write_bytes(b"")
@@ -223,10 +223,12 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, num_workers: int)
     (tmp_path / "31.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
         read(found, 1, num_workers=num_workers)
-    assert_one_line(error, "3 of 40 images", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "mend")
+    assert_one_line(
+        error, "3 of 40 images", tmp_path, "more than 5%", "empty file: 2", tmp_path / "00.png", "fix or remove"
+    )
 
 
-def test_a_set_whose_last_images_are_broken_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_dataset_with_many_broken_images_at_the_end(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(5)))
     (tmp_path / "4.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
@@ -234,7 +236,7 @@ def test_a_set_whose_last_images_are_broken_is_refused(tmp_path: Path) -> None:
     assert_one_line(error, "1 of 5 images", "4")
 
 
-def test_a_set_whose_first_images_are_broken_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+def test_rejects_a_dataset_with_many_broken_images_at_the_start(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(5)))
     (tmp_path / "0.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError) as error:
@@ -242,7 +244,7 @@ def test_a_set_whose_first_images_are_broken_is_refused_when_it_is_opened(tmp_pa
     assert_one_line(error, "1 of 5 images", tmp_path / "0.png")
 
 
-def test_several_ranks_judge_the_sum(tmp_path: Path) -> None:
+def test_several_ranks_check_the_sum(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number:02d}.png" for number in range(39)))
     (tmp_path / "39.bmp").write_bytes(b"")
     (tmp_path / "05.png").write_bytes(b"")
@@ -262,7 +264,7 @@ def test_several_ranks_judge_the_sum(tmp_path: Path) -> None:
     assert_one_line(error, "3 of 40", "empty file: 2, no image: 1")
 
 
-def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
+def test_rejects_folders_without_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes/a").mkdir(parents=True)
     write(tmp_path / "one", "0.png")
@@ -282,7 +284,7 @@ def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
         assert_one_line(error, tmp_path / name, said, "give a folder of images")
 
 
-def test_codes_are_no_images(tmp_path: Path) -> None:
+def test_rejects_codes(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"format": "llamagen-codes", "splits": {}}')
     with pytest.raises(ValueError) as error:
         open_images(tmp_path)
@@ -290,14 +292,14 @@ def test_codes_are_no_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_size", [0, -1])
-def test_an_impossible_size_is_refused(tmp_path: Path, image_size: int) -> None:
+def test_rejects_an_image_size_below_one(tmp_path: Path, image_size: int) -> None:
     with pytest.raises(ValueError) as error:
         open_images(tmp_path, image_size)
     assert_one_line(error, f"image_size is {image_size}")
 
 
-def test_an_impossible_batch_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_batch_size_below_one(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     with pytest.raises(ValueError) as error:
         open_images(tmp_path).batches(0)
-    assert_one_line(error, "batch_size is 0 and num_workers 0")
+    assert_one_line(error, "batch_size is 0; it must be at least 1")

@@ -1,4 +1,4 @@
-"""All metrics in one pass: what they are called, and what is left out and why."""
+"""All metrics in one pass: names of results, metrics that cannot be measured, further metrics."""
 
 import warnings
 from dataclasses import replace
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.image_sets import open_images
-from evaluation.measurement import Measurement, name_of
+from evaluation.measurement import METRICS, Measurement, check_metrics, result_names
 from evaluation.reference import Reference, make_reference
 from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, PrecisionRecall, extractor_checksum
+from llamagen.metrics.image_metric import ImageMetric
 from tests.evaluation.sets import FakeInception, write_npz
+from tests.metrics.brightness import Brightness
 from tests.metrics.extractors import SIZE, Corner, Everything, Projection, random_images
 
 
@@ -24,13 +26,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def measured(measurement: Measurement, images: Tensor, batch_size: int = 100) -> dict[str, float]:
-    for some in images.split(batch_size):
-        measurement.update(some)
+    for batch in images.split(batch_size):
+        measurement.update(batch)
     return {name: value.item() for name, value in measurement.compute().items()}
 
 
-def test_numbers_are_those_of_the_metrics(reference: Reference) -> None:
-    found = measured(Measurement(FakeInception(), SIZE, "generation", reference), random_images(40, 1))
+def test_results_equal_those_of_the_metrics(reference: Reference) -> None:
+    results = measured(Measurement(FakeInception(), SIZE, "generation", reference), random_images(40, 1))
     extractor = FakeInception()
     expected = {}
     for metric, prefix in ((FID, "g"), (SFID, "g"), (KID, "g"), (PrecisionRecall, ""), (InceptionScore, "")):
@@ -47,17 +49,17 @@ def test_numbers_are_those_of_the_metrics(reference: Reference) -> None:
             end = "" if metric is InceptionScore else "/real"
             expected[f"{prefix}{each.symbol}{end}"] = value.mean.item()
             expected[f"{prefix}{each.symbol}_std{end}"] = value.std.item()
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert results == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 class Exact(Corner):
-    """An extractor that gives everything; a matrix product would round by the size of the batch, on some processors."""
+    """An extractor with all features and without matrix products, whose rounding may depend on the batch size."""
 
     def forward(self, images: Tensor) -> Features:
         return super().forward(images)._replace(spatial=images[:, :, ::2, ::2] / 64)
 
 
-def test_batches_change_nothing(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     real = open_images(write_npz(tmp_path / "real.npz", 30, 0))
     reference = make_reference(real, Exact(), "real")
     found = [
@@ -67,7 +69,7 @@ def test_batches_change_nothing(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-6, abs=1e-9)
 
 
-def test_the_images_themselves_are_the_reference_where_there_is_none() -> None:
+def test_real_images_replace_the_reference() -> None:
     measurement = Measurement(FakeInception(), SIZE, "reconstruction")
     measurement.update(random_images(30, 0), real=True)
     found = measured(measurement, random_images(30, 0))
@@ -82,47 +84,59 @@ def test_the_images_themselves_are_the_reference_where_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("metric", "arguments", "name"),
     [
-        (("fid", "generation", "inception", "imagenet256-adm"), "gfid/imagenet256-adm"),
-        (("fid", "reconstruction", "inception", "imagenet-val"), "rfid/imagenet-val"),
-        (("kid_std", "reconstruction", "digits", "val"), "rkid_std_digits/val"),
-        (("precision", "generation", "digits", "train"), "precision_digits/train"),
-        (("inception_score", "generation", "inception", "train"), "inception_score"),
-        (("inception_score_std", "generation", "digits", "train"), "inception_score_std_digits"),
+        (FID, ("generation", "inception", "imagenet256-adm"), "gfid/imagenet256-adm"),
+        (FID, ("reconstruction", "inception", "imagenet-val"), "rfid/imagenet-val"),
+        (KID, ("reconstruction", "digits", "val"), "rkid_std_digits/val"),
+        (PrecisionRecall, ("generation", "digits", "train"), "precision_digits/train"),
+        (InceptionScore, ("generation", "inception", "train"), "inception_score"),
+        (InceptionScore, ("generation", "digits", "train"), "inception_score_std_digits"),
     ],
 )
-def test_a_name_says_what_was_measured_how_and_against_what(arguments: tuple[str, ...], name: str) -> None:
-    assert name_of(*arguments) == name  # type: ignore[arg-type]
+def test_names_include_purpose_extractor_and_reference(
+    metric: type[ImageMetric], arguments: tuple[str, ...], name: str
+) -> None:
+    assert name in result_names([metric], *arguments)  # type: ignore[arg-type]
+
+
+def test_names_of_all_results() -> None:
+    assert result_names(METRICS, "generation", "inception", "a") == [
+        "gfid/a", "gsfid/a", "precision/a", "recall/a", "gkid/a", "gkid_std/a",
+        "inception_score", "inception_score_std",
+    ]  # fmt: skip
+    assert result_names(METRICS, "reconstruction", "inception") == [
+        "rfid/val", "rsfid/val", "precision/val", "recall/val", "rkid/val", "rkid_std/val",
+    ]  # fmt: skip
 
 
 def symbols(found: dict[str, float]) -> set[str]:
     return {name.split("/")[0].split("_Projection")[0] for name in found}
 
 
-def test_what_the_extractor_does_not_give_is_left_out_with_one_warning(tmp_path: Path) -> None:
+def test_warns_of_metrics_whose_features_the_extractor_lacks(tmp_path: Path) -> None:
     made = make_reference(open_images(write_npz(tmp_path / "a.npz", 30, 0)), Projection(), "a")
-    with pytest.warns(UserWarning, match="left out") as warned:
+    with pytest.warns(UserWarning, match="not measured") as warned:
         measurement = Measurement(Projection(), SIZE, "generation", made)
     assert [str(warning.message) for warning in warned] == [
-        "left out: sfid, as the extractor Projection gives no spatial features; inception_score, as the extractor "
-        "Projection gives no logits"
+        "not measured: sfid, because the extractor Projection gives no spatial features; inception_score, because the "
+        "extractor Projection gives no logits"
     ]
     assert symbols(measured(measurement, random_images(30, 1))) == {"gfid", "gkid", "gkid_std", "precision", "recall"}
 
 
-def test_what_the_reference_does_not_hold_is_left_out_with_one_warning(reference: Reference) -> None:
+def test_warns_of_metrics_whose_statistics_the_reference_lacks(reference: Reference) -> None:
     bare = replace(reference, features=None, spatial_statistics=None)
-    with pytest.warns(UserWarning, match="left out") as warned:
+    with pytest.warns(UserWarning, match="not measured") as warned:
         measurement = Measurement(FakeInception(), SIZE, "generation", bare)
     assert [str(warning.message) for warning in warned] == [
-        "left out: sfid, as the reference real has no spatial statistics (mu_s and sigma_s); precision, recall and "
-        "kid, as the reference real has no features"
+        "not measured: sfid, because the reference real has no spatial statistics (mu_s and sigma_s); precision_recall "
+        "and kid, because the reference real has no features"
     ]
     assert set(measured(measurement, random_images(30, 1))) == {"gfid/real", "inception_score", "inception_score_std"}
 
 
-def test_nothing_is_warned_of_where_all_is_measured(reference: Reference) -> None:
+def test_no_warning_if_everything_is_measured(reference: Reference) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kind in ("generation", "reconstruction"):
@@ -130,27 +144,27 @@ def test_nothing_is_warned_of_where_all_is_measured(reference: Reference) -> Non
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_few_images_give_what_they_can(count: int, reference: Reference) -> None:
+def test_few_images_give_some_of_the_results(count: int, reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
-    with pytest.warns(UserWarning, match="left out") as warned:
+    with pytest.warns(UserWarning, match="not measured") as warned:
         found = measured(measurement, random_images(count, 1))
     assert set(found) == {"gfid/real", "gsfid/real", "gkid/real", "gkid_std/real"}
     assert all(np.isfinite(list(found.values())))
     few, *messages = sorted(str(warning.message) for warning in warned)
     assert few.startswith(f"{count} images are fewer than the 16 features of inception")
     assert messages == [
-        f"inception_score is left out: {count} images are too few for 10 splits of the Inception Score; give more, "
+        f"inception_score is not measured: {count} images are too few for 10 splits of the Inception Score; give more, "
         "or set splits to less",
-        f"precision_recall is left out: {count} other images have no 3-th neighbour; give at least 4",
+        f"precision_recall is not measured: {count} other images have no 3-th neighbour; give at least 4",
     ]
 
 
-def test_one_image_is_too_few(reference: Reference) -> None:
+def test_rejects_a_single_image(reference: Reference) -> None:
     with pytest.raises(ValueError, match="1 fake images are too few for fid; give at least two"):
         measured(Measurement(FakeInception(), SIZE, "generation", reference), random_images(1, 1))
 
 
-def test_what_does_not_fit_the_reference_is_refused_at_once(reference: Reference) -> None:
+def test_rejects_a_reference_of_another_extractor_size_or_width(reference: Reference) -> None:
     with pytest.raises(ValueError, match="made with the extractor inception, not everything"):
         Measurement(Everything(), SIZE, "generation", reference)
     with pytest.raises(ValueError, match="of images of 8 pixels, not 16"):
@@ -161,7 +175,7 @@ def test_what_does_not_fit_the_reference_is_refused_at_once(reference: Reference
 
 
 class Normed(nn.Module):
-    """Would learn from what it is shown in training mode."""
+    """An extractor that changes in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,8 +186,8 @@ class Normed(nn.Module):
         return normed
 
 
-@pytest.mark.filterwarnings("ignore:left out")
-def test_an_extractor_in_training_mode_stays_what_it_is() -> None:
+@pytest.mark.filterwarnings("ignore:not measured")
+def test_the_extractor_is_put_into_evaluation_mode() -> None:
     extractor = Normed().train()
     before = extractor_checksum(extractor)
     Measurement(extractor, SIZE, "reconstruction").update(random_images(5, 0))
@@ -181,7 +195,7 @@ def test_an_extractor_in_training_mode_stays_what_it_is() -> None:
     assert torch.equal(extractor.norm.running_mean, torch.zeros(3))  # type: ignore[arg-type]
 
 
-def test_a_model_whose_images_are_all_the_same_is_warned_of_once(
+def test_warns_once_of_a_model_whose_images_are_all_the_same(
     reference: Reference, recwarn: pytest.WarningsRecorder
 ) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
@@ -190,15 +204,15 @@ def test_a_model_whose_images_are_all_the_same_is_warned_of_once(
             measurement.update(random_images(4, 0)[:1].repeat(4, 1, 1, 1), torch.arange(4 * index, 4 * index + 4))
         measurement.compute()
         measurement.reset()
-    told = [str(warning.message) for warning in recwarn if "says little" in str(warning.message)]
-    assert told == ["what is measured says little: all 12 images are the same image; sample or copy them again"]
+    messages = [str(warning.message) for warning in recwarn if "say little" in str(warning.message)]
+    assert messages == ["the results say little: all 12 images are the same image; sample or copy them again"]
     measurement.update(random_images(4, 0), torch.arange(4))
     measurement.compute()
-    assert len([warning for warning in recwarn if "says little" in str(warning.message)]) == 1
+    assert len([warning for warning in recwarn if "say little" in str(warning.message)]) == 1
 
 
 class ByClass(nn.Module):
-    """An extractor that reads the class off a corner, and is not quite sure."""
+    """An extractor whose logits follow the class in the images' corner, with some noise."""
 
     name = "by-class"
 
@@ -209,17 +223,17 @@ class ByClass(nn.Module):
         return Features(images[:, :, 0].flatten(1), logits=logits + torch.eye(8)[images[:, 1, 1, 1].long() % 8])
 
 
-def test_images_that_are_sorted_by_class_have_the_inception_score_of_a_random_order() -> None:
+def test_images_sorted_by_class_get_the_inception_score_of_a_random_order() -> None:
     batch = random_images(400, 1)
     batch[:, 0, 0, 0] = torch.arange(8).repeat_interleave(50)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(5))
     found = {}
-    for name, some in (("sorted", batch), ("random", batch[order])):
+    for name, images in (("sorted", batch), ("random", batch[order])):
         measurement = Measurement(ByClass(), SIZE, "generation")
         measurement.update(batch, real=True)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            found[name] = measured(measurement, some)["inception_score_by-class"]
+            found[name] = measured(measurement, images)["inception_score_by-class"]
         sorted_images = [each for each in seen if "seem to be sorted by class" in str(each.message)]
         assert len(sorted_images) == (name == "sorted")
     assert found["sorted"] == pytest.approx(found["random"], rel=0.03)
@@ -228,7 +242,49 @@ def test_images_that_are_sorted_by_class_have_the_inception_score_of_a_random_or
     assert alone.compute().mean < 0.5 * found["random"]  # what ADM's evaluation gives
 
 
-def test_fewer_images_than_features_are_warned_of(reference: Reference) -> None:
+def test_warns_of_fewer_images_than_features(reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     with pytest.warns(UserWarning, match="12 images are fewer than the 16 features of inception, which makes FID"):
         measured(measurement, random_images(12, 1))
+
+
+def test_measures_a_further_metric(reference: Reference) -> None:
+    measurement = Measurement(FakeInception(), SIZE, "generation", reference, metrics=[*METRICS, Brightness])
+    with pytest.warns(UserWarning, match="brightness of 30 images"):
+        results = measured(measurement, random_images(30, 1))
+    assert reference.features is not None
+    differences = (
+        FakeInception().eval()(random_images(30, 1).float()).pool.double().mean(0) - reference.features.double().mean(0)
+    ).abs()
+    assert results["gbrightness/real"] == pytest.approx(differences.mean().item(), rel=1e-5)
+    assert results["brightness_max"] == pytest.approx(differences.max().item(), rel=1e-5)
+    assert list(results)[-2:] == ["gbrightness/real", "brightness_max"]
+    assert results.keys() == set(result_names([*METRICS, Brightness], "generation", "inception", "real"))
+
+
+def test_measures_a_single_metric(reference: Reference) -> None:
+    with pytest.warns(UserWarning, match="brightness of 1 images"):
+        results = measured(
+            Measurement(FakeInception(), SIZE, "reconstruction", reference, metrics=[Brightness]), random_images(1, 1)
+        )
+    assert set(results) == {"rbrightness/real", "brightness_max"}
+    bare = replace(reference, features=None)
+    with (
+        pytest.warns(UserWarning, match="not measured: brightness, because the reference real has no features"),
+        pytest.raises(ValueError, match="there is no metric to measure; use another extractor or reference"),
+    ):
+        Measurement(FakeInception(), SIZE, "generation", bare, metrics=[Brightness])
+
+
+def test_rejects_metrics_with_the_same_names() -> None:
+    class Other(Brightness):
+        symbol = "other"
+
+    for metrics in ([FID, KID, FID], [Brightness, Other]):
+        with pytest.raises(ValueError, match=r"two metrics are named .* symbols of its own"):
+            check_metrics(metrics)
+
+
+def test_a_metric_without_a_reference_rejects_one() -> None:
+    with pytest.raises(ValueError, match="inception_score_everything compares with nothing; leave the reference out"):
+        ImageMetric.checked_reference(InceptionScore(Everything(), SIZE), torch.zeros(3))

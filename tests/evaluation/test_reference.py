@@ -1,4 +1,4 @@
-"""A reference is a file with all that images are compared with, and refuses what it cannot be compared with."""
+"""References: making, writing, reading, and checking that images fit."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.extraction import feature_batches
 from evaluation.image_sets import open_images
-from evaluation.reference import Reference, completed, look_at, make_reference, read_reference
+from evaluation.reference import Reference, make_reference, read_reference, with_features
 from llamagen.metrics import extract, extractor_checksum
 from tests.datamodules.shard_files import assert_one_line
 from tests.evaluation.sets import FakeInception, rows_last, write_adm, write_folder, write_npz
@@ -19,13 +20,13 @@ from tests.metrics.extractors import SIZE, Corner, Everything, Projection, rando
 
 @pytest.fixture
 def made(tmp_path: Path) -> Reference:
-    """Of forty images, with the features of seven."""
+    """A reference of forty images with the features of seven."""
     return make_reference(
         open_images(write_npz(tmp_path / "a.npz", 40, 0)), Everything(), "forty", batch_size=9, max_features=7
     )
 
 
-def test_statistics_are_those_of_numpy(made: Reference) -> None:
+def test_statistics_equal_those_of_numpy(made: Reference) -> None:
     batches = [extract(Everything().eval(), some) for some in random_images(40, 0).split(9)]
     for statistics, part in ((made.statistics, "pool"), (made.spatial_statistics, "spatial")):
         rows = torch.cat([getattr(batch, part) for batch in batches]).double().numpy()
@@ -34,7 +35,7 @@ def test_statistics_are_those_of_numpy(made: Reference) -> None:
         np.testing.assert_allclose(statistics[1].numpy(), np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-10)
 
 
-def test_features_are_kept_of_few_images_spread_over_all(made: Reference) -> None:
+def test_stores_features_of_evenly_spread_images(made: Reference) -> None:
     spread = [0, 6, 13, 20, 26, 32, 39]
     assert made.features is not None
     assert made.thumbnails is not None
@@ -42,7 +43,7 @@ def test_features_are_kept_of_few_images_spread_over_all(made: Reference) -> Non
     assert np.array_equal(made.thumbnails, rows_last(random_images(40, 0)[spread]))
 
 
-def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
+def test_stores_the_origin_of_the_images(made: Reference, tmp_path: Path) -> None:
     found = open_images(tmp_path / "a.npz")
     list(found.batches(100))
     assert made.facts() == {
@@ -58,7 +59,7 @@ def test_it_says_where_it_comes_from(made: Reference, tmp_path: Path) -> None:
     }
 
 
-def test_images_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
+def test_records_that_images_were_cropped(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 3, 0)
     Image.new("RGB", (20, 12)).save(folder / "wide.png")
     made = make_reference(open_images(folder, SIZE), Everything(), "cut")
@@ -66,7 +67,7 @@ def test_images_that_were_cut_to_size_are_said_to_be_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extractor", [Everything(), Projection()])
-def test_a_file_gives_back_every_field(extractor: Projection, tmp_path: Path) -> None:
+def test_a_file_round_trips_every_field(extractor: Projection, tmp_path: Path) -> None:
     made = make_reference(open_images(write_npz(tmp_path / "a.npz", 9, 0)), extractor, "nine", "reconstruction")
     made.save(tmp_path / "new" / "folder" / "r.npz")
     read = read_reference(tmp_path / "new" / "folder" / "r.npz")
@@ -83,7 +84,7 @@ def test_a_file_gives_back_every_field(extractor: Projection, tmp_path: Path) ->
     assert replace(made, features=None, thumbnails=None).facts() == read.facts()
 
 
-def test_its_file_holds_the_names_of_adm_and_needs_no_pickle(made: Reference, tmp_path: Path) -> None:
+def test_the_file_uses_the_keys_of_adm_and_no_pickle(made: Reference, tmp_path: Path) -> None:
     made.save(tmp_path / "r.npz")
     with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
         assert {"mu", "sigma", "mu_s", "sigma_s", "features", "meta"} <= set(file.files)
@@ -91,7 +92,7 @@ def test_its_file_holds_the_names_of_adm_and_needs_no_pickle(made: Reference, tm
         assert all(file[key].dtype != object for key in file.files)
 
 
-def test_a_file_may_be_called_differently(made: Reference, tmp_path: Path) -> None:
+def test_the_name_can_be_overridden(made: Reference, tmp_path: Path) -> None:
     made.save(tmp_path / "r.npz")
     assert read_reference(tmp_path / "r.npz", "mine").name == "mine"
     with pytest.raises(ValueError, match="cannot be named 'my own'") as error:
@@ -100,18 +101,18 @@ def test_a_file_may_be_called_differently(made: Reference, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "a\n"])
-def test_a_name_that_breaks_the_names_of_metrics_is_refused(name: str, tmp_path: Path) -> None:
+def test_rejects_a_name_that_result_names_cannot_hold(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a reference cannot be named") as error:
         make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), name)
     assert_one_line(error, repr(name))
 
 
-def test_an_unknown_purpose_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unknown_purpose(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="purpose is 'nothing'; give generation or reconstruction"):
         make_reference(open_images(write_npz(tmp_path / "a.npz", 4, 0)), Everything(), "a", "nothing")  # type: ignore[arg-type]
 
 
-def test_what_is_stopped_in_the_middle_leaves_the_old_file(
+def test_an_interrupted_write_keeps_the_old_file(
     made: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out" / "r.npz"
@@ -132,7 +133,7 @@ def test_what_is_stopped_in_the_middle_leaves_the_old_file(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("row", [False, True])
-def test_a_reference_of_adm_is_read_as_it_is(row: bool, dtype: type, tmp_path: Path) -> None:
+def test_reads_a_reference_of_adm(row: bool, dtype: type, tmp_path: Path) -> None:
     path = write_adm(tmp_path, row=row, dtype=dtype)
     known = read_reference(path)
     assert (known.name, known.extractor, known.resolution, known.purpose) == (
@@ -148,11 +149,11 @@ def test_a_reference_of_adm_is_read_as_it_is(row: bool, dtype: type, tmp_path: P
     assert known.statistics[0].shape == (16,)
 
 
-def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Path) -> None:
+def test_adds_features_to_a_reference_of_adm(tmp_path: Path) -> None:
     known = read_reference(write_adm(tmp_path))
     assert known.features is None
     extractor = FakeInception()  # in training mode, with dropout
-    whole = completed(known, extractor, "cpu", show_progress=False)
+    whole = with_features(known, extractor, "cpu", show_progress=False)
     assert whole.features is not None
     torch.testing.assert_close(whole.features, extract(FakeInception().eval(), random_images(20, 5)).pool)
     assert torch.equal(whole.statistics[0], known.statistics[0])
@@ -161,15 +162,15 @@ def test_a_reference_of_adm_gets_the_features_of_its_random_images(tmp_path: Pat
     assert again.features is not None
     assert torch.equal(again.features, whole.features)
     assert (again.name, again.count) == ("imagenet256-adm", None)
-    assert completed(again, extractor, "cpu") is again
+    assert with_features(again, extractor, "cpu") is again
 
 
-def test_a_file_of_mean_and_covariance_alone_is_a_reference(tmp_path: Path) -> None:
+def test_reads_a_file_of_mean_and_covariance_only(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", mu=np.zeros(4, np.float32), sigma=np.eye(4, dtype=np.float32), mu_s=np.zeros(3))
     known = read_reference(tmp_path / "plain.npz")
     assert (known.name, known.resolution, known.count, known.features) == ("plain", None, None, None)
     assert known.spatial_statistics is None
-    assert completed(known, FakeInception(), "cpu") is known
+    assert with_features(known, FakeInception(), "cpu") is known
 
 
 DAMAGED: dict[str, tuple[Any, str]] = {
@@ -191,19 +192,19 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     ),
     "no facts": (
         {"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array('{"format": "llamagen-reference-1", "name": "a"}')},
-        "does not say its purpose, extractor",
+        "does not give its purpose, extractor",
     ),
     "a later format": (
         {"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array('{"format": "llamagen-reference-9"}')},
         "of the format llamagen-reference-9; this version reads llamagen-reference-1",
     ),
-    "broken facts": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("{")}, "is no reference"),
-    "facts of another kind": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("[1]")}, "is no reference"),
+    "broken facts": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("{")}, "is not a reference"),
+    "facts of another kind": ({"mu": np.zeros(1), "sigma": np.eye(1), "meta": np.array("[1]")}, "is not a reference"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_another_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_rejects_another_file_in_one_line(kind: str, tmp_path: Path) -> None:
     arrays, phrase = DAMAGED[kind]
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(ValueError, match=phrase) as error:
@@ -212,7 +213,7 @@ def test_another_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "array", "cut off", "damaged", "damaged and packed"])
-def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Reference, tmp_path: Path) -> None:
+def test_rejects_a_damaged_or_missing_file_in_one_line(kind: str, made: Reference, tmp_path: Path) -> None:
     path = tmp_path / "r.npz"
     if kind == "text":
         path.write_text("mu, sigma")
@@ -233,10 +234,10 @@ def test_a_damaged_or_missing_file_is_refused_in_one_line(kind: str, made: Refer
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"r\.npz") as error:
         read_reference(path)
-    assert_one_line(error, "there is no reference" if kind == "missing" else "is no reference: ")
+    assert_one_line(error, "there is no reference" if kind == "missing" else "is not a reference: ")
 
 
-def test_what_does_not_fit_is_refused(made: Reference) -> None:
+def test_rejects_another_extractor_checksum_or_size(made: Reference) -> None:
     other = Everything()
     with torch.no_grad():
         other.linear.bias.add_(1)
@@ -252,43 +253,43 @@ def test_what_does_not_fit_is_refused(made: Reference) -> None:
     replace(made, resolution=None, extractor_checksum=None).check(other, 16)
 
 
-def test_a_mix_up_is_explained(made: Reference) -> None:
+def test_explains_a_reference_for_another_purpose(made: Reference) -> None:
     other = replace(made, purpose="reconstruction")
-    assert made.mix_up("generation", 3) is None
-    assert other.mix_up("reconstruction", 40) is None
-    assert other.mix_up("reconstruction") is None
-    assert replace(other, count=None).mix_up("reconstruction", 3) is None
+    assert made.mismatch("generation", 3) is None
+    assert other.mismatch("reconstruction", 40) is None
+    assert other.mismatch("reconstruction") is None
+    assert replace(other, count=None).mismatch("reconstruction", 3) is None
     for warning, *phrases in (
-        (made.mix_up("reconstruction", 40), "forty, a reference for generated", "rFID", "--purpose reconstruction"),
+        (made.mismatch("reconstruction", 40), "forty, a reference for generated", "rFID", "--purpose reconstruction"),
         (
-            other.mix_up("generation", 40),
+            other.mismatch("generation", 40),
             "forty, a reference for reconstructions",
             "gFID",
             "VIRTUAL_imagenet256_labeled",
         ),
-        (other.mix_up("reconstruction", 39), "39 reconstructions", "a reference of 40 images", "rFID"),
+        (other.mismatch("reconstruction", 39), "39 reconstructions", "a reference of 40 images", "rFID"),
     ):
         assert warning is not None
         assert "\n" not in warning
         assert all(phrase in warning for phrase in phrases)
 
 
-def test_images_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
+def test_warns_of_images_that_cannot_be_read(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 39, 0)
     (folder / "broken.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="1 images of .* cannot be read and are left out"):
+    with pytest.warns(UserWarning, match="1 images of .* cannot be read and are skipped"):
         made = make_reference(open_images(folder), Everything(), "a")
     assert made.count == 39
     assert made.features is not None
     assert len(made.features) == 39
 
 
-def test_progress_is_shown_with_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_a_progress_bar_with_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = open_images(write_npz(tmp_path / "a.npz", 12, 0))
-    assert len(list(look_at(found, Everything(), 5, 0, "cpu", "looking"))) == 3
+    assert len(list(feature_batches(found, Everything(), 5, 0, "cpu", "looking"))) == 3
     shown = capsys.readouterr()
     assert "looking: 100%" in shown.err
     assert "12/12" in shown.err
     assert not shown.out
-    list(look_at(found, Everything(), 5, 0, "cpu", "looking", show_progress=False))
+    list(feature_batches(found, Everything(), 5, 0, "cpu", "looking", show_progress=False))
     assert not capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A report is whole or not there, is JSON, and has the paper's figures beside ours where they belong."""
+"""Reports are complete or absent, valid JSON, and show the paper's figures next to matching models."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation.published import published
-from evaluation.report import CAPTIONS, check_report, table, write_report
+from evaluation.report import CAPTIONS, Report, check_report, table
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.shard_files import assert_one_line
@@ -41,7 +41,7 @@ def gpt(size: str = "B", side: int = 256, **options: Any) -> GPTConfig:
 
 
 @pytest.mark.parametrize("title", GENERATION)
-def test_a_model_of_the_paper_has_its_figures(title: str) -> None:
+def test_a_model_of_the_paper_gets_its_figures(title: str) -> None:
     size, side = title.removesuffix(" px").split(", ")
     (found,) = published(gpt(size, int(side)), int(side))
     assert found.title == title
@@ -51,7 +51,7 @@ def test_a_model_of_the_paper_has_its_figures(title: str) -> None:
 
 
 @pytest.mark.parametrize("key", RECONSTRUCTION)
-def test_a_tokenizer_of_the_paper_has_its_figures(key: tuple[tuple[int, ...], int]) -> None:
+def test_a_tokenizer_of_the_paper_gets_its_figures(key: tuple[tuple[int, ...], int]) -> None:
     (found,) = published(VQGANConfig(channel_multipliers=key[0]), key[1])
     assert found.title == f"VQ-{2 ** (len(key[0]) - 1)}, {key[1]} px"
     assert found.figures["rfid"] == RECONSTRUCTION[key]
@@ -67,11 +67,11 @@ def test_a_tokenizer_of_the_paper_has_its_figures(key: tuple[tuple[int, ...], in
         GPTConfig(dim=64, n_layer=2, n_head=2),
     ],
 )
-def test_another_model_has_the_whole_table_beside_it(config: GPTConfig | None) -> None:
+def test_another_model_gets_the_figures_of_all_models(config: GPTConfig | None) -> None:
     assert [each.title for each in published(config, 256)] == list(GENERATION)
 
 
-def test_a_model_of_text_has_no_figures_of_classes_beside_it() -> None:
+def test_a_text_model_gets_no_figures() -> None:
     assert published(gpt("XL", condition="text"), 256) == []
 
 
@@ -84,16 +84,16 @@ def test_a_model_of_text_has_no_figures_of_classes_beside_it() -> None:
         (VQGANConfig(codebook_size=64), 256),
     ],
 )
-def test_another_tokenizer_has_the_whole_table_beside_it(config: VQGANConfig, side: int | None) -> None:
+def test_another_tokenizer_gets_the_figures_of_all_tokenizers(config: VQGANConfig, side: int | None) -> None:
     assert len(published(config, side)) == len(RECONSTRUCTION)
 
 
 NUMBERS = {"gfid/imagenet256-adm": 12.3456, "gfid_digits/a": 1.0, "inception_score": 200.0, "test/psnr": 20.0}
 
 
-def test_one_model_of_the_paper_has_a_column() -> None:
+def test_one_model_of_the_paper_is_a_column() -> None:
     assert table(NUMBERS, published(gpt(), 256)).splitlines() == [
-        "|  | here | paper: B, 256 px |",
+        "|  | measured | paper: B, 256 px |",
         "| --- | --- | --- |",
         "| gfid/imagenet256-adm | 12.35 | 5.46 |",
         "| gfid_digits/a | 1 |  |",
@@ -103,17 +103,17 @@ def test_one_model_of_the_paper_has_a_column() -> None:
     assert "| test/psnr | 20 | 20.79 |" in table(NUMBERS, published(VQGANConfig(), 256))
 
 
-def test_many_models_of_the_paper_have_a_table() -> None:
+def test_many_models_of_the_paper_are_a_table() -> None:
     ours, theirs = table(NUMBERS, published(None, None)).split("\n\n")
-    assert ours.splitlines()[0] == "|  | here |"
+    assert ours.splitlines()[0] == "|  | measured |"
     assert theirs.splitlines()[0] == "| paper | gfid | inception_score | precision | recall |  |"
     assert len(theirs.splitlines()) == 2 + len(GENERATION)
     assert "| 3B, 384 px | 2.18 | 263.3 | 0.81 | 0.58 | 50,000 samples" in theirs
     assert "| VQ-16, 512 px | 0.7 |  |  |" in table({}, published(VQGANConfig(), 64))
 
 
-def test_without_the_paper_there_are_our_numbers_alone() -> None:
-    assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | here |", "| --- | --- |", "| gfid/a | 1 |"]
+def test_without_figures_the_table_holds_results_only() -> None:
+    assert table({"gfid/a": 1.0}, []).splitlines() == ["|  | measured |", "| --- | --- |", "| gfid/a | 1 |"]
 
 
 FACTS = {"images": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop": None}
@@ -121,10 +121,11 @@ FACTS = {"images": {"source": Path("a"), "sides": (8, 8)}, "seconds": 1.5, "crop
 
 def write(folder: Path, numbers: dict[str, float] | None = None) -> None:
     grids = {name: Image.new("RGB", (3, 2)) for name in CAPTIONS}
-    write_report(folder, "a against b", {"gfid/b": 1.0} if numbers is None else numbers, FACTS, [], grids)
+    results = {"gfid/b": 1.0} if numbers is None else numbers
+    Report("a against b", results, FACTS, [], grids).write(folder)
 
 
-def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
+def test_a_report_holds_results_facts_and_grids(tmp_path: Path) -> None:
     write(tmp_path / "new" / "report")
     files = {path.name for path in (tmp_path / "new" / "report").iterdir()}
     assert files == {"metrics.json", "report.md", *(f"{name}.png" for name in CAPTIONS)}
@@ -134,7 +135,7 @@ def test_a_report_has_numbers_facts_and_images(tmp_path: Path) -> None:
         "metrics": {"gfid/b": 1.0}, "images": {"source": "a", "sides": [8, 8]}, "seconds": 1.5, "crop": None,
     }  # fmt: skip
     text = (tmp_path / "new" / "report" / "report.md").read_text()
-    assert text.startswith("# a against b\n\n|  | here |\n")
+    assert text.startswith("# a against b\n\n|  | measured |\n")
     assert "- images:\n  - source: a\n" in text
     for name, caption in CAPTIONS.items():
         assert f"![{name}]({name}.png)\n\n{caption}." in text
@@ -145,14 +146,14 @@ def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
+def test_writes_nan_and_infinity_as_null(tmp_path: Path) -> None:
     write(tmp_path / "r", {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 2.0})
     content = json.loads((tmp_path / "r" / "metrics.json").read_text(), parse_constant=refuse)
     assert content["metrics"] == {"a": None, "b": None, "c": None, "d": 2.0}
     assert "| a | nan |\n| b | inf |" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_an_older_report_is_replaced(tmp_path: Path) -> None:
+def test_replaces_an_older_report(tmp_path: Path) -> None:
     write(tmp_path / "r")
     (tmp_path / "r" / "old.png").touch()
     write(tmp_path / "r", {"gfid/b": 2.0})
@@ -162,27 +163,27 @@ def test_an_older_report_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["thesis.tex"], ["metrics.json", "thesis.tex"]])
-def test_a_folder_of_something_else_is_refused(names: list[str], tmp_path: Path) -> None:
+def test_rejects_a_folder_that_is_not_a_report(names: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "r"
     folder.mkdir()
     for name in names:
         (folder / name).touch()
     for call in (write, check_report):
-        with pytest.raises(ValueError, match="is there and is no report; move it away") as error:
+        with pytest.raises(ValueError, match="exists and is not a report; move it away") as error:
             call(folder)
         assert_one_line(error, folder)
     assert sorted(path.name for path in folder.iterdir()) == names
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_file(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("mine")
-    with pytest.raises(ValueError, match="is there and is no report"):
+    with pytest.raises(ValueError, match="exists and is not a report"):
         write(tmp_path / "r")
     assert (tmp_path / "r").read_text() == "mine"
 
 
-def test_what_is_stopped_in_the_middle_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Codes that nothing is near to come back to life where latents are, on all ranks alike."""
+"""Unused codes are moved to latents, identically on all ranks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.code_revival import CodeRevival
-from llamagen.models.quantizer import VectorQuantizer
-from llamagen.models.vqgan import Encoding
+from llamagen.models.quantizer import Quantized
+from llamagen.models.vector_quantizer import VectorQuantizer
 from tests.golden import normal_input
 from tests.lightning_modules.runs import train, vqgan_module
 from tests.pipeline import Pipeline
 from tests.ranks import run_on_ranks
+from tests.rounding import Rounding
 
 SIZE, WIDTH = 40, 4
 
 
 class Broadcast:
-    """As Lightning's strategies broadcast."""
+    """Broadcasts as Lightning's strategies do."""
 
     @staticmethod
     def broadcast(value: Any) -> Any:
@@ -34,7 +35,7 @@ class Broadcast:
 
 
 def revived(rank: int) -> dict[str, Any]:
-    """A codebook of which only some entries are near to latents, before and after a revival."""
+    """Revive the unused entries of a codebook; its state before and after."""
     torch.manual_seed(0)
     quantizer = VectorQuantizer(SIZE, WIDTH)
     weight = quantizer.embedding.weight
@@ -42,10 +43,10 @@ def revived(rank: int) -> dict[str, Any]:
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     optimizer.state[weight]["ema"] = torch.full_like(weight, 7.0)
-    revival = CodeRevival(SIZE, every=1)
+    revival = CodeRevival(quantizer, every=1)
     latent = normal_input(f"latents/{rank}", (1, WIDTH, 3, 5))
     parts = quantizer(latent)
-    revival.see(Encoding(parts.codes, parts.quantized, parts.latent, parts.entries))
+    revival.update(parts)
     before = weight.detach().clone()
     count = revival.revive(quantizer, optimizer, Broadcast)
     state = optimizer.state[weight]
@@ -60,12 +61,12 @@ def revived(rank: int) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], used: Tensor, latent: Tensor) -> None:
-    dead = torch.ones(SIZE, dtype=torch.bool)
-    dead[used.flatten()] = False
+    unused = torch.ones(SIZE, dtype=torch.bool)
+    unused[used.flatten()] = False
     moved = (found["before"] != found["after"]).any(1)
-    assert not (moved & ~dead).any()
-    assert found["count"] == moved.sum() == min(int(dead.sum()), len(latent))
-    # Each is one of the latents, and none was taken twice.
+    assert not (moved & ~unused).any()
+    assert found["count"] == moved.sum() == min(int(unused.sum()), len(latent))
+    # Each moved code is one of the latents, and no latent was used twice.
     near = (found["after"][moved] @ latent.T).max(1)
     torch.testing.assert_close(near.values, torch.ones(len(near.values)))
     assert len(set(near.indices.tolist())) == len(near.indices)
@@ -76,12 +77,12 @@ def check(found: dict[str, Any], used: Tensor, latent: Tensor) -> None:
     assert (found["ema"][~moved] == 7).all()
 
 
-def test_dead_codes_become_latents_and_their_history_is_forgotten() -> None:
+def test_unused_codes_become_latents_and_their_optimizer_state_is_reset() -> None:
     found = revived(0)
     check(found, found["codes"], found["latent"])
 
 
-def test_ranks_revive_what_none_of_them_used_alike(tmp_path: Path) -> None:
+def test_all_ranks_revive_the_codes_that_no_rank_used(tmp_path: Path) -> None:
     ranks = run_on_ranks(revived, tmp_path)
     used = torch.cat([rank["codes"].flatten() for rank in ranks])
     assert len(used.unique()) > max(len(rank["codes"].unique()) for rank in ranks)
@@ -90,16 +91,16 @@ def test_ranks_revive_what_none_of_them_used_alike(tmp_path: Path) -> None:
     assert torch.equal(ranks[0]["after"], ranks[1]["after"])
 
 
-def test_a_code_is_dead_if_it_was_not_used_since_the_last_revival() -> None:
+def test_only_codes_unused_since_the_last_revival_are_moved() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(SIZE, WIDTH)
     optimizer = torch.optim.AdamW([quantizer.embedding.weight])
-    revival = CodeRevival(SIZE, every=1)
+    revival = CodeRevival(quantizer, every=1)
     counts = []
     for used in (range(0, 30), range(10, 40)):
         codes = torch.tensor(list(used)).view(1, 5, 6)
         vectors = F.normalize(normal_input(f"since/{used[0]}", (1, WIDTH, 5, 6)), dim=1)
-        revival.see(Encoding(codes, vectors, vectors, vectors))
+        revival.update(Quantized(vectors, codes, vectors, {}))
         before = quantizer.embedding.weight.detach().clone()
         counts.append(revival.revive(quantizer, optimizer, Broadcast))
         moved = (before != quantizer.embedding.weight).any(1).nonzero().flatten().tolist()
@@ -108,19 +109,20 @@ def test_a_code_is_dead_if_it_was_not_used_since_the_last_revival() -> None:
 
 
 @pytest.mark.parametrize(("step", "due"), [(1, False), (4, True), (6, False), (8, True)])
-def test_it_is_due_every_so_many_steps_of_the_optimizer(step: int, due: bool) -> None:
-    quantizer: Any = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+def test_revival_is_due_every_few_optimizer_steps(step: int, due: bool) -> None:
+    quantizer = VectorQuantizer(SIZE, WIDTH)
     optimizer: Any = SimpleNamespace(state={quantizer.embedding.weight: {"step": torch.tensor(float(step))}})
-    assert CodeRevival(SIZE, every=4).is_due(optimizer, quantizer) == due
+    assert CodeRevival(quantizer, every=4).is_due(optimizer, quantizer) == due
 
 
-def test_a_run_that_revives_codes_uses_more_of_them(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_revival_increases_codebook_usage(pipeline: Pipeline, tmp_path: Path) -> None:
     used = {}
     for every in (0, 4):
         # All entries but one are far from every latent.
         module = vqgan_module(options={"revive_codes_every": every})
         with torch.no_grad():
-            module.vqgan.quantize.embedding.weight.copy_(F.normalize(torch.ones(32, 4)) + 1e-4 * torch.randn(32, 4))
+            weight = module.vqgan.quantize.get_parameter("embedding.weight")
+            weight.copy_(F.normalize(torch.ones(32, 4)) + 1e-4 * torch.randn(32, 4))
         train(module, pipeline, tmp_path / str(every), max_steps=8)
         used[every] = module.trainer.callback_metrics["val/codebook_usage"].item()
         logged = "train/revived_codes" in module.trainer.callback_metrics
@@ -128,6 +130,11 @@ def test_a_run_that_revives_codes_uses_more_of_them(pipeline: Pipeline, tmp_path
     assert used[4] > 2 * used[0]
 
 
-def test_a_negative_interval_is_refused() -> None:
+def test_rejects_a_negative_interval() -> None:
     with pytest.raises(ValueError, match="revive_codes_every is -1"):
         vqgan_module(options={"revive_codes_every": -1})
+
+
+def test_rejects_a_quantizer_without_learned_codes() -> None:
+    with pytest.raises(ValueError, match="revive_codes_every is 5, but Rounding has no learned codes; set it to 0"):
+        CodeRevival(Rounding(levels=3), every=5)

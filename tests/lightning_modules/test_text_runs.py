@@ -120,7 +120,7 @@ def assert_drawn(folder: Path, count: int) -> None:
 
 def test_odd_prompts_are_drawn_and_what_was_cut_is_reported(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     prompts = json.dumps(list(ODD.values()))
-    with pytest.warns(UserWarning, match="prompts were longer than the model reads and were cut: prompt 2"):
+    with pytest.warns(UserWarning, match="prompts were longer than the model reads and were truncated: prompt 2"):
         main.main([*text_pipeline.prompt_arguments(tmp_path, prompts), "--data.init_args.clean_captions=false"])
     assert_drawn(tmp_path, len(ODD))
     cut = {name for name, line in zip(ODD, records(tmp_path), strict=True) if line["truncated"]}

@@ -65,7 +65,7 @@ def test_the_features_of_no_caption_are_those_of_the_file(tmp_path: Path) -> Non
     ("name", "value", "phrase"),
     [
         (UNCONDITIONAL, None, f"missing: {UNCONDITIONAL}"),
-        (UNCONDITIONAL, torch.zeros(119, 32), f"of another shape: {UNCONDITIONAL}"),
+        (UNCONDITIONAL, torch.zeros(119, 32), f"shape mismatch: {UNCONDITIONAL}"),
         ("cls_embedding.cap_proj.fc2.weight", None, "missing: cls_embedding.cap_proj.fc2.weight"),
         ("cls_embedding.embedding_table.weight", torch.zeros(11, 64), "unexpected: cls_embedding.embedding_table"),
     ],

@@ -1,4 +1,4 @@
-"""Small extractors of features, and images for them."""
+"""Small extractors, and images for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ SIZE = 8
 
 
 class Projection(nn.Module):
-    """Features of images of one size: a fixed random projection of the pixels, far from zero, and dropout."""
+    """A fixed random projection of the pixels, far from zero, and dropout."""
 
     def __init__(self, width: int = 16, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Projection(nn.Module):
 
 
 class Anything(nn.Module):
-    """A module that gives what it is told to."""
+    """A module that returns the result of a function."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def random_images(count: int, seed: int, least: int = 0) -> Tensor:
 
 
 class Everything(Projection):
-    """An extractor that gives all that metrics look at."""
+    """An extractor that provides all features."""
 
     name = "everything"
 
@@ -56,7 +56,7 @@ class Everything(Projection):
 
 
 class Corner(nn.Module):
-    """An extractor whose features are pixels themselves, and so the same to the last digit in any batch."""
+    """An extractor whose features are pixels, and so exactly the same in any batch."""
 
     name = "corner"
 

@@ -1,4 +1,4 @@
-"""The small classifier gives all kinds of features, and comes out of its file as it went in."""
+"""The small classifier: its features and its file."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ FACTS = {"name": "digits-classifier", "num_classes": 5, "image_size": SIZE, "wid
 
 
 def small(width: int = 8) -> SmallClassifier:
-    """One whose BatchNorm has seen something."""
+    """A classifier whose BatchNorm has statistics."""
     torch.manual_seed(1)
     classifier = SmallClassifier(5, SIZE, width)
     classifier(random_images(20, 1).float())
@@ -33,13 +33,13 @@ def write(path: Path, classifier: nn.Module, **facts: Any) -> Path:
 
 
 @pytest.mark.parametrize(("size", "width", "classes"), [(8, 8, 2), (12, 16, 10), (32, 32, 3)])
-def test_it_gives_features_of_all_kinds(size: int, width: int, classes: int) -> None:
+def test_provides_all_features(size: int, width: int, classes: int) -> None:
     features = SmallClassifier(classes, size, width).eval()(torch.zeros(3, 3, size, size))
     shapes = [tuple(part.shape) for part in features if part is not None]
     assert shapes == [(3, 4 * width), (3, (size // 2) ** 2 * 7), (3, classes), (3, classes)]
 
 
-def test_its_spatial_features_know_where_something_is() -> None:
+def test_spatial_features_keep_the_layout() -> None:
     images = torch.full((2, 3, 32, 32), 128.0)
     images[0, :, 8:12, 12:16] = images[1, :, 20:24, 12:16] = 255.0
     places = SmallClassifier(5, 32, 8).eval()(images).spatial.view(2, 16, 16, 7)
@@ -48,13 +48,13 @@ def test_its_spatial_features_know_where_something_is() -> None:
 
 
 @pytest.mark.parametrize("options", [(1, 8, 8), (5, 4, 8), (5, 10, 8), (5, 8, 7)])
-def test_numbers_without_sense_are_refused(options: tuple[int, int, int]) -> None:
+def test_rejects_arguments_out_of_range(options: tuple[int, int, int]) -> None:
     classes, size, width = options
     with pytest.raises(ValueError, match=f"num_classes is {classes}, image_size {size} and width {width}; there must"):
         SmallClassifier(*options)
 
 
-def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_rejects_images_of_another_size(tmp_path: Path) -> None:
     classifier = Classifier(write(tmp_path / "a.safetensors", small()))
     with pytest.raises(ValueError, match="images are 12 × 8 pixels, but the classifier was trained on 8 × 8; train"):
         classifier(torch.zeros(2, 3, 12, 8))
@@ -62,7 +62,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         FID(classifier, 16)
 
 
-def test_it_comes_out_of_its_file_as_it_went_in(tmp_path: Path) -> None:
+def test_loads_what_was_saved(tmp_path: Path) -> None:
     original = small()
     path = write(tmp_path / "a.safetensors", original)
     state = torch.random.get_rng_state()
@@ -77,7 +77,7 @@ def test_it_comes_out_of_its_file_as_it_went_in(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
 
 
-def test_it_stays_in_evaluation_mode_whatever_a_parent_does(tmp_path: Path) -> None:
+def test_stays_in_evaluation_mode(tmp_path: Path) -> None:
     classifier = Classifier(write(tmp_path / "a.safetensors", small()))
     batch, before = random_images(6, 2), copy.deepcopy(classifier.state_dict())
     expected = extract(classifier, batch).pool
@@ -87,7 +87,7 @@ def test_it_stays_in_evaluation_mode_whatever_a_parent_does(tmp_path: Path) -> N
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
-def test_metrics_over_it_carry_its_name(tmp_path: Path) -> None:
+def test_metric_names_include_the_classifier(tmp_path: Path) -> None:
     classifier = Classifier(str(write(tmp_path / "a.safetensors", small())))
     metric = InceptionScore(classifier, SIZE, splits=2)
     metric.update(random_images(6, 2))
@@ -95,7 +95,7 @@ def test_metrics_over_it_carry_its_name(tmp_path: Path) -> None:
     assert 1 <= metric.compute().mean.item() <= 5
 
 
-def test_a_missing_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_rejects_a_missing_file_in_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(ValueError, match="there is no classifier") as error:
             Classifier(path)
@@ -122,7 +122,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_or_damaged_file_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_rejects_a_wrong_or_damaged_file_in_one_line(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "a.safetensors", small())
     WRONG[kind](path)
     with pytest.raises(ValueError, match="is not a classifier") as error:

@@ -1,4 +1,4 @@
-"""Usage of the codebook: every code is counted, over all batches and ranks."""
+"""Codebook usage counts every code over all batches and ranks."""
 
 from math import exp, log
 from pathlib import Path
@@ -12,7 +12,7 @@ from llamagen.metrics import CodebookUsage
 from tests.ranks import run_on_ranks
 
 
-def test_usage_and_perplexity_are_those_of_all_batches() -> None:
+def test_usage_and_perplexity_cover_all_batches() -> None:
     metric = CodebookUsage(8)
     metric.update(torch.tensor([[[0, 0], [3, 0]]]))
     metric.update(torch.tensor([7, 7]))
@@ -22,13 +22,13 @@ def test_usage_and_perplexity_are_those_of_all_batches() -> None:
     assert counts.tolist() == [3, 0, 0, 1, 0, 0, 0, 2]
 
 
-def test_nothing_counted_is_no_usage() -> None:
+def test_usage_is_zero_without_codes() -> None:
     with pytest.warns(UserWarning, match="before the ``update``"):
         usage, perplexity, _ = CodebookUsage(8).compute()
     assert (usage.item(), perplexity.item()) == (0.0, 1.0)
 
 
-def test_all_codes_alike_have_the_largest_perplexity() -> None:
+def test_equally_frequent_codes_have_the_largest_perplexity() -> None:
     metric = CodebookUsage(16)
     metric.update(torch.arange(16).repeat(3))
     usage, perplexity, _ = metric.compute()
@@ -36,7 +36,7 @@ def test_all_codes_alike_have_the_largest_perplexity() -> None:
     assert perplexity.item() == pytest.approx(16.0)
 
 
-def test_a_reset_forgets_and_the_result_does_not_change_with_later_batches() -> None:
+def test_reset_clears_and_results_are_independent_copies() -> None:
     metric = CodebookUsage(4)
     metric.update(torch.tensor([1]))
     counts = metric.compute().counts
@@ -54,19 +54,19 @@ def one_rank(rank: int) -> dict[str, Any]:
     return metric.compute()._asdict()
 
 
-def test_ranks_count_together(tmp_path: Path) -> None:
+def test_counts_over_ranks(tmp_path: Path) -> None:
     for rank in run_on_ranks(one_rank, tmp_path):
         assert rank["counts"].tolist() == [1, 2, 0, 0, 1, 2]
         assert rank["usage"].item() == pytest.approx(4 / 6)
 
 
-def test_more_codes_than_the_published_window_are_counted() -> None:
+def test_counts_more_codes_than_the_published_window() -> None:
     metric = CodebookUsage(4)
     metric.update(torch.full((70_000,), 2))
     assert metric.compute().counts.tolist() == [0, 0, 70_000, 0]
 
 
-def test_dead_codes_are_red_in_the_histogram() -> None:
+def test_the_histogram_shows_dead_codes_in_red() -> None:
     def red(used: int) -> int:
         counts = torch.zeros(100, dtype=torch.int64)
         counts[:used] = 5

@@ -1,4 +1,4 @@
-"""The Fréchet distance is that of scipy's matrix root, however images come, and leaves no trace in state dicts."""
+"""The Fréchet distance equals that of scipy's matrix root for any order and batches, and is in no state dict."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def measure(real: Tensor, fake: Tensor, batch_size: int = 100, features: nn.Modu
 
 
 def by_scipy(features: np.ndarray, other: np.ndarray) -> float:
-    """The formula of arXiv 1706.08500 with the matrix root itself."""
+    """The formula of arXiv 1706.08500 with a matrix root."""
     covariance, other_covariance = np.cov(features, rowvar=False), np.cov(other, rowvar=False)
     root = scipy.linalg.sqrtm(covariance @ other_covariance)
     difference = features.mean(0) - other.mean(0)
@@ -44,7 +44,7 @@ def gaussian(features: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features, rowvar=False))
 
 
-def test_diagonal_gaussians_have_the_distance_of_the_closed_form() -> None:
+def test_diagonal_gaussians_match_the_closed_form() -> None:
     mean, other_mean = torch.tensor([1.0, 2.0, -3.0]).double(), torch.tensor([1.5, 0.0, -3.0]).double()
     scale, other_scale = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([3.0, 2.0, 0.5]).double()
     distance = frechet_distance(mean, scale.square().diag(), other_mean, other_scale.square().diag())
@@ -53,7 +53,7 @@ def test_diagonal_gaussians_have_the_distance_of_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("count", "other_count"), [(500, 400), (500, 40), (40, 500), (40, 30)])
-def test_it_is_the_distance_of_scipy_also_with_fewer_samples_than_features(count: int, other_count: int) -> None:
+def test_matches_scipy_also_with_fewer_images_than_features(count: int, other_count: int) -> None:
     features, other = random_features(count, 64, seed=1), random_features(other_count, 64, seed=2)
     distance = frechet_distance(*gaussian(features), *gaussian(other)).item()
     assert distance == pytest.approx(by_scipy(features, other), rel=1e-3)
@@ -61,19 +61,19 @@ def test_it_is_the_distance_of_scipy_also_with_fewer_samples_than_features(count
 
 
 @pytest.mark.parametrize("count", [500, 40])
-def test_a_gaussian_has_no_distance_from_itself(count: int) -> None:
+def test_a_gaussian_has_distance_zero_from_itself(count: int) -> None:
     features = random_features(count, 64, seed=1)
     distance = frechet_distance(*gaussian(features), *gaussian(features)).item()
     assert 0 <= distance < 1e-6 * np.trace(np.cov(features, rowvar=False))
 
 
 @pytest.mark.parametrize("count", [60, 10])
-def test_images_have_no_distance_from_themselves(count: int) -> None:
+def test_images_have_distance_zero_from_themselves(count: int) -> None:
     assert 0 <= measure(random_images(count, 1), random_images(count, 1).flip(0)).item() < 1e-6
 
 
 @pytest.mark.parametrize("count", [60, 10])
-def test_the_distance_of_images_is_that_of_their_features(count: int) -> None:
+def test_images_and_their_features_give_the_same_distance(count: int) -> None:
     real, fake = random_images(count, 1), random_images(50, 2, least=60)
     with torch.no_grad():
         features = [Projection().eval().double()(batch.double()).numpy() for batch in (real, fake)]
@@ -84,12 +84,12 @@ def test_the_distance_of_images_is_that_of_their_features(count: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 60])
-def test_the_batch_size_does_not_matter(batch_size: int) -> None:
+def test_the_batch_size_does_not_change_results(batch_size: int) -> None:
     real, fake = random_images(60, 1), random_images(50, 2, least=60)
     assert measure(real, fake, batch_size).item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
 
 
-def test_features_that_hardly_differ_far_from_zero_keep_their_digits() -> None:
+def test_keeps_precision_for_features_far_from_zero() -> None:
     # Mean 1e4, deviation 0.1: in float32 the difference of the two sums of squares is noise.
     features = Anything(lambda batch: 1e4 + 0.1 * batch[:, :, 0, 0].double())
     real, fake = random_images(200, 1), random_images(200, 2, least=100)
@@ -98,12 +98,12 @@ def test_features_that_hardly_differ_far_from_zero_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
-def test_features_of_several_dimensions_are_flattened(shape: tuple[int, ...]) -> None:
+def test_flattens_features(shape: tuple[int, ...]) -> None:
     real, fake = random_images(30, 1), random_images(30, 2, least=60)
     assert torch.equal(measure(real, fake, features=Projection(shape=shape)), measure(real, fake))
 
 
-def test_features_see_the_levels_of_the_files_as_float32() -> None:
+def test_the_extractor_gets_levels_as_float32() -> None:
     seen: list[Tensor] = []
     metric = FID(Anything(lambda batch: (seen.append(batch), batch.mean((2, 3)))[1]), SIZE)
     batch = random_images(4, 1)
@@ -122,13 +122,13 @@ def distance_of_a_rank(rank: int) -> dict[str, Tensor]:
     return {"distance": metric.compute()}
 
 
-def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     expected = measure(random_images(60, 1), random_images(50, 2, least=60)).item()
     for result in run_on_ranks(distance_of_a_rank, tmp_path):
         assert result["distance"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_halves_add_up_to_the_whole() -> None:
+def test_states_of_halves_add_up() -> None:
     real, fake = random_images(60, 1), random_images(50, 2, least=60)
     halves = [FID(Projection(), SIZE) for _ in range(2)]
     for rank, half in enumerate(halves):
@@ -141,7 +141,7 @@ def test_halves_add_up_to_the_whole() -> None:
     assert merged.compute().item() == pytest.approx(measure(real, fake).item(), rel=1e-6)
 
 
-def test_a_reset_forgets_the_random_images() -> None:
+def test_reset_forgets_all_images() -> None:
     metric = FID(Projection(), SIZE)
     metric.update(random_images(9, 3), real=True)
     metric.update(random_images(9, 4), real=False)
@@ -152,7 +152,7 @@ def test_a_reset_forgets_the_random_images() -> None:
     assert torch.equal(metric.compute(), measure(real, fake))
 
 
-def test_the_features_are_frozen_and_in_no_state_dict() -> None:
+def test_the_extractor_is_frozen_and_in_no_state_dict() -> None:
     owner = nn.Module()
     features = Projection().train()
     owner.metric = FID(features, SIZE)
@@ -167,7 +167,7 @@ def test_the_features_are_frozen_and_in_no_state_dict() -> None:
     assert not features.dropout.training
 
 
-def test_no_gradient_and_no_autocast_reach_the_features() -> None:
+def test_extracts_without_gradient_and_autocast() -> None:
     seen: list[tuple[bool, torch.dtype]] = []
 
     def features(batch: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def test_no_gradient_and_no_autocast_reach_the_features() -> None:
         lambda module: module.metric.set_dtype(torch.float32),
     ],
 )
-def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callable[[Any], Any]) -> None:
+def test_casts_do_not_change_the_precision_of_statistics(cast: Callable[[Any], Any]) -> None:
     owner = nn.Module()
     owner.metric = metric = FID(Projection(), SIZE)
     real, fake = random_images(30, 1), random_images(30, 2, least=60)
@@ -205,7 +205,7 @@ def test_statistics_stay_in_float64_whatever_becomes_of_the_module(cast: Callabl
     assert {metric.real_sum.dtype, metric.fake_outer.dtype} == {torch.float64}
 
 
-def test_statistics_go_to_another_device() -> None:
+def test_statistics_move_to_another_device() -> None:
     metric = FID(Projection(), SIZE).to("meta")
     states = [getattr(metric, name) for name in metric._defaults]
     assert {state.device.type for state in [*states, *metric._defaults.values()]} == {"meta"}
@@ -214,7 +214,7 @@ def test_statistics_go_to_another_device() -> None:
 
 
 @pytest.mark.gpu
-def test_features_follow_the_images_to_the_gpu() -> None:
+def test_the_extractor_moves_to_the_images_device() -> None:
     metric = FID(Projection(), SIZE).cuda()
     real, fake = random_images(30, 1), random_images(30, 2, least=60)
     metric.update(real.cuda(), real=True)
@@ -225,7 +225,7 @@ def test_features_follow_the_images_to_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
-def test_a_copy_goes_on_where_the_original_was(way: Callable[[FID], FID]) -> None:
+def test_a_copy_continues_from_the_original_state(way: Callable[[FID], FID]) -> None:
     original = FID(Projection(), SIZE)
     real, fake = random_images(30, 1), random_images(30, 2, least=60)
     original.update(real, real=True)
@@ -245,7 +245,7 @@ def test_a_copy_goes_on_where_the_original_was(way: Callable[[FID], FID]) -> Non
         (lambda images: (images.flatten(1),), "tuple"),
     ],
 )
-def test_a_module_that_gives_no_row_for_each_image_is_refused(function: Callable[[Tensor], Any], phrase: str) -> None:
+def test_rejects_a_module_without_a_row_per_image(function: Callable[[Tensor], Any], phrase: str) -> None:
     with pytest.raises(ValueError, match=f"Anything gives {phrase} as pool of 2 images"):
         FID(Anything(function), SIZE)
 
@@ -260,7 +260,7 @@ def test_a_module_that_gives_no_row_for_each_image_is_refused(function: Callable
         torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8),
     ],
 )
-def test_what_is_no_image_of_a_file_is_refused(images: Tensor) -> None:
+def test_rejects_what_are_not_uint8_images(images: Tensor) -> None:
     metric = FID(Projection(), SIZE)
     with pytest.raises(ValueError, match=r"must be uint8 of shape \(B, 3, H, W\), not") as error:
         metric.update(images, real=True)
@@ -268,27 +268,27 @@ def test_what_is_no_image_of_a_file_is_refused(images: Tensor) -> None:
     assert str(tuple(images.shape)) in str(error.value)
 
 
-def test_images_of_another_size_are_refused() -> None:
+def test_rejects_images_of_another_size() -> None:
     metric = FID(Projection(), SIZE)
     with pytest.raises(ValueError, match="images are 4 × 6 pixels, but fid_Projection is for 8 × 8; set image_size"):
         metric.update(torch.zeros(2, 3, 4, 6, dtype=torch.uint8), real=True)
 
 
-def test_another_number_of_features_than_expected_is_refused() -> None:
+def test_rejects_features_of_another_width() -> None:
     metric = FID(Projection(), SIZE)
-    with pytest.raises(ValueError, match="48 features came for each image, but 16 for those of image_size 8"):
+    with pytest.raises(ValueError, match="got 48 features for each image, but 16 for images of image_size 8"):
         metric.update(Features(torch.zeros(2, 48)), real=True)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize(("real", "fake", "phrase"), [(0, 5, "0 real"), (1, 5, "1 real"), (5, 1, "1 fake")])
-def test_too_few_images_are_refused_and_counted(real: int, fake: int, phrase: str) -> None:
+def test_rejects_too_few_images(real: int, fake: int, phrase: str) -> None:
     with pytest.raises(ValueError, match=f"{phrase} images are too few"):
         measure(random_images(real, 1), random_images(fake, 2), features=Anything(lambda batch: batch.mean((2, 3))))
 
 
 @pytest.mark.parametrize(("count", "width"), [(700, 512), (100, 512), (50, 64)])
-def test_a_stored_reference_gives_the_distance_of_its_random_images(count: int, width: int) -> None:
+def test_a_stored_reference_equals_its_images(count: int, width: int) -> None:
     real, fake = random_features(count, width, seed=1), random_features(count // 2, width, seed=2)
     extractor = Anything(lambda images: torch.zeros(len(images), width, dtype=torch.float64))
     metric = FID(extractor, SIZE, reference=(real.mean(0), np.cov(real, rowvar=False)))
@@ -298,7 +298,7 @@ def test_a_stored_reference_gives_the_distance_of_its_random_images(count: int, 
         metric.update(Features(torch.from_numpy(real)), real=True)
 
 
-def test_a_stored_reference_of_another_width_is_refused() -> None:
+def test_rejects_a_reference_of_another_width() -> None:
     with pytest.raises(ValueError, match=r"a mean of \(3,\) and a covariance of \(3, 3\), but fid_Projection has 16"):
         FID(Projection(), SIZE, reference=(torch.zeros(3), torch.eye(3)))
 
@@ -307,7 +307,7 @@ def test_a_stored_reference_of_another_width_is_refused() -> None:
     ("count", "width", "offset"),
     [(300, 512, 0.0), (300, 512, 30.0), (100, 2048, 0.0), pytest.param(3000, 2048, 0.0, marks=pytest.mark.slow)],
 )
-def test_features_have_no_distance_from_themselves_in_any_order(count: int, width: int, offset: float) -> None:
+def test_features_have_distance_zero_from_themselves_in_any_order(count: int, width: int, offset: float) -> None:
     # Non-negative features of order 1, as Inception's are; fewer images than features or more.
     rows = (torch.from_numpy(random_features(count, width, seed=1)).abs() / width**0.5 + offset).float()
     metric = FID(Anything(lambda images: torch.zeros(len(images), width)), SIZE)
@@ -319,13 +319,13 @@ def test_features_have_no_distance_from_themselves_in_any_order(count: int, widt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3000, 500])
-def test_it_is_the_distance_of_scipy_at_the_width_of_inception(count: int) -> None:
+def test_matches_scipy_at_the_width_of_inception(count: int) -> None:
     features, other = random_features(count, 2048, seed=1), random_features(count, 2048, seed=2)
     distance = frechet_distance(*gaussian(features), *gaussian(other)).item()
     assert distance == pytest.approx(by_scipy(features, other), rel=1e-3)
 
 
-def test_sfid_looks_at_spatial_features() -> None:
+def test_sfid_uses_spatial_features() -> None:
     real, fake = random_images(60, 1), random_images(50, 2, least=60)
     metric = SFID(Everything(), SIZE)
     metric.update(real, real=True)
@@ -336,7 +336,7 @@ def test_sfid_looks_at_spatial_features() -> None:
         SFID(Projection(), SIZE)
 
 
-def test_names_say_whose_features_they_are_unless_these_are_those_of_inception() -> None:
+def test_names_include_the_extractor_unless_it_is_inception() -> None:
     inception = Projection()
     inception.name = "inception"
     found = [metric.name for metric in (FID(inception, SIZE), FID(Projection(), SIZE), SFID(Everything(), SIZE))]

@@ -1,4 +1,4 @@
-"""What metrics over images share: order, batches, ranks, copies, states, references and refusals."""
+"""What all image metrics share: order, batches, ranks, copies, states, references and errors."""
 
 import copy
 import io
@@ -40,7 +40,7 @@ def make(name: str, extractor: nn.Module | None = None, **options: Any) -> Any:
 def show(
     metric: RowMetric, images: Tensor, real: bool = False, index: Tensor | None = None, batch_size: int = 100
 ) -> None:
-    """Images in batches; real ones only to a metric that knows such."""
+    """Add images in batches; real ones only to metrics that use them."""
     side = {} if isinstance(metric, InceptionScore) else {"real": real}
     if real and not side:
         return
@@ -61,7 +61,7 @@ def measured(name: str, extractor: nn.Module | None = None, batch_size: int = 10
 
 
 def finished(metric: Any) -> list[float]:
-    """The result of one that has seen all real images and the first ten others."""
+    """The result over all real images and the first ten others."""
     show(metric, fake_images()[10:])
     return result(metric)
 
@@ -75,12 +75,12 @@ def begun(name: str) -> Any:
 
 @every_metric
 @pytest.mark.parametrize("batch_size", [1, 7, 25])
-def test_the_batch_size_does_not_matter(name: str, batch_size: int) -> None:
+def test_the_batch_size_does_not_change_results(name: str, batch_size: int) -> None:
     assert measured(name, batch_size=batch_size) == measured(name)
 
 
 @every_metric
-def test_images_count_in_the_order_of_their_index(name: str) -> None:
+def test_the_index_determines_the_order(name: str) -> None:
     metric, unordered = make(name), make(name)
     for number, (images, real) in enumerate(((real_images(), True), (fake_images(), False))):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
@@ -91,7 +91,7 @@ def test_images_count_in_the_order_of_their_index(name: str) -> None:
 
 
 @every_metric
-def test_numbers_of_an_index_need_not_begin_at_zero_nor_be_of_64_bits(name: str) -> None:
+def test_an_index_may_have_an_offset_and_gaps_and_be_int32(name: str) -> None:
     metric = make(name)
     for images, real in ((real_images(), True), (fake_images(), False)):
         show(metric, images.flip(0), real, 3 * torch.arange(len(images), dtype=torch.int32).flip(0) + 100, 8)
@@ -100,7 +100,7 @@ def test_numbers_of_an_index_need_not_begin_at_zero_nor_be_of_64_bits(name: str)
 
 
 def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
-    """What each metric makes on one of two ranks of images that are shared out in several ways."""
+    """Results of each metric on one of two ranks, for several splits of the images."""
     found: dict[str, dict[str, list[float]]] = {}
     sides = ((real_images(), True), (fake_images(), False))
     for name in MAKERS:
@@ -146,7 +146,7 @@ def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_two_ranks_measure_what_one_process_does_however_images_are_shared_out(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process_for_any_split_of_the_images(tmp_path: Path) -> None:
     for found in run_on_ranks(results_of_a_rank, tmp_path):
         assert set(found) == set(MAKERS)
         for name, cases in found.items():
@@ -156,7 +156,7 @@ def test_two_ranks_measure_what_one_process_does_however_images_are_shared_out(t
 
 @every_metric
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
-def test_a_copy_goes_on_where_the_original_was(name: str, way: Callable[[Any], Any]) -> None:
+def test_a_copy_continues_from_the_original_state(name: str, way: Callable[[Any], Any]) -> None:
     original = begun(name)
     copied = way(original)
     assert finished(copied) == measured(name)
@@ -166,7 +166,7 @@ def test_a_copy_goes_on_where_the_original_was(name: str, way: Callable[[Any], A
 
 
 @every_metric
-def test_a_saved_state_goes_on_in_another_metric_and_stays_as_it_is(name: str) -> None:
+def test_a_saved_state_continues_in_another_metric_and_does_not_change(name: str) -> None:
     original = begun(name)
     assert original.state_dict() == {}
     original.persistent(True)
@@ -188,7 +188,7 @@ def test_a_saved_state_goes_on_in_another_metric_and_stays_as_it_is(name: str) -
 
 
 @every_metric
-def test_a_loaded_state_replaces_a_result_of_before(name: str) -> None:
+def test_a_loaded_state_replaces_a_cached_result(name: str) -> None:
     original, other = make(name), begun(name)
     show(original, real_images(), True)
     show(original, fake_images())
@@ -199,7 +199,7 @@ def test_a_loaded_state_replaces_a_result_of_before(name: str) -> None:
 
 
 @every_metric
-def test_a_reset_forgets_the_random_images(name: str) -> None:
+def test_reset_forgets_all_images(name: str) -> None:
     metric = make(name)
     show(metric, random_images(40, 3), True)
     show(metric, random_images(40, 4))
@@ -211,14 +211,14 @@ def test_a_reset_forgets_the_random_images(name: str) -> None:
 
 
 @every_metric
-def test_a_result_of_the_middle_changes_nothing(name: str) -> None:
+def test_computing_in_between_changes_nothing(name: str) -> None:
     metric = begun(name)
     middle = result(metric)
     assert result(metric) == middle != measured(name)
     assert finished(metric) == measured(name)
 
 
-def test_forward_gives_the_score_of_a_batch_and_keeps_the_order() -> None:
+def test_forward_returns_the_score_of_a_batch_and_keeps_the_order() -> None:
     metric = make("inception_score")
     for batch in fake_images().split(5):
         show(alone := make("inception_score"), batch)
@@ -236,7 +236,7 @@ def test_forward_gives_the_score_of_a_batch_and_keeps_the_order() -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_features_keep_their_precision_whatever_becomes_of_the_module(
+def test_casts_do_not_change_the_precision_of_features(
     name: str, cast: Callable[[Any], Any], dtype: torch.dtype
 ) -> None:
     owner = nn.Module()
@@ -249,13 +249,13 @@ def test_features_keep_their_precision_whatever_becomes_of_the_module(
     assert {index.dtype for index in metric.fake_index} == {torch.int64}
 
 
-def test_features_in_float64_keep_digits_that_float32_has_not() -> None:
+def test_float64_features_stay_float64() -> None:
     far = Anything(lambda images: 2.0**13 + images[:, :, 0, :4].flatten(1).double() / 2**20)
     assert measured("precision_recall", far) == measured("precision_recall")
 
 
 @every_metric
-def test_the_features_are_frozen_in_evaluation_mode_and_in_no_state_dict(name: str) -> None:
+def test_the_extractor_is_frozen_in_evaluation_mode_and_in_no_state_dict(name: str) -> None:
     owner = nn.Module()
     extractor = Corner().train()
     owner.metric = make(name, extractor)
@@ -272,14 +272,14 @@ def test_the_features_are_frozen_in_evaluation_mode_and_in_no_state_dict(name: s
 
 
 @every_metric
-def test_kept_features_go_to_another_device(name: str) -> None:
+def test_features_move_to_another_device(name: str) -> None:
     metric = begun(name).to("meta")
     assert {part.device.type for part in [*metric.fake_rows, *metric.fake_index]} == {"meta"}
     assert metric.fake_rows[0].dtype == torch.float32
 
 
 @two_sided
-def test_a_reference_is_worth_the_real_images(name: str) -> None:
+def test_a_reference_equals_its_real_images(name: str) -> None:
     rows = Corner().eval()(real_images().float()).pool.detach()
     metric = make(name, reference=rows.double())
     show(metric, fake_images())
@@ -296,14 +296,14 @@ def test_a_reference_is_worth_the_real_images(name: str) -> None:
 
 @two_sided
 @pytest.mark.parametrize("shape", [(20, 11), (20,), (1, 12), (0, 12), (5, 3, 4)])
-def test_a_reference_of_other_features_is_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_rejects_a_reference_of_other_features(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="the reference has features of") as error:
         make(name, reference=torch.zeros(shape))
     assert str(shape) in str(error.value)
     assert f"{name}_corner needs at least two rows of 12" in str(error.value)
 
 
-def test_names_say_whose_features_they_are_unless_these_are_those_of_inception() -> None:
+def test_names_include_the_extractor_unless_it_is_inception() -> None:
     inception = Everything()
     inception.name = "inception"
     assert [make(name, inception).name for name in MAKERS] == list(MAKERS)
@@ -318,24 +318,24 @@ def test_names_say_whose_features_they_are_unless_these_are_those_of_inception()
         (torch.zeros(4, 3, SIZE, SIZE), "images must be uint8 of shape"),
         (torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), "images must be uint8 of shape"),
         (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), "images are 4 × 6 pixels, but .*_corner is for 8 × 8; set"),
-        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "9 features came for each image, but (7|12) for"),
+        (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "got 9 features for each image, but (7|12) for"),
     ],
 )
-def test_what_is_no_image_of_its_size_is_refused(name: str, images: Any, phrase: str) -> None:
+def test_rejects_what_are_not_images_of_its_size(name: str, images: Any, phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):
         make(name).update(images)
 
 
 @pytest.mark.parametrize("index", [torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).bool()])
-def test_an_index_that_is_not_one_whole_number_each_is_refused(index: Tensor) -> None:
-    with pytest.raises(ValueError, match="for 4 images; give one whole number each") as error:
+def test_rejects_an_index_without_an_integer_per_image(index: Tensor) -> None:
+    with pytest.raises(ValueError, match="for 4 images; give one integer for each") as error:
         show(make("kid"), fake_images()[:4], index=index)
     assert f"index is {index.dtype} of {tuple(index.shape)}" in str(error.value)
 
 
 @every_metric
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_images_are_refused(name: str, count: int) -> None:
+def test_rejects_fewer_than_two_images(name: str, count: int) -> None:
     metric = make(name)
     show(metric, real_images(), True)
     metric.update(fake_images()[:count])
@@ -345,21 +345,21 @@ def test_fewer_than_two_images_are_refused(name: str, count: int) -> None:
 
 @every_metric
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+def test_rejects_features_that_are_not_finite(name: str, value: float) -> None:
     metric = begun(name)
-    with pytest.raises(FloatingPointError, match=r"features of the extractor \w+ are not finite \(precision float32\)"):
+    with pytest.raises(FloatingPointError, match=r"(features|logits) of the extractor \w+ are not finite \(precision"):
         metric.update(Features(torch.full((5, 12), value), logits=torch.full((5, 7), value)))
     with pytest.raises(FloatingPointError, match=r"are not finite in 1 of 5 examples \(first: number 3\)"):
         metric.update(Features(*(torch.zeros(5, n).index_fill(0, torch.tensor(3), value) for n in (12, 3, 7))))
 
 
-def test_no_size_is_refused() -> None:
+def test_rejects_an_image_size_below_one() -> None:
     with pytest.raises(ValueError, match="image_size is 0; give the side of the images in pixels"):
         KID(Corner(), 0)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_an_extractor_is_not_rounded_to_tf32_whatever_training_likes(legacy: bool) -> None:
+def test_extracts_without_tf32(legacy: bool) -> None:
     seen: list[list[str]] = []
 
     def precisions() -> list[str]:

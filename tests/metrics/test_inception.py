@@ -1,4 +1,4 @@
-"""Inception gives what torch-fidelity's does, of images of every size, and where TensorFlow has it."""
+"""Inception equals torch-fidelity's for images of every size, in TensorFlow's order."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def inception_golden(entry: str) -> Any:
 
 
 def filled(name: str, shape: torch.Size) -> Tensor:
-    """The weights with which the values were recorded: convolutions keep the size of what goes through them."""
+    """The weights with which the values were recorded; convolutions preserve the scale of activations."""
     values = normal_input(name, shape)
     if len(shape) == 4:
         return values * sqrt(2 * shape[0] / values.numel())
@@ -57,7 +57,7 @@ def found(net: InceptionNet) -> dict[str, Features]:
     return {size: extract(net, random_images(size)) for size in SIZES}
 
 
-def test_names_and_shapes_are_those_of_the_published_weights() -> None:
+def test_names_and_shapes_match_the_published_weights() -> None:
     shapes = {name: list(shape) for name, shape in inception_shapes().items()}
     assert shapes == inception_golden("entries")
     assert len(shapes) == 94 * 5 + 2  # of each convolution its weight, and four of its normalisation
@@ -70,25 +70,25 @@ def test_names_and_shapes_are_those_of_the_published_weights() -> None:
     ("entry", "output"),
     [("2048", "pool"), ("spatial", "spatial"), ("logits_unbiased", "logits"), ("logits", "biased_logits")],
 )
-def test_features_are_those_of_torch_fidelity(found: dict[str, Features], size: str, entry: str, output: str) -> None:
+def test_features_equal_those_of_torch_fidelity(found: dict[str, Features], size: str, entry: str, output: str) -> None:
     record = inception_golden("sizes")[size][entry]
     assert_matches(getattr(found[size], output), record, tolerance=1e-4 * record["std"])
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_images_are_resized_as_torch_fidelity_does(size: str) -> None:
+def test_resizes_like_torch_fidelity(size: str) -> None:
     resized = resize_tf1(random_images(size).float(), (299, 299))
     assert_matches(resized, inception_golden("sizes")[size]["resized"], tolerance=1e-4)
 
 
-def test_one_pass_gives_everything_a_row_for_each_image(found: dict[str, Features]) -> None:
+def test_returns_all_features_with_a_row_per_image(found: dict[str, Features]) -> None:
     features = found["64x64"]
     assert [tuple(rows.shape) for rows in features] == [(2, 2048), (2, 17 * 17 * 7), (2, 1008), (2, 1008)]
     assert {rows.dtype for rows in features} == {torch.float32}
     assert not any(rows.requires_grad for rows in features)
 
 
-def test_spatial_features_are_in_the_order_of_tensorflow(net: InceptionNet, found: dict[str, Features]) -> None:
+def test_spatial_features_have_the_order_of_tensorflow(net: InceptionNet, found: dict[str, Features]) -> None:
     seen: list[Tensor] = []
     hook = net.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda *call: seen.append(call[2]))
     try:
@@ -101,14 +101,14 @@ def test_spatial_features_are_in_the_order_of_tensorflow(net: InceptionNet, foun
     torch.testing.assert_close(spatial[1], torch.stack(expected))
 
 
-def test_the_bias_is_what_logits_differ_by(net: InceptionNet, found: dict[str, Features]) -> None:
+def test_logits_differ_by_the_bias(net: InceptionNet, found: dict[str, Features]) -> None:
     _, _, logits, biased = found["299x299"]
     assert logits is not None
     assert biased is not None
     torch.testing.assert_close(biased - logits, net.fc.bias.expand(2, -1), atol=1e-6, rtol=0)
 
 
-def test_the_batch_size_does_not_matter(net: InceptionNet, found: dict[str, Features]) -> None:
+def test_the_batch_size_does_not_change_results(net: InceptionNet, found: dict[str, Features]) -> None:
     batch = random_images("200x333")
     for rows, both in zip(extract(net, batch[1:]), found["200x333"], strict=True):
         assert rows is not None
@@ -116,7 +116,7 @@ def test_the_batch_size_does_not_matter(net: InceptionNet, found: dict[str, Feat
         torch.testing.assert_close(rows, both[1:], atol=1e-5, rtol=1e-4)
 
 
-def test_an_image_between_pixels_is_interpolated_from_the_top_left() -> None:
+def test_interpolates_from_the_top_left() -> None:
     row = torch.tensor([[0.0, 30.0, 90.0]])
     wider = resize_tf1(row.view(1, 1, 1, 3), (1, 6)).flatten()
     assert wider.tolist() == [0, 15, 30, 60, 90, 90]  # half-pixel centers would give 0, 7.5, 22.5, …
@@ -124,13 +124,13 @@ def test_an_image_between_pixels_is_interpolated_from_the_top_left() -> None:
     assert resize_tf1(column, (6, 2)).squeeze().tolist() == [[value, value] for value in wider.tolist()]
 
 
-def test_a_larger_image_is_sampled_without_a_filter() -> None:
+def test_shrinks_without_antialiasing() -> None:
     row = torch.tensor([10.0, 1.0, 2.0, 20.0, 5.0, 6.0]).view(1, 1, 1, 6)
     assert resize_tf1(row, (1, 2)).flatten().tolist() == [10, 20]
     assert resize_tf1(row, (1, 4)).flatten().tolist() == [10, 1.5, 20, 5.5]
 
 
-def test_both_axes_are_interpolated() -> None:
+def test_interpolates_both_axes() -> None:
     square = torch.tensor([[0.0, 100.0], [200.0, 240.0]]).view(1, 1, 2, 2)
     assert resize_tf1(square, (4, 4)).squeeze().tolist() == [
         [0, 50, 100, 100],
@@ -140,7 +140,7 @@ def test_both_axes_are_interpolated() -> None:
     ]
 
 
-def test_an_image_of_the_right_size_stays_as_it_is() -> None:
+def test_keeps_an_image_of_the_right_size() -> None:
     batch = random_images("299x299").float()
     assert torch.equal(resize_tf1(batch, (299, 299)), batch)
 
@@ -154,14 +154,14 @@ def test_an_image_of_the_right_size_stays_as_it_is() -> None:
         torch.zeros(1, 8, 8, 3),
     ],
 )
-def test_what_is_no_image_is_refused(net: InceptionNet, images: Tensor) -> None:
+def test_rejects_what_are_not_images(net: InceptionNet, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"needs floats with levels 0 … 255 of shape \(B, 3, H, W\), not") as error:
         net(images)
     assert str(images.dtype) in str(error.value)
     assert str(tuple(images.shape)) in str(error.value)
 
 
-def test_it_stays_frozen_and_in_evaluation_mode(net: InceptionNet) -> None:
+def test_stays_frozen_and_in_evaluation_mode(net: InceptionNet) -> None:
     owner = nn.Sequential(net)
     owner.train()
     assert not any(module.training for module in net.modules())
@@ -169,7 +169,7 @@ def test_it_stays_frozen_and_in_evaluation_mode(net: InceptionNet) -> None:
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_a_copy_sees_the_same(
+def test_a_copy_gives_the_same_features(
     net: InceptionNet, found: dict[str, Features], way: Callable[[InceptionNet], InceptionNet]
 ) -> None:
     copied = way(net)
@@ -177,14 +177,14 @@ def test_a_copy_sees_the_same(
     torch.testing.assert_close(extract(copied, random_images("64x64")).pool, found["64x64"].pool)
 
 
-def test_random_weights_tell_images_apart() -> None:
+def test_random_weights_distinguish_images() -> None:
     torch.manual_seed(0)
     pool = extract(InceptionNet(), random_images("64x64")).pool
     assert (pool[0] - pool[1]).std() > 0.01 * pool.std()
     assert 0.01 < pool.std() < 10
 
 
-def test_metrics_call_it_by_its_name() -> None:
+def test_metric_names_use_its_name() -> None:
     with torch.device("meta"):
         assert extractor_name(InceptionNet()) == "InceptionNet"
     assert Inception.name == "inception"

@@ -1,4 +1,4 @@
-"""The Inception Score is that of its formula, over splits of the images in their order."""
+"""The Inception Score equals its formula over consecutive splits of the images."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def random_logits(count: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("count", "splits"), [(200, 10), (97, 10), (23, 7), (11, 10), (50, 1), (10, 10)])
-def test_it_is_the_score_of_the_formula(count: int, splits: int) -> None:
+def test_matches_the_formula(count: int, splits: int) -> None:
     logits = random_logits(count)
     found = of_logits(torch.from_numpy(logits), splits)
     mean, std = by_formula(logits, splits)
@@ -50,12 +50,12 @@ def test_it_is_the_score_of_the_formula(count: int, splits: int) -> None:
     assert found.std.item() == pytest.approx(std, rel=1e-10, abs=1e-12)
 
 
-def test_logits_in_float32_are_taken_to_float64() -> None:
+def test_computes_in_float64() -> None:
     logits = torch.from_numpy(random_logits(60)).float()
     assert of_logits(logits, 4).mean.item() == pytest.approx(by_formula(logits.double().numpy(), 4)[0], rel=1e-12)
 
 
-def test_there_are_ten_splits_if_none_are_given() -> None:
+def test_uses_ten_splits_by_default() -> None:
     assert InceptionScore(Everything(), SIZE).splits == 10
     logits = torch.from_numpy(random_logits(60))
     metric = InceptionScore(Everything(), SIZE)
@@ -64,7 +64,7 @@ def test_there_are_ten_splits_if_none_are_given() -> None:
     assert metric.compute().mean.item() == pytest.approx(by_formula(wide.numpy(), 10)[0], rel=1e-6)
 
 
-def test_it_sees_the_logits_of_random_images() -> None:
+def test_uses_the_logits_of_images() -> None:
     batch = random_images(40, 1)
     metric = InceptionScore(Everything(), SIZE, splits=3)
     for part in batch.split(9):
@@ -74,25 +74,25 @@ def test_it_sees_the_logits_of_random_images() -> None:
 
 
 @pytest.mark.parametrize("level", [0.0, -3e38, 3e38])
-def test_a_classifier_that_knows_nothing_scores_one(level: float) -> None:
+def test_equal_logits_score_one(level: float) -> None:
     found = of_logits(torch.full((40, CLASSES), level))
     assert (found.mean.item(), found.std.item()) == (pytest.approx(1, abs=1e-14), pytest.approx(0, abs=1e-14))
 
 
 @pytest.mark.parametrize("sure", [1e3, 1e30])
-def test_a_classifier_that_is_sure_of_all_classes_evenly_scores_their_number(sure: float) -> None:
+def test_certain_and_balanced_predictions_score_the_number_of_classes(sure: float) -> None:
     found = of_logits(sure * torch.eye(CLASSES).repeat(20, 1))
     assert (found.mean.item(), found.std.item()) == (pytest.approx(CLASSES), pytest.approx(0, abs=1e-12))
 
 
-def test_classes_in_turn_and_one_after_the_other_differ_and_the_index_tells_them_apart() -> None:
+def test_the_order_of_classes_changes_the_score() -> None:
     sure = 1e3 * torch.eye(CLASSES).repeat_interleave(10, 0)
     assert of_logits(sure, CLASSES).mean.item() == pytest.approx(1)
     in_turn = torch.arange(CLASSES * 10).view(10, CLASSES).T.flatten()  # numbers of those that are shown one by one
     assert of_logits(sure, 10, in_turn).mean.item() == pytest.approx(CLASSES)
 
 
-def test_numbers_of_a_large_offset_keep_their_digits() -> None:
+def test_logits_with_a_large_offset_keep_precision() -> None:
     logits = random_logits(60).round(3)
     assert of_logits(torch.from_numpy(logits + 2.0**20), 4).mean.item() == pytest.approx(
         by_formula(logits, 4)[0], rel=1e-8
@@ -100,26 +100,26 @@ def test_numbers_of_a_large_offset_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize(("count", "splits"), [(9, 10), (2, 3)])
-def test_fewer_images_than_splits_are_refused(count: int, splits: int) -> None:
+def test_rejects_fewer_images_than_splits(count: int, splits: int) -> None:
     with pytest.raises(ValueError, match=f"{count} images are too few for {splits} splits of the Inception Score"):
         of_logits(torch.zeros(count, CLASSES), splits)
 
 
 @pytest.mark.parametrize("splits", [0, -1])
-def test_no_split_is_refused(splits: int) -> None:
+def test_rejects_splits_below_one(splits: int) -> None:
     with pytest.raises(ValueError, match=f"splits is {splits}; it must be at least 1"):
         InceptionScore(Everything(), SIZE, splits)
 
 
-def test_an_extractor_without_logits_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match="InceptionScore needs logits features, which Projection does not give; use"):
+def test_rejects_an_extractor_without_logits() -> None:
+    with pytest.raises(ValueError, match="InceptionScore needs logits, which Projection does not give; use"):
         InceptionScore(Projection(), SIZE)
     metric = InceptionScore(Everything(), SIZE)
-    with pytest.raises(ValueError, match="InceptionScore needs logits features, which everything does not give"):
+    with pytest.raises(ValueError, match="InceptionScore needs logits, which everything does not give"):
         metric.update(Features(torch.zeros(2, 7)))
 
 
-def test_in_a_collection_it_passes_over_the_real_images() -> None:
+def test_ignores_real_images() -> None:
     extractor, real, fake = Everything(), random_images(30, 1, least=100), random_images(30, 2)
     alone, collection = (
         InceptionScore(extractor, SIZE),

@@ -1,48 +1,31 @@
-"""Inception gets its weights, or says what is missing and where it is to be had."""
+"""The network with the published weights of Inception; tests of reading them are in tests/test_published_weights.py."""
 
 import hashlib
-import socket
-from http.client import IncompleteRead
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.hub
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llamagen.metrics import Inception, inception
-from llamagen.metrics.inception import FILE, OTHER_NAME, fetch_inception, inception_shapes, read_inception
+from llamagen.metrics.inception import WEIGHTS, fetch_inception, inception_shapes, read_inception
 
 State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Every entry is one number, so that files of it are small."""
-    return {
-        name: torch.tensor(float(index)).expand(shape) for index, (name, shape) in enumerate(inception_shapes().items())
-    }
+    """Weights that are small in a file: each entry repeats one number."""
+    shapes = enumerate(inception_shapes().items())
+    return {name: torch.tensor(float(index)).expand(shape) for index, (name, shape) in shapes}
 
 
-def same(found: State, state: State) -> bool:
-    return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+def same(loaded: State, state: State) -> bool:
+    return loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-def test_weights_are_read_from_a_file_of_any_name(tmp_path: Path, state: State) -> None:
-    torch.save(state, tmp_path / "new.pth")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(read_inception(tmp_path / "new.pth"), state)
-    assert same(read_inception(str(tmp_path / "old.pth")), state)
-
-
-def test_weights_are_read_from_safetensors(tmp_path: Path, state: State) -> None:
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "inception.safetensors")
-    assert same(read_inception(tmp_path / "inception.safetensors"), state)
-
-
-def test_the_network_has_the_weights_of_the_file_and_stays_fixed(tmp_path: Path, state: State) -> None:
+def test_the_network_has_the_weights_of_the_file_and_stays_frozen(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "inception.pth")
     generator = torch.get_rng_state()
     net = Inception(tmp_path / "inception.pth")
@@ -52,204 +35,35 @@ def test_the_network_has_the_weights_of_the_file_and_stays_fixed(tmp_path: Path,
     assert not any(module.training for module in net.train().modules())
 
 
-def test_half_precision_weights_become_float32(tmp_path: Path, state: State) -> None:
-    torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pth")
-    assert {value.dtype for value in read_inception(tmp_path / "half.pth").values()} == {torch.float32}
+def test_the_network_downloads_its_weights(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = tmp_path / WEIGHTS.name
+    torch.save(state, published)
+    sha256 = hashlib.sha256(published.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "WEIGHTS", replace(WEIGHTS, address=published.as_uri(), sha256=sha256))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    assert same(dict(Inception().state_dict()), state)
+    assert fetch_inception() == tmp_path / "torch/hub/checkpoints" / WEIGHTS.name
 
 
-def test_counted_steps_of_training_are_passed_over(tmp_path: Path, state: State) -> None:
-    steps = {
-        name.replace("running_mean", "num_batches_tracked"): torch.tensor(7)
-        for name in state
-        if name.endswith("running_mean")
-    }
-    assert len(steps) == 94
-    torch.save(state | steps, tmp_path / "inception.pth")
-    assert same(read_inception(tmp_path / "inception.pth"), state)
-
-
-def test_what_differs_in_a_file_is_listed_in_one_line(tmp_path: Path, state: State) -> None:
-    wrong = state | {"AuxLogits.fc.bias": torch.ones(1), "fc.weight": torch.ones(1000, 2048)}
-    del wrong["Mixed_6d.branch7x7dbl_4.bn.running_var"]
-    torch.save(wrong, tmp_path / "torchvision.pth")
-    with pytest.raises(ValueError) as error:
-        read_inception(tmp_path / "torchvision.pth")
-    text = str(error.value)
-    assert "\n" not in text
-    assert f"{tmp_path / 'torchvision.pth'} is not Inception of 2015-12-05: " in text
-    for part in (
-        "Mixed_6d.branch7x7dbl_4.bn.running_var is missing",
-        "AuxLogits.fc.bias is unexpected",
-        "fc.weight is (1000, 2048), not (1008, 2048)",
-        inception.ADDRESS,
-    ):
-        assert part in text
-
-
-def test_a_list_of_differences_stays_short(tmp_path: Path) -> None:
-    torch.save({f"layer{index}.weight": torch.ones(1) for index in range(300)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"is missing; .*; 752 more; get https://") as error:
-        read_inception(tmp_path / "other.pth")
-    assert str(error.value).count(" is missing") == 20
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", [1, 2], {"fc.bias": "text"}])
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_damaged_file_is_named(tmp_path: Path, state: State, content: Any, suffix: str) -> None:
-    path = tmp_path / f"inception.{suffix}"
-    if content == "truncated":
-        torch.save(state, path)
-        path.write_bytes(path.read_bytes()[:50_000])
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(ValueError) as error:
-        read_inception(path)
-    assert f"{path} cannot be read as Inception" in str(error.value)
-    assert inception.ADDRESS in str(error.value)
+@pytest.mark.parametrize("name", [WEIGHTS.name, *WEIGHTS.other_names])
+@pytest.mark.parametrize("given", [False, True])
+def test_rejects_a_file_of_the_published_name_with_another_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State, name: str, given: bool
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    file = tmp_path / "torch/hub/checkpoints" / name
+    file.parent.mkdir(parents=True)
+    torch.save(state | {"fc.bias": torch.zeros(1008)}, file)
+    with pytest.raises(ValueError, match=r"has the SHA-256 .*, not .* as published; remove it") as error:
+        read_inception(file if given else None)
+    assert str(file) in str(error.value)
+    assert WEIGHTS.sha256 in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "ran",)
-
-    torch.save({"fc.bias": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="cannot be read as Inception"):
-        read_inception(tmp_path / "evil.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("read", [fetch_inception, read_inception, Inception])
 @pytest.mark.parametrize("name", ["absent.pth", "folder"])
-def test_a_path_that_is_no_file_is_named_with_its_option(tmp_path: Path, read: Any, name: str) -> None:
+def test_the_network_reports_a_path_that_is_not_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"weights .*{name} is not a file; .*features\.init_args\.weights") as error:
-        read(tmp_path / name)
-    assert inception.ADDRESS in str(error.value)
-
-
-class Mirror:
-    """The published file at an address that needs no network, and an empty cache to download it into."""
-
-    def __init__(self, folder: Path, state: State, patch: pytest.MonkeyPatch) -> None:
-        self.cache, self.published, self._patch = folder / "torch" / "hub" / "checkpoints", folder / FILE, patch
-        torch.save(state, self.published)
-        patch.setenv("TORCH_HOME", str(folder / "torch"))
-        patch.setattr(inception, "CHECKSUM", hashlib.sha256(self.published.read_bytes()).hexdigest())
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            patch.delenv(name, raising=False)
-            patch.delenv(name.upper(), raising=False)
-        self.move(self.published.as_uri())
-
-    def move(self, address: str) -> None:
-        """Expect the file elsewhere."""
-        self.address = address
-        self._patch.setattr(inception, "ADDRESS", address)
-
-    def cached(self) -> list[str]:
-        """Names of the files in the cache."""
-        return sorted(path.name for path in self.cache.iterdir()) if self.cache.is_dir() else []
-
-
-@pytest.fixture
-def mirror(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> Mirror:
-    return Mirror(tmp_path, state, monkeypatch)
-
-
-def refusal(mirror: Mirror) -> str:
-    """The error of a download, which has one line, says everything and leaves nothing behind."""
-    with pytest.raises(ValueError) as error:
-        Inception()
-    text = str(error.value)
-    for part in (FILE, mirror.address, str(mirror.cache), "Inception(weights=…)", "features.init_args.weights"):
-        assert part in text
-    assert "\n" not in text
-    assert mirror.cached() == []
-    return text
-
-
-def test_the_file_is_downloaded_once(mirror: Mirror, state: State, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fetch_inception() == mirror.cache / FILE
-    assert "100%" in capsys.readouterr().err
-    mirror.published.unlink()
-    assert same(read_inception(), state)
-    assert mirror.cached() == [FILE]
-
-
-@pytest.mark.parametrize("name", [FILE, OTHER_NAME])
-def test_the_cache_is_searched_for_both_names(mirror: Mirror, state: State, name: str) -> None:
-    mirror.cache.mkdir(parents=True)
-    mirror.published.rename(mirror.cache / name)
-    assert fetch_inception() == mirror.cache / name
-    assert same(read_inception(None), state)
-    assert mirror.cached() == [name]
-
-
-@pytest.mark.parametrize("name", [FILE, OTHER_NAME])
-@pytest.mark.parametrize("given", [False, True])
-def test_a_file_of_the_published_name_with_another_checksum_is_refused(
-    mirror: Mirror, state: State, name: str, given: bool
-) -> None:
-    mirror.cache.mkdir(parents=True)
-    torch.save(state | {"fc.bias": torch.zeros(1008)}, mirror.cache / name)
-    with pytest.raises(ValueError, match=r"has the SHA-256 .*, not .* as published; remove it") as error:
-        read_inception(mirror.cache / name if given else None)
-    assert str(mirror.cache / name) in str(error.value)
-    assert inception.CHECKSUM in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_download_with_another_checksum_is_thrown_away(mirror: Mirror) -> None:
-    mirror.published.write_bytes(mirror.published.read_bytes() + b"changed on the way")
-    assert "invalid hash value" in refusal(mirror)
-
-
-@pytest.mark.parametrize("failure", [ConnectionResetError("reset by peer"), IncompleteRead(b"1234", 99)])
-def test_a_download_that_breaks_off_leaves_nothing(
-    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
-    urlopen = torch.hub.urlopen
-
-    def breaking(request: Any) -> Any:
-        response = urlopen(request)
-        chunks = [response.read(1000)]
-
-        def read(_: int) -> Any:
-            if chunks:
-                return chunks.pop()
-            raise failure
-
-        monkeypatch.setattr(response, "read", read)
-        return response
-
-    monkeypatch.setattr(torch.hub, "urlopen", breaking)
-    assert str(failure) in refusal(mirror)
-
-
-def test_a_file_that_is_not_where_it_was_published_is_reported(mirror: Mirror) -> None:
-    mirror.published.unlink()
-    assert "No such file" in refusal(mirror)
-
-
-def test_without_a_network_it_says_what_to_do(mirror: Mirror) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        mirror.move(f"http://127.0.0.1:{unused.getsockname()[1]}/{FILE}")
-        assert "refused" in refusal(mirror)
-
-
-def test_a_cache_that_cannot_be_written_is_reported(mirror: Mirror) -> None:
-    mirror.cache.parent.parent.mkdir()
-    mirror.cache.parent.write_text("a file where the folder should be")
-    assert "Not a directory" in refusal(mirror) or "exists" in refusal(mirror)
-
-
-def test_the_published_address_and_checksum_belong_together() -> None:
-    assert inception.ADDRESS == (
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-    )
-    assert inception.CHECKSUM == "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-    assert OTHER_NAME == "pt_inception-2015-12-05-6726825d.pth"
+        Inception(tmp_path / name)
+    assert WEIGHTS.address in str(error.value)

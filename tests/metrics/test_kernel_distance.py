@@ -1,4 +1,4 @@
-"""KID is the unbiased squared discrepancy of its formula, over subsets that a seed decides."""
+"""KID equals its unbiased formula over subsets that the seed determines."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def features(count: int, seed: int, mean: float = 0.0) -> Tensor:
 
 
 @pytest.mark.parametrize(("count", "other_count"), [(30, 30), (30, 17), (2, 25), (2, 2)])
-def test_with_all_images_in_a_subset_it_is_the_distance_of_the_formula(count: int, other_count: int) -> None:
+def test_matches_the_formula_with_all_images_in_a_subset(count: int, other_count: int) -> None:
     real, fake = features(count, 1), features(other_count, 2, mean=0.5)
     found = measure(real, fake, subsets=3)
     assert (found.mean.dtype, found.std.dtype) == (torch.float64, torch.float64)
@@ -48,25 +48,25 @@ def test_with_all_images_in_a_subset_it_is_the_distance_of_the_formula(count: in
     assert found.std.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_it_is_that_of_torchmetrics_which_is_for_two_sides_of_one_size() -> None:
+def test_matches_torchmetrics_for_sides_of_equal_size() -> None:
     real, fake = features(40, 1), features(40, 2, mean=0.5)
     assert squared_discrepancy(real, fake).item() == pytest.approx(poly_mmd(real, fake).item(), rel=1e-12)
 
 
-def test_numbers_in_float32_are_multiplied_in_float64() -> None:
+def test_multiplies_in_float64() -> None:
     real, fake = features(30, 1, mean=50).float(), features(30, 2, mean=50).float()
     expected = by_formula(real.double().numpy(), fake.double().numpy())
     assert measure(real, fake, subsets=1).mean.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_halves_of_one_set_are_about_nothing_apart_without_bias() -> None:
+def test_is_unbiased_for_halves_of_one_dataset() -> None:
     found = [measure(features(25, seed), features(25, seed + 100), subsets=1).mean.item() for seed in range(40)]
     assert abs(np.mean(found)) < 3 * np.std(found) / 40**0.5
     assert min(found) < 0 < max(found)
     assert measure(features(25, 1), features(25, 2, mean=1.0), subsets=1).mean > 5 * np.std(found)
 
 
-def test_subsets_are_drawn_without_replacement_from_either_side_alone() -> None:
+def test_draws_subsets_of_each_side_without_replacement() -> None:
     real, fake = features(9, 1), features(7, 2, mean=0.5)
     found = measure(real, fake, subsets=400, subset_size=2)
     every = [
@@ -84,7 +84,7 @@ def test_subsets_are_drawn_without_replacement_from_either_side_alone() -> None:
     assert len(set(single)) > 1
 
 
-def test_mean_and_deviation_are_over_the_subsets_themselves() -> None:
+def test_mean_and_deviation_are_over_subsets() -> None:
     real, fake = features(30, 1), features(30, 2, mean=0.5)
     generator = torch.Generator().manual_seed(3)
     distances = []
@@ -96,7 +96,7 @@ def test_mean_and_deviation_are_over_the_subsets_themselves() -> None:
     assert found.std.item() == pytest.approx(np.std(distances), rel=1e-11)
 
 
-def test_the_seed_decides_the_subsets_and_nothing_else_does() -> None:
+def test_only_the_seed_determines_the_subsets() -> None:
     real, fake = features(30, 1), features(30, 2, mean=0.5)
     first = measure(real, fake, subsets=3, subset_size=5)
     state = torch.random.get_rng_state()
@@ -110,26 +110,26 @@ def test_the_seed_decides_the_subsets_and_nothing_else_does() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_there_are_a_hundred_subsets_of_a_thousand_if_nothing_else_is_said() -> None:
+def test_uses_100_subsets_of_1000_by_default() -> None:
     metric = KID(Projection(), SIZE)
     assert (metric.subsets, metric.subset_size, metric.seed) == (100, 1000, 0)
 
 
-def test_a_reference_gives_what_its_images_do() -> None:
+def test_a_reference_equals_its_images() -> None:
     real, fake = features(30, 1), features(20, 2, mean=0.5)
     known, shown = (measure(real, fake, reference, subsets=3, subset_size=8) for reference in (True, False))
     assert torch.equal(torch.stack([*known]), torch.stack([*shown]))
 
 
 @pytest.mark.parametrize(("subsets", "subset_size"), [(0, 10), (3, 1)])
-def test_numbers_that_are_too_small_are_refused(subsets: int, subset_size: int) -> None:
+def test_rejects_options_that_are_too_small(subsets: int, subset_size: int) -> None:
     with pytest.raises(ValueError, match=f"subsets is {subsets} and subset_size {subset_size}; they must be"):
         KID(Projection(), SIZE, subsets=subsets, subset_size=subset_size)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize(("count", "other_count", "phrase"), [(1, 5, "1 real"), (5, 1, "1 fake"), (0, 5, "0 real")])
-def test_fewer_than_two_images_are_refused(count: int, other_count: int, phrase: str) -> None:
+def test_rejects_fewer_than_two_images(count: int, other_count: int, phrase: str) -> None:
     metric = KID(Projection(), SIZE)
     metric.update(random_images(count, 1), real=True)
     metric.update(random_images(other_count, 2))

@@ -1,4 +1,4 @@
-"""Metrics raise where features, references or results are not finite; no number comes of them."""
+"""Metrics raise errors if features, references or results are not finite."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.metrics.extractors import SIZE, Everything, Projection, random_images
 NAN = float("nan")
 
 
-def test_a_broken_extractor_is_noticed_when_a_metric_is_made_and_at_each_batch() -> None:
+def test_notices_a_broken_extractor_at_construction_and_in_each_batch() -> None:
     extractor = Projection()
     metric, measurement = FID(extractor, SIZE), Measurement(Everything(), SIZE, "generation")
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_a_broken_extractor_is_noticed_when_a_metric_is_made_and_at_each_batch()
         measurement.update(random_images(3, 0))
 
 
-def test_an_image_that_overflows_is_named() -> None:
+def test_names_an_image_that_overflows() -> None:
     class Squares(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)[:, :4].mul(1e30).square()
@@ -43,7 +43,7 @@ def test_an_image_that_overflows_is_named() -> None:
         FID(Squares(), SIZE).update(images)
 
 
-def test_references_that_are_not_finite_are_refused() -> None:
+def test_rejects_references_that_are_not_finite() -> None:
     mean, covariance = torch.zeros(16), torch.eye(16)
     rows: Any = torch.zeros(3, 16).index_fill(0, torch.tensor(1), NAN)
     for bad in ((mean * NAN, covariance), (mean, covariance / 0)):
@@ -56,7 +56,7 @@ def test_references_that_are_not_finite_are_refused() -> None:
         frechet_distance(mean, covariance / 0, mean, covariance)
 
 
-def test_a_result_that_is_not_finite_is_no_result() -> None:
+def test_raises_for_a_result_that_is_not_finite() -> None:
     measurement = Measurement(Projection(), SIZE, "generation", name="real")
     for real in (True, False):
         measurement.add(Features(torch.full((3, 16), 3e38) * torch.rand(3, 1)), real=real)
@@ -66,7 +66,7 @@ def test_a_result_that_is_not_finite_is_no_result() -> None:
         measurement.compute()
 
 
-def test_a_classifier_with_a_broken_weight_is_not_loaded(tmp_path: Path) -> None:
+def test_does_not_load_a_classifier_with_a_broken_weight(tmp_path: Path) -> None:
     file, small = tmp_path / "a.safetensors", SmallClassifier(3, 8, 8)
     facts = '{"name": "a", "num_classes": 3, "image_size": 8, "width": 8}'
     save_file(small.state_dict(), file, {ENTRY: facts})
@@ -76,7 +76,7 @@ def test_a_classifier_with_a_broken_weight_is_not_loaded(tmp_path: Path) -> None
         Classifier(file)
 
 
-def test_a_classifier_that_diverges_leaves_no_file(tmp_path: Path) -> None:
+def test_a_diverging_classifier_leaves_no_file(tmp_path: Path) -> None:
     for split in ("train", "val"):
         samples = [(str(i), {"png": grey_image(i * 9, 8), "cls": str(i % 2).encode()}) for i in range(8)]
         write_shards(tmp_path / "data" / split, samples, per_shard=8)

@@ -1,4 +1,4 @@
-"""Precision and recall are exactly those of distances between all pairs, also where images lie on borders."""
+"""Precision and recall equal the formula over all pairs, also for images on borders."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -28,7 +28,7 @@ def radii_by_sorting(rows: np.ndarray, k: int) -> np.ndarray:
 
 
 def by_all_pairs(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
-    """Formula 1 and 2 of arXiv 1904.06991."""
+    """Formulas 1 and 2 of arXiv 1904.06991."""
     x, y = real.double().numpy(), fake.double().numpy()
     between = squared_distances(y, x)
     precision = (between <= radii_by_sorting(x, k)).any(1).mean()
@@ -71,7 +71,7 @@ KINDS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_are_exactly_those_of_all_pairs(kind: str, dtype: torch.dtype) -> None:
+def test_equals_the_formula_over_all_pairs(kind: str, dtype: torch.dtype) -> None:
     real, fake = (rows.to(dtype) for rows in KINDS[kind]())
     for k, block in ((1, 7), (1, 1000), (3, 7), (3, 16), (3, 1000), (5, 7), (5, 1000)):
         found = measure(real, fake, k, block)
@@ -80,19 +80,19 @@ def test_they_are_exactly_those_of_all_pairs(kind: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("kind", ["narrow", "lattice", "offset beyond products"])
-def test_pairs_may_be_taken_one_by_one(kind: str) -> None:
+def test_works_with_blocks_of_one(kind: str) -> None:
     real, fake = (rows[:20] for rows in KINDS[kind]())
     found = measure(real, fake, k=3, block=1)
     assert (found.precision.item(), found.recall.item()) == by_all_pairs(real, fake, 3)
 
 
-def test_cases_are_no_trivial_ones() -> None:
+def test_cases_are_not_trivial() -> None:
     shares = [share for make in KINDS.values() for share in by_all_pairs(*make(), 3)]
     assert sum(0 < share < 1 for share in shares) >= 9
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_radii_go_to_the_kth_neighbour_not_counting_the_row_itself(kind: str) -> None:
+def test_radii_reach_the_kth_neighbour_without_the_row_itself(kind: str) -> None:
     rows, _ = KINDS[kind]()
     for k in (1, 3, 5):
         for block in (7, 1000):
@@ -101,14 +101,14 @@ def test_radii_go_to_the_kth_neighbour_not_counting_the_row_itself(kind: str) ->
 
 
 @pytest.mark.parametrize("block", [3, 1000])
-def test_copies_lie_on_borders_to_the_last_digit_whatever_is_taken_at_a_time(block: int) -> None:
+def test_copies_are_exactly_on_borders_for_any_block_size(block: int) -> None:
     # As wide as Inception's features: two orders of adding them up would differ.
     real = torch.rand(12, 2048, generator=torch.Generator().manual_seed(1))
     assert measure(real, real[3:9], 3, block).precision == 1
     assert measure(real, real[5:6].repeat(4, 1), 3, block).precision == 1
 
 
-def test_a_distance_is_the_same_to_the_last_digit_in_any_shape_and_layout() -> None:
+def test_distances_do_not_depend_on_shape_and_layout() -> None:
     exact = import_module("llamagen.metrics.precision_recall")._exact
     x, y = torch.rand(2, 40, 2047, generator=torch.Generator().manual_seed(1)).double()
     distances = exact(x, y)
@@ -118,14 +118,14 @@ def test_a_distance_is_the_same_to_the_last_digit_in_any_shape_and_layout() -> N
     torch.testing.assert_close(distances, (x - y).square().sum(1), rtol=1e-13, atol=0)
 
 
-def test_a_border_belongs_to_the_ball_and_what_is_beyond_does_not() -> None:
+def test_a_ball_includes_its_border() -> None:
     real = torch.tensor([[0.0], [3.0]])
     for x, precision in ((6.0, 1.0), (6.0 + 1e-6, 0.0), (-3.0, 1.0), (-3.0 - 1e-6, 0.0)):
         fake = torch.tensor([[x], [x]], dtype=torch.float64)
         assert measure(real.double(), fake, k=1).precision == precision
 
 
-def test_distances_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computes_distances_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("llamagen.metrics.precision_recall")  # its function has the same name
     sizes: list[tuple[int, ...]] = []
     product = module._distances
@@ -142,7 +142,7 @@ def test_distances_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows * columns for rows, columns in sizes) == 36 * 36 + 30 * 30 + 2 * 36 * 30
 
 
-def test_pairs_on_borders_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compares_pairs_on_borders_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("llamagen.metrics.precision_recall")  # its function has the same name
     pairs: list[int] = []
     exact = module._exact
@@ -159,20 +159,20 @@ def test_pairs_on_borders_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("count", "other_count", "phrase"), [(3, 9, "3 real"), (9, 3, "3 other"), (1, 9, "1 real")])
-def test_not_more_than_k_images_are_refused(count: int, other_count: int, phrase: str) -> None:
+def test_rejects_at_most_k_images(count: int, other_count: int, phrase: str) -> None:
     with pytest.raises(ValueError, match=f"{phrase} images have no 3-th neighbour; give at least 4"):
         measure(normal(count, 1), normal(other_count, 2), k=3)
     assert measure(normal(4, 1), normal(4, 1), k=3).precision == 1
 
 
 @pytest.mark.parametrize(("k", "block"), [(0, 5), (3, 0)])
-def test_numbers_that_are_too_small_are_refused(k: int, block: int) -> None:
+def test_rejects_options_that_are_too_small(k: int, block: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k} and block {block}; both must be at least 1"):
         PrecisionRecall(Projection(), SIZE, k=k, block=block)
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_the_metric_gives_those_of_its_features(reference: bool) -> None:
+def test_the_metric_equals_the_function(reference: bool) -> None:
     real, fake = KINDS["narrow"]()
     extractor = Anything(lambda images: torch.zeros(len(images), WIDTH, dtype=torch.float64))
     metric = PrecisionRecall(extractor, SIZE, real if reference else None, k=2, block=16)

@@ -1,4 +1,4 @@
-"""How well codes are predicted, over batches and ranks."""
+"""Prediction metrics over batches and ranks."""
 
 import pickle
 from pathlib import Path
@@ -33,7 +33,7 @@ def assert_close(found: PredictionStatistics) -> None:
         torch.testing.assert_close(value, getattr(expected(), name), msg=name)
 
 
-def test_batches_of_any_size_count_by_their_codes() -> None:
+def test_weights_batches_by_their_codes() -> None:
     metric = CodePrediction(LENGTH)
     for batch in BATCHES:
         metric.update(*batch)
@@ -43,13 +43,13 @@ def test_batches_of_any_size_count_by_their_codes() -> None:
     assert metric.compute()[:4] == (0.0, 1.0, 1.0, 1.0)
 
 
-def test_a_model_in_doubt_among_all_codes_has_their_number_as_perplexity() -> None:
+def test_a_uniform_prediction_has_the_vocabulary_as_perplexity() -> None:
     metric = CodePrediction(LENGTH)
     metric.update(torch.full((4, LENGTH), 16384.0).log(), torch.full((4, LENGTH), 9000))
     assert metric.compute().perplexity.item() == pytest.approx(16384, rel=1e-5)
 
 
-def test_a_cast_to_sixteen_bits_leaves_the_sums_exact() -> None:
+def test_a_cast_to_16_bits_keeps_the_sums() -> None:
     metric = CodePrediction(LENGTH).bfloat16()
     for batch in BATCHES:
         metric.update(*batch)
@@ -64,6 +64,6 @@ def on_rank(rank: int) -> list[torch.Tensor]:
     return list(metric.compute())
 
 
-def test_ranks_with_unequal_numbers_of_images_count_by_their_codes(tmp_path: Path) -> None:
+def test_weights_ranks_by_their_codes(tmp_path: Path) -> None:
     for result in run_on_ranks(on_rank, tmp_path):
         assert_close(PredictionStatistics(*result))

@@ -1,4 +1,4 @@
-"""The tokenizer maps images of any fitting size to a grid of codes and back."""
+"""The tokenizer encodes images of any valid size to a grid of codes and decodes them."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -20,12 +20,13 @@ CHANGES: dict[str, Any] = {
     "codebook_size": 65,
     "codebook_dim": 6,
     "dropout": 0.5,
+    "quantizer": {"class_path": "tests.rounding.Rounding", "init_args": {"levels": 3}},
 }
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (64, 16)])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 1), (2, 1), (1, 2, 1), (1, 1, 1, 1, 2)])
-def test_each_level_but_the_first_halves_the_grid(multipliers: tuple[int, ...], size: tuple[int, int]) -> None:
+def test_each_level_after_the_first_halves_the_grid(multipliers: tuple[int, ...], size: tuple[int, int]) -> None:
     vqgan = small_vqgan(channel_multipliers=multipliers)
     factor = vqgan.config.downsampling
     assert factor == 2 ** (len(multipliers) - 1)
@@ -34,12 +35,12 @@ def test_each_level_but_the_first_halves_the_grid(multipliers: tuple[int, ...], 
     grid = (size[0] // factor, size[1] // factor)
     assert reconstruction.shape == (2, 3, *size)
     assert encoding.codes.shape == (2, *grid)
-    assert encoding.quantized.shape == encoding.latent.shape == encoding.entries.shape == (2, 4, *grid)
+    assert encoding.quantized.shape == encoding.latent.shape == (2, 4, *grid)
     assert 0 <= int(encoding.codes.min()) <= int(encoding.codes.max()) < 64
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 20)])
-def test_decoding_the_codes_is_the_forward_pass(size: tuple[int, int]) -> None:
+def test_decoding_the_codes_gives_the_reconstruction(size: tuple[int, int]) -> None:
     vqgan, images = small_vqgan(), images_for(2, *size)
     with torch.no_grad():
         reconstruction, encoding = vqgan(images)
@@ -49,7 +50,7 @@ def test_decoding_the_codes_is_the_forward_pass(size: tuple[int, int]) -> None:
         assert not torch.allclose(vqgan.decode_codes((encoding.codes + 1) % 64), reconstruction, atol=1e-2)
 
 
-def test_attention_is_over_all_positions_of_a_map_that_is_not_square() -> None:
+def test_attention_spans_all_positions_of_a_rectangular_map() -> None:
     block, x = fill(AttentionBlock(32)), normal_input("vqgan/map", (1, 32, 2, 3))
     normalized = F.group_norm(x, 32, block.norm.weight, block.norm.bias, eps=1e-6)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_downsampling_pads_right_and_bottom_only() -> None:
                 torch.testing.assert_close(found[0, 0, row, column], expected)
 
 
-def test_an_image_does_not_depend_on_the_others_of_its_batch() -> None:
+def test_an_image_does_not_depend_on_the_rest_of_the_batch() -> None:
     vqgan, images = small_vqgan(), images_for(4, 16, 16)
     with torch.no_grad():
         together, alone = vqgan(images), vqgan(images[2:3])
@@ -84,21 +85,22 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch() -> None:
     torch.testing.assert_close(alone.reconstruction, together.reconstruction[2:3], atol=1e-5, rtol=0)
 
 
-def test_the_reconstruction_sends_gradients_to_the_encoder_but_not_to_the_codebook() -> None:
+def test_the_reconstruction_gives_gradients_to_the_encoder_but_not_to_the_codebook() -> None:
     vqgan = small_vqgan()
     vqgan(images_for(2, 16, 16)).reconstruction.square().mean().backward()
     without = [name for name, weight in vqgan.named_parameters() if weight.grad is None or not weight.grad.any()]
-    # A key bias adds the same to all scores of a query, which the softmax takes out again.
+    # A key bias adds the same value to all scores of a query, which does not change the softmax.
     assert [name for name in without if not name.endswith(".k.bias")] == ["quantize.embedding.weight"]
 
 
-def test_training_under_autocast_keeps_the_vectors_in_float32() -> None:
+def test_quantised_latents_are_float32_under_autocast() -> None:
     vqgan = small_vqgan().train()
     with torch.autocast("cpu", torch.bfloat16):
         reconstruction, encoding = vqgan(images_for(2, 16, 16))
     assert reconstruction.dtype == torch.bfloat16
-    assert {part.dtype for part in (encoding.quantized, encoding.latent, encoding.entries)} == {torch.float32}
-    assert torch.equal(encoding.entries, vqgan.quantize.lookup(encoding.codes))
+    assert {part.dtype for part in (encoding.quantized, encoding.latent)} == {torch.float32}
+    assert vqgan.quantize.lookup(encoding.codes).dtype == torch.float32
+    torch.testing.assert_close(encoding.quantized, vqgan.quantize.lookup(encoding.codes))
     reconstruction.float().mean().backward()
     assert vqgan.encoder.conv_in.weight.grad is not None
 
@@ -113,13 +115,13 @@ def test_a_bfloat16_tokenizer_decodes_codes() -> None:
     torch.testing.assert_close(found.float(), expected, atol=0.2, rtol=0)
 
 
-def test_the_last_weight_is_that_of_the_output_convolution() -> None:
+def test_last_weight_is_the_weight_of_the_output_convolution() -> None:
     decoder = small_vqgan().decoder
     assert decoder.last_weight is decoder.get_parameter("conv_out.weight")
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 18, 16), (1, 3, 16, 18), (1, 4, 16, 16)])
-def test_images_of_another_shape_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
+def test_rejects_images_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as error:
         small_vqgan().encode(torch.zeros(shape))
     assert str(shape) in str(error.value)
@@ -127,7 +129,7 @@ def test_images_of_another_shape_are_refused_with_their_shape(shape: tuple[int, 
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 4, 2, 2)])
-def test_codes_of_another_shape_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
+def test_rejects_codes_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as error:
         small_vqgan().decode_codes(torch.zeros(shape, dtype=torch.int64))
     assert str(shape) in str(error.value)
@@ -142,7 +144,7 @@ def compute(config: VQGANConfig, training: bool) -> tuple[dict[str, torch.Size],
     return {name: value.shape for name, value in vqgan.state_dict().items()}, reconstruction
 
 
-def test_the_table_of_changes_is_complete() -> None:
+def test_every_option_has_a_changed_value() -> None:
     assert list(CHANGES) == [field.name for field in fields(VQGANConfig)]
 
 
@@ -175,13 +177,13 @@ def test_dropout_is_off_in_evaluation() -> None:
     ],
     ids=str,
 )
-def test_a_shape_that_cannot_be_built_is_refused_by_name_and_value(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_invalid_options_with_name_and_value(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         VQGANConfig(**options)
     assert phrase in str(error.value)
 
 
-def test_multipliers_from_a_list_are_the_same_configuration() -> None:
+def test_channel_multipliers_may_be_a_list() -> None:
     config = VQGANConfig(channel_multipliers=[1, 2, 2, 4])  # type: ignore[arg-type]
     assert config == VQGANConfig(channel_multipliers=(1, 2, 2, 4))
     assert config.widths == (128, 256, 256, 512)
@@ -203,6 +205,6 @@ def test_a_bfloat16_tokenizer_reconstructs() -> None:
 
 
 @pytest.mark.parametrize("code", [-1, 64])
-def test_a_code_outside_of_the_codebook_is_refused(code: int) -> None:
+def test_rejects_codes_outside_the_codebook(code: int) -> None:
     with pytest.raises(ValueError, match="do not fit a codebook of 64 entries"):
         small_vqgan().decode_codes(torch.full((1, 2, 2), code))

@@ -1,4 +1,4 @@
-"""A model that draws images of prompts in no time, as the real one is asked to."""
+"""A stub of a text model: its images are hashes of the prompts."""
 
 import hashlib
 from typing import Any
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 from llamagen.sampling import Images, SamplingConfig
 
-LONGEST = 8  # words that it reads
+MAX_WORDS = 8
 
 
 def features(caption: str) -> Tensor:
-    """(16,) float32, of the words that are read."""
-    words = " ".join(caption.split()[:LONGEST])
+    """Features (16,) float32 of the first words of a caption."""
+    words = " ".join(caption.split()[:MAX_WORDS])
     digest = hashlib.sha256(words.encode()).digest()
     return torch.from_numpy(np.frombuffer(digest, dtype=np.uint16).astype(np.float32))
 
 
 class HashedImages(pl.LightningModule):
-    """Images are a function of prompt, seed and index alone.
+    """Images are a function of prompt, seed and index.
 
     Args:
-        init_from: not read; the command line wants weights for a prediction.
+        init_from: unused; the command line requires weights for ``predict``.
         sampling: settings.
-        sample_seed: of the images.
-        reader: by what prompts are read.
+        sample_seed: seed of the images.
+        reader: name of the text encoder.
     """
 
     image_size: int | None = None
@@ -48,7 +48,7 @@ class HashedImages(pl.LightningModule):
         nn.init.zeros_(self.generator.bias)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Images of 8 pixels, their index, and whose prompts were cut."""
+        """Images of 8 pixels, their index, and which prompts were truncated."""
         images = []
         for index, caption in zip(batch["index"].tolist(), batch["captions"], strict=True):
             seed = [self.sample_seed, index, *features(caption).long().tolist()]
@@ -56,5 +56,5 @@ class HashedImages(pl.LightningModule):
         return {
             "images": Images([torch.from_numpy(np.stack(images))], [None]),
             "index": batch["index"],
-            "truncated": torch.tensor([len(caption.split()) > LONGEST for caption in batch["captions"]]),
+            "truncated": torch.tensor([len(caption.split()) > MAX_WORDS for caption in batch["captions"]]),
         }

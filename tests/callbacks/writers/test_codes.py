@@ -1,4 +1,4 @@
-"""Extraction of codes: shard by shard, gone on with after a stop, and without the images that are broken."""
+"""Extraction of codes shard by shard: resuming after a stop, and skipping broken images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extract(
     tokenizer: VQGANModule, images: Path, out: Path, per_shard: int = PER_SHARD, trainer: Any = None, **data: Any
 ) -> None:
-    """As ``predict`` does it."""
+    """Run ``predict``."""
     options = {"image_size": 8, "batch_size": 4, "num_workers": 0, **data}
     run = evaluator(CodeWriter(per_shard), default_root_dir=out, **(trainer or {}))
     run.predict(tokenizer, ImageDataModule(images, **options), return_predictions=False)
@@ -70,13 +70,13 @@ def keys_of(root: Path, split: str) -> list[list[str]]:
     return [list(index_shard(shard).keys) for shard in sorted((root / split).glob("*.tar"))]
 
 
-class PulledPlugError(Exception):
-    """In the place of an end without warning."""
+class InterruptedRunError(Exception):
+    """Stands for a sudden end of the process."""
 
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Lets the tokenizer fail after some batches; all is as before when the block ends."""
+    """Let the tokenizer fail after a number of batches, until the patch is undone."""
     predict_step = VQGANModule.predict_step
     with monkeypatch.context() as patch:
 
@@ -85,7 +85,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
             def step(self: VQGANModule, *args: Any) -> Any:
                 if len(done) == batches:
-                    raise PulledPlugError
+                    raise InterruptedRunError
                 done.append(1)
                 return predict_step(self, *args)
 
@@ -97,7 +97,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def whole(tokenizer: VQGANModule, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The codes of an extraction that nothing stopped."""
+    """The codes of an uninterrupted extraction."""
     out = tmp_path_factory.mktemp("whole") / "codes"
     extract(tokenizer, images, out)
     return out
@@ -110,7 +110,7 @@ def test_each_shard_holds_a_fixed_range_of_the_images(whole: Path) -> None:
     assert len(files(whole)) == 1 + 5 + 2
 
 
-def test_the_description_says_what_is_there_and_is_read(tokenizer: VQGANModule, whole: Path) -> None:
+def test_meta_describes_the_codes_and_is_read(tokenizer: VQGANModule, whole: Path) -> None:
     meta = read_meta(whole, "")
     expected = {
         "format": "llamagen-codes",
@@ -137,11 +137,11 @@ def test_the_description_says_what_is_there_and_is_read(tokenizer: VQGANModule, 
 
 
 @pytest.mark.parametrize(("batches", "finished"), [(0, 0), (2, 0), (7, 2), (13, 4), (17, 5)])
-def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
+def test_a_stopped_extraction_resumes_with_the_remaining_shards(
     tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any, batches: int, finished: int
 ) -> None:
     patch = stop_after(batches)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(tokenizer, images, tmp_path)
     shards = {path: moment for path, moment in times(tmp_path).items() if path.suffix == ".tar"}
     assert len(shards) == finished
@@ -154,7 +154,7 @@ def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
     assert {path: moment for path, moment in times(tmp_path).items() if path in shards} == shards
 
 
-def test_a_set_without_its_description_is_completed_without_reading_an_image(
+def test_a_dataset_without_meta_is_completed_without_reading_images(
     tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -166,11 +166,11 @@ def test_a_set_without_its_description_is_completed_without_reading_an_image(
     assert files(tmp_path) == files(whole)
 
 
-def test_the_batch_size_may_change_on_the_way(
+def test_the_batch_size_may_change_after_a_stop(
     tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     patch = stop_after(7)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(tokenizer, images, tmp_path)
     patch.undo()
     extract(tokenizer, images, tmp_path, batch_size=7)
@@ -178,7 +178,9 @@ def test_the_batch_size_may_change_on_the_way(
         assert keys_of(tmp_path, split) == keys_of(whole, split)
 
 
-def test_a_part_of_the_images_is_no_set(tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_limited_extraction_is_not_complete(
+    tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, tmp_path, trainer={"limit_predict_batches": 5})
     assert_one_line(error, "train-000001.tar", "is incomplete", "repeat the command to resume")
@@ -199,7 +201,7 @@ def test_a_part_of_the_images_is_no_set(tokenizer: VQGANModule, images: Path, wh
     ],
     ids=str,
 )
-def test_codes_of_another_kind_are_not_mixed_in(
+def test_rejects_to_resume_with_other_settings(
     tokenizer: VQGANModule,
     images: Path,
     tmp_path: Path,
@@ -208,7 +210,7 @@ def test_codes_of_another_kind_are_not_mixed_in(
     phrase: str,
 ) -> None:
     patch = stop_after(7)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(tokenizer, images, tmp_path / "out")
     patch.undo()
     before = files(tmp_path / "out")
@@ -223,7 +225,7 @@ def test_codes_of_another_kind_are_not_mixed_in(
     assert files(tmp_path / "out") == before
 
 
-def test_a_complete_set_is_refused(tokenizer: VQGANModule, images: Path, whole: Path) -> None:
+def test_rejects_a_complete_dataset(tokenizer: VQGANModule, images: Path, whole: Path) -> None:
     before = times(whole)
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, whole)
@@ -247,7 +249,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def check_broken(root: Path) -> None:
-    """Exactly the broken ones are left out and listed."""
+    """Exactly the broken images are skipped and listed."""
     good = [number for number in range(COUNTS["train"]) if number not in BAD]
     assert keys_of(root, "train") == [
         [f"train/{number}" for number in good if number // PER_SHARD == shard] for shard in range(5)
@@ -270,7 +272,7 @@ def check_broken(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_images_are_left_out_and_listed(
+def test_broken_images_are_skipped_and_listed(
     tokenizer: VQGANModule, broken: Path, tmp_path: Path, num_workers: int
 ) -> None:
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4, num_workers=num_workers)
@@ -285,16 +287,14 @@ def test_broken_images_are_listed_once_after_a_stop(
     tokenizer: VQGANModule, broken: Path, tmp_path: Path, stop_after: Any, batches: int
 ) -> None:
     patch = stop_after(batches)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
     patch.undo()
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
     check_broken(tmp_path / "out")
 
 
-def test_too_many_broken_images_are_refused_until_they_are_tolerated(
-    tokenizer: VQGANModule, broken: Path, tmp_path: Path
-) -> None:
+def test_rejects_too_many_broken_images(tokenizer: VQGANModule, broken: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.2)
     assert_one_line(error, "of 46 examples of train are bad", "broken image", "max_bad_share 0.2")
@@ -303,7 +303,7 @@ def test_too_many_broken_images_are_refused_until_they_are_tolerated(
     check_broken(tmp_path / "out")
 
 
-def test_captions_are_written_beside_the_codes(tokenizer: VQGANModule, tmp_path: Path) -> None:
+def test_captions_are_written_with_the_codes(tokenizer: VQGANModule, tmp_path: Path) -> None:
     def captioned(split: str) -> Samples:
         texts: Samples = [(f"{split}{i}", {"png": grey_image(i, 8), "txt": f"wörd {i}".encode()}) for i in range(3)]
         return [*texts, (f"{split}3", {"png": grey_image(3, 8), "txt": b"", "json": b'{"caption": "of json"}'})]
@@ -317,7 +317,7 @@ def test_captions_are_written_beside_the_codes(tokenizer: VQGANModule, tmp_path:
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
 
 
-def test_an_image_without_class_and_caption_among_others_is_left_out(tokenizer: VQGANModule, tmp_path: Path) -> None:
+def test_skips_an_image_without_class_and_caption_among_others(tokenizer: VQGANModule, tmp_path: Path) -> None:
     def captioned(split: str) -> Samples:
         said = [b'{"caption": "words"}', b'{"caption": null}', b'{"caption": "more"}']
         return [(f"{split}{i}", {"png": grey_image(i, 8), "json": text}) for i, text in enumerate(said)]
@@ -328,14 +328,12 @@ def test_an_image_without_class_and_caption_among_others_is_left_out(tokenizer: 
     assert read_meta(tmp_path / "out", "")["splits"]["train"]["skipped"] == {"no caption": 1}
 
 
-def test_images_without_classes_and_captions_are_refused_and_leave_no_shard(
-    tokenizer: VQGANModule, tmp_path: Path
-) -> None:
+def test_rejects_images_without_classes_and_captions(tokenizer: VQGANModule, tmp_path: Path) -> None:
     bare: Samples = [("0", {"png": grey_image(0, 8)}), ("1", {"png": grey_image(1, 8)})]
     write_set(tmp_path / "images", bare, bare)
     with pytest.raises(ValueError) as error:
         extract(tokenizer, tmp_path / "images", tmp_path / "out")
-    assert_one_line(error, "sample 0", ".cls", ".txt")
+    assert_one_line(error, "example 0", ".cls", ".txt")
     assert list((tmp_path / "out").rglob("*.tar")) == []
 
 
@@ -356,13 +354,13 @@ def test_each_view_has_its_codes(tokenizer: VQGANModule, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("per_shard", [0, -1])
-def test_an_impossible_shard_size_is_refused(per_shard: int) -> None:
+def test_rejects_an_invalid_shard_size(per_shard: int) -> None:
     with pytest.raises(ValueError) as error:
         CodeWriter(per_shard)
     assert_one_line(error, f"samples_per_shard is {per_shard}", "at least 1")
 
 
-def test_a_full_disk_leaves_the_shards_that_are_whole(
+def test_a_full_disk_keeps_complete_shards(
     tokenizer: VQGANModule, images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     close = ShardWriter.close

@@ -1,4 +1,4 @@
-"""Features of captions: what is stored of them, shard by shard, gone on with after a stop, on any number of ranks."""
+"""Features of captions: what is stored, and resuming after a stop on any number of ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def module_of(t5: Path, dtype: Any = "float32", caption_length: int = LENGTH) ->
 def extract(
     module: CaptionModule, source: Path, out: Path, per_shard: int = PER_SHARD, dtype: Any = "bfloat16", **data: Any
 ) -> None:
-    """As ``predict`` does it."""
+    """Run ``predict``."""
     run = evaluator(FeatureWriter(per_shard, dtype), default_root_dir=out)
     options = {"batch_size": 4, "num_workers": 0, **data}
     run.predict(module, CaptionDataModule(str(source), **options), return_predictions=False)
@@ -54,7 +54,7 @@ def extract(
 
 @pytest.fixture(scope="module")
 def whole(t5: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The features of an extraction that nothing stopped."""
+    """The features of an uninterrupted extraction."""
     out = tmp_path_factory.mktemp("whole") / "features"
     extract(module_of(t5), source, out)
     return out
@@ -69,8 +69,8 @@ def features(sample: Example, dtype: torch.dtype = torch.bfloat16, part: str = "
     return torch.from_numpy(numbers).view(dtype).reshape(-1, WIDTH)
 
 
-def alone(encoder: CaptionEncoder, text: str) -> Tensor:
-    """The features of the tokens of a caption that is encoded by itself."""
+def encoded_alone(encoder: CaptionEncoder, text: str) -> Tensor:
+    """Features of the tokens of a caption, encoded in a batch of one."""
     encoded = encoder([text])
     return encoded.features[0, : int(encoded.lengths[0])]
 
@@ -79,13 +79,13 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-class PulledPlugError(Exception):
-    """In the place of an end without warning."""
+class InterruptedRunError(Exception):
+    """Stands for a sudden end of the process."""
 
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Lets the encoder fail after some batches; all is as before when the block ends."""
+    """Let the encoder fail after a number of batches, until the patch is undone."""
     predict_step = CaptionModule.predict_step
     with monkeypatch.context() as patch:
 
@@ -94,7 +94,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
             def step(self: CaptionModule, *args: Any) -> Any:
                 if len(done) == batches:
-                    raise PulledPlugError
+                    raise InterruptedRunError
                 done.append(1)
                 return predict_step(self, *args)
 
@@ -104,38 +104,38 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield stop
 
 
-def test_features_are_those_of_the_real_tokens_of_each_caption_alone(t5: Path, whole: Path) -> None:
+def test_features_equal_those_of_each_caption_encoded_alone(t5: Path, whole: Path) -> None:
     encoder = module_of(t5).encoder
     lengths = set()
     for split, count in COUNTS.items():
         found = samples(whole, split)
         assert [sample.key for sample in found] == [f"{split}/{number}" for number in range(count)]
         for number, sample in enumerate(found):
-            # Rounding to float32 differs with what else is in the pass, and may tip a number that lies between two.
-            stored, expected = features(sample), alone(encoder, caption(number))
+            # In float32 a batch rounds differently than a single caption, which may change the rounding to bfloat16.
+            stored, expected = features(sample), encoded_alone(encoder, caption(number))
             torch.testing.assert_close(stored.float(), expected, rtol=2**-8, atol=1e-6)
             lengths.add(len(stored))
     assert min(lengths) <= 4
     assert max(lengths) == LENGTH
 
 
-def test_features_in_bfloat16_are_stored_as_they_are(t5: Path, source: Path, tmp_path: Path) -> None:
+def test_features_in_bfloat16_are_stored_exactly(t5: Path, source: Path, tmp_path: Path) -> None:
     module = module_of(t5, "bfloat16")
     extract(module, source, tmp_path, batch_size=1)
     for number, sample in enumerate(samples(tmp_path, "train")):
-        assert torch.equal(features(sample), alone(module.encoder, caption(number)))
+        assert torch.equal(features(sample), encoded_alone(module.encoder, caption(number)))
 
 
-def test_float16_is_more_exact(t5: Path, source: Path, tmp_path: Path) -> None:
+def test_float16_is_more_precise(t5: Path, source: Path, tmp_path: Path) -> None:
     module = module_of(t5)
     extract(module, source, tmp_path, dtype="float16")
     for number, sample in enumerate(samples(tmp_path, "val")):
-        stored, expected = features(sample, torch.float16), alone(module.encoder, caption(number))
+        stored, expected = features(sample, torch.float16), encoded_alone(module.encoder, caption(number))
         torch.testing.assert_close(stored.float(), expected, rtol=2**-11, atol=1e-6)
     assert read_meta(tmp_path, "")["features"]["dtype"] == "float16"
 
 
-def test_codes_classes_and_captions_stand_beside_their_features(source: Path, whole: Path) -> None:
+def test_codes_classes_and_captions_are_kept(source: Path, whole: Path) -> None:
     for split in COUNTS:
         for number, sample in enumerate(samples(whole, split)):
             assert sample.read("npy") == codes(number)
@@ -144,7 +144,7 @@ def test_codes_classes_and_captions_stand_beside_their_features(source: Path, wh
             assert sorted(sample.members) == sorted(["features", "npy", "txt", *([] if number % 2 else ["cls"])])
 
 
-def test_the_description_is_that_of_the_codes_and_of_the_encoder(t5: Path, whole: Path) -> None:
+def test_meta_describes_codes_and_encoder(t5: Path, whole: Path) -> None:
     meta, facts = read_meta(whole, ""), module_of(t5).encoder.facts()
     expected = {
         "encoder": str(t5),
@@ -166,7 +166,7 @@ def test_the_description_is_that_of_the_codes_and_of_the_encoder(t5: Path, whole
     assert [len(list((whole / split).iterdir())) for split in COUNTS] == [4, 1]
 
 
-def test_the_set_is_one_of_codes(whole: Path) -> None:
+def test_the_dataset_is_also_one_of_codes(whole: Path) -> None:
     data = CodeDataModule(whole, num_workers=0, max_bad_share=0.6)  # every second one has no class
     data.setup("fit")
     keys = [data.datasets["train"][place, 0]["keys"] for place in range(17)]
@@ -174,11 +174,11 @@ def test_the_set_is_one_of_codes(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("batches", [0, 2, 5, 9])
-def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
+def test_a_stopped_extraction_resumes_with_the_remaining_shards(
     t5: Path, source: Path, whole: Path, tmp_path: Path, stop_after: Any, batches: int
 ) -> None:
     patch = stop_after(batches)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(module_of(t5), source, tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     assert len(kept) == max(0, batches - 1) // 3
@@ -189,11 +189,9 @@ def test_a_stopped_extraction_goes_on_with_the_shards_that_are_not_there(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_shard_that_was_removed_is_written_again(
-    t5: Path, source: Path, whole: Path, tmp_path: Path, stop_after: Any
-) -> None:
+def test_a_removed_shard_is_written_again(t5: Path, source: Path, whole: Path, tmp_path: Path, stop_after: Any) -> None:
     patch = stop_after(9)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(module_of(t5), source, tmp_path)
     patch.undo()
     (tmp_path / "train/train-000000.tar").unlink()
@@ -216,11 +214,11 @@ def test_a_shard_that_was_removed_is_written_again(
     ],
     ids=str,
 )
-def test_features_of_another_kind_are_not_mixed_in(
+def test_rejects_to_resume_with_other_settings(
     t5: Path, source: Path, tmp_path: Path, stop_after: Any, change: dict[str, Any], phrase: str
 ) -> None:
     patch, out = stop_after(7), tmp_path / "out"
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(module_of(t5), source, out)
     patch.undo()
     before = files(out)
@@ -248,7 +246,7 @@ def arguments(t5: Path, source: Path, out: Path) -> list[str]:
     ]
 
 
-def test_two_ranks_write_what_one_does(t5: Path, source: Path, tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_files_as_one(t5: Path, source: Path, tmp_path: Path) -> None:
     main.main(arguments(t5, source, tmp_path / "one"))
     done = two_processes(arguments(t5, source, tmp_path / "two"))
     succeeds(done)
@@ -261,7 +259,7 @@ def test_two_ranks_write_what_one_does(t5: Path, source: Path, tmp_path: Path) -
     assert len(one) == 2 + 9 + 2
 
 
-def test_first_sentences_have_features_where_they_are_another_text(t5: Path, source: Path, tmp_path: Path) -> None:
+def test_first_sentences_have_features_if_they_differ_from_the_caption(t5: Path, source: Path, tmp_path: Path) -> None:
     module = module_of(t5)
     extract(module, source, tmp_path, short_captions=True)
     for number, sample in enumerate(samples(tmp_path, "train")):
@@ -269,9 +267,9 @@ def test_first_sentences_have_features_where_they_are_another_text(t5: Path, sou
         assert ("shortfeatures" in sample.members) is (sentence != caption(number)) is (number % 3 == 0)
         if number % 3 == 0:
             short = features(sample, part="shortfeatures")
-            torch.testing.assert_close(short.float(), alone(module.encoder, sentence), rtol=2**-8, atol=1e-6)
+            torch.testing.assert_close(short.float(), encoded_alone(module.encoder, sentence), rtol=2**-8, atol=1e-6)
         torch.testing.assert_close(
-            features(sample).float(), alone(module.encoder, caption(number)), rtol=2**-8, atol=1e-6
+            features(sample).float(), encoded_alone(module.encoder, caption(number)), rtol=2**-8, atol=1e-6
         )
     assert read_meta(tmp_path, "")["features"]["short"] is True
 
@@ -283,10 +281,10 @@ def test_cleaned_captions_are_stored_and_encoded_as_cleaned(t5: Path, tmp_path: 
     extract(module, source, tmp_path / "out", clean_captions=True)
     sample = samples(tmp_path / "out", "train")[2]
     assert sample.read("txt").decode() == clean_caption(dirty) == "a cat on the tree"
-    expected = alone(module.encoder, "a cat on the tree")
+    expected = encoded_alone(module.encoder, "a cat on the tree")
     torch.testing.assert_close(features(sample).float(), expected, rtol=2**-8, atol=1e-6)
     assert read_meta(tmp_path / "out", "")["features"]["cleaned"] is True
-    # What was cleaned stays so when it is encoded again.
+    # The mark is kept when the captions are encoded again.
     extract(module, tmp_path / "out", tmp_path / "again")
     assert read_meta(tmp_path / "again", "")["features"]["cleaned"] is True
 
@@ -307,14 +305,14 @@ ODD: dict[int, dict[str, bytes | None]] = {
 
 
 @pytest.mark.parametrize("batches", [None, 4])
-def test_samples_without_caption_or_codes_are_skipped_and_counted(
+def test_examples_without_caption_or_codes_are_skipped_and_counted(
     t5: Path, tmp_path: Path, stop_after: Any, batches: int | None
 ) -> None:
     source, out = write_captioned_codes(tmp_path / "codes", COUNTS, ODD), tmp_path / "out"
     options: dict[str, Any] = {"clean_captions": True, "max_bad_share": 0.6}
     if batches is not None:
         patch = stop_after(batches)
-        with pytest.raises(PulledPlugError):
+        with pytest.raises(InterruptedRunError):
             extract(module_of(t5), source, out, **options)
         patch.undo()
     extract(module_of(t5), source, out, **options)
@@ -332,14 +330,14 @@ def test_samples_without_caption_or_codes_are_skipped_and_counted(
     assert len(listed) == len(gone)
 
 
-def test_captions_that_are_cut_are_counted_over_all_runs_and_told_once(
+def test_truncated_captions_are_counted_over_all_runs_and_reported_once(
     t5: Path, source: Path, whole: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     module = module_of(t5)
     texts = [caption(number) for count in COUNTS.values() for number in range(count)]
     expected = int(module.encoder(texts).truncated.sum())
     patch = stop_after(7)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(InterruptedRunError):
         extract(module, source, tmp_path)
     patch.undo()
     with pytest.warns(UserWarning, match=f"^{expected} captions have more tokens than caption_length {LENGTH};"):
@@ -348,7 +346,7 @@ def test_captions_that_are_cut_are_counted_over_all_runs_and_told_once(
     assert 0 < expected < len(texts)
 
 
-def test_nothing_is_said_where_no_caption_is_cut(
+def test_does_not_warn_if_no_caption_is_truncated(
     t5: Path, source: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     extract(module_of(t5, caption_length=200), source, tmp_path)
@@ -359,12 +357,12 @@ def test_nothing_is_said_where_no_caption_is_cut(
 @pytest.mark.parametrize(
     ("scale", "dtype", "phrases"),
     [
-        (1e6, "float16", ["features of sample train/0 leave the range of float16", "set dtype of FeatureWriter to"]),
+        (1e6, "float16", ["features of example train/0 exceed the range of float16", "set dtype of FeatureWriter to"]),
         (float("nan"), "bfloat16", ["the features of the caption encoder", "are not finite", "(precision float32)"]),
         (float("nan"), "float16", ["weight encoder.final_layer_norm.weight is not finite", "(precision float32)"]),
     ],
 )
-def test_features_that_cannot_be_stored_are_refused(
+def test_rejects_features_that_cannot_be_stored(
     t5: Path, source: Path, tmp_path: Path, scale: float, dtype: str, phrases: list[str]
 ) -> None:
     module = module_of(t5)
@@ -383,13 +381,13 @@ def test_large_features_are_stored_as_bfloat16(t5: Path, source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("option", [{"samples_per_shard": 0}, {"dtype": "float32"}, {"dtype": "float8"}], ids=str)
-def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
+def test_rejects_invalid_options(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:
         FeatureWriter(**option)
     assert_one_line(error, next(iter(option)), str(next(iter(option.values()))), "must be")
 
 
-def test_a_complete_set_is_refused(t5: Path, source: Path, whole: Path) -> None:
+def test_rejects_a_complete_dataset(t5: Path, source: Path, whole: Path) -> None:
     before = files(whole)
     with pytest.raises(ValueError) as error:
         extract(module_of(t5), source, whole)

@@ -1,4 +1,4 @@
-"""Images that ``predict`` of the autoregressive model leaves behind, and runs that are gone on with."""
+"""Images that ``predict`` of the autoregressive model writes, and stopped runs that are resumed."""
 
 import json
 import os
@@ -27,15 +27,15 @@ LIMITED = "--trainer.limit_predict_batches=2"  # 1 may be read as all of them
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
-    """To draw 30 images in batches of 7."""
+    """Sample 30 images in batches of 7."""
     return [*pipeline.sample_arguments(folder), f"--ckpt_path={pipeline.argen}", *more]
 
 
-def drawn(folder: Path) -> list[str]:
+def written_files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "images").rglob("*") if path.is_file())
 
 
-def test_samples_have_the_promised_places_and_archive(pipeline: Pipeline) -> None:
+def test_samples_have_the_documented_files_and_archive(pipeline: Pipeline) -> None:
     names = [f"images/{index % 10}/{index:06d}_class{index % 10}.png" for index in range(30)]
     files = [path.relative_to(pipeline.samples).as_posix() for path in pipeline.samples.rglob("*") if path.is_file()]
     assert sorted(files) == sorted([*names, ".plan.json", "grid.png", "predict.yaml", "samples.npz"])
@@ -65,39 +65,37 @@ def test_the_grid_has_a_row_for_each_class(pipeline: Pipeline) -> None:
         assert np.array_equal(grid[2 + 10 * 4 : 10 + 10 * 4, 12:20], archive["arr_0"][14])
 
 
-def test_the_images_are_read_as_a_folder_of_class_folders(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_images_can_be_read_as_a_folder_of_class_folders(pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(command(pipeline, tmp_path, "--data.init_args.classes=[3,7]", "--data.init_args.per_class=2"))
     data = ImageDataModule(tmp_path / "images", image_size=8, batch_size=4, num_workers=0)
     data.setup("fit")
-    assert data.class_names == [str(number) for number in range(8)], "images keep the classes that were asked for"
+    assert data.class_names == [str(number) for number in range(8)], "images keep the requested classes"
     found = [dataset[number, 0]["labels"] for dataset in data.datasets.values() for number in range(len(dataset))]
     assert sorted(found) == [3, 3, 7, 7]
 
 
-def test_labels_may_come_from_a_file_and_be_repeated(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_labels_may_come_from_a_file_and_repeat(pipeline: Pipeline, tmp_path: Path) -> None:
     labels = [7, 2, 7, 7, 0]
     (tmp_path / "labels.txt").write_text("\n".join(map(str, labels)))
     folder = tmp_path / "samples"
     more = [f"--data.init_args.classes={tmp_path / 'labels.txt'}", "--data.init_args.per_class=2"]
     main.main(command(pipeline, folder, *more, LIMITED, "--data.init_args.batch_size=3"))
-    assert len(drawn(folder)) == 6
+    assert len(written_files(folder)) == 6
     main.main(command(pipeline, folder, *more))
-    assert drawn(folder) == [f"{index:06d}_class{label}.png" for index, label in enumerate(labels * 2)]
+    assert written_files(folder) == [f"{index:06d}_class{label}.png" for index, label in enumerate(labels * 2)]
     with np.load(folder / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == labels * 2
     assert np.array(Image.open(folder / "grid.png")).shape == (3 * 10 + 2, 6 * 10 + 2, 3)
 
 
-def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_written(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_rejects_an_unknown_label_before_writing_anything(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("3\n10\n")
     with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
         main.main(command(pipeline, tmp_path / "samples", f"--data.init_args.classes={tmp_path / 'labels.txt'}"))
     assert not (tmp_path / "samples").exists()
 
 
-def test_sampling_refuses_a_complete_folder(pipeline: Pipeline) -> None:
+def test_rejects_a_complete_folder(pipeline: Pipeline) -> None:
     before = {path: path.stat().st_mtime_ns for path in pipeline.samples.rglob("*")}
     with pytest.raises(ValueError, match=r"already holds samples"):
         main.main(command(pipeline, pipeline.samples))
@@ -105,7 +103,7 @@ def test_sampling_refuses_a_complete_folder(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("name", ["images/3/000003_class3.png", "000003_class3.png", "images/dog/rex.png"])
-def test_images_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+def test_rejects_a_folder_of_images_without_a_plan(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -115,46 +113,42 @@ def test_images_that_nobody_planned_are_refused(pipeline: Pipeline, tmp_path: Pa
 
 
 OTHERS = {
-    "sample_seed (0 there, 3 here)": ["--model.init_args.sample_seed=3"],
-    "image_size (None there, 5 here)": ["--model.init_args.image_size=5"],
-    "sampling.temperature (0.8 there, 0.5 here)": ["--model.init_args.sampling.temperature=0.5"],
-    "number of images (30 there, 40 here)": ["--data.init_args.per_class=4"],
+    "sample_seed (0 then, 3 now)": ["--model.init_args.sample_seed=3"],
+    "image_size (None then, 5 now)": ["--model.init_args.image_size=5"],
+    "sampling.temperature (0.8 then, 0.5 now)": ["--model.init_args.sampling.temperature=0.5"],
+    "number of images (30 then, 40 now)": ["--data.init_args.per_class=4"],
     "order of labels": ["--data.init_args.classes=[9,8,7,6,5,4,3,2,1,0]"],
-    "precision (32-true there, bf16-mixed here)": ["--trainer.precision=bf16-mixed"],
+    "precision (32-true then, bf16-mixed now)": ["--trainer.precision=bf16-mixed"],
     "model": ["--trainer.callbacks=[{class_path: ImageWriter}]"],  # the raw weights instead of their averages
 }
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_folder_that_was_begun_with_something_else_is_refused_by_name(
-    pipeline: Pipeline, tmp_path: Path, what: str
-) -> None:
+def test_rejects_to_resume_with_other_settings_by_name(pipeline: Pipeline, tmp_path: Path, what: str) -> None:
     main.main(command(pipeline, tmp_path, LIMITED))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"}
     with pytest.raises(ValueError) as error:
         main.main(command(pipeline, tmp_path, *OTHERS[what]))
-    assert_one_line(error, tmp_path, f"was begun with another {what}", "go on by the command that began it")
+    assert_one_line(error, tmp_path, f"was started with another {what}", "resume it with the command that started it")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"} == before
 
 
-def test_a_run_that_drew_nothing_may_be_begun_otherwise(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_run_without_images_may_restart_with_other_settings(pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=0"))
-    assert drawn(tmp_path) == []
+    assert written_files(tmp_path) == []
     main.main(command(pipeline, tmp_path, "--model.init_args.sample_seed=3"))
     assert json.loads((tmp_path / ".plan.json").read_text())["sample_seed"] == 3
-    assert len(drawn(tmp_path)) == 30
+    assert len(written_files(tmp_path)) == 30
 
 
 @pytest.mark.parametrize(
     ("text", "phrase"),
     [
-        ('{"format": "llamagen-codes"}', "format (llamagen-codes there, llamagen-samples here)"),
+        ('{"format": "llamagen-codes"}', "format (llamagen-codes then, llamagen-samples now)"),
         ("?", "is not the plan"),
     ],
 )
-def test_a_folder_with_another_kind_of_plan_is_refused(
-    pipeline: Pipeline, tmp_path: Path, text: str, phrase: str
-) -> None:
+def test_rejects_a_folder_with_another_kind_of_plan(pipeline: Pipeline, tmp_path: Path, text: str, phrase: str) -> None:
     (tmp_path / ".plan.json").write_text(text)
     with pytest.raises(ValueError) as error:
         main.main(command(pipeline, tmp_path))
@@ -162,7 +156,7 @@ def test_a_folder_with_another_kind_of_plan_is_refused(
     assert (tmp_path / ".plan.json").read_text() == text
 
 
-def test_a_limited_run_leaves_no_archive_and_is_gone_on_with(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_limited_run_leaves_no_archive_and_is_resumed(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"16 of 30 images are missing in .* so samples.npz was not written"):
         main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
     assert not (tmp_path / "samples.npz").exists()
@@ -171,13 +165,13 @@ def test_a_limited_run_leaves_no_archive_and_is_gone_on_with(pipeline: Pipeline,
     assert len(before) == 14
     main.main(command(pipeline, tmp_path))
     assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "images").rglob("*.png")}.items()
-    assert drawn(tmp_path) == drawn(pipeline.samples)
+    assert written_files(tmp_path) == written_files(pipeline.samples)
     with np.load(tmp_path / "samples.npz") as one, np.load(pipeline.samples / "samples.npz") as other:
         assert np.array_equal(one["arr_1"], other["arr_1"])
         assert np.array_equal(one["arr_0"], other["arr_0"])
 
 
-def test_what_a_killed_run_had_begun_to_write_is_cleared_away(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_removes_temporary_files_of_a_killed_run(pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(command(pipeline, tmp_path, LIMITED))
     for name in (".samples.npz.tmp", "images/9/.000009_class9.png.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -186,31 +180,43 @@ def test_what_a_killed_run_had_begun_to_write_is_cleared_away(pipeline: Pipeline
     assert [path.name for path in tmp_path.rglob(".*")] == [".plan.json"]
 
 
-def test_only_images_of_the_plan_count_as_drawn(tmp_path: Path) -> None:
+def test_only_images_of_the_plan_count_as_finished(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([4, 2, 4]))
-    assert folder.drawn() == []
+    assert folder.finished() == []
     right = ("4/000000_class4.png", "4/000002_class4.png")
     wrong = ("2/000001_class4.png", "4/000001_class2.png", "4/000003_class4.png", "4/.000001_class2.png.tmp", "2/x")
     for name in (*right, *wrong):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).write_bytes(b"image")
     (tmp_path / "images/000001_class2.png").write_bytes(b"image")
-    (tmp_path / "images/2/000001_class2.png").touch()  # left empty by a machine that went down
-    assert folder.drawn() == [0, 2]
+    (tmp_path / "images/2/000001_class2.png").touch()  # left empty by a crash of the machine
+    assert folder.finished() == [0, 2]
     assert [folder.path(index) for index in (0, 2)] == [tmp_path / "images" / name for name in right]
 
 
-def test_class_folders_are_named_so_that_their_order_is_that_of_the_classes(tmp_path: Path) -> None:
+def test_class_folders_sort_by_class(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path, np.array([4, 12]))
     assert folder.path(0) == tmp_path / "images/04/000000_class4.png"
     assert folder.path(1) == tmp_path / "images/12/000001_class12.png"
     for index in (0, 1):
         folder.path(index).parent.mkdir(parents=True)
         folder.path(index).write_bytes(b"image")
-    assert folder.drawn() == [0, 1]
+    assert folder.finished() == [0, 1]
 
 
-def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_path: Path) -> None:
+def stub_module() -> Any:
+    """What ImageWriter needs of a module."""
+    return SimpleNamespace(
+        generator=torch.nn.Linear(1, 1),
+        sampling=SamplingConfig(),
+        sample_seed=0,
+        image_size=None,
+        tokenizer_checksum=None,
+        caption_facts={},
+    )
+
+
+def test_all_ranks_use_the_listing_of_rank_zero(tmp_path: Path) -> None:
     data = ClassRequestDataModule(4, per_class=1)
     (tmp_path / "images/1").mkdir(parents=True)
     (tmp_path / "images/1/000001_class1.png").touch()
@@ -219,18 +225,20 @@ def test_a_rank_goes_by_the_listing_of_the_first_and_not_by_what_it_sees(tmp_pat
     trainer: Any = SimpleNamespace(
         datamodule=data, default_root_dir=str(tmp_path), is_global_zero=False, strategy=strategy
     )
-    ImageWriter().setup(trainer, SimpleNamespace(), "predict")  # type: ignore[arg-type]
+    ImageWriter().setup(trainer, stub_module(), "predict")
     assert sent == [(None, "")]
     batches = list(data.predict_dataloader())
     assert [batch["index"].tolist() for batch in batches] == [[1, 3]]
 
 
-def test_a_rank_says_that_it_is_done_when_its_images_are_written(
+def test_a_rank_reaches_the_barrier_after_its_images_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_save(monkeypatch, lambda: time.sleep(0.02))
-    written: list[int] = []
-    strategy = SimpleNamespace(broadcast=lambda value: value, barrier=lambda name: written.append(len(drawn(tmp_path))))
+    counts: list[int] = []
+    strategy = SimpleNamespace(
+        broadcast=lambda value: value, barrier=lambda name: counts.append(len(written_files(tmp_path)))
+    )
     trainer: Any = SimpleNamespace(
         callbacks=[],
         datamodule=ClassRequestDataModule(10, per_class=1),
@@ -239,24 +247,17 @@ def test_a_rank_says_that_it_is_done_when_its_images_are_written(
         strategy=strategy,
         precision="32-true",
     )
-    module: Any = SimpleNamespace(
-        generator=torch.nn.Linear(1, 1),
-        sampling=SamplingConfig(),
-        sample_seed=0,
-        image_size=None,
-        tokenizer_checksum=None,
-    )
-    writer = ImageWriter()
+    module, writer = stub_module(), ImageWriter()
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
     outputs = {"images": torch.zeros(10, 4, 4, 3, dtype=torch.uint8), "index": torch.arange(10)}
     writer.on_predict_batch_end(trainer, module, outputs, {}, 0)
     writer.on_predict_epoch_end(trainer, module)
-    assert written == [10]
+    assert counts == [10]
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the disk be full in the middle of an image."""
+    """Let the disk become full while an image is written."""
     write = Path.write_bytes
 
     def half_write(self: Path, data: Any) -> int:
@@ -268,32 +269,30 @@ def failing_save(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Path, "write_bytes", half_write)
 
 
-def test_an_error_of_a_thread_ends_the_run_and_leaves_nothing_half_written(
+def test_an_error_in_a_thread_ends_the_run_and_leaves_no_partial_file(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         failing_save(patch, "000012")
         with pytest.raises(OSError, match="No space left on device"):
             main.main(command(pipeline, tmp_path))
-    assert "000012_class2.png" not in drawn(tmp_path)
-    assert not any(name.startswith(".") for name in drawn(tmp_path))
+    assert "000012_class2.png" not in written_files(tmp_path)
+    assert not any(name.startswith(".") for name in written_files(tmp_path))
     assert not (tmp_path / "samples.npz").exists()
     main.main(command(pipeline, tmp_path))
-    assert drawn(tmp_path) == drawn(pipeline.samples)
+    assert written_files(tmp_path) == written_files(pipeline.samples)
 
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 def slow_save(monkeypatch: pytest.MonkeyPatch, gate: Any) -> None:
-    """Let threads wait before they save."""
+    """Call ``gate`` in each thread before it saves."""
     save = figures.save_png
     monkeypatch.setattr("callbacks.writers.image_threads.save_png", lambda *args: gate() or save(*args))
 
 
-def test_images_are_written_beside_each_other_and_only_so_many_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_write_in_parallel_and_bound_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meeting = threading.Barrier(3, timeout=60)  # two threads and this one
     slow_save(monkeypatch, lambda: meeting.wait() and None)
     threads = ImageThreads(threads=2, waiting=1)
@@ -302,7 +301,7 @@ def test_images_are_written_beside_each_other_and_only_so_many_wait(
     more = threading.Thread(target=lambda: threads.write(lambda: IMAGE, tmp_path / "3.png"))
     more.start()
     more.join(0.2)
-    assert more.is_alive()  # three are being written or wait, which is as many as may
+    assert more.is_alive()  # three images are being written or wait, which is the limit
     meeting.wait()
     meeting.wait()
     more.join(60)
@@ -311,7 +310,7 @@ def test_images_are_written_beside_each_other_and_only_so_many_wait(
     assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_cancelling_drops_what_waits_and_finishes_what_was_begun(
+def test_cancelling_discards_waiting_images_and_finishes_started_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_save(monkeypatch, lambda: time.sleep(0.05))
@@ -324,7 +323,7 @@ def test_cancelling_drops_what_waits_and_finishes_what_was_begun(
     assert not any(name.endswith(".tmp") for name in left)
 
 
-def test_a_run_that_fails_ends_its_threads(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_run_ends_its_threads(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict_step = ARGenModule.predict_step
 
     def fail(self: ARGenModule, batch: Any, batch_idx: int) -> Any:
@@ -336,16 +335,16 @@ def test_a_run_that_fails_ends_its_threads(pipeline: Pipeline, tmp_path: Path, m
     with pytest.raises(RuntimeError, match="pulled the plug"):
         main.main(command(pipeline, tmp_path))
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("images")] == []
-    assert not any(name.startswith(".") for name in drawn(tmp_path))
+    assert not any(name.startswith(".") for name in written_files(tmp_path))
 
 
-def test_the_first_error_is_raised_at_the_next_image_and_at_the_end(
+def test_the_first_error_is_raised_by_the_next_call_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing_save(monkeypatch, "bad")
     threads = ImageThreads(threads=1, waiting=0)
     threads.write(lambda: IMAGE, tmp_path / "bad.png")
-    threads._slots.acquire()  # it is over
+    threads._slots.acquire()  # waits for the thread
     threads._slots.release()
     with pytest.raises(OSError, match="No space left"):
         threads.write(lambda: IMAGE, tmp_path / "good.png")
@@ -355,6 +354,6 @@ def test_the_first_error_is_raised_at_the_next_image_and_at_the_end(
 
 
 @pytest.mark.parametrize("options", [{"grid_columns": 0}, {"grid_rows": 0}])
-def test_an_empty_grid_is_refused(options: dict[str, int]) -> None:
+def test_rejects_an_empty_grid(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="both must be at least 1"):
         ImageWriter(**options)

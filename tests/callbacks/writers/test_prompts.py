@@ -1,4 +1,4 @@
-"""Images of prompts that ``predict`` leaves behind: their names, records and grid, and runs that are gone on with."""
+"""Images of prompts that ``predict`` writes: their names, records and grid, and runs that are resumed."""
 
 import json
 import warnings
@@ -20,11 +20,11 @@ LONG = "one two three four five six seven eight nine ten"
 PROMPTS = ["a cat", "", 'ein "Hündchen" 🐕‍🦺 柴犬', LONG, "b\0b ../../etc/passwd"]
 CLEANED = [*PROMPTS[:4], "b b ../../etc/passwd"]
 LIMITED = "--trainer.limit_predict_batches=2"
-CUT = r"1 of 5 prompts were longer than the model reads and were cut: prompt 3 \('one two"
+WARNING = r"1 of 5 prompts were longer than the model reads and were truncated: prompt 3 \('one two"
 
 
 def command(folder: Path, prompts: list[str] | Path = PROMPTS, *more: str) -> list[str]:
-    """To draw two images of each prompt in batches of 3."""
+    """Sample two images of each prompt in batches of 3."""
     given = str(prompts) if isinstance(prompts, Path) else json.dumps(prompts, ensure_ascii=False)
     return [
         *("predict", f"--model={HashedImages.__module__}.HashedImages", "--model.init_args.init_from=nothing"),
@@ -49,36 +49,36 @@ NAMES = [f"images/{index % 5}/{index:06d}_prompt{index % 5}.png" for index in ra
 
 
 @pytest.fixture(scope="module")
-def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("left_alone")
-    with pytest.warns(UserWarning, match=CUT):
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.warns(UserWarning, match=WARNING):
         main.main(command(folder))
     return folder
 
 
-def assert_same_run(folder: Path, left_alone: Path) -> None:
-    assert files(folder) == files(left_alone)
-    assert records(folder) == records(left_alone)
-    with np.load(folder / "samples.npz") as one, np.load(left_alone / "samples.npz") as other:
+def assert_same_run(folder: Path, uninterrupted: Path) -> None:
+    assert files(folder) == files(uninterrupted)
+    assert records(folder) == records(uninterrupted)
+    with np.load(folder / "samples.npz") as one, np.load(uninterrupted / "samples.npz") as other:
         assert np.array_equal(one["arr_0"], other["arr_0"])
         assert np.array_equal(one["arr_1"], other["arr_1"])
     for name in NAMES:
-        assert np.array_equal(np.array(Image.open(folder / name)), np.array(Image.open(left_alone / name)))
+        assert np.array_equal(np.array(Image.open(folder / name)), np.array(Image.open(uninterrupted / name)))
 
 
-def test_images_are_named_by_prompt_and_collected(left_alone: Path) -> None:
+def test_images_are_named_by_prompt_and_collected(uninterrupted: Path) -> None:
     others = [".plan.json", "grid.png", "metadata.jsonl", "predict.yaml", "samples.npz"]
-    assert files(left_alone) == sorted([*NAMES, *others])
-    with np.load(left_alone / "samples.npz") as archive:
+    assert files(uninterrupted) == sorted([*NAMES, *others])
+    with np.load(uninterrupted / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == [0, 1, 2, 3, 4] * 2
         assert archive["arr_0"].shape == (10, 8, 8, 3)
         for name, image in zip(NAMES, archive["arr_0"], strict=True):
-            assert np.array_equal(np.array(Image.open(left_alone / name)), image)
+            assert np.array_equal(np.array(Image.open(uninterrupted / name)), image)
 
 
-def test_each_image_has_a_record_of_what_it_is_and_how_it_was_drawn(left_alone: Path) -> None:
-    found = records(left_alone)
+def test_each_image_has_a_record_of_its_prompt_and_settings(uninterrupted: Path) -> None:
+    found = records(uninterrupted)
     assert [record["file_name"] for record in found] == NAMES
     assert [record["index"] for record in found] == list(range(10))
     assert [record["prompt"] for record in found] == CLEANED * 2
@@ -86,25 +86,25 @@ def test_each_image_has_a_record_of_what_it_is_and_how_it_was_drawn(left_alone: 
     assert {record["seed"] for record in found} == {0}
     assert found[0]["sampling"]["guidance_scale"] == 7.5
     assert found[0]["sampling"]["top_k"] == 1000
-    assert "柴犬" in (left_alone / "metadata.jsonl").read_text(encoding="utf-8")
+    assert "柴犬" in (uninterrupted / "metadata.jsonl").read_text(encoding="utf-8")
 
 
-def test_the_grid_has_a_row_for_each_prompt_with_the_prompt_below_its_images(left_alone: Path) -> None:
-    grid = np.array(Image.open(left_alone / "grid.png"))
+def test_the_grid_has_a_row_for_each_prompt_with_captions(uninterrupted: Path) -> None:
+    grid = np.array(Image.open(uninterrupted / "grid.png"))
     assert grid.shape[1] == 2 * (192 + 8) + 8
-    first = np.array(Image.open(left_alone / NAMES[0])).repeat(24, 0).repeat(24, 1)
+    first = np.array(Image.open(uninterrupted / NAMES[0])).repeat(24, 0).repeat(24, 1)
     assert np.array_equal(grid[8:200, 8:200], first)
     assert grid[200:220, 8:100].min() < 50  # words
 
 
-def test_prompts_of_one_image_each_share_the_rows_of_the_grid(tmp_path: Path) -> None:
+def test_single_images_of_prompts_share_the_rows_of_the_grid(tmp_path: Path) -> None:
     main.main(command(tmp_path, [f"prompt {number}" for number in range(10)], "--data.init_args.per_prompt=1"))
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width == 4 * (192 + 8) + 8  # 4 + 4 + 2
     assert 3 * 200 < grid.height < 3 * 240
 
 
-def test_the_other_columns_of_a_table_are_in_the_records(tmp_path: Path) -> None:
+def test_records_hold_the_other_columns_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\tNote\na cat\tAnimals\t\na house\tIndoor\tfile_name\n")
     folder = tmp_path / "samples"
     main.main(command(folder, tmp_path / "p.tsv", "--data.init_args.per_prompt=1"))
@@ -116,51 +116,51 @@ def test_the_other_columns_of_a_table_are_in_the_records(tmp_path: Path) -> None
 
 OTHERS: dict[str, tuple[list[str], list[str]]] = {
     "list of prompts": (["a cat", "a dog", *PROMPTS[2:]], []),
-    "number of images (10 there, 12 here)": ([*PROMPTS, "more"], []),
-    "sample_seed (0 there, 3 here)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
-    "sampling.guidance_scale (7.5 there, 2.0 here)": (
+    "number of images (10 then, 12 now)": ([*PROMPTS, "more"], []),
+    "sample_seed (0 then, 3 now)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
+    "sampling.guidance_scale (7.5 then, 2.0 now)": (
         PROMPTS,
         ["--model.init_args.sampling.guidance_scale=2", "--model.init_args.sampling.top_k=1000"],
     ),
-    "text.reader (hash there, rhyme here)": (PROMPTS, ["--model.init_args.reader=rhyme"]),
+    "text.reader (hash then, rhyme now)": (PROMPTS, ["--model.init_args.reader=rhyme"]),
 }
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_folder_that_was_begun_with_something_else_is_refused_by_name(tmp_path: Path, what: str) -> None:
+def test_rejects_to_resume_with_other_settings_by_name(tmp_path: Path, what: str) -> None:
     main.main(command(tmp_path, PROMPTS, LIMITED))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     prompts, more = OTHERS[what]
     with pytest.raises(ValueError) as error:
         main.main(command(tmp_path, prompts, *more))
-    assert_one_line(error, tmp_path, "was begun with another ", what)
+    assert_one_line(error, tmp_path, "was started with another ", what)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before
 
 
-def test_a_complete_folder_is_refused(left_alone: Path) -> None:
+def test_rejects_a_complete_folder(uninterrupted: Path) -> None:
     with pytest.raises(ValueError, match="already holds samples"):
-        main.main(command(left_alone))
+        main.main(command(uninterrupted))
 
 
-def test_nothing_is_said_of_cutting_where_nothing_was_cut(tmp_path: Path) -> None:
-    with warnings.catch_warnings(record=True) as said:
+def test_does_not_warn_if_no_prompt_was_truncated(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         main.main(command(tmp_path, ["a cat", ""]))
-    assert not [warning for warning in said if "were cut" in str(warning.message)]
+    assert not [warning for warning in caught if "were truncated" in str(warning.message)]
 
 
-def test_a_killed_run_is_gone_on_with_and_knows_what_it_had_cut(tmp_path: Path, left_alone: Path) -> None:
+def test_a_resumed_run_knows_the_prompts_truncated_before_the_kill(tmp_path: Path, uninterrupted: Path) -> None:
     killed(lambda: main.main(command(tmp_path, PROMPTS, with_probe(PullThePlug, rank=0, batch=2))))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert 0 < len(before) < 10
     assert not (tmp_path / "metadata.jsonl").exists()
-    with pytest.warns(UserWarning, match=CUT):
+    with pytest.warns(UserWarning, match=WARNING):
         main.main(command(tmp_path, PROMPTS, "--data.init_args.batch_size=4"))
     assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}.items()
-    assert_same_run(tmp_path, left_alone)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_prompts_that_an_earlier_run_has_cut_are_named(tmp_path: Path) -> None:
+def test_warns_about_prompts_truncated_by_an_earlier_run(tmp_path: Path) -> None:
     prompts = [LONG, "a", "b", "c"]
     with pytest.warns(UserWarning, match="1 of 4 prompts were longer"):
         main.main(command(tmp_path, prompts, LIMITED, "--data.init_args.per_prompt=1", "--data.init_args.batch_size=1"))
@@ -169,8 +169,8 @@ def test_prompts_that_an_earlier_run_has_cut_are_named(tmp_path: Path) -> None:
     assert [record["truncated"] for record in records(tmp_path)] == [True, False, False, False]
 
 
-def test_two_processes_draw_the_images_of_one_and_say_once_what_was_cut(tmp_path: Path, left_alone: Path) -> None:
+def test_two_processes_sample_the_same_images_and_warn_once(tmp_path: Path, uninterrupted: Path) -> None:
     done = two_processes(command(tmp_path))
     succeeds(done)
     assert (done.stdout + done.stderr).count("were longer than the model reads") == 1
-    assert_same_run(tmp_path, left_alone)
+    assert_same_run(tmp_path, uninterrupted)

@@ -1,4 +1,4 @@
-"""Codes that ``predict`` of the tokenizer leaves behind, and images that training does."""
+"""Codes that ``predict`` of the tokenizer writes, and the figures of a training."""
 
 import hashlib
 import json
@@ -58,32 +58,32 @@ def test_meta_describes_the_codes(pipeline: Pipeline) -> None:
         ]
 
 
-def test_extraction_refuses_a_folder_with_codes(pipeline: Pipeline) -> None:
+def test_rejects_a_folder_with_codes(pipeline: Pipeline) -> None:
     before = sorted(pipeline.codes.rglob("*"))
     with pytest.raises(ValueError, match=r"already holds a complete dataset"):
         main.main([*pipeline.extract_arguments(pipeline.codes), f"--ckpt_path={pipeline.tokenizer}"])
     assert sorted(pipeline.codes.rglob("*")) == before
 
 
-def pull_the_plug(monkeypatch: pytest.MonkeyPatch, batch_idx: int, dataloader_idx: int) -> None:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch_idx: int, dataloader_idx: int) -> None:
     """Let the extraction fail at a batch."""
     predict_step = VQGANModule.predict_step
 
     def interrupted(self: VQGANModule, batch: Any, *place: int) -> Any:
         if place == (batch_idx, dataloader_idx):
-            raise RuntimeError("pulled the plug")
+            raise RuntimeError("interrupted")
         return predict_step(self, batch, *place)
 
     monkeypatch.setattr(VQGANModule, "predict_step", interrupted)
 
 
-def test_an_interrupted_extraction_leaves_no_half_written_shard(
+def test_an_interrupted_extraction_leaves_no_partial_shard(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*pipeline.extract_arguments(tmp_path / "codes"), f"--ckpt_path={pipeline.tokenizer}"]
     with monkeypatch.context() as patch:
-        pull_the_plug(patch, 3, 0)
-        with pytest.raises(RuntimeError, match=r"pulled the plug"):
+        interrupt_at(patch, 3, 0)
+        with pytest.raises(RuntimeError, match=r"interrupted"):
             main.main(command)
     left = sorted(path.name for path in (tmp_path / "codes").rglob("*") if path.is_file())
     assert left == [".plan.json", "predict.yaml"]
@@ -93,13 +93,13 @@ def test_an_interrupted_extraction_leaves_no_half_written_shard(
         assert (tmp_path / "codes" / name).read_bytes() == (pipeline.codes / name).read_bytes()
 
 
-def test_two_processes_go_on_with_an_extraction_of_which_one_shard_is_left(
+def test_two_processes_resume_an_extraction_with_one_shard_left(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*pipeline.extract_arguments(tmp_path), SHARDS_OF_500, f"--ckpt_path={pipeline.tokenizer}"]
     with monkeypatch.context() as patch:
-        pull_the_plug(patch, 1, 1)
-        with pytest.raises(RuntimeError, match=r"pulled the plug"):
+        interrupt_at(patch, 1, 1)
+        with pytest.raises(RuntimeError, match=r"interrupted"):
             main.main(command)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     assert sorted(path.name for path in written) == [f"train-00000{number}.tar" for number in range(3)]
