@@ -18,7 +18,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from benchmarks.timing import machine, spread, synchronize
 from llamagen.files import atomic_file
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler, SamplingConfig
+from llamagen.sampling.decoder import DecodeState
+from llamagen.sampling.inputs import SamplingRequest
 
 SIZES = Path("configs/argen/size")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -184,14 +187,22 @@ def growth(options: argparse.Namespace, size: str, kind: str, batch: int, codes:
     """Time of a compiled step against the position."""
     gpt = build(size, codes, options.device, DTYPES[kind])
     sampler, marks = Sampler(gpt, batch, compiled=True), []
-    advance = sampler.decoder._advance
+    start = sampler.decoder.start
 
-    def watched(step: int, guided: bool) -> None:
-        advance(step, guided)
-        synchronize()
-        marks.append(time.perf_counter())
+    @contextmanager
+    def timed(request: SamplingRequest) -> Iterator[DecodeState]:
+        with start(request) as state:
+            advance = state.advance
 
-    sampler.decoder._advance = watched  # type: ignore[method-assign]
+            def advance_and_mark(step: int) -> None:
+                advance(step)
+                synchronize()
+                marks.append(time.perf_counter())
+
+            state.advance = advance_and_mark  # type: ignore[method-assign]
+            yield state
+
+    sampler.decoder.start = timed  # type: ignore[method-assign]
     labels = torch.arange(batch, device=options.device)
     steps = []
     for _ in range(4):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 
-Prints a table, then a line of JSON. ``drawn alike`` is the share of positions at which the same noise would sample the
-same code.
+Prints a table, then a line of JSON. ``sampled alike`` is the share of positions at which the same noise would sample
+the same code.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from datamodules import CodeDataModule
 from llamagen.checkpoints.contents import build_model
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 from llamagen.sampling.decode_weights import DecodeWeights
 
 
@@ -42,7 +42,7 @@ def rounded(gpt: GPT) -> GPT:
 @torch.no_grad()
 def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, float]:
     """Differences between two models, as means over all codes."""
-    sums = dict.fromkeys(("logit change", "KL divergence", "loss", "drawn alike"), 0.0)
+    sums = dict.fromkeys(("logit change", "KL divergence", "loss", "sampled alike"), 0.0)
     spread, count = 0.0, 0
     counters = code_counters(gpt.config.vocab_size)
     for number, batch in enumerate(batches):
@@ -50,12 +50,12 @@ def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, fl
         true = gpt(codes[:, :-1], batch["condition"]).flatten(0, 1)
         found = other(codes[:, :-1], batch["condition"]).flatten(0, 1).float()
         noise = gumbel(seed_tensor(0), torch.arange(len(true)), torch.tensor(number), counters)
-        one, two = (draw(logits, SamplingConfig(), noise) for logits in (true, found))
+        one, two = (sample_codes(logits, SamplingConfig(), noise) for logits in (true, found))
         sums["logit change"] += float((found - true).square().mean(1).sqrt().sum())
         kl = F.kl_div(found.log_softmax(-1), true.log_softmax(-1), log_target=True, reduction="sum")
         sums["KL divergence"] += float(kl)
         sums["loss"] += float(F.cross_entropy(found, codes.flatten(), reduction="sum"))
-        sums["drawn alike"] += float((one == two).sum())
+        sums["sampled alike"] += float((one == two).sum())
         spread += float(true.std(1).sum())
         count += len(true)
     return {name: round(total / count, 6) for name, total in sums.items()} | {"spread": round(spread / count, 4)}

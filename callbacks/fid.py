@@ -22,6 +22,7 @@ from callbacks.protocols import (
     HasImageSize,
     ReconstructsImages,
     datamodule,
+    missing_members,
     optional,
     require,
 )
@@ -125,7 +126,7 @@ class FIDMonitor(pl.Callback):
 
     def _generated_size(self, module: GeneratesImages) -> int:
         """Side of the images that the module will sample."""
-        module.check_sampling(())
+        module.check_requests(())
         if self.reference is None:
             raise ValueError(
                 "FIDMonitor needs a reference to compare generated images with; make one with python -m evaluation "
@@ -141,14 +142,15 @@ class FIDMonitor(pl.Callback):
                 f"image_size of FIDMonitor is {self.image_size}, but it resizes reconstructions, and the model "
                 "generates images; set model.init_args.image_size instead"
             )
-        return module.image_side
+        return module.output_size
 
     def _reconstructed_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         """Side of the reconstructions to measure."""
         if optional(ReconstructsImages, pl_module) is None:
+            missing = ", ".join(missing_members(GeneratesImages, pl_module))
             raise ValueError(
-                f"FIDMonitor needs a module that generates or reconstructs images, but {type(pl_module).__name__} does "
-                "neither; remove FIDMonitor from trainer.callbacks"
+                f"FIDMonitor needs a module that generates or reconstructs images, but {type(pl_module).__name__} has "
+                f"neither reconstruct nor {missing}; remove FIDMonitor from trainer.callbacks"
             )
         return self.image_size or require(HasImageSize, datamodule(trainer), self).image_size
 
@@ -387,5 +389,5 @@ class FIDMonitor(pl.Callback):
             seed = module.sample_seed if self._by_request else self.seed
             facts["sampling"] = {**asdict(module.sampling), "seed": seed}
             if module.needs_captions:
-                facts["captions"] = module.caption_facts
+                facts["captions"] = module.caption_metadata
         return facts

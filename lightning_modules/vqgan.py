@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from lightning_modules.adversarial import AdversarialGame, Terms
@@ -131,6 +131,12 @@ class VQGANModule(GenerativeModule):
         """The tokenizer."""
         return self.vqgan
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The tokenizer, and the discriminator if there is one."""
+        networks: dict[str, nn.Module | None] = {"vqgan": self.vqgan, "discriminator": self.discriminator}
+        return {name: network for name, network in networks.items() if network is not None}
+
     def prepare_data(self) -> None:
         """Download the weights of LPIPS if needed, in one process per machine."""
         if self._needs_lpips:
@@ -232,21 +238,6 @@ class VQGANModule(GenerativeModule):
         """Skip the discriminator before its start: no moments, no weight decay."""
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each network separately, so that large gradients of the discriminator do not slow the tokenizer.
-
-        Raises:
-            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
-        """
-        for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
-            if network is not None:
-                self.clip(name, network, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         """Hook code revival to the optimizer's steps."""
@@ -352,10 +343,6 @@ class VQGANModule(GenerativeModule):
         """Names of the values logged at each validation."""
         terms = [*["lpips"] * self._needs_lpips, *self.vqgan.quantize.loss_names, "reconstruction", "loss"]
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
-
-    def configure_optimizers(self) -> Any:
-        """One AdamW for both networks."""
-        return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how often each code was used since the epoch began, over all ranks."""

@@ -1,4 +1,4 @@
-"""Models that are small enough for a test of a moment, with weights that make every part of them matter."""
+"""Models that are small enough for fast tests, with weights that give every part an effect."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,34 +27,41 @@ GPT_VARIANTS: dict[str, dict[str, Any]] = {
     "text, grouped queries, identity rotation": {"condition": "text", "n_kv_head": 2, "rope_condition": "identity"},
 }
 
+HEAD_VARIANTS: dict[str, dict[str, Any]] = {
+    f"heads of {size}, {kind}{' grouped' if kv else ''}": {
+        "dim": 2 * size, "n_head": 2, "n_kv_head": kv, "condition": kind, "vocab_size": 50, "multiple_of": 24,
+    }
+    for size in (32, 64, 100, 128) for kind, kv in (("class", None), ("text", 1))
+}  # fmt: skip
+
 
 def small_gpt(**options: Any) -> GPT:
-    """A GPT of :data:`CLASS_GPT` or :data:`TEXT_GPT` with some options changed, filled, in evaluation mode."""
+    """A GPT of :data:`CLASS_GPT` or :data:`TEXT_GPT` with other options, filled weights, in evaluation mode."""
     base = TEXT_GPT if options.get("condition") == "text" else CLASS_GPT
     return fill(GPT(replace(base, **options))).eval()
 
 
 def small_vqgan(**options: Any) -> VQGAN:
-    """A VQGAN of :data:`SMALL_VQGAN` with some options changed, filled, in evaluation mode."""
+    """A VQGAN of :data:`SMALL_VQGAN` with other options, filled weights, in evaluation mode."""
     return fill(VQGAN(replace(SMALL_VQGAN, **options))).eval()
 
 
 def condition_for(gpt: GPT, batch_size: int) -> Tensor:
-    """Labels that differ from row to row, or caption features (not zeroed where they may be padded)."""
+    """Labels that differ from row to row, or caption features, which are not zero in padding."""
     if gpt.config.condition == "class":
         return torch.arange(batch_size) % gpt.config.num_classes
     return normal_input("small/caption", (batch_size, gpt.config.caption_length, gpt.config.caption_dim))
 
 
 def caption_lengths_for(gpt: GPT, batch_size: int) -> Tensor | None:
-    """A different number of real caption positions for each row, at least 1; None for class labels."""
+    """A different number of real caption tokens for each row, at least 1; None for class labels."""
     if gpt.config.condition == "class":
         return None
     return torch.arange(batch_size) % gpt.config.caption_length + 1
 
 
 def codes_for(gpt: GPT, batch_size: int, count: int) -> Tensor:
-    """The first ``count`` codes of some images."""
+    """The first ``count`` codes of each image."""
     return integer_input("small/codes", gpt.config.vocab_size, (batch_size, gpt.config.block_size))[:, :count]
 
 
@@ -63,9 +70,9 @@ def images_for(batch_size: int, height: int, width: int) -> Tensor:
     return normal_input("small/image", (batch_size, 3, height, width)).tanh()
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Two state dicts have the same entries, bit for bit."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that two state dicts have the same entries, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name

@@ -128,8 +128,10 @@ class ShardDatasetWriter(pl.Callback):
         if not trainer.is_global_zero:
             return
         pieces = self._pieces(data)
-        known = {split: data.tallies[split].rejected for split in data.predict_splits}
-        self._dataset.finish(pieces, self.describe(self._dataset, pieces, data, pl_module), known, data.max_bad_share)
+        rejected = {split: data.tallies[split].rejected for split in data.predict_splits}
+        self._dataset.finish(
+            pieces, self.describe(self._dataset, pieces, data, pl_module), rejected, data.max_bad_share
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Complete the dataset if this rank had no shards left: Lightning then calls no hook of ``predict``.

@@ -40,7 +40,7 @@ class Weights(NamedTuple):
         source: name of the weights for messages: file, and whether they are averages.
         averaged: whether they are known to be averages (EMA).
         captions: description of the caption features that a text model was trained on, see
-            :meth:`llamagen.text.CaptionEncoder.facts`.
+            :meth:`llamagen.text.CaptionEncoder.metadata`.
     """
 
     state: dict[str, Tensor]
@@ -294,7 +294,9 @@ def infer_vqgan_config(state: Mapping[str, Tensor], source: str = "these weights
     z_channels, *_ = shape("encoder.conv_out.weight", 4)
     codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
     if channels < 1 or any(width % channels for width in widths):
-        raise ValueError(f"{source}: not the weights of a VQGAN: {widths} are not multiples of {channels}; {remedy}")
+        raise ValueError(
+            f"{source}: not the weights of a VQGAN: the channels {widths} are not multiples of {channels}; {remedy}"
+        )
     return VQGANConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),

@@ -1,9 +1,9 @@
-"""Causal attention in bfloat16 on CPUs, where PyTorch's fused kernel takes twice as long. On GPUs its kernels are used.
+"""Causal attention in bfloat16 on CPUs, twice as fast as PyTorch's fused kernel. On GPUs PyTorch's kernels are used.
 
-Scores are rounded to bfloat16 before the softmax, which is in float32, as where attention is written out under autocast
-(the fused kernel keeps them in float32). Neither keeps anything but its arguments and its result for the backward pass.
+Scores are rounded to bfloat16 before a float32 softmax, as in unfused attention under autocast; PyTorch's fused kernel
+keeps them in float32. Both save only inputs and output for the backward pass.
 
-Shapes: B batch, H heads, T positions, E width of a head.
+Shapes: B batch, H heads, T tokens, E head width.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CACHED_SCORES = 1 << 20
-"""Scores that are worked on at a time: 4 MiB in float32."""
+"""Number of scores computed at a time, so that they stay in the processor's cache: 4 MiB in float32."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position attends to itself and those before it.
+    """Attention of each token to itself and the tokens before it.
 
     Args:
-        q: (B, H, T, E).
-        k: (B, H, T, E).
-        v: (B, H, T, E).
+        q: queries (B, H, T, E).
+        k: keys (B, H, T, E).
+        v: values (B, H, T, E).
 
     Returns:
         (B, H, T, E), in the dtype of ``q``.
@@ -35,7 +35,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Probabilities:
-    """The softmax of scores of some heads, in memory that is used again: fresh memory costs more than arithmetic."""
+    """Attention probabilities of a few heads at a time, in reused memory: page faults cost more than arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         _, heads, length, width = like.shape
@@ -47,13 +47,13 @@ class _Probabilities:
         self.wide = self.narrow.new_empty(self.narrow.shape, dtype=_wide(like.dtype))
 
     def pieces(self, like: Tensor) -> Iterator[tuple[int, slice]]:
-        """A sample and some of its heads at a time."""
-        for sample in range(like.shape[0]):
+        """Index of an example and a slice of its heads."""
+        for example in range(like.shape[0]):
             for first in range(0, like.shape[1], self.heads):
-                yield sample, slice(first, min(first + self.heads, like.shape[1]))
+                yield example, slice(first, min(first + self.heads, like.shape[1]))
 
-    def of(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, T, E) → probabilities (h, T, T), wide and narrow."""
+    def compute(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, T, E) → probabilities (h, T, T) in float32 and in the dtype of ``q``; valid until the next call."""
         narrow, wide = self.narrow[: len(q)], self.wide[: len(q)]
         torch.baddbmm(self.bias.expand_as(narrow), q, k.transpose(1, 2), alpha=self.scale, out=narrow)
         torch.softmax(wide.copy_(narrow), -1, out=wide)
@@ -65,16 +65,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _by_position(like: Tensor) -> Tensor:
-    """Empty (B, H, T, E), in memory (B, T, H, E), as projections leave and take it."""
+    """Empty (B, H, T, E) with memory layout (B, T, H, E), which the output projection reads without a copy."""
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @torch.library.custom_op("llamagen::causal_attention", mutates_args=(), device_types="cpu")
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     attended, probabilities = _by_position(q), _Probabilities(q)
-    for sample, heads in probabilities.pieces(q):
-        _, narrow = probabilities.of(q[sample, heads], k[sample, heads])
-        attended[sample, heads] = torch.bmm(narrow, v[sample, heads])
+    for example, heads in probabilities.pieces(q):
+        _, narrow = probabilities.compute(q[example, heads], k[example, heads])
+        attended[example, heads] = torch.bmm(narrow, v[example, heads])
     return attended
 
 
@@ -83,15 +83,15 @@ def _gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tens
     q_gradient, k_gradient, v_gradient = _by_position(q), _by_position(k), _by_position(v)
     probabilities = _Probabilities(q)
     scale, by_score = probabilities.scale, torch.empty_like(probabilities.wide)
-    for sample, heads in probabilities.pieces(q):
-        given, keys, queries = gradient[sample, heads], k[sample, heads], q[sample, heads]
-        wide, narrow = probabilities.of(queries, keys)
-        v_gradient[sample, heads] = torch.bmm(narrow.transpose(1, 2), given)
-        mean = (given * attended[sample, heads]).sum(-1, keepdim=True, dtype=wide.dtype)
-        torch.bmm(given, v[sample, heads].transpose(1, 2), out=narrow)
+    for example, heads in probabilities.pieces(q):
+        outer, keys, queries = gradient[example, heads], k[example, heads], q[example, heads]
+        wide, narrow = probabilities.compute(queries, keys)
+        v_gradient[example, heads] = torch.bmm(narrow.transpose(1, 2), outer)
+        mean = (outer * attended[example, heads]).sum(-1, keepdim=True, dtype=wide.dtype)
+        torch.bmm(outer, v[example, heads].transpose(1, 2), out=narrow)
         narrow.copy_(by_score[: len(wide)].copy_(narrow).sub_(mean).mul_(wide))
-        q_gradient[sample, heads] = torch.bmm(narrow, keys).mul_(scale)
-        k_gradient[sample, heads] = torch.bmm(narrow.transpose(1, 2), queries).mul_(scale)
+        q_gradient[example, heads] = torch.bmm(narrow, keys).mul_(scale)
+        k_gradient[example, heads] = torch.bmm(narrow.transpose(1, 2), queries).mul_(scale)
     return q_gradient, k_gradient, v_gradient
 
 

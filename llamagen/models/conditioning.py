@@ -1,4 +1,4 @@
-"""From a condition (class label or caption features) to the first positions of the sequence."""
+"""Embedding of the condition: a class label or caption features become the first tokens of the sequence."""
 
 from typing import cast
 
@@ -10,12 +10,12 @@ from llamagen.models.gpt_config import GPTConfig
 
 
 def sample_dropped(batch_size: int, probability: float, device: torch.device) -> Tensor:
-    """Which samples of a training batch lose their condition: (B,) bool."""
+    """Choose the training examples that lose their condition: (B,) bool."""
     return torch.rand(batch_size, device=device) < probability
 
 
 class LabelEmbedder(nn.Module):
-    """Class label → one position; the last row of the table stands for "no class".
+    """Class label → one token. The last row of the table is the unconditional embedding.
 
     Args:
         num_classes: number of labels.
@@ -31,8 +31,8 @@ class LabelEmbedder(nn.Module):
         """Embed labels.
 
         Args:
-            labels: (B,) int64 in [0, num_classes].
-            dropped: (B,) bool, True where the sample is without a class.
+            labels: (B,) int64 in [0, num_classes]; num_classes means "no class".
+            dropped: (B,) bool, True for examples without a class.
 
         Returns:
             (B, 1, D).
@@ -43,7 +43,7 @@ class LabelEmbedder(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Two linear layers with a GELU (tanh form) between them, without biases."""
+    """Two linear layers without biases and a tanh-approximated GELU between them."""
 
     def __init__(self, caption_dim: int, dim: int) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption features → ``caption_length`` positions; a fixed random feature sequence stands for "no caption".
+    """Caption features → ``caption_length`` tokens. A fixed random feature sequence stands for "no caption".
 
-    ``uncond_embedding`` is never trained and still has to be kept with the weights, so it is a buffer.
+    ``uncond_embedding`` is a buffer, because it is never trained but belongs to the weights.
 
     Args:
         caption_dim: width of the features.
-        caption_length: number of positions C.
+        caption_length: number of tokens C.
         dim: width of the embedding.
     """
 
@@ -74,7 +74,7 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", torch.empty(caption_length, caption_dim))
 
     def reset_parameters(self) -> None:
-        """Draw the features of "no caption"."""
+        """Initialize the features of "no caption" at random."""
         nn.init.normal_(self.uncond_embedding, std=self.uncond_embedding.shape[1] ** -0.5)
 
     def forward(self, features: Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class CaptionEmbedder(nn.Module):
 
         Args:
             features: (B, C, caption_dim), padded on the left.
-            dropped: (B,) bool, True where the sample is without a caption.
+            dropped: (B,) bool, True for examples without a caption.
 
         Returns:
             (B, C, D).
@@ -94,7 +94,7 @@ class CaptionEmbedder(nn.Module):
 
 
 def build_conditioner(config: GPTConfig) -> LabelEmbedder | CaptionEmbedder:
-    """The conditioner that ``config.condition`` asks for."""
+    """Build the embedder for ``config.condition``."""
     if config.condition == "class":
         return LabelEmbedder(config.num_classes, config.dim)
     return CaptionEmbedder(config.caption_dim, config.caption_length, config.dim)

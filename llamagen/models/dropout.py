@@ -1,21 +1,22 @@
-"""Dropout that does not spend its time on random numbers: on CPUs, where PyTorch's draws them one by one."""
+"""Dropout with fast masks on CPUs, where PyTorch generates one random number at a time."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEVELS = 1 << 16
-"""A mask is drawn from 16 bits an entry."""
+"""Each mask entry is decided by 16 random bits."""
 
 
 class Dropout(nn.Module):
-    """Set entries to zero in training, and scale the others up to keep the mean.
+    """In training, set random entries to zero and rescale the others to keep the mean.
 
-    On CPUs the probability is rounded to 1 / 65,536, and a mask is a byte an entry, as on GPUs.
+    On CPUs the probability is rounded to a multiple of 1 / 65,536. A mask takes one byte an entry, as on GPUs.
 
     Args:
-        probability: of an entry, in [0, 1).
-        place: differs among those that a compiled graph may ask about the same input: it takes equal calls for one.
+        probability: probability of dropping an entry, in [0, 1).
+        place: a number that differs between dropouts that may get the same input in one compiled graph. footgun: the
+            compiler merges equal calls, and with equal ``place`` both dropouts would share one mask.
     """
 
     def __init__(self, probability: float, place: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""The autoregressive model: a Llama that predicts the codes of an image in raster order after a condition.
+"""The autoregressive model: a Llama that predicts the codes of an image after a condition (class label or caption).
 
-Shapes: B batch, C condition positions, L codes of an image, T positions of this call, S positions seen so far (T
-included), D width, H heads, G key-value heads, E width of a head, V vocabulary.
+Shapes: B batch, C condition tokens, L codes of an image, T tokens of this call, S tokens so far (those of this call
+included), D model width, H query heads, G key-value heads, E head width, V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, sample_dropped
 from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.inputs import check_codes
+from llamagen.models.inputs import check_codes, check_positions
 from llamagen.models.kv_cache import KVCache, LayerCache
 from llamagen.models.rope import rope_table, rotate
 
@@ -26,7 +26,7 @@ __all__ = ["GPT", "GPTConfig", "KVCache"]
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the width, in float32, then scale."""
+    """Root mean square normalization over the model width, computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -40,14 +40,15 @@ class RMSNorm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Skip a residual branch for whole samples in training, and scale the rest up to keep the mean."""
+    """Stochastic depth: in training, skip a residual branch for random examples and rescale the others."""
 
     probability: Tensor
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.active = probability > 0.0
-        # A tensor, because a compiled block is compiled anew for each other number; derived, as the rotary table is.
+        # footgun: as a Python float, each block's own probability would trigger a recompilation of the block. As a
+        # buffer it is an input of the graph. Like the rotary table it is recomputed after every move, never rounded.
         self._make_probability = partial(torch.full, (), probability)
         self.register_buffer("probability", self._make_probability(), persistent=False)
 
@@ -80,9 +81,9 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, D).
-            rope: (T, E / 2, 2), rotation of the T positions.
-            mask: bool, broadcastable to (B, 1, T, S), True where attended; without it plainly causal.
-            cache: this layer's, read and extended, if given.
+            rope: (T, E / 2, 2) or (B, T, E / 2, 2), cosine and sine of each token's position.
+            mask: bool, broadcastable to (B, 1, T, S), True where a query may attend; None for a causal mask.
+            cache: keys and values of this layer; the new ones are appended.
 
         Returns:
             (B, T, D).
@@ -150,7 +151,7 @@ class GPT(nn.Module):
         self.config = config
         self._recompute = False
         device = torch.get_default_device()
-        with torch.device("meta"):  # parameters are drawn once, and not first as PyTorch does
+        with torch.device("meta"):  # skips PyTorch's own initialization; reset_parameters does ours
             self.cls_embedding = build_conditioner(config)
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
             self.tok_dropout = Dropout(config.token_dropout)
@@ -165,9 +166,10 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) for linears and embeddings, ones for norms, zero for the head: the first loss is ln(V).
+        """Initialize: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for the head.
 
-        From the same seed of the CPU's generator a model whose parameters are spread over ranks gets the same ones.
+        With a zero head the first training loss is ln(V). The same CPU seed gives the same weights whether or not the
+        parameters are sharded over ranks.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -190,18 +192,18 @@ class GPT(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
-        # The rotary table is derived, not learned: made anew after every move, it survives `to_empty` from the meta
-        # device and is never rounded by a cast to bfloat16.
+        # footgun: a buffer would be rounded by `.bfloat16()` and left uninitialized by `to_empty` from the meta device.
+        # So the rotary table is recomputed after every move, in float32.
         super()._apply(fn, recurse)
         self.rope = self._make_rope(self.output.weight.device)
         return self
 
     def checkpoint_activations(self, enabled: bool) -> None:
-        """In training, keep only the inputs of the blocks and compute the rest again in the backward pass."""
+        """Switch activation checkpointing: keep only block inputs, and recompute the rest in the backward pass."""
         self._recompute = enabled
 
     def compile_blocks(self) -> None:
-        """Compile each block, in place: the names in the state dict stay. All blocks share their code."""
+        """Compile each block in place. State-dict names do not change, and all blocks share one graph."""
         for block in self.layers:
             block.compile()
 
@@ -213,32 +215,42 @@ class GPT(nn.Module):
         caption_lengths: Tensor | None = None,
         drop_condition: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the codes that follow.
+        """Logits of the next code after each token.
 
-        Training and scoring: ``gpt(codes[:, :-1], condition)`` gives the logits of all L codes.
-        Cached decoding: first ``gpt(None, condition, cache=cache)``, then ``gpt(last_code, cache=cache)`` for each
-        code.
+        Training and scoring: ``gpt(codes[:, :-1], condition)`` returns the logits of all L codes.
+        Cached decoding: ``gpt(None, condition, cache=cache)`` once, then ``gpt(last_code, cache=cache)`` for each code.
 
         Args:
-            tokens: (B, T) codes in [0, V), int64 or other whole numbers, T from 0 to L − 1; None means T = 0.
-            condition: (B,) whole labels, or (B, C, caption_dim) caption features padded on the left. Given in the first
-                call for a sequence, left out in the later, cached ones.
-            caption_lengths: (B,) int64 in 1 … C, how many of the last caption positions are real; all, if not given.
-                The padded ones are attended to by nobody but themselves. Needed in every call for padded captions.
-            drop_condition: (B,) bool, True for samples without a condition. By default drawn with probability
-                ``condition_dropout`` in training, and nowhere in evaluation.
-            cache: keys and values of the earlier positions; extended by this call.
+            tokens: (B, T) integer codes in [0, V), T from 0 to L − 1; None means T = 0.
+            condition: (B,) integer labels, or (B, C, caption_dim) caption features padded on the left. Pass it in the
+                first call for a sequence, and not in the later calls with the same cache.
+            caption_lengths: (B,) int64 in 1 … C, number of real caption tokens, which come last; None if no caption is
+                padded. Padding attends only to itself, and nothing else attends to it. With padded captions, pass it
+                in every call.
+            drop_condition: (B,) bool, True for examples that lose their condition. The default is random with
+                probability ``condition_dropout`` in training, and False in evaluation.
+            cache: keys and values of the earlier tokens; this call appends its own.
+            positions: (T,) or (B, T) integers in [0, L), the place of each of ``tokens`` on the grid in raster order.
+                None means the next T places. It changes only the rotary embedding: attention stays causal in the order
+                in which tokens are passed, so a sequence may visit the grid in any order. With a cache, T new tokens
+                attend to all cached ones and to each other causally, so drafts of several codes need one call.
 
         Returns:
-            (B, T + 1, V) if the condition is given, else (B, T, V): logits of the code behind each position.
+            (B, T + 1, V) with a condition, else (B, T, V): the logits after each token, the first after the condition.
 
         Raises:
-            ValueError: if there is nothing to compute, the condition is missing, comes too late or has another shape,
-                the sequence is too long, or codes or labels are no whole numbers or (on CPUs) out of range.
+            ValueError: if there is nothing to compute; if the condition is missing, repeated or of another shape; if
+                the sequence is too long; if tokens, labels or positions are not integers or (on CPUs) out of range.
         """
         hidden = self.features(
-            tokens, condition, caption_lengths=caption_lengths, drop_condition=drop_condition, cache=cache
+            tokens,
+            condition,
+            caption_lengths=caption_lengths,
+            drop_condition=drop_condition,
+            cache=cache,
+            positions=positions,
         )
         return cast(Tensor, self.output(hidden))
 
@@ -250,13 +262,14 @@ class GPT(nn.Module):
         caption_lengths: Tensor | None = None,
         drop_condition: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """What the head makes logits of, for a loss that does not hold all of them.
+        """Normalized hidden states, the input of the head. A loss can compute logits from them a part at a time.
 
         Arguments and errors are those of :meth:`forward`.
 
         Returns:
-            (B, T + 1, D) if the condition is given, else (B, T, D).
+            (B, T + 1, D) with a condition, else (B, T, D).
         """
         start = 0 if cache is None else cache.length
         self._check_shapes(tokens, condition, caption_lengths, start)
@@ -268,39 +281,48 @@ class GPT(nn.Module):
                 condition = check_codes(condition, self.config.num_classes + 1, "class labels")
             parts.append(self.cls_embedding(condition, drop_condition))
         if tokens is not None and tokens.shape[1] > 0:
-            if cache is None:  # decoding makes its own codes, one at a time
+            if cache is None:  # cached decoding passes codes that the model generated: no check at each step
                 tokens = check_codes(tokens, self.config.vocab_size)
             parts.append(self.tok_embeddings(tokens))
         if not parts:
-            raise ValueError("neither tokens nor a condition were given; pass at least one of them")
+            raise ValueError("neither tokens nor a condition were passed; pass at least one of them")
         x = torch.cat(parts, dim=1)
         stop = start + x.shape[1]
         if stop >= len(self.rope):
             raise ValueError(
-                f"{stop - self.config.condition_length} codes were given, but a model of block_size "
-                f"{self.config.block_size} predicts the last one from {self.config.block_size - 1}"
+                f"{stop - self.config.condition_length} codes are too many: a model of block_size "
+                f"{self.config.block_size} reads at most {self.config.block_size - 1} and predicts the last one"
             )
+        rope = self.rope[start:stop] if positions is None else self._rope_at(positions, tokens, condition is not None)
         mask = self._attention_mask(x, start, caption_lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
             part = None if cache is None else cache.layer(layer)
             if self._recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, self.rope[start:stop], mask, part, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, part, use_reentrant=False)
             else:
-                x = block(x, self.rope[start:stop], mask, part)
+                x = block(x, rope, mask, part)
         if cache is not None:
             cache.advance(x.shape[1])
         if condition is not None:
             x = x[:, self.config.condition_length - 1 :]
         return cast(Tensor, self.norm(x))
 
+    def _rope_at(self, positions: Tensor, tokens: Tensor | None, with_condition: bool) -> Tensor:
+        """Rows of the rotary table for codes at some positions, (T, E / 2, 2) or (B, T, E / 2, 2)."""
+        first = self.config.condition_length
+        rope = self.rope[first + check_positions(positions, tokens, self.config.block_size)]
+        if not with_condition:
+            return rope
+        return torch.cat([self.rope[:first].expand(*rope.shape[:-3], -1, -1, -1), rope], dim=-3)
+
     def _check_shapes(
         self, tokens: Tensor | None, condition: Tensor | None, caption_lengths: Tensor | None, start: int
     ) -> None:
         if (condition is None) != (start > 0):
             raise ValueError(
-                "the condition belongs to the first call for a sequence and only there: "
-                f"{'it is missing' if condition is None else 'it was given again'} at position {start}"
+                "pass the condition in the first call for a sequence, and in no other: "
+                f"it is {'missing' if condition is None else 'repeated'} at position {start}"
             )
         if condition is not None and self.config.condition == "class" and condition.dim() != 1:
             raise ValueError(f"class labels must have shape (B,), not {tuple(condition.shape)}")
@@ -322,7 +344,7 @@ class GPT(nn.Module):
             )
 
     def _attention_mask(self, x: Tensor, start: int, caption_lengths: Tensor | None) -> Tensor | None:
-        """Causal and padding mask (B or 1, 1, T, S), or None where plain causality says it all."""
+        """Causal and padding mask (B or 1, 1, T, S), or None if the causal mask of :class:`Attention` is enough."""
         span = x.shape[1]
         if caption_lengths is None and (start == 0 or span == 1):
             return None

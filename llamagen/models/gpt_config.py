@@ -1,4 +1,4 @@
-"""The shape of an autoregressive model."""
+"""Configuration of the autoregressive model."""
 
 from dataclasses import dataclass
 from math import inf, isqrt
@@ -9,7 +9,7 @@ from llamagen.option_checks import check_integer
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that decides the parameters and the function of a :class:`~llamagen.models.gpt.GPT`.
+    """Shape, dropout and rotary embedding of a :class:`~llamagen.models.gpt.GPT`.
 
     The defaults are those of the paper (arXiv 2406.06525, section 2.2) and its published checkpoints at 256 px.
 
@@ -25,15 +25,15 @@ class GPTConfig:
         vocab_size: number of codes of the image tokenizer.
         block_size: number of codes of an image, a square number (256 for 16 × 16).
         condition: ``"class"`` for labels, ``"text"`` for caption features.
-        num_classes: number of labels; one more row stands for "no class".
+        num_classes: number of labels; the embedding table has one more row, for "no class".
         caption_dim: width of the caption features (2048 for FLAN-T5-XL).
-        caption_length: number of caption positions.
-        condition_dropout: probability of training a sample without its condition, for classifier-free guidance.
-        token_dropout: dropout on the embedded sequence, condition included.
+        caption_length: number of caption tokens.
+        condition_dropout: probability of training an example without its condition, for classifier-free guidance.
+        token_dropout: dropout on the embedded sequence, including the condition.
         resid_dropout: dropout on the output of attention.
         ffn_dropout: dropout on the output of the feed-forward layer.
         attn_dropout: dropout on the attention weights.
-        drop_path: probability of skipping a branch in the last block, growing linearly from 0 in the first.
+        drop_path: probability of skipping a residual branch in the last block; it grows linearly from 0 in the first.
         rope_condition: rotation of the condition positions, see :func:`~llamagen.models.rope.rope_table`.
             Published checkpoints need ``"zero"``.
     """
@@ -61,7 +61,11 @@ class GPTConfig:
     rope_condition: Literal["zero", "identity"] = "zero"
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Validate.
+
+        Raises:
+            ValueError: if an option is out of range, or options contradict each other.
+        """
         for name in (
             "dim",
             "n_layer",
@@ -77,9 +81,9 @@ class GPTConfig:
         if self.n_kv_head is not None and self.n_kv_head >= 1:
             check_integer("n_kv_head", self.n_kv_head)
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < inf:
-            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it must be positive, or not given")
+            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it must be positive, or null")
         if self.ffn_dim < 1:
-            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, which leaves no feed-forward width")
+            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}; it gives a feed-forward width of 0")
         if not 0 < self.rope_base < inf or not 0 <= self.norm_eps < inf:
             raise ValueError(
                 f"rope_base is {self.rope_base} and norm_eps {self.norm_eps}; they must be > 0 and ≥ 0, and finite"

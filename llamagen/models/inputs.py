@@ -1,7 +1,7 @@
-"""What people pass to the models: taken where it has one meaning, refused in one line where it has none.
+"""Conversion and checks of what users pass to the models: images, codes, labels.
 
-Types and shapes are looked at always, which costs nothing; values on CPUs alone, where nobody waits for a device, and
-never while a graph is compiled. Codes to decode are an exception: decoding them is no hot path.
+Types and shapes are always checked. Values are checked on CPUs only, where that needs no synchronization, and never in
+a compiled graph. Codes to be decoded to pixels are checked on every device: that is not a hot path.
 """
 
 from collections.abc import Sequence
@@ -17,102 +17,102 @@ ImageInput = Tensor | np.ndarray | Image.Image | Sequence[Any]
 CodeInput = Tensor | np.ndarray | Sequence[Any]
 
 BYTES_AS_FLOATS = 10.0
-"""Floats beyond this are no decoder's output that leaves [-1, 1] a little, but levels of 0 to 255."""
+"""Floats of a larger magnitude must be levels 0 to 255. Decoder outputs exceed [-1, 1] only slightly."""
 IMAGES = "images must be floats in [-1, 1] of shape (B, 3, H, W)"
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one of whole numbers, of any width, signed or not; bool is not."""
+    """Whether a dtype is an integer type of any width, signed or unsigned. bool is not."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
-def to_tensor(values: Any, what: str) -> Tensor:
-    """A tensor of an array or of (nested) lists; tensors are taken as they are.
+def to_tensor(values: Any, name: str) -> Tensor:
+    """Convert an array or (nested) lists to a tensor. A tensor is returned as it is.
 
     Args:
-        values: to take; uint16 and big-endian arrays, too.
-        what: these are, for messages.
+        values: a tensor, an array (uint16 and big-endian too) or lists.
+        name: name of the argument in messages.
 
     Raises:
-        ValueError: if they are no numbers, or rows of a list have different lengths.
+        ValueError: if they are not numbers, or rows of a list have different lengths.
     """
     if isinstance(values, Tensor):
         return values
     if isinstance(values, list | tuple) and any(isinstance(each, Tensor) for each in values):
-        shapes = {tuple(to_tensor(each, what).shape) for each in values}
+        shapes = {tuple(to_tensor(each, name).shape) for each in values}
         if len(shapes) > 1:
-            raise ValueError(f"{what} in one list must have one shape, not {' and '.join(map(str, sorted(shapes)))}")
-        return torch.stack([to_tensor(each, what) for each in values])
+            raise ValueError(f"{name} in one list must have one shape, not {' and '.join(map(str, sorted(shapes)))}")
+        return torch.stack([to_tensor(each, name) for each in values])
     try:
         array = np.asarray(values)
     except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{what} in one list must have one shape ({error})") from None
+        raise ValueError(f"{name} in one list must have one shape ({error})") from None
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{what} must be numbers in a tensor, an array or a list, not {_named(values)}")
+        raise ValueError(f"{name} must be numbers in a tensor, an array or a list, not {_describe(values)}")
     if not array.size and isinstance(values, list | tuple):
-        array = array.astype(np.int64)  # numpy takes an empty list for floats
-    native = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])  # what torch can share
+        array = array.astype(np.int64)  # NumPy converts an empty list to floats
+    native = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])  # torch needs native, writable memory
     return torch.from_numpy(native)
 
 
 def grids_of_codes(codes: CodeInput, codebook_size: int, device: torch.device) -> Tensor:
-    """Codes as (B, h, w) int64.
+    """Convert codes to (B, h, w) int64.
 
     Args:
-        codes: whole numbers of any width in a tensor, an array or nested lists, (B, h, w), or (h, w) of one image.
-        codebook_size: they must be below it.
-        device: where they go.
+        codes: integers of any width in a tensor, an array or nested lists: (B, h, w), or (h, w) for one image.
+        codebook_size: upper bound, exclusive.
+        device: target device.
 
     Raises:
-        ValueError: if their type, shape or values do not fit.
+        ValueError: if type, shape or values do not fit.
     """
     found = to_tensor(codes, "codes")
     if not is_integer(found.dtype):
-        raise ValueError(f"codes must be whole numbers, not {_dtype(found)}; give them as int64 or as stored, uint16")
+        raise ValueError(f"codes must be integers, not {_dtype(found)}; pass int64, or uint16 as in code shards")
     if found.dim() == 2:
         rows, length = found.shape
         side = isqrt(length)
         if rows != length and side * side == length and side > 1:
             raise ValueError(
-                f"codes of shape ({rows}, {length}) may be {rows} images in rows, as generate gives them, or one grid; "
-                f"give codes.reshape(-1, {side}, {side}) or codes[None]"
+                f"codes of shape ({rows}, {length}) are ambiguous: {rows} images as returned by generate, or one grid; "
+                f"pass codes.reshape(-1, {side}, {side}) or codes[None]"
             )
         found = found[None]
     if found.dim() != 3:
-        raise ValueError(f"codes must have shape (B, h, w), or (h, w) of one image, not {tuple(found.shape)}")
+        raise ValueError(f"codes must have shape (B, h, w), or (h, w) for one image, not {tuple(found.shape)}")
     found = found.to(device, torch.int64)
     if found.numel():
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= codebook_size:
             raise ValueError(
-                f"codes {low} … {high} do not fit a codebook of {codebook_size} entries, whose codes are 0 to "
-                f"{codebook_size - 1}; use the tokenizer that made them"
+                f"codes {low} … {high} do not fit a codebook of {codebook_size} entries, 0 to {codebook_size - 1}; "
+                "use the tokenizer that encoded them"
             )
     return found
 
 
 def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
-    """Images as (B, 3, H, W) in [-1, 1].
+    """Convert images to (B, 3, H, W) floats in [-1, 1].
 
     Args:
-        images: floats in [-1, 1], (B, 3, H, W) or (B, H, W, 3); or uint8 levels, which are scaled, likewise or without
-            B of one image; in a tensor or an array, a Pillow image, or a list of images of one size.
+        images: a tensor or an array, a Pillow image, or a list of images of one size. Floats in [-1, 1] have shape
+            (B, 3, H, W) or (B, H, W, 3). uint8 levels, which are scaled, may also be one image without B.
         factor: H and W must be multiples of it.
-        weight: of the model; gives dtype and device.
+        weight: a weight of the model, whose dtype and device the result gets.
 
     Raises:
-        ValueError: if their type, shape or values do not fit.
+        ValueError: if type, shape or values do not fit.
     """
     if isinstance(images, list | tuple) and not images:
         raise ValueError(f"{IMAGES}; this is an empty list")
     found = images if isinstance(images, Tensor) else to_tensor(_pixels(images), "images")
     if not found.dtype.is_floating_point and found.dtype is not torch.uint8:
-        raise ValueError(f"{IMAGES}; these are {_dtype(found)}: as levels 0 to 255 give them as uint8")
+        raise ValueError(f"{IMAGES}, not {_dtype(found)}; pass levels 0 to 255 as uint8")
     given = tuple(found.shape)
     if found.dim() == 3 and found.dtype is torch.uint8:
         found = found[None]
     if found.dim() == 4 and found.shape[1] != 3 and found.shape[3] == 3:
-        found = found.permute(0, 3, 1, 2).contiguous()  # another order in memory is rounded differently
+        found = found.permute(0, 3, 1, 2).contiguous()  # convolutions round differently in another memory layout
     if found.dim() != 4 or found.shape[1] != 3 or found.shape[2] % factor or found.shape[3] % factor:
         raise ValueError(
             f"images must have shape (B, 3, H, W) with H and W multiples of {factor}, not {given}{_advice(given)}"
@@ -125,7 +125,7 @@ def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
         low, high = (float(end) for end in found.detach().aminmax())
         if max(-low, high) > BYTES_AS_FLOATS:
             raise ValueError(
-                f"{IMAGES}; these are {low:.4g} to {high:.4g}: give levels 0 to 255 as uint8, or images / 127.5 - 1"
+                f"{IMAGES}, not {low:.4g} to {high:.4g}; pass levels 0 to 255 as uint8, or images / 127.5 - 1"
             )
     if found.dtype is not weight.dtype or found.device != weight.device:
         found = found.to(weight.device, weight.dtype)
@@ -134,14 +134,14 @@ def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
 
 def _advice(shape: tuple[int, ...]) -> str:
     if len(shape) in (3, 4) and 4 in (shape[-1], shape[-3]):
-        return "; leave the fourth channel, transparency, out"
+        return "; remove the fourth channel, transparency"
     if len(shape) == 2 or (len(shape) in (3, 4) and 1 in (shape[-1], shape[-3])):
         return "; repeat grey images for three channels"
     return ""
 
 
 def _pixels(images: Any) -> Any:
-    """Pillow's images as arrays (H, W, 3) uint8."""
+    """Convert Pillow images to arrays (H, W, 3) uint8."""
     if isinstance(images, Image.Image):
         return np.asarray(images.convert("RGB"))
     if isinstance(images, list | tuple):
@@ -150,19 +150,19 @@ def _pixels(images: Any) -> Any:
 
 
 def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
-    """Codes as something that an embedding takes: int64 or int32.
+    """Check codes and convert them to int64 or int32, as an embedding needs them.
 
     Args:
-        codes: of any shape, whole numbers of any width.
-        vocab_size: they must be below it; this is seen to on CPUs.
-        name: what they are called in messages.
+        codes: integers of any width and shape.
+        vocab_size: upper bound, exclusive. Checked on CPUs only.
+        name: name of the argument in messages.
 
     Raises:
-        ValueError: if they are no whole numbers, or out of range.
+        ValueError: if they are not integers, or out of range.
     """
     if codes.dtype not in (torch.int64, torch.int32):
         if not is_integer(codes.dtype):
-            raise ValueError(f"{name} must be whole numbers, not {_dtype(codes)}; give int64")
+            raise ValueError(f"{name} must be integers, not {_dtype(codes)}; pass int64")
         codes = codes.long()
     if codes.device.type == "cpu" and codes.numel() and not torch.compiler.is_compiling():
         low, high = (int(end) for end in codes.aminmax())
@@ -171,10 +171,30 @@ def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
     return codes
 
 
+def check_positions(positions: Tensor, tokens: Tensor | None, block_size: int) -> Tensor:
+    """Check the grid positions of tokens and convert them to int64 or int32.
+
+    Args:
+        positions: (T,) or (B, T) integers in [0, ``block_size``); the range is checked on CPUs only.
+        tokens: (B, T), the codes at these positions.
+        block_size: number of codes of an image.
+
+    Raises:
+        ValueError: if shape, type or values do not fit.
+    """
+    shape = (0, 0) if tokens is None else tuple(tokens.shape)
+    if tuple(positions.shape) not in (shape, shape[1:]):
+        raise ValueError(
+            f"positions must have shape ({shape[1]},) or {shape}, one for each token, not {tuple(positions.shape)}"
+        )
+    return check_codes(positions, block_size, "positions")
+
+
 def _dtype(values: Tensor) -> str:
     return str(values.dtype).removeprefix("torch.")
 
 
-def _named(values: Any) -> str:
-    named = isinstance(values, str | bytes | dict | list | tuple)
-    return f"{type(values).__name__} {' '.join(repr(values).split()):.40}" if named else type(values).__name__
+def _describe(values: Any) -> str:
+    """Type of a value, with the value itself where it is short to print."""
+    printable = isinstance(values, str | bytes | dict | list | tuple)
+    return f"{type(values).__name__} {' '.join(repr(values).split()):.40}" if printable else type(values).__name__

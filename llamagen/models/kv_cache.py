@@ -1,4 +1,4 @@
-"""Keys and values of the positions that a GPT has already seen."""
+"""Key-value cache of a GPT."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from llamagen.models.gpt_config import GPTConfig
 
 
 class LayerCache(NamedTuple):
-    """What one layer sees of a :class:`KVCache`.
+    """One layer of a :class:`KVCache`.
 
     Attributes:
         keys: (B, G, P, E).
         values: (B, G, P, E).
-        length: number of positions that are filled.
+        length: number of tokens in the cache.
     """
 
     keys: Tensor
@@ -23,21 +23,21 @@ class LayerCache(NamedTuple):
     length: int
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the filled part.
+        """Write the keys and values of T new tokens after the cached ones.
 
         Args:
-            keys: (B, G, T, E) of T new positions.
+            keys: (B, G, T, E).
             values: (B, G, T, E).
 
         Returns:
-            Views of the filled part, the new positions included: keys and values (B, G, length + T, E).
+            Views of the keys and values of all tokens so far, each (B, G, length + T, E).
 
         Raises:
-            ValueError: if the new positions do not fit.
+            ValueError: if the new tokens exceed the capacity.
         """
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} positions and cannot take position {end}")
+            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens and has no room for token {end}")
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -45,14 +45,17 @@ class LayerCache(NamedTuple):
 
 @dataclass
 class KVCache:
-    """Preallocated keys and values, an argument of the model and never a part of it.
+    """Preallocated keys and values. An argument of the model, never a part of it.
 
-    B rows, N layers, G key-value heads, P positions, E width of a head.
+    Tokens are cached in the order in which they were passed, whatever their positions on the grid.
+
+    N layers, B rows, G key-value heads, P tokens of capacity, E head width.
 
     Attributes:
         keys: (N, B, G, P, E).
         values: (N, B, G, P, E).
-        length: number of positions that are filled, the same for each row.
+        length: number of cached tokens, the same for all rows. Lower it to discard the last ones, such as rejected
+            drafts: later calls overwrite them.
     """
 
     keys: Tensor
@@ -67,19 +70,19 @@ class KVCache:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "KVCache":
-        """An empty cache that holds the condition and all codes but the last, which nothing attends to."""
+        """Allocate an empty cache for the condition and all codes but the last, to which nothing attends."""
         positions = config.condition_length + config.block_size - 1
         shape = (config.n_layer, batch_size, config.kv_heads, positions, config.head_dim)
         return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
     def layer(self, index: int) -> LayerCache:
-        """The part of a layer, to be appended to; call :meth:`advance` after the last layer."""
+        """Cache of one layer. Call :meth:`advance` after the last layer has appended to its own."""
         return LayerCache(self.keys[index], self.values[index], self.length)
 
-    def advance(self, positions: int) -> None:
-        """Count ``positions`` new positions as filled."""
-        self.length += positions
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` new tokens as cached."""
+        self.length += tokens
 
     def first_rows(self, count: int) -> "KVCache":
-        """A cache of the first ``count`` rows that shares memory with this one."""
+        """Cache of the first ``count`` rows, which shares memory with this one but counts its own length."""
         return KVCache(self.keys[:, :count], self.values[:, :count], self.length)

@@ -16,17 +16,17 @@ def rope_table(
 ) -> Tensor:
     """Cosine and sine of every position: the condition first, then the codes in raster order.
 
-    The first half of a head's pairs turns with the row of the code, the second half with its column.
-    Condition positions have no place on the grid. The published models give them cosine 0 *and* sine 0, which sets
-    their queries and keys to zero (``"zero"``); ``"identity"`` leaves them unturned (cosine 1, sine 0).
+    The first half of a head's pairs is rotated by the row of the code, the second half by its column. Condition
+    positions have no place on the grid. The published models give them cosine 0 *and* sine 0, which sets their queries
+    and keys to zero (``"zero"``); ``"identity"`` does not rotate them (cosine 1, sine 0).
 
     Args:
         grid_size: height and width of the code grid; there are ``grid_size ** 2`` codes.
         head_dim: width of an attention head, a multiple of 4.
         base: wavelength base (theta), 10000 in the paper.
         condition_length: number of condition positions before the first code.
-        condition_rotation: what condition positions get, see above.
-        device: where to make the table.
+        condition_rotation: rotation of the condition positions, see above.
+        device: device of the table.
 
     Returns:
         (P, head_dim / 2, 2) float32; P = ``condition_length + grid_size ** 2``, last axis (cosine, sine).
@@ -46,15 +46,15 @@ def rope_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the interleaved pairs ``(x[2i], x[2i + 1])`` of each head by the angles of their position.
+    """Rotate the interleaved pairs ``(x[2i], x[2i + 1])`` of each head by the angles of their position.
 
     Args:
         x: (B, T, H, head_dim), any float dtype; computed in float32.
-        table: (T, head_dim / 2, 2), rows of :func:`rope_table`.
+        table: (T, head_dim / 2, 2), or (B, T, head_dim / 2, 2) if rows differ: rows of :func:`rope_table`.
 
     Returns:
         Same shape and dtype as ``x``.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = table[:, None, :, :].unbind(-1)
+    cosine, sine = table.unsqueeze(-3).unbind(-1)
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2).type_as(x)

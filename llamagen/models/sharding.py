@@ -1,4 +1,4 @@
-"""Parameters spread over ranks (FSDP2), beside the model, which knows nothing of it."""
+"""Sharding of a GPT's parameters over ranks (FSDP2). The model itself contains no code for it."""
 
 import torch
 from torch import nn
@@ -9,19 +9,19 @@ from llamagen.models.gpt import GPT
 
 
 def shard(gpt: GPT, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-    """Spread the parameters of a model over ranks, each of which then keeps its part of every tensor.
+    """Shard the parameters of a model over ranks, in place. Each rank keeps its part of every tensor.
 
-    A block is put together for its forward and its backward pass, and taken apart behind each. Embeddings, last norm
-    and head, which both ends of a step need, stay together in between.
+    A block is gathered for its forward and for its backward pass, and resharded after each. Embeddings, last norm and
+    head stay gathered between the passes, because the backward pass starts and ends with them.
 
     Args:
-        gpt: may be on the meta device; a second call changes nothing.
-        mesh: of one dimension, the ranks.
-        dtype: in which blocks are put together; that of autocast sends half as much around. None for their own.
+        gpt: the model, which may be on the meta device. A sharded model is left as it is.
+        mesh: one-dimensional mesh of the ranks.
+        dtype: dtype in which blocks are gathered; that of autocast halves the traffic. None keeps the parameters' own.
     """
     if isinstance(gpt, FSDPModule):
         return
-    # The residual stream stays as it is.
+    # cast_forward_inputs=False: the residual stream keeps its dtype.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in gpt.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy if dtype is not None else MixedPrecisionPolicy())
@@ -30,12 +30,12 @@ def shard(gpt: GPT, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are spread over ranks."""
+    """Whether a model's parameters are sharded over ranks."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what was put together and is kept, so that the next forward pass sees parameters that were changed."""
+    """Free gathered parameters, so that the next forward pass gathers them again and sees changes to the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -3,7 +3,7 @@
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.generate import generate
 from llamagen.sampling.image_sampler import ImageSampler
-from llamagen.sampling.logits import draw, filter_logits, guide
+from llamagen.sampling.logits import filter_logits, guide, sample_codes
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
 from llamagen.sampling.pixels import Images, PixelDecoder
 from llamagen.sampling.sampler import Sampler, compute_dtype
@@ -16,10 +16,10 @@ __all__ = [
     "SamplingConfig",
     "code_counters",
     "compute_dtype",
-    "draw",
     "filter_logits",
     "generate",
     "guide",
     "gumbel",
+    "sample_codes",
     "seed_tensor",
 ]

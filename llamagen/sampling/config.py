@@ -1,4 +1,4 @@
-"""How codes are drawn from the model's logits."""
+"""Settings of sampling: temperature, top-k, top-p and guidance."""
 
 from dataclasses import dataclass
 from math import cos, pi
@@ -12,22 +12,21 @@ Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of a draw. The defaults draw from the model's own distribution, without guidance.
+    """Settings of sampling. The defaults sample from the model's own distribution, without guidance.
 
     Args:
-        temperature: logits are divided by it; 0 always takes the most likely code.
+        temperature: logits are divided by it; 0 is greedy and takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the most likely codes whose probabilities add up to this; 1 keeps all.
-        guidance_scale: s in ``unconditional + s · (conditional − unconditional)``; 1 is without guidance and needs half
+        guidance_scale: s in ``unconditional + s · (conditional − unconditional)``; 1 means no guidance and needs half
             the computation.
-        guidance_steps: guide only the first so many codes, then go on with the conditional branch alone; all of them,
-            if not given.
-        guidance_start: leave the first so many codes without guidance.
-        guidance_schedule: how the scale at code t of L rises from 1 to s: ``constant`` is s everywhere; ``linear``
+        guidance_steps: guide no code from this one on; None guides to the end.
+        guidance_start: guide no code before this one.
+        guidance_schedule: guidance scale at code t of L: ``constant`` is s everywhere; ``linear``
             ``1 + (s − 1) t / L`` (Muse, arXiv 2301.00704, section 2.7); ``cosine``
             ``1 + (s − 1) (1 − cos(π t / L)) / 2``; ``power_cosine`` the same with ``(t / L)`` to a power (MDT, arXiv
             2303.14389; RAR, arXiv 2411.00776).
-        guidance_power: that power; above 1 guidance comes later.
+        guidance_power: exponent of ``power_cosine``; a larger one guides later.
     """
 
     temperature: float = 1.0
@@ -40,7 +39,11 @@ class SamplingConfig:
     guidance_power: float = 4.0
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Validate.
+
+        Raises:
+            ValueError: if an option is out of range.
+        """
         for name in ("temperature", "top_p", "guidance_scale", "guidance_power"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
@@ -50,7 +53,7 @@ class SamplingConfig:
                 None,
                 "guidance_steps",
             ):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+                raise ValueError(f"{name} is {value!r}; it must be an integer")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if not self.top_k >= 0:
@@ -71,7 +74,7 @@ class SamplingConfig:
             raise ValueError(f"guidance_power is {self.guidance_power}; it must be positive")
 
     def guidance_scales(self, length: int) -> list[float]:
-        """The scale at each of ``length`` codes; 1 where there is no guidance."""
+        """Guidance scale at each of ``length`` codes; 1 means no guidance."""
         stop = length if self.guidance_steps is None else min(self.guidance_steps, length)
         return [
             1.0 + (self.guidance_scale - 1.0) * self._rise(step / length) if self.guidance_start <= step < stop else 1.0
@@ -79,14 +82,15 @@ class SamplingConfig:
         ]
 
     def guided_steps(self, length: int) -> int:
-        """Of ``length`` codes, how many need the unconditional branch; they are the first."""
+        """Number of leading codes, of ``length``, that need the unconditional branch."""
         scales = self.guidance_scales(length)
         return max((step + 1 for step, scale in enumerate(scales) if scale != 1.0), default=0)
 
-    def _rise(self, part: float) -> float:
+    def _rise(self, progress: float) -> float:
+        """Part of ``guidance_scale − 1`` that applies at this fraction of the codes."""
         if self.guidance_schedule == "constant":
             return 1.0
         if self.guidance_schedule == "linear":
-            return part
+            return progress
         power = self.guidance_power if self.guidance_schedule == "power_cosine" else 1.0
-        return (1.0 - cos(pi * part**power)) / 2.0
+        return (1.0 - cos(pi * progress**power)) / 2.0

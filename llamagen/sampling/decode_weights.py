@@ -1,7 +1,6 @@
-"""The weights of a GPT as a decode step reads them: in the dtype of the computation, or as int8.
+"""Weights of a GPT in the form that compiled decode steps read: in the dtype of the computation, or as int8.
 
-Legend: N outputs, K inputs, D width, H heads, G key-value heads, E width of a head, F width of the feed-forward layer,
-P positions, V vocabulary.
+Shapes: N outputs and K inputs of a layer, D model width, E head width, P rows of the rotary table, V vocabulary size.
 """
 
 from collections.abc import Iterable
@@ -15,11 +14,11 @@ from llamagen.models.gpt import GPT, GPTConfig, RMSNorm, TransformerBlock
 
 
 class Matrix(NamedTuple):
-    """A linear layer without bias.
+    """Weight of a linear layer without bias.
 
     Attributes:
         values: (N, K), contiguous; int8 if there is a scale.
-        scale: (N,) float32 factor of each output, or None.
+        scale: (N,) float32 scale of each output, or None.
     """
 
     values: Tensor
@@ -27,12 +26,12 @@ class Matrix(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes that a matrix product reads."""
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
 class LayerWeights(NamedTuple):
-    """Weights of a block; the norms are float32 (D,)."""
+    """Weights of a block. The norms are float32 (D,)."""
 
     attention_norm: Tensor
     wqkv: Matrix
@@ -45,14 +44,14 @@ class LayerWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeWeights:
-    """What a decode step reads, beside the cache.
+    """All weights that a decode step reads.
 
-    Weights that have the dtype already are those of the model and no copies; for the others see :meth:`refresh`.
+    Weights of the right dtype are the model's own tensors. The others are copies, see :meth:`refresh`.
 
     Attributes:
         config: shape of the model.
-        dtype: of products and cache: float32, bfloat16 or float16.
-        layers: one entry for each block.
+        dtype: dtype of products and cache: float32, bfloat16 or float16.
+        layers: weights of the blocks.
         norm: (D,) float32.
         head: (V, D).
         rope: (P, E / 2, 2) float32.
@@ -68,17 +67,17 @@ class DecodeWeights:
     @classmethod
     @torch.no_grad()
     def from_gpt(cls, gpt: GPT, dtype: torch.dtype, int8: bool = False) -> "DecodeWeights":
-        """Take the weights of a model.
+        """Collect the weights of a model, and convert those that need it.
 
         Args:
             gpt: the model.
-            dtype: of products and cache.
-            int8: round each row of each matrix to 255 levels between its largest magnitude and the negative of it.
-                Embeddings and norms stay as they are.
+            dtype: dtype of products and cache.
+            int8: quantize each row of each matrix to 255 levels, symmetric around 0 and up to its largest magnitude.
+                Embeddings and norms are not quantized.
         """
 
         def matrix(linear: nn.Linear) -> Matrix:
-            return quantised(linear.weight) if int8 else Matrix(linear.weight.detach().to(dtype).contiguous(), None)
+            return quantize(linear.weight) if int8 else Matrix(linear.weight.detach().to(dtype).contiguous(), None)
 
         def norm(module: RMSNorm) -> Tensor:
             return module.weight.detach().float()
@@ -101,11 +100,11 @@ class DecodeWeights:
 
     @torch.no_grad()
     def refresh(self, gpt: GPT) -> None:
-        """Take over changes of the model's weights, in the memory that is here."""
-        fresh = DecodeWeights.from_gpt(gpt, self.dtype, self.head.scale is not None)
-        for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
-            if kept.data_ptr() != new.data_ptr():
-                kept.copy_(new)
+        """Copy the model's weights again, into the same memory: compiled steps hold pointers to it."""
+        current = DecodeWeights.from_gpt(gpt, self.dtype, self.head.scale is not None)
+        for own, new in zip(self._tensors(), current._tensors(), strict=True):
+            if own.data_ptr() != new.data_ptr():
+                own.copy_(new)
 
     def _tensors(self) -> list[Tensor]:
         parts = [part for layer in self.layers for part in layer] + [self.norm, self.head]
@@ -114,13 +113,13 @@ class DecodeWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a step must read, whatever the batch; of the embeddings it reads single rows."""
+        """Bytes of matrices that a step reads in any batch. Embeddings are not counted: it reads single rows."""
         matrices = [m for layer in self.layers for m in layer if isinstance(m, Matrix)] + [self.head]
         return sum(matrix.nbytes for matrix in matrices)
 
 
-def quantised(weight: Tensor) -> Matrix:
-    """A weight (N, K) as int8 with a factor for each output."""
+def quantize(weight: Tensor) -> Matrix:
+    """Quantize a weight (N, K) to int8, with a scale for each output."""
     wide = weight.detach().float()
     scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return Matrix((wide / scale[:, None]).round().to(torch.int8), scale)

@@ -1,6 +1,15 @@
-"""Codes of one batch, one position after the other. B images, R rows (2 B where guided), L codes, V vocabulary."""
+"""The decode loop: from a condition to the codes of an image, one code after the other.
 
-from typing import cast
+Three engines run it: calls of the model on any device (here), C++ on CPUs (``cpu/``), Triton in CUDA graphs (``gpu/``).
+
+Shapes: B images, R rows (2 B while guided: the conditional rows first, then the unconditional ones), L codes of an
+image, T new tokens of a pass, V vocabulary size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -8,22 +17,110 @@ from torch import Tensor
 from llamagen.finite import not_finite
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
+from llamagen.sampling.cache_pool import CachePool
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.sampling.logits import draw, guide
+from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.logits import guide, sample_codes
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
 
 
-class Decoder:
-    """Draws codes by calls of the model, on any device.
+class DecodedCodes(NamedTuple):
+    """Codes of a batch. A GPU may still be computing them.
 
-    The cache is allocated once, for the largest batch. Conditional rows come first; when no later code is guided, the
-    unconditional ones are left out.
+    Attributes:
+        codes: (B, L) int64, in the order in which they were sampled.
+        broken: (B,) bool, True for images with logits that are not finite.
+    """
+
+    codes: Tensor
+    broken: Tensor
+
+
+class DecodeState(ABC):
+    """State of one decode call, and the passes over it. Calls share weights, and nothing that changes.
 
     Args:
-        gpt: the model, in evaluation mode.
-        batch_size: images of the largest batch.
-        dtype: of the cache.
+        gpt: the model.
+        request: condition and settings of the batch.
+        cache: an empty cache of at least R rows, used by this call alone.
+
+    Attributes:
+        rows: R, number of rows that the next pass computes.
+        codes: (B, L) int64; column ``step`` is valid after code ``step`` was sampled.
+        broken: (B,) bool, True once some logits of an image are not finite.
+    """
+
+    def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
+        self.gpt, self.request, self.batch = gpt, request, len(request)
+        self.length = gpt.config.block_size
+        self.guided = request.config.guided_steps(self.length) > 0
+        self.rows = 2 * self.batch if self.guided else self.batch
+        self.cache = cache.first_rows(self.rows)
+        device = request.condition.device
+        self.codes = torch.empty(self.batch, self.length, dtype=torch.int64, device=device)
+        self.broken = torch.zeros(self.batch, dtype=torch.bool, device=device)
+        self.caption_lengths = self._both_branches(request.caption_lengths)
+
+    @abstractmethod
+    def prefill(self) -> Tensor:
+        """Read the condition into the cache.
+
+        Returns:
+            (R, V), the logits of the first code.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Read new codes into the cache, in one pass.
+
+        Args:
+            tokens: (R, T) int64. Each attends to the cache and to the new tokens before it.
+            positions: (T,) or (R, T) integers, the place of each token on the grid in raster order; None means the
+                next T places.
+
+        Returns:
+            (R, T, V), the logits after each token; valid until the next pass.
+        """
+
+    @abstractmethod
+    def sample(self, logits: Tensor, step: int) -> None:
+        """Sample code ``step`` of each image from its logits (R, V)."""
+
+    def advance(self, step: int) -> None:
+        """Read code ``step − 1`` and sample code ``step``."""
+        last = self.codes[:, step - 1 : step]
+        tokens = torch.cat([last, last]) if self.rows > self.batch else last
+        self.sample(self.decode(tokens)[:, -1], step)
+
+    def result(self) -> DecodedCodes:
+        """The codes, in memory that later calls do not overwrite."""
+        return DecodedCodes(self.codes, self.broken)
+
+    def drop_unconditional(self) -> None:
+        """Continue with the conditional rows only: no later code is guided, and a pass costs half."""
+        self.rows = self.batch
+        self.cache = self.cache.first_rows(self.batch)
+        if self.caption_lengths is not None:
+            self.caption_lengths = self.caption_lengths[: self.batch]
+
+    def conditions(self) -> tuple[Tensor, Tensor]:
+        """Condition of each row, and (R,) bool: whether the row drops it."""
+        dropped = torch.arange(self.rows, device=self.codes.device) >= self.batch
+        condition = self._both_branches(self.request.condition)
+        return cast(Tensor, condition), dropped
+
+    def _both_branches(self, values: Tensor | None) -> Tensor | None:
+        return torch.cat([values, values]) if values is not None and self.guided else values
+
+
+class CodeDecoder(ABC):
+    """Weights, memory and compiled code of an engine. It samples the codes of one batch a call.
+
+    Args:
+        gpt: the model, in evaluation mode during calls.
+        batch_size: number of images of the largest batch.
+        dtype: dtype of products and of the key-value cache.
     """
 
     weights: DecodeWeights | None = None  # of compiled steps
@@ -32,91 +129,95 @@ class Decoder:
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
         self.gpt, self.batch_size, self.dtype = gpt, batch_size, dtype
         self.device = gpt.output.weight.device
-        self._memory: KVCache | None = None
+
+    @abstractmethod
+    def prepare(self, config: SamplingConfig) -> None:
+        """Allocate memory, and compile what these settings need, before the first batch."""
+
+    @abstractmethod
+    def start(self, request: SamplingRequest) -> AbstractContextManager[DecodeState]:
+        """State of a new call. Its memory is reused by later calls when the ``with`` statement ends."""
+
+    def __call__(self, request: SamplingRequest) -> DecodedCodes:
+        """Sample the codes of a batch of at most ``batch_size`` images."""
+        length = self.gpt.config.block_size
+        guided = request.config.guided_steps(length)
+        # 1. Take memory that no other call uses.
+        with self.start(request) as state:
+            # 2. Prefill: read the condition, for both branches if any code is guided, and sample the first code.
+            state.sample(state.prefill(), 0)
+            for step in range(1, length):
+                # 3. Halve the batch as soon as no later code is guided.
+                if step == guided:
+                    state.drop_unconditional()
+                # 4. One pass over the last code, one new code.
+                state.advance(step)
+            return state.result()
 
     def refresh(self) -> None:
-        """See changes of the model's weights in place, where copies of them are kept."""
+        """Copy the model's weights again, if the engine keeps copies."""
         if self.weights is not None:
             self.weights.refresh(self.gpt)
 
-    def __call__(
-        self,
-        condition: Tensor,
-        config: SamplingConfig,
-        caption_lengths: Tensor | None,
-        seed: int,
-        indices: Tensor,
-    ) -> Tensor:
-        """Draw the codes of a batch; arguments as in :func:`~llamagen.sampling.generate.generate`.
+    def cache_rows(self, config: SamplingConfig) -> int:
+        """Rows of a cache for the largest batch."""
+        return 2 * self.batch_size if config.guided_steps(self.gpt.config.block_size) else self.batch_size
 
-        Returns:
-            (B, L) int64. Afterwards ``broken`` (B,) bool says, on the device, of which images some logits were not
-            finite.
-        """
-        length, self.batch = self.gpt.config.block_size, len(condition)
-        guided = config.guided_steps(length)
-        dropped = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-        if guided:
-            condition, dropped = torch.cat([condition, condition]), torch.cat([dropped, ~dropped])
-            caption_lengths = None if caption_lengths is None else torch.cat([caption_lengths, caption_lengths])
-        self.cache, self.caption_lengths = self._cache(guided > 0), caption_lengths
-        self.codes, self.broken = self._new_codes(), self._new_flags()
-        self._begin(config, seed, indices)
-        self._draw(self._prefill(condition, dropped), 0)
-        for step in range(1, length):
-            if step == guided:
-                self.cache = self.cache.first_rows(self.batch)
-                self.caption_lengths = None if caption_lengths is None else caption_lengths[: self.batch]
-            self._advance(step, step < guided)
-        return self.codes
 
-    def _new_codes(self) -> Tensor:
-        return torch.empty(self.batch, self.gpt.config.block_size, dtype=torch.int64, device=self.device)
+class EagerCodeDecoder(CodeDecoder):
+    """Samples codes by calls of the model, on any device."""
 
-    def _new_flags(self) -> Tensor:
-        return torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+    def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
+        super().__init__(gpt, batch_size, dtype)
+        self.caches = CachePool(gpt.config, self.device, dtype)
 
     def prepare(self, config: SamplingConfig) -> None:
-        """Allocate, and compile what is compiled, before the first batch."""
-        self._allocate(config.guided_steps(self.gpt.config.block_size) > 0)
+        """Allocate the key-value cache."""
+        with self.caches.take(self.cache_rows(config)):
+            pass
 
-    def _allocate(self, guided: bool) -> KVCache:
-        rows = 2 * self.batch_size if guided else self.batch_size
-        if self._memory is None or self._memory.keys.shape[1] < rows:
-            self._memory = None  # before more is allocated
-            self._memory = KVCache.allocate(self.gpt.config, rows, self.device, self.dtype)
-        return self._memory
+    @contextmanager
+    def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
+        """State of a new call."""
+        with self.caches.take(self.cache_rows(request.config)) as cache:
+            yield EagerDecodeState(self.gpt, request, cache)
 
-    def _cache(self, guided: bool) -> KVCache:
-        memory = self._allocate(guided)
-        memory.length = 0
-        return memory.first_rows(2 * self.batch if guided else self.batch)
 
-    def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
-        self.config, self.indices = config, indices
-        self.seed = seed_tensor(seed, self.device)
-        self.counters = code_counters(self.gpt.config.vocab_size, self.device)
-        self.steps = torch.arange(self.codes.shape[1], device=self.device)
-        scales = config.guidance_scales(self.codes.shape[1])
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=self.device)
+class EagerDecodeState(DecodeState):
+    """State of a call of :class:`EagerCodeDecoder`."""
 
-    def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
+    def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
+        super().__init__(gpt, request, cache)
+        device = self.codes.device
+        self._seed = seed_tensor(request.seed, device)
+        self._counters = code_counters(gpt.config.vocab_size, device)
+        self._steps = torch.arange(self.length, device=device)
+        scales = request.config.guidance_scales(self.length)
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
+
+    def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
+        condition, dropped = self.conditions()
         logits = self.gpt(
             None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
         )
         return cast(Tensor, logits[:, -1])
 
-    def _advance(self, step: int, guided: bool) -> None:
-        """From code ``step - 1`` to the next."""
-        last = self.codes[:, step - 1 : step]
-        tokens = torch.cat([last, last]) if guided else last
-        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
-        self._draw(logits[:, -1], step)
+    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(R, T) → logits (R, T, V)."""
+        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
+        return cast(Tensor, logits)
 
-    def _draw(self, logits: Tensor, step: int) -> None:
+    def sample(self, logits: Tensor, step: int) -> None:
+        """Sample code ``step`` from logits (R, V)."""
         self.codes[:, step], broken = next_code(
-            logits, self.config, self.scales[step], self.seed, self.indices, self.steps[step], self.counters
+            logits,
+            self.request.config,
+            self._scales[step],
+            self._seed,
+            self.request.indices,
+            self._steps[step],
+            self._counters,
         )
         self.broken |= broken
 
@@ -130,20 +231,20 @@ def next_code(
     step: Tensor,
     counters: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Guide, if there are twice as many rows as samples, and draw.
+    """Guide the logits if there are two rows for each image, and sample a code. Needs no synchronization.
 
     Args:
-        logits: (R, V), any float dtype.
+        logits: (B, V) or (2 B, V), any float dtype.
         config: temperature, top-k and top-p.
-        scale: scalar float32 of the guidance.
+        scale: scalar float32, guidance scale of this code.
         seed: scalar int64.
         indices: (B,) int64.
-        step: scalar int64.
+        step: scalar int64, number of the code.
         counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
 
     Returns:
-        Codes (B,) int64, and (B,) bool: where logits are not finite, in either branch or when they are guided. What
-        top-k and top-p set to minus infinity comes later.
+        (B,) int64 codes, and (B,) bool: whether some logits are not finite, in a branch or after guidance. This is
+        checked before top-k and top-p, which set logits to minus infinity on purpose.
     """
     logits = logits.float()
     broken = not_finite(logits)
@@ -151,4 +252,4 @@ def next_code(
         logits = guide(logits, scale)
         broken = broken.view(2, -1).any(0) | not_finite(logits)
     noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, counters)
-    return draw(logits, config, noise), broken
+    return sample_codes(logits, config, noise), broken

@@ -1,4 +1,4 @@
-"""Condition → codes in one call."""
+"""Condition → codes in one function call."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,23 +20,21 @@ def generate(
     seed: int = 0,
     indices: Numbers | None = None,
 ) -> Tensor:
-    """Draw the codes of one image for each condition, all together, by a :class:`Sampler` for this call alone.
+    """Sample the codes of one image for each condition, in one batch and without compiling.
+
+    Arguments, result and errors are those of a call of :class:`~llamagen.sampling.sampler.Sampler`, which is the better
+    choice for many calls.
 
     Args:
         gpt: the model.
-        condition: (B,) labels of any whole type, or one label; or (B, C, caption_dim) caption features padded on the
-            left. Tensors, arrays of numpy and lists are taken, and moved to the model's device.
-        config: how to draw, or a mapping of its fields; the model's own distribution by default.
-        caption_lengths: (B,), how many of the last caption positions are real; all, if not given.
-        seed: seed of the run, any whole number.
-        indices: (B,), number of each sample within the run; 0 … B − 1, if not given.
+        condition: labels or caption features.
+        config: settings of sampling.
+        caption_lengths: number of real caption tokens.
+        seed: seed of the run.
+        indices: index of each sample within the run.
 
     Returns:
-        (B, L) int64 codes in raster order, L = ``block_size``; of no conditions (0, L).
-
-    Raises:
-        ValueError: as :class:`Sampler` does.
-        FloatingPointError: if some logits are not finite.
+        (N, L) int64 codes in raster order, L = ``block_size``.
     """
     condition = as_condition(gpt, condition)
     sampler = Sampler(gpt, max(len(condition), 1))

@@ -1,7 +1,7 @@
-"""What people pass to be sampled: labels, caption features, seeds and settings, as the decoders want them."""
+"""Conversion and checks of a sampling request: condition, settings, seed and indices."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from operator import index
 from typing import Any
 
@@ -18,63 +18,146 @@ Condition = Tensor | np.ndarray | Sequence[Any] | int
 Numbers = Tensor | np.ndarray | Sequence[int]
 
 
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What one call samples: checked, and on the model's device. B images.
+
+    Attributes:
+        condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left.
+        config: settings of sampling.
+        caption_lengths: (B,) int64, number of real caption tokens; None if no caption is padded.
+        seed: seed of the run.
+        indices: (B,) int64, index of each sample within the run.
+    """
+
+    condition: Tensor
+    config: SamplingConfig
+    caption_lengths: Tensor | None
+    seed: int
+    indices: Tensor
+
+    @classmethod
+    def from_inputs(
+        cls,
+        gpt: GPT,
+        condition: Condition,
+        config: SamplingConfig | Mapping[str, Any] | None,
+        caption_lengths: Numbers | None,
+        seed: int,
+        indices: Numbers | None,
+    ) -> "SamplingRequest":
+        """Convert and check the arguments of a :class:`~llamagen.sampling.sampler.Sampler`.
+
+        Raises:
+            ValueError: in one line, if types, shapes or values do not fit the model.
+        """
+        config, seed = as_config(config), as_int(seed, "seed")
+        condition = as_condition(gpt, condition)
+        caption_lengths = as_integers(caption_lengths, "caption_lengths", condition.device)
+        given = as_integers(indices, "indices", condition.device)
+        indices = torch.arange(len(condition), device=condition.device) if given is None else given
+        request = cls(condition, config, caption_lengths, seed, indices)
+        request._check(gpt)
+        return request
+
+    def __len__(self) -> int:
+        """Number of images B."""
+        return len(self.condition)
+
+    def rows(self, rows: Tensor | slice) -> "SamplingRequest":
+        """The request for some of the images."""
+        lengths = None if self.caption_lengths is None else self.caption_lengths[rows]
+        return SamplingRequest(self.condition[rows], self.config, lengths, self.seed, self.indices[rows])
+
+    def _check(self, gpt: GPT) -> None:
+        """Check once what the model does not check at each code, where it would have to wait for the device."""
+        batch, config, lengths = len(self), gpt.config, self.caption_lengths
+        if self.indices.shape != (batch,):
+            raise ValueError(
+                f"indices must have shape ({batch},), one for each condition, not {tuple(self.indices.shape)}"
+            )
+        shape = () if config.condition == "class" else (config.caption_length, config.caption_dim)
+        if self.condition.shape[1:] != shape:
+            kind = "class labels" if config.condition == "class" else "caption features"
+            expected = ", ".join(["B", *map(str, shape)]) + ("" if shape else ",")
+            raise ValueError(f"{kind} must have shape ({expected}), not {tuple(self.condition.shape)}")
+        if lengths is not None and (config.condition == "class" or lengths.shape != (batch,)):
+            raise ValueError(
+                f"caption_lengths must have shape ({batch},) and belongs to a text-conditional model; it has shape "
+                f"{tuple(lengths.shape)} and the model's condition is {config.condition!r}"
+            )
+        if batch and config.condition == "class":
+            lowest, highest = int(self.condition.min()), int(self.condition.max())
+            if lowest < 0 or highest >= config.num_classes:
+                raise ValueError(
+                    f"class {lowest if lowest < 0 else highest} was requested, but the model has classes 0 to "
+                    f"{config.num_classes - 1}"
+                )
+        if batch and lengths is not None:
+            lowest, highest = int(lengths.min()), int(lengths.max())
+            if lowest < 1 or highest > config.condition_length:
+                raise ValueError(
+                    f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
+                )
+
+
 def as_condition(gpt: GPT, condition: Condition) -> Tensor:
-    """What to sample, on the model's device.
+    """Convert a condition to a tensor on the model's device.
 
     Args:
         gpt: the model.
-        condition: labels (N,) of any whole type, in a tensor, an array or a list, or one label; or caption features
-            (N, C, W), or (C, W) of one caption.
+        condition: integer labels (N,) in a tensor, an array or a list, or one label; or caption features (N, C, W),
+            or (C, W) for one caption.
 
     Raises:
-        ValueError: in one line, if it is not what this model is conditioned on.
+        ValueError: in one line, if the model has another kind of condition.
     """
     config, device = gpt.config, gpt.output.weight.device
     if config.condition == "class":
         found = to_tensor(condition, "class labels")
         if not is_integer(found.dtype):
             kind = "caption features" if found.dim() == 3 else str(found.dtype)
-            raise ValueError(f"this model wants class labels, whole numbers of shape (N,), not {kind}")
+            raise ValueError(f"this model needs class labels, integers of shape (N,), not {kind}")
         found = found.to(device, torch.int64)
         return found[None] if found.dim() == 0 else found
     shape = (config.caption_length, config.caption_dim)
-    wanted = f"caption features, floats of shape (N, {shape[0]}, {shape[1]}) of a llamagen.text.CaptionEncoder"
+    expected = f"caption features, floats of shape (N, {shape[0]}, {shape[1]}) of a llamagen.text.CaptionEncoder"
     if isinstance(condition, str) or (
         isinstance(condition, list | tuple) and condition and isinstance(condition[0], str)
     ):
-        raise ValueError(f"this model wants {wanted}, not texts; encode them first")
+        raise ValueError(f"this model needs {expected}, not texts; encode them first")
     found = to_tensor(condition, "caption features")
     if found.dtype.is_floating_point and found.dim():
         return found.to(device)[None] if found.shape == shape else found.to(device)
     if not found.numel() and found.dim() == 1:
         return torch.empty((0, *shape), device=device)
-    raise ValueError(f"this model wants {wanted}, not {tuple(found.shape)} of {found.dtype}")
+    raise ValueError(f"this model needs {expected}, not {tuple(found.shape)} of {found.dtype}")
 
 
-def as_numbers(values: Numbers | None, what: str, device: torch.device) -> Tensor | None:
-    """Whole numbers, int64; None stays.
+def as_integers(values: Numbers | None, name: str, device: torch.device) -> Tensor | None:
+    """Convert integers to an int64 tensor. None stays None.
 
     Args:
-        values: to take.
-        what: they are called in a message.
-        device: where they go.
+        values: integers in a tensor, an array or a list.
+        name: name of the argument in messages.
+        device: target device.
 
     Raises:
-        ValueError: if they are no whole numbers.
+        ValueError: if they are not integers.
     """
     if values is None:
         return None
-    found = to_tensor(values, what)
+    found = to_tensor(values, name)
     if not is_integer(found.dtype):
-        raise ValueError(f"{what} must be whole numbers, not {found.dtype}")
+        raise ValueError(f"{name} must be integers, not {found.dtype}")
     return found.to(device, torch.int64)
 
 
 def as_config(config: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
-    """Settings of sampling; a mapping has the fields of :class:`SamplingConfig`, and None is the default.
+    """Convert settings of sampling: a mapping has the fields of :class:`SamplingConfig`, None means the defaults.
 
     Raises:
-        ValueError: if it is something else, or has another field.
+        ValueError: for another type or an unknown field.
     """
     if config is None:
         return SamplingConfig()
@@ -82,19 +165,19 @@ def as_config(config: SamplingConfig | Mapping[str, Any] | None) -> SamplingConf
         return config
     if not isinstance(config, Mapping):
         raise ValueError(f"config must be a SamplingConfig or a mapping of its fields, not {config!r:.60}")
-    known = [field.name for field in fields(SamplingConfig)]
-    if unknown := [name for name in config if name not in known]:
-        raise ValueError(f"config has no {unknown[0]!r}; it has {', '.join(known)}")
+    names = [field.name for field in fields(SamplingConfig)]
+    if unknown := [name for name in config if name not in names]:
+        raise ValueError(f"config has no {unknown[0]!r}; it has {', '.join(names)}")
     return SamplingConfig(**config)
 
 
 def as_int(value: Any, name: str) -> int:
-    """A whole number, of any type that is one.
+    """Convert any integer type to int.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not an integer.
     """
     try:
         return index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r:.40}; it must be a whole number") from None
+        raise ValueError(f"{name} is {value!r:.40}; it must be an integer") from None

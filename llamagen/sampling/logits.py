@@ -1,4 +1,4 @@
-"""From logits to codes: guidance, temperature, top-k, top-p, and the draw itself. B batch, V vocabulary."""
+"""From logits to codes: guidance, temperature, top-k, top-p, and sampling. B images, V vocabulary size."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         logits: (2 B, V) float32, the conditional rows first.
-        scale: scalar float32; at 1 the conditional rows come out bit for bit.
+        scale: scalar float32; at 1 the result is equal to the conditional rows, bit for bit.
 
     Returns:
         (B, V) float32.
@@ -21,18 +21,18 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set the logits of codes that are not to be drawn to minus infinity.
+    """Set the logits of codes that top-k and top-p exclude to minus infinity.
 
-    Top-k comes first; top-p then counts the probabilities of what is left. The most likely code always stays, and codes
-    that are equally likely stay or go together. Only top-p sorts, and with top-k only the k largest.
+    Top-k comes first; top-p then counts the probabilities of the remaining codes. The most likely code is always kept,
+    and equally likely codes are kept or excluded together. Only top-p sorts, and with top-k only the k largest.
 
     Args:
         logits: (B, V) float32.
-        top_k: keep the k largest, and what equals the k-th; 0 keeps all.
-        top_p: keep a code if the more likely ones have at most this probability together; 1 keeps all.
+        top_k: keep the k largest logits, and those equal to the k-th; 0 keeps all.
+        top_p: keep a code if all more likely codes together have at most this probability; 1 keeps all.
 
     Returns:
-        (B, V) float32, a new tensor where something was removed.
+        (B, V) float32; a new tensor if something was excluded.
     """
     limited, nucleus = 0 < top_k < logits.shape[-1], top_p < 1.0
     if not limited and not nucleus:
@@ -48,16 +48,16 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits.masked_fill(logits < ordered.amin(dim=-1, keepdim=True), -torch.inf)
 
 
-def draw(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -> Tensor:
-    """Draw one code for each row: the largest sum of logit and Gumbel noise.
+def sample_codes(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -> Tensor:
+    """Sample one code for each row: the largest sum of logit and Gumbel noise (the Gumbel-max trick).
 
-    That is a draw from the distribution (Gumbel's maximum). Rounding can only change it where two sums are almost
-    equal, not wherever one of thousands of cumulative probabilities is close to a number.
+    Rounding changes the code only if two sums are almost equal. Inverting cumulative probabilities would be sensitive
+    at each of thousands of boundaries.
 
     Args:
         logits: (B, V), any float dtype; computed in float32.
         config: temperature, top-k and top-p.
-        noise: (B, V) float32, see :func:`~llamagen.sampling.noise.gumbel`; not needed at temperature 0.
+        noise: (B, V) float32, see :func:`~llamagen.sampling.noise.gumbel`; not used at temperature 0.
 
     Returns:
         (B,) int64.
@@ -66,6 +66,6 @@ def draw(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -> Tensor
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
     assert noise is not None
-    # With the largest logit at 0 no temperature, however low, makes a logit overflow.
+    # With the largest logit at 0, dividing by a tiny temperature cannot overflow to plus infinity.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
     return (filter_logits(logits, config.top_k, config.top_p) + noise).argmax(dim=-1)

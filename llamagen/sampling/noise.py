@@ -1,14 +1,14 @@
-"""Random numbers that belong to a sample: a pure function of seed, sample index, step and code.
+"""Random numbers of a sample: a pure function of seed, sample index, step and code.
 
-Counter-based, so image i of a run is the same image in any batch, on any rank and after any interruption. Whole
-tensors of them are made on the device, within a compiled step too.
+The generator is counter-based, so image i of a run is the same in any batch, on any rank and after a restart. It fills
+whole tensors on the device, also inside a compiled step.
 """
 
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014) in signed 64-bit numbers;
-# integer products wrap around.
+# SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014) in signed 64-bit integers,
+# whose products wrap around.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
@@ -25,22 +25,22 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def seed_tensor(seed: int, device: torch.device | None = None) -> Tensor:
-    """A seed, any integer taken modulo 2⁶⁴, as a scalar int64 tensor."""
+    """Convert a seed, any integer modulo 2⁶⁴, to a scalar int64 tensor."""
     return torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device)
 
 
 def code_counters(count: int, device: torch.device | None = None) -> Tensor:
-    """What tells the codes apart in :func:`gumbel`, (V,) int64; made once, and then the same for every step."""
+    """Counters of the codes for :func:`gumbel`, (V,) int64, the same for every step."""
     return torch.arange(1, count + 1, device=device) * _GOLDEN
 
 
 def gumbel(seed: Tensor, index: Tensor, step: Tensor, counters: Tensor) -> Tensor:
-    """Standard Gumbel noise for each sample of a step and each code.
+    """Standard Gumbel noise for each sample and each entry of the vocabulary, at one step.
 
     Args:
         seed: scalar int64, see :func:`seed_tensor`.
-        index: (B,) int64, the number of each sample within the run.
-        step: scalar int64, the number of the code within the sample.
+        index: (B,) int64, index of each sample within the run.
+        step: scalar int64, number of the code within the sample.
         counters: (V,) int64, see :func:`code_counters`.
 
     Returns:
@@ -50,6 +50,7 @@ def gumbel(seed: Tensor, index: Tensor, step: Tensor, counters: Tensor) -> Tenso
     state = _mix((state ^ index) + _GOLDEN)
     state = _mix((state ^ step) + _GOLDEN)
     bits = _shifted(_mix(state[:, None] + counters), 32)
-    # Below 1 in float32, and with all its digits near 0, where the largest noise comes from.
+    # footgun: float32 rounds the largest values to 1, where the noise would be −inf; hence the clamp. The largest noise
+    # comes from values near 0, where float32 is precise.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))

@@ -1,6 +1,6 @@
-"""Codes → pixels, some images at a time, and on GPUs beside the next batch's codes.
+"""Codes → pixels, a few images at a time, and on GPUs in parallel with the codes of the next batch.
 
-B images of H × W pixels, as decoded H' × W', h × w codes.
+Shapes: B images of h × w codes, decoded to H' × W' pixels and resized to H × W.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite, not_finite_error
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.option_checks import check_integer
 
 PIXELS = {"cpu": 2**14, "cuda": 2**18}
-"""Pixels that are decoded at a time, by kind of device: enough to keep it busy, and few to fill up the last time."""
+"""Number of pixels decoded at a time, by type of device: enough to keep it busy, with little padding of the last part.
+"""
 
 
 class Images:
-    """Images that a GPU may still be working on.
+    """Images that a GPU may still be decoding. Several threads may read them.
 
     Args:
-        parts: (…, H, W, 3) uint8 tensors, together B images.
-        ready: for each part what was recorded behind it on its stream; None if it is there.
-        checks: whether parts that are not there yet are finite, looked at when they are fetched.
+        parts: uint8 tensors (…, H, W, 3), together B images.
+        ready: for each part, the CUDA event recorded after it was queued; None if it is complete.
+        checks: for each part, a check for values that are not finite, run when the images are read; None if the part
+            was checked already. Empty if all were.
     """
 
     def __init__(
@@ -37,12 +39,12 @@ class Images:
     ) -> None:
         self._parts, self._ready = list(parts), list(ready)
         self._checks = list(checks) or [None] * len(self._parts)
-        self._lock = Lock()  # several threads may ask
+        self._lock = Lock()
         self._array: np.ndarray | None = None
 
     @classmethod
-    def together(cls, images: "Sequence[Images]") -> "Images":
-        """Those of several batches as one."""
+    def concatenate(cls, images: "Sequence[Images]") -> "Images":
+        """Join the images of several batches."""
         return cls(
             [part for each in images for part in each._parts],
             [event for each in images for event in each._ready],
@@ -50,10 +52,10 @@ class Images:
         )
 
     def tensor(self) -> Tensor:
-        """(B, H, W, 3) uint8 on their device.
+        """(B, H, W, 3) uint8 on the device of the images.
 
         Raises:
-            FloatingPointError: if some are not finite.
+            FloatingPointError: if some pixels are not finite.
         """
         for part, ready, check in zip(self._parts, self._ready, self._checks, strict=True):
             if ready is not None:
@@ -65,36 +67,36 @@ class Images:
         return torch.cat(self._parts)
 
     def numpy(self) -> np.ndarray:
-        """(B, H, W, 3) uint8, as soon as they are there; only the calling thread waits.
+        """(B, H, W, 3) uint8 on the CPU. Only the calling thread waits for the device.
 
         Raises:
-            FloatingPointError: if some are not finite.
+            FloatingPointError: if some pixels are not finite.
         """
         with self._lock:
             if self._array is None:
                 for check, ready in zip(self._checks, self._ready, strict=True):
                     if check is not None:
-                        check.look(torch.from_numpy(_fetched(check.broken, ready)))
-                self._array = np.concatenate(list(map(_fetched, self._parts, self._ready)))
+                        check.raise_if(torch.from_numpy(_fetch(check.broken, ready)))
+                self._array = np.concatenate(list(map(_fetch, self._parts, self._ready)))
             return self._array
 
 
-def _fetched(images: Tensor, ready: "torch.cuda.Event | None") -> np.ndarray:
+def _fetch(images: Tensor, ready: "torch.cuda.Event | None") -> np.ndarray:
     if ready is None:
         return images.cpu().numpy()
     ready.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream(images.device)):  # not behind what this thread's stream does
+    with torch.cuda.stream(torch.cuda.Stream(images.device)):  # does not wait for work queued on the current stream
         return images.cpu().numpy()
 
 
 def check_image_size(image_size: int | None) -> None:
-    """Refuse a side that no image can have.
+    """Check an option ``image_size``.
 
     Args:
-        image_size: in pixels; None for images as decoded.
+        image_size: side in pixels; None for the size as decoded.
 
     Raises:
-        ValueError: if it is below 1, or no whole number.
+        ValueError: if it is not an integer of at least 1.
     """
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size is {image_size}; it must be at least 1, or null for images as decoded")
@@ -103,10 +105,10 @@ def check_image_size(image_size: int | None) -> None:
 
 
 def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
-    """Bytes of images, which are resized first if they are of another size.
+    """Convert decoded images to bytes. Images of another size are resized first.
 
-    Resized as in the published evaluation, in float32: by bicubic interpolation (Keys' kernel with a = −0.75) without
-    antialiasing, of values that are clamped only afterwards.
+    Resizing is that of the published evaluation: bicubic interpolation (Keys' kernel with a = −0.75) in float32 without
+    antialiasing. footgun: values are clamped to [-1, 1] after resizing, not before.
 
     Args:
         decoded: (B, 3, H', W') floats, about [-1, 1], not clamped.
@@ -122,15 +124,15 @@ def to_pixels(decoded: Tensor, height: int, width: int) -> Tensor:
 
 
 class PixelDecoder:
-    """The decoder of a tokenizer for sampling: channels last, in the dtype of the sampling.
+    """The tokenizer's decoder for sampling: in channels-last layout and in the dtype of sampling.
 
-    Images are decoded so many at a time whatever the batch, so an image's pixels do not depend on the batch.
+    A fixed number of images is decoded at a time, so the pixels of an image do not depend on the batch.
 
     Args:
-        tokenizer: left as it is; what decodes is copied, if it is in another dtype or on another device.
-        device: where the codes are.
-        dtype: of the computation.
-        image_size: side in pixels to which images are resized, see :func:`to_pixels`; None leaves them as decoded.
+        tokenizer: not changed; its decoder is copied if it has another dtype or device.
+        device: device of the codes.
+        dtype: dtype of the computation.
+        image_size: side in pixels to which images are resized, see :func:`to_pixels`; None keeps the size as decoded.
 
     Raises:
         ValueError: if ``image_size`` is below 1.
@@ -156,37 +158,37 @@ class PixelDecoder:
         """Decode.
 
         Args:
-            codes: (B, h, w) int64, which are taken to be in the codebook.
+            codes: (B, h, w) int64. They must be in the codebook, which is not checked.
 
         Returns:
-            B images, with an ``image_size`` square whatever h and w.
+            B images; square if there is an ``image_size``.
 
         Raises:
-            FloatingPointError: if some are not finite; of a GPU's images when they are fetched.
+            FloatingPointError: if some pixels are not finite; on a GPU when the images are read.
         """
         if self._stream is None:
             images, broken = self._decode(codes)
-            self._check_of(broken, codes)()
+            self._finite_check(broken, codes)()
             return Images([images], [None])
         self._stream.wait_stream(torch.cuda.current_stream(codes.device))
         codes.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             images, broken = self._decode(codes)
-            return Images([images], [self._stream.record_event()], [self._check_of(broken, codes)])
+            return Images([images], [self._stream.record_event()], [self._finite_check(broken, codes)])
 
-    def _check_of(self, broken: Tensor, codes: Tensor) -> FiniteCheck:
+    def _finite_check(self, broken: Tensor, codes: Tensor) -> FiniteCheck:
         parts = {"quantize": self._quantize, "post_quant_conv": self._post, "decoder": self._decoder}
 
         def explain(rows: list[int]) -> FloatingPointError:
-            blame = culprit(parts, lambda: self._decode(codes[rows[:1]]))
+            blame = find_source(parts, lambda: self._decode(codes[rows[:1]]))
             precision = str(self._dtype).removeprefix("torch.")
-            return refusal("the pixels that the tokenizer decodes are", precision, blame, rows, len(broken))
+            return not_finite_error("the pixels that the tokenizer decodes are", precision, blame, rows, len(broken))
 
         return FiniteCheck(broken, explain)
 
     @torch.no_grad()
     def _decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, H, W, 3) uint8, and (B,) bool: which are not finite."""
+        """Images (B, H, W, 3) uint8, and (B,) bool: which of them are not finite."""
         height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
         count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
         if self._image_size is not None:

@@ -1,48 +1,52 @@
-"""Condition → codes, batch after batch with the same memory."""
+"""Condition → codes, for many calls with the same memory and compiled code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llamagen.finite import FiniteCheck, culprit, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite_error
 from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
-from llamagen.sampling.cpu.decoder import CPUDecoder
-from llamagen.sampling.decoder import Decoder
-from llamagen.sampling.gpu.decoder import GPUDecoder
-from llamagen.sampling.inputs import Condition, Numbers, as_condition, as_config, as_int, as_numbers
+from llamagen.sampling.cpu.decoder import CPUCodeDecoder
+from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, EagerCodeDecoder
+from llamagen.sampling.evaluation_mode import evaluation_mode
+from llamagen.sampling.gpu.decoder import GPUCodeDecoder
+from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest, as_config, as_int
 
 
 class Sampler:
-    """Draws the codes of images (arXiv 2406.06525, section 2.3).
+    """Samples the codes of images (arXiv 2406.06525, section 2.3).
 
-    The condition is read once (prefill), then one code a step is decoded with a key-value cache, which is allocated
-    once for all calls. Guidance runs both branches in one batch. Compiled, a step reads each weight once: on CPUs
-    (float32, bfloat16) by C++ code for the processor, on NVIDIA GPUs by Triton kernels in a CUDA graph.
+    The condition is read once (prefill), then one code is decoded a step. Keys and values are cached, in memory that
+    later calls reuse. With guidance both branches run in one batch. A compiled step reads each weight once: on CPUs
+    (float32, bfloat16) in C++ for the processor, on NVIDIA GPUs in Triton kernels and CUDA graphs.
 
-    A sample's random numbers depend on seed and index alone. In float32 its codes are the same in any batch. In
-    bfloat16 and float16 they are on CPUs, compiled; else logits are rounded differently in batches of another size,
-    and where two codes are almost equally likely the other one may follow, and with it another image of the same
-    distribution.
+    The random numbers of a sample depend on seed and index only. In float32, and compiled on CPUs also in bfloat16, its
+    codes are the same in any batch. Otherwise logits are rounded differently in batches of another size: where two
+    codes are almost equally likely the other one may follow, and then another image of the same distribution.
+
+    Several threads may call one sampler at the same time, except when it is compiled on a GPU: then a call raises a
+    ``RuntimeError`` while another one runs.
 
     Args:
-        gpt: the model. It is used in evaluation mode and left as it was found.
-        batch_size: images that are drawn together; a call may ask for more or fewer.
-        compiled: draw with compiled steps. Weights that must be converted (to bfloat16 under autocast, or to int8) are
-            copied, and copied again when those of the model have changed.
-        int8: compiled steps read weights as int8, with a factor for each output; a copy beside the model's own.
+        gpt: the model. Calls run it in evaluation mode and restore its mode at the end.
+        batch_size: number of images that are sampled together; a call may ask for more or fewer.
+        compiled: sample with compiled steps. Weights that need conversion (to bfloat16 under autocast, or to int8) are
+            copied, and copied again after the model's weights have changed in place.
+        int8: let compiled steps read the weights as int8, with a scale for each output. This is an extra copy.
 
     Raises:
-        ValueError: if it cannot be compiled here.
+        ValueError: if ``batch_size`` is below 1, or compilation is not possible on this device, in this precision or
+            with sharded parameters.
     """
 
-    # Nothing here is made in inference mode, in which Lightning predicts: it must serve calls outside of it, too.
+    # footgun: Lightning predicts in inference mode, whose tensors fail outside of it. Memory that is allocated in one
+    # call must serve calls in both modes, so all methods leave inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, gpt: GPT, batch_size: int, *, compiled: bool = False, int8: bool = False) -> None:
@@ -52,43 +56,18 @@ class Sampler:
         if int8 and not compiled:
             raise ValueError("int8 weights are for compiled sampling; set compiled too")
         if compiled and is_sharded(gpt):
-            raise ValueError("sampling cannot be compiled while parameters are spread over ranks; leave it out")
+            raise ValueError("sampling cannot be compiled while parameters are sharded over ranks; leave compiled out")
         self.gpt, self.batch_size = gpt, batch_size
-        self._compiled, self._one_at_a_time = compiled, Lock()
-        dtype, kind = compute_dtype(gpt), gpt.output.weight.device.type
-        if not compiled:
-            self.decoder = Decoder(gpt, batch_size, dtype)
-        elif kind == "cpu":
-            self.decoder = CPUDecoder(gpt, batch_size, dtype, int8)
-        elif kind == "cuda":
-            self.decoder = GPUDecoder(gpt, batch_size, dtype, int8)
-        else:
-            raise ValueError(f"sampling cannot be compiled for {kind}; leave compiled out")
-        if compiled:
-            self._places, self._versions = _places(gpt), _versions(gpt)
-
-    def _follow(self) -> None:
-        """See changes of the model.
-
-        Raises:
-            ValueError: if its weights lie elsewhere than when the sampler was made.
-        """
-        if not self._compiled:
-            return
-        if _places(self.gpt) != self._places:
-            raise ValueError("the model was moved, or its weights were replaced, behind the sampler; make a new one")
-        if (versions := _versions(self.gpt)) != self._versions:
-            self.decoder.refresh()
-            self._versions = versions
+        self.decoder = _build_decoder(gpt, batch_size, compiled, int8)
+        self._addresses = _addresses(gpt) if compiled else None
+        self._versions = _versions(gpt)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, config: SamplingConfig) -> None:
-        """Allocate the memory, and compile what is compiled, for calls with these settings."""
-        config = as_config(config)
-        with self._one_at_a_time, _evaluating(self.gpt):
-            self._follow()
-            self.decoder.prepare(config)
+        """Allocate the memory for calls with these settings, and compile what is compiled, before the first call."""
+        with self._ready():
+            self.decoder.prepare(as_config(config))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -101,154 +80,123 @@ class Sampler:
         seed: int = 0,
         indices: Numbers | None = None,
     ) -> Tensor:
-        """Draw the codes of one image for each condition.
+        """Sample the codes of one image for each condition.
 
-        Tensors, arrays of numpy and lists are taken, and moved to the model's device.
+        Tensors, NumPy arrays and lists are accepted and moved to the model's device.
 
         Args:
-            condition: (N,) labels of any whole type, or one label; or (N, C, caption_dim) caption features padded on
-                the left, or (C, caption_dim) of one caption.
-            config: how to draw, or a mapping of its fields; the model's own distribution by default.
-            caption_lengths: (N,), how many of the last caption positions are real; all, if not given. The unconditional
-                branch uses the same padding.
-            seed: seed of the run, any whole number.
-            indices: (N,), number of each sample within the run; 0 … N − 1, if not given. Seed and number decide a
-                sample's random numbers, whatever else is in the batch.
+            condition: (N,) integer labels, or one label; or (N, C, caption_dim) caption features padded on the left,
+                or (C, caption_dim) for one caption.
+            config: settings of sampling, or a mapping of its fields; by default the model's own distribution.
+            caption_lengths: (N,), number of real caption tokens, which come last; None if no caption is padded. The
+                unconditional branch uses the same padding.
+            seed: seed of the run, any integer.
+            indices: (N,), index of each sample within the run; 0 … N − 1 by default. Seed and index decide a sample's
+                random numbers, whatever else is in the batch.
 
         Returns:
-            (N, L) int64 codes in raster order, L = ``block_size``; of no conditions (0, L).
+            (N, L) int64 codes in raster order, L = ``block_size``; (0, L) for no conditions.
 
         Raises:
-            ValueError: if a label is outside the model's classes, a caption length outside 1 … C, the condition is that
-                of another kind of model, or types or shapes do not fit.
+            ValueError: if a label is not one of the model's classes, a caption length is not in 1 … C, the model has
+                another kind of condition, or types or shapes do not fit.
             FloatingPointError: if some logits are not finite.
+            RuntimeError: if another thread is using the same compiled sampler on a GPU.
         """
-        codes, check = self.unchecked(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
+        codes, check = self.unchecked(
+            SamplingRequest.from_inputs(self.gpt, condition, config, caption_lengths, seed, indices)
+        )
         check()
         return codes
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def unchecked(
-        self,
-        condition: Condition,
-        config: SamplingConfig | Mapping[str, Any] | None = None,
-        *,
-        caption_lengths: Numbers | None = None,
-        seed: int = 0,
-        indices: Numbers | None = None,
-    ) -> tuple[Tensor, FiniteCheck]:
-        """As a call, but without waiting for the codes.
+    def unchecked(self, request: SamplingRequest) -> tuple[Tensor, FiniteCheck]:
+        """Sample without waiting for the device.
 
-        Arguments and errors are those of a call.
+        Args:
+            request: N images.
 
         Returns:
-            The codes, and what waits for them and raises a ``FloatingPointError`` if some logits were not finite.
+            (N, L) int64 codes, and a check that waits for them and raises a ``FloatingPointError`` if some logits were
+            not finite.
         """
-        config, seed = as_config(config), as_int(seed, "seed")
-        condition = as_condition(self.gpt, condition)
-        caption_lengths = as_numbers(caption_lengths, "caption_lengths", condition.device)
-        numbers = as_numbers(indices, "indices", condition.device)
-        indices = torch.arange(len(condition), device=condition.device) if numbers is None else numbers
-        _check(self.gpt, condition, caption_lengths, indices)
-        codes, broken = list[Tensor](), list[Tensor]()
-        with self._one_at_a_time, _evaluating(self.gpt):
-            self._follow()
-            for start in range(0, len(condition), self.batch_size):
-                stop = start + self.batch_size if self.decoder.full_batches else len(condition)
-                rows = torch.arange(start, min(stop, start + self.batch_size), device=condition.device)
-                rows = rows.clamp(max=len(condition) - 1)
-                lengths = None if caption_lengths is None else caption_lengths[rows]
-                drawn = self.decoder(condition[rows], config, lengths, seed, indices[rows])
-                for kept, found in ((codes, drawn), (broken, self.decoder.broken)):
-                    kept.append(found[: len(condition) - start].clone())  # the next batch may use its memory
-        if not codes:
-            codes = [condition.new_empty((0, self.gpt.config.block_size), dtype=torch.int64)]
-            broken = [condition.new_empty(0, dtype=torch.bool)]
-        together = torch.cat(codes)
-        return together, self._check_of(torch.cat(broken), together, condition, caption_lengths, indices)
+        count, batches = len(request), list[DecodedCodes]()
+        with self._ready():
+            for start in range(0, count, self.batch_size):
+                size = self.batch_size if self.decoder.full_batches else min(self.batch_size, count - start)
+                rows = torch.arange(start, start + size, device=request.indices.device)
+                # A batch that must be full repeats the last image; the copies are cut off below.
+                batches.append(self.decoder(request.rows(rows.clamp(max=count - 1))))
+        codes = request.indices.new_empty((0, self.gpt.config.block_size))
+        broken = torch.zeros(0, dtype=torch.bool, device=codes.device)
+        if batches:
+            codes, broken = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+        return codes, self._finite_check(broken, codes, request)
 
-    def _check_of(
-        self, broken: Tensor, codes: Tensor, condition: Tensor, lengths: Tensor | None, indices: Tensor
-    ) -> FiniteCheck:
+    def _finite_check(self, broken: Tensor, codes: Tensor, request: SamplingRequest) -> FiniteCheck:
         sharded, precision = is_sharded(self.gpt), str(compute_dtype(self.gpt)).removeprefix("torch.")
-        if sharded:  # its ranks wait for each other, so they stop together
+        if sharded:  # ranks wait for each other in every pass, so all of them must stop
             anywhere = broken.any().int()
             torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
             broken = broken | anywhere.bool()
 
         def score(row: int) -> None:
-            rows = torch.tensor([row, row], device=codes.device)
+            pair = request.rows(torch.tensor([row, row], device=codes.device))
             dropped = torch.tensor([False, True], device=codes.device)
-            some = None if lengths is None else lengths[rows]
-            with _evaluating(self.gpt):
-                self.gpt(codes[rows, :-1], condition[rows], caption_lengths=some, drop_condition=dropped)
+            sequence = codes[row, :-1].expand(2, -1)
+            with evaluation_mode(self.gpt):
+                self.gpt(sequence, pair.condition, caption_lengths=pair.caption_lengths, drop_condition=dropped)
 
         def explain(rows: list[int]) -> FloatingPointError:
-            # Without the ranks that share the parameters no layer can be computed.
-            blame = culprit(self.gpt, None if sharded else partial(score, rows[0]))
-            numbers = [int(indices[row]) for row in rows]
-            return refusal("the logits of the autoregressive model are", precision, blame, numbers, len(broken))
+            # With sharded parameters no layer can be run again: the other ranks do not take part.
+            blame = find_source(self.gpt, None if sharded else partial(score, rows[0]))
+            numbers = [int(request.indices[row]) for row in rows]
+            return not_finite_error(
+                "the logits of the autoregressive model are", precision, blame, numbers, len(broken)
+            )
 
         return FiniteCheck(broken, explain)
 
-
-@contextmanager
-def _evaluating(gpt: GPT) -> Iterator[None]:
-    modes = [(module, module.training) for module in gpt.modules()]
-    device = gpt.output.weight.device
-    gpt.eval()
-    try:
-        # Triton launches on the current device; blocks that are compiled for training would be so for each position.
-        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with here, torch.compiler.set_stance("force_eager"):
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Evaluation mode, on the model's device, with compiled steps that have its current weights."""
+        if self._addresses is not None:
+            if _addresses(self.gpt) != self._addresses:
+                raise ValueError(
+                    "the model was moved, or its weights were replaced, after the sampler was built; build a new one"
+                )
+            if (versions := _versions(self.gpt)) != self._versions:
+                self.decoder.refresh()  # of two threads at once both may do this: they write the same values
+                self._versions = versions
+        device = self.gpt.output.weight.device
+        # Triton launches kernels on the current device.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), evaluation_mode(self.gpt):
             yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
-def _check(gpt: GPT, condition: Tensor, caption_lengths: Tensor | None, indices: Tensor) -> None:
-    """Once for all codes, what the model does not check at each of them: it would have to wait for the device."""
-    batch, config = len(condition), gpt.config
-    if indices.shape != (batch,):
-        raise ValueError(f"indices must have shape ({batch},), one for each condition, not {tuple(indices.shape)}")
-    shape = () if config.condition == "class" else (config.caption_length, config.caption_dim)
-    if condition.shape[1:] != shape:
-        kind = "class labels" if config.condition == "class" else "caption features"
-        wanted = ", ".join(["B", *map(str, shape)]) + ("" if shape else ",")
-        raise ValueError(f"{kind} must have shape ({wanted}), not {tuple(condition.shape)}")
-    if caption_lengths is not None and (config.condition == "class" or caption_lengths.shape != (batch,)):
-        raise ValueError(
-            f"caption_lengths must have shape ({batch},) and belongs to a text-conditional model; it has shape "
-            f"{tuple(caption_lengths.shape)} and the model's condition is {config.condition!r}"
-        )
-    if batch and config.condition == "class":
-        lowest, highest = int(condition.min()), int(condition.max())
-        if lowest < 0 or highest >= config.num_classes:
-            raise ValueError(
-                f"class {lowest if lowest < 0 else highest} was asked for, but the model knows the classes "
-                f"0 to {config.num_classes - 1}"
-            )
-    if batch and caption_lengths is not None:
-        lowest, highest = int(caption_lengths.min()), int(caption_lengths.max())
-        if lowest < 1 or highest > config.condition_length:
-            raise ValueError(
-                f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
-            )
+def _build_decoder(gpt: GPT, batch_size: int, compiled: bool, int8: bool) -> CodeDecoder:
+    dtype, device = compute_dtype(gpt), gpt.output.weight.device.type
+    if not compiled:
+        return EagerCodeDecoder(gpt, batch_size, dtype)
+    if device == "cpu":
+        return CPUCodeDecoder(gpt, batch_size, dtype, int8)
+    if device == "cuda":
+        return GPUCodeDecoder(gpt, batch_size, dtype, int8)
+    raise ValueError(f"sampling cannot be compiled for {device}; leave compiled out")
 
 
-def _places(gpt: GPT) -> list[tuple[int, torch.dtype]]:
+def _addresses(gpt: GPT) -> list[tuple[int, torch.dtype]]:
     return [(parameter.data_ptr(), parameter.dtype) for parameter in gpt.parameters()]
 
 
 def _versions(gpt: GPT) -> list[int]:
-    """Grow with each change in place; inference tensors have none."""
+    """Counters that grow with each change in place. Inference tensors have none."""
     return [0 if parameter.is_inference() else parameter._version for parameter in gpt.parameters()]
 
 
 def compute_dtype(gpt: GPT) -> torch.dtype:
-    """The dtype in which the model computes its keys and values."""
+    """Dtype in which the model computes its keys and values."""
     weight = gpt.output.weight
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)

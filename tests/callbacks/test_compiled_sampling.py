@@ -15,7 +15,7 @@ from callbacks import EMA, CompiledSampling, SampleGrid
 from datamodules import ClassRequestDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
-from llamagen.sampling.cpu.decoder import CPUDecoder
+from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
@@ -31,7 +31,7 @@ class Watch(pl.Callback):
     """Records the sampler in validations, and how much of it is still in memory while training."""
 
     def __init__(self) -> None:
-        self.decoders: list[CPUDecoder] = []
+        self.decoders: list[CPUCodeDecoder] = []
         self.codes: list[bool] = []
         self.alive: list[int] = []
         self.memory: list[weakref.ref[Any]] = []
@@ -39,10 +39,14 @@ class Watch(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         assert pl_module.sampler is not None
         decoder = pl_module.sampler.sampler.decoder
-        assert isinstance(decoder, CPUDecoder)
-        self.memory += [weakref.ref(decoder), weakref.ref(decoder._memory.keys), weakref.ref(decoder.step.weights)]
+        assert isinstance(decoder, CPUCodeDecoder)
+        self.memory += [
+            weakref.ref(decoder),
+            weakref.ref(decoder.caches.free[0].keys),
+            weakref.ref(decoder.step.weights),
+        ]
         labels = torch.arange(3)
-        _, codes = pl_module.draw(labels, labels, seed=4)
+        _, codes = pl_module.sample_async(labels, labels, seed=4)
         expected = generate(pl_module.gpt, labels, pl_module.sampling, seed=4)
         self.codes.append(torch.equal(codes, expected))
 
@@ -180,7 +184,7 @@ def test_without_compilation_one_cache_is_kept_for_the_stage(pipeline: Pipeline)
 
     class Record(pl.Callback):
         def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-            seen.append(pl_module.sampler.sampler.decoder._memory.keys)
+            seen.append(pl_module.sampler.sampler.decoder.caches.free[0].keys)
 
     evaluator(CompiledSampling(), Record()).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2))
     assert len(seen) == 3

@@ -217,7 +217,7 @@ def test_the_command_reports_errors_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_reports_a_path_that_cannot_be_written(suffix: str, published: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written .*; choose another place") as error:
+    with pytest.raises(ValueError, match=r"cannot be written: .*; choose another place") as error:
         export(published, tmp_path / f"file/out{suffix}")
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Wrong arguments of the tools end in one line that names them, with exit code 2, and write nothing."""
+"""Wrong arguments of the tools: one line that names them, exit code 2, and no files."""
 
 import importlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 MODULES = {
     "evaluation": "evaluation.__main__",
     "export": "llamagen.checkpoints.export",
-    "cost": "llamagen.cost",
+    "cost": "llamagen.cost.__main__",
     "packing": "datamodules.packing",
     "inspection": "datamodules.inspection",
 }
@@ -29,7 +29,7 @@ WRONG: dict[str, str] = {
     f"evaluation compare real real {EVERYTHING} --report=/proc/nowhere/a": "/proc/nowhere/a",
     f"evaluation compare real real {EVERYTHING} --report=classes": "classes exists and is not a report",
     f"evaluation compare missing real {EVERYTHING} --batch_size=0": "batch_size is 0",
-    f"evaluation compare missing real {EVERYTHING} --num_workers=-1": "num_workers -1",
+    f"evaluation compare missing real {EVERYTHING} --num_workers=-1": "num_workers is -1",
     f"evaluation compare real real {EVERYTHING} --batch_size=1.5": "batch_size",
     f"evaluation compare real real {EVERYTHING} --image_size=0": "image_size is 0",
     "evaluation compare real real --features=Classifier --features.weights=classes": "classes",
@@ -61,7 +61,7 @@ WRONG: dict[str, str] = {
     "cost --config missing": "missing cannot be read",
     "cost --config classes": "classes cannot be read",
     "cost --config bytes": "bytes cannot be read",
-    "cost --config text": "text holds no mapping",
+    "cost --config text": "text is not a mapping",
     f"cost --config {BASE} --batch_size=0": "batch_size is 0",
     f"cost --config {BASE} --batch_size=8 --gpus=0": "gpus is 0",
     f"cost --config {BASE} --batch_size=8 --peak_tflops=inf": "peak_tflops is inf",
@@ -106,7 +106,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_ends_in_one_line_that_names_what_is_wrong(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line_errors_and_write_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     for command, phrase in WRONG.items():
         name, *arguments = command.split()

@@ -99,7 +99,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     step: int, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module()
-    message = rf"^reconstruction, .* not finite at step {step}; go on from the last checkpoint, if there is one"
+    message = rf"^reconstruction, .* not finite at step {step}; resume from the last checkpoint, if there is one"
     with pytest.raises(FloatingPointError, match=message):
         train(module, pipeline, tmp_path, Poison(step), every=2, max_steps=8)
     for weight in module.parameters():
@@ -133,7 +133,9 @@ class PoisonedValidation(Poison):
 
 
 def test_a_nan_in_validation_keeps_the_last_good_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; go on from"):
+    with pytest.raises(
+        FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; resume from"
+    ):
         train(vqgan_module(), pipeline, tmp_path, PoisonedValidation(), max_steps=9, val_check_interval=3)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 

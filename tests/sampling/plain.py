@@ -1,4 +1,4 @@
-"""Sampling written out: without a cache, and with a pass of the whole sequence for each branch and code."""
+"""Sampling without a cache: a pass over the whole sequence for each code and each branch."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.sampling import SamplingConfig, code_counters, draw, gumbel, seed_tensor
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 
 SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def plain_loop(
     gpt: GPT, condition: Tensor, config: SamplingConfig, lengths: Tensor | None, seed: int, indices: Tensor
 ) -> Tensor:
-    """(B, L) codes of a model in evaluation mode."""
+    """Codes (B, L) of a model in evaluation mode."""
     batch = len(condition)
     codes = torch.empty(batch, 0, dtype=torch.int64)
     for step in range(gpt.config.block_size):
@@ -47,5 +47,5 @@ def plain_loop(
         other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
         logits = scale * logits + (1 - scale) * other
         noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), code_counters(gpt.config.vocab_size))
-        codes = torch.cat([codes, draw(logits, config, noise)[:, None]], dim=1)
+        codes = torch.cat([codes, sample_codes(logits, config, noise)[:, None]], dim=1)
     return codes

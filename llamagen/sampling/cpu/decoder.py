@@ -1,64 +1,104 @@
-"""Codes of one batch on a CPU, by compiled C++. B batch."""
+"""The decode loop on CPUs, with passes of compiled C++. R rows, T new tokens, V vocabulary size."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
+from llamagen.models.inputs import check_positions
 from llamagen.models.kv_cache import KVCache
+from llamagen.sampling.cache_pool import CachePool
 from llamagen.sampling.config import SamplingConfig
-from llamagen.sampling.cpu.step import CPUStep
+from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.sampling.decoder import Decoder
+from llamagen.sampling.decoder import CodeDecoder, DecodeState
+from llamagen.sampling.inputs import SamplingRequest
 
 
-class CPUDecoder(Decoder):
-    """The same by code that is compiled for the processor.
+class CPUCodeDecoder(CodeDecoder):
+    """Samples codes by C++ that is compiled for the processor.
 
     Args:
         gpt: the model, on the CPU.
-        batch_size: images B.
-        dtype: of products and cache, float32 or bfloat16.
+        batch_size: number of images of the largest batch.
+        dtype: dtype of products and cache, float32 or bfloat16.
         int8: keep the weights as int8.
 
     Raises:
-        ValueError: if it cannot be compiled.
+        ValueError: if there is no working C++ compiler, or for another dtype.
     """
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
         self.weights = DecodeWeights.from_gpt(gpt, dtype, int8)
         self.step = CPUStep(self.weights)
-        self.logits = torch.empty(0, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
+        self.caches = CachePool(gpt.config, self.device, dtype)
 
-    def _begin(self, config: SamplingConfig, seed: int, indices: Tensor) -> None:
-        self.config, self.indices, self.run_seed = config, indices.contiguous(), seed
-        self.guidance = config.guidance_scales(self.codes.shape[1])
+    def prepare(self, config: SamplingConfig) -> None:
+        """Allocate the key-value cache."""
+        with self.caches.take(self.cache_rows(config)):
+            pass
+
+    @contextmanager
+    def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
+        """State of a new call."""
+        with self.caches.take(self.cache_rows(request.config)) as cache:
+            yield CPUDecodeState(self.gpt, request, cache, self.step)
+
+
+class CPUDecodeState(DecodeState):
+    """State of a call of :class:`CPUCodeDecoder`."""
+
+    def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache, step: CPUStep) -> None:
+        super().__init__(gpt, request, cache)
+        self._step, self._scratch = step, Scratch()
+        self._indices = request.indices.contiguous()
+        self._scales = request.config.guidance_scales(self.length)
         lengths = self.caption_lengths
-        self.first = None if lengths is None else (self.gpt.config.condition_length - lengths).int()
-        rows = self.cache.keys.shape[1]
-        if len(self.logits) < rows:
-            self.logits = self.logits.new_empty(rows, self.gpt.config.vocab_size)
+        self._first = None if lengths is None else (gpt.config.condition_length - lengths).int()
+        self._logits = torch.empty(self.rows, 1, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
 
-    def _prefill(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        # Captions are projected a sample at a time, so that a sample's numbers are the same in any batch.
-        together = len(condition) if self.gpt.config.condition == "class" else 1
+    def prefill(self) -> Tensor:
+        """Logits (R, V) of the first code."""
+        condition, dropped = self.conditions()
+        logits = self._logits[:, 0]
+        # Captions are projected one at a time, so that an image's numbers do not depend on the batch.
+        size = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
-            for row in range(0, len(condition), together):
-                rows = slice(row, row + together)
+            for row in range(0, len(condition), size):
+                rows = slice(row, row + size)
                 x = self.gpt.cls_embedding(condition[rows], dropped[rows]).float().contiguous()
                 cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
-                self.step(x, cache, None if self.first is None else self.first[rows], self.logits[rows])
+                self._step(x, cache, None if self._first is None else self._first[rows], logits[rows], self._scratch)
         self.cache.advance(self.gpt.config.condition_length)
-        return self.logits[: len(condition)]
+        return logits
 
-    def _advance(self, step: int, guided: bool) -> None:
-        last = self.codes[:, step - 1]
-        x = self.gpt.tok_embeddings(torch.cat([last, last]) if guided else last)[:, None].float()
-        logits = self.logits[: len(x)]
-        self.step(x.contiguous(), self.cache, self.first, logits)
-        self._draw(logits, step)
+    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(R, T) → logits (R, T, V)."""
+        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        rope_rows = None if positions is None else self._rope_rows(positions, tokens)
+        rows, count = tokens.shape
+        logits = self._logits[:rows] if count == 1 else self._logits.new_empty(rows, count, self._logits.shape[2])
+        self._step(x, self.cache, self._first, logits, self._scratch, rope_rows)
+        return logits
 
-    def _draw(self, logits: Tensor, step: int) -> None:
-        self.step.draw(
-            logits, self.config, self.guidance[step], self.run_seed, self.indices, step, self.codes, self.broken
+    def sample(self, logits: Tensor, step: int) -> None:
+        """Sample code ``step`` from logits (R, V)."""
+        self._step.sample_codes(
+            logits,
+            self.request.config,
+            self._scales[step],
+            self.request.seed,
+            self._indices,
+            step,
+            self.codes,
+            self.broken,
+            self._scratch,
         )
+
+    def _rope_rows(self, positions: Tensor, tokens: Tensor) -> Tensor:
+        config = self.gpt.config
+        positions = check_positions(positions, tokens, config.block_size).expand(tokens.shape)
+        return (config.condition_length + positions).int().contiguous()

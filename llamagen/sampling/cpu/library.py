@@ -1,4 +1,4 @@
-"""Compiles the decode step for this machine's processor, once."""
+"""Compilation of the C++ decode step for this machine's processor, cached on disk."""
 
 import ctypes
 import errno
@@ -20,22 +20,22 @@ SOURCES = [FOLDER / name for name in ("vector.h", "step.cpp", "sampling.cpp")]
 
 @cache
 def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
-    """The library for a type of weights and one of activations, from the cache if it was compiled before.
+    """Load the library for given types of weights and activations; compile it if it is not cached.
 
-    It is kept in ``~/.cache/llamagen`` (or below ``XDG_CACHE_HOME``) and made anew for another processor, compiler or
-    source.
+    The cache is ``~/.cache/llamagen`` (or ``llamagen`` in ``XDG_CACHE_HOME``). Another processor, compiler or source
+    file gets a library of its own.
 
     Args:
         weight: C type of weights: ``float``, ``uint16_t`` for bfloat16, ``int8_t``.
         narrow: C type of activations and cache: ``float`` or ``uint16_t``.
 
     Raises:
-        ValueError: if there is no C++ compiler, or it fails.
+        ValueError: if there is no C++ compiler, it fails, or the library cannot be loaded.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise ValueError(
-            "compiled sampling on a CPU needs a C++ compiler; install g++ or clang++, or sample without it"
+            "compiled sampling on a CPU needs a C++ compiler; install g++ or clang++, or sample without compiling"
         )
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     command = [*shlex.split(compiler), "-O3", "-std=c++17", native, "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
@@ -50,7 +50,7 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["no message"]
                 full = next((line for line in lines if "No space left" in line), None)
-                if full is not None:  # here, or where the compiler keeps its temporary files
+                if full is not None:  # the disk of the cache, or of the compiler's temporary files
                     raise OSError(errno.ENOSPC, full)
                 error = next((line for line in lines if "error" in line), lines[-1])
                 raise ValueError(f"{compiler} could not compile {FOLDER}: {error}; sample without compiling")
@@ -58,12 +58,12 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be loaded ({error}); set XDG_CACHE_HOME to a folder from which programs may run"
+            f"{path} cannot be loaded ({error}); set XDG_CACHE_HOME to a folder on a disk without noexec"
         ) from error
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.forward.restype, library.forward.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
-    library.draw.restype, library.draw.argtypes = None, [ctypes.c_void_p]
+    library.sample_codes.restype, library.sample_codes.argtypes = None, [ctypes.c_void_p]
     return library
 
 
@@ -78,7 +78,7 @@ def _run(command: list[str], compiler: str) -> "subprocess.CompletedProcess[str]
 
 
 def _cache_folder() -> Path:
-    """Below the home folder or, where nothing can be written there, below the one for temporary files."""
+    """A writable cache folder: in the home folder, or else in the folder of temporary files."""
     homes = [os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")]
     homes.append(os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}"))
     for home in homes:
@@ -89,11 +89,11 @@ def _cache_folder() -> Path:
             continue
         if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
             return folder
-    raise ValueError(f"none of {homes} can be written to; set XDG_CACHE_HOME to a folder of yours")
+    raise ValueError(f"none of {homes} is writable; set XDG_CACHE_HOME to a folder that you can write to")
 
 
 def _processor() -> str:
-    """What native code depends on, for folders that several machines share."""
+    """Platform and instruction sets, which native code depends on: several machines may share the cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return "\n".join([platform.platform(), *[line for line in lines if line.startswith(("flags", "Features"))][:1]])

@@ -1,5 +1,5 @@
-// A code for each row of logits: guidance, temperature, top-k, top-p and the largest sum of logit and Gumbel noise, as
-// draw.py and noise.py have it.
+// Samples a code for each row of logits: guidance, temperature, top-k, top-p, and the largest sum of logit and Gumbel
+// noise. The same arithmetic as in logits.py and noise.py.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -17,44 +17,46 @@ constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 
 static inline vec gumbel(uint64_t state, lvec counter) {
     const uvec bits = __builtin_convertvector(mix(state + counter * GOLDEN) >> 32, uvec);
-    const vec most = vec{} + (1.0f - 0x1p-24f);
+    const vec limit = vec{} + (1.0f - 0x1p-24f);
     vec uniform = (__builtin_convertvector(bits, vec) + 0.5f) * 0x1p-32f;
-    uniform = uniform > most ? most : uniform;
-    const vec rest = 1.0f - uniform;  // its rounding error is taken out again
+    uniform = uniform > limit ? limit : uniform;
+    const vec rest = 1.0f - uniform;  // log1p(-uniform), corrected for the rounding error of this difference
     const vec lost = 1.0f - rest;
     return -logarithm(lost == 0.0f ? uniform : logarithm(rest) * -uniform / (lost == 0.0f ? vec{} + 1.0f : lost));
 }
 
-struct Draw {
+// Mirrored by _Sampling in step.py.
+struct Sampling {
     int32_t batch, vocabulary, guided, top_k, threads;
     float scale, temperature, top_p;
     uint64_t seed, step;
     const int64_t* index;  // (batch)
-    const float* logits;   // (batch, vocabulary), or twice as many rows where guided
+    const float* logits;   // (batch, vocabulary), or (2 batch, vocabulary) if guided
     float* scratch;        // (batch, 2, vocabulary)
     int64_t* codes;        // (batch), `stride` apart
     int64_t stride;
-    bool* broken;          // (batch), set where logits are not finite
+    bool* broken;          // (batch), set to true where logits are not finite
 };
 
-// By its bits: a compiler that was told of no infinities (-ffast-math) would leave out comparisons.
+// footgun: comparisons with infinity could be optimized away under -ffast-math; the bits cannot.
 static inline uint32_t not_finite(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return (bits & 0x7f800000u) == 0x7f800000u;
 }
 
-// The smallest logit above which at most the probability `most` lies. Halves the range like quickselect: no sort.
-static float nucleus(float* from, float* end, double most) {
+// The smallest logit such that all larger ones together have at most the probability top_p. Like quickselect, it
+// partitions around pivots and does not sort.
+static float nucleus(float* from, float* end, double top_p) {
     double total = 0.0, above = 0.0;
     for (float* at = from; at < end; at++) total += std::exp(*at);
     float smallest = INFINITY;
-    while (from < end && above <= most * total) {
+    while (from < end && above <= top_p * total) {
         const float pivot = std::max(std::min(*from, end[-1]), std::min(std::max(*from, end[-1]), from[(end - from) / 2]));
         float* middle = std::partition(from, end, [=](float x) { return x > pivot; });
         double more_likely = above;
         for (float* at = from; at < middle; at++) more_likely += std::exp(*at);
-        if (more_likely > most * total) {
+        if (more_likely > top_p * total) {
             end = middle;
             continue;
         }
@@ -66,59 +68,60 @@ static float nucleus(float* from, float* end, double most) {
     return smallest;
 }
 
-// The smallest of the logits that may be drawn; `kept` is a copy of them, which is reordered.
-static float threshold(const Draw& d, float* kept) {
-    float *end = kept + d.vocabulary, smallest = -INFINITY;
-    if (d.top_k > 0 && d.top_k < d.vocabulary) {
-        std::nth_element(kept, kept + d.top_k - 1, end, std::greater<float>());
-        end = kept + d.top_k;
+// The smallest logit that top-k and top-p keep; `kept` is a copy of the logits, which is reordered.
+static float threshold(const Sampling& call, float* kept) {
+    float *end = kept + call.vocabulary, smallest = -INFINITY;
+    if (call.top_k > 0 && call.top_k < call.vocabulary) {
+        std::nth_element(kept, kept + call.top_k - 1, end, std::greater<float>());
+        end = kept + call.top_k;
         smallest = end[-1];
     }
-    if (d.top_p < 1.0f) smallest = nucleus(kept, end, d.top_p);
+    if (call.top_p < 1.0f) smallest = nucleus(kept, end, call.top_p);
     return smallest;
 }
 
-static int64_t draw_row(const Draw& d, int row) {
-    const int V = d.vocabulary;
-    const float *conditional = d.logits + (int64_t)row * V, *unconditional = conditional + (int64_t)d.batch * V;
-    float *value = d.scratch + (int64_t)row * 2 * V, top = -INFINITY;
+static int64_t sample_row(const Sampling& call, int row) {
+    const int V = call.vocabulary;
+    const float *conditional = call.logits + (int64_t)row * V, *unconditional = conditional + (int64_t)call.batch * V;
+    float *value = call.scratch + (int64_t)row * 2 * V, top = -INFINITY;
     int64_t best = 0;
     uint32_t broken = 0;
     for (int i = 0; i < V; i++) broken |= not_finite(conditional[i]);
-    for (int i = 0; d.guided && i < V; i++) broken |= not_finite(unconditional[i]);
+    for (int i = 0; call.guided && i < V; i++) broken |= not_finite(unconditional[i]);
     for (int i = 0; i < V; i++) {
-        const float x = d.guided && d.scale != 1.0f ? unconditional[i] + d.scale * (conditional[i] - unconditional[i])
-                                                    : conditional[i];
+        const bool guide = call.guided && call.scale != 1.0f;
+        const float x =
+            guide ? unconditional[i] + call.scale * (conditional[i] - unconditional[i]) : conditional[i];
         value[i] = x;
         if (x > top) top = x, best = i;
     }
-    if (d.guided)  // finite branches may be far enough apart for their difference not to be
+    if (call.guided)  // the difference of two finite branches may overflow
         for (int i = 0; i < V; i++) broken |= not_finite(value[i]);
-    if (broken) d.broken[row] = true;
-    if (d.temperature == 0.0f) return best;
-    for (int i = 0; i < V; i++) value[i] = (value[i] - top) / d.temperature;
+    if (broken) call.broken[row] = true;
+    if (call.temperature == 0.0f) return best;
+    for (int i = 0; i < V; i++) value[i] = (value[i] - top) / call.temperature;
     float smallest = -INFINITY;
-    if (d.top_p < 1.0f || (d.top_k > 0 && d.top_k < V)) {
+    if (call.top_p < 1.0f || (call.top_k > 0 && call.top_k < V)) {
         std::copy(value, value + V, value + V);
-        smallest = threshold(d, value + V);
+        smallest = threshold(call, value + V);
     }
-    uint64_t state = mix(d.seed + GOLDEN);
-    state = mix((state ^ (uint64_t)d.index[row]) + GOLDEN);
-    state = mix((state ^ d.step) + GOLDEN);
+    uint64_t state = mix(call.seed + GOLDEN);
+    state = mix((state ^ (uint64_t)call.index[row]) + GOLDEN);
+    state = mix((state ^ call.step) + GOLDEN);
     lvec counter;
     for (int i = 0; i < LANES; i++) counter[i] = i + 1;
-    float most = -INFINITY;
+    float largest = -INFINITY;
     for (int i = 0; i < V; i += LANES, counter += LANES) {
         const vec noise = gumbel(state, counter);
         for (int j = 0; j < LANES && i + j < V; j++) {
             const float sum = value[i + j] >= smallest ? value[i + j] + noise[j] : -INFINITY;
-            if (sum > most) most = sum, best = i + j;
+            if (sum > largest) largest = sum, best = i + j;
         }
     }
     return best;
 }
 
-extern "C" void draw(const Draw* d) {
-#pragma omp parallel for num_threads(d->threads)
-    for (int row = 0; row < d->batch; row++) d->codes[row * d->stride] = draw_row(*d, row);
+extern "C" void sample_codes(const Sampling* call) {
+#pragma omp parallel for num_threads(call->threads)
+    for (int row = 0; row < call->batch; row++) call->codes[row * call->stride] = sample_row(*call, row);
 }

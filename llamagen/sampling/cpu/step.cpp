@@ -1,11 +1,11 @@
-// One pass of a GPT over new positions of some sequences on a CPU. Small batches wait for memory, so each weight is
-// read once a pass, far enough ahead, and multiplied with a tile of rows.
+// One pass of a GPT over new tokens of a few sequences on a CPU. Small batches are bound by memory bandwidth, so a pass
+// reads each weight once, prefetches it, and multiplies it with a tile of rows.
 //
-// A row's numbers do not depend on the other rows, nor on how many there are or which thread computes them: each
-// product is summed over the inner width in the same order.
+// The result of a row does not depend on the other rows, on their number or on the number of threads: each product is
+// summed over the inner dimension in the same order.
 //
-// Compiled with WEIGHT (float, uint16_t for bfloat16, int8_t) and NARROW (float, uint16_t), the type of activations in
-// products and of the cache. The residual stream and all sums are float32.
+// Compiled with WEIGHT (float, uint16_t for bfloat16, int8_t), the type of the weights, and NARROW (float, uint16_t),
+// the type of the cache and of activations in products. The residual stream and all sums are float32.
 #include <omp.h>
 #include <sched.h>
 
@@ -17,13 +17,13 @@
 #define BF16_DOT 1
 #endif
 
-// ROWS × COLUMNS sums stay in registers, beside COLUMNS weights and one activation.
+// ROWS × COLUMNS sums, COLUMNS weights and one activation fit into the registers.
 constexpr int ROWS = LANES == 8 ? 4 : 8, COLUMNS = LANES == 16 ? 3 : 2;
-constexpr int AHEAD = 4;           // tiles of columns: what is fetched now is needed after so many
-constexpr int GATES = 96;          // hidden units that are gated at a time
-constexpr int PATIENCE = 1 << 12;  // looks at a barrier before a thread lets others work
+constexpr int AHEAD = 4;           // prefetch distance, in tiles of columns
+constexpr int GATES = 96;          // hidden units of the feed-forward layer computed at a time
+constexpr int PATIENCE = 1 << 12;  // polls of a barrier before a waiting thread yields its core
 
-// How STEP activations and weights are multiplied and added to LANES sums.
+// Multiplies STEP activations and weights and adds the products to LANES sums.
 template <typename X, typename W> struct Dot {
     static constexpr int STEP = LANES;
     typedef vec Register;
@@ -61,12 +61,12 @@ static inline void tile(const NARROW* x, const WEIGHT* w, int width, float out[R
         for (int c = 0; c < C; c++) {
             const WEIGHT* at = w + (int64_t)c * width + k;
             weights[c] = D::weight(at);
-            __builtin_prefetch(at + (int64_t)AHEAD * C * width, 0, 2);  // into the second level: the first is too small
+            __builtin_prefetch(at + (int64_t)AHEAD * C * width, 0, 2);  // into the L2 cache: L1 is too small
         }
         for (int r = 0; r < R; r++) {
             typename D::Register row = D::activation(x + (int64_t)r * width + k);
 #if defined(__AVX512F__)
-            asm("" : "+v"(row));  // keep it in a register: else each product loads it again
+            asm("" : "+v"(row));  // keeps it in a register; the compiler would load it again for each product
 #endif
             for (int c = 0; c < C; c++) sums[r][c] = D::add(sums[r][c], row, weights[c]);
         }
@@ -78,7 +78,8 @@ static inline void tile(const NARROW* x, const WEIGHT* w, int width, float out[R
             out[r][c] = total;
         }
 }
-template <int C> static void tile_of(int rows, const NARROW* x, const WEIGHT* w, int width, float out[ROWS][COLUMNS]) {
+template <int C>
+static void tile_rows(int rows, const NARROW* x, const WEIGHT* w, int width, float out[ROWS][COLUMNS]) {
     switch (rows) {
         case 1: return tile<1, C>(x, w, width, out);
         case 2: return tile<2, C>(x, w, width, out);
@@ -96,7 +97,7 @@ struct Matrix {
     const float* scale;
 };
 
-// put(row, column, value) for all rows and the columns [first, end) of x · wᵀ.
+// Calls put(row, column, value) for all rows and the columns [first, end) of x · wᵀ.
 template <typename Put>
 static void product(const NARROW* x, Matrix w, int rows, int width, int first, int end, Put put) {
     float out[ROWS][COLUMNS];
@@ -106,9 +107,9 @@ static void product(const NARROW* x, Matrix w, int rows, int width, int first, i
         for (int r = 0; r < rows; r += ROWS) {
             const int count = rows - r < ROWS ? rows - r : ROWS;
             if (columns == COLUMNS)
-                tile_of<COLUMNS>(count, x + (int64_t)r * width, at, width, out);
+                tile_rows<COLUMNS>(count, x + (int64_t)r * width, at, width, out);
             else
-                tile_of<1>(count, x + (int64_t)r * width, at, width, out);
+                tile_rows<1>(count, x + (int64_t)r * width, at, width, out);
             for (int i = 0; i < count; i++)
                 for (int c = 0; c < columns; c++)
                     put(r + i, n + c, w.scale ? out[i][c] * w.scale[n + c] : out[i][c]);
@@ -131,27 +132,29 @@ struct Model {
     const float* norm;
     Matrix head;
 };
-struct Call {
-    int32_t batch, span, start, cache_rows, capacity, threads;
-    const int32_t* first;  // (batch): before it is padding; or null
-    float* x;              // (batch, span, dim): the embedded positions; overwritten
-    NARROW *keys, *values; // (layers, cache_rows, kv_heads, capacity, head_dim)
-    float* logits;         // (batch, vocabulary) behind the last position
+// `span` new tokens for each of `batch` rows, after `start` cached tokens. Mirrored by _Pass in step.py.
+struct Pass {
+    int32_t batch, span, outputs, start, cache_rows, capacity, threads;
+    const int32_t* first;      // (batch): tokens before it are padding; or null
+    const int32_t* positions;  // (batch, span): row of the rotary table; null means start, start + 1, …
+    float* x;                  // (batch, span, dim): the embedded tokens; overwritten
+    NARROW *keys, *values;     // (layers, cache_rows, kv_heads, capacity, head_dim)
+    float* logits;             // (batch, outputs, vocabulary), after the last `outputs` tokens
     char* scratch;
 };
 
-// Like OpenMP's, but a thread that waits long makes room: with busy cores spinning costs a time slice at each barrier.
+// footgun: OpenMP's barrier spins. On busy cores that costs a time slice at each barrier, so this one yields.
 struct Barrier {
-    std::atomic<int> here{0}, generation{0};
+    std::atomic<int> arrived{0}, generation{0};
     void wait(int threads) {
         const int now = generation.load(std::memory_order_relaxed);
-        if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            here.store(0, std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
             generation.store(now + 1, std::memory_order_release);
             return;
         }
-        for (int looks = 0; generation.load(std::memory_order_acquire) == now; looks++)
-            if (looks > PATIENCE) sched_yield();
+        for (int polls = 0; generation.load(std::memory_order_acquire) == now; polls++)
+            if (polls > PATIENCE) sched_yield();
     }
 };
 
@@ -161,7 +164,7 @@ struct Scratch {
     int64_t bytes;
     Scratch(const Model& m, int64_t rows, int64_t threads, int64_t capacity, char* base) {
         uintptr_t at = ((uintptr_t)base + 63) & ~(uintptr_t)63;
-        auto take = [&](int64_t size) { uintptr_t here = at; at = (at + size + 63) & ~(uintptr_t)63; return here; };
+        auto take = [&](int64_t size) { uintptr_t begin = at; at = (at + size + 63) & ~(uintptr_t)63; return begin; };
         const int64_t widest = m.dim > m.ffn_dim ? m.dim : m.ffn_dim;
         normed = (NARROW*)take(rows * m.dim * sizeof(NARROW));
         hidden = (NARROW*)take(rows * widest * sizeof(NARROW));
@@ -190,26 +193,26 @@ static void rotate(float* head, const float* turn, int width) {
     }
 }
 
-// Mean of N vectors of values, weighted by the scores.
+// Weighted mean of the values, N vectors of lanes at a time.
 template <int N>
-static inline void mix(const float* score, const NARROW* values, int width, int from, int position, float factor,
+static inline void mix(const float* score, const NARROW* values, int width, int from, int last, float factor,
                        NARROW* out) {
     vec means[N];
     for (int n = 0; n < N; n++) means[n] = vec{};
-    for (int p = from; p <= position; p++)
+    for (int p = from; p <= last; p++)
         for (int n = 0; n < N; n++) means[n] += score[p] * load(values + (int64_t)p * width + n * LANES);
     for (int n = 0; n < N; n++)
         for (int i = 0; i < LANES; i++) store((means[n] * factor)[i], out + n * LANES + i);
 }
 
-// One query over the positions [from, position].
-static void attend(const float* q, const NARROW* keys, const NARROW* values, int width, int from, int position,
+// Attention of one query to the cached tokens from … last.
+static void attend(const float* q, const NARROW* keys, const NARROW* values, int width, int from, int last,
                    float* score, NARROW* out) {
     const float scale = 1.0f / std::sqrt((float)width);
     const int line = 64 / sizeof(NARROW), soon = 8 * width;
-    for (int p = from; p <= position; p++) {
+    for (int p = from; p <= last; p++) {
         const NARROW *key = keys + (int64_t)p * width, *value = values + (int64_t)p * width;
-        for (int e = 0; e < width; e += line) {  // values are needed when all scores are there
+        for (int e = 0; e < width; e += line) {  // the values are read after the loop over all scores
             __builtin_prefetch(key + soon + e, 0, 2);
             __builtin_prefetch(value + e, 0, 2);
         }
@@ -221,46 +224,49 @@ static void attend(const float* q, const NARROW* keys, const NARROW* values, int
         score[p] = total * scale;
     }
     float top = -INFINITY;
-    for (int p = from; p <= position; p++) top = score[p] > top ? score[p] : top;
+    for (int p = from; p <= last; p++) top = score[p] > top ? score[p] : top;
     vec totals = vec{};
     float rest = 0.0f;
     int p = from;
-    for (; p + LANES <= position + 1; p += LANES) {
+    for (; p + LANES <= last + 1; p += LANES) {
         vec weights = exponential(load(score + p) - top);
         memcpy(score + p, &weights, sizeof weights);
         totals += weights;
     }
-    for (; p <= position; p++) rest += score[p] = std::exp(score[p] - top);
+    for (; p <= last; p++) rest += score[p] = std::exp(score[p] - top);
     const float factor = 1.0f / (sum(totals) + rest);
     int e = 0;
-    for (; e + 4 * LANES <= width; e += 4 * LANES) mix<4>(score, values + e, width, from, position, factor, out + e);
-    for (; e + LANES <= width; e += LANES) mix<1>(score, values + e, width, from, position, factor, out + e);
+    for (; e + 4 * LANES <= width; e += 4 * LANES) mix<4>(score, values + e, width, from, last, factor, out + e);
+    for (; e + LANES <= width; e += LANES) mix<1>(score, values + e, width, from, last, factor, out + e);
     for (; e < width; e++) {
         float mean = 0.0f;
-        for (p = from; p <= position; p++) mean += score[p] * wide(values[(int64_t)p * width + e]);
+        for (p = from; p <= last; p++) mean += score[p] * wide(values[(int64_t)p * width + e]);
         store(mean * factor, out + e);
     }
 }
 
-// All heads of key-value head g in sample s: rotate, extend the cache, attend.
-static void attend_group(const Model& m, const Call& call, const Scratch& scratch, int layer, int s, int g, float* score) {
+// All query heads of key-value head g in row s: rotate, append to the cache, attend.
+static void attend_group(const Model& m, const Pass& pass, const Scratch& scratch, int layer, int s, int g,
+                         float* score) {
     const int E = m.head_dim, group = m.heads / m.kv_heads, width = (m.heads + 2 * m.kv_heads) * E;
-    const int64_t place = (((int64_t)layer * call.cache_rows + s) * m.kv_heads + g) * call.capacity * E;
-    NARROW *keys = call.keys + place, *values = call.values + place;
-    for (int j = 0; j < call.span; j++) {
-        float* row = scratch.qkv + (int64_t)(s * call.span + j) * width;
-        const int64_t at = (int64_t)(call.start + j) * E;
+    const int64_t place = (((int64_t)layer * pass.cache_rows + s) * m.kv_heads + g) * pass.capacity * E;
+    NARROW *keys = pass.keys + place, *values = pass.values + place;
+    for (int j = 0; j < pass.span; j++) {
+        float* row = scratch.qkv + (int64_t)(s * pass.span + j) * width;
+        const int64_t at = (int64_t)(pass.start + j) * E;
+        const int position = pass.positions ? pass.positions[s * pass.span + j] : pass.start + j;
+        const float* turn = m.rope + (int64_t)position * E;
         float *key = row + (m.heads + g) * E, *value = key + m.kv_heads * E;
-        for (int h = 0; h < group; h++) rotate(row + (g * group + h) * E, m.rope + at, E);
-        rotate(key, m.rope + at, E);
+        for (int h = 0; h < group; h++) rotate(row + (g * group + h) * E, turn, E);
+        rotate(key, turn, E);
         for (int e = 0; e < E; e++) store(key[e], keys + at + e), store(value[e], values + at + e);
     }
-    const int first = call.first ? call.first[s] : 0;
-    for (int j = 0; j < call.span; j++) {
-        const int64_t row = s * call.span + j;
-        const int position = call.start + j, from = first < position ? first : position;  // padding sees itself
+    const int first = pass.first ? pass.first[s] : 0;
+    for (int j = 0; j < pass.span; j++) {
+        const int64_t row = s * pass.span + j;
+        const int last = pass.start + j, from = first < last ? first : last;  // padding attends to itself
         for (int h = g * group; h < (g + 1) * group; h++)
-            attend(scratch.qkv + row * width + h * E, keys, values, E, from, position, score,
+            attend(scratch.qkv + row * width + h * E, keys, values, E, from, last, score,
                    scratch.hidden + row * m.dim + h * E);
     }
 }
@@ -282,7 +288,7 @@ static void gate(const Model& m, const Layer& w, const Scratch& scratch, int row
     }
 }
 
-// Items [first, end) of thread t among n, in whole units.
+// The items [first, end) of thread t of n, rounded to multiples of `unit`.
 static inline void share(int items, int unit, int t, int n, int* first, int* end) {
     const int64_t units = (items + unit - 1) / unit;
     *first = (int)(units * t / n) * unit;
@@ -290,31 +296,31 @@ static inline void share(int items, int unit, int t, int n, int* first, int* end
     if (*end > items) *end = items;
 }
 
-static void work(const Model& m, const Call& call, const Scratch& scratch, Barrier& barrier, int t, int n) {
-    const int D = m.dim, rows = call.batch * call.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    float* score = scratch.scores + (int64_t)t * (call.capacity + LANES);
+static void work(const Model& m, const Pass& pass, const Scratch& scratch, Barrier& barrier, int t, int n) {
+    const int D = m.dim, rows = pass.batch * pass.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    float* score = scratch.scores + (int64_t)t * (pass.capacity + LANES);
     float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
-    auto add = [&](int r, int c, float v) { call.x[(int64_t)r * D + c] += v; };
+    auto add = [&](int r, int c, float v) { pass.x[(int64_t)r * D + c] += v; };
     int first, end;
     for (int l = 0; l < m.layers; l++) {
         const Layer& w = m.layer[l];
         share(rows, 1, t, n, &first, &end);
         for (int r = first; r < end; r++)
-            normalise(call.x + (int64_t)r * D, w.attention_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+            normalise(pass.x + (int64_t)r * D, w.attention_norm, D, m.eps, scratch.normed + (int64_t)r * D);
         barrier.wait(n);
         share(width, COLUMNS, t, n, &first, &end);
         product(scratch.normed, w.wqkv, rows, D, first, end,
                 [&](int r, int c, float v) { scratch.qkv[(int64_t)r * width + c] = v; });
         barrier.wait(n);
-        share(call.batch * m.kv_heads, 1, t, n, &first, &end);
-        for (int i = first; i < end; i++) attend_group(m, call, scratch, l, i / m.kv_heads, i % m.kv_heads, score);
+        share(pass.batch * m.kv_heads, 1, t, n, &first, &end);
+        for (int i = first; i < end; i++) attend_group(m, pass, scratch, l, i / m.kv_heads, i % m.kv_heads, score);
         barrier.wait(n);
         share(D, COLUMNS, t, n, &first, &end);
         product(scratch.hidden, w.wo, rows, D, first, end, add);
         barrier.wait(n);
         share(rows, 1, t, n, &first, &end);
         for (int r = first; r < end; r++)
-            normalise(call.x + (int64_t)r * D, w.ffn_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+            normalise(pass.x + (int64_t)r * D, w.ffn_norm, D, m.eps, scratch.normed + (int64_t)r * D);
         barrier.wait(n);
         share(m.ffn_dim, GATES, t, n, &first, &end);
         gate(m, w, scratch, rows, first, end, gates);
@@ -323,22 +329,25 @@ static void work(const Model& m, const Call& call, const Scratch& scratch, Barri
         product(scratch.hidden, w.w2, rows, m.ffn_dim, first, end, add);
         barrier.wait(n);
     }
-    share(call.batch, 1, t, n, &first, &end);
-    for (int s = first; s < end; s++)
-        normalise(call.x + ((int64_t)(s + 1) * call.span - 1) * D, m.norm, D, m.eps, scratch.normed + (int64_t)s * D);
+    const int outputs = pass.batch * pass.outputs;
+    share(outputs, 1, t, n, &first, &end);
+    for (int r = first; r < end; r++) {
+        const int64_t s = r / pass.outputs, token = pass.span - pass.outputs + r % pass.outputs;
+        normalise(pass.x + (s * pass.span + token) * D, m.norm, D, m.eps, scratch.normed + (int64_t)r * D);
+    }
     barrier.wait(n);
     share(m.vocabulary, COLUMNS, t, n, &first, &end);
-    product(scratch.normed, m.head, call.batch, D, first, end,
-            [&](int r, int c, float v) { call.logits[(int64_t)r * m.vocabulary + c] = v; });
+    product(scratch.normed, m.head, outputs, D, first, end,
+            [&](int r, int c, float v) { pass.logits[(int64_t)r * m.vocabulary + c] = v; });
 }
 
 extern "C" int64_t scratch_bytes(const Model* m, int64_t rows, int64_t threads, int64_t capacity) {
     return Scratch(*m, rows, threads, capacity, nullptr).bytes;
 }
 
-extern "C" void forward(const Model* m, const Call* call) {
-    const Scratch scratch(*m, (int64_t)call->batch * call->span, call->threads, call->capacity, call->scratch);
+extern "C" void forward(const Model* m, const Pass* pass) {
+    const Scratch scratch(*m, (int64_t)pass->batch * pass->span, pass->threads, pass->capacity, pass->scratch);
     Barrier barrier;
-#pragma omp parallel num_threads(call->threads)
-    work(*m, *call, scratch, barrier, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel num_threads(pass->threads)
+    work(*m, *pass, scratch, barrier, omp_get_thread_num(), omp_get_num_threads());
 }

@@ -1,4 +1,7 @@
-"""The decode step on CPUs: ``step.cpp`` and ``sampling.cpp``, called with tensors. B batch, V vocabulary."""
+"""Python interface of ``step.cpp`` and ``sampling.cpp``: a pass over new tokens on a CPU, and the sampling of codes.
+
+Shapes: B rows, T new tokens of a row, D model width, V vocabulary size.
+"""
 
 import ctypes
 
@@ -47,14 +50,17 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Call(ctypes.Structure):
+class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("batch", "span", "start", "cache_rows", "capacity", "threads")),
-        *((name, ctypes.c_void_p) for name in ("first", "x", "keys", "values", "logits", "scratch")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batch", "span", "outputs", "start", "cache_rows", "capacity", "threads")
+        ),
+        *((name, ctypes.c_void_p) for name in ("first", "positions", "x", "keys", "values", "logits", "scratch")),
     ]
 
 
-class _Draw(ctypes.Structure):
+class _Sampling(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("batch", "vocabulary", "guided", "top_k", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "temperature", "top_p")),
@@ -65,22 +71,36 @@ class _Draw(ctypes.Structure):
     ]
 
 
-class CPUStep:
-    """Passes of a GPT over new positions, with a cache.
+class Scratch:
+    """Memory that the passes of one decode call overwrite. It grows as needed."""
 
-    A row's logits are the same bits whatever the batch and the number of threads.
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def pointer(self, size: int) -> int:
+        """Address of at least ``size`` bytes, valid until the next call."""
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self._bytes.data_ptr()
+
+
+class CPUStep:
+    """Passes of a GPT over new tokens with a key-value cache.
+
+    The logits of a row are the same bits in any batch and on any number of threads. Several threads may call it at the
+    same time: all memory that a pass writes to is an argument.
 
     Args:
-        weights: on the CPU, in float32 or bfloat16, with or without int8.
+        weights: weights on the CPU, in float32 or bfloat16, with or without int8.
 
     Raises:
-        ValueError: if there is no C++ compiler or it fails, or for another dtype.
+        ValueError: if there is no working C++ compiler, or for another dtype.
     """
 
     def __init__(self, weights: DecodeWeights) -> None:
         if weights.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"on CPUs sampling is compiled for float32 and bfloat16, not for {weights.dtype}")
-        self.weights, config = weights, weights.config  # the weights own the memory that is pointed to
+        self.weights, config = weights, weights.config  # keeps the memory alive that the pointers below refer to
         self._library = cpu_library(TYPES[weights.head.values.dtype], TYPES[weights.dtype])
         layers = [
             _Layer(
@@ -108,48 +128,61 @@ class CPUStep:
             weights.norm.data_ptr(),
             _Matrix.from_matrix(weights.head),
         )
-        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._drawn = torch.empty(0, dtype=torch.float32, device="cpu")
 
-    def __call__(self, x: Tensor, cache: KVCache, first: Tensor | None, logits: Tensor) -> None:
-        """Compute the logits behind the last of some new positions, and extend the cache.
+    def __call__(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        first: Tensor | None,
+        logits: Tensor,
+        scratch: Scratch,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Compute the logits after new tokens, and append the tokens to the cache.
 
         Args:
-            x: (B, T, D) float32, contiguous: the embedded positions. Overwritten.
-            cache: of B rows; B may be fewer than it was allocated for, see :meth:`KVCache.first_rows`.
-            first: (B,) int32, the first position of each row that is not padding; None without padding.
-            logits: (B, V) float32, contiguous; written to.
+            x: (B, T, D) float32, contiguous: the embedded tokens. Overwritten.
+            cache: cache of at least B rows, see :meth:`KVCache.first_rows`.
+            first: (B,) int32, index of the first token of each row that is not padding; None without padding.
+            logits: (B, V) float32 for the logits after the last token, or (B, K, V) for those after the last K tokens;
+                contiguous, written to.
+            scratch: memory of this call.
+            positions: (B, T) int32, contiguous: the row of the rotary table for each token; None for the next T rows.
         """
         batch, span, _ = x.shape
         _, rows, _, capacity, _ = cache.keys.shape
-        threads = torch.get_num_threads()
+        outputs, threads = 1 if logits.dim() == 2 else logits.shape[1], torch.get_num_threads()
         needed = self._library.scratch_bytes(ctypes.byref(self._model), batch * span, threads, capacity)
-        if len(self._scratch) < needed:
-            self._scratch = torch.empty(needed, dtype=torch.uint8, device="cpu")
-        call = _Call(
+        arguments = _Pass(
             batch,
             span,
+            outputs,
             cache.length,
             cache.keys.stride(0) // cache.keys.stride(1),
             capacity,
             threads,
             None if first is None else first.data_ptr(),
+            None if positions is None else positions.data_ptr(),
             x.data_ptr(),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
             logits.data_ptr(),
-            self._scratch.data_ptr(),
+            scratch.pointer(needed),
         )
-        # The compiled code trusts what it is given.
+        # footgun: the compiled code checks nothing; a wrong shape or dtype would read or write other memory.
         assert rows >= batch <= len(logits)
+        assert outputs <= span
         assert cache.length + span <= capacity
+        assert positions is None or positions.shape == (batch, span)
+        assert x.is_contiguous()
+        assert logits.is_contiguous()
         _must_be(torch.float32, x, logits)
         _must_be(self.weights.dtype, cache.keys, cache.values)
-        _must_be(torch.int32, *([] if first is None else [first]))
-        self._library.forward(ctypes.byref(self._model), ctypes.byref(call))
+        _must_be(torch.int32, *(given for given in (first, positions) if given is not None))
+        self._library.forward(ctypes.byref(self._model), ctypes.byref(arguments))
         cache.advance(span)
 
-    def draw(
+    def sample_codes(
         self,
         logits: Tensor,
         config: SamplingConfig,
@@ -159,27 +192,27 @@ class CPUStep:
         step: int,
         codes: Tensor,
         broken: Tensor,
+        scratch: Scratch,
     ) -> None:
-        """Draw a code for each sample, as :func:`~llamagen.sampling.logits.draw` does.
+        """Sample a code for each of B images, with the result of :func:`~llamagen.sampling.logits.sample_codes`.
 
         Args:
-            logits: (B, V) or, where guided, (2 B, V) float32, contiguous.
+            logits: (B, V), or (2 B, V) with guidance; float32, contiguous.
             config: temperature, top-k and top-p.
-            scale: of the guidance.
-            seed: of the run.
-            indices: (B,) int64, number of each sample within the run.
+            scale: guidance scale.
+            seed: seed of the run.
+            indices: (B,) int64, index of each sample within the run.
             step: number of the code.
             codes: (B, L) int64; column ``step`` is written.
-            broken: (B,) bool; set where logits are not finite.
+            broken: (B,) bool; set to True where logits are not finite.
+            scratch: memory of this call.
         """
         batch, vocabulary = len(codes), logits.shape[1]
         _must_be(torch.float32, logits)
         _must_be(torch.int64, indices, codes)
         _must_be(torch.bool, broken)
         assert len(broken) == batch
-        if self._drawn.numel() < batch * 2 * vocabulary:
-            self._drawn = torch.empty(batch, 2, vocabulary, dtype=torch.float32, device="cpu")
-        call = _Draw(
+        arguments = _Sampling(
             batch,
             vocabulary,
             len(logits) > batch,
@@ -192,12 +225,12 @@ class CPUStep:
             step,
             indices.data_ptr(),
             logits.data_ptr(),
-            self._drawn.data_ptr(),
+            scratch.pointer(4 * batch * 2 * vocabulary),
             codes[:, step].data_ptr(),
             codes.stride(0),
             broken.data_ptr(),
         )
-        self._library.draw(ctypes.byref(call))
+        self._library.sample_codes(ctypes.byref(arguments))
 
 
 def _must_be(dtype: torch.dtype, *tensors: Tensor) -> None:

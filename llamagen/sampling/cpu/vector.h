@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the machine's, in the compilers' own notation: the same source for x86 and Arm.
+// Vectors of floats of the machine's width, by the vector extensions of GCC and Clang: one source for x86 and Arm.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -31,7 +31,7 @@ static inline float wide(bf16 x) {
     return value;
 }
 static inline void store(float x, float* to) { *to = x; }
-static inline void store(float x, bf16* to) {  // round to the nearest, ties to even
+static inline void store(float x, bf16* to) {  // rounds to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, 4);
     *to = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -71,7 +71,7 @@ static inline float sum(vec v) {
 #endif
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
-static inline vec exponential(vec x) {  // of numbers up to 0, within 2e-7 of the value
+static inline vec exponential(vec x) {  // for x ≤ 0, with a relative error of at most 2e-7
     const vec low = vec{} - 87.0f;
     x = x < low ? low : x;
     ivec whole = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);
@@ -88,7 +88,7 @@ static inline vec exponential(vec x) {  // of numbers up to 0, within 2e-7 of th
     memcpy(&power, &exponent, sizeof power);
     return p * power;
 }
-static inline vec logarithm(vec x) {  // of positive normal numbers, within 2e-7 of the value or of 1
+static inline vec logarithm(vec x) {  // for positive normal x, with an error of at most 2e-7 · max(1, |log x|)
     ivec bits;
     memcpy(&bits, &x, sizeof bits);
     ivec exponent = ((bits >> 23) & 0xff) - 126;

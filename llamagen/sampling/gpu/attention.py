@@ -1,6 +1,6 @@
-"""Triton kernel of the attention in a decode step. Import this only where Triton is installed.
+"""Triton kernel for the attention of a decode step. Importing this module needs Triton.
 
-Legend: M rows (one new position each), H heads, G key-value heads, E width of a head, P positions of the cache.
+Shapes: M rows (one new token each), H query heads, G key-value heads, E head width, P tokens of cache capacity.
 """
 
 import triton
@@ -10,10 +10,10 @@ from llamagen.sampling.gpu.kernels import wait
 
 
 @triton.jit
-def _turn(qkv, rope, at, column, live, position, E: tl.constexpr):
-    """Heads at ``qkv + at + column``, turned by the rotation of ``position``.
+def _rotate(qkv, rope, at, column, live, position, E: tl.constexpr):
+    """Load the heads at ``qkv + at + column`` and rotate them by the angles of ``position``.
 
-    Even columns become even * cosine − odd * sine, odd ones odd * cosine + even * sine.
+    Even columns become even * cosine − odd * sine, odd columns become odd * cosine + even * sine.
     """
     own = tl.load(qkv + at + column, mask=live, other=0.0)
     other = tl.load(qkv + at + (column ^ 1), mask=live, other=0.0)
@@ -29,19 +29,19 @@ def attend(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the new position of a row for HEADS heads that share keys. Grid: M, tiles of heads.
+    """Attention of the new token of a row, for HEADS heads that share keys. Grid: M, tiles of heads.
 
-    Each of the BLOCK places of a block has its own softmax over the positions that come to it, so nothing is exchanged
-    between threads that hold different positions before the end. A block is loaded while the one in front of it is
-    added; the first one before the new keys are there.
+    The cached tokens are read in blocks of BLOCK. Each of the BLOCK lanes keeps a running softmax over the tokens that
+    it reads, one a block, so threads exchange nothing before the end. A block is loaded while the previous one is
+    summed up. The first one is loaded before the new query and key are ready.
 
     Args:
         qkv: (M, (H + 2 G) E) float32, before rotation.
         rope: (positions, E / 2, 2) float32.
-        keys, values: (M, G, P, E) of a layer; read before the new position, written there.
+        keys, values: (M, G, P, E), cache of a layer; the cached tokens are read, the new one is written.
         out: (M, H E).
-        position_at: integer, index of the new position.
-        first_at: (M,) int32, first position that is attended to; not read unless PADDED.
+        position_at: pointer to an integer: number of cached tokens, which is the position of the new one.
+        first_at: (M,) int32, first cached token that the row attends to; read only if PADDED.
         positions: P.
         scale: E ** -0.5 * log2(e).
     """
@@ -58,20 +58,20 @@ def attend(
     values += cache
     column = tl.arange(0, E_PADDED)
     inside = column < E
-    place = tl.arange(0, BLOCK)
-    within = place[None, :, None] * E + column[None, None, :]
-    # The older positions were written before this step.
-    there = (place < position - first)[None, :, None] & inside[None, None, :]
-    next_keys = tl.load(keys + first * E + within, mask=there, other=0.0)
-    next_values = tl.load(values + first * E + within, mask=there, other=0.0)
+    lane = tl.arange(0, BLOCK)
+    within = lane[None, :, None] * E + column[None, None, :]
+    # The cached tokens were written before this step, so they may be read before the wait.
+    valid = (lane < position - first)[None, :, None] & inside[None, None, :]
+    next_keys = tl.load(keys + first * E + within, mask=valid, other=0.0)
+    next_values = tl.load(values + first * E + within, mask=valid, other=0.0)
     wait(EARLY)
 
     head = tile * HEADS + tl.arange(0, HEADS)
     live = (head < shared)[:, None] & inside[None, :]
     new = row * ((H + 2 * G) * E)
     at = new + (group * shared + head)[:, None] * E
-    query = _turn(qkv, rope, at, column[None, :], live, position, E) * scale
-    key = _turn(qkv, rope, new + (H + group) * E, column, inside, position, E).to(keys.dtype.element_ty)
+    query = _rotate(qkv, rope, at, column[None, :], live, position, E) * scale
+    key = _rotate(qkv, rope, new + (H + group) * E, column, inside, position, E).to(keys.dtype.element_ty)
     value = tl.load(qkv + new + (H + G + group) * E + column, mask=inside, other=0.0)
     value = value.to(values.dtype.element_ty)
     if tile == 0:
@@ -83,11 +83,11 @@ def attend(
     mixed = tl.zeros((HEADS, BLOCK, E_PADDED), tl.float32)
     for start in range(first, position, BLOCK):
         old_keys, old_values = next_keys.to(tl.float32), next_values.to(tl.float32)
-        behind = start + BLOCK
-        there = (place < position - behind)[None, :, None] & inside[None, None, :]
-        next_keys = tl.load(keys + behind * E + within, mask=there, other=0.0)
-        next_values = tl.load(values + behind * E + within, mask=there, other=0.0)
-        filled = (place < position - start)[None, :]
+        following = start + BLOCK
+        valid = (lane < position - following)[None, :, None] & inside[None, None, :]
+        next_keys = tl.load(keys + following * E + within, mask=valid, other=0.0)
+        next_values = tl.load(values + following * E + within, mask=valid, other=0.0)
+        filled = (lane < position - start)[None, :]
         score = tl.where(filled, tl.sum(query[:, None, :] * old_keys, 2), -1e30)
         better = tl.maximum(best, score)
         keep = tl.exp2(best - better)
@@ -102,5 +102,5 @@ def attend(
     add = tl.exp2(new_score - top)
     total = tl.sum(weight * keep, 1) + add
     result = tl.sum(mixed * keep[:, :, None], 1) + add[:, None] * value.to(tl.float32)[None, :]
-    place_out = row * (H * E) + (group * shared + head)[:, None] * E + column[None, :]
-    tl.store(out + place_out, (result / total[:, None]).to(out.dtype.element_ty), mask=live)
+    out_at = row * (H * E) + (group * shared + head)[:, None] * E + column[None, :]
+    tl.store(out + out_at, (result / total[:, None]).to(out.dtype.element_ty), mask=live)

@@ -1,38 +1,38 @@
-"""Triton kernels of a decode step, but attention. Import this only where Triton is installed.
+"""Triton kernels of a decode step, except attention. Importing this module needs Triton.
 
-A step is bound by latency and by the memory, so the kernels ask for the weights of their program before they wait for
-the kernel in front of them (``EARLY``, programmatic dependent launch), and read what they share in the dtype of the
-products. Nothing is summed by floating-point atomics: sums over programs have a fixed order.
+A step is bound by latency and memory bandwidth. So kernels prefetch the weights of their program before they wait for
+the previous kernel (``EARLY``, programmatic dependent launch), and exchange activations in the dtype of the products.
+There are no floating-point atomics: sums over programs have a fixed order.
 
-Legend: M rows (one new position each), N outputs and K inputs of a layer, D width.
+Shapes: M rows (one new token each), N outputs and K inputs of a layer, D model width.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# With an empty size nothing is asked for, since a size of 0 is not allowed.
-ASK_FOR = tl.constexpr(
+# The instruction does not allow a size of 0, so it is predicated on the size.
+PREFETCH = tl.constexpr(
     "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
 )
 
 
 @triton.jit
 def wait(EARLY: tl.constexpr):
-    """Wait for the kernel in front, and let the one behind start to ask for its weights."""
+    """Wait for the previous kernel, and let the next one start to prefetch its weights."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
-def _ask_for_weights(
+def _prefetch_weights(
     weight, first_output, first_input,
     N: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first ``SPAN`` inputs from ``first_input`` of a tile of weight rows, so that they wait in the cache.
+    """Prefetch ``SPAN`` inputs, from ``first_input`` on, of a tile of weight rows into the L2 cache.
 
-    A row is asked for in LANES / OUTPUTS pieces, one by each of LANES threads.
+    Each of LANES threads prefetches one of the LANES / OUTPUTS pieces of a row.
     """
     item: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     pieces: tl.constexpr = LANES // OUTPUTS
@@ -43,7 +43,7 @@ def _ask_for_weights(
         begin = first_input * item + (lane % pieces) * piece
         size = tl.maximum(tl.minimum(K * item - begin, piece), 0)
         address = weight.to(tl.int64) + output.to(tl.int64) * (K * item) + begin
-        tl.inline_asm_elementwise(ASK_FOR, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -54,22 +54,22 @@ def _products(
 ):  # fmt: skip
     """Sums over the inputs from ``start`` to ``stop`` of x[m, k] a[n, k], and of x[m, k] b[n, k] if gated.
 
-    With PARTS > 1 each warp sums up a part of every INPUTS inputs: a sum of few rows is a chain of products, each of
-    which waits for the last one, so several shorter chains are faster.
+    With PARTS > 1 each warp sums a part of every INPUTS inputs. With few rows a sum is a chain of dependent products,
+    so several shorter chains are faster than one.
 
     Args:
         x: (M, K).
-        a, b: (N, K), the dtype of ``x`` or int8.
-        count: M; rows behind it are read as zeros.
-        first_row, first_output, start, stop: the part to compute.
+        a, b: (N, K), in the dtype of ``x`` or int8.
+        count: M; further rows are read as zeros.
+        first_row, first_output, start, stop: the tile to compute.
 
     Returns:
-        Two float32 (ROWS, OUTPUTS); the same twice, if not gated.
+        Two float32 (ROWS, OUTPUTS); the same one twice if not gated.
     """
     rows = first_row + tl.arange(0, ROWS)
     offset = tl.arange(0, OUTPUTS)
     if N % OUTPUTS != 0:
-        offset = tl.minimum(offset, N - 1 - first_output)  # rows that do not exist repeat the last one
+        offset = tl.minimum(offset, N - 1 - first_output)  # outputs beyond the last one repeat it
     base = first_output.to(tl.int64) * K
     a += base
     b += base
@@ -93,18 +93,18 @@ def _products(
     sum_b = sum_a
     for k in range(start, stop, INPUTS):
         if EVEN:
-            of_x = tl.load(x + x_at + k, mask=live, other=0.0)
-            of_a = tl.load(a + w_at + k)
+            block_x = tl.load(x + x_at + k, mask=live, other=0.0)
+            block_a = tl.load(a + w_at + k)
             if GATED:
-                of_b = tl.load(b + w_at + k)
+                block_b = tl.load(b + w_at + k)
         else:
-            of_x = tl.load(x + x_at + k, mask=live & (x_inputs < K - k), other=0.0)
-            of_a = tl.load(a + w_at + k, mask=w_inputs < K - k, other=0)
+            block_x = tl.load(x + x_at + k, mask=live & (x_inputs < K - k), other=0.0)
+            block_a = tl.load(a + w_at + k, mask=w_inputs < K - k, other=0)
             if GATED:
-                of_b = tl.load(b + w_at + k, mask=w_inputs < K - k, other=0)
-        sum_a = tl.dot(of_x, of_a.to(of_x.dtype), sum_a, input_precision="ieee")
+                block_b = tl.load(b + w_at + k, mask=w_inputs < K - k, other=0)
+        sum_a = tl.dot(block_x, block_a.to(block_x.dtype), sum_a, input_precision="ieee")
         if GATED:
-            sum_b = tl.dot(of_x, of_b.to(of_x.dtype), sum_b, input_precision="ieee")
+            sum_b = tl.dot(block_x, block_b.to(block_x.dtype), sum_b, input_precision="ieee")
     if PARTS > 1:
         sum_a = tl.sum(sum_a, 0)
         if GATED:
@@ -128,11 +128,11 @@ def _squares(
 
 @triton.jit
 def _rstd(
-    some, squares, count, first_row, eps, K: tl.constexpr, TILES: tl.constexpr, STRIDE: tl.constexpr,
+    leading, squares, count, first_row, eps, K: tl.constexpr, TILES: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Reciprocal root mean squares of the rows, (ROWS,); ``some`` are the sums of the first WIDTH tiles."""
-    total = tl.sum(some, 1)
+    """Reciprocal root mean squares of the rows, (ROWS,); ``leading`` holds the sums of the first WIDTH tiles."""
+    total = tl.sum(leading, 1)
     for begin in tl.static_range(WIDTH, TILES, WIDTH):
         total += tl.sum(_squares(squares, count, first_row, begin, TILES, STRIDE, ROWS, WIDTH), 1)
     return tl.rsqrt(total / K + eps)
@@ -140,27 +140,27 @@ def _rstd(
 
 @triton.jit
 def prepare(
-    given, gain, x, scaled, squares,
+    embedded, gain, x, scaled, squares,
     D: tl.constexpr, D_PADDED: tl.constexpr, TILES_PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Copy a row of the embedded input, and make of it what :func:`linear_residual` makes for the next norm.
+    """Copy a row of the embedded input, and compute the inputs of the first norm as :func:`linear_residual` does.
 
-    It is launched in the plain way, after everything in front of it, so all kernels behind it may read the position and
-    the older part of the cache before they wait.
+    footgun: this kernel must be launched normally, after all earlier work. Only then may the later kernels of the step
+    read the position and the cached tokens before they wait.
 
     Args:
-        given: (M, D) float32.
-        gain: (D,) float32, of the norm.
-        x: (M, D) float32, gets the copy.
-        scaled: (M, D), gets x times gain.
-        squares: (M, TILES_PADDED) float32, gets the sum of squares in its first column and zeros behind.
+        embedded: (M, D) float32.
+        gain: (D,) float32, weight of the norm.
+        x: (M, D) float32, receives the copy.
+        scaled: (M, D), receives x times gain.
+        squares: (M, TILES_PADDED) float32, receives the sum of squares in the first column and zeros in the others.
     """
     if EARLY:
         gdc_launch_dependents()
     row = tl.program_id(0)
     column = tl.arange(0, D_PADDED)
     live = column < D
-    values = tl.load(given + row * D + column, mask=live, other=0.0)
+    values = tl.load(embedded + row * D + column, mask=live, other=0.0)
     tl.store(x + row * D + column, values, mask=live)
     gains = tl.load(gain + column, mask=live, other=0.0)
     tl.store(scaled + row * D + column, (values * gains).to(scaled.dtype.element_ty), mask=live)
@@ -178,26 +178,26 @@ def norm_linear(
     """out[m, n] = rstd[m] * sum over k of scaled[m, k] weight[n, k]. Grid: tiles of N, tiles of M.
 
     Args:
-        scaled: (M, K), x times the gain of the norm.
+        scaled: (M, K), x times the weight of the norm.
         squares: (M, TILES_PADDED) float32, sums of squares of the tiles of x.
         weight: (N, K).
-        factor: (N,) float32 if int8, else anything.
+        factor: (N,) float32 scales if int8, else not read.
         out: (M, N) float32.
         count: M.
-        eps: of the norm.
+        eps: added to the mean square.
     """
     first_output, first_row = tl.program_id(0) * OUTPUTS, tl.program_id(1) * ROWS
     if EARLY:
-        _ask_for_weights(weight, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
+        _prefetch_weights(weight, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
     wait(EARLY)
-    # Asked for here, summed up after the products; more than fits into registers beside them is asked for then.
-    some = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
+    # Loaded before the products and reduced after them. What does not fit into registers meanwhile is loaded then.
+    leading = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
     total, _ = _products(
         scaled, weight, weight, count, first_row, first_output, 0, K,
         N, K, False, K % INPUTS == 0, ROWS, OUTPUTS, INPUTS, PARTS,
     )  # fmt: skip
     rows, outputs = first_row + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
-    total *= _rstd(some, squares, count, first_row, eps, K, TILES, TILES_PADDED, ROWS, WIDTH)[:, None]
+    total *= _rstd(leading, squares, count, first_row, eps, K, TILES, TILES_PADDED, ROWS, WIDTH)[:, None]
     if INT8:
         total *= tl.load(factor + outputs, mask=outputs < N, other=0.0)[None, :]
     at = rows[:, None].to(tl.int64) * N + outputs[None, :]
@@ -211,20 +211,20 @@ def norm_gated(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """silu(a) * b, with a and b as in :func:`norm_linear` with w1 and w3, in the dtype of ``scaled``."""
+    """silu(a) * b in the dtype of ``scaled``, where a and b are :func:`norm_linear` with w1 and w3."""
     first_output, first_row = tl.program_id(0) * OUTPUTS, tl.program_id(1) * ROWS
     if EARLY:
-        _ask_for_weights(w1, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
-        _ask_for_weights(w3, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
+        _prefetch_weights(w1, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
+        _prefetch_weights(w3, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
     wait(EARLY)
-    # Asked for here, summed up after the products; more than fits into registers beside them is asked for then.
-    some = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
+    # Loaded before the products and reduced after them. What does not fit into registers meanwhile is loaded then.
+    leading = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
     gate, value = _products(
         scaled, w1, w3, count, first_row, first_output, 0, K,
         N, K, True, K % INPUTS == 0, ROWS, OUTPUTS, INPUTS, PARTS,
     )  # fmt: skip
     rows, outputs = first_row + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
-    rstd = _rstd(some, squares, count, first_row, eps, K, TILES, TILES_PADDED, ROWS, WIDTH)[:, None]
+    rstd = _rstd(leading, squares, count, first_row, eps, K, TILES, TILES_PADDED, ROWS, WIDTH)[:, None]
     gate *= rstd
     value *= rstd
     if INT8:
@@ -241,7 +241,7 @@ def _finish_residual(
     total, factor, gain, x, scaled, squares, count, first_row, first_output,
     N: tl.constexpr, TILES_PADDED: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of products to x, and make of the sum what the next norm needs."""
+    """Add a tile of products to x, and compute the inputs of the next norm from the sum."""
     rows, outputs = first_row + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
     if INT8:
         total *= tl.load(factor + outputs, mask=outputs < N, other=0.0)[None, :]
@@ -265,26 +265,26 @@ def linear_residual(
 ):  # fmt: skip
     """x[m, n] += sum over k of hidden[m, k] weight[n, k]. Grid: tiles of N, tiles of M, splits of K.
 
-    With SPLITS > 1 the program that comes last at a tile adds the sums of all of them, in the order of K.
+    With SPLITS > 1 the last program to finish a tile adds the partial sums of all of them, in the order of K.
 
     Args:
         hidden: (M, K).
         weight: (N, K).
-        factor: (N,) float32 if int8, else anything.
-        gain: (N,) float32, of the norm that comes next.
+        factor: (N,) float32 scales if int8, else not read.
+        gain: (N,) float32, weight of the next norm.
         x: (M, N) float32.
-        scaled: (M, N), gets x times gain.
-        squares: (M, TILES_PADDED) float32, gets the sum of squares of each tile of x.
+        scaled: (M, N), receives x times gain.
+        squares: (M, TILES_PADDED) float32, receives the sum of squares of each tile of x.
         partial: float32, ROWS × OUTPUTS for each program.
-        arrived: int32, a zero for each tile; zero again at the end.
+        arrived: int32, 0 for each tile at the start and at the end.
         count: M.
     """
     first_output, first_row = tl.program_id(0) * OUTPUTS, tl.program_id(1) * ROWS
-    share: tl.constexpr = (K + INPUTS * SPLITS - 1) // (INPUTS * SPLITS) * INPUTS
+    split_inputs: tl.constexpr = (K + INPUTS * SPLITS - 1) // (INPUTS * SPLITS) * INPUTS
     split = tl.program_id(2)
-    start = split * share
+    start = split * split_inputs
     if EARLY:
-        _ask_for_weights(weight, first_output, start, N, K, OUTPUTS, SPAN, LANES)
+        _prefetch_weights(weight, first_output, start, N, K, OUTPUTS, SPAN, LANES)
     wait(EARLY)
     if SPLITS == 1:
         total, _ = _products(
@@ -297,14 +297,14 @@ def linear_residual(
         )  # fmt: skip
     else:
         total, _ = _products(
-            hidden, weight, weight, count, first_row, first_output, start, tl.minimum(start + share, K),
+            hidden, weight, weight, count, first_row, first_output, start, tl.minimum(start + split_inputs, K),
             N, K, False, K % INPUTS == 0, ROWS, OUTPUTS, INPUTS, PARTS,
         )  # fmt: skip
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         within = tl.arange(0, ROWS)[:, None] * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
         partial += tile * (SPLITS * ROWS * OUTPUTS)
         tl.store(partial + split * (ROWS * OUTPUTS) + within, total)
-        tl.debug_barrier()  # all threads have stored before one of them counts this program as arrived
+        tl.debug_barrier()  # all threads must have stored before one of them counts this program as arrived
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
         if before == SPLITS - 1:
             total = tl.zeros((ROWS, OUTPUTS), tl.float32)

@@ -1,10 +1,11 @@
-"""A decode step of the GPT on a CUDA device, in kernels of its own: one new position for each row.
+"""A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row.
 
-Five kernels a layer, one in front and one behind. All launches are the same in each step, so a step can be captured in
-a CUDA graph; call it once before for each number of rows, since kernels are compiled when they are first met.
+There are five kernels a layer, one before the first layer and one after the last. All launches are the same in each
+step, so a step can be captured in a CUDA graph. Before the capture, call it once with the same number of rows: kernels
+are compiled at their first launch.
 
-Legend: B rows of a call, D width, F width of the feed-forward layer, H heads, G key-value heads, E width of a head,
-N outputs and K inputs of a linear layer, P positions of the cache, V vocabulary.
+Shapes: B rows of a call, D model width, F feed-forward width, H query heads, G key-value heads, E head width, N outputs
+and K inputs of a linear layer, P tokens of cache capacity, V vocabulary size.
 """
 
 from collections.abc import Mapping
@@ -18,22 +19,22 @@ from torch import Tensor
 
 from llamagen.sampling.decode_weights import DecodeWeights, LayerWeights, Matrix
 
-WIDEST = 128  # rows of a tile; more rows take more tiles
-EARLY_ROWS, EARLY_BYTES = 32, 1 << 25  # most rows, and bytes of weights of a layer, with which kernels start early
-ASKED_BYTES = 1 << 16  # of weights that a program asks for before it waits
+MAX_TILE_ROWS = 128  # more rows take several tiles
+MAX_EARLY_ROWS, MAX_EARLY_BYTES = 32, 1 << 25  # kernels start early up to these rows and weight bytes of a layer
+PREFETCHED_BYTES = 1 << 16  # of weights that a program prefetches before it waits
 
 
 class Tile(NamedTuple):
-    """What one program of a linear layer computes.
+    """Tile sizes of a linear layer.
 
     Attributes:
-        rows: rows of the input, a power of two from 16 on.
-        outputs: outputs, likewise. Of both matrices, if gated.
-        inputs: inputs in a step of its loop, a power of two.
-        parts: into how many sums the inputs of a step go, one for each warp; 1 sums them up together.
-        splits: over how many programs the inputs are spread. More than 1 only in front of a residual connection.
-        warps: of a program.
-        stages: steps of the loop that are loaded or computed at a time.
+        rows: rows of the input of a program, a power of two, at least 16.
+        outputs: outputs of a program (of each matrix, if gated), a power of two, at least 16.
+        inputs: inputs of an iteration of its loop, a power of two.
+        parts: number of separate sums over the inputs of an iteration, one for each warp; 1 means one sum.
+        splits: number of programs that share the inputs. Only layers before a residual connection may have several.
+        warps: number of warps of a program.
+        stages: pipeline stages of the loop.
     """
 
     rows: int
@@ -47,13 +48,13 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer, as far as the choice of its tile goes.
+    """Shape of a linear layer.
 
     Attributes:
         outputs: N.
         inputs: K.
-        matrices: weights that share the input: 2 if gated.
-        may_split: whether K can be spread over programs.
+        matrices: number of weights that share the input: 2 if gated.
+        may_split: whether several programs may share K.
     """
 
     outputs: int
@@ -63,83 +64,81 @@ class Product:
 
 
 def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: int, processors: int) -> Tile:
-    """The tile that takes a processor the shortest, by the bytes it has to load.
+    """Choose the tile for which the busiest multiprocessor loads the fewest bytes.
 
-    A program loads its weights from the memory and the input of its rows from the cache, which is about twice as fast.
-    Programs are spread evenly over the processors, so the busiest decides.
+    A program loads its weights from memory, and the input of its rows from the cache, which is about twice as fast.
 
     Args:
         product: the layer.
         rows: B.
-        dtype: of the products. In float32 the tile does not depend on ``rows``, so neither does a row's result.
-        weight_bytes: bytes of a weight.
+        dtype: dtype of the products. In float32 the tile does not depend on ``rows``, so neither does a row's result.
+        weight_bytes: bytes of a weight entry.
         processors: number of multiprocessors of the device.
     """
     if dtype == torch.float32:
         return Tile(rows=16, outputs=32, inputs=32, parts=1, splits=1, warps=4, stages=4)
-    height = min(max(16, _power_of_two(rows)), WIDEST)
+    height = min(max(16, _power_of_two(rows)), MAX_TILE_ROWS)
     parts = 4 if height == 16 else 1
     if parts == 1:
-        height = max(64, height)  # the rows that a warp group multiplies at a time
-    fixed = 1 << 16  # bytes that could be loaded while the programs of a tile meet to add their sums
-    best, least = None, float("inf")
+        height = max(64, height)  # rows that a warp group multiplies at a time
+    merge_cost = 1 << 16  # bytes that could be loaded while the programs of a tile add their partial sums
+    best, lowest = None, float("inf")
     for outputs in (64, 32, 16):
         if parts == 1 and outputs == 16:
             continue
         for splits in (1, 2, 3, 4, 6, 8) if product.may_split else (1,):
             programs = -(-product.outputs // outputs) * splits  # for up to 128 rows
-            share = -(-product.inputs // splits)
-            loaded = share * (product.matrices * outputs * weight_bytes + height * dtype.itemsize / 2)
+            split_inputs = -(-product.inputs // splits)
+            loaded = split_inputs * (product.matrices * outputs * weight_bytes + height * dtype.itemsize / 2)
             cost = -(-programs // processors) * loaded
             if splits > 1:
-                cost += fixed + 4 * splits * height * outputs
-            if cost < least:
-                best, least = (outputs, splits), cost
+                cost += merge_cost + 4 * splits * height * outputs
+            if cost < lowest:
+                best, lowest = (outputs, splits), cost
     assert best is not None
     outputs, splits = best
     inputs = 64 * parts if parts > 1 else 128
 
-    def stage(inputs: int) -> int:
+    def stage_bytes(inputs: int) -> int:
         return inputs * (height * dtype.itemsize + product.matrices * outputs * weight_bytes)
 
-    while stage(inputs) > 1 << 15 and inputs > 64:
+    while stage_bytes(inputs) > 1 << 15 and inputs > 64:
         inputs //= 2
-    stages = max(2, min(5, (100 << 10) // stage(inputs)))
-    return Tile(height, outputs, inputs, parts, splits, 8 if height == WIDEST else 4, stages)
+    stages = max(2, min(5, (100 << 10) // stage_bytes(inputs)))
+    return Tile(height, outputs, inputs, parts, splits, 8 if height == MAX_TILE_ROWS else 4, stages)
 
 
-def choose_places(programs: int, dtype: torch.dtype, processors: int) -> tuple[int, int]:
-    """Warps of a program of the attention, and positions that it reads at a time.
+def choose_attention_block(programs: int, dtype: torch.dtype, processors: int) -> tuple[int, int]:
+    """Choose the warps of an attention program and the tokens that it reads at a time.
 
-    A program mostly waits, so the more there are, the smaller they should be, for more of them to run at a time.
+    A program mostly waits for memory. With more programs smaller ones are better, because more of them run at once.
 
     Args:
-        programs: their number.
-        dtype: of the cache. In float32 a row's result must not depend on the number of rows, and so on ``programs``.
+        programs: number of programs.
+        dtype: dtype of the cache. In float32 the choice is fixed, so that a row's result does not depend on the batch.
         processors: number of multiprocessors of the device.
     """
     if dtype == torch.float32:
         return 4, 32
-    for most, places in ((2, (4, 64)), (4, (4, 32)), (8, (2, 32))):
-        if programs <= most * processors:
-            return places
+    for programs_each, block in ((2, (4, 64)), (4, (4, 32)), (8, (2, 32))):
+        if programs <= programs_each * processors:
+            return block
     return 1, 8
 
 
 class GPUStep:
-    """Computes the logits behind one new position of each row, and extends the cache by it.
+    """Computes the logits after one new token of each row, and appends the token to the cache.
 
-    The residual stream and all sums are float32; operands of products, keys and values have the dtype of the weights.
-    Results are the same from run to run. In float32 a row's result depends neither on the other rows nor on their
-    number; in other dtypes tiles are chosen by the number of rows, so sums may be rounded differently.
+    The residual stream and all sums are float32. Operands of products, keys and values have the dtype of the weights.
+    Results are deterministic. In float32 a row's result does not depend on the other rows or on their number. In other
+    dtypes the tiles depend on the number of rows, so sums may be rounded differently.
 
     Args:
-        weights: on a CUDA device.
-        rows: most rows of a call; workspaces for them are allocated here, once.
-        tiles: tiles to use instead of the chosen ones, by the name of the layer: ``"wqkv"``, ``"wo"``, ``"gate"``,
-            ``"w2"`` or ``"head"``.
-        early: let kernels ask for their weights while the one in front still runs. By default for few rows of a small
-            model, where the device can (compute capability 9.0); others are slowed down by it.
+        weights: weights on a CUDA device.
+        rows: largest number of rows of a call; workspaces are allocated here, once.
+        tiles: tiles that replace the chosen ones, by layer: ``"wqkv"``, ``"wo"``, ``"gate"``, ``"w2"`` or ``"head"``.
+        early: let kernels prefetch their weights while the previous kernel still runs. The default is True for few rows
+            of a small model on devices of compute capability 9.0 or higher; it slows down larger ones.
 
     Raises:
         ImportError: without Triton.
@@ -154,7 +153,7 @@ class GPUStep:
         tiles: Mapping[str, Tile] | None = None,
         early: bool | None = None,
     ) -> None:
-        from llamagen.sampling.gpu import attention, kernels  # Triton is not everywhere
+        from llamagen.sampling.gpu import attention, kernels  # needs Triton, which CPU builds of torch do not have
 
         if rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
@@ -164,13 +163,13 @@ class GPUStep:
         self._given = dict(tiles or {})
         config = weights.config
         device, dtype = weights.norm.device, weights.dtype
-        self._processors, able = 132, False
+        self._processors, supports_early = 132, False
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-            able = torch.cuda.get_device_capability(device) >= (9, 0)
+            supports_early = torch.cuda.get_device_capability(device) >= (9, 0)
         if early is None:
-            able = able and weights.nbytes <= config.n_layer * EARLY_BYTES
-            self._early_rows = EARLY_ROWS if able else 0
+            early = supports_early and weights.nbytes <= config.n_layer * MAX_EARLY_BYTES
+            self._early_rows = MAX_EARLY_ROWS if early else 0
         else:
             self._early_rows = rows if early else 0
         self._early = False
@@ -191,27 +190,27 @@ class GPUStep:
         self._qkv = torch.zeros(rows, self._qkv_width, device=device, dtype=torch.float32)
         self._attended = torch.zeros(rows, dim, device=device, dtype=dtype)
         self._hidden = torch.zeros(rows, ffn, device=device, dtype=dtype)
-        sizes = [self._meeting(name, count) for name in ("wo", "w2") for count in _row_counts(rows)]
+        sizes = [self._partial_sizes(name, count) for name in ("wo", "w2") for count in _row_counts(rows)]
         self._partial = torch.zeros(max(size for size, _ in sizes), device=device, dtype=torch.float32)
         self._arrived = torch.zeros(max(tiles for _, tiles in sizes), device=device, dtype=torch.int32)
 
     def __call__(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        """Decode one position.
+        """Decode one token of each row.
 
         Args:
-            x: (B, D) float32, embedded input; not changed.
-            position: integer scalar on the device: index of the new position, which is the number of filled ones.
-            first: (B,) int32, first position that each row attends to, if that is not 0. The new position attends to
-                itself in any case.
-            keys: (layers, at least B, G, P, E), contiguous, in the dtype of the weights; read before ``position``,
-                written there.
-            values: likewise.
+            x: (B, D) float32, the embedded tokens; not changed.
+            position: integer scalar on the device: number of cached tokens, which is the position of the new ones.
+            first: (B,) int32, index of the first token of each row that is not padding; None without padding. The new
+                token always attends to itself.
+            keys: (layers, at least B, G, P, E), contiguous, in the dtype of the weights. Entries before ``position``
+                are read, the one at ``position`` is written.
+            values: as ``keys``.
 
         Returns:
             (B, V) float32.
 
         Raises:
-            ValueError: if there are no rows or more than workspaces, or shapes or dtypes do not fit.
+            ValueError: if there are no rows, more rows than workspaces, or shapes or dtypes do not fit.
         """
         self._check(x, position, first, keys, values)
         kernels, weights, config = self._kernels, self._weights, self._weights.config
@@ -235,7 +234,7 @@ class GPUStep:
         return logits
 
     def tiles(self, rows: int) -> dict[str, Tile]:
-        """The tiles that a call with ``rows`` rows uses, by the name of the layer."""
+        """Tiles of a call with ``rows`` rows, by layer."""
         if rows not in self._chosen:
             item = self._weights.head.values.itemsize
             self._chosen[rows] = {
@@ -244,8 +243,8 @@ class GPUStep:
             }
         return self._chosen[rows]
 
-    def _meeting(self, name: str, rows: int) -> tuple[int, int]:
-        """Numbers of a product's partial sums and of its tiles."""
+    def _partial_sizes(self, name: str, rows: int) -> tuple[int, int]:
+        """Number of partial sums and number of tiles of a product."""
         tile = self.tiles(rows)[name]
         tiles = -(-self._products[name].outputs // tile.outputs) * -(-rows // tile.rows)
         return tiles * tile.splits * tile.rows * tile.outputs, tiles
@@ -253,7 +252,7 @@ class GPUStep:
     def _check(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> None:
         config, rows = self._weights.config, len(x)
         if not 1 <= rows <= self._rows:
-            raise ValueError(f"{rows} rows were given, but there are workspaces for 1 to {self._rows}")
+            raise ValueError(f"x has {rows} rows, but there are workspaces for 1 to {self._rows}")
         if x.shape != (rows, config.dim) or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 of width {config.dim}, not {x.dtype} of shape {tuple(x.shape)}")
         if position.dim() or position.dtype not in (torch.int32, torch.int64) or position.device != x.device:
@@ -275,18 +274,25 @@ class GPUStep:
                 )
 
     def _launch(
-        self, kernel: Any, grid: tuple[int, ...], warps: int, stages: int, behind: bool, *arguments: Any, **options: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        warps: int,
+        stages: int,
+        dependent: bool,
+        *arguments: Any,
+        **options: Any,
     ) -> None:
-        """Launch a kernel; ``behind`` lets it start while the one in front still runs."""
+        """Launch a kernel; ``dependent`` lets it start while the previous one still runs."""
         kernel[grid](
             *arguments, **options, EARLY=self._early,
-            num_warps=warps, num_stages=stages, launch_pdl=self._early and behind,
+            num_warps=warps, num_stages=stages, launch_pdl=self._early and dependent,
         )  # fmt: skip
 
     def _layout(self, matrix: Matrix, tile: Tile) -> dict[str, Any]:
-        """The constants that all products have."""
+        """Constants that all products need."""
         outputs, inputs = matrix.values.shape
-        share = -(-inputs // (tile.inputs * tile.splits)) * tile.inputs
+        split_inputs = -(-inputs // (tile.inputs * tile.splits)) * tile.inputs
         item = matrix.values.itemsize
         return {
             "N": outputs,
@@ -296,7 +302,7 @@ class GPUStep:
             "OUTPUTS": tile.outputs,
             "INPUTS": tile.inputs,
             "PARTS": tile.parts,
-            "SPAN": min(share, ASKED_BYTES // (tile.outputs * item)),
+            "SPAN": min(split_inputs, PREFETCHED_BYTES // (tile.outputs * item)),
             "LANES": 32 * tile.warps,
         }
 
@@ -333,8 +339,8 @@ class GPUStep:
         heads = min(4, _power_of_two(shared))
         width = _power_of_two(config.head_dim)
         tiles = config.kv_heads * -(-shared // heads)
-        warps, block = choose_places(count * tiles, self._weights.dtype, self._processors)
-        block = min(block, warps * 1024 // (heads * width))  # for sums to fit into registers
+        warps, block = choose_attention_block(count * tiles, self._weights.dtype, self._processors)
+        block = min(block, warps * 1024 // (heads * width))  # so that the sums fit into registers
         self._launch(
             self._attention, (count, tiles), warps, 1, True,
             self._qkv, self._weights.rope, keys, values, self._attended, position,
@@ -345,20 +351,20 @@ class GPUStep:
 
 
 def _factor(matrix: Matrix) -> Tensor:
-    """Of the outputs; any tensor, if there is none."""
+    """Scales of the outputs. Kernels need some tensor also without scales, which they do not read."""
     return matrix.values if matrix.scale is None else matrix.scale
 
 
 def _width(squares: int, tile: Tile) -> int:
-    """How many sums of squares of a row a program keeps in registers: 32 for each of 128 threads."""
+    """Number of sums of squares of a row that a program keeps in registers: 32 in each of 128 threads."""
     return min(_power_of_two(squares), 4096 // tile.rows)
 
 
 def _power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
+    """The smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 def _row_counts(rows: int) -> list[int]:
-    """Numbers of rows up to ``rows`` at which tiles are chosen anew, and ``rows`` itself."""
-    return [count for count in (16, 64, WIDEST) if count < rows] + [rows]
+    """Largest numbers of rows with the same tiles, up to ``rows``, and ``rows`` itself."""
+    return [count for count in (16, 64, MAX_TILE_ROWS) if count < rows] + [rows]

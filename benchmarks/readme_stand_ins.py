@@ -1,0 +1,74 @@
+"""Small stand-ins for the data and weights that the commands of README.md name.
+
+Weights are random. ``c2i_B_384.pt`` and ``vq_ds16_c2i.pt`` have the names and shapes of the published files, so their
+commands run without any change; the others are smaller.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.small_t5 import save_small_t5
+from llamagen.files import atomic_file
+from llamagen.metrics.inception import InceptionNet
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGAN, VQGANConfig
+
+CLASSES = 10
+WIDTH = 64
+"""Of the small text model and of its T5."""
+
+
+def save_images(folder: Path, per_class: int, side: int) -> None:
+    """Class folders of smooth random images, slightly wider than high."""
+    random = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / f"class_{label}").mkdir(parents=True)
+        for number in range(per_class):
+            levels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            image = Image.fromarray(levels).resize((side + 20, side), Image.Resampling.BICUBIC)
+            image.save(folder / f"class_{label}" / f"{number}.jpg")
+
+
+def save_reference(path: Path, count: int, side: int) -> None:
+    """Images in a file like those of ADM, without statistics."""
+    levels = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    images = [np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.BICUBIC)) for each in levels]
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, np.stack(images))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """The published layout: the entry ``model`` of a file of torch.save."""
+    with atomic_file(path) as temporary:
+        torch.save({"model": model.state_dict()}, temporary)
+
+
+def make_stand_ins(folder: Path) -> None:
+    """Write all stand-ins that a folder lacks."""
+    if not (folder / "data/mine").exists():
+        save_images(folder / "data/mine", per_class=3, side=300)
+    if not (folder / "data/imagenet").exists():
+        save_images(folder / "data/imagenet/train", per_class=2, side=400)
+        save_images(folder / "data/imagenet/val", per_class=1, side=400)
+    if not (folder / "VIRTUAL_imagenet256_labeled.npz").exists():
+        save_reference(folder / "VIRTUAL_imagenet256_labeled.npz", count=40, side=256)
+    if not (folder / "small-t5").exists():
+        save_small_t5(folder / "small-t5", ["a", "corgi", "in", "field", "of", "sunflowers"], WIDTH)
+    torch.manual_seed(0)
+    small_gpt = GPTConfig(dim=WIDTH, n_layer=2, n_head=2, condition="text", caption_dim=WIDTH)
+    models = {
+        "c2i_B_384.pt": lambda: GPT(GPTConfig(dim=768, n_layer=12, n_head=12, block_size=576)),
+        "t2i_XL_stage1_256.pt": lambda: GPT(small_gpt),
+        "vq_ds16_c2i.pt": lambda: VQGAN(VQGANConfig()),
+        "vq_ds16_t2i.pt": lambda: VQGAN(VQGANConfig()),
+    }
+    for name, build in models.items():
+        if not (folder / name).exists():
+            save_weights(folder / name, build())
+    if not (folder / "inception.pth").exists():
+        with atomic_file(folder / "inception.pth") as temporary:
+            torch.save(InceptionNet().state_dict(), temporary)

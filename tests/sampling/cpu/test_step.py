@@ -1,0 +1,133 @@
+"""The compiled pass on CPUs computes what the model computes, and samples the codes that ``sample_codes`` samples."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT
+from llamagen.models.kv_cache import KVCache
+from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
+from llamagen.sampling.cpu.step import CPUStep, Scratch
+from llamagen.sampling.decode_weights import DecodeWeights
+from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
+
+VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("dim", "heads"), [(144, 3), (200, 2)])
+def test_logits_of_a_row_do_not_depend_on_the_batch_or_the_number_of_threads(
+    dim: int, heads: int, int8: bool, dtype: torch.dtype
+) -> None:
+    gpt = small_gpt(dim=dim, n_head=heads, condition="text", vocab_size=100)
+    weights = DecodeWeights.from_gpt(gpt, dtype, int8)
+    features, codes, first = condition_for(gpt, 13), codes_for(gpt, 13, 4), torch.arange(13).int() % 6
+    with torch.no_grad():
+        embedded = torch.cat([gpt.cls_embedding(one) for one in features.split(1)])
+        parts = (embedded, *gpt.tok_embeddings(codes).split(1, dim=1))
+
+    def logits(rows: list[int], threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        step, cache, found = CPUStep(weights), KVCache.allocate(gpt.config, len(rows), dtype=dtype), []
+        scratch = Scratch()
+        out = torch.empty(len(rows), 100)
+        for x in parts:
+            step(x[rows].contiguous(), cache, first[rows], out, scratch)
+            found.append(out.clone())
+        torch.set_num_threads(1)
+        return torch.stack(found, dim=1)
+
+    together = logits(list(range(13)), 1)
+    assert torch.equal(logits(list(range(13)), 3), together)
+    assert torch.equal(torch.cat([logits([row], 1) for row in range(13)]), together)
+    assert torch.equal(logits([12, 3, 3], 2), together[[12, 3, 3]])
+
+
+@torch.no_grad()
+def rounded_to_int8(gpt: GPT) -> GPT:
+    """Round the matrices of a model to int8 precision."""
+    for name, weight in gpt.named_parameters():
+        if weight.dim() == 2 and "embed" not in name:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weight.copy_((weight / scale).round() * scale)
+    return gpt
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 0.012)])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_logits_equal_those_of_the_model(variant: str, int8: bool, dtype: torch.dtype, allowed: float) -> None:
+    gpt = small_gpt(**VARIANTS[variant])
+    weights = DecodeWeights.from_gpt(gpt, dtype, int8)
+    reference = rounded_to_int8(small_gpt(**VARIANTS[variant])) if int8 else gpt
+    condition, lengths, codes = condition_for(gpt, 5), caption_lengths_for(gpt, 5), codes_for(gpt, 5, 15) % 48
+    step, cache = CPUStep(weights), KVCache.allocate(gpt.config, 5, dtype=dtype)
+    cache.keys.fill_(torch.nan)  # old contents must not be read
+    cache.values.fill_(torch.nan)
+    first = None if lengths is None else (6 - lengths).int()
+    found, out = [], torch.empty(5, gpt.config.vocab_size)
+    with torch.no_grad():
+        expected = reference(codes, condition, caption_lengths=lengths)
+        for x in (reference.cls_embedding(condition), *gpt.tok_embeddings(codes).split(1, dim=1)):
+            step(x.clone(memory_format=torch.contiguous_format), cache, first, out, Scratch())
+            found.append(out.clone())
+    assert (torch.stack(found, dim=1) - expected).norm() / expected.norm() < allowed
+
+
+def test_int8_weights_are_within_half_a_level_and_zeros_stay_zero() -> None:
+    gpt = small_gpt()
+    with torch.no_grad():
+        gpt.output.weight[3] = 0
+    head = DecodeWeights.from_gpt(gpt, torch.float32, int8=True).head
+    assert head.scale is not None
+    assert head.values.dtype is torch.int8
+    assert ((head.values * head.scale[:, None] - gpt.output.weight).abs() <= 0.501 * head.scale[:, None]).all()
+    assert int(head.values.max()) == 127
+    assert not head.values[3].any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(0.0),
+        SamplingConfig(0.7, top_k=40),
+        SamplingConfig(1.2, top_p=0.8),
+        SamplingConfig(0.9, top_k=300, top_p=0.9),
+        SamplingConfig(1e-38),
+        SamplingConfig(1.0, top_k=1),
+        SamplingConfig(1.0, top_k=5000, top_p=1e-9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [None, 1.0, 0.0, 3.5])
+def test_sampled_codes_equal_those_of_sample_codes(config: SamplingConfig, scale: float | None) -> None:
+    batch, vocabulary = 40, 1003
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(batch if scale is None else 2 * batch, vocabulary, generator=generator)
+    if scale is None:
+        logits[5, 100:] = -torch.inf
+    logits[6] = 0.0
+    guided = logits if scale is None else scale * logits[:batch] + (1 - scale) * logits[batch:]
+    if scale is not None:
+        guided = torch.where(torch.tensor(scale == 1.0), logits[:batch], guided)
+    indices, codes = torch.arange(batch) * 11, torch.full((batch, 3), -1)
+    step = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32))
+    seed = -7 + 2**63
+    broken = torch.zeros(batch, dtype=torch.bool)
+    step.sample_codes(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes, broken, Scratch())
+    assert broken.nonzero().flatten().tolist() == ([5] if scale is None else [])
+    noise = gumbel(seed_tensor(seed), indices, torch.tensor(2), code_counters(vocabulary))
+    assert torch.equal(codes[:, 2], sample_codes(guided, config, noise))
+    assert (codes[:, :2] == -1).all()
