@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation.prompt_pictures import read_prompt_pictures
-from llamagen.checkpoint import build_model, load_vqgan, weights_checksum
-from llamagen.weights import read_weights
 from PIL import Image
 
 import main
