@@ -10,14 +10,14 @@ def main(args: list[str] | None = None) -> Any:
     """Run a stage.
 
     Args:
-        args: instead of the command line's.
+        args: arguments; those of the command line if None.
 
     Returns:
-        The :class:`~command_line.LlamaGenCLI`, with the trainer, the model and the data.
+        The :class:`~command_line.LlamaGenCLI`, with trainer, model and data.
     """
     share_cores()
-    # Imported here: OpenMP reads its settings when torch is loaded, and spawned worker processes import this file, but
-    # need nothing of Lightning.
+    # footgun: import it only now. OpenMP reads its settings when torch is imported, and spawned worker processes import
+    # this file without needing Lightning.
     from command_line import run_stage
 
     return run_stage(args)

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.timing import machine, spread
-from llamagen.cores import WAITING
+from llamagen.cores import WAIT_SETTINGS
 from llamagen.environment import commit
 from llamagen.files import atomic_file
 from llamagen.output_paths import check_output
@@ -54,7 +54,7 @@ def run_parts(checkout: Path, images: Path, parts: list[str]) -> dict[str, list[
         SystemExit: if the process fails, or imports the package from elsewhere.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment |= {**WAITING, "PYTHONPATH": str(checkout)}
+    environment |= {**WAIT_SETTINGS, "PYTHONPATH": str(checkout)}
     command = [sys.executable, "-P", str(PARTS), str(images), *parts]  # -P: modules of the checkout alone
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -3,9 +3,10 @@
     python -m benchmarks.busy_machine [--steps_only]
 
 The other program is an endless loop, pinned to one core. The quickstart's autoregressive model trains for 15 seconds
-with each of three settings: threads wait as in this project's commands (``llamagen.cores.WAITING``), sleep at once, or
-wait by OpenMP's default. ``make quickstart`` runs in a clone of this folder with this environment, without installing;
-without the loop also with OpenMP's default. Prints tables and writes ``benchmarks/results/busy_machine.json``.
+with each of three settings: threads wait as in this project's commands (``llamagen.cores.WAIT_SETTINGS``), sleep at
+once, or wait by OpenMP's default. ``make quickstart`` runs in a clone of this folder with this environment, without
+installing; without the loop also with OpenMP's default. Prints tables and writes
+``benchmarks/results/busy_machine.json``.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamagen.cores import WAITING
+from llamagen.cores import WAIT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/busy_machine.json"
 SECONDS = 15.0
 LOOP = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
-POLICIES = {"as commands wait": WAITING, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "OpenMP's default": {}}
+POLICIES = {"as commands wait": WAIT_SETTINGS, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "OpenMP's default": {}}
 ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
 """OpenMP's default, written out: commands do not change what the user has set."""
 STAGES = ("1/4 tokenizer", "2/4 codes", "3/4 autoregressive model", "4/4 samples")

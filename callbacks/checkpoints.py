@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from llamagen.option_checks import check_integer
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Base of the callbacks below: a ``ModelCheckpoint`` that writes into the run's folder.
@@ -62,7 +64,7 @@ class BestCheckpoint(RunCheckpoint):
     Args:
         monitor: name of the metric.
         mode: whether the smallest (``min``) or the largest (``max``) value is the best.
-        save_top_k: how many checkpoints to keep.
+        save_top_k: how many checkpoints to keep; −1 for all.
         save_on_train_epoch_end: save at the end of an epoch; False saves right after each validation, which a metric
             needs that not every validation measures.
         filename: name of the files.
@@ -78,6 +80,8 @@ class BestCheckpoint(RunCheckpoint):
         filename: str = "best_{step:07d}",
         dirpath: Path | str | None = None,
     ) -> None:
+        if save_top_k != -1:
+            check_integer("save_top_k", save_top_k, 1)
         super().__init__(
             dirpath,
             filename,
@@ -119,6 +123,8 @@ class StepCheckpoint(RunCheckpoint):
     subfolder: ClassVar[str] = "checkpoints/steps"
 
     def __init__(self, every_n_train_steps: int = 2500, save_top_k: int = 2, dirpath: Path | str | None = None) -> None:
+        check_integer("every_n_train_steps", every_n_train_steps, 1)
+        check_integer("save_top_k", save_top_k, 1)
         super().__init__(
             dirpath,
             "step_{step:07d}",

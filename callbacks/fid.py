@@ -125,7 +125,7 @@ class FIDMonitor(pl.Callback):
 
     def _generated_size(self, module: GeneratesImages) -> int:
         """Side of the images that the module will sample."""
-        module.check_sampling(())
+        module.check_requests(())
         if self.reference is None:
             raise ValueError(
                 "FIDMonitor needs a reference to compare generated images with; make one with python -m evaluation "
@@ -141,7 +141,7 @@ class FIDMonitor(pl.Callback):
                 f"image_size of FIDMonitor is {self.image_size}, but it resizes reconstructions, and the model "
                 "generates images; set model.init_args.image_size instead"
             )
-        return module.image_side
+        return module.output_size
 
     def _reconstructed_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         """Side of the reconstructions to measure."""
@@ -387,5 +387,5 @@ class FIDMonitor(pl.Callback):
             seed = module.sample_seed if self._by_request else self.seed
             facts["sampling"] = {**asdict(module.sampling), "seed": seed}
             if module.needs_captions:
-                facts["captions"] = module.caption_facts
+                facts["captions"] = module.caption_metadata
         return facts

@@ -81,7 +81,7 @@ class ValidationCaptions:
         rows = [row for row, number in enumerate(numbers) if number < self.count]
         if not rows and self._positions:
             return
-        features, lengths, _ = module.condition_of(batch)
+        features, lengths, _ = module.batch_condition(batch)
         self._positions = features.shape[1]
         self._no_tokens = features.new_zeros(1, features.shape[2], device="cpu")
         sizes = [self._positions] * len(numbers) if lengths is None else lengths.tolist()

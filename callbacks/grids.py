@@ -120,7 +120,7 @@ class SampleGrid(pl.Callback):
         Raises:
             ValueError: if it cannot.
         """
-        require(SamplesImages, pl_module, self).check_sampling([] if self.prompts else self.classes, self.prompts)
+        require(SamplesImages, pl_module, self).check_requests([] if self.prompts else self.classes, self.prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """Number of validations."""
@@ -138,7 +138,7 @@ class SampleGrid(pl.Callback):
         if self._validations % self.every_n_validations or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         module = require(SamplesImages, pl_module, self)
-        condition, lengths, _ = module.condition_of(self._requests(trainer, module))
+        condition, lengths, _ = module.batch_condition(self._requests(trainer, module))
         condition = condition.repeat_interleave(self.per_class, 0)
         lengths = None if lengths is None else lengths.repeat_interleave(self.per_class, 0)
         with trainer.precision_plugin.forward_context():

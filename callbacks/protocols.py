@@ -108,10 +108,10 @@ class SamplesImages(Protocol):
 
     device: torch.device
 
-    def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
+    def check_requests(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
         """Raise a ``ValueError`` if images of these classes or prompts cannot be sampled."""
 
-    def condition_of(self, batch: dict[str, Any]) -> Any:
+    def batch_condition(self, batch: dict[str, Any]) -> Any:
         """Condition of a batch: ``features``, (B,) classes or (B, C, W) padded on the left, and ``lengths`` (B,)."""
 
     def sample(
@@ -158,7 +158,7 @@ class PredictsImages(Protocol):
         """Checksum of the tokenizer that decodes them."""
 
     @property
-    def caption_facts(self) -> dict[str, Any]:
+    def caption_metadata(self) -> dict[str, Any]:
         """The text encoder, as primitives by name; empty without one."""
 
 
@@ -167,7 +167,7 @@ class GeneratesImages(SamplesImages, KeepsSampler, PredictsImages, Protocol):
     """A module that generates images of classes or captions."""
 
     @property
-    def image_side(self) -> int:
+    def output_size(self) -> int:
         """Side of the images in pixels. Raises a ``ValueError`` without a tokenizer."""
 
     @property
@@ -268,7 +268,7 @@ def missing_members(protocol: type[Any], instance: object) -> list[str]:
     """Names that a protocol declares and an instance lacks, sorted.
 
     Footgun: ``isinstance`` of a runtime-checkable protocol evaluates properties, and some of them raise (without a
-    tokenizer there is no ``image_side``). Here the class is asked first.
+    tokenizer there is no ``output_size``). Here the class is asked first.
     """
     names = set[str]()
     for base in protocol.__mro__:

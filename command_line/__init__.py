@@ -1,4 +1,4 @@
-"""The command line of all stages: what a command is made of, checked before it starts, and saved of it."""
+"""The command line of all stages: parsing, checks before a run starts, and the saved configuration."""
 
 from command_line.cli import LlamaGenCLI, run_stage
 

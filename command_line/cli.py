@@ -1,64 +1,51 @@
-"""LightningCLI as this project uses it."""
+"""LightningCLI with this project's parser, checks and defaults."""
 
 import sys
 import warnings
 from contextlib import nullcontext
 from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+import datamodules
 from callbacks import StopOnSignal
 from callbacks.checkpoints import RunCheckpoint
+from command_line.config_files import check_config_files, with_current_names
 from command_line.run_config import RunConfig
-from command_line.start_checks import StartChecks, check_places
-from datamodules import (
-    CaptionDataModule,
-    CodeDataModule,
-    DigitsDataModule,
-    ImageDataModule,
-    PromptDataModule,
-    SampleDataModule,
-)
+from command_line.start_checks import StartChecks, check_folders
 from lightning_modules import (
     ARGenModule,
     CheckpointFiles,
-    chosen_checkpoint,
-    models_without_memory,
+    models_on_meta_device,
+    resolve_checkpoint,
     use_metrics_logger,
 )
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
 
-DATA_MODULES = (
-    CaptionDataModule,
-    CodeDataModule,
-    DigitsDataModule,
-    ImageDataModule,
-    PromptDataModule,
-    SampleDataModule,
-)
-"""Imported, and so known by their short names; they are loaded only where they are asked for."""
+DATA_MODULES = tuple(getattr(datamodules, name) for name in datamodules.__all__)
+"""Imported so that the command line finds them by their short names."""
 
 PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser, whose errors are one line."""
+    """Lightning's parser with one-line errors. Configuration files may use older names."""
+
+    def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        return super()._load_config_parser_mode(with_current_names(content, str(path)), path, *args, **kwargs)
 
 
 class LlamaGenCLI(LightningCLI):
-    """LightningCLI in which the command line always wins over what a checkpoint says, and no key may be abbreviated."""
+    """LightningCLI in which checkpoints never override the configuration, and keys cannot be abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stopping = StopOnSignal()
@@ -66,11 +53,11 @@ class LlamaGenCLI(LightningCLI):
         super().__init__(*args, **{**settings, **kwargs})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that does not take `max_epoch` for `max_epochs`, and resolves `${…}` when all files are merged."""
+        """A parser that rejects `max_epoch` for `max_epochs`, and resolves `${…}` after merging all files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the checkpoint's hyperparameters override the configuration. Ours are checked, not obeyed.
+        # Lightning would let hyperparameters in the checkpoint override the configuration. Here they are only checked.
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
@@ -96,22 +83,22 @@ class LlamaGenCLI(LightningCLI):
     def _check_frozen(self, config: Any) -> None:
         name = config.model.class_path.rpartition(".")[2]
         if self.config.subcommand != "predict":
-            self.parser.error(f"{name} has nothing to train or to measure; {self.config.subcommand} another model")
+            self.parser.error(f"{name} has nothing to train or to evaluate; {self.config.subcommand} another model")
         if config.get("ckpt_path"):
             self.parser.error(f"{name} is in no checkpoint; leave --ckpt_path out")
 
     def instantiate_classes(self) -> None:
-        """Say what is wrong with a model or its data in the words of the one who found out, not of each one above."""
+        """Build trainer, model and data. Errors are reported in our words, without those of the parser around them."""
         strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
         sharded = strategy == "sharded" or getattr(strategy, "class_path", None) == SHARDED
         try:
-            # What is to be spread over ranks gets its memory when it is.
-            with models_without_memory() if sharded else nullcontext():
+            # A sharded model is allocated in configure_model, part by part.
+            with models_on_meta_device() if sharded else nullcontext():
                 super().instantiate_classes()
             if sharded and not isinstance(self.model, ARGenModule):
                 raise ValueError(
                     f"{type(self.model).__name__} is small enough for each GPU; set trainer.strategy to ddp, not to "
-                    "one that shards its parameters"
+                    "one that shards parameters"
                 )
         except ValueError as error:
             reason = error
@@ -120,7 +107,7 @@ class LlamaGenCLI(LightningCLI):
             self.parser.error(str(reason))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that reads sharded checkpoints, whatever its strategy."""
+        """A trainer that writes atomic checkpoints, reads sharded ones with any strategy, and has writable folders."""
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -128,16 +115,16 @@ class LlamaGenCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.resolve_folder(trainer)
-        check_places(trainer)
+        check_folders(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = chosen_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
         return kwargs
 
     def before_instantiate_classes(self) -> None:
-        """Predictions go to their writers, and are not collected in memory; checkpoints get their names when whole."""
+        """Set defaults that depend on the stage: predictions are not collected in memory, checkpoints are atomic."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand == "predict":
             config.return_predictions = False
@@ -147,7 +134,7 @@ class LlamaGenCLI(LightningCLI):
         _share_limited_cores(config.trainer.devices)
 
     def after_fit(self) -> None:
-        """Let the shell know of a run that a signal ended: ``fit && predict`` must not go on.
+        """Exit with a signal's code if a signal ended the run, so that ``fit && predict`` stops.
 
         Raises:
             SystemExit: with 143 after SIGTERM, 130 after SIGINT.
@@ -157,55 +144,37 @@ class LlamaGenCLI(LightningCLI):
 
 
 def _share_limited_cores(devices: Any) -> None:
-    """Divide the cores that a container's limit leaves among the processes of this node.
+    """Divide the cores of a container's limit among the processes of this node.
 
-    Lightning divides the others, but does not see such a limit.
+    Lightning divides the cores of the machine, but does not know such a limit.
     """
     if isinstance(devices, int) and devices > 1 and (cores := usable_cores()) < available_cores():
         torch.set_num_threads(max(1, cores // devices))
 
 
 def _is_of_parser(error: ValueError) -> bool:
-    """Whether jsonargparse raised an error, around that of a class: what a class was led to its own by is a detail."""
+    """Whether jsonargparse raised an error. It wraps the error of a class in its own."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith("jsonargparse.")
 
 
 def _is_frozen(class_path: str | None) -> bool:
-    """Whether a class of modules says that what it holds is only used: by ``predict``, without a checkpoint."""
+    """Whether a module's class is predict-only: it sets ``is_frozen``, and needs no checkpoint."""
     module, _, name = (class_path or "").rpartition(".")
     return bool(module) and getattr(getattr(import_module(module), name), "is_frozen", False)
-
-
-def _check_config_files(args: list[str] | dict[str, Any]) -> None:
-    """Name a file that is no YAML: what reads it later tells the line alone.
-
-    Raises:
-        ValueError: in one line.
-    """
-    words = [word for arg in args for word in arg.split("=", 1)] if isinstance(args, list) else []
-    for option, name in pairwise(words):
-        if option in ("-c", "--config") and Path(name).is_file():
-            try:
-                holds_settings = isinstance(yaml.safe_load(Path(name).read_text()), dict | None)
-                problem = "" if holds_settings else "it holds no settings"
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                problem = str(error)
-            if problem:
-                raise ValueError(f"--config {name} cannot be read as YAML ({problem}); give a configuration file")
 
 
 def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     """Run a stage.
 
     Args:
-        args: instead of the command line's.
+        args: arguments; those of the command line if None.
     """
-    # What predict does not need of a training run, its configuration leaves out on purpose.
+    # predict and test leave out callbacks of training on purpose.
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-    # `${trainer.default_root_dir}` in a YAML file means the key of the same stage, `fit.trainer.default_root_dir`.
+    # `${trainer.default_root_dir}` in a file means the key of the stage, such as `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    _check_config_files(sys.argv[1:] if args is None else args)
+    check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(
         pl.LightningModule,
         pl.LightningDataModule,

@@ -1,4 +1,4 @@
-"""The configuration that a run leaves in its folder, and the guard of folders that hold a run."""
+"""The configuration that a run saves in its folder, and protection of folders that hold another run."""
 
 import os
 import re
@@ -15,27 +15,27 @@ from llamagen.files import atomic_file
 
 ROOT_KEY = "${trainer.default_root_dir}"
 RESUMING = ("last", "best", "hpc", "registry")
-"""Values of ``ckpt_path`` that mean the run's own checkpoints."""
+"""Values of ``ckpt_path`` for the run's own checkpoints."""
 
 
 class RunConfig(SaveConfigCallback):
-    """Write the whole configuration of a stage into the run's folder, as ``fit.yaml``, ``predict.yaml`` and so on.
+    """Save the whole configuration of a stage in the run's folder, as ``fit.yaml``, ``predict.yaml`` and so on.
 
-    It is written when data, model and checkpoint have been found to be in order: a run that cannot start leaves nothing
-    behind. A new run does not write over an old one. Paths in the run's folder are saved relative to
-    ``${trainer.default_root_dir}``, so that the file, given again with another folder, leaves the first one alone.
+    It is written after data, model and checkpoint were checked, so a run that cannot start leaves nothing behind. A new
+    run never overwrites another one. Paths in the run's folder are saved relative to ``${trainer.default_root_dir}``:
+    the saved file with another folder writes nothing into the first one.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse the folder of another run.
+        """Protect the folder of another run.
 
         Raises:
-            ValueError: if ``fit`` would write where another run is.
+            ValueError: if ``fit`` would write into it.
         """
         if stage != "fit":
             return
         root, resumed = Path(trainer.default_root_dir), self.config.get("ckpt_path")
-        own = resumed in RESUMING or (resumed is not None and _is_below(resumed, root))
+        own = resumed in RESUMING or (resumed is not None and _is_inside(resumed, root))
         advice = "choose another --trainer.default_root_dir, or resume the run with --ckpt_path last"
         if not own and self._path(trainer).exists():
             raise ValueError(f"{root} already holds a run; {advice}")
@@ -43,10 +43,10 @@ class RunConfig(SaveConfigCallback):
             if not own and any(folder.glob("*.ckpt")):
                 raise ValueError(f"{folder} already holds checkpoints of another run; {advice}")
             other = next((place for place in (folder, *folder.parents) if _holds_run(place)), None)
-            if other is not None and not _is_below(folder, root):
+            if other is not None and not _is_inside(folder, root):
                 raise ValueError(
-                    f"{folder} lies in {other}, the folder of another run, and would be written to; set its option to "
-                    f"a path below {ROOT_KEY}"
+                    f"{folder} is in {other}, the folder of another run, and would be written to; set its option to a "
+                    f"path under {ROOT_KEY}"
                 )
 
     @staticmethod
@@ -60,7 +60,7 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         if trainer.state.fn == "fit":
-            settings["ckpt_path"] = None  # where a run was resumed from is no setting of it
+            settings["ckpt_path"] = None  # a resumed run has the configuration of an uninterrupted one
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(settings)
@@ -69,12 +69,12 @@ class RunConfig(SaveConfigCallback):
             temporary.write_text(f"# lightning.pytorch=={pl.__version__}\n{text}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove the folders that a logger has made for a run that did not start."""
+        """Remove empty folders that loggers created for a run that did not start."""
         if self.already_saved or not trainer.is_global_zero:
             return
-        # Not `trainer.log_dir`: it waits for the other processes, which may not be here.
-        made = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
-        root, folder = Path(trainer.default_root_dir).absolute(), Path(made).absolute()
+        # Not `trainer.log_dir`: it waits for the other processes, which may have ended.
+        created = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
+        root, folder = Path(trainer.default_root_dir).absolute(), Path(created).absolute()
         while folder.is_relative_to(root) and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
@@ -98,10 +98,10 @@ class RunConfig(SaveConfigCallback):
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a stage in which paths of what is written into the run's folder follow this folder.
+    """Replace output paths in the run's folder by paths relative to ``${trainer.default_root_dir}``.
 
-    This rewrites all paths in the run's folder under ``trainer``, as those of callbacks and loggers, and elsewhere
-    those that do not exist yet: what exists there, as a dataset, is read and not written.
+    Outputs are all paths under ``trainer``, such as those of callbacks and loggers, and elsewhere those that do not
+    exist yet. Others, such as a dataset in the run's folder, are inputs.
 
     Args:
         settings: of the stage, with ``trainer.default_root_dir``.
@@ -118,7 +118,7 @@ def portable(settings: dict[str, Any]) -> dict[str, Any]:
             return [rewritten(each, keys) for each in value]
         if not isinstance(value, str) or keys == ("trainer", "default_root_dir") or not _is_path(value):
             return value
-        if not _is_below(value, Path(root)) or (keys[0] != "trainer" and (named == "." or os.path.exists(value))):
+        if not _is_inside(value, Path(root)) or (keys[0] != "trainer" and (named == "." or os.path.exists(value))):
             return value
         rest = os.path.relpath(os.path.abspath(value), os.path.abspath(root))
         return ROOT_KEY if rest == "." else f"{ROOT_KEY}/{rest}"
@@ -128,11 +128,11 @@ def portable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a string can be a path in a folder: other strings of a configuration are single words."""
+    """Whether a string may be a path: it has a slash, and is neither an address nor text."""
     return "/" in value and "://" not in value and not re.search(r"[\n{}]|\$", value)
 
 
-def _is_below(path: str | Path, root: Path) -> bool:
+def _is_inside(path: str | Path, root: Path) -> bool:
     inner, outer = (os.path.realpath(os.path.abspath(each)) for each in (path, root))
     return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
@@ -142,7 +142,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _written_folders(trainer: pl.Trainer) -> Iterator[Path]:
-    """Folders that checkpoints and loggers of a run are written to, as far as these are on this machine."""
+    """Local folders of the run's checkpoints and loggers."""
     callbacks = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
     loggers = [getattr(each, "save_dir", None) for each in trainer.loggers]
     for folder in (*callbacks, *loggers):

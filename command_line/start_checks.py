@@ -1,4 +1,4 @@
-"""What can be known to fail before a run starts: names of metrics, places to write to, space for a checkpoint."""
+"""Checks before a run starts: names of monitored metrics, writable folders, space for a checkpoint."""
 
 import difflib
 import os
@@ -11,16 +11,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import EMA, FIDMonitor
+from llamagen.output_paths import check_output_folder
 
 OURS = ("callbacks", "command_line", "lightning", "lightning_modules")
-"""Packages of callbacks and modules of which it is known what they log."""
+"""Packages of callbacks and modules whose metrics are known."""
 
 
 class StartChecks(pl.Callback):
-    """Refuse a run that would fail after hours: at the first checkpoint, or at the end of the first epoch."""
+    """Stop a run at its start that would fail at its first checkpoint or at the end of its first epoch."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check, when other callbacks are set up.
+        """Check when other callbacks are set up.
 
         Raises:
             ValueError: in one line, with the option.
@@ -30,17 +31,17 @@ class StartChecks(pl.Callback):
             check_space(trainer, pl_module)
 
 
-def check_places(trainer: pl.Trainer) -> None:
-    """Refuse a run's folder, or one of checkpoints or logs, that cannot be made or written to.
+def check_folders(trainer: pl.Trainer) -> None:
+    """Check that the folders of run, checkpoints and logs can be created and written.
 
     Args:
-        trainer: before its loggers make their folders.
+        trainer: before its loggers create their folders.
 
     Raises:
         ValueError: in one line.
     """
     for folder in _folders(trainer):
-        check_writable(folder)
+        check_output_folder(folder, "", "change its permissions, or set trainer.default_root_dir to another folder")
 
 
 def _folders(trainer: pl.Trainer) -> Iterable[Path]:
@@ -50,36 +51,13 @@ def _folders(trainer: pl.Trainer) -> Iterable[Path]:
     return [Path(os.path.abspath(place)) for place in dict.fromkeys(places) if "://" not in str(place)]
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to.
-
-    Args:
-        folder: absolute; it need not exist.
-
-    Raises:
-        ValueError: in one line.
-    """
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise ValueError(
-            f"{folder} cannot be written to: {there} is not a folder; set trainer.default_root_dir to another"
-        )
-    if not _may_write(there):
-        raise ValueError(
-            f"{there} cannot be written to; change its permissions, or set trainer.default_root_dir to another"
-        )
-
-
-def _may_write(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
-
-
 def check_monitors(trainer: Any, module: pl.LightningModule) -> None:
-    """Refuse callbacks that monitor what nothing logs.
+    """Check that the metrics that callbacks monitor are logged.
 
     Args:
         trainer: with its callbacks set up.
-        module: that is trained; of one of another project it is not known what it logs.
+        module: that is trained. The metrics of modules and callbacks of other projects are unknown, so with these
+            nothing is checked.
 
     Raises:
         ValueError: in one line, with similar names.
@@ -99,7 +77,7 @@ def check_monitors(trainer: Any, module: pl.LightningModule) -> None:
         name: Any = getattr(callback, "monitor", None)
         if not isinstance(callback, ModelCheckpoint | EarlyStopping) or name is None or name in known:
             continue
-        if name.startswith(("train/", "skipped/")):  # some of these depend on the data
+        if name.startswith(("train/", "skipped/")):  # not all are known before the data is read
             continue
         near = difflib.get_close_matches(name, sorted(known), 5, 0.4) or sorted(known)[:5]
         raise ValueError(
@@ -109,11 +87,11 @@ def check_monitors(trainer: Any, module: pl.LightningModule) -> None:
 
 
 def check_space(trainer: Any, module: pl.LightningModule) -> None:
-    """Refuse a disk that is too full for a single checkpoint.
+    """Check that there is room for one checkpoint.
 
     Args:
         trainer: with its callbacks.
-        module: whose parameters, moments and averages a checkpoint holds.
+        module: that is trained.
 
     Raises:
         ValueError: in one line, with the bytes needed.
@@ -125,8 +103,8 @@ def check_space(trainer: Any, module: pl.LightningModule) -> None:
         if folder is None or "://" in str(folder):
             continue
         absolute = Path(os.path.abspath(folder))
-        there = next(place for place in (absolute, *absolute.parents) if place.is_dir())
-        free = shutil.disk_usage(there).free
+        existing = next(place for place in (absolute, *absolute.parents) if place.is_dir())
+        free = shutil.disk_usage(existing).free
         if free < needed:
             raise ValueError(
                 f"a checkpoint needs about {needed:,} bytes, but {folder} has {free:,} bytes free; free some space, or "
@@ -135,7 +113,7 @@ def check_space(trainer: Any, module: pl.LightningModule) -> None:
 
 
 def checkpoint_bytes(module: pl.LightningModule, averaged: bool) -> int:
-    """Bytes of a checkpoint: weights, two moments in AdamW of what is trained, and its averages in float32.
+    """Size of a checkpoint in bytes: weights, AdamW's two moments of trained weights, and averages, all in float32.
 
     Args:
         module: that is trained.

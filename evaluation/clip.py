@@ -15,7 +15,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from llamagen.finite import check_finite
 from llamagen.metrics import extract
 from llamagen.metrics.features import without_tf32
-from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
+from llamagen.text.pretrained import PretrainedKind, load_pretrained, replace_surrogates, tokenize, truncate
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -119,8 +119,8 @@ class Clip(nn.Module):
             raise ValueError(f"prompts must be a list of texts, not the text {prompts[:40]!r}")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
-            whole = tokenized(self.tokenizer, [readable(prompt) for prompt in new])
-            tokens = [cut(each, self.length) for each in whole]
+            whole = tokenize(self.tokenizer, [replace_surrogates(prompt) for prompt in new])
+            tokens = [truncate(each, self.length) for each in whole]
             longest = max(map(len, tokens))
             # Pad with end tokens: attention is causal, and CLIP uses the first end token.
             ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in tokens], device=self.device)

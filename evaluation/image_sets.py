@@ -149,7 +149,7 @@ class ImageSet(ABC):
 def check_loading(batch_size: int, num_workers: int) -> None:
     """Raise a ValueError if ``batch_size`` is below 1 or ``num_workers`` below 0."""
     check_integer("batch_size", batch_size)
-    check_integer("num_workers", num_workers, least=0)
+    check_integer("num_workers", num_workers, minimum=0)
 
 
 def join_checksums(checksums: Iterable[str]) -> str:

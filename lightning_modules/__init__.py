@@ -1,11 +1,11 @@
-"""Training logic of the two models, and the frozen encoder of captions."""
+"""Training logic of the two models, the frozen caption encoder, and what their runs need of Lightning."""
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig
-from lightning_modules.base import models_without_memory
+from lightning_modules.base import models_on_meta_device
 from lightning_modules.captions import CaptionModule
 from lightning_modules.checkpoint_files import CheckpointFiles
-from lightning_modules.latest_checkpoint import chosen_checkpoint
+from lightning_modules.latest_checkpoint import resolve_checkpoint
 from lightning_modules.metrics_file import use_metrics_logger
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sharded_strategy import ShardedStrategy
@@ -21,7 +21,7 @@ __all__ = [
     "ShardedStrategy",
     "VQGANLossConfig",
     "VQGANModule",
-    "chosen_checkpoint",
-    "models_without_memory",
+    "resolve_checkpoint",
+    "models_on_meta_device",
     "use_metrics_logger",
 ]

@@ -1,4 +1,4 @@
-"""The game between tokenizer and discriminator. B batch, H × W pixels."""
+"""Adversarial losses of tokenizer and discriminator. B batch, H × W pixels."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from llamagen.models.augmentation import DiscriminatorAugmentation
 from llamagen.models.discriminator import Discriminator
 
 Terms = dict[str, Tensor]
-"""Unweighted terms of a loss by name, scalars; also what is only logged."""
+"""Unweighted loss terms by name, scalars; also values that are only logged."""
 
 
 class AdversarialGame(nn.Module):
-    """Losses of both sides, with what is done to images before the discriminator sees them.
+    """Computes the losses of both networks, including augmentation, adaptive weight and LeCAM.
 
     Args:
-        config: which losses, and their weights.
-        augmentation: any of ``color``, ``translation`` and ``cutout``.
+        config: loss functions and weights.
+        augmentation: augmentations before the discriminator: any of ``color``, ``translation`` and ``cutout``.
     """
 
     def __init__(self, config: VQGANLossConfig, augmentation: Sequence[str] = ()) -> None:
@@ -33,18 +33,18 @@ class AdversarialGame(nn.Module):
         self.lecam = LeCAM() if config.lecam_weight > 0 else None
 
     def generator_loss(self, discriminator: Discriminator, reconstruction: Tensor) -> Tensor:
-        """Unweighted loss of reconstructions (B, 3, H, W), a scalar without gradient to the discriminator."""
+        """Unweighted loss of reconstructions (B, 3, H, W), a scalar; the discriminator gets no gradient."""
         with frozen(discriminator):
-            judged = discriminator(self.augmentation(reconstruction))
-        return self.losses.generator(judged.float())
+            logits = discriminator(self.augmentation(reconstruction))
+        return self.losses.generator(logits.float())
 
     def generator_weight(self, terms: Terms, last_weight: Tensor, scaler: Any) -> Tensor | float:
-        """Weight of the generator's adversarial term; an adaptive one is added to the terms, to be logged.
+        """Weight of the generator's adversarial loss; an adaptive weight is also added to ``terms`` for the log.
 
         Args:
-            terms: of the generator's loss.
-            last_weight: of the decoder's last layer.
-            scaler: the GradScaler of a run in float16, or None.
+            terms: terms of the generator's loss.
+            last_weight: weight of the decoder's last layer.
+            scaler: GradScaler of a float16 run, or None.
         """
         config = self.config
         if not config.adaptive_weight:
@@ -54,15 +54,15 @@ class AdversarialGame(nn.Module):
             pixels = pixels + config.perceptual_weight * terms["perceptual"]
         scale = 1.0 if scaler is None else scaler.get_scale()
         weight = adaptive_weight(pixels, terms["generator"], last_weight, mean_over_ranks, scale)
-        # In float16 it is not a number where the scale is too large: the whole gradient then is none, so the scaler
-        # skips the step and halves the scale. Only the log gets a number.
+        # footgun: in float16 the weight is NaN if the loss scale is too large. Then all gradients are NaN, and the
+        # scaler skips the step and halves the scale. Only the log gets 0.
         terms["adaptive_weight"] = weight if scaler is None else weight.nan_to_num(0.0)
         return config.adversarial_weight * weight
 
     def discriminator_loss(
         self, discriminator: Discriminator, images: Tensor, reconstruction: Tensor
     ) -> tuple[Tensor, Terms]:
-        """Loss of telling images (B, 3, H, W) from detached reconstructions, a scalar, and its unweighted terms."""
+        """Loss on images and detached reconstructions (B, 3, H, W), a scalar, and its unweighted terms."""
         real = discriminator(self.augmentation(images)).float()
         fake = discriminator(self.augmentation(reconstruction)).float()
         loss = self.losses.discriminator(real, fake)
@@ -76,7 +76,7 @@ class AdversarialGame(nn.Module):
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network but not into its parameters."""
+    """Within it, gradients flow through the network but not into its parameters."""
     network.requires_grad_(False)
     try:
         yield

@@ -29,29 +29,29 @@ from llamagen.text import TextEncoderConfig
 class ARGenModule(SamplingModule):
     """A GPT over the codes of a frozen image tokenizer.
 
-    The tokenizer is only needed to turn codes into images (``predict`` and sample grids). It is outside the state
-    dict, the optimizer and EMA.
+    The tokenizer is only needed to decode codes into images, in ``predict`` and in sample grids. It is not part of
+    state dict, optimizer or EMA.
 
     Args:
         net: shape of the model.
         optimizer: settings of AdamW.
-        sampling: how images are drawn in ``predict`` and in sample grids.
-        tokenizer: checkpoint of the tokenizer run whose codes the model learns.
-        sample_seed: seed of the images that ``predict`` draws.
-        image_size: side in pixels to which all drawn images are resized, at least 1; null leaves them as decoded.
-            The paper measures models for 384 px on images that are resized to 256 (arXiv 2406.06525, section 3); the
-            interpolation is that of the published code, see :func:`llamagen.sampling.pixels.to_pixels`.
-        loss: what is added to the cross entropy.
-        init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
-        init_averaged: take the averaged (EMA) weights of ``init_from``, where it has them.
-        init_adapt: what may differ from ``init_from`` on purpose: ``block_size``, for images of another size, and
-            ``num_classes``, whose classes are then new.
-        max_grad_norm: norm of the gradient, before clipping, above which the run is taken to diverge and stops.
-        skip_bad_steps: instead of stopping, leave out steps whose gradient is not finite or above ``max_grad_norm``.
-        activation_checkpointing: recompute the blocks in the backward pass; less memory for a third more work.
-        compile: compile the blocks for training and evaluation; takes about a minute at the start, whatever the size.
-        text_encoder: of a text model, what reads prompts, and captions whose features are not stored. It is loaded only
-            then, and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
+        sampling: guidance, temperature, top-k and top-p, in ``predict`` and in sample grids.
+        tokenizer: checkpoint of the tokenizer that extracted the codes.
+        sample_seed: seed of the images of ``predict``.
+        image_size: side in pixels to which generated images are resized, at least 1; null keeps the decoded size. The
+            paper evaluates models for 384 px on images resized to 256 (arXiv 2406.06525, section 3). The interpolation
+            is that of the published code, see :func:`llamagen.sampling.pixels.to_pixels`.
+        loss: terms added to the cross entropy.
+        init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors.
+        init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
+        init_adapt: what may differ from ``init_from``: ``block_size``, for images of another size, and
+            ``num_classes``, which initialises the class embeddings at random.
+        max_grad_norm: norm of the gradient before clipping above which the run counts as diverged and stops.
+        skip_bad_steps: skip steps with a gradient that is not finite or above ``max_grad_norm``, instead of stopping.
+        activation_checkpointing: recompute the blocks in the backward pass: less memory for a third more operations.
+        compile: compile the blocks for training and evaluation; takes about a minute at the start for any size.
+        text_encoder: encoder of prompts, and of captions without stored features, for a text-conditional model. It is
+            loaded at its first use and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
     """
 
     def __init__(
@@ -95,30 +95,28 @@ class ARGenModule(SamplingModule):
         )
         self.nats_by_position: dict[str, Tensor] = {}
         with option_named("init_from"):
-            self._start = read_weights(init_from, init_averaged) if init_from is not None else None
+            self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
-        if self._text is not None and self._start is not None and self._start.captions:
-            self._text.check(self._start.captions, self._start.source)
-        self._load_start()  # on the meta device it is seen that they fit
-        if self._start is None and init_adapt:
-            raise ValueError(
-                f"init_adapt is {list(init_adapt)}, but there is no init_from; give the weights to start from"
-            )
+        if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
+            self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
+        self._load_initial_weights()  # a model on the meta device only has its shapes checked here
+        if self._initial_weights is None and init_adapt:
+            raise ValueError(f"init_adapt is {list(init_adapt)}, but init_from is not given; give the initial weights")
 
-    def _load_start(self) -> None:
-        if self._start is not None:
+    def _load_initial_weights(self) -> None:
+        if self._initial_weights is not None:
             with option_named("init_from"):
-                state = adapt_to(self.gpt, self._start, self._init_adapt)
-                load_weights(self.gpt, state, self._start.source)
+                state = adapt_to(self.gpt, self._initial_weights, self._init_adapt)
+                load_weights(self.gpt, state, self._initial_weights.source)
 
     def configure_model(self) -> None:
-        """Spread the parameters over ranks, if the strategy is Lightning's ``ModelParallelStrategy`` (FSDP2).
+        """Compile the blocks, and shard the parameters if the strategy is ``ModelParallelStrategy`` (FSDP2).
 
-        A model that was built on the meta device gets its weights now, which are those that it would have without any
-        strategy; no device ever holds all of them.
+        A model on the meta device is initialised here, tensor by tensor, with the weights it would have under any
+        other strategy. No device ever holds all of them.
 
         Raises:
-            ValueError: if the strategy wants tensors to be computed in parts, or the precision is not right under it.
+            ValueError: if the strategy asks for tensor parallelism, or the precision does not work with sharding.
         """
         if self._compile:
             self.gpt.compile_blocks()
@@ -127,25 +125,25 @@ class ARGenModule(SamplingModule):
             mesh, precision = self.device_mesh, self.trainer.precision
             if mesh["tensor_parallel"].size() > 1:
                 raise ValueError(
-                    f"tensor_parallel_size is {mesh['tensor_parallel'].size()}, but only parameters are spread over "
-                    "ranks here; set tensor_parallel_size to 1, and data_parallel_size to the number of ranks"
+                    f"tensor_parallel_size is {mesh['tensor_parallel'].size()}, but tensor parallelism is not "
+                    "supported; set it to 1, and data_parallel_size to the number of ranks"
                 )
             if precision not in ("32-true", "bf16-mixed", "bf16-true"):
-                raise ValueError(f"precision {precision} is not right with sharded parameters; use bf16-mixed")
+                raise ValueError(f"trainer.precision {precision} does not work with sharded parameters; use bf16-mixed")
             shard(self.gpt, mesh["data_parallel"], torch.bfloat16 if precision == "bf16-mixed" else None)
             if self.trainer.state.fn == "fit":
-                # What is gathered in inference mode could not be trained on.
+                # footgun: parameters gathered in inference mode cannot be trained afterwards.
                 self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
         if any(parameter.is_meta for parameter in self.gpt.parameters()):
             self.gpt.to_empty(device="cpu" if self.device_mesh is None else self.trainer.strategy.root_device)
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(self._generator_state)
                 self.gpt.reset_parameters()
-            self._load_start()
+            self._load_initial_weights()
         if self.device_mesh is not None:
-            for buffer in self.gpt.buffers():  # whole on each rank, and drawn anew without a seed
+            for buffer in self.gpt.buffers():  # not sharded; initialised at random on each rank
                 buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))
-        self._start = None
+        self._initial_weights = None
 
     @property
     def generator(self) -> GPT:
@@ -153,16 +151,21 @@ class ARGenModule(SamplingModule):
         return self.gpt
 
     @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The GPT alone."""
+        return {"gpt": self.gpt}
+
+    @property
     def flops_per_sequence(self) -> float:
-        """Operations of the model in a training step for one image, see :mod:`llamagen.cost.gpt`."""
+        """Floating-point operations of a training step per image, see :mod:`llamagen.cost.gpt`."""
         return flops_per_sequence(self.gpt.config)
 
     def setup(self, stage: str) -> None:
-        """Refuse codes or requests that do not fit the model, before anything is written.
+        """Check that codes or requests match the model, before anything is written.
 
         Raises:
-            ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, images cannot be
-                sampled, the text encoder that is needed is not available, or the precision is not right for training.
+            ValueError: if vocabulary, grid, number of classes, tokenizer or text encoder differ, a request cannot be
+                served (:meth:`check_requests`), or the precision does not work for training.
         """
         super().setup(stage)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -170,81 +173,69 @@ class ARGenModule(SamplingModule):
             check_codes(self.gpt.config, meta)
             self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
             if self._text is not None:
-                self._text.check_set(meta, datamodule.captioned, datamodule.clean_captions)
+                self._text.check_dataset(meta, datamodule.captioned, datamodule.clean_captions)
         prompts = getattr(datamodule, "prompts", None)
         if stage == "predict" or hasattr(datamodule, "labels"):
-            self.check_sampling(getattr(datamodule, "classes", ()), prompts or ())
+            self.check_requests(getattr(datamodule, "classes", ()), prompts or ())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which tokenizer the codes came from, and which encoder the captions' features."""
+        """Record the tokenizer of the codes and the encoder of the captions."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["tokenizer"] = self._tokenizer_checksum
         if self._text is not None:
-            checkpoint[ENTRY]["captions"] = self._text.facts
+            checkpoint[ENTRY]["captions"] = self._text.metadata
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, or one trained on codes of another tokenizer or another encoder's
-        features.
+        """Check that the checkpoint matches model, tokenizer and text encoder.
 
         Raises:
-            ValueError: in one line, with what differs.
+            ValueError: in one line, with the difference.
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
-        if self._text is not None and (facts := checkpoint[ENTRY].get("captions")):
-            self._text.check(facts, "the checkpoint")
+        if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
+            self._text.check_encoder(metadata, "the checkpoint")
 
     def forward(self, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) of codes (B, L), each from the condition and the codes before it."""
+        """Logits (B, L, V) of codes (B, L), each given the condition and the previous codes (teacher forcing)."""
         logits: Tensor = self.gpt(codes[:, :-1], condition, caption_lengths=caption_lengths)
         return logits
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
-        condition = self.condition_of(batch)
+        condition = self.batch_condition(batch)
         hidden = self.gpt.features(batch["codes"][:, :-1], condition.features, caption_lengths=condition.lengths)
         return hidden.flatten(0, 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of ``batch["codes"]`` (B, L) int64 given ``batch["condition"]``; ``train/loss`` is in nats a code.
+        """Loss of ``batch["codes"]`` (B, L) int64 given the batch's condition. ``train/loss`` is in nats per code.
 
         Raises:
-            FloatingPointError: if it is not finite on any rank.
+            FloatingPointError: if the loss is not finite on any rank.
         """
         codes, config = batch["codes"], self.loss_config
         loss, nats = linear_cross_entropy(
             self._hidden(batch), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
         )
-        if not self.skip_bad_steps:  # else its gradient tells, on all ranks
+        if not self.skip_bad_steps:  # else the gradient is checked, on all ranks together
             self.check_finite({"loss": ~loss.detach().isfinite()})
         self.log("train/loss", nats, prog_bar=True, batch_size=len(codes))
         return loss
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, and log the norm.
-
-        Raises:
-            FloatingPointError: if the gradient is not finite or too large, unless such steps are skipped.
-        """
-        self.clip("gpt", self.gpt, gradient_clip_val, gradient_clip_algorithm, self.max_grad_norm, self.skip_bad_steps)
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Cross entropy, perplexity and share of right guesses without dropout and smoothing, under ``val/``."""
+        """Cross entropy, perplexity and accuracies without dropout and label smoothing, under ``val/``."""
         self.evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
-        """The same under ``test/``; where the batch asks for images, draw them as ``predict`` does."""
+        """The same under ``test/``. For batches of requests instead of codes, generate images as ``predict`` does."""
         if "codes" not in batch:
             return self.predict_step(batch, batch_idx)
         self.evaluate(batch, "test")
         return None
 
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        """Count a batch among those of ``val``, ``val_raw`` or ``test``, whose numbers are logged when it is over.
+        """Add a batch to the metrics of ``val``, ``val_raw`` (weights without EMA) or ``test``.
+
+        They are logged at the end of the epoch.
 
         Raises:
             FloatingPointError: if the cross entropy of a code is not finite.
@@ -255,10 +246,10 @@ class ARGenModule(SamplingModule):
         cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
 
     def on_validation_epoch_end(self) -> None:
-        """Numbers over the whole validation set and all ranks.
+        """Log the metrics of the validation set over all ranks.
 
         Raises:
-            FloatingPointError: if the loss is not finite while training: before a checkpoint is made of such weights.
+            FloatingPointError: if the loss is not finite during ``fit``, so before these weights are saved.
         """
         super().on_validation_epoch_end()
         self.nats_by_position.clear()
@@ -267,7 +258,7 @@ class ARGenModule(SamplingModule):
             self._log_prediction("val_raw")
 
     def on_test_epoch_end(self) -> None:
-        """Numbers over the whole test set and all ranks."""
+        """Log the metrics of the test set over all ranks."""
         super().on_test_epoch_end()
         self.nats_by_position.clear()
         if cast(CodePrediction, self.predictions["test"]).update_called:
@@ -275,20 +266,16 @@ class ARGenModule(SamplingModule):
 
     def _log_prediction(self, stage: str) -> None:
         prediction = cast(CodePrediction, self.predictions[stage])
-        numbers = prediction.compute()
+        result = prediction.compute()
         prediction.reset()
-        self.nats_by_position[stage] = numbers.nats_by_position
+        self.nats_by_position[stage] = result.nats_by_position
         if self.trainer.state.fn == "fit":
-            self.check_finite({"loss": ~numbers.nats.isfinite()}, " in validation")
-        self.log(f"{stage}/loss", numbers.nats, prog_bar=True)
-        self.log(f"{stage}/perplexity", numbers.perplexity)
-        self.log(f"{stage}/top1", numbers.top1)
-        self.log(f"{stage}/top5", numbers.top5)
+            self.check_finite({"loss": ~result.nats.isfinite()}, " in validation")
+        self.log(f"{stage}/loss", result.nats, prog_bar=True)
+        self.log(f"{stage}/perplexity", result.perplexity)
+        self.log(f"{stage}/top1", result.top1)
+        self.log(f"{stage}/top5", result.top5)
 
     def metric_names(self) -> list[str]:
-        """Names of what is logged at each validation."""
+        """Names of the metrics logged at each validation."""
         return [f"val/{name}" for name in ("loss", "perplexity", "top1", "top5")]
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over the whole model."""
-        return self.build_optimizer([self.gpt])

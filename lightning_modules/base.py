@@ -1,8 +1,8 @@
-"""What both modules share: a step's randomness is its own, and a checkpoint says what it holds."""
+"""Base of the modules that are trained: seeds of steps, logging, gradient clipping, checks, and checkpoints."""
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -17,43 +17,50 @@ from torch.distributed.tensor import DTensor
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.checkpoints.contents import check_fits, describe
 from llamagen.checkpoints.weights import ENTRY
-from llamagen.finite import culprit, refusal
+from llamagen.finite import find_source, not_finite_error
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 
-_WITHOUT_MEMORY: ContextVar[bool] = ContextVar("without memory", default=False)
+_ON_META_DEVICE: ContextVar[bool] = ContextVar("on meta device", default=False)
 
 
 @contextmanager
-def models_without_memory() -> Iterator[None]:
-    """Within it, modules build models that can be spread over ranks on the meta device; what surrounds them is usual.
+def models_on_meta_device() -> Iterator[None]:
+    """Within this context, modules build shardable models on the meta device, without memory.
 
-    Such a model gets its memory in ``configure_model``.
+    ``configure_model`` allocates and initialises them. Everything else in a module is built as usual.
     """
-    token = _WITHOUT_MEMORY.set(True)
+    token = _ON_META_DEVICE.set(True)
     try:
         yield
     finally:
-        _WITHOUT_MEMORY.reset(token)
+        _ON_META_DEVICE.reset(token)
 
 
 def model_device() -> AbstractContextManager[Any]:
-    """Where a module builds a model that can be spread over ranks: see :func:`models_without_memory`."""
-    return torch.device("meta") if _WITHOUT_MEMORY.get() else nullcontext()
+    """Context in which a module builds a shardable model, see :func:`models_on_meta_device`."""
+    return torch.device("meta") if _ON_META_DEVICE.get() else nullcontext()
 
 
 class GenerativeModule(pl.LightningModule):
     """Base of :class:`VQGANModule` and :class:`ARGenModule`.
 
-    Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank, so that
-    a resumed run draws what an uninterrupted one would have drawn, whatever validation or a callback drew in between.
-    The seed is that of ``seed_everything`` and stays with the checkpoint.
+    Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank. So a
+    resumed run equals an uninterrupted one, even if validation or a callback used random numbers in between. The seed
+    is that of ``seed_everything`` and is saved in the checkpoint.
 
-    The x axis of everything that is logged is the number of batches that a rank has seen.
+    The x axis of all logged metrics is the number of batches that a rank has seen.
+
+    Attributes:
+        max_grad_norm: norm of the gradient, before clipping, above which the run counts as diverged; None for no limit.
+        skip_bad_steps: skip steps with a gradient that is not finite or above ``max_grad_norm``, instead of stopping.
 
     Args:
         optimizer: settings of AdamW.
     """
+
+    max_grad_norm: float | None = None
+    skip_bad_steps: bool = False
 
     def __init__(self, optimizer: AdamWConfig) -> None:
         super().__init__()
@@ -63,22 +70,27 @@ class GenerativeModule(pl.LightningModule):
     @property
     @abstractmethod
     def generator(self) -> GPT | VQGAN:
-        """The network that is kept in the end: what EMA averages and a checkpoint describes."""
+        """The network that is kept after training. EMA averages it, and checkpoints describe it."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """All trained networks by name, as in ``train/grad_norm_NAME``."""
 
     @abstractmethod
     def metric_names(self) -> list[str]:
-        """Names of what is logged at each validation, for those that monitor one."""
+        """Names of the metrics logged at each validation, which callbacks may monitor."""
 
     @property
     def generator_prefix(self) -> str:
-        """Where the generator's weights are in the state dict."""
+        """Prefix of the generator's weights in the state dict."""
         return next(f"{name}." for name, module in self.named_children() if module is self.generator)
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision in which training cannot work.
+        """Check the precision of training.
 
         Raises:
-            ValueError: in one line.
+            ValueError: in one line, for ``16-true``.
         """
         if stage == "fit" and self.trainer.precision == "16-true":
             raise ValueError(
@@ -87,7 +99,7 @@ class GenerativeModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Refuse a strategy that spreads parameters over ranks, unless a module knows how to.
+        """Check that parameters are not sharded; modules that support it override this.
 
         Raises:
             ValueError: in one line.
@@ -95,25 +107,25 @@ class GenerativeModule(pl.LightningModule):
         if self.device_mesh is not None:
             raise ValueError(
                 f"{type(self).__name__} is small enough for each GPU; set trainer.strategy to ddp, not to one that "
-                "shards its parameters"
+                "shards parameters"
             )
 
     def on_fit_start(self) -> None:
-        """Fix the seed of the run, unless a checkpoint brought it."""
+        """Set the seed of the run, unless it came from a checkpoint."""
         if self._step_seed is None:
             self._step_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
 
     def on_train_start(self) -> None:
-        """Warn if no step can have as many batches as are asked for: Lightning takes one at the end of each epoch."""
+        """Warn if an epoch has fewer batches than ``accumulate_grad_batches``."""
         batches, wanted = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         if batches < wanted:
             rank_zero_warn(
-                f"accumulate_grad_batches is {wanted}, but an epoch has {batches} batches, after which a step is taken "
-                f"in any case: its gradient is {batches}/{wanted} of the mean; set it to at most {batches}"
+                f"accumulate_grad_batches is {wanted}, but an epoch has {batches} batches, and Lightning takes a step "
+                f"at its end anyway: the gradient is {batches}/{wanted} of the mean; set it to at most {batches}"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step."""
+        """Seed the random numbers of the step, and log the learning rate."""
         assert self._step_seed is not None
         micro_batch = batch_idx % max(self.trainer.accumulate_grad_batches, 1)
         counters = [self._step_seed, self.global_step, micro_batch, self.global_rank]
@@ -122,17 +134,17 @@ class GenerativeModule(pl.LightningModule):
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
-        """Place the numbers of an epoch on the x axis, and log what of the data could not be used."""
+        """Log the x axis and the skipped samples of the epoch."""
         self._log_batches_seen()
         self._log_skipped("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Place the numbers of a validation on the x axis, and log what of the data could not be used."""
+        """Log the x axis and the skipped samples of the validation."""
         self._log_batches_seen()
         self._log_skipped("val")
 
     def on_test_epoch_end(self) -> None:
-        """Place the numbers of a test on the x axis, and log what of the data could not be used."""
+        """Log the x axis and the skipped samples of the test."""
         self._log_batches_seen()
         self._log_skipped("val")
 
@@ -147,17 +159,17 @@ class GenerativeModule(pl.LightningModule):
         for reason, count in counts.items():
             self.log(f"skipped/{split}/{reason.replace(' ', '_')}", float(count))
         if counts:
-            numbers = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-            story = "; e.g. ".join([numbers, *examples])
-            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({story})")
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+            details = "; e.g. ".join([reasons, *examples])
+            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({details})")
 
     def _log_batches_seen(self) -> None:
-        # Loggers take what is logged as "step" for the x axis.
+        # Lightning uses a logged value named "step" as the x axis of its loggers.
         self.log("step", float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
 
     @property
     def scaler(self) -> Any:
-        """The GradScaler of a run in float16, else None."""
+        """The GradScaler of a run in 16-mixed, else None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     @property
@@ -166,14 +178,14 @@ class GenerativeModule(pl.LightningModule):
         return str(self.dtype).removeprefix("torch.") if self._trainer is None else str(self.trainer.precision)
 
     def check_finite(self, broken: dict[str, Tensor], during: str = "") -> None:
-        """Stop all ranks, or none, where a term of the loss is not finite: nobody waits for one that is gone.
+        """Stop all ranks together if a loss term is not finite on any of them, so that none waits for another.
 
         Args:
-            broken: scalar bool for each term, True where it is not finite on this rank.
-            during: ends the message.
+            broken: scalar bool by name of the term, True if it is not finite on this rank.
+            during: phase, for the message.
 
         Raises:
-            FloatingPointError: with the names of the terms.
+            FloatingPointError: on all ranks, with the names of the terms.
         """
         flags = torch.stack(list(broken.values()))
         if self.trainer.world_size > 1:
@@ -181,19 +193,20 @@ class GenerativeModule(pl.LightningModule):
         if flags.any():
             names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
             raise FloatingPointError(
-                f"{', '.join(names)} not finite{during} at step {self.global_step}; go on from the last checkpoint, if "
-                "there is one, with a lower learning rate or another seed, or in 32-bit precision"
+                f"{', '.join(names)} not finite{during} at step {self.global_step}; resume from the last checkpoint, "
+                "if there is one, with a lower learning rate, another seed, or in 32-true"
             )
 
     def stop_unless_finite(self, broken: dict[str, Tensor], run: Callable[[], Any]) -> None:
-        """Look at what was computed of a batch, outside of training.
+        """Check the results of an evaluation batch.
 
-        While several ranks fit, this is left to the end of a validation, when :meth:`check_finite` stops all of them:
-        they may have unequal numbers of batches. Elsewhere a rank that stops ends the others' processes.
+        During ``fit`` on several ranks this does nothing: ranks may have unequal numbers of validation batches, so
+        :meth:`check_finite` stops all of them at the end of the validation. In other stages a rank that stops ends the
+        others' processes.
 
         Args:
-            broken: scalar bool for each value by its name, True where it is not finite.
-            run: computes it again, to find the layer.
+            broken: scalar bool by name of the value, True if it is not finite.
+            run: computes the values again, to find the layer.
 
         Raises:
             FloatingPointError: with the names of the values, stage, batch, precision and layer or weight.
@@ -204,15 +217,15 @@ class GenerativeModule(pl.LightningModule):
                 self.check_finite(broken, " in validation")
             return
         flags = torch.stack(list(broken.values()))
-        if self.device_mesh is not None:  # ranks compute each layer together
+        if self.device_mesh is not None:  # sharded: all ranks run each layer together, so all must stop
             flags = self.trainer.strategy.reduce(flags.float(), reduce_op="sum") > 0
         if flags.any():
             names = [name for name, bad in zip(broken, flags.tolist(), strict=True) if bad]
-            blame = culprit(self.generator, run if self.device_mesh is None else None)
-            raise refusal(
+            source = find_source(self.generator, run if self.device_mesh is None else None)
+            raise not_finite_error(
                 f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}",
                 self.precision_name,
-                blame,
+                source,
                 where=self._stage_and_batch() if attached else "",
             )
 
@@ -225,98 +238,100 @@ class GenerativeModule(pl.LightningModule):
         )
         return f" in {stage.value}, batch {loop.batch_progress.current.ready - 1}"
 
-    def clip(
+    def configure_gradient_clipping(
         self,
-        name: str,
-        network: nn.Module,
-        most: float | None,
-        algorithm: str | None,
-        wild: float | None = None,
-        skip: bool = False,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the norm of a network's gradient, and clip it.
+        """Log the gradient norm of each network, and clip each separately: one large norm does not slow the other.
 
         Args:
-            name: of the network.
-            network: whose gradients, as far as it has any.
-            most: what to clip to; None or 0 for nothing.
-            algorithm: ``value`` clips each entry, all else the norm.
-            wild: norm above which the run is taken to diverge; None for no limit.
-            skip: take a gradient that is not finite or wild away, so that the step changes nothing.
+            optimizer: unused.
+            gradient_clip_val: maximum; None or 0 for no clipping.
+            gradient_clip_algorithm: ``value`` clips each entry, otherwise the norm is clipped.
 
         Raises:
-            FloatingPointError: if the gradient is not finite or wild, and such steps are not skipped; a GradScaler
-                skips those that are not finite by itself.
+            FloatingPointError: if a gradient is not finite or above ``max_grad_norm``, unless ``skip_bad_steps``. A
+                GradScaler skips gradients that are not finite by itself.
         """
+        for name, network in self.networks.items():
+            self._clip(name, network, gradient_clip_val, gradient_clip_algorithm)
+
+    def _clip(self, name: str, network: nn.Module, maximum: float | None, algorithm: str | None) -> None:
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         if not gradients:
             return
-        spread = nn.utils.get_total_norm(gradients)  # its parts, where gradients are sharded
-        norm = spread.full_tensor() if isinstance(spread, DTensor) else spread
+        local_norm = nn.utils.get_total_norm(gradients)  # a partial DTensor if gradients are sharded
+        norm = local_norm.full_tensor() if isinstance(local_norm, DTensor) else local_norm
         self.log(f"train/grad_norm_{name}", norm)
         fault = ""
         if not norm.isfinite():
             fault = "is not finite" if self.scaler is None else ""
-        elif wild is not None and norm > wild:
-            fault = f"has a norm of {norm:.4g}, more than {wild:g},"
-        if skip:
+        elif self.max_grad_norm is not None and norm > self.max_grad_norm:
+            fault = f"has a norm of {norm:.4g}, above max_grad_norm {self.max_grad_norm:g},"
+        if self.skip_bad_steps:
             self.log("train/skipped_steps", float(bool(fault)), on_step=True)
-        if fault and skip:
+        if fault and self.skip_bad_steps:  # without gradients AdamW changes neither weights nor moments
             network.zero_grad(set_to_none=True)
             return
         if fault:
             raise FloatingPointError(
                 f"the gradient of the {name} {fault} at step {self.global_step}; its weights are still those of the "
-                "step before. Go on from the last checkpoint with a lower learning rate or another seed"
+                "step before. Resume from the last checkpoint with a lower learning rate or another seed"
             )
-        if most and algorithm == "value":
-            nn.utils.clip_grad_value_(network.parameters(), most)
-        elif most:
-            nn.utils.clip_grads_with_norm_(network.parameters(), most, spread)
+        if maximum and algorithm == "value":
+            nn.utils.clip_grad_value_(network.parameters(), maximum)
+        elif maximum:
+            nn.utils.clip_grads_with_norm_(network.parameters(), maximum, local_norm)
 
-    def build_optimizer(self, networks: Iterable[nn.Module]) -> dict[str, Any]:
-        """One AdamW over several networks with the module's settings, as ``configure_optimizers`` returns it."""
+    def configure_optimizers(self) -> Any:
+        """One AdamW over all trained networks, with its schedule."""
         total = self.trainer.estimated_stepping_batches if self.optimizer_config.schedule == "cosine" else float("inf")
-        return build_adamw(networks, self.optimizer_config, total, fused=self.trainer.precision != "16-mixed")
+        return build_adamw(
+            self.networks.values(), self.optimizer_config, total, fused=self.trainer.precision != "16-mixed"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint holds; primitives only, so that it loads with ``weights_only``."""
+        """Describe the model in the checkpoint, in primitives only, so that it loads with ``weights_only``."""
         checkpoint.setdefault(ENTRY, {}).update(describe(self.generator, self.generator_prefix))
         checkpoint[ENTRY]["step_seed"] = self._step_seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model before anything is changed.
+        """Check that the checkpoint is of this model, before anything is changed; fix Lightning's counters.
 
         Raises:
-            ValueError: in one line, with what differs.
+            ValueError: in one line, with the difference.
         """
         check_fits(checkpoint, self.generator)
         _reopen_epoch(checkpoint)
         _close_epoch(checkpoint)
-        self._count_batches_anew(checkpoint)
+        self._recount_batches(checkpoint)
         self._step_seed = checkpoint[ENTRY]["step_seed"]
         if self.trainer.state.fn != "fit" and "loops" in checkpoint:  # else Lightning restores it
             seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
             self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = seen
 
-    def _count_batches_anew(self, checkpoint: dict[str, Any]) -> None:
-        """Let the rest of an epoch be as long as it is here: on another number of ranks, or with other batches.
+    def _recount_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Set the number of batches done in the epoch for the current number of ranks and batch size.
 
-        Lightning counts the batches of a rank and ends the epoch at the number that a whole one has.
+        Lightning counts the batches of a rank and ends the epoch at their total number. Both may have been different
+        when the checkpoint was saved, so the epoch would end too early or too late.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.state.fn != "fit" or "loops" not in checkpoint or not hasattr(datamodule, "batches_done"):
             return
-        done, whole = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
+        done, total = datamodule.batches_done(checkpoint.get(type(datamodule).__qualname__, {})) or (0, 0)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if 0 < done < whole and not progress["is_last_batch"]:
-            shift = done - progress["current"]["ready"]  # the others may lag by one, which means something to Lightning
+        if 0 < done < total and not progress["is_last_batch"]:
+            # Added to all counters: Lightning relies on the differences between them.
+            shift = done - progress["current"]["ready"]
             for state in progress["current"]:
                 progress["current"][state] += shift
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a run that ``max_steps`` stopped within an epoch go on within it: Lightning counts the epoch as finished."""
+    """Let a run that ``max_steps`` stopped within an epoch resume there: Lightning counts that epoch as finished."""
     if "loops" not in checkpoint:  # weights only
         return
     loop = checkpoint["loops"]["fit_loop"]
@@ -330,8 +345,8 @@ def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
 def _close_epoch(checkpoint: dict[str, Any]) -> None:
     """Let a run that was saved at the end of an epoch resume with the first batch of the next one.
 
-    Where no validation has run in that epoch (``check_val_every_n_epoch``, ``limit_val_batches: 0``), and ``max_steps``
-    is given, Lightning would train one batch of the next epoch, count it to the one before, and leave out the rest.
+    If no validation ran in that epoch (``check_val_every_n_epoch``, ``limit_val_batches: 0``) and ``max_steps`` is set,
+    Lightning would train one batch of the next epoch, count it as part of the previous one, and skip the rest.
     """
     if "loops" not in checkpoint:  # weights only
         return

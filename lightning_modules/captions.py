@@ -1,4 +1,4 @@
-"""Captions → features of a frozen T5, by ``predict``. B captions, C positions, W the encoder's width."""
+"""``predict``: captions → features of a frozen T5. B captions, C positions, W the encoder's width."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -8,11 +8,11 @@ from llamagen.text import CaptionEncoder, EncodedCaptions, TextEncoderConfig
 
 
 class CaptionFeatures(NamedTuple):
-    """What becomes of B samples.
+    """Features of the captions of B samples.
 
     Attributes:
         captions: features of the captions, (B, C, W).
-        short_captions: of their first sentences, where the batch has these.
+        short_captions: features of their first sentences, if the batch has them.
     """
 
     captions: EncodedCaptions
@@ -20,24 +20,24 @@ class CaptionFeatures(NamedTuple):
 
 
 class CaptionModule(pl.LightningModule):
-    """The frozen encoder of captions, for ``predict`` (arXiv 2406.06525, section 2.3).
+    """The frozen caption encoder, for ``predict`` only (arXiv 2406.06525, section 2.3).
 
-    It needs no checkpoint, and is in none.
+    It needs no checkpoint.
 
     Args:
-        encoder: which T5 reads captions.
-        caption_length: number of positions C; more tokens are cut off.
+        encoder: name and dtype of the T5.
+        caption_length: number of positions C; longer captions are truncated.
 
     Raises:
-        ValueError: in one line, if the extra ``text`` is not installed or the encoder cannot be had.
+        ValueError: in one line, if the extra ``text`` is not installed or the encoder is not available.
     """
 
     is_frozen: ClassVar[bool] = True
-    """There is nothing to train or measure: the command line takes ``predict`` alone, and no checkpoint."""
+    """Predict-only: the command line accepts neither other stages nor a checkpoint."""
 
     def __init__(self, encoder: TextEncoderConfig, caption_length: int = 120) -> None:
         super().__init__()
-        # A tuple hides it: its billion of weights is in no state dict, and nobody casts it.
+        # footgun: not a submodule, or Lightning would cast it and save its billion weights. A tuple hides it.
         self._encoder = (CaptionEncoder(encoder.name, caption_length, encoder.dtype),)
 
     @property
@@ -50,6 +50,6 @@ class CaptionModule(pl.LightningModule):
         self.encoder.to(self.device)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> CaptionFeatures:
-        """The features of ``captions`` and, if there are any, ``short_captions``, each a list of B texts."""
+        """Features of ``captions`` and, if the batch has them, ``short_captions``, each a list of B texts."""
         short = batch.get("short_captions")
         return CaptionFeatures(self.encoder(batch["captions"]), None if short is None else self.encoder(short))

@@ -1,4 +1,4 @@
-"""Which checkpoint ``--ckpt_path last`` means: the newest one of the run that is complete."""
+"""Resolves ``--ckpt_path last`` to the newest complete checkpoint of a run."""
 
 import re
 from collections.abc import Iterable
@@ -16,18 +16,18 @@ from llamagen.checkpoints.integrity import check_integrity
 KEYWORDS = ("best", "last", "hpc", "registry")
 SUFFIX = ".ckpt"
 REPLACED = re.compile(r"\.(.+\.ckpt)\.(?:replaced\.tmp|old)")
-"""Names of a sharded checkpoint in the moment in which another takes its place."""
+"""Names that a sharded checkpoint has while another one replaces it."""
 MAX_LISTED = 3
 
 
 class Progress(NamedTuple):
-    """How far a run was; the larger is the newer.
+    """Training progress of a checkpoint. The largest is the newest.
 
     Attributes:
-        steps: of the optimizer.
-        batches: that a rank has seen.
-        epochs: that were ended.
-        named_last: among equals, the one that Lightning writes last is taken.
+        steps: optimizer steps.
+        batches: batches that a rank has seen.
+        epochs: completed epochs.
+        named_last: whether it is ``last.ckpt``, which Lightning writes last of equal ones.
         changed: time of the last change in nanoseconds.
     """
 
@@ -38,12 +38,11 @@ class Progress(NamedTuple):
     changed: int
 
 
-def chosen_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
-    """What to load for a ``--ckpt_path``.
+def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
+    """The checkpoint to load for a ``--ckpt_path``, after a comparison with its checksums.
 
-    A file or folder is compared with its checksums. ``last`` is the newest complete checkpoint among those that the
-    run's callbacks keep, whatever their names: by training progress, not by the time of the file. Those that cannot be
-    read are reported and skipped.
+    ``last`` is the newest complete checkpoint in the folders of the run's callbacks, with any name. Checkpoints are
+    ordered by training progress, not by file time. Unreadable ones are skipped with a warning.
 
     Args:
         ckpt_path: as given.
@@ -51,10 +50,10 @@ def chosen_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Returns:
-        A path, or what was given; None for a ``fit`` that begins.
+        A path, or ``ckpt_path`` itself; None if ``fit`` starts from the beginning.
 
     Raises:
-        ValueError: in one line, if what is there cannot be read, or nothing is there and the stage needs it.
+        ValueError: in one line, if no checkpoint can be read, or there is none and the stage needs one.
     """
     if ckpt_path == "last":
         folders = checkpoint_folders(trainer)
@@ -67,7 +66,7 @@ def chosen_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path] | None:
-    """The folders in which the callbacks of a run keep checkpoints, and the run's own; None if one is no local one."""
+    """Folders of a run's checkpoints: its own and those of its callbacks. None if one of them is not local."""
     root = str(trainer.default_root_dir)
     found: list[Any] = [root, f"{root}/checkpoints"]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -113,14 +112,14 @@ def _newest(folders: list[Path], stage: str) -> str | None:
 
 
 def _candidates(folders: Iterable[Path]) -> list[Path]:
-    """All checkpoints in some folders, a file that has several names once."""
+    """All checkpoints in the folders; a file with several names (links) counts once."""
     found: dict[Path, Path] = {}
     for number, folder in enumerate(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             replaced = REPLACED.fullmatch(path.name)
-            if number == 0 and not path.name.startswith("hpc_ckpt_"):  # in the run's own folder, those of SLURM alone
+            if number == 0 and not path.name.startswith("hpc_ckpt_"):  # in the run's own folder: only SLURM's
                 continue
-            if replaced:  # a killed process had no time to give the new one this name
+            if replaced:  # its process was killed between two renames
                 if not (folder / replaced[1]).exists() and path.is_dir():
                     found[path.resolve()] = path
             elif path.suffix == SUFFIX and not path.name.startswith(".") and path.exists():
@@ -133,16 +132,16 @@ def _is_named_last(path: Path) -> bool:
 
 
 def _progress(path: Path, resumes: bool) -> Progress:
-    """How far the run was when it wrote a checkpoint.
+    """Training progress of a checkpoint.
 
     Raises:
-        ValueError: in one line, if it cannot be read or the training cannot be resumed with it.
+        ValueError: in one line, if it cannot be read, or training cannot be resumed from it.
     """
     checkpoint = read_checkpoint(path, wanted=lambda _: False)
     if resumes and not {"optimizer_states", "loops"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds weights alone")
+        raise ValueError(f"{path} holds only weights")
     if "global_step" not in checkpoint:
-        raise ValueError(f"{path} does not say how far its run was")
+        raise ValueError(f"{path} does not record the training progress")
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("processed", 0)
     epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed", 0)

@@ -1,4 +1,4 @@
-"""The metrics of a run as ``metrics.csv``, which a killed process or a full disk leaves readable."""
+"""``metrics.csv`` of a run, which stays readable after a killed process or a full disk."""
 
 import csv
 import io
@@ -18,23 +18,23 @@ from llamagen.full_disk import DiskFullError, full_disk_reported
 
 
 class MetricsLogger(CSVLogger):
-    """Lightning's ``CSVLogger``, whose files are complete at any time.
+    """Lightning's ``CSVLogger`` with files that are complete at any time.
 
-    Where a metric appears for the first time, Lightning empties the file and writes it again: who is killed then loses
-    it. Here the new one takes the place of the old one. :func:`use_metrics_logger` puts it in Lightning's place.
+    When a metric appears for the first time, Lightning truncates the file and rewrites it with a new column, so a kill
+    at that moment loses it. Here the new file replaces the old one atomically. See :func:`use_metrics_logger`.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the files."""
+        """The writer of the files."""
         if self._experiment is None:
             self._fs.makedirs(self.root_dir, exist_ok=True)
             self._experiment = _MetricsWriter(log_dir=self.log_dir)
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Write what is left; after an error without a second one."""
+        """Write the remaining rows. If the run failed, a full disk is only a warning: it must not hide the error."""
         try:
             super().finalize(status)
         except DiskFullError as error:
@@ -44,7 +44,7 @@ class MetricsLogger(CSVLogger):
 
 
 class _MetricsWriter(ExperimentWriter):
-    """Appends rows; writes the whole file for a new column."""
+    """Appends rows; rewrites the file for a new column."""
 
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Write ``hparams.yaml``."""
@@ -53,10 +53,10 @@ class _MetricsWriter(ExperimentWriter):
             save_hparams_to_yaml(temporary, self.hparams)
 
     def save(self) -> None:
-        """Write the rows since the last time.
+        """Write the rows logged since the last call.
 
         Raises:
-            DiskFullError: in one line, if there is no room; the file is as before.
+            DiskFullError: in one line, if the disk is full; the file is unchanged.
         """
         if not self.metrics:
             return
@@ -92,17 +92,17 @@ class _MetricsWriter(ExperimentWriter):
             with full_disk_reported(path), path.open("a", newline="") as file:
                 file.write(text)
         except BaseException:
-            with path.open("rb+") as file:  # no half a row: its last number would be another one
+            with path.open("rb+") as file:  # no half row: a truncated number would be a wrong one
                 file.truncate(size)
             raise
 
 
 def use_metrics_logger(trainer: pl.Trainer) -> None:
-    """Put :class:`MetricsLogger` in the place of a trainer's loggers that are Lightning's, on this machine's disks."""
-    trainer.loggers = [_whole(logger) for logger in trainer.loggers]
+    """Replace Lightning's ``CSVLogger`` by :class:`MetricsLogger` in a trainer, for local folders."""
+    trainer.loggers = [_replaced(logger) for logger in trainer.loggers]
 
 
-def _whole(logger: Any) -> Any:
+def _replaced(logger: Any) -> Any:
     if type(logger) is not CSVLogger or not is_local(logger.save_dir):
         return logger
     return MetricsLogger(

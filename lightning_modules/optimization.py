@@ -1,4 +1,4 @@
-"""The optimizer of both modules."""
+"""AdamW and its learning rate, for both modules."""
 
 import math
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from llamagen.option_checks import check_integer, check_not_negative
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW with a constant learning rate, as in the paper, or a falling one, after an optional linear warmup.
+    """AdamW with a constant learning rate, as in the paper, or a cosine decay, after an optional linear warmup.
 
     Args:
         lr: learning rate.
-        betas: decay of the first and second moments.
-        weight_decay: on tensors of two and more dimensions only.
+        betas: decay rates of the first and second moments.
+        weight_decay: applied to tensors of two or more dimensions only.
         warmup_steps: optimizer steps over which the rate grows from ``lr / warmup_steps`` to ``lr``; 0 for none.
-        schedule: what follows: ``constant``, or ``cosine``, half a cosine down to ``final_lr`` at the end of the run.
-        final_lr: where the cosine ends; without effect on a constant rate.
+        schedule: after the warmup: ``constant``, or ``cosine``, a decay to ``final_lr`` at the end of the run.
+        final_lr: rate at the end of the cosine; unused for ``constant``.
     """
 
     lr: float = 1e-4
@@ -33,7 +33,7 @@ class AdamWConfig:
     final_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Check the ranges of all values."""
         if not 0.0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be positive{' and finite' if self.lr == math.inf else ''}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -49,8 +49,8 @@ class AdamWConfig:
         """Learning rate of a step.
 
         Args:
-            step: number of the optimizer step, from 0.
-            total_steps: steps of the run; may be infinite for a constant rate.
+            step: optimizer step, from 0.
+            total_steps: steps of the run; may be infinite for ``constant``.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
@@ -66,20 +66,20 @@ def build_adamw(
     """One AdamW over several networks, in the form that ``configure_optimizers`` returns.
 
     Args:
-        networks: whose trainable parameters to optimise.
-        config: its settings.
-        total_steps: optimizer steps of the run, for the cosine.
-        fused: one pass over the parameters a step; not with a GradScaler, which would leave unscaling to the optimizer
-            and so clip scaled gradients.
+        networks: networks whose trainable parameters are optimised.
+        config: settings of AdamW.
+        total_steps: optimizer steps of the run, for ``cosine``.
+        fused: update all parameters in one kernel. footgun: not with a GradScaler, which leaves unscaling to a fused
+            optimizer, so that clipping would see scaled gradients.
 
     Returns:
-        The optimizer, with a group for decayed and one for other parameters of each network, and its schedule by step.
+        The optimizer, with two groups for each network (with and without weight decay), and its schedule per step.
 
     Raises:
-        ValueError: if a cosine is asked for and the run has no end.
+        ValueError: if the schedule is ``cosine`` and the run has no end.
     """
     if config.schedule == "cosine" and math.isinf(total_steps):
-        raise ValueError("schedule is cosine, which needs to know the end of the run; set max_epochs or max_steps")
+        raise ValueError("schedule is cosine, which needs the length of the run; set max_epochs or max_steps")
     groups = []
     for network in networks:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]

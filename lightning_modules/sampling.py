@@ -1,4 +1,4 @@
-"""What the autoregressive module needs to draw images of classes or captions. B batch, L codes, H × W pixels."""
+"""Base of the autoregressive module: sampling of images from classes or captions. B batch, L codes, H × W pixels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,7 @@ from llamagen.models.vqgan import VQGAN
 from llamagen.option_checks import option_named
 from llamagen.sampling import Images, ImageSampler, SamplingConfig
 from llamagen.sampling.pixels import check_image_size
-from llamagen.text import TextEncoderConfig
-from llamagen.text.condition import Condition, TextCondition
+from llamagen.text import Condition, TextCondition, TextEncoderConfig
 
 
 class SamplingModule(GenerativeModule):
@@ -27,14 +26,14 @@ class SamplingModule(GenerativeModule):
     Args:
         net: shape of the model.
         optimizer: settings of AdamW.
-        sampling: how images are drawn.
-        tokenizer: checkpoint of the tokenizer, which turns codes into images.
-        sample_seed: seed of the images that ``predict`` draws.
-        image_size: side in pixels to which all drawn images are resized; None leaves them as decoded.
-        text_encoder: what reads the captions of a text model.
+        sampling: guidance, temperature, top-k and top-p.
+        tokenizer: checkpoint of the tokenizer that decodes codes into images.
+        sample_seed: seed of the images of ``predict``.
+        image_size: side in pixels to which generated images are resized; None keeps the decoded size.
+        text_encoder: encoder of the captions of a text-conditional model.
 
     Raises:
-        ValueError: if the tokenizer is none or does not fit, or one of the others has no meaning.
+        ValueError: if the tokenizer cannot be loaded or does not match ``net``, or another argument is invalid.
     """
 
     gpt: GPT
@@ -51,15 +50,15 @@ class SamplingModule(GenerativeModule):
     ) -> None:
         super().__init__(optimizer)
         if text_encoder is not None and net.condition != "text":
-            raise ValueError(f"text_encoder is {text_encoder.name}, but the model is one of classes; leave it out")
+            raise ValueError(f"text_encoder is {text_encoder.name}, but the model is class-conditional; leave it out")
         self._text = TextCondition(net, text_encoder or TextEncoderConfig()) if net.condition == "text" else None
         self.sampling = sampling
         check_image_size(image_size)
         if sample_seed % 1 != 0:
-            raise ValueError(f"sample_seed is {sample_seed}; it must be a whole number")
+            raise ValueError(f"sample_seed is {sample_seed}; it must be an integer")
         self.sample_seed, self.image_size = sample_seed, image_size
-        self.sampler: ImageSampler | None = None  # of a callback that keeps one
-        # In a tuple, so that nn.Module does not see it.
+        self.sampler: ImageSampler | None = None  # set by CompiledSampling for the length of a stage
+        # footgun: not a submodule. The tuple hides it from nn.Module, so from state dict, optimizer, EMA and FSDP.
         self._tokenizer: tuple[VQGAN, ...] = ()
         self._tokenizer_checksum: str | None = None
         if tokenizer is not None:
@@ -75,130 +74,133 @@ class SamplingModule(GenerativeModule):
 
     @property
     def tokenizer_checksum(self) -> str | None:
-        """Checksum of the tokenizer's weights, see :func:`~llamagen.checkpoints.contents.weights_checksum`, or None."""
+        """Checksum of the tokenizer's weights, None if unknown. See
+        :func:`~llamagen.checkpoints.contents.weights_checksum`.
+        """
         return self._tokenizer_checksum
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a tokenizer, to turn codes into images."""
+        """Whether there is a tokenizer to decode codes with."""
         return bool(self._tokenizer)
 
     @property
     def num_classes(self) -> int:
-        """Of the labels that the model knows."""
+        """Number of classes of the model."""
         return self.gpt.config.num_classes
 
     @property
-    def image_side(self) -> int:
-        """Of the images that it draws, in pixels.
+    def output_size(self) -> int:
+        """Side of the generated images in pixels.
 
         Raises:
-            ValueError: if there is no tokenizer to tell.
+            ValueError: if there is no tokenizer.
         """
-        self.check_sampling(())
+        self.check_requests(())
         return self.image_size or self.gpt.config.grid_size * self._tokenizer[0].config.downsampling
 
     @property
     def needs_captions(self) -> bool:
-        """Whether the model's condition is text."""
+        """Whether the model is text-conditional."""
         return self._text is not None
 
     @property
-    def caption_facts(self) -> dict[str, Any]:
-        """What is known of the features of captions: of which encoder they are; of a model of classes nothing."""
-        return dict(self._text.facts or {}) if self._text is not None else {}
+    def caption_metadata(self) -> dict[str, Any]:
+        """Encoder and cleaning of the captions the model was trained on; empty if unknown or class-conditional."""
+        return dict(self._text.metadata or {}) if self._text is not None else {}
 
-    def check_sampling(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
-        """Refuse to draw images that cannot be drawn.
+    def check_requests(self, classes: Sequence[int], prompts: Sequence[str] = ()) -> None:
+        """Check that the model can generate images of these classes or prompts.
 
         Args:
-            classes: labels that will be asked for.
-            prompts: texts that will be asked for; the encoder is then loaded.
+            classes: requested labels.
+            prompts: requested texts. If there are any, the text encoder is loaded.
 
         Raises:
-            ValueError: if there is no tokenizer to turn codes into images, the model does not know a class or texts,
-                or there is no text encoder.
+            ValueError: if there is no tokenizer, a class is out of range, the model has the other kind of condition,
+                or the text encoder is not available.
         """
         if not self.can_sample:
             raise ValueError(
                 "sampling needs the image tokenizer; set model.init_args.tokenizer to the checkpoint of its run"
             )
         if self._text is None and prompts:
-            raise ValueError("prompts were asked for, but the model is one of classes; give classes")
+            raise ValueError("prompts were given, but the model is class-conditional; give classes")
         if self._text is not None and classes:
-            raise ValueError("classes were asked for, but the model is one of text; give prompts")
+            raise ValueError("classes were given, but the model is text-conditional; give prompts")
         if unknown := [label for label in classes if not 0 <= label < self.gpt.config.num_classes]:
             raise ValueError(
-                f"class {unknown[0]} was asked for, but the model knows the classes 0 to "
-                f"{self.gpt.config.num_classes - 1}; ask for fewer classes, or set its num_classes"
+                f"class {unknown[0]} was requested, but the model has classes 0 to {self.gpt.config.num_classes - 1}; "
+                "request other classes, or set num_classes to that of the checkpoint"
             )
         if self._text is not None and prompts:
-            _ = self._text.encoder
+            _ = self._text.encoder  # loads it
 
     def _check_tokenizer(self, checksum: str | None, what: str) -> None:
         if self._tokenizer_checksum is None:
             self._tokenizer_checksum = checksum
         elif checksum is not None and checksum != self._tokenizer_checksum:
             raise ValueError(
-                f"{what} with a tokenizer of other weights (checksum {checksum[:12]}, here "
+                f"{what} with a tokenizer of other weights (checksum {checksum[:12]}, loaded "
                 f"{self._tokenizer_checksum[:12]}); set model.init_args.tokenizer to that tokenizer's checkpoint"
             )
 
-    def condition_of(self, batch: dict[str, Any]) -> Condition:
-        """What a batch asks for: its labels, or the features of its captions, see :meth:`TextCondition.of_batch`.
+    def batch_condition(self, batch: dict[str, Any]) -> Condition:
+        """Condition of a batch: labels, or features of captions, see :meth:`TextCondition.from_batch`.
 
-        Captions are encoded once: their features stay in the batch.
+        Captions are encoded once: their features are put into the batch.
 
         Raises:
-            ValueError: if a text model finds no captions.
+            ValueError: if the model is text-conditional and the batch has no captions.
         """
         if self._text is None:
             return Condition(batch["condition"], None, None)
-        condition = self._text.of_batch(batch, self.device)
+        condition = self._text.from_batch(batch, self.device)
         if "captions" in batch:
             batch.update(condition=condition.features, caption_lengths=condition.lengths)
         return condition
 
     def on_predict_start(self) -> None:
-        """See whether prompts are cleaned as the model's captions were."""
-        self._compare_cleaning()
+        """Warn if prompts are cleaned differently from the captions of training."""
+        self._warn_of_cleaning()
 
     def on_test_start(self) -> None:
-        """See whether prompts are cleaned as the model's captions were."""
-        self._compare_cleaning()
+        """Warn if prompts are cleaned differently from the captions of training."""
+        self._warn_of_cleaning()
 
-    def _compare_cleaning(self) -> None:  # when a checkpoint has been read, which knows
+    def _warn_of_cleaning(self) -> None:  # not in setup: the checkpoint, which is loaded later, records the cleaning
         data: Any = getattr(self.trainer, "datamodule", None)
         if self._text is not None and hasattr(data, "prompts"):
-            self._text.warn_of_uncleaned(data.clean_captions)
+            self._text.warn_if_cleaning_differs(data.clean_captions)
 
     def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> ImageSampler:
-        """What draws the module's images, see :class:`~llamagen.sampling.ImageSampler`.
+        """Sampler for the module's images, see :class:`~llamagen.sampling.ImageSampler`.
 
         Raises:
-            ValueError: if the module has no tokenizer, or it cannot be compiled.
+            ValueError: if the module has no tokenizer, or the sampler cannot be compiled.
         """
-        self.check_sampling(())
+        self.check_requests(())
         return ImageSampler(
             self.gpt, self._tokenizer[0], batch_size, compiled=compiled, int8=int8, image_size=self.image_size
         )
 
-    def draw(
+    def sample_async(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
     ) -> tuple[Images, Tensor]:
-        """Draw images with the module's sampling settings, and do not wait for them.
+        """Generate images with the module's sampling settings, without waiting for their pixels.
 
         Args:
-            condition: (B,) labels or (B, C, caption_dim) caption features.
-            indices: (B,) int64, number of each sample within the run.
+            condition: (B,) int64 labels or (B, C, W) caption features, padded on the left.
+            indices: (B,) int64, index of each sample within the run. Its random numbers depend on this and ``seed``.
             seed: seed of the run.
-            caption_lengths: (B,) int64, for padded captions.
+            caption_lengths: (B,) int64 in [1, C], numbers of tokens of padded captions.
 
         Returns:
-            B images and codes (B, L) int64.
+            B images, decoded while the next batch is sampled (:class:`~llamagen.sampling.Images`), and codes (B, L)
+            int64.
 
         Raises:
-            ValueError: if the module has no tokenizer to turn codes into images.
+            ValueError: if the module has no tokenizer.
         """
         sampler = self.sampler or self.build_sampler(max(len(condition), 1))
         return sampler(condition, self.sampling, caption_lengths=caption_lengths, seed=seed, indices=indices)
@@ -206,16 +208,16 @@ class SamplingModule(GenerativeModule):
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`draw`, but images come as (B, H, W, 3) uint8."""
-        images, codes = self.draw(condition, indices, seed, caption_lengths)
+        """Like :meth:`sample_async`, but wait for the images, (B, H, W, 3) uint8."""
+        images, codes = self.sample_async(condition, indices, seed, caption_lengths)
         return images.tensor(), codes
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Images for what a batch asks for: ``images``, ``codes`` (B, L), ``index`` (B,).
+        """Generate images for the classes or captions of a batch: ``images``, ``codes`` (B, L) and ``index`` (B,).
 
-        Of captions that are encoded here also ``truncated`` (B,) bool, on the CPU: which had more tokens than are read.
+        If captions are encoded in this call, also ``truncated`` (B,) bool on the CPU: captions with more than C tokens.
         """
-        condition, lengths, truncated = self.condition_of(batch)
-        images, codes = self.draw(condition, batch["index"], self.sample_seed, lengths)
-        drawn = {"images": images, "codes": codes, "index": batch["index"]}
-        return drawn if truncated is None else {**drawn, "truncated": truncated}
+        condition, lengths, truncated = self.batch_condition(batch)
+        images, codes = self.sample_async(condition, batch["index"], self.sample_seed, lengths)
+        generated = {"images": images, "codes": codes, "index": batch["index"]}
+        return generated if truncated is None else {**generated, "truncated": truncated}

@@ -1,4 +1,4 @@
-"""Training with parameters spread over ranks, and its checkpoints."""
+"""Training with sharded parameters (FSDP2), and sharded checkpoints."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -17,22 +17,22 @@ from llamagen.checkpoints.contents import check_fits, read_checkpoint
 from llamagen.checkpoints.sharded import numbered
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
-from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, size_of
+from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno, size_of
 
 
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` (FSDP2) with all ranks as one data-parallel group.
 
-    ``--trainer.strategy sharded`` is this strategy with its defaults. A checkpoint is a folder, in which each rank
-    writes its part; it gets its name when all of them are done. It may be resumed on another number of ranks and by
-    another strategy. ``python -m llamagen.checkpoints.export`` makes one file of weights of it.
+    ``--trainer.strategy sharded`` is this strategy with its defaults. A checkpoint is a folder into which each rank
+    writes its part. It gets its final name when all ranks are done. Any number of ranks and any strategy can resume
+    it. ``python -m llamagen.checkpoints.export`` converts it to a single file of weights.
 
     Args:
-        data_parallel_size: number of ranks that share the parameters; by default all.
+        data_parallel_size: number of ranks that the parameters are sharded over; by default all.
         tensor_parallel_size: must be 1.
-        save_distributed_checkpoint: ``False`` gathers all on the first rank, in one file.
+        save_distributed_checkpoint: ``False`` gathers the checkpoint on the first rank, into one file.
         process_group_backend: by default that of the device: ``nccl``, or ``gloo`` on CPUs.
-        timeout: after which a rank that does not answer is taken to be gone.
+        timeout: time after which a rank that does not answer counts as dead.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class ShardedStrategy(ModelParallelStrategy):
         self.checkpoint_io = CheckpointFiles()
 
     def setup_environment(self) -> None:
-        """Take every rank there is, unless something else was asked for."""
+        """Shard over all ranks by default."""
         if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
             self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write to a temporary name next to it, which all ranks know, and rename.
+        """Write a temporary folder, which all ranks share, next to the final one, and rename it.
 
         Raises:
-            DiskFullError: on every rank, if there is no room on one; the checkpoint of before is still there.
+            DiskFullError: on all ranks, if the disk of one is full; the previous checkpoint is kept.
         """
-        if not self._save_distributed_checkpoint:  # Lightning would first remove a sharded one of this name
+        if not self._save_distributed_checkpoint:  # not ModelParallelStrategy's: it first removes a folder of this name
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
@@ -73,15 +73,15 @@ class ShardedStrategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, temporary, storage_options)  # returns when all ranks have written
             if self.global_rank == 0:
                 publish_folder(temporary, path)
-        except (Exception, CheckpointException) as caught:  # the latter is no Exception
+        except (Exception, CheckpointException) as caught:  # CheckpointException is a BaseException
             error = caught
         failure: BaseException | None = error
         if error is not None and self.global_rank == 0:
-            number, written = full_disk_number(error, path.parent), size_of(temporary)
+            number, written = full_disk_errno(error, path.parent), size_of(temporary)
             remove(temporary)
             if number is not None:
-                failure = disk_full(path, number, own_bytes * self.world_size, written)
-        # What stops the first rank stops all of them, so that none waits for it.
+                failure = disk_full_error(path, number, own_bytes * self.world_size, written)
+        # An error of the first rank stops all ranks: none may wait for it.
         is_full, reason = self.broadcast((isinstance(failure, DiskFullError), "" if failure is None else str(failure)))
         if self.global_rank and reason:
             failure = DiskFullError(reason) if is_full else OSError(reason)
@@ -89,7 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise failure from (None if failure is error else error)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Numbered as in every other checkpoint: in one file Lightning numbers parameters as the model does."""
+        """State numbered like the optimizer. Lightning's gathered state is numbered like the model."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
         return state if self._save_distributed_checkpoint or not state else numbered(state)
 
@@ -97,7 +97,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Load into the model and its optimizer.
 
         Raises:
-            ValueError: in one line, if it is the checkpoint of another model; nothing is changed then.
+            ValueError: in one line, if it is the checkpoint of another model; nothing is changed.
         """
         module, path = self.lightning_module, Path(self.broadcast(checkpoint_path))
         assert isinstance(module, GenerativeModule)
@@ -105,9 +105,9 @@ class ShardedStrategy(ModelParallelStrategy):
         check_fits(checkpoint, module.generator)
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
-        # Lightning would take the optimizer's parameters to be in the order of the model's.
+        # Not Lightning's: it assumes that the optimizer's parameters are in the order of the model's.
         if self.optimizers and "optimizer_states" not in checkpoint:
-            raise ValueError(f"{path} holds weights alone; begin a new run with them by model.init_args.init_from")
+            raise ValueError(f"{path} holds only weights; start a new run from them with model.init_args.init_from")
         weights = checkpoint.pop("state_dict")
         for name, tensor in module.state_dict().items():
             copy_full_(tensor, weights[name])
@@ -116,18 +116,19 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
 
-def _load_optimizer(optimizer: Optimizer, whole: dict[str, Any]) -> None:
-    """Give an optimizer the state that was saved where every parameter was whole."""
+def _load_optimizer(optimizer: Optimizer, full: dict[str, Any]) -> None:
+    """Load the optimizer state of a run without sharding."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        number: {name: _part_of(value, parameters[int(number)]) for name, value in entries.items()}
-        for number, entries in whole["state"].items()
+        number: {name: _sharded_like(value, parameters[int(number)]) for name, value in entries.items()}
+        for number, entries in full["state"].items()
     }
-    optimizer.load_state_dict({**whole, "state": state})
+    optimizer.load_state_dict({**full, "state": state})
 
 
-def _part_of(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
+def _sharded_like(value: Any, parameter: Tensor) -> Any:
+    """Shard a moment or average like its parameter; other values are unchanged."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the step count
         return value
     part = torch.empty_like(parameter, dtype=value.dtype)
     copy_full_(part, value)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from lightning_modules.adversarial import AdversarialGame, Terms
@@ -34,7 +34,7 @@ class VQGANModule(GenerativeModule):
 
     Each step computes the generator's loss with the discriminator frozen and the discriminator's loss on the detached
     reconstruction, and returns their sum. Neither network receives the other's gradient, so the result equals that of
-    two optimizers. On several ranks it equals that of one process with the whole batch.
+    two optimizers. On several ranks it equals that of one process with the global batch.
 
     Args:
         net: shape of the tokenizer.
@@ -130,6 +130,12 @@ class VQGANModule(GenerativeModule):
     def generator(self) -> VQGAN:
         """The tokenizer."""
         return self.vqgan
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The tokenizer, and the discriminator if there is one."""
+        networks: dict[str, nn.Module | None] = {"vqgan": self.vqgan, "discriminator": self.discriminator}
+        return {name: network for name, network in networks.items() if network is not None}
 
     def prepare_data(self) -> None:
         """Download the weights of LPIPS if needed, in one process per machine."""
@@ -233,21 +239,6 @@ class VQGANModule(GenerativeModule):
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each network separately, so that large gradients of the discriminator do not slow the tokenizer.
-
-        Raises:
-            FloatingPointError: if a gradient is not finite, unless a GradScaler skips such steps.
-        """
-        for name, network in (("vqgan", self.vqgan), ("discriminator", self.discriminator)):
-            if network is not None:
-                self.clip(name, network, gradient_clip_val, gradient_clip_algorithm)
-
     def on_fit_start(self) -> None:
         """Hook code revival to the optimizer's steps."""
         super().on_fit_start()
@@ -312,7 +303,7 @@ class VQGANModule(GenerativeModule):
         return reconstruction
 
     def on_validation_epoch_end(self) -> None:
-        """Log metrics over the whole validation set and all ranks.
+        """Log metrics over the validation set and all ranks.
 
         Raises:
             FloatingPointError: if a loss term is not finite during fit, before a checkpoint of such weights is saved.
@@ -324,7 +315,7 @@ class VQGANModule(GenerativeModule):
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log metrics over the whole test set and all ranks."""
+        """Log metrics over the test set and all ranks."""
         super().on_test_epoch_end()
         self._log_metrics("test")
 
@@ -352,10 +343,6 @@ class VQGANModule(GenerativeModule):
         """Names of the values logged at each validation."""
         terms = [*["lpips"] * self._needs_lpips, *self.vqgan.quantize.loss_names, "reconstruction", "loss"]
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
-
-    def configure_optimizers(self) -> Any:
-        """One AdamW for both networks."""
-        return self.build_optimizer([self.vqgan] if self.discriminator is None else [self.vqgan, self.discriminator])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how often each code was used since the epoch began, over all ranks."""

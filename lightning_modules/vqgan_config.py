@@ -1,4 +1,4 @@
-"""The tokenizer's loss in numbers."""
+"""Configuration of the tokenizer's loss."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -14,20 +14,20 @@ class VQGANLossConfig:
     """Terms of the tokenizer's loss and their weights (arXiv 2406.06525, section 2.1).
 
     Args:
-        reconstruction: error of the pixels: ``l2``, the mean square, or ``l1``, the mean absolute value.
-        reconstruction_weight: of the error of the pixels.
-        perceptual_weight: of LPIPS; at 0 it is not computed and its weights are not needed.
-        codebook_weight: of the term that pulls codebook entries to the latents.
-        commitment_weight: of the term that pulls latents to the codebook entries.
-        entropy_weight: of the term that rewards use of the whole codebook; not computed at 0.
-        adversarial: ``hinge``; ``vanilla``, a logistic discriminator with the generator's term of hinge; or
-            ``non_saturating``, the logistic losses of both sides.
-        adversarial_weight: of the generator's adversarial loss; at 0 there is no discriminator.
-        adversarial_start: optimizer step at which the adversarial loss and the discriminator's training begin.
-        adaptive_weight: multiply ``adversarial_weight`` by the ratio of the gradients that the reconstruction and the
-            discriminator send into the decoder's last layer. Costs another backward pass through LPIPS and the
+        reconstruction: pixel loss: ``l2``, the mean squared error, or ``l1``, the mean absolute error.
+        reconstruction_weight: weight of the pixel loss.
+        perceptual_weight: weight of LPIPS; at 0 it is not computed and its network is not downloaded.
+        codebook_weight: weight of the codebook loss, which pulls codebook entries to the latents.
+        commitment_weight: weight of the commitment loss, which pulls latents to the codebook entries.
+        entropy_weight: weight of the entropy loss, which encourages use of the entire codebook; not computed at 0.
+        adversarial: ``hinge``; ``vanilla``, the logistic loss for the discriminator and hinge for the generator; or
+            ``non_saturating``, the logistic loss for both.
+        adversarial_weight: weight of the generator's adversarial loss; at 0 there is no discriminator.
+        adversarial_start: optimizer step at which the adversarial loss and the training of the discriminator start.
+        adaptive_weight: multiply ``adversarial_weight`` by the ratio of the gradient norms of reconstruction and
+            adversarial loss at the decoder's last layer. Costs another backward pass through LPIPS and the
             discriminator.
-        lecam_weight: of LeCAM, which keeps a discriminator that sees few images from overfitting; none at 0.
+        lecam_weight: weight of LeCAM, which reduces overfitting of the discriminator on small datasets; 0 for none.
     """
 
     reconstruction: Literal["l2", "l1"] = "l2"
@@ -43,7 +43,11 @@ class VQGANLossConfig:
     lecam_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse negative weights and unknown losses."""
+        """Check all values.
+
+        Raises:
+            ValueError: in one line, for a negative weight or an unknown loss.
+        """
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float):

@@ -1,8 +1,8 @@
-"""How a command of this project ends: with a message in one line, and the exit code that a shell expects.
+"""Error messages and exit codes of commands.
 
-A mistake of the user is one line on stderr and exit code 2, a fault of the run (values that are not finite, a full
-disk, no memory) one line and exit code 1. Any other error is a bug of this project and keeps its traceback.
-``--traceback`` or ``LLAMAGEN_TRACEBACK=1`` shows the traceback of the others, too.
+A mistake of the user is one line on stderr and exit code 2. A fault of the run (values that are not finite, a full
+disk, no memory) is one line and exit code 1. Any other error is a bug of this project and keeps its traceback.
+``--traceback`` or ``LLAMAGEN_TRACEBACK=1`` shows the traceback of the first two, too.
 """
 
 import dis
@@ -19,40 +19,42 @@ from types import TracebackType
 from typing import NamedTuple
 
 TRACEBACK = "LLAMAGEN_TRACEBACK"
-"""Environment variable that asks for tracebacks; processes that a command starts inherit it."""
+"""Environment variable for tracebacks, which processes started by the command inherit."""
 
 FLAG = "--traceback"
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line", "benchmarks")
-"""Packages whose errors are messages to the user."""
+"""Packages whose ``raise`` statements are messages to the user."""
+
+USER_OS_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Errors of the system that mean a wrong path, if this project raises them."""
 
 LIBRARIES = ("lightning", "jsonargparse", "omegaconf", "webdataset", "transformers", "huggingface_hub")
-"""Packages that raise errors of Python's own classes on a user's mistake."""
+"""Packages that raise Python's own classes of errors for mistakes of the user."""
 
 FOREIGN_ERRORS = ("omegaconf", "wandb", "huggingface_hub", "jsonargparse", "lightning")
-"""Packages with classes of errors that always are messages to the user."""
+"""Packages whose own classes of errors are always messages to the user."""
 
 ADVICE = {
     "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave out configs/logger/wandb.yaml",
 }
 
-CLEARER = (
+REWORDED = (
     (
         r"No supported (\w+) backend found!?",
-        r"trainer.accelerator is \1, but there is none here that PyTorch can use; set "
-        "it to auto or cpu",
+        r"trainer.accelerator is \1, but PyTorch finds none on this machine; set it to auto or cpu",
     ),
     (r"`(val_check_interval|limit_\w+_batches|max_\w+|min_\w+|accumulate_grad_batches)`", r"trainer.\1"),
 )
-"""Messages of libraries, as patterns, and what to say instead."""
+"""Messages of libraries, as patterns, and how to say them."""
 
 PATIENCE = 3.0
-"""Seconds in which the first process of a node, where it fails for the same reason, should have said so."""
+"""Seconds to wait for the first process of a node to report the same error."""
 
 
 class Fault(NamedTuple):
-    """An error that a user can do something about.
+    """An error that a user can fix.
 
     Attributes:
         message: one line.
@@ -64,13 +66,13 @@ class Fault(NamedTuple):
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; where it fails, print why and end the process with the exit code that says so.
+    """Run a command. If it fails, print the reason and exit.
 
-    Exit codes: 0 when done, 1 for a fault of the run and for a bug, 2 for a mistake of the user, 130 after SIGINT
+    Exit codes: 0 for success, 1 for a fault of the run and for a bug, 2 for a mistake of the user, 130 after SIGINT
     (Ctrl-C), 143 after SIGTERM.
 
     Args:
-        command: reads ``sys.argv`` itself.
+        command: function that reads ``sys.argv`` itself.
     """
     if FLAG in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != FLAG]
@@ -83,21 +85,21 @@ def run_command(command: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except BrokenPipeError:  # whoever read the output has left
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except BaseException as error:
         fault = fault_of(error)
         if fault is None or os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exception(error)
-        if fault is None or not _told_by_first_process():
-            # At once: other processes of the run write, too.
-            os.write(2, f"{_last_words(fault)}\n".encode(errors="replace"))
+        if fault is None or not _reported_by_first_process():
+            # One write call: lines of several processes do not mix.
+            os.write(2, f"{_error_line(fault)}\n".encode(errors="replace"))
         raise SystemExit(1 if fault is None else fault.status) from None
 
 
 def _status_of(end: SystemExit) -> object:
-    """The exit code of a command that ended itself; Lightning's own says nothing of the signal that ended it."""
+    """Exit code of a command that called ``exit``. Lightning's own code is not that of the signal."""
     if type(end).__name__ == "SIGTERMException":
         return 128 + signal.SIGTERM
     if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):
@@ -105,10 +107,10 @@ def _status_of(end: SystemExit) -> object:
     return end.code
 
 
-def _told_by_first_process() -> bool:
-    """Whether this is a process that another one of the run has started, and that one has ended meanwhile.
+def _reported_by_first_process() -> bool:
+    """Whether this process was started by the first one of the run, and that one has ended in the meantime.
 
-    What a user does wrong, each process of a run finds out; it should be read once.
+    Every process of a run detects the same mistake, but the user should read it once.
     """
     parent, first = os.getppid(), os.environ.get("LOCAL_RANK", "0") == "0"
     deadline = time.monotonic() + PATIENCE
@@ -117,7 +119,7 @@ def _told_by_first_process() -> bool:
     return not first and os.getppid() != parent
 
 
-def _last_words(fault: Fault | None) -> str:
+def _error_line(fault: Fault | None) -> str:
     if fault is None:
         return (
             "error: this is a bug of llamagen-lightning, not your mistake; report it in the project's issue tracker "
@@ -128,14 +130,14 @@ def _last_words(fault: Fault | None) -> str:
 
 
 def fault_of(error: BaseException) -> Fault | None:
-    """What to tell the user about an error; None if it is a bug of this project.
+    """Message and exit code of an error; None if it is a bug of this project.
 
     Args:
-        error: as it left the command.
+        error: as raised by the command.
     """
     message = one_line(_text_of(error)).rstrip(".")
-    for pattern, clearer in CLEARER:
-        message = re.sub(pattern, clearer, message)
+    for pattern, replacement in REWORDED:
+        message = re.sub(pattern, replacement, message)
     if isinstance(error, FloatingPointError):
         return Fault(message, 1)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -148,11 +150,11 @@ def fault_of(error: BaseException) -> Fault | None:
     if package in FOREIGN_ERRORS:
         advice = ADVICE.get(package)
         return Fault(f"{package}: {message}; {advice}" if advice else message, 2)
-    wanted = (ValueError, ImportError, TypeError, RuntimeError, NotImplementedError, KeyError)
+    library_errors = (ValueError, ImportError, TypeError, RuntimeError, NotImplementedError, KeyError)
     origin = _raised_in(error)
     if origin in OURS and isinstance(error, ValueError | ImportError | NotImplementedError):
         return Fault(message, 2)
-    if origin in LIBRARIES and isinstance(error, wanted):
+    if origin in LIBRARIES and isinstance(error, library_errors):
         return Fault(message, 2)
     return None
 
@@ -166,11 +168,14 @@ def _fault_of_system(error: OSError, message: str) -> Fault | None:
         return Fault(f"{message}; raise the limit with `ulimit -n`, or use fewer workers", 1)
     if error.filename is not None and error.strerror is not None:
         return Fault(f"{os.fsdecode(error.filename)}: {error.strerror.lower()}; give another path", 2)
-    return Fault(message, 1) if _raised_in(error) in (*OURS, "fsspec", "aiohttp", "s3fs", "gcsfs") else None
+    origin = _raised_in(error)
+    if origin in OURS and isinstance(error, USER_OS_ERRORS):
+        return Fault(message, 2)
+    return Fault(message, 1) if origin in (*OURS, "fsspec", "aiohttp", "s3fs", "gcsfs") else None
 
 
 def _fault_of_process(message: str) -> Fault | None:
-    """What torch says where a process is gone, which none of its classes of errors tells."""
+    """Faults that torch reports as plain RuntimeErrors: processes that ended, ports in use."""
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
         return Fault(
             f"{message}; a worker ran out of memory or shared memory: use fewer data.init_args.num_workers, or a "
@@ -193,7 +198,7 @@ _WORKER = re.compile(r"Caught (\w+) in .*?\.\s*Original Traceback")
 
 
 def _text_of(error: BaseException) -> str:
-    """What an error says; of one that was raised in a worker of a DataLoader, what it said there."""
+    """Message of an error. For one that a DataLoader raised again, the message in its worker."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if _WORKER.match(text):
         last = text.rstrip().splitlines()[-1]
@@ -202,9 +207,9 @@ def _text_of(error: BaseException) -> str:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The package whose ``raise`` statement an error comes from; '' where it comes from elsewhere, as from a call of C.
+    """The package whose ``raise`` statement raised an error; '' if it came from elsewhere, such as a call into C.
 
-    An error that Python itself raises within our code (a division, an unpacking) is no message to the user.
+    So errors that Python itself raises within our code (a division, an unpacking) count as bugs.
     """
     if text := _foreign_traceback(error):
         places = re.findall(r'File "([^"]+)", line \d+, in .*(?=\n\s*(\S*))', text)
@@ -221,7 +226,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _foreign_traceback(error: BaseException) -> str:
-    """The traceback of another process, which came as a text: of a worker of a DataLoader or of a pool."""
+    """The traceback, as text, of a worker process of a DataLoader or a pool."""
     if _WORKER.match(str(error)):
         return str(error)
     cause = error.__cause__

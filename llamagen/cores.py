@@ -7,54 +7,54 @@ import math
 import os
 from pathlib import Path
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-"""How threads wait: they look for work for about 0.1 ms, then sleep. Sleeping at once slows down the many short
-operations of a small model; looking for milliseconds, as OpenMP does by itself, slows down everything next to other
-programs. The figures are in docs/speed.md."""
+WAIT_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+"""Waiting threads spin for about 0.1 ms, then sleep. Sleeping at once would slow down the many short operations of a
+small model. OpenMP's default of spinning for milliseconds slows everything down when other programs share the cores.
+Measured in docs/speed.md."""
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux mounts the control groups of this process, in a container its own."""
+"""Where Linux mounts the control groups of this process; in a container, those of the container."""
 
 
 def share_cores() -> None:
-    """Let threads that wait leave their core to others, and start no more threads than there are cores.
+    """Let waiting threads yield their core, and limit the number of threads to the usable cores.
 
-    OpenMP reads these settings when torch is loaded, so this comes first. By default its threads wait by spinning: next
-    to one other process on a core, each of the many barriers of a step then lasts until the scheduler takes the core
-    away from the thread that spins. What the user has set stays.
+    footgun: OpenMP reads these settings when torch is imported, so call this first. By default waiting threads spin. If
+    one other process shares a core, each of the many barriers of a step then takes until the scheduler preempts the
+    spinning thread. Settings of the user are kept.
     """
-    if not any(name in os.environ for name in WAITING):
-        os.environ.update(WAITING)
-    # A limit of a container counts processor time, not cores, so OpenMP does not see it. Where there is none, the
-    # number of threads is left to torch and to launchers, which divide the cores among the processes of a node.
+    if not any(name in os.environ for name in WAIT_SETTINGS):
+        os.environ.update(WAIT_SETTINGS)
+    # A container limits processor time, not cores, so OpenMP does not see it. Without such a limit, the number of
+    # threads is left to torch and to launchers, which divide the cores among the processes of a node.
     if (cores := usable_cores()) < available_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def available_cores() -> int:
-    """Cores that the scheduler may give to this process."""
+    """Number of cores that the scheduler may use for this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usable_cores(root: Path = CGROUP) -> int:
-    """The same, but no more than a container's limit of processor time allows.
+    """Number of available cores, or less if a container limits the processor time.
 
     Args:
-        root: where the control groups are.
+        root: mount point of the control groups.
     """
     quota = _quota(root)
     return available_cores() if quota > available_cores() else max(1, math.ceil(quota))
 
 
 def _quota(root: Path) -> float:
-    """Cores' worth of processor time that the control group grants; infinite where there is no limit."""
+    """Processor time of the control group in cores; infinite if there is no limit."""
     try:
         own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        below = own.removeprefix("0::/")
+        subfolder = own.removeprefix("0::/")
     except (OSError, StopIteration):
-        below = ""
+        subfolder = ""
     limits = [math.inf]
-    folder = root / below
+    folder = root / subfolder
     for place in {folder, *(parent for parent in folder.parents if parent.is_relative_to(root))}:
         limits.append(_ratio(place / "cpu.max"))
     for controller in ("cpu", "cpu,cpuacct"):  # version 1
@@ -63,7 +63,7 @@ def _quota(root: Path) -> float:
 
 
 def _ratio(*files: Path) -> float:
-    """Quota over period, in one file or in two."""
+    """Quota over period, from one file or two."""
     try:
         quota, period = (int(number) for file in files for number in file.read_text().split())
     except (OSError, ValueError):  # no such file, or "max"

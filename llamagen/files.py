@@ -1,9 +1,11 @@
-"""Files and folders that are complete or absent, whatever interrupts their writing.
+"""Atomic files and folders: complete or absent, even if a process is killed or the disk is full.
 
-What is written gets a temporary name in the folder of its final one, is synced to the disk, and is renamed. So a
-process that is killed, or a full disk, leaves the file of before (or none), never half a file under a final name.
-Temporary names are hidden and end in ``.tmp``, so that no reader takes them for data. Those of processes that no longer
-run are removed by the next one that writes into the folder.
+A file is written under a temporary name in its final folder, synced to disk, and renamed. An interrupted write leaves
+the previous file or none, never half a file under its final name. Temporary names are hidden and end in ``.tmp``, so
+that no reader takes them for data. Leftovers of dead processes are removed by the next process that writes into the
+folder.
+
+footgun: never write elsewhere and move the file. A move between file systems is a copy, which can stop halfway.
 """
 
 import errno
@@ -19,12 +21,12 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-from llamagen.full_disk import DiskFullError, disk_full, full_disk_number, full_disk_reported, size_of
+from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno, full_disk_reported, size_of
 
 ABANDONED = 3600.0
-"""Seconds without a change after which a temporary file of another machine is taken to be that of a killed process."""
+"""Seconds without a change after which a temporary file of another machine counts as abandoned."""
 MAX_NAME = 150
-"""Bytes of the final name in a temporary one; file systems allow 255 in all."""
+"""Maximum bytes of the final name in a temporary name; file systems allow 255 in all."""
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 REPLACED = ".replaced.tmp"
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
@@ -33,19 +35,19 @@ _swept: set[tuple[int, Path]] = set()
 
 
 class PendingFile:
-    """A file that is written under a temporary name until it is complete. See :func:`atomic_file`.
+    """A file under a temporary name until it is complete, for writers that outlive a block. See :func:`atomic_file`.
 
     Args:
-        path: the final name; its folder is made if it does not exist.
-        needed: size of the complete file in bytes, for the message of a full disk, if it is known.
-        replaces_folder: a folder of this name is replaced. Otherwise it is refused.
+        path: final name; its folder is created if it does not exist.
+        needed: size of the complete file in bytes, for the message of a full disk, if known.
+        replaces_folder: replace a folder of this name; otherwise raise an error.
 
     Attributes:
         temporary: the name to write to; an empty file.
 
     Raises:
         IsADirectoryError: if there is a folder of this name.
-        DiskFullError: if there is no room for the folder.
+        DiskFullError: if the disk is full.
     """
 
     def __init__(self, path: Path, needed: int | None = None, replaces_folder: bool = False) -> None:
@@ -63,50 +65,51 @@ class PendingFile:
         """Sync the file and give it its final name.
 
         Raises:
-            DiskFullError: if there is no room; nothing is left of the file then.
+            DiskFullError: if the disk is full; the temporary file is removed.
         """
         with self.discarded_on_error():
-            if self.temporary.stat().st_mode != self._mode:  # some libraries write files that others cannot read
+            if self.temporary.stat().st_mode != self._mode:  # some libraries restrict the permissions to the owner
                 self.temporary.chmod(self._mode)
             _sync(self.temporary)
             _take_place(self.temporary, self.path)
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove the temporary file."""
         self.temporary.unlink(missing_ok=True)
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove what was written if the block fails.
+        """Remove the temporary file if the block fails.
 
         Raises:
-            DiskFullError: if it failed for a full disk.
+            DiskFullError: if the disk is full.
         """
         try:
             yield
         except BaseException as error:
             written = size_of(self.temporary)
-            number = full_disk_number(error, self.path.parent)
+            number = full_disk_errno(error, self.path.parent)
             self.discard()
             if number is None or isinstance(error, DiskFullError):
                 raise
-            raise disk_full(self.path, number, self.needed, written) from error
+            raise disk_full_error(self.path, number, self.needed, written) from error
 
 
 @contextmanager
 def atomic_file(path: Path, needed: int | None = None, replaces_folder: bool = False) -> Iterator[Path]:
-    """A temporary name next to ``path`` to write to; synced and renamed to ``path`` at the end, removed on an error.
+    """Yield a temporary name next to ``path`` to write to; at the end sync it and rename it to ``path``.
 
-    Each writer has a name of its own: several processes, also of several machines, may write the same file. The file
-    gets the permissions of any new file. A device or pipe is written to directly.
+    On an error the temporary file is removed. Each writer has its own temporary name, so several processes, also of
+    several machines, may write the same file. The file has the usual permissions of new files. Devices and pipes are
+    written to directly.
 
     Args:
-        path: the file; its folder is made if it does not exist.
-        needed: its size in bytes, for the message of a full disk, if it is known.
-        replaces_folder: a folder of this name is replaced. Otherwise it is refused.
+        path: the file; its folder is created if it does not exist.
+        needed: its size in bytes, for the message of a full disk, if known.
+        replaces_folder: replace a folder of this name; otherwise raise an error.
 
     Raises:
-        DiskFullError: in one line, if there is no room.
+        DiskFullError: in one line, if the disk is full.
         IsADirectoryError: if there is a folder of this name.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -120,17 +123,17 @@ def atomic_file(path: Path, needed: int | None = None, replaces_folder: bool = F
 
 @contextmanager
 def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """A temporary folder next to ``path`` to fill; synced and renamed at the end, removed on an error.
+    """Yield a temporary folder next to ``path`` to fill; at the end sync and rename it, on an error remove it.
 
-    What has the name ``path`` is replaced. A folder cannot be replaced in one step: for a moment the one of before has
-    the name :func:`replaced_name`.
+    An existing ``path`` is replaced. File systems cannot replace a folder in one step: for a moment the old one has
+    the name :func:`replaced_name`, and ``path`` does not exist.
 
     Args:
-        path: the folder; the one that it lies in is made if it does not exist.
-        needed: its size in bytes, for the message of a full disk, if it is known.
+        path: the folder; its parent is created if it does not exist.
+        needed: its size in bytes, for the message of a full disk, if known.
 
     Raises:
-        DiskFullError: in one line, if there is no room.
+        DiskFullError: in one line, if the disk is full.
     """
     temporary = temporary_name(path)
     with full_disk_reported(path, needed):
@@ -141,19 +144,19 @@ def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
         yield temporary
         publish_folder(temporary, path)
     except BaseException as error:
-        written, number = size_of(temporary), full_disk_number(error, path.parent)
+        written, number = size_of(temporary), full_disk_errno(error, path.parent)
         remove(temporary)
         if number is None or isinstance(error, DiskFullError):
             raise
-        raise disk_full(path, number, needed, written) from error
+        raise disk_full_error(path, number, needed, written) from error
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Sync a folder and all that is in it, and give it its final name.
+    """Sync a folder with its content, and rename it.
 
     Args:
-        temporary: the folder, in the folder of ``path``.
-        path: the name; what has it is replaced.
+        temporary: the folder, in the same parent as ``path``.
+        path: final name; an existing file or folder is replaced.
     """
     for folder, _, names in os.walk(temporary):
         for name in names:
@@ -163,7 +166,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there. A folder loses its name first, so it is never half there."""
+    """Remove a file, link or folder, if it exists. A folder is renamed first, so that nobody reads half of it."""
     if not _is_folder(path):
         path.unlink(missing_ok=True)
         return
@@ -172,26 +175,26 @@ def remove(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name in the folder of a path, which says which process of which machine uses it."""
+    """A hidden name in the folder of ``path``, which identifies this process and its machine."""
     name = os.fsencode(path.name)[:MAX_NAME].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{_machine()}-{os.getpid()}-{uuid4().hex[:8]}.tmp")
 
 
 def replaced_name(path: Path) -> Path:
-    """Where a folder is while another one takes its place. If ``path`` is missing, it is complete and can be used."""
+    """Name of an old folder while a new one replaces it. It is complete, and valid if ``path`` does not exist."""
     return path.with_name(f".{path.name}{REPLACED}")
 
 
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
     """Remove temporary files and folders of processes that no longer run.
 
-    A process of this machine is looked up. Of other machines (or containers) goes what has not changed for
-    :data:`ABANDONED` seconds: they may be writing.
+    For this machine, the process table says which run. Files of other machines (or containers) are removed when they
+    have not changed for :data:`ABANDONED` seconds: their process may be writing.
 
     Args:
-        folder: where to look; not below.
-        owned: nobody but this run writes into the folder: look there also if this process has done so before, and
-            remove what names no process, as versions before this module left it.
+        folder: where to look, without its subfolders.
+        owned: only this run writes into the folder. So look again even if this process has done so before, and also
+            remove temporary names without a process, which older versions of this project left.
     """
     key = os.getpid(), folder.absolute()
     if (key in _swept and not owned) or not folder.is_dir():
@@ -203,7 +206,7 @@ def remove_leftovers(folder: Path, owned: bool = False) -> None:
             if folder.joinpath(entry.name.removeprefix(".").removesuffix(REPLACED)).exists():
                 shutil.rmtree(path, ignore_errors=True)
         elif _is_abandoned(path) or (owned and _is_unnamed(path)):
-            with suppress(OSError):  # another process removes it, too
+            with suppress(OSError):  # another process may remove it at the same time
                 remove(path)
 
 
@@ -228,7 +231,7 @@ def _take_place(temporary: Path, path: Path) -> None:
             old.rename(path)
             raise
         _sync_folder(path.parent)
-        with suppress(OSError):  # another process removes it, too
+        with suppress(OSError):  # another process may remove it at the same time
             remove(old)
     else:
         temporary.replace(path)
@@ -243,7 +246,7 @@ def _sync(path: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:  # a system that does not open folders
+    except OSError as error:  # some systems cannot open folders
         if error.errno not in UNSUPPORTED:
             raise
         return
@@ -274,12 +277,12 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs. One that was killed and that nobody has waited for does not."""
+    """Whether a process of this machine runs. Zombies, which were killed and not yet waited for, do not."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another user
+    except (OSError, OverflowError):  # it belongs to another user
         return True
     try:
         state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
@@ -290,7 +293,7 @@ def _runs(process: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """Which process numbers are meant: this machine, since its start, and the container if there is one."""
+    """Identifies the process table: this machine since its last boot, and the container if there is one."""
     parts = [socket.gethostname()]
     for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""Whether what a model computes is finite, and which of its parts is to blame where it is not. B examples.
+"""Checks that outputs of a model are finite, and a search for the layer or weight if they are not. B examples.
 
-Nothing here waits for a device unless it is asked to raise: a :class:`FiniteCheck` keeps its flags where they were
-computed, and is looked at once a batch.
+footgun: reading a flag waits for the GPU. So a :class:`FiniteCheck` keeps its flags on the device where they were
+computed, and they are read once per batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,36 +13,36 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 HALF = ("16-true", "16-mixed", "float16")
-"""What a precision with the range of float16 is called."""
+"""Precisions with the range of float16."""
 
 
 class FiniteCheck:
-    """Flags of a batch, and how to explain them.
+    """Flags of a batch, and the error to raise for them.
 
     Args:
-        broken: (B,) bool, on any device: True for each example of which something is not finite.
-        explain: the rows that are broken → the error. Called only if there are any.
+        broken: (B,) bool, on any device: True for examples with values that are not finite.
+        explain: called with the broken rows, if there are any; returns the error.
     """
 
     def __init__(self, broken: Tensor, explain: Callable[[list[int]], FloatingPointError]) -> None:
         self.broken, self.explain = broken, explain
 
     def __call__(self) -> None:
-        """Wait for the flags, and look at them.
+        """Wait for the flags and read them.
 
         Raises:
             FloatingPointError: if one is set.
         """
-        self.look(self.broken)
+        self.raise_if(self.broken)
 
-    def look(self, broken: Tensor) -> None:
-        """The same for flags that were fetched already."""
+    def raise_if(self, broken: Tensor) -> None:
+        """The same for a copy of the flags, for example on the CPU."""
         if rows := broken.nonzero().flatten().tolist():
             raise self.explain(rows)
 
 
 def not_finite(values: Tensor) -> Tensor:
-    """Which of B examples hold something that is not finite, (B,) bool on the same device.
+    """(B,) bool on the same device, True for examples with values that are not finite.
 
     Args:
         values: (B, …) of any dtype.
@@ -52,59 +52,59 @@ def not_finite(values: Tensor) -> Tensor:
 
 
 def check_finite(what: str, values: Tensor, precision: str, model: nn.Module, run: Callable[[], Any]) -> None:
-    """Look at a batch now.
+    """Check a batch of values, and wait for the result.
 
     Args:
-        what: is checked, with its verb: ``the latent is``.
+        what: name of the values with a verb, such as ``the latent is``.
         values: (B, …).
         precision: of the computation.
-        model: that made the values.
-        run: makes them again.
+        model: the model that computed the values.
+        run: computes them again, to find the layer.
 
     Raises:
-        FloatingPointError: if something is not finite, see :func:`refusal`.
+        FloatingPointError: if they are not finite, see :func:`not_finite_error`.
     """
     broken = not_finite(values)
-    FiniteCheck(broken, lambda rows: refusal(what, precision, culprit(model, run), rows, len(broken)))()
+    FiniteCheck(broken, lambda rows: not_finite_error(what, precision, find_source(model, run), rows, len(broken)))()
 
 
-def refusal(
-    what: str, precision: str, blame: str = "", rows: Sequence[int] = (), count: int = 0, where: str = ""
+def not_finite_error(
+    what: str, precision: str, source: str = "", rows: Sequence[int] = (), count: int = 0, where: str = ""
 ) -> FloatingPointError:
-    """The error of values that are not finite, in one line.
+    """One-line error for values that are not finite.
 
     Args:
-        what: is not finite, with its verb.
-        precision: of the computation, as it was set, or the name of a dtype.
-        blame: see :func:`culprit`.
-        rows: which examples of the batch.
+        what: name of the values with a verb.
+        precision: of the computation: Lightning's name, or that of a dtype.
+        source: see :func:`find_source`.
+        rows: affected examples of the batch.
         count: size B of the batch.
         where: stage and batch.
     """
-    some = f" in {len(rows)} of {count} examples (first: number {rows[0]})" if 0 < len(rows) < count else ""
+    examples = f" in {len(rows)} of {count} examples (first: number {rows[0]})" if 0 < len(rows) < count else ""
     if precision in HALF:
-        advice = "values leave the range of float16: use bf16-mixed or 32-true (bfloat16 or float32)"
-        advice += " and, if that does not help, other weights" if blame.startswith("weight") else ""
-    elif blame.startswith("weight"):
+        advice = "values overflow in float16: use bf16-mixed or 32-true (bfloat16 or float32)"
+        advice += " and, if that does not help, other weights" if source.startswith("weight") else ""
+    elif source.startswith("weight"):
         advice = "the weights are broken: use an earlier checkpoint or another file"
     else:
         advice = "use 32-true (float32), or weights of an earlier checkpoint"
-    cause = f": {blame}" if blame else ""
-    return FloatingPointError(f"{what} not finite{some}{where} (precision {precision}){cause}; {advice}")
+    cause = f": {source}" if source else ""
+    return FloatingPointError(f"{what} not finite{examples}{where} (precision {precision}){cause}; {advice}")
 
 
 @torch.no_grad()
-def culprit(model: nn.Module | Mapping[str, nn.Module], run: Callable[[], Any] | None = None) -> str:
-    """Where values that are not finite come from: a weight, or else the first layer whose output is not finite.
+def find_source(model: nn.Module | Mapping[str, nn.Module], run: Callable[[], Any] | None = None) -> str:
+    """Find where values that are not finite come from: a weight, or else the first layer with such an output.
 
-    It takes as long as a forward pass, so it is for the path of an error only.
+    Takes as long as a forward pass, so call it only for an error.
 
     Args:
-        model: one, or several by name.
-        run: computes the values again, by calls of modules of the model.
+        model: one model, or several by name.
+        run: computes the values again by calling modules of the model.
 
     Returns:
-        What to say of it; nothing if it cannot be found.
+        A phrase for the message; empty if nothing was found.
     """
     model = model if isinstance(model, nn.Module) else nn.ModuleDict(model)
     if (name := broken_weight(model)) is not None:
@@ -117,7 +117,7 @@ def culprit(model: nn.Module | Mapping[str, nn.Module], run: Callable[[], Any] |
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that is not finite; of parameters spread over ranks those of this rank."""
+    """Name of the first parameter or buffer that is not finite. Of sharded parameters, this rank's part is checked."""
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
@@ -126,16 +126,16 @@ def broken_weight(model: nn.Module) -> str | None:
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether all numbers of a tensor are finite, also when it is converted. Waits for its device.
+    """Whether all values of a tensor are finite, also after conversion to ``dtype``. Waits for its device.
 
     Args:
-        tensor: of any dtype; integers and tensors on the meta device are finite.
-        dtype: what it will be converted to.
+        tensor: of any dtype. Integers and tensors on the meta device count as finite.
+        dtype: dtype that it will be converted to.
     """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
     dtype = dtype if dtype is not None and dtype.is_floating_point else tensor.dtype
-    # NaN passes through, and no other memory is needed.
+    # aminmax propagates NaN, and needs no memory for a mask.
     low, high = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
     limit = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
     return bool((low >= -limit) & (high <= limit))
@@ -143,7 +143,7 @@ def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 @contextmanager
 def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note the first module with an output that is not finite."""
+    """Record the first module with an output that is not finite, as it runs."""
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

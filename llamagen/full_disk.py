@@ -1,4 +1,4 @@
-"""The error of a disk without room, whatever library met it: one line with the path and the bytes needed."""
+"""One error for a full disk, whichever library detects it: one line with the path and the bytes needed."""
 
 import errno
 import os
@@ -11,25 +11,25 @@ from subprocess import CalledProcessError
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "it is larger than a file may be here",
+    errno.EFBIG: "the limit of the file size is exceeded",
 }
-TEXTS = {  # of libraries that report the system's error in words alone
+TEXTS = {  # messages of libraries that do not pass on errno
     errno.ENOSPC: ("No space left on device", "(os error 28)"),
     errno.EDQUOT: ("Disk quota exceeded", "(os error 122)"),
     errno.EFBIG: ("File too large", "(os error 27)"),
 }
 TORCH_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", "file write failed")
-"""Of PyTorch's writer, which hides the reason."""
+"""Messages of PyTorch's writer, which hides the reason."""
 NO_ROOM = 2**20
-"""Free bytes below which a failure of PyTorch's writer, or of a command, is that of a full disk."""
+"""Free bytes below which a failure of PyTorch's writer, or of a command, counts as a full disk."""
 
 
 class DiskFullError(OSError):
-    """The disk, a quota or the limit of a file's size leaves no room; one line with the path and the bytes needed.
+    """Disk, quota or file size limit exceeded; the message is one line with the path and the bytes needed.
 
     Args:
         message: the line.
-        number: ``errno`` of the reason.
+        number: ``errno`` of the cause.
     """
 
     def __init__(self, message: str, number: int = errno.ENOSPC) -> None:
@@ -39,33 +39,33 @@ class DiskFullError(OSError):
 
 @contextmanager
 def full_disk_reported(path: Path, needed: int | None = None, temporary: Path | None = None) -> Iterator[None]:
-    """Errors of the block that are those of a full disk become one line.
+    """Convert errors of a full disk within the block to :class:`DiskFullError`.
 
     Args:
-        path: what is written.
-        needed: its size in bytes, if it is known.
-        temporary: the name that it has until it is complete, if that is another one.
+        path: the file or folder that is written.
+        needed: its size in bytes, if known.
+        temporary: its name until it is complete, if different.
 
     Raises:
-        DiskFullError: with the path, the bytes needed and those that are free.
+        DiskFullError: with the path, the bytes needed and the bytes free.
     """
     try:
         yield
     except DiskFullError:
         raise
-    except BaseException as error:  # one of torch.distributed is no Exception
-        number = full_disk_number(error, path.parent)
+    except BaseException as error:  # CheckpointException of torch.distributed is no Exception
+        number = full_disk_errno(error, path.parent)
         if number is None:
             raise
-        raise disk_full(path, number, needed, size_of(temporary or path)) from error
+        raise disk_full_error(path, number, needed, size_of(temporary or path)) from error
 
 
-def full_disk_number(error: BaseException, folder: Path) -> int | None:
-    """``errno`` of a full disk if it is the reason of an error, also where a library hides it; otherwise None.
+def full_disk_errno(error: BaseException, folder: Path) -> int | None:
+    """``errno`` if an error was caused by a full disk, also if a library hides that; otherwise None.
 
     Args:
-        error: as caught; what it was raised from counts, too.
-        folder: where was written.
+        error: as caught. Its causes and contexts are searched, too.
+        folder: folder of the file that was written.
     """
     waiting, seen = [error], set[int]()
     while waiting:
@@ -82,23 +82,23 @@ def full_disk_number(error: BaseException, folder: Path) -> int | None:
         hidden = isinstance(each, RuntimeError) and any(part in text for part in TORCH_TEXTS)
         if (hidden or isinstance(each, CalledProcessError)) and _free(folder) < NO_ROOM:
             return errno.ENOSPC
-        failures = getattr(each, "failures", None)  # of torch.distributed.checkpoint: an error and its trace by rank
+        failures = getattr(each, "failures", None)  # torch.distributed.checkpoint: (error, traceback) by rank
         reasons = [failure[0] for failure in failures.values()] if isinstance(failures, dict) else []
         waiting += [e for e in (each.__cause__, each.__context__, *reasons) if isinstance(e, BaseException)]
     return None
 
 
-def disk_full(path: Path, number: int, needed: int | None, written: int) -> DiskFullError:
-    """The error of a full disk.
+def disk_full_error(path: Path, number: int, needed: int | None, written: int) -> DiskFullError:
+    """Build the error of a full disk.
 
     Args:
-        path: what was written.
-        number: ``errno`` of the reason.
-        needed: its size in bytes, if it is known.
-        written: how many bytes there was room for.
+        path: the file or folder that was written.
+        number: ``errno`` of the cause.
+        needed: its size in bytes, if known.
+        written: bytes that were written before the error.
     """
     size = f"{needed:,} bytes" if needed is not None else f"more than {written:,} bytes"
-    remedy = "raise the limit" if number == errno.EFBIG else "make room"
+    remedy = "raise the limit" if number == errno.EFBIG else "free some space"
     return DiskFullError(
         f"{path} was not written: {FULL[number]} ({os.strerror(number)}); it needs {size}, and "
         f"{_free(path.parent):,} bytes are free in {path.parent}; {remedy} and run the same command again",
@@ -107,7 +107,7 @@ def disk_full(path: Path, number: int, needed: int | None, written: int) -> Disk
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 if it does not exist."""
+    """Size in bytes of a file, or of all files in a folder; 0 if it does not exist."""
     try:
         if not path.is_dir():
             return path.stat().st_size

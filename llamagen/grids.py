@@ -1,4 +1,4 @@
-"""Grids of images, and figures, as PNG files."""
+"""Grids of images, and figures of matplotlib, as PNG files. H × W pixels."""
 
 import math
 from bisect import bisect_right
@@ -14,10 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from llamagen.files import atomic_file
 
 MARGIN = 2
-LEGIBLE = 192
-"""Width in pixels from which on there is room for text below an image."""
-LINES = 3
-CHARACTERS = 600  # more than fit into these lines
+MIN_CAPTIONED_WIDTH = 192
+"""Width in pixels that a legible caption needs; smaller images are enlarged."""
+MAX_LINES = 3
+MAX_CHARACTERS = 600  # more than fit into these lines
 GAP = 8
 
 
@@ -28,7 +28,7 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
         rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
 
     Raises:
-        ValueError: if there are none, or they are something else.
+        ValueError: if there are none, or shapes or dtype are others.
     """
     height, width = _size_of(rows)
     columns = max(len(row) for row in rows)
@@ -45,26 +45,26 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
 def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> Image.Image:
     """Images in rows, each above its caption, on white.
 
-    A caption is wrapped to the width of its image; what does not fit into three lines is left out, and an ellipsis
-    stands for it. Images of less than 192 pixels are enlarged by a whole number, without interpolation. Characters
-    that the font (DejaVu Sans) lacks, such as Chinese and emoji, are drawn as boxes.
+    Captions are wrapped to the width of the image and truncated to three lines with an ellipsis. Images narrower than
+    192 pixels are enlarged by an integer factor, without interpolation. Characters that the font (DejaVu Sans) lacks,
+    such as Chinese and emoji, appear as boxes.
 
     Args:
         rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
-        captions: of each image.
+        captions: of each image, in the same rows.
 
     Raises:
-        ValueError: if there are no images, they are something else, or not each has a caption.
+        ValueError: if there are no images, their shapes or dtype are others, or one has no caption.
     """
     height, width = _size_of(rows)
     if [len(row) for row in captions] != [len(row) for row in rows]:
-        raise ValueError("captions must be as many as images, in rows of the same lengths")
-    factor = -(-LEGIBLE // width)
+        raise ValueError("there must be a caption for each image, in rows of the same lengths")
+    factor = -(-MIN_CAPTIONED_WIDTH // width)
     height, width = factor * height, factor * width
     font = _font(max(12, width // 20))
     texts = [[_wrapped(caption, width, font) for caption in row] for row in captions]
     line = sum(font.getmetrics())
-    heights = [height + line * max(map(len, row)) + GAP for row in texts]  # no taller than its longest caption
+    heights = [height + line * max(map(len, row)) + GAP for row in texts]  # as tall as the longest caption of the row
     columns = max(map(len, rows))
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + len(rows) * GAP + GAP), "white")
     draw, top = ImageDraw.Draw(canvas), GAP
@@ -92,27 +92,27 @@ def _size_of(rows: Sequence[Sequence[np.ndarray]]) -> tuple[int, int]:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Pillow's own has not even the letters of most European languages.
+    # Pillow's default font lacks even accented letters; matplotlib comes with one that has them.
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
-    """How many characters of a text are no wider than ``width`` pixels."""
+    """Number of characters of a text that fit into ``width`` pixels."""
     return bisect_right(range(1, len(text) + 1), float(width), key=lambda end: font.getlength(text[:end]))
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """At most :data:`LINES` lines of a text that are no wider than ``width`` pixels; broken at spaces, if there are."""
-    rest, lines = " ".join(text[:CHARACTERS].split()), list[str]()
-    while rest and len(lines) < LINES:
+    """Wrap a text into at most :data:`MAX_LINES` lines of at most ``width`` pixels, at spaces where possible."""
+    rest, lines = " ".join(text[:MAX_CHARACTERS].split()), list[str]()
+    while rest and len(lines) < MAX_LINES:
         end = max(1, _fitting(rest, width, font))
         if end < len(rest) and (space := rest.rfind(" ", 0, end + 1)) > 0:
             end = space
         lines.append(rest[:end].rstrip())
         rest = rest[end:].lstrip()
-    if lines and (rest or len(text) > CHARACTERS):
+    if lines and (rest or len(text) > MAX_CHARACTERS):
         room = width - math.ceil(font.getlength("…"))
         lines[-1] = lines[-1][: _fitting(lines[-1], room, font)] + "…"
     return lines
@@ -128,12 +128,12 @@ def figure_image(figure: Any) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG, whole or not at all; its folder is made if it does not exist.
+    """Write a PNG atomically; its folder is created if it does not exist.
 
     Args:
         image: the image.
         path: the file.
-        text: what the file says of the image, by keyword; Pillow reads it as the image's ``info``.
+        text: metadata to store, by keyword; Pillow reads it as the image's ``info``.
     """
     chunks = PngInfo()
     for keyword, value in (text or {}).items():

@@ -1,4 +1,4 @@
-"""Values that a user gives to options: refused in one line with the option, its value and its range."""
+"""Checks of option values. Errors are one line with the option, its value and its range."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,36 +7,36 @@ from pathlib import Path
 from typing import Any
 
 
-def check_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Refuse what is no whole number of a range.
+def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
+    """Check that a value is an integer in a range.
 
     Args:
         name: of the option.
-        value: that was given.
-        least: smallest value with a meaning.
-        most: largest value with a meaning, if there is one.
+        value: as given.
+        minimum: smallest valid value.
+        maximum: largest valid value; None for no limit.
 
     Raises:
         ValueError: in one line.
     """
     try:
-        whole = value == int(value) and hasattr(value, "__index__") and not isinstance(value, bool)
+        is_integer = value == int(value) and hasattr(value, "__index__") and not isinstance(value, bool)
     except (TypeError, ValueError, OverflowError):  # no number, NaN, infinity
-        whole = False
-    if not whole:
-        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} is {value}; it must be at most {most}")
+        is_integer = False
+    if not is_integer:
+        raise ValueError(f"{name} is {value}; it must be an integer of at least {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} is {value}; it must be at most {maximum}")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Refuse what is no finite number, or below 0.
+    """Check that a value is finite and at least 0.
 
     Args:
         name: of the option.
-        value: that was given.
+        value: as given.
 
     Raises:
         ValueError: in one line.
@@ -46,11 +46,11 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse what is no positive, finite number.
+    """Check that a value is positive and finite.
 
     Args:
         name: of the option.
-        value: that was given.
+        value: as given.
 
     Raises:
         ValueError: in one line.
@@ -60,27 +60,27 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_share(name: str, value: float, with_ends: bool = True) -> None:
-    """Refuse what is no share.
+    """Check that a value is a fraction between 0 and 1.
 
     Args:
         name: of the option.
-        value: that was given.
-        with_ends: 0 and 1 have a meaning, too.
+        value: as given.
+        with_ends: whether 0 and 1 are valid, too.
 
     Raises:
         ValueError: in one line.
     """
     if not (0 <= value <= 1 if with_ends else 0 < value < 1):
-        raise ValueError(f"{name} is {value}; it must lie between 0 and 1{'' if with_ends else ', without these'}")
+        raise ValueError(f"{name} is {value}; it must be {'between 0 and 1' if with_ends else 'above 0 and below 1'}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse what is not one of a few.
+    """Check that a value is one of some choices.
 
     Args:
         name: of the option.
-        value: that was given.
-        choices: all that have a meaning.
+        value: as given.
+        choices: all valid values.
 
     Raises:
         ValueError: in one line.
@@ -90,11 +90,11 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_folder_name(name: str, value: Path | str | None) -> None:
-    """Refuse what cannot be a folder: nothing, or the name of a file.
+    """Check that a value can be the name of a folder: neither empty nor a file.
 
     Args:
         name: of the option.
-        value: that was given; None is fine.
+        value: as given; None is valid.
 
     Raises:
         ValueError: in one line.
@@ -109,10 +109,10 @@ def check_folder_name(name: str, value: Path | str | None) -> None:
 
 @contextmanager
 def option_named(name: str) -> Iterator[None]:
-    """Put the name of an option in front of what is wrong with its value.
+    """Prefix errors of the block with the name of an option.
 
     Raises:
-        ValueError: where one is raised within.
+        ValueError: if the block raises one.
     """
     try:
         yield

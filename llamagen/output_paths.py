@@ -1,40 +1,48 @@
-"""Whether something can be written to a path, found out before there is anything to write. Nothing is left behind."""
+"""Checks that output can be written, before the work that produces it. They leave nothing behind."""
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+OTHER_FOLDER = "choose another folder"
 
-def check_output(path: Path, what: str = "", remedy: str = "choose another folder") -> None:
-    """See that a file or folder can be made at a path, or in the folders above it that do not exist yet.
+
+def check_output(path: Path, what: str = "", remedy: str = OTHER_FOLDER) -> None:
+    """Check that a file or folder can be created or replaced at a path. Missing parents count as creatable.
 
     Args:
-        path: to write to.
+        path: of the output.
         what: option or argument that it comes from, for messages.
         remedy: what to do, for messages.
 
     Raises:
         ValueError: in one line, if not.
     """
-    name = f"{what} {path}".strip()
-    try:
-        parent = next(each for each in Path(os.path.abspath(path)).parents if os.path.lexists(each))
-        if not parent.is_dir():
-            raise ValueError(f"{name} cannot be written ({parent} is no folder that allows it); {remedy}")
-        path.exists()  # refuses names that are too long
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ValueError(f"{name} cannot be written ({reason.lower()}: no folder there allows it); {remedy}") from error
+    _check_writable(path, _existing(Path(os.path.abspath(path)).parents), what, remedy)
+
+
+def check_output_folder(folder: Path, what: str = "", remedy: str = OTHER_FOLDER) -> None:
+    """Check that files can be written into a folder, which may exist.
+
+    Args:
+        folder: for the output.
+        what: option or argument that it comes from, for messages.
+        remedy: what to do, for messages.
+
+    Raises:
+        ValueError: in one line, if not.
+    """
+    absolute = Path(os.path.abspath(folder))
+    _check_writable(folder, _existing((absolute, *absolute.parents)), what, remedy)
 
 
 def check_output_file(path: Path, suffixes: tuple[str, ...], what: str = "out") -> None:
-    """See that a file can be written: its name has an ending that says its format, and no folder is in its place.
+    """Check that a file can be written: its suffix names a known format, and there is no folder of this name.
 
     Args:
-        path: to write to; an existing file is no fault.
-        suffixes: possible endings.
+        path: of the file, which may exist.
+        suffixes: valid suffixes.
         what: option or argument that it comes from, for messages.
 
     Raises:
@@ -44,3 +52,22 @@ def check_output_file(path: Path, suffixes: tuple[str, ...], what: str = "out") 
         endings = " or ".join(f"*{suffix}" for suffix in suffixes if suffix)
         raise ValueError(f"{what} is {path}; give the name of a file, {endings}")
     check_output(path, what)
+
+
+def _check_writable(path: Path, place: Path, what: str, remedy: str) -> None:
+    name = f"{what} {path}".strip()
+    if not place.is_dir():
+        raise ValueError(f"{name} cannot be written: {place} is not a folder; {remedy}")
+    try:
+        path.exists()  # raises an error for a name that is too long
+        # Not os.access, which says yes on a read-only file system.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise ValueError(f"{name} cannot be written: {place} does not allow it ({reason}); {remedy}") from error
+
+
+def _existing(paths: Iterable[Path]) -> Path:
+    """The first path at which there is something; a broken link counts."""
+    return next(path for path in paths if os.path.lexists(path))

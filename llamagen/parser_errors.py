@@ -1,4 +1,4 @@
-"""What a command line says of wrong arguments, by argparse or jsonargparse: one line that names the option."""
+"""Errors of argparse and jsonargparse in one line that names the option."""
 
 import argparse
 import re
@@ -13,11 +13,11 @@ NOISE = (
     "Expected a path but",
     "Given value type:",
 )
-"""How those lines of jsonargparse's messages begin that tell a user nothing."""
+"""Prefixes of lines in jsonargparse's messages that do not help a user."""
 
 GIVEN = "Given value: "
 NESTED = ("Namespace(", "NestedArg(", "{", "[{")
-"""How values begin that stand for a whole tree of options."""
+"""Prefixes of values that are a whole tree of options."""
 
 PHRASES = (
     (r"Expected a dot import path string: (.+)", r"no class \1 is known here; check its name, or give its class path"),
@@ -29,18 +29,24 @@ PHRASES = (
     (r"Group '[^']*' does not accept option '([^']+)'", r"has no option \1"),
     (r"Problem with given class_path '[^']*':", ""),
 )
-"""What jsonargparse says, as a user would put it."""
+"""Messages of jsonargparse, as patterns, and how to say them."""
+
+RENAMED_OPTIONS = {"picture_size": "image_size"}
+"""Older names of options. Configuration files may use them; arguments are rejected with the current name."""
+
+RENAMED_CLASSES: dict[str, str] = {}
+"""Older names of classes, without their packages, which configuration files may use."""
 
 
 def one_line(message: str) -> str:
-    """A message of jsonargparse in one line: the option with all its parts, then what is wrong with it."""
+    """A message of jsonargparse in one line: the full name of the option, then the problem."""
     keys: list[str] = []
     reasons: list[str] = []
     given = ""
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         if key := re.match(r'Parser key "([^"]+)":?\s*', line):
-            if not reasons:  # what follows a reason is another way in which the same value is wrong
+            if not reasons:  # keys after a reason belong to another attempt at parsing the same value
                 keys.append(key[1])
             line = line[key.end() :]
         if line.startswith(GIVEN):
@@ -54,19 +60,21 @@ def one_line(message: str) -> str:
         if (line := line.strip().rstrip(".:")) and line not in reasons:
             reasons.append(line)
     reason = "; ".join(reasons) or "is not valid"
+    for old, new in RENAMED_OPTIONS.items():
+        reason = reason.replace(f"has no option {old}", f"has no option {old}, which is now {new}")
     if given and given not in reason:
         reason = f"{reason}, not {given}"
     return f"{'.'.join(keys)}: {reason}" if keys else reason
 
 
 class OneLineErrors:
-    """Of a parser: wrong arguments end in one line on stderr and exit code 2, without the list of all options."""
+    """Mixin of a parser: an error is one line on stderr and exit code 2, without the list of all options."""
 
     exit_on_error: Any
     prog: Any
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and leave, or raise it, if the parser is told to."""
+        """Print the message and exit, or raise an error if ``exit_on_error`` is false."""
         if not self.exit_on_error:
             super().error(message, *([] if ex is None else [ex]))  # type: ignore[misc]
         program = str((getattr(ex, "subcommand_parser", None) or self).prog).replace(" [options]", "")
@@ -75,12 +83,12 @@ class OneLineErrors:
 
 
 class OneLineParser(OneLineErrors, argparse.ArgumentParser):
-    """argparse's parser, whose errors are one line, and which takes no abbreviations.
+    """argparse's parser with one-line errors and without abbreviations.
 
     Args:
-        program: how the command is called.
+        program: the command, for its help.
         description: for its help.
-        options: of argparse's parser.
+        options: arguments of argparse's parser.
     """
 
     def __init__(self, program: str, description: str, **options: Any) -> None:

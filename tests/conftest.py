@@ -10,13 +10,13 @@ from tests.text_pipeline import TextPipeline
 
 
 def pytest_configure() -> None:
-    """One thread: small tensors are several times faster so where cores are shared, and sums keep their order."""
+    """Use one thread: faster for small tensors on shared cores, and sums have a fixed order."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is written into the cache of the user."""
+    """Keep the user's cache untouched."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -24,7 +24,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """A small run of the four commands, made once and only read by tests."""
+    """A small run of the four commands, created once; tests only read it."""
     pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
     pipeline.run()
     return pipeline
@@ -32,7 +32,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def text_pipeline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> TextPipeline:
-    """A small run from captions to a trained text model, made once and only read by tests."""
+    """A small run from captions to a trained text model, created once; tests only read it."""
     text_pipeline = TextPipeline(tmp_path_factory.mktemp("text_pipeline"), pipeline)
     text_pipeline.run()
     return text_pipeline

@@ -1,4 +1,4 @@
-"""The whole pipeline at the size of a test: the four commands of the quickstart on digits of 8 pixels."""
+"""The whole pipeline in small: the four commands of the quickstart on digits of 8 px."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Pipeline:
     """Folders of a small run.
 
     Attributes:
-        root: of everything.
+        root: parent of all others.
     """
 
     root: Path
@@ -42,12 +42,12 @@ class Pipeline:
 
     @property
     def codes(self) -> Path:
-        """Shards of their codes."""
+        """Shards of the digits' codes."""
         return self.root / "codes"
 
     @property
     def samples(self) -> Path:
-        """Sampled images."""
+        """Generated images."""
         return self.root / "samples"
 
     @property
@@ -61,7 +61,7 @@ class Pipeline:
         return self.root / "argen/checkpoints/last.ckpt"
 
     def tokenizer_arguments(self, folder: Path) -> list[str]:
-        """Of a command of the tokenizer that works in ``folder``."""
+        """Arguments of a stage of the tokenizer in ``folder``."""
         return [
             *("--config", "configs/vqgan/base.yaml", "--config", "configs/vqgan/digits.yaml"),
             *(f"--model.init_args.net.{key}={value}" for key, value in TOKENIZER_NET.items()),
@@ -74,7 +74,7 @@ class Pipeline:
         ]
 
     def argen_arguments(self, folder: Path) -> list[str]:
-        """Of a command of the autoregressive model that works in ``folder``."""
+        """Arguments of a stage of the autoregressive model in ``folder``."""
         return [
             *("--config", "configs/argen/base.yaml", "--config", "configs/argen/digits.yaml"),
             *(f"--model.init_args.net.{key}={value}" for key, value in GPT_NET.items()),
@@ -86,12 +86,12 @@ class Pipeline:
         ]
 
     def extract_arguments(self, folder: Path) -> list[str]:
-        """To write codes into ``folder``."""
+        """The command that extracts codes into ``folder``."""
         arguments = self.tokenizer_arguments(folder)
         return ["predict", *arguments, "--config", "configs/vqgan/extract.yaml", f"--trainer.default_root_dir={folder}"]
 
     def sample_arguments(self, folder: Path) -> list[str]:
-        """To write samples into ``folder``."""
+        """The command that generates images into ``folder``."""
         arguments = [item for item in self.argen_arguments(folder) if not item.startswith("--data")]
         return [
             *("predict", *arguments, "--config", "configs/argen/sample.yaml", f"--trainer.default_root_dir={folder}"),
@@ -99,7 +99,7 @@ class Pipeline:
         ]
 
     def run(self) -> None:
-        """The four commands."""
+        """Run the four commands."""
         main.main(["fit", *self.tokenizer_arguments(self.root / "tokenizer")])
         main.main([*self.extract_arguments(self.codes), f"--ckpt_path={self.tokenizer}"])
         main.main(["fit", *self.argen_arguments(self.root / "argen"), f"--data.init_args.root={self.codes}"])

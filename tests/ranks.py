@@ -1,4 +1,4 @@
-"""Functions and commands on several gloo processes that end by themselves, even if one hangs."""
+"""Functions and commands in several gloo processes, with a time limit."""
 
 import multiprocessing
 import os
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 180
-"""Seconds after which processes are taken for hanging and killed."""
+"""Seconds after which processes count as hanging and are killed."""
 
 
 def ended(command: list[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; all processes that it started are killed if it hangs.
+    """Run a command to its end. If it hangs, kill it with all processes that it started.
 
     Raises:
         subprocess.TimeoutExpired: after :data:`PATIENCE` seconds.
@@ -36,12 +36,12 @@ def ended(command: list[str], patience: float = PATIENCE) -> subprocess.Complete
 
 
 def two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of the command line on two CPU processes, with DDP."""
+    """Run ``main.py`` in two CPU processes with DDP."""
     return ended([sys.executable, "main.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"])
 
 
 def succeeds(done: subprocess.CompletedProcess[str]) -> None:
-    """A command ended well; if not, the end of what it said is shown."""
+    """Assert that a command succeeded; otherwise show the end of its stderr."""
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -55,7 +55,7 @@ def _one_rank(function: Callable[..., Any], rank: int, world_size: int, port: in
 
 
 def run_on_ranks(function: Callable[..., Any], out: Path, *args: Any, world_size: int = 2) -> list[Any]:
-    """What ``function(rank, *args)`` gives on each rank; it must be defined at the top of a module.
+    """Results of ``function(rank, *args)`` on each rank. The function must be at the top level of a module.
 
     Raises:
         AssertionError: if a rank fails, or has not ended after :data:`PATIENCE` seconds.

@@ -1,4 +1,4 @@
-"""A command ends in one line and with an exit code that says why; a bug of this project keeps its traceback."""
+"""Commands end with one line and an exit code; a bug of this project keeps its traceback."""
 
 import errno
 import os
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ShardDataModule
 from datamodules.images import ImageDataModule
 from llamagen import command
-from llamagen.command import Fault, fault_of, run_command
+from llamagen.command import fault_of, run_command
+from llamagen.files import atomic_file
 from llamagen.models.gpt_config import GPTConfig
 
 
@@ -29,7 +30,7 @@ def raised(function: Callable[[], object]) -> BaseException:
     return caught.value
 
 
-def end_of(function: Callable[[], object]) -> int:
+def exit_code(function: Callable[[], object]) -> int:
     code = raised(lambda: run_command(function)).code  # type: ignore[attr-defined]
     return int(code)
 
@@ -51,7 +52,7 @@ def refuse(value: int) -> None:
     ImageDataModule("images", image_size=value)
 
 
-def in_a_pool() -> None:
+def refuse_in_pool() -> None:
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         pool.submit(refuse, 0).result()
 
@@ -60,7 +61,7 @@ def test_mistakes_of_the_user_are_one_line_and_code_2() -> None:
     for function, phrase in (
         (lambda: ImageDataModule("images", image_size=0), "image_size is 0"),
         (lambda: next(iter(DataLoader(Broken(bug=False), num_workers=1))), "dim 30 over n_head 4"),
-        (in_a_pool, "image_size is 0"),
+        (refuse_in_pool, "image_size is 0"),
     ):
         fault = fault_of(raised(function))  # type: ignore[arg-type]
         assert fault is not None
@@ -69,7 +70,10 @@ def test_mistakes_of_the_user_are_one_line_and_code_2() -> None:
         assert "\n" not in fault.message
         assert "Traceback" not in fault.message
     for error, phrase in (
-        (MisconfigurationException("No supported gpu backend found!"), "trainer.accelerator is gpu, but there is none"),
+        (
+            MisconfigurationException("No supported gpu backend found!"),
+            "accelerator is gpu, but PyTorch finds none",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: permission denied; give another"),
         (type("UsageError", (Exception,), {"__module__": "wandb.errors"})("No API key"), "run `wandb login`"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "choose a free one"),
@@ -82,6 +86,17 @@ def test_mistakes_of_the_user_are_one_line_and_code_2() -> None:
         assert fault is not None
         assert fault.status == 2
         assert phrase in fault.message
+
+
+def test_a_wrong_path_found_by_our_own_code_is_a_mistake(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path):
+            pass
+
+    error = raised(write)
+    assert isinstance(error, IsADirectoryError)
+    assert error.filename is None
+    assert fault_of(error) == (f"{tmp_path} is a folder; choose another name for the file", 2)
 
 
 def test_faults_of_the_run_are_one_line_and_code_1() -> None:
@@ -98,7 +113,7 @@ def test_faults_of_the_run_are_one_line_and_code_1() -> None:
         assert phrase in fault.message
 
 
-def test_a_bug_is_no_message_to_the_user() -> None:
+def test_bugs_are_not_reported_as_mistakes() -> None:
     for function in (
         lambda: ShardDataModule.rank.fget(None),  # type: ignore[attr-defined]
         lambda: next(iter(DataLoader(Broken(bug=True), num_workers=1))),
@@ -108,23 +123,23 @@ def test_a_bug_is_no_message_to_the_user() -> None:
         assert fault_of(raised(function)) is None  # type: ignore[arg-type]
 
 
-def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(capfd: pytest.CaptureFixture[str]) -> None:
-    assert end_of(lambda: [][1]) == 1
+def test_a_bug_keeps_its_traceback_and_the_message_says_where_to_report_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: [][1]) == 1
     error = capfd.readouterr().err
     assert "Traceback (most recent call last)" in error
     assert "IndexError" in error
     assert "report it in the project's issue tracker" in error
 
 
-def test_the_traceback_of_a_mistake_is_shown_if_asked_for(
+def test_the_traceback_of_a_mistake_is_shown_on_request(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(command.TRACEBACK, raising=False)
-    assert end_of(lambda: ImageDataModule("images", image_size=0)) == 2
+    assert exit_code(lambda: ImageDataModule("images", image_size=0)) == 2
     assert capfd.readouterr().err == "error: image_size is 0; it must be at least 1\n"
     seen: list[str] = []
     monkeypatch.setattr(sys, "argv", ["main.py", "--traceback", "fit"])
-    assert end_of(lambda: (seen.extend(sys.argv), ImageDataModule("images", image_size=0))) == 2
+    assert exit_code(lambda: (seen.extend(sys.argv), ImageDataModule("images", image_size=0))) == 2
     assert seen == ["main.py", "fit"]
     assert "Traceback (most recent call last)" in capfd.readouterr().err
     assert os.environ[command.TRACEBACK] == "1"  # for the processes that the run starts
@@ -137,7 +152,7 @@ def interrupted_in_lightning() -> None:
         sys.exit(1)
 
 
-def test_exit_codes_tell_of_signals() -> None:
+def test_exit_codes_of_signals() -> None:
     def sigterm() -> None:
         raise SIGTERMException
 
@@ -145,10 +160,10 @@ def test_exit_codes_tell_of_signals() -> None:
         raise KeyboardInterrupt
 
     for function, code in ((sigterm, 143), (ctrl_c, 130), (interrupted_in_lightning, 130), (lambda: sys.exit(5), 5)):
-        assert end_of(function) == code
+        assert exit_code(function) == code
 
 
-def test_what_the_first_process_of_a_node_says_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_do_not_repeat_the_message_of_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
     monkeypatch.setattr(command.os, "write", lambda _, text: written.append(text))
     monkeypatch.setattr(command, "PATIENCE", 0.1)
@@ -156,14 +171,14 @@ def test_what_the_first_process_of_a_node_says_is_not_said_again(monkeypatch: py
     monkeypatch.setenv("RANK", "1")
     parents = iter([7, 7, 1, 1])
     monkeypatch.setattr(command.os, "getppid", lambda: next(parents))
-    assert end_of(lambda: ImageDataModule("images", image_size=0)) == 2
+    assert exit_code(lambda: ImageDataModule("images", image_size=0)) == 2
     assert written == []
-    monkeypatch.setattr(command.os, "getppid", lambda: 7)  # which lives on: it may not know
-    assert end_of(lambda: ImageDataModule("images", image_size=0)) == 2
+    monkeypatch.setattr(command.os, "getppid", lambda: 7)  # the first process still runs: it may not have this error
+    assert exit_code(lambda: ImageDataModule("images", image_size=0)) == 2
     assert written == [b"error: rank 1: image_size is 0; it must be at least 1\n"]
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_closed_output_is_not_an_error(tmp_path: Path) -> None:
     script = tmp_path / "long.py"
     script.write_text("from llamagen.command import run_command\nrun_command(lambda: print('x\\n' * 1_000_000))\n")
     shell = f"{sys.executable} {script} | head -1; exit ${{PIPESTATUS[0]}}"
@@ -171,7 +186,3 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         ["bash", "-c", shell], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": "."}
     )
     assert (done.stdout, done.stderr, done.returncode) == ("x\n", "", 141)
-
-
-def test_faults_are_tuples_of_message_and_code() -> None:
-    assert Fault("broken", 1) == ("broken", 1)

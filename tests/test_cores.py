@@ -1,4 +1,4 @@
-"""Threads leave their core to others while they wait, and are no more than the cores that a container grants."""
+"""Waiting threads yield their core, and there are no more of them than a container's cores."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from llamagen import cores
         ({"cpu.max": "nonsense"}, 8),
     ],
 )
-def test_a_containers_limit_is_seen(
+def test_reads_the_limit_of_a_container(
     files: dict[str, str], wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in files.items():
@@ -33,7 +33,7 @@ def test_a_containers_limit_is_seen(
     assert cores.usable_cores(tmp_path) == wanted
 
 
-def test_settings_come_before_torch_and_give_way_to_the_users() -> None:
+def test_settings_are_made_before_torch_and_keep_those_of_the_user() -> None:
     script = (
         "import os, sys\n"
         "from llamagen import cores\n"
@@ -56,7 +56,7 @@ def test_settings_come_before_torch_and_give_way_to_the_users() -> None:
         assert done.stdout.strip() == wanted
 
 
-def test_the_command_line_loads_torch_after_them_and_workers_load_nothing() -> None:
+def test_the_command_line_imports_torch_after_them_and_workers_import_nothing() -> None:
     script = "import sys, main; print('torch' in sys.modules, 'lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent."""
+"""Atomic files and folders: complete or absent."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 
 def left_by(process: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary name of a process."""
+    """A temporary name of another process."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: process)
         return temporary_name(path)
@@ -34,7 +34,7 @@ def left_by(process: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def dead() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     pid = os.fork()
     if pid == 0:
         os._exit(0)
@@ -44,7 +44,7 @@ def dead() -> int:
 
 @pytest.fixture
 def small_files() -> Iterator[int]:
-    """A file of this process may have 100,000 bytes, as on a disk that is full then."""
+    """Limits files of this process to 100,000 bytes, which acts like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -53,7 +53,7 @@ def small_files() -> Iterator[int]:
     signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_file_gets_its_name_when_it_is_written(tmp_path: Path) -> None:
+def test_a_file_gets_its_name_after_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new/file.txt"
     with atomic_file(path) as temporary:
         temporary.write_text("text")
@@ -65,7 +65,7 @@ def test_a_file_gets_its_name_when_it_is_written(tmp_path: Path) -> None:
     assert names(path.parent) == ["file.txt"]
 
 
-def test_file_and_folder_are_synced_before_and_after_the_name_changes(
+def test_the_file_is_synced_before_and_the_folder_after_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, events = tmp_path / "file.txt", list[tuple[str, bool]]()
@@ -82,7 +82,7 @@ def test_file_and_folder_are_synced_before_and_after_the_name_changes(
     assert events == [("file", False), ("folder", True)]
 
 
-def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -98,7 +98,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", ["written", "synced"])
-def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, stop: str) -> None:
+def test_a_kill_before_the_rename_keeps_the_old_file(tmp_path: Path, stop: str) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     pid = os.fork()
@@ -116,13 +116,13 @@ def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 2
-    with atomic_file(path) as temporary:  # the next writer removes what the dead one left
+    with atomic_file(path) as temporary:  # the next writer removes leftovers of the dead one
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_leftovers_of_live_processes_and_other_machines_stay(
+def test_temporary_files_of_live_processes_and_other_machines_are_kept(
     tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.ckpt"
@@ -139,17 +139,17 @@ def test_leftovers_of_live_processes_and_other_machines_stay(
     remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == {alive.name, other.name, ".mine.tmp"}
     gone.write_text("half")
-    remove_leftovers(tmp_path)  # once a process: not for each of thousands of images
+    remove_leftovers(tmp_path)  # only once per process, not for each of thousands of images
     assert gone.exists()
     remove_leftovers(tmp_path, owned=True)
     assert set(names(tmp_path)) == {alive.name, other.name}
 
 
-def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zombie_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(0)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # as in containers whose first process waits for nobody
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # as in containers whose init process reaps no zombies
     left_by(pid, tmp_path / "file", monkeypatch).touch()
     remove_leftovers(tmp_path)
     os.waitpid(pid, 0)
@@ -180,7 +180,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
     assert names(tmp_path) == ["file.bin"]
 
 
-def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_a_file_has_the_usual_permissions(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with atomic_file(tmp_path / "a.safetensors") as temporary:
@@ -190,7 +190,7 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
 
 
-def test_a_long_name_and_a_device_are_written_to(tmp_path: Path) -> None:
+def test_writes_files_with_long_names_and_devices(tmp_path: Path) -> None:
     path = tmp_path / ("ü" * 125 + ".txt")
     with atomic_file(path) as temporary:
         temporary.write_text("text")
@@ -200,7 +200,7 @@ def test_a_long_name_and_a_device_are_written_to(tmp_path: Path) -> None:
     assert not Path(os.devnull).is_file()
 
 
-def test_a_folder_is_not_replaced_by_a_file_unless_it_may_be(tmp_path: Path) -> None:
+def test_a_file_replaces_a_folder_only_if_allowed(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     path.mkdir()
     (path / "inside").touch()
@@ -213,7 +213,7 @@ def test_a_folder_is_not_replaced_by_a_file_unless_it_may_be(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("old", ["nothing", "a folder", "a file", "a link"])
-def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path, old: str) -> None:
+def test_a_folder_gets_its_name_after_it_is_complete(tmp_path: Path, old: str) -> None:
     path = tmp_path / "report"
     if old == "a folder":
         path.mkdir()
@@ -223,16 +223,14 @@ def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path, old: str) ->
     elif old == "a link":
         path.symlink_to(tmp_path / "nowhere")
     with atomic_folder(path) as temporary:
-        (temporary / "below").mkdir()
-        (temporary / "below/new").write_text("text")
-        assert not (path / "below").exists()
-    assert names(path) == ["below"]
+        (temporary / "inner").mkdir()
+        (temporary / "inner/new").write_text("text")
+        assert not (path / "inner").exists()
+    assert names(path) == ["inner"]
     assert names(tmp_path) == ["report"]
 
 
-def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_rename_of_a_folder_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report"
     path.mkdir()
     (path / "old").touch()
@@ -250,7 +248,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
     assert names(tmp_path) == ["report"]
 
 
-def test_a_folder_loses_its_name_before_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_renamed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "step.ckpt"
     path.mkdir()
     (path / "meta.pt").touch()
@@ -292,7 +290,7 @@ def write_png(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_text, write_torch, write_safetensors, write_npz, write_png])
-def test_a_full_disk_is_one_line_with_path_and_bytes(
+def test_a_full_disk_is_a_one_line_error_with_path_and_bytes(
     write: Callable[[Path], None], tmp_path: Path, small_files: int
 ) -> None:
     path = tmp_path / "file"
@@ -309,12 +307,10 @@ def test_a_full_disk_is_one_line_with_path_and_bytes(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_or_quota_is_found_wherever_it_is_reported(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_or_quota_is_detected_at_sync(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sync = os.fsync
 
-    def fail(descriptor: int) -> None:  # network file systems report it here
+    def fail(descriptor: int) -> None:  # network file systems report it only here
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
@@ -329,7 +325,7 @@ def test_a_full_disk_or_quota_is_found_wherever_it_is_reported(
     assert os.fsync is sync
 
 
-def test_an_error_of_pytorchs_writer_is_a_full_disk_where_nothing_is_free(
+def test_an_error_of_the_pytorch_writer_means_a_full_disk_if_nothing_is_free(
     tmp_path: Path, small_files: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RuntimeError), atomic_file(tmp_path / "file") as temporary:
@@ -340,7 +336,7 @@ def test_an_error_of_pytorchs_writer_is_a_full_disk_where_nothing_is_free(
     assert names(tmp_path) == []
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_file(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "no")
     pending = PendingFile(tmp_path / "file")

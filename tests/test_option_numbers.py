@@ -1,4 +1,4 @@
-"""A number that makes no sense is refused when a configuration is made, in one line with the option's name."""
+"""Configs reject invalid numbers in one line with the option's name."""
 
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
@@ -18,7 +18,7 @@ CONFIGS = [GPTConfig, VQGANConfig, SamplingConfig, AdamWConfig, VQGANLossConfig,
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_no_option_takes_a_number_that_is_none(config: Any) -> None:
+def test_all_options_reject_invalid_numbers(config: Any) -> None:
     hints, tried = get_type_hints(config), 0
     for field in fields(config):
         kind = str(hints[field.name])
@@ -40,12 +40,12 @@ def test_no_option_takes_a_number_that_is_none(config: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [1, 7, 2**40])
-def test_whole_numbers_pass(value: int) -> None:
+def test_accepts_integers(value: int) -> None:
     check_integer("n", value)
 
 
-def test_what_is_no_whole_number_is_told_from_what_is_too_small() -> None:
-    for bad, said in ((0, "must be at least 1"), (1.5, "must be a whole number of at least 1"), ("3", "whole number")):
+def test_distinguishes_non_integers_from_small_values() -> None:
+    for bad, said in ((0, "must be at least 1"), (1.5, "must be an integer of at least 1"), ("3", "an integer")):
         with pytest.raises(ValueError, match=f"^n is {bad}; it .*{said}"):
             check_integer("n", bad)
     check_not_negative("x", 0.0)

@@ -1,4 +1,4 @@
-"""Every file that the project writes goes through ``llamagen.files``: complete, or absent."""
+"""All files of the project are written atomically, through ``llamagen.files``."""
 
 import ast
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ import pytest
 from tests.test_architecture import SOURCES, relative
 
 WRITER = "llamagen/files.py"
-WHOLE = {"atomic_file", "atomic_folder", "PendingFile", "temporary_name"}
-"""What gives a temporary name."""
+ATOMIC = {"atomic_file", "atomic_folder", "PendingFile", "temporary_name"}
+"""Functions that give a temporary name."""
 MEMORY = {"BytesIO", "StringIO", "TemporaryDirectory"}
-"""What needs no name, or has one that no other process knows."""
-TARGETS = {  # what writes, and which argument it writes to; −1: the object itself
+"""Buffers without a file, and folders that no other process knows."""
+TARGETS = {  # functions that write, and the index of the argument they write to; −1: the object itself
     **dict.fromkeys(("write_text", "write_bytes", "touch"), -1),
     **dict.fromkeys(("savez", "savez_compressed", "savefig", "TarWriter", "ZipFile", "extractall", "symlink_to"), 0),
     "save_hparams_to_yaml": 0,
     **dict.fromkeys(("save_file", "download_url_to_file", "copyfile", "copytree", "copy2", "move", "get_file"), 1),
 }
 EXCEPTIONS = {
-    # Appends rows to metrics.csv, and takes back half a row.
+    # Appends rows to metrics.csv, and removes half rows.
     ("lightning_modules/metrics_file.py", "path"),
-    # A method of ours.
+    # A method of this project.
     ("evaluation/__main__.py", "out"),
-    # What is measured, in folders that go with the process.
+    # Input of measurements, in temporary folders.
     ("benchmarks/data_layer.py", "plain / f'{number}.npy'"),
     ("benchmarks/data_layer.py", "plain / f'{number}.label.npy'"),
     ("benchmarks/account_for_keys.py", "path"),
@@ -35,8 +35,8 @@ EXCEPTIONS = {
 }
 
 
-def written(call: ast.Call) -> ast.expr | None:
-    """What a call writes to, if it is one that writes."""
+def write_target(call: ast.Call) -> ast.expr | None:
+    """The target of a call that writes; None for other calls."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     arguments = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -49,7 +49,7 @@ def written(call: ast.Call) -> ast.expr | None:
         return (owner if of_path else call.args[0] if call.args else arguments.get("fileobj")) if writes else None
     if name == "save" and (module in ("torch", "np", "numpy") or owner is not None):
         if not call.args:
-            return None  # an object's own, which names the file elsewhere
+            return None  # a method without a path
         return call.args[1] if module == "torch" else call.args[0]
     if name in TARGETS:
         place = TARGETS[name]
@@ -66,8 +66,8 @@ def names_in(node: ast.AST | None) -> set[str]:
 
 
 def temporary_names(tree: ast.AST) -> set[str]:
-    """Names that stand for temporary files or memory, and those made of them."""
-    known = {*WHOLE, *MEMORY}
+    """Names of temporary files and buffers, and names derived from them."""
+    known = {*ATOMIC, *MEMORY}
     while True:
         before = len(known)
         for node in ast.walk(tree):
@@ -80,8 +80,8 @@ def temporary_names(tree: ast.AST) -> set[str]:
             return known
 
 
-def carelessly_written(source: str) -> Iterator[tuple[str, int]]:
-    """What is written to under another name than a temporary one, and its line."""
+def unsafe_writes(source: str) -> Iterator[tuple[str, int]]:
+    """Targets of writes without a temporary name, and their lines."""
     tree = ast.parse(source)
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef | ast.Module):
@@ -94,14 +94,14 @@ def carelessly_written(source: str) -> Iterator[tuple[str, int]]:
             for n in ast.walk(f)
         }
         for node in ast.walk(function):
-            target = written(node) if isinstance(node, ast.Call) and id(node) not in nested else None
+            target = write_target(node) if isinstance(node, ast.Call) and id(node) not in nested else None
             if target is not None and not names_in(target) & known:
                 yield ast.unparse(target), node.lineno
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if relative(path) != WRITER], ids=relative)
-def test_a_source_writes_under_temporary_names_only(path: Path) -> None:
-    found = set(carelessly_written(path.read_text()))
+def test_sources_write_only_to_temporary_names(path: Path) -> None:
+    found = set(unsafe_writes(path.read_text()))
     assert {each for each in found if (relative(path), each[0]) not in EXCEPTIONS} == set()
 
 
@@ -127,5 +127,5 @@ def test_a_source_writes_under_temporary_names_only(path: Path) -> None:
         ("def f(path):\n    with atomic_file(path) as t:\n        pass\ndef g(t):\n    t.write_text('a')", True),
     ],
 )
-def test_the_walk_sees_what_writes(source: str, wrong: bool) -> None:
-    assert bool(list(carelessly_written(source))) is wrong
+def test_detects_writes_without_a_temporary_name(source: str, wrong: bool) -> None:
+    assert bool(list(unsafe_writes(source))) is wrong

@@ -1,4 +1,4 @@
-"""Text to image at the size of a test: digits with captions, their codes, features of a tiny T5, a trained model."""
+"""Text to image in small: digits with captions, their codes, features of a tiny T5, a trained model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ class TextPipeline:
     """Folders of a small run.
 
     Attributes:
-        root: of everything.
-        images: the run whose tokenizer makes the codes.
+        root: parent of all others.
+        images: the run with the tokenizer.
     """
 
     root: Path
@@ -27,7 +27,7 @@ class TextPipeline:
 
     @property
     def t5(self) -> Path:
-        """Encoder and its tokenizer."""
+        """The T5 encoder and its tokenizer."""
         return self.root / "t5"
 
     @property
@@ -42,11 +42,11 @@ class TextPipeline:
 
     @property
     def argen(self) -> Path:
-        """Checkpoint of a model that was trained on the features."""
+        """Checkpoint of the model trained on the features."""
         return self.root / "argen/checkpoints/last.ckpt"
 
     def feature_arguments(self, folder: Path) -> list[str]:
-        """To write features into ``folder``."""
+        """The command that extracts features into ``folder``."""
         return [
             *("predict", "--config", "configs/text/extract.yaml", *QUIET, "--model.init_args.encoder.dtype=float32"),
             *(f"--model.init_args.encoder.name={self.t5}", f"--model.init_args.caption_length={LENGTH}"),
@@ -55,7 +55,7 @@ class TextPipeline:
         ]
 
     def argen_arguments(self, folder: Path) -> list[str]:
-        """Of a command of the text model that works in ``folder``; without the data."""
+        """Arguments of a stage of the text model in ``folder``, without those of the data."""
         return [
             *("--config", "configs/argen/base.yaml", "--config", "configs/argen/digits.yaml"),
             *("--config", "configs/argen/text_digits.yaml", *QUIET),
@@ -66,7 +66,7 @@ class TextPipeline:
         ]
 
     def prompt_arguments(self, folder: Path, prompts: str) -> list[str]:
-        """To draw images of prompts into ``folder``."""
+        """The command that generates images of prompts into ``folder``."""
         return [
             *("predict", *self.argen_arguments(folder), "--config", "configs/argen/prompts.yaml"),
             *(f"--trainer.default_root_dir={folder}", f"--data.init_args.prompts={prompts}"),
@@ -74,7 +74,7 @@ class TextPipeline:
         ]
 
     def run(self) -> None:
-        """Codes, features, training."""
+        """Extract codes, extract features, train."""
         save_tiny_model(self.t5)
         tiny_tokenizer(("handwritten", *NAMES)).save_pretrained(self.t5)
         tokenizer = [item for item in self.images.tokenizer_arguments(self.codes) if "data.init_args.root" not in item]

@@ -1,4 +1,4 @@
-"""A CLIP with random weights and a real tokenizer, both made here, in a folder as the published ones lie in."""
+"""A CLIP with random weights and a real tokenizer, in a folder like the published ones."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ MERGES = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>")]
 
 
 def tiny_tokenizer(extra: tuple[str, ...] = ()) -> CLIPTokenizer:
-    """BPE over bytes, as CLIP's is, with two words that are one token each."""
+    """Byte-level BPE like CLIP's, with two words that are one token each."""
     pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *("".join(pair) for pair in MERGES), *extra]
     vocabulary = {piece: place for place, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocabulary, MERGES, model_max_length=LENGTH)
 
 
 def save_tiny_clip(folder: Path, seed: int = 1, old_end: bool = False, side: int = SIDE) -> Path:
-    """Model, tokenizer and what is to be done to images, into a folder, which is returned.
+    """Write model, tokenizer and image processor into a folder, and return it.
 
-    With ``old_end`` the configuration says of the end of texts what old ones, OpenAI's among them, say.
+    With ``old_end`` the configuration has the wrong end token of old ones such as OpenAI's.
     """
     tokenizer = tiny_tokenizer()
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -40,7 +40,7 @@ def save_tiny_clip(folder: Path, seed: int = 1, old_end: bool = False, side: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(config)
-        for parameter in model.parameters():  # as they are drawn, all images have nearly the same features
+        for parameter in model.parameters():  # with the default initialisation all images have nearly the same features
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A T5 encoder with random weights and a real tokenizer, both made here, in a folder as the published ones lie in."""
+"""A T5 encoder with random weights and a real tokenizer, in a folder like the published ones."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def tiny_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Unigram with T5's special tokens and ids; a word that it does not know falls into letters and <unk>."""
+    """Unigram with T5's special tokens and ids. Unknown words become letters and <unk>."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in (*WORDS, *extra)]
     pieces += [(letter, -6.0) for letter in LETTERS]
@@ -46,7 +46,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> None:
 
 
 def save_tiny_t5(folder: Path, seed: int = 0) -> Path:
-    """Model and tokenizer into a folder, which is returned."""
+    """Write model and tokenizer into a folder, and return it."""
     save_tiny_model(folder, seed)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The VGG16 of LPIPS, filled by the rule of :mod:`tests.golden` under torchvision's names."""
+"""Deterministic weights of LPIPS' VGG16 with torchvision's names, see :mod:`tests.golden`."""
 
 from functools import cache
 from math import sqrt
@@ -11,7 +11,7 @@ PUBLISHED = {
     (0, 64, 3), (2, 64, 64), (5, 128, 64), (7, 128, 128), (10, 256, 128), (12, 256, 256), (14, 256, 256),
     (17, 512, 256), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512),
 }  # fmt: skip
-"""Index, width and input width of the convolutions in torchvision's VGG16."""
+"""Index, output and input channels of the convolutions in torchvision's VGG16."""
 
 
 @cache

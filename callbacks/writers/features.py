@@ -48,7 +48,7 @@ class FeatureWriter(ShardDatasetWriter):
         source = json.dumps(data.source_meta, sort_keys=True)
         return {
             "format": FEATURES,
-            "encoder": module.encoder.facts(),
+            "encoder": module.encoder.metadata(),
             "dtype": self.dtype,
             "clean_captions": data.clean_captions,
             "short_captions": data.short_captions,

@@ -124,10 +124,10 @@ class ImageWriter(pl.Callback):
         assert self._folder is not None
         assert self._threads is not None
         truncated = outputs.get("truncated")
-        rows: list[int] = [] if truncated is None else truncated.nonzero().flatten().tolist()
+        cut_rows: list[int] = [] if truncated is None else truncated.nonzero().flatten().tolist()
         for row, index in enumerate(outputs["index"].tolist()):
             image = partial(_image, outputs["images"], row)
-            self._threads.write(image, self._folder.path(index), image_text(row in rows))
+            self._threads.write(image, self._folder.path(index), image_text(row in cut_rows))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait until every rank has written its images."""

@@ -23,11 +23,11 @@ def prompts_plan(prompts: Sequence[str], module: PredictsImages) -> dict[str, An
 
     Args:
         prompts: all prompts of the run.
-        module: its ``caption_facts`` describe the text encoder.
+        module: its ``caption_metadata`` describe the text encoder.
     """
     return {
         "list of prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        **{f"text.{name}": value for name, value in module.caption_facts.items()},
+        **{f"text.{name}": value for name, value in module.caption_metadata.items()},
     }
 
 

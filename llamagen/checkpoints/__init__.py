@@ -1,1 +1,1 @@
-"""Weights in and out: reading any file of weights, what a checkpoint holds, sharded checkpoints, export."""
+"""Reading, checking, converting and exporting weights and checkpoints."""

@@ -1,9 +1,8 @@
-"""What a checkpoint says of its model, and how to get the model out of it again. Plain torch, primitives only.
+"""The description of a model in its checkpoint, and building the model from it. Plain torch, primitives only.
 
-A training checkpoint of this project is Lightning's, with one entry more: ``checkpoint["llamagen"]`` holds the
-architecture (``"VQGAN"`` or ``"GPT"``), its configuration, the prefix of its weights in ``state_dict`` and, if weights
-were averaged, the names of the averaged parameters in the order of the optimizer, which keeps the averages in its
-state.
+A training checkpoint of this project is a Lightning checkpoint with one more entry: ``checkpoint["llamagen"]`` holds
+the architecture (``"VQGAN"`` or ``"GPT"``), its configuration and the prefix of its weights in ``state_dict``. With EMA
+it also holds the names of the averaged parameters in the optimizer's order: the averages are in the optimizer's state.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,36 +32,37 @@ from llamagen.state_dicts import differences, tensors_checksum
 
 
 def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
-    """The entry of a checkpoint that says what its weights are.
+    """Describe a model for the ``"llamagen"`` entry of its checkpoint.
 
     Args:
-        model: the model that was trained.
-        prefix: where its weights are in the ``state_dict``, for example ``"gpt."``.
+        model: the trained model.
+        prefix: prefix of its weights in the ``state_dict``, for example ``"gpt."``.
 
     Returns:
-        Primitives only, so that the checkpoint loads with ``weights_only``.
+        Architecture, configuration and prefix: primitives only, so that the checkpoint loads with ``weights_only``.
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     return {"architecture": architecture_of(model), "config": config, "prefix": prefix}
 
 
 def architecture_of(model: GPT | VQGAN) -> str:
-    """Its class, whatever became of it when its parameters were spread over ranks."""
+    """Name of the model's class. footgun: sharding replaces ``type(model)`` by a generated subclass."""
     return "GPT" if isinstance(model, GPT) else "VQGAN"
 
 
 def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moments) -> dict[str, Any]:
-    """A training checkpoint of this project; tensors of a file are read when they are used.
+    """Read a training checkpoint of this project. Tensors of a file are memory-mapped: read when they are used.
 
     Args:
-        path: its file, or the folder of a sharded one.
-        wanted: which tensors of a sharded one to read, see :func:`~llamagen.checkpoints.sharded.read_sharded`.
+        path: the file, or the folder of a sharded checkpoint.
+        wanted: selects tensors of a sharded checkpoint by name, see
+            :func:`~llamagen.checkpoints.sharded.read_sharded`.
 
     Returns:
         The checkpoint, on the CPU.
 
     Raises:
-        ValueError: in one line, if there is no such file or it is something else.
+        ValueError: in one line, if the file does not exist or is not such a checkpoint.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -74,26 +74,29 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
-    """Refuse a checkpoint whose weights are not those of a model of this shape and function, or are not finite.
+    """Check that a checkpoint can be loaded into a model, before anything is changed.
 
     Args:
-        checkpoint: as loaded.
-        model: where its weights are to go.
+        checkpoint: the loaded checkpoint.
+        model: destination of its weights.
 
     Raises:
-        ValueError: in one line, with what differs.
+        ValueError: in one line with all differences, if architecture, configuration or shapes differ, or weights are
+            not finite.
     """
     entry = checkpoint.get(ENTRY)
-    wanted = architecture_of(model)
+    architecture = architecture_of(model)
     if not isinstance(entry, dict):
-        raise ValueError(f"the checkpoint was not written by this project's {wanted} training; choose another file")
-    if entry["architecture"] != wanted:
         raise ValueError(
-            f"the checkpoint holds a {entry['architecture']}, but a {wanted} is to be loaded; choose the checkpoint of "
-            f"a {wanted} run"
+            f"the checkpoint was not written by this project's {architecture} training; choose another file"
+        )
+    if entry["architecture"] != architecture:
+        raise ValueError(
+            f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the "
+            f"checkpoint of a {architecture} run"
         )
     expected = asdict(model.config)
-    for name in (*FUNCTION, "block_size") if wanted == "GPT" else ():
+    for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
         loaded = entry["config"].get(name, expected[name])
         if loaded != expected[name]:
             raise ValueError(
@@ -101,12 +104,13 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             )
     if isinstance(model, VQGAN):
         check_quantizer(entry["config"], model, "the checkpoint")
-    if "state_dict" not in checkpoint:  # of a sharded one, whose weights are in the model already
+    if "state_dict" not in checkpoint:  # sharded: the weights are already in the model
         return
     differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
-            f"the checkpoint's {wanted} has another shape: {differing}; use the configuration that it was trained with"
+            f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it "
+            "was trained with"
         )
     refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
@@ -131,17 +135,17 @@ def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str)
 
 
 def build_model(weights: Weights) -> GPT | VQGAN:
-    """The model that weights belong to, with these weights, in evaluation mode, frozen.
+    """Build the model of given weights, in evaluation mode and frozen.
 
     Args:
-        weights: as read. If they do not say what they are, they are a tokenizer, and their shapes give its
-            configuration.
+        weights: weights of a file. Without an architecture they must be those of a tokenizer, whose configuration is
+            inferred from their shapes.
 
     Returns:
-        The model, on the CPU, float32. Random numbers are not drawn.
+        The model, on the CPU, float32. The random generator is not used.
 
     Raises:
-        ValueError: in one line, if they are something else.
+        ValueError: in one line, if they are not the weights of a known model.
     """
     with torch.device("meta"):
         model = _empty_model(weights)
@@ -163,12 +167,12 @@ def _empty_model(weights: Weights) -> GPT | VQGAN:
         if weights.architecture == "GPT":
             return GPT(GPTConfig(**(weights.config or {})))
     except TypeError as error:
-        raise ValueError(f"{weights.source}: the file says a configuration that is none ({error})") from error
+        raise ValueError(f"{weights.source}: the configuration in the file is invalid ({error})") from error
     raise ValueError(f"{weights.source}: the file holds a {weights.architecture}, which this version does not know")
 
 
 def load_vqgan(path: str | Path) -> VQGAN:
-    """The image tokenizer of a file: averaged weights if it has them, in evaluation mode, frozen.
+    """Load an image tokenizer, with averaged (EMA) weights if the file has them, in evaluation mode and frozen.
 
     Args:
         path: checkpoint of a tokenizer run, published ``.pt``, or safetensors.
@@ -177,7 +181,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
         The model, on the CPU.
 
     Raises:
-        ValueError: if there is no such file or it holds something else.
+        ValueError: in one line, if the file does not exist or does not hold a tokenizer.
     """
     weights = read_weights(path)
     if weights.architecture not in (None, "VQGAN"):

@@ -28,18 +28,18 @@ SUFFIXES = (".pt", ".safetensors")
 
 
 def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overwrite: bool = False) -> None:
-    """Write the weights of a checkpoint, in its dtype, and say so in one line.
+    """Write the weights of a checkpoint, in its dtype, and print one line.
 
-    They are loaded into their architecture first, so what is written is known to fit.
+    The weights are first loaded into their model, which checks them.
 
     Args:
         checkpoint: file of weights.
-        out: file to write, ``.pt`` or ``.safetensors``; it is there whole or not at all.
-        averaged: take averages (EMA) where the checkpoint has them.
+        out: file to write, ``.pt`` or ``.safetensors``; complete or absent, even if the process is killed.
+        averaged: take averaged (EMA) weights if the checkpoint has them.
         overwrite: replace ``out`` if it exists.
 
     Raises:
-        ValueError: in one line, if the checkpoint is not what it should be, or ``out`` cannot be written.
+        ValueError: in one line, if the checkpoint is invalid or ``out`` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.suffix not in SUFFIXES:
@@ -49,7 +49,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
         raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
     weights = read_weights(checkpoint, averaged)
     model = build_model(weights)
-    # Cloned, because they may be views, share storage, or have a memory format, none of which belongs into the file.
+    # Cloned, because tensors may be views, share storage or have another memory format, which torch.save would keep.
     state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
     from safetensors import SafetensorError  # imported here for its start-up time
     from safetensors.torch import save_file
@@ -57,7 +57,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     try:
         with atomic_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
             if out.suffix == ".pt":
-                with temporary.open("wb") as file:  # whose errors say why nothing can be written
+                with temporary.open("wb") as file:  # its errors name the reason; torch.save's own writer hides it
                     torch.save({"model": state} | _entry_of_quantizer(model), file)
             else:
                 save_file(state, temporary, _metadata(model, weights))
@@ -78,26 +78,25 @@ def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
 
 
 def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
-    """What a safetensors file says of its weights."""
-    said = describe(model, prefix="")
-    entry = {"architecture": said["architecture"], "config": said["config"], "averaged": weights.averaged}
+    """Metadata of a safetensors file."""
+    description = describe(model, prefix="")
+    entry: dict[str, Any] = {key: description[key] for key in ("architecture", "config")}
+    entry["averaged"] = weights.averaged
     if weights.captions is not None:
         entry["captions"] = weights.captions
     return {ENTRY: json.dumps(entry)}
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        args: instead of the command line's.
+        args: arguments; None for those of the command line.
     """
-    parser = OneLineParser(
-        "python -m llamagen.checkpoints.export", "Write the weights of a checkpoint into a file of their own."
-    )
+    parser = OneLineParser("python -m llamagen.checkpoints.export", "Write the weights of a checkpoint to a file.")
     parser.add_argument("checkpoint", type=Path, help="a run's .ckpt, a published .pt, or .safetensors")
     parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
-    parser.add_argument("--raw", action="store_true", help="take raw weights, although there are averages (EMA)")
+    parser.add_argument("--raw", action="store_true", help="take raw weights even if the checkpoint has averages (EMA)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     options = parser.parse_args(args)
     try:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what was written: checksums that loading does not look at. Plain torch."""
+"""Integrity of checkpoints: verifies stored checksums, which loading does not. Plain torch."""
 
 import zipfile
 from io import BytesIO
@@ -10,17 +10,16 @@ DAMAGES = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedErro
 
 
 def check_integrity(path: Path) -> None:
-    """Compare all that is in a checkpoint with the CRC-32 that was stored with it; about a second for each gigabyte.
+    """Compare the content of a checkpoint with its stored CRC-32 checksums; takes about a second per gigabyte.
 
-    A file that was cut off has no directory of its contents and is found at once, by any reader. Bytes that were
-    changed in the middle are found here alone: PyTorch loads them as if they were weights.
+    Any reader notices a truncated file. footgun: PyTorch does not notice changed bytes; it loads them as weights.
 
     Args:
         path: a file of ``torch.save``, or the folder of a sharded checkpoint. Files of PyTorch before 1.6 have no
-            checksums.
+            checksums and are not checked.
 
     Raises:
-        ValueError: in one line, if something was changed or is missing.
+        ValueError: in one line, if the content is changed or incomplete.
     """
     try:
         if path.is_dir():
@@ -30,7 +29,7 @@ def check_integrity(path: Path) -> None:
                     file.seek(part.offset)
                     content = file.read(part.length)
                 if len(content) != part.length:
-                    raise EOFError(f"{part.relative_path} is cut off")
+                    raise EOFError(f"{part.relative_path} is truncated")
                 if zipfile.is_zipfile(BytesIO(content)):
                     _check(BytesIO(content))
         elif zipfile.is_zipfile(path):
@@ -43,4 +42,4 @@ def check_integrity(path: Path) -> None:
 def _check(file: Path | BytesIO) -> None:
     with zipfile.ZipFile(file) as archive:
         if (member := archive.testzip()) is not None:
-            raise EOFError(f"{member} has another checksum than when it was written")
+            raise EOFError(f"the checksum of {member} is wrong")

@@ -1,7 +1,7 @@
-"""Sharded training checkpoints, which are folders, as what a checkpoint in one file holds. Plain torch.
+"""Reading sharded training checkpoints in the layout of a checkpoint in one file. Plain torch.
 
-``torch.distributed.checkpoint`` writes them, a file for each rank, and Lightning puts ``meta.pt`` with all that is no
-tensor beside them.
+A sharded checkpoint is a folder: ``torch.distributed.checkpoint`` writes one file per rank, and Lightning adds
+``meta.pt`` with everything that is not a tensor.
 """
 
 import pickle
@@ -21,7 +21,7 @@ META_FILE = "meta.pt"
 INDEX_FILE = ".metadata"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# All that an index is made of.
+# All classes that an index consists of; nothing else is unpickled.
 ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -46,30 +46,29 @@ ALLOWED = {
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether a path is the folder of a sharded checkpoint that was written to its end."""
+    """Whether a path is the folder of a complete sharded checkpoint."""
     return (path / META_FILE).is_file() and (path / INDEX_FILE).is_file()
 
 
 def not_moments(name: str) -> bool:
-    """Whether an entry is more than a moment of the optimizer: enough for everything but going on with the training."""
+    """Whether an entry is not a moment of the optimizer. Only resuming a run needs the moments."""
     return not name.endswith(MOMENTS)
 
 
 def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """A sharded checkpoint as if it were in one file.
+    """Read a sharded checkpoint in the layout of a checkpoint in one file, without running code of a file.
 
     Args:
-        path: its folder.
-        rest: what :data:`META_FILE` holds.
-        wanted: which tensors to read, by their name: ``state_dict.gpt.norm.weight``,
-            ``optimizer_0.state.gpt.norm.weight.exp_avg``. The others are on the meta device.
+        path: folder of the checkpoint.
+        rest: content of :data:`META_FILE`.
+        wanted: selects tensors by name, for example ``state_dict.gpt.norm.weight`` or
+            ``optimizer_0.state.gpt.norm.weight.exp_avg``. The others are returned on the meta device.
 
     Returns:
-        ``rest``, with ``state_dict`` and, if there are any, ``optimizer_states``, whose parameters have numbers; on the
-        CPU. No code of a file is run.
+        ``rest`` with ``state_dict`` and, if there are any, ``optimizer_states`` with numbered parameters; on the CPU.
 
     Raises:
-        ValueError: in one line, if something is damaged or missing.
+        ValueError: in one line, if a file is damaged or missing.
     """
     reader = _Reader(path)
     try:
@@ -84,25 +83,25 @@ def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bo
             for name, entry in index.state_dict_metadata.items()
             if isinstance(entry, BytesStorageMetadata) and not name.endswith("_extra_state")
         }
-        asked = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta} | plain
+        requested = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta} | plain
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
-            dcp.load(asked, storage_reader=reader, planner=_Planner(False, False), no_dist=True)
-        return {**rest, **_nested(tensors | {name: asked[name] for name in plain}, index)}
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended
+            dcp.load(requested, storage_reader=reader, planner=_Planner(False, False), no_dist=True)
+        return {**rest, **_nested(tensors | {name: requested[name] for name in plain}, index)}
     except _RefusedError as error:
         raise ValueError(f"{path} is refused: {error}") from error
-    except (Exception, CheckpointException) as error:  # of files that may hold anything; the latter is no Exception
+    except (Exception, CheckpointException) as error:  # footgun: the latter is not a subclass of Exception
         raise ValueError(
             f"{path} cannot be read as a sharded checkpoint ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "it is damaged, take another one"
+            "it is damaged, give another checkpoint"
         ) from error
 
 
 def read_index(path: Path) -> Metadata:
-    """What is in the files of a sharded checkpoint, and where; no code of a file is run.
+    """Read the index of a sharded checkpoint, without running code of a file.
 
     Args:
-        path: its folder.
+        path: folder of the checkpoint.
     """
     with (path / INDEX_FILE).open("rb") as file:
         index: Metadata = _Unpickler(file).load()
@@ -129,14 +128,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads what is no tensor without running code."""
+    """Reads entries that are not tensors without running code."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
 def _nested(entries: Mapping[str, Any], index: Metadata) -> dict[str, Any]:
-    """``state_dict`` and ``optimizer_states`` out of flat names, as Lightning has them in one file."""
+    """Convert flat names to the ``state_dict`` and ``optimizer_states`` of a Lightning checkpoint in one file."""
     weights: dict[str, Tensor] = {}
     optimizers: dict[int, dict[str, Any]] = {}
     for name, value in entries.items():
@@ -148,13 +147,13 @@ def _nested(entries: Mapping[str, Any], index: Metadata) -> dict[str, Any]:
         if keys[0] == "state":
             optimizer["state"].setdefault(keys[1], {})[keys[2]] = value
         else:
-            optimizer["param_groups"] = _grown(optimizer["param_groups"], keys[1:], value)
+            optimizer["param_groups"] = _with_entry(optimizer["param_groups"], keys[1:], value)
     states = [numbered(optimizers[number]) for number in sorted(optimizers)]
     return {"state_dict": weights} | ({"optimizer_states": states} if states else {})
 
 
 def numbered(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer whose parameters have other numbers or names: numbered as they stand in its groups."""
+    """Renumber the parameters of an optimizer's state in the order of its parameter groups."""
     numbers: dict[Any, int] = {}
     for group in optimizer["param_groups"]:
         numbers |= {name: len(numbers) + place for place, name in enumerate(group["params"])}
@@ -166,8 +165,8 @@ def numbered(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grown(groups: list[dict[str, Any]], keys: list[Any], value: Any) -> list[dict[str, Any]]:
-    """Parameter groups, with an entry at its place; the whole list at once if there is no place."""
+def _with_entry(groups: list[dict[str, Any]], keys: list[Any], value: Any) -> list[dict[str, Any]]:
+    """Set one entry of the parameter groups; without ``keys``, ``value`` is the list of all groups."""
     if not keys:
         return list(value)
     number, name = keys

@@ -1,1 +1,1 @@
-"""What several ranks need: reductions with gradients, full tensors of sharded ones, synchronised BatchNorm."""
+"""Tools for several ranks: differentiable reductions, copies into sharded tensors, synchronised BatchNorm."""

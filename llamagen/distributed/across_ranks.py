@@ -1,4 +1,4 @@
-"""Sums over the ranks of a distributed run through which gradients flow."""
+"""Differentiable sums and means over the ranks of a distributed run."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # Each rank's loss depends on the sum, so on each rank's share of it.
+        # The losses of all ranks depend on each rank's input, so their gradients are summed.
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of a tensor of any shape over all ranks, which must all call it; the gradient is that of the losses' sum."""
+    """Sum a tensor of any shape over all ranks, which must all call it; gradients are of the sum of losses."""
     if world_size() == 1:
         return x
     total: Tensor = _Sum.apply(x)
@@ -36,5 +36,5 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor of any shape over all ranks, which must all call it."""
+    """Average a tensor of any shape over all ranks, which must all call it; differentiable."""
     return sum_over_ranks(x) / world_size()

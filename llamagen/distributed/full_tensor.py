@@ -1,4 +1,4 @@
-"""Whole tensors into ones that may be spread over ranks."""
+"""Copies and initialisation of tensors that may be sharded over ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,34 +9,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def copy_full_(tensor: Tensor, whole: Tensor) -> None:
-    """Copy a tensor that is whole on every rank; of one that is spread over ranks, each its own part.
+def copy_full_(tensor: Tensor, full: Tensor) -> None:
+    """Copy a full tensor, which every rank has, into a tensor that may be sharded.
 
     Args:
-        tensor: where to, of any dtype and device.
-        whole: of the same shape.
+        tensor: destination, of any dtype and device. If it is sharded, each rank copies its own shard.
+        full: source, of the same (global) shape.
     """
     if isinstance(tensor, DTensor):
-        # No rank sends anything. A tensor at a time goes to the device as a whole, and only its part stays.
+        # No communication: every rank moves the full tensor to its device and keeps its shard.
         part = distribute_tensor(
-            whole.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None
+            full.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None
         )
         tensor.to_local().copy_(part.to_local())
     else:
-        tensor.copy_(whole)
+        tensor.copy_(full)
 
 
 @torch.no_grad()
-def init_full_(tensor: Tensor, draw: Callable[[Tensor], Any]) -> None:
-    """Initialise a tensor in place; one that is spread over ranks like one on the CPU that is not.
+def init_full_(tensor: Tensor, init: Callable[[Tensor], Any]) -> None:
+    """Initialise a tensor in place. A sharded tensor gets the values of an unsharded tensor on the CPU.
 
     Args:
-        tensor: of any device.
-        draw: fills a tensor, for example :func:`torch.nn.init.ones_`.
+        tensor: tensor on any device.
+        init: fills a tensor in place, for example :func:`torch.nn.init.ones_`.
     """
     if isinstance(tensor, DTensor) and not tensor.is_meta:
-        whole = torch.empty(tensor.shape)
-        draw(whole)
-        copy_full_(tensor, whole)
+        full = torch.empty(tensor.shape)
+        init(full)
+        copy_full_(tensor, full)
     else:
-        draw(tensor)
+        init(tensor)

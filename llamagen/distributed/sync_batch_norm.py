@@ -7,16 +7,13 @@ from llamagen.distributed.across_ranks import sum_over_ranks, world_size
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` whose training statistics are those of the global batch; same state-dict entries.
+    """``nn.BatchNorm2d`` with the statistics of the global batch in training; same state-dict entries.
 
-    ``nn.SyncBatchNorm`` does the same on GPUs only. Within one process this is ``nn.BatchNorm2d`` itself.
+    ``nn.SyncBatchNorm`` does this on GPUs only. With one process this equals ``nn.BatchNorm2d``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same, normalised over all ranks' B, H and W.
-
-        All ranks must call it together.
-        """
+        """Normalise (B, C, H, W) over B, H and W of all ranks; all of them must call it together."""
         if not self.training or world_size() == 1:
             return super().forward(x)
         assert self.momentum is not None
@@ -24,8 +21,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         with torch.autocast(x.device.type, enabled=False):
-            # Sums of what is left without the running mean, which all ranks share: nothing large cancels, and one
-            # reduction is enough.
+            # footgun: E[x²] − E[x]² cancels badly if the mean is large. Subtracting the running mean first, which all
+            # ranks share, avoids it with a single reduction.
             shift = self.running_mean.float()
             values = x.float() - shift.view(1, -1, 1, 1)
             count = torch.full_like(shift[:1], x.numel() / x.shape[1])

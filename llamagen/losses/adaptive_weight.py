@@ -1,4 +1,4 @@
-"""Balance of the adversarial term by gradients (arXiv 2012.09841, equation 7)."""
+"""Adaptive weight of the adversarial loss (arXiv 2012.09841, equation 7)."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-LARGEST = 1e4
+MAX_WEIGHT = 1e4
 
 
 def adaptive_weight(
@@ -16,19 +16,18 @@ def adaptive_weight(
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """How much larger the gradient of the reconstruction is than the adversarial one, at the decoder's last weight.
+    """Ratio of the gradient norms of reconstruction and adversarial loss at the decoder's last weight.
 
     Args:
-        reconstruction_loss: scalar, pixels and perceptual term, weighted.
-        generator_loss: scalar, the generator's adversarial loss, unweighted.
+        reconstruction_loss: weighted sum of pixel and perceptual loss, a scalar.
+        generator_loss: unweighted adversarial loss of the generator, a scalar.
         last_weight: weight of the decoder's last layer, any shape.
-        mean_over_ranks: mean of a tensor over the ranks of a distributed run; the gradients are those of the global
-            batch then.
-        scale: both losses are multiplied by it for the backward pass, so that gradients survive in float16.
+        mean_over_ranks: mean of a tensor over the ranks of a distributed run, for the gradients of the global batch.
+        scale: loss scale for the two backward passes, against underflow in float16.
 
     Returns:
-        Ratio of the norms (1e-4 added to the lower one) in [0, 1e4], a scalar without gradient; NaN if one of them is
-        not finite.
+        Ratio of the norms, with 1e-4 added to the denominator, in [0, 1e4]; a scalar without gradient. NaN if a norm
+        is not finite.
     """
     gradients = torch.stack(
         [
@@ -39,6 +38,6 @@ def adaptive_weight(
     if mean_over_ranks is not None:
         gradients = mean_over_ranks(gradients)
     reconstruction, generator = gradients.flatten(1).norm(dim=1)
-    ratio: Tensor = (reconstruction / (generator + EPSILON)).clamp(max=LARGEST)
-    # An infinite norm is an overflow, not a reason for a weight of 0.
+    ratio: Tensor = (reconstruction / (generator + EPSILON)).clamp(max=MAX_WEIGHT)
+    # footgun: an overflow of the denominator alone would give a weight of 0.
     return torch.where((reconstruction + generator).isfinite(), ratio, torch.nan).detach()

@@ -13,33 +13,33 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """``−mean(fake)``: the generator wants its images judged real."""
+    """``−mean(fake)`` (arXiv 1705.02894)."""
     return -fake.mean()
 
 
 def logistic_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Cross entropy of telling real from fake, halved: ``softplus(−real)`` and ``softplus(fake)`` (arXiv 1406.2661)."""
+    """Binary cross entropy, halved: means of ``softplus(−real)`` and ``softplus(fake)`` (arXiv 1406.2661)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def non_saturating_generator_loss(fake: Tensor) -> Tensor:
-    """``mean(softplus(−fake))``: the cross entropy of taking fakes for real (arXiv 1406.2661, section 3)."""
+    """``mean(softplus(−fake))``: cross entropy with the labels of real images (arXiv 1406.2661, section 3)."""
     return F.softplus(-fake).mean()
 
 
 class AdversarialLoss(NamedTuple):
-    """A game.
+    """The losses of both networks.
 
     Attributes:
-        discriminator: loss of (logits of real images, logits of fakes).
-        generator: loss of (logits of fakes).
+        discriminator: takes logits of real and of fake images.
+        generator: takes logits of fake images.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
 
 
-# "vanilla" is what VQGAN's code means by it (arXiv 2012.09841): a logistic discriminator and the linear term of hinge.
+# "vanilla" as in the code of VQGAN (arXiv 2012.09841): logistic for the discriminator, but hinge for the generator.
 ADVERSARIAL_LOSSES = {
     "hinge": AdversarialLoss(hinge_discriminator_loss, hinge_generator_loss),
     "vanilla": AdversarialLoss(logistic_discriminator_loss, hinge_generator_loss),

@@ -1,4 +1,4 @@
-"""LeCAM regularisation of a discriminator that sees few images (arXiv 2104.03310)."""
+"""LeCAM regularisation of the discriminator, for small datasets (arXiv 2104.03310)."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ DECAY = 0.99
 
 
 class LeCAM(nn.Module):
-    """Keep the logits of real images near the usual logits of fakes, and the other way round.
+    """Pulls logits of real images to the average logit of fake images, and vice versa.
 
-    The usual ones are exponential moving averages (decay 0.99) of the mean logits, which start at the first batch. They
-    are buffers, so that a resumed run goes on with them.
+    The averages are exponential moving averages (decay 0.99) of the mean logits, initialised with the first batch. They
+    are buffers, so they are saved and restored with the run.
     """
 
     real: Tensor
@@ -27,19 +27,19 @@ class LeCAM(nn.Module):
 
     @torch.no_grad()
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """Take the mean logits of a batch (over all ranks), scalars, into the averages."""
+        """Update the averages with the mean logits of a batch over all ranks, scalars."""
         weight = torch.where(self.started > 0, 1.0 - DECAY, 1.0)
         self.real.lerp_(real.float(), weight)
         self.fake.lerp_(fake.float(), weight)
         self.started.fill_(1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Go along to another device, but stay in float32: an average this slow would stand still in 16 bits."""
+        """Move to another device, but stay in float32: in 16 bits, small updates of the averages would round to 0."""
         moved: nn.Module = super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
         return moved
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """``mean(relu(real − usual fake)²) + mean(relu(usual real − fake)²)`` of logits of any shape, a scalar."""
+        """``mean(relu(real − average fake)²) + mean(relu(average real − fake)²)`` of logits of any shape, a scalar."""
         above = F.relu(real.float() - self.fake).square().mean()
         below = F.relu(self.real - fake.float()).square().mean()
         return above + below

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head that never holds all logits. N rows, D width, V vocabulary."""
+"""Cross entropy of a linear head, computed without storing all logits. N rows, D width, V vocabulary."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MAX_LOGITS = 1 << 24
-"""Logits that are held at a time: 64 MiB in float32."""
+"""Maximum number of logits in memory at a time: 64 MiB in float32."""
 CACHED_LOGITS = 1 << 20
-"""Of them, logits that a CPU turns into probabilities at a time: 4 MiB in float32."""
+"""Number of logits that a CPU converts to probabilities at a time: 4 MiB in float32."""
 
 
 class CrossEntropy(NamedTuple):
     """Results of :func:`linear_cross_entropy`.
 
     Attributes:
-        loss: scalar float32, what is minimised: the mean over rows, with label smoothing and z-loss.
-        nats: scalar float32, the mean cross entropy alone, without a gradient.
+        loss: scalar float32, mean over rows, including label smoothing and z-loss.
+        nats: scalar float32, the mean cross entropy without them, in nats; no gradient.
     """
 
     loss: Tensor
@@ -33,18 +33,18 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     max_logits: int = MAX_LOGITS,
 ) -> CrossEntropy:
-    """Mean cross entropy of ``hidden @ weight.T``, some rows at a time.
+    """Compute the mean cross entropy of the logits ``hidden @ weight.T`` in blocks of rows.
 
-    The gradient is made on the way, while the logits of a few rows are at hand, so that they are computed once and kept
-    nowhere. Matrix products are in the dtype of autocast, all else in float32.
+    The forward pass also computes the gradient, block by block, so logits are computed once and never stored. Matrix
+    products use the dtype of autocast, everything else float32.
 
     Args:
         hidden: (N, D).
-        weight: (V, D), of the head.
+        weight: (V, D), weight of the head.
         targets: (N,) int64.
-        label_smoothing: share of the target probability that is spread over all entries (Szegedy et al., 2016).
-        z_loss: weight of the squared logarithm of the partition function, which keeps logits small (PaLM, 2022).
-        max_logits: that may be held at a time.
+        label_smoothing: fraction of the target probability spread over the vocabulary (arXiv 1512.00567, section 7).
+        z_loss: weight of the squared log partition function, which keeps logits small (arXiv 2204.02311, section 5).
+        max_logits: maximum number of logits in memory at a time.
     """
     loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, max_logits)
     return CrossEntropy(loss, nats)
@@ -54,8 +54,8 @@ class TokenNLL(NamedTuple):
     """Results of :func:`linear_token_nll`.
 
     Attributes:
-        nats: (N,) float32, cross entropy of each row.
-        rank: (N,) int64, how many entries have larger logits than the target: 0 if it is the first guess.
+        nats: (N,) float32, cross entropy of each row in nats.
+        rank: (N,) int64, number of entries with larger logits than the target: 0 if the target is the most likely.
     """
 
     nats: Tensor
@@ -64,38 +64,38 @@ class TokenNLL(NamedTuple):
 
 @torch.no_grad()
 def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> TokenNLL:
-    """How well each row of ``hidden @ weight.T`` predicts its target, some rows at a time; without a gradient.
+    """Compute cross entropy and rank of each row's target in ``hidden @ weight.T``; no gradient.
 
     Args:
         hidden: (N, D).
-        weight: (V, D), of the head.
+        weight: (V, D), weight of the head.
         targets: (N,) int64.
-        max_logits: that may be held at a time.
+        max_logits: maximum number of logits in memory at a time.
     """
     nats, rank = [], []
     rows = max(1, max_logits // len(weight))
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = F.linear(part, weight.to(part.dtype)).float()
-        of_target = logits.gather(1, target[:, None])
-        nats.append((logits.logsumexp(-1, keepdim=True) - of_target)[:, 0])
-        rank.append((logits > of_target).sum(-1))
+        target_logit = logits.gather(1, target[:, None])
+        nats.append((logits.logsumexp(-1, keepdim=True) - target_logit)[:, 0])
+        rank.append((logits > target_logit).sum(-1))
     return TokenNLL(torch.cat(nats), torch.cat(rank))
 
 
 def _to_gradient(logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float) -> CrossEntropy:
-    """Turn logits (N, V), in place, into the gradient of the sum over rows; that sum, with and without what is added.
+    """Overwrite logits (N, V) with the gradient of the loss summed over rows; return the sums of loss and nats.
 
-    It is not divided by the number of rows: in float16 it would vanish.
+    footgun: the gradient is not divided by the number of rows, which would underflow in float16.
     """
-    wide = logits.float()  # themselves, where they are float32
-    of_target = wide.gather(1, target)
-    of_all = wide.mean(-1, keepdim=True) if label_smoothing else of_target
-    # In place, and exp once: what is left are the probabilities, which the gradient needs.
+    wide = logits.float()  # not a copy if they are float32
+    target_logit = wide.gather(1, target)
+    mean_logit = wide.mean(-1, keepdim=True) if label_smoothing else target_logit
+    # In place, with a single exp: afterwards ``wide`` holds the probabilities that the gradient needs.
     largest = wide.amax(-1, keepdim=True)
     total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
     partition = total.log() + largest
-    surprise = partition - of_target
-    each = surprise.lerp(partition - of_all, label_smoothing) if label_smoothing else surprise
+    nll = partition - target_logit
+    each = nll.lerp(partition - mean_logit, label_smoothing) if label_smoothing else nll
     loss = (each + z_loss * partition.square() if z_loss else each).sum()
     wide.mul_((1.0 + 2.0 * z_loss * partition) / total if z_loss else total.reciprocal())
     wide.scatter_add_(1, target, torch.full_like(partition, label_smoothing - 1.0))
@@ -103,7 +103,7 @@ def _to_gradient(logits: Tensor, target: Tensor, label_smoothing: float, z_loss:
         wide -= label_smoothing / wide.shape[1]
     if wide is not logits:
         logits.copy_(wide)
-    return CrossEntropy(loss, surprise.sum())
+    return CrossEntropy(loss, nll.sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -125,16 +125,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_gradient: Tensor | None = None
         loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, max_logits // len(weight))
-        if dtype is torch.float16:  # or the sum over rows could be too large for it
+        if dtype is torch.float16:  # footgun: the sum over more rows could overflow
             rows = min(rows, 1024)
-        # On CPUs what is done in float32 stays in the cache; on GPUs a kernel wants as much as there is.
+        # On CPUs float32 work should stay in the cache; on GPUs larger kernels are faster.
         rows_at_once = max(1, CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), rows):
                 part, target = hidden[first : first + rows].to(dtype), targets[first : first + rows, None]
                 logits = F.linear(part, head)
-                for piece, wanted in zip(logits.split(rows_at_once), target.split(rows_at_once), strict=True):
-                    terms = _to_gradient(piece, wanted, label_smoothing, z_loss)
+                pieces = zip(logits.split(rows_at_once), target.split(rows_at_once), strict=True)
+                for piece, piece_target in pieces:
+                    terms = _to_gradient(piece, piece_target, label_smoothing, z_loss)
                     loss += terms.loss
                     nats += terms.nats
                 if hidden_gradient is not None:

@@ -1,4 +1,4 @@
-"""Losses that keep latents and codebook entries together. B batch, E codebook width, h × w grid, K codes."""
+"""Losses of vector quantisation (arXiv 2406.06525, section 2.1). B batch, E channels, h × w grid, K codes."""
 
 from collections.abc import Callable
 
@@ -20,16 +20,16 @@ def commitment_loss(entries: Tensor, latent: Tensor) -> Tensor:
 
 
 def entropy_loss(latent: Tensor, codebook: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Reward sharp choices that spread over the whole codebook.
+    """Encourage confident assignments that use the entire codebook.
 
-    With p = softmax(−squared distance / 0.01): the mean entropy of p over the positions, minus the entropy of the mean
-    p. Holds a (B · h · w, K) tensor, so compute it only if it has a weight.
+    With p = softmax(−squared distance / 0.01): the mean entropy of p over all positions, minus the entropy of the mean
+    p. footgun: holds a (B · h · w, K) tensor, so compute it only if it has a weight.
 
     Args:
         latent: (B, E, h, w), l2-normalised.
         codebook: (K, E), l2-normalised.
-        mean_over_ranks: differentiable mean of a tensor over the ranks of a distributed run; the mean p is that of the
-            global batch then.
+        mean_over_ranks: differentiable mean of a tensor over the ranks of a distributed run, for the mean p of the
+            global batch.
 
     Returns:
         Scalar, computed in float32 also under autocast.
@@ -42,8 +42,8 @@ def _entropy_loss(vectors: Tensor, codebook: Tensor, mean_over_ranks: Callable[[
     distance = vectors.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * vectors @ codebook.T
     logits = -distance / ENTROPY_TEMPERATURE
     probabilities = logits.softmax(dim=-1)
-    each = -(probabilities * (logits + 1e-5).log_softmax(dim=-1)).sum(-1).mean()
+    entropy = -(probabilities * (logits + 1e-5).log_softmax(dim=-1)).sum(-1).mean()
     mean = probabilities.mean(dim=0)
     if mean_over_ranks is not None:
         mean = mean_over_ranks(mean)
-    return each + (mean * (mean + 1e-5).log()).sum()
+    return entropy + (mean * (mean + 1e-5).log()).sum()

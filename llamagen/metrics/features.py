@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite, not_finite_error
 from llamagen.state_dicts import tensors_checksum
 
 
@@ -64,7 +64,7 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
                 "of features for each"
             )
     flat = Features(**{name: None if rows is None else _flat(rows) for name, rows in parts.items()})  # type: ignore[arg-type]
-    check_finite_features(flat, extractor_name(extractor), lambda: culprit(extractor, run))
+    check_finite_features(flat, extractor_name(extractor), lambda: find_source(extractor, run))
     return flat
 
 
@@ -97,7 +97,9 @@ def check_finite_features(features: Features, name: str, blame: Callable[[], str
     def explain(rows: list[int]) -> FloatingPointError:
         part, dtype = next((part, value.dtype) for part, value in parts.items() if not_finite(value).any())
         precision = str(dtype).removeprefix("torch.")
-        return refusal(f"the {PARTS[part]} of the extractor {name} are", precision, blame(), rows, broken.shape[1])
+        return not_finite_error(
+            f"the {PARTS[part]} of the extractor {name} are", precision, blame(), rows, broken.shape[1]
+        )
 
     FiniteCheck(broken.any(0), explain)()
 

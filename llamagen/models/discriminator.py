@@ -11,34 +11,34 @@ from llamagen.option_checks import check_integer
 
 LEAK = 0.2
 STYLEGAN_WIDTHS = {64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
-"""Channels by resolution; 512 below."""
+"""Channels at each resolution; 512 at lower ones."""
 
 
 class Discriminator(nn.Module):
-    """Judges images as real or fake."""
+    """Classifies images as real or fake."""
 
     @abstractmethod
     def check_size(self, size: int) -> None:
-        """Refuse images of a size that it cannot judge.
+        """Check the size of the images.
 
         Args:
             size: side in pixels.
 
         Raises:
-            ValueError: with the sizes that it can.
+            ValueError: in one line, with the supported sizes.
         """
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of any shape, the first dimension being that of (B, 3, H, W) images in [-1, 1]."""
+        """Images (B, 3, H, W) in [-1, 1] → logits (B, …)."""
 
 
 class PatchGAN(Discriminator):
-    """Judge overlapping patches of an image (arXiv 1611.07004), with BatchNorm over the batches of all ranks.
+    """Classifies overlapping patches of an image (arXiv 1611.07004), with BatchNorm over the batches of all ranks.
 
     Args:
-        channels: width of the first convolution; it doubles with each further one, up to eight times.
-        num_layers: convolutions of stride 2; fewer for small images.
+        channels: channels of the first convolution; they double with each further one, up to a factor of eight.
+        num_layers: convolutions of stride 2 after the first; use fewer for small images.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
@@ -62,7 +62,7 @@ class PatchGAN(Discriminator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions normal(0, 0.02), norms normal(1, 0.02), biases of norms zero."""
+        """Initialise convolutions with normal(0, 0.02), norms with normal(1, 0.02), biases of norms with zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
@@ -71,7 +71,7 @@ class PatchGAN(Discriminator):
                 nn.init.zeros_(module.bias)
 
     def check_size(self, size: int) -> None:
-        """Refuse images that are smaller than a patch."""
+        """Raise a ValueError for images smaller than a patch."""
         if size < self.min_size:
             raise ValueError(
                 f"images have {size} px, but the discriminator needs at least {self.min_size}, with {self._depth} "
@@ -93,7 +93,7 @@ class PatchGAN(Discriminator):
 
 
 class Blur(nn.Module):
-    """Blur by [1, 2, 1] along both sides, with reflected borders."""
+    """Blurs with [1, 2, 1] along both axes, with reflected borders."""
 
     f: Tensor
 
@@ -102,14 +102,14 @@ class Blur(nn.Module):
         self.register_buffer("f", torch.tensor([1.0, 2.0, 1.0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same."""
-        from kornia.filters import filter2d  # imported here for its start-up time
+        """(B, C, H, W) → same shape."""
+        from kornia.filters import filter2d  # imported late: it takes long
 
         return filter2d(x, torch.outer(self.f, self.f).to(x.dtype)[None], "reflect", normalized=True)
 
 
 class StyleGANBlock(nn.Module):
-    """Half the resolution: two convolutions, blur and a strided one, plus a 1×1 shortcut."""
+    """Halves the resolution: two convolutions, blur and a strided convolution, plus a 1×1 shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class StyleGANBlock(nn.Module):
 
 
 class StyleGAN(Discriminator):
-    """Judge whole images of one size, with the discriminator of StyleGAN (arXiv 1912.04958).
+    """The discriminator of StyleGAN (arXiv 1912.04958), which classifies full images of one size.
 
     Args:
         image_size: side of the images in pixels, a power of two from 8 to 1024.
@@ -152,7 +152,7 @@ class StyleGAN(Discriminator):
         self.final_linear = nn.Sequential(nn.Linear(512 * size * size, 512), nn.LeakyReLU(LEAK), nn.Linear(512, 1))
 
     def check_size(self, size: int) -> None:
-        """Refuse images of another size than it was built for."""
+        """Raise a ValueError for images of another size than ``image_size``."""
         if size != self.image_size:
             raise ValueError(
                 f"images have {size} px, but the discriminator is built for {self.image_size}; set "
@@ -160,7 +160,7 @@ class StyleGAN(Discriminator):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """A logit for each image: (B, 3, H, W) in [-1, 1] → (B, 1).
+        """Images (B, 3, H, W) in [-1, 1] → logits (B, 1).
 
         Raises:
             ValueError: if the images have another size.

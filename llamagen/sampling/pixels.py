@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamagen.finite import FiniteCheck, culprit, not_finite, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite, not_finite_error
 from llamagen.models.vqgan import VQGAN, to_uint8
 from llamagen.option_checks import check_integer
 
@@ -76,7 +76,7 @@ class Images:
             if self._array is None:
                 for check, ready in zip(self._checks, self._ready, strict=True):
                     if check is not None:
-                        check.look(torch.from_numpy(_fetch(check.broken, ready)))
+                        check.raise_if(torch.from_numpy(_fetch(check.broken, ready)))
                 self._array = np.concatenate(list(map(_fetch, self._parts, self._ready)))
             return self._array
 
@@ -180,9 +180,9 @@ class PixelDecoder:
         parts = {"quantize": self._quantize, "post_quant_conv": self._post, "decoder": self._decoder}
 
         def explain(rows: list[int]) -> FloatingPointError:
-            blame = culprit(parts, lambda: self._decode(codes[rows[:1]]))
+            blame = find_source(parts, lambda: self._decode(codes[rows[:1]]))
             precision = str(self._dtype).removeprefix("torch.")
-            return refusal("the pixels that the tokenizer decodes are", precision, blame, rows, len(broken))
+            return not_finite_error("the pixels that the tokenizer decodes are", precision, blame, rows, len(broken))
 
         return FiniteCheck(broken, explain)
 

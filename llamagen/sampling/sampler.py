@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen.finite import FiniteCheck, culprit, refusal
+from llamagen.finite import FiniteCheck, find_source, not_finite_error
 from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
@@ -150,9 +150,11 @@ class Sampler:
 
         def explain(rows: list[int]) -> FloatingPointError:
             # With sharded parameters no layer can be run again: the other ranks do not take part.
-            blame = culprit(self.gpt, None if sharded else partial(score, rows[0]))
+            blame = find_source(self.gpt, None if sharded else partial(score, rows[0]))
             numbers = [int(request.indices[row]) for row in rows]
-            return refusal("the logits of the autoregressive model are", precision, blame, numbers, len(broken))
+            return not_finite_error(
+                "the logits of the autoregressive model are", precision, blame, numbers, len(broken)
+            )
 
         return FiniteCheck(broken, explain)
 

@@ -1,12 +1,15 @@
-"""Captions: cleaned text, and the features that a frozen T5 encoder makes of it."""
+"""Captions: cleaning, features of a frozen T5 encoder, and the condition of a text model."""
 
 from llamagen.text.cleaning import clean_caption, first_sentence
+from llamagen.text.condition import Condition, TextCondition
 from llamagen.text.encoder import CaptionEncoder, EncodedCaptions, TextEncoderConfig
 from llamagen.text.padding import pack, pad_left, unpack_left
 
 __all__ = [
     "CaptionEncoder",
+    "Condition",
     "EncodedCaptions",
+    "TextCondition",
     "TextEncoderConfig",
     "clean_caption",
     "first_sentence",

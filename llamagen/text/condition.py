@@ -1,26 +1,34 @@
-"""Captions of a batch → the condition of a text model. B captions, C positions, W the features' width."""
+"""Captions, or their stored features → condition of a text model. B captions, C positions, W width, T tokens in all.
 
+Plain PyTorch, so that a server or a notebook can prompt a model without Lightning::
+
+    text = TextCondition(gpt.config, TextEncoderConfig())
+    condition = text.encode(["a red cube on a table"], device)
+    codes = generate(gpt, condition.features, caption_lengths=condition.lengths)
+"""
+
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, distributed
 
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.text import CaptionEncoder, TextEncoderConfig, pad_left, unpack_left
+from llamagen.text.encoder import CaptionEncoder, TextEncoderConfig
+from llamagen.text.padding import pad_left, unpack_left
 
-SAME = {"weights": "encoder", "tokenizer": "tokenizer"}
-"""Checksums that make features comparable, and what they are of."""
+COMPARED = {"weights": "encoder", "tokenizer": "tokenizer"}
+"""Checksums that must be equal for features to be comparable, and what each is called in messages."""
 
 
 class Condition(NamedTuple):
-    """What a text model is asked with.
+    """Input of a text model in place of class labels.
 
     Attributes:
         features: (B, C, W), padded on the left with zeros.
-        lengths: (B,) int64 in [1, C], how many of the last positions are tokens.
-        truncated: (B,) bool on the CPU, whose captions had more tokens than C; None if it is not known.
+        lengths: (B,) int64 in [1, C], number of tokens, which fill the last positions; None for class labels.
+        truncated: (B,) bool on the CPU, True for captions with more than C tokens; None if unknown.
     """
 
     features: Tensor
@@ -29,29 +37,32 @@ class Condition(NamedTuple):
 
 
 class TextCondition:
-    """Makes conditions of stored features, or of captions by a frozen encoder, which is loaded when it is needed.
+    """Conditions from stored features, or from captions by a frozen encoder, which is loaded at its first use.
 
-    It is no module: the encoder is in no state dict, optimizer or average, is not sharded and not cast.
+    footgun: not an ``nn.Module``. As a submodule the encoder would enter state dict, optimizer and EMA, and be
+    sharded and cast with the model.
 
     Args:
-        config: of the text model.
-        encoder: which one reads captions.
+        config: shape of the text model.
+        encoder: which encoder reads captions.
+
+    Attributes:
+        metadata: encoder and cleaning of the captions that the model was trained on; None if unknown.
     """
 
     def __init__(self, config: GPTConfig, encoder: TextEncoderConfig) -> None:
         self.config, self.encoder_config = config, encoder
-        self.facts: dict[str, Any] | None = None
-        """What is known of the features that the model is trained on: of encoder and cleaning."""
-        self._known_of = ""
+        self.metadata: dict[str, Any] | None = None
+        self._source = ""
         self._encoder: CaptionEncoder | None = None
-        self._told_of_cuts = False
+        self._warned_of_truncation = False
 
     @property
     def encoder(self) -> CaptionEncoder:
         """The encoder, on the CPU at first.
 
         Raises:
-            ValueError: in one line, if it cannot be had or does not fit the model.
+            ValueError: in one line, if it is not available or does not match the model.
         """
         if self._encoder is None:
             encoder = CaptionEncoder(self.encoder_config.name, self.config.caption_length, self.encoder_config.dtype)
@@ -61,42 +72,43 @@ class TextCondition:
                     f"caption_dim is {self.config.caption_dim}; set caption_dim to {encoder.width}, or choose another "
                     "text_encoder.name"
                 )
-            self.check(encoder.facts(), f"the text encoder {encoder.name}")
+            self.check_encoder(encoder.metadata(), f"the text encoder {encoder.name}")
             self._encoder = encoder
         return self._encoder
 
-    def check(self, facts: Mapping[str, Any], what: str) -> None:
-        """Remember of which encoder features are, or see that they are of the same.
+    def check_encoder(self, metadata: Mapping[str, Any], source: str) -> None:
+        """Record the encoder of some features; compare it with the one recorded before.
 
         Args:
-            facts: of the encoder, see :meth:`~llamagen.text.CaptionEncoder.facts`.
-            what: has them.
+            metadata: of the encoder, see :meth:`~llamagen.text.CaptionEncoder.metadata`.
+            source: where it comes from, for messages.
 
         Raises:
-            ValueError: if they are of another one.
+            ValueError: if weights or tokenizer differ.
         """
-        known = self.facts or {}
-        for key, part in SAME.items():
-            if key in known and key in facts and known[key] != facts[key]:
+        recorded = self.metadata or {}
+        for key, part in COMPARED.items():
+            if key in recorded and key in metadata and recorded[key] != metadata[key]:
                 raise ValueError(
-                    f"{what} has another {part} ({facts.get('encoder')}, checksum {facts[key][:12]}) than "
-                    f"{self._known_of} ({known.get('encoder')}, checksum {known[key][:12]}); set "
+                    f"{source} has another {part} ({metadata.get('encoder')}, checksum {metadata[key][:12]}) than "
+                    f"{self._source} ({recorded.get('encoder')}, checksum {recorded[key][:12]}); set "
                     "model.init_args.text_encoder.name to that encoder, or extract the features again"
                 )
-        self.facts, self._known_of = {**facts, **known}, self._known_of or what
+        self.metadata, self._source = {**metadata, **recorded}, self._source or source
 
-    def check_set(self, meta: Mapping[str, Any], captioned: bool, cleaned: bool) -> None:
-        """See that a set of codes tells captions that the model can read; loads the encoder if it has to.
+    def check_dataset(self, meta: Mapping[str, Any], captioned: bool, cleaned: bool) -> None:
+        """Check that a dataset of codes has captions or features that match the model.
 
-        Whether captions are cleaned is from now on what it is of this set, whatever the weights were trained on before.
+        Loads the encoder if there are only captions. From here on ``metadata["cleaned"]`` describes this dataset,
+        not that of the initial weights.
 
         Args:
-            meta: of the set.
+            meta: the dataset's ``meta.json``.
             captioned: whether it has captions.
-            cleaned: whether captions are cleaned before they are encoded here.
+            cleaned: whether captions are cleaned before they are encoded online.
 
         Raises:
-            ValueError: if it does not, or the encoder cannot be had.
+            ValueError: if they do not match, there are none, or the encoder is not available.
         """
         if (features := meta.get("features")) is None:
             if not captioned:
@@ -104,65 +116,71 @@ class TextCondition:
                     "the codes have neither captions nor their features, which a text model needs; extract codes of "
                     "images with captions"
                 )
-            self.check(self.encoder.facts(), "the text encoder")
-            self.facts = {**(self.facts or {}), "cleaned": cleaned}
+            self.check_encoder(self.encoder.metadata(), "the text encoder")
+            self.metadata = {**(self.metadata or {}), "cleaned": cleaned}
             return
         if features["width"] != self.config.caption_dim or features["caption_length"] > self.config.caption_length:
             raise ValueError(
-                f"the features are of up to {features['caption_length']} tokens of width {features['width']}, but the "
+                f"the features have up to {features['caption_length']} tokens of width {features['width']}, but the "
                 f"model's caption_length is {self.config.caption_length} and caption_dim {self.config.caption_dim}; "
-                "set them to these"
+                "set both to those of the features"
             )
-        # The length is the model's own business.
-        facts = {key: features[key] for key in ("encoder", "width", "encoder_dtype", *SAME) if features.get(key)}
-        self.check(facts, "the encoder of the features")
-        self.facts = {**(self.facts or {}), "cleaned": features.get("cleaned", False)}
+        # Not caption_length: a model may read shorter features than it could.
+        recorded = {key: features[key] for key in ("encoder", "width", "encoder_dtype", *COMPARED) if features.get(key)}
+        self.check_encoder(recorded, "the encoder of the features")
+        self.metadata = {**(self.metadata or {}), "cleaned": features.get("cleaned", False)}
 
-    def warn_of_uncleaned(self, cleaned: bool) -> None:
-        """Say that prompts are not cleaned as the captions were that the model learned, or the other way round."""
-        if self.facts is not None and self.facts.get("cleaned", cleaned) != cleaned:
-            was, wanted = ("cleaned", "true") if self.facts["cleaned"] else ("not cleaned", "false")
-            rank_zero_warn(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
+    def warn_if_cleaning_differs(self, cleaned: bool) -> None:
+        """Warn if prompts are cleaned and the captions of training were not, or the reverse."""
+        if self.metadata is not None and self.metadata.get("cleaned", cleaned) != cleaned:
+            was, wanted = ("cleaned", "true") if self.metadata["cleaned"] else ("not cleaned", "false")
+            _warn_on_rank_zero(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
 
-    def of_batch(self, batch: dict[str, Any], device: torch.device) -> Condition:
+    def from_batch(self, batch: dict[str, Any], device: torch.device) -> Condition:
         """The condition of a batch.
 
         Args:
-            batch: has ``condition`` (B, C, W) padded on the left, or ``caption_features`` (T, W) packed, either with
-                ``caption_lengths`` (B,); or ``captions``, B texts.
+            batch: ``condition`` (B, C, W) padded on the left, or ``caption_features`` (T, W) packed, either with
+                ``caption_lengths`` (B,); or ``captions``, B texts, which are encoded.
             device: of the model.
 
         Raises:
-            ValueError: if it has none of these, or the encoder cannot be had.
+            ValueError: if it has none of these, or the encoder is not available.
         """
         if "caption_features" in batch:
             lengths = batch["caption_lengths"]
             features = unpack_left(batch["caption_features"], lengths, self.config.caption_length)
             return Condition(features, lengths, None)
-        if (condition := batch.get("condition")) is not None and condition.dim() == 3:  # else it is a class
+        if (condition := batch.get("condition")) is not None and condition.dim() == 3:  # (B,) are class labels
             return Condition(condition, batch.get("caption_lengths"), None)
         if "captions" in batch:
             return self.encode(batch["captions"], device)
         raise ValueError(f"the batch has no captions, only {', '.join(sorted(batch))}; give data with captions")
 
     def encode(self, captions: Sequence[str], device: torch.device) -> Condition:
-        """The condition that captions make.
+        """Encode B captions as the condition of a model on ``device``. Warns once if captions are truncated.
 
         Raises:
-            ValueError: if the encoder cannot be had.
+            ValueError: if the encoder is not available.
         """
         encoder = self.encoder
         if encoder.device != device:
-            with torch.inference_mode(False):  # in which validation may be: training follows
+            # footgun: validation runs in inference mode; weights moved there could not be used in training later.
+            with torch.inference_mode(False):
                 encoder.to(device)
         features, lengths, truncated = encoder(captions)
         truncated = truncated.cpu()
-        if truncated.any() and not self._told_of_cuts:
-            self._told_of_cuts = True
+        if truncated.any() and not self._warned_of_truncation:
+            self._warned_of_truncation = True
             first = captions[int(truncated.nonzero()[0])]
-            most = self.config.caption_length
-            rank_zero_warn(
-                f"{int(truncated.sum())} of {len(captions)} captions have more than {most} tokens and were cut, the "
-                f"first is {first[:40]!r} …; those of later batches are not told of"
+            _warn_on_rank_zero(
+                f"{int(truncated.sum())} of {len(captions)} captions have more than {self.config.caption_length} "
+                f"tokens and were cut, first {first[:40]!r} …; captions cut in later batches are not reported"
             )
         return Condition(pad_left(features, lengths), lengths, truncated)
+
+
+def _warn_on_rank_zero(message: str) -> None:
+    # Lightning's rank_zero_warn raises an error in a process that Lightning did not start.
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
+        warnings.warn(message, stacklevel=3)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from llamagen.finite import check_finite
 from llamagen.state_dicts import tensors_checksum
-from llamagen.text.pretrained import PretrainedKind, cut, load_pretrained, readable, tokenized
+from llamagen.text.pretrained import PretrainedKind, load_pretrained, replace_surrogates, tokenize, truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 DTYPE = Literal["bfloat16", "float32"]
 T5 = PretrainedKind("T5", "T5EncoderModel", "caption encoder", "a caption encoder", "google/flan-t5-xl")
-TOKENS_IN_PASS = 8192
-"""Padding included; keeps a GPU busy, and the attention of FLAN-T5-XL below 1 GB."""
+MAX_PASS_TOKENS = 8192
+"""Tokens of a forward pass, with padding: keeps a GPU busy, and the attention of FLAN-T5-XL below 1 GB."""
 PROBES = (
     "",
     "A photo of 2 cats, on Dr. Smith's red sofa!",
@@ -28,7 +28,7 @@ PROBES = (
     "猫が座っている。",
     "🙂 <extra_id_0> </s> {x}",
 )
-"""What is tokenized for the tokenizer's checksum."""
+"""Texts that are tokenized for the tokenizer's checksum."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,28 @@ class TextEncoderConfig:
     """Which encoder reads captions.
 
     Attributes:
-        name: of a T5 on the Hugging Face Hub, or a folder, see :class:`CaptionEncoder`.
+        name: name of a T5 on the Hugging Face Hub, or a folder, see :class:`CaptionEncoder`.
         dtype: of its weights and features: ``bfloat16``, or ``float32`` for GPUs older than Ampere.
+
+    Raises:
+        ValueError: if ``dtype`` is another one; T5 overflows in float16.
     """
 
     name: str = "google/flan-t5-xl"
     dtype: DTYPE = "bfloat16"
 
+    def __post_init__(self) -> None:
+        """Check the dtype."""
+        _check_dtype(self.dtype)
+
 
 class EncodedCaptions(NamedTuple):
-    """What becomes of B captions.
+    """Features of B captions.
 
     Attributes:
         features: (B, C, W), padded on the right with zeros.
-        lengths: (B,) int64 in [1, C], the number of tokens; an empty caption has the one that ends every caption.
-        truncated: (B,) bool, True where a caption has more tokens than C. Its last position is the end all the same.
+        lengths: (B,) int64 in [1, C], number of tokens; an empty caption has one, the end token.
+        truncated: (B,) bool, True where a caption has more tokens than C. Its last token is still the end token.
     """
 
     features: Tensor
@@ -61,21 +68,23 @@ class EncodedCaptions(NamedTuple):
 class CaptionEncoder(nn.Module):
     """The encoder of a T5 and its tokenizer, frozen: by default FLAN-T5-XL (arXiv 2210.11416), LlamaGen's choice.
 
-    It is a fixed function: always in evaluation mode, without gradients, and as precise as ``dtype`` says, whatever
-    autocast is on. An owner that is a module keeps it in a tuple, ``self._encoder = (encoder,)``: then its billion of
-    weights is in no state dict, optimizer or average, and nobody casts it; the owner moves it to its device.
+    A fixed function: always in evaluation mode, without gradients, computed in ``dtype`` even under autocast.
 
-    float16 is refused: T5 was trained in bfloat16, and activations of all but the smallest models leave float16's
-    range. What transformers does about it (it cuts them off) keeps them finite, but they are others.
+    footgun: a module that owns an encoder should keep it in a tuple, ``self._encoder = (encoder,)``, and move it to
+    its device itself. As a submodule its billion weights would enter state dict, optimizer and EMA, and be cast.
+
+    float16 is refused: T5 was trained in bfloat16, and the activations of all but the smallest models overflow in
+    float16. transformers clamps them there, which keeps them finite but changes the features.
 
     Args:
-        name: name on the Hugging Face Hub, or a folder with ``config.json``, weights and the tokenizer, as
-            ``save_pretrained`` writes it. Nothing of a folder is looked for in a network.
+        name: name on the Hugging Face Hub, or a folder written by ``save_pretrained``, with ``config.json``, weights
+            and tokenizer. A folder, and a model in the Hub's cache, is loaded without a network.
         caption_length: number of positions C.
         dtype: of weights and features; float32 on GPUs older than Ampere.
 
     Raises:
-        ValueError: in one line, if an argument is wrong, the extra ``text`` is missing, or the encoder cannot be had.
+        ValueError: in one line, if an argument is invalid, the extra ``text`` is not installed, or the encoder is not
+            available.
     """
 
     def __init__(
@@ -83,12 +92,10 @@ class CaptionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if not caption_length >= 1:
-            raise ValueError(f"caption_length {caption_length} must be at least 1: a caption's end takes a position")
+            raise ValueError(f"caption_length {caption_length} must be at least 1: the end token takes a position")
         if caption_length % 1 != 0:
-            raise ValueError(f"caption_length {caption_length} must be a whole number")
-        if dtype not in get_args(DTYPE):
-            hint = "; T5's activations leave the range of float16" if "16" in str(dtype) else ""
-            raise ValueError(f"dtype {dtype!r} of a caption encoder must be one of {', '.join(get_args(DTYPE))}{hint}")
+            raise ValueError(f"caption_length {caption_length} must be an integer")
+        _check_dtype(dtype)
         self.name = str(name)
         self.caption_length = caption_length
         self.model, self.tokenizer = load_t5(name, getattr(torch, dtype))
@@ -107,42 +114,42 @@ class CaptionEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and features."""
+        """Dtype of weights and features."""
         return cast(torch.dtype, self.model.shared.weight.dtype)
 
     def train(self, mode: bool = True) -> "CaptionEncoder":
-        """Stay in evaluation mode, whatever a parent does."""
+        """Stay in evaluation mode, also as part of a module in training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> EncodedCaptions:
-        """Encode captions, each for itself: what else is in the list changes the features by rounding at most.
+        """Encode captions independently: other captions in the list change features by rounding at most.
 
-        Captions of about the same length go through the encoder together, as many as fit into a number of tokens, and
-        equal ones once, so a long list is faster than many short ones.
+        Captions of similar length share a forward pass, and duplicates are encoded once, so one long list is faster
+        than many short ones.
 
         Args:
-            captions: any texts; an empty one has a single token, the end. Half a surrogate pair counts as a "?".
+            captions: any texts. An empty one has a single token, the end. Half a surrogate pair becomes a "?".
 
         Returns:
-            All on the encoder's device.
+            Features, lengths and truncation of B captions, on the encoder's device.
 
         Raises:
-            ValueError: if they are no texts.
+            ValueError: if ``captions`` is not a list of texts.
             FloatingPointError: if features are not finite.
         """
         texts = _texts(captions)
-        index = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        places = torch.tensor([index[text] for text in texts], dtype=torch.int64, device=self.device)
-        tokens = tokenized(self.tokenizer, list(index))
-        whole = [len(each) for each in tokens]
-        tokens = [cut(each, self.caption_length) for each in tokens]
+        rows_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # unique texts, in their order
+        row_of_caption = torch.tensor([rows_of[text] for text in texts], dtype=torch.int64, device=self.device)
+        tokens = tokenize(self.tokenizer, list(rows_of))
+        full_lengths = [len(each) for each in tokens]
+        tokens = [truncate(each, self.caption_length) for each in tokens]
         features = torch.zeros(len(tokens), self.caption_length, self.width, dtype=self.dtype, device=self.device)
         for rows in passes([len(each) for each in tokens]):
             encoded = self._encode([tokens[row] for row in rows])
             features[torch.tensor(rows, device=self.device), : encoded.shape[1]] = encoded
-        lengths = torch.tensor(whole, dtype=torch.int64, device=self.device)
-        features = features if len(index) == len(texts) else features[places]
+        lengths = torch.tensor(full_lengths, dtype=torch.int64, device=self.device)
+        features = features if len(rows_of) == len(texts) else features[row_of_caption]
         check_finite(
             f"the features of the caption encoder {self.name} are",
             features,
@@ -152,18 +159,18 @@ class CaptionEncoder(nn.Module):
         )
         return EncodedCaptions(
             features,
-            lengths.clamp(max=self.caption_length)[places],
-            (lengths > self.caption_length)[places],
+            lengths.clamp(max=self.caption_length)[row_of_caption],
+            (lengths > self.caption_length)[row_of_caption],
         )
 
-    def facts(self) -> dict[str, str | int]:
-        """What features depend on, for a ``meta.json``; the checksums tell whether others are of the same encoder.
+    def metadata(self) -> dict[str, str | int]:
+        """Everything that the features depend on, for a ``meta.json``. Equal checksums mean the same encoder.
 
         Returns:
-            ``encoder`` (as it was named), ``width``, ``caption_length``, ``dtype``, and the SHA-256 of ``weights`` and
-            ``tokenizer``.
+            ``encoder`` (its name as given), ``width``, ``caption_length``, ``dtype``, and the SHA-256 of ``weights``
+            and ``tokenizer``.
         """
-        if not self._checksums:  # over gigabytes, which never change
+        if not self._checksums:  # computed once: hashing gigabytes takes seconds
             # Rounded to bfloat16, so that the checksum does not depend on the dtype in which the weights were loaded.
             weights = tensors_checksum(dict(self.model.named_parameters()), torch.bfloat16)
             self._checksums = {"weights": weights, "tokenizer": self._tokenizer_checksum()}
@@ -176,7 +183,7 @@ class CaptionEncoder(nn.Module):
         }
 
     def _encode(self, tokens: list[list[int]]) -> Tensor:
-        """(b, c, W), c the length of the longest, zero where there is no token."""
+        """Features (b, c, W) of b captions, c the length of the longest; zero in the padding."""
         longest = max(map(len, tokens))
         padded = [[*each, *[self.model.config.pad_token_id] * (longest - len(each))] for each in tokens]
         is_token = torch.tensor([[place < len(each) for place in range(longest)] for each in tokens]).to(self.device)
@@ -185,57 +192,63 @@ class CaptionEncoder(nn.Module):
         return found.masked_fill(~is_token.unsqueeze(2), 0)
 
     def _tokenizer_checksum(self) -> str:
-        """Over its vocabulary and what it makes of some texts: not over its files, which differ by version."""
+        """SHA-256 of the vocabulary and of the tokens of :data:`PROBES`. Not of the files, which differ by version."""
         digest = hashlib.sha256()
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        digest.update(repr(tokenized(self.tokenizer, PROBES)).encode())
+        digest.update(repr(tokenize(self.tokenizer, PROBES)).encode())
         return digest.hexdigest()
 
 
 def passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Share captions out over passes of about equal lengths and at most ``TOKENS_IN_PASS`` tokens, or one caption.
+    """Group captions of similar length into forward passes of at most ``MAX_PASS_TOKENS`` tokens, or one caption.
 
     Args:
-        lengths: the number of tokens of each caption.
+        lengths: number of tokens of each caption.
 
     Yields:
-        Numbers of captions, the longest first, so that memory runs out at the start or not at all.
+        Indices of the captions of a pass. The longest come first: if memory runs out, it does so at once.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start = 0
     while start < len(order):
-        end = start + max(1, TOKENS_IN_PASS // lengths[order[start]])
+        end = start + max(1, MAX_PASS_TOKENS // lengths[order[start]])
         yield order[start:end]
         start = end
 
 
 def load_t5(name: str | Path, dtype: torch.dtype) -> "tuple[T5EncoderModel, PreTrainedTokenizerBase]":
-    """The encoder of a T5 on the CPU, and its tokenizer.
+    """Load the encoder of a T5 on the CPU, and its tokenizer.
 
     Args:
-        name: a name on the Hub or a folder, see :class:`CaptionEncoder`.
+        name: name on the Hub, or a folder, see :class:`CaptionEncoder`.
         dtype: of the weights.
 
     Raises:
-        ValueError: in one line, if transformers is not installed, or they cannot be had or are something else.
+        ValueError: in one line, if transformers is not installed, or the model is not available or not a T5.
     """
     model, tokenizer, _ = load_pretrained(name, T5, dtype, _check_tokenizer)
     return model, tokenizer
 
 
 def _check_tokenizer(config: Any, tokenizer: "PreTrainedTokenizerBase", *_: Any) -> None:
-    """See that a tokenizer ends captions as T5 knows it, and knows no token that the model does not."""
+    """Check that captions end with T5's end token, and that the model has an embedding for each token."""
     if tokenizer("")["input_ids"] != [config.eos_token_id]:
         raise ValueError(f"its tokenizer does not end captions with token {config.eos_token_id}")
     if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
         raise ValueError(f"its tokenizer has a token {last}, its model only {config.vocab_size} tokens")
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in get_args(DTYPE):
+        hint = "; T5 overflows in float16" if "16" in str(dtype) else ""
+        raise ValueError(f"dtype {dtype!r} of a caption encoder must be one of {', '.join(get_args(DTYPE))}{hint}")
+
+
 def _texts(captions: Sequence[str]) -> list[str]:
-    """Captions that a tokenizer can read."""
+    """Captions in a form that the tokenizer can read."""
     if isinstance(captions, str):
         raise ValueError(f"captions must be a list of texts, not the text {captions[:40]!r}")
     for place, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {place} must be a text, not {caption!r:.40}")
-    return [readable(caption) for caption in captions]
+    return [replace_surrogates(caption) for caption in captions]

@@ -1,17 +1,17 @@
-"""Features of captions: from right to left padding, and without padding. B captions, C positions, W wide, T tokens."""
+"""Padding of caption features: right to left, and packed. B captions, C positions, W width, T tokens in all."""
 
 import torch
 from torch import Tensor
 
 
 def pad_left(features: Tensor, lengths: Tensor) -> Tensor:
-    """Move the tokens of each caption to the end, in their order, with zeros in front of them.
+    """Convert right padding to left padding with zeros.
 
-    So the last caption position, which is followed by the first code, always holds a token.
+    With left padding, the last caption position, which predicts the first code, always holds a token.
 
     Args:
-        features: (B, C, W), padded on the right; what stands in the padding does not matter.
-        lengths: (B,) int64 in [0, C], the number of tokens.
+        features: (B, C, W), padded on the right with any values.
+        lengths: (B,) int64 in [0, C], numbers of tokens.
 
     Returns:
         (B, C, W), same dtype and device.
@@ -27,7 +27,7 @@ def pad_left(features: Tensor, lengths: Tensor) -> Tensor:
 
 
 def pack(features: Tensor, lengths: Tensor) -> Tensor:
-    """The tokens alone, caption after caption: what is worth storing.
+    """Concatenate the features of all tokens, without padding, for storage.
 
     Args:
         features: (B, C, W), padded on the right.
@@ -45,17 +45,17 @@ def pack(features: Tensor, lengths: Tensor) -> Tensor:
 
 
 def unpack_left(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
-    """What :func:`pad_left` would have made of features that :func:`pack` has packed.
+    """Pad packed features (see :func:`pack`) on the left, as :func:`pad_left` does.
 
-    On a GPU nothing waits for it, so that lengths are checked on CPUs alone.
+    Lengths are checked on CPUs only: on a GPU the check would wait for the device.
 
     Args:
-        tokens: (T, W), caption after caption.
+        tokens: (T, W), caption by caption.
         lengths: (B,) int64 in [0, caption_length], of sum T.
         caption_length: number of positions C.
 
     Returns:
-        (B, C, W), padded on the left with zeros, same dtype and device.
+        (B, C, W), padded on the left with zeros, of the same dtype and device.
 
     Raises:
         ValueError: if shapes or lengths do not fit.
@@ -74,7 +74,7 @@ def unpack_left(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
 
 
 def _is_token(lengths: Tensor, positions: int) -> Tensor:
-    """(B, C) bool, True where a caption that is padded on the right has a token."""
+    """(B, C) bool, True for tokens of captions padded on the right."""
     return torch.arange(positions, device=lengths.device) < lengths.unsqueeze(1)
 
 

@@ -1,6 +1,7 @@
-"""Models and tokenizers of transformers, from a folder or the Hugging Face Hub, and what all of them here share."""
+"""Loading of models and tokenizers of transformers, from a folder or the Hugging Face Hub, and tokenization."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,23 +11,24 @@ from llamagen.finite import broken_weight
 
 T = TypeVar("T")
 
-LONGEST_REASON = 300
+MAX_REASON = 300
+"""Characters of a library's message that are kept."""
 
 
 class PretrainedKind(NamedTuple):
-    """What is to be loaded.
+    """The kind of model to load, and its names in messages.
 
     Attributes:
-        name: of the kind of model, as ``T5``.
+        name: of the architecture, such as ``T5``.
         model: class of transformers.
-        what: the model is here, as ``caption encoder``.
-        user: what needs it, with its article.
-        example: of a name on the Hub.
+        role: what the model is used as, such as ``caption encoder``.
+        user: what needs transformers, with its article.
+        example: a name on the Hub.
     """
 
     name: str
     model: str
-    what: str
+    role: str
     user: str
     example: str
 
@@ -37,82 +39,93 @@ def load_pretrained(
     dtype: torch.dtype,
     check: Callable[[Any, Any, str, bool], T],
 ) -> tuple[Any, Any, T]:
-    """A model on the CPU and its tokenizer.
+    """Load a model on the CPU, and its tokenizer.
 
     Args:
-        name: a folder, or a name on the Hub.
+        name: a folder, or a name on the Hub. A model in the Hub's cache is loaded without a network.
         kind: what it must be.
         dtype: of the weights.
-        check: configuration, tokenizer, folder or name, and whether it is a folder → what else is to be known of it; a
-            ``ValueError`` if they do not belong together.
+        check: called with configuration, tokenizer, folder or name, and whether it is a folder. It raises a
+            ``ValueError`` if they do not belong together; what it returns is returned here.
+
+    Returns:
+        Model, tokenizer, and the result of ``check``.
 
     Raises:
-        ValueError: in one line, if transformers is not installed, or they cannot be had or are something else.
+        ValueError: in one line, if transformers is not installed, or the model is not available or of another kind.
     """
     try:
-        import transformers  # takes seconds, and few need it
+        import transformers  # slow to import, and optional
     except ImportError as error:
         raise ValueError(
             f'{kind.user} needs transformers ({error}); pip install -c constraints.txt -e ".[text]"'
         ) from error
-    source, local = _folder_or_name(name, kind)
+    source, is_folder = _folder_or_name(name, kind)
+
+    def load(class_name: str, **options: Any) -> Any:
+        from_pretrained = getattr(transformers, class_name).from_pretrained
+        if not is_folder:  # the cache first: without a network, each request is retried for half a minute
+            with suppress(Exception):
+                return from_pretrained(source, local_files_only=True, **options)
+        return from_pretrained(source, local_files_only=is_folder, **options)
+
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        config = load("AutoConfig")
         if config.model_type != kind.name.lower():
             raise ValueError(f"it is a {config.model_type}, not a {kind.name}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model, report = getattr(transformers, kind.model).from_pretrained(
-            source, local_files_only=local, dtype=dtype, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):  # which transformers draws at random
+        tokenizer = load("AutoTokenizer")
+        model, report = load(kind.model, dtype=dtype, output_loading_info=True)
+        # footgun: transformers initialises missing weights at random and only logs it.
+        if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
         if (broken := broken_weight(model)) is not None:
-            raise ValueError(f"its weight {broken} is not finite; get it again")
-        return model, tokenizer, check(config, tokenizer, source, local)
+            raise ValueError(f"its weight {broken} is not finite; download it again")
+        return model, tokenizer, check(config, tokenizer, source, is_folder)
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(_why_not(kind, source, local, error)) from error
+        raise ValueError(_load_error(kind, source, is_folder, error)) from error
 
 
-def readable(text: str) -> str:
-    """A text that a tokenizer can read: half a surrogate pair counts as a "?"."""
+def replace_surrogates(text: str) -> str:
+    """A text that a tokenizer can read: half a surrogate pair becomes a "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def tokenized(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text with the end, however many they are."""
-    if not texts:  # which tokenizers refuse
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text with the end token, not truncated."""
+    if not texts:  # tokenizers raise an error
         return []
-    # verbose: it would warn of texts that are longer than the model's training sequences; they are cut, and reported.
+    # verbose=False: no warnings about long texts, which are truncated and reported later.
     tokens: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
     return tokens
 
 
-def cut(tokens: list[int], most: int) -> list[int]:
-    """At most so many tokens, the last of which is the end."""
-    return tokens if len(tokens) <= most else [*tokens[: most - 1], tokens[-1]]
+def truncate(tokens: list[int], maximum: int) -> list[int]:
+    """At most ``maximum`` tokens. The last one stays the end token."""
+    return tokens if len(tokens) <= maximum else [*tokens[: maximum - 1], tokens[-1]]
 
 
 def _folder_or_name(name: str | Path, kind: PretrainedKind) -> tuple[str, bool]:
-    """What to give to transformers, and whether it is a folder, so that nothing is looked for in a network."""
-    text = str(name)  # a path is what exists, or cannot be a name on the Hub
-    local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).is_dir()
-    source = str(Path(name).expanduser()) if local else text
-    if local and not Path(source).is_dir():
+    """Folder or name for transformers, and whether it is a folder, for which no network is used."""
+    text = str(name)  # a folder if it exists or cannot be a name on the Hub
+    is_folder = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).is_dir()
+    source = str(Path(name).expanduser()) if is_folder else text
+    if is_folder and not Path(source).is_dir():
         raise ValueError(
-            f"the {kind.what} {name} does not exist; give a folder as save_pretrained writes it, or a name on the "
+            f"the {kind.role} {name} does not exist; give a folder written by save_pretrained, or a name on the "
             f"Hugging Face Hub such as {kind.example}"
         )
-    return source, local
+    return source, is_folder
 
 
-def _why_not(kind: PretrainedKind, source: str, local: bool, error: Exception) -> str:
-    """One line that says why something could not be loaded, and what to do."""
+def _load_error(kind: PretrainedKind, source: str, is_folder: bool, error: Exception) -> str:
+    """One line that says why a model could not be loaded, and what to do."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
-    if local:
-        hint = f"give a {kind.name}'s folder as save_pretrained writes it"
-        return f"the {kind.what} {source} cannot be used: {reason}; {hint}"
+    reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+    if is_folder:
+        hint = f"give a {kind.name}'s folder written by save_pretrained"
+        return f"the {kind.role} {source} cannot be used: {reason}; {hint}"
     return (
-        f"the {kind.what} {source} could not be had from Hugging Face's Hub or cache (~/.cache/huggingface, or "
-        f"HF_HOME): {reason}; run `hf download {source}` where there is a network, or give a folder's path as name"
+        f"the {kind.role} {source} is neither in the cache (~/.cache/huggingface, or HF_HOME) nor available from the "
+        f"Hugging Face Hub: {reason}; run `hf download {source}` where there is a network, or give a folder's path as "
+        "name"
     )

@@ -46,7 +46,7 @@ class Watch(pl.Callback):
             weakref.ref(decoder.step.weights),
         ]
         labels = torch.arange(3)
-        _, codes = pl_module.draw(labels, labels, seed=4)
+        _, codes = pl_module.sample_async(labels, labels, seed=4)
         expected = generate(pl_module.gpt, labels, pl_module.sampling, seed=4)
         self.codes.append(torch.equal(codes, expected))
 

@@ -65,9 +65,9 @@ def test_samples_are_saved_at_every_nth_validation(tmp_path: Path) -> None:
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
-        check_sampling = None
+        check_requests = None
 
-        def condition_of(self, batch: dict[str, Any]) -> Any:
+        def batch_condition(self, batch: dict[str, Any]) -> Any:
             return batch["condition"], None, None
 
         def sample(self, condition: Any, indices: Any, seed: int, lengths: Any) -> Any:
@@ -95,9 +95,9 @@ def test_prompts_are_cleaned_if_the_data_cleans_its_captions(clean: bool, tmp_pa
 
     class Module(torch.nn.Module):
         device = torch.device("cpu")
-        check_sampling = None
+        check_requests = None
 
-        def condition_of(self, batch: dict[str, Any]) -> Any:
+        def batch_condition(self, batch: dict[str, Any]) -> Any:
             read.append(batch["captions"])
             return torch.zeros(2, 3, 4), torch.tensor([3, 2]), None
 

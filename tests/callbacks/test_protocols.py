@@ -60,7 +60,7 @@ def satisfied(instance: object) -> set[str]:
 
 
 def test_our_modules_satisfy_the_protocols_of_their_callbacks() -> None:
-    # Without a tokenizer `image_side` raises: the check must not evaluate properties.
+    # Without a tokenizer `output_size` raises: the check must not evaluate properties.
     assert satisfied(argen_module()) == set(ARGEN)
     assert satisfied(vqgan_module()) == set(VQGAN)
     assert not missing_members(EncodesCaptions, CaptionModule.__new__(CaptionModule))
@@ -81,7 +81,7 @@ def test_a_missing_member_is_named_with_the_callback_and_a_remedy() -> None:
     assert_one_line(
         error, "SampleGrid needs a module that generates images of classes or captions, but VQGANModule has"
     )
-    assert_one_line(error, "check_sampling", "remove SampleGrid from trainer.callbacks")
+    assert_one_line(error, "check_requests", "remove SampleGrid from trainer.callbacks")
     with pytest.raises(ValueError) as error:
         require(HasImageSize, SimpleNamespace(), "FIDMonitor")
     assert_one_line(error, "SimpleNamespace has no image_size; change data.class_path")

@@ -1,4 +1,4 @@
-"""The autoregressive model loads any published layout strictly, and adapts length or classes only on request."""
+"""``init_from`` reads every published layout strictly; another length or other classes need ``init_adapt``."""
 
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_published_layout_is_a_start(tmp_path: Path, weights: dict[str, Tensor], layout: Any) -> None:
+def test_init_from_reads_every_published_layout(tmp_path: Path, weights: dict[str, Tensor], layout: Any) -> None:
     torch.save(layout(weights), tmp_path / "weights.pt")
     module = ARGenModule(config(), init_from=tmp_path / "weights.pt")
     assert_same(module.gpt.state_dict(), weights)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_what_is_exported_is_a_start(pipeline: Pipeline, tmp_path: Path, suffix: str) -> None:
+def test_init_from_reads_exported_files(pipeline: Pipeline, tmp_path: Path, suffix: str) -> None:
     export(pipeline.argen, tmp_path / f"weights.{suffix}")
     module = ARGenModule(config(), init_from=tmp_path / f"weights.{suffix}")
     direct = ARGenModule(config(), init_from=pipeline.argen)
@@ -61,7 +61,7 @@ def test_what_is_exported_is_a_start(pipeline: Pipeline, tmp_path: Path, suffix:
     assert not torch.equal(raw.gpt.output.weight, direct.gpt.output.weight)
 
 
-def test_missing_and_unexpected_entries_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+def test_rejects_missing_and_unexpected_entries(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     del weights["norm.weight"]
     weights["extra"] = torch.zeros(2)
     torch.save(weights, tmp_path / "weights.pt")
@@ -70,11 +70,11 @@ def test_missing_and_unexpected_entries_are_refused(tmp_path: Path, weights: dic
     assert_one_line(error, tmp_path, "missing: norm.weight", "unexpected: extra")
 
 
-def test_other_classes_are_refused_and_possible_on_purpose(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+def test_other_classes_need_init_adapt(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(ValueError) as error:
         ARGenModule(config(num_classes=4), init_from=tmp_path / "weights.pt")
-    assert_one_line(error, tmp_path, "10 classes", "here there are 4", "init_adapt [num_classes]")
+    assert_one_line(error, tmp_path, "num_classes is 10, but the model's is 4", "init_adapt [num_classes]")
     torch.manual_seed(8)
     fresh = GPT(config(num_classes=4))
     torch.manual_seed(8)
@@ -88,12 +88,10 @@ def test_other_classes_are_refused_and_possible_on_purpose(tmp_path: Path, weigh
     )
 
 
-def test_a_longer_sequence_is_refused_where_the_length_is_known_and_possible_on_purpose(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_a_longer_sequence_needs_init_adapt_if_the_file_has_a_configuration(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         ARGenModule(config(block_size=64), init_from=pipeline.argen)
-    assert_one_line(error, "block_size is 16, here it is 64", "init_adapt [block_size]")
+    assert_one_line(error, "block_size is 16, but the model's is 64", "init_adapt [block_size]")
     module = ARGenModule(config(block_size=64), init_from=pipeline.argen, init_adapt=["block_size"])
     same = ARGenModule(config(), init_from=pipeline.argen)
     assert_same(module.gpt.state_dict(), same.gpt.state_dict())
@@ -104,19 +102,19 @@ def test_a_longer_sequence_is_refused_where_the_length_is_known_and_possible_on_
 @pytest.mark.parametrize(
     ("option", "value"), [("n_head", 1), ("rope_base", 500.0), ("rope_condition", "identity"), ("norm_eps", 1e-3)]
 )
-def test_what_leaves_no_trace_in_shapes_is_compared_where_it_is_known(
+def test_options_without_a_trace_in_shapes_are_compared_if_the_file_has_a_configuration(
     pipeline: Pipeline, option: str, value: Any
 ) -> None:
-    with pytest.raises(ValueError, match=rf"their {option} is .*, here it is {value}; set {option} to"):
+    with pytest.raises(ValueError, match=rf"{option} is .*, but the model's is {value}; set {option} to"):
         ARGenModule(config(**{option: value}), init_from=pipeline.argen)
 
 
-def test_a_tokenizer_is_no_start(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match=r"these are of a VQGAN, not of a GPT"):
+def test_rejects_the_weights_of_a_tokenizer(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"weights of a VQGAN, not of a GPT"):
         ARGenModule(config(), init_from=pipeline.tokenizer)
 
 
-def test_an_adaptation_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but there is no init_from"):
+def test_rejects_init_adapt_without_init_from() -> None:
+    with pytest.raises(ValueError, match=r"^init_adapt is \['num_classes'\], but init_from is not given"):
         ARGenModule(config(), init_adapt=["num_classes"])
     assert argen_module().gpt is not None

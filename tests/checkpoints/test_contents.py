@@ -1,4 +1,4 @@
-"""Checkpoints that the autoregressive recipe keeps: the best, the last, and one every so many steps."""
+"""The autoregressive recipe keeps the best, the last and periodic checkpoints."""
 
 import os
 from pathlib import Path
@@ -47,11 +47,11 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def test_the_best_the_last_and_the_newest_of_every_so_many_steps_are_kept(
+def test_keeps_the_best_the_last_and_the_newest_periodic_checkpoints(
     pipeline: Pipeline, recipe: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    module = main.main(arguments(pipeline, folder, recipe, 17)).model  # two epochs of 8 batches, and one batch more
+    module = main.main(arguments(pipeline, folder, recipe, 17)).model  # two epochs of 8 batches and one more batch
     steps = sorted(path.name for path in (folder / "checkpoints/steps").iterdir())
     assert steps == ["last.ckpt", "step_0000012.ckpt", "step_0000015.ckpt"]
     assert os.readlink(folder / "checkpoints/steps/last.ckpt") == "step_0000015.ckpt"
@@ -66,19 +66,19 @@ def test_the_best_the_last_and_the_newest_of_every_so_many_steps_are_kept(
     assert module.global_step == 17
 
 
-def test_the_same_command_goes_on_from_whichever_is_newest(pipeline: Pipeline, recipe: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    main.main(arguments(pipeline, whole, recipe, 13))
-    main.main(arguments(pipeline, parts, recipe, 13))
-    # As if it had been killed after step 12: what was written later is gone.
-    assert {path.name for path in parts.rglob("*.ckpt") if load(path)["global_step"] > 12} == {
+def test_resuming_takes_the_newest_checkpoint(pipeline: Pipeline, recipe: Path, tmp_path: Path) -> None:
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    main.main(arguments(pipeline, uninterrupted, recipe, 13))
+    main.main(arguments(pipeline, resumed, recipe, 13))
+    # Simulate a kill after step 12: remove everything that was written later.
+    assert {path.name for path in resumed.rglob("*.ckpt") if load(path)["global_step"] > 12} == {
         "last.ckpt",
         "step_0000013.ckpt",
     }
     for name in ("last.ckpt", "step_0000013.ckpt"):
-        (parts / "checkpoints" / name).unlink()
-    main.main(arguments(pipeline, parts, recipe, 13))
-    one, two = (load(folder / "checkpoints/last.ckpt") for folder in (whole, parts))
+        (resumed / "checkpoints" / name).unlink()
+    main.main(arguments(pipeline, resumed, recipe, 13))
+    one, two = (load(folder / "checkpoints/last.ckpt") for folder in (uninterrupted, resumed))
     assert one["global_step"] == two["global_step"] == 13
     for name, value in one["state_dict"].items():
         assert torch.equal(two["state_dict"][name], value), name

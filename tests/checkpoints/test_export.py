@@ -1,4 +1,4 @@
-"""What is exported is what was in the checkpoint, reads again the same, and is there whole or not at all."""
+"""Exported files hold the weights of the checkpoint, and are complete or absent."""
 
 import json
 import subprocess
@@ -34,17 +34,17 @@ def published(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def roomy() -> Iterator[Path]:
-    """A folder for large files, which is not kept."""
+    """A folder for large files, removed after the tests."""
     with TemporaryDirectory() as folder:
         yield Path(folder)
 
 
-def test_a_published_tokenizer_gives_the_published_images_and_survives_export(roomy: Path) -> None:
+def test_a_published_tokenizer_decodes_the_published_images_also_after_export(roomy: Path) -> None:
     record = golden("VQ-16")
     with torch.device("meta"):
         vqgan = VQGAN()
     wanted = fill(vqgan.to_empty(device="cpu")).state_dict()
-    wanted["quantize.codebook_used"].zero_()  # not filled by the rule
+    wanted["quantize.codebook_used"].zero_()  # zero in published files
     torch.save({"model": wanted}, roomy / "vq_ds16_c2i.pt")
 
     loaded = load_vqgan(roomy / "vq_ds16_c2i.pt")
@@ -61,7 +61,7 @@ def test_a_published_tokenizer_gives_the_published_images_and_survives_export(ro
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("averaged", [True, False])
-def test_a_tokenizer_of_a_run_is_exported_with_the_weights_asked_for(
+def test_exports_raw_or_averaged_weights_of_a_tokenizer(
     averaged: bool, suffix: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = read_weights(pipeline.tokenizer, averaged)
@@ -76,14 +76,14 @@ def test_a_tokenizer_of_a_run_is_exported_with_the_weights_asked_for(
     assert_same(found.state, wanted.state)
     assert_same(load_vqgan(out).state_dict(), wanted.state)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    known = averaged and suffix == ".safetensors"
-    said = "EMA weights" if known else "raw weights (it has no separate EMA weights)"
-    assert found.source == f"{out}, {said}"
-    assert (found.averaged, found.architecture) == (known, "VQGAN" if suffix == ".safetensors" else None)
+    is_averaged = averaged and suffix == ".safetensors"
+    source = "EMA weights" if is_averaged else "raw weights (it has no separate EMA weights)"
+    assert found.source == f"{out}, {source}"
+    assert (found.averaged, found.architecture) == (is_averaged, "VQGAN" if suffix == ".safetensors" else None)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_gpt_of_a_run_is_exported(suffix: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_exports_a_gpt(suffix: str, pipeline: Pipeline, tmp_path: Path) -> None:
     wanted = read_weights(pipeline.argen)
     export(pipeline.argen, tmp_path / f"gpt{suffix}")
     found = read_weights(tmp_path / f"gpt{suffix}")
@@ -104,7 +104,7 @@ def test_a_pt_file_has_the_published_layout(pipeline: Pipeline, tmp_path: Path) 
     assert list(content["model"]) == list(VQGAN(VQGANConfig(**TOKENIZER_NET)).state_dict())
 
 
-def test_safetensors_say_what_they_hold(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_safetensors_contain_the_configuration(pipeline: Pipeline, tmp_path: Path) -> None:
     for name, checkpoint in (("VQGAN", pipeline.tokenizer), ("GPT", pipeline.argen)):
         wanted = torch.load(checkpoint, weights_only=True)["llamagen"]["config"]
         export(checkpoint, tmp_path / f"{name}.safetensors")
@@ -116,10 +116,10 @@ def test_safetensors_say_what_they_hold(pipeline: Pipeline, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_weights_are_written_in_their_dtype_densely_and_apart(suffix: str, tmp_path: Path) -> None:
+def test_exported_weights_keep_their_dtype_and_are_dense_and_separate(suffix: str, tmp_path: Path) -> None:
     state = small_vqgan().to(torch.bfloat16).to(memory_format=torch.channels_last).state_dict()
     block = torch.randn(10_000, 4).bfloat16()
-    state["quantize.embedding.weight"] = block[:64]  # a view of something large
+    state["quantize.embedding.weight"] = block[:64]  # a view of a larger tensor
     shared = torch.randn(32).bfloat16()
     state["encoder.norm_out.bias"], state["encoder.conv_in.bias"] = shared.repeat(2), shared
     state["decoder.norm_out.bias"] = shared
@@ -132,12 +132,12 @@ def test_weights_are_written_in_their_dtype_densely_and_apart(suffix: str, tmp_p
     assert found["encoder.conv_in.bias"].data_ptr() != found["decoder.norm_out.bias"].data_ptr()
 
 
-def test_another_suffix_is_refused(published: Path, tmp_path: Path) -> None:
+def test_rejects_an_unknown_suffix(published: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vq\.ckpt would be of an unknown format; name it \*\.pt or \*\.safetensors"):
         export(published, tmp_path / "vq.ckpt")
 
 
-def test_an_existing_file_is_replaced_only_on_demand(published: Path, tmp_path: Path) -> None:
+def test_replaces_an_existing_file_only_with_overwrite(published: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt"
     out.write_text("old")
     with pytest.raises(ValueError, match=r"out\.pt exists already; choose another name, or give --overwrite"):
@@ -160,7 +160,7 @@ def test_a_checkpoint_can_be_replaced_by_its_export(published: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_write_that_fails_leaves_nothing(
+def test_a_failed_write_leaves_no_file(
     suffix: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(content: Any, file: Any, *_: Any) -> None:
@@ -174,14 +174,14 @@ def test_a_write_that_fails_leaves_nothing(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_weights_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_not_exported(tmp_path: Path) -> None:
     state = small_vqgan().state_dict()
     del state["quantize.codebook_used"]
     torch.save({"model": state}, tmp_path / "vq.pt")
     with pytest.raises(ValueError, match=r"do not fit this VQGAN; missing: quantize\.codebook_used$"):
         export(tmp_path / "vq.pt", tmp_path / "new/out.pt")
     torch.save({"model": small_gpt().state_dict()}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match="not those of a VQGAN"):
+    with pytest.raises(ValueError, match="not the weights of a VQGAN"):
         export(tmp_path / "gpt.pt", tmp_path / "new/out.pt")
     assert not (tmp_path / "new").exists()
 
@@ -189,7 +189,7 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "factor", "kind"), [([], 0.5, "EMA weights"), (["--raw", "--overwrite"], 1.0, "raw weights")]
 )
-def test_the_command_passes_its_options_on(
+def test_the_command_passes_all_options(
     options: list[str], factor: float, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = small_vqgan().state_dict()
@@ -204,7 +204,7 @@ def test_the_command_passes_its_options_on(
     assert load_vqgan(out).config == SMALL_VQGAN
 
 
-def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
+def test_the_command_reports_errors_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llamagen.checkpoints.export", "nowhere.pt", str(tmp_path / "out.pt")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
@@ -215,15 +215,15 @@ def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_place_that_cannot_be_written_is_named(suffix: str, published: Path, tmp_path: Path) -> None:
+def test_reports_a_path_that_cannot_be_written(suffix: str, published: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written .*; choose another place") as error:
+    with pytest.raises(ValueError, match=r"cannot be written: .*; choose another place") as error:
         export(published, tmp_path / f"file/out{suffix}")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_exported_files_can_be_read_by_whom_other_files_can(suffix: str, published: Path, tmp_path: Path) -> None:
+def test_exported_files_have_default_permissions(suffix: str, published: Path, tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     export(published, tmp_path / f"out{suffix}")
     assert (tmp_path / f"out{suffix}").stat().st_mode == (tmp_path / "usual").stat().st_mode

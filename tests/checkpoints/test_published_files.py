@@ -1,4 +1,4 @@
-"""Files in the published layout, of every published model: they load strictly, and what is exported is like them."""
+"""Files in the layout of every published model load strictly, and are exported unchanged."""
 
 from pathlib import Path
 
@@ -30,10 +30,10 @@ def published_file(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", GPT_SIZES)
-def test_every_published_model_loads_strictly_from_its_file(name: str, tmp_path: Path) -> None:
+def test_every_published_model_loads_strictly(name: str, tmp_path: Path) -> None:
     path = published_file(name, tmp_path)
     assert path.stat().st_size < 1 << 20
-    with torch.device("meta"):  # all that differs would be found here, too
+    with torch.device("meta"):  # differences would be found here, too
         module = ARGenModule(GPTConfig(**GPT_SIZES[name]), init_from=path)
     weights = read_weights(path)
     for changed in ("missing", "unexpected", "shape mismatch"):
@@ -50,7 +50,7 @@ def test_every_published_model_loads_strictly_from_its_file(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_small_one_is_loaded_in_fact_and_exported_as_it_was(name: str, tmp_path: Path) -> None:
+def test_small_published_models_are_loaded_and_exported_unchanged(name: str, tmp_path: Path) -> None:
     path = published_file(name, tmp_path)
     module = ARGenModule(GPTConfig(**GPT_SIZES[name]), init_from=path)
     checkpoint: dict[str, object] = {"state_dict": module.state_dict()}

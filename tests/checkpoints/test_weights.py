@@ -38,12 +38,12 @@ def prefixed(state: State, prefix: str) -> State:
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Of a small tokenizer."""
+    """State dict of a small tokenizer."""
     return small_vqgan().state_dict()
 
 
 def training_checkpoint(state: State, **changes: Any) -> dict[str, Any]:
-    """A published one: weights, averages of half their size, a discriminator and the arguments of the command."""
+    """A published training checkpoint: weights, averages (half the weights), a discriminator and command arguments."""
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
     arguments = argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), data={"path": "x"}, inner=argparse.Namespace(a=None))
     return {
@@ -76,7 +76,7 @@ def training_checkpoint(state: State, **changes: Any) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("name", ["vq.pt", "vq.pth", "vq.bin"])
-def test_every_layout_gives_the_same_weights(
+def test_all_layouts_give_the_same_weights(
     layout: Callable[[State], Any], name: str, state: State, tmp_path: Path
 ) -> None:
     torch.save(layout(state), tmp_path / name)
@@ -86,13 +86,13 @@ def test_every_layout_gives_the_same_weights(
     assert weights.source == f"{tmp_path / name}, raw weights (it has no separate EMA weights)"
 
 
-def test_a_file_from_before_torch_1_6_is_read(state: State, tmp_path: Path) -> None:
+def test_reads_the_format_before_torch_1_6(state: State, tmp_path: Path) -> None:
     content = training_checkpoint(state)
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert_same(read_weights(tmp_path / "old.pt").state, content["ema"])
 
 
-def test_safetensors_without_a_word_on_what_they_are_are_read(state: State, tmp_path: Path) -> None:
+def test_reads_safetensors_without_metadata(state: State, tmp_path: Path) -> None:
     save_file(state, tmp_path / "vq.safetensors", {"format": "pt"})
     weights = read_weights(tmp_path / "vq.safetensors")
     assert_same(weights.state, state)
@@ -100,13 +100,13 @@ def test_safetensors_without_a_word_on_what_they_are_are_read(state: State, tmp_
     assert_same(load_vqgan(tmp_path / "vq.safetensors").state_dict(), state)
 
 
-def test_a_prefix_of_some_entries_stays(state: State, tmp_path: Path) -> None:
+def test_keeps_a_prefix_that_not_all_entries_have(state: State, tmp_path: Path) -> None:
     mixed = {**prefixed(state, "module."), "extra": torch.zeros(2)}
     torch.save({"model": mixed}, tmp_path / "vq.pt")
     assert read_weights(tmp_path / "vq.pt").state.keys() == mixed.keys()
 
 
-def test_nothing_but_the_rotary_table_is_dropped(state: State, tmp_path: Path) -> None:
+def test_drops_only_the_rotary_table(state: State, tmp_path: Path) -> None:
     more = {**state, "layers.0.freqs_cis": torch.zeros(2), "freqs_cis2": torch.zeros(2)}
     torch.save({"model": {**more, "freqs_cis": torch.zeros(2)}}, tmp_path / "vq.pt")
     assert_same(read_weights(tmp_path / "vq.pt").state, more)
@@ -115,7 +115,7 @@ def test_nothing_but_the_rotary_table_is_dropped(state: State, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("averaged", "factor", "source"), [(True, 0.5, "vq.pt, EMA weights"), (False, 1.0, "vq.pt, raw weights")]
 )
-def test_averages_of_a_published_run_are_taken_by_choice(
+def test_reads_raw_or_averaged_weights_of_a_published_run(
     averaged: bool, factor: float, source: str, state: State, tmp_path: Path
 ) -> None:
     content = training_checkpoint(state)
@@ -129,9 +129,7 @@ def test_averages_of_a_published_run_are_taken_by_choice(
 
 
 @pytest.mark.parametrize("changes", [{"ema": None}, {"ema": {}}])
-def test_without_averages_the_raw_weights_are_taken_and_named(
-    changes: dict[str, Any], state: State, tmp_path: Path
-) -> None:
+def test_falls_back_to_raw_weights_and_reports_it(changes: dict[str, Any], state: State, tmp_path: Path) -> None:
     torch.save(training_checkpoint(state, **changes), tmp_path / "vq.pt")
     weights = read_weights(tmp_path / "vq.pt", averaged=True)
     assert_same(weights.state, state)
@@ -140,7 +138,7 @@ def test_without_averages_the_raw_weights_are_taken_and_named(
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_a_run_of_this_project_is_read(averaged: bool, pipeline: Pipeline) -> None:
+def test_reads_checkpoints_of_this_project(averaged: bool, pipeline: Pipeline) -> None:
     checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
     raw = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("vqgan.")}
     averages = averaged_weights(checkpoint)
@@ -159,7 +157,7 @@ def test_a_run_of_this_project_is_read(averaged: bool, pipeline: Pipeline) -> No
     })  # fmt: skip
 
 
-def test_a_run_without_averages_gives_its_raw_weights(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_reads_a_checkpoint_without_averages(pipeline: Pipeline, tmp_path: Path) -> None:
     checkpoint = torch.load(pipeline.argen, weights_only=True)
     del checkpoint["llamagen"]["ema_names"]
     torch.save(checkpoint, tmp_path / "last.ckpt")
@@ -181,7 +179,7 @@ class Hostile:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("key", ["args", "model"])
-def test_code_in_a_file_is_refused_and_does_not_run(key: str, zipped: bool, state: State, tmp_path: Path) -> None:
+def test_never_runs_code_of_a_file(key: str, zipped: bool, state: State, tmp_path: Path) -> None:
     content = training_checkpoint(state, **{key: argparse.Namespace(hook=Hostile(tmp_path / "victim"))})
     torch.save(content, tmp_path / "vq.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"vq\.pt is refused: it needs posix\.system, ") as error:
@@ -190,7 +188,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(key: str, zipped: bool, stat
     assert not (tmp_path / "victim").exists()
 
 
-def test_a_class_that_is_not_known_is_refused_by_name(state: State, tmp_path: Path) -> None:
+def test_rejects_an_unknown_class_by_name(state: State, tmp_path: Path) -> None:
     torch.save(training_checkpoint(state, args=tmp_path), tmp_path / "vq.pt")
     with pytest.raises(ValueError, match=r"is refused: it needs pathlib\.PosixPath, ") as error:
         read_weights(tmp_path / "vq.pt")
@@ -216,7 +214,7 @@ def cut_old(path: Path) -> None:
     [
         ("vq.pt", lambda path: None, "vq.pt does not exist; give"),
         ("vq.safetensors", lambda path: None, "vq.safetensors does not exist; give"),
-        ("vq.pt", Path.mkdir, "vq.pt is a folder, but no sharded checkpoint that was written to its end"),
+        ("vq.pt", Path.mkdir, "vq.pt is a folder, but not a complete sharded checkpoint"),
         ("vq.pt", cut, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", cut_old, "vq.pt cannot be read as a checkpoint (RuntimeError); it is damaged"),
         ("vq.pt", Path.touch, "vq.pt cannot be read as a checkpoint (EOFError)"),
@@ -224,19 +222,19 @@ def cut_old(path: Path) -> None:
         ("vq.safetensors", lambda path: path.write_text("text"), "vq.safetensors cannot be read as safetensors"),
         ("vq.safetensors", cut, "vq.safetensors cannot be read as safetensors"),
         ("vq.pt", written([torch.zeros(2)]), "vq.pt holds a list, not weights"),
-        ("vq.pt", written({}), "vq.pt holds no weights under model, module, state_dict, but nothing"),
+        ("vq.pt", written({}), "vq.pt has no weights under model, module, state_dict; it holds nothing"),
         ("vq.pt", written({"steps": 3, "optimizer": {}}), "model, module, state_dict, but steps, optimizer; give"),
         ("vq.pt", written({"model": {}}), "vq.pt holds no weights by name"),
         ("vq.pt", written({"model": {3: torch.zeros(2)}}), "vq.pt holds no weights by name"),
-        ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "something else than dense tensors among its weights: v"),
+        ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "holds weights that are not dense tensors: v"),
         ("vq.pt", written({"model": {"w": torch.zeros(2)}, "discriminator": torch.zeros(2)}), "no weights by name"),
-        ("vq.pt", written({"model": {"w": "text"}}), "something else than dense tensors among its weights: w"),
-        ("vq.pt", written({"model": {"w": torch.zeros(2).to_sparse()}}), "dense tensors among its weights: w"),
-        ("vq.pt", written({"model": {"w": torch.zeros(2, device="meta")}}), "dense tensors among its weights: w"),
-        ("vq.pt", written({"llamagen": {}, "state_dict": {}}), "vq.pt lacks a part of a training checkpoint"),
+        ("vq.pt", written({"model": {"w": "text"}}), "holds weights that are not dense tensors: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2).to_sparse()}}), "not dense tensors: w"),
+        ("vq.pt", written({"model": {"w": torch.zeros(2, device="meta")}}), "not dense tensors: w"),
+        ("vq.pt", written({"llamagen": {}, "state_dict": {}}), "vq.pt is not a complete training checkpoint"),
     ],
 )
-def test_what_holds_no_weights_is_refused_in_one_line(
+def test_rejects_files_without_weights_in_one_line(
     name: str, make: Callable[[Path], Any], phrase: str, tmp_path: Path
 ) -> None:
     make(tmp_path / name)
@@ -246,14 +244,14 @@ def test_what_holds_no_weights_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_averages_alone_are_no_raw_weights(state: State, tmp_path: Path) -> None:
+def test_rejects_a_file_with_averages_only_if_raw_weights_are_requested(state: State, tmp_path: Path) -> None:
     torch.save({"ema": state}, tmp_path / "vq.pt")
     assert_same(read_weights(tmp_path / "vq.pt").state, state)
-    with pytest.raises(ValueError, match=r"holds no weights under model, module, state_dict, but ema"):
+    with pytest.raises(ValueError, match=r"has no weights under model, module, state_dict; it holds ema"):
         read_weights(tmp_path / "vq.pt", averaged=False)
 
 
-def test_all_that_differs_is_listed_and_nothing_is_changed(state: State) -> None:
+def test_lists_all_differences_and_changes_nothing(state: State) -> None:
     model = VQGAN(SMALL_VQGAN)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wrong = dict(state)
@@ -275,7 +273,7 @@ def test_a_model_keeps_its_dtype(state: State) -> None:
     assert_same(model.state_dict(), {name: value.to(torch.bfloat16) for name, value in state.items()})
 
 
-def test_counters_are_loaded() -> None:
+def test_loads_integer_buffers() -> None:
     found, wanted = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     wanted(torch.randn(2, 4, 3, 3))
     load_weights(found, wanted.state_dict(), "norm.pt")
@@ -287,7 +285,7 @@ def test_counters_are_loaded() -> None:
 @pytest.mark.parametrize(
     ("name", "config"), [("VQ-16", VQGANConfig()), ("VQ-8", VQGANConfig(channel_multipliers=(1, 2, 2, 4)))]
 )
-def test_the_shapes_of_published_tokenizers_say_their_configuration(name: str, config: VQGANConfig) -> None:
+def test_infers_the_configuration_of_published_tokenizers(name: str, config: VQGANConfig) -> None:
     _, entries = published_state_dict(name)
     assert infer_vqgan_config({key: torch.empty(shape, device="meta") for key, (_, shape) in entries.items()}) == config
 
@@ -300,7 +298,7 @@ def test_the_shapes_of_published_tokenizers_say_their_configuration(name: str, c
         {"channels": 64, "codebook_size": 5, "codebook_dim": 3},
     ],
 )
-def test_the_shapes_of_a_tokenizer_say_its_configuration(options: dict[str, Any]) -> None:
+def test_infers_the_configuration_of_any_tokenizer(options: dict[str, Any]) -> None:
     model = small_vqgan(**options)
     assert infer_vqgan_config(model.state_dict()) == model.config
 
@@ -316,17 +314,15 @@ def test_the_shapes_of_a_tokenizer_say_its_configuration(options: dict[str, Any]
         ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "of 0 channels"),
     ],
 )
-def test_what_is_no_tokenizer_has_no_configuration(
-    changes: dict[str, Tensor | None], phrase: str, state: State
-) -> None:
+def test_rejects_weights_that_are_not_a_tokenizer(changes: dict[str, Tensor | None], phrase: str, state: State) -> None:
     changed = {name: value for name, value in {**state, **changes}.items() if value is not None}
-    with pytest.raises(ValueError, match=r"^vq\.pt: not those of a VQGAN") as error:
+    with pytest.raises(ValueError, match=r"^vq\.pt: not the weights of a VQGAN") as error:
         infer_vqgan_config(changed, "vq.pt")
     assert phrase in str(error.value)
     assert "give the weights of an image tokenizer" in str(error.value)
 
 
-def test_a_tokenizer_is_built_from_its_weights_alone(state: State, tmp_path: Path) -> None:
+def test_builds_a_tokenizer_from_its_weights_only(state: State, tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "vq.pt")
     before = torch.get_rng_state()
     vqgan = load_vqgan(tmp_path / "vq.pt")
@@ -337,29 +333,29 @@ def test_a_tokenizer_is_built_from_its_weights_alone(state: State, tmp_path: Pat
     assert not any(parameter.requires_grad for parameter in vqgan.parameters())
 
 
-def test_a_gpt_is_no_tokenizer(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_load_vqgan_rejects_a_gpt(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"last\.ckpt holds a GPT, not a VQGAN; give the weights of a tokenizer"):
         load_vqgan(pipeline.argen)
     torch.save({"model": small_gpt().state_dict()}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match=r"gpt\.pt, raw weights .*: not those of a VQGAN"):
+    with pytest.raises(ValueError, match=r"gpt\.pt, raw weights .*: not the weights of a VQGAN"):
         load_vqgan(tmp_path / "gpt.pt")
 
 
 @pytest.mark.parametrize(
     ("entry", "phrase"),
     [
-        ({"architecture": "VQGAN", "config": {"channel": 3}}, "a configuration that is none"),
-        ({"architecture": "GPT", "config": None}, "a configuration that is none"),
+        ({"architecture": "VQGAN", "config": {"channel": 3}}, "the configuration in the file is invalid"),
+        ({"architecture": "GPT", "config": None}, "the configuration in the file is invalid"),
         ({"architecture": "LPIPS", "config": {}}, "holds a LPIPS, which this version does not know"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_refused(entry: dict[str, Any], phrase: str, state: State) -> None:
+def test_rejects_a_model_that_cannot_be_built(entry: dict[str, Any], phrase: str, state: State) -> None:
     with pytest.raises(ValueError, match=phrase) as error:
         build_model(Weights(state, None, source="run.ckpt, raw weights", **entry))
     assert str(error.value).startswith("run.ckpt, raw weights: ")
 
 
-def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> None:
+def test_rejects_a_checkpoint_of_another_shape_with_all_differences() -> None:
     other = fill(VQGAN(VQGANConfig(**{**vars(SMALL_VQGAN), "codebook_dim": 6})))
     checkpoint = {"llamagen": describe(other, "vqgan."), "state_dict": prefixed(other.state_dict(), "vqgan.")}
     with pytest.raises(ValueError, match=r"VQGAN has another shape: .*; use the configuration") as error:
@@ -367,12 +363,12 @@ def test_a_checkpoint_of_another_shape_is_refused_with_all_that_differs() -> Non
     for name in ("quantize.embedding.weight", "quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight"):
         assert f"{name} is " in str(error.value)
     check_fits(checkpoint, other)
-    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
+    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is expected"):
         check_fits(checkpoint, small_gpt())
 
 
 @pytest.mark.parametrize("option", [{"rope_condition": "identity"}, {"block_size": 64}, {"n_head": 1}])
-def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> None:
+def test_rejects_a_checkpoint_with_another_option_that_changes_the_function(option: dict[str, Any]) -> None:
     other = small_gpt(**option)
     checkpoint = {"llamagen": describe(other, "gpt."), "state_dict": prefixed(other.state_dict(), "gpt.")}
     ((name, value),) = option.items()
@@ -382,14 +378,17 @@ def test_a_checkpoint_of_another_function_is_refused(option: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
-def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, state: State) -> None:
+def test_rejects_weights_that_are_not_floating_point(dtype: torch.dtype, state: State) -> None:
     name = "encoder.conv_in.weight"
     with pytest.raises(ValueError, match=f"not floating-point: {name} .{str(dtype)[6:]}"):
         load_weights(small_vqgan(), {**state, name: state[name].to(dtype)}, "these")
 
 
-def test_a_crafted_entry_ends_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
-    for changes, phrase in (({"prefix": 3}, "lacks a part"), ({"ema_names": ["x"]}, "names 1 averages but holds more")):
+def test_rejects_a_manipulated_entry_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
+    for changes, phrase in (
+        ({"prefix": 3}, "not a complete training checkpoint"),
+        ({"ema_names": ["x"]}, "names 1 averages but holds more"),
+    ):
         checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
         checkpoint["llamagen"] |= changes
         torch.save(checkpoint, tmp_path / "crafted.ckpt")

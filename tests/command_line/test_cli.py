@@ -1,4 +1,4 @@
-"""The command line: what a user can get wrong, and what more than one process changes."""
+"""The command line: mistakes of users, stages, resuming, and several processes."""
 
 import shutil
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def files(folder: Path) -> list[Path]:
         (["--model.init_args.tokenizer=README.md"], "error: tokenizer: README.md cannot be read as a checkpoint"),
     ],
 )
-def test_a_wrong_argument_is_named(
+def test_wrong_arguments_are_named(
     arguments: list[str], phrase: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
@@ -47,7 +47,7 @@ def test_a_wrong_argument_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_message_is_of_our_class_and_not_of_the_library_that_it_asked(
+def test_messages_are_ours_and_not_those_of_the_parser(
     text_pipeline: TextPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder, latin, run = tmp_path / "t5", tmp_path / "latin.txt", tmp_path / "run"
@@ -66,7 +66,7 @@ def test_a_message_is_of_our_class_and_not_of_the_library_that_it_asked(
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_a_stage_without_a_trained_model_is_refused(
+def test_rejects_a_stage_without_a_trained_model(
     stage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -75,14 +75,14 @@ def test_a_stage_without_a_trained_model_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_published_checkpoint_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_a_published_checkpoint_as_ckpt_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
     with pytest.raises(SystemExit):
         main.main(["fit", "--config", "configs/argen/base.yaml", f"--ckpt_path={tmp_path / 'published.pt'}"])
     assert "published.pt was not written by a training run of this project" in capsys.readouterr().err
 
 
-def test_the_last_checkpoint_is_the_end_of_the_run(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_of_the_last_step(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = pipeline.argen_arguments(tmp_path)
     data = f"--data.init_args.root={pipeline.codes}"
     main.main(["fit", *arguments, data, "--trainer.max_steps=7"])
@@ -131,7 +131,7 @@ def truncated(pipeline: Pipeline, tmp_path: Path) -> Path:
 
 
 def rewritten(pipeline: Pipeline, root: Path, codes: list[np.ndarray], **meta: object) -> Path:
-    """A set with these codes in each split, and the description of the pipeline's but for ``meta``."""
+    """A dataset with these codes in each split, and the pipeline's meta.json with changes ``meta``."""
     shards = ShardSet(root, {}, "")
     shards.begin(["train", "val"])
     for split in ("train", "val"):
@@ -171,7 +171,7 @@ def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
         (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes an image, but the model's block_size is 16"),
     ],
 )
-def test_bad_codes_end_in_one_line_and_write_nothing(
+def test_bad_codes_are_a_one_line_error_and_write_nothing(
     prepare: Callable[[Pipeline, Path], Path], phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     root = prepare(pipeline, tmp_path)
@@ -183,7 +183,7 @@ def test_bad_codes_end_in_one_line_and_write_nothing(
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty"])
-def test_missing_images_end_in_one_line_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_missing_images_are_a_one_line_error_and_write_nothing(folder: str, pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     arguments = pipeline.tokenizer_arguments(tmp_path / "run")
     with pytest.raises(
@@ -200,7 +200,7 @@ def test_missing_images_end_in_one_line_and_write_nothing(folder: str, pipeline:
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
+def test_the_checkpoint_of_another_model_is_a_one_line_error_and_writes_nothing(
     stage: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     arguments = pipeline.argen_arguments(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_the_checkpoint_of_another_model_ends_in_one_line_and_writes_nothing(
         arguments = pipeline.sample_arguments(tmp_path / "run")[1:]
     else:
         arguments.append(f"--data.init_args.root={pipeline.codes}")
-    with pytest.raises(ValueError, match=r"the checkpoint holds a VQGAN, but a GPT is to be loaded") as error:
+    with pytest.raises(ValueError, match=r"the checkpoint holds a VQGAN, but a GPT is expected") as error:
         main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}"])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
@@ -222,7 +222,7 @@ def test_validate_and_test_report_the_loss(pipeline: Pipeline, tmp_path: Path) -
         assert (tmp_path / stage / f"{stage}.yaml").is_file()
 
 
-def test_a_run_writes_its_configuration_and_is_not_written_over(pipeline: Pipeline) -> None:
+def test_a_run_saves_its_configuration_and_is_not_overwritten(pipeline: Pipeline) -> None:
     folder = pipeline.root / "argen"
     config = yaml.safe_load((folder / "fit.yaml").read_text())
     assert config["model"]["init_args"]["net"]["dim"] == 32
@@ -243,7 +243,7 @@ def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) ->
         assert torch.equal(resumed["state_dict"][name], weight), name
 
 
-def test_two_processes_report_the_mistake_and_write_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_processes_report_a_mistake_once_and_write_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
     root = other_grid(pipeline, tmp_path)
     done = two_processes(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
     assert done.returncode == 2

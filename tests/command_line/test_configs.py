@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightning_modules import ARGenModule, models_without_memory
+from lightning_modules import ARGenModule, models_on_meta_device
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.text import TextEncoderConfig
@@ -163,7 +163,7 @@ def test_every_overlay_takes_effect_together_with_every_other_and_builds_the_pub
         assert differences(yaml.safe_load((CONFIGS / name).read_text()), parsed) == []
     parser = ArgumentParser()
     parser.add_class_arguments(ARGenModule, "model")
-    with models_without_memory():
+    with models_on_meta_device():
         module = parser.instantiate(parser.parse_object({"model": parsed["model"]["init_args"]})).model
     size = next((Path(name).stem for name in names if "/size/" in name), "B")
     assert parameters(module.gpt) == GPT_PARAMETERS[size]

@@ -1,4 +1,4 @@
-"""A saved configuration, given again with another folder, leaves the first run alone; no run writes over another."""
+"""A saved configuration used with another folder does not touch the first run; no run overwrites another."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def contents(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_saved_configuration_given_again_writes_into_the_new_folder_alone(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_saved_configuration_with_another_folder_writes_only_there(pipeline: Pipeline, tmp_path: Path) -> None:
     data = f"--data.init_args.root={pipeline.codes}"
     first, second = tmp_path / "a", tmp_path / "b"
     absolute = [*ANOTHER, f"--trainer.callbacks.dirpath={first}/more"]
@@ -36,7 +36,7 @@ def test_a_saved_configuration_given_again_writes_into_the_new_folder_alone(pipe
     assert (second / "checkpoints/last.ckpt").exists()
     assert (second / "more").exists()
 
-    # The first run is resumed with its own file, and says nothing of having been resumed.
+    # Resuming the first run with its own file leaves no trace in it.
     again = ["fit", "--config", str(first / "fit.yaml"), "--trainer.max_steps=4"]
     cli = main.main([*again, "--ckpt_path=last"])
     assert cli.trainer.global_step == 4
@@ -45,7 +45,7 @@ def test_a_saved_configuration_given_again_writes_into_the_new_folder_alone(pipe
         main.main(again)
 
 
-def test_the_guard_sees_every_folder_that_would_be_written(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_every_output_folder_of_another_run(pipeline: Pipeline, tmp_path: Path) -> None:
     data, other = f"--data.init_args.root={pipeline.codes}", pipeline.root / "argen"
     fit = ["fit", *pipeline.argen_arguments(tmp_path / "run"), data]
     (tmp_path / "kept").mkdir()
@@ -55,10 +55,10 @@ def test_the_guard_sees_every_folder_that_would_be_written(pipeline: Pipeline, t
             [*ANOTHER, f"--trainer.callbacks.dirpath={other}/checkpoints"],
             "checkpoints already holds checkpoints of another",
         ),
-        ([*ANOTHER, f"--trainer.callbacks.dirpath={other}/new"], f"new lies in {other}, the folder of another run"),
-        ([f"--trainer.logger.init_args.save_dir={other}"], f"lies in {other}, the folder of another run"),
+        ([*ANOTHER, f"--trainer.callbacks.dirpath={other}/new"], f"new is in {other}, the folder of another run"),
+        ([f"--trainer.logger.init_args.save_dir={other}"], f"is in {other}, the folder of another run"),
         ([*ANOTHER, f"--trainer.callbacks.dirpath={tmp_path}/kept"], "kept already holds checkpoints of another run"),
-        # Resuming another run into the folder of one that is there
+        # resuming a run into the folder of another one
         ([f"--ckpt_path={pipeline.tokenizer}", f"--trainer.default_root_dir={other}"], "already holds a run"),
     ):
         before = contents(other)
@@ -69,7 +69,7 @@ def test_the_guard_sees_every_folder_that_would_be_written(pipeline: Pipeline, t
         assert not (tmp_path / "run").exists()
 
 
-def test_paths_in_the_runs_folder_are_saved_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_the_run_folder_are_saved_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a/codes").mkdir(parents=True)
 
@@ -88,7 +88,7 @@ def test_paths_in_the_runs_folder_are_saved_relative_to_it(tmp_path: Path, monke
             "save_dir": ROOT_KEY,
             "deep": [{"out": f"{ROOT_KEY}/x/y"}],
             "cache": f"{ROOT_KEY}/cache",
-            "root": "runs/a/codes",  # it is there, so it is read
+            "root": "runs/a/codes",  # it exists, so it is an input
             "url": "s3://runs/a/x",
             "other": "runs/ab/x",
             "n": 3,

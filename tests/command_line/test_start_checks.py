@@ -1,5 +1,7 @@
-"""What would fail after hours is refused at the start: names of metrics, places to write to, space on the disk."""
+"""Checks at the start of a run: monitored metrics, writable folders, space on the disk."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ import torch
 import main
 from callbacks import FIDMonitor
 from command_line import start_checks
-from command_line.start_checks import check_writable, checkpoint_bytes
+from command_line.start_checks import checkpoint_bytes
+from llamagen import output_paths
 from tests.lightning_modules.runs import argen_module, train, vqgan_module
 from tests.pipeline import Pipeline
 
@@ -19,7 +22,7 @@ def fit_argen(pipeline: Pipeline, folder: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
-def test_a_metric_that_nothing_logs_is_refused_with_similar_names(
+def test_rejects_a_metric_that_is_not_logged_and_suggests_names(
     callback: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     more = [f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val/los"]
@@ -29,7 +32,7 @@ def test_a_metric_that_nothing_logs_is_refused_with_similar_names(
     assert not (tmp_path / "run").exists()
 
 
-def test_every_name_that_is_logged_at_validations_may_be_monitored(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_every_metric_logged_at_validations_may_be_monitored(pipeline: Pipeline, tmp_path: Path) -> None:
     for module, options in ((argen_module(), {}), (vqgan_module(), {"image_size": 8})):
         trainer = train(
             module, pipeline, tmp_path / type(module).__name__, max_steps=1, val_check_interval=1, **options
@@ -38,7 +41,7 @@ def test_every_name_that_is_logged_at_validations_may_be_monitored(pipeline: Pip
         assert logged == set(module.metric_names())
 
 
-def test_the_name_of_another_reference_is_refused_before_training(
+def test_rejects_the_metric_of_another_reference_before_training(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FIDMonitor, "setup", lambda self, *args, **kwargs: None)
@@ -48,20 +51,26 @@ def test_the_name_of_another_reference_is_refused_before_training(
         fit_argen(pipeline, tmp_path / "run", *monitor, "--trainer.callbacks.monitor=gfid/imagenet")
 
 
-def test_places_that_cannot_be_written_to_are_refused(
+def test_rejects_folders_that_cannot_be_written(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file/run cannot be written to: .*file is not a folder; set trainer"):
-        check_writable(tmp_path / "file/run")
-    monkeypatch.setattr(start_checks, "_may_write", lambda folder: False)
+    with pytest.raises(SystemExit):
+        fit_argen(pipeline, tmp_path / "file/run")
+    message = f"{tmp_path}/file/run cannot be written: {tmp_path}/file is not a folder; change its permissions, or set"
+    assert message in capsys.readouterr().err
+
+    def read_only(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(output_paths.tempfile, "TemporaryFile", read_only)
     with pytest.raises(SystemExit):
         fit_argen(pipeline, tmp_path / "run")
-    assert "cannot be written to; change its permissions" in capsys.readouterr().err
+    assert f"{tmp_path} does not allow it (read-only file system); change its permissions" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_disk_without_space_for_a_checkpoint_is_refused(
+def test_rejects_a_disk_without_space_for_a_checkpoint(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -69,11 +78,11 @@ def test_a_disk_without_space_for_a_checkpoint_is_refused(
         fit_argen(pipeline, tmp_path / "run")
 
 
-def test_the_size_of_a_checkpoint_is_known_before(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_size_of_a_checkpoint_is_predicted(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     train(module, pipeline, tmp_path, max_steps=1)
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     tensors = [*checkpoint["state_dict"].values()]
     tensors += [each for state in checkpoint["optimizer_states"][0]["state"].values() for each in state.values()]
-    held = sum(each.numel() * each.element_size() for each in tensors if each.numel() > 1)
-    assert checkpoint_bytes(module, averaged=True) == pytest.approx(held, rel=0.01)
+    actual = sum(each.numel() * each.element_size() for each in tensors if each.numel() > 1)
+    assert checkpoint_bytes(module, averaged=True) == pytest.approx(actual, rel=0.01)

@@ -1,8 +1,9 @@
-"""Wrong commands of every stage end in one line that names the option or the value, and leave no run behind.
+"""Wrong commands of each stage: one line that names the option or the value, and no run folder.
 
 Those of the other tools are in ``tests/command_line/test_wrong_commands_of_tools.py``.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def with_callback(name: str, *arguments: str) -> str:
     return " ".join([f"{CALLBACK}+={name}", *(f"{CALLBACK}.{argument}" for argument in arguments)])
 
 
-# By stage, as they follow a command that is right: what is added, and what the message says.
+# By stage: arguments added to a correct command, and part of the message.
 FIT_TOKENIZER = {
     f"{DATA}.root={{tmp}}/nowhere": "nowhere",
     f"{DATA}.root={{tmp}}/flat": "flat",
@@ -60,11 +61,14 @@ FIT_TOKENIZER = {
     "--trainer.gradient_clip_val=x": "trainer.gradient_clip_val",
     "--trainer.default_root_dir={tmp}/file/run": "not a folder",
     "--ckpt_path={tmp}/file": "file",
-    "--ckpt_path={argen}": "holds a GPT, but a VQGAN is to be loaded",
+    "--ckpt_path={argen}": "holds a GPT, but a VQGAN is expected",
     "--config={tmp}/nowhere.yaml": "nowhere.yaml",
     "--config={tmp}/file": "file",
     with_callback("ModelCheckpoint", "monitor=val/psmr", "mode=max"): "monitor is 'val/psmr'",
     with_callback("ModelCheckpoint", "monitor=val/psnr", "mode=up"): "mode",
+    with_callback("BestCheckpoint", "monitor=val/psmr"): "BestCheckpoint.monitor is 'val/psmr'",
+    with_callback("BestCheckpoint", "save_top_k=0"): "save_top_k is 0",
+    with_callback("StepCheckpoint", "every_n_train_steps=0"): "every_n_train_steps is 0",
     with_callback("ReconstructionGrid", "count=0"): "count is 0",
     with_callback("EMA", "decay=1.5"): "decay is 1.5",
     with_callback("Requeue", "signal=SIGNONE"): "SIGNONE",
@@ -92,7 +96,7 @@ FIT_ARGEN = {
     f"{MODEL}.sampling.top_p=1.5": "top_p is 1.5",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
     f"{MODEL}.loss.label_smoothing=2": "label_smoothing is 2",
-    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is to be loaded",
+    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("SampleGrid", "per_class=0"): "per_class 0",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",
@@ -110,7 +114,7 @@ PREDICT_ARGEN = {
     f"{MODEL}.image_size=0": "image_size is 0",
     f"{MODEL}.sampling.temperature=-1": "temperature is -1",
     f"{MODEL}.tokenizer=null": "model.init_args.tokenizer",
-    "--data=PromptDataModule --data.prompts=[a]": "prompts were asked for",
+    "--data=PromptDataModule --data.prompts=[a]": "prompts were given",
     "--data=PromptDataModule --data.prompts={tmp}/nowhere.tsv": "nowhere.tsv",
     "--data=PromptDataModule --data.prompts=[a] --data.per_prompt=0": "per_prompt is 0",
     "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",
@@ -133,8 +137,8 @@ TEST_ARGEN = {
 }
 
 
-def end_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The line in which a command ends, or what is wrong with its end."""
+def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The error line of a command, or a text that says how else it ended."""
     try:
         main.main(command)
     except SystemExit as end:
@@ -144,11 +148,11 @@ def end_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     except BaseException as error:
         fault = fault_of(error)
         return f"TRACEBACK: {error!r}" if fault is None else f"{'' if fault.status == 2 else 'CODE 1 '}{fault.message}"
-    return "TOOK IT"
+    return "ACCEPTED"
 
 
 @pytest.mark.parametrize("stage", ["fit tokenizer", "fit argen", "predict argen", "validate tokenizer", "test argen"])
-def test_wrong_commands_end_in_one_line_and_leave_nothing(
+def test_wrong_commands_are_one_line_errors_and_leave_nothing(
     stage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("[no configuration, no weights")
@@ -170,16 +174,14 @@ def test_wrong_commands_end_in_one_line_and_leave_nothing(
     arguments, wrong = commands[stage]
     faults = []
     for more, phrase in wrong.items():
-        line = end_of([stage.split()[0], *arguments, *more.format(**places).split()], capsys)
-        if phrase not in line or "\n" in line or line[:4] in ("TOOK", "TRAC", "ENDE", "CODE"):
+        line = error_of([stage.split()[0], *arguments, *more.format(**places).split()], capsys)
+        if phrase not in line or "\n" in line or line[:4] in ("ACCE", "TRAC", "ENDE", "CODE"):
             faults.append((more, line))
         if run.exists():
             faults.append((more, "left a run behind"))
-        import shutil
-
         shutil.rmtree(run, ignore_errors=True)
     assert not faults, "\n".join(f"{more}: {line}" for more, line in faults)
 
 
-def test_there_are_at_least_sixty() -> None:
+def test_at_least_sixty_commands_are_tested() -> None:
     assert sum(map(len, (FIT_TOKENIZER, FIT_ARGEN, PREDICT_ARGEN, VALIDATE_TOKENIZER, TEST_ARGEN))) >= 60

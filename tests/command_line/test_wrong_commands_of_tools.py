@@ -1,4 +1,4 @@
-"""Wrong arguments of the tools end in one line that names them, with exit code 2, and write nothing."""
+"""Wrong arguments of the tools: one line that names them, exit code 2, and no files."""
 
 import importlib
 from pathlib import Path
@@ -106,7 +106,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_ends_in_one_line_that_names_what_is_wrong(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line_errors_and_write_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     for command, phrase in WRONG.items():
         name, *arguments = command.split()

@@ -1,4 +1,4 @@
-"""Losses whose value depends on the whole batch see it, on however many ranks it is."""
+"""Losses that depend on the batch as a whole use the global batch on any number of ranks."""
 
 from pathlib import Path
 
@@ -36,13 +36,13 @@ def one_rank(rank: int) -> dict[str, Tensor]:
     return {**entropy_of(rows), "weight": weight_of(rows), "gradient": x.grad}
 
 
-def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+def test_two_ranks_match_one_process(tmp_path: Path) -> None:
     ranks = run_on_ranks(one_rank, tmp_path)
-    whole = entropy_of(slice(None))
-    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, whole["loss"])
-    torch.testing.assert_close(torch.cat([rank["latent"] for rank in ranks]) / 2, whole["latent"])
-    torch.testing.assert_close((ranks[0]["codebook"] + ranks[1]["codebook"]) / 2, whole["codebook"])
+    full = entropy_of(slice(None))
+    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, full["loss"])
+    torch.testing.assert_close(torch.cat([rank["latent"] for rank in ranks]) / 2, full["latent"])
+    torch.testing.assert_close((ranks[0]["codebook"] + ranks[1]["codebook"]) / 2, full["codebook"])
     for rank in ranks:
         torch.testing.assert_close(rank["weight"], weight_of(slice(None)))
-        # Each rank's loss counts the sum with its own factor, 1 and 2.
+        # The losses of the two ranks multiply the sum by 1 and 2.
         assert rank["gradient"].tolist() == [3.0, 3.0]

@@ -1,4 +1,4 @@
-"""What runs on several processes ends, even if one of them hangs."""
+"""Tests with several processes end even if a process hangs."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def fail(rank: int) -> None:
         raise ValueError("a rank fails")
 
 
-def test_a_hanging_rank_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_a_hanging_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "PATIENCE", 10)
     with pytest.raises(AssertionError):
         run_on_ranks(hang, tmp_path)
@@ -35,7 +35,7 @@ def test_a_failing_rank_fails_the_test(tmp_path: Path) -> None:
         run_on_ranks(fail, tmp_path)
 
 
-def test_a_hanging_command_is_killed_with_the_processes_that_it_started(tmp_path: Path) -> None:
+def test_kills_a_hanging_command_and_its_subprocesses(tmp_path: Path) -> None:
     child = [sys.executable, "-c", CHILD, str(tmp_path / "pid")]
     parent = f"import subprocess; subprocess.run({child!r})"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -47,4 +47,4 @@ def test_a_hanging_command_is_killed_with_the_processes_that_it_started(tmp_path
             return
         time.sleep(0.1)
     os.kill(pid, 9)
-    pytest.fail("the process of the hanging command is still there")
+    pytest.fail("the process of the hanging command still runs")

@@ -28,7 +28,7 @@ def one_rank(rank: int) -> dict[str, Tensor]:
     norm(x * 2 + 1)
     x = x.clone().requires_grad_()
     y = norm(x)
-    # The loss of the whole batch is the mean of the ranks' losses.
+    # The loss of the global batch is the mean of the ranks' losses.
     weights = normal_input("loss", (4, 3, 5, 6))[2 * rank : 2 * rank + 2]
     (y * weights).pow(3).mean().backward()
     assert x.grad is not None
@@ -37,7 +37,7 @@ def one_rank(rank: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, "gradient": norm.weight.grad, "eval": norm(x).detach(), **norm.state_dict()}
 
 
-def test_two_ranks_normalise_like_one_process_with_the_whole_batch(tmp_path: Path) -> None:
+def test_two_ranks_normalise_like_one_process_with_the_full_batch(tmp_path: Path) -> None:
     norm = nn.BatchNorm2d(3)
     norm.load_state_dict(filled().state_dict())
     x = random_images()
@@ -67,7 +67,7 @@ def one_rank_in_sixteen_bits(rank: int) -> Tensor:
     return norm.running_mean
 
 
-def test_ranks_agree_in_sixteen_bits_too(tmp_path: Path) -> None:
+def test_ranks_agree_in_16_bits(tmp_path: Path) -> None:
     one, two = run_on_ranks(one_rank_in_sixteen_bits, tmp_path)
     assert torch.equal(one, two)
     expected = nn.BatchNorm2d(3)
@@ -76,7 +76,7 @@ def test_ranks_agree_in_sixteen_bits_too(tmp_path: Path) -> None:
     torch.testing.assert_close(one.float(), expected.running_mean, atol=0.03, rtol=0.01)
 
 
-def test_one_process_uses_batch_norm_itself() -> None:
+def test_one_process_uses_plain_batch_norm() -> None:
     norm, reference = filled(), nn.BatchNorm2d(3)
     reference.load_state_dict(norm.state_dict())
     torch.testing.assert_close(norm(random_images()), reference(random_images()), atol=0, rtol=0)

@@ -164,7 +164,7 @@ def test_rejects_a_damaged_clip(folder: Path, tmp_path: Path, capsys: pytest.Cap
     weights = load_file(damaged / "model.safetensors")
     poisoned = {key: torch.full_like(value, float("nan")) for key, value in weights.items()}
     save_file(poisoned, damaged / "model.safetensors", {"format": "pt"})
-    assert "is not finite; get it again" in refusal()
+    assert "is not finite; download it again" in refusal()
     del weights["visual_projection.weight"]
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     assert "lacks 1 weights, such as visual_projection.weight" in refusal()

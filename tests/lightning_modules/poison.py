@@ -1,4 +1,4 @@
-"""An image that is not a number."""
+"""A callback that puts a NaN into an image."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ class Poison(pl.Callback):
     """Puts a NaN into an image of one batch of training or prediction.
 
     Args:
-        batch: number of the batch, from 0.
-        rank: on which rank.
+        batch: index of the batch.
+        rank: rank whose batch gets the NaN.
     """
 
     def __init__(self, batch: int, rank: int = 0) -> None:

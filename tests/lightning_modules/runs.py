@@ -1,4 +1,4 @@
-"""Small trainings with the Trainer itself, for tests of single parts."""
+"""Small modules and trainings with the Trainer, for tests without the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def vqgan_module(seed: int = 0, options: dict[str, Any] | None = None, **loss: Any) -> VQGANModule:
-    """A tokenizer with a discriminator that starts at step 3, without LPIPS, the same for the same seed."""
+    """A tokenizer with a discriminator that starts at step 3, without LPIPS; a function of the seed."""
     pl.seed_everything(seed, verbose=False)
     return VQGANModule(
         **{
@@ -35,7 +35,7 @@ def vqgan_module(seed: int = 0, options: dict[str, Any] | None = None, **loss: A
 
 
 def argen_module(seed: int = 0, tokenizer: Path | None = None, **net: Any) -> ARGenModule:
-    """A GPT with every dropout on, the same for the same seed."""
+    """A GPT with all dropouts; a function of the seed."""
     pl.seed_everything(seed, verbose=False)
     return ARGenModule(GPTConfig(**{**GPT_NET, "drop_path": 0.1, **net}), AdamWConfig(lr=1e-3), tokenizer=tokenizer)
 
@@ -43,7 +43,7 @@ def argen_module(seed: int = 0, tokenizer: Path | None = None, **net: Any) -> AR
 def datamodule_for(
     module: pl.LightningModule, pipeline: Pipeline, batch_size: int = 200, image_size: int = 8
 ) -> pl.LightningDataModule:
-    """Digits for a tokenizer, codes for a GPT: 8 batches an epoch, the last one smaller."""
+    """Digits for a tokenizer, codes for a GPT: 8 batches per epoch, the last one smaller."""
     if isinstance(module, VQGANModule):
         return DigitsDataModule(pipeline.digits, image_size=image_size, batch_size=batch_size)
     return CodeDataModule(pipeline.codes, batch_size=batch_size, num_workers=0)
@@ -57,9 +57,9 @@ def train(
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> pl.Trainer:
-    """Fit on one CPU process, with EMA, a checkpoint every ``every`` steps, and no output.
+    """Fit in one CPU process with EMA and a checkpoint every ``every`` steps, without output.
 
-    Options are those of the trainer, and ``batch_size`` and ``image_size`` of the data.
+    ``options`` are those of the trainer, and ``batch_size`` and ``image_size`` of the data.
     """
     every = options.pop("every", None)
     data = {name: options.pop(name) for name in ("batch_size", "image_size") if name in options}
@@ -91,25 +91,25 @@ def state_of(module: GenerativeModule, trainer: pl.Trainer) -> dict[str, Tensor]
 
 
 def assert_moved_alike(start: State, one: State, other: State, tolerance: float = 1e-3) -> None:
-    """Two trainings from the same start went the same way, up to a share of the way.
+    """Assert that two trainings from the same start agree, up to a fraction of the distance to the start.
 
-    For networks without dropout and with at least two channels to a group of the norms: one channel alone does not
-    depend on a bias before it.
+    For networks without dropout and with at least two channels per group of the norms: with one channel, the loss does
+    not depend on a bias before the norm, and its gradient is rounding.
     """
     assert start.keys() == one.keys() == other.keys()
-    astray = []
+    different = []
     for name, value in one.items():
-        # Attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes steps of.
+        # Attention does not depend on the bias of its keys: its gradient is rounding, which Adam scales up to steps.
         if name.endswith(".k.bias"):
             continue
-        way = (value.float() - start[name].float()).norm()
-        if (value.float() - other[name].float()).norm() > tolerance * way + 1e-6:
-            astray.append(name)
-    assert astray == []
+        distance = (value.float() - start[name].float()).norm()
+        if (value.float() - other[name].float()).norm() > tolerance * distance + 1e-6:
+            different.append(name)
+    assert different == []
 
 
 def evaluator(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """A trainer on one CPU process that writes nothing and says nothing."""
+    """A trainer in one CPU process without files and output."""
     return pl.Trainer(
         accelerator="cpu",
         logger=False,

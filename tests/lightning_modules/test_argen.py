@@ -23,13 +23,13 @@ from tests.pipeline import Pipeline
 from tests.small_models import small_gpt, small_vqgan
 
 
-def test_a_fresh_model_has_the_loss_of_a_uniform_guess(pipeline: Pipeline) -> None:
+def test_a_new_model_has_the_loss_of_a_uniform_guess(pipeline: Pipeline) -> None:
     module = argen_module()
     (metrics,) = evaluator().validate(module, datamodule_for(module, pipeline, batch_size=70), verbose=False)
     assert metrics["val/loss"] == pytest.approx(math.log(32), abs=1e-5)
 
 
-def test_validation_is_the_cross_entropy_of_the_whole_set(pipeline: Pipeline) -> None:
+def test_validation_loss_is_the_cross_entropy_of_the_whole_dataset(pipeline: Pipeline) -> None:
     module = argen_module()
     torch.nn.init.normal_(module.gpt.output.weight)
     data = datamodule_for(module, pipeline, batch_size=70)
@@ -58,13 +58,13 @@ def test_training_lowers_the_loss(pipeline: Pipeline, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_the_tokenizer_is_outside_of_the_model(pipeline: Pipeline) -> None:
+def test_the_tokenizer_is_not_part_of_the_model(pipeline: Pipeline) -> None:
     with_tokenizer, without = argen_module(tokenizer=pipeline.tokenizer), argen_module()
     assert with_tokenizer.state_dict().keys() == without.state_dict().keys()
     assert len(list(with_tokenizer.parameters())) == len(list(without.parameters()))
 
 
-def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
+def test_images_are_the_decoded_codes(pipeline: Pipeline) -> None:
     module = argen_module(tokenizer=pipeline.tokenizer)
     module.sampling = SamplingConfig(guidance_scale=2.0, top_k=5)
     labels, indices = torch.tensor([3, 1, 4]), torch.tensor([10, 11, 12])
@@ -77,7 +77,7 @@ def test_a_sample_is_the_decoded_draw(pipeline: Pipeline) -> None:
     assert (images.float() - (decoded.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
 
 
-def test_a_sample_is_resized_before_it_becomes_bytes_in_any_batch() -> None:
+def test_images_are_resized_before_rounding_in_batches_of_any_size() -> None:
     module = ARGenModule(small_gpt(vocab_size=64).config, image_size=11)
     vqgan, labels, indices = small_vqgan(), torch.arange(5), torch.arange(5) + 20
     module.gpt.load_state_dict(small_gpt(vocab_size=64).state_dict())
@@ -85,33 +85,33 @@ def test_a_sample_is_resized_before_it_becomes_bytes_in_any_batch() -> None:
     images, codes = module.sample(labels, indices, seed=7)
     with torch.no_grad():
         decoded = vqgan.decode_codes(codes.unflatten(1, (4, 4)))
-    assert (decoded.abs() > 1.1).float().mean() > 0.02  # what is clamped too early shows
+    assert (decoded.abs() > 1.1).float().mean() > 0.02  # so clamping before resizing would show
     expected = to_uint8(F.interpolate(decoded, size=(11, 11), mode="bicubic", align_corners=False, antialias=False))
     assert (images.shape, images.dtype) == ((5, 11, 11, 3), torch.uint8)
     difference = (images.int() - expected.permute(0, 2, 3, 1).int()).abs()
-    assert difference.max() <= 1  # the decoder may round otherwise with another number of images,
-    assert (difference > 0).float().mean() < 0.01  # which seldom shows
+    assert difference.max() <= 1  # rounding of the decoder depends on the batch size,
+    assert (difference > 0).float().mean() < 0.01  # which rarely changes a level
     for row in range(5):
         one, _ = module.sample(labels[row : row + 1], indices[row : row + 1], seed=7)
         assert torch.equal(one[0], images[row])
 
 
-def test_a_size_that_no_image_has_is_refused_when_the_module_is_built() -> None:
+def test_rejects_an_image_size_of_zero() -> None:
     with pytest.raises(ValueError, match="image_size is 0; it must be at least 1, or null"):
         ARGenModule(small_gpt().config, image_size=0)
 
 
-def test_sampling_without_a_tokenizer_says_what_to_set() -> None:
+def test_sampling_without_a_tokenizer_names_the_option() -> None:
     with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
         argen_module().sample(torch.tensor([0]), torch.tensor([0]), seed=0)
 
 
-def test_images_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_requests_that_cannot_be_sampled_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set model\.init_args\.tokenizer"):
         train(argen_module(), pipeline, tmp_path, SampleGrid(classes=2), max_steps=1)
-    with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="class 10 was requested, but the model has classes 0 to 9"):
         train(argen_module(tokenizer=pipeline.tokenizer), pipeline, tmp_path, SampleGrid(classes=11), max_steps=1)
-    with pytest.raises(ValueError, match="class 17 was asked for"):
+    with pytest.raises(ValueError, match="class 17 was requested"):
         evaluator().predict(argen_module(tokenizer=pipeline.tokenizer), SampleDataModule(classes=[3, 17]))
     assert not list(tmp_path.rglob("*"))
 
@@ -124,7 +124,7 @@ def test_images_that_cannot_be_drawn_are_refused_before_training(pipeline: Pipel
         ({"num_classes": 9}, "10 classes, but the model's num_classes is 9; set num_classes to 10"),
     ],
 )
-def test_codes_that_do_not_fit_are_refused(
+def test_rejects_codes_that_do_not_match_the_model(
     net: dict[str, int], phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -133,7 +133,7 @@ def test_codes_that_do_not_fit_are_refused(
     assert not list(tmp_path.rglob("*"))
 
 
-def test_codes_and_checkpoints_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_codes_and_checkpoints_of_another_tokenizer(pipeline: Pipeline, tmp_path: Path) -> None:
     shutil.copytree(pipeline.codes, tmp_path / "codes")
     meta = json.loads((tmp_path / "codes/meta.json").read_text())
     (tmp_path / "codes/meta.json").write_text(json.dumps({**meta, "tokenizer": "0" * 64}))
@@ -153,19 +153,19 @@ def test_codes_and_checkpoints_of_another_tokenizer_are_refused(pipeline: Pipeli
         (lambda root: root / "argen/checkpoints/last.ckpt", "holds a GPT, not a VQGAN"),
     ],
 )
-def test_a_tokenizer_that_is_none_is_refused(make: Any, phrase: str, pipeline: Pipeline) -> None:
+def test_rejects_a_file_that_is_no_tokenizer(make: Any, phrase: str, pipeline: Pipeline) -> None:
     with pytest.raises(ValueError) as error:
         argen_module(tokenizer=make(pipeline.root))
     assert phrase in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(pipeline: Pipeline) -> None:
+def test_rejects_a_tokenizer_with_another_vocabulary(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="has 32 codes, but the model's vocab_size is 16"):
         argen_module(tokenizer=pipeline.tokenizer, vocab_size=16)
 
 
-def test_weight_decay_is_on_matrices_only() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     module: ARGenModule = argen_module()
     groups = build_adamw([module], AdamWConfig(weight_decay=0.3))["optimizer"].param_groups
     assert {group["weight_decay"]: min(p.dim() for p in group["params"]) for group in groups} == {0.3: 2, 0.0: 1}
@@ -173,7 +173,7 @@ def test_weight_decay_is_on_matrices_only() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
 
 
-def test_warmup_grows_linearly_to_the_learning_rate() -> None:
+def test_warmup_increases_linearly_to_the_learning_rate() -> None:
     built = build_adamw([torch.nn.Linear(2, 2)], AdamWConfig(lr=0.1, warmup_steps=4))
     rates = []
     for _ in range(6):
@@ -184,12 +184,12 @@ def test_warmup_grows_linearly_to_the_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -1.0}, {"warmup_steps": -1}])
-def test_optimizer_settings_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
+def test_rejects_invalid_optimizer_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
         AdamWConfig(**options)
 
 
-def test_more_accumulated_batches_than_an_epoch_has_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+def test_warns_if_more_batches_are_accumulated_than_an_epoch_has(recwarn: pytest.WarningsRecorder) -> None:
     module = argen_module()
     for wanted in (6, 20):
         module._trainer = SimpleNamespace(num_training_batches=6, accumulate_grad_batches=wanted)  # type: ignore[assignment]

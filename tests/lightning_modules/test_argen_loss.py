@@ -1,4 +1,4 @@
-"""The loss of the autoregressive model: what it is, what it holds, and what stops it."""
+"""The loss of the autoregressive model: values, memory, and stops for values that are not finite."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ NO_DROPOUT = dict.fromkeys(("token_dropout", "resid_dropout", "ffn_dropout", "dr
 
 
 class PlainModule(ARGenModule):
-    """Trains on all logits at once."""
+    """Computes all logits at once."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         logits = self(batch["codes"], batch["condition"]).flatten(0, 1)
@@ -26,7 +26,9 @@ class PlainModule(ARGenModule):
 
 
 @pytest.mark.parametrize("loss", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
-def test_training_is_that_on_all_logits_at_once(pipeline: Pipeline, tmp_path: Path, loss: dict[str, float]) -> None:
+def test_training_equals_training_with_all_logits_at_once(
+    pipeline: Pipeline, tmp_path: Path, loss: dict[str, float]
+) -> None:
     states = []
     for kind in (ARGenModule, PlainModule):
         module = argen_module(**NO_DROPOUT)
@@ -38,7 +40,7 @@ def test_training_is_that_on_all_logits_at_once(pipeline: Pipeline, tmp_path: Pa
     assert_moved_alike(start, *states)
 
 
-def test_training_and_validation_never_make_all_logits(
+def test_training_and_validation_never_compute_all_logits(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = argen_module()
@@ -47,7 +49,7 @@ def test_training_and_validation_never_make_all_logits(
     assert module.trainer.global_step == 2
 
 
-def test_smoothing_and_z_loss_are_not_in_the_logged_loss(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_logged_loss_excludes_smoothing_and_z_loss(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module(**NO_DROPOUT)
     module.loss_config = ARGenLossConfig(label_smoothing=0.5, z_loss=1.0)
     seen: list[torch.Tensor] = []
@@ -61,7 +63,7 @@ def test_smoothing_and_z_loss_are_not_in_the_logged_loss(pipeline: Pipeline, tmp
     assert seen[1].item() == pytest.approx(math.log(32) + math.log(32) ** 2, abs=1e-4)
 
 
-def test_validation_says_how_good_the_guesses_are(pipeline: Pipeline) -> None:
+def test_validation_logs_top1_top5_and_perplexity(pipeline: Pipeline) -> None:
     module = argen_module()
     torch.nn.init.normal_(module.gpt.output.weight)
     data = datamodule_for(module, pipeline, batch_size=70)
@@ -87,17 +89,17 @@ class Poison(pl.Callback):
             next(pl_module.gpt.parameters()).data.view(-1)[:] = float("nan")
 
 
-def test_a_loss_that_is_not_a_number_stops_with_the_step_and_keeps_the_last_checkpoint(
+def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_checkpoint(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    with pytest.raises(FloatingPointError, match=r"^loss not finite at step 5; go on from the last checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"^loss not finite at step 5; resume from the last checkpoint"):
         train(argen_module(), pipeline, tmp_path, Poison(5), every=2, max_steps=8)
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
-def test_a_gradient_that_is_not_a_number_stops_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     module.gpt.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"^the gradient of the gpt is not finite at step 0"):
@@ -106,7 +108,7 @@ def test_a_gradient_that_is_not_a_number_stops_before_the_step(pipeline: Pipelin
 
 
 class Explode(pl.Callback):
-    """Multiplies the gradient of a step."""
+    """Multiplies the gradient of one step."""
 
     def __init__(self, step: int, factor: float) -> None:
         self.step, self.factor = step, factor
@@ -117,20 +119,18 @@ class Explode(pl.Callback):
                 parameter.grad *= self.factor
 
 
-def test_an_exploding_gradient_stops_with_the_step_and_the_norm(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_an_exploding_gradient_stops_the_run_and_names_step_and_norm(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     module.max_grad_norm = 100.0
     with pytest.raises(
-        FloatingPointError, match=r"^the gradient of the gpt has a norm of .*, more than 100, at step 3"
+        FloatingPointError, match=r"^the gradient of the gpt has a norm of .*, above max_grad_norm 100, at step 3"
     ):
         train(module, pipeline, tmp_path, Explode(3, 1e6), every=2, max_steps=6)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.parametrize("factor", [1e6, float("nan"), float("inf")])
-def test_a_step_that_is_left_out_changes_nothing_but_the_count(
-    pipeline: Pipeline, tmp_path: Path, factor: float
-) -> None:
+def test_a_skipped_step_changes_only_the_count(pipeline: Pipeline, tmp_path: Path, factor: float) -> None:
     module = argen_module()
     module.max_grad_norm, module.skip_bad_steps = 100.0, True
     states, skipped = [], []
@@ -149,12 +149,12 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(
     assert all(value.isfinite().all() for value in states[3].values())
 
 
-def test_a_limit_without_a_meaning_is_refused() -> None:
+def test_rejects_an_invalid_gradient_limit() -> None:
     with pytest.raises(ValueError, match=r"^max_grad_norm is 0.0; it must be positive"):
         ARGenModule(argen_module().gpt.config, max_grad_norm=0.0)
 
 
-def test_the_norm_of_the_gradient_is_logged_and_clipped(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_gradient_norm_is_logged_and_clipped(pipeline: Pipeline, tmp_path: Path) -> None:
     module = argen_module()
     norms: list[float] = []
 
@@ -167,7 +167,7 @@ def test_the_norm_of_the_gradient_is_logged_and_clipped(pipeline: Pipeline, tmp_
     assert norms[0] > 0.01  # before clipping
 
 
-def test_recomputed_blocks_train_alike_and_keep_less(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_activation_checkpointing_trains_alike_and_saves_memory(pipeline: Pipeline, tmp_path: Path) -> None:
     states, kept = [], []
     for recompute in (False, True):
         module = argen_module(**{**NO_DROPOUT, "resid_dropout": 0.1})
@@ -183,7 +183,7 @@ def test_recomputed_blocks_train_alike_and_keep_less(pipeline: Pipeline, tmp_pat
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": -0.1}, {"label_smoothing": 1.0}, {"z_loss": -1.0}], ids=str)
-def test_a_loss_without_a_meaning_is_refused(options: dict[str, float]) -> None:
+def test_rejects_invalid_loss_settings(options: dict[str, float]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be"):
         ARGenLossConfig(**options)

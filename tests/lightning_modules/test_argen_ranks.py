@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each train the autoregressive model like one with the whole batch."""
+"""Two processes with half of the batch each train the autoregressive model like one process with all of it."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def averages(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: states[index]["ema"] for index, name in enumerate(checkpoint["llamagen"]["ema_names"])}
 
 
-def test_two_ranks_reach_weights_and_averages_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_ranks_reach_the_weights_and_averages_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
     start = arguments(pipeline, tmp_path / "start", 200)
     module = main.main([*start, "--trainer.max_steps=0"]).model
     before = {name: value.clone() for name, value in module.state_dict().items() if name.startswith("gpt.")}

@@ -1,4 +1,4 @@
-"""Compiled blocks: the same training, the same names, one compilation for all of them."""
+"""Compiled blocks: the same training, the same names, and one compilation for all of them."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from tests.small_models import codes_for, condition_for, small_gpt
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_train_like_others(
+def test_compiled_blocks_train_like_eager_ones(
     checkpointing: bool, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_fast(part: torch.nn.Module) -> None:  # graphs and their gradients are real, machine code is not made
+    def compile_fast(part: torch.nn.Module) -> None:  # traces graphs and gradients, but generates no machine code
         part._compiled_call_impl = torch.compile(part._call_impl, backend="aot_eager_decomp_partition")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_fast)
@@ -42,7 +42,7 @@ def test_compiled_blocks_train_like_others(
     assert_moved_alike(start, *states)
 
 
-def test_blocks_are_compiled_once_for_all_of_them_and_not_for_sampling() -> None:
+def test_all_blocks_share_one_compilation_and_sampling_needs_none() -> None:
     torch._dynamo.reset()
     gpt = small_gpt(n_layer=12, drop_path=0.2).train()
     counter = CompileCounter()
@@ -54,9 +54,9 @@ def test_blocks_are_compiled_once_for_all_of_them_and_not_for_sampling() -> None
     torch.manual_seed(0)
     gpt(codes, condition).sum().backward()
     assert counter.frame_count == 2
-    drawn = generate(gpt, condition, seed=3)
+    codes = generate(gpt, condition, seed=3)
     assert counter.frame_count == 2
     plain = GPT(gpt.config)
     plain.load_state_dict(gpt.state_dict())
-    assert torch.equal(drawn, generate(plain, condition, seed=3))
+    assert torch.equal(codes, generate(plain, condition, seed=3))
     torch._dynamo.reset()

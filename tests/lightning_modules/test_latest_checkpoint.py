@@ -1,4 +1,4 @@
-"""Which checkpoint is resumed from, and that damaged ones are not."""
+"""``--ckpt_path last`` takes the newest complete checkpoint, and damaged ones are skipped."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_modules import CheckpointFiles, ShardedStrategy, chosen_checkpoint
+from lightning_modules import CheckpointFiles, ShardedStrategy, resolve_checkpoint
 from lightning_modules.latest_checkpoint import checkpoint_folders
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.integrity import check_integrity
@@ -20,7 +20,7 @@ from llamagen.files import replaced_name
 
 
 def checkpoint(step: int, batches: int | None = None, epochs: int = 0, **more: Any) -> dict[str, Any]:
-    """What decides which one is the newest, and some weights."""
+    """A checkpoint with training progress and a few weights."""
     loop = {
         "epoch_loop.batch_progress": {"total": {"processed": step if batches is None else batches}},
         "epoch_progress": {"current": {"processed": epochs}},
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def save(folder: Path) -> Callable[..., Path]:
-    """Writes a checkpoint, in one file."""
+    """Writes a checkpoint as one file."""
 
     def write(name: str, step: int, **more: Any) -> Path:
         path = folder / name
@@ -48,12 +48,12 @@ def save(folder: Path) -> Callable[..., Path]:
     return write
 
 
-def cut(path: Path, share: float = 0.5) -> None:
+def truncate(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
 def change_a_byte(path: Path) -> None:
-    """In the middle, among the weights; of a file without any, in what it says of them."""
+    """In the middle, among the weights; in meta.pt, which has none, in a key."""
     content = bytearray(path.read_bytes())
     content[content.index(b"global_step") if path.name == "meta.pt" else len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -69,24 +69,26 @@ def trainer_for(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
 
 
 def last(folder: Path, stage: str = "fit", *callbacks: pl.Callback) -> Any:
-    return chosen_checkpoint("last", trainer_for(folder, *callbacks), stage)
+    return resolve_checkpoint("last", trainer_for(folder, *callbacks), stage)
 
 
-def test_progress_decides_not_names_or_times(save: Callable[..., Path], folder: Path) -> None:
+def test_last_is_chosen_by_progress_not_by_name_or_time(save: Callable[..., Path], folder: Path) -> None:
     save("step_0000020.ckpt", 20)
     older, newest = save("last.ckpt", 20), save("last-v1.ckpt", 30)
     os.utime(newest, (1, 1))
     assert last(folder) == str(newest)
     newest.unlink()
-    assert last(folder) == str(older)  # of the same progress: the one that is written last
+    assert last(folder) == str(older)  # of equal progress: last.ckpt
     newer = save("epoch=3.ckpt", 20, epochs=1)
     assert last(folder) == str(newer)
     newer = save("batch.ckpt", 20, batches=41)  # within an accumulated step
     assert last(folder) == str(newer)
 
 
-@pytest.mark.parametrize("damage", [cut, lambda path: cut(path, 0), change_a_byte, lambda path: path.write_text("x")])
-def test_what_cannot_be_read_is_skipped_and_named(
+@pytest.mark.parametrize(
+    "damage", [truncate, lambda path: truncate(path, 0), change_a_byte, lambda path: path.write_text("x")]
+)
+def test_unreadable_checkpoints_are_skipped_with_a_warning(
     damage: Callable[[Path], None], save: Callable[..., Path], folder: Path
 ) -> None:
     whole, damaged = save("step_0000020.ckpt", 20), save("last.ckpt", 30)
@@ -99,7 +101,7 @@ def test_what_cannot_be_read_is_skipped_and_named(
     assert "\n" not in line
 
 
-def test_a_link_is_its_target_and_a_dangling_one_nothing(save: Callable[..., Path], folder: Path) -> None:
+def test_links_count_as_their_target_and_dangling_links_are_ignored(save: Callable[..., Path], folder: Path) -> None:
     target = save("step_0000020.ckpt", 20)
     (folder / "last.ckpt").symlink_to(target.name)
     assert last(folder) == str(folder / "last.ckpt")
@@ -108,19 +110,19 @@ def test_a_link_is_its_target_and_a_dangling_one_nothing(save: Callable[..., Pat
     assert last(folder) == str(target)
 
 
-def test_temporary_files_and_other_files_are_not_taken(save: Callable[..., Path], folder: Path) -> None:
+def test_temporary_and_other_files_are_ignored(save: Callable[..., Path], folder: Path) -> None:
     whole = save("step_0000020.ckpt", 20)
     for name in (".last.ckpt.0000-1-2.tmp", ".hidden.ckpt", "notes.txt"):
         shutil.copy(whole, folder / name)
-    shutil.copy(whole, folder.parent / "exported.ckpt")  # in the run's own folder only SLURM's are looked for
+    shutil.copy(whole, folder.parent / "exported.ckpt")  # in the run's own folder only SLURM's are candidates
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "skipped a checkpoint")
         assert last(folder) == str(whole)
 
 
-def test_without_a_readable_one_nothing_begins_from_scratch(save: Callable[..., Path], folder: Path) -> None:
+def test_no_stage_starts_from_scratch_if_no_checkpoint_is_readable(save: Callable[..., Path], folder: Path) -> None:
     for name in ("step_0000020.ckpt", "last.ckpt"):
-        cut(save(name, 20))
+        truncate(save(name, 20))
     for stage in ("fit", "validate", "predict"):
         with pytest.raises(ValueError, match=r"--ckpt_path last: no checkpoint .* can be read") as error:
             last(folder, stage)
@@ -128,7 +130,7 @@ def test_without_a_readable_one_nothing_begins_from_scratch(save: Callable[..., 
         assert str(folder / "last.ckpt") in str(error.value)
 
 
-def test_without_any_a_run_begins_and_nothing_else_does(folder: Path) -> None:
+def test_without_checkpoints_fit_starts_and_other_stages_fail(folder: Path) -> None:
     with pytest.warns(UserWarning, match="starting from the beginning"):
         assert last(folder) is None
     for stage in ("validate", "test", "predict"):
@@ -136,17 +138,17 @@ def test_without_any_a_run_begins_and_nothing_else_does(folder: Path) -> None:
             last(folder, stage)
 
 
-def test_weights_alone_are_used_but_not_resumed_from(save: Callable[..., Path], folder: Path) -> None:
+def test_files_with_only_weights_are_validated_but_not_resumed(save: Callable[..., Path], folder: Path) -> None:
     whole, newer = save("step_0000020.ckpt", 20), save("weights.ckpt", 30)
     content = torch.load(newer, weights_only=True)
     del content["optimizer_states"], content["loops"]
     torch.save(content, newer)
     assert last(folder, "validate") == str(newer)
-    with pytest.warns(UserWarning, match="holds weights alone"):
+    with pytest.warns(UserWarning, match="holds only weights"):
         assert last(folder) == str(whole)
 
 
-def test_every_folder_of_the_run_is_looked_at(save: Callable[..., Path], folder: Path) -> None:
+def test_all_checkpoint_folders_of_the_run_are_searched(save: Callable[..., Path], folder: Path) -> None:
     save("last.ckpt", 20)
     steps = save("steps/step_0000030.ckpt", 30)
     exception = save("../stopped/on_exception.ckpt", 40)
@@ -158,34 +160,34 @@ def test_every_folder_of_the_run_is_looked_at(save: Callable[..., Path], folder:
     assert last(folder, "fit", *more) == str(folder / "last.ckpt")
 
 
-def test_addresses_are_left_to_lightning(folder: Path) -> None:
+def test_remote_folders_are_left_to_lightning(folder: Path) -> None:
     trainer = trainer_for(folder)
     trainer.callbacks[-1].dirpath = "s3://bucket/run"  # type: ignore[attr-defined]
     assert checkpoint_folders(trainer) is None
-    assert chosen_checkpoint("last", trainer, "fit") == "last"
+    assert resolve_checkpoint("last", trainer, "fit") == "last"
     for given in (None, "best", "hpc", "https://server/model.ckpt"):
-        assert chosen_checkpoint(given, trainer, "fit") == given
+        assert resolve_checkpoint(given, trainer, "fit") == given
 
 
-def test_a_damaged_file_that_was_asked_for_is_refused_in_one_line(save: Callable[..., Path], folder: Path) -> None:
+def test_a_damaged_file_given_as_ckpt_path_is_a_one_line_error(save: Callable[..., Path], folder: Path) -> None:
     path = save("last.ckpt", 20)
-    assert chosen_checkpoint(str(path), trainer_for(folder), "fit") == str(path)
+    assert resolve_checkpoint(str(path), trainer_for(folder), "fit") == str(path)
     change_a_byte(path)
     with pytest.raises(ValueError, match="is damaged") as error:
-        chosen_checkpoint(str(path), trainer_for(folder), "fit")
+        resolve_checkpoint(str(path), trainer_for(folder), "fit")
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with sharded checkpoints of step 20 and, as last.ckpt, 30."""
+    """A folder with sharded checkpoints: step.ckpt of step 20, last.ckpt of step 30."""
     folder = tmp_path_factory.mktemp("sharded")
     for step, name in ((20, "step.ckpt"), (10, "last.ckpt"), (30, "last.ckpt")):
         ShardedStrategy().save_checkpoint(checkpoint(step), folder / name)
     return folder
 
 
-def test_a_sharded_checkpoint_takes_the_place_of_the_one_before(sharded: Path) -> None:
+def test_a_sharded_checkpoint_replaces_the_previous_one(sharded: Path) -> None:
     read = read_checkpoint(sharded / "last.ckpt")
     assert read["global_step"] == 30
     assert torch.equal(read["state_dict"]["gpt.weight"], torch.arange(5000.0) + 30)
@@ -195,24 +197,26 @@ def test_a_sharded_checkpoint_takes_the_place_of_the_one_before(sharded: Path) -
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        *((file, damage) for file in ("__0_0.distcp", ".metadata", "meta.pt") for damage in (cut, Path.unlink)),
+        *((file, damage) for file in ("__0_0.distcp", ".metadata", "meta.pt") for damage in (truncate, Path.unlink)),
         *((file, change_a_byte) for file in ("__0_0.distcp", "meta.pt")),  # the index has no checksum
     ],
 )
-def test_a_damaged_folder_is_skipped(file: str, damage: Callable[[Path], None], sharded: Path, folder: Path) -> None:
+def test_a_damaged_sharded_checkpoint_is_skipped(
+    file: str, damage: Callable[[Path], None], sharded: Path, folder: Path
+) -> None:
     shutil.copytree(sharded, folder)
     damage(folder / "last.ckpt" / file)
     with pytest.warns(UserWarning, match=r"skipped a checkpoint.*last\.ckpt"):
         assert last(folder) == str(folder / "step.ckpt")
 
 
-def test_a_kill_while_a_folder_takes_the_place_of_another_loses_nothing(sharded: Path, folder: Path) -> None:
+def test_a_kill_while_a_folder_is_replaced_loses_nothing(sharded: Path, folder: Path) -> None:
     shutil.copytree(sharded, folder)
     path = folder / "last.ckpt"
-    for old in (replaced_name(path), folder / ".last.ckpt.old"):  # the latter of versions before
+    for old in (replaced_name(path), folder / ".last.ckpt.old"):  # the latter from older versions
         path.rename(old)
         assert last(folder) == str(old)
         check_integrity(old)
         old.rename(path)
-    shutil.copytree(folder / "step.ckpt", replaced_name(path))  # killed a moment later: the new one has its name
+    shutil.copytree(folder / "step.ckpt", replaced_name(path))  # killed after both renames
     assert last(folder) == str(path)

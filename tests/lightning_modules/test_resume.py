@@ -1,4 +1,4 @@
-"""A stopped and resumed run ends like an uninterrupted one."""
+"""A stopped and resumed run ends in the same state as an uninterrupted one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,13 @@ from lightning_modules.base import GenerativeModule
 from tests.lightning_modules.runs import argen_module, state_of, train, vqgan_module
 from tests.pipeline import Pipeline
 
-STEPS = 11  # of 8 an epoch
+STEPS = 11  # an epoch has 8
 
 Make = Callable[..., GenerativeModule]
 
 
 def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
-    """A tokenizer with all that remembers something or draws."""
+    """A tokenizer with everything that has state or uses random numbers."""
     options = {
         "revive_codes_every": 3,
         "augmentation": ("color", "translation", "cutout"),
@@ -29,7 +29,7 @@ def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
 
 @pytest.fixture(scope="module")
 def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Make, dict[str, torch.Tensor]]:
-    """Where each module's run ends if nothing stops it."""
+    """The final state of each module's uninterrupted run."""
     states = {}
     for make in (vqgan_module, vqgan_with_everything, argen_module):
         module = make()
@@ -38,8 +38,8 @@ def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) 
     return states
 
 
-class DrawsFromTheGlobalGenerator(pl.Callback):
-    """What sample grids or metrics of others may do between two steps."""
+class UsesGlobalGenerator(pl.Callback):
+    """Uses global random numbers between steps, as sample grids or foreign metrics may do."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         torch.randn(7)
@@ -52,7 +52,7 @@ class DrawsFromTheGlobalGenerator(pl.Callback):
         ({"max_epochs": 1}, None, "last.ckpt"),
         ({"max_steps": 5}, None, "last.ckpt"),
         ({"max_steps": 9}, None, "last.ckpt"),
-        # The first run goes on past the checkpoint, like one that is killed.
+        # The first run continues past the checkpoint, like one that is killed.
         ({"max_steps": 7}, 5, "last.ckpt"),
     ],
     ids=["at the end of an epoch", "in the first epoch", "in the second epoch", "killed after a checkpoint"],
@@ -68,13 +68,13 @@ def test_a_resumed_run_ends_in_the_same_weights(
 ) -> None:
     expected = uninterrupted[make]
     train(make(), pipeline, tmp_path / "first", every=every, **stop)
-    # Another seed: everything has to come from the checkpoint.
+    # Another seed: everything must come from the checkpoint.
     resumed = make(seed=99)
     trainer = train(
         resumed,
         pipeline,
         tmp_path / "second",
-        DrawsFromTheGlobalGenerator(),
+        UsesGlobalGenerator(),
         ckpt_path=tmp_path / "first/checkpoints" / resume_from,
         max_steps=STEPS,
     )
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
     ],
     ids=["tokenizer", "argen", "accumulated", "limited"],
 )
-def test_a_stopped_run_goes_on_to_the_end_of_its_last_epoch(
+def test_a_stopped_run_resumes_to_the_end_of_its_last_epoch(
     make: Make, stop: dict[str, int], options: dict[str, int], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     whole, resumed = make(), make()
@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_to_the_end_of_its_last_epoch(
 
 
 class Seen(pl.Callback):
-    """Notes the epoch, the place and the first image of each training batch."""
+    """Records epoch, index and first image of each training batch."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int, str]] = []
@@ -125,7 +125,7 @@ class Seen(pl.Callback):
 def test_a_run_saved_at_the_end_of_an_epoch_without_validation_resumes_with_the_next_epoch(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    # Lightning would train one batch of the next epoch, count it to the one before, and leave out the rest.
+    # Lightning would train one batch of the next epoch, count it as part of the previous one, and skip the rest.
     whole, resumed, options = Seen(), Seen(), {"check_val_every_n_epoch": 3}
     train(argen_module(), pipeline, tmp_path / "whole", whole, max_epochs=2, **options)
     ends = ModelCheckpoint(tmp_path / "ends", monitor="step", mode="max", save_last=True, save_on_train_epoch_end=True)
@@ -135,7 +135,7 @@ def test_a_run_saved_at_the_end_of_an_epoch_without_validation_resumes_with_the_
         **options,
     )  # fmt: skip
     assert resumed.batches == whole.batches[8:]
-    more = Seen()  # nothing is left to do for fewer steps than were taken
+    more = Seen()  # max_steps below the steps of the checkpoint: nothing to do
     train(argen_module(), pipeline, tmp_path / "third", more, ckpt_path=tmp_path / "ends/last.ckpt", max_steps=4)
     assert more.batches == []
 

@@ -1,4 +1,4 @@
-"""Parameters that are spread over ranks (FSDP2) train like whole ones, and their checkpoints fit everywhere."""
+"""Sharded parameters (FSDP2) train like others, and any strategy can resume their checkpoints."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import main
-from lightning_modules import ARGenModule, ShardedStrategy, models_without_memory
+from lightning_modules import ARGenModule, ShardedStrategy, models_on_meta_device
 from llamagen.checkpoints.contents import read_checkpoint, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
@@ -38,12 +38,12 @@ LIGHTNINGS = (
 
 
 def command(pipeline: Pipeline, folder: Path, processes: int, *more: str) -> list[str]:
-    """Of a training with the same whole batches on any number of processes."""
+    """Arguments of a training with the same global batch for any number of processes."""
     return [*arguments(pipeline, folder, 200 // processes), f"--trainer.devices={processes}", *more]
 
 
 def run(pipeline: Pipeline, folder: Path, processes: int, *more: str) -> Path:
-    """Train, in processes of its own if they are several, and give the last checkpoint."""
+    """Train, in new processes if there are several, and return the last checkpoint."""
     if processes == 1 and not any("strategy" in item for item in more):
         main.main(command(pipeline, folder, 1, *more))
     else:
@@ -83,7 +83,7 @@ def tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_alike(one: Path, other: Path) -> None:
-    """Two checkpoints say the same, up to rounding."""
+    """Assert that two checkpoints are equal up to rounding."""
     first, second = everything(one), everything(other)
     assert first["global_step"] == second["global_step"] == STEPS
     assert first["llamagen"] == second["llamagen"]
@@ -97,7 +97,7 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [SHARDED, (*SHARDED, "--model.init_args.activation_checkpointing=true")])
-def test_two_sharded_ranks_reach_weights_moments_and_averages_of_one(
+def test_two_sharded_ranks_reach_the_weights_moments_and_averages_of_one(
     more: tuple[str, ...], pipeline: Pipeline, one: Path, tmp_path: Path
 ) -> None:
     two = run(pipeline, tmp_path, 2, *more)
@@ -106,25 +106,25 @@ def test_two_sharded_ranks_reach_weights_moments_and_averages_of_one(
     assert not list(two.parent.glob(".*"))
 
 
-def test_a_sharded_checkpoint_goes_on_in_one_process(
+def test_a_sharded_checkpoint_resumes_in_one_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
     assert_alike(one, run(pipeline, tmp_path, 1, f"--ckpt_path={sharded_half}"))
 
 
-def test_a_sharded_checkpoint_goes_on_in_one_process_of_the_same_strategy(
+def test_a_sharded_checkpoint_resumes_in_one_sharded_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
     assert_alike(one, run(pipeline, tmp_path, 1, *SHARDED, f"--ckpt_path={sharded_half}"))
 
 
-def test_the_checkpoint_of_one_process_goes_on_in_two_sharded_ones(
+def test_the_checkpoint_of_one_process_resumes_in_two_sharded_ones(
     pipeline: Pipeline, one: Path, half: Path, tmp_path: Path
 ) -> None:
     assert_alike(one, run(pipeline, tmp_path, 2, *LIGHTNINGS, f"--ckpt_path={half}"))
 
 
-def test_shards_gathered_into_one_file_are_numbered_like_any_other(
+def test_a_gathered_checkpoint_is_numbered_like_any_other(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
     one_file = "--trainer.strategy.save_distributed_checkpoint=false"
@@ -169,10 +169,10 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
     images = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one/images").rglob("*.png"))
     assert len(images) == 9
     same = [(tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in images]
-    assert sum(same) >= 8  # a draw may fall on the other side of a boundary by rounding
+    assert sum(same) >= 8  # rounding may change a sampled code
 
 
-def test_the_checkpoint_of_another_model_is_refused_before_anything_is_read(
+def test_rejects_the_checkpoint_of_another_model_before_reading_it(
     pipeline: Pipeline, half: Path, tmp_path: Path
 ) -> None:
     wide = "--model.init_args.net.dim=64"
@@ -183,7 +183,7 @@ def test_the_checkpoint_of_another_model_is_refused_before_anything_is_read(
     assert not folder.exists()
 
 
-def test_weights_alone_are_no_run_to_go_on_with(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_only_weights_cannot_be_resumed(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = everything(half)
     del checkpoint["optimizer_states"]
     torch.save(checkpoint, tmp_path / "weights.ckpt")
@@ -193,15 +193,15 @@ def test_weights_alone_are_no_run_to_go_on_with(half: Path, tmp_path: Path, monk
     monkeypatch.setattr(ShardedStrategy, "lightning_module", module)
     monkeypatch.setattr(ShardedStrategy, "optimizers", [torch.optim.AdamW(module.parameters())])
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(ValueError, match="holds weights alone; begin a new run"):
+    with pytest.raises(ValueError, match="holds only weights; start a new run"):
         strategy.load_checkpoint(tmp_path / "weights.ckpt")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     monkeypatch.setattr(ShardedStrategy, "optimizers", [])
-    strategy.load_checkpoint(tmp_path / "weights.ckpt")  # to validate with
+    strategy.load_checkpoint(tmp_path / "weights.ckpt")  # for validation
     assert all(torch.equal(value, checkpoint["state_dict"][name]) for name, value in module.state_dict().items())
 
 
-def test_a_tokenizer_is_not_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_sharding_of_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main.main(
             ["fit", "--config", "configs/vqgan/base.yaml", "--trainer.accelerator=cpu", "--trainer.strategy=sharded"]
@@ -211,10 +211,10 @@ def test_a_tokenizer_is_not_sharded(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _initial(rank: int, weights: str, num_classes: int) -> dict[str, Tensor]:
-    """What a sharded model begins with that was built on the meta device."""
+    """Initial weights of a sharded model that was built on the meta device."""
     torch.manual_seed(0)
     mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    with models_without_memory():
+    with models_on_meta_device():
         module = _start(weights, num_classes)
     module._device_mesh = mesh
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
@@ -239,7 +239,7 @@ def _start(weights: str, num_classes: int) -> ARGenModule:
 
 
 @pytest.mark.parametrize(("from_file", "num_classes"), [(False, 10), (True, 10), (True, 12)])
-def test_a_model_without_memory_gets_the_weights_that_it_would_have(
+def test_a_model_on_the_meta_device_gets_the_usual_initial_weights(
     from_file: bool, num_classes: int, half: Path, tmp_path: Path
 ) -> None:
     weights = str(half) if from_file else ""
@@ -252,15 +252,15 @@ def test_a_model_without_memory_gets_the_weights_that_it_would_have(
             assert torch.equal(value, wanted[name]), name
 
 
-def test_a_model_without_memory_gets_it_without_a_strategy_too(half: Path) -> None:
+def test_a_model_on_the_meta_device_is_initialised_without_a_strategy_too(half: Path) -> None:
     torch.manual_seed(0)
-    with models_without_memory():
+    with models_on_meta_device():
         module = ARGenModule(GPTConfig(**GPT_NET))
     module.configure_model()
     torch.manual_seed(0)
     for name, value in GPT(GPTConfig(**GPT_NET)).state_dict().items():
         assert torch.equal(module.gpt.state_dict()[name], value)
-    with models_without_memory(), pytest.raises(ValueError, match="they do not fit"):
+    with models_on_meta_device(), pytest.raises(ValueError, match="they do not fit"):
         ARGenModule(GPTConfig(**{**GPT_NET, "dim": 64}), init_from=half)
 
 
@@ -275,7 +275,7 @@ def _uneven(rank: int) -> list[Tensor]:
     return [table.full_tensor().detach(), whole]
 
 
-def test_a_full_tensor_is_copied_into_uneven_parts(tmp_path: Path) -> None:
+def test_a_full_tensor_is_copied_into_uneven_shards(tmp_path: Path) -> None:
     for found, wanted in run_on_ranks(_uneven, tmp_path):
         assert len(found) % 2
         assert torch.equal(found, wanted.float())
@@ -291,7 +291,7 @@ class Bomb:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_code_in_the_index_of_shards_is_refused_and_does_not_run(sharded_half: Path, tmp_path: Path) -> None:
+def test_rejects_code_in_the_index_of_shards_without_running_it(sharded_half: Path, tmp_path: Path) -> None:
     copy = tmp_path / "last.ckpt"
     shutil.copytree(sharded_half, copy)
     (copy / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
@@ -302,7 +302,7 @@ def test_code_in_the_index_of_shards_is_refused_and_does_not_run(sharded_half: P
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.pt"])
-def test_damaged_shards_are_refused_in_one_line(file: str, sharded_half: Path, tmp_path: Path) -> None:
+def test_damaged_shards_are_a_one_line_error(file: str, sharded_half: Path, tmp_path: Path) -> None:
     copy = tmp_path / "last.ckpt"
     shutil.copytree(sharded_half, copy)
     (copy / file).write_bytes((copy / file).read_bytes()[:100])
@@ -310,11 +310,11 @@ def test_damaged_shards_are_refused_in_one_line(file: str, sharded_half: Path, t
         read_weights(copy)
     assert "\n" not in str(error.value)
     (copy / file).unlink()
-    with pytest.raises(ValueError, match=r"is damaged|no sharded checkpoint that was written to its end"):
+    with pytest.raises(ValueError, match=r"is damaged|not a complete sharded checkpoint"):
         read_weights(copy)
 
 
-def test_averages_of_a_sharded_checkpoint_are_found(half: Path, sharded_half: Path) -> None:
+def test_reads_the_averages_of_a_sharded_checkpoint(half: Path, sharded_half: Path) -> None:
     wanted, found = averaged_weights(everything(half)), averaged_weights(everything(sharded_half))
     assert list(wanted) == list(found)
     raw = everything(half)["state_dict"]
@@ -330,16 +330,16 @@ def _with_mesh(module: Any, data: int, tensor: int, precision: str = "32-true") 
     return module
 
 
-def test_what_cannot_be_sharded_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set tensor_parallel_size to 1"):
+def test_rejects_unsupported_sharding() -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set it to 1"):
         _with_mesh(argen_module(), 1, 2).configure_model()
-    with pytest.raises(ValueError, match="precision 16-mixed is not right with sharded parameters"):
+    with pytest.raises(ValueError, match="precision 16-mixed does not work with sharded parameters"):
         _with_mesh(argen_module(), 2, 1, "16-mixed").configure_model()
     with pytest.raises(ValueError, match="VQGANModule is small enough for each GPU"):
         _with_mesh(vqgan_module(), 2, 1).configure_model()
 
 
-def test_a_sharded_checkpoint_that_is_not_finished_leaves_the_one_before(
+def test_an_unfinished_sharded_checkpoint_keeps_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.ckpt"

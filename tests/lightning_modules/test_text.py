@@ -1,4 +1,4 @@
-"""Text models: stored features and captions that are encoded while training are the same, and what does not fit."""
+"""Text models: stored features equal online encoding, and data that does not match is rejected."""
 
 import json
 import shutil
@@ -37,14 +37,14 @@ VAL = [f"{WORDS[i % 4]} {WORDS[i % 3]}" for i in range(7)]
 
 
 def text_module(pipeline: TextPipeline, dtype: Any = "float32", t5: Path | None = None, **net: Any) -> ARGenModule:
-    """With every dropout on, always the same."""
+    """A text model with all dropouts, always with the same weights."""
     pl.seed_everything(0, verbose=False)
     config = GPTConfig(**{**TEXT_NET, "drop_path": 0.1, **net})
     return ARGenModule(config, text_encoder=TextEncoderConfig(str(t5 or pipeline.t5), dtype))
 
 
 def sampling_module(pipeline: TextPipeline, dtype: Any = "float32", t5: Path | None = None) -> ARGenModule:
-    """The same with a tokenizer."""
+    """The same model with a tokenizer."""
     module = text_module(pipeline, dtype, t5)
     encoder = TextEncoderConfig(str(t5 or pipeline.t5), dtype)
     return ARGenModule(module.gpt.config, tokenizer=pipeline.images.tokenizer, text_encoder=encoder)
@@ -55,7 +55,7 @@ def data_of(root: Path, batch_size: int = 6, **options: Any) -> CodeDataModule:
 
 
 class Losses(pl.Callback):
-    """Of each step, and of the validation behind the last one."""
+    """Records the loss of each step and of the validation after the last one."""
 
     def __init__(self) -> None:
         self.train: list[float] = []
@@ -95,12 +95,12 @@ def extracted(pipeline: TextPipeline, codes: Path, folder: Path, dtype: str, *mo
 @pytest.mark.parametrize(
     ("dtype", "stored", "close"),
     [
-        ("bfloat16", "bfloat16", 1e-4),  # in batches of other lengths bfloat16 is rounded otherwise
+        ("bfloat16", "bfloat16", 1e-4),  # bfloat16 rounding depends on the lengths in a batch
         ("float32", "float16", 1e-4),  # storing rounds
     ],
 )
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_features_extracted_once_and_features_encoded_online_give_the_same_loss(
+def test_stored_features_and_online_encoding_give_the_same_loss(
     dtype: str, stored: str, close: float, share: float, text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
     write_caption_codes(tmp_path / "codes", TRAIN, VAL)
@@ -109,7 +109,7 @@ def test_features_extracted_once_and_features_encoded_online_give_the_same_loss(
 
     def found(name: str, clean: bool, short_share: float) -> Losses:
         module = text_module(text_pipeline, dtype)
-        fill(module.gpt)  # a fresh model's guess is the same for all captions
+        fill(module.gpt)  # the output of a new model is the same for all captions
         return losses(module, data_of(tmp_path / name, clean_captions=clean, short_caption_share=short_share))
 
     from_features, online = found("features", True, share), found("codes", True, share)
@@ -120,7 +120,7 @@ def test_features_extracted_once_and_features_encoded_online_give_the_same_loss(
         assert max(abs(a / b - 1) for a, b in zip(online.train, other.train, strict=True)) > 10 * close
 
 
-def test_features_in_a_set_of_their_own_are_trained_on_as_those_beside_the_codes(text_pipeline: TextPipeline) -> None:
+def test_features_of_another_dataset_train_like_those_next_to_the_codes(text_pipeline: TextPipeline) -> None:
     def found(root: Path, features: Path | None = None) -> list[float]:
         module = text_module(text_pipeline)
         fill(module.gpt)
@@ -129,7 +129,7 @@ def test_features_in_a_set_of_their_own_are_trained_on_as_those_beside_the_codes
     assert found(text_pipeline.codes, text_pipeline.features) == found(text_pipeline.features)
 
 
-def test_features_of_another_set_that_do_not_fit_the_model_are_refused(
+def test_rejects_features_of_another_dataset_that_do_not_match_the_model(
     text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
     features = changed(text_pipeline, tmp_path / "set", caption_length=9)
@@ -139,7 +139,7 @@ def test_features_of_another_set_that_do_not_fit_the_model_are_refused(
 
 
 @pytest.mark.parametrize("name", ["features", "codes"])
-def test_streams_are_learned_from_too(name: str, text_pipeline: TextPipeline) -> None:
+def test_trains_on_streams(name: str, text_pipeline: TextPipeline) -> None:
     root = text_pipeline.features if name == "features" else text_pipeline.codes
     module = text_module(text_pipeline)
     fill(module.gpt)
@@ -149,9 +149,7 @@ def test_streams_are_learned_from_too(name: str, text_pipeline: TextPipeline) ->
     assert found.val > 0
 
 
-def test_short_captions_come_in_their_share_and_change_from_epoch_to_epoch(
-    text_pipeline: TextPipeline, tmp_path: Path
-) -> None:
+def test_short_captions_have_their_share_and_change_between_epochs(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     captions = [f"A cat number {i}. It sits." for i in range(400)]
     write_caption_codes(tmp_path / "codes", captions, VAL)
     data = data_of(tmp_path / "codes", batch_size=400, short_caption_share=0.3)
@@ -189,19 +187,17 @@ def test_samples_without_a_caption_are_skipped_and_counted(text_pipeline: TextPi
     assert sorted(seen[0], key=lambda key: int(key.split("/")[1])) == [f"train/{i}" for i in range(20)]
 
 
-def test_captions_of_a_stream_are_encoded_while_training(text_pipeline: TextPipeline) -> None:
+def test_captions_of_a_stream_are_encoded_online(text_pipeline: TextPipeline) -> None:
     found = losses(text_module(text_pipeline), data_of(text_pipeline.codes, resampled_epoch=12), steps=3)
     assert len(found.train) == 3
     assert all(0 < loss < 4 for loss in found.train)
 
 
-def test_an_encoder_is_loaded_only_where_it_is_needed(
-    text_pipeline: TextPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_encoder_is_loaded_only_when_needed(text_pipeline: TextPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)  # as without the extra
     module = text_module(text_pipeline)
-    (numbers,) = evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.features), verbose=False)
-    assert numbers["val/loss"] > 0
+    (metrics,) = evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.features), verbose=False)
+    assert metrics["val/loss"] > 0
     with pytest.raises(ValueError) as error:
         evaluator().validate(text_module(text_pipeline), data_of(text_pipeline.codes))
     assert_one_line(error, 'pip install -c constraints.txt -e ".[text]"')
@@ -215,7 +211,7 @@ def test_an_encoder_is_loaded_only_where_it_is_needed(
 
 
 def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
-    """A copy of the features that says something else of them."""
+    """A copy of the dataset with other values in its meta.json."""
     shutil.copytree(pipeline.features, folder)
     meta = json.loads((folder / "meta.json").read_text())
     meta["features"] |= features
@@ -226,7 +222,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
 @pytest.mark.parametrize(
     ("net", "features", "options", "phrases"),
     [
-        ({"caption_dim": 16}, {}, {}, ("width 32", "caption_dim 16; set them")),
+        ({"caption_dim": 16}, {}, {}, ("width 32", "caption_dim 16; set both")),
         ({"caption_length": 7}, {}, {}, ("up to 8 tokens", "caption_length is 7")),
         ({}, {"width": 0}, {}, ("features in meta.json", "extract them again")),
         ({}, {"dtype": "int8"}, {}, ("features in meta.json", "extract them again")),
@@ -239,7 +235,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
         ({}, {"short": False}, {"short_caption_share": 0.1}, ("no features of short captions",)),
     ],
 )
-def test_features_that_do_not_fit_are_refused(
+def test_rejects_features_that_do_not_match_the_model(
     net: dict[str, int],
     features: dict[str, Any],
     options: dict[str, Any],
@@ -268,15 +264,15 @@ TEXT: Any = {
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (CLASSES["an encoder"], "the model is one of classes; leave it out"),
-        (CLASSES["prompts"], "the model is one of classes; give classes"),
-        (TEXT["classes"], "the model is one of text; give prompts"),
-        (TEXT["a grid of classes"], "the model is one of text; give prompts"),
+        (CLASSES["an encoder"], "the model is class-conditional; leave it out"),
+        (CLASSES["prompts"], "the model is class-conditional; give classes"),
+        (TEXT["classes"], "the model is text-conditional; give prompts"),
+        (TEXT["a grid of classes"], "the model is text-conditional; give prompts"),
         (TEXT["codes without captions"], "neither captions nor their features"),
         (TEXT["a share above 1"], "short_caption_share is 1.5"),
     ],
 )
-def test_what_a_text_model_cannot_use_is_refused(
+def test_rejects_data_of_the_other_kind_of_model(
     make: Callable[[TextPipeline], Any], phrase: str, text_pipeline: TextPipeline
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -284,7 +280,7 @@ def test_what_a_text_model_cannot_use_is_refused(
     assert_one_line(error, phrase)
 
 
-def test_another_encoder_than_that_of_training_is_refused(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+def test_rejects_another_encoder_than_that_of_training(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     other = save_tiny_t5(tmp_path / "t5", seed=1)
     module = sampling_module(text_pipeline, t5=other)
     with pytest.raises(ValueError) as error:
@@ -305,26 +301,26 @@ def test_another_encoder_than_that_of_training_is_refused(text_pipeline: TextPip
     assert_one_line(error, "the text encoder", "has another encoder", f"than {text_pipeline.argen}, EMA weights")
 
 
-def test_the_same_encoder_in_another_precision_goes(text_pipeline: TextPipeline) -> None:
+def test_accepts_the_same_encoder_in_another_precision(text_pipeline: TextPipeline) -> None:
     module = sampling_module(text_pipeline, "bfloat16")
     prompts = PromptDataModule(["a cat"], clean_captions=True)
-    (drawn,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
-    assert cast(Any, drawn)["codes"].shape == (1, 16)
-    assert module.caption_facts["encoder"] == str(text_pipeline.t5)
+    (outputs,) = evaluator().predict(module, prompts, ckpt_path=text_pipeline.argen, weights_only=True) or ()
+    assert cast(Any, outputs)["codes"].shape == (1, 16)
+    assert module.caption_metadata["encoder"] == str(text_pipeline.t5)
 
 
-def test_a_second_stage_knows_whether_its_own_captions_were_cleaned(text_pipeline: TextPipeline) -> None:
+def test_a_second_stage_records_whether_its_own_captions_were_cleaned(text_pipeline: TextPipeline) -> None:
     module = ARGenModule(
         GPTConfig(**TEXT_NET),
         init_from=text_pipeline.argen,
         text_encoder=TextEncoderConfig(str(text_pipeline.t5), "float32"),
     )
-    assert module.caption_facts["cleaned"]
+    assert module.caption_metadata["cleaned"]
     evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.codes), verbose=False)
-    assert not module.caption_facts["cleaned"]
+    assert not module.caption_metadata["cleaned"]
 
 
-def test_features_that_do_not_say_of_which_encoder_they_are_go(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+def test_accepts_features_without_an_encoder_checksum(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     root = Path(shutil.copytree(text_pipeline.features, tmp_path / "features"))
     meta = json.loads((root / "meta.json").read_text())
     del meta["features"]["weights"], meta["features"]["tokenizer"]
@@ -335,9 +331,7 @@ def test_features_that_do_not_say_of_which_encoder_they_are_go(text_pipeline: Te
     )
 
 
-def test_prompts_that_are_not_cleaned_as_the_captions_were_are_warned_of(
-    text_pipeline: TextPipeline, tmp_path: Path
-) -> None:
+def test_warns_if_prompts_are_cleaned_differently_from_captions(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     prompts, checkpoint = PromptDataModule(["A CAT"], batch_size=1), text_pipeline.argen
     with pytest.warns(UserWarning, match="captions were cleaned; set data.init_args.clean_captions to true"):
         evaluator().predict(sampling_module(text_pipeline), prompts, ckpt_path=checkpoint, weights_only=True)
@@ -349,20 +343,20 @@ def test_prompts_that_are_not_cleaned_as_the_captions_were_are_warned_of(
 
 
 @torch.no_grad()
-def test_prompts_are_drawn_from_the_features_of_the_encoder(text_pipeline: TextPipeline) -> None:
+def test_prompts_are_sampled_from_the_features_of_the_encoder(text_pipeline: TextPipeline) -> None:
     module = sampling_module(text_pipeline).eval()
     prompts = ["a cat", "a red house on a tree and a dog and a house", ""]
     batch = {"captions": prompts, "index": torch.tensor([4, 0, 7])}
-    cut = r"1 of 3 captions have more than 8 tokens and were cut, the first is 'a red house"
+    cut = r"1 of 3 captions have more than 8 tokens and were cut, first 'a red house"
     with pytest.warns(UserWarning, match=cut):
-        drawn = module.predict_step(dict(batch), 0)
+        outputs = module.predict_step(dict(batch), 0)
     assert module._text is not None
     features, lengths, _ = module._text.encoder(prompts)
     assert lengths.tolist() == [3, 8, 1]
     images, codes = module.sample(pad_left(features, lengths), batch["index"], 0, lengths)
-    assert torch.equal(drawn["codes"], codes)
-    assert torch.equal(drawn["images"].tensor(), images)
-    assert drawn["truncated"].tolist() == [False, True, False]
+    assert torch.equal(outputs["codes"], codes)
+    assert torch.equal(outputs["images"].tensor(), images)
+    assert outputs["truncated"].tolist() == [False, True, False]
     assert module.state_dict().keys() == argen_keys(text_pipeline)
     assert not any("text" in name for name, _ in module.named_modules())
 

@@ -21,7 +21,7 @@ NO_DROPOUT = dict.fromkeys(("condition_dropout", "token_dropout", "resid_dropout
 
 
 def text_module(**net: Any) -> ARGenModule:
-    """The golden model in a module, with a tokenizer that knows its codes."""
+    """The golden model in a module, with a tokenizer of its vocabulary."""
     gpt = golden_gpt(ENTRY)
     module = ARGenModule(replace(gpt.config, **net))
     module.gpt.load_state_dict(gpt.state_dict())
@@ -30,7 +30,7 @@ def text_module(**net: Any) -> ARGenModule:
 
 
 def padded_right() -> tuple[Tensor, Tensor]:
-    """The golden features as an encoder leaves them: tokens first, then what the attention mask hides."""
+    """The golden features as an encoder returns them: tokens first, then arbitrary padding."""
     features, lengths = golden_inputs(ENTRY, golden_gpt(ENTRY).config)
     assert lengths is not None
     right = torch.full_like(features, 7.0)
@@ -40,7 +40,7 @@ def padded_right() -> tuple[Tensor, Tensor]:
 
 
 def stored_batch() -> dict[str, Any]:
-    """As the data layer gives it: packed features, and codes."""
+    """A batch of the data layer: packed features and codes."""
     features, lengths = padded_right()
     config = golden_gpt(ENTRY).config
     codes = integer_input(f"{ENTRY}/idx", config.vocab_size, (len(lengths), config.block_size))
@@ -50,14 +50,14 @@ def stored_batch() -> dict[str, Any]:
 @torch.no_grad()
 def test_packed_features_give_the_published_logits() -> None:
     module, batch = text_module(), stored_batch()
-    condition, lengths, _ = module.condition_of(batch)
+    condition, lengths, _ = module.batch_condition(batch)
     assert torch.equal(condition, golden_inputs(ENTRY, module.gpt.config)[0])
     assert_matches(module(batch["codes"], condition, lengths), golden(ENTRY)["train_logits"])
 
 
 def test_validation_has_the_published_loss() -> None:
-    (numbers,) = evaluator().validate(text_module(), DataLoader([stored_batch()], batch_size=None), verbose=False)
-    assert numbers["val/loss"] == pytest.approx(golden(ENTRY)["train_loss"], abs=1e-4)
+    (metrics,) = evaluator().validate(text_module(), DataLoader([stored_batch()], batch_size=None), verbose=False)
+    assert metrics["val/loss"] == pytest.approx(golden(ENTRY)["train_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -77,7 +77,7 @@ def test_training_has_the_published_loss(compiled: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("scale", ["1.0", "1.75", "4.0", "half"])
-def test_greedy_codes_of_either_engine_are_the_published_ones(compiled: bool, batch_size: int, scale: str) -> None:
+def test_greedy_codes_of_both_engines_are_the_published_ones(compiled: bool, batch_size: int, scale: str) -> None:
     module = text_module()
     guided = {"guidance_scale": 3.0, "guidance_steps": module.gpt.config.block_size // 2 + 2}
     expected = golden(ENTRY)["greedy_cfg3_interval_half"] if scale == "half" else golden(ENTRY)["greedy"][scale]
@@ -86,7 +86,7 @@ def test_greedy_codes_of_either_engine_are_the_published_ones(compiled: bool, ba
     )
     module.sampler = module.build_sampler(batch_size, compiled=compiled)
     assert isinstance(module.sampler, ImageSampler)
-    drawn = module.predict_step({**stored_batch(), "index": torch.arange(3)}, 0)
-    assert drawn["codes"].tolist() == expected
-    assert drawn["images"].numpy().shape == (3, 32, 32, 3)
-    assert "truncated" not in drawn
+    outputs = module.predict_step({**stored_batch(), "index": torch.arange(3)}, 0)
+    assert outputs["codes"].tolist() == expected
+    assert outputs["images"].numpy().shape == (3, 32, 32, 3)
+    assert "truncated" not in outputs

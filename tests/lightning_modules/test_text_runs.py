@@ -1,4 +1,4 @@
-"""Runs of text models by the command line: resumed, on two ranks, sharded, compiled; and images of prompts."""
+"""Text models on the command line: resumed, on two ranks, sharded, compiled; and sampling of prompts."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ ODD = {
 
 
 def fit(pipeline: TextPipeline, folder: Path, *more: str, online: bool = False, batch_size: int = 32) -> list[str]:
-    """A training that validates and saves at its end."""
+    """Arguments of a training that validates and saves at its end."""
     root = pipeline.codes if online else pipeline.features
     return [
         *("fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={root}"),
@@ -58,14 +58,14 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one(text_pipeline: TextPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Where one process gets without dropout."""
+    """The final state of one process without dropout."""
     folder = tmp_path_factory.mktemp("one")
     main.main(fit(text_pipeline, folder, *NO_DROPOUT))
     return state(folder)
 
 
 @pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
-def test_a_resumed_run_of_a_text_model_is_the_uninterrupted_one(
+def test_a_resumed_text_run_equals_the_uninterrupted_one(
     online: bool, text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
     main.main(fit(text_pipeline, tmp_path / "whole", online=online))
@@ -107,8 +107,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def assert_drawn(folder: Path, count: int) -> None:
-    """All is there, and all images differ."""
+def assert_sampled(folder: Path, count: int) -> None:
+    """Assert that archive, images and grid exist."""
     with np.load(folder / "samples.npz") as archive:
         assert archive["arr_0"].shape == (count, 8, 8, 3)
     for line in records(folder):
@@ -118,11 +118,11 @@ def assert_drawn(folder: Path, count: int) -> None:
         assert grid.size[0] > 192
 
 
-def test_odd_prompts_are_drawn_and_what_was_cut_is_reported(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+def test_odd_prompts_are_sampled_and_truncation_is_reported(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     prompts = json.dumps(list(ODD.values()))
     with pytest.warns(UserWarning, match="prompts were longer than the model reads and were truncated: prompt 2"):
         main.main([*text_pipeline.prompt_arguments(tmp_path, prompts), "--data.init_args.clean_captions=false"])
-    assert_drawn(tmp_path, len(ODD))
+    assert_sampled(tmp_path, len(ODD))
     cut = {name for name, line in zip(ODD, records(tmp_path), strict=True) if line["truncated"]}
     assert "too long" in cut
     assert not cut & {"nothing", "spaces"}
@@ -130,7 +130,7 @@ def test_odd_prompts_are_drawn_and_what_was_cut_is_reported(text_pipeline: TextP
 
 
 @pytest.mark.parametrize("kind", ["txt", "tsv"])
-def test_prompts_come_from_files_and_the_sampler_may_be_compiled(
+def test_prompts_from_files_with_eager_and_compiled_samplers(
     kind: str, text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
     lines = ["a cat", "a handwritten three"]
@@ -144,14 +144,16 @@ def test_prompts_come_from_files_and_the_sampler_may_be_compiled(
     callbacks = json.dumps([{"class_path": "EMA"}, *on])
     main.main([*text_pipeline.prompt_arguments(compiled, str(path)), f"--trainer.callbacks={callbacks}"])
     for folder in (eager, compiled):
-        assert_drawn(folder, 2)
+        assert_sampled(folder, 2)
         assert [line["prompt"] for line in records(folder)] == lines
         assert [line["columns"] for line in records(folder)] == [{"Category": "Animals"} if kind == "tsv" else {}] * 2
     with np.load(eager / "samples.npz") as one, np.load(compiled / "samples.npz") as other:
         assert np.array_equal(one["arr_0"], other["arr_0"])
 
 
-def test_two_processes_draw_the_prompts_of_one_in_any_batch(text_pipeline: TextPipeline, tmp_path: Path) -> None:
+def test_two_processes_sample_the_same_images_as_one_with_any_batch_size(
+    text_pipeline: TextPipeline, tmp_path: Path
+) -> None:
     prompts = json.dumps(list(ODD.values()))
     more = ("--data.init_args.per_prompt=2",)
     main.main([*text_pipeline.prompt_arguments(tmp_path / "one", prompts), *more])

@@ -1,4 +1,4 @@
-"""Weights of text models in the published layout: in and out, strictly, with the features of "no caption"."""
+"""Weights of text models in the published layout: strict loading and export, with the unconditional features."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ UNCONDITIONAL = "cls_embedding.uncond_embedding"
 
 
 def published(folder: Path, wrapper: str | None = "model", **changes: Tensor | None) -> Path:
-    """A file of the golden text model as the authors' files are; ``changes`` replace entries, None takes one away."""
+    """A file of the golden text model in the authors' format; ``changes`` replace entries, None removes one."""
     state = dict(golden_gpt(ENTRY).state_dict()) | {"freqs_cis": torch.zeros(3)}
     state = {name: value for name, value in (state | changes).items() if value is not None}
     path = folder / "t2i.pt"
@@ -31,7 +31,7 @@ def published(folder: Path, wrapper: str | None = "model", **changes: Tensor | N
 
 
 def greedy(gpt: GPT, scale: str = "4.0") -> list[list[int]]:
-    """Codes with guidance, which the features of "no caption" steer."""
+    """Greedy codes with guidance, which depend on the unconditional features."""
     condition, lengths = golden_inputs(ENTRY, gpt.config)
     codes: list[list[int]] = generate(
         gpt.eval(), condition, SamplingConfig(0.0, guidance_scale=float(scale)), caption_lengths=lengths
@@ -47,13 +47,13 @@ def test_the_small_text_model_has_the_entries_of_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
-def test_a_published_file_draws_what_the_published_code_draws(wrapper: str | None, tmp_path: Path) -> None:
+def test_a_published_file_samples_the_codes_of_the_published_code(wrapper: str | None, tmp_path: Path) -> None:
     module = ARGenModule(golden_gpt(ENTRY).config, init_from=published(tmp_path, wrapper))
     assert_same(dict(module.gpt.state_dict()), dict(golden_gpt(ENTRY).state_dict()))
     assert greedy(module.gpt) == golden(ENTRY)["greedy"]["4.0"]
 
 
-def test_the_features_of_no_caption_are_those_of_the_file(tmp_path: Path) -> None:
+def test_the_unconditional_features_come_from_the_file(tmp_path: Path) -> None:
     others = torch.randn(120, 32, generator=torch.Generator().manual_seed(0))
     module = ARGenModule(golden_gpt(ENTRY).config, init_from=published(tmp_path, **{UNCONDITIONAL: others}))
     assert torch.equal(module.gpt.state_dict()[UNCONDITIONAL], others)
@@ -70,7 +70,7 @@ def test_the_features_of_no_caption_are_those_of_the_file(tmp_path: Path) -> Non
         ("cls_embedding.embedding_table.weight", torch.zeros(11, 64), "unexpected: cls_embedding.embedding_table"),
     ],
 )
-def test_what_differs_from_the_published_layout_is_named(
+def test_differences_from_the_published_layout_are_named(
     name: str, value: Tensor | None, phrase: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=phrase):
@@ -78,17 +78,17 @@ def test_what_differs_from_the_published_layout_is_named(
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
-def test_what_is_exported_is_what_came_in(name: str, tmp_path: Path) -> None:
+def test_exported_weights_equal_the_loaded_ones(name: str, tmp_path: Path) -> None:
     module = ARGenModule(golden_gpt(ENTRY).config, init_from=published(tmp_path))
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    checkpoint["llamagen"]["captions"] = facts = {"encoder": "t5", "weights": "0" * 64, "cleaned": True}
+    checkpoint["llamagen"]["captions"] = metadata = {"encoder": "t5", "weights": "0" * 64, "cleaned": True}
     torch.save(checkpoint, tmp_path / "run.ckpt")
     export(tmp_path / "run.ckpt", tmp_path / name)
-    known = facts if name.endswith(".safetensors") else None
-    assert read_weights(tmp_path / name).captions == known
+    exported = metadata if name.endswith(".safetensors") else None
+    assert read_weights(tmp_path / name).captions == exported
     again = ARGenModule(golden_gpt(ENTRY).config, init_from=tmp_path / name)
-    assert again.caption_facts == (known or {})
+    assert again.caption_metadata == (exported or {})
     assert_same(dict(read_weights(tmp_path / name).state), dict(golden_gpt(ENTRY).state_dict()))
 
 

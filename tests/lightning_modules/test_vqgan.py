@@ -26,7 +26,7 @@ def unchanged(module: nn.Module, before: dict[str, torch.Tensor]) -> list[bool]:
     return [torch.equal(value, before[name]) for name, value in module.state_dict().items()]
 
 
-def test_the_discriminator_rests_until_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_discriminator_is_not_trained_before_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     assert module.discriminator is not None
     before = copies(module.discriminator)
@@ -45,7 +45,7 @@ def test_without_adversarial_weight_there_is_no_discriminator(pipeline: Pipeline
     assert "train/generator" not in module.trainer.callback_metrics
 
 
-def test_one_optimizer_trains_like_two(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_one_optimizer_matches_two(pipeline: Pipeline, tmp_path: Path) -> None:
     # One memory format, so that convolutions add in one order.
     options = {"channels_last": False}
     module, reference = (vqgan_module(options=options, adversarial_start=0) for _ in range(2))
@@ -90,7 +90,7 @@ def test_one_optimizer_trains_like_two(pipeline: Pipeline, tmp_path: Path) -> No
         torch.testing.assert_close(value, reference.state_dict()[name], msg=name)
 
 
-def test_a_frozen_network_passes_gradients_on_and_keeps_none() -> None:
+def test_a_frozen_network_passes_gradients_through() -> None:
     network, x = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
     with frozen(network):
         network(x).sum().backward()
@@ -100,7 +100,7 @@ def test_a_frozen_network_passes_gradients_on_and_keeps_none() -> None:
 
 
 class LargeGradients(pl.Callback):
-    """Gradients of norm 10 for the tokenizer and 0.01 for the discriminator, and what clipping makes of them."""
+    """Sets gradients of norm 10 for the tokenizer and 0.01 for the discriminator, and records the clipped norms."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         for scale, network in ((10.0, pl_module.vqgan), (0.01, pl_module.discriminator)):
@@ -117,7 +117,7 @@ class LargeGradients(pl.Callback):
             }
 
 
-def test_each_network_is_clipped_by_itself(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_networks_are_clipped_separately(pipeline: Pipeline, tmp_path: Path) -> None:
     watch = LargeGradients()
     module = vqgan_module(adversarial_start=0)
     train(module, pipeline, tmp_path / "norm", watch, max_steps=2)
@@ -131,7 +131,7 @@ def test_each_network_is_clipped_by_itself(pipeline: Pipeline, tmp_path: Path) -
     assert all(gradient.abs().max() <= 1e-5 for gradient in watch.gradients.values())
 
 
-def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_validation_covers_the_full_dataset(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     trainer = evaluator(default_root_dir=tmp_path)
     data = datamodule_for(module, pipeline, batch_size=70)
@@ -153,10 +153,10 @@ def test_validation_measures_the_whole_set(pipeline: Pipeline, tmp_path: Path) -
         assert metrics[f"{stage}/reconstruction"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_checkpoint_of_another_model_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a GPT, but a VQGAN is to be loaded"):
+def test_rejects_the_checkpoint_of_another_model(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a GPT, but a VQGAN is expected"):
         train(vqgan_module(), pipeline, tmp_path, ckpt_path=pipeline.argen, max_steps=9)
-    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is to be loaded"):
+    with pytest.raises(ValueError, match="holds a VQGAN, but a GPT is expected"):
         train(argen_module(), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
     wide = argen_module(dim=64)
     with pytest.raises(ValueError, match=r"has another shape: .*; use the configuration") as error:
@@ -166,7 +166,7 @@ def test_the_checkpoint_of_another_model_is_refused(pipeline: Pipeline, tmp_path
 
 
 @pytest.mark.parametrize("name", ["reconstruction_weight", "commitment_weight", "adversarial_start"])
-def test_negative_weights_are_refused(name: str) -> None:
+def test_rejects_negative_weights(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1"):
         vqgan_module(**{name: -1})
 
@@ -175,7 +175,7 @@ def test_negative_weights_are_refused(name: str) -> None:
     ("image_size", "layers", "phrase"),
     [(9, 1, "image_size is 9; the tokenizer needs a multiple of 2"), (8, 2, "the discriminator needs at least 12")],
 )
-def test_images_that_do_not_fit_are_refused_before_training(
+def test_rejects_unsuitable_image_sizes_before_training(
     image_size: int, layers: int, phrase: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module(options={"discriminator": PatchGAN(num_layers=layers)})

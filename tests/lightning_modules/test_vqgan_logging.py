@@ -1,4 +1,4 @@
-"""What a training of the tokenizer says while it goes on, where it says it, and how it stops."""
+"""Logging of the tokenizer's training, and how it stops at values that are not finite."""
 
 import csv
 import re
@@ -51,9 +51,7 @@ def test_the_x_axis_is_the_number_of_batches_seen(
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_the_x_axis_of_an_evaluation_is_where_its_checkpoint_was_made(
-    stage: str, pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_the_x_axis_of_an_evaluation_is_that_of_its_checkpoint(stage: str, pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = pipeline.tokenizer_arguments(tmp_path)
     main.main([stage, *arguments, f"--ckpt_path={pipeline.tokenizer}", "--trainer.limit_test_batches=2"])
     assert {int(row["step"]) for row in rows(tmp_path)} == {8}
@@ -61,7 +59,7 @@ def test_the_x_axis_of_an_evaluation_is_where_its_checkpoint_was_made(
         assert [path.name for path in (tmp_path / "reconstructions").iterdir()] == ["step_0000008.png"]
 
 
-def test_every_term_is_logged_once_it_is_there(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_every_term_is_logged_from_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module(adversarial_start=2)
     train(
         module,
@@ -87,7 +85,7 @@ def test_every_term_is_logged_once_it_is_there(pipeline: Pipeline, tmp_path: Pat
     assert float(logged[0]["train/loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_discriminator_is_not_even_asked_before_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_discriminator_is_not_run_before_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module(adversarial_start=2)
     assert module.discriminator is not None
     calls: list[int] = []
@@ -97,11 +95,11 @@ def test_the_discriminator_is_not_even_asked_before_its_start(pipeline: Pipeline
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_good_checkpoint(
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     step: int, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     module = vqgan_module()
-    message = rf"^reconstruction, .* not finite at step {step}; go on from the last checkpoint, if there is one"
+    message = rf"^reconstruction, .* not finite at step {step}; resume from the last checkpoint, if there is one"
     with pytest.raises(FloatingPointError, match=message):
         train(module, pipeline, tmp_path, Poison(step), every=2, max_steps=8)
     for weight in module.parameters():
@@ -134,10 +132,10 @@ class PoisonedValidation(Poison):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
-def test_weights_whose_validation_is_not_a_number_do_not_replace_the_last_good_checkpoint(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
-    with pytest.raises(FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; go on from"):
+def test_a_nan_in_validation_keeps_the_last_good_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"^reconstruction, .* not finite in validation at step 6; resume from"
+    ):
         train(vqgan_module(), pipeline, tmp_path, PoisonedValidation(), max_steps=9, val_check_interval=3)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
@@ -149,7 +147,7 @@ class PoisonedTest(Poison):
         self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
-def test_what_was_not_finite_in_a_test_does_not_stop_a_later_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_nan_in_a_test_does_not_stop_a_later_training(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     said = r"^reconstruction, .* are not finite in test, batch 0 \(precision 32-true\): the input of layer encoder"
     with pytest.raises(FloatingPointError, match=said):
@@ -159,7 +157,7 @@ def test_what_was_not_finite_in_a_test_does_not_stop_a_later_training(pipeline: 
 
 
 @pytest.mark.parametrize("term", ["perceptual", "entropy", "generator", "discriminator", "lecam"])
-def test_the_term_that_is_not_finite_is_named(
+def test_the_error_names_the_term_that_is_not_finite(
     term: str, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = vqgan_module(adversarial_start=0, entropy_weight=0.1, lecam_weight=0.1)
@@ -183,14 +181,14 @@ def test_the_term_that_is_not_finite_is_named(
 
 
 class BrokenDistance(torch.nn.Module):
-    """An LPIPS without a result."""
+    """An LPIPS that returns NaN."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x.new_full((len(x),), float("nan"))
 
 
 class BrokenLeCAM(torch.nn.Module):
-    """A LeCAM without a result."""
+    """A LeCAM that returns NaN."""
 
     def update(self, *_: Any) -> None:
         pass
@@ -200,7 +198,7 @@ class BrokenLeCAM(torch.nn.Module):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_rank_stops_for_what_is_not_finite_on_another(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_stop_if_a_term_is_not_finite_on_one(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = vqgan_module()
     reduce = SimpleNamespace(reduce=lambda flags, reduce_op: flags + torch.tensor([0.0, float(elsewhere)]))
     trainer = SimpleNamespace(world_size=2, strategy=reduce, global_step=7)
@@ -211,7 +209,7 @@ def test_a_rank_stops_for_what_is_not_finite_on_another(elsewhere: bool, monkeyp
         module.check_finite(terms)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_nan_gradient_stops_the_run_before_the_step(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
     module.vqgan.decoder.conv_out.bias.register_hook(lambda gradient: gradient * float("nan"))
     before = module.vqgan.encoder.conv_in.weight.detach().clone()
@@ -220,7 +218,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(pipeline: P
     assert torch.equal(before, module.vqgan.encoder.conv_in.weight)
 
 
-def test_images_of_reconstructions_and_codes_are_left_at_the_chosen_batches(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_reconstruction_grids_and_code_histograms_are_saved_at_the_configured_batches(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     callbacks = (ReconstructionGrid(count=3, every_n_batches=3), CodebookHistogram(), LearningCurves())
     train(vqgan_module(), pipeline, tmp_path, *callbacks, max_steps=8, val_check_interval=4)
     names = sorted(path.name for path in (tmp_path / "reconstructions").iterdir())
@@ -232,13 +232,13 @@ def test_images_of_reconstructions_and_codes_are_left_at_the_chosen_batches(pipe
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (7, 0.55), (10, 0.1), (12, 0.1)]
 )
-def test_the_rate_grows_then_falls_by_half_a_cosine(step: int, expected: float) -> None:
+def test_the_learning_rate_warms_up_and_decays_with_a_cosine(step: int, expected: float) -> None:
     config = AdamWConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr=0.1)
     assert config.rate(step, 10) == pytest.approx(expected)
     assert AdamWConfig(lr=1.0, warmup_steps=4).rate(step, 10) == pytest.approx(min(1.0, (step + 1) / 4))
 
 
-def test_the_optimizer_follows_the_schedule_of_the_run(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_optimizer_follows_the_schedule(pipeline: Pipeline, tmp_path: Path) -> None:
     settings = AdamWConfig(lr=1e-3, warmup_steps=2, schedule="cosine", final_lr=1e-4)
     module = vqgan_module(options={"optimizer": settings})
     train(module, pipeline, tmp_path, logger=CSVLogger(tmp_path, "logs"), log_every_n_steps=1, max_steps=6)
@@ -246,7 +246,7 @@ def test_the_optimizer_follows_the_schedule_of_the_run(pipeline: Pipeline, tmp_p
     assert rates == pytest.approx([settings.rate(step, 6) for step in range(6)])
 
 
-def test_a_cosine_without_an_end_is_refused() -> None:
+def test_rejects_a_cosine_schedule_without_an_end() -> None:
     with pytest.raises(ValueError, match="set max_epochs or max_steps"):
         build_adamw([torch.nn.Linear(1, 1)], AdamWConfig(schedule="cosine"))
 
@@ -258,6 +258,6 @@ def test_a_cosine_without_an_end_is_refused() -> None:
         ({"final_lr": 1.0}, "final_lr is 1.0; it must be between 0 and lr, 0.0001"),
     ],
 )
-def test_a_schedule_without_a_meaning_is_refused(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_invalid_schedules(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError, match=re.escape(phrase)):
         AdamWConfig(**options)

@@ -1,4 +1,4 @@
-"""Every option of the tokenizer's training has an effect, and the effect that it is meant to have."""
+"""Every option of the tokenizer's training has its intended effect."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -58,7 +58,7 @@ def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(pipeline: Pipeline, folder: Path, options: dict[str, Any], **loss: Any) -> tuple[dict[str, Tensor], set[str]]:
-    """Weights after three steps, and the names of what was logged."""
+    """Weights after three steps, and names of logged values."""
     module = vqgan_module(options=options, **{"adversarial_start": 0, **loss})
     train(module, pipeline, folder, max_steps=3, val_check_interval=3, batch_size=16, image_size=SIZE)
     return {name: value.clone() for name, value in module.state_dict().items()}, set(module.trainer.callback_metrics)
@@ -66,7 +66,7 @@ def run(pipeline: Pipeline, folder: Path, options: dict[str, Any], **loss: Any) 
 
 @pytest.fixture(scope="module")
 def usual(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], set[str]]:
-    """What comes out if nothing is changed."""
+    """Result of the unchanged options."""
     return run(pipeline, tmp_path_factory.mktemp("usual"), {})
 
 
@@ -76,12 +76,12 @@ def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-def test_the_tables_of_changes_are_complete() -> None:
+def test_every_option_has_a_changed_value() -> None:
     assert set(LOSS_CHANGES) == {field.name for field in fields(VQGANLossConfig)}
     assert set(OPTION_CHANGES) | set(ELSEWHERE) == set(signature(VQGANModule).parameters)
 
 
-def test_the_same_options_give_the_same_weights(
+def test_equal_options_give_equal_weights(
     usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     weights, logged = run(pipeline, tmp_path, {})
@@ -112,7 +112,7 @@ def test_every_adversarial_loss_changes_the_result(
     assert differ(run(pipeline, tmp_path, {}, adversarial=other)[0], usual[0])
 
 
-def test_losses_are_different_games(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_adversarial_losses_differ(pipeline: Pipeline, tmp_path: Path) -> None:
     results = [run(pipeline, tmp_path / name, {}, adversarial=name)[0] for name in ("vanilla", "non_saturating")]
     assert differ(*results)
 
@@ -124,7 +124,7 @@ def test_an_option_changes_the_result(
     assert differ(run(pipeline, tmp_path, {name: OPTION_CHANGES[name](vgg16)})[0], usual[0])
 
 
-def test_weights_of_lpips_add_a_measurement_and_nothing_else(
+def test_lpips_weights_only_add_a_metric(
     usual: tuple[dict[str, Tensor], set[str]], vgg16: Path, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     weights, logged = run(pipeline, tmp_path, {"lpips_weights": vgg16})
@@ -139,7 +139,7 @@ def test_every_augmentation_changes_the_result(
     assert differ(run(pipeline, tmp_path, {"augmentation": (name,)})[0], usual[0])
 
 
-def test_the_augmentation_is_before_the_discriminator_alone(
+def test_only_the_discriminator_gets_augmented_images(
     usual: tuple[dict[str, Tensor], set[str]], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     # Before the start of the discriminator nothing is augmented.
@@ -150,7 +150,7 @@ def test_the_augmentation_is_before_the_discriminator_alone(
     assert all(torch.equal(late[0][name], late[1][name]) for name in late[0])
 
 
-def test_another_network_for_lpips_changes_the_result(vgg16: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_another_vgg16_changes_the_result(vgg16: Path, pipeline: Pipeline, tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
     torch.save({name: value.flip(0) for name, value in torch.load(vgg16, weights_only=True).items()}, other)
     one, two = (
@@ -160,7 +160,7 @@ def test_another_network_for_lpips_changes_the_result(vgg16: Path, pipeline: Pip
     assert differ(one, two)
 
 
-def test_the_discriminator_can_be_left_to_the_default(pipeline: Pipeline) -> None:
+def test_the_discriminator_has_a_default(pipeline: Pipeline) -> None:
     module = vqgan_module(options={"discriminator": None})
     assert isinstance(module.discriminator, PatchGAN)
     assert sum(parameter.numel() for parameter in module.discriminator.parameters()) == sum(
@@ -177,7 +177,7 @@ def test_the_discriminator_can_be_left_to_the_default(pipeline: Pipeline) -> Non
         ({"perceptual_weight": float("nan")}, "perceptual_weight is nan; it must be at least 0"),
     ],
 )
-def test_a_loss_without_a_meaning_is_refused(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_an_invalid_loss(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         VQGANLossConfig(**options)
     assert str(error.value) == phrase

@@ -1,4 +1,4 @@
-"""Two ranks with half of the batch each train the tokenizer as one process does with the whole batch."""
+"""Two ranks with half of the batch each match one process with the full batch."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ CASES = {
     ],
 }
 START = 2
-"""Step at which the discriminator begins: so both that and the steps before are seen."""
+"""Start of the discriminator: the runs cover steps before and after it."""
 
 
 def arguments(pipeline: Pipeline, folder: Path, batch_size: int, *more: str) -> list[str]:
@@ -47,7 +47,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_reach_the_weights_of_one(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
     succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case])))
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
@@ -58,7 +58,7 @@ def test_two_ranks_reach_the_weights_of_one(case: str, pipeline: Pipeline, tmp_p
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
     checkpoints = {"dirpath": str(tmp_path / "run/checkpoints"), "save_last": True, "every_n_train_steps": 3}
     callbacks = [
         {"class_path": "ModelCheckpoint", "init_args": checkpoints},

@@ -1,4 +1,4 @@
-"""What makes training faster or smaller changes neither names nor results."""
+"""Options for speed and memory change neither names nor results."""
 
 from inspect import signature
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.lightning_modules.runs import State, assert_moved_alike, train, vqgan
 from tests.pipeline import TOKENIZER_NET, Pipeline
 
 NET = VQGANConfig(**{**TOKENIZER_NET, "channels": 64})
-"""Without dropout, which draws in the order of memory and so depends on the memory format."""
+"""Without dropout, whose random numbers depend on the memory format."""
 
 
 def trained(pipeline: Pipeline, folder: Path, steps: int = 3, loss: Any = None, **options: Any) -> tuple[State, State]:
@@ -30,7 +30,7 @@ def trained(pipeline: Pipeline, folder: Path, steps: int = 3, loss: Any = None, 
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_compiling_keeps_names_and_results(
+def test_compilation_changes_neither_names_nor_results(
     adaptive: bool, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled_parts: list[str] = []
@@ -49,7 +49,7 @@ def test_compiling_keeps_names_and_results(
     assert_moved_alike(start, eager, compiled)
 
 
-def test_the_memory_format_changes_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_memory_format_does_not_change_the_result(pipeline: Pipeline, tmp_path: Path) -> None:
     (start, one), (_, other) = (trained(pipeline, tmp_path / str(flag), channels_last=flag) for flag in (False, True))
     assert_moved_alike(start, one, other)
 
@@ -74,7 +74,9 @@ def test_weights_and_images_have_the_memory_format(pipeline: Pipeline, tmp_path:
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
 
 
-def test_recomputing_activations_keeps_less_and_changes_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_activation_checkpointing_saves_memory_and_does_not_change_the_result(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     kept: dict[bool, int] = {}
     results = []
     for flag in (False, True):
@@ -95,7 +97,7 @@ def test_recomputing_activations_keeps_less_and_changes_no_result(pipeline: Pipe
     assert kept[True] < kept[False]
 
 
-def test_accumulated_batches_train_like_a_whole_one(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_accumulated_batches_train_like_one_large_batch(pipeline: Pipeline, tmp_path: Path) -> None:
     # Without a discriminator, whose BatchNorm sees each batch by itself.
     loss = {"adversarial_weight": 0.0}
     (start, whole), (_, halves) = (
@@ -118,7 +120,7 @@ def test_bfloat16_trains_both_networks_in_float32_weights(pipeline: Pipeline, tm
 
 
 class Scales(pl.Callback):
-    """What the GradScaler does, and the largest gradient that reaches the optimizer."""
+    """Records the GradScaler's scale and the largest gradient that reaches the optimizer."""
 
     def __init__(self) -> None:
         self.scales: list[float] = []

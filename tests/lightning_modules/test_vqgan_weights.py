@@ -1,4 +1,4 @@
-"""The tokenizer starts from weights that others, or earlier runs, have trained."""
+"""The tokenizer starts from published weights or those of earlier runs."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ NEW_DISCRIMINATOR = "has no discriminator: training starts with a new one"
 
 @pytest.fixture(scope="module")
 def weights() -> State:
-    """Of the tokenizer of the tests, unlike any initial ones."""
+    """Weights of the tests' tokenizer, different from any initial ones."""
     return fill(VQGAN(VQGANConfig(**TOKENIZER_NET))).state_dict()
 
 
@@ -33,7 +33,7 @@ def assert_holds(module: Any, wanted: State) -> None:
         assert torch.equal(value, wanted[name]), name
 
 
-def test_fine_tuning_from_published_weights_starts_a_new_discriminator_and_says_so(
+def test_fine_tuning_published_weights_starts_a_new_discriminator_with_a_warning(
     weights: State, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     torch.save({"model": weights}, tmp_path / "vq.pt")
@@ -46,7 +46,7 @@ def test_fine_tuning_from_published_weights_starts_a_new_discriminator_and_says_
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_a_published_training_checkpoint_brings_its_discriminator_and_its_averages_by_choice(
+def test_init_from_a_published_run_loads_discriminator_and_optionally_averages(
     averaged: bool, weights: State, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     judge = fill(PatchGAN(**PATCHGAN)).state_dict()
@@ -60,7 +60,7 @@ def test_a_published_training_checkpoint_brings_its_discriminator_and_its_averag
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_a_run_of_this_project_brings_both_networks(averaged: bool, pipeline: Pipeline) -> None:
+def test_init_from_a_run_of_this_project_loads_both_networks(averaged: bool, pipeline: Pipeline) -> None:
     checkpoint = torch.load(pipeline.tokenizer, weights_only=True)
     module = vqgan_module(options={"init_from": pipeline.tokenizer, "init_averaged": averaged})
     raw = {name.removeprefix("vqgan."): v for name, v in checkpoint["state_dict"].items() if name.startswith("vqgan.")}
@@ -71,7 +71,7 @@ def test_a_run_of_this_project_brings_both_networks(averaged: bool, pipeline: Pi
         assert torch.equal(value, checkpoint["state_dict"][f"discriminator.{name}"]), name
 
 
-def test_what_does_not_fit_is_listed_and_nothing_is_trained(weights: State, tmp_path: Path) -> None:
+def test_lists_all_differences_and_trains_nothing(weights: State, tmp_path: Path) -> None:
     wrong: dict[str, Tensor] = {**weights, "encoder.conv_in.weight": torch.zeros(1, 2), "extra": torch.zeros(1)}
     del wrong["decoder.conv_out.bias"]
     torch.save({"model": wrong}, tmp_path / "vq.pt")
@@ -84,9 +84,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_trained(weights: State, tmp_
     assert "encoder.conv_in.weight is (1, 2), expected (32, 3, 3, 3)" in message
 
 
-def test_a_discriminator_of_another_shape_is_refused_where_it_is_trained(
-    weights: State, pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_rejects_another_discriminator_for_fit(weights: State, pipeline: Pipeline, tmp_path: Path) -> None:
     torch.save({"model": weights, "discriminator": PatchGAN(4, 1).state_dict()}, tmp_path / "vq.pt")
     module = vqgan_module(options={"init_from": tmp_path / "vq.pt"})
     evaluator(limit_val_batches=1).validate(module, datamodule_for(module, pipeline), verbose=False)
@@ -104,7 +102,7 @@ OTHER_LOSSES = {
 
 
 @pytest.mark.parametrize("case", OTHER_LOSSES)
-def test_the_discriminator_does_not_matter_outside_of_training(case: str, pipeline: Pipeline) -> None:
+def test_the_discriminator_is_ignored_outside_fit(case: str, pipeline: Pipeline) -> None:
     options, loss = OTHER_LOSSES[case]
     module, same = vqgan_module(options=options, **loss), vqgan_module()
     for each in (module, same):
@@ -113,14 +111,14 @@ def test_the_discriminator_does_not_matter_outside_of_training(case: str, pipeli
 
 
 @pytest.mark.parametrize("case", ["another discriminator", "no discriminator"])
-def test_training_does_not_go_on_with_another_discriminator(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_resuming_with_another_discriminator(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     options, loss = OTHER_LOSSES[case]
     with pytest.raises(ValueError, match=r"the checkpoint has another discriminator: .*start a new run with") as error:
         train(vqgan_module(options=options, **loss), pipeline, tmp_path, ckpt_path=pipeline.tokenizer, max_steps=9)
     assert "\n" not in str(error.value)
 
 
-def test_training_goes_on_with_lecam_switched_on_and_off(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_lecam_can_be_switched_on_and_off_when_resuming(pipeline: Pipeline, tmp_path: Path) -> None:
     last = Path("checkpoints/last.ckpt")
     train(vqgan_module(lecam_weight=0.1), pipeline, tmp_path / "a", ckpt_path=pipeline.tokenizer, max_steps=9)
     train(vqgan_module(), pipeline, tmp_path / "b", ckpt_path=tmp_path / "a" / last, max_steps=10)
@@ -128,13 +126,13 @@ def test_training_goes_on_with_lecam_switched_on_and_off(pipeline: Pipeline, tmp
     assert [any("lecam" in name for name in each) for each in names] == [True, False]
 
 
-def test_the_weights_of_a_gpt_are_refused(pipeline: Pipeline) -> None:
+def test_rejects_the_weights_of_a_gpt(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="holds a GPT, not a VQGAN; give a tokenizer's weights"):
         vqgan_module(options={"init_from": pipeline.argen})
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_published_weights_are_evaluated_and_extracted_from_the_command_line(
+def test_validates_and_extracts_with_published_weights(
     suffix: str, weights: State, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     torch.save({"model": weights}, tmp_path / "vq.pt")
@@ -155,7 +153,7 @@ def test_published_weights_are_evaluated_and_extracted_from_the_command_line(
     assert (tmp_path / "codes/meta.json").is_file()
 
 
-def test_a_stage_without_any_weights_says_how_to_give_them(
+def test_a_stage_without_weights_reports_how_to_give_them(
     pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -165,7 +163,7 @@ def test_a_stage_without_any_weights_says_how_to_give_them(
     assert "--model.init_args.init_from" in message
 
 
-def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_to_do(
+def test_missing_lpips_weights_stop_the_run_with_a_remedy(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -180,7 +178,7 @@ def test_without_the_weights_of_lpips_nothing_starts_and_the_message_says_what_t
         main.main(["fit", *arguments, f"--model.init_args.lpips_weights={tmp_path / 'none.pth'}"])
 
 
-def test_images_that_are_too_small_for_lpips_are_refused_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_rejects_images_too_small_for_lpips_before_training(pipeline: Pipeline, tmp_path: Path) -> None:
     torch.save(vgg16_state(), tmp_path / "vgg16.pth")
     module = vqgan_module(options={"lpips_weights": tmp_path / "vgg16.pth"}, perceptual_weight=1.0)
     with pytest.raises(ValueError, match="image_size is 8; LPIPS needs at least 16"):
@@ -188,7 +186,7 @@ def test_images_that_are_too_small_for_lpips_are_refused_before_training(pipelin
     assert not (tmp_path / "run").exists()
 
 
-def test_lpips_is_in_no_state_dict_no_optimizer_and_no_average(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_lpips_is_not_in_state_dict_optimizer_or_average(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "vgg16.pth"
     torch.save(vgg16_state(), path)
     module = vqgan_module(options={"lpips_weights": path}, perceptual_weight=1.0)

@@ -1,4 +1,4 @@
-"""The adversarial losses: published values, and gradients for whom each judgement concerns."""
+"""Adversarial losses match published values and have the right gradients."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.golden import golden, normal_input
 
 
 def logits() -> tuple[Tensor, Tensor]:
-    """Real and fake, those of the golden record."""
+    """Real and fake logits of the golden record."""
     real, fake = (normal_input(f"loss/{kind}", (2, 1, 6, 6)).requires_grad_() for kind in ("real", "fake"))
     return real, fake
 
@@ -25,7 +25,7 @@ def gradient(of: Tensor) -> Tensor:
     return of.grad
 
 
-def test_losses_have_the_published_values() -> None:
+def test_losses_match_published_values() -> None:
     real, fake = logits()
     record = golden("adversarial")
     assert hinge_discriminator_loss(real, fake).item() == pytest.approx(record["hinge_d"], abs=1e-6)
@@ -33,7 +33,7 @@ def test_losses_have_the_published_values() -> None:
     assert logistic_discriminator_loss(real, fake).item() == pytest.approx(record["vanilla_d"], abs=1e-6)
 
 
-def test_the_published_non_saturating_losses_with_swapped_arguments_are_not_repeated() -> None:
+def test_the_swapped_arguments_of_the_published_non_saturating_loss_are_not_copied() -> None:
     real, fake = logits()
     record = golden("adversarial")
     game = ADVERSARIAL_LOSSES["non_saturating"]
@@ -42,7 +42,7 @@ def test_the_published_non_saturating_losses_with_swapped_arguments_are_not_repe
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_every_game_moves_judgements_and_images_the_right_way(name: str) -> None:
+def test_gradients_of_every_loss_have_the_right_sign(name: str) -> None:
     real, fake = (torch.zeros(4, requires_grad=True) for _ in range(2))
     ADVERSARIAL_LOSSES[name].discriminator(real, fake).backward()
     assert (gradient(real) < 0).all()
@@ -52,7 +52,7 @@ def test_every_game_moves_judgements_and_images_the_right_way(name: str) -> None
     assert (gradient(fake) < 0).all()
 
 
-def test_the_games_are_paired_as_their_papers_pair_them() -> None:
+def test_discriminator_and_generator_losses_are_paired_as_in_their_papers() -> None:
     pairs = {
         "hinge": (hinge_discriminator_loss, hinge_generator_loss),
         "vanilla": (logistic_discriminator_loss, hinge_generator_loss),
@@ -61,7 +61,7 @@ def test_the_games_are_paired_as_their_papers_pair_them() -> None:
     assert pairs == ADVERSARIAL_LOSSES
 
 
-def test_logistic_losses_are_cross_entropies_of_the_judgement() -> None:
+def test_logistic_losses_equal_binary_cross_entropy() -> None:
     real, fake = logits()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
     expected = 0.5 * (entropy(real, torch.ones_like(real)) + entropy(fake, torch.zeros_like(fake)))
@@ -69,7 +69,7 @@ def test_logistic_losses_are_cross_entropies_of_the_judgement() -> None:
     torch.testing.assert_close(non_saturating_generator_loss(fake), entropy(fake, torch.ones_like(fake)))
 
 
-def test_logistic_losses_stay_finite_for_logits_that_are_very_sure_and_wrong() -> None:
+def test_logistic_losses_are_finite_for_large_wrong_logits() -> None:
     sure = torch.tensor([1e4], requires_grad=True)
     loss = logistic_discriminator_loss(-sure, sure) + non_saturating_generator_loss(-sure)
     loss.backward()
@@ -77,21 +77,21 @@ def test_logistic_losses_stay_finite_for_logits_that_are_very_sure_and_wrong() -
     assert gradient(sure).item() == pytest.approx(2.0)
 
 
-def test_the_non_saturating_generator_learns_most_where_it_is_found_out() -> None:
+def test_the_non_saturating_gradient_is_largest_for_confidently_rejected_fakes() -> None:
     fake = torch.tensor([-8.0, 0.0, 8.0], requires_grad=True)
     non_saturating_generator_loss(fake).backward()
     torch.testing.assert_close(gradient(fake), -torch.sigmoid(-fake.detach()) / 3)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_real_and_fake_count_the_same_whatever_their_numbers(name: str) -> None:
+def test_real_and_fake_have_equal_weight_for_any_batch_sizes(name: str) -> None:
     real, fake = torch.tensor([0.3]), torch.tensor([-0.2])
     few = ADVERSARIAL_LOSSES[name].discriminator(real, fake)
     many = ADVERSARIAL_LOSSES[name].discriminator(real.expand(2, 1, 3, 3), fake)
     torch.testing.assert_close(few, many)
 
 
-def test_the_discriminator_learns_from_judgements_inside_the_margin_only() -> None:
+def test_the_hinge_discriminator_loss_has_gradients_only_inside_the_margin() -> None:
     real = torch.tensor([2.0, 1.5, 0.5, -3.0], requires_grad=True)
     fake = torch.tensor([-2.0, 0.5, 4.0], requires_grad=True)
     loss = hinge_discriminator_loss(real, fake)
@@ -101,7 +101,7 @@ def test_the_discriminator_learns_from_judgements_inside_the_margin_only() -> No
     torch.testing.assert_close(gradient(fake), torch.tensor([0.0, 1 / 6, 1 / 6]))
 
 
-def test_the_generator_learns_from_every_judgement() -> None:
+def test_the_hinge_generator_loss_has_gradients_for_all_logits() -> None:
     fake = torch.tensor([[-9.0, 0.0], [1.0, 9.0]], requires_grad=True)
     loss = hinge_generator_loss(fake)
     loss.backward()
@@ -109,5 +109,5 @@ def test_the_generator_learns_from_every_judgement() -> None:
     torch.testing.assert_close(gradient(fake), torch.full((2, 2), -0.25))
 
 
-def test_sure_and_right_judgements_cost_nothing() -> None:
+def test_confident_correct_logits_have_no_hinge_loss() -> None:
     assert hinge_discriminator_loss(torch.full((2, 3), 1.0), torch.full((4,), -1.0)).item() == 0.0

@@ -1,4 +1,4 @@
-"""The cross entropy without all logits is that of PyTorch with all of them."""
+"""The blockwise cross entropy matches PyTorch's on all logits."""
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: floa
 
 @pytest.mark.parametrize("max_logits", [1, VOCABULARY, 7 * VOCABULARY, 10**6])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.1)])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(
-    label_smoothing: float, z_loss: float, max_logits: int
-) -> None:
+def test_loss_and_gradients_match_pytorch(label_smoothing: float, z_loss: float, max_logits: int) -> None:
     ours, theirs = inputs(torch.float32), inputs()
     found = linear_cross_entropy(*ours, label_smoothing, z_loss, max_logits)
     expected = plain(*theirs, label_smoothing, z_loss)
@@ -43,7 +41,7 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_the_products_alone(dtype: torch.dtype) -> None:
+def test_only_matrix_products_use_the_dtype_of_autocast(dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype):
         found = linear_cross_entropy(hidden, weight, targets)
@@ -60,7 +58,7 @@ def test_autocast_rounds_the_products_alone(dtype: torch.dtype) -> None:
         assert (mine.grad.double() - other.grad).norm() < 0.02 * other.grad.norm()
 
 
-def test_a_gradient_of_many_rows_does_not_vanish_in_half_precision() -> None:
+def test_gradients_of_many_rows_do_not_underflow_in_half_precision() -> None:
     hidden = torch.zeros(70_000, 2, requires_grad=True)
     weight = torch.tensor([[0.0, 0.0], [0.0, 1.0]], requires_grad=True)
     with torch.autocast("cpu", torch.float16):
@@ -71,7 +69,7 @@ def test_a_gradient_of_many_rows_does_not_vanish_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
+def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
     parts = inputs(torch.float32)
     parts[frozen].requires_grad_(False)
     linear_cross_entropy(*parts).loss.backward()
@@ -79,7 +77,7 @@ def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
     assert parts[1 - frozen].grad is not None
 
 
-def test_validation_keeps_nothing_for_a_gradient() -> None:
+def test_without_gradients_nothing_is_saved_for_the_backward_pass() -> None:
     with torch.no_grad():
         found = linear_cross_entropy(*inputs(torch.float32))
     assert not found.loss.requires_grad
@@ -87,7 +85,7 @@ def test_validation_keeps_nothing_for_a_gradient() -> None:
 
 
 class _Largest(torch.overrides.TorchFunctionMode):
-    """The largest result of any operator."""
+    """Records the size of the largest result of any operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +110,7 @@ def test_no_tensor_is_as_large_as_all_logits() -> None:
 
 
 @pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY, 10**6])
-def test_surprise_is_the_cross_entropy_and_the_place_of_each_target(max_logits: int) -> None:
+def test_token_nll_is_the_cross_entropy_and_rank_of_each_target(max_logits: int) -> None:
     hidden, weight, targets = inputs(torch.float32)
     found = linear_token_nll(hidden, weight, targets, max_logits)
     logits = F.linear(hidden, weight)
@@ -130,5 +128,5 @@ def test_many_rows_with_the_same_target_do_not_overflow_float16() -> None:
     with torch.autocast("cpu", torch.float16):
         linear_cross_entropy(hidden, weight, targets).loss.backward()
     assert weight.grad is not None
-    wanted = -hidden.float().mean(0) * (1 - 1 / 1024)
-    torch.testing.assert_close(weight.grad[0], wanted, rtol=5e-3, atol=0)
+    expected = -hidden.float().mean(0) * (1 - 1 / 1024)
+    torch.testing.assert_close(weight.grad[0], expected, rtol=5e-3, atol=0)

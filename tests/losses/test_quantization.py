@@ -1,4 +1,4 @@
-"""Codebook, commitment and entropy losses against their formulas; published values are in the golden tokenizer test."""
+"""Quantisation losses match their formulas; published values are tested in tests/models/test_vqgan_golden.py."""
 
 from math import exp, log
 
@@ -19,7 +19,7 @@ def pair() -> tuple[Tensor, Tensor]:
     )
 
 
-def test_codebook_and_commitment_loss_are_the_mean_squared_distance() -> None:
+def test_codebook_and_commitment_loss_equal_the_mean_squared_distance() -> None:
     entries, latent = pair()
     pairs = zip(entries.flatten().tolist(), latent.flatten().tolist(), strict=True)
     expected = sum((entry - value) ** 2 for entry, value in pairs) / 72
@@ -27,7 +27,7 @@ def test_codebook_and_commitment_loss_are_the_mean_squared_distance() -> None:
     assert commitment_loss(entries, latent).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_codebook_loss_moves_entries_towards_latents_and_nothing_else() -> None:
+def test_the_codebook_loss_moves_only_entries() -> None:
     entries, latent = pair()
     codebook_loss(entries, latent).backward()
     assert latent.grad is None
@@ -35,7 +35,7 @@ def test_the_codebook_loss_moves_entries_towards_latents_and_nothing_else() -> N
     torch.testing.assert_close(entries.grad, 2 * (entries - latent).detach() / 72)
 
 
-def test_the_commitment_loss_moves_latents_towards_entries_and_nothing_else() -> None:
+def test_the_commitment_loss_moves_only_latents() -> None:
     entries, latent = pair()
     commitment_loss(entries, latent).backward()
     assert entries.grad is None
@@ -44,7 +44,7 @@ def test_the_commitment_loss_moves_latents_towards_entries_and_nothing_else() ->
 
 
 def slow_entropy_loss(vectors: list[list[float]], codebook: list[list[float]]) -> float:
-    """Mean entropy of the choices minus entropy of the mean choice, in plain float64 Python."""
+    """Mean entropy of the assignments minus entropy of the mean assignment, in float64."""
     choices: list[list[float]] = []
     for vector in vectors:
         logits = [-sum((a - b) ** 2 for a, b in zip(vector, entry, strict=True)) / 0.01 for entry in codebook]
@@ -55,7 +55,7 @@ def slow_entropy_loss(vectors: list[list[float]], codebook: list[list[float]]) -
     return float(each + sum(p * log(p + 1e-5) for p in mean))
 
 
-def test_the_entropy_loss_is_its_formula() -> None:
+def test_the_entropy_loss_matches_its_formula() -> None:
     latent = F.normalize(normal_input("entropy/latent", (2, 3, 2, 5)), dim=1)
     codebook = F.normalize(normal_input("entropy/codebook", (200, 3)), dim=-1)
     expected = slow_entropy_loss(latent.movedim(1, -1).flatten(0, 2).tolist(), codebook.tolist())
@@ -63,7 +63,7 @@ def test_the_entropy_loss_is_its_formula() -> None:
     assert abs(expected) > 0.5
 
 
-def test_sharp_choices_over_the_whole_codebook_reach_the_best_entropy_loss() -> None:
+def test_confident_uniform_assignments_minimise_the_entropy_loss() -> None:
     codebook = torch.eye(8)
     spread = codebook.T.reshape(1, 8, 2, 4)
     collapsed = codebook[:1].T.reshape(1, 8, 1, 1).expand(1, 8, 2, 4)

@@ -1,4 +1,4 @@
-"""What a discriminator is shown: gradients and values pass, every image is changed differently, within its ranges."""
+"""Augmentation is differentiable, different for each image, and within its ranges."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def changed(policy: str, images: Tensor, seed: int = 0) -> Tensor:
 
 
 def ramp(batch_size: int, height: int, width: int) -> Tensor:
-    """Images whose every pixel has its own number, from 1 on, in all channels."""
+    """Images with consecutive pixel values from 1, equal in all channels."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, 1, height, width)
     return numbers.repeat(batch_size, 3, 1, 1)
 
 
-def test_an_empty_policy_gives_the_images_themselves_and_draws_nothing() -> None:
+def test_an_empty_policy_returns_the_images_and_uses_no_random_numbers() -> None:
     images = images_for(2, 16, 16)
     before = torch.get_rng_state()
     assert DiscriminatorAugmentation()(images) is images
@@ -30,19 +30,19 @@ def test_an_empty_policy_gives_the_images_themselves_and_draws_nothing() -> None
 
 
 @pytest.mark.parametrize(("policy", "named"), [(["colour"], "'colour'"), (["color", "flip"], "'flip'"), ([""], "''")])
-def test_an_unknown_name_is_refused(policy: list[str], named: str) -> None:
+def test_rejects_an_unknown_name(policy: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named} is unknown; choose from color, translation, cutout"):
         DiscriminatorAugmentation(policy)
 
 
-def test_a_repeated_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['cutout', 'color', 'cutout'\] names one twice"):
+def test_rejects_a_repeated_name() -> None:
+    with pytest.raises(ValueError, match=r"\['cutout', 'color', 'cutout'\] repeats a name"):
         DiscriminatorAugmentation(["cutout", "color", "cutout"])
 
 
 @pytest.mark.parametrize("policy", [*((name,) for name in POLICIES), POLICIES], ids="+".join)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_policy_changes_every_image_differently_and_again_by_seed(
+def test_every_policy_augments_each_image_differently_and_reproducibly(
     policy: tuple[str, ...], size: tuple[int, int]
 ) -> None:
     images = images_for(1, *size).repeat(8, 1, 1, 1)
@@ -61,7 +61,7 @@ def test_every_policy_changes_every_image_differently_and_again_by_seed(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_order_in_which_names_are_given_does_not_matter(name: str) -> None:
+def test_the_order_of_names_does_not_matter(name: str) -> None:
     images = images_for(3, 16, 16)
     results = []
     for policy in (POLICIES, (name, *(other for other in POLICIES if other != name))):
@@ -76,12 +76,12 @@ def test_values_are_not_clipped(name: str) -> None:
     result = changed(name, images)
     assert result.max() > 3
     assert result.min() < -3
-    if name != "color":  # moved or gone, never altered
+    if name != "color":  # pixels are moved or removed, never changed
         assert torch.isin(result[result != 0], images).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_gradients_reach_the_images_and_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     images = images_for(3, 16, 16).requires_grad_()
     weights = images_for(3, 16, 16).flip(0)
     (changed(name, images) * weights).sum().backward()
@@ -94,7 +94,7 @@ def test_gradients_reach_the_images_and_are_those_of_finite_differences(name: st
 
 
 @pytest.mark.parametrize("name", ["translation", "cutout"])
-def test_the_gradient_is_where_pixels_are_still_seen(name: str) -> None:
+def test_only_visible_pixels_get_gradients(name: str) -> None:
     images = ramp(6, 16, 24).requires_grad_()
     result = changed(name, images)
     result.sum().backward()
@@ -104,13 +104,13 @@ def test_the_gradient_is_where_pixels_are_still_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_translation_moves_by_whole_pixels_up_to_an_eighth_over_grey(height: int, width: int) -> None:
+def test_translation_shifts_by_full_pixels_up_to_an_eighth_and_fills_with_grey(height: int, width: int) -> None:
     images = ramp(1, height, width).repeat(300, 1, 1, 1)
     result = changed("translation", images)
     seen = set()
     for image in result[:, 0]:
         row, column = (image != 0).nonzero()[0].tolist()
-        # The first pixel that is left says how far all of them have moved.
+        # The first remaining pixel shows the shift.
         origin = int(image[row, column].item()) - 1
         down, right = row - origin // width, column - origin % width
         expected = torch.zeros(height, width)
@@ -119,15 +119,15 @@ def test_translation_moves_by_whole_pixels_up_to_an_eighth_over_grey(height: int
         ]
         assert torch.equal(image, expected)
         seen.add((down, right))
-    down_most, right_most = height // 8, width // 8
-    assert {down for down, _ in seen} == set(range(-down_most, down_most + 1))
-    assert {right for _, right in seen} == set(range(-right_most, right_most + 1))
-    assert len({abs(down) - abs(right) for down, right in seen}) > 1, "the two directions are drawn separately"
+    max_down, max_right = height // 8, width // 8
+    assert {down for down, _ in seen} == set(range(-max_down, max_down + 1))
+    assert {right for _, right in seen} == set(range(-max_right, max_right + 1))
+    assert len({abs(down) - abs(right) for down, right in seen}) > 1, "the two directions are independent"
     assert torch.equal(result[:, 0], result[:, 2]), "channels stay together"
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, 16), (17, 8)])
-def test_cutout_is_a_grey_square_of_half_the_side_anywhere_inside(size: int, side: int) -> None:
+def test_cutout_is_a_grey_square_of_half_the_side_at_any_position(size: int, side: int) -> None:
     result = changed("cutout", ramp(400, size, size))
     corners = []
     for image in result:
@@ -140,10 +140,10 @@ def test_cutout_is_a_grey_square_of_half_the_side_anywhere_inside(size: int, sid
         assert set(corner.tolist()) == set(range(size - side + 1))
 
 
-def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> None:
+def test_color_changes_brightness_saturation_and_contrast_within_their_ranges() -> None:
     torch.manual_seed(0)
     count = 500
-    # One image, whose channels and pixels differ, so that the three changes can be told apart.
+    # Channels and pixels differ, so the three changes can be measured separately.
     batch = images_for(1, 16, 16)
     result = changed("color", batch.repeat(count, 1, 1, 1))
     brightness = (result - batch).mean((1, 2, 3))
@@ -157,7 +157,7 @@ def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> N
     new_grey, new_rest = grey_and_rest(result)
     contrast = new_grey.std((1, 2, 3)) / grey.std()
     saturation = new_rest.std((1, 2, 3)) / rest.std() / contrast
-    # The mean that contrast keeps depends a little on saturation, as the luma's weights are not equal.
+    # Contrast preserves the mean, which depends slightly on saturation, because luma weights differ.
     for values, low, high, slack in (
         (brightness, -0.5, 0.5, 0.05),
         (contrast, 0.5, 1.5, 1e-4),
@@ -167,17 +167,17 @@ def test_color_changes_brightness_saturation_and_contrast_in_their_ranges() -> N
         assert high - 0.05 * (high - low) < values.max() <= high + slack
         assert abs(values.mean() - (low + high) / 2) < 0.05 * (high - low)
     draws = torch.stack([brightness, contrast, saturation])
-    assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.2, "the three are drawn separately"
+    assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.2, "the three changes are independent"
 
 
-def test_color_keeps_a_grey_image_grey_and_flat() -> None:
+def test_color_keeps_a_uniform_grey_image_uniform_and_grey() -> None:
     result = changed("color", torch.full((5, 3, 8, 8), 0.25))
     torch.testing.assert_close(result, result[:, :1, :1, :1].expand_as(result))
     assert result.std(0).max() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_computes_in_float32_and_gives_the_dtype_back(dtype: torch.dtype) -> None:
+def test_computes_in_float32_and_returns_the_input_dtype(dtype: torch.dtype) -> None:
     images = images_for(4, 16, 16).to(dtype)
     for policy in POLICIES:
         expected = changed(policy, images.float()).to(dtype)
@@ -188,7 +188,7 @@ def test_it_computes_in_float32_and_gives_the_dtype_back(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_default_dtype_of_half_precision_changes_no_draw(name: str) -> None:
+def test_random_numbers_do_not_depend_on_the_default_dtype(name: str) -> None:
     images = images_for(4, 32, 32)
     expected = changed(name, images)
     torch.set_default_dtype(torch.bfloat16)
@@ -200,14 +200,14 @@ def test_a_default_dtype_of_half_precision_changes_no_draw(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_memory_format_changes_nothing(name: str) -> None:
+def test_the_result_does_not_depend_on_the_memory_format(name: str) -> None:
     images = images_for(4, 16, 16)
     torch.testing.assert_close(
         changed(name, images.to(memory_format=torch.channels_last)), changed(name, images), atol=1e-6, rtol=1e-6
     )
 
 
-def test_it_has_no_weights_and_changes_in_evaluation_mode_too() -> None:
+def test_has_no_weights_and_augments_in_evaluation_mode_too() -> None:
     augment = DiscriminatorAugmentation(POLICIES).eval()
     images = images_for(2, 16, 16)
     assert augment.state_dict() == {}

@@ -1,4 +1,4 @@
-"""LPIPS has the published values and is a fixed function."""
+"""LPIPS matches published values and is a fixed function."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def pair(size: int = 32) -> tuple[Tensor, Tensor]:
     return x, x.flip(3) * 0.5
 
 
-def test_distances_are_the_published_ones(model: LPIPS) -> None:
+def test_distances_match_published_values(model: LPIPS) -> None:
     record = golden("lpips")
     size = record["size"]
     x, y = (normal_input(f"lpips/{name}", (2, 3, size, size)).tanh() for name in "xy")
@@ -39,28 +39,28 @@ def test_distances_are_the_published_ones(model: LPIPS) -> None:
     torch.testing.assert_close(distance, torch.tensor(record["values"]), atol=1e-6, rtol=0)
 
 
-def test_weights_have_the_names_and_shapes_of_torchvision() -> None:
+def test_weights_have_torchvision_names_and_shapes() -> None:
     found = {name: tuple(shape) for name, shape in LPIPS.vgg16_shapes().items()}
     weights = {f"features.{index}.weight": (width, previous, 3, 3) for index, width, previous in PUBLISHED}
     biases = {f"features.{index}.bias": (width,) for index, width, _ in PUBLISHED}
     assert found == weights | biases
 
 
-def test_an_image_is_at_no_distance_from_itself_and_order_does_not_matter(model: LPIPS) -> None:
+def test_the_distance_is_zero_for_equal_images_and_symmetric(model: LPIPS) -> None:
     x, y = pair()
     assert model(x, x).tolist() == [0.0, 0.0]
     assert (model(x, y) > 1e-3).all()
     torch.testing.assert_close(model(x, y), model(y, x))
 
 
-def test_each_image_has_its_own_distance(model: LPIPS) -> None:
+def test_distances_are_per_image(model: LPIPS) -> None:
     x, y = pair()
     each = torch.cat([model(x[:1], y[:1]), model(x[1:], y[1:])])
     torch.testing.assert_close(model(x, y), each)
     torch.testing.assert_close(model(x, torch.stack([x[0], y[1]])), torch.stack([torch.tensor(0.0), each[1]]))
 
 
-def test_every_level_takes_part(model: LPIPS) -> None:
+def test_every_level_contributes(model: LPIPS) -> None:
     x, y = pair()
     whole = model(x, y)
     parts = torch.zeros(2)
@@ -76,7 +76,7 @@ def test_every_level_takes_part(model: LPIPS) -> None:
 
 
 def distance_in_float64(x: Tensor, y: Tensor, state: State, heads: list[Tensor]) -> Tensor:
-    """LPIPS written down once more, image by image."""
+    """A plain implementation of LPIPS, image by image."""
     mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
     features = [(each.double() - mean) / std for each in (x, y)]
     total = torch.zeros(len(x), dtype=torch.float64)
@@ -92,7 +92,7 @@ def distance_in_float64(x: Tensor, y: Tensor, state: State, heads: list[Tensor])
     return total
 
 
-def test_distance_and_gradient_are_those_of_the_formula_in_float64(model: LPIPS, state: State) -> None:
+def test_distance_and_gradient_match_a_float64_reference(model: LPIPS, state: State) -> None:
     images = pair(48)
     x, exact = (images[0].clone().requires_grad_() for _ in range(2))
     distance = model(x, images[1])
@@ -105,7 +105,7 @@ def test_distance_and_gradient_are_those_of_the_formula_in_float64(model: LPIPS,
     torch.testing.assert_close(x.grad, exact.grad, atol=1e-4 * exact.grad.abs().max().item(), rtol=1e-3)
 
 
-def test_features_that_are_all_zero_leave_the_gradient_finite(state: State) -> None:
+def test_the_gradient_is_finite_if_all_features_are_zero(state: State) -> None:
     dead = LPIPS({name: torch.zeros_like(value) if name.endswith("bias") else value for name, value in state.items()})
     x = dead.mean.expand(1, 3, 16, 16).clone().requires_grad_()
     with torch.autograd.detect_anomaly(check_nan=True):
@@ -114,7 +114,7 @@ def test_features_that_are_all_zero_leave_the_gradient_finite(state: State) -> N
     assert x.grad.isfinite().all()
 
 
-def test_only_the_images_get_gradients_and_the_target_keeps_no_graph(model: LPIPS) -> None:
+def test_only_images_get_gradients_and_the_target_builds_no_graph(model: LPIPS) -> None:
     x, y = pair(16)
     x.requires_grad_()
     saved: list[Tensor] = []
@@ -134,13 +134,13 @@ def test_only_the_images_get_gradients_and_the_target_keeps_no_graph(model: LPIP
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_parent_in_training_mode_leaves_it_in_evaluation_mode(model: LPIPS) -> None:
+def test_stays_in_evaluation_mode_when_a_parent_trains(model: LPIPS) -> None:
     parent = nn.ModuleDict({"lpips": model}).train()
     assert parent.training
     assert not any(module.training for module in model.modules())
 
 
-def test_only_the_convolutions_are_in_low_precision_under_autocast(model: LPIPS) -> None:
+def test_only_convolutions_use_low_precision_under_autocast(model: LPIPS) -> None:
     x, y = (each.to(torch.bfloat16) for each in pair())
     whole = model(x.float(), y.float())
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,27 +152,27 @@ def test_only_the_convolutions_are_in_low_precision_under_autocast(model: LPIPS)
     torch.testing.assert_close(mixed, whole, atol=0, rtol=0.05)
 
 
-def test_normalisation_is_float32_and_over_channels() -> None:
+def test_normalise_works_in_float32_over_channels() -> None:
     features = torch.tensor([3e-6, 4e-6, 0.0]).view(1, 3, 1, 1).half()
     unit = lpips.normalise(features)
     assert unit.dtype == torch.float32
     assert unit.square().sum().item() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_memory_format_changes_nothing(state: State, model: LPIPS) -> None:
+def test_the_result_does_not_depend_on_the_memory_format(state: State, model: LPIPS) -> None:
     x, y = pair()
     other = LPIPS(state).to(memory_format=torch.channels_last)
     found = other(x.to(memory_format=torch.channels_last), y.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, model(x, y))
 
 
-def test_it_is_one_graph_for_the_compiler(model: LPIPS) -> None:
+def test_compiles_to_one_graph(model: LPIPS) -> None:
     x, y = pair(16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, y), model(x, y))
 
 
-def test_making_it_draws_no_random_numbers(state: State) -> None:
+def test_the_constructor_uses_no_random_numbers(state: State) -> None:
     before = torch.get_rng_state()
     LPIPS(state)
     assert torch.equal(torch.get_rng_state(), before)
@@ -181,7 +181,7 @@ def test_making_it_draws_no_random_numbers(state: State) -> None:
 @pytest.mark.parametrize(
     ("shape", "other"), [((1, 3, 15, 16), None), ((1, 3, 16, 15), None), ((2, 3, 16, 16), (1, 3, 16, 16))]
 )
-def test_images_that_are_too_small_or_differ_in_shape_are_refused(
+def test_rejects_images_that_are_too_small_or_differ_in_shape(
     model: LPIPS, shape: tuple[int, ...], other: tuple[int, ...] | None
 ) -> None:
     other = other or shape

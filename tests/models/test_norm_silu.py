@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in one: the same numbers by either way, as exact as bfloat16 allows."""
+"""The fused GroupNorm and SiLU matches PyTorch within the precision of bfloat16."""
 
 from typing import Any
 
@@ -38,25 +38,25 @@ def outcome(norm: nn.GroupNorm, x: Tensor, by_pytorch: bool = False) -> list[Ten
     return [y.detach(), x.grad, norm.weight.grad.clone(), norm.bias.grad.clone()]
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("block", [1, 1 << 21])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
 @pytest.mark.parametrize("shape", [(3, 8, 6, 5), (2, 64, 16, 16)])
-def test_it_is_as_exact_as_pytorch_in_bfloat16(
+def test_is_as_accurate_as_pytorch_in_bfloat16(
     shape: tuple[int, ...], mean: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
     norm, x = layer(shape[1]), random_images(shape, mean)
     exact = outcome(layer(shape[1]).double(), x.double(), by_pytorch=True)
     native = outcome(norm, x.contiguous(), by_pytorch=True)
-    for found, reference, wanted in zip(outcome(norm, x), native, exact, strict=True):
-        assert error(found, wanted) < max(2.5 * error(reference, wanted), 6e-3)
+    for found, reference, expected in zip(outcome(norm, x), native, exact, strict=True):
+        assert error(found, expected) < max(2.5 * error(reference, expected), 6e-3)
 
 
-def test_the_result_keeps_the_memory_format_and_the_dtype() -> None:
+def test_keeps_memory_format_and_dtype() -> None:
     y, x_gradient, *_ = outcome(layer(8), random_images((2, 8, 4, 4), 0.0))
     for each in (y, x_gradient):
         assert each.dtype == torch.bfloat16
@@ -65,7 +65,7 @@ def test_the_result_keeps_the_memory_format_and_the_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_pytorch_is_used_wherever_it_is_fast(
+def test_uses_pytorch_wherever_it_is_fast(
     dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
@@ -76,7 +76,7 @@ def test_pytorch_is_used_wherever_it_is_fast(
     assert bool(used) == (dtype == torch.bfloat16 and memory_format == torch.channels_last)
 
 
-def test_a_backward_pass_can_be_repeated() -> None:
+def test_the_backward_pass_can_be_repeated() -> None:
     norm, x = layer(8), random_images((2, 8, 4, 4), 1.0)
     y = norm_silu(norm, x)
     first, second = (torch.autograd.grad(y.float().square().sum(), x, retain_graph=True)[0] for _ in range(2))

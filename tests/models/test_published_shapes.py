@@ -1,4 +1,4 @@
-"""Published checkpoints fit: every model has the published parameter count and state dict."""
+"""Every model has the parameter count and state dict of its published checkpoint."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ TOKENIZERS: dict[str, tuple[int, ...]] = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 
 
 
 def assert_published_shapes(model: nn.Module, name: str) -> None:
-    """Parameter count, and name, dtype and shape of each entry of the state dict, are the published ones."""
+    """Compare the parameter count, and the name, dtype and shape of each entry, with the published ones."""
     parameters, entries = published_state_dict(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     found = {

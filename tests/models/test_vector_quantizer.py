@@ -154,7 +154,7 @@ def test_initial_entries_are_distinct_points_on_the_unit_sphere() -> None:
     assert len(weight.unique(dim=0)) == 64
 
 
-def test_the_published_usage_window_is_kept_and_never_written() -> None:
+def test_the_published_usage_window_is_kept_but_never_updated() -> None:
     model = quantizer().train()
     model(latent())
     window = model.state_dict()["codebook_used"]

@@ -97,7 +97,7 @@ def test_float16_that_overflows_is_told_with_what_to_use_instead() -> None:
     gpt.half()
     said = message(gpt)
     assert "(precision float16): the output of layer layers.0.feed_forward.w2 is the first that is not finite" in said
-    assert said.endswith("values leave the range of float16: use bf16-mixed or 32-true (bfloat16 or float32)")
+    assert said.endswith("values overflow in float16: use bf16-mixed or 32-true (bfloat16 or float32)")
 
 
 def test_guidance_that_overflows_is_noticed_by_both_draws() -> None:

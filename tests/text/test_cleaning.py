@@ -1,4 +1,4 @@
-"""Captions from the wild, and what is left of them."""
+"""Cleaning of web captions, and their first sentences."""
 
 import random
 import sys
@@ -97,13 +97,13 @@ SHORTENED = [
 
 
 @pytest.mark.parametrize(("text", "expected"), CLEANED)
-def test_a_caption_is_cleaned_once_and_for_all(text: str, expected: str) -> None:
+def test_cleans_captions_and_cleaning_again_changes_nothing(text: str, expected: str) -> None:
     assert clean_caption(text) == expected
     assert clean_caption(expected) == expected
 
 
-def test_cleaning_again_changes_nothing_of_pieces_put_together_at_random() -> None:
-    draw = random.Random(0)
+def test_cleaning_random_texts_again_changes_nothing() -> None:
+    generator = random.Random(0)
     pieces = [piece for text, _ in CLEANED for piece in text.split(" ")]
     pieces += [
         "&amp;",
@@ -125,7 +125,9 @@ def test_cleaning_again_changes_nothing_of_pieces_put_together_at_random() -> No
         "\n",
     ]
     for _ in range(600):
-        text = "".join(draw.choice(pieces) + draw.choice(["", "", " "]) for _ in range(draw.randint(1, 9)))
+        text = "".join(
+            generator.choice(pieces) + generator.choice(["", "", " "]) for _ in range(generator.randint(1, 9))
+        )
         cleaned = clean_caption(text)
         assert clean_caption(cleaned) == cleaned, text
 
@@ -134,14 +136,14 @@ def test_cleaning_again_changes_nothing_of_pieces_put_together_at_random() -> No
 @pytest.mark.parametrize(
     "part", ["&amp;", "(", "<a", "<!--", "a.", "a@", "a.b@", "http://..", "x( ", " ,", "- ", "1", "\n "]
 )
-def test_a_long_caption_takes_no_more_than_seconds(part: str) -> None:
+def test_long_captions_take_linear_time(part: str) -> None:
     clean_caption(part * 4000 + "x")
     first_sentence("x" + part * 4000)
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("part", [". ", "! ?", "Dr. ", "x."])
-def test_the_first_sentence_of_nothing_but_marks_takes_less_than_seconds(part: str) -> None:
+def test_the_first_sentence_of_many_marks_takes_linear_time(part: str) -> None:
     assert first_sentence(part * 50_000) == (part * 50_000).strip()
 
 
@@ -151,7 +153,7 @@ def test_the_first_sentence_ends_where_a_reader_would_end_it(text: str, expected
     assert first_sentence(expected) == expected
 
 
-def test_without_ftfy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ftfy_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError) as error:
         clean_caption("a cat")

@@ -1,4 +1,4 @@
-"""A frozen T5: what it gives does not depend on the batch, and mistakes are told in one line."""
+"""The frozen T5: features do not depend on the batch, and errors are one line."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 
-from llamagen.text import CaptionEncoder, encoder
-from llamagen.text.pretrained import cut, tokenized
+from llamagen.text import CaptionEncoder, TextEncoderConfig, encoder
+from llamagen.text.pretrained import tokenize, truncate
 from tests.tiny_t5 import WIDTH, save_tiny_model, save_tiny_t5, tiny_tokenizer
 
 CAPTIONS = [
@@ -36,7 +36,7 @@ def t5(folder: Path) -> CaptionEncoder:
     return CaptionEncoder(folder, caption_length=12, dtype="float32")
 
 
-def refusal(name: str | Path) -> str:
+def error_of(name: str | Path) -> str:
     with pytest.raises(ValueError) as error:
         CaptionEncoder(name)
     assert "\n" not in str(error.value)
@@ -57,11 +57,12 @@ def test_features_are_those_of_the_t5_with_zeros_after_the_last_token(t5: Captio
         assert (features[row, len(expected) :] == 0).all()
 
 
-def test_a_caption_that_is_cut_keeps_its_end(t5: CaptionEncoder) -> None:
-    whole = tokenized(t5.tokenizer, ["a cat " * 30])[0]
+def test_a_truncated_caption_keeps_its_end_token(t5: CaptionEncoder) -> None:
+    whole = tokenize(t5.tokenizer, ["a cat " * 30])[0]
     assert len(whole) == 61
     assert (
-        cut(whole, t5.caption_length) == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
+        truncate(whole, t5.caption_length)
+        == t5.tokenizer(["a cat " * 30], truncation=True, max_length=12)["input_ids"][0]
     )
     assert not t5(["a cat " * 5 + "a"]).truncated.item()  # 11 words and the end
 
@@ -71,14 +72,14 @@ def test_features_do_not_depend_on_batch_order_or_padding(
     t5: CaptionEncoder, monkeypatch: pytest.MonkeyPatch, tokens_in_pass: int
 ) -> None:
     alone = torch.cat([t5([caption]).features for caption in CAPTIONS])
-    monkeypatch.setattr(encoder, "TOKENS_IN_PASS", tokens_in_pass)
+    monkeypatch.setattr(encoder, "MAX_PASS_TOKENS", tokens_in_pass)
     torch.testing.assert_close(t5(CAPTIONS).features, alone, rtol=0, atol=1e-5)
     backward = t5(CAPTIONS[::-1])
     torch.testing.assert_close(backward.features.flip(0), alone, rtol=0, atol=1e-5)
     assert backward.lengths.flip(0).tolist()[:5] == LENGTHS
 
 
-def test_equal_captions_go_through_the_encoder_once(t5: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_captions_are_encoded_once(t5: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     encode = t5._encode
     monkeypatch.setattr(t5, "_encode", lambda tokens: seen.append(len(tokens)) or encode(tokens))
@@ -96,7 +97,7 @@ def test_passes_hold_each_caption_once_longest_first_and_no_more_tokens_than_all
     assert sorted(row for rows in shares for row in rows) == list(range(2000))
     longest = [max(lengths[row] for row in rows) for rows in shares]
     assert longest == sorted(longest, reverse=True)
-    assert all(len(rows) * most <= encoder.TOKENS_IN_PASS for rows, most in zip(shares, longest, strict=True))
+    assert all(len(rows) * most <= encoder.MAX_PASS_TOKENS for rows, most in zip(shares, longest, strict=True))
     padded = sum(len(rows) * most for rows, most in zip(shares, longest, strict=True))
     assert padded < 1.1 * sum(lengths)  # 2 × without sorting
 
@@ -109,13 +110,13 @@ def test_no_captions_give_no_features(t5: CaptionEncoder) -> None:
 @pytest.mark.parametrize(
     "text", ["\x00", "\ud83d", "👩‍👩‍👧", "猫" * 500, "\u202eabc", "</s> <pad> <unk>", " ", "x" * 100_000]
 )
-def test_no_text_is_too_odd(t5: CaptionEncoder, text: str) -> None:
+def test_encodes_any_text(t5: CaptionEncoder, text: str) -> None:
     features, lengths, _ = t5([text, "a cat"])
     assert features.isfinite().all()
     assert 1 <= lengths[0] <= 12
 
 
-def test_features_that_are_not_finite_stop_and_name_caption_and_weight(tmp_path: Path) -> None:
+def test_features_that_are_not_finite_are_an_error_with_caption_and_weight(tmp_path: Path) -> None:
     encoder = CaptionEncoder(save_tiny_t5(tmp_path), 12, "float32")
     row = encoder.tokenizer("cat")["input_ids"][0]
     encoder.model.shared.weight[row, 0] = float("nan")
@@ -124,12 +125,14 @@ def test_features_that_are_not_finite_stop_and_name_caption_and_weight(tmp_path:
         encoder(["a dog", "a cat"])
     assert encoder(["a dog"]).features.isfinite().all()
     encoder.model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot be used: its weight .*shared\.weight is not finite; get it again"):
+    with pytest.raises(
+        ValueError, match=r"cannot be used: its weight .*shared\.weight is not finite; download it again"
+    ):
         CaptionEncoder(tmp_path)
 
 
 @pytest.mark.parametrize("captions", ["a cat", ["a cat", None], [b"a cat"]])
-def test_what_is_no_list_of_texts_is_refused(t5: CaptionEncoder, captions: list[str]) -> None:
+def test_rejects_anything_but_a_list_of_texts(t5: CaptionEncoder, captions: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         t5(captions)
     assert "must be a" in str(error.value)
@@ -144,7 +147,7 @@ def test_it_is_frozen_and_stays_in_evaluation_mode(t5: CaptionEncoder) -> None:
     assert not t5(["a cat"]).features.requires_grad
 
 
-def test_an_owner_that_keeps_it_in_a_tuple_has_no_weights_of_it(t5: CaptionEncoder) -> None:
+def test_a_module_that_keeps_it_in_a_tuple_does_not_own_its_weights(t5: CaptionEncoder) -> None:
     owner = nn.Linear(2, 2)
     owner.encoder = (t5,)
     assert set(owner.state_dict()) == {"weight", "bias"}
@@ -173,7 +176,13 @@ def test_bfloat16_is_the_default_for_all_weights_and_near_float32(folder: Path, 
     assert difference < 0.02
 
 
-def test_float16_and_other_wrong_arguments_are_refused(folder: Path) -> None:
+def test_the_config_rejects_float16() -> None:
+    with pytest.raises(ValueError, match=r"dtype 'float16' .*bfloat16, float32; T5 overflows in float16"):
+        TextEncoderConfig(dtype="float16")  # type: ignore[arg-type]
+    assert TextEncoderConfig(dtype="float32").dtype == "float32"
+
+
+def test_rejects_float16_and_other_invalid_arguments(folder: Path) -> None:
     with pytest.raises(ValueError, match="float16") as error:
         CaptionEncoder(folder, dtype="float16")  # type: ignore[arg-type]
     assert "bfloat16, float32" in str(error.value)
@@ -181,34 +190,52 @@ def test_float16_and_other_wrong_arguments_are_refused(folder: Path) -> None:
         CaptionEncoder(folder, caption_length=0)
 
 
-def test_facts_are_primitives_that_tell_encoders_apart(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
-    facts = t5.facts()
-    assert json.loads(json.dumps(facts)) == facts
-    assert (facts["encoder"], facts["width"], facts["caption_length"]) == (str(folder), WIDTH, 12)
-    assert facts["dtype"] == "float32"
+def test_metadata_are_primitives_that_distinguish_encoders(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
+    metadata = t5.metadata()
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert (metadata["encoder"], metadata["width"], metadata["caption_length"]) == (str(folder), WIDTH, 12)
+    assert metadata["dtype"] == "float32"
     same = CaptionEncoder(shutil.copytree(folder, tmp_path / "same"), caption_length=12, dtype="float32")
     t5(CAPTIONS)
-    assert {**same.facts(), "encoder": str(folder)} == t5.facts() == facts
-    rounded = CaptionEncoder(folder, caption_length=12, dtype="bfloat16").facts()
-    assert rounded == {**facts, "dtype": "bfloat16"}
+    assert {**same.metadata(), "encoder": str(folder)} == t5.metadata() == metadata
+    rounded = CaptionEncoder(folder, caption_length=12, dtype="bfloat16").metadata()
+    assert rounded == {**metadata, "dtype": "bfloat16"}
     save_tiny_model(tmp_path / "same", seed=1)
-    other = CaptionEncoder(tmp_path / "same", caption_length=12, dtype="float32").facts()
-    assert other["weights"] != facts["weights"]
-    assert other["tokenizer"] == facts["tokenizer"]
+    other = CaptionEncoder(tmp_path / "same", caption_length=12, dtype="float32").metadata()
+    assert other["weights"] != metadata["weights"]
+    assert other["tokenizer"] == metadata["tokenizer"]
     tiny_tokenizer(extra=("sofa",)).save_pretrained(tmp_path / "same")
-    assert CaptionEncoder(tmp_path / "same").facts()["tokenizer"] != facts["tokenizer"]
+    assert CaptionEncoder(tmp_path / "same").metadata()["tokenizer"] != metadata["tokenizer"]
 
 
-def test_a_folder_is_read_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_loaded_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a network was asked")
+        raise AssertionError("a network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert CaptionEncoder(str(folder)).width == WIDTH
 
 
-def test_a_whole_t5_gives_its_encoder(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
+def test_a_cached_model_is_loaded_without_a_network(
+    folder: Path, t5: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network was used")
+
+    revision = "0" * 40
+    repository = tmp_path / "models--someone--tiny-t5"
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    cached = CaptionEncoder("someone/tiny-t5", 12, "float32")
+    assert torch.equal(cached(CAPTIONS).features, t5(CAPTIONS).features)
+
+
+def test_reads_the_encoder_of_a_full_t5(folder: Path, t5: CaptionEncoder, tmp_path: Path) -> None:
     config = T5Config.from_pretrained(folder)
     config.is_encoder_decoder = True
     whole = T5ForConditionalGeneration(config)
@@ -219,7 +246,7 @@ def test_a_whole_t5_gives_its_encoder(folder: Path, t5: CaptionEncoder, tmp_path
     assert torch.equal(found(CAPTIONS).features, t5(CAPTIONS).features)
 
 
-def test_a_tokenizer_of_sentencepiece_is_read(tmp_path: Path) -> None:
+def test_reads_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     save_tiny_model(tmp_path)
     texts = ["a photo of a cat", "the dog sits under a tree", "red house"]
@@ -234,35 +261,35 @@ def test_a_tokenizer_of_sentencepiece_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0, "tokenizer_class": "T5Tokenizer"}))
     own = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     found = CaptionEncoder(tmp_path)
-    assert tokenized(found.tokenizer, ["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
+    assert tokenize(found.tokenizer, ["a red cat sits"]) == [[*own.encode("a red cat sits"), 1]]
 
 
-def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_message_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install -c constraints.txt -e ".[text]"' in refusal(folder)
+    assert 'pip install -c constraints.txt -e ".[text]"' in error_of(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/t5", "./t5", "~/no-such-t5", "a/b/c", Path("no/t5")])
-def test_a_path_that_is_not_there_is_not_taken_for_a_name(name: str | Path) -> None:
-    message = refusal(name)
+def test_a_missing_path_is_not_taken_for_a_name_on_the_hub(name: str | Path) -> None:
+    message = error_of(name)
     assert f"{name} does not exist" in message
     assert "google/flan-t5-xl" in message
 
 
-def test_a_name_that_cannot_be_had_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_not_available_says_where_it_was_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refusal("someone/no-such-t5")
+    message = error_of("someone/no-such-t5")
     for part in ("someone/no-such-t5", "HF_HOME", "hf download someone/no-such-t5", "folder's path"):
         assert part in message
 
 
-def test_what_is_no_t5_is_refused(tmp_path: Path) -> None:
-    assert "cannot be used" in refusal(tmp_path)
+def test_rejects_other_models_than_t5(tmp_path: Path) -> None:
+    assert "cannot be used" in error_of(tmp_path)
     BertConfig().save_pretrained(tmp_path)
-    assert "it is a bert, not a T5" in refusal(tmp_path)
+    assert "it is a bert, not a T5" in error_of(tmp_path)
 
 
-def test_weights_that_are_missing_or_damaged_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_rejects_missing_or_damaged_weights(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -270,16 +297,16 @@ def test_weights_that_are_missing_or_damaged_are_refused(folder: Path, tmp_path:
     weights = load_file(file)
     del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    assert "lacks 1 weights, such as encoder.block.1.layer.0.SelfAttention.q.weight" in refusal(tmp_path)
+    assert "lacks 1 weights, such as encoder.block.1.layer.0.SelfAttention.q.weight" in error_of(tmp_path)
     file.write_bytes(b"not weights")
-    assert "cannot be used" in refusal(tmp_path)
+    assert "cannot be used" in error_of(tmp_path)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_rejects_a_tokenizer_that_does_not_match(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     tiny_tokenizer(extra=tuple(f"word{i}" for i in range(90))).save_pretrained(tmp_path)
-    assert "has a token" in refusal(tmp_path)
+    assert "has a token" in error_of(tmp_path)
     endless = tiny_tokenizer()
     endless.backend_tokenizer.post_processor = None
     endless.save_pretrained(tmp_path)
-    assert "does not end captions" in refusal(tmp_path)
+    assert "does not end captions" in error_of(tmp_path)

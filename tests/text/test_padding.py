@@ -1,4 +1,4 @@
-"""Left padding and packing of features, held to loops."""
+"""Left padding and packing of features, compared with plain loops."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def random_features(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pad_left_by_rolling(features: Tensor, lengths: Tensor) -> Tensor:
-    """As the published code has it: roll each caption, then multiply by the flipped mask."""
+    """The published method: roll each caption, then multiply by the flipped mask."""
     rows = []
     for row, length in zip(features, lengths.tolist(), strict=True):
         mask = torch.arange(len(row)) >= len(row) - length
@@ -23,14 +23,14 @@ def pad_left_by_rolling(features: Tensor, lengths: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_left_padding_is_that_of_the_published_code(dtype: torch.dtype) -> None:
+def test_left_padding_equals_the_published_method(dtype: torch.dtype) -> None:
     features = random_features(dtype)
     moved = pad_left(features, LENGTHS)
     assert moved.dtype is dtype
     assert torch.equal(moved, pad_left_by_rolling(features, LENGTHS))
 
 
-def test_what_stands_in_the_padding_does_not_matter() -> None:
+def test_values_in_the_padding_are_ignored() -> None:
     features = random_features()
     spoiled = features.masked_fill((torch.arange(7) >= LENGTHS.unsqueeze(1)).unsqueeze(2), torch.nan)
     assert torch.equal(pad_left(spoiled, LENGTHS), pad_left(features, LENGTHS))
@@ -45,7 +45,7 @@ def test_left_padding_has_the_gradient_of_a_copy() -> None:
     assert torch.equal(features.grad, expected)
 
 
-def test_packing_keeps_tokens_in_their_order_and_comes_back() -> None:
+def test_packing_keeps_the_order_of_tokens_and_can_be_undone() -> None:
     features = random_features()
     tokens = pack(features, LENGTHS)
     assert torch.equal(tokens, torch.cat([row[:length] for row, length in zip(features, LENGTHS, strict=True)]))
@@ -56,20 +56,20 @@ def test_packing_keeps_tokens_in_their_order_and_comes_back() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1, 2], [0, 1, 3, 8, 5, 7], [0, 1, 3, -1, 5, 7]])
-def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
+def test_rejects_invalid_lengths(lengths: list[int]) -> None:
     for move in (pad_left, pack):
         with pytest.raises(ValueError) as error:
             move(random_features(), torch.tensor(lengths))
         assert "need 6 lengths in [0, 7]" in str(error.value)
 
 
-def test_features_of_one_caption_need_a_batch_of_their_own() -> None:
+def test_rejects_features_without_a_batch_dimension() -> None:
     with pytest.raises(ValueError) as error:
         pad_left(torch.zeros(7, 4), torch.tensor([3]))
     assert "(7, 4)" in str(error.value)
 
 
-def test_tokens_that_are_not_as_many_as_lengths_say_are_refused() -> None:
+def test_rejects_tokens_that_do_not_match_the_lengths() -> None:
     with pytest.raises(ValueError) as error:
         unpack_left(torch.zeros(5, 4), torch.tensor([3, 3]), 7)
     assert "sum 6" in str(error.value)
@@ -90,7 +90,7 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_moves_the_same() -> None:
+def test_padding_on_the_gpu_equals_the_cpu() -> None:
     features, lengths = random_features(torch.bfloat16), LENGTHS
     on_gpu = features.cuda(), lengths.cuda()
     assert torch.equal(pad_left(*on_gpu).cpu(), pad_left(features, lengths))

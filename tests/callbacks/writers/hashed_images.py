@@ -42,7 +42,7 @@ class HashedImages(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.sampling = sampling or SamplingConfig(guidance_scale=7.5, top_k=1000)
-        self.sample_seed, self.caption_facts = sample_seed, {"reader": reader}
+        self.sample_seed, self.caption_metadata = sample_seed, {"reader": reader}
         self.generator = nn.Linear(1, 1)
         nn.init.ones_(self.generator.weight)
         nn.init.zeros_(self.generator.bias)

@@ -145,7 +145,7 @@ def test_codes_classes_and_captions_are_kept(source: Path, whole: Path) -> None:
 
 
 def test_meta_describes_codes_and_encoder(t5: Path, whole: Path) -> None:
-    meta, facts = read_meta(whole, ""), module_of(t5).encoder.facts()
+    meta, facts = read_meta(whole, ""), module_of(t5).encoder.metadata()
     expected = {
         "encoder": str(t5),
         "width": WIDTH,

@@ -90,7 +90,7 @@ def test_labels_may_come_from_a_file_and_repeat(pipeline: Pipeline, tmp_path: Pa
 
 def test_rejects_an_unknown_label_before_writing_anything(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("3\n10\n")
-    with pytest.raises(ValueError, match="class 10 was asked for, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="class 10 was requested, but the model has classes 0 to 9"):
         main.main(command(pipeline, tmp_path / "samples", f"--data.init_args.classes={tmp_path / 'labels.txt'}"))
     assert not (tmp_path / "samples").exists()
 
@@ -212,7 +212,7 @@ def stub_module() -> Any:
         sample_seed=0,
         image_size=None,
         tokenizer_checksum=None,
-        caption_facts={},
+        caption_metadata={},
     )
 
 
