@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, help="file for the record, .json")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it; stand-ins and runs are reused")
-    parser.add_argument("--only", default="", help="regular expression: run only matching commands, and keep other records")
+    parser.add_argument("--only", default="", help="regular expression: run only matching commands")
     options = parser.parse_args()
     commands = read_commands(README.read_text())
     places = [where_it_runs(command) for command in commands]  # an unknown command is an error before the first run
