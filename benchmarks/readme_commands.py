@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamagen.files import atomic_file
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TIMEOUT = 1200.0
@@ -206,8 +208,8 @@ def copy_project(folder: Path) -> None:
     output = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, output.split("\0")):
         if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            with atomic_file(folder / name) as temporary:
+                shutil.copyfile(ROOT / name, temporary)
 
 
 def run(command: Command, folder: Path) -> dict[str, Any]:
@@ -239,7 +241,6 @@ def run(command: Command, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     from benchmarks.readme_stand_ins import make_stand_ins
-    from llamagen.files import atomic_file
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, help="file for the record, .json")
@@ -264,8 +265,8 @@ def main() -> None:
             elif command.text in old:
                 records.append({**old[command.text], "line": command.line})
             if options.out is not None:
-                with atomic_file(options.out) as file:
-                    file.write_text(json.dumps(as_result(records), indent=2, ensure_ascii=False) + "\n")
+                with atomic_file(options.out) as temporary_file:
+                    temporary_file.write_text(json.dumps(as_result(records), indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(as_result(records)))
     if any(record.get("status") for record in records):
         raise SystemExit(1)
