@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our step")
-    parser.add_argument("--without-plain", action="store_true", help="for sizes of which only one fits into memory")
+    parser.add_argument("--without-plain", action="store_true", help="for sizes that fit into memory only once")
     parser.add_argument("--memory-of", choices=SIDES, help="only run this side and print its peak memory")
     return parser.parse_args()
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules import CodeDataModule, ImageDataModule
 from datamodules.packing import pack
 from datamodules.storage.folders import class_folders, index_folder
-from datamodules.storage.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset
 from datamodules.transforms.crops import centre_crop
 from datamodules.transforms.decode import read_image
 
@@ -92,7 +92,7 @@ class PlainCodes(Dataset[tuple[Tensor, int]]):
 def write_codes(root: Path, plain: Path) -> None:
     plain.mkdir()
     generator = np.random.default_rng(0)
-    shards = ShardSet(root, {}, hint="")
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     written = {"train": 2, "val": 1}
     for split, count in written.items():
@@ -112,7 +112,7 @@ def write_codes(root: Path, plain: Path) -> None:
         "format": CODES_FORMAT, "vocabulary": VOCABULARY, "grid": [GRID, GRID], "views": VIEWS, "num_classes": 1000,
         "tokenizer": "0" * 64,
     }  # fmt: skip
-    shards.finish(written, meta, known={}, max_bad_share=0.0)
+    shards.finish(written, meta, rejected={}, max_bad_share=0.0)
 
 
 def image_loader(root: str, size: int) -> Any:

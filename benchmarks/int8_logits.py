@@ -2,8 +2,8 @@
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 
-Prints a table, then a line of JSON. ``drawn alike`` is the share of positions at which the same noise would sample the
-same code.
+Prints a table, then a line of JSON. ``sampled alike`` is the share of positions at which the same noise would sample
+the same code.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def rounded(gpt: GPT) -> GPT:
 @torch.no_grad()
 def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, float]:
     """Differences between two models, as means over all codes."""
-    sums = dict.fromkeys(("logit change", "KL divergence", "loss", "drawn alike"), 0.0)
+    sums = dict.fromkeys(("logit change", "KL divergence", "loss", "sampled alike"), 0.0)
     spread, count = 0.0, 0
     counters = code_counters(gpt.config.vocab_size)
     for number, batch in enumerate(batches):
@@ -55,7 +55,7 @@ def compare(gpt: GPT, other: GPT, batches: list[dict[str, Any]]) -> dict[str, fl
         kl = F.kl_div(found.log_softmax(-1), true.log_softmax(-1), log_target=True, reduction="sum")
         sums["KL divergence"] += float(kl)
         sums["loss"] += float(F.cross_entropy(found, codes.flatten(), reduction="sum"))
-        sums["drawn alike"] += float((one == two).sum())
+        sums["sampled alike"] += float((one == two).sum())
         spread += float(true.std(1).sum())
         count += len(true)
     return {name: round(total / count, 6) for name, total in sums.items()} | {"spread": round(spread / count, 4)}

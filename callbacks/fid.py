@@ -22,6 +22,7 @@ from callbacks.protocols import (
     HasImageSize,
     ReconstructsImages,
     datamodule,
+    missing_members,
     optional,
     require,
 )
@@ -146,9 +147,10 @@ class FIDMonitor(pl.Callback):
     def _reconstructed_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         """Side of the reconstructions to measure."""
         if optional(ReconstructsImages, pl_module) is None:
+            missing = ", ".join(missing_members(GeneratesImages, pl_module))
             raise ValueError(
-                f"FIDMonitor needs a module that generates or reconstructs images, but {type(pl_module).__name__} does "
-                "neither; remove FIDMonitor from trainer.callbacks"
+                f"FIDMonitor needs a module that generates or reconstructs images, but {type(pl_module).__name__} has "
+                f"neither reconstruct nor {missing}; remove FIDMonitor from trainer.callbacks"
             )
         return self.image_size or require(HasImageSize, datamodule(trainer), self).image_size
 

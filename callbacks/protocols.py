@@ -31,7 +31,7 @@ class HasGenerator(Protocol):
 
 @runtime_checkable
 class EvaluatesStages(Protocol):
-    """A module that evaluates a batch under any name."""
+    """A module that evaluates a batch for a given stage."""
 
     def evaluate(self, batch: Any, stage: str) -> None:
         """Add a batch to the metrics of a stage, which are logged as ``<stage>/…`` at the end of the validation."""
@@ -122,7 +122,7 @@ class SamplesImages(Protocol):
 
 @runtime_checkable
 class KeepsSampler(Protocol):
-    """A module that samples images with a sampler that it keeps."""
+    """A module that keeps an image sampler."""
 
     sampling: Any
     """Dataclass of the sampling settings."""
@@ -141,7 +141,7 @@ class KeepsSampler(Protocol):
 
 @runtime_checkable
 class PredictsImages(Protocol):
-    """A module that predicts images."""
+    """A module whose predict step samples images."""
 
     sampling: Any
     """Dataclass of the sampling settings: with label or prompt, index and seed they determine an image."""
@@ -196,7 +196,7 @@ class CleansCaptions(Protocol):
 
 @runtime_checkable
 class ImageRequests(Protocol):
-    """A DataModule that requests images, such as SampleDataModule or PromptDataModule."""
+    """A DataModule that requests images, such as ClassRequestDataModule or PromptDataModule."""
 
     label_name: str
     """What a label is a number of: ``class`` or ``prompt``."""

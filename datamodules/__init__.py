@@ -1,7 +1,7 @@
-"""The one data layer that both modules share.
+"""The data layer: images, captions and codes for training, and requests for sampling.
 
-Its DataModules are imported when they are asked for: a worker process that reads samples needs none of them, and with
-them Lightning, which takes several times as long to import as all the rest.
+The DataModules are imported on first access. A worker process that reads examples needs neither them nor Lightning,
+whose import takes several times as long as everything else.
 """
 
 from importlib import import_module
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.captions import CaptionDataModule
+    from datamodules.class_requests import ClassRequestDataModule
     from datamodules.codes import CodeDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.images import ImageDataModule
     from datamodules.prompts import PromptDataModule
-    from datamodules.samples import SampleDataModule
 
 __all__ = [
     "CaptionDataModule",
@@ -21,7 +21,7 @@ __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
     "PromptDataModule",
-    "SampleDataModule",
+    "ClassRequestDataModule",
 ]
 
 _MODULES = {
@@ -30,7 +30,7 @@ _MODULES = {
     "DigitsDataModule": "digits",
     "ImageDataModule": "images",
     "PromptDataModule": "prompts",
-    "SampleDataModule": "samples",
+    "ClassRequestDataModule": "class_requests",
 }
 
 

@@ -1,4 +1,4 @@
-"""The base of every DataModule that reads images or codes."""
+"""Base class of the DataModules that read images, captions or codes."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from datamodules.loading.loader import EvaluationLoader, TrainLoader, ranks_wait
 from datamodules.loading.order import EpochPlan, Remainder, StreamPlan, evaluation_batches, shared_batches
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.bad_samples import REASONS, Tally
+from datamodules.storage.bad_examples import REASONS, Tally
 from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
-from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.index import CAPTIONS, ExampleIndex
 from datamodules.storage.remote import ShardCache, check_presence, is_remote
 from datamodules.storage.sources import SPLITS, Source, find_sources, hold_out
 from llamagen.option_checks import (
@@ -31,44 +31,46 @@ from llamagen.option_checks import (
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Samples from folders and shards, near or far; training in a reproducible, resumable order.
+    """Examples from folders and from local or remote shards; training order is reproducible and resumable.
 
-    ``fit`` trains on ``train`` and validates on ``val``, ``validate`` and ``test`` read ``val``, ``predict`` reads
-    both, in the order of :attr:`predict_splits`. Remote shards are fetched whole into ``cache_dir`` before training.
+    ``fit`` trains on ``train`` and validates on ``val``. ``validate`` and ``test`` read ``val``. ``predict`` reads
+    both, in the order of :attr:`predict_splits`. Remote shards are downloaded completely into ``cache_dir`` before
+    training.
 
     Args:
-        root: folder or address of the set. Within it ``train`` and ``val`` (or ``training``, ``Train``, ``validation``,
-            ``dev`` and so on), each a folder of class folders or of shards; or the class folders or shards themselves;
-            or shards by a pattern, as for ``train``.
-        batch_size: samples a rank and batch.
-        train: instead of all of ``root``, a folder, or shards by path or address (``http(s)://``, ``s3://``, ``gs://``)
-            with patterns like ``{000..123}``; or a list of these.
-        val: the same for validation, instead of what is in ``root``.
-        val_share: share of the training samples that is kept for validation where there is nothing else for it, drawn
-            by their keys.
-        num_workers: processes a rank that prepare batches; 0 for none.
-        seed: decides the order of each training epoch, and random choices within a sample.
-        remainder: of an epoch's samples that do not fill a batch on every rank: ``keep`` them, so that the last batches
-            are smaller, ``drop`` them, or ``repeat`` the first ones to fill up.
-        resampled_epoch: None reads every training sample once an epoch. A number draws shards at random with
-            replacement, without end, for sets that are too large to be fetched or shuffled whole; it says after how
-            many samples an epoch is over.
-        max_bad_share: share of samples that may be broken and are skipped; more is an error.
-        cache_dir: where remote shards and the indexes of shards are kept; None for ``~/.cache/llamagen``.
+        root: folder or address of the dataset. It contains ``train`` and ``val`` (or ``training``, ``Train``,
+            ``validation``, ``dev`` and so on), each a folder of class folders or of shards; or it contains class
+            folders or shards directly; or it is a pattern of shards, as for ``train``.
+        batch_size: examples per batch and rank.
+        train: training data, instead of ``root``: a folder, or the path or address of shards (``http(s)://``,
+            ``s3://``, ``gs://``) with patterns like ``{000..123}``; or a list of these.
+        val: validation data, in the same forms, instead of the validation split in ``root``.
+        val_share: share of the training examples held out for validation if there is no validation split. Keys decide
+            which examples are held out.
+        num_workers: worker processes per rank that prepare batches; 0 prepares them in the main process.
+        seed: seed of the order of each training epoch and of random choices within an example.
+        remainder: what to do with the examples of an epoch that do not fill a batch on every rank: ``keep`` them in
+            smaller last batches, ``drop`` them, or ``repeat`` the first examples of the epoch to fill up.
+        resampled_epoch: None reads every training example once per epoch. A number samples shards with replacement,
+            without end, for datasets too large to download or shuffle completely; it is the number of examples in an
+            epoch.
+        max_bad_share: maximum share of bad examples. Bad examples are skipped; more than this share is an error.
+        cache_dir: folder for remote shards and for the indexes of shards; None for ``~/.cache/llamagen``.
         cache_gb: with ``resampled_epoch``, gigabytes of remote shards to keep.
         allow_pipe: let addresses like ``pipe:aws s3 cp … -`` run their command.
-        class_order: how class folders are numbered. ``auto``: folders whose names are all whole numbers are the classes
-            of these numbers, others are numbered in the order of their names. ``number``: each name must be a whole
-            number. ``name``: always in the order of the names, as text.
+        class_order: how class folders are numbered. ``auto``: if all folder names are integers, they are the class
+            numbers; otherwise folders are numbered in the order of their names. ``number``: each name must be an
+            integer. ``name``: always in the order of the names, as text.
     """
 
     extensions: tuple[str, ...] = ()
-    """A sample needs one of these members."""
+    """An example needs at least one of these members."""
 
     hint = "give the folder that holds the data of each split"
-    """What to do if there are no data; ends the error message."""
+    """Remedy that ends the error messages about missing data."""
 
     predict_splits = SPLITS
+    """Splits that ``predict`` reads, in this order."""
 
     def __init__(
         self,
@@ -108,25 +110,25 @@ class ShardDataModule(pl.LightningDataModule):
         self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share
         self.allow_pipe, self.class_order = allow_pipe, class_order
         self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank without work in predict
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # in predict a rank may have nothing to do
         self.class_names: list[str] = []
         self.numbering: list[str] = []
         self.captioned = False
         self.tallies: dict[str, Tally] = {}
         self.datasets: dict[str, Dataset[Any]] = {}
         self._sources: dict[str, Source | None] | None = None
-        self._indexes: dict[str, SampleIndex | StreamIndex] = {}
+        self._indexes: dict[str, ExampleIndex | StreamIndex] = {}
         self._train_loader: TrainLoader | None = None
-        self._place: dict[str, int] | None = None
+        self._position: dict[str, int] | None = None
         self._shards: dict[str, tuple[int, Collection[int]]] = {}
 
     @abstractmethod
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> Dataset[Any]:
-        """The dataset of a split's samples; it is asked for (number, epoch) and has a length."""
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> Dataset[Any]:
+        """Build the dataset of a split, indexed by (example number, epoch), with a length."""
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return self.trainer.global_rank if self.trainer is not None else 0
 
     @property
@@ -135,10 +137,10 @@ class ShardDataModule(pl.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def prepare_data(self) -> None:
-        """Fetch shards and read their headers, in one process of each machine.
+        """Download shards and read their headers, in one process per machine.
 
         Raises:
-            ValueError: if something is missing.
+            ValueError: if data are missing.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
         if stage is not None:
@@ -149,42 +151,44 @@ class ShardDataModule(pl.LightningDataModule):
         """Index the splits that the stage reads.
 
         Raises:
-            ValueError: if something is missing, empty, or too much of it cannot be used.
+            ValueError: if data are missing or empty, or too many examples are bad.
         """
         if stage == "predict" and self.resampled_epoch:
-            raise ValueError("predict reads each sample once; leave resampled_epoch out")
+            raise ValueError("predict reads each example once; leave resampled_epoch out")
         self.tallies = {}
         for split in _splits_of(stage):
-            samples = self._index(split)
-            bad = samples.bad if isinstance(samples, SampleIndex) else ()
-            self.captioned = self.captioned or not set(CAPTIONS).isdisjoint(samples.members)
-            count = self.resampled_epoch if isinstance(samples, StreamIndex) else len(samples)
-            if self._found()["val"] is None:  # two parts of one source: few held-out samples say little of its share
+            examples = self._index(split)
+            bad = examples.bad if isinstance(examples, ExampleIndex) else ()
+            self.captioned = self.captioned or not set(CAPTIONS).isdisjoint(examples.members)
+            count = self.resampled_epoch if isinstance(examples, StreamIndex) else len(examples)
+            if self._sources_by_split()["val"] is None:
+                # Both splits come from one source. The share of bad examples is that of the source, since the few
+                # examples held out estimate it poorly.
                 count = sum(len(index) for index in self._indexes.values())
             keep, alone = stage == "predict", self.world_size == 1
             self.tallies[split] = Tally(split, count or 0, bad, self.max_bad_share, keep, alone)
-            if not len(samples):
-                source = self._found()[split] or self._found()["train"]
-                raise ValueError(f"the {split} data in {source.name} hold no samples that can be used; {self.hint}")
-            self.datasets[split] = self.build_dataset(split, samples, stage)
+            if not len(examples):
+                source = self._sources_by_split()[split] or self._sources_by_split()["train"]
+                raise ValueError(f"the {split} data in {source.name} hold no usable examples; {self.hint}")
+            self.datasets[split] = self.build_dataset(split, examples, stage)
 
-    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
-        """Make out training and validation split, and the set's description.
+    def find_splits(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Find the training split, the validation split and the content of ``meta.json``.
 
         Raises:
-            ValueError: if there is nothing.
+            ValueError: if there are no data.
         """
-        places = self.root, self.train, self.val
-        return find_sources(*places, self.hint, self.allow_pipe, self.class_order, self._run_folder)
+        options = self.hint, self.allow_pipe, self.class_order, self._run_folder
+        return find_sources(self.root, self.train, self.val, *options)
 
     @property
     def _run_folder(self) -> Path | None:
         folder = getattr(self.trainer, "default_root_dir", None)
         return None if folder is None or is_remote(str(folder)) else Path(folder)
 
-    def _found(self) -> dict[str, Any]:
+    def _sources_by_split(self) -> dict[str, Any]:
         if self._sources is None:
-            train, val, _ = self.find()
+            train, val, _ = self.find_splits()
             self.numbering = []
             for source in (train, val):
                 if source is not None and source.folder is not None:
@@ -196,68 +200,67 @@ class ShardDataModule(pl.LightningDataModule):
     def _check_folder(self, folder: Path, numbering: str) -> None:
         if self._run_folder is not None and folder.resolve() == self._run_folder.resolve():
             raise ValueError(
-                f"trainer.default_root_dir is {self._run_folder}, the folder of the images: what the run writes there "
-                "would become a part of them; choose another folder"
+                f"trainer.default_root_dir is {self._run_folder}, the folder of the images, so files of the run would "
+                "become part of the dataset; choose another folder"
             )
         if numbering:
             self.numbering.append(f"{folder}: {numbering}")
             rank_zero_info(self.numbering[-1])
 
-    def _index(self, split: str) -> SampleIndex | StreamIndex:
+    def _index(self, split: str) -> ExampleIndex | StreamIndex:
         if split not in self._indexes:
-            source = self._found()[split]
+            source = self._sources_by_split()[split]
             if source is None and (split == "train" or self.resampled_epoch):
                 raise ValueError(f"there are no {split} data; {self.hint}")
             if split == "train" and self.resampled_epoch:
                 check_presence(source.shards)
                 self._indexes[split] = StreamIndex(source, self.cache, self.extensions, self.labels_needed)
-            elif source is None or (split == "train" and self._found()["val"] is None):
-                train = self._whole("train")
+            elif source is None or (split == "train" and self._sources_by_split()["val"] is None):
+                train = self._usable_index("train")
                 held_out = hold_out(train, self.val_share)
-                # What is bad is counted with the training samples.
                 validation = train.select(np.flatnonzero(held_out))
-                validation.bad = []
+                validation.bad = []  # bad examples of the source are counted with the training split
                 self._indexes |= {"train": train.select(np.flatnonzero(~held_out)), "val": validation}
             else:
-                self._indexes[split] = self._whole(split)
+                self._indexes[split] = self._usable_index(split)
         return self._indexes[split]
 
-    def _whole(self, split: str) -> SampleIndex:
-        if self._found()[split] is None:
+    def _usable_index(self, split: str) -> ExampleIndex:
+        if self._sources_by_split()[split] is None:
             raise ValueError(f"there are no training data; {self.hint}")
         return self.read_index(split).usable(self.extensions, self.labels_needed)
 
-    def read_index(self, split: str) -> SampleIndex:
-        """All samples of a split that is there, also those that cannot be used.
+    def read_index(self, split: str) -> ExampleIndex:
+        """Index all examples of an existing split, including those that cannot be used.
 
         Raises:
-            ValueError: if something is missing.
+            ValueError: if data are missing.
         """
-        index: SampleIndex = self._found()[split].index(self.cache)
+        index: ExampleIndex = self._sources_by_split()[split].index(self.cache)
         return index
 
     @property
     def labels_needed(self) -> bool | None:
-        """Whether each sample needs a class; None if it is enough that all have one or none has."""
+        """Whether each example needs a class. None: either all examples have one, or none has."""
         return None
 
     def _plan(self) -> EpochPlan | StreamPlan:
-        samples, ranks = self._indexes["train"], (self.rank, self.world_size)
-        if isinstance(samples, StreamIndex):
-            size = samples.shards, samples.per_draw, self.resampled_epoch or 0
+        examples, ranks = self._indexes["train"], (self.rank, self.world_size)
+        if isinstance(examples, StreamIndex):
+            size = examples.shards, examples.examples_per_shard, self.resampled_epoch or 0
             return StreamPlan(*size, self.batch_size, self.seed, *ranks)
-        return EpochPlan(len(samples), self.batch_size, self.seed, *ranks, self.remainder)
+        return EpochPlan(len(examples), self.batch_size, self.seed, *ranks, self.remainder)
 
     def train_dataloader(self) -> TrainLoader:
-        """Shuffled by (seed, epoch), from the saved place if a checkpoint brought one."""
+        """Training batches, shuffled by (seed, epoch), from the position in the checkpoint if one was loaded."""
         if self._train_loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
-            self._place = self._train_loader.state_dict()  # reload_dataloaders_every_n_epochs
+            self._position = self._train_loader.state_dict()  # reload_dataloaders_every_n_epochs
         self._train_loader = TrainLoader(
             self.datasets["train"], self._plan(), self.num_workers, torch.cuda.is_available(), self.tallies["train"]
         )
-        if self._place is not None:
-            self._train_loader.load_state_dict(self._place)
-            self._place = None
+        if self._position is not None:
+            self._train_loader.load_state_dict(self._position)
+            self._position = None
         return self._train_loader
 
     def _evaluation_loader(self, split: str, batches: list[Any], never_empty: bool = False) -> EvaluationLoader:
@@ -266,36 +269,38 @@ class ShardDataModule(pl.LightningDataModule):
         return EvaluationLoader(self.datasets[split], batches, self.num_workers, pin_memory, tally, never_empty)
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order: rank r takes every world_size-th sample, from the r-th on.
+        """Batches of the validation split, in order: rank r reads examples r, r + world_size, and so on.
 
         Raises:
-            ValueError: if a rank would get no sample, and so nothing to take into the mean.
+            ValueError: if a rank would get no example, and so no value for the mean.
         """
         count = len(self._indexes["val"])
         if count < self.world_size:
             raise ValueError(
-                f"{count} validation samples cannot be shared out over {self.world_size} ranks; use fewer ranks "
-                "(trainer.devices), or more validation samples (val, or val_share)"
+                f"{count} validation examples cannot be distributed over {self.world_size} ranks; use fewer ranks "
+                "(trainer.devices), or more validation examples (val, or val_share)"
             )
         batches = shared_batches(count, self.batch_size, self.rank, self.world_size, ranks_wait(self.trainer))
         return self._evaluation_loader("val", batches, never_empty=True)
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The validation split, in order, like :meth:`val_dataloader`."""
+        """Batches of the validation split, as in :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def plan_shards(self, split: str, samples_per_shard: int, done: Collection[int]) -> None:
-        """Let ``predict`` read a split in pieces, each piece on one rank, and leave out those that are done.
+        """Let ``predict`` read a split shard by shard, each shard on one rank, without the finished ones.
 
         Args:
-            split: of the data.
-            samples_per_shard: size of a piece.
-            done: numbers of the pieces to leave out.
+            split: the split to read.
+            samples_per_shard: examples per shard.
+            done: numbers of the shards to leave out.
         """
         self._shards[split] = samples_per_shard, done
 
     def predict_dataloader(self) -> list[EvaluationLoader]:
-        """Each of :attr:`predict_splits`, in order; no batch holds samples of two pieces of :meth:`plan_shards`."""
+        """One loader per split of :attr:`predict_splits`. No batch holds examples of two shards of
+        :meth:`plan_shards`.
+        """
         loaders = []
         for split in self.predict_splits:
             count = len(self._indexes[split])
@@ -303,10 +308,10 @@ class ShardDataModule(pl.LightningDataModule):
             if size is None:
                 batches = shared_batches(count, self.batch_size, self.rank, self.world_size)
             else:
-                left = [number for number in range(-(-count // size)) if number not in done]
+                unfinished = [number for number in range(-(-count // size)) if number not in done]
                 batches = [
                     batch
-                    for number in left[self.rank :: self.world_size]
+                    for number in unfinished[self.rank :: self.world_size]
                     for batch in evaluation_batches(
                         range(number * size, min((number + 1) * size, count)), self.batch_size
                     )
@@ -315,25 +320,31 @@ class ShardDataModule(pl.LightningDataModule):
         return loaders
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of keys and classes of a split's samples, in their order."""
+        """SHA-256 of the keys and classes of a split, in their order."""
         index = self._indexes[split]
-        assert isinstance(index, SampleIndex)
+        assert isinstance(index, ExampleIndex)
         columns = index.keys.block, index.keys.ends.tobytes(), index.labels.tobytes()
         return hashlib.sha256(b"".join(columns)).hexdigest()
 
     def batches_done(self, state_dict: dict[str, Any]) -> tuple[int, int] | None:
-        """Of the epoch of a saved state: how many batches a rank would have seen here, and of how many."""
+        """Batches of the saved epoch that are done, and all of its batches, counted for the current number of ranks.
+
+        The saved position counts examples, so it holds for any number of ranks. Lightning counts batches per rank.
+        """
         if "train" not in state_dict:
             return None
         plan = self._plan()
-        whole = len(plan.ends(0))
-        return whole - len(plan.ends(state_dict["train"]["consumed"])), whole
+        total = len(plan.ends(0))
+        return total - len(plan.ends(state_dict["train"]["consumed"])), total
 
     def finish_tally(self, split: str) -> dict[str, int]:
-        """End an epoch of a split: what was skipped by reason, over all ranks, judged and set back to zero.
+        """Sum the skipped examples of an epoch over all ranks, check their share, and reset the counts.
+
+        Returns:
+            Number of skipped examples by reason.
 
         Raises:
-            ValueError: if it was too much.
+            ValueError: if the share is greater than ``max_bad_share``.
         """
         tally = self.tallies[split]
         counts = torch.tensor([*(tally.counts[reason] for reason in REASONS), tally.opened])
@@ -346,21 +357,21 @@ class ShardDataModule(pl.LightningDataModule):
         tally.reset()
         return {reason: count for reason, count in total.items() if count}
 
-    # Lightning restores the place of a resumable loader only if it takes the checkpoint for one from within an epoch;
-    # a DataModule's state it always restores.
+    # footgun: Lightning restores the state of a resumable loader only from checkpoints that it considers mid-epoch.
+    # It always restores the state of a DataModule, so the position is saved here.
     def state_dict(self) -> dict[str, Any]:
-        """Place of the training data."""
+        """Position in the training data."""
         if self._train_loader is None:
-            return {} if self._place is None else {"train": self._place}
-        place = self._train_loader.state_dict()
+            return {} if self._position is None else {"train": self._position}
+        position = self._train_loader.state_dict()
         if self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # The epoch is over, also where `limit_train_batches` leaves samples of it.
-            place["consumed"] = self._train_loader.plan.count
-        return {"train": place}
+            # The epoch is over, even if `limit_train_batches` left some examples unread.
+            position["consumed"] = self._train_loader.plan.count
+        return {"train": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a saved place."""
-        self._place = state_dict.get("train")
+        """Resume from a saved position."""
+        self._position = state_dict.get("train")
 
 
 def _splits_of(stage: str) -> tuple[str, ...]:

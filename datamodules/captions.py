@@ -1,4 +1,4 @@
-"""Captions, as they are meant to be read by a text encoder. B captions."""
+"""Captions for a text encoder. B: captions in a batch."""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from datamodules.base import ShardDataModule
 from datamodules.datasets.captions import CaptionDataset, caption_of
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.index import CAPTIONS, SampleIndex
+from datamodules.storage.index import CAPTIONS, ExampleIndex
 from datamodules.storage.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.text.cleaning import clean_caption
@@ -18,22 +18,22 @@ __all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]
 
 
 class CaptionDataModule(ShardDataModule):
-    """Captions for a text encoder, by ``predict``: of codes, images or texts alone.
+    """Captions that ``predict`` encodes, from a dataset of codes, images or text files.
 
-    A set of codes keeps them: they go with the captions.
+    In a dataset of codes, each batch also holds the codes, so that they are stored next to the features.
 
     Args:
-        root: folder or address of a set of codes, as ``predict`` of the tokenizer wrote it, or of any shards with
-            captions (``.txt``, or ``caption`` in ``.json``). Where ``train`` and ``val`` name shards of a set of codes,
-            its folder all the same.
-        batch_size: captions a rank and batch; those of about equal length are encoded together.
-        clean_captions: encode plain lower-case text, without what is no part of a caption: addresses, tags, file names.
-        short_captions: give the first sentence of each caption, too.
+        root: folder or address of a dataset of codes, as written by ``predict`` of the tokenizer, or of any shards with
+            captions (``.txt``, or ``caption`` in ``.json``). If ``train`` and ``val`` name shards of a dataset of
+            codes, give its folder as well.
+        batch_size: captions per batch and rank. Captions of similar length are encoded together.
+        clean_captions: encode plain lower-case text, without addresses, tags and file names.
+        short_captions: also give the first sentence of each caption.
     """
 
     extensions = CAPTIONS
     labels_needed = False
-    hint = "give a folder of codes or shards whose samples have captions (.txt, or caption in .json)"
+    hint = "give a folder of codes or shards whose examples have captions (.txt, or caption in .json)"
 
     def __init__(
         self,
@@ -47,40 +47,40 @@ class CaptionDataModule(ShardDataModule):
         self.clean_captions, self.short_captions = clean_captions, short_captions
         self.source_meta: dict[str, Any] = {}
         if clean_captions:
-            clean_caption("")  # says now what is not installed
+            clean_caption("")  # raises now if a package is missing
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples are of a set of codes."""
+        """Whether the dataset holds codes."""
         return self.source_meta.get("format") == CODES_FORMAT
 
-    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
-        """Make out the splits and read the description, if there is one.
+    def find_splits(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Find the splits and read ``meta.json``, if there is one.
 
         Raises:
-            ValueError: if something is missing or not as it should be.
+            ValueError: if data are missing or ``meta.json`` is invalid.
         """
-        train, val, meta = super().find()
-        if self.train is not None and self.root is not None:  # where shards are named, it is not read yet
+        train, val, meta = super().find_splits()
+        if self.train is not None and self.root is not None:  # with `train`, the base class reads no meta.json
             meta = read_meta(self.root, self.hint)
         self.source_meta = meta
         return train, val, meta
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of keys and classes of a split's samples, in their order, and of where their captions lie.
+        """SHA-256 of the keys and classes of a split, in their order, and of the offsets and sizes of its captions.
 
-        So captions that were written anew are seen to be others, as long as one has another length.
+        Changed captions are detected if the length of any caption has changed.
         """
-        samples = self._indexes[split]
-        assert isinstance(samples, SampleIndex)
-        columns = [samples.members[name].tobytes() for name in CAPTIONS if name in samples.members]
+        examples = self._indexes[split]
+        assert isinstance(examples, ExampleIndex)
+        columns = [examples.members[name].tobytes() for name in CAPTIONS if name in examples.members]
         return hashlib.sha256(b"".join([super().fingerprint(split).encode(), *columns])).hexdigest()
 
     def prepare_data(self) -> None:
-        """Fetch shards and read their headers, in one process of each machine.
+        """Download shards and read their headers, in one process per machine.
 
         Raises:
-            ValueError: if something is missing, or the stage is not ``predict``.
+            ValueError: if data are missing, or the stage is not ``predict``.
         """
         if self.trainer is not None:
             self._check(self.trainer.state.fn)
@@ -90,8 +90,7 @@ class CaptionDataModule(ShardDataModule):
         """Index the splits.
 
         Raises:
-            ValueError: if something is missing, empty, or too much of it cannot be used; if the stage is not
-                ``predict``.
+            ValueError: if data are missing or empty, too many examples are bad, or the stage is not ``predict``.
         """
         self._check(stage)
         super().setup(stage)
@@ -100,15 +99,15 @@ class CaptionDataModule(ShardDataModule):
         if stage != "predict":
             name = getattr(stage, "value", stage)
             raise ValueError(
-                f"CaptionDataModule is for predict, which writes features of captions, not for {name}; train on "
-                "what it wrote, with CodeDataModule"
+                f"CaptionDataModule is for predict, which writes caption features, not for {name}; to train on these "
+                "features, use CodeDataModule"
             )
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CaptionDataset:
-        """Captions of a split."""
-        if not self.has_codes and isinstance(samples, SampleIndex) and "npy" in samples.members:
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> CaptionDataset:
+        """Build the dataset of a split."""
+        if not self.has_codes and isinstance(examples, ExampleIndex) and "npy" in examples.members:
             rank_zero_warn(
-                f"the .npy parts of the {split} samples are left out, for no {META_FILE} says that they are codes; if "
-                "they are, give the folder of the set as root"
+                f"the .npy members of the {split} examples are ignored, because no {META_FILE} says that they are "
+                "codes; if they are, give the folder of their dataset as root"
             )
-        return CaptionDataset(samples, self.clean_captions, self.short_captions, self.has_codes)
+        return CaptionDataset(examples, self.clean_captions, self.short_captions, self.has_codes)

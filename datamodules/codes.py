@@ -1,4 +1,4 @@
-"""Codes for the autoregressive model: (L,) int64 and a condition. A views of an image, h × w grid, L = h · w."""
+"""Codes for the autoregressive model: (L,) int64 and a condition. A: views of an image, h × w: grid, L = h · w."""
 
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,32 @@ from datamodules.loading.loader import ranks_wait
 from datamodules.loading.order import NO_EPOCH
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, SampleIndex
+from datamodules.storage.index import FEATURES, ExampleIndex
 from datamodules.storage.pairing import PairedFeatures
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.option_checks import check_folder_name, check_share
 
 PROBED = 1000
-"""Samples that are read before training starts, to see that the set is what its description says."""
+"""Examples read before training, to check that the shards match ``meta.json``."""
 
 __all__ = ["CodeDataModule", "CodeDataset"]
 
 
 class CodeDataModule(ShardDataModule):
-    """Codes with class labels or captions, from the shards that ``predict`` of the tokenizer wrote, or with the
-    captions' features, which ``predict`` of :class:`CaptionModule` wrote, beside the codes or in a set of their own.
+    """Codes with class labels, captions or caption features.
+
+    ``predict`` of the tokenizer writes the codes. ``predict`` of :class:`CaptionModule` writes the caption features,
+    into the shards of the codes or into a dataset of their own.
 
     Args:
-        root: folder or address that ``predict`` wrote to: ``meta.json``, ``train`` and ``val``; ``train`` and ``val``
-            of this DataModule may name other shards that ``meta.json`` describes.
-        batch_size: images a rank and batch.
-        clean_captions: clean captions, see :func:`llamagen.text.clean_caption`; those of stored features were, or were
-            not, when these were made.
-        short_caption_share: share of the training samples whose caption is its first sentence alone, other ones in each
-            epoch. The paper's second stage has 0.3 (arXiv 2406.06525, section 3).
+        root: folder or address that ``predict`` wrote to, with ``meta.json``, ``train`` and ``val``. The options
+            ``train`` and ``val`` may name other shards that this ``meta.json`` describes.
+        batch_size: images per batch and rank.
+        clean_captions: clean the captions, see :func:`llamagen.text.clean_caption`. Stored features must have been
+            extracted with the same setting.
+        short_caption_share: share of the training examples that use only the first sentence of their caption, chosen
+            again in each epoch. The paper's second stage uses 0.3 (arXiv 2406.06525, section 3).
         features: folder or address of a dataset of caption features of the same images, as ``predict`` of
             :class:`CaptionModule` writes it; paired by key, see
             :class:`~datamodules.storage.pairing.PairedFeatures`. None uses the features stored with the codes, if any.
@@ -57,8 +59,8 @@ class CodeDataModule(ShardDataModule):
         check_folder_name("features", features)
         if features is not None and self.resampled_epoch:
             raise ValueError(
-                f"features is {features}, but with resampled_epoch features must lie beside the codes; extract them "
-                "with these codes as root, or leave resampled_epoch out"
+                f"features is {features}, but with resampled_epoch features must be in the shards of the codes; "
+                "extract them with these codes as root, or leave resampled_epoch out"
             )
         self.clean_captions, self.short_caption_share = clean_captions, short_caption_share
         self.feature_root = None if features is None else str(features)
@@ -66,19 +68,19 @@ class CodeDataModule(ShardDataModule):
         self._features: StoredFeatures | None = None
         self._partners: dict[str, np.ndarray] = {}
 
-    def find(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
-        """Make out the splits and read the description.
+    def find_splits(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
+        """Find the splits and read ``meta.json``.
 
         Raises:
-            ValueError: if something is missing or not as it should be.
+            ValueError: if data are missing or ``meta.json`` is invalid.
         """
-        train, val, meta = super().find()
+        train, val, meta = super().find_splits()
         needed = {"format", "vocabulary", "grid", "views", "num_classes", "tokenizer", "splits"}
-        meta = meta or read_meta(str(self.root), self.hint)  # it is not read yet where shards are named by themselves
+        meta = meta or read_meta(str(self.root), self.hint)  # with `train`, the base class reads no meta.json
         if meta.get("format") == CAPTIONS_FORMAT:
             raise ValueError(
-                f"{self.root} holds features of captions without codes; extract the images' codes, give their set as "
-                "root, and this one as features"
+                f"{self.root} holds caption features without codes; extract the codes of the images and give their "
+                "dataset as root, and this one as features"
             )
         if meta.get("format") != CODES_FORMAT or needed - set(meta):
             raise ValueError(f"{META_FILE} of {self.root} does not describe codes; {self.hint}")
@@ -94,9 +96,9 @@ class CodeDataModule(ShardDataModule):
             raise ValueError(
                 f"vocabulary, grid, views or num_classes in {META_FILE} of {self.root} are wrong; {self.hint}"
             )
-        if self.feature_root is not None and self._asks_for_captions is not False:
+        if self.feature_root is not None and self._needs_captions is not False:
             paired = PairedFeatures(self.feature_root, self.allow_pipe)
-            self._features, meta = paired, {**meta, FEATURES: paired.described}  # also in the place of its own
+            self._features, meta = paired, {**meta, FEATURES: paired.description}  # replaces features of the codes
         else:
             self._features = StoredFeatures(meta[FEATURES], str(self.root)) if FEATURES in meta else None
         if self._features is not None:
@@ -104,31 +106,31 @@ class CodeDataModule(ShardDataModule):
         self.code_meta = meta
         return train, val, meta
 
-    def _check(self, features: StoredFeatures, described: Any) -> None:
+    def _check(self, features: StoredFeatures, description: Any) -> None:
         root = features.root
-        if self.clean_captions and not described.get("cleaned"):
+        if self.clean_captions and not description.get("cleaned"):
             raise ValueError(
-                f"clean_captions is true, but the features in {root} are of captions as they were; set it to false, or "
-                "extract the features again with it"
+                f"clean_captions is true, but the features in {root} are of uncleaned captions; set it to false, or "
+                "extract the features again with clean_captions"
             )
         if self.short_caption_share and not features.short:
             raise ValueError(
-                f"short_caption_share is {self.short_caption_share}, but {root} has no features of short captions "
-                "(short_captions); extract the features again with them"
+                f"short_caption_share is {self.short_caption_share}, but {root} has no features of short captions; "
+                "extract the features again with short_captions"
             )
 
-    def read_index(self, split: str) -> SampleIndex:
-        """All samples of a split, with what features of another set belong to them.
+    def read_index(self, split: str) -> ExampleIndex:
+        """Index all examples of a split, paired with features of another dataset if these are given.
 
         Raises:
-            ValueError: if something is missing, or it is not known which ones belong to which.
+            ValueError: if data are missing, or the pairing is ambiguous.
         """
         index = super().read_index(split)
         if isinstance(self._features, PairedFeatures):
-            if not self._partners:  # a key may come in both splits, so both are looked at even if one is read
+            if not self._partners:  # a key may occur in both splits, so both are paired even if only one is read
                 splits = {
                     name: index if name == split else super(CodeDataModule, self).read_index(name)
-                    for name, source in self._found().items()
+                    for name, source in self._sources_by_split().items()
                     if source is not None
                 }
                 columns = self._features.pair(list(splits.values()), self.cache, str(self.root))
@@ -137,39 +139,39 @@ class CodeDataModule(ShardDataModule):
         return index
 
     @property
-    def _asks_for_captions(self) -> bool | None:
-        """Whether the model that is trained is one of captions, and not of classes; None where there is no model."""
+    def _needs_captions(self) -> bool | None:
+        """Whether the model is conditioned on captions instead of classes; None without a model."""
         return getattr(getattr(self.trainer, "lightning_module", None), "needs_captions", None)
 
     @property
     def labels_needed(self) -> bool | None:
-        """Whether the set has classes that the model needs."""
-        return bool(self.code_meta.get("num_classes")) and self._asks_for_captions is not True
+        """Whether the dataset has classes and the model needs them."""
+        return bool(self.code_meta.get("num_classes")) and self._needs_captions is not True
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> CodeDataset:
-        """Codes of a split, after a look at some of them; the others are checked as they are read.
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> CodeDataset:
+        """Build the dataset of a split and read some of its examples. The others are checked when they are read.
 
         Raises:
-            ValueError: if too many of these cannot be used.
+            ValueError: if too many of these examples are bad.
         """
-        train, captions = split == SPLITS[0], self._asks_for_captions is not False
+        train, captions = split == SPLITS[0], self._needs_captions is not False
         dataset = CodeDataset(
-            samples,
+            examples,
             self.code_meta,
             choose_view=train,
             seed=self.seed,
-            labels=self._asks_for_captions is not True,
+            labels=self._needs_captions is not True,
             captions=captions and self.captioned,
             clean=self.clean_captions,
             features=self._features if captions else None,
             short_share=self.short_caption_share if train else 0.0,
             never_empty=(train and stage == "fit") or ranks_wait(self.trainer),
         )
-        if isinstance(samples, SampleIndex):
-            probe = range(0, len(samples), -(-len(samples) // PROBED))
+        if isinstance(examples, ExampleIndex):
+            probe = range(0, len(examples), -(-len(examples) // PROBED))
             skipped = dataset.read_many([(number, NO_EPOCH) for number in probe])[2]
             if len(skipped) > self.max_bad_share * len(probe):
                 raise ValueError(
-                    f"{len(skipped)} of {len(probe)} samples that were tried cannot be used: {skipped[0].message}"
+                    f"{len(skipped)} of {len(probe)} examples read as a check are bad: {skipped[0].message}"
                 )
         return dataset

@@ -11,9 +11,9 @@ from datamodules.base import SPLITS, ShardDataModule
 from datamodules.datasets.images import ImageDataset, Views, scale, to_planes
 from datamodules.loading.loader import ranks_wait
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.class_order import far_label
-from datamodules.storage.index import IMAGES, SampleIndex
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.class_order import outlying_label
+from datamodules.storage.index import IMAGES, ExampleIndex
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 from datamodules.transforms.crops import view_names
 from datamodules.transforms.decode import MAX_PIXELS
 from llamagen.option_checks import check_choice, check_integer
@@ -21,22 +21,23 @@ from llamagen.option_checks import check_choice, check_integer
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 
 MAX_SIDE = isqrt(MAX_PIXELS)
-"""The largest square that could come out of an image that is read."""
-MAX_RANGE = 4
-"""The largest crop, by the size of the result."""
+"""Side of the largest square image that the decoder accepts."""
+MAX_CROP_RANGE = 4
+"""Maximum of ``crop_ranges``."""
 
 
 class ImageDataModule(ShardDataModule):
-    """Images, cropped as in ADM: in the middle, except for training.
+    """Images, cropped as in ADM (arXiv 2105.05233): random crops for training, centre crops otherwise.
 
     Args:
+        root: folder or address of the dataset, see :class:`~datamodules.base.ShardDataModule`.
         image_size: side of the images in pixels.
-        batch_size: images a rank and batch.
-        random_crop: train on crops of random size and place, of at least 0.8 of the image's short side.
-        flip: train on images of which half are mirrored.
-        views: of which views ``predict`` makes codes: ``centre``, ``flip`` (that and its mirror image), or ``ten_crop``
-            (the middle and the corners of two larger centre crops, and their mirror images: 20 views).
-        crop_ranges: sizes of these larger crops, as shares of ``image_size``.
+        batch_size: images per batch and rank.
+        random_crop: train on crops of random size and position, at least 0.8 of the image's short side.
+        flip: mirror half of the training images.
+        views: views of each image that ``predict`` encodes: ``centre``, ``flip`` (the centre crop and its mirror
+            image), or ``ten_crop`` (centre and corners of two larger centre crops, and their mirror images: 20 views).
+        crop_ranges: sizes of these larger crops, as multiples of ``image_size``.
     """
 
     extensions = IMAGES
@@ -56,23 +57,25 @@ class ImageDataModule(ShardDataModule):
         super().__init__(root, batch_size, **data)
         check_integer("image_size", image_size, 1, MAX_SIDE)
         check_choice("views", views, get_args(Views))
-        if not crop_ranges or not all(1 <= share <= MAX_RANGE for share in crop_ranges):
-            raise ValueError(f"crop_ranges is {list(crop_ranges)}; give numbers that are at least 1, up to {MAX_RANGE}")
+        if not crop_ranges or not all(1 <= factor <= MAX_CROP_RANGE for factor in crop_ranges):
+            raise ValueError(
+                f"crop_ranges is {list(crop_ranges)}; give at least one number, each from 1 to {MAX_CROP_RANGE}"
+            )
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         self.views, self.crop_ranges = views, list(crop_ranges)
 
     @property
     def view_names(self) -> list[str]:
-        """Names of the views of which ``predict`` makes codes."""
+        """Names of the views that ``predict`` encodes."""
         return view_names(self.views, self.crop_ranges)
 
-    def build_dataset(self, split: str, samples: SampleIndex | StreamIndex, stage: str) -> ImageDataset:
-        """Images of a split; those of the training split vary from epoch to epoch."""
+    def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> ImageDataset:
+        """Build the dataset of a split. Training images are augmented differently in each epoch."""
         train, predict = split == SPLITS[0], stage == "predict"
-        if train and isinstance(samples, SampleIndex) and not self.class_names:
-            _warn_of_far_label(samples)
+        if train and isinstance(examples, ExampleIndex) and not self.class_names:
+            _warn_about_outlying_label(examples)
         return ImageDataset(
-            samples,
+            examples,
             self.image_size,
             self.random_crop and train,
             self.flip and train,
@@ -84,11 +87,11 @@ class ImageDataModule(ShardDataModule):
         )
 
 
-def _warn_of_far_label(samples: SampleIndex) -> None:
-    if (label := far_label(samples.labels)) is not None:
-        sample = samples[int(np.flatnonzero(samples.labels == label)[0])]
-        warn_user(
-            f"the highest class is {label}, of sample {sample.key} of {sample.source}, but only "
-            f"{len(np.unique(samples.labels))} different classes come; a mistyped label would make the number of "
-            f"classes {label + 1}"
+def _warn_about_outlying_label(examples: ExampleIndex) -> None:
+    if (label := outlying_label(examples.labels)) is not None:
+        example = examples[int(np.flatnonzero(examples.labels == label)[0])]
+        warn_on_rank_zero(
+            f"the highest class is {label} (example {example.key} of {example.source}), but there are only "
+            f"{len(np.unique(examples.labels))} different classes; if the label is a typo, the model gets "
+            f"{label + 1} classes by mistake"
         )

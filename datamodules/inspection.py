@@ -1,8 +1,8 @@
-"""What a data set holds: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
+"""Describe a dataset: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
-Reads every sample as training would, and prints counts, classes, sizes, kinds of files and what could not be used, by
-reason; writes a contact sheet of images drawn at random. ROOT is what a DataModule takes: images, codes, or
-features of captions, of which only the sizes are looked at.
+Reads every example as training would. Prints counts, classes, sizes, file formats, and bad examples by reason. Writes a
+contact sheet of random images. ROOT is anything that a DataModule accepts: images, codes or caption features. Of
+caption features only the sizes are checked.
 """
 
 from collections import Counter
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.bad_samples import BadSampleError, Skipped
-from datamodules.storage.class_order import CLASS_ORDERS, ClassOrder
+from datamodules.storage.bad_examples import BadExampleError, Skipped
+from datamodules.storage.class_order import ClassOrder, add_class_order
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, SampleIndex
+from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, ExampleIndex
 from datamodules.storage.remote import ShardCache, is_remote
-from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_notes
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_entries
 from datamodules.storage.sources import SPLITS, Source, find_sources
 from datamodules.transforms.crops import centre_crop
 from datamodules.transforms.decode import open_image, read_image
@@ -34,35 +34,35 @@ from llamagen.parser_errors import OneLineParser
 TILE = 112
 COLUMNS = 10
 ROWS = 6
-EXAMPLES = 5
-HINT = "give the folder or address of a data set"
+MAX_LISTED = 5
+HINT = "give the folder or address of a dataset"
 
 
-class Facts(Dataset[Any]):
-    """Of each image: width, height, kind, colour mode, and whether it can be used.
+class ImageFacts(Dataset[Any]):
+    """Width, height, format and colour mode of each image, or the reason why it is bad.
 
     Args:
-        samples: of a split.
-        decode: decode the pixels, too: slower, but finds all that is broken.
+        examples: examples of a split.
+        decode: also decode the pixels. This is slower but finds all broken images.
     """
 
-    def __init__(self, samples: SampleIndex, decode: bool) -> None:
-        self.samples, self.decode = samples, decode
+    def __init__(self, examples: ExampleIndex, decode: bool) -> None:
+        self.examples, self.decode = examples, decode
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.examples)
 
     def __getitem__(self, number: int) -> Any:
-        """``(width, height, kind, mode)``, or what is wrong with it."""
-        sample = self.samples[number]
-        where = f"sample {sample.key} of {sample.source}"
+        """``(width, height, format, mode)``, or a :class:`~datamodules.storage.bad_examples.Skipped`."""
+        example = self.examples[number]
+        where = f"example {example.key} of {example.source}"
         try:
-            data = sample.read_image()
+            data = example.read_image()
             image = open_image(data, where)
             if self.decode:
                 read_image(data, where)
-        except BadSampleError as error:
-            return Skipped(number, sample.key, error.reason, str(error))
+        except BadExampleError as error:
+            return Skipped(number, example.key, error.reason, str(error))
         return image.width, image.height, str(image.format), image.mode
 
 
@@ -74,21 +74,21 @@ def inspect(
     seed: int = 0,
     class_order: ClassOrder = "auto",
 ) -> list[str]:
-    """Describe a data set.
+    """Describe a dataset.
 
     Args:
-        root: of images, codes or features of captions, as a DataModule takes it.
+        root: images, codes or caption features, as a DataModule accepts them.
         sheet: PNG file for a contact sheet of images; None writes none.
         decode: decode every image, not only its header.
-        num_workers: processes that read images; 0 for none.
-        seed: of the choice of images for the sheet.
-        class_order: how class folders are numbered, as in a DataModule.
+        num_workers: worker processes that read images; 0 reads in the main process.
+        seed: seed of the choice of images for the sheet.
+        class_order: how class folders are numbered, see :class:`~datamodules.base.ShardDataModule`.
 
     Returns:
         Lines of text.
 
     Raises:
-        ValueError: if there is nothing, a shard is missing, a number makes no sense, or the sheet cannot be written.
+        ValueError: if there are no data, a shard is missing, an option is invalid, or the sheet cannot be written.
     """
     if not root:
         raise ValueError(f"root is empty; {HINT}")
@@ -103,26 +103,26 @@ def inspect(
     cache = ShardCache()
     if (kind := meta.get("format")) in (CODES_FORMAT, CAPTIONS_FORMAT):
         if sheet is not None:
-            held = "codes" if kind == CODES_FORMAT else "features of captions"
-            raise ValueError(f"{root} holds {held}, of which there is no contact sheet; leave --sheet out")
+            content = "codes" if kind == CODES_FORMAT else "caption features"
+            raise ValueError(f"{root} holds {content} and no images for a contact sheet; leave --sheet out")
         return _inspect_codes(root) if kind == CODES_FORMAT else _inspect_features(root, meta, (train, val), cache)
     lines = [f"{root}: images"]
-    shown: list[SampleIndex] = []
-    # What has no validation split is shown as it is, and not as a DataModule would divide it.
+    shown: list[ExampleIndex] = []
+    # Without a validation split all examples are described together, not split as in a DataModule.
     for name, source in (("train" if val is not None else "all", train), ("val", val)):
         if source is None:
             continue
-        samples = source.index(cache).usable(IMAGES)
-        shown.append(samples)
-        lines += ["", f"{name}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
-        lines += _classes(samples.labels, source.classes)
+        examples = source.index(cache).usable(IMAGES)
+        shown.append(examples)
+        lines += ["", f"{name}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+        lines += _describe_classes(examples.labels, source.classes)
         lines += [f"  {source.numbering}"] if source.numbering else []
-        facts, bad = _read(Facts(samples, decode), num_workers, name)
-        lines += _images(facts) + _bad([*samples.bad, *bad])
-        if "txt" in samples.members:
-            lines.append(f"  captions: {(samples.members['txt'][:, 0] >= 0).sum():,}")
+        facts, bad = _read_images(ImageFacts(examples, decode), num_workers, name)
+        lines += _describe_images(facts) + _describe_bad([*examples.bad, *bad])
+        if "txt" in examples.members:
+            lines.append(f"  captions: {(examples.members['txt'][:, 0] >= 0).sum():,}")
         if decode:
-            lines += _checksums(source)
+            lines += _check_checksums(source)
     if sheet is not None:
         classes = train.classes if train is not None else []
         _write_sheet(shown[0], classes, sheet, seed)
@@ -131,106 +131,109 @@ def inspect(
 
 
 def _check_sheet(sheet: Path, folder: Path) -> None:
-    """A contact sheet in a class folder would be one of its images from then on."""
-    place, root = sheet.resolve().parent, folder.resolve()
-    if place != root and place.is_relative_to(root):
-        raise ValueError(f"--sheet is {sheet}, which lies in the images' folder {folder}; write it elsewhere")
+    """Refuse a sheet inside a class folder, where it would become one of the images."""
+    parent, root = sheet.resolve().parent, folder.resolve()
+    if parent != root and parent.is_relative_to(root):
+        raise ValueError(f"--sheet is {sheet}, which is inside the image folder {folder}; write it elsewhere")
 
 
-def _checksums(source: Source) -> list[str]:
-    """Of local shards that are described; remote ones were compared when they were fetched."""
-    described = {path: note for path, note in source.described.items() if not is_remote(path)}
-    if not described:
+def _check_checksums(source: Source) -> list[str]:
+    """Compare local shards with ``meta.json``. Remote shards were compared after the download."""
+    entries = {path: entry for path, entry in source.entries.items() if not is_remote(path)}
+    if not entries:
         return []
     wrong = []
-    for path, note in tqdm(described.items(), "checksums", unit="shard", leave=False):
-        if sha256_of(path) != note.sha256:
-            wrong.append(f"    {path} is not what was written")
-    right = len(described) - len(wrong)
-    return [f"  checksums: {right} of {len(described)} right", *wrong]
+    for path, entry in tqdm(entries.items(), "checksums", unit="shard", leave=False):
+        if sha256_of(path) != entry.sha256:
+            wrong.append(f"    {path} has changed since it was written")
+    correct = len(entries) - len(wrong)
+    return [f"  checksums: {correct} of {len(entries)} correct", *wrong]
 
 
 def _inspect_codes(root: str) -> list[str]:
-    from datamodules.codes import CodeDataModule  # not for worker processes, which import this file, too
+    from datamodules.codes import CodeDataModule  # here: worker processes import this file, too, and need no Lightning
 
     data = CodeDataModule(root, max_bad_share=1.0)
     data.setup("fit")
     meta = data.code_meta
     height, width = meta["grid"]
     lines = [
-        f"{root}: codes, {height} × {width} an image out of {meta['vocabulary']}, {meta['views']} views, tokenizer "
-        f"{meta['tokenizer'][:12]}"
+        f"{root}: codes, {height} × {width} per image, vocabulary {meta['vocabulary']}, {meta['views']} views, "
+        f"tokenizer {meta['tokenizer'][:12]}"
     ]
     features = StoredFeatures(meta[FEATURES], root) if FEATURES in meta else None
-    lines += [] if features is None else [f"features of captions: {_kind(features, meta)}"]
+    lines += [] if features is None else [f"caption features: {_describe_encoder(features, meta)}"]
     for split in SPLITS:
         dataset: Any = data.datasets[split]
-        samples: SampleIndex = dataset.samples
+        examples: ExampleIndex = dataset.examples
         used = np.zeros(meta["vocabulary"], bool)
         bad = []
-        for first in tqdm(range(0, len(samples), 1000), split, leave=False):
-            addresses = [(number, NO_EPOCH) for number in range(first, min(first + 1000, len(samples)))]
+        for first in tqdm(range(0, len(examples), 1000), split, leave=False):
+            addresses = [(number, NO_EPOCH) for number in range(first, min(first + 1000, len(examples)))]
             good, _, skipped = dataset.read_many(addresses)
             bad += skipped
-            for sample in good:
-                used[sample["codes"]] = True
-        lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(shard_notes(meta, split, root)))}"]
-        lines += _classes(samples.labels, data.class_names)
+            for example in good:
+                used[example["codes"]] = True
+        lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(shard_entries(meta, split, root)))}"]
+        lines += _describe_classes(examples.labels, data.class_names)
         lines.append(f"  codes in use (first view): {used.mean():.1%}")
-        lines += [] if features is None else _features(samples, features)[0]
-        lines += _bad([*samples.bad, *bad])
+        lines += [] if features is None else _check_features(examples, features)[0]
+        lines += _describe_bad([*examples.bad, *bad])
     return lines
 
 
 def _inspect_features(
     root: str, meta: dict[str, Any], sources: Sequence[Source | None], cache: ShardCache
 ) -> list[str]:
-    """Of a set of captions without codes, from the headers of its shards."""
+    """Describe a dataset of caption features without codes, from the headers of its shards."""
     features = StoredFeatures(meta.get(FEATURES, {}), root)
-    lines = [f"{root}: features of captions, {_kind(features, meta)}"]
+    lines = [f"{root}: caption features, {_describe_encoder(features, meta)}"]
     for split, source in zip(SPLITS, sources, strict=True):
         if source is not None:
-            samples = source.index(cache)
-            lines += ["", f"{split}: {len(samples):,} samples, {_in_files(len(source.shards))}"]
-            said, bad = _features(samples, features)
-            lines += [*_classes(samples.labels, source.classes), *said, *_bad([*samples.bad, *bad])]
+            examples = source.index(cache)
+            lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+            description, bad = _check_features(examples, features)
+            classes = _describe_classes(examples.labels, source.classes)
+            lines += [*classes, *description, *_describe_bad([*examples.bad, *bad])]
     return lines
 
 
-def _kind(features: StoredFeatures, meta: dict[str, Any]) -> str:
+def _describe_encoder(features: StoredFeatures, meta: dict[str, Any]) -> str:
     short = ", also of first sentences" if features.short else ""
     encoder = meta[FEATURES].get("encoder")
     return f"up to {features.caption_length} tokens of width {features.width}, encoder {encoder}{short}"
 
 
-def _features(samples: SampleIndex, features: StoredFeatures) -> tuple[list[str], list[Skipped]]:
-    """How many samples have features, and of how many tokens; and whose are not there or no whole tokens."""
-    nothing = np.full((len(samples), 2), -1, np.int64)
-    offsets, sizes = samples.members.get(FEATURES, nothing).T
-    tokens = features.tokens_in(sizes[offsets >= 0])
+def _check_features(examples: ExampleIndex, features: StoredFeatures) -> tuple[list[str], list[Skipped]]:
+    """Count the examples with features and their tokens, and find missing features and sizes that are not whole
+    tokens.
+    """
+    nothing = np.full((len(examples), 2), -1, np.int64)
+    offsets, sizes = examples.members.get(FEATURES, nothing).T
+    tokens = features.count_tokens(sizes[offsets >= 0])
     good = tokens[tokens > 0]
-    length = f"{good.mean():.1f} tokens on average, {good.max()} at most" if len(good) else "none whole"
-    wrong = np.zeros(len(samples), bool)
+    length = f"{good.mean():.1f} tokens on average, {good.max()} at most" if len(good) else "none complete"
+    wrong = np.zeros(len(examples), bool)
     for part in (FEATURES, SHORT_FEATURES):
-        offsets, sizes = samples.members.get(part, nothing).T
-        wrong |= (offsets >= 0) & (features.tokens_in(sizes) == 0)
-    missing = samples.members.get(FEATURES, nothing)[:, 0] < 0
+        offsets, sizes = examples.members.get(part, nothing).T
+        wrong |= (offsets >= 0) & (features.count_tokens(sizes) == 0)
+    missing = examples.members.get(FEATURES, nothing)[:, 0] < 0
     bad = [
-        Skipped(number, samples.keys[number], reason, f"sample {samples.keys[number]} {story}")
+        Skipped(number, examples.keys[number], reason, f"example {examples.keys[number]} {story}")
         for which, reason, story in (
             (missing, "no caption", "has no features"),
-            (wrong, "broken features", "has features of another size than whole tokens have"),
+            (wrong, "broken features", "has features whose size is not a whole number of tokens"),
         )
         for number in np.flatnonzero(which).tolist()
     ]
-    return [f"  features: of {len(tokens):,} samples, {length}"], bad
+    return [f"  features: of {len(tokens):,} examples, {length}"], bad
 
 
 def _in_files(shards: int) -> str:
     return f"in {shards} shards" if shards else "in folders"
 
 
-def _classes(labels: np.ndarray, names: list[str]) -> list[str]:
+def _describe_classes(labels: np.ndarray, names: list[str]) -> list[str]:
     labels = labels[labels >= 0]
     if not len(labels):
         return ["  classes: none"]
@@ -243,12 +246,12 @@ def _classes(labels: np.ndarray, names: list[str]) -> list[str]:
         return names[label] if label < len(names) else str(label)
 
     return [
-        f"{line}; samples a class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
+        f"{line}; examples per class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
         f"median {int(np.median(counts[present]))}"
     ]
 
 
-def _read(facts: Facts, num_workers: int, split: str) -> tuple[list[Any], list[Skipped]]:
+def _read_images(facts: ImageFacts, num_workers: int, split: str) -> tuple[list[Any], list[Skipped]]:
     good, bad = [], []
     loader = DataLoader(facts, batch_size=64, num_workers=num_workers, collate_fn=list)
     with tqdm(total=len(facts), desc=split, unit="image", leave=False) as bar:
@@ -262,48 +265,48 @@ def _read(facts: Facts, num_workers: int, split: str) -> tuple[list[Any], list[S
     return good, bad
 
 
-def _images(facts: list[Any]) -> list[str]:
+def _describe_images(facts: list[Any]) -> list[str]:
     if not facts:
         return []
-    widths, heights, kinds, modes = zip(*facts, strict=True)
+    widths, heights, formats, modes = zip(*facts, strict=True)
     short = np.minimum(widths, heights)
     low, middle, high = np.percentile(short, [5, 50, 95])
     return [
-        f"  short side: {short.min()} to {short.max()} px, median {middle:.0f}, nine tenths {low:.0f} to {high:.0f}",
+        f"  short side: {short.min()} to {short.max()} px, median {middle:.0f}, 90 % from {low:.0f} to {high:.0f}",
         f"  width: {min(widths)} to {max(widths)} px, height: {min(heights)} to {max(heights)} px",
-        f"  kinds: {_numbers(Counter(kinds))}; colours: {_numbers(Counter(modes))}",
+        f"  formats: {_listed(Counter(formats))}; colour modes: {_listed(Counter(modes))}",
     ]
 
 
-def _numbers(counts: Counter[str]) -> str:
+def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
 
 
-def _bad(bad: list[Skipped]) -> list[str]:
+def _describe_bad(bad: list[Skipped]) -> list[str]:
     if not bad:
-        return ["  bad samples: none"]
-    lines = [f"  bad samples: {len(bad):,} ({_numbers(Counter(sample.reason for sample in bad))})"]
-    return lines + [f"    {sample.message}" for sample in bad[:EXAMPLES]]
+        return ["  bad examples: none"]
+    lines = [f"  bad examples: {len(bad):,} ({_listed(Counter(example.reason for example in bad))})"]
+    return lines + [f"    {example.message}" for example in bad[:MAX_LISTED]]
 
 
-def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) -> None:
-    """Images drawn at random, sorted by class, with the class below each."""
-    order = np.random.default_rng(seed).permutation(len(samples))
+def _write_sheet(examples: ExampleIndex, names: list[str], path: Path, seed: int) -> None:
+    """Write a grid of random images, sorted by class, each with its class below it."""
+    order = np.random.default_rng(seed).permutation(len(examples))
     tiles: list[tuple[int, Image.Image]] = []
     for number in order:
         if len(tiles) == COLUMNS * ROWS:
             break
-        sample = samples[int(number)]
+        example = examples[int(number)]
         try:
-            pixels = read_image(sample.read_image(), sample.key)
-            tiles.append((sample.label, Image.fromarray(centre_crop(pixels, TILE))))
-        except BadSampleError:
+            pixels = read_image(example.read_image(), example.key)
+            tiles.append((example.label, Image.fromarray(centre_crop(pixels, TILE))))
+        except BadExampleError:
             continue
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + 18) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (label, image) in enumerate(sorted(tiles, key=lambda tile: tile[0])):
-        left, top = 4 + place % COLUMNS * (TILE + 4), 4 + place // COLUMNS * (TILE + 18)
+    for position, (label, image) in enumerate(sorted(tiles, key=lambda tile: tile[0])):
+        left, top = 4 + position % COLUMNS * (TILE + 4), 4 + position // COLUMNS * (TILE + 18)
         sheet.paste(image, (left, top))
         name = names[label] if 0 <= label < len(names) else str(label) if label >= 0 else ""
         pen.text((left, top + TILE + 1), name[:18], fill="black")
@@ -312,20 +315,20 @@ def _write_sheet(samples: SampleIndex, names: list[str], path: Path, seed: int) 
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        args: instead of the command line's.
+        args: command-line arguments; None for those of the process.
     """
-    parser = OneLineParser("python -m datamodules.inspection", "Say what a data set holds.")
-    parser.add_argument("root", help="folder or address of images, codes or features of captions")
+    parser = OneLineParser("python -m datamodules.inspection", "Describe a dataset.")
+    parser.add_argument("root", help="folder or address of images, codes or caption features")
     parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of images")
-    parser.add_argument("--headers_only", action="store_true", help="do not decode the images: faster, finds less")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images for the sheet (default: 0)")
     parser.add_argument(
-        "--class_order", choices=CLASS_ORDERS, default="auto", help="how class folders are numbered (default: auto)"
+        "--headers_only", action="store_true", help="do not decode the images: faster, but finds fewer errors"
     )
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images for the sheet (default: 0)")
+    add_class_order(parser)
     options = parser.parse_args(args)
     numbers = options.num_workers, options.seed
     try:

@@ -1,4 +1,4 @@
-"""What to sample: prompts × how many. B images a batch."""
+"""Requests for images of prompts. B: images in a batch."""
 
 import json
 import unicodedata
@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.requests import RequestDataModule
-from datamodules.storage.text_files import MARK, decode_text
+from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
 from llamagen.text.cleaning import clean_caption
 
 TABLE = ".tsv"
 OTHER_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")
 PROMPT = "Prompt"
-HINT = 'give a list of prompts, as \'["a red house", "two dogs"]\', a text file with one prompt a line, or a .tsv'
-REPLACED = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
-"""By Unicode category: controls, separators of lines and paragraphs, halves of surrogate pairs."""
+HINT = 'give a list of prompts, as \'["a red house", "two dogs"]\', a text file with one prompt per line, or a .tsv'
+REPLACEMENTS = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
+"""Replacement by Unicode category: controls, line and paragraph separators, halves of surrogate pairs."""
 
 
 class PromptTable(NamedTuple):
-    """Prompts, and what a table says of them beside.
+    """Prompts with the other columns of their table.
 
     Attributes:
-        prompts: in order.
-        columns: the other columns of each prompt, by name; empty where there is no table.
+        prompts: prompts in the order of the file.
+        columns: other columns of each prompt, by name; empty if the prompts are not from a table.
     """
 
     prompts: list[str]
@@ -30,35 +30,35 @@ class PromptTable(NamedTuple):
 
 
 def clean_prompt(text: str) -> str:
-    """A prompt as it is asked for, without spaces at its ends.
+    """Remove what cannot be part of a prompt.
 
-    A byte order mark before it is dropped. NUL, other control characters and separators of lines become spaces, halves
-    of surrogate pairs U+FFFD. All else stays, emoji and their joiners included.
+    Drops a byte order mark at the start and white space at both ends. NUL, other control characters and line separators
+    become spaces, halves of surrogate pairs become U+FFFD. Everything else stays, including emoji and their joiners.
     """
     return "".join(
-        REPLACED.get(unicodedata.category(character), character) for character in text.removeprefix(MARK)
+        REPLACEMENTS.get(unicodedata.category(character), character) for character in text.removeprefix(BYTE_ORDER_MARK)
     ).strip()
 
 
 def read_prompts(path: Path, column: str | None = None) -> PromptTable:
-    """The prompts of a text file, one a line, or of a table of tab-separated values with a header.
+    """Read the prompts in a text file, one per line, or in a table of tab-separated values with a header.
 
-    Both are UTF-8, with or without a byte order mark, and with any line ends. Blank lines do not count. In a table,
-    which is known by its name ``….tsv``, quotes are characters like any others, and an empty cell is an empty prompt.
+    Both are UTF-8, with or without a byte order mark, with any line ends. Blank lines are ignored. Files named
+    ``….tsv`` are tables. Quotes in a table have no special meaning, and an empty cell is an empty prompt.
 
     Args:
-        path: the file.
-        column: of the prompts in a table, upper or lower case; ``Prompt`` if it is not given.
+        path: text file or table.
+        column: name of the column with the prompts, in upper or lower case; None for ``Prompt``.
 
     Raises:
-        ValueError: if the file cannot be read or has no prompts, a row does not fit the header, or there is no such
-            column.
+        ValueError: if the file cannot be read or has no prompts, a row does not fit the header, or the column does not
+            exist.
     """
     if path.suffix.lower() in OTHER_TABLES:
         raise ValueError(f"prompts is {path}, but tables are read as {TABLE}; {HINT}")
     try:
         text = decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
-        lines = text.split("\n")  # not splitlines, which knows ten more separators
+        lines = text.split("\n")  # footgun: splitlines also splits at ten other characters
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         raise ValueError(f"prompts is {str(path)[:200]!r}, which cannot be read ({reason}); {HINT}") from error
@@ -81,7 +81,7 @@ def _read_table(path: Path, lines: list[str], column: str | None) -> PromptTable
     if (count := folded.count(wanted.strip().casefold())) != 1:
         raise ValueError(
             f"{path} has {'no' if not count else 'more than one'} column {wanted!r}, but {', '.join(header)[:200]!r}; "
-            "name the one with the prompts by column"
+            "set column to the name of the one with the prompts"
         )
     place = folded.index(wanted.strip().casefold())
     table = PromptTable([], [])
@@ -91,10 +91,12 @@ def _read_table(path: Path, lines: list[str], column: str | None) -> PromptTable
         cells = line.split("\t")
         if not place < len(cells) <= len(header):
             raise ValueError(
-                f"{path}, line {number}: {line[:40]!r} has {len(cells)} of {len(header)} columns; separate them by one "
-                "tab each, and write none in a prompt"
+                f"{path}, line {number}: {line[:40]!r} has {len(cells)} of {len(header)} columns; separate columns by "
+                "one tab each, and use no tabs within a prompt"
             )
-        cells = [clean_prompt(cell) for cell in cells] + [""] * (len(header) - len(cells))  # editors cut off tabs
+        cells = [clean_prompt(cell) for cell in cells] + [""] * (
+            len(header) - len(cells)
+        )  # editors strip tabs at line ends
         table.prompts.append(cells[place])
         table.columns.append(
             {name: cell for i, (name, cell) in enumerate(zip(header, cells, strict=True)) if i != place}
@@ -103,34 +105,34 @@ def _read_table(path: Path, lines: list[str], column: str | None) -> PromptTable
 
 
 def _read_list(text: str) -> list[str]:
-    """A list that the command line, which speaks YAML, could not read: JSON's escapes know halves of characters."""
+    """Parse a JSON list that the YAML parser of the command line rejects, for example with escaped surrogates."""
     try:
         prompts: list[str] = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"prompts is {text[:200]!r}, which is no list ({error}); {HINT}") from error
+        raise ValueError(f"prompts is {text[:200]!r}, which is not a list ({error}); {HINT}") from error
     return prompts
 
 
 class PromptDataModule(RequestDataModule):
-    """Requests for images of prompts: the prompts in turn, until each was asked for ``per_prompt`` times.
+    """Requests for ``per_prompt`` images of each prompt.
 
-    So image i is one of prompt i modulo their number, and with a larger ``per_prompt`` the first images stay what
-    they were. ``predict`` is for images that are kept, ``test`` for images that are measured. Batches hold
-    ``index`` of each image in the run, (B,) int64, and ``captions``, a list of B texts.
+    Image i is of prompt i modulo the number of prompts. With a larger ``per_prompt``, the first images stay the same.
+    ``predict`` saves the images, ``test`` measures them. Batches hold ``index`` of each image in the run, (B,) int64,
+    and ``captions``, a list of B texts.
 
     Args:
-        prompts: a list, in which an empty prompt asks for an image of no words; a text file with one prompt a line;
-            or a table of tab-separated values with a header (``.tsv``), as PartiPrompts are published. See
+        prompts: a list; or a text file with one prompt per line; or a table of tab-separated values with a header
+            (``.tsv``), the format of PartiPrompts. An empty prompt requests an unconditional image. See
             :func:`read_prompts` and :func:`clean_prompt`.
-        per_prompt: images of each prompt.
-        batch_size: images a rank and batch.
-        column: of the prompts in a table; ``Prompt`` if it is not given.
-        clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`: for models that were trained on such
-            captions. What is nothing then asks for an image of no words.
+        per_prompt: images per prompt.
+        batch_size: images per batch and rank.
+        column: name of the column with the prompts in a table; None for ``Prompt``.
+        clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`; for models trained on cleaned
+            captions. A prompt that becomes empty requests an unconditional image.
 
     Attributes:
-        prompts: in order, as they are read by the model.
-        columns: the other columns of a table, for each prompt.
+        prompts: prompts in order, as the model reads them.
+        columns: other columns of the table, for each prompt.
     """
 
     label_name = "prompt"

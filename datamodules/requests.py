@@ -1,4 +1,4 @@
-"""Requests for images: entries in turn, each a number of times, shared out over ranks. N images, B a batch."""
+"""Requests for images to sample, distributed over ranks. N: images of a run, B: images in a batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -15,26 +15,25 @@ MAX_REQUESTS = 10**9
 
 
 class RequestDataModule(pl.LightningDataModule, ABC):
-    """Requests for images: the entries in turn, until each was asked for a number of times.
+    """Requests for images of classes or prompts, in rounds: each round requests one image per entry.
 
-    So image i is one of entry i modulo their number, and with more images of each entry the first ones stay what
-    they were.
+    Image i is of entry i modulo the number of entries. With more images per entry, the first images stay the same.
 
     Args:
-        labels: of each entry: its class, or the number of its prompt.
-        per_entry: images of each entry.
-        batch_size: images a rank and batch.
+        labels: label of each entry: its class, or the number of its prompt.
+        per_entry: images per entry.
+        batch_size: images per batch and rank.
 
     Attributes:
-        labels: of each image of the run, (N,) int64.
-        prompts: texts that images are asked of, by label; None where it is classes.
+        labels: label of each image of the run, (N,) int64.
+        prompts: text of each prompt, by label; None if the labels are classes.
 
     Raises:
-        ValueError: if ``per_entry``, which users know by the name of the label, or ``batch_size`` is not positive.
+        ValueError: if ``per_entry`` or ``batch_size`` is not a positive integer.
     """
 
     label_name: ClassVar[str]
-    """What a label is the number of: ``class`` or ``prompt``."""
+    """Kind of the labels, ``class`` or ``prompt``; the user's option is ``per_class`` or ``per_prompt``."""
 
     prompts: list[str] | None = None
 
@@ -43,12 +42,12 @@ class RequestDataModule(pl.LightningDataModule, ABC):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than ranks
         if not _is_count(per_entry) or not _is_count(batch_size):
             raise ValueError(
-                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be at least 1, and whole"
+                f"per_{self.label_name} is {per_entry} and batch_size {batch_size}; both must be integers of at least 1"
             )
         if len(labels) * per_entry > MAX_REQUESTS:
             raise ValueError(
-                f"per_{self.label_name} is {per_entry}, which with {len(labels)} entries asks for "
-                f"{len(labels) * per_entry} images, more than {MAX_REQUESTS}; ask for fewer"
+                f"per_{self.label_name} is {per_entry}, which with {len(labels)} entries requests "
+                f"{len(labels) * per_entry} images, more than {MAX_REQUESTS}; request fewer"
             )
         self.batch_size = batch_size
         self.labels = np.tile(np.array(labels, dtype=np.int64), per_entry)
@@ -56,46 +55,46 @@ class RequestDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def request(self, index: int) -> dict[str, Any]:
-        """What a batch holds of an image of the run: its ``index``, and of what it is."""
+        """Entries of a batch for one image: its ``index`` and its condition."""
 
     @property
     def left(self) -> int:
-        """How many images are still asked for."""
+        """Number of images still requested."""
         return int((~self._done).sum())
 
     def leave_out(self, done: Iterable[int]) -> None:
-        """Ask for all images but these.
+        """Request all images except those that are done.
 
         Args:
-            done: their indices, the same on every rank.
+            done: indices of these images, the same on every rank.
         """
         self._done[:] = False
         self._done[np.fromiter(done, dtype=np.int64)] = True
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The same requests, for images that are measured and not kept.
+        """The same requests, for images that are measured but not saved.
 
         Raises:
-            ValueError: if there are fewer than ranks: Lightning leaves a rank that has none out of the whole test, and
-                the others would wait for it.
+            ValueError: if there are fewer images than ranks. Lightning skips the test on a rank without batches, and
+                the other ranks would wait for it forever.
         """
         ranks = 1 if self.trainer is None else self.trainer.world_size
         if self.left < ranks:
             raise ValueError(
-                f"{self.left} images cannot be measured on {ranks} ranks; ask for more of them "
-                f"(per_{self.label_name}), or set trainer.devices to less"
+                f"{self.left} images cannot be measured on {ranks} ranks; request more images "
+                f"(per_{self.label_name}), or reduce trainer.devices"
             )
         return self.predict_dataloader()
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """The requests of this rank, in order."""
+        """Requests of this rank, in order."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         equally = ranks_wait(self.trainer)
         numbers = np.flatnonzero(~self._done)
-        if equally and len(numbers):  # a rank without images would be waited for: draw some that are there once more
+        if equally and len(numbers):  # the others would wait for a rank without images: generate finished ones again
             numbers = np.append(numbers, np.flatnonzero(self._done)[: -len(numbers) % world_size])
         shares = shared_batches(len(numbers), self.batch_size, rank, world_size, equally)
-        batches = [[(int(numbers[place]), epoch) for place, epoch in share] for share in shares]
+        batches = [[(int(numbers[position]), epoch) for position, epoch in share] for share in shares]
         return EvaluationLoader(_Requests(self), batches, num_workers=0)
 
 

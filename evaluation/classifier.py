@@ -89,7 +89,7 @@ def train_classifier(
     )
     datamodule.setup("fit")
     train, validation = datamodule.train_dataloader(), datamodule.val_dataloader()
-    labels = np.concatenate([datamodule.datasets[split].samples.labels for split in SPLITS])  # type: ignore[attr-defined]
+    labels = np.concatenate([datamodule.datasets[split].examples.labels for split in SPLITS])  # type: ignore[attr-defined]
     if (labels < 0).any():
         raise ValueError(f"some images in {data} have no class; give a dataset with a class for each image")
     if len(np.unique(labels)) < 2:

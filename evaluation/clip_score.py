@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.transforms.decode import read_image
 from evaluation.clip import DEFAULT, Clip, ImageScores, Preparation
 from evaluation.command_line import usable_device
@@ -138,7 +138,7 @@ class _Prepared(Dataset[Any]):
         file = self.files[number]
         try:
             pixels = read_image(file.read_bytes(), str(file))
-        except (BadSampleError, OSError) as error:
+        except (BadExampleError, OSError) as error:
             return f"{error}; generate or get it again, or remove its line from {METADATA}"
         return self.preparation(pixels), hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.datasets.dataset import SampleDataset
+from datamodules.datasets.base import ExampleDataset
 from datamodules.datasets.images import to_planes
 from datamodules.loading.loader import EvaluationLoader
 from datamodules.loading.order import shared_batches
-from datamodules.storage.bad_samples import BadSampleError, Skipped, Tally
+from datamodules.storage.bad_examples import BadExampleError, Skipped, Tally
 from datamodules.storage.folders import class_folders, flat_images, index_flat, index_folder
-from datamodules.storage.index import IMAGES, NO_LABEL, Sample, SampleIndex
+from datamodules.storage.index import IMAGES, NO_LABEL, Example, ExampleIndex
 from datamodules.storage.layout import split_of
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.shards import CODES_FORMAT, META_FILE
@@ -139,7 +139,7 @@ class ImageSet(ABC):
         bad, total = sum(skipped.values()), len(self) + len(self._known)
         if bad > MAX_BAD * total:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-            examples = [sample.message for sample in (*self._tally.seen, *self._known)][:1]
+            examples = [sample.message for sample in (*self._tally.skipped, *self._known)][:1]
             raise ValueError(
                 f"{bad} of {total} images of {self.name} cannot be read, more than {MAX_BAD:.0%} "
                 f"({'; e.g. '.join([reasons, *examples])}); fix or remove them"
@@ -223,11 +223,11 @@ class _Array(ImageSet):
 
 
 class _Files(ImageSet):
-    def __init__(self, name: str, found: SampleIndex, image_size: int | None) -> None:
+    def __init__(self, name: str, found: ExampleIndex, image_size: int | None) -> None:
         # Images without a label or caption are used, too.
         members = {extension: column for extension, column in found.members.items() if extension in IMAGES}
         labels = np.maximum(found.labels, NO_LABEL)
-        images = SampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
+        images = ExampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
         self._samples = images.usable(IMAGES, labels_needed=False)
         super().__init__(name, 0, self._samples.bad)
         if len(self) < MIN_IMAGES:
@@ -246,7 +246,7 @@ class _Files(ImageSet):
             place = _place_of(sample)
             try:
                 height, width = read_image(sample.read_image(), place).shape[:2]
-            except BadSampleError as error:
+            except BadExampleError as error:
                 self._tally.add([Skipped(-1, sample.key, error.reason, str(error))])
                 self.check_skipped(self.skipped)
                 continue
@@ -281,7 +281,7 @@ class _ImageTally(Tally):
         super().__init__("images", 0, known, max_share=1.0, alone=False)
 
     def add(self, skipped: Iterable[Skipped], opened: int = 0) -> None:
-        """See :class:`~datamodules.storage.bad_samples.Tally`.
+        """See :class:`~datamodules.storage.bad_examples.Tally`.
 
         Raises:
             ValueError: if an image has another size.
@@ -293,7 +293,7 @@ class _ImageTally(Tally):
         super().add(skipped, opened)
 
 
-class _Squares(SampleDataset):
+class _Squares(ExampleDataset):
     """Decodes images of one size.
 
     Args:
@@ -302,18 +302,18 @@ class _Squares(SampleDataset):
         resize: whether to resize and crop images of another size; else they are errors.
     """
 
-    def __init__(self, samples: SampleIndex, size: int, resize: bool) -> None:
+    def __init__(self, samples: ExampleIndex, size: int, resize: bool) -> None:
         super().__init__(samples)
         self.size, self.resize = size, resize
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        sample = self.samples[number]
+        sample = self.examples[number]
         place = _place_of(sample)
         pixels = read_image(sample.read_image(), place)
         height, width = pixels.shape[:2]
         crop = (height, width) != (self.size, self.size)
         if crop and not self.resize:
-            raise BadSampleError(
+            raise BadExampleError(
                 OTHER_SIZE,
                 f"{place} is {width} × {height}, and the first image {self.size} × {self.size}; set image_size, "
                 "which crops by ADM's rule",
@@ -322,7 +322,7 @@ class _Squares(SampleDataset):
             pixels = centre_crop(pixels, self.size)
         return {"planes": to_planes(pixels), "label": sample.label, "digest": _digest(pixels), "cropped": crop}
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "images": torch.from_numpy(np.stack([sample["planes"] for sample in samples])),
             "labels": torch.tensor([sample["label"] for sample in samples]),
@@ -335,13 +335,13 @@ def _digest(pixels: np.ndarray) -> int:
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels).data).digest(), "big")
 
 
-def _place_of(sample: Sample) -> str:
+def _place_of(sample: Example) -> str:
     """Where an image is, for messages: its file, or its key in a shard."""
     path, _, size = next(iter(sample.members.values()))
     return path if size < 0 else f"sample {sample.key} of {path}"
 
 
-def _find(name: str, split: Split | None) -> SampleIndex:
+def _find(name: str, split: Split | None) -> ExampleIndex:
     """The images of a folder or of shards.
 
     Raises:
@@ -369,7 +369,7 @@ def _find(name: str, split: Split | None) -> SampleIndex:
     return source.index(ShardCache())
 
 
-def _find_flat(folder: Path, split: Split | None) -> SampleIndex:
+def _find_flat(folder: Path, split: Split | None) -> ExampleIndex:
     _check_unsplit(str(folder), split)
     if (subfolders := class_folders(folder)) and len(index_folder(folder, subfolders)):
         raise ValueError(

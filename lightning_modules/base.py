@@ -152,16 +152,16 @@ class GenerativeModule(pl.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if split not in getattr(datamodule, "tallies", ()):
             return
-        examples = [sample.message for sample in (*datamodule.tallies[split].seen, *datamodule.tallies[split].known)][
-            :1
-        ]
+        examples = [
+            sample.message for sample in (*datamodule.tallies[split].skipped, *datamodule.tallies[split].rejected)
+        ][:1]
         counts = datamodule.finish_tally(split)  # over all ranks, so each logs the same
         for reason, count in counts.items():
             self.log(f"skipped/{split}/{reason.replace(' ', '_')}", float(count))
         if counts:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
             details = "; e.g. ".join([reasons, *examples])
-            rank_zero_warn(f"{sum(counts.values())} samples of {split} were skipped in this epoch ({details})")
+            rank_zero_warn(f"{sum(counts.values())} examples of {split} were skipped in this epoch ({details})")
 
     def _log_batches_seen(self) -> None:
         # Lightning uses a logged value named "step" as the x axis of its loggers.

@@ -34,7 +34,7 @@ PHRASES = (
 RENAMED_OPTIONS = {"picture_size": "image_size"}
 """Older names of options. Configuration files may use them; arguments are rejected with the current name."""
 
-RENAMED_CLASSES: dict[str, str] = {}
+RENAMED_CLASSES = {"SampleDataModule": "ClassRequestDataModule"}
 """Older names of classes, without their packages, which configuration files may use."""
 
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation.prompt_pictures import read_prompt_pictures
-from llamagen.checkpoint import build_model, load_vqgan, weights_checksum
-from llamagen.weights import read_weights
 from PIL import Image
 
 import main
 from datamodules import CodeDataModule, ImageDataModule
 from evaluation.__main__ import main as evaluate
+from evaluation.prompt_images import read_prompt_images
 from evaluation.reference import read_reference
+from llamagen.checkpoints.contents import build_model, load_vqgan, weights_checksum
+from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT
 from llamagen.sampling import generate
 from tests.golden import normal_input
@@ -187,7 +187,7 @@ def prompts() -> Facts:
         lines = (ROOT / name / "metadata.jsonl").read_text().splitlines()
         facts[name] = {
             "means": means,
-            "prompts": [[each.number, each.prompt] for each in read_prompt_pictures(ROOT / name)],
+            "prompts": [[each.number, each.prompt] for each in read_prompt_images(ROOT / name)],
             "truncated": [json.loads(line)["truncated"] for line in lines],
             "files": number_of_files(name),
         }

@@ -1,4 +1,4 @@
-"""The small GPTs of golden.json, and the conditions that were given to them."""
+"""The small GPTs of golden.json, and their conditions."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SMALL_ENTRIES = ("gpt_tiny_c2i", "gpt_wide_c2i", "gpt_tiny_t2i")
 
 
 def golden_gpt(entry: str, **options: Any) -> GPT:
-    """The filled model of an entry, in evaluation mode; ``options`` override its configuration."""
+    """The model of an entry with filled weights, in evaluation mode; ``options`` override its configuration."""
     published = dict(golden(entry)["config"])
     condition_length = published.pop("cls_token_num")
     text = published.pop("model_type") == "t2i"
@@ -25,7 +25,7 @@ def golden_gpt(entry: str, **options: Any) -> GPT:
 
 
 def golden_inputs(entry: str, config: GPTConfig) -> tuple[Tensor, Tensor | None]:
-    """Condition of an entry, and how many of its caption positions are real."""
+    """Condition of an entry, and the numbers of real caption tokens."""
     record = golden(entry)
     if config.condition == "class":
         labels = integer_input(f"{entry}/cond", config.num_classes, (len(record["cond"]),))

@@ -1,4 +1,4 @@
-"""Callbacks that look into a command that samples, or end it; named on its command line."""
+"""Callbacks that record the codes of a sampling command, or kill it. Tests add them on its command line."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ class KeepCodes(pl.Callback):
 
 
 class PullThePlug(pl.Callback):
-    """Kill all processes of the command at once, on a rank, from a batch on as soon as there is an image."""
+    """Kill all processes of the command as soon as an image exists and ``rank`` has reached ``batch``."""
 
     def __init__(self, rank: int, batch: int) -> None:
         self.rank, self.batch = rank, batch

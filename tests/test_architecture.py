@@ -68,7 +68,7 @@ ROOMS = {
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk"),
     "datamodules/loading": ("datamodules.storage",),
-    "datamodules/transforms": ("datamodules.storage.bad_samples",),
+    "datamodules/transforms": ("datamodules.storage.bad_examples",),
     "datamodules/datasets": (
         "datamodules.loading",
         "datamodules.storage",

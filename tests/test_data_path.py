@@ -1,4 +1,4 @@
-"""From a folder of images to batches of codes: every key is accounted for, and broken images alone are lost."""
+"""From a folder of images to batches of codes: every key arrives except those of broken images."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ KINDS = [("jpg", "jpeg"), ("JPEG", "jpeg"), ("png", "png"), ("webp", "webp")]
 
 
 def write_folder(root: Path) -> set[str]:
-    """200 images of several kinds and sizes in class folders; their keys."""
+    """Write 200 images of several formats and sizes to class folders. Returns their keys."""
     keys = set()
     for number in range(CLASSES * PER_CLASS):
         generator = np.random.default_rng(number)
@@ -34,7 +34,7 @@ def write_folder(root: Path) -> set[str]:
 
 
 def break_some(root: Path, keys: set[str]) -> set[str]:
-    """Break one image of a hundred, each in its own way; their keys."""
+    """Break one image in a hundred, each in another way. Returns their keys."""
     broken = sorted(keys)[50::100]
     for place, key in enumerate(broken):
         (path,) = root.glob(f"{key}.*")
@@ -43,7 +43,7 @@ def break_some(root: Path, keys: set[str]) -> set[str]:
 
 
 def arguments(pipeline: Pipeline, root: Path, folder: Path, num_workers: int) -> list[str]:
-    """To turn the images of ``root`` into codes."""
+    """Arguments of the command that encodes the images of ``root``."""
     kept = [item for item in pipeline.extract_arguments(folder) if not item.startswith("--data.init_args.root")]
     return [
         *(*kept, f"--ckpt_path={pipeline.tokenizer}", "--data=ImageDataModule", f"--data.init_args.root={root}"),
@@ -53,7 +53,7 @@ def arguments(pipeline: Pipeline, root: Path, folder: Path, num_workers: int) ->
 
 
 def code_keys(folder: Path) -> dict[str, int]:
-    """Class of each key in the batches of an epoch and a validation; each comes once."""
+    """Class of each key in the batches of an epoch and a validation. Each key occurs once."""
     data = CodeDataModule(folder, batch_size=8, num_workers=0)
     data.setup("fit")
     classes = {}
@@ -74,7 +74,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str], se
     return root, keys, break_some(root, keys)
 
 
-def test_every_key_goes_from_folder_to_shards_to_codes_to_batches_but_the_broken_ones(
+def test_every_key_except_broken_images_reaches_the_code_batches(
     pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
     root, keys, broken = images
@@ -95,10 +95,10 @@ def test_every_key_goes_from_folder_to_shards_to_codes_to_batches_but_the_broken
     assert sum(split["count"] for split in meta["splits"].values()) == len(keys) - len(broken)
 
 
-def test_two_ranks_write_the_codes_of_one_shard_by_shard(
+def test_two_ranks_write_the_same_code_shards_as_one(
     pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
-    # Straight from the folder, in shards of 30 images.
+    # Directly from the folder, in shards of 30 images.
     small = "--trainer.callbacks=[{class_path: EMA}, {class_path: CodeWriter, init_args: {samples_per_shard: 30}}]"
     main.main([*arguments(pipeline, images[0], tmp_path / "one", num_workers=0), small])
     succeeds(two_processes([*arguments(pipeline, images[0], tmp_path / "two", num_workers=1), small]))
@@ -111,7 +111,7 @@ def test_two_ranks_write_the_codes_of_one_shard_by_shard(
     assert [str(name) for name in one if one[name] != two[name]] == []
 
 
-def test_skipped_images_are_logged_by_reason_and_are_fatal_above_the_tolerated_share(
+def test_skipped_images_are_logged_by_reason_and_are_fatal_above_max_bad_share(
     pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
     def fit(folder: Path, *more: str) -> None:
@@ -125,7 +125,5 @@ def test_skipped_images_are_logged_by_reason_and_are_fatal_above_the_tolerated_s
     lines = [line.split(",") for line in table.read_text().splitlines()]
     column = lines[0].index("skipped/train/broken_image")
     assert [line[column] for line in lines[1:] if line[column]] == ["2.0"]
-    with pytest.raises(
-        ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.005 .*broken image"
-    ):
+    with pytest.raises(ValueError, match=r"examples of train are bad, more than max_bad_share 0.005 .*broken image"):
         fit(tmp_path / "strict", "--data.init_args.max_bad_share=0.005")

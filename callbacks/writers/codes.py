@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.protocols import ShardableImages, TokenizesImages, require
 from callbacks.writers.shard_dataset import ShardDatasetWriter
-from datamodules.storage.shards import CODES_FORMAT, ShardSet, ShardWriter
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset, ShardWriter
 from llamagen.checkpoints.contents import weights_checksum
 
 
@@ -74,7 +74,7 @@ class CodeWriter(ShardDatasetWriter):
             writer.write(key, parts, label)
 
     def describe(
-        self, shards: ShardSet, pieces: Mapping[str, int], data: ShardableImages, module: TokenizesImages
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: ShardableImages, module: TokenizesImages
     ) -> dict[str, Any]:
         """Vocabulary, grid, views, classes and tokenizer."""
         config = module.generator.config

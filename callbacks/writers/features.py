@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from callbacks.protocols import CaptionOutputs, EncodesCaptions, ShardableCaptions
 from callbacks.writers.shard_dataset import ShardDatasetWriter
 from datamodules.storage.index import FEATURES, SHORT_FEATURES
-from datamodules.storage.shards import CAPTIONS_FORMAT, ShardSet, ShardWriter
+from datamodules.storage.shards import CAPTIONS_FORMAT, ShardDataset, ShardWriter
 from llamagen.text import EncodedCaptions, pack
 
 TRUNCATED = "truncated"
@@ -73,7 +73,7 @@ class FeatureWriter(ShardDatasetWriter):
             parts = {} if npy is None else {"npy": npy}
             parts |= {"txt": caption.encode("utf-8", "replace"), FEATURES: whole}
             writer.write(key, parts | ({SHORT_FEATURES: part} if sentence != caption else {}), label)
-        writer.counted[TRUNCATED] += int(outputs.captions.truncated.sum())
+        writer.counts[TRUNCATED] += int(outputs.captions.truncated.sum())
 
     def _bytes_of(self, encoded: EncodedCaptions, keys: list[str]) -> list[bytes]:
         """The stored bytes of each caption's tokens."""
@@ -91,10 +91,10 @@ class FeatureWriter(ShardDatasetWriter):
         return [numbers[end - length : end].tobytes() for length, end in zip(lengths, ends, strict=True)]
 
     def describe(
-        self, shards: ShardSet, pieces: Mapping[str, int], data: ShardableCaptions, module: EncodesCaptions
+        self, shards: ShardDataset, pieces: Mapping[str, int], data: ShardableCaptions, module: EncodesCaptions
     ) -> dict[str, Any]:
         """Entries of the codes, if there are any, and of the features; warns about truncated captions."""
-        facts, truncated = shards.plan["encoder"], shards.counted(pieces)[TRUNCATED]
+        facts, truncated = shards.plan["encoder"], shards.total_counts(pieces)[TRUNCATED]
         if truncated:
             rank_zero_warn(
                 f"{truncated} captions have more tokens than caption_length {facts['caption_length']} and were "

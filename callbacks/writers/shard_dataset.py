@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 
 from callbacks.protocols import ShardableData, datamodule, require
-from datamodules.storage.shards import ShardSet, ShardWriter
+from datamodules.storage.shards import ShardDataset, ShardWriter
 
 
 class ShardDatasetWriter(pl.Callback):
@@ -31,7 +31,7 @@ class ShardDatasetWriter(pl.Callback):
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         self.samples_per_shard = samples_per_shard
-        self._dataset: ShardSet | None = None
+        self._dataset: ShardDataset | None = None
         self._writer: ShardWriter | None = None
         self._piece = ("", -1)
 
@@ -50,7 +50,7 @@ class ShardDatasetWriter(pl.Callback):
         """
 
     @abstractmethod
-    def describe(self, shards: ShardSet, pieces: Mapping[str, int], data: Any, module: Any) -> dict[str, Any]:
+    def describe(self, shards: ShardDataset, pieces: Mapping[str, int], data: Any, module: Any) -> dict[str, Any]:
         """Entries of ``meta.json`` besides its splits; called on rank zero after all shards have been written.
 
         Args:
@@ -70,7 +70,7 @@ class ShardDatasetWriter(pl.Callback):
             return
         require(self.module_protocol, pl_module, self)
         self._dataset = None
-        data, shards = self._data(trainer), ShardSet(Path(trainer.default_root_dir), {}, "")
+        data, shards = self._data(trainer), ShardDataset(Path(trainer.default_root_dir), {}, "")
         for split, pieces in self._pieces(data).items():
             done = [number for number in range(pieces) if shards.is_written(split, number)]
             data.plan_shards(split, self.samples_per_shard, done)
@@ -83,7 +83,7 @@ class ShardDatasetWriter(pl.Callback):
         """
         data = self._data(trainer)
         plan = {**self.plan(data, pl_module), "samples_per_shard": self.samples_per_shard}
-        self._dataset = ShardSet(Path(trainer.default_root_dir), plan, "delete it or choose another folder")
+        self._dataset = ShardDataset(Path(trainer.default_root_dir), plan, "delete it or choose another folder")
         self._dataset.check()
         trainer.strategy.barrier("folder of shards checked")
         if trainer.is_global_zero:
@@ -128,8 +128,10 @@ class ShardDatasetWriter(pl.Callback):
         if not trainer.is_global_zero:
             return
         pieces = self._pieces(data)
-        known = {split: data.tallies[split].known for split in data.predict_splits}
-        self._dataset.finish(pieces, self.describe(self._dataset, pieces, data, pl_module), known, data.max_bad_share)
+        rejected = {split: data.tallies[split].rejected for split in data.predict_splits}
+        self._dataset.finish(
+            pieces, self.describe(self._dataset, pieces, data, pl_module), rejected, data.max_bad_share
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Complete the dataset if this rank had no shards left: Lightning then calls no hook of ``predict``.
@@ -164,7 +166,7 @@ class ShardDatasetWriter(pl.Callback):
             return
         split, number = self._piece
         first, end = self._range(data, split, number)
-        writer.skipped = [sample for sample in data.tallies[split].seen if first <= sample.number < end]
+        writer.skipped = [sample for sample in data.tallies[split].skipped if first <= sample.number < end]
         if writer.count + len(writer.skipped) == end - first:
             writer.close()
         else:  # incomplete, e.g. with limit_predict_batches
@@ -174,7 +176,7 @@ class ShardDatasetWriter(pl.Callback):
         """Write the shards of pieces whose examples were all skipped on this rank."""
         assert self._dataset is not None
         for split in data.predict_splits:
-            seen = data.tallies[split].seen
+            seen = data.tallies[split].skipped
             for number in {sample.number // self.samples_per_shard for sample in seen}:
                 first, end = self._range(data, split, number)
                 skipped = [sample for sample in seen if first <= sample.number < end]

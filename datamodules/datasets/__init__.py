@@ -1,1 +1,1 @@
-"""Datasets that worker processes import, without Lightning: from a number to a sample."""
+"""Datasets that worker processes import, without Lightning: from a number to an example."""

@@ -1,71 +1,74 @@
-"""Captions by number. Apart from their DataModule: worker processes import this file, and not Lightning. B captions."""
+"""Dataset of captions. B: captions in a batch.
+
+Separate from the DataModule, so that worker processes import it without Lightning.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from datamodules.datasets.dataset import SampleDataset
-from datamodules.storage.bad_samples import BadSampleError
-from datamodules.storage.index import Sample, SampleIndex
+from datamodules.datasets.base import ExampleDataset
+from datamodules.storage.bad_examples import BadExampleError
+from datamodules.storage.index import Example, ExampleIndex
 from llamagen.text.cleaning import clean_caption, first_sentence
 
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex
 
 
-def caption_of(sample: Sample, clean: bool = False, short: bool = False) -> str:
-    """The caption of a sample, or its first sentence.
+def caption_of(example: Example, clean: bool = False, short: bool = False) -> str:
+    """Caption of an example, or its first sentence.
 
     Args:
-        sample: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: the first sentence alone, found before cleaning, which takes away the capitals that tell where it ends;
-            the whole caption where cleaning leaves nothing of that sentence.
+        example: example with a txt or json member.
+        clean: clean the caption, see :func:`~llamagen.text.cleaning.clean_caption`.
+        short: use only the first sentence. It is found before cleaning, which removes the capitals that mark its end.
+            If cleaning leaves nothing of it, the whole caption is used.
 
     Raises:
-        BadSampleError: if it has none, or cleaning leaves nothing of it.
+        BadExampleError: if there is no caption, or cleaning leaves nothing of it.
     """
-    found = sample.read_caption()
-    texts = [first_sentence(found), found] if short else [found]
+    caption = example.read_caption()
+    texts = [first_sentence(caption), caption] if short else [caption]
     text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
     if not text:
-        fault = "" if found else sample.caption_fault()
-        what = f"has no caption that can be read: {fault}" if fault else "has no caption"
-        if found:
-            what = f"has a caption of which cleaning leaves nothing: {found[:40]!r}"
-        raise BadSampleError("no caption", f"sample {sample.key} of {sample.source} {what}")
+        fault = "" if caption else example.caption_fault()
+        problem = f"has no readable caption: {fault}" if fault else "has no caption"
+        if caption:
+            problem = f"has a caption that is empty after cleaning: {caption[:40]!r}"
+        raise BadExampleError("no caption", f"example {example.key} of {example.source} {problem}")
     return text
 
 
-class CaptionDataset(SampleDataset):
-    """Reads captions, and what else of their samples goes with their features.
+class CaptionDataset(ExampleDataset):
+    """Dataset of captions, with what is stored next to their features.
 
     Args:
-        samples: with a txt or json member.
-        clean: as :func:`~llamagen.text.cleaning.clean_caption` has it.
-        short: give the first sentences, too.
-        codes: give the bytes of the codes, which each sample must then have.
+        examples: examples with a txt or json member.
+        clean: clean the captions, see :func:`~llamagen.text.cleaning.clean_caption`.
+        short: also give the first sentences.
+        codes: also give the bytes of the codes, which each example must then have.
     """
 
     def __init__(
-        self, samples: "SampleIndex | StreamIndex", clean: bool = False, short: bool = False, codes: bool = False
+        self, examples: "ExampleIndex | StreamIndex", clean: bool = False, short: bool = False, codes: bool = False
     ) -> None:
-        super().__init__(samples)
+        super().__init__(examples)
         self.clean, self.short, self.codes = clean, short, codes
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Caption, label and key of a sample.
+        """Read caption, label and key of an example.
 
         Raises:
-            BadSampleError: if it has no caption, or lacks the codes.
+            BadExampleError: if it has no caption or no codes.
         """
-        sample = self.samples[number]
-        parts = {"captions": caption_of(sample, self.clean), "labels": sample.label, "keys": sample.key}
+        example = self.examples[number]
+        parts = {"captions": caption_of(example, self.clean), "labels": example.label, "keys": example.key}
         if self.short:
-            parts["short_captions"] = caption_of(sample, self.clean, short=True)
-        return {**parts, "codes": sample.read("npy")} if self.codes else parts
+            parts["short_captions"] = caption_of(example, self.clean, short=True)
+        return {**parts, "codes": example.read("npy")} if self.codes else parts
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """``captions``, ``short_captions``, ``keys``, ``labels`` (B,) int64 (−1 for none), ``codes`` as bytes."""
-        batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+        batch: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
         return {**batch, "labels": torch.tensor(batch["labels"])}

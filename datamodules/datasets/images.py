@@ -1,4 +1,7 @@
-"""Images by number and epoch. Apart from their DataModule: worker processes import this file, and not Lightning."""
+"""Dataset of images. A: views of an image, B: images in a batch.
+
+Separate from the DataModule, so that worker processes import it without Lightning.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -8,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.datasets.dataset import SampleDataset
+from datamodules.datasets.base import ExampleDataset
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.bad_samples import BadSampleError
-from datamodules.storage.index import NO_LABEL, SampleIndex
+from datamodules.storage.bad_examples import BadExampleError
+from datamodules.storage.index import NO_LABEL, ExampleIndex
 from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops
 from datamodules.transforms.decode import read_image
 
@@ -22,33 +25,33 @@ Views = Literal["centre", "flip", "ten_crop"]
 
 
 def to_planes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (…, H, W, 3) as (…, 3, H, W), contiguous: planes, as the resizing kernel leaves them."""
+    """Convert pixels (…, H, W, 3) to contiguous planes (…, 3, H, W), the layout of the resizing kernel."""
     return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
 
 
 def scale(levels: Tensor) -> Tensor:
-    """Levels 0 to 255 uint8 as float32 in [-1, 1]."""
+    """Convert uint8 levels in [0, 255] to float32 in [-1, 1]."""
     return levels.float().div_(127.5).sub_(1.0)
 
 
-class ImageDataset(SampleDataset):
-    """Decodes images; asked for without an epoch, it gives their views, which is the centre crop alone by default.
+class ImageDataset(ExampleDataset):
+    """Dataset of decoded images: augmented with an epoch, otherwise all views (by default the centre crop).
 
     Args:
-        samples: with a png, jpg, jpeg or webp member.
+        examples: examples with a png, jpg, jpeg or webp member.
         image_size: side of the images in pixels.
-        random_crop: within an epoch, draw size and place of the crop by (seed, epoch, sample).
-        flip: within an epoch, mirror half of the images, drawn likewise.
-        seed: of the draws.
-        views: see :func:`~datamodules.transforms.crops.view_names`; more than one makes the images (A, 3, H, W).
-        crop_ranges: of ten crops.
-        captions: read captions, too.
-        never_empty: see :class:`~datamodules.datasets.dataset.SampleDataset`.
+        random_crop: in training, choose size and position of the crop by (seed, epoch, example).
+        flip: in training, mirror half of the images, chosen likewise.
+        seed: seed of the random choices.
+        views: see :func:`~datamodules.transforms.crops.view_names`; with several views, images are (A, 3, H, W).
+        crop_ranges: see :func:`~datamodules.transforms.crops.ten_crops`.
+        captions: also read captions.
+        never_empty: see :class:`~datamodules.datasets.base.ExampleDataset`.
     """
 
     def __init__(
         self,
-        samples: "SampleIndex | StreamIndex",
+        examples: "ExampleIndex | StreamIndex",
         image_size: int,
         random_crop: bool = False,
         flip: bool = False,
@@ -58,42 +61,42 @@ class ImageDataset(SampleDataset):
         captions: bool = False,
         never_empty: bool = False,
     ) -> None:
-        super().__init__(samples, never_empty)
+        super().__init__(examples, never_empty)
         self.image_size, self.random_crop, self.flip, self.seed = image_size, random_crop, flip, seed
         self.views, self.crop_ranges, self.captions = views, crop_ranges, captions
         self._warned = False
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        """Planes, label and key of a sample.
+        """Read planes, label and key of an example.
 
         Raises:
-            BadSampleError: if it has no image or a broken one.
+            BadExampleError: if it has no image or a broken one.
         """
-        sample = self.samples[number]
-        pixels = read_image(sample.read_image(), f"sample {sample.key} of {sample.source}")
-        # Contiguous, and so a copy: a piece would keep the whole image in memory until the batch is full.
+        example = self.examples[number]
+        pixels = read_image(example.read_image(), f"example {example.key} of {example.source}")
+        # to_planes copies the crop. A view would keep the whole image in memory until the batch is full.
         parts = {
-            "planes": to_planes(self._cut(pixels, number, epoch)),
-            "labels": sample.label,
-            "keys": sample.key,
+            "planes": to_planes(self._crop(pixels, number, epoch)),
+            "labels": example.label,
+            "keys": example.key,
         }
         if not self.captions:
             return parts
-        caption = sample.read_caption()
-        fault = "" if caption else sample.caption_fault()
-        what = f": {fault}" if fault else ""
-        if not caption and sample.label == NO_LABEL:
-            story = f"sample {sample.key} of {sample.source} has neither class nor caption{what}"
-            raise BadSampleError("no caption", story)
+        caption = example.read_caption()
+        fault = "" if caption else example.caption_fault()
+        details = f": {fault}" if fault else ""
+        if not caption and example.label == NO_LABEL:
+            message = f"example {example.key} of {example.source} has neither class nor caption{details}"
+            raise BadExampleError("no caption", message)
         if fault and not self._warned:
-            self._warned = True  # in each worker process once
+            self._warned = True  # once per worker process
             warnings.warn(
-                f"captions that cannot be read are left out, e.g. of sample {sample.key} of {sample.source}{what}",
+                f"unreadable captions are left out, e.g. of example {example.key} of {example.source}{details}",
                 stacklevel=2,
             )
         return {**parts, "captions": caption}
 
-    def _cut(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
+    def _crop(self, pixels: np.ndarray, number: int, epoch: int) -> np.ndarray:
         if epoch == NO_EPOCH:
             if self.views == "ten_crop":
                 return np.stack(ten_crops(pixels, self.image_size, self.crop_ranges))
@@ -106,8 +109,8 @@ class ImageDataset(SampleDataset):
             pixels = centre_crop(pixels, self.image_size)
         return random_flip(pixels, generator) if self.flip else pixels
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64 (−1 for none), ``keys``, ``captions``."""
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``images`` (B, 3, H, W) or (B, A, 3, H, W), ``labels`` (B,) int64, −1 for none, ``keys``, ``captions``."""
+        batch = {name: [example[name] for example in examples] for name in examples[0]}
         images = scale(torch.from_numpy(np.stack(batch.pop("planes"))))
         return {"images": images, **batch, "labels": torch.tensor(batch["labels"])}

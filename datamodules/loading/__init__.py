@@ -1,1 +1,1 @@
-"""Which sample comes when: the order of an epoch, streams, and the loader."""
+"""Order of the training examples, streams of shards, and loaders."""

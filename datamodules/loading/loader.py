@@ -1,4 +1,4 @@
-"""Batches from worker processes: training in a planned order with a place to return to, evaluation in order."""
+"""Loaders that prepare batches in worker processes: resumable for training, sequential for evaluation."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -7,37 +7,38 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.loading.order import NO_EPOCH, Address, Plan
-from datamodules.storage.bad_samples import Tally
+from datamodules.storage.bad_examples import Tally
 
 SKIPPED = "skipped"
-"""Entry of a dataset's batch: arguments of :meth:`~datamodules.storage.bad_samples.Tally.add`. A batch of which
-nothing could be used has no other entry."""
+"""Entry of a batch with the arguments of :meth:`~datamodules.storage.bad_examples.Tally.add`. If all examples of a
+batch are bad, it is the only entry."""
 
 
 class TrainLoader:
-    """An endless supply of epochs whose place can be saved and restored.
+    """Endless loader of training epochs whose position can be saved and restored.
 
-    Each iteration is one epoch; the first one after :meth:`load_state_dict` is the rest of the saved epoch. The place
-    counts samples as they are handed out and not as workers prefetch them, so it is right for any number of workers.
+    Each iteration is one epoch. The first iteration after :meth:`load_state_dict` is the rest of the saved epoch. The
+    position counts examples when they are handed out, not when workers prefetch them, so it is exact for any number of
+    workers.
 
     Args:
-        dataset: maps an :data:`~datamodules.loading.order.Address` to a sample; or a list of them to a batch, by
-            ``__getitems__``, which then says under :data:`SKIPPED` what could not be used.
-        plan: order of the samples.
-        num_workers: processes that prepare batches; 0 for none.
+        dataset: maps an :data:`~datamodules.loading.order.Address` to an example, or, with ``__getitems__``, a list of
+            addresses to a batch with bad examples under :data:`SKIPPED`.
+        plan: order of the examples.
+        num_workers: worker processes that prepare batches; 0 prepares them in the main process.
         pin_memory: prepare batches in pinned memory, for a GPU.
-        tally: counts what could not be used.
+        tally: counts bad examples.
     """
 
     def __init__(
         self, dataset: Dataset[Any], plan: Plan, num_workers: int, pin_memory: bool = False, tally: Tally | None = None
     ) -> None:
         self.plan, self.tally = plan, tally
-        self._place = _Place(plan)
+        self._position = _Position(plan)
         self._resume = False
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=self._place,
+            batch_sampler=self._position,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -46,28 +47,28 @@ class TrainLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, the same on every rank."""
+        """Number of batches in a whole epoch, the same on every rank."""
         return len(self.plan.ends(0))
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the next epoch, or of the rest of a restored one."""
-        # A generator: the place moves when the first batch is asked for, so an iterator that nobody uses costs nothing.
-        place = self._place
+        """Batches of the next epoch, or the rest of a restored epoch."""
+        # As a generator it moves the position only at the first batch. Lightning creates iterators that it never uses.
+        position = self._position
         if not (self._resume and self.batches_left()):
-            place.epoch, place.consumed = place.epoch + 1, 0
+            position.epoch, position.consumed = position.epoch + 1, 0
         self._resume = False
-        ends = self.plan.ends(place.consumed).tolist()
-        ends[-1] = self.plan.count  # where samples are left out, the epoch is over all the same
+        ends = self.plan.ends(position.consumed).tolist()
+        ends[-1] = self.plan.count  # with remainder `drop` the epoch also ends here
         for end, batch in zip(ends, self._loader, strict=True):
-            place.consumed = end
-            if usable(batch, self.tally):
+            position.consumed = end
+            if take_skipped(batch, self.tally):
                 yield batch
 
     def batches_left(self) -> int:
-        """Batches until the end of the epoch, from the current or restored place."""
-        return len(self.plan.ends(self._place.consumed))
+        """Number of batches from the current or restored position to the end of the epoch."""
+        return len(self.plan.ends(self._position.consumed))
 
-    # Lightning ends the workers of a DataLoader at the end of a fit by way of this attribute.
+    # Lightning shuts down the workers at the end of a fit through this attribute of a DataLoader.
     @property
     def _iterator(self) -> Any:
         return self._loader._iterator
@@ -77,20 +78,20 @@ class TrainLoader:
         self._loader._iterator = value
 
     def state_dict(self) -> dict[str, int]:
-        """Place: epoch, and samples of it that all ranks together have consumed."""
-        return {"epoch": self._place.epoch, "consumed": self._place.consumed}
+        """Position: the epoch, and the examples of it that all ranks together have consumed."""
+        return {"epoch": self._position.epoch, "consumed": self._position.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a saved place with the next iteration."""
-        self._place.epoch, self._place.consumed = state["epoch"], state["consumed"]
+        """Resume from a saved position with the next iteration."""
+        self._position.epoch, self._position.consumed = state["epoch"], state["consumed"]
         self._resume = state["epoch"] >= 0
 
 
-class _Place:
-    """A place, and what is left of its epoch, as addresses; read anew at each iteration.
+class _Position:
+    """Position in an epoch; iterating gives the remaining batches as addresses.
 
-    It does not know the loader: in a cycle of references the garbage collector closes the queues of the workers before
-    they are told to end, and then waits for each of them for five seconds.
+    footgun: it must not refer to the loader. In a reference cycle the garbage collector closes the queues before the
+    workers are asked to exit, and then waits five seconds for each worker.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -102,19 +103,19 @@ class _Place:
 
 
 class EvaluationLoader:
-    """Given batches, in order.
+    """Loader of given batches, in order.
 
-    Ranks may have unequal numbers of them; where a step waits for other ranks, they are shared out equally. Like
-    :class:`TrainLoader` it is no DataLoader: Lightning would share out its samples a second time.
+    Ranks may have different numbers of batches, unless ranks wait for each other in each step. Like
+    :class:`TrainLoader` it is not a DataLoader, because Lightning would distribute its examples a second time.
 
     Args:
         dataset: as in :class:`TrainLoader`.
-        batches: addresses of the samples of each batch of this rank.
-        num_workers: processes that prepare batches; 0 for none.
+        batches: addresses of the examples in each batch of this rank.
+        num_workers: worker processes that prepare batches; 0 prepares them in the main process.
         pin_memory: prepare batches in pinned memory, for a GPU.
-        tally: counts what could not be used.
-        never_empty: where nothing can be used, give one sample of another rank. For validation, where ranks wait for
-            each other's metrics.
+        tally: counts bad examples.
+        never_empty: if all examples of this rank are bad, give a batch with one example of another rank. Needed in
+            validation, where ranks wait for each other's metrics.
     """
 
     def __init__(
@@ -137,41 +138,41 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of this rank, those of which nothing can be used included."""
+        """Number of batches of this rank, including those with bad examples only."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches, from the first."""
+        """All batches, from the first."""
         if self.tally is not None:
             self.tally.reset()
         empty = True
         for batch in self._loader:
-            if usable(batch, self.tally):
+            if take_skipped(batch, self.tally):
                 empty = False
                 yield batch
         if empty and self.never_empty and len(self):
-            yield self._stand_in()
+            yield self._substitute()
 
-    def _stand_in(self) -> Any:
-        """A batch of one sample of the set, whichever can be used."""
+    def _substitute(self) -> Any:
+        """A batch of one example, the first usable one of the dataset."""
         for number in range(len(self._loader.dataset)):  # type: ignore[arg-type]
             batch = self._loader.dataset.__getitems__([(number, NO_EPOCH)])  # type: ignore[attr-defined]
-            if usable(batch, None):
+            if take_skipped(batch, None):
                 return batch
-        raise ValueError("none of the samples can be used; look at the data with `python -m datamodules.inspection`")
+        raise ValueError("all examples are bad; check the data with `python -m datamodules.inspection`")
 
 
 def ranks_wait(trainer: Any) -> bool:
-    """Whether ranks wait for each other in each step of an evaluation, because none has the whole model.
+    """Whether ranks wait for each other in each evaluation step, because the model is sharded over them.
 
     Args:
-        trainer: Lightning's, or None.
+        trainer: Lightning's trainer, or None.
     """
     return getattr(getattr(trainer, "lightning_module", None), "device_mesh", None) is not None
 
 
-def usable(batch: Any, tally: Tally | None) -> bool:
-    """Take the entry :data:`SKIPPED` out of a batch and count it; whether anything is left of the batch."""
+def take_skipped(batch: Any, tally: Tally | None) -> bool:
+    """Remove the entry :data:`SKIPPED` from a batch and count it. Returns whether the batch has examples left."""
     if not isinstance(batch, dict):
         return True
     skipped, opened = batch.pop(SKIPPED, ((), 0))
@@ -181,17 +182,17 @@ def usable(batch: Any, tally: Tally | None) -> bool:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Let a worker live on after Ctrl-C, or a SIGTERM to all processes of a job: the run finishes its step first.
+    """Keep a worker alive after Ctrl-C or a first SIGTERM to all processes of a job, so that the run finishes its step.
 
-    The second SIGTERM ends it, as that of a run that waits for its workers no longer.
+    A second SIGTERM ends the worker. The main process sends it when it no longer waits for its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate_of(dataset: Any) -> Any:
-    return _as_it_is if hasattr(dataset, "__getitems__") else default_collate
+    return _unchanged if hasattr(dataset, "__getitems__") else default_collate
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch

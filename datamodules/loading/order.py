@@ -1,8 +1,8 @@
-"""Which sample comes when: a pure function of seed and epoch, shared out over ranks, with a place to return to.
+"""Order of the examples: a pure function of seed and epoch, distributed over ranks and resumable.
 
-The samples of an epoch are cut into global batches, of which each rank gets its share. The place is the number of
-samples that all ranks together have consumed. It does not know of ranks and workers, so the rest of an epoch can be
-shared out anew over another number of them.
+The examples of an epoch are split into global batches, and each rank reads its share of each batch. The position in an
+epoch is the number of examples that all ranks together have consumed. It does not depend on ranks and workers, so the
+rest of an epoch can be distributed over another number of them.
 """
 
 from collections.abc import Iterator
@@ -12,55 +12,55 @@ from typing import Literal, Protocol
 import numpy as np
 
 Address = tuple[int, int]
-"""A sample as a dataset is asked for it: its number and the epoch, which together decide its augmentation."""
+"""Index into a dataset: example number and epoch, which together determine the augmentation."""
 
 NO_EPOCH = -1
-"""In place of the epoch: the sample as it is, without anything random."""
+"""Epoch of an address that requests an example without augmentation."""
 
 Remainder = Literal["keep", "drop", "repeat"]
 
 SHARD_BITS = 40
-"""Of a sample's number in a stream: shard · 2⁴⁰ + place."""
+"""The number of an example in a stream is shard · 2⁴⁰ + position in the shard."""
 
-DRAWS_MIXED = 8
-"""Shards whose samples are shuffled together in a stream."""
+SHARDS_PER_SHUFFLE = 8
+"""Shards whose examples are shuffled together in a stream."""
 
 
 class Plan(Protocol):
     """The order of an epoch, for one rank.
 
     Attributes:
-        count: samples of an epoch, over all ranks.
+        count: examples of an epoch, over all ranks.
     """
 
     count: int
 
     def ends(self, consumed: int) -> np.ndarray:
-        """Samples that all ranks have consumed after each batch of the rest of an epoch."""
+        """Position after each remaining batch of an epoch: examples that all ranks together have consumed."""
 
     def batches(self, epoch: int, consumed: int) -> Iterator[list[Address]]:
-        """The batches of this rank for the rest of an epoch."""
+        """Remaining batches of an epoch for this rank."""
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of ``count`` samples for an epoch, (count,) int64, equal on every rank."""
+    """Permutation of ``count`` examples for an epoch, (count,) int64, the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def cut(count: int, start: int, batch_size: int, world_size: int, remainder: Remainder) -> np.ndarray:
-    """Where the global batches of the rest of an epoch end, the same on every rank.
+def batch_ends(count: int, start: int, batch_size: int, world_size: int, remainder: Remainder) -> np.ndarray:
+    """Ends of the remaining global batches of an epoch, the same on every rank.
 
     Args:
-        count: samples of the whole epoch.
-        start: number of them that all ranks together have consumed.
-        batch_size: samples a rank and batch.
+        count: examples of the whole epoch.
+        start: examples that all ranks together have consumed.
+        batch_size: examples per batch and rank.
         world_size: number of ranks.
-        remainder: what to do with samples that do not fill a global batch. ``keep``: each comes once, so the last
-            batches of ranks are smaller, or, where there are fewer samples than ranks, one larger; ``drop``: leave them
-            out; ``repeat``: fill up with the first samples of the epoch.
+        remainder: what to do with the examples that do not fill a global batch. ``keep`` reads each of them once, in a
+            smaller last batch, or, if there are fewer than ranks, as part of the previous batch. ``drop`` leaves them
+            out. ``repeat`` fills the batch with the first examples of the epoch.
 
     Returns:
-        (batches,) int64; an end beyond ``count`` means samples from the beginning of the epoch.
+        (batches,) int64. An end beyond ``count`` means examples from the start of the epoch.
     """
     step = batch_size * world_size
     full, rest = divmod(max(count - start, 0), step)
@@ -74,19 +74,22 @@ def cut(count: int, start: int, batch_size: int, world_size: int, remainder: Rem
     if full:
         ends[-1] = count
         return ends
-    return np.array([start + world_size], np.int64)  # nobody may wait: fewer samples than ranks
+    return np.array([start + world_size], np.int64)  # fewer examples than ranks: repeat some, so that no rank waits
 
 
 class EpochPlan:
-    """Every sample once an epoch, shuffled over the whole set.
+    """Plan that reads every example once per epoch, shuffled over the whole dataset.
 
     Args:
-        count: samples of the set.
-        batch_size: samples a rank and batch.
-        seed: of the order.
+        count: examples of the dataset.
+        batch_size: examples per batch and rank.
+        seed: seed of the order.
         rank: this rank.
         world_size: number of ranks.
-        remainder: see :func:`cut`.
+        remainder: see :func:`batch_ends`.
+
+    Raises:
+        ValueError: if there are too few examples for a batch on every rank.
     """
 
     def __init__(
@@ -96,16 +99,16 @@ class EpochPlan:
         self.rank, self.world_size, self.remainder = rank, world_size, remainder
         if count < world_size or not len(self.ends(0)):
             raise ValueError(
-                f"{count} training samples cannot be shared out over {world_size} ranks with batch_size {batch_size} "
+                f"{count} training examples cannot be distributed over {world_size} ranks with batch_size {batch_size} "
                 f"and remainder {remainder}; use fewer ranks or a smaller batch"
             )
 
     def ends(self, consumed: int) -> np.ndarray:
-        """Samples that all ranks have consumed after each batch of the rest of an epoch."""
-        return cut(self.count, consumed, self.batch_size, self.world_size, self.remainder)
+        """Position after each remaining batch of an epoch: examples that all ranks together have consumed."""
+        return batch_ends(self.count, consumed, self.batch_size, self.world_size, self.remainder)
 
     def batches(self, epoch: int, consumed: int) -> Iterator[list[Address]]:
-        """The batches of this rank for the rest of an epoch."""
+        """Remaining batches of an epoch for this rank."""
         order = epoch_order(self.count, self.seed, epoch)
         for end in self.ends(consumed).tolist():
             share = order.take(range(consumed + self.rank, end, self.world_size), mode="wrap")
@@ -114,27 +117,37 @@ class EpochPlan:
 
 
 class StreamPlan:
-    """Shards drawn at random with replacement, for sets that are too large to shuffle or to index.
+    """Plan that samples shards with replacement, for datasets too large to shuffle or to index.
 
-    From each drawn shard ``per_draw`` samples are taken, from a random place on and, in a smaller shard, from its
-    beginning again. The samples of eight draws are shuffled together. Each rank draws shards of its own, a pure
-    function of seed, epoch, rank and number of ranks; an epoch is only a number of samples, after which validation may
-    come.
+    From each sampled shard it reads ``examples_per_shard`` consecutive examples from a random start, wrapping around at
+    the end of the shard. The examples of eight shards are shuffled together. Each rank samples its own shards, as a
+    pure function of seed, epoch, rank and number of ranks. An epoch is just a number of examples, after which
+    validation can run.
 
     Args:
         shards: number of shards.
-        per_draw: samples of each drawn shard.
-        count: samples of an epoch, over all ranks; rounded down to whole global batches.
-        batch_size: samples a rank and batch.
-        seed: of the draws.
+        examples_per_shard: examples read from each sampled shard.
+        count: examples of an epoch, over all ranks; rounded down to whole global batches.
+        batch_size: examples per batch and rank.
+        seed: seed of the sampling.
         rank: this rank.
         world_size: number of ranks.
+
+    Raises:
+        ValueError: if ``count`` is less than one global batch.
     """
 
     def __init__(
-        self, shards: int, per_draw: int, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        shards: int,
+        examples_per_shard: int,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.shards, self.per_draw, self.batch_size, self.seed = shards, per_draw, batch_size, seed
+        self.shards, self.examples_per_shard, self.batch_size, self.seed = shards, examples_per_shard, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.count = count // (batch_size * world_size) * batch_size * world_size
         if self.count == 0:
@@ -143,33 +156,32 @@ class StreamPlan:
             )
 
     def ends(self, consumed: int) -> np.ndarray:
-        """Samples that all ranks have consumed after each batch of the rest of an epoch."""
-        return cut(self.count, consumed, self.batch_size, self.world_size, "drop")
+        """Position after each remaining batch of an epoch: examples that all ranks together have consumed."""
+        return batch_ends(self.count, consumed, self.batch_size, self.world_size, "drop")
 
     def batches(self, epoch: int, consumed: int) -> Iterator[list[Address]]:
-        """The batches of this rank for the rest of an epoch."""
-        size = DRAWS_MIXED * self.per_draw
-        place = consumed // self.world_size
-        left: list[int] = []
-        group, skip = divmod(place, size)
+        """Remaining batches of an epoch for this rank."""
+        size = SHARDS_PER_SHUFFLE * self.examples_per_shard
+        buffer: list[int] = []
+        group, skip = divmod(consumed // self.world_size, size)
         for _ in self.ends(consumed):
-            while len(left) < self.batch_size:
-                left += self._group(epoch, group)[skip:]
+            while len(buffer) < self.batch_size:
+                buffer += self._group(epoch, group)[skip:]
                 group, skip = group + 1, 0
-            batch, left = left[: self.batch_size], left[self.batch_size :]
+            batch, buffer = buffer[: self.batch_size], buffer[self.batch_size :]
             yield [(number, epoch) for number in batch]
 
     def _group(self, epoch: int, group: int) -> list[int]:
         generator = np.random.default_rng([self.seed, epoch, self.world_size, self.rank, group])
-        shards = generator.integers(self.shards, size=(DRAWS_MIXED, 1))
-        first = generator.integers(1 << 31, size=(DRAWS_MIXED, 1))
-        numbers = (shards << SHARD_BITS) + first + np.arange(self.per_draw)
+        shards = generator.integers(self.shards, size=(SHARDS_PER_SHUFFLE, 1))
+        first = generator.integers(1 << 31, size=(SHARDS_PER_SHUFFLE, 1))
+        numbers = (shards << SHARD_BITS) + first + np.arange(self.examples_per_shard)
         order: list[int] = generator.permutation(numbers.flatten()).tolist()
         return order
 
 
 def evaluation_batches(numbers: range | np.ndarray, batch_size: int) -> list[list[Address]]:
-    """Samples as they are, in order, in batches of at most ``batch_size``."""
+    """Addresses without augmentation, in order, in batches of at most ``batch_size``."""
     return [
         [(int(number), NO_EPOCH) for number in numbers[first : first + batch_size]]
         for first in range(0, len(numbers), batch_size)
@@ -179,46 +191,46 @@ def evaluation_batches(numbers: range | np.ndarray, batch_size: int) -> list[lis
 def shared_batches(
     count: int, batch_size: int, rank: int, world_size: int, equally: bool = False
 ) -> list[list[Address]]:
-    """The batches of a rank, which takes every ``world_size``-th sample, from the ``rank``-th on.
+    """Batches of a rank, which reads examples rank, rank + world_size, and so on.
 
     Args:
-        count: samples of the set.
-        batch_size: most samples of a batch.
+        count: examples of the dataset.
+        batch_size: maximum number of examples in a batch.
         rank: this rank.
         world_size: number of ranks.
-        equally: all ranks get the same number of batches, as they must where they wait for each other in each; then one
-            batch of a rank that has a sample less may be cut in two.
+        equally: give all ranks the same number of batches, as required if ranks wait for each other in each batch. A
+            rank with one example less may then get one of its batches split in two.
 
     Raises:
-        ValueError: if ``equally`` cannot be.
+        ValueError: if ``equally`` is impossible.
     """
     batches = evaluation_batches(range(rank, count, world_size), batch_size)
     if not equally:
         return batches
-    most = ceil(ceil(count / world_size) / batch_size)
-    if count // world_size < most:
+    needed = ceil(ceil(count / world_size) / batch_size)
+    if count // world_size < needed:
         raise ValueError(
-            f"{count} samples in batches of {batch_size} cannot be shared out over {world_size} ranks that wait for "
-            "each other, as they do where parameters are sharded; use larger batches or fewer ranks"
+            f"{count} examples in batches of {batch_size} cannot be distributed over {world_size} ranks that wait for "
+            "each other, as ranks with sharded parameters do; use larger batches or fewer ranks"
         )
-    if len(batches) < most:
-        longest = max(range(len(batches)), key=lambda place: len(batches[place]))
+    if len(batches) < needed:
+        longest = max(range(len(batches)), key=lambda position: len(batches[position]))
         half = len(batches[longest]) // 2
         batches[longest : longest + 1] = [batches[longest][:half], batches[longest][half:]]
     return batches
 
 
-def draw(seed: int, epoch: int, numbers: np.ndarray, below: int) -> np.ndarray:
-    """A random whole number in [0, below) for each sample: a pure function of seed, epoch and number.
+def random_integers(seed: int, epoch: int, numbers: np.ndarray, high: int) -> np.ndarray:
+    """A random integer in [0, high) for each example: a pure function of seed, epoch and example number.
 
     Args:
-        seed: of the draws.
-        epoch: of the draws.
-        numbers: (B,) int64, numbers of samples.
-        below: how many values there are.
+        seed: seed of the run.
+        epoch: epoch of the examples.
+        numbers: numbers of the examples, (B,) int64.
+        high: exclusive upper bound.
 
     Returns:
-        (B,) int64, by SplitMix64 (Steele et al., 2014) as a hash.
+        (B,) int64, from SplitMix64 (Steele et al., 2014) used as a hash.
     """
     key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     with np.errstate(over="ignore"):
@@ -226,4 +238,4 @@ def draw(seed: int, epoch: int, numbers: np.ndarray, below: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)) % np.uint64(below)).astype(np.int64)
+    return ((z >> np.uint64(11)) % np.uint64(high)).astype(np.int64)

@@ -1,31 +1,31 @@
-"""Samples of shards that are fetched and indexed only when one of them is asked for."""
+"""Streams of shards, which are downloaded and indexed only when one of their examples is read."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.loading.order import DRAWS_MIXED, SHARD_BITS
-from datamodules.storage.bad_samples import BadSampleError, Skipped
-from datamodules.storage.index import Sample, SampleIndex
+from datamodules.loading.order import SHARD_BITS, SHARDS_PER_SHUFFLE
+from datamodules.storage.bad_examples import BadExampleError, Skipped
+from datamodules.storage.index import Example, ExampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.sources import Source
 
-MAX_INDEXES = 4 * DRAWS_MIXED
+MAX_INDEXES = 4 * SHARDS_PER_SHUFFLE
 
 
-class StreamIndex(Sequence[Sample]):
-    """The samples of a source by number: shard · 2⁴⁰ + place, where places beyond the last begin with the first again.
+class StreamIndex(Sequence[Example]):
+    """Examples of a source by number: shard · 2⁴⁰ + position in the shard. Positions wrap around at its last example.
 
     Args:
-        source: shards, no folder.
-        cache: where remote ones are kept.
-        extensions: a sample needs one of these members.
-        labels_needed: see :meth:`~datamodules.storage.index.SampleIndex.usable`.
+        source: shards; folders are not supported.
+        cache: keeps remote shards.
+        extensions: an example needs at least one of these members.
+        labels_needed: see :meth:`~datamodules.storage.index.ExampleIndex.usable`.
 
     Raises:
-        ValueError: if it is a folder, or its first shard has no samples.
+        ValueError: if the source is a folder, or its first shard has no usable examples.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class StreamIndex(Sequence[Sample]):
         if source.folder is not None:
             raise ValueError(f"resampled_epoch needs shards, but {source.name} is a folder of images; leave it out")
         self.source, self.cache, self._needed = source, cache, (tuple(extensions), labels_needed)
-        self._indexes: OrderedDict[int, SampleIndex] = OrderedDict()
-        self._news: list[Skipped] = []
+        self._indexes: OrderedDict[int, ExampleIndex] = OrderedDict()
+        self._skipped: list[Skipped] = []
         self._opened = 0
-        self.per_draw = len(self._shard(0))
-        if not self.per_draw:
-            raise ValueError(f"shard {source.shards[0]} holds no samples that can be used; leave it out")
+        self.examples_per_shard = len(self._shard(0))
+        if not self.examples_per_shard:
+            raise ValueError(f"shard {source.shards[0]} holds no usable examples; leave it out")
 
     @property
     def shards(self) -> int:
@@ -48,26 +48,26 @@ class StreamIndex(Sequence[Sample]):
 
     @property
     def members(self) -> Collection[str]:
-        """Extensions of the samples' parts, as far as the first shard tells."""
+        """Extensions of the examples' members in the first shard."""
         return self._shard(0).members
 
     def __len__(self) -> int:
-        """About how many samples there are: as if each shard had as many as the first."""
-        return self.per_draw * self.shards
+        """Estimated number of examples, as if each shard had as many as the first."""
+        return self.examples_per_shard * self.shards
 
-    def _shard(self, number: int) -> SampleIndex:
+    def _shard(self, number: int) -> ExampleIndex:
         if number not in self._indexes:
             self._indexes[number] = index = self._open(self.source.shards[number])
             if index.bad:
-                self._news += index.bad
+                self._skipped += index.bad
                 self._opened += len(index) + len(index.bad)
             if len(self._indexes) > MAX_INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(number)
         return self._indexes[number]
 
-    def _open(self, address: str) -> SampleIndex:
-        while True:  # another process may make room in the cache just now
+    def _open(self, address: str) -> ExampleIndex:
+        while True:  # another process may remove the shard from the cache at any time
             path = self.cache.fetch(address)
             try:
                 index = IndexStore(self.cache.folder).index(path).usable(*self._needed)
@@ -77,32 +77,30 @@ class StreamIndex(Sequence[Sample]):
                 if path.exists() or path == Path(address):
                     raise
 
-    def locate(self, number: int) -> tuple[SampleIndex, int]:
-        """The index of a sample's shard, and its place there.
+    def locate(self, number: int) -> tuple[ExampleIndex, int]:
+        """Index of an example's shard, and its position in it.
 
         Raises:
-            BadSampleError: if the shard has no samples.
-            ValueError: if it cannot be had.
+            BadExampleError: if the shard has no usable examples.
+            ValueError: if it cannot be downloaded.
         """
-        shard, place = number >> SHARD_BITS, number & ((1 << SHARD_BITS) - 1)
+        shard, position = number >> SHARD_BITS, number & ((1 << SHARD_BITS) - 1)
         index = self._shard(shard)
         if not len(index):
-            raise BadSampleError(
-                "truncated shard", f"shard {self.source.shards[shard]} holds no samples that can be used"
-            )
-        return index, place % len(index)
+            raise BadExampleError("truncated shard", f"shard {self.source.shards[shard]} holds no usable examples")
+        return index, position % len(index)
 
     def __getitem__(self, number: Any) -> Any:
-        """Sample ``number``."""
-        index, place = self.locate(number)
-        return index[place]
+        """Example ``number``."""
+        index, position = self.locate(number)
+        return index[position]
 
-    def another(self, number: int, attempt: int) -> int:
-        """A sample of another shard."""
+    def substitute(self, number: int, attempt: int) -> int:
+        """Number of an example in another shard."""
         return ((number >> SHARD_BITS) + attempt) % self.shards << SHARD_BITS
 
-    def take_news(self) -> tuple[list[Skipped], int]:
-        """What was found not to be usable since the last time, by opening shards, and of how many samples in these."""
-        news, self._news = (self._news, self._opened), []
+    def pop_skipped(self) -> tuple[list[Skipped], int]:
+        """Bad examples found while indexing shards since the last call, and the number of examples in these shards."""
+        result, self._skipped = (self._skipped, self._opened), []
         self._opened = 0
-        return news
+        return result

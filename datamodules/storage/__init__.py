@@ -1,1 +1,1 @@
-"""Where the bytes of a sample are stored, and how they are found: folders, tar shards, indexes, remote shards."""
+"""Storage of examples: folders, tar shards, indexes of them, and remote shards."""

@@ -1,4 +1,4 @@
-"""Stored features of captions, as shards of codes hold them. B captions, W wide, T tokens of all of them."""
+"""Stored caption features. B: captions in a batch, W: width, T: tokens of all B captions together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,76 +7,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.storage.bad_samples import BadSampleError
-from datamodules.storage.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex
+from datamodules.storage.bad_examples import BadExampleError
+from datamodules.storage.index import FEATURES, SHORT_FEATURES, Example, ExampleIndex
 from datamodules.storage.shards import META_FILE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-"""Bits that are all set in what is no finite number."""
+"""Exponent bits, which are all set in values that are not finite."""
 
 
 class StoredFeatures:
-    """Reads the features of one sample, and joins those of many. They stay packed: padding is made on the device.
+    """Reader of caption features. Batches stay packed, without padding tokens, which are added on the device.
 
     Args:
-        described: what ``meta.json`` says under ``features``: ``width``, ``caption_length``, ``dtype``, ``short``.
-        root: where it says so.
+        description: entry ``features`` of ``meta.json``: ``width``, ``caption_length``, ``dtype``, ``short``.
+        root: folder or address of the dataset, for messages.
 
     Raises:
-        ValueError: if it is not as it should be.
+        ValueError: if the entry is invalid.
     """
 
-    def __init__(self, described: Mapping[str, Any], root: str) -> None:
+    def __init__(self, description: Mapping[str, Any], root: str) -> None:
         self.root = root
         try:
-            self.width, self.caption_length = int(described["width"]), int(described["caption_length"])
-            self.dtype, self.short = DTYPES[described["dtype"]], bool(described["short"])
+            self.width, self.caption_length = int(description["width"]), int(description["caption_length"])
+            self.dtype, self.short = DTYPES[description["dtype"]], bool(description["short"])
             if min(self.width, self.caption_length) < 1:
                 raise ValueError("a size below 1")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"features in {META_FILE} of {root} are wrong ({type(error).__name__}: {error}); extract them again"
+                f"features in {META_FILE} of {root} is invalid ({type(error).__name__}: {error}); extract them again"
             ) from error
 
-    def sample_of(self, index: SampleIndex, place: int) -> Sample:
-        """The sample that has the features of sample ``place``: it has them itself."""
-        sample: Sample = index[place]
-        return sample
+    def example_with_features(self, index: ExampleIndex, number: int) -> Example:
+        """Example that holds the features of example ``number``: here the example itself."""
+        example: Example = index[number]
+        return example
 
-    def read(self, sample: Sample, short: bool) -> np.ndarray:
-        """Features of the caption of a sample, or of its first sentence, where that is another text.
+    def read(self, example: Example, short: bool) -> np.ndarray:
+        """Read the features of a caption.
+
+        Args:
+            example: example with features.
+            short: read the features of the first sentence, if they are stored separately.
 
         Returns:
-            (n, W) uint16, the bits of each number; n from 1 to ``caption_length``.
+            (n, W) uint16, the bits of each value; n from 1 to ``caption_length``.
 
         Raises:
-            BadSampleError: if there are none, not as many as there should be, or some that are not finite.
+            BadExampleError: if there are none, their size is wrong, or some are not finite.
         """
-        data = sample.read(SHORT_FEATURES if short and SHORT_FEATURES in sample.members else FEATURES)
-        tokens = int(self.tokens_in(np.array(len(data))))
+        data = example.read(SHORT_FEATURES if short and SHORT_FEATURES in example.members else FEATURES)
+        tokens = int(self.count_tokens(np.array(len(data))))
         if not tokens:
-            raise BadSampleError(
+            raise BadExampleError(
                 "broken features",
-                f"sample {sample.key} of {sample.source} has {len(data)} bytes of features, which are not 1 to "
+                f"example {example.key} of {example.source} has {len(data)} bytes of features, not 1 to "
                 f"{self.caption_length} tokens of width {self.width}; extract the features again",
             )
         bits = np.frombuffer(data, "<u2")
         exponent = EXPONENTS[self.dtype]
         if (bits & exponent).max() == exponent:
-            raise BadSampleError(
+            raise BadExampleError(
                 "broken features",
-                f"sample {sample.key} of {sample.source} has features that are not finite; extract the features again",
+                f"example {example.key} of {example.source} has features that are not finite; extract them again",
             )
         return bits.reshape(tokens, self.width)
 
-    def tokens_in(self, sizes: np.ndarray) -> np.ndarray:
-        """How many tokens so many bytes hold, each; 0 for what is no possible size."""
+    def count_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """Number of tokens for each size in bytes; 0 for invalid sizes."""
         tokens, rest = np.divmod(sizes, 2 * self.width)
         return np.where((rest == 0) & (tokens >= 1) & (tokens <= self.caption_length), tokens, 0)
 
-    def join(self, features: list[np.ndarray]) -> dict[str, Tensor]:
-        """``caption_features`` (T, W), caption after caption, and ``caption_lengths`` (B,) int64, of sum T."""
+    def collate(self, features: list[np.ndarray]) -> dict[str, Tensor]:
+        """Pack the features of a batch: ``caption_features`` (T, W), and ``caption_lengths`` (B,) int64 with sum T."""
         bits = torch.from_numpy(np.concatenate(features))
         lengths = torch.tensor([len(tokens) for tokens in features])
         return {"caption_features": bits.view(self.dtype), "caption_lengths": lengths}

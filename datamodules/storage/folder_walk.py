@@ -1,4 +1,4 @@
-"""Walks through folders of images: leaves out what is no part of a dataset, and never follows a link in circles."""
+"""Traversal of image folders, without folders that are not part of a dataset and without link cycles."""
 
 import os
 from collections.abc import Iterator
@@ -26,19 +26,19 @@ SYSTEM_FOLDERS = frozenset(
 """Folders of operating systems, archivers and file servers, in lower case. Some hold thumbnails of the images."""
 
 RUN_FILES = ("fit.yaml", "validate.yaml", "test.yaml", "predict.yaml", ".plan.json")
-"""The configuration or the plan of a run, which marks its folder. The images in it are grids and samples."""
+"""Configuration or plan of a run. A folder with such a file holds grids and samples, not training images."""
 
 RUN_FOLDERS = frozenset({"lightning_logs", "wandb"})
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image, those that cannot be read included."""
+    """Whether a file has the name of an image, including unsupported formats."""
     stem, _, suffix = name.rpartition(".")
     return bool(stem) and not name.startswith(".") and suffix.lower() in (*IMAGES, *OTHER_IMAGES)
 
 
 def is_run_folder(path: str) -> bool:
-    """Whether a folder is that of a training or sampling run."""
+    """Whether a folder belongs to a training or sampling run."""
     if os.path.basename(path) in RUN_FOLDERS or any(os.path.isfile(os.path.join(path, name)) for name in RUN_FILES):
         return True
     checkpoints = os.path.join(path, "checkpoints")
@@ -46,17 +46,17 @@ def is_run_folder(path: str) -> bool:
 
 
 class FolderWalk:
-    """The folders and files of a dataset.
+    """Traversal of the folders and files of a dataset.
 
-    Left out are hidden folders, :data:`SYSTEM_FOLDERS`, folders of runs, and links to a folder that holds the dataset
-    or that is read at its own place. Links that lead elsewhere are followed, each folder once within a class.
+    It leaves out hidden folders, :data:`SYSTEM_FOLDERS`, folders of runs, and links to a parent folder or to a folder
+    that is read anyway. Links to folders outside the dataset are followed, each folder once per class.
 
     Args:
         root: folder of the dataset.
         run_folder: folder that the current run writes to, if there is one.
 
     Attributes:
-        left_out: path of each folder that was left out, and why; hidden ones only where they lie in ``root`` itself.
+        left_out: reason for each folder that was left out, by path; hidden folders only directly in ``root``.
     """
 
     def __init__(self, root: Path | str, run_folder: Path | str | None = None) -> None:
@@ -66,26 +66,26 @@ class FolderWalk:
         self._run_folder = None if run_folder is None else os.path.realpath(run_folder)
 
     def folders(self) -> list[str]:
-        """Names of the folders in the root, sorted. Of links to one folder, and that folder, only one is given."""
-        taken: dict[tuple[int, int], str] = {}
+        """Names of the folders in the root, sorted. A folder that is also reachable by links is listed only once."""
+        names_by_identity: dict[tuple[int, int], str] = {}
         found = []
         entries = self._entries(self.root)[0]
         for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
             if self._is_left_out(entry):
                 continue
             identity = _identity(entry.path)
-            if identity in taken:
-                self.left_out[entry.path] = f"the same folder as {taken[identity]}"
+            if identity in names_by_identity:
+                self.left_out[entry.path] = f"the same folder as {names_by_identity[identity]}"
                 continue
-            taken[identity] = entry.name
+            names_by_identity[identity] = entry.name
             found.append(entry.name)
         return sorted(found)
 
     def files(self, name: str = "") -> Iterator[tuple[str, list[str]]]:
-        """A folder in the root and those within it, each with the sorted names of its files.
+        """Iterate over a folder in the root and its subfolders, each with the sorted names of its files.
 
         Raises:
-            ValueError: if one cannot be read.
+            ValueError: if a folder cannot be read.
         """
         folder = os.path.join(self.root, name)
         return self._files(folder, {_identity(self.root), _identity(folder)})
@@ -104,16 +104,16 @@ class FolderWalk:
             yield from self._files(entry.path, seen)
 
     def holds_images(self, name: str = "") -> bool:
-        """Whether there is an image in a folder or in those within it; ends at the first one."""
+        """Whether there is an image in a folder or its subfolders; stops at the first one."""
         folder = os.path.join(self.root, name)
-        with _readable(folder), os.scandir(folder) as entries:  # mostly at once, without listing all
+        with _readable(folder), os.scandir(folder) as entries:  # usually returns here without listing the whole folder
             if any(is_image(entry.name) and not _is_folder(entry) for entry in entries):
                 return True
         return any(is_image(file) for _, names in self.files(name) for file in names)
 
     @staticmethod
     def _entries(folder: str) -> tuple[list["os.DirEntry[str]"], list[str]]:
-        """Folders and names of files, sorted."""
+        """Subfolders and names of files, sorted."""
         folders: list[os.DirEntry[str]] = []
         names = []
         with _readable(folder), os.scandir(folder) as entries:
@@ -141,13 +141,13 @@ class FolderWalk:
             if _is_within(self._real_root, real):
                 return "a link to a folder above it"
             if _is_within(real, self._real_root) and self._is_read(real):
-                return f"a link to {os.path.relpath(real, self._real_root)}, which is read at its own place"
+                return f"a link to {os.path.relpath(real, self._real_root)}, which is read itself"
         if real and real == self._run_folder:
             return "the folder of this run"
         return "the folder of a run" if is_run_folder(entry.path) else ""
 
     def _is_read(self, real: str) -> bool:
-        """Whether a folder within the root is read by itself, and not left out."""
+        """Whether a folder within the root is read and not left out."""
         parts = os.path.relpath(real, self._real_root).split(os.sep)
         return not any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in parts)
 
@@ -158,7 +158,7 @@ def _readable(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"folder {folder} cannot be read ({error.strerror}); make it readable, or move it elsewhere"
+            f"folder {folder} cannot be read ({error.strerror}); make it readable, or move it out of the dataset"
         ) from error
 
 

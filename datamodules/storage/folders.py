@@ -1,6 +1,6 @@
-"""A folder of class folders, as ImageFolder has it, read as it is: ``root/dog/1.jpg``, ``root/cat/a/2.png``; or one of
-images alone: ``root/1.jpg``. A text file of the same name in a class folder, ``root/dog/1.txt``, is the caption of a
-image, where at least half of the images have one.
+"""Indexes of image folders: class folders as in ImageFolder, ``root/dog/1.jpg`` and ``root/cat/a/2.png``, or a flat
+folder, ``root/1.jpg``. A text file with the same name, ``root/dog/1.txt``, is the caption of the image, if at least
+half of the images have one.
 """
 
 import os
@@ -9,66 +9,65 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.storage.bad_samples import Skipped
+from datamodules.storage.bad_examples import Skipped
 from datamodules.storage.class_order import class_numbers
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE, SampleIndex, Strings
-from datamodules.storage.layout import report_left_out
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE_FILE, ExampleIndex, Strings
+from datamodules.storage.layout import warn_about_left_out
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 
 
 def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:
-    """The names of the class folders, sorted: folders that hold images, and are none that a
-    :class:`~datamodules.storage.folder_walk.FolderWalk` leaves out.
+    """Names of the class folders, sorted: folders with images that
+    :class:`~datamodules.storage.folder_walk.FolderWalk` does not leave out.
 
     Args:
-        root: the folder.
+        root: folder of the dataset.
         run_folder: folder that the current run writes to, if there is one.
     """
     walk = FolderWalk(root, run_folder)
     return [name for name in walk.folders() if walk.holds_images(name)]
 
 
-def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> SampleIndex:
-    """The images of a folder of class folders, sorted by path. Warns of what is left out, and of empty classes.
+def index_folder(root: Path, classes: list[str], run_folder: Path | None = None) -> ExampleIndex:
+    """Index a folder of class folders, sorted by path. Warns about files and folders left out and about empty classes.
 
-    A key is the path without the suffix, and with ``_`` for each dot in the file's name; where two files would have the
-    same one, the suffix is added to it.
+    The key of an image is its path without the suffix, with ``_`` for each dot in the file name. If two files would
+    have the same key, the suffix is added.
 
     Args:
-        root: the folder.
-        classes: names of the classes, by their numbers; a folder of another name is refused. Where they are whole
-            numbers, so is the folder ``01`` of class 1.
+        root: folder of the dataset.
+        classes: names of the classes, by their numbers. If they are integers, the folder ``01`` is class 1.
         run_folder: folder that the current run writes to, if there is one.
 
     Raises:
         ValueError: if a class folder is not among ``classes``, or a folder cannot be read.
     """
     walk = FolderWalk(root, run_folder)
-    places = {name: list(walk.files(name)) for name in walk.folders()}
-    found = [name for name, files in places.items() if any(is_image(file) for _, names in files for file in names)]
-    empty = {os.path.join(root, name): "no images" for name in places if name not in set(found)}
+    files = {name: list(walk.files(name)) for name in walk.folders()}
+    found = [name for name, parts in files.items() if any(is_image(file) for _, names in parts for file in names)]
+    empty = {os.path.join(root, name): "no images" for name in files if name not in set(found)}
     numbers = class_numbers(found, classes, str(root))
-    index = _index(root, ((*place, numbers[name]) for name in found for place in places[name]))
-    report_left_out(root, {**walk.left_out, **empty}, flat_images(root) if found else [])
+    index = _index(root, ((*part, numbers[name]) for name in found for part in files[name]))
+    warn_about_left_out(root, {**walk.left_out, **empty}, flat_images(root) if found else [])
     counts = np.bincount(index.labels, minlength=1)
     if unread := [name for name in found if numbers[name] >= len(counts) or not counts[numbers[name]]]:
-        warn_user(f"class folders in {root} without an image that can be read: {', '.join(unread[:10])}")
+        warn_on_rank_zero(f"class folders in {root} without a readable image: {', '.join(unread[:10])}")
     return index
 
 
-def index_flat(root: Path) -> SampleIndex:
-    """The images that lie in a folder itself, sorted by name, without classes; keys as in :func:`index_folder`."""
+def index_flat(root: Path) -> ExampleIndex:
+    """Index the images directly in a folder, sorted by name, without classes; keys as in :func:`index_folder`."""
     return _index(root, [(str(root), flat_images(root), NO_LABEL)])
 
 
 def flat_images(root: Path) -> list[str]:
-    """Names of the images that lie in a folder itself, sorted, those that cannot be read included."""
+    """Names of the images directly in a folder, sorted, including unsupported formats."""
     return sorted(name for name in os.listdir(root) if is_image(name) and os.path.isfile(os.path.join(root, name)))
 
 
-def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIndex:
-    """The images among files, given by folder, names and label."""
+def _index(root: Path, folders: Iterable[tuple[str, list[str], int]]) -> ExampleIndex:
+    """Index the images in folders, given with the names of their files and their label."""
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
@@ -76,16 +75,16 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
     captioned: list[bool] = []
     bad: list[Skipped] = []
     taken: set[str] = set()
-    for folder, names, label in places:
-        below = os.path.relpath(folder, root)
-        prefix = "" if below == os.curdir else f"{below}/".replace(os.sep, "/")
+    for folder, names, label in folders:
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == os.curdir else f"{relative}/".replace(os.sep, "/")
         texts = {name for name in names if name.endswith(f".{TEXT}")}
         for file in names:
             stem, _, suffix = file.rpartition(".")
             path = os.path.join(folder, file)
             if stem and not file.startswith(".") and suffix.lower() in OTHER_IMAGES:
-                story = f"{path} is no {', '.join(IMAGES)}; convert it, or remove it"
-                bad.append(Skipped(-1, os.path.relpath(path, root), "no image", story))
+                message = f"{path} is not in a supported format ({', '.join(IMAGES)}); convert or remove it"
+                bad.append(Skipped(-1, os.path.relpath(path, root), "no image", message))
             if not stem or file.startswith(".") or suffix.lower() not in IMAGES:
                 continue
             key = f"{prefix}{stem.replace('.', '_')}"
@@ -103,11 +102,11 @@ def _index(root: Path, places: Iterable[tuple[str, list[str], int]]) -> SampleIn
     members = {}
     for suffix in IMAGES:
         if (present := kinds == suffix).any():
-            members[suffix] = np.where(present[:, None], [0, WHOLE], -1).astype(np.int64)
-    if any(captioned) and 2 * sum(captioned) >= len(captioned):  # else they are notes
-        members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE], -1).astype(np.int64)
+            members[suffix] = np.where(present[:, None], [0, WHOLE_FILE], -1).astype(np.int64)
+    if any(captioned) and 2 * sum(captioned) >= len(captioned):  # otherwise the text files are notes
+        members[TEXT] = np.where(np.array(captioned)[:, None], [0, WHOLE_FILE], -1).astype(np.int64)
     count = len(files)
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings(files),
         np.arange(count),
         Strings.from_strings(keys),

@@ -1,8 +1,8 @@
-"""Where each sample lies: columns of numbers, so that millions of samples cost megabytes and no start-up time.
+"""Index of examples: columns of offsets, sizes and labels, so that millions of examples need only megabytes.
 
-webdataset streams shards, so it has neither a shuffle over a whole set, nor a place inside an epoch to return to.
-torchdata's stateful loader returns to a place only on the same number of ranks and workers. So tar shards are read here
-by an index of their headers, and a sample is a number.
+webdataset streams shards, so it can neither shuffle a whole dataset nor resume inside an epoch. torchdata's stateful
+loader resumes only with the same number of ranks and workers. Here tar shards are read through an index of their
+headers, and an example is identified by its number.
 """
 
 import errno
@@ -14,41 +14,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.storage.bad_samples import BadSampleError, Skipped
-from datamodules.storage.text_files import MARK, decode_text
+from datamodules.storage.bad_examples import BadExampleError, Skipped
+from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FEATURES, SHORT_FEATURES = "features", "shortfeatures"
-"""Of the caption and of its first sentence: the tokens' features alone, (n, W), little-endian."""
+"""Members with the features of the caption and of its first sentence: real tokens only, (n, W), little-endian."""
 TEXT = "txt"
 CAPTIONS = (TEXT, "json")
 EXTENSIONS = (*IMAGES, "cls", *CAPTIONS, "npy", FEATURES, SHORT_FEATURES)
-"""The only members of a shard that are ever read."""
+"""Extensions of the only members that are ever read from a shard."""
 
 OTHER_IMAGES = ("bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "heic", "heif", "avif", "jxl")
-"""Images that are not read, but are missed where they are the only ones."""
+"""Image formats that are not supported. An example with only such an image is reported as bad."""
 
 MISSING = {"npy": "no codes", CAPTIONS[0]: "no caption", FEATURES: "no caption", SHORT_FEATURES: "no caption"}
-"""Why a sample cannot be used that lacks a member."""
+"""Reason for an example without a required member, by extension."""
 
-WHOLE = -1
-"""The size of a part that is a whole file."""
+WHOLE_FILE = -1
+"""Size of a member that is a whole file."""
 
 NO_LABEL = -1
 WRONG_LABEL = -2
 MAX_CLASSES = 1_000_000
-"""A class number from here on is taken for a mistake: a model has weights for each class up to the highest number."""
+"""Class numbers must be less. A model has weights for every class up to the highest, so larger numbers are mistakes."""
 MAX_TEXT_BYTES = 1 << 20
 MAX_OPEN_FILES = 128
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class Strings(Sequence[str]):
-    """Strings as one block of bytes: no object for each.
+    """Strings in one block of bytes, without an object for each string.
 
     Args:
-        block: all of them in UTF-8, one after the other.
-        ends: (N,) int64, where each ends.
+        block: all strings in UTF-8, concatenated.
+        ends: (N,) int64, end of each string in the block.
     """
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:
@@ -56,7 +56,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def from_strings(cls, strings: Sequence[str]) -> "Strings":
-        """From ordinary strings."""
+        """Convert ordinary strings."""
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         return cls(b"".join(encoded), np.cumsum([len(string) for string in encoded], dtype=np.int64))
 
@@ -68,7 +68,7 @@ class Strings(Sequence[str]):
         return self.block[start : self.ends[number]].decode("utf-8", "surrogateescape")
 
     def take(self, numbers: np.ndarray) -> "Strings":
-        """Some of them, in the given order."""
+        """Select strings by number, in the given order."""
         ends = self.ends
         starts = np.concatenate([[0], ends[:-1]])
         parts = [self.block[start:end] for start, end in zip(starts[numbers], ends[numbers], strict=True)]
@@ -76,34 +76,34 @@ class Strings(Sequence[str]):
 
     @staticmethod
     def concatenate(parts: Sequence["Strings"]) -> "Strings":
-        """One after the other."""
+        """Concatenate several sequences of strings."""
         starts = np.cumsum([0, *(len(part.block) for part in parts[:-1])])
         ends = [part.ends + start for part, start in zip(parts, starts, strict=True)]
         return Strings(b"".join(part.block for part in parts), np.concatenate(ends))
 
 
 class OpenFiles:
-    """Files that stay open for reading at a place, the least recently used one closed when they are too many."""
+    """Files kept open for reading at any offset; the least recently used file is closed when there are too many."""
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def open(self, path: str) -> int:
-        """The descriptor of a file."""
+        """Descriptor of a file, which stays open."""
         descriptor = self._descriptors.get(path)
         if descriptor is None:
-            descriptor = self._descriptors[path] = self.open_another(path)
+            descriptor = self._descriptors[path] = self.open_new(path)
             if len(self._descriptors) > MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         else:
             self._descriptors.move_to_end(path)
         return descriptor
 
-    def open_another(self, path: str) -> int:
-        """A descriptor of its own for a file; where there are too many, after closing those that are kept here.
+    def open_new(self, path: str) -> int:
+        """Open a new descriptor, which the caller closes. If the limit is reached, first close the files kept open.
 
         Raises:
-            OSError: if it cannot be opened.
+            OSError: if the file cannot be opened.
         """
         try:
             return os.open(path, os.O_RDONLY)
@@ -115,16 +115,16 @@ class OpenFiles:
             return os.open(path, os.O_RDONLY)
         except OSError as error:
             if error.errno in TOO_MANY_OPEN:
-                raise OSError(error.errno, "too many open files; raise the limit by ulimit -n", path) from error
+                raise OSError(error.errno, "too many open files; increase the limit with ulimit -n", path) from error
             raise
 
     def close(self) -> None:
-        """Close all that are kept open; they are opened again when they are needed."""
+        """Close all files. They are opened again when needed."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer if the file ends before."""
+        """Read ``size`` bytes from ``offset``, fewer if the file ends earlier."""
         return os.pread(self.open(path), size, offset)
 
     def __del__(self) -> None:
@@ -135,22 +135,22 @@ class OpenFiles:
 
 
 class Member(NamedTuple):
-    """A part of a sample: ``size`` bytes from ``offset`` of a file, or all of it if ``size`` is :data:`WHOLE`."""
+    """Location of a member: ``size`` bytes from ``offset`` of a file, or the whole file for :data:`WHOLE_FILE`."""
 
     path: str
     offset: int
     size: int
 
 
-class Sample(NamedTuple):
-    """A sample.
+class Example(NamedTuple):
+    """An example of a dataset.
 
     Attributes:
-        source: the shard, or the folder of its class.
-        key: its name within the set.
-        members: its parts by extension, lower case and without the leading dot.
+        source: its shard, or the folder that contains it.
+        key: its name within the dataset.
+        members: locations of its members by extension, in lower case and without the leading dot.
         label: its class, −1 if it has none.
-        files: reads them.
+        files: open files to read the members from.
     """
 
     source: str
@@ -160,79 +160,81 @@ class Sample(NamedTuple):
     files: OpenFiles
 
     def read(self, extension: str) -> bytes:
-        """The bytes of a part.
+        """Read the bytes of a member.
 
         Raises:
-            BadSampleError: if it is missing, empty or cut off.
-            OSError: if this process may not open more files.
+            BadExampleError: if it is missing, empty or truncated.
+            OSError: if this process cannot open more files.
         """
         if extension not in self.members:
-            raise BadSampleError(
+            raise BadExampleError(
                 MISSING.get(extension, "no image"),
-                f"sample {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
+                f"example {self.key} of {self.source} has no .{extension} member, only {sorted(self.members)}",
             )
         path, offset, size = self.members[extension]
         try:
             if size < 0:
-                with os.fdopen(self.files.open_another(path), "rb") as file:
+                with os.fdopen(self.files.open_new(path), "rb") as file:
                     data = file.read()
             else:
                 data = self.files.read(path, offset, size)
         except OSError as error:
-            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the sample
+            if error.errno in TOO_MANY_OPEN:  # the example itself is good
                 raise
-            raise BadSampleError(
-                "empty file", f"sample {self.key} of {self.source} cannot be read ({error})"
+            raise BadExampleError(
+                "empty file", f"example {self.key} of {self.source} cannot be read ({error})"
             ) from error
         if len(data) < size:
-            raise BadSampleError("truncated shard", f"shard {path} ends inside sample {self.key}; write it again")
+            raise BadExampleError("truncated shard", f"shard {path} ends inside example {self.key}; write it again")
         if not data:
-            raise BadSampleError("empty file", f"the .{extension} of sample {self.key} of {self.source} is empty")
+            raise BadExampleError("empty file", f"the .{extension} of example {self.key} of {self.source} is empty")
         return data
 
     def read_image(self) -> bytes:
-        """The bytes of the image, whichever of :data:`IMAGES` it is.
+        """Read the bytes of the image, in any format of :data:`IMAGES`.
 
         Raises:
-            BadSampleError: if it is missing, empty or cut off.
+            BadExampleError: if it is missing, empty or truncated.
         """
         extension = next((extension for extension in IMAGES if extension in self.members), None)
         if extension is None:
-            raise BadSampleError(
+            raise BadExampleError(
                 "no image",
-                f"sample {self.key} of {self.source} has no image; it needs one of {', '.join(IMAGES)}",
+                f"example {self.key} of {self.source} has no image; it needs one of {', '.join(IMAGES)}",
             )
         return self.read(extension)
 
     def read_caption(self) -> str:
-        """The caption: the txt part, or ``caption`` in the json part, as img2dataset has them; '' for none."""
+        """Read the caption: the txt member, or ``caption`` in the json member, as img2dataset writes it; '' for
+        none.
+        """
         if text := self.read_text("txt"):
             return text
         try:
-            said = json.loads(self.read_text("json") or "null")
+            content = json.loads(self.read_text("json") or "null")
         except (ValueError, RecursionError):
             return ""
-        caption = said.get("caption") if isinstance(said, dict) else None
-        # JSON can hold half of a character, which no file can.
+        caption = content.get("caption") if isinstance(content, dict) else None
         if not isinstance(caption, str):
             return ""
-        return caption.encode(errors="replace").decode().strip().removeprefix(MARK).strip()
+        # JSON can encode half of a surrogate pair, which UTF-8 cannot.
+        return caption.encode(errors="replace").decode().strip().removeprefix(BYTE_ORDER_MARK).strip()
 
     def read_text(self, extension: str) -> str:
-        """A text part, without white space or a byte order mark around it; '' if there is none, it is huge, or
-        not UTF-8.
+        """Read a text member, without surrounding white space and byte order mark; '' if it is missing, larger than
+        :data:`MAX_TEXT_BYTES`, or not UTF-8.
         """
         member = self.members.get(extension)
         if member is None:
             return ""
         try:
-            size = os.stat(member.path).st_size if member.size == WHOLE else member.size
+            size = os.stat(member.path).st_size if member.size == WHOLE_FILE else member.size
             return decode_text(self.read(extension)).strip() if 0 < size <= MAX_TEXT_BYTES else ""
         except (OSError, UnicodeDecodeError):
             return ""
 
     def caption_fault(self) -> str:
-        """What keeps a text part from being read as a caption, for messages; '' if nothing does."""
+        """Reason why the text members give no caption, for messages; '' if they are readable."""
         for extension in CAPTIONS:
             if extension not in self.members:
                 continue
@@ -246,18 +248,18 @@ class Sample(NamedTuple):
         return ""
 
 
-class SampleIndex(Sequence[Sample]):
-    """All samples of a set, as columns. N samples, F files.
+class ExampleIndex(Sequence[Example]):
+    """Index of a dataset in columns. N: examples, F: files.
 
     Args:
-        paths: (F,) the files: shards, or images.
-        file_of: (N,) int64, in which file each sample is.
-        keys: (N,) their names.
-        members: (N, 2) int64 for each extension: offset and size; an offset of −1 says that it is missing.
+        paths: (F,) paths of the files: shards or images.
+        file_of: (N,) int64, number of each example's file.
+        keys: (N,) keys of the examples.
+        members: (N, 2) int64 by extension, offset and size; an offset of −1 means that the member is missing.
         labels: (N,) int64, −1 for none.
-        bad: what is known not to be usable, and so not among the N.
-        partners: (N,) int64, the number of each sample's features in the index of another set, −1 for none; None where
-            there is no other set.
+        bad: bad examples found while indexing; they are not among the N.
+        partners: (N,) int64, number of each example's features in the index of another dataset, −1 for none; None
+            without another dataset.
     """
 
     def __init__(
@@ -278,43 +280,44 @@ class SampleIndex(Sequence[Sample]):
         return len(self.file_of)
 
     def __getitem__(self, number: Any) -> Any:
-        """Sample ``number``."""
+        """Example ``number``."""
         if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
+            raise IndexError(f"example {number} of {len(self)}")
         path = self.paths[int(self.file_of[number])]
         members = {}
         for extension in self.members:
             if (member := self.member(number, extension)) is not None:
                 members[extension] = member
         source = path if path.endswith(".tar") else os.path.dirname(path)
-        return Sample(source, self.keys[number], members, int(self.labels[number]), self.files)
+        return Example(source, self.keys[number], members, int(self.labels[number]), self.files)
 
-    def locate(self, number: int) -> tuple["SampleIndex", int]:
-        """The index that a sample is in, and its place there."""
+    def locate(self, number: int) -> tuple["ExampleIndex", int]:
+        """Index that holds an example, and its position in that index."""
         return self, number
 
     def member(self, number: int, extension: str) -> Member | None:
-        """Where a part of sample ``number`` lies; None if it is missing."""
+        """Location of a member of example ``number``; None if it is missing."""
         column = self.members.get(extension)
         offset, size = column[number].tolist() if column is not None else (-1, 0)
         if offset < 0:
             return None
         path = self.paths[self.file_of[number]]
-        beside = size == WHOLE and extension not in IMAGES  # of an image, which the path is of
-        return Member(f"{path.rpartition('.')[0]}.{extension}" if beside else path, offset, size)
+        if size == WHOLE_FILE and extension not in IMAGES:  # the path is that of the image
+            path = f"{path.rpartition('.')[0]}.{extension}"
+        return Member(path, offset, size)
 
-    def another(self, number: int, attempt: int) -> int:
-        """A sample that can stand in for ``number``."""
+    def substitute(self, number: int, attempt: int) -> int:
+        """Number of an example to use instead of the bad example ``number``."""
         return (number + attempt) % len(self)
 
-    def take_news(self) -> tuple[list[Skipped], int]:
-        """Nothing: what is not usable is known from the beginning, under ``bad``."""
+    def pop_skipped(self) -> tuple[list[Skipped], int]:
+        """No new bad examples: they are all known from the start, in ``bad``. A stream finds more."""
         return [], 0
 
-    def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "SampleIndex":
-        """Some of the samples, in the given order, and more that are not usable."""
+    def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "ExampleIndex":
+        """Select examples by number, in the given order, and add bad ones."""
         files, file_of = np.unique(self.file_of[numbers], return_inverse=True)
-        return SampleIndex(
+        return ExampleIndex(
             self.paths.take(files),
             file_of,
             self.keys.take(numbers),
@@ -324,12 +327,12 @@ class SampleIndex(Sequence[Sample]):
             None if self.partners is None else self.partners[numbers],
         )
 
-    def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "SampleIndex":
-        """Without the samples that lack what is needed.
+    def usable(self, extensions: Sequence[str], labels_needed: bool | None = None) -> "ExampleIndex":
+        """Move examples without the required members or label to ``bad``.
 
         Args:
-            extensions: one of these members is needed.
-            labels_needed: whether each needs a class; None if some have one.
+            extensions: each example needs at least one of these members.
+            labels_needed: whether each example needs a class. None: all need one if any has one.
         """
         columns = [self.members[extension] for extension in extensions if extension in self.members]
         has_member = np.zeros(len(self), bool)
@@ -337,18 +340,19 @@ class SampleIndex(Sequence[Sample]):
         for offsets, sizes in (column.T for column in columns):
             has_member |= offsets >= 0
             empty |= (offsets >= 0) & (sizes == 0)
-        # What stands beside the samples, like a README.txt, says nothing about them.
+        # Files next to the examples, like a README.txt, do not count.
         labelled = bool((self.labels[has_member] != NO_LABEL).any()) if labels_needed is None else labels_needed
         missing = MISSING.get(extensions[0], "no image")
         texts = [self.members[extension][:, 0] >= 0 for extension in CAPTIONS if extension in self.members]
         has_text = np.any(texts, axis=0) if texts else np.zeros(len(self), bool)
         faults = [
             (~has_member, missing, f"has none of {', '.join(extensions)}"),
-            (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),  # one of two may be
+            # Of the two kinds of captions one may be empty.
+            (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),
             (
                 self.labels == WRONG_LABEL,
                 "wrong label",
-                f"has a class (.cls) that is no number from 0 to {MAX_CLASSES - 1}",
+                f"has a class (.cls) that is not an integer from 0 to {MAX_CLASSES - 1}",
             ),
         ]
         if labelled:
@@ -356,22 +360,22 @@ class SampleIndex(Sequence[Sample]):
         elif has_text[has_member].any() and self.partners is None:
             faults.append((~has_text, "no caption", "has no caption (.txt or .json)"))
         if self.partners is not None:
-            faults.append((self.partners < 0, "no caption", "has no features of a caption"))
+            faults.append((self.partners < 0, "no caption", "has no caption features"))
         good = np.ones(len(self), bool)
         bad = []
-        for mask, reason, story in faults:
+        for mask, reason, problem in faults:
             for number in np.flatnonzero(mask & good):
-                sample = self[int(number)]
-                bad.append(Skipped(-1, sample.key, reason, f"sample {sample.key} of {sample.source} {story}"))
+                example = self[int(number)]
+                bad.append(Skipped(-1, example.key, reason, f"example {example.key} of {example.source} {problem}"))
             good &= ~mask
         return self if good.all() else self.select(np.flatnonzero(good), bad)
 
     @staticmethod
-    def concatenate(parts: Sequence["SampleIndex"]) -> "SampleIndex":
-        """One after the other, before they get partners."""
+    def concatenate(parts: Sequence["ExampleIndex"]) -> "ExampleIndex":
+        """Concatenate indexes. They must not have partners yet."""
         starts = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])
         extensions = [extension for extension in EXTENSIONS if any(extension in part.members for part in parts)]
-        return SampleIndex(
+        return ExampleIndex(
             Strings.concatenate([part.paths for part in parts]),
             np.concatenate([part.file_of + start for part, start in zip(parts, starts, strict=True)]),
             Strings.concatenate([part.keys for part in parts]),
@@ -382,5 +386,5 @@ class SampleIndex(Sequence[Sample]):
                 for extension in extensions
             },
             np.concatenate([part.labels for part in parts]),
-            [sample for part in parts for sample in part.bad],
+            [example for part in parts for example in part.bad],
         )

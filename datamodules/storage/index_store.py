@@ -1,4 +1,4 @@
-"""Indexes of shards, kept on this machine: the headers of a shard are read once, not at every start of every rank."""
+"""Cache of shard indexes on this machine, so that the headers of a shard are read only once."""
 
 import hashlib
 import os
@@ -12,23 +12,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.storage.bad_samples import Skipped
-from datamodules.storage.index import SampleIndex, Strings
+from datamodules.storage.bad_examples import Skipped
+from datamodules.storage.index import ExampleIndex, Strings
 from datamodules.storage.tar_index import index_shard
 from llamagen.files import atomic_file
 
 VERSION = 3
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-"""Of processes that only move bytes: forked ones start at once, and run no script anew that does not expect it."""
-MANY = 64
-"""From so many new shards on they are indexed by several processes."""
+"""For processes that only move bytes. Forked processes start at once and do not run the main script again."""
+MIN_PARALLEL = 64
+"""Minimum number of new shards for indexing in several processes."""
 
 
 class IndexStore:
-    """Indexes by path, size and time of change of a shard.
+    """Cache of indexes, by path, size and modification time of a shard.
 
     Args:
-        folder: of the cache; a folder that cannot be written to costs time, but does no harm.
+        folder: folder of the cache. If it is not writable, shards are indexed each time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,8 +39,8 @@ class IndexStore:
         name = f"{VERSION} {shard.absolute()} {status.st_size} {status.st_mtime_ns}"
         return self.folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.npz"
 
-    def index(self, shard: Path) -> SampleIndex:
-        """The index of a shard, from the store if it is there.
+    def index(self, shard: Path) -> ExampleIndex:
+        """Index of a shard, from the cache if possible.
 
         Raises:
             ValueError: if the shard is missing or cannot be read.
@@ -51,27 +51,28 @@ class IndexStore:
             raise ValueError(f"shard {shard} cannot be read ({error}); write it again, or leave it out") from error
         try:
             return _load(path, shard)
-        except Exception:  # of a file that is missing, or may hold anything
+        except Exception:  # the cached file is missing, or may hold anything
             index = index_shard(shard)
         with suppress(OSError):
             _save(path, index)
         return index
 
-    def index_all(self, shards: Sequence[Path], counts: Sequence[int | None] = ()) -> SampleIndex:
-        """The index of a set of shards, in their order.
+    def index_all(self, shards: Sequence[Path], counts: Sequence[int | None] = ()) -> ExampleIndex:
+        """Index several shards, in their order.
 
         Args:
-            shards: their files.
-            counts: samples that each is known to hold; what is missing of a truncated one is put down as bad.
+            shards: paths of the shards.
+            counts: expected number of examples in each shard, None if unknown. Examples missing from a truncated shard
+                are recorded as bad.
 
         Raises:
-            ValueError: if one is missing, cannot be read, or holds another number of samples.
+            ValueError: if a shard is missing, cannot be read, or is complete but has another number of examples.
         """
         missing = [shard for shard in shards if not shard.exists() or not self._path(shard).exists()]
-        if len(missing) >= MANY:
+        if len(missing) >= MIN_PARALLEL:
             workers = min(os.cpu_count() or 1, 16)
             with ProcessPoolExecutor(workers, get_context(START_METHOD)) as pool:
-                for _ in tqdm(pool.map(self._remember, missing), "reading headers", len(missing), unit="shard"):
+                for _ in tqdm(pool.map(self._store, missing), "reading headers", len(missing), unit="shard"):
                     pass
         indexes = [self.index(shard) for shard in shards]
         for shard, index, count in zip(shards, indexes, counts or [None] * len(indexes), strict=True):
@@ -80,20 +81,21 @@ class IndexStore:
             lost = count - len(index)
             if lost < 0 or (lost and not index.bad):
                 raise ValueError(
-                    f"shard {shard} holds {len(index)} samples, but the description of its set says {count}; write the "
-                    "set again"
+                    f"shard {shard} holds {len(index)} examples, but meta.json says {count}; write the dataset again"
                 )
-            more = Skipped(-1, "", "truncated shard", f"a sample of shard {shard} is lost; write it again")
-            index.bad = [*index.bad, *lost * [more]][:lost]  # none, where only the end mark is cut off
-        return SampleIndex.concatenate(indexes)
+            missing_example = Skipped(-1, "", "truncated shard", f"an example of shard {shard} is lost; write it again")
+            index.bad = [*index.bad, *lost * [missing_example]][:lost]  # none if only the end mark is cut off
+        return ExampleIndex.concatenate(indexes)
 
-    def _remember(self, shard: Path) -> None:
+    def _store(self, shard: Path) -> None:
         self.index(shard)
 
 
-def _save(path: Path, index: SampleIndex) -> None:
+def _save(path: Path, index: ExampleIndex) -> None:
     columns = {f"member_{extension}": column for extension, column in index.members.items()}
-    bad = Strings.from_strings([text for sample in index.bad for text in (sample.key, sample.reason, sample.message)])
+    bad = Strings.from_strings(
+        [text for example in index.bad for text in (example.key, example.reason, example.message)]
+    )
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -106,12 +108,12 @@ def _save(path: Path, index: SampleIndex) -> None:
         )
 
 
-def _load(path: Path, shard: Path) -> SampleIndex:
+def _load(path: Path, shard: Path) -> ExampleIndex:
     with np.load(path, allow_pickle=False) as stored:
         columns = {name: stored[name] for name in stored.files}
     keys = Strings(columns["keys"].tobytes(), columns["key_ends"])
     bad = Strings(columns["bad"].tobytes(), columns["bad_ends"])
-    return SampleIndex(
+    return ExampleIndex(
         Strings.from_strings([str(shard)]),
         np.zeros(len(keys), np.int64),
         keys,

@@ -1,4 +1,4 @@
-"""What the folders of a dataset are: splits, classes, or neither."""
+"""Layout of a dataset of folders: which folders are splits, which are classes."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.user_warnings import warn_user
+from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 
 SPLITS = ("train", "val")
 TEST = "test"
@@ -21,40 +21,41 @@ SPLIT_NAMES = {
 """
 
 SEPARATORS = re.compile(r"[\s_.\-]+")
-EXAMPLES = 10
+MAX_LISTED = 10
 PROBED = 3
-"""Class folders that are looked into for splits."""
+"""Number of class folders that are searched for splits."""
 
-CHOOSE = "name the folders or shards of each split with train and val"
+CHOOSE_HINT = "name the folders or shards of each split with train and val"
 
 
 def split_of(name: str) -> str | None:
-    """Which split a folder is by its name: ``train``, ``val`` or ``test``; None for other names."""
+    """Split that a folder name stands for: ``train``, ``val`` or ``test``; None for other names."""
     plain = SEPARATORS.sub("", name.casefold())
     return next((split for split, pattern in SPLIT_NAMES.items() if pattern.fullmatch(plain)), None)
 
 
 def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]:
-    """The splits that the folders in a root are: those with class folders or shards in them and usual names.
+    """Find the splits among the folders of a dataset: folders with the name of a split that hold class folders or
+    shards.
 
-    A folder of such a name that holds images itself is a class, as long as other classes are next to it: a class may be
-    called train, too. Test splits are left out, with a warning.
+    A folder with such a name that holds images directly, next to other classes, is a class: a class may be called
+    train. Test splits are left out, with a warning.
 
     Args:
-        root: folder of a dataset.
+        root: folder of the dataset.
         run_folder: folder that the current run writes to, if there is one.
 
     Returns:
-        Folder of ``train`` and ``val``, as far as they are there; empty where the folders are no splits.
+        Folders of ``train`` and ``val``, if they exist; empty if the folders are not splits.
 
     Raises:
-        ValueError: if it is not clear what is what.
+        ValueError: if the layout is ambiguous.
     """
     walk = FolderWalk(root, run_folder)
-    kinds: dict[str, tuple[bool, bool]] = {}  # of each folder: has shards or folders of images, has images itself
+    kinds: dict[str, tuple[bool, bool]] = {}  # by folder: has shards or folders of images, has images directly
     for name in (names := walk.folders()):
         if split_of(name) is not None:
-            kinds[name] = _holds_samples(root / name), _holds_images_itself(root / name)
+            kinds[name] = _holds_examples(root / name), _holds_images_directly(root / name)
     splits = {name for name, (structured, _) in kinds.items() if structured}
     others = [name for name in names if name not in kinds and (not kinds or walk.holds_images(name))]
     if others:
@@ -62,35 +63,38 @@ def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]
         if not {"train", "val"} <= {split_of(name) for name in pure}:
             if pure:
                 raise ValueError(
-                    f"{root} holds {_some(sorted(pure))}, which looks like a split, next to other folders of images "
-                    f"({_some(others)}); {CHOOSE}, or give {root} as train if all are classes"
+                    f"{root} holds {_listed(sorted(pure))}, which looks like a split, next to other folders of images "
+                    f"({_listed(others)}); {CHOOSE_HINT}, or give {root} as train if all are classes"
                 )
             if classes := sorted(name for name, kind in kinds.items() if any(kind)):
-                warn_user(
-                    f"{_some(classes)} in {root} may be meant as a split, but is read as a class, for it holds images "
-                    f"itself and lies next to {_some(others)}; {CHOOSE} if it is none"
+                warn_on_rank_zero(
+                    f"{_listed(classes)} in {root} has the name of a split, but is read as a class, because it holds "
+                    f"images directly and is next to {_listed(others)}; if it is a split, {CHOOSE_HINT}"
                 )
             return {}
-        warn_user(f"of {root}, which holds splits, other folders are left out: {_some(others)}")
+        warn_on_rank_zero(f"{root} holds splits; other folders in it are left out: {_listed(others)}")
         splits = pure
     flat = sorted(name for name, kind in kinds.items() if kind == (False, True))
     if not splits and len(flat) < 2:
         return {}
     if empty := sorted(name for name, kind in kinds.items() if splits and not any(kind) and split_of(name) != TEST):
-        raise ValueError(f"{root / empty[0]} looks like a split, but holds no images; remove or fill it, or {CHOOSE}")
+        raise ValueError(
+            f"{root / empty[0]} looks like a split, but holds no images; remove or fill it, or {CHOOSE_HINT}"
+        )
     if unclassed := [name for name in flat if split_of(name) != TEST or not splits]:
         raise ValueError(
-            f"{root} holds {_some(unclassed)}, which looks like a split, but its images are not in class folders; move "
-            f"them into one, for example {root / unclassed[0] / 'all'}, or {CHOOSE}"
+            f"{root} holds {_listed(unclassed)}, which looks like a split, but its images are not in class folders; "
+            f"move them into one, for example {root / unclassed[0] / 'all'}, or {CHOOSE_HINT}"
         )
-    return _one_each(root, {name: root / name for name in sorted(splits | set(flat))})
+    return _one_per_split(root, {name: root / name for name in sorted(splits | set(flat))})
 
 
 def split_shards(shards: Sequence[str]) -> dict[str, list[str]]:
-    """Shards by split, where all of them have a split in their names, as in ``set-train-000000.tar``, and not the same.
+    """Group shards by the split in their names, as in ``imagenet-train-000000.tar``.
 
     Returns:
-        Shards of ``train`` and ``val``, as far as they are there; empty where the names say nothing.
+        Shards of ``train`` and ``val``, if they exist; empty unless each name has one split and there are several
+        splits.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for shard in shards:
@@ -101,56 +105,56 @@ def split_shards(shards: Sequence[str]) -> dict[str, list[str]]:
     if len(found) < 2:
         return {}
     if tests := found.pop(TEST, []):
-        warn_user(f"{len(tests)} shards of a test split are left out, such as {tests[0]}")
+        warn_on_rank_zero(f"{len(tests)} shards of a test split are left out, for example {tests[0]}")
     return dict(found)
 
 
 def check_classes(root: Path, names: Sequence[str], run_folder: Path | None = None) -> None:
-    """See that class folders are class folders, and neither splits nor the folder that holds the classes.
+    """Check that class folders are neither splits nor the parent folder of the classes.
 
     Args:
         root: folder of class folders.
-        names: of the class folders.
+        names: names of the class folders.
         run_folder: folder that the current run writes to, if there is one.
 
     Raises:
-        ValueError: if they are splits, or hold splits.
+        ValueError: if they are splits, or contain splits.
     """
-    structured = [name for name in names if split_of(name) is not None and _holds_samples(root / name)]
+    structured = [name for name in names if split_of(name) is not None and _holds_examples(root / name)]
     if len(names) > 1 and len(structured) == len(names):
         raise ValueError(
-            f"the folders in {root} look like splits ({_some(structured)}), not like classes; give {root} as root, or "
-            f"{CHOOSE}"
+            f"the folders in {root} look like splits ({_listed(structured)}), not classes; give {root} as root, or "
+            f"{CHOOSE_HINT}"
         )
     for name in names[:PROBED]:
-        if _holds_images_itself(root / name):
+        if _holds_images_directly(root / name):
             return
-    within = {name: FolderWalk(root / name, run_folder) for name in names[:PROBED]}
-    below = {name: [part for part in inner.folders() if inner.holds_images(part)] for name, inner in within.items()}
-    if all(_are_splits(parts) for parts in below.values()):
-        name, parts = next(iter(below.items()))
-        better = f"give {root / name} as root" if len(names) == 1 else f"move them to {root / 'train' / name} and so on"
-        raise ValueError(f"{root / name} holds {_some(parts)}, which look like splits of a class; {better}")
-    if len(names) == 1 and len(below[names[0]]) > 1:
-        warn_user(
-            f"{root} holds one class folder only, {names[0]}; if the folders in it are the classes "
-            f"({_some(below[names[0]])}), give {root / names[0]} instead"
+    walks = {name: FolderWalk(root / name, run_folder) for name in names[:PROBED]}
+    subfolders = {name: [part for part in walk.folders() if walk.holds_images(part)] for name, walk in walks.items()}
+    if all(_are_splits(parts) for parts in subfolders.values()):
+        name, parts = next(iter(subfolders.items()))
+        remedy = f"give {root / name} as root" if len(names) == 1 else f"move them to {root / 'train' / name} and so on"
+        raise ValueError(f"{root / name} holds {_listed(parts)}, which look like splits of a class; {remedy}")
+    if len(names) == 1 and len(subfolders[names[0]]) > 1:
+        warn_on_rank_zero(
+            f"{root} holds only one class folder, {names[0]}; if the folders in it are the classes "
+            f"({_listed(subfolders[names[0]])}), give {root / names[0]} instead"
         )
 
 
-def report_left_out(root: Path, left_out: Mapping[str, str], images: Sequence[str] = ()) -> None:
-    """Warn of folders and images that are no part of a dataset.
+def warn_about_left_out(root: Path, left_out: Mapping[str, str], images: Sequence[str] = ()) -> None:
+    """Warn about folders and images that are not read.
 
     Args:
         root: folder of the dataset.
-        left_out: path of each folder, and why it was left out.
-        images: names of images that lie next to the class folders.
+        left_out: reason for each folder that was left out, by path.
+        images: names of images next to the class folders.
     """
     if left_out:
-        told = _some([f"{os.path.relpath(path, root)} ({reason})" for path, reason in sorted(left_out.items())])
-        warn_user(f"folders in {root} that are left out: {told}")
+        reasons = [f"{os.path.relpath(path, root)} ({reason})" for path, reason in sorted(left_out.items())]
+        warn_on_rank_zero(f"folders in {root} are left out: {_listed(reasons)}")
     if images:
-        warn_user(f"images in {root} that are in no class folder are left out: {_some(images)}")
+        warn_on_rank_zero(f"images in {root} outside of class folders are left out: {_listed(images)}")
 
 
 def _are_splits(names: Iterable[str]) -> bool:
@@ -158,34 +162,36 @@ def _are_splits(names: Iterable[str]) -> bool:
     return None not in kinds and "train" in kinds and len(set(kinds)) > 1
 
 
-def _one_each(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
+def _one_per_split(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, path in folders.items():
         split = str(split_of(name))
         if split in found and split != TEST:
-            raise ValueError(f"{found[split].name} and {name} in {root} both look like the {split} split; {CHOOSE}")
+            raise ValueError(
+                f"{found[split].name} and {name} in {root} both look like the {split} split; {CHOOSE_HINT}"
+            )
         found[split] = path
     tests = [name for name in folders if split_of(name) == TEST]
     found.pop(TEST, None)
     if not found:
-        raise ValueError(f"{root} holds a test split only, {tests[0]}; give {root / tests[0]} as train or val")
+        raise ValueError(f"{root} holds only a test split, {tests[0]}; give {root / tests[0]} as train or val")
     if tests:
-        warn_user(f"the test split of {root} is left out: {_some(tests)}; {CHOOSE} to use it")
+        warn_on_rank_zero(f"the test split of {root} is left out: {_listed(tests)}; to use it, {CHOOSE_HINT}")
     return found
 
 
-def _holds_samples(folder: Path) -> bool:
+def _holds_examples(folder: Path) -> bool:
     """Whether a folder holds shards or folders of images."""
     if any(path.suffix == ".tar" for path in folder.iterdir() if not path.name.startswith(".")):
         return True
-    inner = FolderWalk(folder)
-    return any(inner.holds_images(name) for name in inner.folders())
+    walk = FolderWalk(folder)
+    return any(walk.holds_images(name) for name in walk.folders())
 
 
-def _holds_images_itself(folder: Path) -> bool:
+def _holds_images_directly(folder: Path) -> bool:
     return any(is_image(name) and (folder / name).is_file() for name in os.listdir(folder))
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
-    return f"{', '.join(names[:EXAMPLES])}{more}"
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{', '.join(names[:MAX_LISTED])}{more}"

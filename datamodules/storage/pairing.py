@@ -1,149 +1,151 @@
-"""Features that lie in another set than the codes: which belong to which is found by their keys. N codes."""
+"""Pairing of codes with caption features in another dataset, by key. N: examples with codes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import FEATURES, SHORT_FEATURES, Sample, SampleIndex, Strings
+from datamodules.storage.index import FEATURES, SHORT_FEATURES, Example, ExampleIndex, Strings
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import find_sources
 
 HINT = "write features of the captions first, with `python main.py predict` and configs/text/extract.yaml"
-ADDED = "_"
-"""What a :class:`~datamodules.storage.shards.ShardWriter` adds to the keys of repeated samples."""
-AT_ONCE = 1 << 16
+REPEAT_SUFFIX = "_"
+"""Suffix that :class:`~datamodules.storage.shards.ShardWriter` adds to repeated keys."""
+CHUNK = 1 << 16
+"""Number of keys in memory at once."""
 
 
 class PairedFeatures(StoredFeatures):
-    """Features in a set of their own.
+    """Reader of caption features in a dataset of their own.
 
-    Two sets of one source may have other splits and other shards, so a key is looked for in all of the other set. A
-    writer adds ``_`` to a key that its shard has already; so ``_`` at the end of a key does not count here. Where a key
-    then comes several times, the k-th sample of it has the k-th features, training split before validation split. That
-    is right only if both sets have the same samples of the key in the same order. So where any key comes several times,
-    each must come as often in both sets, or not at all among the features, and the samples that have features must have
-    them in their own order.
+    Two datasets made from one source may have different splits and shards, so a key is searched in both splits. A
+    writer appends ``_`` to repeated keys, so ``_`` at the end of a key is ignored here. If a key then occurs several
+    times, its k-th example gets the k-th features, where the training split comes before the validation split. This is
+    correct only if both datasets have the same examples in the same order. So if any key is repeated, each key must
+    occur equally often in both datasets, or not at all among the features, and the order of the features must be that
+    of the codes.
 
-    The sets are compared as columns of numbers, hashes of keys; the keys themselves when a sample is read.
+    The datasets are compared by 64-bit hashes of the keys, in columns. The keys are compared when an example is read.
 
     Args:
-        root: folder or address of the set.
+        root: folder or address of the dataset of features.
         allow_pipe: let ``pipe:`` addresses run their command.
 
     Raises:
-        ValueError: if there are no features, or their description is not as it should be.
+        ValueError: if there are no features, or ``meta.json`` is invalid.
     """
 
     def __init__(self, root: str, allow_pipe: bool = False) -> None:
         train, val, meta = find_sources(root, None, None, HINT, allow_pipe)
-        meta = meta or read_meta(root, HINT)  # says what is missing
+        meta = meta or read_meta(root, HINT)  # raises an error that says what is missing
         sources = [source for source in (train, val) if source is not None and source.shards]
-        described = meta.get("format") in (CODES_FORMAT, CAPTIONS_FORMAT) and isinstance(meta.get(FEATURES), Mapping)
-        if not described or not sources:
-            raise ValueError(f"{META_FILE} of {root} does not describe features of captions; {HINT}")
+        is_valid = meta.get("format") in (CODES_FORMAT, CAPTIONS_FORMAT) and isinstance(meta.get(FEATURES), Mapping)
+        if not is_valid or not sources:
+            raise ValueError(f"{META_FILE} of {root} does not describe caption features; {HINT}")
         super().__init__(meta[FEATURES], root)
-        self.described = meta[FEATURES]
+        self.description = meta[FEATURES]
         self._sources = sources
-        self._index: SampleIndex | None = None
+        self._index: ExampleIndex | None = None
 
-    def pair(self, codes: Sequence[SampleIndex], cache: ShardCache, name: str) -> list[np.ndarray]:
-        """Find the features of each sample.
+    def pair(self, codes: Sequence[ExampleIndex], cache: ShardCache, name: str) -> list[np.ndarray]:
+        """Find the features of each example.
 
         Args:
-            codes: all samples of each split, also those that cannot be used.
-            cache: where remote shards and indexes are kept.
-            name: of the set of codes, for messages.
+            codes: index of each split of the codes, including examples that cannot be used.
+            cache: cache for remote shards and indexes.
+            name: name of the dataset of codes, for messages.
 
         Returns:
-            For each split (N,) int64, numbers of the features; −1 for none.
+            For each split, numbers of the features, (N,) int64, −1 for none.
 
         Raises:
-            ValueError: if no sample has any, or it is not clear which ones belong to a repeated key.
+            ValueError: if no example has features, or the features of a repeated key are ambiguous.
         """
-        whole = _joined([source.index(cache) for source in self._sources])
-        parts = {part: whole.members[part] for part in (FEATURES, SHORT_FEATURES) if part in whole.members}
-        self._index = features = SampleIndex(whole.paths, whole.file_of, whole.keys, parts, whole.labels)
-        samples = _joined(codes)
-        partners = _partners(samples.keys, features.keys, f"the codes in {name}", f"the features in {self.root}")
-        present = parts[FEATURES][:, 0] >= 0 if FEATURES in parts else np.zeros(len(features), bool)
+        index = _concatenated([source.index(cache) for source in self._sources])
+        members = {name: index.members[name] for name in (FEATURES, SHORT_FEATURES) if name in index.members}
+        self._index = features = ExampleIndex(index.paths, index.file_of, index.keys, members, index.labels)
+        examples = _concatenated(codes)
+        partners = _match(examples.keys, features.keys, f"the codes in {name}", f"the features in {self.root}")
+        present = members[FEATURES][:, 0] >= 0 if FEATURES in members else np.zeros(len(features), bool)
         partners[partners >= 0] = np.where(present[partners[partners >= 0]], partners[partners >= 0], -1)
-        if len(samples) and (partners < 0).all():
+        if len(examples) and (partners < 0).all():
             raise ValueError(
-                f"none of the {len(samples)} samples of the codes in {name} has features in {self.root} (keys like "
-                f"{samples.keys[0]!r}, and there {features.keys[0] if len(features) else ''!r}); give features of the "
-                "same images' captions"
+                f"none of the {len(examples)} examples of the codes in {name} has features in {self.root} (keys like "
+                f"{examples.keys[0]!r}, but {features.keys[0] if len(features) else ''!r} in the features); give "
+                "caption features of the same images"
             )
         return np.split(partners, np.cumsum([len(index) for index in codes])[:-1])
 
-    def sample_of(self, index: SampleIndex, place: int) -> Sample:
-        """The sample that has the features of sample ``place``, which must have some.
+    def example_with_features(self, index: ExampleIndex, number: int) -> Example:
+        """Example that holds the features of example ``number``, which must have features.
 
         Raises:
-            BadSampleError: if it has another key after all.
+            BadExampleError: if the keys differ although their hashes are equal.
         """
         assert index.partners is not None
         assert self._index is not None
-        number, key = int(index.partners[place]), index.keys[place]
-        sample: Sample = self._index[number]
-        if sample.key.rstrip(ADDED) != key.rstrip(ADDED):
-            raise BadSampleError(
-                "no caption", f"sample {key} has no features in {self.root}; those of {sample.key} have its hash"
+        key = index.keys[number]
+        example: Example = self._index[int(index.partners[number])]
+        if example.key.rstrip(REPEAT_SUFFIX) != key.rstrip(REPEAT_SUFFIX):
+            raise BadExampleError(
+                "no caption", f"example {key} has no features in {self.root}; key {example.key} has the same hash"
             )
-        return sample
+        return example
 
 
-def number_of(key: bytes) -> int:
-    """A number of 64 bits in the place of a key."""
+def key_hash(key: bytes) -> int:
+    """64-bit hash of a key."""
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
 
 
-def _numbers(keys: Strings) -> np.ndarray:
-    return np.fromiter(map(number_of, _bare(keys)), np.uint64, len(keys))
+def _hashes(keys: Strings) -> np.ndarray:
+    return np.fromiter(map(key_hash, _without_suffix(keys)), np.uint64, len(keys))
 
 
-def _bare(keys: Strings) -> Iterator[bytes]:
-    """Keys without what was added to them; never all of them at once."""
+def _without_suffix(keys: Strings) -> Iterator[bytes]:
+    """Keys without the suffix of repeated keys, with at most :data:`CHUNK` of them in memory."""
     start = 0
-    for first in range(0, len(keys), AT_ONCE):
-        for end in keys.ends[first : first + AT_ONCE].tolist():
-            yield keys.block[start:end].rstrip(ADDED.encode())
+    for first in range(0, len(keys), CHUNK):
+        for end in keys.ends[first : first + CHUNK].tolist():
+            yield keys.block[start:end].rstrip(REPEAT_SUFFIX.encode())
             start = end
 
 
-def _joined(parts: Sequence[SampleIndex]) -> SampleIndex:
-    return parts[0] if len(parts) == 1 else SampleIndex.concatenate(parts)
+def _concatenated(parts: Sequence[ExampleIndex]) -> ExampleIndex:
+    return parts[0] if len(parts) == 1 else ExampleIndex.concatenate(parts)
 
 
-def _partners(codes: Strings, features: Strings, these: str, those: str) -> np.ndarray:
-    """For each key of codes which of the features belong to it, −1 for none; the names are for messages."""
-    wanted, given = _numbers(codes), _numbers(features)
+def _match(codes: Strings, features: Strings, code_name: str, feature_name: str) -> np.ndarray:
+    """Numbers of the features that belong to each key of the codes, −1 for none; the names are for messages."""
+    wanted, given = _hashes(codes), _hashes(features)
     order, given_order = np.argsort(wanted, kind="stable"), np.argsort(given, kind="stable")
     wanted, given = wanted[order], given[given_order]
     first, wanted_first = np.searchsorted(given, wanted), np.searchsorted(wanted, wanted)
     count = np.searchsorted(given, wanted, side="right") - first
     wanted_count = np.searchsorted(wanted, wanted, side="right") - wanted_first
-    number = np.arange(len(wanted)) - wanted_first  # of the sample among those of its key
-    unclear = (count > 0) & (count != wanted_count)
-    for place in np.flatnonzero(unclear & (number == 0)).tolist():
-        ours = [codes[row] for row in order[place : place + wanted_count[place]]]
-        theirs = [features[row] for row in given_order[first[place] : first[place] + count[place]]]
-        if len({key.rstrip(ADDED) for key in ours + theirs}) == 1:  # else different keys have one hash
+    number = np.arange(len(wanted)) - wanted_first  # of the example among those with the same key
+    ambiguous = (count > 0) & (count != wanted_count)
+    for row in np.flatnonzero(ambiguous & (number == 0)).tolist():
+        code_keys = [codes[place] for place in order[row : row + wanted_count[row]]]
+        feature_keys = [features[place] for place in given_order[first[row] : first[row] + count[row]]]
+        if len({key.rstrip(REPEAT_SUFFIX) for key in code_keys + feature_keys}) == 1:  # otherwise only the hashes agree
             raise ValueError(
-                f"the key {ours[0].rstrip(ADDED)!r} comes {len(ours)} times in {these}, but {len(theirs)} times in "
-                f"{those}, so what belongs together is not known; extract the features again, with these codes as root"
+                f"the key {code_keys[0].rstrip(REPEAT_SUFFIX)!r} occurs {len(code_keys)} times in {code_name}, but "
+                f"{len(feature_keys)} times in {feature_name}, so the pairing is ambiguous; extract the features "
+                "again, with these codes as root"
             )
-    paired = (count > 0) & ~unclear
+    paired = (count > 0) & ~ambiguous
     partners = np.full(len(wanted), -1, np.int64)
     partners[order[paired]] = given_order[first[paired] + number[paired]]
     repeated = np.flatnonzero(paired & (wanted_count > 1))
     if len(repeated) and (np.diff(partners[partners >= 0]) < 0).any():
         raise ValueError(
-            f"the key {codes[order[repeated[0]]].rstrip(ADDED)!r} comes {wanted_count[repeated[0]]} times in {these}, "
-            f"but {those} are in another order, so what belongs together is not known; extract the features again, "
-            "with these codes as root"
+            f"the key {codes[order[repeated[0]]].rstrip(REPEAT_SUFFIX)!r} occurs {wanted_count[repeated[0]]} times in "
+            f"{code_name}, but {feature_name} are in another order, so the pairing is ambiguous; extract the features "
+            "again, with these codes as root"
         )
     return partners

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, fetched whole into a cache on this machine."""
+"""Remote shards, downloaded completely into a cache on this machine."""
 
 import hashlib
 import os
@@ -18,21 +18,21 @@ from llamagen.files import atomic_file, sha256_of
 from llamagen.full_disk import DiskFullError, full_disk_reported
 
 EXTRAS = ("s3", "gs")
-"""Schemes that need a package more, which the extra of the same name installs."""
+"""Schemes that need another package, which the extra of the same name installs."""
 SCHEMES = ("http", "https", *EXTRAS)
 PIPE = "pipe:"
 ATTEMPTS = 5
-FIRST_PAUSE = 0.5
-"""Seconds before the second attempt; doubled before each further one."""
-SILENCE = 60.0
-"""Seconds without a byte after which a server is taken to be gone."""
+FIRST_DELAY = 0.5
+"""Seconds before the second attempt; doubled before each further attempt."""
+READ_TIMEOUT = 60.0
+"""Seconds without data after which a connection fails."""
 THREADS = 16
 
 T = TypeVar("T")
 
 
 def is_remote(address: str) -> bool:
-    """Whether an address is not a path on this machine."""
+    """Whether an address is a URL or a command, and not a local path."""
     return "://" in address or address.startswith(PIPE)
 
 
@@ -42,16 +42,16 @@ def default_cache() -> Path:
 
 
 def check_address(address: str, allow_pipe: bool) -> None:
-    """Refuse what cannot be fetched.
+    """Check that an address can be downloaded.
 
     Raises:
-        ValueError: if it is a command and these are not allowed, or its scheme is not known.
+        ValueError: if it is a command and commands are not allowed, or its scheme is unknown.
     """
     if address.startswith(PIPE):
         if not allow_pipe:
             raise ValueError(
-                f"{address} would run a command on this machine; if you trust it, set allow_pipe to true, else fetch "
-                "the shards by yourself"
+                f"{address} would run a command on this machine; if you trust it, set allow_pipe to true, otherwise "
+                "download the shards yourself"
             )
     elif "://" in address and address.split("://")[0] not in SCHEMES:
         raise ValueError(f"{address} has an unknown scheme; use one of {', '.join(SCHEMES)}, or a path")
@@ -60,8 +60,8 @@ def check_address(address: str, allow_pipe: bool) -> None:
 def _file_system(address: str) -> tuple[Any, str]:
     scheme = address.split("://")[0]
     options = {}
-    if scheme.startswith("http"):  # a large shard may take its time, but not fall silent
-        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    if scheme.startswith("http"):  # no limit on the total time of a large shard, only on the time without data
+        timeout = ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
         options["client_kwargs"] = {"trust_env": True, "timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
@@ -72,68 +72,72 @@ def _file_system(address: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-def patiently(action: Callable[[], T], address: str) -> T:
-    """What ``action`` returns, tried again with growing pauses.
+def with_retries(action: Callable[[], T], address: str) -> T:
+    """Call ``action``, and again after growing delays if it fails.
 
     Raises:
-        ValueError: with the address, if it fails to the end.
+        ValueError: with the address, if the last attempt fails.
     """
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except DiskFullError:  # no other attempt makes room
+        except DiskFullError:  # another attempt would fail, too
             raise
         except (OSError, EOFError, RuntimeError, TimeoutError, subprocess.SubprocessError, ClientError) as error:
-            gone = isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (403, 404, 410)
-            if gone or attempt == ATTEMPTS - 1:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                tried = "" if gone else f" after {ATTEMPTS} attempts"
+            missing = isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) in (
+                403,
+                404,
+                410,
+            )
+            if missing or attempt == ATTEMPTS - 1:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                attempts = "" if missing else f" after {ATTEMPTS} attempts"
                 raise ValueError(
-                    f"{address} cannot be had{tried} ({said}); check the address and the server"
+                    f"{address} could not be downloaded{attempts} ({reason}); check the address and the server"
                 ) from error
-            time.sleep(FIRST_PAUSE * 2**attempt)
+            time.sleep(FIRST_DELAY * 2**attempt)
     raise AssertionError
 
 
 def read_small(address: str) -> bytes:
-    """A small file from an address.
+    """Download a small file.
 
     Raises:
-        ValueError: with the address, if it cannot be had.
+        ValueError: with the address, if it could not be downloaded.
     """
     check_address(address, allow_pipe=False)
     system, path = _file_system(address)
-    data: bytes = patiently(lambda: system.cat_file(path), address)
+    data: bytes = with_retries(lambda: system.cat_file(path), address)
     return data
 
 
 def check_presence(addresses: Iterable[str]) -> None:
-    """See that every shard is there, before training starts.
+    """Check that every shard exists, before training starts.
 
     Raises:
-        ValueError: naming the first address that is not.
+        ValueError: with the first address that does not exist.
     """
 
-    def look(address: str) -> None:
+    def check(address: str) -> None:
         if not is_remote(address):
             if not os.path.isfile(address):
                 raise ValueError(f"shard {address} does not exist; correct the address, or write it")
         elif not address.startswith(PIPE):
             system, path = _file_system(address)
-            patiently(lambda: system.info(path), address)
+            with_retries(lambda: system.info(path), address)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(look, addresses):
+        for _ in pool.map(check, addresses):
             pass
 
 
 class ShardCache:
-    """Files of remote shards on this machine; one that is there is taken for whole and up to date.
+    """Local copies of remote shards. An existing copy is assumed to be complete and up to date.
 
     Args:
-        folder: where they are kept; None for :func:`default_cache`.
+        folder: folder of the copies; None for :func:`default_cache`.
         allow_pipe: let ``pipe:`` addresses run their command.
-        max_bytes: drop what was not used for longest when more than this is kept; None keeps all.
+        max_bytes: maximum size of the cache, beyond which the least recently used copies are removed; None keeps all.
     """
 
     def __init__(
@@ -143,7 +147,7 @@ class ShardCache:
         self.allow_pipe, self.max_bytes = allow_pipe, max_bytes
 
     def path_of(self, address: str, checksum: str | None = None) -> Path:
-        """Where an address is kept; a path on this machine is itself. Another checksum is another file."""
+        """Path of the copy of an address; local paths stay the same. Each checksum has its own copy."""
         if not is_remote(address):
             return Path(address)
         name = PurePosixPath(address.split("?")[0]).name if not address.startswith(PIPE) else "pipe.tar"
@@ -151,14 +155,17 @@ class ShardCache:
         return self.folder / "shards" / f"{digest}-{name.removesuffix('.tar')}.tar"
 
     def fetch(self, address: str, checksum: str | None = None) -> Path:
-        """The file of an address on this machine, fetched if need be; it gets its name when it is whole.
+        """Download an address, unless there is a copy. The copy gets its name only when it is complete.
 
         Args:
-            address: of the file.
-            checksum: SHA-256 that it must have, where that is known.
+            address: address or local path of the file.
+            checksum: expected SHA-256, if known.
+
+        Returns:
+            Path of the copy, or the local path itself.
 
         Raises:
-            ValueError: with the address, if it cannot be had.
+            ValueError: with the address, if it could not be downloaded.
         """
         path = self.path_of(address, checksum)
         if not is_remote(address):
@@ -174,9 +181,9 @@ class ShardCache:
                 with full_disk_reported(path, temporary=temporary):
                     self._copy(address, temporary, checksum)
 
-            patiently(copy, address)
+            with_retries(copy, address)
         if self.max_bytes is not None:
-            self._make_room(path)
+            self._evict(path)
         return path
 
     @staticmethod
@@ -189,14 +196,14 @@ class ShardCache:
         system.get_file(path, str(temporary))
         size = temporary.stat().st_size
         if (expected := system.info(path).get("size")) not in (None, size):
-            raise EOFError(f"{size} of {expected} bytes came")
-        if checksum is not None and (found := sha256_of(temporary)) != checksum:
-            raise EOFError(f"its SHA-256 is {found[:12]}…, not {checksum[:12]}… as the description of its set says")
+            raise EOFError(f"received {size} of {expected} bytes")
+        if checksum is not None and (actual := sha256_of(temporary)) != checksum:
+            raise EOFError(f"its SHA-256 is {actual[:12]}…, but meta.json says {checksum[:12]}…")
 
-    def _make_room(self, newest: Path) -> None:
+    def _evict(self, newest: Path) -> None:
         sizes = {}
         for path in newest.parent.glob("*.tar"):
-            with suppress(FileNotFoundError):  # other processes make room, too
+            with suppress(FileNotFoundError):  # other processes remove copies, too
                 status = path.stat()
                 sizes[path] = status.st_mtime, status.st_size
         total = sum(size for _, size in sizes.values())
@@ -207,14 +214,17 @@ class ShardCache:
             path.unlink(missing_ok=True)
 
     def fetch_all(self, addresses: Sequence[str], checksums: Mapping[str, str]) -> list[Path]:
-        """The files of many addresses, several at a time, with a progress bar where something has to be fetched.
+        """Download many addresses in parallel, with a progress bar if anything is missing.
 
         Args:
-            addresses: of the files.
-            checksums: SHA-256 of those of which it is known.
+            addresses: addresses or local paths of the files.
+            checksums: expected SHA-256 by address, where known.
+
+        Returns:
+            Path of each copy, or the local path itself.
 
         Raises:
-            ValueError: with the first address that cannot be had.
+            ValueError: with the first address that could not be downloaded.
         """
         paths = [self.path_of(address, checksums.get(address)) for address in addresses]
         missing = [
@@ -222,7 +232,7 @@ class ShardCache:
         ]
         if missing:
             with ThreadPoolExecutor(THREADS) as pool:
-                fetched = pool.map(lambda address: self.fetch(address, checksums.get(address)), missing)
-                for _ in tqdm(fetched, "fetching shards", len(missing), unit="shard"):
+                downloads = pool.map(lambda address: self.fetch(address, checksums.get(address)), missing)
+                for _ in tqdm(downloads, "downloading shards", len(missing), unit="shard"):
                     pass
         return paths

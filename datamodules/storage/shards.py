@@ -1,7 +1,7 @@
-"""The shard format: webdataset tar files, and sets of them, written shard by shard, each whole or not at all.
+"""The shard format: webdataset tar files, and datasets of shards, each of which is complete or absent.
 
-A sample is a run of tar members with one key: ``000017.png``, ``000017.cls``. A set is a folder for each split
-(``train``, ``val``) beside a ``meta.json``, which is written last: without it the set is not complete.
+An example is a sequence of tar members with the same key: ``000017.png``, ``000017.cls``. A dataset is a folder per
+split (``train``, ``val``) and a ``meta.json``, which is written last: a dataset without it is incomplete.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import webdataset
 
-from datamodules.storage.bad_samples import Skipped, Tally
+from datamodules.storage.bad_examples import Skipped, Tally
 from datamodules.storage.remote import is_remote, read_small
 from llamagen.files import PendingFile, atomic_file, remove_leftovers, sha256_of
 from llamagen.full_disk import full_disk_reported
@@ -41,10 +41,14 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def read_meta(root: Path | str, hint: str) -> dict[str, Any]:
-    """The description of a set of shards, from its folder or address.
+    """Read ``meta.json`` of a dataset of shards, from its folder or address.
+
+    Args:
+        root: folder or address of the dataset.
+        hint: remedy that ends the error messages.
 
     Raises:
-        ValueError: if the set is missing or was not completed.
+        ValueError: if the dataset is missing or incomplete, or the file is invalid.
     """
     path = f"{str(root).rstrip('/')}/{META_FILE}"
     if is_remote(path):
@@ -52,49 +56,49 @@ def read_meta(root: Path | str, hint: str) -> dict[str, Any]:
     elif not Path(root).is_dir():
         raise ValueError(f"shard folder {root} does not exist; {hint}")
     elif not Path(path).is_file():
-        raise ValueError(f"shard folder {root} has no {META_FILE}, so it was not written to its end; {hint}")
+        raise ValueError(f"shard folder {root} has no {META_FILE}, so it is incomplete; {hint}")
     else:
         text = Path(path).read_bytes()
     try:
         meta = json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}); {hint}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold a JSON object; {hint}")
     return meta
 
 
-class ShardNote(NamedTuple):
-    """What ``meta.json`` says of a shard.
+class ShardEntry(NamedTuple):
+    """Entry of a shard in ``meta.json``.
 
     Attributes:
-        name: of its file.
-        samples: how many it holds.
+        name: name of its file.
+        examples: number of its examples.
         sha256: checksum of its file.
     """
 
     name: str
-    samples: int
+    examples: int
     sha256: str
 
 
-def shard_notes(meta: Mapping[str, Any], split: str, root: Path | str) -> list[ShardNote]:
-    """What ``meta.json`` says of the shards of a split.
+def shard_entries(meta: Mapping[str, Any], split: str, root: Path | str) -> list[ShardEntry]:
+    """Read the entries of a split's shards in ``meta.json``.
 
     Raises:
-        ValueError: if they are not described as they should be; a name is the name of a file and no path.
+        ValueError: if the entries are invalid, for example if a name is a path and not the name of a file.
     """
     try:
         shards = meta["splits"][split]["shards"]
-        notes = [ShardNote(str(note["name"]), int(note["count"]), str(note["sha256"])) for note in shards]
+        entries = [ShardEntry(str(entry["name"]), int(entry["count"]), str(entry["sha256"])) for entry in shards]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{META_FILE} of {root} does not describe the shards of {split}; write the set again"
+            f"{META_FILE} of {root} does not describe the shards of {split}; write the dataset again"
         ) from error
-    for name, _, _ in notes:
+    for name, _, _ in entries:
         if not name.endswith(".tar") or "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"{META_FILE} of {root} names the shard {name!r}, which is no file name; correct it")
-    return notes
+            raise ValueError(f"{META_FILE} of {root} names the shard {name!r}, which is not a file name; correct it")
+    return entries
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -104,18 +108,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class ShardWriter:
-    """Writes a tar file of samples, which gets its name when it is whole. A context manager: an error leaves nothing.
+    """Writes a tar file of examples, which gets its name only when it is complete.
 
-    Beside it, a note says what it holds.
+    As a context manager it removes the file if there is an error. Facts about the shard are written to a hidden file
+    next to it, until :meth:`ShardDataset.finish` collects them.
 
     Args:
-        path: the file.
+        path: path of the shard.
 
     Attributes:
-        count: samples that were written.
-        highest_label: −1 if none had one.
-        skipped: put what was planned for the shard and could not be used in here.
-        counted: put numbers in here that :meth:`ShardSet.counted` adds up over the set.
+        count: number of examples written.
+        highest_label: highest label written, −1 for none.
+        skipped: bad examples of this shard; callers append to it.
+        counts: numbers that :meth:`ShardDataset.total_counts` sums over all shards; callers add to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,64 +128,64 @@ class ShardWriter:
         self.count = 0
         self.highest_label = -1
         self.skipped: list[Skipped] = []
-        self.counted: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._file = PendingFile(path)
         self._writer = webdataset.TarWriter(str(self._file.temporary), encoder=False, mtime=0)
 
-    def write(self, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
-        """Add a sample.
+    def write(self, key: str, members: Mapping[str, bytes], label: int = -1) -> None:
+        """Write an example.
 
         Args:
-            key: its name; ``_`` is added while another sample of the file has it, and stands for each dot in its last
-                part, which would be read as the beginning of an extension.
-            parts: the bytes of each part by extension.
-            label: its class, written as a cls part; −1 for none.
+            key: its key. Dots after the last ``/`` are replaced by ``_``, because they would start an extension. ``_``
+                is appended until the key is unique in this shard.
+            members: bytes of each member, by extension.
+            label: its class, written as a cls member; −1 for none.
 
         Raises:
-            ValueError: if the last part of the key is empty.
+            ValueError: if there is nothing after the last ``/`` of the key.
         """
         folder, slash, name = key.rpartition("/")
         if not name:
-            raise ValueError(f"key {key!r} cannot be written; the last part of a key must not be empty")
+            raise ValueError(f"key {key!r} cannot be written; it must not end in /")
         key = f"{folder}{slash}{name.replace('.', '_')}"
-        while key in self._keys:  # the keys of several shards may be unique within each of them alone
+        while key in self._keys:  # keys from several source shards need not be unique
             key += "_"
         labelled = {"cls": str(label).encode()} if label >= 0 else {}
         with full_disk_reported(self.path, temporary=self._file.temporary):
-            self._writer.write({"__key__": key, **parts, **labelled})
+            self._writer.write({"__key__": key, **members, **labelled})
         self._keys.add(key)
         self.count += 1
         self.highest_label = max(self.highest_label, label)
 
     def close(self) -> None:
-        """Give the file its name.
+        """Complete the file and give it its name.
 
         Raises:
-            DiskFullError: if there is no room; nothing is left of the file then.
+            DiskFullError: if the disk is full; the file is removed.
         """
         with self._file.discarded_on_error():
             try:
                 self._writer.close()
             except OSError:
-                self._give_up()
+                self._prevent_second_close()
                 raise
             temporary = self._file.temporary
-            note = {"count": self.count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-            more = {"highest_label": self.highest_label, "bad": [list(sample) for sample in self.skipped]}
-            _write_json(_note(self.path), {**note, **more, "counted": self.counted})
+            entry = {"count": self.count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+            more = {"highest_label": self.highest_label, "bad": [list(example) for example in self.skipped]}
+            _write_json(_facts_file(self.path), {**entry, **more, "counted": self.counts})
         self._file.publish()
 
     def abort(self) -> None:
-        """Drop what was written."""
+        """Remove the file."""
         self._file.discard()
         try:
             self._writer.close()
-        except OSError:  # there was no room for what is dropped now
-            self._give_up()
+        except OSError:  # the disk is full, but the file is removed anyway
+            self._prevent_second_close()
 
-    def _give_up(self) -> None:
-        # Else it would be tried again when the object goes, and the error be shown at some later time.
+    def _prevent_second_close(self) -> None:
+        # footgun: the tar stream would close again when it is garbage collected, and show the error at a random time.
         self._writer.tarstream.fileobj.closed = True
 
     def __enter__(self) -> "ShardWriter":
@@ -195,39 +200,39 @@ class ShardWriter:
             self.abort()
 
 
-class ShardSet:
-    """A set of shards that is being written, by several processes if need be, and gone on with where it was stopped.
+class ShardDataset:
+    """A dataset of shards that one or several processes write; a stopped run can resume.
 
-    Which samples go into which shard is planned before. A shard gets its name when it is whole; its number of samples
-    and its checksum are put down beside it until ``meta.json`` takes them up.
+    The assignment of examples to shards is planned in advance. A shard gets its name only when it is complete. Its
+    count and checksum are kept in a hidden file next to it until :meth:`finish` writes them to ``meta.json``.
 
     Args:
-        root: folder of the set.
-        plan: what decides the contents of the set, primitives only; a set that was begun with another plan is refused.
-        hint: what to do then; ends the message.
+        root: folder of the dataset.
+        plan: everything that determines the contents, primitives only. A folder started with another plan is refused.
+        hint: remedy that ends the error messages.
     """
 
     def __init__(self, root: Path, plan: Mapping[str, Any], hint: str) -> None:
         self.root, self.plan, self.hint = root, json.loads(json.dumps(plan)), hint
 
     def check(self) -> None:
-        """See that the set can be begun or gone on with; changes nothing.
+        """Check that writing can start or resume; changes nothing.
 
         Raises:
-            ValueError: if the folder holds a complete set, one with another plan, or shards that nobody planned.
+            ValueError: if the folder holds a complete dataset, one with another plan, or shards without a plan.
         """
         if (self.root / META_FILE).exists():
-            raise ValueError(f"{self.root} already holds a complete set; {self.hint}")
+            raise ValueError(f"{self.root} already holds a complete dataset; {self.hint}")
         plan = self.root / PLAN_FILE
         if plan.is_file():
-            begun = read_plan(plan)
-            if differing := sorted(key for key in begun | self.plan if begun.get(key) != self.plan.get(key)):
-                raise ValueError(f"{self.root} was begun with another {', '.join(differing)}; {self.hint}")
+            started = read_plan(plan)
+            if differing := sorted(key for key in started | self.plan if started.get(key) != self.plan.get(key)):
+                raise ValueError(f"{self.root} was started with another {', '.join(differing)}; {self.hint}")
         elif shards := sorted(self.root.glob("*/*.tar")):
             raise ValueError(f"{self.root} already holds shards ({shards[0].name}); {self.hint}")
 
     def begin(self, splits: Sequence[str]) -> None:
-        """Make the folders and put the plan down; on one process."""
+        """Create the folders and write the plan; call it in one process."""
         for split in splits:
             (self.root / split).mkdir(parents=True, exist_ok=True)
         _write_json(self.root / PLAN_FILE, self.plan)
@@ -235,20 +240,20 @@ class ShardSet:
             remove_leftovers(folder, owned=True)
 
     def path(self, split: str, number: int) -> Path:
-        """Where shard ``number`` of a split goes."""
+        """Path of shard ``number`` of a split."""
         return self.root / split / f"{split}-{number:06d}.tar"
 
     def is_written(self, split: str, number: int) -> bool:
-        """Whether a shard is there, whole."""
+        """Whether a shard is complete."""
         path = self.path(split, number)
-        return path.exists() and _note(path).exists()
+        return path.exists() and _facts_file(path).exists()
 
     def shard(self, split: str, number: int) -> ShardWriter:
-        """A writer for a shard."""
+        """Open a writer for a shard."""
         return ShardWriter(self.path(split, number))
 
-    def counted(self, shards: Mapping[str, int]) -> Counter[str]:
-        """The sum of what was counted for each shard that is written; until :meth:`finish`.
+    def total_counts(self, shards: Mapping[str, int]) -> Counter[str]:
+        """Sum of :attr:`ShardWriter.counts` over all complete shards. Call it before :meth:`finish`.
 
         Args:
             shards: number of shards of each split.
@@ -259,67 +264,70 @@ class ShardSet:
             for number in range(number_of_shards)
             if self.is_written(split, number)
         )
-        return sum((Counter(json.loads(_note(path).read_text()).get("counted")) for path in written), Counter[str]())
+        return sum(
+            (Counter(json.loads(_facts_file(path).read_text()).get("counted")) for path in written), Counter[str]()
+        )
 
     def finish(
         self,
         shards: Mapping[str, int],
         meta: Mapping[str, Any],
-        known: Mapping[str, Sequence[Skipped]],
+        rejected: Mapping[str, Sequence[Skipped]],
         max_bad_share: float,
     ) -> None:
-        """Complete the set: describe it in ``meta.json``; on one process.
+        """Complete the dataset by writing ``meta.json``; call it in one process.
+
+        All bad examples are listed in ``skipped.tsv``, if there are any.
 
         Args:
             shards: number of shards of each split.
-            meta: more entries. ``num_classes`` grows to the highest label + 1; ``count`` is the number of samples.
-            known: what of each split was known not to be usable before the shards were planned. All that is not in the
-                set stands in ``skipped.tsv``, if there is anything.
-            max_bad_share: greatest tolerable share of what is not in the set.
+            meta: more entries of ``meta.json``. ``num_classes`` is increased to the highest label + 1 if necessary.
+            rejected: by split, bad examples found before the shards were planned.
+            max_bad_share: maximum share of bad examples.
 
         Raises:
-            ValueError: if a shard is not there, or too much could not be used.
+            ValueError: if a shard is missing, or there are too many bad examples.
         """
         splits = {}
         highest = -1
-        notes, lines = [], []
-        everything, missing = 0, list[Skipped]()
+        facts_files, lines = [], []
+        total, all_bad = 0, list[Skipped]()
         for split, number_of_shards in shards.items():
-            entries, bad = [], list(known.get(split, ()))
+            entries, bad = [], list(rejected.get(split, ()))
             for number in range(number_of_shards):
                 path = self.path(split, number)
                 if not self.is_written(split, number):
-                    raise ValueError(f"shard {path} was not written to its end; run the same command again to go on")
-                note = json.loads(_note(path).read_text())
-                highest = max(highest, note.pop("highest_label"))
-                bad += [Skipped(*sample) for sample in note.pop("bad")]
-                note.pop("counted", None)
-                entries.append({"name": path.name, **note})
-                notes.append(_note(path))
+                    raise ValueError(f"shard {path} is incomplete; repeat the command to resume")
+                facts = json.loads(_facts_file(path).read_text())
+                highest = max(highest, facts.pop("highest_label"))
+                bad += [Skipped(*example) for example in facts.pop("bad")]
+                facts.pop("counted", None)
+                entries.append({"name": path.name, **facts})
+                facts_files.append(_facts_file(path))
             count = sum(entry["count"] for entry in entries)
-            everything += count
-            missing += bad
-            reasons = Counter(sample.reason for sample in bad)
+            total += count
+            all_bad += bad
+            reasons = Counter(example.reason for example in bad)
             splits[split] = {"count": count, "skipped": reasons, "shards": entries}
-            lines += ["\t".join(" ".join(text.split()) for text in (split, *sample[1:])) for sample in bad]
-        Tally("the set", everything, missing, max_bad_share)
+            lines += ["\t".join(" ".join(text.split()) for text in (split, *example[1:])) for example in bad]
+        Tally("the dataset", total, all_bad, max_bad_share)
         if lines:
             table = "\n".join(["split\tkey\treason\tmessage", *lines]) + "\n"
-            with atomic_file(self.root / "skipped.tsv") as temporary:  # names of files may be anything
+            with atomic_file(self.root / "skipped.tsv") as temporary:  # file names need not be valid UTF-8
                 temporary.write_text(table, encoding="utf-8", errors="backslashreplace")
         _write_json(
             self.root / META_FILE,
             {
                 **meta,
                 "num_classes": max(meta.get("num_classes", 0), highest + 1),
-                "count": everything,
+                "count": total,
                 "splits": splits,
             },
         )
-        for note in notes:
-            note.unlink()
+        for facts_file in facts_files:
+            facts_file.unlink()
         (self.root / PLAN_FILE).unlink()
 
 
-def _note(path: Path) -> Path:
+def _facts_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")

@@ -1,13 +1,13 @@
-"""Texts as people's editors write them."""
+"""Decoding of text files in UTF-8."""
 
-MARK = "\ufeff"
-"""Byte order mark: no part of a text, but some editors put it before one."""
+BYTE_ORDER_MARK = "\ufeff"
+"""Some editors write it at the start of a file; it is not part of the text."""
 
 
 def decode_text(data: bytes) -> str:
-    """A text in UTF-8, without a byte order mark before it.
+    """Decode UTF-8 text, without a byte order mark at its start.
 
     Raises:
-        UnicodeDecodeError: if it is in another encoding.
+        UnicodeDecodeError: if the text is in another encoding.
     """
-    return data.decode("utf-8-sig").removeprefix(MARK)
+    return data.decode("utf-8-sig").removeprefix(BYTE_ORDER_MARK)

@@ -1,1 +1,1 @@
-"""From bytes to arrays: decoding and cropping."""
+"""Decoding and cropping of images."""

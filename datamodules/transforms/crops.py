@@ -1,6 +1,6 @@
-"""Square images of one size, cut out as in ADM (arXiv 2105.05233): in the middle, at random, or ten of them.
+"""Square crops of one size as in ADM (arXiv 2105.05233): centre, random, or ten crops.
 
-Pixels are (H, W, 3) uint8. The resampling is Pillow's, done by PyTorch's kernel for bytes, which takes a quarter of the
+Pixels are (H, W, 3) uint8. Resizing follows Pillow but uses PyTorch's kernel for bytes, which takes a quarter of the
 time and differs by at most 2 levels.
 """
 
@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-SMALLEST_SHARE = 0.8
-"""A random crop has at least this share of the image's short side."""
+MIN_CROP_SHARE = 0.8
+"""Minimum side of a random crop, as a share of the image's short side."""
 
 VIEWS = ("centre", "top-left", "top-right", "bottom-left", "bottom-right")
 
 
 def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Shrink the short side to ``size``, cut out the middle.
+    """Resize the short side to ``size`` and crop the centre.
 
-    Large images are first halved with a box filter while the short side is at least twice the target, then resized
-    bicubically; small images are enlarged the same way.
+    While the short side is at least twice the target, images are halved with a box filter. Then they are resized
+    bicubically, to a smaller or larger size.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -37,46 +37,46 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def random_crop(pixels: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Shrink the short side to something from ``size`` to ``size / 0.8``, rounded up; cut out any place.
+    """Resize the short side to a random length from ``size`` to ``size / 0.8``, rounded up, and crop at random.
 
     Args:
-        pixels: (H, W, 3) uint8; resized as by :func:`centre_crop`.
+        pixels: (H, W, 3) uint8; resized as in :func:`centre_crop`.
         size: side of the result in pixels.
-        generator: draws the length of the short side, then the place.
+        generator: random numbers for the length of the short side, then for the position.
 
     Returns:
         (size, size, 3) uint8.
     """
-    pixels = _resize(pixels, int(generator.integers(size, ceil(size / SMALLEST_SHARE), endpoint=True)))
+    pixels = _resize(pixels, int(generator.integers(size, ceil(size / MIN_CROP_SHARE), endpoint=True)))
     height, width = pixels.shape[:2]
     left, top = (int(generator.integers(side - size, endpoint=True)) for side in (width, height))
     return pixels[top : top + size, left : left + size]
 
 
 def random_flip(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Half of the images with left and right exchanged."""
+    """Mirror an image horizontally with probability 0.5."""
     return pixels[:, ::-1] if generator.random() < 0.5 else pixels
 
 
 def ten_crops(pixels: np.ndarray, size: int, ranges: Sequence[float]) -> list[np.ndarray]:
-    """For each range the middle, the four corners, and their mirror images, of the centre crop to int(range · size).
+    """Ten crops per range: centre, corners and their mirror images, of a centre crop with side int(range · size).
 
-    LlamaGen, section 3.1: codes of ten crops instead of random ones.
+    LlamaGen (arXiv 2406.06525), section 3.1: the model is trained on codes of ten crops instead of random crops.
 
     Args:
         pixels: (H, W, 3) uint8.
         size: side of the results in pixels.
-        ranges: each at least 1.
+        ranges: sizes of the centre crops as multiples of ``size``, each at least 1.
 
     Returns:
-        10 · ranges images (size, size, 3) uint8, in the order of :func:`view_names`.
+        10 images (size, size, 3) uint8 per range, in the order of :func:`view_names`.
     """
     views = []
-    for share in ranges:
-        square = centre_crop(pixels, int(size * share))
-        rest = len(square) - size
-        places = [(rest // 2, rest // 2), (0, 0), (0, rest), (rest, 0), (rest, rest)]
-        crops = [square[top : top + size, left : left + size] for top, left in places]
+    for factor in ranges:
+        square = centre_crop(pixels, int(size * factor))
+        margin = len(square) - size
+        corners = [(margin // 2, margin // 2), (0, 0), (0, margin), (margin, 0), (margin, margin)]
+        crops = [square[top : top + size, left : left + size] for top, left in corners]
         views += crops + [crop[:, ::-1] for crop in crops]
     return views
 
@@ -86,10 +86,10 @@ def view_names(kind: str, ranges: Sequence[float]) -> list[str]:
 
     Args:
         kind: ``centre``, ``flip`` (the centre crop and its mirror image) or ``ten_crop``.
-        ranges: of :func:`ten_crops`.
+        ranges: see :func:`ten_crops`.
     """
     if kind == "ten_crop":
-        return [f"{share:g} {name}{flip}" for share in ranges for flip in ("", " flipped") for name in VIEWS]
+        return [f"{factor:g} {name}{flip}" for factor in ranges for flip in ("", " flipped") for name in VIEWS]
     return ["centre", "centre flipped"] if kind == "flip" else ["centre"]
 
 
@@ -100,7 +100,9 @@ def _resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
         pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
     scale = short_side / min(height, width)
     target = round(height * scale), round(width * scale)
-    if height > 2 * width:  # here Pillow has an order of its own, and the order shows where colours are cut off
+    if (
+        height > 2 * width
+    ):  # Pillow resizes tall images in another order of axes, which matters where levels are clipped
         return np.array(Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC))
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = F.interpolate(planes, target, mode="bicubic", antialias=True)

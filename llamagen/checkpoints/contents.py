@@ -92,8 +92,8 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
         )
     if entry["architecture"] != architecture:
         raise ValueError(
-            f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the "
-            f"checkpoint of a {architecture} run"
+            f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the checkpoint "
+            f"of a {architecture} run"
         )
     expected = asdict(model.config)
     for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
@@ -109,8 +109,8 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
     differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
     if differing:
         raise ValueError(
-            f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it "
-            "was trained with"
+            f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was "
+            "trained with"
         )
     refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 

@@ -294,7 +294,9 @@ def infer_vqgan_config(state: Mapping[str, Tensor], source: str = "these weights
     z_channels, *_ = shape("encoder.conv_out.weight", 4)
     codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
     if channels < 1 or any(width % channels for width in widths):
-        raise ValueError(f"{source}: not the weights of a VQGAN: {widths} are not multiples of {channels}; {remedy}")
+        raise ValueError(
+            f"{source}: not the weights of a VQGAN: the channels {widths} are not multiples of {channels}; {remedy}"
+        )
     return VQGANConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),

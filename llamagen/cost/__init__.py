@@ -1,1 +1,1 @@
-"""What a GPT costs in parameters, memory, operations and GPU days. Run ``python -m llamagen.cost``."""
+"""Parameters, memory, operations and GPU days of a GPT. Run ``python -m llamagen.cost``."""

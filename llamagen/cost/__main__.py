@@ -1,11 +1,11 @@
-"""What an autoregressive model costs, before it is trained: ``python -m llamagen.cost --config FILE …``.
+"""Estimate the cost of training an autoregressive model: ``python -m llamagen.cost --config FILE …``.
 
-The files are those of ``main.py fit``, a base and its overlays; later ones win. Read are the model's ``net`` and
-``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``, ``num_nodes`` and
-``strategy``, and whether ``EMA`` is a callback.
+The files are those of ``main.py fit``, a base and its overlays; later ones override earlier ones. The command reads the
+model's ``net`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``,
+``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
 
-Memory is that of one GPU. Not counted are what CUDA itself and PyTorch's allocator take (allow 2 GB and some percent),
-and what a single operator of the backward pass needs for a moment.
+Memory is that of one GPU. It does not include CUDA itself and the overhead of PyTorch's allocator (about 2 GB and a few
+percent), nor temporary memory of single operators in the backward pass.
 """
 
 import argparse
@@ -35,16 +35,16 @@ SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
 
 @dataclass(frozen=True)
 class Run:
-    """What of a training run decides its cost.
+    """Settings of a training run that decide its cost.
 
     Attributes:
         net: shape of the model.
-        batch_size: sequences on each GPU.
+        batch_size: number of sequences on each GPU.
         precision: one of :data:`PRECISIONS`.
-        checkpointing: blocks are recomputed in the backward pass.
-        ema: the parameters are averaged.
-        gpus: how many share the work.
-        sharded: they share the parameters, too (FSDP2).
+        checkpointing: whether blocks are recomputed in the backward pass.
+        ema: whether an average of the parameters is kept.
+        gpus: number of GPUs.
+        sharded: whether the parameters are sharded over the GPUs (FSDP2).
     """
 
     net: GPTConfig
@@ -57,21 +57,21 @@ class Run:
 
 
 def memory(run: Run) -> dict[str, int]:
-    """Bytes on each GPU, by what they are for; their sum is the peak of a step, give or take what is not counted.
+    """Bytes on each GPU by purpose. Their sum is the peak of a step, except for what the module does not count.
 
-    Several GPUs with whole models hold DDP's buckets beside the gradients. Where they share the parameters, each holds
-    its part of all that is kept, and for a moment what is put together: embeddings, last norm and head with their
-    gradients, two blocks in the precision of their products, and the gradients of one, also in float32.
+    With DDP each GPU also holds gradient buckets. With sharding each GPU holds its part of parameters, gradients and
+    optimizer state, and temporarily the gathered parameters: embeddings, last norm and head with their gradients, two
+    blocks in the dtype of their products, and the gradients of one block, also in float32.
 
     Args:
         run: the run.
     """
     width, compute = PRECISIONS[run.precision]
-    whole = width * parameters(run.net)
-    size = -(-whole // run.gpus) if run.sharded else whole
+    full = width * parameters(run.net)
+    size = -(-full // run.gpus) if run.sharded else full
     block = block_parameters(run.net) + 2 * run.net.dim
     ends = parameters(run.net) - run.net.n_layer * block
-    together = 2 * width * ends + (3 * compute + 4) * block
+    gathered = 2 * width * ends + (3 * compute + 4) * block
     kept = activations(run.net, run.batch_size, run.precision, run.checkpointing)
     loss = head(run.net, run.batch_size, run.precision)
     return {
@@ -83,14 +83,14 @@ def memory(run: Run) -> dict[str, int]:
         "activations": kept.kept,
         "one recomputed block": kept.recomputed,
         "autocast's weights": 0 if run.sharded else kept.narrow_weights,
-        "parameters put together": together if run.sharded else 0,
+        "gathered parameters": gathered if run.sharded else 0,
         "gradients of the loss": loss.kept,
-        "logits, for a moment": loss.moment,
+        "logits, temporarily": loss.temporary,
     }
 
 
 def merge(base: Any, overlay: Any) -> Any:
-    """Two configurations as one: mappings are merged, all else is replaced by ``overlay``."""
+    """Merge two configurations: mappings are merged key by key, other values are replaced by ``overlay``."""
     if isinstance(base, dict) and isinstance(overlay, dict):
         return base | {key: merge(base.get(key), value) for key, value in overlay.items()}
     return overlay
@@ -99,16 +99,16 @@ def merge(base: Any, overlay: Any) -> Any:
 def read_run(
     paths: list[Path], batch_size: int | None = None, precision: str | None = None, gpus: int | None = None
 ) -> Run:
-    """A run out of the configurations of ``main.py fit``.
+    """Read the settings of a run from configurations of ``main.py fit``.
 
     Args:
-        paths: YAML files, of which later ones win.
-        batch_size: instead of theirs.
-        precision: instead of theirs.
-        gpus: instead of theirs; 8 if they name no number.
+        paths: YAML files; later ones override earlier ones.
+        batch_size: overrides that of the files.
+        precision: overrides that of the files.
+        gpus: overrides that of the files; 8 if they give no number.
 
     Raises:
-        ValueError: in one line, if a file cannot be read, or something is missing or makes no sense.
+        ValueError: in one line, if a file cannot be read, or a setting is missing or invalid.
     """
     tree: Any = {}
     for path in paths:
@@ -117,7 +117,7 @@ def read_run(
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from error
         if not isinstance(overlay, dict):
-            raise ValueError(f"{path} holds no mapping of keys; give a configuration of main.py fit")
+            raise ValueError(f"{path} is not a mapping of keys; pass a configuration of main.py fit")
         tree = merge(tree, overlay)
 
     def at(*keys: str) -> Any:
@@ -148,52 +148,52 @@ def read_run(
     if run.gpus < 1:
         raise ValueError(f"gpus is {run.gpus}; it must be above 0")
     if run.precision not in PRECISIONS:
-        raise ValueError(f"precision is {run.precision}; memory is known for {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision is {run.precision}; it must be one of {', '.join(PRECISIONS)}")
     if not isinstance(run.checkpointing, bool):
         raise ValueError(f"activation_checkpointing is {run.checkpointing!r}; it must be true or false")
     return run
 
 
 def _last_name(entry: Any) -> str:
-    """Of the class that an entry of a configuration names."""
+    """Name, without its module, of the class in an entry of a configuration."""
     return str(entry.get("class_path") if isinstance(entry, dict) else entry).split(".")[-1]
 
 
 def _net(values: Any) -> GPTConfig:
     if not isinstance(values, dict):
-        raise ValueError("model.init_args.net is missing; give the configuration of an autoregressive model")
-    known = {field.name: field.type for field in fields(GPTConfig)}
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"model.init_args.net has no {unknown[0]!r}; it has {', '.join(known)}")
-    # YAML 1.1 takes 1e-5 for a string.
+        raise ValueError("model.init_args.net is missing; pass the configuration of an autoregressive model")
+    types = {field.name: field.type for field in fields(GPTConfig)}
+    if unknown := [name for name in values if name not in types]:
+        raise ValueError(f"model.init_args.net has no {unknown[0]!r}; it has {', '.join(types)}")
+    # footgun: YAML 1.1 reads 1e-5 as a string.
     numbers: dict[str, Any] = {
-        name: float(v) if known[name] is float and isinstance(v, str) else v for name, v in values.items()
+        name: float(v) if types[name] is float and isinstance(v, str) else v for name, v in values.items()
     }
     try:
         return GPTConfig(**numbers)
     except TypeError as error:
-        raise ValueError(f"model.init_args.net makes no model ({error})") from error
+        raise ValueError(f"model.init_args.net is not a valid configuration ({error})") from error
 
 
 def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
-    """All numbers as text.
+    """Format all estimates as text.
 
     Args:
         run: the run.
-        images: to train on, counted as often as they are seen.
-        mfu: share of the peak that is reached.
-        peak_tflops: of a GPU.
+        images: number of training images times epochs.
+        mfu: model FLOPs utilization, a fraction of the peak.
+        peak_tflops: peak of one GPU, in 10¹² operations a second.
 
     Raises:
-        ValueError: if a number makes no sense.
+        ValueError: if a number is out of range.
     """
     if not 0.0 < mfu <= 1.0:
-        raise ValueError(f"mfu is {mfu}; it is a share of the peak, above 0 and at most 1")
+        raise ValueError(f"mfu is {mfu}; it must be above 0 and at most 1, a fraction of the peak")
     for name, value in (("images", images), ("peak_tflops", peak_tflops)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0 and finite")
     net, days = run.net, gpu_days(run.net, images, mfu, peak_tflops)
-    shared = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', which share the parameters' if run.sharded else ''}"
+    gpus = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', parameters sharded' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
         ("training FLOPs a token", f"{flops_per_token(net):.4g}"),
@@ -202,7 +202,7 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
         ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
         ("KV cache a token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
         ("", ""),
-        ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {shared}"),
+        ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {gpus}"),
     ]
     parts = memory(run)
     rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items() if size]
@@ -215,29 +215,29 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        args: instead of the command line's.
+        args: arguments; those of the command line by default.
     """
     parser = OneLineParser(
         "python -m llamagen.cost",
         "Parameters, operations, memory and GPU days of an autoregressive model, before it is trained.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones win")
-    parser.add_argument("--batch_size", type=int, help="sequences on each GPU, instead of the configuration's")
+    parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones override")
+    parser.add_argument("--batch_size", type=int, help="sequences on each GPU; overrides the configuration")
     parser.add_argument("--images", type=int, default=384_000_000, help="images times epochs: 300 of ImageNet")
-    parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak that training reaches")
+    parser.add_argument("--mfu", type=float, default=0.5, help="fraction of the peak that training reaches")
     parser.add_argument(
         "--peak_tflops",
         type=float,
         default=989.0,
-        help="10^12 operations a second of the GPU, on its data sheet for dense (not sparse) bfloat16 products: 989 "
-        "for H100 and H200 SXM, 312 for A100; in 32-true, its number for float32 or TF32",
+        help="10^12 operations a second of the GPU, from its data sheet for dense (not sparse) bfloat16 products: 989 "
+        "for H100 and H200 SXM, 312 for A100; with 32-true the value for float32 or TF32",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="instead of the configuration's")
-    parser.add_argument("--gpus", type=int, help="that share the work, instead of the configuration's, or 8")
+    parser.add_argument("--precision", choices=PRECISIONS, help="overrides the configuration")
+    parser.add_argument("--gpus", type=int, help="number of GPUs; overrides the configuration, else 8")
     options = parser.parse_args(args)
     try:
         run = read_run(options.config, options.batch_size, options.precision, options.gpus)

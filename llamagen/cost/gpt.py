@@ -1,4 +1,4 @@
-"""What an autoregressive model costs by its shape: parameters, operations, bytes. Checked against measured ones."""
+"""Parameters, operations and bytes of an autoregressive model, computed from its shape and tested against real ones."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,27 +7,27 @@ from llamagen.losses.linear_cross_entropy import MAX_LOGITS
 from llamagen.models.gpt_config import GPTConfig
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
-"""Of Lightning: bytes of a parameter and of an entry of the residual stream, and of an operand of a matrix product."""
+"""Precisions of Lightning: bytes of a parameter or residual stream entry, and bytes of an operand of a product."""
 
 
 def head_parameters(config: GPTConfig) -> int:
-    """Weights of the head."""
+    """Number of weights of the head."""
     return config.vocab_size * config.dim
 
 
 def block_parameters(config: GPTConfig) -> int:
-    """Weights of one block that take part in matrix products."""
+    """Number of weights of one block in matrix products."""
     attention = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim + config.dim**2
     return attention + 3 * config.dim * config.ffn_dim
 
 
 def caption_parameters(config: GPTConfig) -> int:
-    """Weights of the projection of caption features; 0 for a class-conditional model."""
+    """Number of weights of the caption projection; 0 for a class-conditional model."""
     return 0 if config.condition == "class" else (config.caption_dim + config.dim) * config.dim
 
 
 def parameters(config: GPTConfig) -> int:
-    """All parameters of a :class:`~llamagen.models.gpt.GPT`, exactly."""
+    """Exact number of parameters of a :class:`~llamagen.models.gpt.GPT`."""
     labels = (config.num_classes + 1) * config.dim if config.condition == "class" else 0
     norms = (2 * config.n_layer + 1) * config.dim
     embeddings = labels + config.vocab_size * config.dim
@@ -36,24 +36,24 @@ def parameters(config: GPTConfig) -> int:
 
 
 def positions(config: GPTConfig) -> int:
-    """Positions of a training sequence: the condition and all codes but the last, which nothing follows."""
+    """Length of a training sequence: the condition and all codes but the last."""
     return config.condition_length + config.block_size - 1
 
 
 def flops_per_sequence(config: GPTConfig) -> float:
-    """Floating-point operations of one training step for one image, a multiplication and an addition being two.
+    """Floating-point operations of one training step for one image. A multiplication and an addition count as two.
 
-    Of the model, not of the hardware: blocks that are recomputed do not count, so that a share of the peak (MFU, PaLM,
-    arXiv 2204.02311, appendix B) is one of useful work. With T positions, L codes and C condition positions:
+    These are operations of the model, not of the hardware: recomputed blocks do not count, so that utilization (MFU,
+    PaLM, arXiv 2204.02311, appendix B) measures useful work. With T tokens, L codes and C condition tokens they are
 
     - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
-      of the head, which sees no caption positions but the last, and for text ``6 C`` for each of the caption
-      projection. Embeddings are looked up and do not count.
-    - ``12 n_layer dim T S`` for attention, S being the mean number of positions that one attends to (queries by keys
-      and weights by values are ``4 dim S`` in the forward pass). It is causal: S = (T + 1) / 2, and what a kernel does
-      for masked positions is no work of the model. PaLM's convention is S = T.
+      weight of the head, which reads only the last of the condition tokens, and for text ``6 C`` for each weight of the
+      caption projection. Embeddings are lookups and do not count.
+    - ``12 n_layer dim T S`` for attention, where S is the mean number of tokens that a token attends to (the products
+      of queries and keys and of weights and values are ``4 dim S`` in the forward pass). Attention is causal, so
+      S = (T + 1) / 2; what a kernel computes for masked tokens does not count. PaLM's convention is S = T.
 
-    Norms, rotation, softmax, SwiGLU's product and the optimizer are left out, as is usual.
+    Norms, rotation, softmax, SwiGLU's product and the optimizer are not counted, as usual.
     """
     length = positions(config)
     matrices = (
@@ -66,10 +66,10 @@ def flops_per_sequence(config: GPTConfig) -> float:
 
 
 def flops_per_token(config: GPTConfig) -> float:
-    """:func:`flops_per_sequence` over the number of codes.
+    """:func:`flops_per_sequence` divided by the number of codes.
 
-    For class-conditional models, which have as many positions as codes, it is ``6`` times the weights of matrices plus
-    ``12 n_layer dim (L + 1) / 2``.
+    For class-conditional models, which have as many tokens as codes, it is ``6`` times the number of matrix weights
+    plus ``12 n_layer dim (L + 1) / 2``.
     """
     return flops_per_sequence(config) / config.block_size
 
@@ -78,27 +78,27 @@ def gpu_days(config: GPTConfig, images: float, mfu: float, peak_tflops: float) -
     """Days of one GPU: ``images * flops_per_sequence / (mfu * peak * 86400)``.
 
     Args:
-        config: of the model.
-        images: to train on, counted as often as they are seen.
-        mfu: share of the peak that is reached.
-        peak_tflops: of the GPU, in 10¹² operations a second.
+        config: shape of the model.
+        images: number of training images times epochs.
+        mfu: model FLOPs utilization, a fraction of the peak.
+        peak_tflops: peak of the GPU, in 10¹² operations a second.
     """
     return images * flops_per_sequence(config) / (mfu * peak_tflops * 1e12 * 86400)
 
 
 def cache_bytes_per_token(config: GPTConfig, precision: str) -> int:
-    """Bytes of keys and values that sampling keeps for each position of each sequence (twice as many with guidance)."""
+    """Bytes of keys and values of each token of each sequence in sampling (twice as many with guidance)."""
     return 2 * config.n_layer * config.kv_heads * config.head_dim * PRECISIONS[precision][1]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a training step keeps between its forward and its backward pass, in bytes.
+    """Bytes that a training step keeps from its forward to its backward pass.
 
     Attributes:
-        kept: by the embedding, the blocks and the last norm.
-        recomputed: of one block, for a moment in the backward pass; 0 if nothing is recomputed.
-        narrow_weights: bfloat16 copies of the weights, which autocast makes once a step and keeps.
+        kept: bytes of the embedding, the blocks and the last norm.
+        recomputed: bytes of one block, temporarily in the backward pass; 0 without recomputation.
+        narrow_weights: bytes of autocast's bfloat16 copies of the weights, one a step.
     """
 
     kept: int
@@ -109,30 +109,30 @@ class Activations:
 def activations(
     config: GPTConfig, batch_size: int, precision: str, checkpointing: bool = False, cuda: bool = True
 ) -> Activations:
-    """Bytes that are kept for the backward pass, storage by storage, without those of the head.
+    """Bytes kept for the backward pass, without those of the head.
 
-    Of each position, with r bytes an entry of the residual stream, c of an operand of a matrix product, D width, F
-    feed-forward width, H and G query and key-value heads of width E, a block keeps
+    With r bytes for an entry of the residual stream, c for an operand of a product, model width D, feed-forward width
+    F, and H query and G key-value heads of width E, a block keeps for each token
 
-    - for each of its two norms ``(4 + r) D + 4``: the input in float32 (which is the residual stream itself, unless
-      that is bfloat16), the normalised one, and the factor;
-    - ``c D`` for the input of wqkv, and for that of w1 and w3, which under autocast are two copies;
-    - ``c (H + 2 G) E`` for the output of wqkv, which the values are a part of, ``c (H + G) E`` for the turned queries
-      and keys, ``c D`` for attention's output, which is also the input of wo, and ``4 H`` for its logsumexp
-      (but not where :mod:`~llamagen.models.causal_attention` has a kernel of its own);
-    - ``4 c F`` for w1's output, its SiLU, w3's output, and the product, which is the input of w2;
-    - ``D`` for each dropout's mask, if there is any.
+    - ``(4 + r) D + 4`` for each of its two norms: the input in float32 (the residual stream itself, unless that is
+      bfloat16), the normalized input, and the factor;
+    - ``c D`` for the input of wqkv and ``c D`` for that of w1 and w3; under autocast w1 and w3 have a copy each;
+    - ``c (H + 2 G) E`` for the output of wqkv, which contains the values, ``c (H + G) E`` for the rotated queries and
+      keys, ``c D`` for the output of attention, which is the input of wo, and ``4 H`` for its logsumexp (not with the
+      kernel of :mod:`~llamagen.models.causal_attention`);
+    - ``4 c F`` for w1's output, its SiLU, w3's output and their product, which is the input of w2;
+    - ``D`` for the mask of each dropout with a probability above 0.
 
-    Fused attention is assumed; on GPUs it pads heads to a multiple of 8 and copies queries, keys and values for that,
-    and dropout within it keeps no mask. A mask for padded captions is c bytes for each pair of positions. Blocks that
-    are recomputed keep their input, ``r D``, alone, and share one mask of a byte. Drop path keeps next to nothing.
+    Attention is assumed to be fused. On GPUs it pads heads to a multiple of 8, for which it copies queries, keys and
+    values, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed
+    blocks keep only their input, ``r D``, and share one mask with a byte for each pair. Drop path keeps almost nothing.
 
     Args:
-        config: of the model.
-        batch_size: sequences on this GPU.
+        config: shape of the model.
+        batch_size: number of sequences on this GPU.
         precision: one of :data:`PRECISIONS`.
-        checkpointing: blocks are recomputed.
-        cuda: on a GPU; else on a CPU, where attention dropout is not accounted for.
+        checkpointing: whether blocks are recomputed.
+        cuda: whether the device is a GPU. On a CPU attention dropout is not accounted for.
     """
     residual, compute = PRECISIONS[precision]
     autocast = residual != compute
@@ -145,7 +145,7 @@ def activations(
     norm = (4 + residual) * dim + 4
     attention = compute * (dim + heads * head_dim)
     if cuda or compute == 4 or config.condition == "text" or config.kv_heads != config.n_head:
-        attention += 4 * config.n_head  # which causal_attention does without
+        attention += 4 * config.n_head  # logsumexp, which causal_attention does not keep
     if cuda and head_dim % 8:
         padded = -(-head_dim // 8) * 8
         attention += compute * (heads + config.kv_heads + config.n_head) * padded - compute * heads * head_dim
@@ -161,7 +161,7 @@ def activations(
         ends += compute * config.caption_length * (config.caption_dim + 2 * dim)
     else:
         ends += 8
-    # The last norm keeps what predicts a code, which in float32 is a part of the whole stream.
+    # The last norm keeps the tokens that predict a code. In float32 they are a view of the stream of all tokens.
     ends += 4 * (length if residual == 4 else codes) * dim + codes * (residual * dim + 4)
     if checkpointing:
         kept, recomputed = config.n_layer * residual * length * dim + ends, block
@@ -175,20 +175,21 @@ class Head(NamedTuple):
     """Bytes of :func:`~llamagen.losses.linear_cross_entropy`.
 
     Attributes:
-        kept: gradients of what the head reads, as an operand of a matrix product, and of its weights, in float32.
-        moment: what it reads, its weights as an operand, and the logits at hand in float32 and as an operand.
+        kept: gradient of the head's input, in the dtype of products, and of its weights, in float32.
+        temporary: the head's input, its weights in the dtype of products, and one part of the logits in float32 and in
+            the dtype of products.
     """
 
     kept: int
-    moment: int
+    temporary: int
 
 
 def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
-    """Memory of the loss, which holds at most ``MAX_LOGITS`` logits at a time.
+    """Memory of the loss, which computes at most ``MAX_LOGITS`` logits at a time.
 
     Args:
-        config: of the model.
-        batch_size: sequences on this GPU.
+        config: shape of the model.
+        batch_size: number of sequences on this GPU.
         precision: one of :data:`PRECISIONS`.
     """
     residual, compute = PRECISIONS[precision]

@@ -285,13 +285,13 @@ class GPT(nn.Module):
                 tokens = check_codes(tokens, self.config.vocab_size)
             parts.append(self.tok_embeddings(tokens))
         if not parts:
-            raise ValueError("neither tokens nor a condition were given; pass at least one of them")
+            raise ValueError("neither tokens nor a condition were passed; pass at least one of them")
         x = torch.cat(parts, dim=1)
         stop = start + x.shape[1]
         if stop >= len(self.rope):
             raise ValueError(
-                f"{stop - self.config.condition_length} codes were given, but a model of block_size "
-                f"{self.config.block_size} predicts the last one from {self.config.block_size - 1}"
+                f"{stop - self.config.condition_length} codes are too many: a model of block_size "
+                f"{self.config.block_size} reads at most {self.config.block_size - 1} and predicts the last one"
             )
         rope = self.rope[start:stop] if positions is None else self._rope_at(positions, tokens, condition is not None)
         mask = self._attention_mask(x, start, caption_lengths)
@@ -321,8 +321,8 @@ class GPT(nn.Module):
     ) -> None:
         if (condition is None) != (start > 0):
             raise ValueError(
-                "the condition belongs to the first call for a sequence and only there: "
-                f"{'it is missing' if condition is None else 'it was given again'} at position {start}"
+                "pass the condition in the first call for a sequence, and in no other: "
+                f"it is {'missing' if condition is None else 'repeated'} at position {start}"
             )
         if condition is not None and self.config.condition == "class" and condition.dim() != 1:
             raise ValueError(f"class labels must have shape (B,), not {tuple(condition.shape)}")

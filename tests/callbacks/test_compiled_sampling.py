@@ -12,7 +12,7 @@ import torch
 
 import main
 from callbacks import EMA, CompiledSampling, SampleGrid
-from datamodules import SampleDataModule
+from datamodules import ClassRequestDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
@@ -104,7 +104,7 @@ def test_auto_compiles_only_large_models(pipeline: Pipeline, monkeypatch: pytest
         ARGenModule, "build_sampler", lambda self, size, compiled=False, int8=False: built.append(compiled)
         or build(self, size, compiled, int8),
     )  # fmt: skip
-    requests = SampleDataModule(2, 3, batch_size=5)
+    requests = ClassRequestDataModule(2, 3, batch_size=5)
     evaluator(CompiledSampling()).predict(module, requests)
     assert True not in built
     evaluator(CompiledSampling(False)).predict(module, requests)
@@ -122,7 +122,7 @@ def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: p
         raise ValueError("no compiler here")
 
     monkeypatch.setattr("llamagen.sampling.cpu.step.cpu_library", refuse)
-    module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=5)
+    module, requests = module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=5)
     with pytest.warns(UserWarning, match="sampling is not compiled: ValueError: no compiler here"):
         outputs = evaluator(CompiledSampling()).predict(module, requests)
     assert outputs is not None
@@ -146,8 +146,10 @@ def test_predict_writes_the_same_images_compiled_or_not(pipeline: Pipeline, tmp_
 
 
 def test_predict_samples_with_the_batch_size_of_its_data(pipeline: Pipeline, capsys: Any) -> None:
-    evaluator(CompiledSampling(True)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
-    evaluator(CompiledSampling(True, batch_size=2)).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=5))
+    evaluator(CompiledSampling(True)).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=5))
+    evaluator(CompiledSampling(True, batch_size=2)).predict(
+        module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=5)
+    )
     output = capsys.readouterr().out
     assert "float32, 5 images at a time" in output
     assert "float32, 2 images at a time" in output
@@ -160,7 +162,7 @@ def test_int8_samples_with_rounded_weights(pipeline: Pipeline, capsys: pytest.Ca
         def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             kinds.append(pl_module.sampler.sampler.decoder.step.weights.layers[0].wqkv.values.dtype)
 
-    evaluator(CompiledSampling(True, int8=True), Record()).predict(module_for(pipeline), SampleDataModule(2, 1))
+    evaluator(CompiledSampling(True, int8=True), Record()).predict(module_for(pipeline), ClassRequestDataModule(2, 1))
     assert kinds == [torch.int8]
     assert "float32, int8 weights" in capsys.readouterr().out
 
@@ -184,13 +186,13 @@ def test_without_compilation_one_cache_is_kept_for_the_stage(pipeline: Pipeline)
         def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             seen.append(pl_module.sampler.sampler.decoder.caches.free[0].keys)
 
-    evaluator(CompiledSampling(), Record()).predict(module_for(pipeline), SampleDataModule(2, 3, batch_size=2))
+    evaluator(CompiledSampling(), Record()).predict(module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2))
     assert len(seen) == 3
     assert all(keys is seen[0] for keys in seen)
 
 
 def test_the_sampler_is_freed_after_predict_and_after_an_exception(pipeline: Pipeline) -> None:
-    module, requests = module_for(pipeline), SampleDataModule(2, 3, batch_size=2)
+    module, requests = module_for(pipeline), ClassRequestDataModule(2, 3, batch_size=2)
 
     class Fail(pl.Callback):
         def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:

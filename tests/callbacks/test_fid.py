@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
-from datamodules import DigitsDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, DigitsDataModule
 from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import Reference, make_reference
@@ -198,7 +198,7 @@ def test_reconstructions_are_resized_before_they_are_measured(
     monitor = FIDMonitor(reference, Everything(), image_size=SIZE)
     with pytest.raises(ValueError, match=r"image_size of FIDMonitor is 8, .* set model.init_args.image_size instead"):
         evaluator(monitor, default_root_dir=tmp_path).test(
-            sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False
+            sampling_module(pipeline), ClassRequestDataModule(10, 2, 8), verbose=False
         )
 
 
@@ -211,7 +211,7 @@ def test_rejects_a_folder_of_other_files_before_sampling(
     module = sampling_module(pipeline)
     monkeypatch.setattr(ARGenModule, "test_step", lambda *_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match="report exists and is not a report; move it away"):
-        trainer.test(module, SampleDataModule(10, 2, 8), verbose=False)
+        trainer.test(module, ClassRequestDataModule(10, 2, 8), verbose=False)
 
 
 def test_warns_about_reconstructions_against_a_reference_for_generation(
@@ -231,7 +231,7 @@ def test_warns_about_generated_images_against_a_reference_for_reconstructions(
     make_reference(open_images(pipeline.digits, SIZE, "val"), Everything(), "val", "reconstruction").save(path)
     trainer = evaluator(FIDMonitor(path, Everything(), count=10), default_root_dir=tmp_path)
     with pytest.warns(UserWarning, match="generated images are compared with val, a reference for reconstructions"):
-        trainer.test(sampling_module(pipeline), SampleDataModule(10, 2, 8), verbose=False)
+        trainer.test(sampling_module(pipeline), ClassRequestDataModule(10, 2, 8), verbose=False)
 
 
 def test_arguments(pipeline: Pipeline, folder: Path, reference: Path) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 import main
 from callbacks import EMA, CompiledSampling, FIDMonitor
 from datamodules import CodeDataModule, PromptDataModule
-from datamodules.storage.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset
 from evaluation.image_sets import open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
@@ -27,7 +27,7 @@ from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.sampling import SamplingConfig
 from llamagen.text import CaptionEncoder, TextEncoderConfig, pad_left
-from tests.datamodules.code_sets import codes_of, npy
+from tests.datamodules.code_datasets import codes_of, npy
 from tests.evaluation.sets import write_npz
 from tests.golden import fill
 from tests.lightning_modules.runs import evaluator
@@ -86,7 +86,7 @@ def stored(number: int) -> Tensor:
 
 def write_set(root: Path, tokenizer: Path, features: bool, broken: Collection[int] = ()) -> Path:
     """Write codes with captions, and their features if ``features``."""
-    shards = ShardSet(root, {}, hint="")
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     for split, count in (("train", 8), ("val", VAL)):
         with shards.shard(split, 0) as writer:
@@ -101,7 +101,7 @@ def write_set(root: Path, tokenizer: Path, features: bool, broken: Collection[in
     facts = {"encoder": "t5", "width": WIDTH, "caption_length": POSITIONS, "dtype": "bfloat16", "short": False}
     more = {"encoder_dtype": "bfloat16", "weights": "1" * 64, "tokenizer": "2" * 64, "cleaned": False}
     meta |= {"features": facts | more} if features else {}
-    shards.finish({"train": 1, "val": 1}, meta, known={}, max_bad_share=0.0)
+    shards.finish({"train": 1, "val": 1}, meta, rejected={}, max_bad_share=0.0)
     return root
 
 

@@ -32,7 +32,7 @@ from callbacks.protocols import (
     optional,
     require,
 )
-from datamodules import CodeDataModule, DigitsDataModule, PromptDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule, DigitsDataModule, PromptDataModule
 from lightning_modules import CaptionModule
 from tests.datamodules.shard_files import assert_one_line
 from tests.lightning_modules.runs import argen_module, evaluator, vqgan_module
@@ -70,7 +70,7 @@ def test_our_data_satisfies_the_protocols_of_the_writers(pipeline: Pipeline) -> 
     images = DigitsDataModule(pipeline.digits, image_size=8, num_workers=0)
     images.setup("predict")
     assert satisfied(images) == {"HasImageSize", "ShardableData", "ShardableImages"}
-    assert satisfied(SampleDataModule(2, 1)) == {"ImageRequests"}
+    assert satisfied(ClassRequestDataModule(2, 1)) == {"ImageRequests"}
     assert satisfied(PromptDataModule(["a"])) == {"ImageRequests", "PromptRequests", "CleansCaptions"}
 
 
@@ -109,7 +109,7 @@ def test_an_object_that_satisfies_a_protocol_is_returned() -> None:
         (
             lambda: CompiledSampling(),
             vqgan_module,
-            "CompiledSampling needs a module that samples images with a sampler",
+            "CompiledSampling needs a module that keeps an image sampler",
         ),
         (lambda: FIDMonitor(), pl.LightningModule, "FIDMonitor needs a module that generates or reconstructs images"),
     ],
@@ -125,7 +125,7 @@ def test_callbacks_refuse_a_module_that_does_not_suit_them_at_setup(
 @pytest.mark.parametrize(
     ("make", "module", "phrase"),
     [
-        (lambda: ImageWriter(), vqgan_module, "ImageWriter needs a module that predicts images"),
+        (lambda: ImageWriter(), vqgan_module, "ImageWriter needs a module whose predict step samples images"),
         (lambda: ImageWriter(), argen_module, "ImageWriter needs a DataModule that requests images"),
         (lambda: SamplingProgress(), argen_module, "SamplingProgress needs a DataModule that requests images"),
         (lambda: CodeWriter(), argen_module, "CodeWriter needs a module whose generator is an image tokenizer"),

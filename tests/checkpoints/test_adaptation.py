@@ -74,7 +74,7 @@ def test_other_classes_need_init_adapt(tmp_path: Path, weights: dict[str, Tensor
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(ValueError) as error:
         ARGenModule(config(num_classes=4), init_from=tmp_path / "weights.pt")
-    assert_one_line(error, tmp_path, "num_classes is 10, but the model's is 4", "init_adapt [num_classes]")
+    assert_one_line(error, tmp_path, "num_classes is 10, but the model's is 4", "set init_adapt to [num_classes]")
     torch.manual_seed(8)
     fresh = GPT(config(num_classes=4))
     torch.manual_seed(8)
@@ -91,7 +91,7 @@ def test_other_classes_need_init_adapt(tmp_path: Path, weights: dict[str, Tensor
 def test_a_longer_sequence_needs_init_adapt_if_the_file_has_a_configuration(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         ARGenModule(config(block_size=64), init_from=pipeline.argen)
-    assert_one_line(error, "block_size is 16, but the model's is 64", "init_adapt [block_size]")
+    assert_one_line(error, "block_size is 16, but the model's is 64", "set init_adapt to [block_size]")
     module = ARGenModule(config(block_size=64), init_from=pipeline.argen, init_adapt=["block_size"])
     same = ARGenModule(config(), init_from=pipeline.argen)
     assert_same(module.gpt.state_dict(), same.gpt.state_dict())

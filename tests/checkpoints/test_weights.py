@@ -223,7 +223,7 @@ def cut_old(path: Path) -> None:
         ("vq.safetensors", cut, "vq.safetensors cannot be read as safetensors"),
         ("vq.pt", written([torch.zeros(2)]), "vq.pt holds a list, not weights"),
         ("vq.pt", written({}), "vq.pt has no weights under model, module, state_dict; it holds nothing"),
-        ("vq.pt", written({"steps": 3, "optimizer": {}}), "model, module, state_dict, but steps, optimizer; give"),
+        ("vq.pt", written({"steps": 3, "optimizer": {}}), "model, module, state_dict; it holds steps, optimizer; give"),
         ("vq.pt", written({"model": {}}), "vq.pt holds no weights by name"),
         ("vq.pt", written({"model": {3: torch.zeros(2)}}), "vq.pt holds no weights by name"),
         ("vq.pt", written({"w": torch.zeros(2), "v": 3}), "holds weights that are not dense tensors: v"),
@@ -306,12 +306,12 @@ def test_infers_the_configuration_of_any_tokenizer(options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
-        ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight has 4 dimensions"),
-        ({"encoder.conv_blocks.0.res.0.conv1.weight": None}, "encoder.conv_blocks.0.res.0.conv1.weight has 4"),
-        ({"encoder.conv_out.weight": torch.zeros(3)}, "encoder.conv_out.weight has 4 dimensions"),
-        ({"quantize.embedding.weight": torch.zeros(3)}, "quantize.embedding.weight has 2 dimensions"),
-        ({"encoder.conv_in.weight": torch.zeros(24, 3, 3, 3)}, "of 24 channels, its widths are [32, 32, 64]"),
-        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "of 0 channels"),
+        ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight must have 4 dimensions"),
+        ({"encoder.conv_blocks.0.res.0.conv1.weight": None}, "encoder.conv_blocks.0.res.0.conv1.weight must have 4"),
+        ({"encoder.conv_out.weight": torch.zeros(3)}, "encoder.conv_out.weight must have 4 dimensions"),
+        ({"quantize.embedding.weight": torch.zeros(3)}, "quantize.embedding.weight must have 2 dimensions"),
+        ({"encoder.conv_in.weight": torch.zeros(24, 3, 3, 3)}, "the channels [32, 32, 64] are not multiples of 24"),
+        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "are not multiples of 0"),
     ],
 )
 def test_rejects_weights_that_are_not_a_tokenizer(changes: dict[str, Tensor | None], phrase: str, state: State) -> None:

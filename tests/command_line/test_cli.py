@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import main
-from datamodules.storage.shards import META_FILE, ShardSet, read_meta
+from datamodules.storage.shards import META_FILE, ShardDataset, read_meta
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 from tests.text_pipeline import TextPipeline
@@ -132,7 +132,7 @@ def truncated(pipeline: Pipeline, tmp_path: Path) -> Path:
 
 def rewritten(pipeline: Pipeline, root: Path, codes: list[np.ndarray], **meta: object) -> Path:
     """A dataset with these codes in each split, and the pipeline's meta.json with changes ``meta``."""
-    shards = ShardSet(root, {}, "")
+    shards = ShardDataset(root, {}, "")
     shards.begin(["train", "val"])
     for split in ("train", "val"):
         with shards.shard(split, 0) as writer:
@@ -164,9 +164,9 @@ def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
     [
         (missing, "does not exist; write the codes first"),
         (empty, "holds neither .tar files nor folders of images; write the codes first"),
-        (not_finished, "has no meta.json, so it was not written to its end; write the codes first"),
+        (not_finished, "has no meta.json, so it is incomplete; write the codes first"),
         (without_a_shard, "train-000000.tar does not exist"),
-        (truncated, "samples of train cannot be used, more than max_bad_share 0.05 (truncated shard: "),
+        (truncated, "examples of train are bad, more than max_bad_share 0.05 (truncated shard: "),
         (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
         (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes an image, but the model's block_size is 16"),
     ],

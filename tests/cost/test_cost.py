@@ -1,4 +1,4 @@
-"""The numbers that are known in advance are those of the models themselves."""
+"""The estimated costs equal those of the models themselves."""
 
 import contextlib
 from dataclasses import asdict, replace
@@ -26,11 +26,11 @@ SMALL = GPTConfig(dim=64, n_layer=2, n_head=4, multiple_of=32, vocab_size=64, bl
 WIDE = replace(SMALL, dim=256, n_layer=3, n_head=8, vocab_size=128)
 GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2)
 TEXT = replace(SMALL, condition="text", caption_dim=48, caption_length=9)
-DRY = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
+NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 SHAPES = {"small": SMALL, "wide": WIDE, "grouped": GROUPED, "text": TEXT}
 
 
-def net_of(size: str) -> GPTConfig:
+def net_for(size: str) -> GPTConfig:
     return cost.read_run([CONFIGS / "base.yaml", CONFIGS / "size" / f"{size}.yaml"]).net
 
 
@@ -50,7 +50,7 @@ def loss_of(gpt: GPT, batch_size: int, precision: str) -> Tensor:
 
 
 def kept_bytes(gpt: GPT, batch_size: int, precision: str) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass, beside parameters and buffers."""
+    """Bytes of the storages that autograd keeps for the backward pass, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*gpt.parameters(), *gpt.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -66,16 +66,16 @@ def kept_bytes(gpt: GPT, batch_size: int, precision: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "config", [*map(net_of, SIZES), SMALL, GROUPED, TEXT], ids=[*SIZES, "small", "grouped", "text"]
+    "config", [*map(net_for, SIZES), SMALL, GROUPED, TEXT], ids=[*SIZES, "small", "grouped", "text"]
 )
-def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
+def test_parameters_equal_those_of_the_model(config: GPTConfig) -> None:
     with torch.device("meta"):
         gpt = GPT(config)
     assert gpt_cost.parameters(config) == sum(parameter.numel() for parameter in gpt.parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_operations_of_matrix_products_are_those_that_pytorch_counts(shape: str) -> None:
+def test_operations_of_matrix_products_equal_those_that_pytorch_counts(shape: str) -> None:
     config = SHAPES[shape]
     gpt = built(config, "32-true")
     condition, codes = condition_for(gpt, 3).requires_grad_(config.condition == "text"), codes_for(gpt, 3, 64)
@@ -89,8 +89,8 @@ def test_operations_of_matrix_products_are_those_that_pytorch_counts(shape: str)
     assert 3 * (gpt_cost.flops_per_sequence(config) - attention) == products
 
 
-def test_operations_of_attention_are_causal_and_the_head_counts_but_no_embedding() -> None:
-    config = net_of("B")
+def test_operations_count_causal_attention_and_the_head_but_no_embedding() -> None:
+    config = net_for("B")
     blocks = 12 * (4 * 768 * 768 + 3 * 768 * 2048)
     assert gpt_cost.flops_per_token(config) == 6 * (blocks + 768 * 16384) + 12 * 12 * 768 * 257 / 2
     assert gpt_cost.flops_per_sequence(config) == 256 * gpt_cost.flops_per_token(config)
@@ -98,52 +98,52 @@ def test_operations_of_attention_are_causal_and_the_head_counts_but_no_embedding
 
 
 def test_days_follow_from_operations_and_peak() -> None:
-    config = net_of("L")
+    config = net_for("L")
     assert gpt_cost.gpu_days(config, 1000, 0.25, 400.0) == pytest.approx(
         1000 * gpt_cost.flops_per_sequence(config) / (1e14 * 24 * 3600)
     )
 
 
-@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "dry"])
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no dropout"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_those_that_autograd_keeps(
+def test_activations_equal_those_that_autograd_keeps(
     shape: str, precision: str, checkpointing: bool, dropout: bool
 ) -> None:
-    config = SHAPES[shape] if dropout else replace(SHAPES[shape], **DRY)
+    config = SHAPES[shape] if dropout else replace(SHAPES[shape], **NO_DROPOUT)
     batch_size = 16 if config.dim == 64 else 4
     estimate = gpt_cost.activations(config, batch_size, precision, checkpointing, cuda=False)
-    # Autograd does not see the copies that autocast keeps for blocks which are computed again.
+    # For recomputed blocks autograd does not count autocast's copies of the weights.
     copies = 0 if checkpointing else estimate.narrow_weights
     expected = estimate.kept + copies + gpt_cost.head(config, batch_size, precision).kept
     measured = kept_bytes(built(config, precision, checkpointing), batch_size, precision)
     assert measured == pytest.approx(expected, rel=1e-2 if shape == "text" else 1e-4)
 
 
-def test_a_recomputed_block_is_one_that_would_have_been_kept() -> None:
+def test_a_recomputed_block_takes_the_memory_of_a_kept_one() -> None:
     one, two = (kept_bytes(built(replace(WIDE, n_layer=layers), "32-true"), 4, "32-true") for layers in (1, 2))
     estimate = gpt_cost.activations(WIDE, 4, "32-true", checkpointing=True, cuda=False)
     assert estimate.recomputed == pytest.approx(two - one, rel=0.01)
     assert gpt_cost.activations(WIDE, 4, "32-true").recomputed == 0
 
 
-def test_masks_are_bytes_and_on_a_gpu_odd_heads_are_padded() -> None:
+def test_masks_are_bytes_and_gpus_pad_odd_heads() -> None:
     length, batch_size = gpt_cost.positions(SMALL), 2
     gpu, cpu = (gpt_cost.activations(SMALL, batch_size, "32-true", cuda=cuda).kept for cuda in (True, False))
     assert cpu == gpu
-    dry = gpt_cost.activations(replace(SMALL, **DRY), batch_size, "32-true").kept
-    assert gpu - dry == batch_size * length * 64 * (2 * SMALL.n_layer + 1)
-    odd = replace(SMALL, n_head=16, **DRY)  # heads of 4, padded to 8
+    without_dropout = gpt_cost.activations(replace(SMALL, **NO_DROPOUT), batch_size, "32-true").kept
+    assert gpu - without_dropout == batch_size * length * 64 * (2 * SMALL.n_layer + 1)
+    odd = replace(SMALL, n_head=16, **NO_DROPOUT)  # heads of 4, padded to 8
     padded, plain = (gpt_cost.activations(odd, batch_size, "bf16-mixed", cuda=cuda).kept for cuda in (True, False))
-    # Queries, keys, values and output are twice as wide, beside a plain output, but without the output of wqkv; and a
-    # logsumexp is kept, which attention in bfloat16 on CPUs does without.
+    # Queries, keys, values and output are twice as wide. An output without padding is kept too, but not that of wqkv.
+    # Also kept is a logsumexp, which attention in bfloat16 on CPUs does not need.
     more = 2 * 64 * (4 * 2 + 1 - 6) + 4 * odd.n_head
     assert padded - plain == batch_size * length * odd.n_layer * more
 
 
 @pytest.mark.parametrize("precision", gpt_cost.PRECISIONS)
-def test_weights_gradients_moments_and_averages_are_those_of_a_step(precision: str) -> None:
+def test_weights_gradients_moments_and_averages_equal_those_of_a_step(precision: str) -> None:
     gpt = built(SMALL, precision)
     optimizer = build_adamw([gpt], AdamWConfig())["optimizer"]
     ema = EMA()
@@ -169,21 +169,21 @@ def test_memory_without_averages_and_with_ddp() -> None:
 
 
 def test_the_head_holds_a_limited_number_of_logits() -> None:
-    few, many = (gpt_cost.head(net_of("B"), batch_size, "32-true").moment for batch_size in (256, 512))
-    assert many - few == 4 * 256 * 256 * 768  # of hidden states alone
-    assert few - 4 * 256 * 256 * 768 == 4 * (1 << 24)
-    assert gpt_cost.head(SMALL, 1, "32-true").moment == 4 * 64 * 64 + 4 * 64 * 64
+    small, large = (gpt_cost.head(net_for("B"), batch_size, "32-true").temporary for batch_size in (256, 512))
+    assert large - small == 4 * 256 * 256 * 768  # hidden states only
+    assert small - 4 * 256 * 256 * 768 == 4 * (1 << 24)
+    assert gpt_cost.head(SMALL, 1, "32-true").temporary == 4 * 64 * 64 + 4 * 64 * 64
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
 @pytest.mark.parametrize("config", [GROUPED, TEXT_GPT], ids=["grouped", "text"])
-def test_a_position_of_the_cache_is_as_large_as_said(config: GPTConfig, precision: str, dtype: torch.dtype) -> None:
+def test_cache_bytes_per_token_equal_those_of_the_cache(config: GPTConfig, precision: str, dtype: torch.dtype) -> None:
     cache = KVCache.allocate(config, 3, dtype=dtype)
-    whole = 3 * gpt_cost.positions(config) * gpt_cost.cache_bytes_per_token(config, precision)
-    assert whole == cache.keys.nbytes + cache.values.nbytes
+    size = 3 * gpt_cost.positions(config) * gpt_cost.cache_bytes_per_token(config, precision)
+    assert size == cache.keys.nbytes + cache.values.nbytes
 
 
-def test_later_files_win_and_the_command_line_wins_over_them(tmp_path: Path) -> None:
+def test_later_files_override_earlier_ones_and_the_command_line_overrides_both(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer: {precision: 32-true, callbacks: [{class_path: callbacks.LearningCurves}]}\n"
@@ -198,11 +198,11 @@ def test_later_files_win_and_the_command_line_wins_over_them(tmp_path: Path) -> 
     assert cost.read_run(both, 8, "bf16-true", 3) == cost.Run(wider, 8, "bf16-true", checkpointing=True, gpus=3)
 
 
-def test_the_hardware_of_an_overlay_counts() -> None:
-    def run(name: str) -> cost.Run:
+def test_hardware_overlays_set_gpus_batch_size_and_sharding() -> None:
+    def run_on(name: str) -> cost.Run:
         return cost.read_run([CONFIGS / "base.yaml", CONFIGS / "hardware" / f"{name}.yaml"])
 
-    found = {path.stem: run(path.stem) for path in (CONFIGS / "hardware").iterdir()}
+    found = {path.stem: run_on(path.stem) for path in (CONFIGS / "hardware").iterdir()}
     gpus = {name: (run.gpus, run.batch_size, run.sharded) for name, run in found.items()}
     assert gpus == {
         "one_gpu": (1, 64, False),
@@ -214,26 +214,26 @@ def test_the_hardware_of_an_overlay_counts() -> None:
     assert found["fsdp"].checkpointing
 
 
-def test_sharded_parameters_are_shared_out() -> None:
-    whole, parts = (cost.memory(cost.Run(SMALL, 2, ema=True, gpus=4, sharded=flag)) for flag in (False, True))
+def test_sharding_divides_the_memory_of_parameters() -> None:
+    full, parts = (cost.memory(cost.Run(SMALL, 2, ema=True, gpus=4, sharded=flag)) for flag in (False, True))
     for name in ("weights", "gradients", "moments of AdamW", "EMA"):
-        assert parts[name] == pytest.approx(whole[name] / 4, abs=2)
-    assert parts["buckets of DDP"] == parts["autocast's weights"] == whole["parameters put together"] == 0
+        assert parts[name] == pytest.approx(full[name] / 4, abs=2)
+    assert parts["buckets of DDP"] == parts["autocast's weights"] == full["gathered parameters"] == 0
     block = sum(parameter.numel() for parameter in GPT(SMALL).layers[0].parameters())
     ends = gpt_cost.parameters(SMALL) - SMALL.n_layer * block
-    assert parts["parameters put together"] == 4 * 2 * ends + (2 * 4 + 4 + 4) * block
+    assert parts["gathered parameters"] == 4 * 2 * ends + (2 * 4 + 4 + 4) * block
 
 
-def _bytes_of_rank(rank: int, config: dict[str, Any]) -> int:
+def _local_bytes(rank: int, config: dict[str, Any]) -> int:
     gpt = GPT(GPTConfig(**config))
     shard(gpt, torch.distributed.init_device_mesh("cpu", (2,)))
     return sum(parameter.to_local().nbytes for parameter in gpt.parameters())  # type: ignore[attr-defined]
 
 
-def test_a_rank_keeps_the_share_that_was_said(tmp_path: Path) -> None:
-    kept = run_on_ranks(_bytes_of_rank, tmp_path, asdict(SMALL))
-    said = cost.memory(cost.Run(SMALL, 2, gpus=2, sharded=True))["weights"]
-    assert kept[0] == pytest.approx(said, rel=0.05)
+def test_a_rank_keeps_the_estimated_part_of_the_parameters(tmp_path: Path) -> None:
+    kept = run_on_ranks(_local_bytes, tmp_path, asdict(SMALL))
+    estimate = cost.memory(cost.Run(SMALL, 2, gpus=2, sharded=True))["weights"]
+    assert kept[0] == pytest.approx(estimate, rel=0.05)
     assert sum(kept) == 4 * gpt_cost.parameters(SMALL)
 
 
@@ -243,23 +243,23 @@ def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> N
     output = capsys.readouterr().out.splitlines()
     lines = {line[:34].strip(): line[34:].strip() for line in output}
     assert lines["parameters"] == "342,910,976"
-    assert lines["training FLOPs a sequence"] == f"{gpt_cost.flops_per_sequence(net_of('L')):.4g} (256 codes)"
+    assert lines["training FLOPs a sequence"] == f"{gpt_cost.flops_per_sequence(net_for('L')):.4g} (256 codes)"
     assert lines["memory of a GPU"] == "batch of 16, bf16-mixed, 2 GPUs"
-    parts = cost.memory(cost.Run(net_of("L"), 16, "bf16-mixed", ema=True, gpus=2))
+    parts = cost.memory(cost.Run(net_for("L"), 16, "bf16-mixed", ema=True, gpus=2))
     assert lines["EMA"] == f"{4 * 342910976 / 1e9:.2f} GB"
     assert lines["total"] == f"{sum(parts.values()) / 1e9:.2f} GB"
-    assert lines["days on all GPUs"].split()[0] == f"{gpt_cost.gpu_days(net_of('L'), 1000, 0.5, 989) / 2:.4g}"
+    assert lines["days on all GPUs"].split()[0] == f"{gpt_cost.gpu_days(net_for('L'), 1000, 0.5, 989) / 2:.4g}"
 
 
 @pytest.mark.parametrize(
     ("text", "options", "complaint"),
     [
         ("model: {init_args: {net: {dim: 64, layers: 2}}}", [], "model.init_args.net has no 'layers'"),
-        ("model: {init_args: {net: {dim: 64}}}", [], "model.init_args.net makes no model"),
+        ("model: {init_args: {net: {dim: 64}}}", [], "model.init_args.net is not a valid configuration"),
         ("model: {init_args: {net: {dim: 64, n_layer: 2, n_head: 3}}}", [], "over n_head 3"),
         ("model: {init_args: {}}", [], "model.init_args.net is missing"),
         ("a: [", [], "cannot be read as YAML"),
-        ("- a", [], "holds no mapping"),
+        ("- a", [], "is not a mapping"),
         (None, [], "cannot be read"),
         ("{net}", [], "batch_size is None"),
         ("{net}", ["--batch_size=0"], "batch_size is 0"),
@@ -270,7 +270,7 @@ def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> N
         ("{net}", ["--batch_size=2", "--gpus=0"], "gpus is 0"),
     ],
 )
-def test_a_mistake_is_said_in_one_line(
+def test_reports_a_mistake_in_one_line(
     text: str | None, options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""Shards, images and errors that the tests of the data layer share."""
+"""Shards, images and assertions for the tests of the data layer."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -15,7 +15,7 @@ from datamodules.storage.shards import ShardWriter
 
 
 class Numbers(Dataset[Address]):
-    """A dataset whose samples say as what they were asked for: (number, epoch)."""
+    """Dataset whose examples are their addresses, (number, epoch)."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -28,7 +28,7 @@ class Numbers(Dataset[Address]):
 
 
 def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path) -> None:
-    """The message is one line and holds all phrases."""
+    """Assert that the message is one line and contains all phrases."""
     message = str(error.value)
     assert "\n" not in message
     for phrase in phrases:
@@ -36,7 +36,7 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path
 
 
 def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
-    """An image as the bytes of a file."""
+    """Encode an image as a file."""
     buffer = BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
@@ -47,20 +47,20 @@ def grey_image(level: int, size: int = 4) -> bytes:
     return encode(Image.fromarray(np.full((size, size), level, np.uint8)))
 
 
-def write_shards(folder: Path, samples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
-    """Shards of (key, parts) in a folder, ``<folder>/<name>-000000.tar`` and so on; no folder for no samples."""
+def write_shards(folder: Path, examples: Sequence[tuple[str, dict[str, bytes]]], per_shard: int = 3) -> list[Path]:
+    """Write examples (key, members) to shards ``<folder>/<name>-000000.tar`` and so on; without examples, no folder."""
     paths = []
-    for number, first in enumerate(range(0, len(samples), per_shard)):
+    for number, first in enumerate(range(0, len(examples), per_shard)):
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / f"{folder.name}-{number:06d}.tar")
         with ShardWriter(paths[-1]) as writer:
-            for key, parts in samples[first : first + per_shard]:
+            for key, parts in examples[first : first + per_shard]:
                 writer.write(key, parts)
     return paths
 
 
 def write_images(root: Path, train: int, val: int) -> None:
-    """A set of images: sample i of a split has key ``split/i``, grey level i and class i mod 5."""
+    """Write a dataset of images: example i of a split has key ``split/i``, grey level i and class i mod 5."""
     for split, count in (("train", train), ("val", val)):
-        samples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
-        write_shards(root / split, samples)
+        examples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
+        write_shards(root / split, examples)

@@ -1,4 +1,4 @@
-"""Training images vary as (seed, epoch, sample) say and as the options allow; evaluation never does."""
+"""Augmentation depends on (seed, epoch, example) and on the options; evaluation has none."""
 
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule, ImageDataset
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop, ten_crops
 from tests.datamodules.shard_files import encode, write_shards
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 SIZE, COUNT = 8, 12
 LEVELS = np.linspace(0, 255, 40).astype(np.uint8)
 IMAGE = encode(Image.fromarray(np.stack([np.tile(LEVELS, (30, 1)), np.full((30, 40), 9, np.uint8)] * 2, 2)[..., :3]))
-"""30 × 40 pixels whose red rises from left to right: a mirrored piece falls."""
+"""30 × 40 pixels whose red rises from left to right; in a mirrored crop it falls."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The same image again and again."""
+    """Many copies of the same image."""
     for split, count in (("train", COUNT), ("val", 5)):
         write_shards(tmp_path / split, [(f"{split}{number:02d}", {"png": IMAGE}) for number in range(count)])
     return tmp_path
@@ -43,7 +43,7 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
 
 def dataset(root: Path, **options: Any) -> ImageDataset:
     shards = sorted((root / "train").glob("*.tar"))
-    return ImageDataset(SampleIndex.concatenate([index_shard(shard) for shard in shards]), SIZE, **options)
+    return ImageDataset(ExampleIndex.concatenate([index_shard(shard) for shard in shards]), SIZE, **options)
 
 
 def plain(root: Path) -> Tensor:
@@ -61,7 +61,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def variants(images: Any) -> int:
-    """How many different images there are."""
+    """Number of different images."""
     return len({image.numpy().tobytes() for image in images})
 
 
@@ -81,7 +81,7 @@ def test_without_options_no_epoch_changes_anything(root: Path) -> None:
     assert variants([plain(root), *(images[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
 
 
-def test_flips_alone_mirror_the_centre_crop_half_of_the_time(root: Path) -> None:
+def test_flips_mirror_half_of_the_centre_crops(root: Path) -> None:
     images = dataset(root, flip=True)
     batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
     kept, mirrored = (
@@ -91,21 +91,21 @@ def test_flips_alone_mirror_the_centre_crop_half_of_the_time(root: Path) -> None
     assert 240 < mirrored < 360  # 300 ± 12
 
 
-def test_random_crops_alone_are_not_mirrored(root: Path) -> None:
+def test_random_crops_without_flip_are_not_mirrored(root: Path) -> None:
     images = dataset(root, random_crop=True)
     batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(10)]
     assert variants(batch) > 10
     assert all(rising(image) for image in batch)
 
 
-def test_both_together_give_crops_of_which_half_are_mirrored(root: Path) -> None:
+def test_random_crops_with_flips_mirror_half_of_the_crops(root: Path) -> None:
     images = dataset(root, random_crop=True, flip=True)
     batch = [images[number, epoch]["images"] for number in range(COUNT) for epoch in range(50)]
     assert variants(batch) > 20
     assert 240 < sum(rising(image) for image in batch) < 360
 
 
-def test_an_image_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
+def test_image_is_a_function_of_seed_epoch_and_example(root: Path) -> None:
     def views(seed: int) -> list[list[Tensor]]:
         images = dataset(root, random_crop=True, flip=True, seed=seed)
         return [[images[number, epoch]["images"] for number in range(COUNT)] for epoch in range(3)]
@@ -113,11 +113,11 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(root: Path) -> None:
     first, again, other = views(1), views(1), views(2)
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
     assert len({torch.stack(epoch).numpy().tobytes() for epoch in [*first, *other]}) == 6
-    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all samples of an epoch
-    assert all(variants(sample) > 1 for sample in list(zip(*first, strict=True))[:4])
+    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all examples of an epoch
+    assert all(variants(example) > 1 for example in list(zip(*first, strict=True))[:4])
 
 
-def test_training_is_augmented_unless_options_say_no(root: Path) -> None:
+def test_training_is_augmented_unless_disabled(root: Path) -> None:
     def epoch(**options: Any) -> list[Tensor]:
         return list(by_key(image_data(root, **options).train_dataloader()).values())
 
@@ -140,7 +140,7 @@ def test_evaluation_is_never_augmented(root: Path, num_workers: int) -> None:
     assert all(torch.equal(image, plain(root)) for images in found for image in images.values())
 
 
-def test_the_validation_split_has_no_augmentation_whatever_epoch_is_asked_for(root: Path) -> None:
+def test_validation_split_has_no_augmentation_in_any_epoch(root: Path) -> None:
     validation = image_data(root).datasets["val"]
     assert all(torch.equal(validation[0, epoch]["images"], plain(root)) for epoch in (NO_EPOCH, 0, 1, 2, 3))
 
@@ -168,7 +168,7 @@ def test_ranks_change_no_image(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_epoch_goes_on_with_the_same_images(root: Path, num_workers: int) -> None:
+def test_resumed_epoch_has_the_same_images(root: Path, num_workers: int) -> None:
     expected = epochs(image_data(root))
     stopped = image_data(root, num_workers=num_workers)
     loader = stopped.train_dataloader()
@@ -189,7 +189,7 @@ def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path) -> None:
     assert equal(by_key(data.train_dataloader()), by_key(data.predict_dataloader()[0]))
 
 
-def test_an_image_does_not_depend_on_its_batch(root: Path) -> None:
+def test_image_does_not_depend_on_its_batch(root: Path) -> None:
     images = dataset(root, random_crop=True, flip=True)
     together = images.__getitems__([(number, 1) for number in (7, 3, 0, 11)])
     assert together["numbers"].tolist() == [7, 3, 0, 11]
@@ -198,12 +198,12 @@ def test_an_image_does_not_depend_on_its_batch(root: Path) -> None:
 
 
 def pixels(image: Tensor) -> np.ndarray:
-    """(…, 3, H, W) in [-1, 1] as levels (…, H, W, 3)."""
+    """Convert (…, 3, H, W) in [-1, 1] to levels (…, H, W, 3)."""
     levels: np.ndarray = ((image + 1) * 127.5).round().movedim(-3, -1).numpy().astype(np.uint8)
     return levels
 
 
-def test_views_are_those_of_the_names(root: Path) -> None:
+def test_views_match_their_names(root: Path) -> None:
     source = np.asarray(Image.open(BytesIO(IMAGE)))
     centre = centre_crop(source, SIZE)
     for views, expected in (

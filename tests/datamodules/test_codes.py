@@ -1,4 +1,4 @@
-"""Codes: views are drawn in training alone, and what does not fit its description is skipped, counted or refused."""
+"""Codes: random views only in training; codes that do not match meta.json are skipped, counted or refused."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.codes import CodeDataModule
-from datamodules.storage.shards import META_FILE, ShardSet
+from datamodules.storage.shards import META_FILE, ShardDataset
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
 VIEWS, HEIGHT, WIDTH, VOCABULARY, CLASSES = 3, 2, 4, 50, 5
@@ -25,14 +25,14 @@ def array_file(array: np.ndarray) -> bytes:
 
 
 def codes_of(split: str, number: int) -> np.ndarray:
-    """(A, h, w) codes, each image its own."""
+    """Codes (A, h, w), different for each image."""
     rng = np.random.default_rng([split == "val", number])
     return rng.integers(0, VOCABULARY, (VIEWS, HEIGHT, WIDTH)).astype(np.uint16)
 
 
 def write_codes(root: Path, changed: dict[tuple[str, int], dict[str, bytes]] | None = None, **meta: Any) -> None:
-    """A set of codes in shards of 4; ``changed`` replaces the parts of single samples, ``meta`` the description."""
-    shards = ShardSet(root, {}, "")
+    """Write codes in shards of 4; ``changed`` replaces members of single examples, ``meta`` entries of meta.json."""
+    shards = ShardDataset(root, {}, "")
     shards.begin(list(COUNTS))
     for split, count in COUNTS.items():
         for shard in range(-(-count // 4)):
@@ -64,7 +64,7 @@ def code_data(root: Path, stage: str = "fit", batch_size: int = 4, **options: An
 
 
 def views_drawn(data: CodeDataModule, epochs: int) -> list[dict[str, int]]:
-    """For each epoch which view of each image was drawn."""
+    """For each epoch, the view chosen for each image."""
     loader = data.train_dataloader()
     drawn = []
     for _ in range(epochs):
@@ -97,7 +97,7 @@ def test_training_batches_hold_every_image_with_its_class(tmp_path: Path) -> Non
     assert [tuple(batch["codes"].shape) for batch in batches] == [(4, 8), (4, 8), (1, 8)]
 
 
-def test_views_are_drawn_anew_each_epoch_as_seed_epoch_and_image_say(tmp_path: Path) -> None:
+def test_views_depend_on_seed_epoch_and_image(tmp_path: Path) -> None:
     write_codes(tmp_path)
     drawn = views_drawn(code_data(tmp_path), epochs=4)
     assert {view for views in drawn for view in views.values()} == set(range(VIEWS))
@@ -136,9 +136,9 @@ BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "too few views": ({"npy": array_file(GOOD[:2]), "cls": b"0"}, "broken codes", "(2, 2, 4)"),
     "turned grid": ({"npy": array_file(GOOD.transpose(0, 2, 1).copy()), "cls": b"0"}, "broken codes", "(3, 4, 2)"),
     "class too high": ({"npy": array_file(GOOD), "cls": b"5"}, "wrong label", "class 5"),
-    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "wrong label", "that is no number"),
-    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "wrong label", "that is no number"),
-    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "wrong label", "that is no number"),
+    "class negative": ({"npy": array_file(GOOD), "cls": b"-1"}, "wrong label", "that is not an integer"),
+    "class no number": ({"npy": array_file(GOOD), "cls": b"dog"}, "wrong label", "that is not an integer"),
+    "class empty": ({"npy": array_file(GOOD), "cls": b""}, "wrong label", "that is not an integer"),
     "no class": ({"npy": array_file(GOOD)}, "no label", "no class (.cls)"),
     "no codes": ({"cls": b"0"}, "no codes", "has none of npy"),
     "empty file": ({"npy": b"", "cls": b"0"}, "empty file", "is empty"),
@@ -153,7 +153,7 @@ BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
 
 @pytest.mark.parametrize(("split", "number"), [("train", 5), ("val", 3)])
 @pytest.mark.parametrize("bad", BAD_PARTS)
-def test_too_many_samples_that_do_not_fit_the_description_are_refused_by_setup(
+def test_setup_refuses_too_many_examples_that_do_not_match_meta_json(
     tmp_path: Path, split: str, number: int, bad: str
 ) -> None:
     parts, _, phrase = BAD_PARTS[bad]
@@ -161,11 +161,11 @@ def test_too_many_samples_that_do_not_fit_the_description_are_refused_by_setup(
     change_meta(tmp_path, lambda meta: meta.update(num_classes=CLASSES))  # it had grown to the highest label + 1
     with pytest.raises(ValueError) as error:
         code_data(tmp_path)
-    assert_one_line(error, tmp_path / split, f"sample {split}{number}", phrase)
+    assert_one_line(error, tmp_path / split, f"example {split}{number}", phrase)
 
 
 @pytest.mark.parametrize("bad", BAD_PARTS)
-def test_a_few_samples_that_do_not_fit_the_description_are_skipped_and_counted(tmp_path: Path, bad: str) -> None:
+def test_few_examples_that_do_not_match_meta_json_are_skipped_and_counted(tmp_path: Path, bad: str) -> None:
     parts, reason, phrase = BAD_PARTS[bad]
     write_codes(tmp_path, {("train", 5): parts})
     data = code_data(tmp_path, max_bad_share=0.12)
@@ -178,7 +178,7 @@ def test_a_few_samples_that_do_not_fit_the_description_are_skipped_and_counted(t
         data.finish_tally("train")
 
 
-def test_a_broken_view_costs_the_epochs_that_draw_it(tmp_path: Path) -> None:
+def test_broken_view_is_skipped_in_epochs_that_choose_it(tmp_path: Path) -> None:
     codes = codes_of("train", 5)
     codes[2, 0, 0] = VOCABULARY
     write_codes(tmp_path, {("train", 5): {"npy": array_file(codes), "cls": b"0"}})
@@ -196,7 +196,7 @@ def test_a_broken_view_costs_the_epochs_that_draw_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Fortran order", "version 2"])
-def test_codes_that_another_program_wrote_are_read(tmp_path: Path, kind: str) -> None:
+def test_codes_written_by_another_program_are_read(tmp_path: Path, kind: str) -> None:
     buffer = BytesIO()
     codes = np.asfortranarray(GOOD) if kind == "Fortran order" else GOOD
     np.lib.format.write_array(buffer, codes, version=(2, 0) if kind == "version 2" else None)
@@ -206,7 +206,7 @@ def test_codes_that_another_program_wrote_are_read(tmp_path: Path, kind: str) ->
     assert batch["codes"][1].tolist() == GOOD[0].flatten().tolist()
 
 
-def test_captions_are_read_where_there_are_no_classes(tmp_path: Path) -> None:
+def test_captions_are_read_without_classes(tmp_path: Path) -> None:
     parts = {
         (split, number): {"npy": array_file(codes_of(split, number)), "txt": f"number {number}".encode()}
         for split, count in COUNTS.items()
@@ -226,8 +226,8 @@ BAD_META: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "without format": (lambda meta: meta.pop("format"), "does not describe codes"),
     "without splits": (lambda meta: meta.pop("splits"), f"splits in {META_FILE}"),
     "another format": (lambda meta: meta.update(format="llamagen-images"), "does not describe codes"),
-    "more samples": (lambda meta: meta["splits"]["val"]["shards"][0].update(count=5), "says 5"),
-    "fewer samples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
+    "more examples": (lambda meta: meta["splits"]["val"]["shards"][0].update(count=5), "says 5"),
+    "fewer examples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
     "no training split": (lambda meta: meta["splits"].pop("train"), CodeDataModule.hint),
     "smaller vocabulary": (lambda meta: meta.update(vocabulary=10), "vocabulary of 10"),
     "fewer classes": (lambda meta: meta.update(num_classes=2), "2 classes"),
@@ -246,7 +246,7 @@ BAD_META: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("bad", BAD_META)
-def test_a_description_that_does_not_fit_is_refused_by_setup(tmp_path: Path, bad: str) -> None:
+def test_setup_refuses_meta_json_that_does_not_match(tmp_path: Path, bad: str) -> None:
     change, phrase = BAD_META[bad]
     write_codes(tmp_path)
     change_meta(tmp_path, change)
@@ -257,18 +257,18 @@ def test_a_description_that_does_not_fit_is_refused_by_setup(tmp_path: Path, bad
         assert_one_line(error, tmp_path)
 
 
-def test_a_set_that_was_not_written_to_its_end_is_refused(tmp_path: Path) -> None:
+def test_incomplete_dataset_is_refused(tmp_path: Path) -> None:
     write_codes(tmp_path / "codes")
     (tmp_path / "codes" / META_FILE).unlink()
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "codes")
-    assert_one_line(error, tmp_path / "codes", META_FILE, "not written to its end", CodeDataModule.hint)
+    assert_one_line(error, tmp_path / "codes", META_FILE, "it is incomplete", CodeDataModule.hint)
     with pytest.raises(ValueError) as error:
         code_data(tmp_path / "nowhere")
     assert_one_line(error, tmp_path / "nowhere", "does not exist", CodeDataModule.hint)
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     write_codes(tmp_path)
     (tmp_path / "train" / "train-000001.tar").unlink()
     with pytest.raises(ValueError) as error:
@@ -276,7 +276,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert_one_line(error, tmp_path / "train" / "train-000001.tar", "does not exist")
 
 
-def test_a_shard_that_is_not_in_the_description_is_passed_over(tmp_path: Path) -> None:
+def test_shard_missing_in_meta_json_is_ignored(tmp_path: Path) -> None:
     write_codes(tmp_path)
     write_shards(tmp_path / "stray", [("stray", {"npy": array_file(GOOD), "cls": b"0"})])
     (tmp_path / "stray/stray-000000.tar").rename(tmp_path / "train/train-000007.tar")
@@ -284,7 +284,7 @@ def test_a_shard_that_is_not_in_the_description_is_passed_over(tmp_path: Path) -
     assert sorted(keys) == [f"train{number}" for number in range(COUNTS["train"])]
 
 
-def test_the_samples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path) -> None:
+def test_examples_lost_by_a_truncated_shard_are_counted(tmp_path: Path) -> None:
     write_codes(tmp_path)
     shard = tmp_path / "train/train-000001.tar"
     shard.write_bytes(shard.read_bytes()[: 2 * 2048 + 600])
@@ -294,4 +294,4 @@ def test_the_samples_that_a_truncated_shard_has_lost_are_counted(tmp_path: Path)
     assert data.tallies["train"].by_reason() == {"truncated shard": 2}
     with pytest.raises(ValueError) as error:
         code_data(tmp_path, max_bad_share=0.22)
-    assert_one_line(error, "2 of 9 samples of train", "truncated shard: 2", shard, "max_bad_share 0.22")
+    assert_one_line(error, "2 of 9 examples of train", "truncated shard: 2", shard, "max_bad_share 0.22")

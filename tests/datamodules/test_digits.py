@@ -1,4 +1,4 @@
-"""The digits: written once, whole or not at all, with the pixels of scikit-learn."""
+"""The digits: written once, complete or absent, with the pixels of scikit-learn."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 from datamodules.digits import DigitsDataModule
-from datamodules.storage.shards import META_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.shards import META_FILE, ShardDataset, ShardWriter, read_meta
 from tests.datamodules.shard_files import assert_one_line
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> DigitsDataModule:
-    """The digits in their own size."""
+    """The digits in their original size."""
     data = DigitsDataModule(tmp_path_factory.mktemp("data") / "digits", image_size=8, batch_size=100)
     data.prepare_data()
     data.setup("fit")
@@ -28,8 +28,8 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*")}
 
 
-def test_the_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
-    keys = {split: list(written.datasets[split].samples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
+def test_digits_are_split_into_1497_and_300(written: DigitsDataModule) -> None:
+    keys = {split: list(written.datasets[split].examples.keys) for split in ("train", "val")}  # type: ignore[attr-defined]
     assert {split: len(names) for split, names in keys.items()} == {"train": 1497, "val": 300}
     assert sorted(keys["train"] + keys["val"]) == [f"{number:06d}" for number in range(1797)]
     root = Path(str(written.root))
@@ -72,7 +72,7 @@ def test_digits_are_enlarged_to_the_image_size(written: DigitsDataModule) -> Non
     assert next(iter(enlarged.val_dataloader()))["images"].shape == (4, 3, 32, 32)
 
 
-def test_digits_that_are_there_are_not_written_again(written: DigitsDataModule) -> None:
+def test_existing_digits_are_not_written_again(written: DigitsDataModule) -> None:
     before = files(Path(str(written.root)))
     DigitsDataModule(written.root).prepare_data()
     assert files(Path(str(written.root))) == before
@@ -80,7 +80,7 @@ def test_digits_that_are_there_are_not_written_again(written: DigitsDataModule) 
 
 
 @pytest.mark.parametrize("stop", [0, 700, 1796])
-def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def test_interrupt_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     write = ShardWriter.write
 
     def interrupted(writer: ShardWriter, key: str, parts: Mapping[str, bytes], label: int = -1) -> None:
@@ -94,11 +94,11 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_an_interrupt_before_the_description_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(shards: ShardSet, *args: Any, **more: Any) -> None:
+def test_interrupt_before_meta_json_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(shards: ShardDataset, *args: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ShardSet, "finish", interrupted)
+    monkeypatch.setattr(ShardDataset, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DigitsDataModule(tmp_path / "digits").prepare_data()
     assert list(tmp_path.iterdir()) == []
@@ -111,7 +111,7 @@ def test_digits_can_be_written_after_an_interrupt(tmp_path: Path, written: Digit
     assert read_meta(str(data.root), "") == read_meta(str(written.root), "")
 
 
-def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError) as error:
         DigitsDataModule(tmp_path).prepare_data()
@@ -119,7 +119,7 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_of_something_else_than_images_is_refused(tmp_path: Path) -> None:
+def test_dataset_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / META_FILE).write_text(json.dumps({"format": "llamagen-codes"}))
     with pytest.raises(ValueError) as error:
         DigitsDataModule(tmp_path).prepare_data()
@@ -145,13 +145,13 @@ def test_digits_have_captions_that_name_them(captioned: DigitsDataModule) -> Non
     assert read_meta(str(captioned.root), "")["captions"] is True
 
 
-def test_digits_have_no_captions_unless_asked_for(written: DigitsDataModule) -> None:
+def test_digits_have_no_captions_by_default(written: DigitsDataModule) -> None:
     for split in ("train", "val"):
-        assert "txt" not in written.datasets[split].samples.members  # type: ignore[attr-defined]
+        assert "txt" not in written.datasets[split].examples.members  # type: ignore[attr-defined]
     assert read_meta(str(written.root), "")["captions"] is False
 
 
-def test_digits_without_captions_are_refused_where_captions_are_asked_for(written: DigitsDataModule) -> None:
+def test_digits_without_captions_are_refused_if_captions_are_required(written: DigitsDataModule) -> None:
     before = files(Path(str(written.root)))
     with pytest.raises(ValueError) as error:
         DigitsDataModule(written.root, captions=True).prepare_data()
@@ -159,7 +159,7 @@ def test_digits_without_captions_are_refused_where_captions_are_asked_for(writte
     assert files(Path(str(written.root))) == before
 
 
-def test_digits_with_captions_serve_where_none_are_asked_for(captioned: DigitsDataModule) -> None:
+def test_digits_with_captions_can_be_read_without_captions(captioned: DigitsDataModule) -> None:
     data = DigitsDataModule(captioned.root, image_size=8)
     data.prepare_data()
     data.setup("fit")

@@ -1,4 +1,4 @@
-"""Images for the tokenizer: (3, H, W) float32 in [-1, 1] with label and key, from the splits that a stage reads."""
+"""Images for the tokenizer: (3, H, W) float32 in [-1, 1] with label and key, from the splits of each stage."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.images import ImageDataModule, ImageDataset, scale, to_planes
 from datamodules.loading.order import NO_EPOCH
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.index import NO_LABEL
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop
@@ -22,13 +22,13 @@ PNG = encode(Image.fromarray(COLOURS))
 
 
 def read_parts(folder: Path, parts: dict[str, bytes], image_size: int = 8, **options: Any) -> dict[str, Any]:
-    """The sample that comes out of these files."""
+    """The example made of these members."""
     (shard,) = write_shards(folder / "train", [("folder/key", parts)])
     return ImageDataset(index_shard(shard), image_size, **options)[0, NO_EPOCH]
 
 
 def levels(images: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] as (H, W, 3) in 0 … 255, float."""
+    """Convert (3, H, W) in [-1, 1] to (H, W, 3) in [0, 255], float."""
     return ((images + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
@@ -40,7 +40,7 @@ def test_levels_are_mapped_onto_minus_one_to_one() -> None:
     torch.testing.assert_close(tensor[1, 0], torch.linspace(-1, 1, 256), atol=1e-6, rtol=0)
 
 
-def test_images_of_any_number_of_dimensions_keep_their_places() -> None:
+def test_to_planes_moves_the_channels_of_any_number_of_dimensions() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 6, 3), dtype=np.uint8)
     tensor = scale(torch.from_numpy(to_planes(pixels)))
     assert tensor.shape == (2, 5, 3, 4, 6)
@@ -49,30 +49,30 @@ def test_images_of_any_number_of_dimensions_keep_their_places() -> None:
     assert pixels.dtype == np.uint8
 
 
-def test_an_image_comes_with_its_label_and_key(tmp_path: Path) -> None:
-    sample = read_parts(tmp_path, {"png": PNG, "cls": b"7\n"})
-    assert (sample["labels"], sample["keys"]) == (7, "folder/key")
-    assert sample["images"].dtype == torch.float32
-    assert np.array_equal(levels(sample["images"]).round(), COLOURS)
+def test_image_comes_with_its_label_and_key(tmp_path: Path) -> None:
+    example = read_parts(tmp_path, {"png": PNG, "cls": b"7\n"})
+    assert (example["labels"], example["keys"]) == (7, "folder/key")
+    assert example["images"].dtype == torch.float32
+    assert np.array_equal(levels(example["images"]).round(), COLOURS)
 
 
-def test_an_image_without_a_class_has_no_label(tmp_path: Path) -> None:
+def test_image_without_a_class_has_no_label(tmp_path: Path) -> None:
     assert read_parts(tmp_path, {"png": PNG})["labels"] == NO_LABEL == -1
 
 
 @pytest.mark.parametrize(
     ("extension", "kind"), [("png", "png"), ("PNG", "png"), ("webp", "webp"), ("jpg", "jpeg"), ("JPEG", "jpeg")]
 )
-def test_an_image_has_one_of_four_suffixes(tmp_path: Path, extension: str, kind: str) -> None:
-    sample = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
-    assert abs(levels(sample["images"]) - (200, 100, 50)).max() <= 4
+def test_images_of_four_extensions_are_read(tmp_path: Path, extension: str, kind: str) -> None:
+    example = read_parts(tmp_path, {extension: encode(Image.new("RGB", (8, 8), (200, 100, 50)), kind)})
+    assert abs(levels(example["images"]) - (200, 100, 50)).max() <= 4
 
 
-def test_the_suffix_does_not_decide_how_an_image_is_read(tmp_path: Path) -> None:
+def test_format_of_an_image_does_not_depend_on_its_suffix(tmp_path: Path) -> None:
     assert np.array_equal(levels(read_parts(tmp_path, {"jpg": PNG})["images"]).round(), COLOURS)
 
 
-def test_an_image_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
+def test_image_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
     source = np.random.default_rng(1).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     found = levels(read_parts(tmp_path, {"png": encode(Image.fromarray(source))}, image_size=12)["images"])
     assert np.array_equal(found.round(), centre_crop(source, 12))
@@ -92,23 +92,25 @@ def test_an_image_is_cropped_in_the_middle_to_its_size(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_caption_is_read_where_it_is_asked_for(tmp_path: Path, parts: dict[str, bytes], caption: str) -> None:
+def test_captions_are_read_on_request(tmp_path: Path, parts: dict[str, bytes], caption: str) -> None:
     labelled = {"png": PNG, "cls": b"1", **parts}
     assert read_parts(tmp_path, labelled, captions=True)["captions"] == caption
     assert "captions" not in read_parts(tmp_path / "again", labelled)
     if caption:
         assert read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)["captions"] == caption
     else:
-        with pytest.raises(BadSampleError, match=r"folder/key of .* has neither class nor caption") as error:
+        with pytest.raises(BadExampleError, match=r"folder/key of .* has neither class nor caption") as error:
             read_parts(tmp_path / "unlabelled", {"png": PNG, **parts}, captions=True)
         assert error.value.reason == "no caption"
         read_parts(tmp_path / "not asked", {"png": PNG, **parts})
 
 
-def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot be read are left out, e.g. of sample folder/key .* not in UTF-8"):
+def test_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"unreadable captions are left out, e.g. of example folder/key .* not in UTF-8"
+    ):
         read_parts(tmp_path / "labelled", {"png": PNG, "cls": b"1", "txt": b"\xff"}, captions=True)
-    with pytest.raises(BadSampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
+    with pytest.raises(BadExampleError, match=r"neither class nor caption: its .txt is not in UTF-8"):
         read_parts(tmp_path / "unlabelled", {"png": PNG, "txt": b"\xff"}, captions=True)
 
 
@@ -122,13 +124,13 @@ def test_a_caption_in_another_encoding_is_reported(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_sample_without_a_usable_image_is_refused(
+def test_example_without_a_usable_image_is_refused(
     tmp_path: Path, parts: dict[str, bytes], reason: str, phrase: str
 ) -> None:
-    with pytest.raises(BadSampleError) as error:
+    with pytest.raises(BadExampleError) as error:
         read_parts(tmp_path, parts)
     assert error.value.reason == reason
-    assert_one_line(error, tmp_path / "train", "sample folder/key", phrase)
+    assert_one_line(error, tmp_path / "train", "example folder/key", phrase)
 
 
 def image_data(root: Path | None, **options: Any) -> ImageDataModule:
@@ -152,7 +154,7 @@ def test_batches_hold_images_labels_and_keys_that_belong_together(tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_evaluation_reads_the_validation_split_alone(tmp_path: Path, stage: str) -> None:
+def test_evaluation_reads_only_the_validation_split(tmp_path: Path, stage: str) -> None:
     write_images(tmp_path, train=0, val=4)
     data = image_data(tmp_path)
     data.setup(stage)
@@ -169,7 +171,7 @@ def test_prediction_reads_both_splits_in_order(tmp_path: Path) -> None:
     assert keys == [[f"train/{i}" for i in range(7)], [f"val/{i}" for i in range(4)]]
 
 
-def test_the_trainer_says_which_share_a_rank_gets(tmp_path: Path) -> None:
+def test_share_of_a_rank_follows_the_trainer(tmp_path: Path) -> None:
     write_images(tmp_path, train=8, val=5)
     keys: dict[str, list[str]] = {"train": [], "val": []}
     for rank in range(2):
@@ -190,7 +192,7 @@ def test_data_without_a_training_split_are_refused(tmp_path: Path, stage: str) -
     assert_one_line(error, "no train data", ImageDataModule.hint)
 
 
-def test_a_folder_that_does_not_exist_or_holds_nothing_is_refused(tmp_path: Path) -> None:
+def test_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
     for root, phrase in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "holds neither .tar files nor folders")):
         with pytest.raises(ValueError) as error:
             image_data(root).setup("fit")
@@ -214,7 +216,7 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     assert 14 < len(keys["val"]) < 42  # 28 ± 5
     assert all(part == [key for key in whole if key in part] for part in keys.values())  # in their order
     assert keys["val"] != whole[: len(keys["val"])]
-    # Drawn by the keys alone: neither seed nor stage nor more samples change it, and a larger share holds the smaller.
+    # It depends only on the keys, not on seed, stage or other examples, and a larger share contains a smaller one.
     assert all_keys(image_data(tmp_path, val_share=0.2, seed=7)) == keys
     validation = image_data(tmp_path, val_share=0.2)
     validation.setup("validate")
@@ -225,26 +227,26 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     assert [key for key in more["val"] if int(key.split("/")[1]) < 140] == keys["val"]
 
 
-def test_at_least_one_sample_is_held_out(tmp_path: Path) -> None:
+def test_at_least_one_example_is_held_out(tmp_path: Path) -> None:
     write_images(tmp_path, train=5, val=0)
     keys = all_keys(image_data(tmp_path, val_share=1e-6))
     assert (len(keys["train"]), len(keys["val"])) == (4, 1)
 
 
-def test_a_validation_split_is_not_mixed_with_a_held_out_share(tmp_path: Path) -> None:
+def test_validation_split_is_not_mixed_with_a_held_out_share(tmp_path: Path) -> None:
     write_images(tmp_path, train=20, val=3)
     keys = all_keys(image_data(tmp_path, val_share=0.5))
     assert (len(keys["train"]), len(keys["val"])) == (20, 3)
 
 
-def test_a_folder_of_shards_without_splits_is_the_training_source(tmp_path: Path) -> None:
+def test_folder_of_shards_without_splits_is_the_training_source(tmp_path: Path) -> None:
     write_shards(tmp_path, [(f"{number:02d}", {"png": grey_image(number)}) for number in range(40)])
     keys = all_keys(image_data(tmp_path, val_share=0.2))
     assert sorted(keys["train"] + keys["val"]) == [f"{number:02d}" for number in range(40)]
     assert keys["val"]
 
 
-def test_a_folder_of_class_folders_without_splits_is_the_training_source(tmp_path: Path) -> None:
+def test_folder_of_class_folders_without_splits_is_the_training_source(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / ("dog", "cat")[number % 2]).mkdir(exist_ok=True)
         (tmp_path / ("dog", "cat")[number % 2] / f"{number:02d}.png").write_bytes(grey_image(number))
@@ -270,14 +272,14 @@ def test_train_and_val_can_be_named_one_by_one(tmp_path: Path) -> None:
     assert all_keys(swapped)["val"] == keys["train"]
 
 
-def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
+def test_shards_without_examples_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, train=3, val=3)
     empty = (tmp_path / "val").glob("*.tar")
     for shard in empty:
         shard.write_bytes(bytes(10240))
     with pytest.raises(ValueError) as error:
         image_data(tmp_path).setup("validate")
-    assert_one_line(error, tmp_path / "val", "no samples", ImageDataModule.hint)
+    assert_one_line(error, tmp_path / "val", "no usable examples", ImageDataModule.hint)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_an_impossible_option_is_refused_by_name_and_value(options: dict[str, Any], phrase: str) -> None:
+def test_invalid_option_is_refused_with_name_and_value(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         image_data(Path("nowhere"), **options)
     assert_one_line(error, phrase, "at least")
@@ -310,7 +312,7 @@ def test_an_impossible_option_is_refused_by_name_and_value(options: dict[str, An
     ],
     ids=str,
 )
-def test_a_share_or_size_out_of_range_is_refused(options: dict[str, float], phrase: str) -> None:
+def test_share_or_size_out_of_range_is_refused(options: dict[str, float], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         image_data(Path("nowhere"), **options)
     assert_one_line(error, phrase, "must")
@@ -323,6 +325,6 @@ def test_train_is_read_instead_of_all_of_root(tmp_path: Path) -> None:
     assert sorted(keys["train"] + keys["val"]) == [f"train/{i}" for i in range(8)]
 
 
-def test_without_root_and_train_there_is_nothing_to_read() -> None:
+def test_root_or_train_is_required() -> None:
     with pytest.raises(ValueError, match=r"neither root nor train is given; give a folder"):
         image_data(None).setup("fit")

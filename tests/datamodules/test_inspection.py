@@ -1,4 +1,4 @@
-"""What the inspection says of a data set, image by image, and what it draws."""
+"""Inspection: the printed description of a dataset and the contact sheet."""
 
 import json
 from io import BytesIO
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from datamodules.inspection import COLUMNS, ROWS, TILE, inspect, main
-from datamodules.storage.shards import META_FILE, ShardSet
-from tests.datamodules.feature_sets import write_set
+from datamodules.storage.shards import META_FILE, ShardDataset
+from tests.datamodules.feature_datasets import write_dataset
 from tests.datamodules.shard_files import assert_one_line, encode, write_shards
 
 
@@ -26,7 +26,7 @@ def write_files(root: Path, contents: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Class folders with images of three sizes, and one of each thing that can be wrong."""
+    """Class folders with images of three sizes and one example of each fault."""
     whole = image_bytes(64, 64)
     contents = {
         "train/ant/0.png": image_bytes(10, 20),
@@ -47,67 +47,67 @@ def folder(tmp_path: Path) -> Path:
 
 
 def section(lines: list[str], split: str) -> str:
-    """What is said of a split."""
+    """The lines about a split."""
     (first,) = (place for place, line in enumerate(lines) if line.startswith(f"{split}: "))
     end = next((place for place in range(first, len(lines)) if not lines[place]), len(lines))
     return "\n".join(lines[first:end])
 
 
-def test_counts_classes_sizes_and_kinds_are_those_of_the_images(folder: Path) -> None:
+def test_counts_classes_sizes_and_formats_match_the_images(folder: Path) -> None:
     lines = inspect(str(folder), num_workers=0)
     assert lines[0] == f"{folder}: images"
     assert section(lines, "val").splitlines() == [
-        "val: 1 samples, in folders",
-        "  classes: 1 of 3; samples a class: 1 (dog) to 1 (dog), median 1",
-        "  short side: 8 to 8 px, median 8, nine tenths 8 to 8",
+        "val: 1 examples, in folders",
+        "  classes: 1 of 3; examples per class: 1 (dog) to 1 (dog), median 1",
+        "  short side: 8 to 8 px, median 8, 90 % from 8 to 8",
         "  width: 8 to 8 px, height: 9 to 9 px",
-        "  kinds: PNG 1; colours: RGB 1",
-        "  bad samples: none",
+        "  formats: PNG 1; colour modes: RGB 1",
+        "  bad examples: none",
     ]
     train = section(lines, "train")
     assert train.startswith(
-        "train: 11 samples, in folders\n  classes: 3 of 3; samples a class: 3 (ant) to 4 (cat), median 4\n"
+        "train: 11 examples, in folders\n  classes: 3 of 3; examples per class: 3 (ant) to 4 (cat), median 4\n"
     )
-    assert "  short side: 10 to 70 px, median 10, nine tenths 10 to 63\n" in train
+    assert "  short side: 10 to 70 px, median 10, 90 % from 10 to 63\n" in train
     assert "  width: 10 to 90 px, height: 10 to 70 px\n" in train
-    assert "  kinds: PNG 6, JPEG 1, WEBP 1; colours: RGB 7, L 1\n" in train
+    assert "  formats: PNG 6, JPEG 1, WEBP 1; colour modes: RGB 7, L 1\n" in train
 
 
-def test_bad_samples_are_listed_by_reason_with_their_place(folder: Path) -> None:
+def test_bad_examples_are_listed_by_reason_with_their_location(folder: Path) -> None:
     train = section(inspect(str(folder), num_workers=0), "train")
-    assert "  bad samples: 3 (broken image 2, empty file 1)\n" in train
+    assert "  bad examples: 3 (broken image 2, empty file 1)\n" in train
     for key in ("cat/4", "cat/5", "cat/6"):
-        assert f"sample {key} of {folder}/train/cat" in train
+        assert f"example {key} of {folder}/train/cat" in train
 
 
-def test_headers_alone_do_not_find_a_truncated_image(folder: Path) -> None:
+def test_reading_headers_does_not_detect_a_truncated_image(folder: Path) -> None:
     train = section(inspect(str(folder), decode=False, num_workers=0), "train")
-    assert "  bad samples: 2 (broken image 1, empty file 1)\n" in train
+    assert "  bad examples: 2 (broken image 1, empty file 1)\n" in train
     assert "width: 10 to 90 px" in train
-    assert "kinds: PNG 7" in train
+    assert "formats: PNG 7" in train
 
 
-def test_shards_with_captions_without_classes_and_what_is_wrong_with_them(tmp_path: Path) -> None:
-    samples = [(f"{number:09d}", {"png": image_bytes(9, 9), "txt": b"words"}) for number in range(6)]
-    samples[2] = (samples[2][0], {"txt": b"words"})
-    samples[3] = (samples[3][0], {"png": image_bytes(9, 9)})
-    shards = write_shards(tmp_path / "train", samples)
-    write_shards(tmp_path / "val", samples[:1])
+def test_shards_with_captions_and_bad_examples_are_described(tmp_path: Path) -> None:
+    examples = [(f"{number:09d}", {"png": image_bytes(9, 9), "txt": b"words"}) for number in range(6)]
+    examples[2] = (examples[2][0], {"txt": b"words"})
+    examples[3] = (examples[3][0], {"png": image_bytes(9, 9)})
+    shards = write_shards(tmp_path / "train", examples)
+    write_shards(tmp_path / "val", examples[:1])
     shards[1].write_bytes(shards[1].read_bytes()[: -3 * 4096])
     train = section(inspect(str(tmp_path), num_workers=0), "train")
     lines = train.splitlines()
-    assert lines[0].endswith("samples, in 2 shards")
+    assert lines[0].endswith("examples, in 2 shards")
     assert lines[1] == "  classes: none"
     assert "no image 1" in train
     assert "truncated shard 1" in train
     assert lines[-1].startswith("  captions: ")
 
 
-def test_images_are_read_by_processes_too(folder: Path) -> None:
+def test_images_are_read_by_worker_processes(folder: Path) -> None:
     assert inspect(str(folder), num_workers=1) == inspect(str(folder), num_workers=0)
 
 
-def test_the_contact_sheet_shows_the_images_sorted_by_class(tmp_path: Path) -> None:
+def test_contact_sheet_shows_the_images_sorted_by_class(tmp_path: Path) -> None:
     colours = {"ant": "red", "cat": "lime", "dog": "blue"}
     contents = {
         f"{split}/{name}/{number}.png": image_bytes(20, 30, colour)
@@ -138,7 +138,7 @@ def test_the_contact_sheet_shows_the_images_sorted_by_class(tmp_path: Path) -> N
     assert list(sheet.parent.iterdir()) == [sheet]
 
 
-def test_the_contact_sheet_of_many_images_is_drawn_as_the_seed_says(tmp_path: Path) -> None:
+def test_contact_sheet_of_many_images_depends_on_the_seed(tmp_path: Path) -> None:
     levels = [(level, level, level) for level in range(100)]
     contents = {
         f"{split}/a/{level}.png": encode(Image.new("RGB", (4, 4), colour))
@@ -157,7 +157,7 @@ def test_the_contact_sheet_of_many_images_is_drawn_as_the_seed_says(tmp_path: Pa
 
 def write_codes(root: Path, broken: bool = False) -> Path:
     """Codes of 6 and 2 images, 2 views each; the first views use 4 of 8 entries."""
-    shards = ShardSet(root, {}, "")
+    shards = ShardDataset(root, {}, "")
     shards.begin(["train", "val"])
     for split, count in (("train", 6), ("val", 2)):
         with shards.shard(split, 0) as writer:
@@ -181,17 +181,17 @@ def write_codes(root: Path, broken: bool = False) -> Path:
 
 def test_codes_are_described(tmp_path: Path) -> None:
     assert inspect(str(write_codes(tmp_path))) == [
-        f"{tmp_path}: codes, 1 × 2 an image out of 8, 2 views, tokenizer abcdefabcdef",
+        f"{tmp_path}: codes, 1 × 2 per image, vocabulary 8, 2 views, tokenizer abcdefabcdef",
         "",
-        "train: 6 samples, in 1 shards",
-        "  classes: 3 of 3; samples a class: 1 (ant) to 4 (dog), median 1",
+        "train: 6 examples, in 1 shards",
+        "  classes: 3 of 3; examples per class: 1 (ant) to 4 (dog), median 1",
         "  codes in use (first view): 50.0%",
-        "  bad samples: none",
+        "  bad examples: none",
         "",
-        "val: 2 samples, in 1 shards",
-        "  classes: 2 of 3; samples a class: 1 (ant) to 1 (ant), median 1",
+        "val: 2 examples, in 1 shards",
+        "  classes: 2 of 3; examples per class: 1 (ant) to 1 (ant), median 1",
         "  codes in use (first view): 37.5%",
-        "  bad samples: none",
+        "  bad examples: none",
     ]
 
 
@@ -199,76 +199,80 @@ SPLITS = {"train": [(f"{number}", number) for number in range(6)], "val": [("6",
 KIND = "up to 5 tokens of width 4, encoder t5, also of first sentences"
 
 
-def test_features_of_captions_are_described(tmp_path: Path) -> None:
-    root = write_set(tmp_path / "set", SPLITS, "features", encoder="t5")
+def test_caption_features_are_described(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "set", SPLITS, "features", encoder="t5")
     assert inspect(str(root)) == [
-        f"{root}: features of captions, {KIND}",
+        f"{root}: caption features, {KIND}",
         "",
-        "train: 6 samples, in 2 shards",
+        "train: 6 examples, in 2 shards",
         "  classes: none",
-        "  features: of 6 samples, 3.2 tokens on average, 5 at most",
-        "  bad samples: none",
+        "  features: of 6 examples, 3.2 tokens on average, 5 at most",
+        "  bad examples: none",
         "",
-        "val: 2 samples, in 1 shards",
+        "val: 2 examples, in 1 shards",
         "  classes: none",
-        "  features: of 2 samples, 4.5 tokens on average, 5 at most",
-        "  bad samples: none",
+        "  features: of 2 examples, 4.5 tokens on average, 5 at most",
+        "  bad examples: none",
     ]
 
 
-def test_features_beside_codes_are_described(tmp_path: Path) -> None:
-    lines = inspect(str(write_set(tmp_path / "set", SPLITS, encoder="t5")))
-    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 an image out of 1000, 2 views")
-    assert lines[1] == f"features of captions: {KIND}"
-    assert "  features: of 6 samples, 3.2 tokens on average, 5 at most\n  bad samples: none" in section(lines, "train")
+def test_features_stored_with_codes_are_described(tmp_path: Path) -> None:
+    lines = inspect(str(write_dataset(tmp_path / "set", SPLITS, encoder="t5")))
+    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000, 2 views")
+    assert lines[1] == f"caption features: {KIND}"
+    assert "  features: of 6 examples, 3.2 tokens on average, 5 at most\n  bad examples: none" in section(
+        lines, "train"
+    )
 
 
 @pytest.mark.parametrize("parts", ["features", "codes features"])
-def test_features_of_an_impossible_size_are_listed(tmp_path: Path, parts: str) -> None:
-    root = write_set(tmp_path / "set", SPLITS, parts, caption_length=4)  # samples 3 and 7 have 5 tokens
+def test_features_of_an_invalid_size_are_listed(tmp_path: Path, parts: str) -> None:
+    root = write_dataset(tmp_path / "set", SPLITS, parts, caption_length=4)  # examples 3 and 7 have 5 tokens
     lines = inspect(str(root))
     for split, key in (("train", 3), ("val", 7)):
         said = section(lines, split)
-        assert f"  features: of {len(SPLITS[split])} samples, " in said
+        assert f"  features: of {len(SPLITS[split])} examples, " in said
         assert " tokens on average, 4 at most" in said
-        assert "  bad samples: 1 (broken features 1)" in said
-        assert f"sample {key} " in said
+        assert "  bad examples: 1 (broken features 1)" in said
+        assert f"example {key} " in said
 
 
-def test_samples_without_features_and_broken_features_of_first_sentences_are_listed(tmp_path: Path) -> None:
-    samples: list[tuple[str, dict[str, bytes]]] = [("0", {"features": bytes(16), "shortfeatures": bytes(9)})]
-    samples += [("1", {"txt": b"words"}), ("2", {"features": bytes(24)})]
-    write_set(tmp_path, {"train": [("0", 0), ("1", 1), ("2", 2)]}, "features")
-    write_shards(tmp_path / "train", samples, per_shard=4)
+def test_missing_features_and_broken_short_features_are_listed(tmp_path: Path) -> None:
+    examples: list[tuple[str, dict[str, bytes]]] = [("0", {"features": bytes(16), "shortfeatures": bytes(9)})]
+    examples += [("1", {"txt": b"words"}), ("2", {"features": bytes(24)})]
+    write_dataset(tmp_path, {"train": [("0", 0), ("1", 1), ("2", 2)]}, "features")
+    write_shards(tmp_path / "train", examples, per_shard=4)
     said = section(inspect(str(tmp_path)), "train")
-    assert "  features: of 2 samples, 2.5 tokens on average, 3 at most" in said
-    assert "  bad samples: 2 (no caption 1, broken features 1)" in said
-    assert "    sample 1 has no features\n    sample 0 has features of another size" in said
+    assert "  features: of 2 examples, 2.5 tokens on average, 3 at most" in said
+    assert "  bad examples: 2 (no caption 1, broken features 1)" in said
+    assert (
+        "    example 1 has no features\n    example 0 has features whose size is not a whole number of tokens" in said
+    )
 
 
 @pytest.mark.parametrize("parts", ["features", "codes features"])
-def test_a_contact_sheet_of_features_is_refused(tmp_path: Path, parts: str) -> None:
-    root = write_set(tmp_path / "set", SPLITS, parts)
+def test_contact_sheet_of_features_is_refused(tmp_path: Path, parts: str) -> None:
+    root = write_dataset(tmp_path / "set", SPLITS, parts)
     with pytest.raises(ValueError) as error:
         inspect(str(root), tmp_path / "sheet.png")
-    assert_one_line(error, root, f"holds {'codes' if 'codes' in parts else 'features of captions'}", "--sheet")
+    assert_one_line(error, root, f"holds {'codes' if 'codes' in parts else 'caption features'}", "--sheet")
 
 
 def test_broken_codes_are_listed(tmp_path: Path) -> None:
     train = section(inspect(str(write_codes(tmp_path, broken=True))), "train")
-    assert "  bad samples: 1 (broken codes 1)" in train
-    assert "sample train3" in train
+    assert "  bad examples: 1 (broken codes 1)" in train
+    assert "example train3" in train
     assert "code 9" in train
 
 
-def test_a_contact_sheet_of_codes_is_refused(tmp_path: Path) -> None:
+def test_contact_sheet_of_codes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         inspect(str(write_codes(tmp_path / "codes")), tmp_path / "sheet.png")
     assert_one_line(error, tmp_path / "codes", "holds codes", "--sheet")
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_the_command_prints_what_the_function_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_lines_of_the_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = folder.parent / "sheet.png"
     main([str(folder), f"--sheet={sheet}", "--headers_only", "--num_workers=0", "--seed=2"])
     expected = inspect(str(folder), sheet, decode=False, num_workers=0, seed=2)
@@ -287,7 +291,7 @@ def test_the_command_prints_what_the_function_says(folder: Path, capsys: pytest.
     ],
     ids=str,
 )
-def test_a_mistake_ends_the_command_in_one_line(
+def test_usage_error_ends_the_command_in_one_line(
     arguments: list[str],
     phrase: str,
     tmp_path: Path,
@@ -303,7 +307,7 @@ def test_a_mistake_ends_the_command_in_one_line(
     assert phrase in said
 
 
-def test_a_set_whose_description_is_wrong_is_refused(tmp_path: Path) -> None:
+def test_dataset_with_wrong_meta_json_is_refused(tmp_path: Path) -> None:
     write_codes(tmp_path)
     meta = json.loads((tmp_path / META_FILE).read_text())
     meta["splits"]["val"]["shards"][0]["count"] = 3

@@ -1,4 +1,4 @@
-"""Every option of every data module is checked when it is constructed, in one line that names it."""
+"""Every option of every DataModule is checked in the constructor, with an error in one line that names it."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ import pytest
 
 from datamodules import (
     CaptionDataModule,
+    ClassRequestDataModule,
     CodeDataModule,
     DigitsDataModule,
     ImageDataModule,
     PromptDataModule,
-    SampleDataModule,
 )
 from datamodules.packing import pack
 from tests.datamodules.shard_files import assert_one_line, grey_image
@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "train": ("",),
     "val": ("",),
 }
-OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
+CASES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (
         ImageDataModule,
         {"root": "nowhere"},
@@ -48,7 +48,7 @@ OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (CaptionDataModule, {"root": "nowhere"}, WRONG),
     (CodeDataModule, {"root": "nowhere"}, WRONG | {"short_caption_share": (-0.1, 1.1, NAN), "features": ("",)}),
     (
-        SampleDataModule,
+        ClassRequestDataModule,
         {},
         {
             "classes": (0, -1, 10**9, [], [1, 1], [-1], [0.5], [10**9], "nowhere.txt"),
@@ -64,8 +64,8 @@ OF_MODULES: list[tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("module", "good", "wrong"), OF_MODULES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_wrong_option_is_refused_at_once_in_one_line_with_its_name(
+@pytest.mark.parametrize(("module", "good", "wrong"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_invalid_option_is_refused_at_once_in_one_line_with_its_name(
     module: Any, good: dict[str, Any], wrong: dict[str, tuple[Any, ...]]
 ) -> None:
     module(**good)
@@ -76,7 +76,7 @@ def test_a_wrong_option_is_refused_at_once_in_one_line_with_its_name(
             assert_one_line(error, name)
 
 
-def test_a_file_is_no_folder_for_the_cache(tmp_path: Path) -> None:
+def test_cache_dir_must_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError) as error:
         ImageDataModule("nowhere", cache_dir=tmp_path / "file")
@@ -84,13 +84,13 @@ def test_a_file_is_no_folder_for_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"shard_mb": NAN}, {"shard_mb": INF}, {"seed": -1}, {"workers": 0}], ids=str)
-def test_options_of_packing_are_checked_first(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_packing_checks_its_options_first(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:
         pack("nowhere", tmp_path / "out", **options)
     assert_one_line(error, *options)
 
 
-def test_worker_processes_import_neither_lightning_nor_what_comes_with_it(tmp_path: Path) -> None:
+def test_worker_processes_do_not_import_lightning(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(grey_image(1))
     (tmp_path / "empty").mkdir()  # is warned of, which must not need Lightning
@@ -100,7 +100,7 @@ import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.da
 import datamodules.loading.stream
 import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
-assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
+assert "all: 1 examples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)
 from datamodules import CodeDataModule
 assert not heavy, heavy

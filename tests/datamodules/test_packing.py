@@ -1,4 +1,4 @@
-"""Packing: every image once, unchanged and in its place; stopped and gone on with, the set is the same."""
+"""Packing: every image once and unchanged; a resumed run gives the same dataset."""
 
 import hashlib
 import shutil
@@ -13,8 +13,8 @@ import pytest
 
 from datamodules import packing
 from datamodules.packing import main, pack
-from datamodules.storage.index import Sample
-from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardSet, ShardWriter, read_meta
+from datamodules.storage.index import Example
+from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardDataset, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
@@ -23,7 +23,7 @@ SHARD_MB = 0.04
 
 
 class OneProcess:
-    """In the place of a pool of processes: does the work at once, in this one."""
+    """Replacement for a pool of processes that works in this process."""
 
     def __init__(self, workers: int, context: Any) -> None:
         assert workers >= 1
@@ -48,7 +48,7 @@ class OneProcess:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting a process takes seconds; one test does it."""
+    """Avoid starting processes, which takes seconds."""
     monkeypatch.setattr(packing, "ProcessPoolExecutor", OneProcess)
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(folder: Path) -> Path:
-    """The same as a set of shards, by the command and a process of its own."""
+    """The same images as a dataset of shards, written by the command."""
     out = folder.parent / "packed"
     main([str(folder), str(out), f"--shard_mb={SHARD_MB}", "--val_share=0.2", "--workers=1"])
     return out
@@ -80,17 +80,17 @@ def shards_of(root: Path, split: str) -> list[Path]:
     return sorted((root / split).glob("*.tar"))
 
 
-def samples_of(root: Path, split: str) -> list[Sample]:
-    return [sample for shard in shards_of(root, split) for sample in index_shard(shard)]
+def examples_of(root: Path, split: str) -> list[Example]:
+    return [example for shard in shards_of(root, split) for example in index_shard(shard)]
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes]]:
     """Label and image of each key of both splits."""
     found = {}
-    for sample in samples_of(root, "train") + samples_of(root, "val"):
-        assert sample.key not in found
-        (image,) = set(sample.members) - {"cls"}
-        found[sample.key] = (sample.label, sample.read(image))
+    for example in examples_of(root, "train") + examples_of(root, "val"):
+        assert example.key not in found
+        (image,) = set(example.members) - {"cls"}
+        found[example.key] = (example.label, example.read(image))
     return found
 
 
@@ -98,7 +98,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_every_image_is_there_once_with_its_key_class_and_bytes(folder: Path, packed: Path) -> None:
+def test_every_image_is_packed_once_with_its_key_class_and_bytes(folder: Path, packed: Path) -> None:
     expected = {
         f"{path.parent.relative_to(folder)}/{path.stem.replace('.', '_')}": (
             CLASSES.index(path.relative_to(folder).parts[0]),
@@ -111,11 +111,11 @@ def test_every_image_is_there_once_with_its_key_class_and_bytes(folder: Path, pa
     assert contents(packed) == expected
 
 
-def test_some_are_kept_for_validation(packed: Path) -> None:
-    assert 4 <= len(samples_of(packed, "val")) <= 24
+def test_some_images_are_held_out_for_validation(packed: Path) -> None:
+    assert 4 <= len(examples_of(packed, "val")) <= 24
 
 
-def test_no_shard_is_larger_than_wanted_and_none_is_smaller_than_needed(packed: Path) -> None:
+def test_shards_are_full_but_not_larger_than_the_maximum(packed: Path) -> None:
     for split in ("train", "val"):
         sizes = [shard.stat().st_size for shard in shards_of(packed, split)]
         assert max(sizes) <= SHARD_MB * 1e6
@@ -123,12 +123,12 @@ def test_no_shard_is_larger_than_wanted_and_none_is_smaller_than_needed(packed: 
     assert len(shards_of(packed, "train")) > 3
 
 
-def test_the_description_says_what_is_there(packed: Path) -> None:
+def test_meta_json_describes_the_shards(packed: Path) -> None:
     meta = read_meta(packed, "")
     assert (meta["format"], meta["classes"], meta["num_classes"]) == ("llamagen-images", CLASSES, 3)
     for split in ("train", "val"):
         entry = meta["splits"][split]
-        assert entry["count"] == len(samples_of(packed, split))
+        assert entry["count"] == len(examples_of(packed, split))
         assert entry["skipped"] == {}
         assert [tuple(shard[name] for name in ("name", "count", "bytes", "sha256")) for shard in entry["shards"]] == [
             (path.name, len(index_shard(path)), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -138,21 +138,21 @@ def test_the_description_says_what_is_there(packed: Path) -> None:
     assert set(files(packed)) == {META_FILE, *there}
 
 
-def test_images_are_shuffled_as_the_seed_says(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_images_are_shuffled_by_the_seed(folder: Path, packed: Path, tmp_path: Path) -> None:
     pack(str(folder), tmp_path / "again", SHARD_MB, val_share=0.2, workers=1)
     assert files(tmp_path / "again") == files(packed)
     pack(str(folder), tmp_path / "other", SHARD_MB, val_share=0.2, seed=1, workers=1)
     assert contents(tmp_path / "other") == contents(packed)
     for split in ("train", "val"):
-        first, second = ([s.key for s in samples_of(root, split)] for root in (packed, tmp_path / "other"))
+        first, second = ([s.key for s in examples_of(root, split)] for root in (packed, tmp_path / "other"))
         assert sorted(first) == sorted(second)
         assert first != second
-    labels = [sample.label for sample in samples_of(packed, "train")]
+    labels = [example.label for example in examples_of(packed, "train")]
     assert sum(one != other for one, other in pairwise(labels)) > len(labels) // 3
 
 
 @pytest.mark.parametrize("stop", [0, 13, 37])
-def test_a_stopped_packing_is_gone_on_with_and_makes_the_same_set(
+def test_resumed_packing_gives_the_same_dataset(
     folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     write = ShardWriter.write
@@ -173,19 +173,19 @@ def test_a_stopped_packing_is_gone_on_with_and_makes_the_same_set(
     assert bool(whole) == (stop > 0)
     for path in whole:
         assert path.read_bytes() == (packed / path.relative_to(tmp_path / "out")).read_bytes()
-    # As if a killed process had left its half-written shard.
+    # A leftover of a killed process.
     (tmp_path / "out/train/.train-000002.tar-4711.tmp").write_bytes(b"half")
     pack(str(folder), tmp_path / "out", SHARD_MB, val_share=0.2, workers=1)
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
     assert files(tmp_path / "out") == files(packed)
 
 
-def test_a_set_without_its_description_is_completed(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_dataset_without_meta_json_is_completed(folder: Path, packed: Path, tmp_path: Path) -> None:
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path, SHARD_MB, val_share=0.2, workers=1)
     assert (tmp_path / PLAN_FILE).exists()
@@ -195,13 +195,13 @@ def test_a_set_without_its_description_is_completed(folder: Path, packed: Path, 
 
 @pytest.fixture
 def begun(folder: Path, tmp_path: Path) -> Iterator[Path]:
-    """A set of which some shards are written; it must stay as it is."""
+    """A dataset with some of its shards, which must not change."""
 
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "finish", stopped)
+        patch.setattr(ShardDataset, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(str(folder), tmp_path / "out", SHARD_MB, val_share=0.2, workers=1)
     before = files(tmp_path / "out")
@@ -218,7 +218,7 @@ def begun(folder: Path, tmp_path: Path) -> Iterator[Path]:
     ],
     ids=str,
 )
-def test_a_set_that_was_begun_otherwise_is_refused(
+def test_packing_does_not_resume_with_other_options(
     folder: Path, begun: Path, options: dict[str, Any], phrase: str
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -226,7 +226,7 @@ def test_a_set_that_was_begun_otherwise_is_refused(
     assert_one_line(error, begun, phrase, "delete it or choose another folder")
 
 
-def test_a_set_of_files_that_have_changed_since_is_refused(folder: Path, begun: Path, tmp_path: Path) -> None:
+def test_packing_does_not_resume_after_files_have_changed(folder: Path, begun: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
     next(path for path in changed.rglob("*.jpg")).write_bytes(bytes(12_345))
     with pytest.raises(ValueError) as error:
@@ -234,11 +234,11 @@ def test_a_set_of_files_that_have_changed_since_is_refused(folder: Path, begun: 
     assert_one_line(error, begun, "another sizes", "delete it or choose another folder")
 
 
-def test_a_complete_set_is_refused(folder: Path, packed: Path) -> None:
+def test_complete_dataset_is_refused(folder: Path, packed: Path) -> None:
     before = files(packed)
     with pytest.raises(ValueError) as error:
         pack(str(folder), packed, SHARD_MB, val_share=0.2, workers=1)
-    assert_one_line(error, packed, "already holds a complete set")
+    assert_one_line(error, packed, "already holds a complete dataset")
     assert files(packed) == before
 
 
@@ -262,20 +262,20 @@ def test_empty_files_are_left_out_and_listed(folder: Path, tmp_path: Path) -> No
     assert sum(entry["skipped"].get("empty file", 0) for entry in splits.values()) == 2
 
 
-def test_shards_are_packed_anew_with_captions_and_descriptions(tmp_path: Path) -> None:
-    samples = {
+def test_shards_are_packed_again_with_captions_and_json(tmp_path: Path) -> None:
+    examples = {
         f"{number:09d}": {"jpg": bytes([number]) * 99, "txt": b"words %d" % number, "json": b'{"caption": "words"}'}
         for number in range(20)
     }
-    write_shards(tmp_path / "source", list(samples.items()), per_shard=4)
+    write_shards(tmp_path / "source", list(examples.items()), per_shard=4)
     pack(str(tmp_path / "source"), tmp_path / "out", val_share=0.2, workers=1)
-    found = samples_of(tmp_path / "out", "train") + samples_of(tmp_path / "out", "val")
-    assert {s.key: {part: s.read(part) for part in s.members} for s in found} == samples
-    assert {sample.label for sample in found} == {-1}
+    found = examples_of(tmp_path / "out", "train") + examples_of(tmp_path / "out", "val")
+    assert {s.key: {part: s.read(part) for part in s.members} for s in found} == examples
+    assert {example.label for example in found} == {-1}
     assert read_meta(tmp_path / "out", "")["num_classes"] == 0
 
 
-def test_captions_beside_images_are_packed_and_count_towards_the_size_of_a_shard(tmp_path: Path) -> None:
+def test_captions_next_to_images_are_packed_and_count_towards_the_shard_size(tmp_path: Path) -> None:
     source = tmp_path / "source/pairs"
     source.mkdir(parents=True)
     for number in range(12):
@@ -284,34 +284,34 @@ def test_captions_beside_images_are_packed_and_count_towards_the_size_of_a_shard
     pack(str(source.parent), tmp_path / "out", shard_mb=0.02, workers=1, max_bad_share=0.1)
     shards = sorted((tmp_path / "out").glob("*/*.tar"))
     assert all(path.stat().st_size <= 20_000 for path in shards)
-    samples = [sample for path in shards for sample in index_shard(path)]
-    assert {sample.key: sample.read_caption() for sample in samples} == {
+    examples = [example for path in shards for example in index_shard(path)]
+    assert {example.key: example.read_caption() for example in examples} == {
         f"pairs/{number}": ("word " * 300).strip() if number else "" for number in range(12)
     }
 
 
-def test_a_packed_set_can_be_packed_anew(packed: Path, tmp_path: Path) -> None:
+def test_packed_dataset_can_be_packed_again(packed: Path, tmp_path: Path) -> None:
     pack(str(packed), tmp_path, shard_mb=0.09, seed=3, workers=1)
     assert contents(tmp_path) == contents(packed)
-    assert {s.key for s in samples_of(tmp_path, "val")} == {s.key for s in samples_of(packed, "val")}
+    assert {s.key for s in examples_of(tmp_path, "val")} == {s.key for s in examples_of(packed, "val")}
     assert 1 < len(shards_of(tmp_path, "train")) < len(shards_of(packed, "train"))
     assert read_meta(tmp_path, "")["classes"] == CLASSES
 
 
-def test_samples_of_shards_that_use_the_same_keys_stay_apart(tmp_path: Path) -> None:
+def test_examples_with_the_same_key_in_several_shards_stay_separate(tmp_path: Path) -> None:
     for shard in range(8):
-        samples = [(str(number), {"png": bytes([shard, number]), "cls": b"1"}) for number in range(4)]
-        write_shards(tmp_path / f"part{shard}", samples, per_shard=4)
+        examples = [(str(number), {"png": bytes([shard, number]), "cls": b"1"}) for number in range(4)]
+        write_shards(tmp_path / f"part{shard}", examples, per_shard=4)
         (tmp_path / "source").mkdir(exist_ok=True)
         (tmp_path / f"part{shard}/part{shard}-000000.tar").rename(tmp_path / f"source/{shard}.tar")
     pack(str(tmp_path / "source"), tmp_path / "out", val_share=0.2, workers=1)
-    found = samples_of(tmp_path / "out", "train") + samples_of(tmp_path / "out", "val")
-    assert sorted(sample.read("png") for sample in found) == [bytes([i, j]) for i in range(8) for j in range(4)]
-    assert read_meta(tmp_path / "out", "")["splits"]["train"]["count"] == len(samples_of(tmp_path / "out", "train"))
+    found = examples_of(tmp_path / "out", "train") + examples_of(tmp_path / "out", "val")
+    assert sorted(example.read("png") for example in found) == [bytes([i, j]) for i in range(8) for j in range(4)]
+    assert read_meta(tmp_path / "out", "")["splits"]["train"]["count"] == len(examples_of(tmp_path / "out", "train"))
 
 
 @pytest.mark.parametrize("folder", ["ü", "long name " * 12, "langer Name ü " * 12], ids=["foreign", "long", "both"])
-def test_long_and_foreign_names_count_towards_the_size_of_a_shard(tmp_path: Path, folder: str) -> None:
+def test_long_and_non_ascii_names_count_towards_the_shard_size(tmp_path: Path, folder: str) -> None:
     for number in range(200):
         path = tmp_path / "source/a" / folder / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +322,7 @@ def test_long_and_foreign_names_count_towards_the_size_of_a_shard(tmp_path: Path
     assert min(sizes[:-1]) > 70_000
 
 
-def test_an_image_that_is_larger_than_a_shard_has_one_of_its_own(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_image_larger_than_a_shard_gets_its_own_shard(folder: Path, packed: Path, tmp_path: Path) -> None:
     pack(str(folder), tmp_path, shard_mb=0.001, val_share=0.2, workers=1)
     assert contents(tmp_path) == contents(packed)
     assert {len(index_shard(shard)) for shard in shards_of(tmp_path, "train")} == {1}
@@ -344,7 +344,7 @@ def test_an_image_that_is_larger_than_a_shard_has_one_of_its_own(folder: Path, p
     ],
     ids=str,
 )
-def test_a_mistake_ends_the_command_in_one_line_and_writes_nothing(
+def test_usage_error_ends_the_command_in_one_line_and_writes_nothing(
     arguments: list[str],
     phrase: str,
     folder: Path,

@@ -1,4 +1,4 @@
-"""Requests for images of prompts: from lists, text files and tables; the odd ones too."""
+"""Requests for images of prompts from lists, text files and tables, including unusual ones."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ PARTI = (
 
 
 def requests(data: PromptDataModule, rank: int = 0, world_size: int = 1) -> list[tuple[int, str]]:
-    """(index, prompt) in the order of a rank."""
+    """(index, prompt) of each image of a rank, in order."""
     trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=None)
     data.trainer = trainer  # type: ignore[assignment]
     return [
@@ -31,13 +31,13 @@ def requests(data: PromptDataModule, rank: int = 0, world_size: int = 1) -> list
     ]
 
 
-def test_a_byte_order_mark_before_a_prompt_is_dropped(tmp_path: Path) -> None:
+def test_byte_order_mark_before_a_prompt_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("\ufeffa cat\r\na dog\r".encode())
     assert PromptDataModule(tmp_path / "p.txt").prompts == PromptDataModule(["\ufeffa cat", "a dog"]).prompts
     assert PromptDataModule(tmp_path / "p.txt").prompts == ["a cat", "a dog"]
 
 
-def test_prompts_come_in_turn_and_keep_their_numbers_when_more_images_are_asked_for() -> None:
+def test_prompts_are_requested_in_rounds_and_keep_their_numbers() -> None:
     prompts = ["a cat", "", "a dog"]
     few, more = (PromptDataModule(prompts, per_prompt=n, batch_size=2) for n in (1, 3))
     assert requests(more) == list(enumerate(prompts * 3))
@@ -45,7 +45,7 @@ def test_prompts_come_in_turn_and_keep_their_numbers_when_more_images_are_asked_
     assert (more.labels.dtype, more.labels.tolist()) == (np.int64, [0, 1, 2] * 3)
 
 
-def test_batches_are_shared_out_over_ranks_without_what_is_done() -> None:
+def test_batches_are_distributed_over_ranks_without_finished_images() -> None:
     data = PromptDataModule([str(number) for number in range(10)], batch_size=3)
     data.leave_out([0, 4, 9])
     assert data.left == 7
@@ -55,7 +55,7 @@ def test_batches_are_shared_out_over_ranks_without_what_is_done() -> None:
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"], ids=repr)
-def test_a_text_file_has_a_prompt_in_each_line_that_is_not_blank(tmp_path: Path, ends: str) -> None:
+def test_text_file_has_a_prompt_in_each_non_blank_line(tmp_path: Path, ends: str) -> None:
     path = tmp_path / "prompts.txt"
     lines = ["a cat", "", "  ein Hündchen 🐶 ", "\t", "one\x0bprompt\u2028only", '"quoted", with\ta tab', "x" * 10**6]
     path.write_bytes(b"\xef\xbb\xbf" + ends.join(lines).encode())
@@ -64,7 +64,7 @@ def test_a_text_file_has_a_prompt_in_each_line_that_is_not_blank(tmp_path: Path,
     assert PromptDataModule(path).columns == [{}] * 5
 
 
-def test_a_table_is_read_literally_and_keeps_its_other_columns(tmp_path: Path) -> None:
+def test_table_is_read_literally_and_keeps_its_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "PartiPrompts.TSV"
     path.write_bytes(b"\xef\xbb\xbf" + PARTI.encode())
     data = PromptDataModule(path)
@@ -77,7 +77,7 @@ def test_a_table_is_read_literally_and_keeps_its_other_columns(tmp_path: Path) -
     assert data.columns[1] == {"Category": "Animals", "Challenge": "Basic", "Note": ""}
 
 
-def test_the_column_of_the_prompts_can_be_named_in_any_case(tmp_path: Path) -> None:
+def test_column_of_the_prompts_can_be_named_in_any_case(tmp_path: Path) -> None:
     path = tmp_path / "table.tsv"
     path.write_text("id\tCAPTION\tprompt\n7\ta cat\tan old cat\n")
     assert PromptDataModule(path).prompts == ["an old cat"]
@@ -97,7 +97,7 @@ def test_the_column_of_the_prompts_can_be_named_in_any_case(tmp_path: Path) -> N
     ],
     ids=ascii,
 )
-def test_control_characters_are_spaces_and_all_else_stays(text: str, cleaned: str) -> None:
+def test_control_characters_become_spaces_and_the_rest_stays(text: str, cleaned: str) -> None:
     assert clean_prompt(text) == cleaned
     assert PromptDataModule([text]).prompts == [cleaned]
 
@@ -113,17 +113,17 @@ def test_control_characters_are_spaces_and_all_else_stays(text: str, cleaned: st
         ("p.txt", b" \n\x00\n", {}, ("has no prompts",)),
         ("p.tsv", b"", {}, ("has no column 'Prompt'",)),
         ("p.tsv", b"Prompt\tNote\n", {}, ("has no prompts",)),
-        ("p.tsv", b"Text\tNote\na\tb\n", {}, ("no column 'Prompt', but 'Text, Note'", "by column")),
+        ("p.tsv", b"Text\tNote\na\tb\n", {}, ("no column 'Prompt', but 'Text, Note'", "set column to")),
         ("p.tsv", b"Text\tNote\na\tb\n", {"column": "Texts"}, ("no column 'Texts'",)),
         ("p.tsv", b"Prompt\tprompt\na\tb\n", {}, ("more than one column 'Prompt'",)),
-        ("p.tsv", b"Prompt\tNote\n\na\tb\tc\n", {}, ("line 3", "has 3 of 2 columns", "write none in a prompt")),
+        ("p.tsv", b"Prompt\tNote\n\na\tb\tc\n", {}, ("line 3", "has 3 of 2 columns", "use no tabs within a prompt")),
         ("p.tsv", b"Note\tPrompt\na\n", {}, ("line 2", "has 1 of 2 columns")),
         ("p.csv", b"Prompt,Note\na,b\n", {}, ("p.csv, but tables are read as .tsv",)),
         ("p.txt", b"a\n", {"column": "Prompt"}, ("column is 'Prompt'", "only a .tsv has columns")),
     ],
     ids=str,
 )
-def test_a_bad_file_is_refused_with_what_to_do(
+def test_bad_prompt_file_is_refused_with_a_remedy(
     name: str, content: bytes | None, options: dict[str, Any], phrases: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -135,17 +135,17 @@ def test_a_bad_file_is_refused_with_what_to_do(
     assert len(str(error.value)) < 700
 
 
-def test_a_list_with_the_escapes_of_json_is_read() -> None:
+def test_list_with_json_escapes_is_read() -> None:
     assert PromptDataModule(r'["\ud83d\udc15 a", "\ud83d b", "http://c"]').prompts == ["🐕 a", "\ufffd b", "http://c"]
 
 
-def test_prompts_are_cleaned_if_asked_for() -> None:
+def test_prompts_are_cleaned_on_request() -> None:
     prompts = ["A <b>Red</b> HOUSE  http://a.com/b", "http://a.com"]
     assert PromptDataModule(prompts, clean_captions=True).prompts == ["a red house", ""]
     assert PromptDataModule(prompts).prompts == prompts
 
 
-def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
+def test_folder_is_refused_as_prompt_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         PromptDataModule(tmp_path)
     assert_one_line(error, tmp_path, "cannot be read (Is a directory)")
@@ -159,12 +159,12 @@ def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
         ({"prompts": ["a"], "per_prompt": 0}, "per_prompt is 0"),
         ({"prompts": ["a"], "batch_size": 0}, "batch_size 0"),
         ({"prompts": ["a"], "column": "Prompt"}, "prompts is a list; leave it out"),
-        ({"prompts": '["a", "b'}, "which is no list (Unterminated string"),
+        ({"prompts": '["a", "b'}, "which is not a list (Unterminated string"),
         ({"prompts": "[1]"}, "prompts is [1]"),
     ],
     ids=str,
 )
-def test_an_impossible_request_is_refused_by_name_and_value(options: dict[str, Any], phrase: str) -> None:
+def test_invalid_request_is_refused_with_name_and_value(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         PromptDataModule(**options)
     assert_one_line(error, phrase)

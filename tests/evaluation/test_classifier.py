@@ -70,7 +70,7 @@ def test_the_seed_determines_the_weights(digits: Path, tmp_path: Path) -> None:
         ({"name": "digits/small"}, "a classifier cannot be named 'digits/small'; give a name without slashes"),
         ({"name": " "}, "a classifier cannot be named ' '; give a name without slashes"),
         ({"width": 4}, "num_classes is 10, image_size 8 and width 4"),
-        ({"batch_size": 1600}, "1497 training samples cannot be shared out .* batch_size 1600"),
+        ({"batch_size": 1600}, "1497 training examples cannot be distributed .* batch_size 1600"),
     ],
 )
 def test_rejects_options_out_of_range(digits: Path, tmp_path: Path, options: dict[str, float], phrase: str) -> None:

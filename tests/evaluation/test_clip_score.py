@@ -167,7 +167,7 @@ def test_cuts_long_prompts_before_their_end_token_and_counts_them(
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["prompts"] == {"count": len(PROMPTS), "cut": 1}
     assert [each["cut"] for each in content["by_prompt"]] == [False, False, False, False, True]
-    assert f"1 of {len(PROMPTS)} prompts are longer than the {LENGTH} tokens that tiny reads" in capsys.readouterr().out
+    assert f"1 of {len(PROMPTS)} prompts are cut to the {LENGTH} tokens that tiny reads" in capsys.readouterr().out
     last = expected(samples, clip)[len(PROMPTS) - 1 :: len(PROMPTS)].mean()
     assert last > 0
     assert content["by_prompt"][-1]["clip_score"] == pytest.approx(last, rel=1e-4)
@@ -261,7 +261,7 @@ def test_rejects_incomplete_folders(clip: Path, tmp_path: Path, capsys: pytest.C
     metadata.write_bytes(whole.encode("utf-16"))
     assert "cannot be read" in refusal()
     metadata.unlink()
-    assert "run the same predict again to go on" in refusal()
+    assert "run the same predict again to resume" in refusal()
     assert not (tmp_path / "a.json").exists()
 
 
@@ -276,7 +276,7 @@ def test_names_images_that_cannot_be_read(
         file.write_bytes(data)
         message = fails(capsys, tmp_path, f"--clip={clip}", f"--num_workers={num_workers}", f"--out={tmp_path}/a.json")
         assert str(file) in message
-        assert "take its line out of metadata.jsonl" in message
+        assert "remove its line from metadata.jsonl" in message
     assert not (tmp_path / "a.json").exists()
 
 
@@ -285,7 +285,7 @@ def test_rejects_arguments_out_of_range(
 ) -> None:
     for argument, message in (
         ("--batch_size=0", "batch_size is 0"),
-        ("--num_workers=-1", "num_workers -1"),
+        ("--num_workers=-1", "num_workers is -1; it must be at least 0"),
         ("--device=nowhere", "device is 'nowhere'"),
         (f"--out={tmp_path}", "give the name of a file, *.json"),
         (f"--out={tmp_path / 'scores.txt'}", "give the name of a file, *.json"),

@@ -274,7 +274,7 @@ def test_rejects_folders_without_images(tmp_path: Path) -> None:
     cases = {
         "none": "does not exist",
         "empty": "holds neither",
-        "classes": "hold no samples: no image is in a",
+        "classes": "hold no examples: no image is in a",
         "one": "1 images; at least 2",
         "bmp": "convert it",
     }

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from callbacks import SampleGrid
-from datamodules import CodeDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule
 from lightning_modules import ARGenModule
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.models.vqgan import to_uint8
@@ -112,7 +112,7 @@ def test_rejects_requests_that_cannot_be_sampled_before_training(pipeline: Pipel
     with pytest.raises(ValueError, match="class 10 was requested, but the model has classes 0 to 9"):
         train(argen_module(tokenizer=pipeline.tokenizer), pipeline, tmp_path, SampleGrid(classes=11), max_steps=1)
     with pytest.raises(ValueError, match="class 17 was requested"):
-        evaluator().predict(argen_module(tokenizer=pipeline.tokenizer), SampleDataModule(classes=[3, 17]))
+        evaluator().predict(argen_module(tokenizer=pipeline.tokenizer), ClassRequestDataModule(classes=[3, 17]))
     assert not list(tmp_path.rglob("*"))
 
 

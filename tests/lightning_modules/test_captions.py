@@ -9,7 +9,7 @@ import torch
 import main
 from lightning_modules import CaptionModule
 from llamagen.text import CaptionEncoder, TextEncoderConfig
-from tests.datamodules.caption_sets import write_captioned_codes
+from tests.datamodules.caption_datasets import write_captioned_codes
 from tests.tiny_t5 import WIDTH, save_tiny_t5
 
 CAPTIONS = ["a cat sits on the red house. a dog", "a dog"]

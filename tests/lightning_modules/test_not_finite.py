@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from callbacks import CodeWriter, FIDMonitor, ImageWriter, SampleGrid
-from datamodules import CodeDataModule, DigitsDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule, DigitsDataModule
 from lightning_modules import ARGenModule, VQGANModule
 from lightning_modules.base import GenerativeModule
 from llamagen.checkpoints.contents import load_vqgan
@@ -133,7 +133,7 @@ def sampling_module(pipeline: Pipeline) -> ARGenModule:
 
 def test_sampling_writes_no_image_archive_or_grid(pipeline: Pipeline, tmp_path: Path) -> None:
     trainer = evaluator(ImageWriter(), default_root_dir=tmp_path)
-    data = SampleDataModule(2, 3, 4)
+    data = ClassRequestDataModule(2, 3, 4)
     said = error_of(lambda: trainer.predict(sampling_module(pipeline), data, return_predictions=False))
     assert said == (
         "the logits of the autoregressive model are not finite (precision float32): weight "

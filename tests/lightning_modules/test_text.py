@@ -13,11 +13,11 @@ import torch
 
 import main
 from callbacks import SampleGrid
-from datamodules import CodeDataModule, PromptDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, CodeDataModule, PromptDataModule
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
 from llamagen.text import TextEncoderConfig, pad_left
-from tests.datamodules.caption_sets import write_caption_codes
+from tests.datamodules.caption_datasets import write_caption_codes
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import fill
 from tests.lightning_modules.runs import argen_module, evaluator
@@ -178,7 +178,7 @@ def test_samples_without_a_caption_are_skipped_and_counted(text_pipeline: TextPi
 
     module = text_module(text_pipeline)
     with pytest.warns(
-        UserWarning, match=r"3 samples of train were skipped in this epoch \(no caption: 3; e\.g\. sample"
+        UserWarning, match=r"3 examples of train were skipped in this epoch \(no caption: 3; e\.g\. example"
     ):
         pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -230,7 +230,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
             {},
             {"cleaned": False},
             {"clean_captions": True},
-            ("of captions as they were; set it to false", "extract the features again"),
+            ("of uncleaned captions; set it to false", "extract the features again"),
         ),
         ({}, {"short": False}, {"short_caption_share": 0.1}, ("no features of short captions",)),
     ],
@@ -254,7 +254,7 @@ CLASSES: Any = {
     "prompts": lambda p: evaluator().predict(argen_module(tokenizer=p.images.tokenizer), PromptDataModule(["a"])),
 }
 TEXT: Any = {
-    "classes": lambda p: evaluator().predict(sampling_module(p), SampleDataModule(3)),
+    "classes": lambda p: evaluator().predict(sampling_module(p), ClassRequestDataModule(3)),
     "a grid of classes": lambda p: evaluator(SampleGrid()).validate(sampling_module(p), data_of(p.features)),
     "codes without captions": lambda p: evaluator().validate(text_module(p), data_of(p.images.codes)),
     "a share above 1": lambda p: data_of(p.codes, short_caption_share=1.5),

@@ -12,6 +12,7 @@ from evaluation.measurement import Measurement
 from llamagen.metrics import FID, KID, Features, PrecisionRecall
 from llamagen.metrics.classifier import ENTRY, Classifier, SmallClassifier
 from llamagen.metrics.frechet import frechet_distance
+from llamagen.metrics.inception_score import SplitStatistics
 from tests.datamodules.shard_files import grey_image, write_shards
 from tests.metrics.extractors import SIZE, Everything, Projection, random_images
 
@@ -24,9 +25,11 @@ def test_notices_a_broken_extractor_at_construction_and_in_each_batch() -> None:
     with torch.no_grad():
         extractor.linear.weight[0, 0] = NAN
         measurement.extractor.linear.bias[2] = NAN  # type: ignore[union-attr,operator,index]
-    said = r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
+    message = (
+        r"^the pool features of the extractor Projection are not finite \(precision float32\): weight linear\.weight"
+    )
     for make in (lambda: metric.update(random_images(3, 0)), lambda: KID(extractor, SIZE)):
-        with pytest.raises(FloatingPointError, match=said):
+        with pytest.raises(FloatingPointError, match=message):
             make()
     with pytest.raises(FloatingPointError, match=r"weight linear\.bias is not finite"):
         measurement.update(random_images(3, 0))
@@ -60,8 +63,8 @@ def test_raises_for_a_result_that_is_not_finite() -> None:
     measurement = Measurement(Projection(), SIZE, "generation", name="real")
     for real in (True, False):
         measurement.add(Features(torch.full((3, 16), 3e38) * torch.rand(3, 1)), real=real)
-    measurement.metrics["kid"].compute = lambda: type("Found", (), {"mean": torch.tensor(NAN), "std": mean})  # type: ignore[method-assign]
-    mean = torch.tensor(0.0)
+    broken = SplitStatistics(torch.tensor(NAN), torch.tensor(0.0))
+    measurement.metrics["kid"].compute = lambda: broken  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match=r"^gkid_Projection/real is nan \(precision float64\)"):
         measurement.compute()
 

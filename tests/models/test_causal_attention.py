@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on CPUs is attention: as exact as bfloat16 allows, with its gradient, eager and compiled."""
+"""Attention in bfloat16 on CPUs and its gradient are as accurate as bfloat16 allows, eager and compiled."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from llamagen.models.causal_attention import _attend, causal_attention
 
 
 def inputs(dtype: torch.dtype, batch: int = 2, heads: int = 3, length: int = 33, width: int = 16) -> list[Tensor]:
-    """Queries, keys and values, laid out as projections leave them."""
+    """Queries, keys and values in the memory layout of the projections."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(3, batch, length, heads, width, generator=generator, dtype=torch.float64)
-    return [each.to(dtype).transpose(1, 2).requires_grad_() for each in drawn]
+    values = torch.randn(3, batch, length, heads, width, generator=generator, dtype=torch.float64)
+    return [each.to(dtype).transpose(1, 2).requires_grad_() for each in values]
 
 
 def results(attend: object, dtype: torch.dtype) -> list[Tensor]:
-    """What comes out, and the gradients, in float64."""
+    """Result and gradients, in float64."""
     leaves = inputs(dtype)
     attended = attend(*leaves)  # type: ignore[operator]
     gradient = torch.randn(attended.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -32,20 +32,20 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scores", [1 << 20, 2 * 33 * 33, 1])
-def test_in_float64_it_is_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_float64_it_equals_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_SCORES", scores)
-    for found, wanted in zip(results(_attend, torch.float64), results(fused, torch.float64), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for found, expected in zip(results(_attend, torch.float64), results(fused, torch.float64), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
-def test_in_bfloat16_it_is_about_as_exact_as_the_fused_kernel() -> None:
+def test_in_bfloat16_it_is_about_as_accurate_as_the_fused_kernel() -> None:
     exact = results(fused, torch.float64)
     narrow = [each.bfloat16().double() for each in inputs(torch.float64)]
     assert len(narrow) == 3
     errors = [
         [
-            float((found - wanted).norm() / wanted.norm())
-            for found, wanted in zip(results(f, torch.bfloat16), exact, strict=True)
+            float((found - expected).norm() / expected.norm())
+            for found, expected in zip(results(f, torch.bfloat16), exact, strict=True)
         ]
         for f in (causal_attention, fused)
     ]
@@ -53,7 +53,7 @@ def test_in_bfloat16_it_is_about_as_exact_as_the_fused_kernel() -> None:
         assert ours < max(2.0 * theirs, 0.005)
 
 
-def test_the_kernel_of_its_own_is_for_bfloat16_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_custom_kernel_is_used_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
     monkeypatch.setattr(module, "_attend", lambda q, k, v: calls.append(q.dtype) or q)
     for dtype in (torch.bfloat16, torch.float32):
@@ -63,13 +63,15 @@ def test_the_kernel_of_its_own_is_for_bfloat16_on_cpus(monkeypatch: pytest.Monke
 
 def test_it_is_one_operator_of_a_compiled_graph() -> None:
     compiled = torch.compile(causal_attention, backend="aot_eager_decomp_partition", fullgraph=True)
-    for found, wanted in zip(results(compiled, torch.bfloat16), results(causal_attention, torch.bfloat16), strict=True):
-        assert torch.equal(found, wanted)
+    for found, expected in zip(
+        results(compiled, torch.bfloat16), results(causal_attention, torch.bfloat16), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
-def test_the_operators_say_of_their_results_what_they_are() -> None:
+def test_the_operators_pass_pytorchs_checks() -> None:
     torch.library.opcheck(_attend, tuple(inputs(torch.bfloat16)))
 
 
-def test_the_result_lies_by_position() -> None:
+def test_the_result_has_the_memory_layout_of_the_projections() -> None:
     assert causal_attention(*inputs(torch.bfloat16)).transpose(1, 2).is_contiguous()

@@ -13,14 +13,14 @@ KINDS = ["class", "text"]
 
 
 def no_condition(gpt: GPT, batch_size: int) -> Tensor:
-    """What stands for "no class" or "no caption"."""
+    """The condition "no class" or "no caption"."""
     if isinstance(gpt.cls_embedding, LabelEmbedder):
         return torch.full((batch_size,), gpt.config.num_classes)
     return gpt.cls_embedding.uncond_embedding.expand(batch_size, -1, -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_row_is_the_row_without_a_condition(kind: str) -> None:
+def test_a_dropped_row_equals_a_row_without_a_condition(kind: str) -> None:
     gpt = small_gpt(condition=kind)
     condition, codes, dropped = condition_for(gpt, 3), codes_for(gpt, 3, 15), torch.tensor([True, False, True])
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_a_row_without_a_caption_keeps_the_padding_of_its_prompt(kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_drops_whole_conditions_and_evaluation_none(kind: str) -> None:
+def test_conditions_are_dropped_in_training_only(kind: str) -> None:
     torch.manual_seed(0)
     gpt = small_gpt(condition=kind, condition_dropout=0.5)
     condition, codes = condition_for(gpt, 1).expand(64, *condition_for(gpt, 1).shape[1:]), codes_for(gpt, 64, 3)
@@ -79,7 +79,7 @@ def test_labels_are_rows_of_the_table() -> None:
     assert torch.equal(found, table[[2, 4, 3]].unsqueeze(1))
 
 
-def test_captions_go_through_two_linear_layers_with_a_tanh_gelu() -> None:
+def test_captions_pass_two_linear_layers_with_a_tanh_gelu() -> None:
     gpt = small_gpt(condition="text")
     embedder = gpt.cls_embedding
     assert isinstance(embedder, CaptionEmbedder)
@@ -88,7 +88,7 @@ def test_captions_go_through_two_linear_layers_with_a_tanh_gelu() -> None:
     torch.testing.assert_close(embedder(features), hidden @ embedder.cap_proj.fc2.weight.T)
 
 
-def test_the_features_of_no_caption_are_kept_with_the_weights_and_never_trained() -> None:
+def test_the_features_of_no_caption_are_a_buffer_in_the_state_dict() -> None:
     torch.manual_seed(0)
     gpt = GPT(small_gpt(condition="text").config)
     name = "cls_embedding.uncond_embedding"

@@ -1,4 +1,4 @@
-"""What a GPT must hold to, whatever its weights: causality, independent rows, hidden padding, a fair start."""
+"""Properties of a GPT with any weights: causality, independent rows, masked padding, initial loss."""
 
 from math import log
 
@@ -14,7 +14,7 @@ VARIANTS = list(GPT_VARIANTS)
 
 @pytest.mark.parametrize("changed", [0, 6, 14])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_code_changes_later_logits_and_never_an_earlier_one(variant: str, changed: int) -> None:
+def test_a_code_changes_all_later_logits_and_no_earlier_one(variant: str, changed: int) -> None:
     gpt = small_gpt(**GPT_VARIANTS[variant])
     condition, lengths, codes = condition_for(gpt, 3), caption_lengths_for(gpt, 3), codes_for(gpt, 3, 15)
     other = codes.clone()
@@ -49,7 +49,7 @@ def test_a_row_does_not_depend_on_the_other_rows(variant: str) -> None:
 
 
 @pytest.mark.parametrize("rotation", ["zero", "identity"])
-def test_what_lies_in_padded_caption_positions_changes_no_logit(rotation: str) -> None:
+def test_the_content_of_padding_changes_no_logit(rotation: str) -> None:
     gpt = small_gpt(condition="text", rope_condition=rotation)
     features, codes, lengths = condition_for(gpt, 3), codes_for(gpt, 3, 15), torch.tensor([1, 4, 6])
     padding = torch.arange(6) < 6 - lengths[:, None]
@@ -62,16 +62,16 @@ def test_what_lies_in_padded_caption_positions_changes_no_logit(rotation: str) -
 
 
 @pytest.mark.parametrize("rotation", ["zero", "identity"])
-def test_a_padded_caption_position_attends_to_itself_alone(rotation: str) -> None:
+def test_padding_attends_to_itself_only(rotation: str) -> None:
     gpt = small_gpt(condition="text", rope_condition=rotation)
     attention = gpt.layers[0].get_submodule("attention")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attention.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
     lengths = torch.tensor([1, 4])
     padding = torch.arange(6) < 6 - lengths[:, None]
     with torch.no_grad():
         gpt(None, condition_for(gpt, 2), caption_lengths=lengths)
-        ((x, found),) = seen
+        ((x, found),) = calls
         values = x @ attention.get_parameter("wqkv.weight")[-32:].T
         expected = values @ attention.get_parameter("wo.weight").T
     torch.testing.assert_close(found[padding], expected[padding], atol=1e-5, rtol=0)
@@ -79,7 +79,7 @@ def test_a_padded_caption_position_attends_to_itself_alone(rotation: str) -> Non
 
 
 @pytest.mark.parametrize("rotation", ["zero", "identity"])
-def test_a_full_caption_needs_no_lengths(rotation: str) -> None:
+def test_a_caption_without_padding_needs_no_lengths(rotation: str) -> None:
     gpt = small_gpt(condition="text", rope_condition=rotation)
     features, codes = condition_for(gpt, 2), codes_for(gpt, 2, 15)
     with torch.no_grad():
@@ -90,20 +90,20 @@ def test_a_full_caption_needs_no_lengths(rotation: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["class", "text"])
 @pytest.mark.parametrize("count", [0, 1, 15])
-def test_there_is_one_more_logit_than_codes_in_both_modes(kind: str, training: bool, count: int) -> None:
+def test_there_is_one_more_position_of_logits_than_codes(kind: str, training: bool, count: int) -> None:
     gpt = small_gpt(condition=kind).train(training)
     logits = gpt(codes_for(gpt, 2, count), condition_for(gpt, 2))
     assert logits.shape == (2, count + 1, 48)
 
 
-def test_no_tokens_are_the_same_as_an_empty_row_of_tokens() -> None:
+def test_no_tokens_equal_an_empty_sequence() -> None:
     gpt = small_gpt()
     with torch.no_grad():
         assert torch.equal(gpt(None, condition_for(gpt, 2)), gpt(codes_for(gpt, 2, 0), condition_for(gpt, 2)))
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
-def test_the_first_training_loss_of_a_new_model_is_the_log_of_the_vocabulary(condition: str) -> None:
+def test_the_first_training_loss_is_the_log_of_the_vocabulary_size(condition: str) -> None:
     torch.manual_seed(0)
     shape = small_gpt(condition=condition, condition_dropout=0.5, token_dropout=0.1, resid_dropout=0.1).config
     gpt = GPT(shape).train()
@@ -114,7 +114,7 @@ def test_the_first_training_loss_of_a_new_model_is_the_log_of_the_vocabulary(con
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
-def test_weights_start_as_published(condition: str) -> None:
+def test_weights_are_initialized_as_published(condition: str) -> None:
     torch.manual_seed(0)
     gpt = GPT(small_gpt(condition=condition).config)
     for name, weight in gpt.named_parameters():
@@ -134,7 +134,7 @@ def test_rms_norm_divides_by_the_root_mean_square_in_float32() -> None:
         found = norm(torch.tensor([[1.0, -1.0, 3.0, 5.0]]))
     expected = torch.tensor([[1.0, -2.0, 9.0, 20.0]]) / (9.0 + 0.5) ** 0.5
     torch.testing.assert_close(found, expected)
-    # 300² overflows float16, so its mean square exists in float32 only.
+    # 300² overflows float16, so only float32 can hold its mean square.
     low = norm.half()(torch.full((1, 4), 300.0, dtype=torch.float16))
     assert low.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
@@ -145,7 +145,7 @@ def test_drop_path_grows_linearly_with_depth() -> None:
     assert probabilities == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
+def test_drop_path_skips_whole_examples_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     branch = torch.ones(4000, 2, 3)
     kept = DropPath(0.25).train()(branch)
@@ -185,14 +185,14 @@ def test_every_parameter_gets_a_gradient(variant: str) -> None:
         assert weight.grad.isfinite().all(), name
 
 
-def test_too_many_codes_are_refused_with_their_number() -> None:
+def test_rejects_too_many_codes_with_their_number() -> None:
     gpt = small_gpt()
     with pytest.raises(ValueError, match=r"16 codes .* block_size 16"):
         gpt(codes_for(gpt, 2, 16), condition_for(gpt, 2))
 
 
 @pytest.mark.parametrize("tokens", [None, torch.zeros(2, 3, dtype=torch.int64)])
-def test_a_missing_condition_is_refused(tokens: torch.Tensor | None) -> None:
+def test_rejects_a_missing_condition(tokens: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match="missing at position 0"):
         small_gpt()(tokens)
 
@@ -200,7 +200,7 @@ def test_a_missing_condition_is_refused(tokens: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("kind", "shape"), [("class", (2, 1)), ("class", ()), ("text", (2, 5, 12)), ("text", (2, 6, 13)), ("text", (2,))]
 )
-def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape: tuple[int, ...]) -> None:
+def test_rejects_a_condition_of_another_shape(kind: str, shape: tuple[int, ...]) -> None:
     gpt = small_gpt(condition=kind)
     dtype = torch.int64 if kind == "class" else torch.float32
     with pytest.raises(ValueError) as error:
@@ -209,18 +209,18 @@ def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2)])
-def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_rejects_tokens_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"tokens must have shape \(2, T\)"):
         small_gpt()(torch.zeros(shape, dtype=torch.int64), torch.arange(2))
 
 
 @pytest.mark.parametrize("lengths", [[2], [1, 2], [[1, 1, 1]]])
-def test_a_wrong_number_of_caption_lengths_is_refused(lengths: list[int]) -> None:
+def test_rejects_a_wrong_number_of_caption_lengths(lengths: list[int]) -> None:
     gpt = small_gpt(condition="text")
     with pytest.raises(ValueError, match=r"caption_lengths must have shape \(3,\)"):
         gpt(None, condition_for(gpt, 3), caption_lengths=torch.tensor(lengths))
 
 
-def test_caption_lengths_are_refused_by_a_class_model() -> None:
+def test_a_class_model_rejects_caption_lengths() -> None:
     with pytest.raises(ValueError, match="belongs to a text-conditional model"):
         small_gpt()(None, torch.arange(2), caption_lengths=torch.tensor([1, 1]))

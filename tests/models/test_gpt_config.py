@@ -1,4 +1,4 @@
-"""GPTConfig refuses what cannot be built, and every option of it does something."""
+"""GPTConfig rejects invalid shapes, and each of its options has an effect."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -11,7 +11,7 @@ from llamagen.models.gpt import GPT, GPTConfig
 from tests.golden import fill
 from tests.small_models import CLASS_GPT, TEXT_GPT, codes_for, condition_for
 
-# One change of every option; those of captions are seen in a text model.
+# One change of every option; those of captions have an effect in a text model only.
 CHANGES: dict[str, Any] = {
     "dim": 48,
     "n_layer": 3,
@@ -39,7 +39,7 @@ TRAINING_ONLY = [name for name in CHANGES if "drop" in name]
 
 
 def compute(config: GPTConfig, training: bool) -> tuple[dict[str, torch.Size], Tensor]:
-    """Shapes of the state dict, and logits under a fixed seed."""
+    """Shapes of the state dict, and logits with a fixed seed."""
     gpt = fill(GPT(config)).train(training)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def compute(config: GPTConfig, training: bool) -> tuple[dict[str, torch.Size], T
     return {name: value.shape for name, value in gpt.state_dict().items()}, logits
 
 
-def test_the_table_of_changes_is_complete() -> None:
+def test_the_table_of_changes_covers_all_options() -> None:
     assert list(CHANGES) == [field.name for field in fields(GPTConfig)]
 
 
@@ -99,9 +99,7 @@ def test_dropout_is_off_in_evaluation(option: str) -> None:
     ],
     ids=str,
 )
-def test_a_shape_that_cannot_be_built_is_refused_by_name_and_value(
-    options: dict[str, Any], phrases: tuple[str, ...]
-) -> None:
+def test_rejects_invalid_shapes_with_name_and_value(options: dict[str, Any], phrases: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as error:
         replace(CLASS_GPT, **options)
     assert [phrase for phrase in phrases if phrase not in str(error.value)] == []
@@ -142,6 +140,6 @@ def test_derived_sizes(options: dict[str, Any], expected: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("name", ["ffn_dim_multiplier", "rope_base", "norm_eps"])
-def test_a_negative_scale_is_refused(name: str) -> None:
+def test_rejects_a_negative_scale(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1.0|{name} -1.0"):
         replace(CLASS_GPT, **{name: -1.0})

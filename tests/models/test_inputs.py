@@ -1,4 +1,4 @@
-"""What people pass to the models is taken where it has one meaning, and else refused in one line."""
+"""Models accept images, codes and labels in several forms, and reject what is ambiguous or wrong in one line."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def gpt() -> GPT:
     return GPT(config).eval().requires_grad_(False)
 
 
-def refused(call: Callable[[Any], Any], given: Any, *phrases: str) -> None:
+def assert_rejects(call: Callable[[Any], Any], given: Any, *phrases: str) -> None:
     with pytest.raises(ValueError) as error:
         call(given)
     message = str(error.value)
@@ -39,7 +39,7 @@ def refused(call: Callable[[Any], Any], given: Any, *phrases: str) -> None:
         assert phrase in message, message
 
 
-def test_codes_of_any_whole_type_are_decoded(vqgan: VQGAN) -> None:
+def test_decodes_codes_of_any_integer_type(vqgan: VQGAN) -> None:
     codes = torch.arange(16).view(1, 4, 4)
     expected = vqgan.decode_codes(codes)
     frozen = codes.numpy().astype(np.uint16)
@@ -57,21 +57,21 @@ def test_codes_of_any_whole_type_are_decoded(vqgan: VQGAN) -> None:
     assert vqgan.decode_codes(np.zeros((0, 4, 4), np.uint16)).shape == (0, 3, SIDE, SIDE)
 
 
-def test_what_are_no_codes_is_refused(vqgan: VQGAN) -> None:
+def test_rejects_what_is_not_a_code(vqgan: VQGAN) -> None:
     high = SMALL_VQGAN.codebook_size
-    refused(vqgan.decode_codes, np.full((1, 2, 2), high, np.uint16), f"{high} … {high}", f"0 to {high - 1}")
-    refused(vqgan.decode_codes, torch.full((1, 2, 2), -1), "-1 … -1")
-    refused(vqgan.decode_codes, torch.zeros(1, 2, 2), "integers", "float32")
-    refused(vqgan.decode_codes, torch.zeros(1, 2, 2, dtype=torch.bool), "integers", "bool")
-    refused(vqgan.decode_codes, torch.zeros(2, 16, dtype=torch.int64), "(2, 16)", "reshape(-1, 4, 4)")
-    refused(vqgan.decode_codes, [[1, 2], [3]], "one shape")
-    refused(vqgan.decode_codes, [torch.zeros(2, 2), torch.zeros(4, 4)], "(2, 2) and (4, 4)")
-    refused(vqgan.decode_codes, "codes.tar", "codes must be numbers", "'codes.tar'")
-    refused(vqgan.decode_codes, None, "codes must be numbers", "NoneType")
-    refused(vqgan.decode, torch.zeros(1, 4, 4, dtype=torch.int64), "give codes to decode_codes")
+    assert_rejects(vqgan.decode_codes, np.full((1, 2, 2), high, np.uint16), f"{high} … {high}", f"0 to {high - 1}")
+    assert_rejects(vqgan.decode_codes, torch.full((1, 2, 2), -1), "-1 … -1")
+    assert_rejects(vqgan.decode_codes, torch.zeros(1, 2, 2), "integers", "float32")
+    assert_rejects(vqgan.decode_codes, torch.zeros(1, 2, 2, dtype=torch.bool), "integers", "bool")
+    assert_rejects(vqgan.decode_codes, torch.zeros(2, 16, dtype=torch.int64), "(2, 16)", "reshape(-1, 4, 4)")
+    assert_rejects(vqgan.decode_codes, [[1, 2], [3]], "one shape")
+    assert_rejects(vqgan.decode_codes, [torch.zeros(2, 2), torch.zeros(4, 4)], "(2, 2) and (4, 4)")
+    assert_rejects(vqgan.decode_codes, "codes.tar", "codes must be numbers", "'codes.tar'")
+    assert_rejects(vqgan.decode_codes, None, "codes must be numbers", "NoneType")
+    assert_rejects(vqgan.decode, torch.zeros(1, 4, 4, dtype=torch.int64), "give codes to decode_codes")
 
 
-def test_levels_and_other_floats_are_encoded_as_the_same_image(vqgan: VQGAN) -> None:
+def test_levels_and_floats_of_an_image_have_the_same_codes(vqgan: VQGAN) -> None:
     expected = vqgan.encode(FLOATS).codes
     planes = torch.from_numpy(LEVELS).permute(2, 0, 1)
     for given in (
@@ -93,38 +93,38 @@ def test_levels_and_other_floats_are_encoded_as_the_same_image(vqgan: VQGAN) -> 
     assert vqgan.encode([LEVELS, LEVELS]).codes.shape[0] == 2
 
 
-def test_what_are_no_images_is_refused(vqgan: VQGAN) -> None:
-    refused(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "not 0 to 255", "images / 127.5 - 1")
-    refused(vqgan.encode, torch.from_numpy(LEVELS).permute(2, 0, 1)[None].long(), "int64", "uint8")
-    refused(vqgan.encode, LEVELS > 3, "bool")
-    refused(vqgan.encode, LEVELS[:, :, 0], "(16, 16)", "grey images")
-    refused(vqgan.encode, np.dstack([LEVELS, LEVELS[..., :1]]), "(16, 16, 4)", "transparency")
-    refused(vqgan.encode, LEVELS[:15], "(15, 16, 3)", "multiples of 4")
-    refused(vqgan.encode, FLOATS[..., :0], "at least 4")
-    refused(vqgan.encode, [LEVELS, LEVELS[:8, :8]], "one shape")
-    refused(vqgan.encode, [], "an empty list")
-    refused(vqgan.encode, "image.png", "'image.png'")
-    refused(to_uint8, torch.from_numpy(LEVELS), "uint8")
-    vqgan.encode(FLOATS * 3)  # what a decoder gives may leave [-1, 1]
+def test_rejects_what_is_not_an_image(vqgan: VQGAN) -> None:
+    assert_rejects(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "not 0 to 255", "images / 127.5 - 1")
+    assert_rejects(vqgan.encode, torch.from_numpy(LEVELS).permute(2, 0, 1)[None].long(), "int64", "uint8")
+    assert_rejects(vqgan.encode, LEVELS > 3, "bool")
+    assert_rejects(vqgan.encode, LEVELS[:, :, 0], "(16, 16)", "grey images")
+    assert_rejects(vqgan.encode, np.dstack([LEVELS, LEVELS[..., :1]]), "(16, 16, 4)", "transparency")
+    assert_rejects(vqgan.encode, LEVELS[:15], "(15, 16, 3)", "multiples of 4")
+    assert_rejects(vqgan.encode, FLOATS[..., :0], "at least 4")
+    assert_rejects(vqgan.encode, [LEVELS, LEVELS[:8, :8]], "one shape")
+    assert_rejects(vqgan.encode, [], "an empty list")
+    assert_rejects(vqgan.encode, "image.png", "'image.png'")
+    assert_rejects(to_uint8, torch.from_numpy(LEVELS), "uint8")
+    vqgan.encode(FLOATS * 3)  # decoder outputs may exceed [-1, 1]
 
 
-def test_tokens_and_labels_of_any_whole_type_are_taken(gpt: GPT) -> None:
+def test_accepts_tokens_and_labels_of_any_integer_type(gpt: GPT) -> None:
     codes, labels = torch.arange(6).view(2, 3), torch.tensor([1, 4])
     expected = gpt(codes, labels)
     assert torch.equal(gpt(codes.to(torch.uint16), labels.to(torch.uint8)), expected)
 
 
-def test_tokens_and_labels_out_of_range_are_refused(gpt: GPT) -> None:
+def test_rejects_tokens_and_labels_out_of_range(gpt: GPT) -> None:
     codes, labels = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    refused(lambda given: gpt(given, labels), codes + 64, "tokens 64 … 64 are out of range", "0 to 63")
-    refused(lambda given: gpt(given, labels), codes - 1, "tokens -1 … -1")
-    refused(lambda given: gpt(given, labels), codes.float(), "tokens must be integers, not float32")
-    refused(lambda given: gpt(codes, given), labels + 5, "class labels 5 … 5", "0 to 4")
-    refused(lambda given: gpt(codes, given), labels.float(), "class labels must be integers, not float32")
+    assert_rejects(lambda given: gpt(given, labels), codes + 64, "tokens 64 … 64 are out of range", "0 to 63")
+    assert_rejects(lambda given: gpt(given, labels), codes - 1, "tokens -1 … -1")
+    assert_rejects(lambda given: gpt(given, labels), codes.float(), "tokens must be integers, not float32")
+    assert_rejects(lambda given: gpt(codes, given), labels + 5, "class labels 5 … 5", "0 to 4")
+    assert_rejects(lambda given: gpt(codes, given), labels.float(), "class labels must be integers, not float32")
 
 
-def test_values_are_not_looked_at_in_compiled_graphs(vqgan: VQGAN, gpt: GPT) -> None:
-    """A look would break the graph."""
+def test_values_are_not_checked_in_compiled_graphs(vqgan: VQGAN, gpt: GPT) -> None:
+    """A check of values would break the graph."""
 
     def codes_of(tokens: Tensor, labels: Tensor) -> Tensor:
         return gpt(tokens, labels)

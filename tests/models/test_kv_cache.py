@@ -1,4 +1,4 @@
-"""Decoding with a cache is the same function as decoding without, and leaves nothing behind in the model."""
+"""Decoding with a cache computes the same function as without one, and does not change the model."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from llamagen.models.kv_cache import KVCache
 from tests.small_models import CLASS_GPT, GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
-# Codes that are given in each call, the first with the condition; 15 of 16 codes in all.
+# Numbers of codes of each call, the first one with the condition; 15 of 16 codes in total.
 CHUNKS = {"one by one": (0, *(1,) * 15), "mixed": (0, 5, 1, 9), "codes in the prefill": (3, 4, 8), "at once": (15,)}
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=list(CHUNKS))
 @pytest.mark.parametrize("variant", list(GPT_VARIANTS))
-def test_cached_logits_are_the_uncached_ones(variant: str, chunks: tuple[int, ...]) -> None:
+def test_cached_logits_equal_uncached_ones(variant: str, chunks: tuple[int, ...]) -> None:
     gpt = small_gpt(**GPT_VARIANTS[variant])
     condition, lengths, codes = condition_for(gpt, 4), caption_lengths_for(gpt, 4), codes_for(gpt, 4, 15)
     cache = KVCache.allocate(gpt.config, 4)
@@ -28,7 +28,7 @@ def test_cached_logits_are_the_uncached_ones(variant: str, chunks: tuple[int, ..
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_full_captions_and_labels_decode_from_a_cache_without_lengths(kind: str) -> None:
+def test_captions_without_padding_and_labels_need_no_lengths(kind: str) -> None:
     gpt = small_gpt(condition=kind)
     condition, codes, cache = condition_for(gpt, 2), codes_for(gpt, 2, 15), KVCache.allocate(gpt.config, 2)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_full_captions_and_labels_decode_from_a_cache_without_lengths(kind: str)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
 
 
-def test_a_cache_leaves_no_trace_in_the_model() -> None:
+def test_a_cache_does_not_change_the_model() -> None:
     gpt = small_gpt()
     names = list(gpt.state_dict())
     buffers = [name for name, _ in gpt.named_buffers()]
@@ -52,7 +52,7 @@ def test_a_cache_leaves_no_trace_in_the_model() -> None:
     assert [name for name, _ in gpt.named_buffers()] == buffers
 
 
-def test_two_caches_do_not_disturb_each_other() -> None:
+def test_two_caches_are_independent() -> None:
     gpt = small_gpt()
     codes = codes_for(gpt, 2, 15)
     caches = [KVCache.allocate(gpt.config, 2) for _ in range(2)]
@@ -66,9 +66,7 @@ def test_two_caches_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize(("n_kv_head", "heads"), [(None, 4), (2, 2), (1, 1)])
-def test_the_cache_has_key_value_heads_and_room_for_all_positions_but_the_last(
-    n_kv_head: int | None, heads: int
-) -> None:
+def test_the_cache_has_key_value_heads_and_room_for_all_tokens_but_the_last(n_kv_head: int | None, heads: int) -> None:
     config = small_gpt(n_kv_head=n_kv_head).config
     cache = KVCache.allocate(config, 3, dtype=torch.bfloat16)
     assert cache.keys.shape == cache.values.shape == (2, 3, heads, 1 + 16 - 1, 8)
@@ -76,7 +74,7 @@ def test_the_cache_has_key_value_heads_and_room_for_all_positions_but_the_last(
     assert cache.length == 0
 
 
-def test_a_bfloat16_cache_serves_a_float32_model() -> None:
+def test_a_float32_model_may_use_a_bfloat16_cache() -> None:
     gpt = small_gpt()
     codes, condition = codes_for(gpt, 2, 15), condition_for(gpt, 2)
     cache = KVCache.allocate(gpt.config, 2, dtype=torch.bfloat16)
@@ -88,7 +86,7 @@ def test_a_bfloat16_cache_serves_a_float32_model() -> None:
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
 
 
-def test_first_rows_go_on_alone_in_the_same_memory() -> None:
+def test_the_first_rows_continue_alone_in_the_same_memory() -> None:
     gpt = small_gpt()
     codes, condition, cache = codes_for(gpt, 4, 15), condition_for(gpt, 4), KVCache.allocate(gpt.config, 4)
     with torch.no_grad():
@@ -102,7 +100,7 @@ def test_first_rows_go_on_alone_in_the_same_memory() -> None:
     assert (rows.length, cache.length) == (16, 8)
 
 
-def test_append_writes_behind_the_filled_part_and_advance_counts() -> None:
+def test_append_writes_after_the_cached_tokens_and_advance_counts() -> None:
     cache = KVCache.allocate(CLASS_GPT, 1)
     first, second = torch.randn(2, 1, 4, 3, 8, generator=torch.Generator().manual_seed(0))
     cache.layer(1).append(first, -first)
@@ -113,7 +111,7 @@ def test_append_writes_behind_the_filled_part_and_advance_counts() -> None:
     assert cache.length == 3
 
 
-def test_a_full_cache_refuses_one_more_position() -> None:
+def test_rejects_more_tokens_than_the_cache_holds() -> None:
     cache = KVCache.allocate(CLASS_GPT, 1)
     cache.advance(15)
     cache.layer(0).append(torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
@@ -121,7 +119,7 @@ def test_a_full_cache_refuses_one_more_position() -> None:
         cache.layer(0).append(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
 
 
-def test_one_code_too_many_is_refused_from_a_cache_too() -> None:
+def test_rejects_more_codes_than_an_image_has() -> None:
     gpt = small_gpt()
     cache = KVCache.allocate(gpt.config, 1)
     gpt(codes_for(gpt, 1, 15), condition_for(gpt, 1), cache=cache)
@@ -130,9 +128,9 @@ def test_one_code_too_many_is_refused_from_a_cache_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("repeat", "message"), [(True, "given again at position 1"), (False, "neither tokens nor a condition")]
+    ("repeat", "message"), [(True, "repeated at position 1"), (False, "neither tokens nor a condition")]
 )
-def test_a_condition_given_twice_or_a_call_with_nothing_is_refused(repeat: bool, message: str) -> None:
+def test_rejects_a_repeated_condition_and_an_empty_call(repeat: bool, message: str) -> None:
     gpt = small_gpt()
     condition, cache = condition_for(gpt, 1), KVCache.allocate(gpt.config, 1)
     gpt(None, condition, cache=cache)

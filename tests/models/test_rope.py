@@ -1,4 +1,4 @@
-"""The 2-D rotary embedding: rows and columns turn the right pairs, and the table survives every move of the model."""
+"""The 2-D rotary embedding: rows and columns rotate the right pairs, and moving a model does not change the table."""
 
 import cmath
 from typing import Literal
@@ -14,7 +14,7 @@ from tests.small_models import codes_for, condition_for, small_gpt
 
 @pytest.mark.parametrize("head_dim", [4, 8, 64])
 @pytest.mark.parametrize("base", [10000.0, 100.0])
-def test_first_half_of_the_pairs_turns_with_the_row_and_second_with_the_column(head_dim: int, base: float) -> None:
+def test_the_row_rotates_the_first_half_of_the_pairs_and_the_column_the_second(head_dim: int, base: float) -> None:
     grid, pairs = 5, head_dim // 4
     table = rope_table(grid, head_dim, base, 1, "zero")
     assert table.shape == (1 + grid**2, head_dim // 2, 2)
@@ -26,7 +26,7 @@ def test_first_half_of_the_pairs_turns_with_the_row_and_second_with_the_column(h
             assert table[1 + position, pair].tolist() == pytest.approx([turn.real, turn.imag], abs=1e-5)
 
 
-def test_interleaved_pairs_turn_as_complex_numbers() -> None:
+def test_interleaved_pairs_rotate_as_complex_numbers() -> None:
     table = rope_table(3, 8, 10000.0, 0, "zero")
     x = normal_input("rope/x", (2, 9, 3, 8))
     numbers = torch.view_as_complex(x.unflatten(-1, (4, 2)))
@@ -48,14 +48,14 @@ def test_scores_depend_on_the_difference_of_positions_only() -> None:
     assert abs(scores[0, 0, 0, 1] - scores[0, 0, 1, 0]) > 1e-3
 
 
-def test_condition_positions_are_set_to_zero_or_left_alone() -> None:
+def test_condition_positions_are_set_to_zero_or_not_rotated() -> None:
     x = normal_input("rope/condition", (1, 3, 2, 8))
     assert rotate(x, rope_table(2, 8, 10000.0, 3, "zero")[:3]).abs().max() == 0
     assert torch.equal(rotate(x, rope_table(2, 8, 10000.0, 3, "identity")[:3]), x)
 
 
 @pytest.mark.parametrize("rotation", ["zero", "identity"])
-def test_codes_turn_alike_whatever_the_condition_rotation_and_length(rotation: Literal["zero", "identity"]) -> None:
+def test_the_rotation_of_codes_does_not_depend_on_the_condition(rotation: Literal["zero", "identity"]) -> None:
     expected = rope_table(4, 8, 10000.0, 0, "zero")
     assert torch.equal(rope_table(4, 8, 10000.0, 7, rotation)[7:], expected)
 
@@ -70,35 +70,35 @@ def test_zero_and_identity_rotation_are_different_models(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("rotation", "mean_is_all"), [("zero", True), ("identity", False)])
-def test_codes_see_no_more_than_the_mean_of_a_caption_if_its_rotation_is_zero(
+def test_with_zero_rotation_codes_depend_only_on_the_mean_of_the_caption(
     rotation: Literal["zero", "identity"], mean_is_all: bool
 ) -> None:
     gpt, lengths = small_gpt(condition="text", rope_condition=rotation), torch.tensor([3, 6])
-    seen: list[tuple[Attention, tuple[torch.Tensor, ...], torch.Tensor]] = []
+    calls: list[tuple[Attention, tuple[torch.Tensor, ...], torch.Tensor]] = []
     for block in gpt.layers:
-        block.get_submodule("attention").register_forward_hook(lambda *call: seen.append(call))
+        block.get_submodule("attention").register_forward_hook(lambda *call: calls.append(call))
     with torch.no_grad():
         gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=lengths)
-        calls = list(seen)
-        assert len(calls) == 2
-        for attention, (x, *others), found in calls:
-            levelled = x.clone()
-            for row, length in zip(levelled, lengths.tolist(), strict=True):
+        recorded = list(calls)
+        assert len(recorded) == 2
+        for attention, (x, *others), found in recorded:
+            averaged = x.clone()
+            for row, length in zip(averaged, lengths.tolist(), strict=True):
                 row[6 - length : 6] = row[6 - length : 6].mean(0)
-            difference = (attention(levelled, *others) - found)[:, 6:].abs().amax(-1)
+            difference = (attention(averaged, *others) - found)[:, 6:].abs().amax(-1)
             assert bool((difference < 1e-5).all()) is mean_is_all
             assert bool((difference > 1e-3).all()) is not mean_is_all
 
 
-def test_a_caption_position_sees_the_mean_up_to_itself_if_its_rotation_is_zero() -> None:
+def test_with_zero_rotation_a_caption_token_attends_to_the_mean_up_to_itself() -> None:
     gpt = small_gpt(condition="text", rope_condition="zero")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     for block in gpt.layers:
         attention = block.get_submodule("attention")
-        attention.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+        attention.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
     with torch.no_grad():
         gpt(codes_for(gpt, 2, 15), condition_for(gpt, 2), caption_lengths=torch.tensor([6, 4]))
-        for block, (x, found) in zip(gpt.layers, seen, strict=True):
+        for block, (x, found) in zip(gpt.layers, calls, strict=True):
             attention = block.get_submodule("attention")
             values = x @ attention.get_parameter("wqkv.weight")[-32:].T @ attention.get_parameter("wo.weight").T
             for row, first in ((0, 0), (1, 2)):
@@ -126,7 +126,7 @@ def test_the_table_is_never_rounded_by_a_cast(rotation: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_the_table_survives_the_way_over_the_meta_device(kind: str) -> None:
+def test_the_table_is_recomputed_after_the_meta_device(kind: str) -> None:
     expected = small_gpt(condition=kind)
     with torch.device("meta"):
         gpt = GPT(expected.config)

@@ -1,4 +1,4 @@
-"""Sampling written out: without a cache, and with a pass of the whole sequence for each branch and code."""
+"""Sampling without a cache: a pass over the whole sequence for each code and each branch."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def plain_loop(
     gpt: GPT, condition: Tensor, config: SamplingConfig, lengths: Tensor | None, seed: int, indices: Tensor
 ) -> Tensor:
-    """(B, L) codes of a model in evaluation mode."""
+    """Codes (B, L) of a model in evaluation mode."""
     batch = len(condition)
     codes = torch.empty(batch, 0, dtype=torch.int64)
     for step in range(gpt.config.block_size):

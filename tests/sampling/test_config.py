@@ -1,4 +1,4 @@
-"""SamplingConfig refuses values without a meaning and counts the guided steps."""
+"""SamplingConfig rejects invalid values, computes guidance scales and counts guided steps."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ from llamagen.sampling import SamplingConfig
     ],
     ids=str,
 )
-def test_a_value_without_a_meaning_is_refused_by_name_and_value(options: dict[str, Any], phrase: str) -> None:
+def test_rejects_invalid_settings_with_name_and_value(options: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
         SamplingConfig(**options)
     assert phrase in str(error.value)
@@ -57,7 +57,7 @@ def test_a_value_without_a_meaning_is_refused_by_name_and_value(options: dict[st
     ],
     ids=str,
 )
-def test_the_first_codes_are_guided_unless_the_scale_is_one(options: dict[str, Any], guided: int) -> None:
+def test_guided_steps_counts_the_leading_codes_that_need_both_branches(options: dict[str, Any], guided: int) -> None:
     assert SamplingConfig(**options).guided_steps(16) == guided
 
 
@@ -79,7 +79,7 @@ def test_schedules_rise_from_one_to_the_scale() -> None:
     assert found == sorted(found)
 
 
-def test_an_interval_is_guided_and_nothing_else() -> None:
+def test_only_the_interval_is_guided() -> None:
     options: dict[str, Any] = {"guidance_scale": 3.0, "guidance_start": 2, "guidance_steps": 5}
     assert scales(**options) == [1.0, 1.0, 3.0, 3.0, 3.0, 1.0, 1.0, 1.0]
     linear = scales(**options, guidance_schedule="linear")

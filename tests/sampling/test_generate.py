@@ -1,4 +1,4 @@
-"""The decode loop: equal to the plain one, the same image in any batch, and the model left as it was found."""
+"""The decode loop equals an uncached one, does not depend on the batch and restores the model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for,
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
 @pytest.mark.parametrize("variant", list(GPT_VARIANTS))
-def test_codes_are_those_of_a_plain_uncached_loop(variant: str, setting: str) -> None:
+def test_codes_equal_those_of_an_uncached_loop(variant: str, setting: str) -> None:
     gpt, config = small_gpt(**GPT_VARIANTS[variant]), SamplingConfig(**SETTINGS[setting])
     condition, lengths, indices = condition_for(gpt, 3), caption_lengths_for(gpt, 3), torch.tensor([4, 0, 77])
     expected = plain_loop(gpt, condition, config, lengths, 11, indices)
@@ -24,13 +24,13 @@ def test_codes_are_those_of_a_plain_uncached_loop(variant: str, setting: str) ->
 
 @pytest.mark.parametrize("setting", ["greedy, guided", "sampled", "sampled, guided", "sampled, guided for 1 code"])
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_an_image_is_the_same_in_any_batch(kind: str, setting: str) -> None:
+def test_codes_do_not_depend_on_the_batch(kind: str, setting: str) -> None:
     gpt, config = small_gpt(condition=kind), SamplingConfig(**SETTINGS[setting])
     condition, lengths, indices = condition_for(gpt, 5), caption_lengths_for(gpt, 5), torch.arange(10, 15)
 
     def sampled(rows: list[int]) -> Tensor:
-        some = None if lengths is None else lengths[rows]
-        return generate(gpt, condition[rows], config, caption_lengths=some, seed=3, indices=indices[rows])
+        own = None if lengths is None else lengths[rows]
+        return generate(gpt, condition[rows], config, caption_lengths=own, seed=3, indices=indices[rows])
 
     together = sampled([0, 1, 2, 3, 4])
     assert torch.equal(torch.cat([sampled([row]) for row in range(5)]), together)
@@ -38,7 +38,7 @@ def test_an_image_is_the_same_in_any_batch(kind: str, setting: str) -> None:
     assert len(together.unique(dim=0)) == 5
 
 
-def test_seed_and_index_make_the_image() -> None:
+def test_seed_and_index_decide_the_codes() -> None:
     gpt, labels = small_gpt(), torch.zeros(3, dtype=torch.int64)
     codes = generate(gpt, labels, seed=0)
     assert torch.equal(generate(gpt, labels, seed=0), codes)
@@ -48,20 +48,20 @@ def test_seed_and_index_make_the_image() -> None:
     assert (generate(gpt, labels, seed=0, indices=torch.arange(3, 6)) != codes).any(1).all()
 
 
-def test_greedy_codes_need_no_random_numbers() -> None:
+def test_greedy_codes_do_not_depend_on_seed_or_index() -> None:
     gpt, labels, greedy = small_gpt(), torch.arange(3), SamplingConfig(temperature=0.0)
     codes = generate(gpt, labels, greedy, seed=0)
     assert torch.equal(generate(gpt, labels, greedy, seed=1, indices=torch.tensor([9, 8, 7])), codes)
 
 
-def test_the_default_is_the_distribution_of_the_model_itself() -> None:
+def test_the_default_settings_leave_the_distribution_of_the_model() -> None:
     gpt, labels = small_gpt(), torch.arange(3)
     assert torch.equal(generate(gpt, labels), generate(gpt, labels, SamplingConfig(1.0, 0, 1.0, 1.0, None)))
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_random_state_are_left_as_found(training: bool, kind: str) -> None:
+def test_sampling_restores_the_model_and_the_random_state(training: bool, kind: str) -> None:
     gpt = small_gpt(condition=kind, condition_dropout=0.5, token_dropout=0.5, resid_dropout=0.5)
     condition, config = condition_for(gpt, 3), SamplingConfig(**SETTINGS["sampled, guided"])
     expected = generate(gpt, condition, config)
@@ -79,7 +79,7 @@ def test_the_model_and_the_random_state_are_left_as_found(training: bool, kind: 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_found_when_decoding_fails(training: bool) -> None:
+def test_the_model_is_restored_after_an_error(training: bool) -> None:
     gpt = small_gpt().train(training)
     names = list(gpt.state_dict())
     calls: list[int] = []
@@ -108,7 +108,7 @@ def test_the_model_is_left_as_found_when_decoding_fails(training: bool) -> None:
         ("sampled, guided for no code", 0),
     ],
 )
-def test_each_code_costs_one_position_and_guidance_a_second_row(setting: str, doubled: int) -> None:
+def test_a_step_computes_one_token_a_row_and_guidance_doubles_the_rows(setting: str, doubled: int) -> None:
     gpt = small_gpt()
     shapes: list[tuple[int, ...]] = []
     gpt.layers[0].register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
@@ -128,12 +128,12 @@ def test_the_cache_has_the_dtype_of_the_keys(weights: torch.dtype, autocast: boo
     gpt = small_gpt().to(weights)
     found: set[torch.dtype] = set()
 
-    def look(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         cache = inputs[3]
         assert isinstance(cache, LayerCache)
         found.update({cache.keys.dtype, cache.values.dtype})
 
-    gpt.layers[0].register_forward_pre_hook(look)
+    gpt.layers[0].register_forward_pre_hook(record)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         codes = generate(gpt, torch.arange(3), SamplingConfig(guidance_scale=2.0))
     assert found == {expected}
@@ -141,7 +141,7 @@ def test_the_cache_has_the_dtype_of_the_keys(weights: torch.dtype, autocast: boo
     assert 0 <= int(codes.min()) <= int(codes.max()) < 48
 
 
-def test_codes_of_no_images_are_an_empty_batch() -> None:
+def test_no_labels_give_an_empty_batch() -> None:
     gpt = small_gpt()
     for scale in (1.0, 2.0):
         codes = generate(gpt, torch.empty(0, dtype=torch.int64), SamplingConfig(guidance_scale=scale))
@@ -149,7 +149,7 @@ def test_codes_of_no_images_are_an_empty_batch() -> None:
 
 
 @pytest.mark.parametrize(("labels", "named"), [([0, 7], "class 7"), ([-1, 3], "class -1"), ([1000], "class 1000")])
-def test_a_class_that_the_model_does_not_know_is_refused_by_number(labels: list[int], named: str) -> None:
+def test_rejects_unknown_classes_by_number(labels: list[int], named: str) -> None:
     gpt = small_gpt().train()
     with pytest.raises(ValueError, match=f"{named} .* 0 to 6"):
         generate(gpt, torch.tensor(labels))
@@ -159,7 +159,7 @@ def test_a_class_that_the_model_does_not_know_is_refused_by_number(labels: list[
 @pytest.mark.parametrize(
     ("kind", "shape"), [("class", (2, 1)), ("text", (2, 5, 12)), ("text", (6, 12)), ("text", (2,))]
 )
-def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape: tuple[int, ...]) -> None:
+def test_rejects_a_condition_of_another_shape(kind: str, shape: tuple[int, ...]) -> None:
     gpt = small_gpt(condition=kind)
     with pytest.raises(ValueError) as error:
         generate(gpt, torch.zeros(shape, dtype=torch.int64))
@@ -167,19 +167,19 @@ def test_a_condition_of_another_shape_is_refused_with_its_shape(kind: str, shape
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_wrong_number_of_indices_is_refused(count: int) -> None:
+def test_rejects_a_wrong_number_of_indices(count: int) -> None:
     with pytest.raises(ValueError, match=r"indices must have shape \(5,\)"):
         generate(small_gpt(), torch.zeros(5, dtype=torch.int64), indices=torch.arange(count))
 
 
 @pytest.mark.parametrize("length", [0, 7])
-def test_a_caption_length_outside_of_the_caption_is_refused(length: int) -> None:
+def test_rejects_caption_lengths_out_of_range(length: int) -> None:
     gpt = small_gpt(condition="text")
     with pytest.raises(ValueError, match=f"caption_lengths holds {length}, not 1 to 6"):
         generate(gpt, condition_for(gpt, 2), caption_lengths=torch.tensor([3, length]))
 
 
-def test_a_part_in_evaluation_mode_stays_so() -> None:
+def test_modules_in_evaluation_mode_stay_in_it() -> None:
     gpt = small_gpt().train()
     gpt.layers[0].eval()
     generate(gpt, torch.arange(2))

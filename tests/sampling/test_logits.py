@@ -1,4 +1,4 @@
-"""Logits to a code: what is filtered, and that draws follow the distribution that is left."""
+"""Top-k and top-p keep the right codes, and samples follow the distribution of the kept codes."""
 
 from math import inf
 
@@ -15,7 +15,7 @@ def noise_for(logits: Tensor) -> Tensor:
 
 
 def kept(logits: Tensor) -> list[list[int]]:
-    """Codes of each row that may be drawn."""
+    """Codes of each row that the filter keeps."""
     return [row.isfinite().nonzero().flatten().tolist() for row in logits]
 
 
@@ -24,14 +24,14 @@ def log_probabilities(*probabilities: float) -> Tensor:
 
 
 def frequencies(logits: Tensor, config: SamplingConfig, count: int = 20_000) -> Tensor:
-    """How often each code of one row of logits (1, V) is drawn, (V,) int64."""
+    """Count how often each code of one row of logits (1, V) is sampled, (V,) int64."""
     rows = logits.expand(count, -1)
     codes = sample_codes(rows, config, noise_for(rows))
     return torch.bincount(codes, minlength=logits.shape[-1])
 
 
 def assert_follows(observed: Tensor, probabilities: Tensor) -> None:
-    """Chi-square test: never a code of probability 0, and a deviation that chance exceeds once in 1000."""
+    """Chi-square test: no code of probability 0, and a deviation that occurs by chance once in 1000 times."""
     possible = probabilities > 0
     assert observed[~possible].sum() == 0
     expected = probabilities[possible].double() * observed.sum()
@@ -54,7 +54,7 @@ def test_top_k_and_top_p_keep_the_published_tokens(setting: str) -> None:
     ("probabilities", "top_k", "top_p", "expected"),
     [
         ((0.4, 0.3, 0.2, 0.1), 0, 0.5, [0, 1]),
-        ((0.4, 0.3, 0.2, 0.1), 2, 0.5, [0]),  # 0.4 of the 0.7 that top-k left is more than half
+        ((0.4, 0.3, 0.2, 0.1), 2, 0.5, [0]),  # 0.4 is more than half of the 0.7 that top-k keeps
         ((0.1, 0.2, 0.3, 0.4), 0, 0.65, [2, 3]),
         ((0.1, 0.2, 0.3, 0.4), 0, 0.75, [1, 2, 3]),
         ((0.1, 0.2, 0.3, 0.4), 0, 1e-9, [3]),
@@ -71,7 +71,7 @@ def test_top_k_comes_before_top_p(
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (3, 0.5), (0, 1.0)])
-def test_filtering_leaves_its_input_alone(top_k: int, top_p: float) -> None:
+def test_filtering_does_not_change_its_input(top_k: int, top_p: float) -> None:
     logits = normal_input("filter/logits", (4, 50))
     before = logits.clone()
     filter_logits(logits, top_k, top_p)
@@ -80,13 +80,13 @@ def test_filtering_leaves_its_input_alone(top_k: int, top_p: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_distribution_at_a_temperature(temperature: float) -> None:
+def test_samples_follow_the_distribution_at_a_temperature(temperature: float) -> None:
     logits = normal_input("draw/logits", (1, 8))
     assert_follows(frequencies(logits, SamplingConfig(temperature)), (logits[0] / temperature).softmax(-1))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.7), (5, 0.7)])
-def test_draws_follow_the_distribution_of_the_codes_that_are_kept(top_k: int, top_p: float) -> None:
+def test_samples_follow_the_distribution_of_the_kept_codes(top_k: int, top_p: float) -> None:
     logits = normal_input("draw/logits", (1, 8))
     probabilities = filter_logits(logits, top_k, top_p)[0].softmax(-1)
     assert 1 < (probabilities > 0).sum() < 8
@@ -115,15 +115,15 @@ def test_a_row_has_its_own_noise_and_its_own_filter() -> None:
         ([-200.0, 0.0, -200.0], {1}),
     ],
 )
-def test_a_code_of_probability_zero_is_never_drawn(logits: list[float], possible: set[int]) -> None:
+def test_a_code_of_probability_zero_is_never_sampled(logits: list[float], possible: set[int]) -> None:
     rows = torch.tensor([logits]).expand(3000, -1)
     codes = sample_codes(rows, SamplingConfig(), noise_for(rows))
     assert codes.dtype == torch.int64
     assert set(codes.tolist()) == possible
 
 
-def test_probabilities_of_a_millionth_are_drawn_as_often_as_they_should() -> None:
-    # 16,383 codes of 1e-6 each beside one of almost all the rest: what a coarse uniform number would lose.
+def test_codes_of_probability_one_millionth_are_sampled_as_often_as_expected() -> None:
+    # One likely code and 16,383 codes of 1e-6 each, which uniform numbers of low resolution would never sample.
     rows = torch.cat([torch.zeros(1, 1), torch.full((1, 16_383), -13.8)], dim=1).expand(2000, -1)
     share = (sample_codes(rows, SamplingConfig(), noise_for(rows)) > 0).double().mean().item()
     expected = 1 - rows[0].double().softmax(-1)[0].item()
@@ -143,7 +143,7 @@ def test_a_scale_of_one_gives_the_conditional_rows_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.4), (2, 0.4)])
-def test_equally_likely_codes_stay_or_go_together(top_k: int, top_p: float) -> None:
+def test_equally_likely_codes_are_kept_or_excluded_together(top_k: int, top_p: float) -> None:
     assert kept(filter_logits(log_probabilities(0.3, 0.1, 0.3, 0.3), top_k, top_p)) == [[0, 2, 3]]
 
 
@@ -162,11 +162,11 @@ def test_a_low_temperature_sharpens_and_a_high_one_flattens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_of_low_precision_are_drawn_from_in_float32(dtype: torch.dtype) -> None:
+def test_logits_of_low_precision_are_sampled_in_float32(dtype: torch.dtype) -> None:
     logits = normal_input("draw/logits", (200, 3000)).to(dtype)
-    numbers = noise_for(logits)
+    noise = noise_for(logits)
     config = SamplingConfig(0.7, 500, 0.9)
-    assert torch.equal(sample_codes(logits, config, numbers), sample_codes(logits.float(), config, numbers))
+    assert torch.equal(sample_codes(logits, config, noise), sample_codes(logits.float(), config, noise))
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45])

@@ -1,4 +1,4 @@
-"""Noise is a pure function of seed, sample, step and code, computed as published for SplitMix64."""
+"""Noise is a pure function of seed, sample, step and code, and follows the published SplitMix64."""
 
 from itertools import product
 from math import log, log1p
@@ -14,7 +14,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 def splitmix64(state: int) -> int:
-    """The output of SplitMix64 for a state, in Python's unbounded integers."""
+    """Output of SplitMix64 for a state, in Python integers."""
     z = (state + GOLDEN_GAMMA) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
@@ -22,7 +22,7 @@ def splitmix64(state: int) -> int:
 
 
 def slow_gumbel(seed: int, index: int, step: int, code: int) -> float:
-    """Seed, index and step, each mixed into the state by one round; then the stream of that state, code by code."""
+    """Mix seed, index and step into the state, one round each; then take the output for the code."""
     state = splitmix64(seed & MASK)
     state = splitmix64(state ^ (index & MASK))
     state = splitmix64(state ^ (step & MASK))
@@ -34,13 +34,13 @@ def noise(seed: int, indices: list[int] | Tensor, step: int, count: int) -> Tens
     return gumbel(seed_tensor(seed), torch.as_tensor(indices), torch.tensor(step), code_counters(count))
 
 
-def test_the_slow_reference_gives_the_known_first_numbers_of_splitmix64() -> None:
+def test_the_slow_reference_gives_the_published_numbers_of_splitmix64() -> None:
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [splitmix64(round_ * GOLDEN_GAMMA) for round_ in range(3)] == known
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, -1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 2**64 + 5])
-def test_noise_is_that_of_the_slow_reference(seed: int) -> None:
+def test_noise_equals_the_slow_reference(seed: int) -> None:
     indices = [0, 1, 2, 49_999, 2**31, 2**40 + 7, 2**63 - 1]
     for step in (0, 1, 255, 1023):
         expected = [[slow_gumbel(seed, index, step, code) for code in range(9)] for index in indices]
@@ -58,7 +58,7 @@ def test_noise_follows_gumbels_distribution() -> None:
     assert chi_square < 85.4  # 49 degrees of freedom: exceeded once in 1000
 
 
-def test_a_sample_s_noise_does_not_depend_on_its_batch_nor_on_the_number_of_codes() -> None:
+def test_noise_does_not_depend_on_the_batch_or_the_number_of_codes() -> None:
     order = torch.tensor([7, 3, 3, 999, 0])
     together = noise(5, torch.arange(1000), 9, 20)
     assert torch.equal(noise(5, order, 9, 20), together[order])
@@ -82,7 +82,7 @@ def test_noise_is_random_along_every_axis(varied: str) -> None:
 
 
 @pytest.mark.parametrize(("seed", "shift", "step"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 1)])
-def test_neighbouring_seeds_samples_and_steps_are_unrelated(seed: int, shift: int, step: int) -> None:
+def test_noise_of_neighbouring_seeds_samples_and_steps_is_uncorrelated(seed: int, shift: int, step: int) -> None:
     indices = torch.arange(2_000)
     pair = torch.stack([noise(0, indices, 0, 10).flatten(), noise(seed, indices + shift, step, 10).flatten()])
     assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.03
@@ -93,7 +93,7 @@ def test_seed_index_and_step_are_not_interchangeable() -> None:
     assert len(numbers) == 6**3
 
 
-def test_the_global_random_state_is_neither_read_nor_moved() -> None:
+def test_noise_neither_reads_nor_changes_the_global_random_state() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first = noise(0, [0, 1, 2], 0, 5)

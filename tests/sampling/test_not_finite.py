@@ -1,4 +1,4 @@
-"""Sampling stops where a number is not finite, on each engine: of any weight, branch, sample or code."""
+"""Each engine stops if a value is not finite: in any weight, branch, sample or step."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ ENGINES = {"eager": {}, "compiled": {"compiled": True}, "int8": {"compiled": Tru
 NAN, INF = float("nan"), float("inf")
 
 
-def poisoned(name: str, value: float = NAN, row: int = -1) -> GPT:
-    """A model with one number of one weight that is not finite."""
+def broken_gpt(name: str, value: float = NAN, row: int = -1) -> GPT:
+    """A model with one weight entry that is not finite."""
     gpt = small_gpt()
     with torch.no_grad():
         weight = gpt.get_parameter(name)
@@ -32,30 +32,30 @@ def message(gpt: GPT, config: SamplingConfig | None = None, count: int = 3, **en
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_weight_that_is_not_finite_stops_each_engine_and_is_named(engine: str) -> None:
+def test_each_engine_names_a_weight_that_is_not_finite(engine: str) -> None:
     names = [name for name, _ in small_gpt().named_parameters() if "layers.1" not in name]
     assert len(names) >= 11
     for name in names:
         if name in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
             continue  # only some rows are read
         for value in (NAN, INF):
-            said = message(poisoned(name, value), SamplingConfig(temperature=0.0), **ENGINES[engine])
-            assert said == (
+            error = message(broken_gpt(name, value), SamplingConfig(temperature=0.0), **ENGINES[engine])
+            assert error == (
                 f"the logits of the autoregressive model are not finite (precision float32): weight {name} is not "
                 "finite; the weights are broken: use an earlier checkpoint or another file"
             ), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_top_k_and_top_p_leave_out_is_finite(engine: str) -> None:
+def test_codes_that_top_k_and_top_p_exclude_are_no_error(engine: str) -> None:
     config = SamplingConfig(top_k=3, top_p=0.5, temperature=1e-30, guidance_scale=2.0)
     assert Sampler(small_gpt(), 2, **ENGINES[engine])(torch.arange(3), config).shape == (3, 16)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scale", [2.0, 0.0])
-def test_the_unconditional_branch_alone_is_enough(engine: str, scale: float) -> None:
-    gpt = poisoned("cls_embedding.embedding_table.weight")  # its last row stands for no class
+def test_an_error_in_the_unconditional_branch_alone_is_detected(engine: str, scale: float) -> None:
+    gpt = broken_gpt("cls_embedding.embedding_table.weight")  # the last row means no class
     plain = Sampler(gpt, 2, **ENGINES[engine])
     assert plain(torch.arange(3), SamplingConfig()).shape == (3, 16)
     assert "are not finite (" in message(gpt, SamplingConfig(guidance_scale=scale), **ENGINES[engine])
@@ -64,43 +64,43 @@ def test_the_unconditional_branch_alone_is_enough(engine: str, scale: float) -> 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_sample_of_a_batch_is_enough_and_is_named(engine: str) -> None:
-    gpt = poisoned("cls_embedding.embedding_table.weight", row=1)  # class 1 alone
-    said = message(gpt, **ENGINES[engine])
-    assert "not finite in 1 of 3 examples (first: number 1) (precision float32)" in said
+def test_one_broken_sample_of_a_batch_is_named(engine: str) -> None:
+    gpt = broken_gpt("cls_embedding.embedding_table.weight", row=1)  # class 1
+    error = message(gpt, **ENGINES[engine])
+    assert "not finite in 1 of 3 examples (first: number 1) (precision float32)" in error
     assert Sampler(gpt, 2, **ENGINES[engine])(torch.tensor([0, 2, 3]), SamplingConfig()).shape == (3, 16)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_code_that_comes_late_is_enough(engine: str) -> None:
+def test_an_error_in_the_last_steps_is_detected(engine: str) -> None:
     codes = Sampler(small_gpt(), 1, **ENGINES[engine])(torch.tensor([0]), SamplingConfig(temperature=0.0))[0]
-    late = int(codes[-2])  # read at the last position, or earlier
-    gpt = poisoned("tok_embeddings.weight", row=late)
+    late = int(codes[-2])  # read in the last step, or earlier
+    gpt = broken_gpt("tok_embeddings.weight", row=late)
     assert "weight tok_embeddings.weight" in message(gpt, SamplingConfig(temperature=0.0), 1, **ENGINES[engine])
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_finite_weights_that_overflow_are_told_by_their_layer(engine: str) -> None:
+def test_an_overflow_names_the_layer(engine: str) -> None:
     gpt = small_gpt()
     with torch.no_grad():
         gpt.layers[1].feed_forward.w1.weight.fill_(1e38)  # type: ignore[union-attr]
         gpt.layers[1].feed_forward.w3.weight.fill_(1e38)  # type: ignore[union-attr]
-    said = message(gpt, **ENGINES[engine])
-    assert "the output of layer layers.1.feed_forward.w" in said
-    assert said.endswith("use 32-true (float32), or weights of an earlier checkpoint")
+    error = message(gpt, **ENGINES[engine])
+    assert "the output of layer layers.1.feed_forward.w" in error
+    assert error.endswith("use 32-true (float32), or weights of an earlier checkpoint")
 
 
-def test_float16_that_overflows_is_told_with_what_to_use_instead() -> None:
+def test_an_overflow_of_float16_names_the_layer_and_a_better_precision() -> None:
     gpt = small_gpt()
     with torch.no_grad():
         gpt.layers[0].feed_forward.w2.weight.fill_(6e4)  # type: ignore[union-attr]
     gpt.half()
-    said = message(gpt)
-    assert "(precision float16): the output of layer layers.0.feed_forward.w2 is the first that is not finite" in said
-    assert said.endswith("values overflow in float16: use bf16-mixed or 32-true (bfloat16 or float32)")
+    error = message(gpt)
+    assert "(precision float16): the output of layer layers.0.feed_forward.w2 is the first that is not finite" in error
+    assert error.endswith("values overflow in float16: use bf16-mixed or 32-true (bfloat16 or float32)")
 
 
-def test_guidance_that_overflows_is_noticed_by_both_draws() -> None:
+def test_both_engines_detect_an_overflow_of_guidance() -> None:
     gpt = small_gpt()
     with torch.no_grad():
         gpt.output.weight.mul_(1e37)
@@ -109,9 +109,9 @@ def test_guidance_that_overflows_is_noticed_by_both_draws() -> None:
         assert "are not finite" in message(gpt, SamplingConfig(guidance_scale=1e6), **ENGINES[engine])
 
 
-def test_generate_and_text_models_are_checked_too() -> None:
+def test_generate_and_text_models_are_checked() -> None:
     with pytest.raises(FloatingPointError, match="in 1 of 2 examples"):
-        generate(poisoned("cls_embedding.embedding_table.weight", row=1), torch.arange(2))
+        generate(broken_gpt("cls_embedding.embedding_table.weight", row=1), torch.arange(2))
     gpt = small_gpt(condition="text")
     features = condition_for(gpt, 3)
     features[1, -1, 0] = NAN
@@ -119,8 +119,8 @@ def test_generate_and_text_models_are_checked_too() -> None:
         generate(gpt, features, caption_lengths=caption_lengths_for(gpt, 3))
 
 
-def test_a_sampler_goes_on_after_a_batch_that_was_not_finite() -> None:
-    gpt = poisoned("cls_embedding.embedding_table.weight", row=1)
+def test_a_sampler_works_after_a_batch_that_was_not_finite() -> None:
+    gpt = broken_gpt("cls_embedding.embedding_table.weight", row=1)
     for engine in ENGINES.values():
         sampler, fresh = Sampler(gpt, 2, **engine), Sampler(gpt, 2, **engine)
         with pytest.raises(FloatingPointError):
@@ -128,11 +128,11 @@ def test_a_sampler_goes_on_after_a_batch_that_was_not_finite() -> None:
         assert torch.equal(sampler(torch.tensor([0, 2])), fresh(torch.tensor([0, 2])))
 
 
-def test_pixels_that_are_not_finite_stop_the_images_of_their_batch() -> None:
+def test_pixels_that_are_not_finite_are_an_error() -> None:
     tokenizer = small_vqgan()
     codes = torch.arange(2 * 16).view(2, 4, 4)
     with torch.no_grad():
-        tokenizer.quantize.embedding.weight[20] = NAN  # a code of the second image alone
+        tokenizer.quantize.embedding.weight[20] = NAN  # a code of the second image only
     pixels = PixelDecoder(tokenizer, torch.device("cpu"), torch.float32)
     assert pixels(codes[:1]).numpy().shape == (1, 16, 16, 3)
     with pytest.raises(FloatingPointError, match=r"the pixels that the tokenizer decodes are not finite in 1 of 2 .*"):
@@ -147,7 +147,7 @@ def test_pixels_that_are_not_finite_stop_the_images_of_their_batch() -> None:
         sampler(torch.arange(2), SamplingConfig())
 
 
-def test_images_that_a_device_still_works_on_are_checked_when_they_are_fetched() -> None:
+def test_pending_images_are_checked_when_they_are_read() -> None:
     tokenizer = small_vqgan()
     with torch.no_grad():
         tokenizer.quantize.embedding.weight[20] = NAN
@@ -162,8 +162,8 @@ def test_images_that_a_device_still_works_on_are_checked_when_they_are_fetched()
     assert isinstance(Images([images], [None]).numpy(), np.ndarray)
 
 
-def test_flags_are_computed_without_asking_the_device() -> None:
-    """What graphs capture and Inductor compiles: tensors in, tensors out."""
+def test_flags_need_no_synchronization() -> None:
+    """CUDA graphs and Inductor need it."""
 
     def flags(logits: Tensor, scale: float) -> list[bool]:
         step = torch.tensor(0)

@@ -1,4 +1,4 @@
-"""Pixels are those of the tokenizer, whatever the batch, and the tokenizer stays as it is."""
+"""Pixels equal those of the tokenizer, in any batch. The tokenizer is not changed."""
 
 import threading
 from math import floor
@@ -21,7 +21,7 @@ def some_codes(count: int) -> torch.Tensor:
     return torch.randint(64, (count, 4, 4), generator=torch.Generator().manual_seed(0))
 
 
-def test_pixels_are_those_of_the_tokenizer() -> None:
+def test_pixels_equal_those_of_the_tokenizer() -> None:
     vqgan, codes = small_vqgan(), some_codes(5)
     images = PixelDecoder(vqgan, CPU, torch.float32)(codes)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_pixels_are_those_of_the_tokenizer() -> None:
 
 
 def bicubic_matrix(new: int, old: int) -> np.ndarray:
-    """(new, old) weights of one axis: Keys' kernel with a = −0.75, centres of pixels at halves, edges repeated."""
+    """Weights (new, old) of one axis: Keys' kernel with a = −0.75, half-pixel centres, edges repeated."""
     a, weights = -0.75, np.zeros((new, old))
     for row in range(new):
         centre = (row + 0.5) * old / new - 0.5
@@ -45,12 +45,12 @@ def bicubic_matrix(new: int, old: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("old", "new"), [(384, 256), (16, 11), (8, 13)])
 def test_resizing_is_bicubic_without_antialiasing_before_pixels_are_clamped(old: int, new: int) -> None:
-    decoded = normal_input("pixels/decoded", (2, 3, old, old))  # a third of it is beyond [-1, 1]
+    decoded = normal_input("pixels/decoded", (2, 3, old, old))  # a third of the values are outside of [-1, 1]
     matrix = bicubic_matrix(new, old)
     expected = np.clip(127.5 * (matrix @ decoded.double().numpy() @ matrix.T) + 128, 0, 255).transpose(0, 2, 3, 1)
     found = to_pixels(decoded, new, new).numpy()
     assert (found.dtype, found.shape) == (np.uint8, (2, new, new, 3))
-    sure = abs(expected - expected.round()) > 1e-3  # float32 may round the others to either side of a whole number
+    sure = abs(expected - expected.round()) > 1e-3  # float32 may round the others to either integer
     sure |= (expected == 0) | (expected == 255)
     assert sure.mean() > 0.98
     assert (found == expected.astype(np.uint8))[sure].all()
@@ -60,7 +60,7 @@ def test_resizing_is_bicubic_without_antialiasing_before_pixels_are_clamped(old:
     assert new > old or (abs(smoothed - expected) > 2).mean() > 0.2
 
 
-def test_height_and_width_are_resized_to_what_each_is_to_be() -> None:
+def test_height_and_width_are_resized_independently() -> None:
     decoded = normal_input("pixels/decoded", (2, 3, 8, 12))
     assert to_pixels(decoded, 6, 8).shape == (2, 6, 8, 3)
     assert torch.equal(to_pixels(decoded, 8, 12), to_uint8(decoded).permute(0, 2, 3, 1))
@@ -88,7 +88,7 @@ def test_decoded_images_are_resized_in_float32(dtype: torch.dtype) -> None:
     assert (difference != 0).float().mean() < 0.02
 
 
-def test_images_that_have_the_size_are_left_as_decoded() -> None:
+def test_images_of_the_right_size_are_not_resized() -> None:
     codes = some_codes(3)
     assert torch.equal(
         PixelDecoder(small_vqgan(), CPU, torch.float32, image_size=16)(codes).tensor(),
@@ -97,14 +97,14 @@ def test_images_that_have_the_size_are_left_as_decoded() -> None:
 
 
 @pytest.mark.parametrize("image_size", [0, -256])
-def test_a_size_that_no_image_has_is_refused(image_size: int) -> None:
+def test_rejects_invalid_image_sizes(image_size: int) -> None:
     with pytest.raises(ValueError, match=rf"image_size is {image_size}; it must be at least 1, or null"):
         ImageSampler(small_gpt(vocab_size=64), small_vqgan(), 3, image_size=image_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("at_a_time", "image_size"), [(1, None), (3, None), (64, None), (3, 11)])
-def test_an_image_has_the_same_pixels_in_any_batch(
+def test_pixels_do_not_depend_on_the_batch(
     at_a_time: int, image_size: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pixels.PIXELS, "cpu", at_a_time * 16 * 16)
@@ -117,7 +117,7 @@ def test_an_image_has_the_same_pixels_in_any_batch(
     assert len(together.flatten(1).unique(dim=0)) == 7
 
 
-def test_no_codes_are_no_images() -> None:
+def test_no_codes_give_no_images() -> None:
     assert PixelDecoder(small_vqgan(), CPU, torch.float32)(some_codes(0)).numpy().shape == (0, 16, 16, 3)
     sampler = ImageSampler(small_gpt(vocab_size=64), small_vqgan(), 3)
     images, codes = sampler(torch.empty(0, dtype=torch.int64), SamplingConfig())
@@ -125,7 +125,7 @@ def test_no_codes_are_no_images() -> None:
     assert codes.shape == (0, 16)
 
 
-def test_a_copy_in_bfloat16_leaves_the_tokenizer_as_it_is() -> None:
+def test_a_bfloat16_copy_does_not_change_the_tokenizer() -> None:
     vqgan, before = small_vqgan(), small_vqgan().state_dict()
     decode = PixelDecoder(vqgan, CPU, torch.bfloat16)
     assert {weight.dtype for weight in decode._decoder.parameters()} == {torch.bfloat16}
@@ -143,14 +143,14 @@ def test_several_threads_get_the_same_array() -> None:
     assert all(array is found[0] for array in found)
 
 
-def test_images_of_several_batches_come_in_order() -> None:
+def test_images_of_several_batches_keep_their_order() -> None:
     parts = [torch.full((n, 2, 2, 3), n, dtype=torch.uint8) for n in (1, 2)]
     both = Images.concatenate([Images([part], [None]) for part in parts])
     assert both.numpy()[:, 0, 0, 0].tolist() == both.tensor()[:, 0, 0, 0].tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_call_for_more_images_than_a_batch_gives_those_of_single_calls(compiled: bool) -> None:
+def test_a_call_for_several_batches_gives_the_images_of_single_calls(compiled: bool) -> None:
     gpt, labels = small_gpt(vocab_size=64), torch.arange(7)
     sampler = ImageSampler(gpt, small_vqgan(), 3, compiled=compiled)
     images, codes = sampler(labels, SamplingConfig(guidance_scale=2.0), seed=5)

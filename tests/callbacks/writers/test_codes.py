@@ -183,7 +183,7 @@ def test_a_limited_extraction_is_not_complete(
 ) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, tmp_path, trainer={"limit_predict_batches": 5})
-    assert_one_line(error, "train-000001.tar", "was not written to its end", "run the same command again")
+    assert_one_line(error, "train-000001.tar", "is incomplete", "repeat the command to resume")
     assert [path.name for path in tmp_path.rglob("*.tar")] != []
     assert not (tmp_path / META_FILE).exists()
     extract(tokenizer, images, tmp_path)
@@ -221,7 +221,7 @@ def test_rejects_to_resume_with_other_settings(
         options["images"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
     with pytest.raises(ValueError) as error:
         extract(out=tmp_path / "out", **options)
-    assert_one_line(error, tmp_path / "out", f"begun with {phrase};", "delete it or choose another folder")
+    assert_one_line(error, tmp_path / "out", f"started with {phrase};", "delete it or choose another folder")
     assert files(tmp_path / "out") == before
 
 
@@ -229,7 +229,7 @@ def test_rejects_a_complete_dataset(tokenizer: VQGANModule, images: Path, whole:
     before = times(whole)
     with pytest.raises(ValueError) as error:
         extract(tokenizer, images, whole)
-    assert_one_line(error, whole, "already holds a complete set", "delete it or choose another folder")
+    assert_one_line(error, whole, "already holds a complete dataset", "delete it or choose another folder")
     assert times(whole) == before
 
 
@@ -297,7 +297,7 @@ def test_broken_images_are_listed_once_after_a_stop(
 def test_rejects_too_many_broken_images(tokenizer: VQGANModule, broken: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.2)
-    assert_one_line(error, "of 46 samples of train cannot be used", "broken image", "max_bad_share 0.2")
+    assert_one_line(error, "of 46 examples of train are bad", "broken image", "max_bad_share 0.2")
     assert not (tmp_path / "out" / META_FILE).exists()
     extract(tokenizer, broken, tmp_path / "out", max_bad_share=0.4)
     check_broken(tmp_path / "out")

@@ -12,12 +12,12 @@ from torch import Tensor
 import main
 from callbacks import FeatureWriter
 from datamodules import CaptionDataModule, CodeDataModule
-from datamodules.storage.index import Sample
+from datamodules.storage.index import Example
 from datamodules.storage.shards import META_FILE, read_meta
 from datamodules.storage.tar_index import index_shard
 from lightning_modules import CaptionModule
 from llamagen.text import CaptionEncoder, TextEncoderConfig, clean_caption, first_sentence
-from tests.datamodules.caption_sets import DESCRIPTION, caption, codes, write_captioned_codes
+from tests.datamodules.caption_datasets import DESCRIPTION, caption, codes, write_captioned_codes
 from tests.datamodules.shard_files import assert_one_line
 from tests.lightning_modules.runs import evaluator
 from tests.ranks import succeeds, two_processes
@@ -60,11 +60,11 @@ def whole(t5: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def samples(root: Path, split: str) -> list[Sample]:
+def samples(root: Path, split: str) -> list[Example]:
     return [sample for shard in sorted((root / split).glob("*.tar")) for sample in index_shard(shard)]
 
 
-def features(sample: Sample, dtype: torch.dtype = torch.bfloat16, part: str = "features") -> Tensor:
+def features(sample: Example, dtype: torch.dtype = torch.bfloat16, part: str = "features") -> Tensor:
     numbers = np.frombuffer(sample.read(part), "<i2").astype(np.int16)
     return torch.from_numpy(numbers).view(dtype).reshape(-1, WIDTH)
 
@@ -232,7 +232,7 @@ def test_rejects_to_resume_with_other_settings(
         source = write_captioned_codes(tmp_path / "other", counts, odd)
     with pytest.raises(ValueError) as error:
         extract(module, source, out, **change)
-    assert_one_line(error, out, f"begun with {phrase};", "delete it or choose another folder")
+    assert_one_line(error, out, f"started with {phrase};", "delete it or choose another folder")
     assert files(out) == before
 
 
@@ -391,5 +391,5 @@ def test_rejects_a_complete_dataset(t5: Path, source: Path, whole: Path) -> None
     before = files(whole)
     with pytest.raises(ValueError) as error:
         extract(module_of(t5), source, whole)
-    assert_one_line(error, whole, "already holds a complete set")
+    assert_one_line(error, whole, "already holds a complete dataset")
     assert files(whole) == before

@@ -17,7 +17,7 @@ import main
 from callbacks import ImageWriter, figures
 from callbacks.writers.image_threads import ImageThreads
 from callbacks.writers.sample_folder import SampleFolder
-from datamodules import ImageDataModule, SampleDataModule
+from datamodules import ClassRequestDataModule, ImageDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
@@ -217,7 +217,7 @@ def stub_module() -> Any:
 
 
 def test_all_ranks_use_the_listing_of_rank_zero(tmp_path: Path) -> None:
-    data = SampleDataModule(4, per_class=1)
+    data = ClassRequestDataModule(4, per_class=1)
     (tmp_path / "images/1").mkdir(parents=True)
     (tmp_path / "images/1/000001_class1.png").touch()
     sent: list[Any] = []
@@ -241,7 +241,7 @@ def test_a_rank_reaches_the_barrier_after_its_images_are_written(
     )
     trainer: Any = SimpleNamespace(
         callbacks=[],
-        datamodule=SampleDataModule(10, per_class=1),
+        datamodule=ClassRequestDataModule(10, per_class=1),
         default_root_dir=str(tmp_path),
         is_global_zero=True,
         strategy=strategy,

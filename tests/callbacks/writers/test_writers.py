@@ -60,7 +60,7 @@ def test_meta_describes_the_codes(pipeline: Pipeline) -> None:
 
 def test_rejects_a_folder_with_codes(pipeline: Pipeline) -> None:
     before = sorted(pipeline.codes.rglob("*"))
-    with pytest.raises(ValueError, match=r"already holds a complete set"):
+    with pytest.raises(ValueError, match=r"already holds a complete dataset"):
         main.main([*pipeline.extract_arguments(pipeline.codes), f"--ckpt_path={pipeline.tokenizer}"])
     assert sorted(pipeline.codes.rglob("*")) == before
 

@@ -1,4 +1,4 @@
-"""Training batches go on at the very sample; evaluation sees every sample once."""
+"""Loaders: training resumes at the next example, evaluation reads every example once."""
 
 import gc
 import os
@@ -26,15 +26,15 @@ from datamodules.loading.order import (
     epoch_order,
     evaluation_batches,
 )
-from datamodules.storage.bad_samples import Skipped, Tally
+from datamodules.storage.bad_examples import Skipped, Tally
 from tests.datamodules.loading.test_order import CASES
 from tests.datamodules.shard_files import Numbers
 
-# Torch advises against more worker processes than cores; the tests need two of them on one.
+# PyTorch warns about more worker processes than cores.
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
 Batches = list[list[tuple[int, int]]]
-"""(number, epoch) of each sample of each batch."""
+"""(number, epoch) of each example of each batch."""
 
 
 def loader(
@@ -56,7 +56,7 @@ def evaluation(
 
 
 def take(source: TrainLoader | EvaluationLoader, batches: int | None = None) -> Batches:
-    """The next batches of an iteration, all if it is not said how many."""
+    """The next batches of an iteration; all for None."""
     return [list(zip(*(part.tolist() for part in batch), strict=True)) for batch in islice(source, batches)]
 
 
@@ -65,7 +65,7 @@ def numbers(batches: Batches) -> list[int]:
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES)
-def test_an_epoch_holds_every_sample_once_and_ranks_are_disjoint(count: int, batch_size: int, world_size: int) -> None:
+def test_epoch_holds_every_example_once_and_ranks_are_disjoint(count: int, batch_size: int, world_size: int) -> None:
     ranks = [loader(count, batch_size, rank, world_size) for rank in range(world_size)]
     epochs = [[take(rank) for rank in ranks] for _ in range(3)]
     for epoch, batches in enumerate(epochs):
@@ -77,7 +77,7 @@ def test_an_epoch_holds_every_sample_once_and_ranks_are_disjoint(count: int, bat
     assert count < 10 or all(a != b for a, b in pairwise(orders))
 
 
-def test_the_order_is_that_of_seed_and_epoch() -> None:
+def test_order_depends_on_seed_and_epoch() -> None:
     source = loader(seed=8)
     for epoch in range(3):
         assert numbers(take(source)) == epoch_order(22, 8, epoch).tolist()
@@ -85,7 +85,7 @@ def test_the_order_is_that_of_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 4, 7])
-def test_a_stopped_epoch_goes_on_with_exactly_its_rest(done: int, num_workers: int) -> None:
+def test_stopped_epoch_resumes_with_exactly_its_rest(done: int, num_workers: int) -> None:
     uninterrupted = loader()
     expected = [take(uninterrupted) for _ in range(3)]
     stopped = loader(num_workers=num_workers)
@@ -93,14 +93,14 @@ def test_a_stopped_epoch_goes_on_with_exactly_its_rest(done: int, num_workers: i
     before = take(stopped, done)
     resumed = loader(num_workers=num_workers)
     resumed.load_state_dict(stopped.state_dict())
-    # A place of no batches at all is the end of the epoch before.
+    # Before the first batch, the position is the end of the previous epoch.
     assert before + take(resumed) == expected[1]
     assert take(resumed) == expected[2]
 
 
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 2), (2, 1), (2, 3), (4, 2), (3, 4)])
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_a_stopped_epoch_goes_on_over_another_number_of_ranks(ranks_before: int, ranks_after: int, done: int) -> None:
+def test_stopped_epoch_resumes_on_another_number_of_ranks(ranks_before: int, ranks_after: int, done: int) -> None:
     count = 61
     stopped = [loader(count, 4, rank, ranks_before) for rank in range(ranks_before)]
     before = [number for rank in stopped for number in numbers(take(rank, done))]
@@ -119,12 +119,12 @@ def test_a_stopped_epoch_goes_on_over_another_number_of_ranks(ranks_before: int,
 
 @pytest.mark.parametrize("remainder", ["drop", "repeat"])
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(22, 3, 1), (22, 3, 2), (24, 3, 2), (7, 3, 2)])
-def test_an_epoch_is_over_after_its_last_batch_whatever_is_done_with_the_rest(
+def test_epoch_is_over_after_its_last_batch_with_any_remainder(
     count: int, batch_size: int, world_size: int, remainder: Remainder
 ) -> None:
     for rank in range(world_size):
         source = loader(count, batch_size, rank, world_size, remainder=remainder)
-        # As Lightning does: no batch is asked for beyond the last.
+        # Like Lightning, request no batch after the last.
         assert len(take(source, len(source))) == len(source)
         assert source.state_dict() == {"epoch": 0, "consumed": count}
         restored = loader(count, batch_size, rank, world_size, remainder=remainder)
@@ -133,7 +133,7 @@ def test_an_epoch_is_over_after_its_last_batch_whatever_is_done_with_the_rest(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_place_counts_what_was_handed_out_and_not_what_workers_prefetched(num_workers: int) -> None:
+def test_position_counts_examples_handed_out_and_not_prefetched(num_workers: int) -> None:
     source = loader(num_workers=num_workers)
     batches = iter(source)
     for handed_out in range(1, 4):
@@ -142,7 +142,7 @@ def test_the_place_counts_what_was_handed_out_and_not_what_workers_prefetched(nu
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unused_iterator_moves_nothing(num_workers: int) -> None:
+def test_unused_iterator_does_not_move_the_position(num_workers: int) -> None:
     source = loader(num_workers=num_workers)
     start = source.state_dict()
     iter(source)
@@ -155,7 +155,7 @@ def test_an_unused_iterator_moves_nothing(num_workers: int) -> None:
     assert numbers(take(restored)) == epoch_order(22, 5, 1).tolist()[6:]
 
 
-def test_the_place_of_an_unused_loader_restores_to_the_first_epoch() -> None:
+def test_position_of_an_unused_loader_restores_to_the_first_epoch() -> None:
     source = loader()
     source.load_state_dict(loader().state_dict())
     assert numbers(take(source)) == epoch_order(22, 5, 0).tolist()
@@ -166,7 +166,7 @@ def test_after_a_whole_epoch_the_next_one_starts_also_after_restore(
     count: int, batch_size: int, world_size: int
 ) -> None:
     uninterrupted = loader(count, batch_size, 0, world_size)
-    # As Lightning does: no batch is asked for beyond the last.
+    # Like Lightning, request no batch after the last.
     assert len(take(uninterrupted, len(uninterrupted))) == len(uninterrupted)
     restored = loader(count, batch_size, 0, world_size)
     restored.load_state_dict(uninterrupted.state_dict())
@@ -175,7 +175,7 @@ def test_after_a_whole_epoch_the_next_one_starts_also_after_restore(
     assert take(restored) == expected
 
 
-def test_a_whole_epoch_that_left_samples_out_is_over_on_any_number_of_ranks() -> None:
+def test_epoch_that_dropped_examples_is_over_on_any_number_of_ranks() -> None:
     source = loader(10, 1, 0, world_size=4, remainder="drop")
     take(source, len(source))
     alone = loader(10, 1)
@@ -183,7 +183,7 @@ def test_a_whole_epoch_that_left_samples_out_is_over_on_any_number_of_ranks() ->
     assert {epoch for batch in take(alone) for _, epoch in batch} == {1}
 
 
-def test_a_rest_too_small_for_the_ranks_is_left_out_where_it_is_to_be_dropped() -> None:
+def test_remainder_too_small_for_the_ranks_is_dropped_on_request() -> None:
     source = loader(10, 1)
     take(source, 8)
     for rank in range(4):
@@ -193,7 +193,7 @@ def test_a_rest_too_small_for_the_ranks_is_left_out_where_it_is_to_be_dropped() 
         assert {epoch for batch in take(resumed) for _, epoch in batch} == {1}
 
 
-def test_a_rest_too_small_for_the_ranks_is_filled_up() -> None:
+def test_remainder_too_small_for_the_ranks_is_filled_up() -> None:
     order = epoch_order(10, 5, 0).tolist()
     source = loader(10, 1)
     take(source, 8)
@@ -207,7 +207,7 @@ def test_a_rest_too_small_for_the_ranks_is_filled_up() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_stream_goes_on_at_the_very_sample(world_size: int, num_workers: int) -> None:
+def test_stream_resumes_at_the_next_example(world_size: int, num_workers: int) -> None:
     for rank in range(world_size):
         plan = StreamPlan(9, 4, 40, 3, 5, rank, world_size)
         uninterrupted = TrainLoader(Numbers(0), plan, 0)
@@ -224,7 +224,7 @@ def test_a_stream_goes_on_at_the_very_sample(world_size: int, num_workers: int) 
         assert all(0 <= number >> SHARD_BITS < 9 for batch in expected[0] for number, _ in batch)
 
 
-def test_the_length_is_that_of_a_whole_epoch_also_after_restore() -> None:
+def test_length_is_that_of_a_whole_epoch_after_restore() -> None:
     source = loader()
     assert len(source) == 8
     assert source.batches_left() == 8
@@ -235,8 +235,8 @@ def test_the_length_is_that_of_a_whole_epoch_also_after_restore() -> None:
     assert source.batches_left() == 3
 
 
-def test_a_dropped_loader_is_freed_without_the_garbage_collector() -> None:
-    # The collector closes the workers' queues before it tells them to end, and then waits five seconds for each.
+def test_unreferenced_loader_is_freed_without_the_garbage_collector() -> None:
+    # The collector closes the workers' queues before it asks them to exit, and then waits five seconds for each.
     source = loader()
     take(source, 2)
     freed = weakref.ref(source)
@@ -249,7 +249,7 @@ def test_a_dropped_loader_is_freed_without_the_garbage_collector() -> None:
 
 
 class Counting(pl.LightningModule):
-    """Trains a number that nobody needs."""
+    """A module with one unused parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Counting(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_a_fit_that_stops_within_an_epoch_ends_its_workers(tmp_path: Path) -> None:
+def test_fit_stopped_within_an_epoch_ends_its_workers(tmp_path: Path) -> None:
     before = set(active_children())
     source = loader(num_workers=2)
     trainer = pl.Trainer(
@@ -277,7 +277,7 @@ def test_a_fit_that_stops_within_an_epoch_ends_its_workers(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("count", "batch_size", "world_size", "num_workers"), [*((*case, 0) for case in CASES), (2, 4, 3, 0), (11, 2, 2, 2)]
 )
-def test_evaluation_sees_every_sample_once_in_order(
+def test_evaluation_sees_every_example_once_in_order(
     count: int, batch_size: int, world_size: int, num_workers: int
 ) -> None:
     seen = []
@@ -299,32 +299,34 @@ def test_ranks_may_have_unequal_numbers_of_evaluation_batches() -> None:
     assert [[numbers([batch]) for batch in take(rank)] for rank in ranks] == [[[0, 2], [4]], [[1, 3]]]
 
 
-def test_evaluation_takes_its_batches_as_they_are_given() -> None:
+def test_evaluation_reads_the_given_batches() -> None:
     batches = [[(5, NO_EPOCH)], [(2, NO_EPOCH), (9, NO_EPOCH)], [(2, NO_EPOCH)]]
     assert take(EvaluationLoader(Numbers(10), batches, 0)) == batches
 
 
 class Leaky(Dataset[Any]):
-    """Whole batches at a time, as a SampleDataset gives them; what is divisible by ``of`` cannot be used."""
+    """Dataset that returns whole batches like ExampleDataset; examples with numbers divisible by ``divisor`` are
+    bad.
+    """
 
-    def __init__(self, of: int) -> None:
-        self.of = of
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
 
     def __len__(self) -> int:
         return 20
 
     def __getitem__(self, address: Address) -> Any:
-        raise AssertionError("samples are asked for by batches")
+        raise AssertionError("examples are asked for by batches")
 
     def __getitems__(self, addresses: list[Address]) -> dict[str, Any]:
-        good = [number for number, _ in addresses if number % self.of]
-        bad = [Skipped(number, str(number), "empty file", "") for number, _ in addresses if number % self.of == 0]
+        good = [number for number, _ in addresses if number % self.divisor]
+        bad = [Skipped(number, str(number), "empty file", "") for number, _ in addresses if number % self.divisor == 0]
         batch = {"numbers": torch.tensor(good)} if good else {}
         return {**batch, SKIPPED: (bad, 0)} if bad else batch
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_was_skipped_is_counted_and_taken_out_of_the_batch(num_workers: int) -> None:
+def test_skipped_examples_are_counted_and_removed_from_the_batch(num_workers: int) -> None:
     tally = Tally("train", 20, max_share=1.0, keep=True)
     source = TrainLoader(Leaky(4), EpochPlan(20, 3, 5), num_workers, tally=tally)
     batches = list(source)
@@ -332,10 +334,10 @@ def test_what_was_skipped_is_counted_and_taken_out_of_the_batch(num_workers: int
     seen = [number for batch in batches for number in batch["numbers"].tolist()]
     assert seen == [number for number in epoch_order(20, 5, 0).tolist() if number % 4]
     assert tally.counts == {"empty file": 5}
-    assert {sample.number for sample in tally.seen} == {0, 4, 8, 12, 16}
+    assert {example.number for example in tally.skipped} == {0, 4, 8, 12, 16}
 
 
-def test_a_batch_of_which_nothing_can_be_used_is_passed_over_and_moves_the_place() -> None:
+def test_batch_of_bad_examples_is_skipped_and_advances_the_position() -> None:
     tally = Tally("train", 20, max_share=1.0)
     source = TrainLoader(Leaky(2), EpochPlan(20, 1, 5), 0, tally=tally)
     order = epoch_order(20, 5, 0).tolist()
@@ -349,7 +351,7 @@ def test_a_batch_of_which_nothing_can_be_used_is_passed_over_and_moves_the_place
     assert tally.counts == {"empty file": 10}
 
 
-def test_each_evaluation_counts_anew_what_it_skipped() -> None:
+def test_each_evaluation_resets_the_skipped_counts() -> None:
     tally = Tally("val", 20, max_share=0.3)
     source = EvaluationLoader(Leaky(4), evaluation_batches(np.arange(20), 3), 0, tally=tally)
     for _ in range(3):
@@ -360,22 +362,22 @@ def test_each_evaluation_counts_anew_what_it_skipped() -> None:
 
 
 @pytest.mark.parametrize("loader_of", ["training", "evaluation"])
-def test_too_much_that_cannot_be_used_ends_the_run(loader_of: str) -> None:
+def test_too_many_bad_examples_end_the_run(loader_of: str) -> None:
     tally = Tally(loader_of, 20, max_share=0.2)
     source: Any = TrainLoader(Leaky(4), EpochPlan(20, 1, 5), 0, tally=tally)
     if loader_of == "evaluation":
         source = EvaluationLoader(Leaky(4), evaluation_batches(range(20), 1), 0, tally=tally)
-    with pytest.raises(ValueError, match=rf"5 of 20 samples of {loader_of} cannot be used"):
+    with pytest.raises(ValueError, match=rf"5 of 20 examples of {loader_of} are bad"):
         list(source)
     assert tally.counts == {"empty file": 5}
 
 
-def test_without_a_tally_nothing_is_counted_but_it_is_taken_out_all_the_same() -> None:
+def test_skipped_examples_are_removed_without_a_tally() -> None:
     assert all(batch.keys() == {"numbers"} for batch in TrainLoader(Leaky(4), EpochPlan(20, 4, 5), 0))
 
 
 class Signalled(Dataset[Any]):
-    """Gets signals while it reads."""
+    """Dataset that sends signals to its process while reading."""
 
     def __len__(self) -> int:
         return 4
@@ -386,6 +388,6 @@ class Signalled(Dataset[Any]):
         return int(address[0])
 
 
-def test_workers_survive_the_signals_that_their_run_finishes_a_step_for() -> None:
+def test_workers_survive_signals_while_the_run_finishes_its_step() -> None:
     loader = EvaluationLoader(Signalled(), [[(0, 0)], [(1, 0)], [(2, 0)], [(3, 0)]], num_workers=1)
     assert [batch.item() for batch in loader] == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""The order of samples is a pure function of seed and epoch, and is shared out over ranks without loss."""
+"""The order of examples is a pure function of seed and epoch and is distributed over ranks without loss."""
 
 from collections import Counter
 from itertools import pairwise
@@ -12,15 +12,15 @@ from datamodules.loading.order import (
     SHARD_BITS,
     EpochPlan,
     StreamPlan,
-    cut,
-    draw,
+    batch_ends,
     epoch_order,
     evaluation_batches,
+    random_integers,
     shared_batches,
 )
 from tests.datamodules.shard_files import assert_one_line
 
-# (count, batch_size, world_size), of which each rank gets at least one sample.
+# (count, batch_size, world_size); each rank gets at least one example.
 CASES = [
     (1, 1, 1),
     (10, 3, 1),
@@ -49,7 +49,7 @@ EPOCH = 4
 def ranks(
     count: int, batch_size: int, world_size: int, remainder: Literal["keep", "drop", "repeat"] = "keep", start: int = 0
 ) -> list[list[list[int]]]:
-    """The batches of each rank for the rest of an epoch."""
+    """The remaining batches of an epoch for each rank."""
     found = []
     for rank in range(world_size):
         plan = EpochPlan(count, batch_size, 5, rank, world_size, remainder)
@@ -63,7 +63,7 @@ def ranks(
 
 
 def flat(batches: list[list[list[int]]]) -> list[int]:
-    """All samples in the order in which they are consumed: batch by batch, the ranks taking turns."""
+    """All examples in the order of consumption: by batch, then by position in the batch, then by rank."""
     order = []
     for step in zip(*batches, strict=True):
         turns = [list(batch) for batch in step]
@@ -77,7 +77,7 @@ def planned(count: int) -> list[int]:
     return order
 
 
-def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+def test_order_is_a_permutation_that_depends_only_on_seed_and_epoch() -> None:
     order = epoch_order(50, seed=3, epoch=2)
     np.random.seed(1)
     assert epoch_order(50, seed=3, epoch=2).tolist() == order.tolist()
@@ -88,25 +88,25 @@ def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> No
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES + RANDOM_CASES)
-def test_keep_gives_every_sample_once_in_the_planned_order(count: int, batch_size: int, world_size: int) -> None:
+def test_keep_reads_every_example_once_in_the_planned_order(count: int, batch_size: int, world_size: int) -> None:
     batches = ranks(count, batch_size, world_size)
     assert flat(batches) == planned(count)
     sizes = [[len(batch) for batch in step] for step in zip(*batches, strict=True)]
     assert all(max(step) - min(step) <= 1 for step in sizes)
     assert all(step == [batch_size] * world_size for step in sizes[:-1])
-    # Where fewer samples than ranks are left over, the last batches of some ranks are one larger.
+    # If fewer examples than ranks remain, the last batches of some ranks are larger by one.
     rest = count % (batch_size * world_size)
     enlarged = 0 < rest < world_size and count > rest
     assert max(sizes[-1]) == (batch_size + 1 if enlarged else min(batch_size, -(-(rest or count) // world_size)))
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES + RANDOM_CASES)
-def test_drop_leaves_out_what_fills_no_batch_on_every_rank(count: int, batch_size: int, world_size: int) -> None:
+def test_drop_leaves_out_the_incomplete_global_batch(count: int, batch_size: int, world_size: int) -> None:
     step = batch_size * world_size
     if count < step:
         with pytest.raises(ValueError) as error:
             EpochPlan(count, batch_size, 5, 0, world_size, "drop")
-        assert_one_line(error, f"{count} training samples", f"{world_size} ranks", f"batch_size {batch_size}", "drop")
+        assert_one_line(error, f"{count} training examples", f"{world_size} ranks", f"batch_size {batch_size}", "drop")
         return
     batches = ranks(count, batch_size, world_size, "drop")
     assert flat(batches) == planned(count)[: count // step * step]
@@ -114,7 +114,7 @@ def test_drop_leaves_out_what_fills_no_batch_on_every_rank(count: int, batch_siz
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES + RANDOM_CASES)
-def test_repeat_fills_up_with_the_first_samples_of_the_epoch(count: int, batch_size: int, world_size: int) -> None:
+def test_repeat_fills_up_with_the_first_examples_of_the_epoch(count: int, batch_size: int, world_size: int) -> None:
     batches = ranks(count, batch_size, world_size, "repeat")
     missing = -count % (batch_size * world_size)
     order = planned(count)
@@ -127,7 +127,7 @@ def test_repeat_fills_up_with_the_first_samples_of_the_epoch(count: int, batch_s
     [(*case, remainder) for case in CASES for remainder in ("keep", "repeat")]
     + [(*case, "drop") for case in CASES if case[0] >= case[1] * case[2]],
 )
-def test_the_rest_of_an_epoch_is_its_tail(
+def test_rest_of_an_epoch_is_its_tail(
     count: int, batch_size: int, world_size: int, remainder: Literal["keep", "drop", "repeat"]
 ) -> None:
     whole = ranks(count, batch_size, world_size, remainder)
@@ -138,7 +138,7 @@ def test_the_rest_of_an_epoch_is_its_tail(
             assert rest == [rank[done:] for rank in whole]
 
 
-# (count, batch size and ranks before, batch size and ranks after), stopped at a random place
+# (count, batch size and ranks before, batch size and ranks after), stopped at a random position
 RESUMED = [
     (int(count) + 10, (int(a), int(b)), (int(c), int(d)), float(place))
     for (count, a, b, c, d), place in zip(
@@ -150,7 +150,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("count", "before", "after", "place"), RESUMED)
-def test_an_epoch_that_goes_on_over_other_ranks_loses_nothing_and_keeps_its_order(
+def test_epoch_resumed_on_other_ranks_loses_nothing_and_keeps_its_order(
     count: int, before: tuple[int, int], after: tuple[int, int], place: float
 ) -> None:
     whole = ranks(count, *before)
@@ -159,13 +159,13 @@ def test_an_epoch_that_goes_on_over_other_ranks_loses_nothing_and_keeps_its_orde
     rest = flat(ranks(count, *after, start=len(seen)))
     left = count - len(seen)
     order = planned(count)
-    # Where fewer samples than ranks are left, nobody may wait: the first ones of the epoch fill up.
+    # If fewer examples than ranks remain, the first ones of the epoch fill up, so that no rank waits.
     assert seen + rest == order + order[: max(after[1] - left, 0)]
     assert len(rest) == max(left, after[1])
 
 
-def test_the_resumed_cases_include_ends_with_fewer_samples_than_ranks() -> None:
-    # So that the test above sees all there is to see.
+def test_resumed_cases_include_ends_with_fewer_examples_than_ranks() -> None:
+    # Otherwise the test above would miss these cases.
     ends = []
     for count, before, (batch_size, world_size), place in RESUMED:
         whole = ranks(count, *before)
@@ -177,7 +177,7 @@ def test_the_resumed_cases_include_ends_with_fewer_samples_than_ranks() -> None:
     assert set(ends) == {"few", "enlarged", "whole", ""}
 
 
-def test_few_samples_left_for_many_ranks_are_filled_up() -> None:
+def test_few_remaining_examples_for_many_ranks_are_filled_up() -> None:
     order = planned(10)
     assert ranks(10, 2, 4, start=8) == [[[order[8]]], [[order[9]]], [[order[0]]], [[order[1]]]]
     assert ranks(10, 2, 4, "drop", start=8) == [[], [], [], []]
@@ -185,13 +185,13 @@ def test_few_samples_left_for_many_ranks_are_filled_up() -> None:
     assert repeated == [[[order[8], order[2]]], [[order[9], order[3]]], [[order[0], order[4]]], [[order[1], order[5]]]]
 
 
-def test_an_epoch_that_is_over_has_no_batches() -> None:
+def test_epoch_that_is_over_has_no_batches() -> None:
     for remainder in ("keep", "drop", "repeat"):
-        assert cut(10, 10, 3, 2, remainder).tolist() == []
-        assert cut(10, 12, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 10, 3, 2, remainder).tolist() == []
+        assert batch_ends(10, 12, 3, 2, remainder).tolist() == []
 
 
-def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks() -> None:
+def test_global_batch_holds_the_same_examples_on_any_number_of_ranks() -> None:
     order = planned(24)
     found = []
     for world_size in (1, 2, 3, 6):
@@ -201,18 +201,18 @@ def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks() -> None:
 
 
 @pytest.mark.parametrize("remainder", ["keep", "drop", "repeat"])
-def test_fewer_samples_than_ranks_are_refused(remainder: Literal["keep", "drop", "repeat"]) -> None:
+def test_fewer_examples_than_ranks_are_refused(remainder: Literal["keep", "drop", "repeat"]) -> None:
     with pytest.raises(ValueError) as error:
         EpochPlan(2, 1, 0, 0, 3, remainder)
-    assert_one_line(error, "2 training samples", "3 ranks", "use fewer ranks")
+    assert_one_line(error, "2 training examples", "3 ranks", "use fewer ranks")
 
 
-STREAM = {"shards": 20, "per_draw": 7, "count": 1000, "batch_size": 6, "seed": 5}
-"""Eight draws are 56 samples; an epoch on two ranks is 996 samples, 498 on each, and ends within a ninth group."""
+STREAM = {"shards": 20, "examples_per_shard": 7, "count": 1000, "batch_size": 6, "seed": 5}
+"""Eight shards give 56 examples. An epoch on two ranks has 996 examples, 498 on each, and ends within a ninth group."""
 
 
 def stream(rank: int = 0, world_size: int = 1, epoch: int = 0, consumed: int = 0, **options: int) -> list[list[int]]:
-    """The numbers of the batches of a rank."""
+    """The example numbers in the batches of a rank."""
     plan = StreamPlan(**{**STREAM, **options}, rank=rank, world_size=world_size)
     batches = list(plan.batches(epoch, consumed))
     assert {asked_for for batch in batches for _, asked_for in batch} <= {epoch}
@@ -225,13 +225,13 @@ def numbers(batches: list[list[int]]) -> list[int]:
 
 
 def draws(batches: list[list[int]]) -> list[Counter[int]]:
-    """How often each shard occurs in each whole group of eight draws."""
+    """How often each shard occurs in each complete group of eight shards."""
     shards = [number >> SHARD_BITS for number in numbers(batches)]
     return [Counter(shards[first : first + 56]) for first in range(0, len(shards) // 56 * 56, 56)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_every_rank_of_a_stream_gets_equally_many_whole_batches(world_size: int) -> None:
+def test_every_rank_of_a_stream_gets_the_same_number_of_full_batches(world_size: int) -> None:
     plan = StreamPlan(**STREAM, world_size=world_size)
     assert plan.count == 1000 // (6 * world_size) * 6 * world_size
     assert plan.ends(0).tolist() == list(range(6 * world_size, plan.count + 1, 6 * world_size))
@@ -239,7 +239,7 @@ def test_every_rank_of_a_stream_gets_equally_many_whole_batches(world_size: int)
         assert [len(batch) for batch in stream(rank, world_size)] == [6] * (plan.count // (6 * world_size))
 
 
-def test_a_stream_is_a_pure_function_of_seed_epoch_rank_and_number_of_ranks() -> None:
+def test_stream_is_a_pure_function_of_seed_epoch_rank_and_number_of_ranks() -> None:
     np.random.seed(1)
     first = stream(1, 3, epoch=2)
     np.random.seed(2)
@@ -249,7 +249,7 @@ def test_a_stream_is_a_pure_function_of_seed_epoch_rank_and_number_of_ranks() ->
     assert len({tuple(numbers(batches)[:300]) for batches in [first, *others]}) == 6
 
 
-def test_ranks_draw_shards_of_their_own() -> None:
+def test_each_rank_samples_its_own_shards() -> None:
     drawn = [draws(stream(rank, 4, shards=1000)) for rank in range(4)]
     for a in range(4):
         for b in range(a):
@@ -257,7 +257,7 @@ def test_ranks_draw_shards_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 56, 60])
-def test_the_batch_size_does_not_change_the_samples_of_a_stream(batch_size: int) -> None:
+def test_batch_size_does_not_change_the_examples_of_a_stream(batch_size: int) -> None:
     expected, found = numbers(stream()), numbers(stream(batch_size=batch_size))
     least = min(len(expected), len(found))
     assert least >= 900
@@ -266,13 +266,13 @@ def test_the_batch_size_does_not_change_the_samples_of_a_stream(batch_size: int)
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("done", [0, 1, 9, 10, 28, 55])
-def test_a_stream_goes_on_with_exactly_its_rest_on_as_many_ranks(done: int, world_size: int) -> None:
+def test_stream_resumes_with_exactly_its_rest_on_the_same_number_of_ranks(done: int, world_size: int) -> None:
     for rank in range(world_size):
         whole = stream(rank, world_size)
         assert stream(rank, world_size, consumed=done * 6 * world_size) == whole[done:]
 
 
-def test_a_stream_goes_on_with_another_batch_size() -> None:
+def test_stream_resumes_with_another_batch_size() -> None:
     whole = numbers(stream())
     rest = numbers(stream(consumed=12, batch_size=4))
     assert rest == [*whole, *rest[len(whole) - 12 :]][12 : 12 + len(rest)]
@@ -280,7 +280,7 @@ def test_a_stream_goes_on_with_another_batch_size() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_a_stream_that_goes_on_over_other_ranks_ends_with_its_epoch(world_size: int) -> None:
+def test_stream_resumed_on_other_ranks_ends_with_its_epoch(world_size: int) -> None:
     for rank in range(world_size):
         batches = stream(rank, world_size, consumed=497)
         plan = StreamPlan(**STREAM, rank=rank, world_size=world_size)
@@ -288,24 +288,24 @@ def test_a_stream_that_goes_on_over_other_ranks_ends_with_its_epoch(world_size: 
         assert plan.ends(497).max() <= plan.count
 
 
-def test_from_each_drawn_shard_a_run_of_samples_is_taken() -> None:
+def test_consecutive_examples_are_read_from_each_sampled_shard() -> None:
     for group in range(8):
         found = np.array(numbers(stream(shards=10**6)))[group * 56 : (group + 1) * 56]
         runs = [sorted(found[found >> SHARD_BITS == shard]) for shard in set((found >> SHARD_BITS).tolist())]
         assert len(runs) == 8
         assert all(np.array_equal(run, np.arange(run[0], run[0] + 7)) for run in runs)
-        # They are mixed: hardly ever do two of one shard come one after the other.
+        # They are shuffled: two consecutive examples are rarely from the same shard.
         assert sum(a >> SHARD_BITS == b >> SHARD_BITS for a, b in pairwise(found.tolist())) < 20
 
 
-def test_shards_and_places_are_drawn_about_uniformly() -> None:
+def test_shards_and_positions_are_sampled_about_uniformly() -> None:
     found = np.array(numbers(stream(count=56_000)))
     shards = Counter((found >> SHARD_BITS).tolist())
     assert sorted(shards) == list(range(20))
     assert all(2000 < count < 3600 for count in shards.values())  # 2800 ± 137 (400 draws of 7)
     places = found & ((1 << SHARD_BITS) - 1)
     assert places.max() < 1 << 32  # far from the next shard
-    # As StreamIndex does it, in a shard of 24 and one of 5 samples.
+    # As in StreamIndex, in shards of 24 and 5 examples.
     for size in (24, 5):
         counts = np.bincount(places % size, minlength=size)
         assert len(counts) == size
@@ -313,15 +313,15 @@ def test_shards_and_places_are_drawn_about_uniformly() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_stream_of_less_than_a_batch_is_refused(world_size: int) -> None:
+def test_stream_of_less_than_a_batch_is_refused(world_size: int) -> None:
     with pytest.raises(ValueError) as error:
         StreamPlan(20, 7, 6 * world_size - 1, 6, 0, 0, world_size)
     assert_one_line(error, f"resampled_epoch is {6 * world_size - 1}", f"batch of 6 on {world_size} ranks")
 
 
 @pytest.mark.parametrize("below", [1, 2, 10, 20, 1000])
-def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
-    drawn = draw(3, 2, np.arange(20_000), below)
+def test_random_integers_are_about_uniform_in_their_range(below: int) -> None:
+    drawn = random_integers(3, 2, np.arange(20_000), below)
     assert (drawn.dtype, drawn.shape) == (np.int64, (20_000,))
     counts = np.bincount(drawn, minlength=below)
     assert len(counts) == below
@@ -329,38 +329,38 @@ def test_a_draw_lies_in_its_range_and_is_about_uniform(below: int) -> None:
     assert ((counts - expected) ** 2 / expected).sum() < below + 5 * (2 * below) ** 0.5  # χ²: below ± √(2 · below)
 
 
-def test_a_draw_is_a_pure_function_of_seed_epoch_and_number() -> None:
+def test_random_integers_are_a_pure_function_of_seed_epoch_and_number() -> None:
     numbers = np.random.default_rng(0).permutation(5000)
-    together = draw(3, 2, numbers, 20)
+    together = random_integers(3, 2, numbers, 20)
     np.random.seed(1)
-    assert draw(3, 2, numbers, 20).tolist() == together.tolist()
-    # In whatever batches the samples come.
-    apart = np.concatenate([draw(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
+    assert random_integers(3, 2, numbers, 20).tolist() == together.tolist()
+    # The batches do not matter.
+    apart = np.concatenate([random_integers(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
     assert apart.tolist() == together.tolist()
-    assert draw(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
+    assert random_integers(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
 
 
 @pytest.mark.parametrize("other", [(3, 1), (2, 2), (2, 3), (0, 0)])
-def test_draws_of_other_seeds_and_epochs_are_independent(other: tuple[int, int]) -> None:
+def test_random_integers_of_other_seeds_and_epochs_are_independent(other: tuple[int, int]) -> None:
     numbers = np.arange(20_000)
-    same = (draw(3, 2, numbers, 10) == draw(*other, numbers, 10)).mean()
+    same = (random_integers(3, 2, numbers, 10) == random_integers(*other, numbers, 10)).mean()
     assert 0.09 < same < 0.11  # 0.1 ± 0.002
 
 
-def test_draws_of_neighbouring_numbers_are_independent() -> None:
-    drawn = draw(3, 2, np.arange(20_000), 10)
+def test_random_integers_of_neighbouring_numbers_are_independent() -> None:
+    drawn = random_integers(3, 2, np.arange(20_000), 10)
     for distance in (1, 2, 10, 64):
         assert 0.09 < (drawn[distance:] == drawn[:-distance]).mean() < 0.11
 
 
-def test_a_draw_takes_the_numbers_of_streams() -> None:
+def test_random_integers_accept_example_numbers_of_streams() -> None:
     numbers = (np.arange(2000) << SHARD_BITS) + 3
-    counts = np.bincount(draw(0, 0, numbers, 2))
+    counts = np.bincount(random_integers(0, 0, numbers, 2))
     assert 900 < counts.min() <= counts.max() < 1100
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 3), (1, 3), (6, 3), (7, 3), (2, 1)])
-def test_evaluation_batches_hold_each_sample_once_in_order(count: int, batch_size: int) -> None:
+def test_evaluation_batches_hold_each_example_once_in_order(count: int, batch_size: int) -> None:
     batches = evaluation_batches(range(count), batch_size)
     assert [address for batch in batches for address in batch] == [(number, NO_EPOCH) for number in range(count)]
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * max(-(-count // batch_size) - 1, 0)
@@ -375,7 +375,7 @@ def test_evaluation_batches_are_plain_numbers_also_from_an_array() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [2, 3, 7])
-def test_ranks_that_wait_for_each_other_get_equally_many_batches(batch_size: int, world_size: int) -> None:
+def test_ranks_that_wait_for_each_other_get_the_same_number_of_batches(batch_size: int, world_size: int) -> None:
     for count in range(world_size, 60):
         shares = [shared_batches(count, batch_size, rank, world_size, equally=True) for rank in range(world_size)]
         assert len({len(batches) for batches in shares}) == 1
@@ -390,11 +390,11 @@ def test_ranks_that_wait_for_each_other_get_equally_many_batches(batch_size: int
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(3, 1, 2), (1, 4, 2), (10, 1, 8)])
-def test_what_cannot_be_shared_out_equally_is_refused(count: int, batch_size: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} samples in batches of {batch_size} cannot be shared out"):
+def test_impossible_equal_distribution_is_refused(count: int, batch_size: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} examples in batches of {batch_size} cannot be distributed"):
         shared_batches(count, batch_size, 0, world_size, equally=True)
 
 
-def test_where_nobody_waits_batches_are_as_large_as_they_may_be() -> None:
+def test_batches_are_full_if_ranks_do_not_wait() -> None:
     assert [len(batch) for batch in shared_batches(9, 4, 1, 2)] == [4]
     assert [len(batch) for batch in shared_batches(9, 4, 1, 2, equally=True)] == [2, 2]

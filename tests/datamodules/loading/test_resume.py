@@ -1,4 +1,4 @@
-"""The state of a DataModule: training data go on where the checkpoint was written."""
+"""State of a DataModule: training data resume where the checkpoint was written."""
 
 import io
 from itertools import islice
@@ -32,7 +32,7 @@ def keys(batches: Any) -> list[str]:
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """A state after a way through a checkpoint file, primitives only."""
+    """Save a state to a checkpoint file and load it, primitives only."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -42,7 +42,7 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("done", [1, 3, 6])
-def test_the_next_training_data_go_on_at_the_saved_place(root: Path, done: int, num_workers: int) -> None:
+def test_training_data_resume_at_the_saved_position(root: Path, done: int, num_workers: int) -> None:
     loader = image_data(root).train_dataloader()
     expected = [keys(loader) for _ in range(3)]
     stopped = image_data(root, num_workers=num_workers)
@@ -58,7 +58,7 @@ def test_the_next_training_data_go_on_at_the_saved_place(root: Path, done: int, 
     assert keys(loader) == expected[2]
 
 
-def test_a_saved_place_goes_on_with_another_batch_size(root: Path) -> None:
+def test_saved_position_resumes_with_another_batch_size(root: Path) -> None:
     expected = keys(image_data(root).train_dataloader())
     stopped = image_data(root)
     batches = iter(stopped.train_dataloader())
@@ -75,7 +75,7 @@ def test_without_training_data_there_is_no_state(root: Path) -> None:
     assert keys(started.train_dataloader()) == keys(image_data(root).train_dataloader())
 
 
-def test_a_restored_place_can_be_saved_before_training_goes_on(root: Path) -> None:
+def test_restored_position_can_be_saved_before_training_resumes(root: Path) -> None:
     place = {"train": {"epoch": 2, "consumed": 4}}
     restored = image_data(root)
     restored.load_state_dict(place)
@@ -84,7 +84,7 @@ def test_a_restored_place_can_be_saved_before_training_goes_on(root: Path) -> No
     assert restored.state_dict() == place
 
 
-def test_validation_does_not_move_the_place(root: Path) -> None:
+def test_validation_does_not_move_the_position(root: Path) -> None:
     data = image_data(root)
     batches = iter(data.train_dataloader())
     next(batches)
@@ -99,7 +99,7 @@ def trainer_of(epoch: int = 0, world_size: int = 1, rank: int = 0) -> Any:
     return SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch, fit_loop=loop)
 
 
-def test_a_reloaded_loader_goes_on_with_the_next_epoch(root: Path) -> None:
+def test_reloaded_loader_continues_with_the_next_epoch(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of()
     first = keys(data.train_dataloader())
@@ -111,7 +111,7 @@ def test_a_reloaded_loader_goes_on_with_the_next_epoch(root: Path) -> None:
     assert second != first
 
 
-def test_an_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
+def test_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of()
     next(iter(data.train_dataloader()))
@@ -120,15 +120,15 @@ def test_an_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
     assert data.state_dict() == {"train": {"epoch": 0, "consumed": 11}}
 
 
-def test_fewer_validation_samples_than_ranks_are_refused(root: Path) -> None:
+def test_fewer_validation_examples_than_ranks_are_refused(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of(world_size=3)
-    with pytest.raises(ValueError, match="2 validation samples cannot be shared out over 3 ranks"):
+    with pytest.raises(ValueError, match="2 validation examples cannot be distributed over 3 ranks"):
         data.val_dataloader()
 
 
 def on_ranks(root: Path, world_size: int, place: dict[str, Any] | None, done: int | None, **options: Any) -> list[Any]:
-    """Of each rank: the keys of its next ``done`` batches, or of the rest of an epoch, and its state then."""
+    """For each rank, the keys of its next ``done`` batches or of the rest of an epoch, and its state afterwards."""
     found = []
     for rank in range(world_size):
         data = image_data(root, **options)
@@ -141,7 +141,7 @@ def on_ranks(root: Path, world_size: int, place: dict[str, Any] | None, done: in
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (1, 5)])
-def test_an_epoch_goes_on_over_another_number_of_ranks_without_loss(root: Path, before: int, after: int) -> None:
+def test_epoch_resumes_on_another_number_of_ranks_without_loss(root: Path, before: int, after: int) -> None:
     started = on_ranks(root, before, None, 1)
     places = [place for _, place in started]
     assert places == [{"train": {"epoch": 0, "consumed": 2 * before}}] * before
@@ -151,7 +151,7 @@ def test_an_epoch_goes_on_over_another_number_of_ranks_without_loss(root: Path, 
     assert [place for _, place in finished] == [{"train": {"epoch": 0, "consumed": 11}}] * after
 
 
-def test_a_resampled_epoch_goes_on_at_the_saved_place(root: Path) -> None:
+def test_resampled_epoch_resumes_at_the_saved_position(root: Path) -> None:
     loader = image_data(root, resampled_epoch=20).train_dataloader()
     expected = [keys(loader) for _ in range(2)]
     assert [len(epoch) for epoch in expected] == [20, 20]
@@ -168,7 +168,7 @@ def test_a_resampled_epoch_goes_on_at_the_saved_place(root: Path) -> None:
 @pytest.mark.parametrize(
     ("consumed", "batch_size", "expected"), [(0, 2, (0, 6)), (4, 2, (2, 6)), (4, 5, (1, 3)), (11, 2, (6, 6))]
 )
-def test_a_saved_place_is_told_in_batches_of_here(
+def test_saved_position_is_converted_to_batches_of_this_run(
     root: Path, consumed: int, batch_size: int, expected: tuple[int, int]
 ) -> None:
     data = image_data(root, batch_size=batch_size)
@@ -177,7 +177,7 @@ def test_a_saved_place_is_told_in_batches_of_here(
 
 
 @pytest.mark.parametrize(("remainder", "batches"), [("keep", 6), ("drop", 5), ("repeat", 6)])
-def test_the_remainder_is_kept_dropped_or_filled_up(root: Path, remainder: str, batches: int) -> None:
+def test_remainder_is_kept_dropped_or_filled_up(root: Path, remainder: str, batches: int) -> None:
     loader = image_data(root, remainder=remainder).train_dataloader()
     found = [keys([batch]) for batch in loader]
     assert len(found) == len(loader) == batches

@@ -1,4 +1,4 @@
-"""A real training that is stopped within an epoch goes on with the planned rest of it, on any ranks and workers."""
+"""A training run stopped within an epoch resumes with the rest of the plan, on any number of ranks and workers."""
 
 import os
 from itertools import chain, zip_longest
@@ -16,7 +16,7 @@ from lightning_modules import ARGenModule, VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import grey_image, write_shards
 from tests.ranks import run_on_ranks
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*", 
 
 COUNT, BATCH, SEED = 45, 2, 3
 WORKERS = (0, 1, 3)
-# Batches after which a run is stopped, drawn once.
+# Number of batches after which a run is stopped, chosen at random once.
 STOPS = {1: dict(zip(WORKERS, (7, 16, 21), strict=True)), 2: dict(zip(WORKERS, (5, 3, 9), strict=True))}
 
 
 class Keys(pl.Callback):
-    """Writes down the keys of each training batch, and the epoch."""
+    """Records the epoch and the keys of each training batch."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, list[str]]] = []
@@ -43,7 +43,7 @@ class Keys(pl.Callback):
 def fit(
     root: Path, folder: Path, num_workers: int, devices: int, max_steps: int, ckpt: Path | None, batch_size: int = BATCH
 ) -> Keys:
-    """Train for some steps, and save with the last of them; what each batch held."""
+    """Train for some steps and save at the last one. Returns the module with the recorded batches."""
     keys = Keys()
     saving = ModelCheckpoint(folder, f"workers{num_workers}", every_n_train_steps=max_steps if ckpt is None else 10**6)
     trainer = pl.Trainer(
@@ -60,7 +60,7 @@ def fit(
 
 
 def as_rank(rank: int) -> None:
-    """Let Lightning take this process for a rank that torchrun started."""
+    """Environment that makes Lightning treat this process as a rank started by torchrun."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "test",
@@ -77,7 +77,7 @@ def resume_on_two_ranks(rank: int, root: Path, folder: Path) -> dict[int, list[A
     return {workers: fit(root, folder, workers, 2, -1, folder / f"workers{workers}.ckpt").seen for workers in WORKERS}
 
 
-def read_broken_samples(rank: int, root: Path, folder: Path) -> list[Any]:
+def read_broken_examples(rank: int, root: Path, folder: Path) -> list[Any]:
     as_rank(rank)
     return fit(root, folder, 0, 2, COUNT // 2, None, batch_size=1).seen
 
@@ -90,7 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_order(ranks: list[list[tuple[int, list[str]]]], epoch: int) -> list[str]:
-    """The keys of an epoch as they were planned: batch by batch, the ranks taking turns."""
+    """The keys of an epoch in the planned order: by batch, then by position in the batch, then by rank."""
     batches = zip_longest(*([keys for of, keys in seen if of == epoch] for seen in ranks), fillvalue=[])
     return [key for shares in batches for key in chain.from_iterable(zip_longest(*shares)) if key is not None]
 
@@ -103,14 +103,14 @@ def assert_planned(before: list[Any], after: list[Any], consumed: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_one_process_goes_on_with_the_very_next_batch(root: Path, tmp_path: Path, num_workers: int) -> None:
+def test_one_process_resumes_with_the_next_batch(root: Path, tmp_path: Path, num_workers: int) -> None:
     stop = STOPS[1][num_workers]
     before = fit(root, tmp_path, num_workers, 1, stop, None).seen
     after = fit(root, tmp_path, num_workers, 1, -1, tmp_path / f"workers{num_workers}.ckpt").seen
     assert_planned([before], [after], stop * BATCH)
 
 
-def test_two_processes_go_on_where_one_was_stopped(root: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_a_run_of_one(root: Path, tmp_path: Path) -> None:
     before = {workers: fit(root, tmp_path, workers, 1, STOPS[1][workers], None).seen for workers in WORKERS}
     after = run_on_ranks(resume_on_two_ranks, tmp_path, root, tmp_path)
     for workers in WORKERS:
@@ -120,7 +120,7 @@ def test_two_processes_go_on_where_one_was_stopped(root: Path, tmp_path: Path) -
         assert np.abs(np.subtract(*lengths)).max() <= 1
 
 
-def test_one_process_goes_on_where_two_were_stopped(root: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_run_of_two(root: Path, tmp_path: Path) -> None:
     before = run_on_ranks(stop_on_two_ranks, tmp_path, root, tmp_path)
     for workers in WORKERS:
         after = fit(root, tmp_path, workers, 1, -1, tmp_path / f"workers{workers}.ckpt").seen
@@ -143,17 +143,17 @@ def validate_almost_nothing(rank: int, root: Path, folder: Path) -> list[float]:
     return [trainer.global_step, float(trainer.callback_metrics["skipped/val/broken_image"])]
 
 
-def test_a_rank_without_a_usable_validation_sample_does_not_let_the_other_wait(tmp_path: Path) -> None:
+def test_rank_without_a_usable_validation_example_does_not_block_others(tmp_path: Path) -> None:
     images = {f"{number}": {"png": grey_image(number), "cls": b"1"} for number in range(8)}
     write_shards(tmp_path / "set/train", list(images.items()))
     write_shards(tmp_path / "set/val", [("good", images["0"]), ("bad", {"png": b"no image", "cls": b"1"})])
     assert run_on_ranks(validate_almost_nothing, tmp_path, tmp_path / "set", tmp_path) == [[2, 1.0]] * 2
 
 
-def test_ranks_whose_whole_batch_is_broken_do_not_let_the_others_wait(tmp_path: Path) -> None:
+def test_rank_with_a_broken_batch_does_not_block_others(tmp_path: Path) -> None:
     broken = {5, 30}
     write_codes(tmp_path / "codes", train=COUNT, val=3, per_shard=7, broken=broken)
-    ranks = run_on_ranks(read_broken_samples, tmp_path, tmp_path / "codes", tmp_path)
+    ranks = run_on_ranks(read_broken_examples, tmp_path, tmp_path / "codes", tmp_path)
     assert [len(seen) for seen in ranks] == [COUNT // 2] * 2
     keys = {key for seen in ranks for _, batch in seen for key in batch}
     assert keys == {f"train/{number}" for number in range(COUNT) if number not in broken}

@@ -1,4 +1,4 @@
-"""Stored features: what is none of a caption is not trained on."""
+"""Stored features: only valid caption features are used in training."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.features import StoredFeatures
-from datamodules.storage.index import Sample
+from datamodules.storage.index import Example
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import write_shards
 
@@ -19,10 +19,10 @@ def stored(values: list[list[float]], dtype: torch.dtype) -> bytes:
     return torch.tensor(values).to(dtype).view(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def sample_of(folder: Path, data: bytes) -> Sample:
+def example_with_features(folder: Path, data: bytes) -> Example:
     (shard,) = write_shards(folder, [("0", {"features": data})])
-    sample: Sample = index_shard(shard)[0]
-    return sample
+    example: Example = index_shard(shard)[0]
+    return example
 
 
 def reader(dtype: str) -> StoredFeatures:
@@ -33,8 +33,8 @@ def reader(dtype: str) -> StoredFeatures:
 def test_features_are_read_as_they_were_stored(dtype: str, tmp_path: Path) -> None:
     values = [[0.0, -1.5, 2.0, 3.0], [60000.0, -60000.0, 1e-4, 0.25]]
     kind = getattr(torch, dtype)
-    bits = reader(dtype).read(sample_of(tmp_path, stored(values, kind)), short=False)
-    (features, lengths) = reader(dtype).join([bits, bits[:1]]).values()
+    bits = reader(dtype).read(example_with_features(tmp_path, stored(values, kind)), short=False)
+    (features, lengths) = reader(dtype).collate([bits, bits[:1]]).values()
     assert lengths.tolist() == [2, 1]
     assert torch.equal(features, torch.tensor([*values, values[0]]).to(kind))
 
@@ -43,12 +43,12 @@ def test_features_are_read_as_they_were_stored(dtype: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
 def test_features_that_are_not_finite_are_broken(dtype: str, number: float, tmp_path: Path) -> None:
     data = stored([[0.0, 1.0, number, 2.0]], getattr(torch, dtype))
-    with pytest.raises(BadSampleError, match="features that are not finite; extract the features again") as error:
-        reader(dtype).read(sample_of(tmp_path, data), short=False)
+    with pytest.raises(BadExampleError, match="features that are not finite; extract them again") as error:
+        reader(dtype).read(example_with_features(tmp_path, data), short=False)
     assert error.value.reason == "broken features"
 
 
 @pytest.mark.parametrize("size", [1, 2 * WIDTH - 2, 2 * WIDTH * (LENGTH + 1)])
 def test_features_of_another_size_are_broken(size: int, tmp_path: Path) -> None:
-    with pytest.raises(BadSampleError, match=f"has {size} bytes of features, which are not 1 to {LENGTH} tokens"):
-        reader("bfloat16").read(sample_of(tmp_path, bytes(size)), short=False)
+    with pytest.raises(BadExampleError, match=f"has {size} bytes of features, not 1 to {LENGTH} tokens"):
+        reader("bfloat16").read(example_with_features(tmp_path, bytes(size)), short=False)

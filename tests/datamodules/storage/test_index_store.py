@@ -1,4 +1,4 @@
-"""The cache of indexes: headers are read once, never trusted when the shard has changed, and damage does no harm."""
+"""The cache of indexes: headers are read once, and again after the shard or the cache has changed."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from datamodules.storage import index_store
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.index_store import IndexStore
 from tests.datamodules.shard_files import assert_one_line, write_shards
 
-SAMPLES = [(f"a b/{number}", {"png": bytes([number]) * 9, "cls": str(number).encode()}) for number in range(4)]
-SAMPLES.append(("ü", {"jpg": b"image"}))
+EXAMPLES = [(f"a b/{number}", {"png": bytes([number]) * 9, "cls": str(number).encode()}) for number in range(4)]
+EXAMPLES.append(("ü", {"jpg": b"image"}))
 
 
 class Counted:
@@ -22,37 +22,35 @@ class Counted:
         self._read = index_store.index_shard
         patch.setattr(index_store, "index_shard", self)
 
-    def __call__(self, path: Path) -> SampleIndex:
+    def __call__(self, path: Path) -> ExampleIndex:
         self.paths.append(path)
         return self._read(path)
 
 
-def contents(index: SampleIndex) -> list[object]:
-    """All that an index says."""
-    samples = [(s.source, s.key, s.label, {part: s.read(part) for part in s.members}) for s in index]
-    return [*samples, index.bad]
+def contents(index: ExampleIndex) -> list[object]:
+    """Everything in an index."""
+    examples = [(s.source, s.key, s.label, {part: s.read(part) for part in s.members}) for s in index]
+    return [*examples, index.bad]
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """A shard of :data:`SAMPLES`."""
-    return write_shards(tmp_path / "train", SAMPLES, per_shard=10)[0]
+    """A shard of :data:`EXAMPLES`."""
+    return write_shards(tmp_path / "train", EXAMPLES, per_shard=10)[0]
 
 
-def test_an_index_is_read_once_and_then_comes_from_the_cache(
-    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_is_read_once_and_then_cached(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(monkeypatch)
     first = contents(IndexStore(tmp_path / "cache").index(shard))
     assert counted.paths == [shard]
-    assert [sample[1] for sample in first[:-1]] == [key for key, _ in SAMPLES]  # type: ignore[index]
+    assert [example[1] for example in first[:-1]] == [key for key, _ in EXAMPLES]  # type: ignore[index]
     assert contents(IndexStore(tmp_path / "cache").index(shard)) == first
     assert counted.paths == [shard]
     assert contents(IndexStore(tmp_path / "other cache").index(shard)) == first
     assert counted.paths == [shard, shard]
 
 
-def test_what_is_bad_comes_from_the_cache_too(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_examples_are_cached(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard.write_bytes(shard.read_bytes()[:2600])
     counted = Counted(monkeypatch)
     first, second = (contents(IndexStore(tmp_path / "cache").index(shard)) for _ in range(2))
@@ -61,7 +59,7 @@ def test_what_is_bad_comes_from_the_cache_too(tmp_path: Path, shard: Path, monke
     assert counted.paths == [shard]
 
 
-def test_the_same_shard_by_a_relative_path_is_the_same_entry(
+def test_relative_path_of_a_shard_uses_the_same_cache_entry(
     tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
@@ -72,35 +70,24 @@ def test_the_same_shard_by_a_relative_path_is_the_same_entry(
     assert len(counted.paths) == 1
 
 
-def test_the_index_is_made_anew_when_the_size_changes(
-    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["size", "modification time"])
+def test_index_is_rebuilt_when_the_shard_changes(
+    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     counted = Counted(monkeypatch)
     store = IndexStore(tmp_path / "cache")
     store.index(shard)
-    status = shard.stat()
-    write_shards(shard.parent, SAMPLES * 6, per_shard=99)
-    assert shard.stat().st_size != status.st_size
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert len(store.index(shard)) == 30
+    before = shard.stat()
+    renamed = [(key.replace("a b", "b a"), parts) for key, parts in EXAMPLES]
+    write_shards(shard.parent, EXAMPLES * 6 if change == "size" else renamed, per_shard=99)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + (change == "modification time")))
+    assert (shard.stat().st_size == before.st_size) == (change == "modification time")
+    index = store.index(shard)
+    assert (len(index), index[0].key) == ((30, "a b/0") if change == "size" else (5, "b a/0"))
     assert len(counted.paths) == 2
 
 
-def test_the_index_is_made_anew_when_the_time_of_change_changes(
-    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = Counted(monkeypatch)
-    store = IndexStore(tmp_path / "cache")
-    store.index(shard)
-    status = shard.stat()
-    write_shards(shard.parent, [(key.replace("a b", "b a"), parts) for key, parts in SAMPLES], per_shard=99)
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert shard.stat().st_size == status.st_size
-    assert store.index(shard)[0].key == "b a/0"
-    assert len(counted.paths) == 2
-
-
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, shard: Path) -> None:
+def test_unwritable_cache_is_ignored(tmp_path: Path, shard: Path) -> None:
     expected = contents(IndexStore(tmp_path / "cache").index(shard))
     (tmp_path / "file").write_text("in the way")
     blocked = IndexStore(tmp_path / "file")
@@ -109,16 +96,16 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, shard: Path
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_full_disk_leaves_no_half_written_entry(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_half_written_entry(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(file: object, **columns: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(index_store.np, "savez", fail)
-    assert len(IndexStore(tmp_path / "cache").index(shard)) == len(SAMPLES)
+    assert len(IndexStore(tmp_path / "cache").index(shard)) == len(EXAMPLES)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_damaged_entry_is_made_anew(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_cache_entry_is_rewritten(tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = IndexStore(tmp_path / "cache")
     expected = contents(store.index(shard))
     (entry,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
@@ -147,27 +134,27 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, shard: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("count", [3, 6])
-def test_a_whole_shard_with_another_number_of_samples_is_refused(tmp_path: Path, shard: Path, count: int) -> None:
+def test_complete_shard_with_another_number_of_examples_is_refused(tmp_path: Path, shard: Path, count: int) -> None:
     with pytest.raises(ValueError) as error:
         IndexStore(tmp_path / "cache").index_all([shard], [count])
-    assert_one_line(error, shard, "holds 5 samples", f"says {count}", "write the set again")
+    assert_one_line(error, shard, "holds 5 examples", f"says {count}", "write the dataset again")
     assert len(IndexStore(tmp_path / "cache").index_all([shard], [None])) == 5
 
 
 @pytest.mark.parametrize(
     ("size", "whole"), [(0, 0), (512, 0), (2048, 1), (2 * 2048 + 600, 2), (3 * 2048, 3), (4 * 2048, 4)], ids=str
 )
-def test_all_that_a_truncated_shard_has_lost_is_counted(tmp_path: Path, size: int, whole: int) -> None:
-    shard, other = (write_shards(tmp_path / name, SAMPLES[:4], per_shard=10)[0] for name in ("train", "other"))
+def test_examples_lost_by_a_truncated_shard_are_counted(tmp_path: Path, size: int, whole: int) -> None:
+    shard, other = (write_shards(tmp_path / name, EXAMPLES[:4], per_shard=10)[0] for name in ("train", "other"))
     shard.write_bytes(shard.read_bytes()[:size])
     index = IndexStore(tmp_path / "cache").index_all([shard, other], [4, 4])
-    assert [sample.source for sample in index] == whole * [str(shard)] + 4 * [str(other)]
-    assert [sample.reason for sample in index.bad] == (4 - whole) * ["truncated shard"]
+    assert [example.source for example in index] == whole * [str(shard)] + 4 * [str(other)]
+    assert [example.reason for example in index.bad] == (4 - whole) * ["truncated shard"]
     for bad in index.bad:
         assert str(shard) in bad.message
 
 
-def test_a_missing_shard_is_named(tmp_path: Path, shard: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path, shard: Path) -> None:
     with pytest.raises(ValueError) as error:
         IndexStore(tmp_path / "cache").index_all([shard, tmp_path / "nowhere.tar"])
     assert_one_line(error, tmp_path / "nowhere.tar", "cannot be read")
@@ -176,9 +163,9 @@ def test_a_missing_shard_is_named(tmp_path: Path, shard: Path) -> None:
 def test_many_new_shards_are_indexed_by_several_processes_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = write_shards(tmp_path / "train", SAMPLES, per_shard=1)
+    shards = write_shards(tmp_path / "train", EXAMPLES, per_shard=1)
     expected = contents(IndexStore(tmp_path / "cache").index_all(shards))
-    monkeypatch.setattr(index_store, "MANY", len(shards))
+    monkeypatch.setattr(index_store, "MIN_PARALLEL", len(shards))
     monkeypatch.setattr(index_store.os, "cpu_count", lambda: 1)
     counted = Counted(monkeypatch)
     assert contents(IndexStore(tmp_path / "other cache").index_all(shards)) == expected

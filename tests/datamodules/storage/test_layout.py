@@ -1,4 +1,4 @@
-"""Folders of a dataset are splits, classes or neither; what is unclear is refused, what is left out reported."""
+"""Layouts of dataset folders: ambiguous ones are refused, folders left out are reported."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.datamodules.shard_files import assert_one_line, grey_image, write_sha
 
 
 def write(root: Path, *names: str) -> Path:
-    """Images; a name that ends in a slash is an empty folder."""
+    """Write images; a name that ends in a slash creates an empty folder."""
     for level, name in enumerate(names):
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def write(root: Path, *names: str) -> Path:
 
 
 def find(root: Path, **more: Any) -> tuple[Source | None, Source | None, str]:
-    """The splits, and what was warned of."""
+    """The splits and the warnings."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         train, val, _ = find_sources(root, more.get("train"), None, hint="HINT")
@@ -46,7 +46,7 @@ def names_of(source: Source | None) -> tuple[str, list[str]]:
     return source.folder.name, source.classes
 
 
-def test_gaps_among_the_validation_classes_are_no_news(tmp_path: Path) -> None:
+def test_gaps_among_the_validation_classes_are_not_reported_again(tmp_path: Path) -> None:
     first, second, said = find(write(tmp_path, "train/0/1.png", "train/1/1.png", "train/3/1.png", "val/03/1.png"))
     assert second is not None
     assert names_of(first)[1] == second.classes == ["0", "1", "2", "3"]
@@ -55,7 +55,7 @@ def test_gaps_among_the_validation_classes_are_no_news(tmp_path: Path) -> None:
     assert "no folder for 2: 1 of 4" in said
 
 
-def test_usual_names_of_splits_are_known() -> None:
+def test_usual_split_names_are_recognized() -> None:
     for split, names in {
         "train": "train training Train TRAIN train_set trainset train-set train2017 train_256 training_images",
         "val": "val valid validation validate Val VALIDATION val_set valset val2017 dev dev-set",
@@ -69,13 +69,13 @@ def test_usual_names_of_splits_are_known() -> None:
 @pytest.mark.parametrize(
     ("train", "val"), [("training", "validation"), ("Train", "Val"), ("train_set", "valid"), ("TRAIN2017", "dev")]
 )
-def test_splits_of_other_names_are_no_classes(tmp_path: Path, train: str, val: str) -> None:
+def test_splits_with_other_names_are_not_classes(tmp_path: Path, train: str, val: str) -> None:
     write(tmp_path, *(f"{split}/{name}/{i}.png" for split in (train, val) for name in ("ant", "cat") for i in range(2)))
     first, second, said = find(tmp_path)
     assert (names_of(first), names_of(second), said) == ((train, ["ant", "cat"]), (val, ["ant", "cat"]), "")
 
 
-def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
+def test_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
     write(tmp_path / "a", "Train/ant/1.png", "Test/ant/1.png")
     first, second, said = find(tmp_path / "a")
     assert names_of(first) == ("Train", ["ant"])
@@ -86,17 +86,17 @@ def test_a_test_split_is_left_out_and_reported(tmp_path: Path) -> None:
     first, second, said = find(tmp_path / "b")
     assert (names_of(first)[0], names_of(second)[0]) == ("train", "val")
     assert "the test split" in said
-    refusal(write(tmp_path / "c", "test/ant/1.png"), "test split only", "as train or val")
+    refusal(write(tmp_path / "c", "test/ant/1.png"), "only a test split", "as train or val")
 
 
 def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) -> None:
-    sample = [("0", {"png": grey_image(0)})]
+    example = [("0", {"png": grey_image(0)})]
     for split in ("Training", "validation"):
-        write_shards(tmp_path / "folders" / split, sample)
+        write_shards(tmp_path / "folders" / split, example)
     (tmp_path / "names").mkdir()
     for place, split in enumerate(("imagenet-train", "imagenet-val", "imagenet-test")):
         for number in range(2):
-            (path,) = write_shards(tmp_path / f"{place}{number}", sample)
+            (path,) = write_shards(tmp_path / f"{place}{number}", example)
             path.rename(tmp_path / "names" / f"{split}-{number:06d}.tar")
     for root, counts in ((tmp_path / "folders", [1, 1]), (tmp_path / "names", [2, 2])):
         first, second, said = find(root)
@@ -107,7 +107,7 @@ def test_shards_in_folders_or_with_names_of_splits_are_splits(tmp_path: Path) ->
     assert second is None, "names of which not all have a split say nothing"
 
 
-def test_what_is_unclear_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_ambiguous_layouts_are_refused_with_a_remedy(tmp_path: Path) -> None:
     two = write(tmp_path / "two", "train/ant/1.png", "val/ant/1.png", "valid/ant/1.png")
     refusal(two, two, "val and valid", "both look like the val split", "with train and val")
     mixed = write(tmp_path / "mixed", "bus/1.png", "car/1.png", "train/steam/1.png", "train/tram/1.png")
@@ -133,20 +133,20 @@ def test_what_is_unclear_is_refused_with_what_to_do(tmp_path: Path) -> None:
     refusal(tmp_path / "file", "is a file, not a folder", "HINT")
 
 
-def test_one_class_that_holds_folders_of_images_is_warned_of(tmp_path: Path) -> None:
+def test_single_class_with_subfolders_is_warned_about(tmp_path: Path) -> None:
     first, _, said = find(write(tmp_path, "dataset/cat/1.png", "dataset/dog/1.png"))
     assert names_of(first)[1] == ["dataset"]
     assert f"the folders in it are the classes (cat, dog), give {tmp_path / 'dataset'}" in said
 
 
-def test_a_vehicle_called_train_is_a_class_and_warned_of(tmp_path: Path) -> None:
+def test_class_named_train_is_warned_about(tmp_path: Path) -> None:
     first, _, said = find(write(tmp_path, "bus/1.png", "car/1.png", "train/1.png"))
     assert names_of(first)[1] == ["bus", "car", "train"]
     assert "train in" in said
     assert "is read as a class" in said
 
 
-def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -> None:
+def test_folders_that_are_not_classes_are_left_out_and_reported(tmp_path: Path) -> None:
     root = write(
         tmp_path, "ant/1.png", "ant/@eaDir/1.png", "ant/.thumbs/1.png", "cat/more/1.png", "__MACOSX/ant/._1.png",
         "__MACOSX/1.png", "@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png", ".ipynb_checkpoints/1.png",
@@ -162,11 +162,11 @@ def test_folders_that_are_no_classes_are_left_out_and_reported(tmp_path: Path) -
     for phrase in ("$RECYCLE.BIN (a system folder)", ".ipynb_checkpoints (hidden)", "@eaDir (a system folder)",
                    "__MACOSX (a system folder)", "ant/@eaDir (a system folder)", "lost+found (a system folder)",
                    "new folder (no images)", "notes (no images)",
-                   "no class folder are left out: stray.png"):  # fmt: skip
+                   "outside of class folders are left out: stray.png"):  # fmt: skip
         assert phrase in said
 
 
-def test_links_that_lead_in_circles_or_to_what_is_read_are_left_out(tmp_path: Path) -> None:
+def test_link_cycles_and_duplicate_links_are_left_out(tmp_path: Path) -> None:
     root = write(tmp_path / "set", *(f"{name}/{i}.png" for name in ("ant", "cat") for i in range(3)))
     write(tmp_path / "elsewhere", "1.png", "more/2.png")
     for link, target in (("ant/up", ".."), ("ant/root", "../.."), ("ant/itself", "."), ("cat/other", "../ant"),
@@ -190,7 +190,7 @@ def test_links_that_lead_in_circles_or_to_what_is_read_are_left_out(tmp_path: Pa
 
 
 class Trainer:
-    """As much of a trainer as a DataModule asks for."""
+    """The part of a trainer that a DataModule uses."""
 
     global_rank, world_size = 0, 1
 
@@ -217,7 +217,7 @@ def test_folders_of_runs_never_become_training_images(tmp_path: Path) -> None:
     assert_one_line(error, "trainer.default_root_dir", root, "choose another folder")
 
 
-def test_a_contact_sheet_among_the_images_is_refused(tmp_path: Path) -> None:
+def test_contact_sheet_among_the_images_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "ant/1.png", "cat/1.png")
     with pytest.raises(ValueError) as error:
         inspect(str(tmp_path), tmp_path / "ant/sheet.png", num_workers=0)

@@ -1,4 +1,4 @@
-"""Sets as people have them: odd names, repeated keys, mixed kinds, very few samples."""
+"""Unusual datasets: odd names, repeated keys, mixed formats, very few examples."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from datamodules import CodeDataModule, ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.loading.order import NO_EPOCH
 from datamodules.packing import pack
-from datamodules.storage.shards import ShardSet
+from datamodules.storage.shards import ShardDataset
 from datamodules.storage.sources import hold_out
 from datamodules.storage.tar_index import index_shard
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 
@@ -41,21 +41,21 @@ def epoch(data: Any) -> list[str]:
     return [key for batch in data.train_dataloader() for key in batch["keys"]]
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_class_may_be_named_train(tmp_path: Path) -> None:
     data = image_data(str(write_folder(tmp_path, image_files("car", "train", "plane"))))
     assert data.class_names == ["car", "plane", "train"]
     assert len(data.datasets["train"]) + len(data.datasets["val"]) == 30  # type: ignore[arg-type]
 
 
-def test_one_image_cannot_be_divided_and_two_can(tmp_path: Path) -> None:
+def test_two_images_can_be_split_but_not_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         image_data(str(write_folder(tmp_path / "one", image_files("a", count=1))))
-    assert_one_line(error, "hold no samples")
+    assert_one_line(error, "hold no usable examples")
     data = image_data(str(write_folder(tmp_path / "two", image_files("a", count=2))), val_share=0.999)
     assert [len(data.datasets[split]) for split in ("train", "val")] == [1, 1]  # type: ignore[arg-type]
 
 
-def test_shards_with_the_same_keys_are_held_out_here_and_there(tmp_path: Path) -> None:
+def test_shards_with_the_same_keys_hold_different_examples_out(tmp_path: Path) -> None:
     parts = [(f"{number}", {"png": grey_image(number)}) for number in range(20)]
     held_out = []
     for shard in range(10):
@@ -64,23 +64,23 @@ def test_shards_with_the_same_keys_are_held_out_here_and_there(tmp_path: Path) -
     assert len(set(held_out)) > 5
 
 
-def test_images_of_other_kinds_are_counted_where_they_are_missed(tmp_path: Path) -> None:
+def test_images_in_unsupported_formats_are_counted_as_bad(tmp_path: Path) -> None:
     files = {**image_files("a", "b", count=40), "a/x.bmp": b"BM", "b/y.GIF": b"GIF", "b/notes.txt": b"text"}
     data = image_data(str(write_folder(tmp_path / "few", files)))
     assert data.tallies["train"].by_reason() == {"no image": 2}
     many = {**files, **{f"c/{number}.tif": b"II" for number in range(10)}}
-    with pytest.raises(ValueError, match=r"12 of 92 samples .*no image: 12; e.g. .* convert it"):
+    with pytest.raises(ValueError, match=r"12 of 92 examples .*no image: 12; e.g. .* convert or remove it"):
         image_data(str(write_folder(tmp_path / "many", many)))
 
 
-def test_half_a_character_in_a_caption_is_replaced(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_a_caption_is_replaced(tmp_path: Path) -> None:
     text = json.dumps({"caption": "x \ud83d"}).encode()
     (shard,) = write_shards(tmp_path, [("0", {"png": grey_image(1), "json": text})])
-    (sample,) = index_shard(shard)
-    assert sample.read_caption() == "x ?"
+    (example,) = index_shard(shard)
+    assert example.read_caption() == "x ?"
 
 
-def test_names_of_shards_of_codes_may_be_given_beside_the_description(tmp_path: Path) -> None:
+def test_named_shards_of_codes_may_be_elsewhere_than_meta_json(tmp_path: Path) -> None:
     write_codes(tmp_path, train=6, val=3, per_shard=3)
     data = CodeDataModule(tmp_path, 2, num_workers=0, train=str(tmp_path / "train/train-000001.tar"),
                           val=str(tmp_path / "val/val-000000.tar"))  # fmt: skip
@@ -99,44 +99,44 @@ def write_half_labelled(root: Path, shards: int, lost: int) -> str:
     return f"{root}/{{0..{shards - 1}}}.tar"
 
 
-def test_in_a_stream_the_share_of_bad_samples_is_that_of_the_opened_shards(tmp_path: Path) -> None:
+def test_bad_share_of_a_stream_is_that_of_the_opened_shards(tmp_path: Path) -> None:
     good, bad = write_half_labelled(tmp_path / "a", 4, 3), write_half_labelled(tmp_path / "b", 4, 9)
     val = str(tmp_path / "a/0.tar")
     data = image_data(train=good, val=val, resampled_epoch=100)
     assert len(epoch(data)) == 100
     assert data.tallies["train"].counts["no label"] >= 3
-    with pytest.raises(ValueError, match=r"samples of train cannot be used, more than max_bad_share 0.05"):
+    with pytest.raises(ValueError, match=r"examples of train are bad, more than max_bad_share 0.05"):
         epoch(image_data(train=bad, val=val, resampled_epoch=100))
 
 
-def test_a_mixed_batch_never_leaves_the_place(tmp_path: Path) -> None:
+def test_mixed_batch_of_dataset_reads_consecutive_examples(tmp_path: Path) -> None:
     data = image_data(train=write_half_labelled(tmp_path, 1, 4), val=str(tmp_path / "0.tar"))
-    samples = data.datasets["train"].__getitems__([(number, NO_EPOCH) for number in range(3)])  # type: ignore[attr-defined]
-    assert samples["keys"] == ["0_004", "0_005", "0_006"]
-    assert torch.equal(samples["numbers"], torch.arange(3))
+    examples = data.datasets["train"].__getitems__([(number, NO_EPOCH) for number in range(3)])  # type: ignore[attr-defined]
+    assert examples["keys"] == ["0_004", "0_005", "0_006"]
+    assert torch.equal(examples["numbers"], torch.arange(3))
 
 
 def test_packing_into_the_packed_folder_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, image_files("a", "b"))
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path), tmp_path / "packed", workers=1)
-    assert_one_line(error, tmp_path / "packed", "lies within")
+    assert_one_line(error, tmp_path / "packed", "is inside")
     assert not (tmp_path / "packed").exists()
 
 
-def test_packing_does_not_go_on_with_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_does_not_resume_with_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "set", image_files("b", "c"))
-    monkeypatch.setattr(ShardSet, "finish", lambda *_: None)  # stopped just before the end
+    monkeypatch.setattr(ShardDataset, "finish", lambda *_: None)  # stopped just before the end
     pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     monkeypatch.undo()
-    (tmp_path / "set/a").mkdir()  # every class moves on by one, but no sample is added
+    (tmp_path / "set/a").mkdir()  # every class moves on by one, but no example is added
     (tmp_path / "set/a/1.bmp").write_bytes(b"BM")
     with pytest.raises(ValueError) as error:
         pack(str(tmp_path / "set"), tmp_path / "packed", workers=1)
     assert_one_line(error, "another classes, samples")
 
 
-def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_listed_in_skipped_tsv(tmp_path: Path) -> None:
     write_folder(tmp_path / "set", image_files("a", count=40))
     for name in (b"\xff.jpg", b"a\tb.jpg"):
         Path(os.fsdecode(os.fsencode(tmp_path / "set/a/") + b"/" + name)).write_bytes(b"")
@@ -146,16 +146,16 @@ def test_names_that_are_no_text_do_not_stop_the_list_of_what_was_skipped(tmp_pat
     assert all(len(line.split("\t")) == 4 for line in lines)
 
 
-def test_inspection_shows_a_set_as_it_is_and_whether_its_shards_are(tmp_path: Path) -> None:
+def test_inspection_reports_all_examples_and_changed_shards(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", image_files("a", count=1))
-    assert "all: 1 samples, in folders" in inspect(str(folder), num_workers=0)
+    assert "all: 1 examples, in folders" in inspect(str(folder), num_workers=0)
     write_folder(tmp_path / "set", image_files("a", count=40))
     pack(str(folder), tmp_path / "packed", workers=1)
-    assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 right") == 2
+    assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 correct") == 2
     shard = tmp_path / "packed/train/train-000000.tar"
     data = bytearray(shard.read_bytes())
-    data[-1] ^= 1  # behind the end mark, where nothing is read
+    data[-1] ^= 1  # after the end mark, where nothing is read
     shard.write_bytes(data)
     lines = inspect(str(tmp_path / "packed"), num_workers=0)
-    assert "  checksums: 0 of 1 right" in lines
-    assert f"    {shard} is not what was written" in lines
+    assert "  checksums: 0 of 1 correct" in lines
+    assert f"    {shard} has changed since it was written" in lines

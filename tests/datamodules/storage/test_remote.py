@@ -1,4 +1,4 @@
-"""Shards on servers: real ones, on the loopback address."""
+"""Remote shards on real servers at the loopback address."""
 
 import socket
 import threading
@@ -18,12 +18,12 @@ from datamodules.storage.remote import ShardCache, check_address, check_presence
 from datamodules.storage.shards import META_FILE
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
-from tests.datamodules.code_sets import write_codes
+from tests.datamodules.code_datasets import write_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_images, write_shards
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; the first ``failures`` answers for each path are errors, and everything is counted."""
+    """Serves a folder and counts requests; the first ``failures`` answers for each path are errors."""
 
     def __init__(self, folder: Path, failures: int = 0, cut_off: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
@@ -33,12 +33,12 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Of the folder."""
+        """Address of the folder."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Fails as the server says."""
+    """Handler that fails as configured in the server."""
 
     server: Server
 
@@ -59,8 +59,8 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.0)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def free_port() -> int:
 
 
 def train_a_step(root: str, folder: Path, **options: Any) -> list[str]:
-    """The keys of the batch on which a model was trained."""
+    """Train for one step. Returns the keys of the batch."""
     net = GPTConfig(dim=8, n_layer=1, n_head=1, multiple_of=4, vocab_size=8, block_size=4, num_classes=5)
     module, seen = ARGenModule(net), []
 
@@ -101,7 +101,7 @@ def train_a_step(root: str, folder: Path, **options: Any) -> list[str]:
     return seen
 
 
-def test_shards_of_a_web_server_train_a_step(tmp_path: Path, serve: Any) -> None:
+def test_training_reads_shards_from_a_web_server(tmp_path: Path, serve: Any) -> None:
     write_codes(tmp_path / "codes", train=9, val=3)
     server = serve(tmp_path / "codes")
     assert len(train_a_step(server.address, tmp_path)) == 4
@@ -112,7 +112,7 @@ def test_shards_of_a_web_server_train_a_step(tmp_path: Path, serve: Any) -> None
     assert {path for path in server.asked if server.asked[path] > asked[path]} == {f"/{META_FILE}"}  # kept in the cache
 
 
-def test_shards_of_an_s3_compatible_server_train_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reads_shards_from_an_s3_compatible_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
     from moto.server import ThreadedMotoServer
 
@@ -139,7 +139,7 @@ def test_shards_of_an_s3_compatible_server_train_a_step(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("cut_off", [False, True], ids=["error 503", "half an answer"])
-def test_a_server_that_fails_twice_and_then_answers_is_survived(tmp_path: Path, serve: Any, cut_off: bool) -> None:
+def test_server_that_fails_twice_is_retried(tmp_path: Path, serve: Any, cut_off: bool) -> None:
     write_codes(tmp_path / "codes", train=4, val=3)
     server = serve(tmp_path / "codes", failures=2, cut_off=cut_off)
     assert len(train_a_step(server.address, tmp_path)) == 4
@@ -147,7 +147,7 @@ def test_a_server_that_fails_twice_and_then_answers_is_survived(tmp_path: Path, 
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_a_server_that_always_fails_is_an_error_with_the_address(tmp_path: Path, serve: Any) -> None:
+def test_failing_server_is_an_error_with_the_address(tmp_path: Path, serve: Any) -> None:
     write_images(tmp_path / "set", train=3, val=3)
     server = serve(tmp_path / "set", failures=1000)
     shard = f"{server.address}/train/train-000000.tar"
@@ -158,17 +158,15 @@ def test_a_server_that_always_fails_is_an_error_with_the_address(tmp_path: Path,
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_server_that_is_not_there_is_an_error_with_the_address(tmp_path: Path) -> None:
+def test_missing_server_is_an_error_with_the_address(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}/train-{{000..001}}.tar"
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=address, val=address, cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, address.split("-")[0], "cannot be had", "after 5 attempts")
+    assert_one_line(error, address.split("-")[0], "could not be downloaded", "after 5 attempts")
 
 
-def test_a_server_that_never_answers_is_an_error_with_the_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "SILENCE", 0.1)
+def test_unresponsive_server_is_an_error_with_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/train.tar"
         with pytest.raises(ValueError) as error:
@@ -176,16 +174,16 @@ def test_a_server_that_never_answers_is_an_error_with_the_address(
     assert_one_line(error, address, "after 5 attempts")
 
 
-def test_a_shard_that_is_missing_on_the_server_is_an_error_at_once(tmp_path: Path, serve: Any) -> None:
+def test_shard_missing_on_the_server_is_an_error_without_retries(tmp_path: Path, serve: Any) -> None:
     write_images(tmp_path / "set", train=6, val=0)
     server = serve(tmp_path / "set")
     with pytest.raises(ValueError) as error:
         ImageDataModule(train=f"{server.address}/train/train-{{000000..000002}}.tar", cache_dir=tmp_path).setup("fit")
-    assert_one_line(error, f"{server.address}/train/train-000002.tar", "cannot be had")
+    assert_one_line(error, f"{server.address}/train/train-000002.tar", "could not be downloaded")
     assert server.asked["/train/train-000002.tar"] == 1
 
 
-def test_a_shard_with_another_checksum_than_its_set_says_is_refused(tmp_path: Path, serve: Any) -> None:
+def test_shard_with_another_checksum_than_in_meta_json_is_refused(tmp_path: Path, serve: Any) -> None:
     write_codes(tmp_path / "codes", train=3, val=3)
     shard = tmp_path / "codes/train/train-000000.tar"
     data = bytearray(shard.read_bytes())
@@ -196,7 +194,7 @@ def test_a_shard_with_another_checksum_than_its_set_says_is_refused(tmp_path: Pa
     assert_one_line(error, "train-000000.tar", "SHA-256")
 
 
-def test_images_come_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> None:
+def test_images_are_read_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> None:
     write_images(tmp_path / "set", train=7, val=3)
     address = serve(tmp_path / "set").address
     data = ImageDataModule(
@@ -209,7 +207,7 @@ def test_images_come_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> Non
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_of_resampled_shards_keeps_within_its_cache(tmp_path: Path, serve: Any, num_workers: int) -> None:
+def test_stream_of_resampled_shards_respects_the_cache_size(tmp_path: Path, serve: Any, num_workers: int) -> None:
     write_images(tmp_path / "set", train=40, val=3)
     address = serve(tmp_path / "set").address
     shard_bytes = (tmp_path / "set/train/train-000000.tar").stat().st_size
@@ -225,7 +223,7 @@ def test_a_stream_of_resampled_shards_keeps_within_its_cache(tmp_path: Path, ser
     assert len(list((tmp_path / "cache/shards").glob("*.tar"))) <= 3
 
 
-def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path, serve: Any) -> None:
+def test_stream_checks_that_every_shard_exists_before_training(tmp_path: Path, serve: Any) -> None:
     write_images(tmp_path / "set", train=6, val=3)
     address = serve(tmp_path / "set").address
     data = ImageDataModule(
@@ -234,10 +232,10 @@ def test_a_stream_sees_that_every_shard_is_there_before_training(tmp_path: Path,
     )  # fmt: skip
     with pytest.raises(ValueError) as error:
         data.setup("fit")
-    assert_one_line(error, f"{address}/train/train-00000", "cannot be had")
+    assert_one_line(error, f"{address}/train/train-00000", "could not be downloaded")
 
 
-def test_a_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+def test_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path / "set", [("0", {"png": grey_image(3)})])
     command = f"pipe:cat {shard}; touch {tmp_path}/ran"
     with pytest.raises(ValueError) as error:
@@ -250,7 +248,7 @@ def test_a_command_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_a_command_that_fails_is_an_error_with_the_command(tmp_path: Path) -> None:
+def test_command_that_fails_is_an_error_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         ShardCache(tmp_path, allow_pipe=True).fetch("pipe:exit 3")
     assert_one_line(error, "pipe:exit 3", "after 5 attempts")
@@ -260,13 +258,13 @@ def test_a_command_that_fails_is_an_error_with_the_command(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "address", ["ftp://host/a.tar", "file:///etc/a.tar", "filecache::s3://a/b.tar", "python://x.tar"]
 )
-def test_an_unknown_scheme_is_refused(address: str) -> None:
+def test_unknown_scheme_is_refused(address: str) -> None:
     with pytest.raises(ValueError) as error:
         check_address(address, allow_pipe=True)
     assert_one_line(error, address, "unknown scheme")
 
 
-def test_a_scheme_without_its_package_names_the_extra_to_install(
+def test_missing_package_of_a_scheme_names_the_extra_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def absent(*args: Any, **options: Any) -> None:

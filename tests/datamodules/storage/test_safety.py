@@ -1,4 +1,4 @@
-"""Nothing in a shard can run code, leave its place, or eat up the memory."""
+"""Nothing in a shard can run code, read or write other files, or exhaust the memory."""
 
 import io
 import os
@@ -16,12 +16,12 @@ import torch
 from datamodules import CodeDataModule, ImageDataModule
 from datamodules.inspection import inspect
 from datamodules.packing import pack
-from tests.datamodules.code_sets import codes_of, npy, write_codes
+from tests.datamodules.code_datasets import codes_of, npy, write_codes
 from tests.datamodules.shard_files import grey_image
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -45,7 +45,7 @@ def write_tar(path: Path, members: dict[str, bytes], links: dict[str, str] | Non
 
 
 def hostile_parts(target: Path, key: str) -> dict[str, bytes]:
-    """Members that run code when a careless reader decodes them."""
+    """Members that run code in a reader that decodes them."""
     pickled = pickle.dumps(Payload(target))
     buffer, objects = io.BytesIO(), io.BytesIO()
     torch.save(Payload(target), buffer)
@@ -67,13 +67,13 @@ def hostile_parts(target: Path, key: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """What appears if code of a shard runs; it does, if one lets it."""
+    """Folder that appears if code in a shard runs; verified with a reader that allows it."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "proof")))
     assert (tmp_path / "proof").exists()
     return tmp_path / "ran"
 
 
-def test_hostile_members_beside_images_are_never_decoded(tmp_path: Path, target: Path) -> None:
+def test_hostile_members_next_to_images_are_never_decoded(tmp_path: Path, target: Path) -> None:
     members = {}
     for number in range(20):
         members |= {f"{number}.png": grey_image(number), f"{number}.cls": b"1"}
@@ -93,11 +93,11 @@ def test_hostile_members_beside_images_are_never_decoded(tmp_path: Path, target:
     assert not target.exists()
 
 
-def test_codes_that_are_pickled_objects_are_bad_samples_and_run_nothing(tmp_path: Path, target: Path) -> None:
+def test_pickled_codes_are_bad_examples_and_run_no_code(tmp_path: Path, target: Path) -> None:
     write_codes(tmp_path, train=50, val=3, per_shard=50)
     objects = io.BytesIO()
     np.save(objects, np.array([Payload(target)], dtype=object), allow_pickle=True)
-    # One with the very size and header of real codes, too.
+    # Also one with the size and header of real codes.
     real = npy(codes_of(0))
     members = {}
     for number in range(50):
@@ -124,7 +124,7 @@ def test_codes_that_are_pickled_objects_are_bad_samples_and_run_nothing(tmp_path
     ],
     ids=["huge", "objects", "code", "structure", "deep"],
 )
-def test_an_npy_header_is_only_compared_and_never_believed(tmp_path: Path, header: str) -> None:
+def test_npy_header_is_compared_and_never_trusted(tmp_path: Path, header: str) -> None:
     write_codes(tmp_path, train=40, val=3, per_shard=40)
     text = header.encode().ljust(8 * 1024 - 11) + b"\n"
     hostile = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(8)
@@ -139,7 +139,7 @@ def test_an_npy_header_is_only_compared_and_never_believed(tmp_path: Path, heade
     assert data.tallies["train"].counts == {"broken codes": 1}
 
 
-def test_names_that_lead_out_of_the_folder_are_harmless(tmp_path: Path) -> None:
+def test_names_with_parent_folders_are_harmless(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(grey_image(200))
     names = ["../../secret", f"{tmp_path}/secret", "/etc/passwd", "..", "a/../../b", "C:\\b", "a\0b", "ä/日本"]
     members = {f"{name}.png": grey_image(place) for place, name in enumerate(names)}
@@ -154,7 +154,7 @@ def test_names_that_lead_out_of_the_folder_are_harmless(tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG that says it has so many pixels."""
+    """A small PNG that claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -176,9 +176,9 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path,
     assert data.tallies["train"].counts == {"too many pixels": 1}
 
 
-def test_shard_names_in_a_description_are_no_paths(tmp_path: Path) -> None:
+def test_shard_names_in_meta_json_must_not_be_paths(tmp_path: Path) -> None:
     write_codes(tmp_path / "set", train=3, val=3)
     meta = tmp_path / "set/meta.json"
     meta.write_text(meta.read_text().replace("train-000000.tar", "../../train-000000.tar"))
-    with pytest.raises(ValueError, match=r"names the shard .*no file name"):
+    with pytest.raises(ValueError, match=r"names the shard .*not a file name"):
         CodeDataModule(tmp_path / "set").setup("fit")

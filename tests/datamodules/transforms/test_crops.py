@@ -1,4 +1,4 @@
-"""Crops have the size, the place and, but for rounding, the pixels that ADM gives them."""
+"""Crops have the size, the position and, up to rounding, the pixels of ADM's crops."""
 
 from collections import Counter
 
@@ -9,34 +9,34 @@ from PIL import Image
 from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops, view_names
 
 TOLERANCE = 2
-"""Levels by which the resampling may differ from Pillow's."""
+"""Maximum difference from Pillow's resizing, in levels."""
 
 COLOUR = (200, 100, 0)
 SMALL = [(5, 3), (3, 5), (7, 9), (1, 1), (1, 2), (2, 1), (12, 24)]
 LARGE = [(97, 31), (31, 97), (64, 64), (65, 66), (41, 20), (150, 100), (100, 150), (200, 129)]
 TALL = [(3, 1), (97, 31), (200, 40), (33, 16)]
-"""Heights and widths; images of the last kind are taller than twice their width."""
+"""Heights and widths; the last ones are taller than twice their width."""
 
 
 def noise(height: int, width: int, multiple: int = 1) -> np.ndarray:
-    """Random colours whose mean over ``multiple`` pixels is a whole number."""
+    """Random colours whose mean over ``multiple`` pixels is an integer."""
     levels = np.random.default_rng(1).integers(0, 256 // multiple, (height, width, 3)).astype(np.uint8)
     return levels * np.uint8(multiple)
 
 
 def black_and_white(height: int, width: int) -> np.ndarray:
-    """Pixels that make the filter go beyond the range of bytes."""
+    """Pixels for which the filter exceeds the range of bytes."""
     return np.random.default_rng(2).integers(0, 2, (height, width, 3)).astype(np.uint8) * np.uint8(255)
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """An image whose red says the column and whose green says the row."""
+    """An image whose red is the column and whose green is the row."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, 0 * x], axis=2).astype(np.uint8)
 
 
 def shrunk(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """The whole image as ADM resizes it, by Pillow alone."""
+    """The whole image, resized as in ADM with Pillow only."""
     image = Image.fromarray(pixels)
     width, height = image.size
     while min(width, height) >= 2 * short_side:
@@ -57,13 +57,13 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def is_plain(pixels: np.ndarray, size: int) -> bool:
-    """Whether it is a square of the one colour."""
+    """Whether the image is a square of one colour."""
     return pixels.dtype == np.uint8 and pixels.shape == (size, size, 3) and bool((pixels == COLOUR).all())
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
 @pytest.mark.parametrize("source", [(32, 32), (33, 32), (31, 97), (97, 31), (500, 375), (5, 3), (1, 40), (40, 1)])
-def test_the_crop_has_the_size_and_the_colour(source: tuple[int, int], size: int) -> None:
+def test_crop_has_the_size_and_the_colour(source: tuple[int, int], size: int) -> None:
     assert is_plain(centre_crop(np.full((*source, 3), COLOUR, np.uint8), size), size)
 
 
@@ -78,7 +78,7 @@ def test_the_crop_has_the_size_and_the_colour(source: tuple[int, int], size: int
         (20, 8, slice(6, 14), slice(0, 8)),
     ],
 )
-def test_an_image_whose_short_side_fits_is_cut_and_not_resized(
+def test_image_whose_short_side_fits_is_cropped_without_resizing(
     height: int, width: int, rows: slice, columns: slice
 ) -> None:
     source = noise(height, width)
@@ -86,7 +86,7 @@ def test_an_image_whose_short_side_fits_is_cut_and_not_resized(
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(16, 16, 2), (16, 24, 2), (24, 16, 2), (32, 32, 4), (32, 48, 4)])
-def test_a_large_image_is_halved_by_means_of_boxes(height: int, width: int, side: int) -> None:
+def test_large_image_is_halved_with_a_box_filter(height: int, width: int, side: int) -> None:
     source = noise(height, width, side * side)
     means = source.reshape(height // side, side, width // side, side, 3).mean((1, 3))
     assert np.array_equal(centre_crop(source, 8), middle(means, 8))
@@ -94,28 +94,26 @@ def test_a_large_image_is_halved_by_means_of_boxes(height: int, width: int, side
 
 @pytest.mark.parametrize("size", [8, 16, 27])
 @pytest.mark.parametrize("source", [*SMALL, *LARGE, *TALL], ids=str)
-def test_the_pixels_are_those_of_pillow(source: tuple[int, int], size: int) -> None:
+def test_pixels_match_pillow(source: tuple[int, int], size: int) -> None:
     for image in (noise(*source), black_and_white(*source), coordinates(*source)):
         assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("size", [8, 16, 27])
 @pytest.mark.parametrize("source", TALL, ids=str)
-def test_an_image_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(
-    source: tuple[int, int], size: int
-) -> None:
+def test_image_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(source: tuple[int, int], size: int) -> None:
     for image in (noise(*source), black_and_white(*source)):
         assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) == 0
 
 
-def test_the_pixels_of_a_view_into_a_larger_image_are_its_own() -> None:
+def test_crop_of_a_view_into_a_larger_image_matches_that_of_a_copy() -> None:
     source = noise(40, 50)
     piece = source[3:30, 45:12:-1]
     assert np.array_equal(centre_crop(piece, 16), centre_crop(piece.copy(), 16))
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(40, 60, 16), (60, 40, 16), (10, 20, 16), (128, 64, 24)])
-def test_the_crop_is_centred(height: int, width: int, size: int) -> None:
+def test_crop_is_centred(height: int, width: int, size: int) -> None:
     y, x = np.mgrid[:height, :width]
     hill = 255 - 4 * np.hypot(y - (height - 1) / 2, x - (width - 1) / 2)
     cropped = centre_crop(np.stack(3 * [hill.clip(0, 255).astype(np.uint8)], 2), size)
@@ -128,7 +126,7 @@ SIZE, SHORT_SIDES = 16, range(16, 21)
 
 
 def places(source: np.ndarray, draws: int) -> list[tuple[int, int, int]]:
-    """Short side, row and column of random crops: each is looked up among all that there can be."""
+    """Short side, row and column of random crops, found by search among all possible crops."""
     known = {}
     for side in SHORT_SIDES:
         whole = shrunk(source, side)
@@ -149,9 +147,9 @@ def places(source: np.ndarray, draws: int) -> list[tuple[int, int, int]]:
     return drawn
 
 
-# Of these (32 to 40 pixels) some short sides are reached by a halving and others not.
+# Some of these short sides (32 to 40 pixels) involve halving and others do not.
 @pytest.mark.parametrize("source", [(16, 16), (27, 18), (18, 27), (34, 34), (50, 37), (100, 150), (6, 9)], ids=str)
-def test_a_random_crop_is_a_piece_of_the_shrunk_image_with_every_length_and_place(source: tuple[int, int]) -> None:
+def test_random_crop_takes_every_length_and_position_of_the_resized_image(source: tuple[int, int]) -> None:
     image = coordinates(*source)
     found = places(image, 2000)
     sides = Counter(side for side, _, _ in found)
@@ -162,14 +160,14 @@ def test_a_random_crop_is_a_piece_of_the_shrunk_image_with_every_length_and_plac
             counts = Counter(place[axis] for place in found if place[0] == side)
             assert sorted(counts) == list(range(length - SIZE + 1))
             assert min(counts.values()) > 0.4 * sides[side] / len(counts)
-    # Row and column are drawn independently.
+    # Row and column are independent.
     corners = Counter((top, left) for side, top, left in found if side == 20)
     assert len(corners) >= 25
 
 
 @pytest.mark.parametrize("size", [1, 7, 30, 32, 256])
-def test_the_short_side_is_drawn_up_to_size_by_eight_tenths(size: int) -> None:
-    # On a ramp over 512 pixels, one pixel of a short side s rises by 256 / s levels.
+def test_short_side_is_at_most_size_divided_by_0_8(size: int) -> None:
+    # On a ramp over 512 pixels, resized to a short side s, one pixel rises by 256 / s levels.
     generator = np.random.default_rng(0)
     source = np.broadcast_to(np.arange(512)[None, :, None] // 2, (512, 512, 3)).astype(np.uint8)
     crops = [random_crop(source, size, generator) for _ in range(60)]
@@ -182,13 +180,13 @@ def test_the_short_side_is_drawn_up_to_size_by_eight_tenths(size: int) -> None:
 
 
 @pytest.mark.parametrize("source", [(5, 3), (3, 5), (1, 40), (40, 1), (1, 1), (500, 375)])
-def test_a_random_crop_has_the_size_and_the_colour_also_of_small_images(source: tuple[int, int]) -> None:
+def test_random_crop_of_small_images_has_the_size_and_the_colour(source: tuple[int, int]) -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         assert is_plain(random_crop(np.full((*source, 3), COLOUR, np.uint8), 32, generator), 32)
 
 
-def test_a_random_crop_depends_on_its_generator_alone() -> None:
+def test_random_crop_depends_on_its_generator_alone() -> None:
     source = noise(40, 50)
     drawn = [
         [random_crop(source, 16, generator).tobytes() for _ in range(5)]
@@ -210,16 +208,16 @@ TEN = ["centre", "top-left", "top-right", "bottom-left", "bottom-right"]
 TEN += [f"{name} flipped" for name in TEN]
 
 
-def test_the_views_have_names() -> None:
+def test_views_have_names() -> None:
     assert view_names("centre", [1.1]) == ["centre"]
     assert view_names("flip", [1.1]) == ["centre", "centre flipped"]
     assert view_names("ten_crop", [1.1, 1.05]) == [f"1.1 {name}" for name in TEN] + [f"1.05 {name}" for name in TEN]
     assert view_names("ten_crop", [2]) == [f"2 {name}" for name in TEN]
 
 
-# The differences are even and odd.
+# The margins are even and odd.
 @pytest.mark.parametrize(("size", "share", "side"), [(8, 1.25, 10), (8, 1.4, 11), (20, 1.05, 21), (16, 1.99, 31)])
-def test_each_of_ten_crops_is_where_its_name_says(size: int, share: float, side: int) -> None:
+def test_ten_crops_match_their_names(size: int, share: float, side: int) -> None:
     source = noise(side, side)
     low, half, high = slice(0, size), slice((side - size) // 2, (side - size) // 2 + size), slice(side - size, side)
     pieces = [source[half, half], source[low, low], source[low, high], source[high, low], source[high, high]]

@@ -1,4 +1,4 @@
-"""Files of images become upright RGB, JPEGs with the very pixels that Pillow gives; what is broken is refused."""
+"""Images are decoded to upright RGB, JPEGs with exactly Pillow's pixels; broken images are refused."""
 
 import struct
 import warnings
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.storage.bad_samples import BadSampleError
+from datamodules.storage.bad_examples import BadExampleError
 from datamodules.transforms.decode import MAX_PIXELS, open_image, read_image
 from tests.datamodules.shard_files import assert_one_line, encode
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 PNG = encode(Image.fromarray(COLOURS))
-WHERE = "sample folder/key of train-000000.tar"
+WHERE = "example folder/key of train-000000.tar"
 
 SMOOTH = np.asarray(Image.fromarray(COLOURS).resize((37, 23), Image.Resampling.BICUBIC))
 """An image that survives JPEG."""
@@ -26,9 +26,9 @@ def pillow(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
 
 
-def refusal(data: bytes) -> BadSampleError:
-    """The error, in one line with the place."""
-    with pytest.raises(BadSampleError) as error:
+def refusal(data: bytes) -> BadExampleError:
+    """The error, checked to be one line with the location."""
+    with pytest.raises(BadExampleError) as error:
         read_image(data, WHERE)
     assert_one_line(error, WHERE)
     return error.value
@@ -43,7 +43,7 @@ def png_header(width: int, height: int, depth: int = 8, colours: int = 2) -> byt
 
 
 def raw_png(width: int, height: int, depth: int, colours: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG of given bytes for each row, each with its filter byte."""
+    """A PNG of given bytes for each row, including the filter byte."""
     data = png_chunk(b"IDAT", zlib.compress(rows))
     return b"".join([png_header(width, height, depth, colours), *chunks, data, png_chunk(b"IEND", b"")])
 
@@ -86,13 +86,13 @@ def test_every_mode_becomes_rgb(
     assert abs(pixels.astype(int) - expected).max() <= tolerance
 
 
-def test_a_transparent_colour_of_a_palette_keeps_its_colour() -> None:
+def test_transparent_colour_of_a_palette_keeps_its_colour() -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([1, 2, 3, 200, 100, 50])
     assert (read_image(encode(image, transparency=1), WHERE) == (200, 100, 50)).all()
 
 
-def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
+def test_upper_eight_of_sixteen_bits_are_kept() -> None:
     greys = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
     pixels = read_image(encode(Image.fromarray(greys)), WHERE)
     assert np.array_equal(pixels, np.stack(3 * [greys >> 8], 2))
@@ -115,7 +115,7 @@ JPEGS = {
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
 @pytest.mark.parametrize("shape", [(23, 37), (16, 16), (1, 1), (8, 65)], ids=str)
-def test_a_jpeg_has_the_pixels_that_pillow_gives(shape: tuple[int, int], options: dict[str, Any]) -> None:
+def test_jpeg_has_the_pixels_of_pillow(shape: tuple[int, int], options: dict[str, Any]) -> None:
     noise = np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(COLOURS).resize(shape[::-1]))
     for pixels in (noise, smooth):
@@ -126,12 +126,12 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(shape: tuple[int, int], options
             assert np.array_equal(read_image(grey, WHERE), pillow(grey))
 
 
-def test_a_jpeg_with_more_after_its_end_is_read() -> None:
+def test_jpeg_with_trailing_bytes_is_read() -> None:
     data = encode(Image.fromarray(SMOOTH), "jpeg")
     assert np.array_equal(read_image(data + b"\0" * 50, WHERE), pillow(data))
 
 
-def test_of_several_images_in_a_file_the_first_is_read() -> None:
+def test_first_image_of_several_in_a_file_is_read() -> None:
     images = {"save_all": True, "append_images": [Image.new("RGB", (37, 23))]}
     for kind, options in (("png", images), ("webp", {**images, "lossless": True})):
         assert np.array_equal(read_image(encode(Image.fromarray(SMOOTH), kind, **options), WHERE), SMOOTH)
@@ -170,7 +170,7 @@ def exif(orientation: int) -> Image.Exif:
     ],
     ids=str,
 )
-def test_an_image_is_turned_as_its_exif_orientation_says(
+def test_image_is_turned_by_its_exif_orientation(
     kind: str, options: dict[str, Any], tolerance: int, orientation: int
 ) -> None:
     pixels = read_image(encode(Image.fromarray(COLOURS), kind, exif=exif(orientation), **options), WHERE)
@@ -181,7 +181,7 @@ def test_an_image_is_turned_as_its_exif_orientation_says(
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_upright(orientation: int) -> None:
+def test_unknown_orientation_is_upright(orientation: int) -> None:
     data = encode(Image.fromarray(COLOURS), exif=exif(orientation))
     assert np.array_equal(read_image(data, WHERE), COLOURS)
 
@@ -197,7 +197,7 @@ DAMAGED_EXIF = {
 
 
 @pytest.mark.parametrize("description", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
-def test_a_damaged_description_is_no_reason_to_lose_the_image(description: bytes) -> None:
+def test_image_with_damaged_exif_is_read(description: bytes) -> None:
     png = PNG[:33] + png_chunk(b"eXIf", description) + PNG[33:]
     jpeg = encode(Image.fromarray(COLOURS), "jpeg", quality=100, subsampling=0)
     segment = b"Exif\0\0" + description
@@ -226,17 +226,17 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
-def test_a_broken_image_is_refused(data: bytes) -> None:
+def test_broken_image_is_refused(data: bytes) -> None:
     error = refusal(data)
     assert (error.reason, "is broken" in str(error)) == ("broken image", True)
 
 
-def test_an_empty_file_is_refused() -> None:
+def test_empty_file_is_refused() -> None:
     assert refusal(b"").reason == "empty file"
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"grey": True}], ids=str)
-def test_a_truncated_jpeg_is_refused_wherever_it_ends(options: dict[str, bool]) -> None:
+def test_truncated_jpeg_is_refused(options: dict[str, bool]) -> None:
     grey = options.pop("grey", False)
     data = encode(Image.fromarray(SMOOTH).convert("L" if grey else "RGB"), "jpeg", **options)
     for end in [*range(1, len(data), 37), len(data) - 3, len(data) - 2, len(data) - 1]:
@@ -244,8 +244,8 @@ def test_a_truncated_jpeg_is_refused_wherever_it_ends(options: dict[str, bool]) 
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
-def test_a_jpeg_with_a_fault_is_read_as_pillow_reads_it(options: dict[str, bool]) -> None:
-    # Pillow shrugs off faults for which the faster decoder gives up.
+def test_faulty_jpeg_is_read_like_pillow(options: dict[str, bool]) -> None:
+    # Pillow tolerates faults that the faster decoder refuses.
     data = encode(Image.fromarray(SMOOTH), "jpeg", **options)
     generator = np.random.default_rng(3)
     kept = 0
@@ -262,7 +262,7 @@ def test_a_jpeg_with_a_fault_is_read_as_pillow_reads_it(options: dict[str, bool]
     assert kept > 20
 
 
-def test_the_greatest_number_of_pixels_is_allowed_and_one_more_is_not() -> None:
+def test_maximum_number_of_pixels_is_allowed_but_not_one_more() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         allowed = open_image(png_header(1765, MAX_PIXELS // 1765) + PNG[33:], WHERE)
@@ -273,13 +273,13 @@ def test_the_greatest_number_of_pixels_is_allowed_and_one_more_is_not() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 4000), (20_000, 1), (10, 1001)])
-def test_an_image_that_would_become_huge_when_it_is_enlarged_is_refused(width: int, height: int) -> None:
+def test_image_with_extreme_aspect_ratio_is_refused(width: int, height: int) -> None:
     error = refusal(encode(Image.new("L", (width, height))))
     assert error.reason == "too many pixels"
     assert read_image(encode(Image.new("L", (10, 1000))), WHERE).shape == (1000, 10, 3)
 
 
-def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jpeg_claiming_too_many_pixels_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*_: Any) -> None:
         raise AssertionError("decoded")
 
@@ -300,7 +300,7 @@ OTHERS["SVG"] = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>
 
 
 @pytest.mark.parametrize("data", OTHERS.values(), ids=OTHERS)
-def test_other_formats_are_refused_and_reach_no_other_decoder(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_formats_are_refused_without_decoding(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
     Image.init()
     for name in set(Image.OPEN) - {"JPEG", "PNG", "WEBP"}:

@@ -1,4 +1,4 @@
-"""On a GPU a compiled sampler draws the codes of plain sampling by replaying graphs, without waiting for the device."""
+"""On a GPU a compiled sampler returns the codes of uncached sampling, and does not wait for the device."""
 
 from typing import Any
 
@@ -20,29 +20,29 @@ CASES += [(variant, setting) for variant in GPT_VARIANTS for setting in ("greedy
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("variant", "setting"), CASES)
-def test_codes_are_those_of_plain_uncached_sampling(variant: str, setting: str, compiled: bool) -> None:
+def test_codes_equal_those_of_uncached_sampling(variant: str, setting: str, compiled: bool) -> None:
     cpu, config = small_gpt(**GPT_VARIANTS[variant]), SamplingConfig(**SETTINGS[setting])
     condition, lengths, indices = condition_for(cpu, 5), caption_lengths_for(cpu, 5), torch.arange(5) * 37
     expected = plain_loop(cpu, condition, config, lengths, 11, indices)
     sampler = Sampler(small_gpt(**GPT_VARIANTS[variant]).to("cuda"), 3, compiled=compiled)
-    some = None if lengths is None else lengths.cuda()
-    for _ in range(2):  # the second time with graphs and memory that are there
-        found = sampler(condition.cuda(), config, caption_lengths=some, seed=11, indices=indices.cuda())
+    lengths = None if lengths is None else lengths.cuda()
+    for _ in range(2):  # the second call reuses graphs and memory
+        found = sampler(condition.cuda(), config, caption_lengths=lengths, seed=11, indices=indices.cuda())
         assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_float32_codes_are_the_same_for_all_batch_sizes(kind: str) -> None:
+def test_float32_codes_do_not_depend_on_the_batch_size(kind: str) -> None:
     gpt, config = small_gpt(condition=kind).to("cuda"), SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=9)
     cpu = small_gpt(condition=kind)
     condition, lengths = condition_for(cpu, 64).cuda(), caption_lengths_for(cpu, 64)
-    some = None if lengths is None else lengths.cuda()
-    drawn = [Sampler(gpt, size, compiled=True)(condition, config, caption_lengths=some) for size in (1, 7, 64)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
+    lengths = None if lengths is None else lengths.cuda()
+    codes = [Sampler(gpt, size, compiled=True)(condition, config, caption_lengths=lengths) for size in (1, 7, 64)]
+    assert torch.equal(codes[0], codes[1])
+    assert torch.equal(codes[0], codes[2])
 
 
-def test_one_sampler_serves_changing_settings_seeds_and_sizes() -> None:
+def test_settings_seeds_and_batch_sizes_may_change_between_calls() -> None:
     gpt, cpu = small_gpt().to("cuda"), small_gpt()
     sampler = Sampler(gpt, 4, compiled=True)
     calls: list[tuple[int, int, dict[str, Any]]] = [
@@ -54,7 +54,7 @@ def test_one_sampler_serves_changing_settings_seeds_and_sizes() -> None:
         assert torch.equal(sampler(labels.cuda(), config, seed=seed).cpu(), expected)
 
 
-def test_a_sampler_that_was_made_in_inference_mode_serves_calls_outside() -> None:
+def test_a_sampler_built_in_inference_mode_works_outside_of_it() -> None:
     gpt, labels = small_gpt().to("cuda"), torch.arange(4, device="cuda")
     with torch.inference_mode():
         sampler = Sampler(gpt, 4, compiled=True)
@@ -63,7 +63,7 @@ def test_a_sampler_that_was_made_in_inference_mode_serves_calls_outside() -> Non
     assert torch.equal(sampler(labels, SamplingConfig(guidance_scale=2.0)), inside)
 
 
-def test_changes_of_the_weights_in_place_are_seen() -> None:
+def test_in_place_changes_of_weights_take_effect() -> None:
     gpt, labels = small_gpt().to("cuda"), torch.arange(4, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         sampler = Sampler(gpt, 4, compiled=True)
@@ -74,7 +74,7 @@ def test_changes_of_the_weights_in_place_are_seen() -> None:
     assert not torch.equal(sampler(labels), before)
 
 
-def test_no_code_waits_for_the_device() -> None:
+def test_decoding_needs_no_synchronization() -> None:
     sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
     labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
     expected = sampler(labels, config, seed=3)
@@ -99,7 +99,7 @@ def test_bfloat16_under_autocast(int8: bool) -> None:
     assert (codes == expected)[:, 0].float().mean() > 0.7  # the first code has no history that could differ
 
 
-def test_pixels_are_decoded_beside_the_next_batch() -> None:
+def test_pixels_are_decoded_on_a_stream_of_their_own() -> None:
     vqgan, codes = small_vqgan(), torch.randint(64, (5, 4, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = PixelDecoder(vqgan, torch.device("cpu"), torch.float32)(codes).numpy().astype(int)

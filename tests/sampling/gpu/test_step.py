@@ -1,4 +1,4 @@
-"""A decode step in Triton kernels computes what the model does without a cache."""
+"""A decode step in Triton kernels computes what the model computes without a cache."""
 
 import copy
 from typing import Any
@@ -23,7 +23,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @torch.no_grad()
 def rounded(gpt: GPT, dtype: torch.dtype, int8: bool) -> GPT:
-    """A copy whose linear layers have the values that :class:`DecodeWeights` keeps, in float32."""
+    """A copy whose linear layers have the values of :class:`DecodeWeights`, in float32."""
     gpt = copy.deepcopy(gpt)
     for name, module in gpt.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("cls_embedding"):
@@ -44,7 +44,7 @@ def decoded(
     rows: int = 0,
     **options: Any,
 ) -> Tensor:
-    """Logits (``rows`` or B, ``steps``, V) behind the first codes, step by step, with caches that are poisoned."""
+    """Logits (``rows`` or B, ``steps``, V) after the first codes, step by step. Unused cache entries are NaN."""
     codes, condition, lengths = _inputs(gpt, device, batch, steps)
     positions = gpt.config.condition_length
     cache = KVCache.allocate(gpt.config, batch, torch.device(device))
@@ -65,7 +65,7 @@ def decoded(
         logits.append(step(gpt.tok_embeddings(code).float(), position, first, keys, values))
         position += 1
     assert keys[:, batch:].isnan().all(), "rows that are not decoded are left alone"
-    assert keys[:, :, :, int(position) :].isnan().all(), "nothing is written behind the position"
+    assert keys[:, :, :, int(position) :].isnan().all(), "nothing is written after the position"
     return torch.stack(logits, 1)
 
 
@@ -85,26 +85,26 @@ def _inputs(gpt: GPT, device: str, batch: int, steps: int) -> tuple[Tensor, Tens
 def assert_decodes(
     gpt: GPT, dtype: torch.dtype, device: str, batch: int, steps: int, *, int8: bool = False, **options: Any
 ) -> float:
-    """The step agrees with the model up to a part of the spread of the logits, which is returned."""
+    """Assert that step and model agree. Returns the largest difference over the spread of the logits."""
     gpt = gpt.to(device)
     found = decoded(gpt, dtype, device, batch, steps, int8=int8, **options)
-    wanted = expected(rounded(gpt, dtype, int8), device, batch, steps)
-    error = float((found - wanted).abs().max() / wanted.std())
+    logits = expected(rounded(gpt, dtype, int8), device, batch, steps)
+    error = float((found - logits).abs().max() / logits.std())
     assert error < TOLERANCE[dtype]
     return error
 
 
 def assert_rows_are_independent(gpt: GPT, device: str, counts: list[int], steps: int) -> None:
-    """In float32 the first rows of a large batch are bit for bit those of a small one."""
+    """Assert that in float32 the first rows of a large batch have the bits of a small batch."""
     gpt = gpt.to(device)
-    most = decoded(gpt, torch.float32, device, max(counts), steps)
+    largest = decoded(gpt, torch.float32, device, max(counts), steps)
     for count in counts:
         found = decoded(gpt, torch.float32, device, max(counts), steps, rows=count)
-        assert torch.equal(found, most[:count]), count
+        assert torch.equal(found, largest[:count]), count
 
 
 def sized(head_size: int, **options: Any) -> GPT:
-    """A small GPT with two heads of that width."""
+    """A small GPT with two heads of width ``head_size``."""
     return small_gpt(dim=2 * head_size, n_head=2, multiple_of=32, **options)
 
 
@@ -120,7 +120,7 @@ def test_each_head_size(head_size: int, dtype: torch.dtype) -> None:
 @on_gpu
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_number_of_rows_of_padded_captions(rows: int, dtype: torch.dtype) -> None:
+def test_each_number_of_rows_with_padded_captions(rows: int, dtype: torch.dtype) -> None:
     assert_decodes(sized(64, condition="text"), dtype, "cuda", rows, 4)
 
 
@@ -148,7 +148,7 @@ def test_more_heads_than_the_device_attends_to_at_a_time(shape: dict[str, int], 
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("parts", [1, 4])
-def test_each_way_to_sum(splits: int, parts: int, early: bool) -> None:
+def test_each_way_of_splitting_sums(splits: int, parts: int, early: bool) -> None:
     if early and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("kernels that start early need compute capability 9.0")
     tiles = {name: Tile(32, 32, 64, parts, splits, 4, 3) for name in ("wo", "w2")}
@@ -157,14 +157,14 @@ def test_each_way_to_sum(splits: int, parts: int, early: bool) -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_rows_do_not_depend_on_one_another_in_float32() -> None:
+def test_float32_rows_do_not_depend_on_the_batch() -> None:
     assert_rows_are_independent(sized(64, condition="text"), "cuda", [1, 2, 7, 33, 128], 3)
 
 
 @pytest.mark.gpu
 @on_gpu
 @torch.no_grad()
-def test_a_captured_step_decodes_at_the_position_of_the_moment() -> None:
+def test_a_captured_step_reads_the_current_position() -> None:
     gpt = sized(64, block_size=64).to("cuda")
     codes, condition, _ = _inputs(gpt, "cuda", 16, 60)
     cache = KVCache.allocate(gpt.config, 16, torch.device("cuda"))
@@ -187,7 +187,7 @@ def test_a_captured_step_decodes_at_the_position_of_the_moment() -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("outputs, inputs", [(2304, 768), (1280, 3584), (3200, 8704), (400, 400)])
-def test_a_tile_fits_the_shared_memory_and_covers_its_rows(outputs: int, inputs: int, rows: int) -> None:
+def test_a_tile_fits_into_shared_memory_and_covers_its_rows(outputs: int, inputs: int, rows: int) -> None:
     for matrices, may_split in ((1, False), (2, False), (1, True)):
         tile = choose_tile(Product(outputs, inputs, matrices, may_split), rows, torch.bfloat16, 2, 132)
         assert tile.stages * tile.inputs * (2 * tile.rows + 2 * matrices * tile.outputs) <= 160 << 10
@@ -196,11 +196,11 @@ def test_a_tile_fits_the_shared_memory_and_covers_its_rows(outputs: int, inputs:
         assert may_split or tile.splits == 1
 
 
-def test_in_float32_the_tile_is_the_same_for_each_number_of_rows() -> None:
+def test_in_float32_the_tile_does_not_depend_on_the_number_of_rows() -> None:
     tiles = {choose_tile(Product(1280, 3584, may_split=True), rows, torch.float32, 4, 132) for rows in ROWS}
     assert len(tiles) == 1
 
 
-def test_in_float32_the_attention_is_the_same_for_each_number_of_rows() -> None:
+def test_in_float32_the_attention_block_does_not_depend_on_the_number_of_rows() -> None:
     assert len({choose_attention_block(12 * rows, torch.float32, 132) for rows in ROWS}) == 1
     assert len({choose_attention_block(12 * rows, torch.bfloat16, 132) for rows in ROWS}) == 3

@@ -1,4 +1,4 @@
-"""What to sample: labels × how many."""
+"""Requests for images of classes."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,10 @@ CLASS_NUMBER = re.compile("[0-9]{1,9}")
 
 
 def read_labels(path: Path) -> list[int]:
-    """The labels of a text file, one class number a line; blank lines do not count.
+    """Read the class numbers in a text file, one per line. Blank lines are ignored.
 
     Raises:
-        ValueError: if the file cannot be read, has no labels, or has something else in a line.
+        ValueError: if the file cannot be read, is empty, or a line is not a class number.
     """
     try:
         lines = decode_text(path.read_bytes()).splitlines()
@@ -23,7 +23,7 @@ def read_labels(path: Path) -> list[int]:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ValueError(
             f"classes is {path}, which cannot be read ({reason}); give a number, a list, or a text file with one class "
-            "number a line"
+            "number per line"
         ) from error
     labels = []
     for number, line in enumerate(lines, 1):
@@ -32,29 +32,29 @@ def read_labels(path: Path) -> list[int]:
             continue
         if not CLASS_NUMBER.fullmatch(text) or int(text) >= MAX_CLASSES:
             raise ValueError(
-                f"{path}, line {number}: {text[:40]!r} is no class number; write one number from 0 on in each line, "
-                f"less than {MAX_CLASSES}"
+                f"{path}, line {number}: {text[:40]!r} is not a class number; write one integer from 0 to "
+                f"{MAX_CLASSES - 1} in each line"
             )
         labels.append(int(text))
     if not labels:
-        raise ValueError(f"{path} has no labels, not even in line 1; write one class number in each line")
+        raise ValueError(f"{path} holds no class numbers; write one in each line")
     return labels
 
 
-class SampleDataModule(RequestDataModule):
-    """Requests for images of classes: the labels in turn, until each entry was asked for ``per_class`` times.
+class ClassRequestDataModule(RequestDataModule):
+    """Requests for ``per_class`` images of each class.
 
-    ``predict`` is for images that are kept, ``test`` for images that are measured. Batches hold ``index`` of each
-    image in the run and ``condition``, its class, both (B,) int64.
+    ``predict`` saves the images, ``test`` measures them. Batches hold ``index`` of each image in the run and
+    ``condition``, its class, both (B,) int64.
 
     Args:
-        classes: which classes, or how many: 10 means 0 to 9; or a text file with one class number a line, in which a
-            class may come several times, for example a file of 50,000 random labels with ``per_class`` 1.
-        per_class: images of each entry.
-        batch_size: images a rank and batch.
+        classes: a list of classes; or their number, where 10 means 0 to 9; or a text file with one class number per
+            line, which may repeat classes, for example 50,000 random labels with ``per_class`` 1.
+        per_class: images per entry of ``classes``.
+        batch_size: images per batch and rank.
 
     Attributes:
-        classes: the entries, in order.
+        classes: class of each entry, in order.
     """
 
     label_name = "class"
@@ -69,7 +69,7 @@ class SampleDataModule(RequestDataModule):
             if not labels or len(set(labels)) < len(labels) or not all(map(_is_label, labels)):
                 raise ValueError(
                     f"classes is {classes}; give a positive number, a list of different class numbers, or a text file "
-                    "with one class number a line"
+                    "with one class number per line"
                 )
         super().__init__(labels, per_class, batch_size)
         self.classes = labels

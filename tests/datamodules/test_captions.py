@@ -1,4 +1,4 @@
-"""Captions as they come to the text encoder, from every kind of shards."""
+"""Captions for the text encoder, from all kinds of shards."""
 
 import json
 import sys
@@ -13,13 +13,13 @@ from datamodules import CaptionDataModule
 from datamodules.storage.shards import read_meta
 from lightning_modules import CaptionModule
 from llamagen.text import TextEncoderConfig
-from tests.datamodules.caption_sets import DESCRIPTION, caption, codes, write_captioned_codes
+from tests.datamodules.caption_datasets import DESCRIPTION, caption, codes, write_captioned_codes
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 from tests.datamodules.storage.test_remote import Server
 from tests.lightning_modules.runs import evaluator
 from tests.tiny_t5 import save_tiny_t5
 
-Samples = list[tuple[str, dict[str, bytes]]]
+Examples = list[tuple[str, dict[str, bytes]]]
 
 
 def read(data: CaptionDataModule) -> dict[str, list[Any]]:
@@ -37,11 +37,11 @@ def captions_of(root: str, **options: Any) -> dict[str, list[Any]]:
     return read(CaptionDataModule(root, batch_size=4, num_workers=0, **options))
 
 
-def texts(count: int) -> Samples:
+def texts(count: int) -> Examples:
     return [(f"{number:03d}", {"txt": caption(number).encode()}) for number in range(count)]
 
 
-def test_a_set_of_codes_gives_captions_codes_classes_and_keys(tmp_path: Path) -> None:
+def test_dataset_of_codes_gives_captions_codes_classes_and_keys(tmp_path: Path) -> None:
     write_captioned_codes(tmp_path, {"train": 9, "val": 3})
     batch = captions_of(str(tmp_path))
     numbers = [*range(9), *range(3)]
@@ -53,7 +53,7 @@ def test_a_set_of_codes_gives_captions_codes_classes_and_keys(tmp_path: Path) ->
     assert "short_captions" not in batch
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption_and_other_encodings_are_named(tmp_path: Path) -> None:
+def test_byte_order_mark_is_dropped_and_other_encodings_are_reported(tmp_path: Path) -> None:
     said = {f"{number}": caption(number).encode() for number in range(40)}
     said |= {"0": b"\xef\xbb\xbfwith a mark\r\n", "1": "süß".encode("latin-1"), "2": "wide".encode("utf-16")}
     write_shards(tmp_path, [(key, {"txt": text}) for key, text in said.items()], per_shard=40)
@@ -62,12 +62,12 @@ def test_a_byte_order_mark_is_no_part_of_a_caption_and_other_encodings_are_named
     texts_of = dict(zip(found["keys"], found["captions"], strict=True))
     assert texts_of["0"] == "with a mark"
     assert not {"1", "2"} & set(texts_of)
-    messages = [sample.message for tally in data.tallies.values() for sample in tally.seen]
+    messages = [example.message for tally in data.tallies.values() for example in tally.skipped]
     assert len(messages) == 2
     assert all("its .txt is not in UTF-8" in message and "convert it" in message for message in messages)
 
 
-def test_first_sentences_are_those_before_cleaning(tmp_path: Path) -> None:
+def test_first_sentences_are_found_before_cleaning(tmp_path: Path) -> None:
     said = [b"A Cat. A Dog.", b"one sentence", b"https://cats.com/x. A dog sits", b"by Dr. Smith  on a TREE. And more"]
     write_shards(tmp_path, [(str(number), {"txt": text}) for number, text in enumerate(said)], per_shard=9)
     batch = captions_of(str(tmp_path), clean_captions=True, short_captions=True)
@@ -83,14 +83,14 @@ def test_first_sentences_are_those_before_cleaning(tmp_path: Path) -> None:
 
 
 def test_shards_of_img2dataset_are_read(tmp_path: Path) -> None:
-    samples: Samples = []
+    examples: Examples = []
     for number in range(6):
         said = json.dumps({"caption": f"json {number}", "url": "http://a.b/c.jpg", "status": "success"}).encode()
         parts = {"jpg": grey_image(number), "txt": f"text {number}".encode(), "json": said}
         if number == 2:
             del parts["txt"]
-        samples.append((f"{number:09d}", parts))
-    write_shards(tmp_path, samples)
+        examples.append((f"{number:09d}", parts))
+    write_shards(tmp_path, examples)
     batch = captions_of(str(tmp_path))
     found = dict(zip(batch["keys"], batch["captions"], strict=True))
     assert found == {f"{n:09d}": f"json {n}" if n == 2 else f"text {n}" for n in range(6)}
@@ -98,7 +98,7 @@ def test_shards_of_img2dataset_are_read(tmp_path: Path) -> None:
     assert "codes" not in batch
 
 
-def test_captions_that_were_written_anew_are_seen_to_be_others(tmp_path: Path) -> None:
+def test_fingerprint_detects_changed_captions(tmp_path: Path) -> None:
     def fingerprint(folder: str, *captions: bytes) -> str:
         write_shards(
             tmp_path / folder / "train", [(str(number), {"txt": text}) for number, text in enumerate(captions)]
@@ -113,7 +113,7 @@ def test_captions_that_were_written_anew_are_seen_to_be_others(tmp_path: Path) -
     assert fingerprint("other", b"a dog", b"a black cat") != first
 
 
-def test_a_share_is_held_out_where_there_is_no_validation_split(tmp_path: Path) -> None:
+def test_share_is_held_out_without_a_validation_split(tmp_path: Path) -> None:
     write_shards(tmp_path, texts(40))
     data = CaptionDataModule(str(tmp_path), num_workers=0)
     batch = read(data)
@@ -123,16 +123,16 @@ def test_a_share_is_held_out_where_there_is_no_validation_split(tmp_path: Path) 
     assert sorted(batch["captions"]) == sorted(caption(number) for number in range(40))
 
 
-def test_named_shards_of_a_set_of_codes_keep_its_description(tmp_path: Path) -> None:
+def test_named_shards_of_codes_keep_their_meta_json(tmp_path: Path) -> None:
     write_captioned_codes(tmp_path, {"train": 20, "val": 3})
     named = f"{tmp_path}/train/train-{{000000..000001}}.tar"
     batch = captions_of(str(tmp_path), train=named)
     assert sorted(batch["codes"]) == sorted(codes(number) for number in range(14))
 
 
-def test_npy_parts_of_unknown_meaning_are_left_out_with_a_warning(tmp_path: Path) -> None:
+def test_npy_members_without_meta_json_are_ignored_with_a_warning(tmp_path: Path) -> None:
     write_captioned_codes(tmp_path, {"train": 20, "val": 3})
-    with pytest.warns(UserWarning, match=r"the \.npy parts of the train samples are left out"):
+    with pytest.warns(UserWarning, match=r"the \.npy members of the train examples are ignored"):
         batch = captions_of(f"{tmp_path}/train/train-{{000000..000001}}.tar")
     assert "codes" not in batch
     assert len(batch["captions"]) == 14
@@ -148,7 +148,7 @@ def extract(t5: Path, data: CaptionDataModule, out: Path) -> None:
     run.predict(CaptionModule(TextEncoderConfig(str(t5), "float32"), 12), data, return_predictions=False)
 
 
-def test_features_of_codes_on_a_server_are_those_of_codes_here(t5: Path, tmp_path: Path) -> None:
+def test_features_of_remote_codes_equal_those_of_local_codes(t5: Path, tmp_path: Path) -> None:
     write_captioned_codes(tmp_path / "codes", {"train": 12, "val": 4})
     extract(t5, CaptionDataModule(str(tmp_path / "codes"), num_workers=0), tmp_path / "here")
     with Server(tmp_path) as server:
@@ -163,7 +163,7 @@ def test_features_of_codes_on_a_server_are_those_of_codes_here(t5: Path, tmp_pat
     assert len(here) == 1 + 3 + 1
 
 
-def test_features_of_captions_alone_are_a_set_that_can_be_read_again(t5: Path, tmp_path: Path) -> None:
+def test_dataset_of_caption_features_can_be_read_again(t5: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "texts", texts(20))
     extract(t5, CaptionDataModule(f"{tmp_path}/texts/texts-{{000000..000006}}.tar", num_workers=0), tmp_path / "out")
     meta = read_meta(tmp_path / "out", "")
@@ -177,11 +177,11 @@ def test_features_of_captions_alone_are_a_set_that_can_be_read_again(t5: Path, t
     np.testing.assert_equal(batch["labels"], [-1] * 20)
 
 
-def test_samples_without_captions_are_refused_if_they_are_too_many(tmp_path: Path) -> None:
+def test_too_many_examples_without_captions_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, [("0", {"png": grey_image(0)}), ("1", {"png": grey_image(1)})])
     with pytest.raises(ValueError) as error:
         captions_of(str(tmp_path))
-    assert_one_line(error, "2 of 2 samples", "no caption: 2", "none of txt, json")
+    assert_one_line(error, "2 of 2 examples", "no caption: 2", "none of txt, json")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
@@ -192,7 +192,7 @@ def test_other_stages_than_predict_are_refused(tmp_path: Path, stage: str) -> No
     assert_one_line(error, "CaptionDataModule is for predict", f"not for {stage}", "CodeDataModule")
 
 
-def test_cleaning_without_the_extra_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_without_the_extra_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     CaptionDataModule("nowhere")
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,4 @@
-"""What cannot be used is skipped, counted by reason, and fatal where it is too much."""
+"""Bad examples are skipped, counted by reason, and fatal if there are too many."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +8,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from datamodules.datasets.dataset import MAX_ATTEMPTS, SampleDataset
+from datamodules.datasets.base import MAX_ATTEMPTS, ExampleDataset
 from datamodules.images import ImageDataModule, ImageDataset
 from datamodules.loading.loader import SKIPPED
 from datamodules.loading.order import NO_EPOCH, SHARD_BITS, epoch_order
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.bad_samples import MAX_EXAMPLES, REASONS, BadSampleError, Skipped, Tally
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.bad_examples import MAX_LISTED, REASONS, BadExampleError, Skipped, Tally
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.sources import Source
 from datamodules.storage.tar_index import index_shard
@@ -24,53 +24,53 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
 
 def bad(count: int, reason: str = "empty file", first: int = 0) -> list[Skipped]:
-    return [Skipped(n, f"key{n}", reason, f"sample key{n} is bad") for n in range(first, first + count)]
+    return [Skipped(n, f"key{n}", reason, f"example key{n} is bad") for n in range(first, first + count)]
 
 
-def test_a_bad_sample_is_a_value_error_with_a_reason() -> None:
-    error = BadSampleError("empty file", "the image of x is empty")
+def test_bad_example_error_is_a_value_error_with_a_reason() -> None:
+    error = BadExampleError("empty file", "the image of x is empty")
     assert isinstance(error, ValueError)
     assert (error.reason, str(error)) == ("empty file", "the image of x is empty")
 
 
-def test_a_tally_counts_by_reason() -> None:
-    tally = Tally("train", 100, known=bad(2, "no label"), max_share=0.1)
+def test_tally_counts_by_reason() -> None:
+    tally = Tally("train", 100, rejected=bad(2, "no label"), max_share=0.1)
     tally.add(bad(3))
     tally.add([])
     tally.add(bad(1, "broken image", 3))
     assert tally.total == 102
     assert tally.counts == {"empty file": 3, "broken image": 1}
     assert tally.by_reason() == {"empty file": 3, "broken image": 1, "no label": 2}
-    assert tally.describe() == "broken image: 1, empty file: 3, no label: 2; e.g. sample key0 is bad"
+    assert tally.describe() == "broken image: 1, empty file: 3, no label: 2; e.g. example key0 is bad"
 
 
-def test_the_share_is_exceeded_by_one_sample_more() -> None:
+def test_one_bad_example_more_exceeds_the_share() -> None:
     tally = Tally("train", 100, max_share=0.05)
     tally.add(bad(5))
     with pytest.raises(ValueError) as error:
         tally.add(bad(1, "broken image", 5))
-    assert_one_line(error, "6 of 100 samples of train", "max_bad_share 0.05", "broken image: 1, empty file: 5", "key0")
+    assert_one_line(error, "6 of 100 examples of train", "max_bad_share 0.05", "broken image: 1, empty file: 5", "key0")
 
 
 @pytest.mark.parametrize(("known", "count", "fits"), [(5, 95, True), (6, 94, False), (0, 0, True), (1, 0, False)])
-def test_what_is_known_before_reading_counts_as_well(known: int, count: int, fits: bool) -> None:
+def test_rejected_examples_count(known: int, count: int, fits: bool) -> None:
     if fits:
         assert Tally("val", count, bad(known)).by_reason().total() == known
     else:
         with pytest.raises(ValueError) as error:
             Tally("val", count, bad(known))
-        assert_one_line(error, f"{known} of {known + count} samples of val", f"empty file: {known}")
+        assert_one_line(error, f"{known} of {known + count} examples of val", f"empty file: {known}")
 
 
-def test_what_is_known_and_what_is_read_add_up() -> None:
+def test_rejected_and_skipped_examples_add_up() -> None:
     tally = Tally("val", 98, bad(2), max_share=0.05)
     tally.add(bad(3))
-    with pytest.raises(ValueError, match=r"6 of 100 samples of val"):
+    with pytest.raises(ValueError, match=r"6 of 100 examples of val"):
         tally.add(bad(1))
 
 
 @pytest.mark.parametrize(("max_share", "tolerated"), [(0.0, 0), (0.5, 10), (1.0, 20)])
-def test_the_greatest_share_is_a_choice(max_share: float, tolerated: int) -> None:
+def test_maximum_bad_share_is_an_option(max_share: float, tolerated: int) -> None:
     tally = Tally("train", 20, max_share=max_share)
     tally.add(bad(tolerated))
     if tolerated < 20:
@@ -78,67 +78,67 @@ def test_the_greatest_share_is_a_choice(max_share: float, tolerated: int) -> Non
             tally.add(bad(1))
 
 
-def test_the_sum_over_ranks_is_judged_together() -> None:
+def test_bad_share_is_checked_over_all_ranks() -> None:
     tally = Tally("train", 98, bad(2), max_share=0.05)
     tally.add(bad(2))
     tally.check([3, *[0] * (len(REASONS) - 1)])
-    with pytest.raises(ValueError, match=r"6 of 100 samples of train"):
+    with pytest.raises(ValueError, match=r"6 of 100 examples of train"):
         tally.check([3, 1, *[0] * (len(REASONS) - 2)])
 
 
-def test_an_epoch_begins_with_what_is_known_alone() -> None:
+def test_reset_keeps_only_rejected_examples() -> None:
     tally = Tally("train", 98, bad(2, "no label"), max_share=0.05)
     for _ in range(3):
         tally.add(bad(3))
         tally.reset()
-    assert (tally.counts, tally.seen) == ({}, [])
+    assert (tally.counts, tally.skipped) == ({}, [])
     assert tally.by_reason() == {"no label": 2}
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_few_examples_are_remembered_or_all(keep: bool) -> None:
+def test_first_few_or_all_skipped_examples_are_kept(keep: bool) -> None:
     tally = Tally("train", 1000, keep=keep)
     tally.add(bad(3))
     tally.add(bad(20, first=3))
-    assert tally.seen == bad(23 if keep else MAX_EXAMPLES)
+    assert tally.skipped == bad(23 if keep else MAX_LISTED)
 
 
-class Picky(SampleDataset):
-    """Samples by number; some cannot be used."""
+class Picky(ExampleDataset):
+    """Dataset with some bad examples."""
 
-    def __init__(self, samples: Any, bad: set[int], never_empty: bool = False) -> None:
-        super().__init__(samples, never_empty)
+    def __init__(self, examples: Any, bad: set[int], never_empty: bool = False) -> None:
+        super().__init__(examples, never_empty)
         self.bad = bad
         self.asked: list[tuple[int, int]] = []
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         self.asked.append((number, epoch))
         if number in self.bad:
-            raise BadSampleError("broken image", f"sample {number} is broken")
+            raise BadExampleError("broken image", f"example {number} is broken")
         return {"value": 10 * number + epoch, "labels": number % 3}
 
-    def join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        assert samples
-        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        assert examples
+        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
 
 
 COUNT = 12
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> SampleIndex:
-    """Of keys k00 to k11."""
+def examples(tmp_path: Path) -> ExampleIndex:
+    """Examples with keys k00 to k11."""
     shards = write_shards(tmp_path / "train", [(f"k{n:02d}", {"png": grey_image(n)}) for n in range(COUNT)])
-    return SampleIndex.concatenate([index_shard(shard) for shard in shards])
+    return ExampleIndex.concatenate([index_shard(shard) for shard in shards])
 
 
 def skip(number: int) -> Skipped:
-    return Skipped(number, f"k{number:02d}", "broken image", f"sample {number} is broken")
+    return Skipped(number, f"k{number:02d}", "broken image", f"example {number} is broken")
 
 
 @pytest.mark.parametrize("never_empty", [False, True])
-def test_a_batch_leaves_out_exactly_what_cannot_be_used_and_says_so(samples: SampleIndex, never_empty: bool) -> None:
-    dataset = Picky(samples, {2, 7, 8}, never_empty)
+def test_batch_leaves_out_and_lists_bad_examples(examples: ExampleIndex, never_empty: bool) -> None:
+    dataset = Picky(examples, {2, 7, 8}, never_empty)
     batch = dataset.__getitems__([(7, 1), (3, 1), (2, 1), (11, 1)])
     assert batch.keys() == {"value", "labels", "numbers", SKIPPED}
     assert (batch["numbers"].dtype, batch["numbers"].tolist()) == (torch.int64, [3, 11])
@@ -147,44 +147,44 @@ def test_a_batch_leaves_out_exactly_what_cannot_be_used_and_says_so(samples: Sam
     assert dataset.asked == [(7, 1), (3, 1), (2, 1), (11, 1)]
 
 
-def test_a_batch_without_faults_says_nothing(samples: SampleIndex) -> None:
-    batch = Picky(samples, {2}).__getitems__([(3, NO_EPOCH), (4, NO_EPOCH)])
+def test_batch_of_good_examples_lists_nothing(examples: ExampleIndex) -> None:
+    batch = Picky(examples, {2}).__getitems__([(3, NO_EPOCH), (4, NO_EPOCH)])
     assert batch.keys() == {"value", "labels", "numbers"}
     assert batch["value"].tolist() == [29, 39]
 
 
-def test_a_batch_of_which_nothing_can_be_used_has_nothing_but_the_reasons(samples: SampleIndex) -> None:
-    assert Picky(samples, {2, 3}).__getitems__([(3, 0), (2, 0)]) == {SKIPPED: ([skip(3), skip(2)], 0)}
+def test_batch_of_bad_examples_only_holds_the_reasons(examples: ExampleIndex) -> None:
+    assert Picky(examples, {2, 3}).__getitems__([(3, 0), (2, 0)]) == {SKIPPED: ([skip(3), skip(2)], 0)}
 
 
-def test_where_no_batch_may_be_empty_the_next_usable_sample_takes_the_place(samples: SampleIndex) -> None:
-    dataset = Picky(samples, {10, 11, 0, 1}, never_empty=True)
+def test_never_empty_substitutes_the_next_usable_example(examples: ExampleIndex) -> None:
+    dataset = Picky(examples, {10, 11, 0, 1}, never_empty=True)
     batch = dataset.__getitems__([(10, 4), (1, 4)])
     assert batch["numbers"].tolist() == [2]
     assert batch["value"].tolist() == [24]
-    assert batch[SKIPPED] == ([skip(10), skip(1)], 0)  # what was tried in their place is counted in its own turn
+    assert batch[SKIPPED] == ([skip(10), skip(1)], 0)  # bad substitutes are counted when their own turn comes
     assert dataset.asked == [(10, 4), (1, 4), (11, 4), (0, 4), (1, 4), (2, 4)]
 
 
-def test_where_nothing_at_all_can_be_used_the_search_ends(samples: SampleIndex) -> None:
-    dataset = Picky(samples, set(range(COUNT)), never_empty=True)
-    with pytest.raises(ValueError, match=r"100 samples in a row cannot be used, .*sample 5 is broken"):
+def test_search_for_a_substitute_ends(examples: ExampleIndex) -> None:
+    dataset = Picky(examples, set(range(COUNT)), never_empty=True)
+    with pytest.raises(ValueError, match=r"100 examples in a row are bad, .*example 5 is broken"):
         dataset.__getitems__([(5, 0)])
     assert len(dataset.asked) == 1 + MAX_ATTEMPTS
 
 
-def test_one_sample_is_given_as_it_is_or_refused(samples: SampleIndex) -> None:
-    dataset = Picky(samples, {2})
+def test_single_example_is_returned_or_refused(examples: ExampleIndex) -> None:
+    dataset = Picky(examples, {2})
     assert len(dataset) == COUNT
-    sample = dataset[7, 3]
-    assert (int(sample["value"]), sample["labels"]) == (73, 1)
-    assert type(sample["labels"]) is int
-    with pytest.raises(BadSampleError, match=r"sample 2 is broken"):
+    example = dataset[7, 3]
+    assert (int(example["value"]), example["labels"]) == (73, 1)
+    assert type(example["labels"]) is int
+    with pytest.raises(BadExampleError, match=r"example 2 is broken"):
         dataset[2, 3]
 
 
 def stream(folder: Path, empty: tuple[int, ...] = ()) -> StreamIndex:
-    """Four shards of three samples, with a sample of no use in the second."""
+    """Four shards of three examples, with a bad example in the second."""
     parts = [(f"k{n:02d}", {"txt": b"no image"} if n == 4 else {"png": grey_image(n)}) for n in range(COUNT)]
     shards = write_shards(folder / "train", parts)
     for number in empty:
@@ -192,32 +192,32 @@ def stream(folder: Path, empty: tuple[int, ...] = ()) -> StreamIndex:
     return StreamIndex(Source("train", [str(shard) for shard in shards]), ShardCache(folder / "cache"), ("png",))
 
 
-def test_what_opening_a_shard_of_a_stream_shows_is_told_once(tmp_path: Path) -> None:
+def test_bad_examples_of_a_newly_indexed_shard_are_reported_once(tmp_path: Path) -> None:
     dataset = Picky(stream(tmp_path), {(1 << SHARD_BITS) + 1})
     numbers = [(1 << SHARD_BITS), (1 << SHARD_BITS) + 1, 2]
     batch = dataset.__getitems__([(number, 0) for number in numbers])
     assert batch["numbers"].tolist() == [numbers[0], numbers[2]]
-    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [
+    assert [(example.key, example.reason) for example in batch[SKIPPED][0]] == [
         ("k05", "broken image"),
         ("k04", "no image"),
     ]
-    assert [sample.key for sample in dataset.__getitems__([(numbers[1], 0)])[SKIPPED][0]] == ["k05"]
+    assert [example.key for example in dataset.__getitems__([(numbers[1], 0)])[SKIPPED][0]] == ["k05"]
 
 
-def test_in_a_stream_a_sample_of_another_shard_takes_the_place(tmp_path: Path) -> None:
+def test_stream_substitutes_an_example_of_another_shard(tmp_path: Path) -> None:
     first, second, last = 0, 1 << SHARD_BITS, 3 << SHARD_BITS
     dataset = Picky(stream(tmp_path), {last, last + 1, first}, never_empty=True)
     batch = dataset.__getitems__([(last + 1, 2)])
     assert batch["numbers"].tolist() == [second]
-    assert [(sample.number, sample.key) for sample in batch[SKIPPED][0]] == [(last + 1, "k10")]
+    assert [(example.number, example.key) for example in batch[SKIPPED][0]] == [(last + 1, "k10")]
 
 
-def test_a_shard_of_a_stream_without_samples_is_counted_and_passed_over(tmp_path: Path) -> None:
-    samples = stream(tmp_path, empty=(2,))
-    dataset = ImageDataset(samples, image_size=4, never_empty=True)
+def test_shard_of_a_stream_without_examples_is_counted_and_skipped(tmp_path: Path) -> None:
+    examples = stream(tmp_path, empty=(2,))
+    dataset = ImageDataset(examples, image_size=4, never_empty=True)
     batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0), (0, 0)])
     assert batch["keys"] == ["k00"]
-    assert [(sample.key, sample.reason) for sample in batch[SKIPPED][0]] == [("", "truncated shard")]
+    assert [(example.key, example.reason) for example in batch[SKIPPED][0]] == [("", "truncated shard")]
     batch = dataset.__getitems__([((2 << SHARD_BITS) + 5, 0)])
     assert batch["keys"] == ["k09"]
 
@@ -230,7 +230,7 @@ def image_data(root: Path, **options: Any) -> ImageDataModule:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Images of which numbers 3, 8 and 13 are broken and 16 is empty."""
+    """Images; numbers 3, 8 and 13 are broken and 16 is empty."""
     parts = {n: {"png": grey_image(n), "cls": b"1"} for n in range(20)}
     parts |= {n: {"png": grey_image(n)[:50], "cls": b"1"} for n in (3, 8, 13)} | {16: {"png": b"", "cls": b"1"}}
     write_shards(tmp_path / "train", [(f"train/{n}", part) for n, part in parts.items()])
@@ -242,33 +242,33 @@ GOOD = [n for n in range(20) if n not in (3, 8, 13, 16)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_data_set_with_some_broken_images_is_read_without_them(root: Path, num_workers: int) -> None:
+def test_dataset_is_read_without_its_broken_images(root: Path, num_workers: int) -> None:
     data = image_data(root, max_bad_share=0.2, num_workers=num_workers, batch_size=4)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         keys = [key for batch in loader for key in batch["keys"]]
         assert sorted(keys) == sorted(f"{split}/{n}" for n in GOOD)
         assert data.tallies[split].counts == {"broken image": 3}
         assert data.tallies[split].by_reason() == {"broken image": 3, "empty file": 1}
-        assert {sample.key for sample in data.tallies[split].seen} == {f"{split}/{n}" for n in (3, 8, 13)}
+        assert {example.key for example in data.tallies[split].skipped} == {f"{split}/{n}" for n in (3, 8, 13)}
         assert data.finish_tally(split) == {"broken image": 3, "empty file": 1}
-        assert data.finish_tally(split) == {"empty file": 1}  # what is known stays so
+        assert data.finish_tally(split) == {"empty file": 1}  # rejected examples stay
 
 
-def test_more_broken_images_than_are_tolerated_end_the_run(root: Path) -> None:
+def test_too_many_broken_images_end_the_run(root: Path) -> None:
     data = image_data(root, max_bad_share=0.19)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         with pytest.raises(ValueError) as error:
             list(loader)
-        assert_one_line(error, f"4 of 20 samples of {split}", "broken image: 3, empty file: 1", f"sample {split}/")
+        assert_one_line(error, f"4 of 20 examples of {split}", "broken image: 3, empty file: 1", f"example {split}/")
 
 
-def test_more_than_is_tolerated_before_reading_ends_the_run_at_once(root: Path) -> None:
+def test_too_many_rejected_examples_end_the_run_before_reading(root: Path) -> None:
     with pytest.raises(ValueError) as error:
         image_data(root, max_bad_share=0.04)
-    assert_one_line(error, "1 of 20 samples of train", "empty file: 1", "train/16")
+    assert_one_line(error, "1 of 20 examples of train", "empty file: 1", "train/16")
 
 
-def test_on_several_ranks_no_training_batch_is_without_images(root: Path) -> None:
+def test_no_training_batch_is_empty_on_several_ranks(root: Path) -> None:
     order = epoch_order(19, 6, 0).tolist()  # the empty file is the last but three, and has no number
     instead = {3: 4, 8: 9, 13: 14}
     assert set(order[:16]) >= set(instead)
@@ -281,30 +281,30 @@ def test_on_several_ranks_no_training_batch_is_without_images(root: Path) -> Non
         assert len(batches) == len(loader) == 9
         planned = order[rank:16:2]
         assert [batch["numbers"].item() for batch in batches[:-1]] == [instead.get(n, n) for n in planned]
-        assert {sample.number for sample in data.tallies["train"].seen} == set(order[rank::2]) & set(instead)
-        # Who validates need not wait for another: its batches may be empty, and are left out.
+        assert {example.number for example in data.tallies["train"].skipped} == set(order[rank::2]) & set(instead)
+        # Ranks do not wait in validation, so empty batches are left out.
         assert sum(len(batch["keys"]) for batch in data.val_dataloader()) == len(range(rank, 19, 2)) - len(
-            data.tallies["val"].seen
+            data.tallies["val"].skipped
         )
 
 
-def test_what_is_known_to_be_bad_of_an_undivided_set_is_counted_with_its_training_split(tmp_path: Path) -> None:
+def test_rejected_examples_of_an_unsplit_dataset_count_in_the_training_split(tmp_path: Path) -> None:
     write_shards(tmp_path, [(f"{n}", {"png": grey_image(n) if n else b""}) for n in range(60)])
     data = image_data(tmp_path, val_share=0.3)
-    assert [sample.key for sample in data.tallies["train"].known] == ["0"]
-    assert data.tallies["val"].known == []
+    assert [example.key for example in data.tallies["train"].rejected] == ["0"]
+    assert data.tallies["val"].rejected == []
 
 
 @pytest.mark.parametrize("stray", [{"txt": b"read me"}, {"cls": b"1"}], ids=str)
-def test_what_stands_beside_the_images_does_not_say_what_they_need(tmp_path: Path, stray: dict[str, bytes]) -> None:
+def test_files_next_to_images_do_not_require_labels(tmp_path: Path, stray: dict[str, bytes]) -> None:
     images = [(f"{n}", {"png": grey_image(n)}) for n in range(30)]
     write_shards(tmp_path, [*images, ("README", stray)], per_shard=31)
     data = image_data(tmp_path)
-    assert [(sample.key, sample.reason) for sample in data.tallies["train"].known] == [("README", "no image")]
+    assert [(example.key, example.reason) for example in data.tallies["train"].rejected] == [("README", "no image")]
 
 
 class Steps(pl.LightningModule):
-    """Writes down the keys of each step."""
+    """Records the keys of each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,8 +323,8 @@ class Steps(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_an_epoch_in_which_a_whole_training_batch_is_bad_ends_with_its_validation(tmp_path: Path) -> None:
-    # Lightning validates after the last of the planned number of batches, and not at all if one is missing.
+def test_epoch_with_a_bad_training_batch_ends_with_its_validation(tmp_path: Path) -> None:
+    # Lightning validates after the planned number of batches, so validation would not run if one were missing.
     parts = [(f"{n}", {"png": b"broken" if n == 2 else grey_image(n)}) for n in range(4)]
     write_shards(tmp_path / "train", parts)
     write_shards(tmp_path / "val", [("val", {"png": grey_image(9)})])
@@ -341,7 +341,7 @@ def test_an_epoch_in_which_a_whole_training_batch_is_bad_ends_with_its_validatio
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_predict_puts_nothing_in_the_place_of_a_bad_batch(root: Path, world_size: int) -> None:
+def test_predict_does_not_substitute_a_bad_batch(root: Path, world_size: int) -> None:
     keys: dict[str, list[str]] = {"train": [], "val": []}
     for rank in range(world_size):
         data = ImageDataModule(root, image_size=4, batch_size=1, num_workers=0, max_bad_share=0.5)

@@ -1,12 +1,12 @@
-"""Small sets of codes with captions."""
+"""Small datasets of codes with captions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from datamodules.storage.shards import CODES_FORMAT, ShardSet
-from tests.datamodules.code_sets import codes_of, npy
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset
+from tests.datamodules.code_datasets import codes_of, npy
 from tests.tiny_t5 import WORDS
 
 DESCRIPTION = {
@@ -30,21 +30,21 @@ def caption(number: int) -> str:
 
 
 def codes(number: int) -> bytes:
-    """The npy part of sample ``number``."""
+    """The npy member of example ``number``."""
     return npy(codes_of(number, views=2))
 
 
 def write_captioned_codes(
     root: Path, counts: Mapping[str, int], odd: Mapping[int, dict[str, bytes | None]] | None = None
 ) -> Path:
-    """A set of codes: sample i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
+    """Write codes: example i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
 
     Args:
         root: folder of the set, which is returned.
-        counts: samples of each split.
-        odd: other parts of training samples, by number; None takes one away.
+        counts: examples of each split.
+        odd: other parts of training examples, by number; None takes one away.
     """
-    shards = ShardSet(root, {}, hint="")
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(list(counts))
     written = {}
     for split, count in counts.items():
@@ -57,15 +57,17 @@ def write_captioned_codes(
                     kept = {name: data for name, data in changed.items() if data is not None}
                     writer.write(f"{split}/{number}", kept, -1 if number % 2 else number % 5)
         written[split] = len(starts)
-    shards.finish(written, DESCRIPTION, known={}, max_bad_share=0.0)
+    shards.finish(written, DESCRIPTION, rejected={}, max_bad_share=0.0)
     return root
 
 
 def write_caption_codes(
     root: Path, train: Sequence[str], val: Sequence[str], per_shard: int = 5, tokenizer: str = "0" * 64
 ) -> None:
-    """Sample i of a split has key ``split/i``, codes of its own, the i-th caption, and no caption file for ''."""
-    shards = ShardSet(root, {}, hint="")
+    """Write codes: example i of a split has key ``split/i``, its own codes and the i-th caption; '' writes no
+    caption.
+    """
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     pieces = {}
     for split, captions in (("train", train), ("val", val)):
@@ -86,4 +88,4 @@ def write_caption_codes(
         "num_classes": 0,
         "tokenizer": tokenizer,
     }
-    shards.finish(pieces, meta, known={}, max_bad_share=0.0)
+    shards.finish(pieces, meta, rejected={}, max_bad_share=0.0)

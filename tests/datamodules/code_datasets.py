@@ -1,4 +1,4 @@
-"""Small sets of codes, with their description."""
+"""Small datasets of codes with meta.json."""
 
 from collections.abc import Collection
 from io import BytesIO
@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.storage.shards import CODES_FORMAT, ShardSet
+from datamodules.storage.shards import CODES_FORMAT, ShardDataset
 
 
 def npy(array: np.ndarray) -> bytes:
-    """An array as the bytes of a file."""
+    """Encode an array as a file."""
     buffer = BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def codes_of(number: int, views: int = 1, grid: tuple[int, int] = (2, 2), vocabulary: int = 8) -> np.ndarray:
-    """The codes of sample ``number``."""
+    """The codes of example ``number``."""
     codes = np.random.default_rng(number).integers(0, vocabulary, (views, *grid))
     return codes.astype(np.uint16)
 
@@ -26,8 +26,10 @@ def codes_of(number: int, views: int = 1, grid: tuple[int, int] = (2, 2), vocabu
 def write_codes(
     root: Path, train: int, val: int, per_shard: int = 3, broken: Collection[int] = (), **options: Any
 ) -> None:
-    """A set of codes: sample i of a split has key ``split/i`` and class i mod 5; ``broken`` of training hold text."""
-    shards = ShardSet(root, {}, hint="")
+    """Write codes: example i of a split has key ``split/i`` and class i mod 5; ``broken`` training examples hold
+    text.
+    """
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(("train", "val"))
     written = {}
     for split, count in (("train", train), ("val", val)):
@@ -48,4 +50,4 @@ def write_codes(
         "num_classes": 5,
         "tokenizer": "0" * 64,
     }
-    shards.finish(written, meta, known={}, max_bad_share=0.0)
+    shards.finish(written, meta, rejected={}, max_bad_share=0.0)

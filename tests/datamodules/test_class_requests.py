@@ -1,4 +1,4 @@
-"""Requests for images: balanced over classes, in one order on any number of ranks."""
+"""Requests for images of classes: balanced, and in the same order on any number of ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from datamodules.samples import SampleDataModule
+from datamodules.class_requests import ClassRequestDataModule
 from tests.datamodules.shard_files import assert_one_line
 
 
 def requests(
-    data: SampleDataModule, rank: int = 0, world_size: int = 1, ranks_wait: bool = False
+    data: ClassRequestDataModule, rank: int = 0, world_size: int = 1, ranks_wait: bool = False
 ) -> list[tuple[int, int]]:
-    """(index, class) in the order of a rank."""
+    """(index, class) of each image of a rank, in order."""
     module = SimpleNamespace(device_mesh=object() if ranks_wait else None)
     trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=module)
     data.trainer = trainer  # type: ignore[assignment]
@@ -25,8 +25,8 @@ def requests(
     ]
 
 
-def batches(data: SampleDataModule, rank: int, world_size: int) -> int:
-    """How many batches a rank gets where ranks wait for each other."""
+def batches(data: ClassRequestDataModule, rank: int, world_size: int) -> int:
+    """Number of batches of a rank if ranks wait for each other."""
     requests(data, rank, world_size, ranks_wait=True)
     return len(data.predict_dataloader())
 
@@ -34,74 +34,72 @@ def batches(data: SampleDataModule, rank: int, world_size: int) -> int:
 @pytest.mark.parametrize(
     ("classes", "expected"), [(3, [0, 1, 2]), (1, [0]), ([7, 2, 9], [7, 2, 9])], ids=["number", "one", "list"]
 )
-def test_the_classes_come_in_turn_until_each_has_its_share(classes: int | list[int], expected: list[int]) -> None:
-    found = requests(SampleDataModule(classes, per_class=4, batch_size=5))
+def test_classes_are_requested_in_rounds(classes: int | list[int], expected: list[int]) -> None:
+    found = requests(ClassRequestDataModule(classes, per_class=4, batch_size=5))
     assert found == list(enumerate(expected * 4))
     assert set(Counter(label for _, label in found).values()) == {4}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-def test_an_image_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
-    data = SampleDataModule(4, per_class=3, batch_size=batch_size)
+def test_image_has_the_same_class_on_any_number_of_ranks(world_size: int, batch_size: int) -> None:
+    data = ClassRequestDataModule(4, per_class=3, batch_size=batch_size)
     shares = [requests(data, rank, world_size) for rank in range(world_size)]
     assert shares == [list(enumerate([0, 1, 2, 3] * 3))[rank::world_size] for rank in range(world_size)]
 
 
 def test_batches_have_the_batch_size() -> None:
-    batches = list(SampleDataModule(4, per_class=3, batch_size=5).predict_dataloader())
+    batches = list(ClassRequestDataModule(4, per_class=3, batch_size=5).predict_dataloader())
     assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
 
 
-def test_the_labels_of_a_file_come_in_turn_and_may_be_repeated(tmp_path: Path) -> None:
+def test_labels_of_a_file_are_requested_in_rounds_and_may_repeat(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes(b"\xef\xbb\xbf7\n\n  2\r\n7\n 0 \n\n")
-    data = SampleDataModule(path, per_class=3, batch_size=5)
+    data = ClassRequestDataModule(path, per_class=3, batch_size=5)
     assert data.classes == [7, 2, 7, 0]
     assert requests(data) == list(enumerate([7, 2, 7, 0] * 3))
     assert (data.labels.dtype, data.labels.tolist()) == (np.int64, [7, 2, 7, 0] * 3)
-    assert SampleDataModule(str(path), per_class=1).classes == data.classes
+    assert ClassRequestDataModule(str(path), per_class=1).classes == data.classes
 
 
 @pytest.mark.parametrize(
     ("content", "phrases"),
     [
-        (b"3\n\nfive\n", ("line 3", "'five' is no class number", "write one number from 0 on in each line")),
+        (b"3\n\nfive\n", ("line 3", "'five' is not a class number", "write one integer from 0")),
         (b"-3\n", ("line 1", "'-3'")),
         (b"1\n2.5\n", ("line 2", "'2.5'")),
         (b"1 2\n", ("line 1", "'1 2'")),
-        ("\u0663\n".encode(), ("line 1", "is no class number")),
+        ("\u0663\n".encode(), ("line 1", "is not a class number")),
         (b"9999999999\n", ("line 1", "'9999999999'")),
-        (b"\n \n", ("has no labels", "line 1", "write one class number in each line")),
-        (b"", ("has no labels",)),
+        (b"\n \n", ("holds no class numbers", "write one in each line")),
+        (b"", ("holds no class numbers",)),
         (b"\xff\xfe3\x00", ("cannot be read (not a text file)",)),
         (None, ("cannot be read (No such file or directory)", "give a number, a list, or a text file")),
     ],
     ids=str,
 )
-def test_a_bad_file_of_labels_is_refused_with_its_line(
+def test_bad_label_file_is_refused_with_its_line(
     content: bytes | None, phrases: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "labels.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        SampleDataModule(path)
+        ClassRequestDataModule(path)
     assert_one_line(error, path, *phrases)
 
 
-def test_a_folder_is_no_file_of_labels(tmp_path: Path) -> None:
+def test_folder_is_refused_as_label_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        SampleDataModule(tmp_path)
+        ClassRequestDataModule(tmp_path)
     assert_one_line(error, tmp_path, "cannot be read (Is a directory)")
 
 
 @pytest.mark.parametrize("ranks_wait", [False, True])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 3), (2, 2), (3, 7), (4, 1)])
-def test_what_is_done_is_left_out_before_the_rest_is_shared_out(
-    world_size: int, batch_size: int, ranks_wait: bool
-) -> None:
-    data = SampleDataModule(4, per_class=5, batch_size=batch_size)
+def test_finished_images_are_left_out_before_distribution(world_size: int, batch_size: int, ranks_wait: bool) -> None:
+    data = ClassRequestDataModule(4, per_class=5, batch_size=batch_size)
     for done in ([0, 1, 2, 5, 19], [7], list(range(20)), list(range(19)), []):
         data.leave_out(done)
         assert data.left == 20 - len(done)
@@ -130,14 +128,14 @@ def test_what_is_done_is_left_out_before_the_rest_is_shared_out(
     ],
     ids=str,
 )
-def test_an_impossible_request_is_refused_by_name_and_value(options: dict[str, int | list[int]], phrase: str) -> None:
+def test_invalid_request_is_refused_with_name_and_value(options: dict[str, int | list[int]], phrase: str) -> None:
     with pytest.raises(ValueError) as error:
-        SampleDataModule(**options)  # type: ignore[arg-type]
+        ClassRequestDataModule(**options)  # type: ignore[arg-type]
     assert_one_line(error, phrase)
 
 
 def test_fewer_images_than_ranks_are_not_measured() -> None:
-    data = SampleDataModule(2, per_class=1)
+    data = ClassRequestDataModule(2, per_class=1)
     requests(data, world_size=3)
     with pytest.raises(ValueError, match="2 images cannot be measured on 3 ranks") as error:
         data.test_dataloader()

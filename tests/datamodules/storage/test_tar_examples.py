@@ -1,4 +1,4 @@
-"""Tar files as plain tools write them: parts that lie apart, keys with dots, members that come again."""
+"""Tar files of other tools: scattered members, keys with dots, repeated members."""
 
 import io
 import tarfile
@@ -8,7 +8,7 @@ import pytest
 
 from datamodules import ImageDataModule
 from datamodules.packing import pack
-from datamodules.storage.index import SampleIndex
+from datamodules.storage.index import ExampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.tar_index import index_shard
 from tests.datamodules.shard_files import grey_image
@@ -26,20 +26,20 @@ def write_tar(path: Path, members: Members) -> Path:
     return path
 
 
-def index_of(tmp_path: Path, members: Members) -> SampleIndex:
+def index_of(tmp_path: Path, members: Members) -> ExampleIndex:
     return index_shard(write_tar(tmp_path / "a.tar", members))
 
 
-def contents(index: SampleIndex) -> dict[str, dict[str, bytes]]:
+def contents(index: ExampleIndex) -> dict[str, dict[str, bytes]]:
     assert len(set(index.keys)) == len(index)
-    return {sample.key: {part: sample.read(part) for part in sample.members} for sample in index}
+    return {example.key: {part: example.read(part) for part in example.members} for example in index}
 
 
 def named(*names: str) -> Members:
     return [(name, name.encode() if not name.endswith("cls") else b"3") for name in names]
 
 
-def test_parts_of_a_sample_are_put_together_wherever_they_lie(tmp_path: Path) -> None:
+def test_members_of_an_example_are_grouped_from_anywhere_in_the_file(tmp_path: Path) -> None:
     members = [(f"d/{n}.{part}", str(n).encode()) for part in ("jpg", "txt", "cls") for n in (2, 0, 1)]
     index = index_of(tmp_path, members)
     assert contents(index) == {f"d/{n}": dict.fromkeys(("jpg", "cls", "txt"), str(n).encode()) for n in range(3)}
@@ -69,7 +69,7 @@ def test_parts_of_a_sample_are_put_together_wherever_they_lie(tmp_path: Path) ->
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_keys_may_hold_dots_and_parts_may_have_names(tmp_path: Path, names: str, expected: dict[str, str]) -> None:
+def test_keys_may_contain_dots_and_members_may_have_names(tmp_path: Path, names: str, expected: dict[str, str]) -> None:
     index = index_of(tmp_path, named(*names.split()))
     assert {key: " ".join(sorted(parts)) for key, parts in contents(index).items()} == expected
     assert index.bad == []
@@ -79,42 +79,44 @@ def test_keys_may_hold_dots_and_parts_may_have_names(tmp_path: Path, names: str,
 @pytest.mark.parametrize(
     ("names", "key", "phrase"),
     [
-        ("s.left.jpg s.right.jpg s.cls", "s", "has the parts left.jpg, right.jpg, cls"),
-        ("k.jpg l.jpg k.jpg l.cls k.cls l.txt k.cls k.txt", "k", "comes several times, with its parts apart"),
+        ("s.left.jpg s.right.jpg s.cls", "s", "has the members left.jpg, right.jpg, cls"),
+        (
+            "k.jpg l.jpg k.jpg l.cls k.cls l.txt k.cls k.txt",
+            "k",
+            "occurs several times, with other examples between its members",
+        ),
     ],
 )
-def test_what_cannot_be_put_together_is_bad_for_the_true_reason(
-    tmp_path: Path, names: str, key: str, phrase: str
-) -> None:
+def test_ambiguous_members_are_bad_with_the_right_reason(tmp_path: Path, names: str, key: str, phrase: str) -> None:
     index = index_of(tmp_path, named(*names.split(), "m.jpg", "m.cls"))
     assert key not in list(index.keys)
-    assert {(sample.key, sample.reason) for sample in index.bad} == {(key, "unclear parts")}
-    assert f"sample {key} of {tmp_path / 'a.tar'} {phrase}" in index.bad[0].message
+    assert {(example.key, example.reason) for example in index.bad} == {(key, "unclear parts")}
+    assert f"example {key} of {tmp_path / 'a.tar'} {phrase}" in index.bad[0].message
     assert index[len(index) - 1].key == "m"
 
 
-def test_a_part_that_is_added_later_takes_the_place_of_the_first_one(tmp_path: Path) -> None:
+def test_appended_member_replaces_the_first_one(tmp_path: Path) -> None:
     members = [("0.jpg", b"old"), ("0.cls", b"1"), ("1.jpg", b"b"), ("1.cls", b"2"), ("0.jpg", b"new"), ("1.cls", b"5")]
     index = index_of(tmp_path, members)
     assert contents(index) == {"0": {"jpg": b"new", "cls": b"1"}, "1": {"jpg": b"b", "cls": b"5"}}
     assert index.labels.tolist() == [1, 5]
 
 
-def test_whole_samples_of_one_key_stay_samples_of_their_own(tmp_path: Path) -> None:
+def test_complete_examples_with_one_key_stay_separate(tmp_path: Path) -> None:
     members = [(f"{key}.{part}", part.encode()) for _ in range(2) for key in "ab" for part in ("jpg", "txt")]
     index = index_of(tmp_path, members)
     assert (list(index.keys), index.bad) == (["a", "b", "a", "b"], [])
 
 
-def test_a_cut_file_loses_the_sample_whose_part_is_cut(tmp_path: Path) -> None:
+def test_truncated_file_loses_the_example_with_the_truncated_member(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{n}.{part}", b"1") for part in ("jpg", "cls") for n in range(3)])
     path.write_bytes(path.read_bytes()[: 1024 * 4 + 512])  # within 1.cls
     index = index_shard(path).usable(("jpg",), labels_needed=True)
     assert list(index.keys) == ["0"]
-    assert [(sample.key, sample.reason) for sample in index.bad] == [("1", "truncated shard"), ("2", "no label")]
+    assert [(example.key, example.reason) for example in index.bad] == [("1", "truncated shard"), ("2", "no label")]
 
 
-def test_such_files_are_read_packed_streamed_and_indexed_alike(tmp_path: Path) -> None:
+def test_files_with_scattered_members_are_read_packed_and_streamed_alike(tmp_path: Path) -> None:
     for shard in range(2):
         names = [f"{n}.{shard}" for n in range(20)]
         apart = [(f"{name}.{part}", grey_image(n) if part == "png" else str(n % 5).encode())
@@ -132,7 +134,7 @@ def test_such_files_are_read_packed_streamed_and_indexed_alike(tmp_path: Path) -
         for batch in module.train_dataloader():
             levels = ((batch["images"][:, 0, 0, 0] + 1) * 127.5).round().long()
             assert (levels % 5).tolist() == batch["labels"].tolist()
-    keys = [key for split in ("train", "val") for key in packed.datasets[split].samples.keys]  # type: ignore[attr-defined]
+    keys = [key for split in ("train", "val") for key in packed.datasets[split].examples.keys]  # type: ignore[attr-defined]
     assert sorted(keys) == sorted(f"{n}_{shard}" for shard in range(2) for n in range(20))
     store = IndexStore(tmp_path / "cache")
     for _ in range(2):  # read, and from the cache

@@ -1,4 +1,4 @@
-"""Small sets of codes and of features of captions, which may lie in one set or in two."""
+"""Small datasets of codes, caption features, or both."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -6,29 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardSet
-from tests.datamodules.code_sets import codes_of, npy
+from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, ShardDataset
+from tests.datamodules.code_datasets import codes_of, npy
 
 WIDTH, LENGTH, VIEWS, GRID, VOCABULARY = 4, 5, 2, (2, 2), 1000
 CODES = {"vocabulary": VOCABULARY, "grid": list(GRID), "views": VIEWS, "num_classes": 0, "tokenizer": "0" * 64}
 FEATURES = {"width": WIDTH, "caption_length": LENGTH, "dtype": "float16", "short": True, "cleaned": False}
 
 Splits = Mapping[str, Sequence[tuple[str, int]]]
-"""Keys and numbers of the samples of each split; the number decides all that is in a sample."""
+"""Keys and numbers of the examples of each split; the number determines the content of an example."""
 
 
 def tokens(number: int, short: bool = False) -> np.ndarray:
-    """The features of sample ``number``, or of its short caption."""
+    """The features of example ``number``, or of its short caption."""
     rng = np.random.default_rng([number, short])
     return rng.standard_normal((1 if short else 2 + number % 4, WIDTH)).astype("<f2")
 
 
 def codes(number: int) -> np.ndarray:
-    """The codes of sample ``number``."""
+    """The codes of example ``number``."""
     return codes_of(number, VIEWS, GRID, VOCABULARY)
 
 
-def write_set(
+def write_dataset(
     root: Path,
     splits: Splits,
     parts: str = "codes features",
@@ -36,24 +36,24 @@ def write_set(
     silent: Collection[int] = (),
     **features: Any,
 ) -> Path:
-    """A set with ``codes``, ``features`` or both. Every third sample has a short caption of its own.
+    """Write a dataset with ``codes``, ``features`` or both. Every third example has a separate short caption.
 
     Args:
         root: folder of the set, which is returned.
         splits: what is in it.
-        parts: of each sample.
-        per_shard: samples in a shard.
-        silent: numbers of samples without the text of a caption.
+        parts: of each example.
+        per_shard: examples in a shard.
+        silent: numbers of examples without the text of a caption.
         features: otherwise described.
     """
-    shards = ShardSet(root, {}, hint="")
+    shards = ShardDataset(root, {}, hint="")
     shards.begin(list(splits))
     pieces = {}
-    for split, samples in splits.items():
-        starts = range(0, len(samples), per_shard)
+    for split, examples in splits.items():
+        starts = range(0, len(examples), per_shard)
         for piece, first in enumerate(starts):
             with shards.shard(split, piece) as writer:
-                for key, number in samples[first : first + per_shard]:
+                for key, number in examples[first : first + per_shard]:
                     content = {"npy": npy(codes(number))} if "codes" in parts else {}
                     content |= {} if number in silent else {"txt": f"caption {number}".encode()}
                     if "features" in parts:
@@ -63,5 +63,5 @@ def write_set(
         pieces[split] = len(starts)
     meta = {"format": CODES_FORMAT, **CODES} if "codes" in parts else {"format": CAPTIONS_FORMAT}
     meta |= {"features": {**FEATURES, **features}} if "features" in parts else {}
-    shards.finish(pieces, meta, known={}, max_bad_share=0.0)
+    shards.finish(pieces, meta, rejected={}, max_bad_share=0.0)
     return root
