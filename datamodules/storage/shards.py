@@ -300,7 +300,7 @@ class ShardDataset:
                     raise ValueError(f"shard {path} is incomplete; repeat the command to resume")
                 facts = json.loads(_facts_file(path).read_text())
                 highest = max(highest, facts.pop("highest_label"))
-                bad += [Skipped(*example) for example in facts.pop("bad")]
+                bad += [Skipped.from_record(record) for record in facts.pop("bad")]
                 facts.pop("counted", None)
                 entries.append({"name": path.name, **facts})
                 facts_files.append(_facts_file(path))
