@@ -1,4 +1,4 @@
-"""What happens around training: averages, images, files."""
+"""Callbacks: EMA, compiled sampling, FID, grids, curves, checkpoints, signals, and writers for ``predict``."""
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint, StepCheckpoint
 from callbacks.codebook import CodebookHistogram

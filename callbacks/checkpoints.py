@@ -13,14 +13,13 @@ from llamagen.option_checks import check_integer
 class RunCheckpoint(ModelCheckpoint):
     """Base of the callbacks below: a ``ModelCheckpoint`` that writes into the run's folder.
 
-    Its state is stored under the key of ``ModelCheckpoint``, so that runs resume whichever of the two classes saved
-    their checkpoints.
+    Its state is stored under the key of ``ModelCheckpoint``, so that a run can resume from checkpoints of either class.
 
     Args:
         dirpath: folder of the checkpoints; None for ``subfolder`` of ``trainer.default_root_dir``.
         filename: name of the files, without metric names (``auto_insert_metric_name`` is off: a metric's name has a
             slash, which would make a folder).
-        options: other options of ``ModelCheckpoint``.
+        **options: other options of ``ModelCheckpoint``.
     """
 
     subfolder: ClassVar[str] = "checkpoints"
@@ -40,7 +39,7 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint callbacks, would be too late.
 
         Args:
-            trainer: with ``default_root_dir``.
+            trainer: its ``default_root_dir`` is the run's folder.
         """
         if self.dirpath is not None:
             return
@@ -65,8 +64,8 @@ class BestCheckpoint(RunCheckpoint):
         monitor: name of the metric.
         mode: whether the smallest (``min``) or the largest (``max``) value is the best.
         save_top_k: how many checkpoints to keep; −1 for all.
-        save_on_train_epoch_end: save at the end of an epoch; False saves right after each validation, which a metric
-            needs that not every validation measures.
+        save_on_train_epoch_end: save at the end of each epoch; False saves right after each validation, as needed for a
+            metric that is not measured at every validation.
         filename: name of the files.
         dirpath: folder; by default ``checkpoints`` in ``trainer.default_root_dir``.
     """
@@ -93,7 +92,7 @@ class BestCheckpoint(RunCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """Save each epoch, and where the run ends, as ``checkpoints/step_<batches seen>.ckpt``; only the last one is kept.
+    """Save at the end of each epoch and of the run, as ``checkpoints/step_<batches seen>.ckpt``; keep only the last.
 
     ``checkpoints/last.ckpt`` is a link to it.
 
@@ -104,7 +103,7 @@ class LastCheckpoint(RunCheckpoint):
     """
 
     def __init__(self, dirpath: Path | str | None = None, save_last: bool | Literal["link"] = "link") -> None:
-        # Saved at the end of an epoch: by default Lightning saves after validations, and loses what follows the last.
+        # By default Lightning saves after validations, and loses the training steps after the last one.
         super().__init__(dirpath, "step_{step:07d}", save_last=save_last, save_on_train_epoch_end=True)
 
 

@@ -39,7 +39,7 @@ def histogram(counts: dict[str, np.ndarray]) -> Image.Image:
     """Plot sorted code counts, one panel for each stage.
 
     Args:
-        counts: (K,) integers by stage.
+        counts: for each stage the counts of the codes, (K,) integers.
     """
     figure = new_figure(7, 2.8 * len(counts))
     for position, (stage, each) in enumerate(sorted(counts.items())):

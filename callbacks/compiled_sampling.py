@@ -13,7 +13,7 @@ from llamagen.models.sharding import is_sharded
 from llamagen.sampling import compute_dtype
 
 MIN_PARAMETERS = 20_000_000
-"""Size of a model from which compiled steps save more time than compiling takes."""
+"""Number of parameters above which compiled steps save more time than compiling takes."""
 DEFAULT_BATCH_SIZE = 64
 
 
@@ -27,8 +27,8 @@ class CompiledSampling(pl.Callback):
     Args:
         enabled: ``auto`` compiles models of at least 20 million parameters on CPUs with a C++ compiler and on NVIDIA
             GPUs. ``true`` compiles any model, or raises an error; ``false`` never compiles.
-        batch_size: images sampled together on each rank; by default the batch size of the data where it requests
-            images, and 64 elsewhere.
+        batch_size: images sampled at a time on each rank; by default the batch size of data that requests images, and
+            64 with other data.
         int8: store matrices of compiled steps as int8: faster, with slightly different images. Compiles any model, or
             raises an error.
     """
@@ -68,7 +68,7 @@ class CompiledSampling(pl.Callback):
             if self._should_compile(module.generator):
                 dtype = str(compute_dtype(module.generator)).removeprefix("torch.")
                 weights = ", int8 weights" if self.int8 else ""
-                self._print(trainer, f"compiling the sampling in {dtype}{weights}, {batch_size} images at a time")
+                self._print(trainer, f"compiling sampling in {dtype}{weights}, {batch_size} images at a time")
                 try:
                     module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
                     module.sampler.prepare(module.sampling)
@@ -102,8 +102,8 @@ class CompiledSampling(pl.Callback):
         """
         require(KeepsSampler, pl_module, self)
 
-    # Footgun: the sampler copies weights, so it is built at the start of the epoch, not of the stage: EMA swaps the
-    # weights in a hook of the stage's start, before or after this callback.
+    # Footgun: the sampler copies weights, so it is built at the start of the epoch, not of the stage. EMA swaps the
+    # weights at the start of the stage, and its hook may run before or after that of this callback.
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the sampler."""

@@ -45,7 +45,7 @@ class EMA(pl.Callback):
         """Check the module.
 
         Raises:
-            ValueError: if it has no generator, or cannot validate the raw weights as well.
+            ValueError: if it has no generator, or ``validate_raw`` is set and it cannot evaluate further stages.
         """
         require(HasGenerator, pl_module, self)
         if self.validate_raw:
@@ -67,7 +67,7 @@ class EMA(pl.Callback):
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The average starts from the weights before the first step. Footgun: they must not enter the optimizer's state
-        # yet, because AdamW initializes its moments only while the state is empty.
+        # yet, because AdamW initialises its moments only while the state is empty.
         if not self._has_average():
             self._initial = [parameter.detach().clone() for parameter in self._parameters]
 
@@ -154,7 +154,7 @@ class EMA(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Outside of ``fit``, which has an optimizer to hold averages, load the averages as the weights.
+        """Outside of ``fit``, load the averages as the weights: there is no optimizer to hold both.
 
         Raises:
             ValueError: if the checkpoint has no averages.

@@ -1,4 +1,4 @@
-"""Image quality, measured while a model trains and in ``test``. B batch, H × W pixels, N images in all."""
+"""Image quality, measured while a model trains and in ``test``. B batch, H × W pixels, N images in total."""
 
 import time
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ from llamagen.sampling.pixels import check_image_size, to_pixels
 class FIDMonitor(pl.Callback):
     """Measure FID, sFID, KID, precision, recall and Inception Score of the model's images, over all ranks.
 
-    - Class-conditional model: every n-th validation samples ``count`` images of all classes in turn, with the evaluated
-      weights (the averages, with the ``EMA`` callback) and the sampler of ``CompiledSampling``, if that is used.
+    - Class-conditional model: every n-th validation samples ``count`` images, cycling through all classes, with the
+      evaluated weights (the averages, with the ``EMA`` callback) and the sampler of ``CompiledSampling``, if used.
       ``test`` measures the images that its data requests; if the data is codes, it samples ``count`` images.
     - Text model: images of the first ``count`` captions of the validation data instead. If there are fewer captions, or
       ``limit_val_batches`` leaves fewer, they are repeated in order. Stored features need no text encoder.
@@ -57,7 +57,7 @@ class FIDMonitor(pl.Callback):
         count: number of sampled images.
         every_n_validations: measure at every n-th validation.
         seed: seed of the sampled images, the same at each validation.
-        batch_size: images sampled together without ``CompiledSampling``.
+        batch_size: images sampled at a time, without ``CompiledSampling``.
         image_size: side in pixels to which reconstructions are resized before they are measured (bicubic, not
             antialiased), as the paper resizes those of 384 and 512 px to 256; null keeps their size. The size of
             sampled images is set by the model's own ``image_size``.
@@ -164,7 +164,7 @@ class FIDMonitor(pl.Callback):
             if (callback.monitor or "").startswith(measured):
                 raise ValueError(
                     f"{type(callback).__name__} keeps the best {callback.save_top_k} by {callback.monitor}, which "
-                    f"FIDMonitor measures only at every {self.every_n_validations}. validation: checkpoints in between "
+                    f"FIDMonitor measures only once in {self.every_n_validations} validations: checkpoints in between "
                     "would be ranked by an earlier measurement; set save_top_k to 1, or every_n_validations to 1"
                 )
 
@@ -290,7 +290,7 @@ class FIDMonitor(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sample images if the model generates them, and log the metrics."""
         self._metrics = self._finish(trainer, pl_module)
-        # Now, while the averages are the weights; with sharded parameters, on all ranks.
+        # Computed now, while the averages are swapped in for the weights; with sharded parameters, on all ranks.
         self._weights = weights_checksum(require(HasGenerator, pl_module, self).generator)
         self._active = False
 
@@ -345,7 +345,7 @@ class FIDMonitor(pl.Callback):
             share = share_of_classes(self.count, module.num_classes, rank, ranks, module.device)
         else:
             share = self._captions.share(rank, ranks, module.device)
-        temporary = module.sampler is None  # else it is that of CompiledSampling
+        temporary = module.sampler is None  # otherwise CompiledSampling has set one
         bar = tqdm(
             total=self.count, desc="sampling for FID", unit="image", leave=False, disable=not shows_progress(trainer)
         )

@@ -34,9 +34,9 @@ def write_test_report(
     """Write ``report`` into the run's folder. A collective call: all ranks must make it.
 
     Args:
-        trainer: after the module has logged its own metrics, which are part of the report.
+        trainer: the trainer. The module must have logged its own metrics, which are part of the report.
         generator: the measured model, with its ``config``.
-        metrics: values by name.
+        metrics: measured values by name.
         facts: how they were measured; ``facts["images"]["resolution"]`` is the side of the images in pixels.
         gallery: images of this rank.
         reference: statistics that the images were compared with; None if they were compared with their originals.

@@ -1,4 +1,4 @@
-"""Sampling for FIDMonitor: of all classes in turn, or of captions. N images, B a batch, C caption positions, W wide."""
+"""Sampling for FIDMonitor, by class or by caption. N images, B batch, C caption positions, W feature width."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ class ConditionBatch(NamedTuple):
     """Conditions of B images.
 
     Attributes:
-        condition: (B,) classes or (B, C, W) features.
-        lengths: (B,) of captions.
-        labels: (B,) classes.
+        condition: (B,) int64 classes or (B, C, W) features, padded on the left.
+        lengths: (B,) int64, number of tokens of each caption.
+        labels: (B,) int64 classes.
         captions: B texts, if the data has them.
     """
 
@@ -29,12 +29,12 @@ class ConditionBatch(NamedTuple):
 
 
 class RankShare(NamedTuple):
-    """Images that a rank samples. All ranks have equally many, because ranks of a sharded model wait for each other.
+    """Images that one rank samples. All ranks have the same number: ranks of a sharded model wait for each other.
 
     Attributes:
-        numbers: (N,) int64 on the CPU, of the rank's images. Numbers at the end that are not below the total count
-            are padding: their images are sampled only for the other ranks.
-        conditions: numbers (B,) → the conditions of these images.
+        numbers: (N,) int64 on the CPU, numbers of the rank's images. Numbers at the end that are not below the total
+            count are padding: these images are sampled only because the other ranks sample, too.
+        conditions: maps numbers (B,) to the conditions of these images.
     """
 
     numbers: Tensor
@@ -42,7 +42,7 @@ class RankShare(NamedTuple):
 
 
 def share_of_classes(count: int, num_classes: int, rank: int, ranks: int, device: torch.device) -> RankShare:
-    """The rank's share of ``count`` images of all classes in turn: every ``ranks``-th image."""
+    """The rank's share of ``count`` images, whose classes follow in cycles: every ``ranks``-th image."""
 
     def conditions(numbers: Tensor) -> ConditionBatch:
         labels = (numbers % num_classes).to(device)
@@ -54,9 +54,9 @@ def share_of_classes(count: int, num_classes: int, rank: int, ranks: int, device
 class ValidationCaptions:
     """The captions of a rank's validation batches, kept for sampling: features without padding, on the CPU.
 
-    Image i is sampled of the caption with number i in its dataset; if there are fewer captions than images, they are
-    repeated in order. So image i is the same on any number of ranks and in any batches. Images of captions that cannot
-    be read are left out.
+    Image i is sampled from the caption with number i in its dataset; if there are fewer captions than images, they are
+    repeated in order. So image i is the same on any number of ranks and in any batch. Images of captions that cannot be
+    read are left out.
 
     Args:
         count: number of images. No more captions are kept.
@@ -73,7 +73,7 @@ class ValidationCaptions:
         """Keep the captions of a batch that will be sampled; they are encoded unless the batch has their features.
 
         Args:
-            batch: with ``numbers`` (B,), the number of each sample in its dataset, and the captions or features.
+            batch: has ``numbers`` (B,), the number of each example in its dataset, and the captions or features.
             module: computes the condition.
         """
         numbers = batch["numbers"].tolist()
@@ -101,14 +101,14 @@ class ValidationCaptions:
             kept *= ranks
             dist.all_gather_object(kept, (sorted(self._tokens), self._size))
         size, taken, shares = max(size for _, size in kept), set[int](), list[list[int]]()
-        for numbers, _ in kept:  # a rank whose own samples are all unreadable has a copy of another rank's sample
+        for numbers, _ in kept:  # a rank whose own examples are all unreadable has a copy of another rank's example
             own = [number for number in numbers if number not in taken]
             taken.update(own)
             shares.append([n + first for first in range(0, self.count, size) for n in own if n + first < self.count])
         if size < self.count:
             rank_zero_warn(
-                f"FIDMonitor samples {self.count} images of {len(taken)} captions, several of each; set its count to "
-                "the number of captions, or use more validation data"
+                f"FIDMonitor samples {self.count} images from only {len(taken)} captions, which are repeated; set its "
+                "count to the number of captions, or use more validation data"
             )
         index = shares[rank] + [self.count] * (max(map(len, shares)) - len(shares[rank]))
 

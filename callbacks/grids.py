@@ -25,12 +25,12 @@ from llamagen.text import clean_caption
 class ReconstructionGrid(pl.Callback):
     """Save a grid of images above their reconstructions at each validation, and optionally while training.
 
-    The images are the first ones of the validation data; before the first validation, of the training batch.
+    The images are the first ones of the validation data or, before the first validation, of the training batch.
 
     Args:
         count: number of images.
-        every_n_batches: also save a grid after every so many training batches, made with the current weights instead of
-            their average; 0 for validations only.
+        every_n_batches: number of training batches after which a grid is saved, too, with the current weights instead
+            of their average; 0 saves grids at validations only.
     """
 
     def __init__(self, count: int = 10, every_n_batches: int = 0) -> None:

@@ -56,13 +56,13 @@ def position_image(nats: dict[str, np.ndarray]) -> Image.Image:
     """Plot a map and a curve for each stage.
 
     Args:
-        nats: (L,) cross entropy of the codes in raster order by stage; L is a square number.
+        nats: for each stage the cross entropy of the codes in raster order, (L,) floats; L is a square number.
     """
     figure = new_figure(10, 3.6 * len(nats))
     for row, (stage, each) in enumerate(sorted(nats.items())):
         left = figure.add_subplot(len(nats), 2, 2 * row + 1)
         shown = left.imshow(each.reshape(isqrt(len(each)), -1))
-        left.set_title(f"{stage}: nats by place, mean {each.mean():.3f}")
+        left.set_title(f"{stage}: nats on the code grid, mean {each.mean():.3f}")
         figure.colorbar(shown, ax=left)
         right = figure.add_subplot(len(nats), 2, 2 * row + 2)
         right.plot(np.arange(len(each)), each, marker="." if len(each) < 100 else None)

@@ -91,7 +91,7 @@ class SamplingProgress(pl.Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the bar where it is, and enable Lightning's again."""
+        """Close the bar without completing it, and enable Lightning's again."""
         self._close()
         self._unmute()
 

@@ -1,4 +1,4 @@
-"""What callbacks need of a module and its data. B batch, L codes, C caption positions, W their width, H × W pixels.
+"""What callbacks need from a module and its data. B batch, L codes, C caption positions, D feature width, H × W pixels.
 
 Callbacks never import ``lightning_modules``: a module of another project works with every callback whose protocol it
 satisfies. Each callback checks this in ``setup`` by :func:`require`.
@@ -26,7 +26,7 @@ class HasGenerator(Protocol):
 
     @property
     def generator(self) -> nn.Module:
-        """The network that a training is for: what is averaged, saved and described."""
+        """The network that is used after training: EMA averages it, and reports and checkpoints describe it."""
 
 
 @runtime_checkable
@@ -51,8 +51,8 @@ class CountsCodes(Protocol):
     """A module with a codebook."""
 
     code_counts: dict[str, Tensor]
-    """How often each code was used, over all ranks: (K,) int64 for the last training epoch (``train``) and the last
-    validation (``val``)."""
+    """How often each of K codes was used, over all ranks: (K,) int64 for the last training epoch (``train``) and the
+    last validation (``val``)."""
 
 
 @runtime_checkable
@@ -69,7 +69,7 @@ class ReconstructsImages(Protocol):
     """A module that reconstructs images."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] → the same."""
+        """Encode and decode images: (B, 3, H, W) in about [-1, 1] → same shape."""
 
 
 @runtime_checkable
@@ -99,7 +99,7 @@ class CaptionOutputs(Protocol):
 
     @property
     def short_captions(self) -> EncodedCaptions | None:
-        """Features of their first sentences, where the data has these."""
+        """Features of their first sentences, if the data has these."""
 
 
 @runtime_checkable
@@ -112,7 +112,7 @@ class SamplesImages(Protocol):
         """Raise a ``ValueError`` if images of these classes or prompts cannot be sampled."""
 
     def batch_condition(self, batch: dict[str, Any]) -> Any:
-        """Condition of a batch: ``features``, (B,) classes or (B, C, W) padded on the left, and ``lengths`` (B,)."""
+        """Condition of a batch: ``features``, (B,) classes or (B, C, D) padded on the left, and ``lengths`` (B,)."""
 
     def sample(
         self, condition: Tensor, indices: Tensor, seed: int, caption_lengths: Tensor | None = None
@@ -155,7 +155,7 @@ class PredictsImages(Protocol):
 
     @property
     def tokenizer_checksum(self) -> str | None:
-        """Checksum of the tokenizer that decodes them."""
+        """Checksum of the tokenizer that decodes the codes."""
 
     @property
     def caption_metadata(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class PredictsImages(Protocol):
 
 @runtime_checkable
 class GeneratesImages(SamplesImages, KeepsSampler, PredictsImages, Protocol):
-    """A module that generates images of classes or captions."""
+    """A module that generates images from classes or captions."""
 
     @property
     def output_size(self) -> int:
@@ -199,7 +199,7 @@ class ImageRequests(Protocol):
     """A DataModule that requests images, such as ClassRequestDataModule or PromptDataModule."""
 
     label_name: str
-    """What a label is a number of: ``class`` or ``prompt``."""
+    """What labels are: ``class`` for classes, ``prompt`` for numbers of prompts."""
     labels: np.ndarray
     """Label of each image, (N,) int64, including images that exist already."""
     prompts: list[str] | None
@@ -208,7 +208,7 @@ class ImageRequests(Protocol):
 
     @property
     def left(self) -> int:
-        """How many images are still to be sampled."""
+        """Number of images that remain to be sampled."""
 
     def leave_out(self, done: Iterable[int]) -> None:
         """Request all images except these indices."""
@@ -234,10 +234,10 @@ class ShardableData(Protocol):
     max_bad_share: float
 
     def fingerprint(self, split: str) -> str:
-        """Checksum of the samples of a split and their order."""
+        """Checksum of the examples of a split and their order."""
 
     def plan_shards(self, split: str, samples_per_shard: int, done: Collection[int]) -> None:
-        """Read a split in pieces of ``samples_per_shard``, except those that are done."""
+        """Read a split in pieces of ``samples_per_shard`` examples, except the pieces with the numbers ``done``."""
 
 
 @runtime_checkable
@@ -256,11 +256,11 @@ class ShardableCaptions(ShardableData, CleansCaptions, Protocol):
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples come from a dataset of codes."""
+        """Whether the examples come from a dataset of codes."""
 
 
 def datamodule(trainer: pl.Trainer) -> object:
-    """The DataModule of a trainer, None if it has only loaders; Lightning sets this attribute without declaring it."""
+    """The DataModule of a trainer, None if it has only loaders. Lightning does not declare this attribute."""
     return getattr(trainer, "datamodule", None)
 
 
@@ -268,7 +268,7 @@ def missing_members(protocol: type[Any], instance: object) -> list[str]:
     """Names that a protocol declares and an instance lacks, sorted.
 
     Footgun: ``isinstance`` of a runtime-checkable protocol evaluates properties, and some of them raise (without a
-    tokenizer there is no ``output_size``). Here the class is asked first.
+    tokenizer there is no ``output_size``). This function looks at the class first, where they are not evaluated.
     """
     names = set[str]()
     for base in protocol.__mro__:
@@ -287,7 +287,7 @@ def optional(protocol: type[T], instance: object) -> T | None:
 
 
 def require(protocol: type[T], instance: object, who: object, remedy: str = "") -> T:
-    """The instance, which has to satisfy a protocol.
+    """Return the instance if it satisfies a protocol, else raise an error.
 
     Args:
         protocol: one of this file; the first line of its docstring is part of the message.

@@ -14,9 +14,8 @@ class Requeue(StopOnSignal):
     """On a signal: finish the step, save a checkpoint, end, and let SLURM requeue the job.
 
     ``#SBATCH --signal=SIGUSR1@300`` sends the signal five minutes before the time limit. With ``--ckpt_path last`` the
-    same command then resumes the run. Without SLURM a run ends in the same way. Lightning's own requeueing saves
-    wherever the signal interrupts a rank, within a step; with sharded parameters, ranks would wait for each other
-    forever.
+    same command then resumes the run. Without SLURM a run ends in the same way. Lightning's own requeueing saves in the
+    signal handler, which may interrupt a step; with sharded parameters, ranks would then wait for each other forever.
 
     Args:
         signal: name of the signal.

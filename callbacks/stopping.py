@@ -1,4 +1,4 @@
-"""Runs that a signal ends: after a complete step and a checkpoint, on all ranks together."""
+"""Ends a run on a signal: after a complete step and a checkpoint, on all ranks at once."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ class StopOnSignal(pl.Callback):
     Outside of training (during startup, and in ``validate``, ``test`` and ``predict``) the run ends at once, as it does
     on a second signal. A validation within ``fit`` is finished first.
 
-    Lightning itself would end the run with exit code 0 and without a checkpoint, and its handler waits for other ranks
-    wherever the signal interrupts it.
+    Lightning itself would end the run with exit code 0 and without a checkpoint. Its handler also waits for the other
+    ranks, at any point of a step, where they may never answer.
 
     Args:
         signals: names of the signals.
@@ -93,7 +93,7 @@ class StopOnSignal(pl.Callback):
         self._install()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace Lightning's handlers; from here on, a signal waits for the end of a step."""
+        """Replace Lightning's handlers; from now on, a signal waits for the end of a step."""
         self._install()
         self._training = True
 

@@ -20,12 +20,12 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Peak of dense bfloat16 matrix products with float32 accumulation in 10¹² operations a second, from NVIDIA's data
+"""Peak of dense bfloat16 matrix products with float32 accumulation in 10¹² operations per second, from NVIDIA's data
 sheets, by a part of the GPU's name. The first match counts."""
 
 
 def known_peak(device: torch.device) -> float | None:
-    """Peak of a GPU in 10¹² operations a second, None if it is not in :data:`PEAK_TFLOPS`."""
+    """Peak of a GPU in 10¹² operations per second, None if it is not in :data:`PEAK_TFLOPS`."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -36,17 +36,17 @@ class Throughput(pl.Callback):
     """Log the throughput of training under ``train/``, every ``log_every_n_steps`` steps of the trainer.
 
     - ``tokens_a_second`` and ``sequences_a_second``: codes and images, over all ranks.
-    - ``tflops_a_second``: 10¹² operations of the model on this rank's device, without recomputed blocks.
+    - ``tflops_a_second``: 10¹² operations of the model per second on this rank's device, without recomputed blocks.
     - ``mfu``: model FLOPs utilization, the fraction of the device's peak; for known GPUs.
-    - ``hours``: duration of the run, including the time before it was resumed.
+    - ``hours``: training time of the run, including the time before it was resumed.
 
     All but ``hours`` are measured over the window since they were last logged. A window includes waiting for data, and
-    excludes validation, saving checkpoints and the time between epochs. The device is synchronized only at the ends of
+    excludes validation, saving checkpoints and the time between epochs. The device is synchronised only at the ends of
     a window. The first window includes one-time costs such as compilation. Saving checkpoints that hold only weights
     is not excluded: Lightning does not report it to callbacks.
 
     Args:
-        peak_tflops: peak of the device in 10¹² operations a second; by default that of dense bfloat16 matrix products
+        peak_tflops: peak of the device in 10¹² operations per second; by default that of dense bfloat16 matrix products
             of a known GPU.
     """
 
@@ -73,7 +73,7 @@ class Throughput(pl.Callback):
             require(CountsOperations, pl_module, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Duration of the run."""
+        """Training time of the run so far."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return {"hours": self._hours + running / 3600}
 
@@ -114,7 +114,7 @@ class Throughput(pl.Callback):
         if self._seconds > 0:
             self._log(trainer, pl_module)
         self._clear()
-        # Not the time that was just read: ranks wait for each other while they log.
+        # Read the time again: ranks wait for each other while they log, which is not part of a window.
         self._started = _now(pl_module.device)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Training logic of the two models, the frozen caption encoder, and what their runs need of Lightning."""
+"""Training logic of the two models, the frozen caption encoder, and extensions of Lightning for their runs."""
 
 from lightning_modules.argen import ARGenModule
 from lightning_modules.argen_config import ARGenLossConfig

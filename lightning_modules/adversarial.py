@@ -15,7 +15,7 @@ from llamagen.models.augmentation import DiscriminatorAugmentation
 from llamagen.models.discriminator import Discriminator
 
 Terms = dict[str, Tensor]
-"""Unweighted loss terms by name, scalars; also values that are only logged."""
+"""Unweighted loss terms by name, and values that are only logged: scalars."""
 
 
 class AdversarialGame(nn.Module):
@@ -76,7 +76,7 @@ class AdversarialGame(nn.Module):
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Within it, gradients flow through the network but not into its parameters."""
+    """Context in which gradients flow through the network but not into its parameters."""
     network.requires_grad_(False)
     try:
         yield

@@ -44,12 +44,12 @@ class ARGenModule(SamplingModule):
         loss: terms added to the cross entropy.
         init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
-        init_adapt: what may differ from ``init_from``: ``block_size``, for images of another size, and
+        init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size, and
             ``num_classes``, which initialises the class embeddings at random.
         max_grad_norm: norm of the gradient before clipping above which the run counts as diverged and stops.
         skip_bad_steps: skip steps with a gradient that is not finite or above ``max_grad_norm``, instead of stopping.
         activation_checkpointing: recompute the blocks in the backward pass: less memory for a third more operations.
-        compile: compile the blocks for training and evaluation; takes about a minute at the start for any size.
+        compile: compile the blocks for training and evaluation; takes about a minute at the start.
         text_encoder: encoder of prompts, and of captions without stored features, for a text-conditional model. It is
             loaded at its first use and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
     """
@@ -99,7 +99,7 @@ class ARGenModule(SamplingModule):
         self._init_adapt = init_adapt
         if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
             self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
-        self._load_initial_weights()  # a model on the meta device only has its shapes checked here
+        self._load_initial_weights()  # on the meta device this only checks the shapes
         if self._initial_weights is None and init_adapt:
             raise ValueError(f"init_adapt is {list(init_adapt)}, but init_from is not given; give the initial weights")
 
@@ -216,7 +216,7 @@ class ARGenModule(SamplingModule):
         loss, nats = linear_cross_entropy(
             self._hidden(batch), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
         )
-        if not self.skip_bad_steps:  # else the gradient is checked, on all ranks together
+        if not self.skip_bad_steps:  # otherwise configure_gradient_clipping checks the gradient and skips the step
             self.check_finite({"loss": ~loss.detach().isfinite()})
         self.log("train/loss", nats, prog_bar=True, batch_size=len(codes))
         return loss
@@ -226,7 +226,7 @@ class ARGenModule(SamplingModule):
         self.evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
-        """The same under ``test/``. For batches of requests instead of codes, generate images as ``predict`` does."""
+        """Like :meth:`validation_step`, under ``test/``. Batches of requests generate images, as in ``predict``."""
         if "codes" not in batch:
             return self.predict_step(batch, batch_idx)
         self.evaluate(batch, "test")
@@ -249,7 +249,7 @@ class ARGenModule(SamplingModule):
         """Log the metrics of the validation set over all ranks.
 
         Raises:
-            FloatingPointError: if the loss is not finite during ``fit``, so before these weights are saved.
+            FloatingPointError: if the loss is not finite during ``fit``, so that these weights are not saved.
         """
         super().on_validation_epoch_end()
         self.nats_by_position.clear()

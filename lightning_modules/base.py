@@ -45,9 +45,9 @@ def model_device() -> AbstractContextManager[Any]:
 class GenerativeModule(pl.LightningModule):
     """Base of :class:`VQGANModule` and :class:`ARGenModule`.
 
-    Random numbers of a training step (dropout, dropped conditions) are a pure function of seed, step and rank. So a
-    resumed run equals an uninterrupted one, even if validation or a callback used random numbers in between. The seed
-    is that of ``seed_everything`` and is saved in the checkpoint.
+    The random numbers of a training step (dropout, dropped conditions) depend only on seed, step and rank. So a resumed
+    run equals an uninterrupted one, even if validation or a callback used random numbers in between. The seed is that
+    of ``seed_everything`` and is saved in the checkpoint.
 
     The x axis of all logged metrics is the number of batches that a rank has seen.
 
@@ -70,7 +70,7 @@ class GenerativeModule(pl.LightningModule):
     @property
     @abstractmethod
     def generator(self) -> GPT | VQGAN:
-        """The network that is kept after training. EMA averages it, and checkpoints describe it."""
+        """The network that is used after training. EMA averages it, and checkpoints describe it."""
 
     @property
     @abstractmethod
@@ -134,17 +134,17 @@ class GenerativeModule(pl.LightningModule):
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
-        """Log the x axis and the skipped samples of the epoch."""
+        """Log the x axis and the skipped examples of the epoch."""
         self._log_batches_seen()
         self._log_skipped("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the x axis and the skipped samples of the validation."""
+        """Log the x axis and the skipped examples of the validation."""
         self._log_batches_seen()
         self._log_skipped("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the x axis and the skipped samples of the test."""
+        """Log the x axis and the skipped examples of the test, which reads the split ``val``."""
         self._log_batches_seen()
         self._log_skipped("val")
 
@@ -153,7 +153,7 @@ class GenerativeModule(pl.LightningModule):
         if split not in getattr(datamodule, "tallies", ()):
             return
         examples = [
-            sample.message for sample in (*datamodule.tallies[split].skipped, *datamodule.tallies[split].rejected)
+            example.message for example in (*datamodule.tallies[split].skipped, *datamodule.tallies[split].rejected)
         ][:1]
         counts = datamodule.finish_tally(split)  # over all ranks, so each logs the same
         for reason, count in counts.items():
@@ -200,9 +200,9 @@ class GenerativeModule(pl.LightningModule):
     def stop_unless_finite(self, broken: dict[str, Tensor], run: Callable[[], Any]) -> None:
         """Check the results of an evaluation batch.
 
-        During ``fit`` on several ranks this does nothing: ranks may have unequal numbers of validation batches, so
-        :meth:`check_finite` stops all of them at the end of the validation. In other stages a rank that stops ends the
-        others' processes.
+        During ``fit`` on several ranks this does nothing: ranks may have different numbers of validation batches, so
+        :meth:`check_finite` stops all of them at the end of the validation. In other stages an error on one rank ends
+        the processes of all ranks.
 
         Args:
             broken: scalar bool by name of the value, True if it is not finite.
@@ -244,7 +244,9 @@ class GenerativeModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient norm of each network, and clip each separately: one large norm does not slow the other.
+        """Log the gradient norm of each network, and clip each network separately.
+
+        A large gradient of the discriminator then does not scale down that of the tokenizer, nor the reverse.
 
         Args:
             optimizer: unused.
@@ -252,8 +254,8 @@ class GenerativeModule(pl.LightningModule):
             gradient_clip_algorithm: ``value`` clips each entry, otherwise the norm is clipped.
 
         Raises:
-            FloatingPointError: if a gradient is not finite or above ``max_grad_norm``, unless ``skip_bad_steps``. A
-                GradScaler skips gradients that are not finite by itself.
+            FloatingPointError: unless ``skip_bad_steps`` is set, if a gradient is not finite or above
+                ``max_grad_norm``. With a GradScaler, which skips steps that are not finite, only the latter.
         """
         for name, network in self.networks.items():
             self._clip(name, network, gradient_clip_val, gradient_clip_algorithm)
@@ -298,7 +300,7 @@ class GenerativeModule(pl.LightningModule):
         checkpoint[ENTRY]["step_seed"] = self._step_seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model, before anything is changed; fix Lightning's counters.
+        """Check that the checkpoint is of this model, before anything is changed; correct Lightning's counters.
 
         Raises:
             ValueError: in one line, with the difference.
@@ -313,10 +315,10 @@ class GenerativeModule(pl.LightningModule):
             self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = seen
 
     def _recount_batches(self, checkpoint: dict[str, Any]) -> None:
-        """Set the number of batches done in the epoch for the current number of ranks and batch size.
+        """Convert the number of batches done in the epoch to the current number of ranks and batch size.
 
-        Lightning counts the batches of a rank and ends the epoch at their total number. Both may have been different
-        when the checkpoint was saved, so the epoch would end too early or too late.
+        Lightning counts the batches of a rank, and ends the epoch when the count reaches their total number. If the
+        checkpoint was saved with another number of ranks or batch size, the epoch would end too early or too late.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.state.fn != "fit" or "loops" not in checkpoint or not hasattr(datamodule, "batches_done"):
@@ -331,7 +333,7 @@ class GenerativeModule(pl.LightningModule):
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a run that ``max_steps`` stopped within an epoch resume there: Lightning counts that epoch as finished."""
+    """Let a run that ``max_steps`` stopped within an epoch resume in it: Lightning counts that epoch as finished."""
     if "loops" not in checkpoint:  # weights only
         return
     loop = checkpoint["loops"]["fit_loop"]

@@ -8,7 +8,7 @@ from llamagen.text import CaptionEncoder, EncodedCaptions, TextEncoderConfig
 
 
 class CaptionFeatures(NamedTuple):
-    """Features of the captions of B samples.
+    """Features of the captions of B examples.
 
     Attributes:
         captions: features of the captions, (B, C, W).

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: complete or absent, also after a full disk or a killed process."""
+"""Atomic checkpoints: complete or absent, even after a full disk or a killed process."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from llamagen.files import atomic_file, remove
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints as files; reads and replaces also sharded ones, which are folders.
+    """Writes checkpoints as files. Also reads and replaces sharded ones, which are folders.
 
-    Lightning serializes a checkpoint in memory, writes it into the system's temporary folder, and moves it. Between
-    file systems this is a copy under the final name, which may stop halfway. Here a checkpoint is written tensor by
-    tensor into a temporary file in its own folder, synced, and renamed. Addresses such as ``s3://`` are left to
+    Lightning serialises a checkpoint in memory, writes it into the system's temporary folder, and moves it. Between
+    file systems the move is a copy to the final name, which may stop halfway. This class writes a checkpoint tensor by
+    tensor into a temporary file in its own folder, syncs it, and renames it. Addresses such as ``s3://`` are left to
     Lightning.
     """
 
@@ -66,9 +66,9 @@ def local_path(path: Any) -> Path:
 
 
 def tensor_bytes(content: Any) -> int:
-    """Bytes of all tensors in nested containers, each storage once; of sharded tensors, this rank's part.
+    """Bytes of all tensors in nested containers, each storage once; for sharded tensors, of this rank's part.
 
-    The size of a checkpoint up to a few thousand bytes.
+    Apart from a few thousand bytes, this is the size of a checkpoint.
     """
     storages: dict[tuple[str, int], int] = {}
     pending = [content]

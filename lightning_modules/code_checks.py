@@ -1,4 +1,4 @@
-"""Checks of codes: they can be stored, and they are codes that a GPT can learn."""
+"""Checks that codes can be stored, and that they match a GPT."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def check_codebook_size(name: str, size: int) -> None:
     """Check that the codes of a quantiser can be stored, before it is trained.
 
     Args:
-        name: of the value, for the message.
+        name: name of the value, for the message.
         size: number of codes.
 
     Raises:
@@ -24,7 +24,7 @@ def check_codebook_size(name: str, size: int) -> None:
 
 
 def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:
-    """Check that codes suit a model.
+    """Check that codes match a model.
 
     Args:
         config: shape of the model.
@@ -41,7 +41,7 @@ def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:
     height, width = meta["grid"]
     if (height, width) != (config.grid_size, config.grid_size):
         raise ValueError(
-            f"the tokenizer's grid is {height} × {width} = {height * width} codes an image, but the model's "
+            f"the tokenizer's grid is {height} × {width} = {height * width} codes per image, but the model's "
             f"block_size is {config.block_size}; "
             + (f"set block_size to {height * width}" if height == width else "the model needs a square grid")
             + " or extract other codes"

@@ -44,7 +44,7 @@ class CodeRevival(nn.Module):
         self._latents = encoding.latent.detach().movedim(1, -1).flatten(0, -2)
 
     def is_due(self, optimizer: Optimizer, quantizer: Quantizer) -> bool:
-        """Whether ``every`` steps have passed. Call it after a step that the optimizer did take, not one skipped."""
+        """Whether ``every`` steps have passed. Call it after each step of the optimizer, but not after skipped ones."""
         assert quantizer.learned_codes is not None
         return int(optimizer.state[quantizer.learned_codes]["step"]) % self.every == 0
 

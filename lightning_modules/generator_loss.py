@@ -11,21 +11,22 @@ from llamagen.models.quantizer import Quantizer
 from llamagen.models.vqgan import VQGANOutput
 
 QUANTIZER_WEIGHTS = ("codebook", "commitment", "entropy")
-"""Losses of quantisers that have a weight in the configuration."""
+"""Losses of quantisers whose weights are options of the configuration."""
 WEIGHTED = ("reconstruction", "perceptual", *QUANTIZER_WEIGHTS)
 RESERVED = (
     *("reconstruction", "perceptual", "lpips", "adversarial", "generator", "discriminator", "lecam"),
     *("adaptive_weight", "logits_real", "logits_fake", "loss", "psnr", "ssim", "codebook_usage", "codebook_perplexity"),
     *("lr", "revived_codes", "grad_norm_vqgan", "grad_norm_discriminator"),
 )
-"""Names under which other values are logged."""
+"""Names of logged values that a quantiser's loss must not use."""
 
 
 def configure_quantizer_losses(quantizer: Quantizer, config: VQGANLossConfig) -> None:
-    """Tell the quantiser the weights of its losses, and check their names.
+    """Pass the weights of the losses to the quantiser, and check the names of its losses.
 
     Raises:
-        ValueError: in one line, if a name is taken, or the entropy loss has a weight but the quantiser has none.
+        ValueError: in one line, if a name is taken, or the entropy loss has a weight but the quantiser has no such
+            loss.
     """
     quantizer.set_loss_weights({name: getattr(config, f"{name}_weight") for name in QUANTIZER_WEIGHTS})
     kind, names = type(quantizer).__name__, quantizer.loss_names
@@ -41,7 +42,7 @@ def generator_loss(
     """Sum the weighted terms: pixels, the quantiser's losses and, with ``lpips``, the perceptual distance.
 
     Args:
-        config: terms and weights. A loss of the quantiser that has no weight there has the weight 1.
+        config: terms and weights. Losses of the quantiser without a weight in it have the weight 1.
         images: (B, 3, H, W) in [-1, 1].
         output: their reconstruction.
         lpips: None to leave the perceptual term out.

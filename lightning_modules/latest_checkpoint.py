@@ -16,18 +16,18 @@ from llamagen.checkpoints.integrity import check_integrity
 KEYWORDS = ("best", "last", "hpc", "registry")
 SUFFIX = ".ckpt"
 REPLACED = re.compile(r"\.(.+\.ckpt)\.(?:replaced\.tmp|old)")
-"""Names that a sharded checkpoint has while another one replaces it."""
+"""Names of a sharded checkpoint while another one replaces it."""
 MAX_LISTED = 3
 
 
 class Progress(NamedTuple):
-    """Training progress of a checkpoint. The largest is the newest.
+    """Training progress of a checkpoint; compared field by field, the largest is the newest.
 
     Attributes:
         steps: optimizer steps.
         batches: batches that a rank has seen.
         epochs: completed epochs.
-        named_last: whether it is ``last.ckpt``, which Lightning writes last of equal ones.
+        named_last: whether it is ``last.ckpt``, which Lightning writes after other checkpoints of the same step.
         changed: time of the last change in nanoseconds.
     """
 
@@ -39,14 +39,14 @@ class Progress(NamedTuple):
 
 
 def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
-    """The checkpoint to load for a ``--ckpt_path``, after a comparison with its checksums.
+    """Resolve the option ``--ckpt_path`` to the checkpoint to load, and verify its checksums.
 
     ``last`` is the newest complete checkpoint in the folders of the run's callbacks, with any name. Checkpoints are
     ordered by training progress, not by file time. Unreadable ones are skipped with a warning.
 
     Args:
-        ckpt_path: as given.
-        trainer: with its callbacks and loggers.
+        ckpt_path: value of the option.
+        trainer: the trainer, with its callbacks and loggers.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Returns:
@@ -117,7 +117,7 @@ def _candidates(folders: Iterable[Path]) -> list[Path]:
     for number, folder in enumerate(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             replaced = REPLACED.fullmatch(path.name)
-            if number == 0 and not path.name.startswith("hpc_ckpt_"):  # in the run's own folder: only SLURM's
+            if number == 0 and not path.name.startswith("hpc_ckpt_"):  # the run's own folder: only those of SLURM
                 continue
             if replaced:  # its process was killed between two renames
                 if not (folder / replaced[1]).exists() and path.is_dir():

@@ -81,7 +81,7 @@ class SamplingModule(GenerativeModule):
 
     @property
     def can_sample(self) -> bool:
-        """Whether there is a tokenizer to decode codes with."""
+        """Whether there is a tokenizer to decode codes."""
         return bool(self._tokenizer)
 
     @property
@@ -191,9 +191,9 @@ class SamplingModule(GenerativeModule):
 
         Args:
             condition: (B,) int64 labels or (B, C, W) caption features, padded on the left.
-            indices: (B,) int64, index of each sample within the run. Its random numbers depend on this and ``seed``.
+            indices: (B,) int64, index of each sample within the run. The random numbers depend on it and on ``seed``.
             seed: seed of the run.
-            caption_lengths: (B,) int64 in [1, C], numbers of tokens of padded captions.
+            caption_lengths: (B,) int64 in [1, C], number of tokens of each caption; None if no caption is padded.
 
         Returns:
             B images, decoded while the next batch is sampled (:class:`~llamagen.sampling.Images`), and codes (B, L)
@@ -215,7 +215,8 @@ class SamplingModule(GenerativeModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Generate images for the classes or captions of a batch: ``images``, ``codes`` (B, L) and ``index`` (B,).
 
-        If captions are encoded in this call, also ``truncated`` (B,) bool on the CPU: captions with more than C tokens.
+        If captions are encoded in this call, also ``truncated`` (B,) bool on the CPU: whether a caption has more than C
+        tokens.
         """
         condition, lengths, truncated = self.batch_condition(batch)
         images, codes = self.sample_async(condition, batch["index"], self.sample_seed, lengths)

@@ -24,11 +24,11 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` (FSDP2) with all ranks as one data-parallel group.
 
     ``--trainer.strategy sharded`` is this strategy with its defaults. A checkpoint is a folder into which each rank
-    writes its part. It gets its final name when all ranks are done. Any number of ranks and any strategy can resume
-    it. ``python -m llamagen.checkpoints.export`` converts it to a single file of weights.
+    writes its part. It gets its final name when all ranks are done. A run can resume from it on any number of ranks and
+    with any strategy. ``python -m llamagen.checkpoints.export`` converts it to a single file of weights.
 
     Args:
-        data_parallel_size: number of ranks that the parameters are sharded over; by default all.
+        data_parallel_size: number of ranks over which the parameters are sharded; by default all.
         tensor_parallel_size: must be 1.
         save_distributed_checkpoint: ``False`` gathers the checkpoint on the first rank, into one file.
         process_group_backend: by default that of the device: ``nccl``, or ``gloo`` on CPUs.
@@ -55,7 +55,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a temporary folder, which all ranks share, next to the final one, and rename it.
+        """Write a temporary folder next to the final one, which all ranks share, and rename it.
 
         Raises:
             DiskFullError: on all ranks, if the disk of one is full; the previous checkpoint is kept.
@@ -89,7 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise failure from (None if failure is error else error)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State numbered like the optimizer. Lightning's gathered state is numbered like the model."""
+        """Optimizer state with the parameters numbered in the optimizer's order; Lightning numbers in the model's."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
         return state if self._save_distributed_checkpoint or not state else numbered(state)
 

@@ -235,12 +235,12 @@ class VQGANModule(GenerativeModule):
         return generator_loss(self.loss_config, images, output, self._lpips[0] if used else None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the discriminator before its start: no moments, no weight decay."""
+        """Exclude the discriminator from the step until its training starts: no moments, no weight decay."""
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
     def on_fit_start(self) -> None:
-        """Hook code revival to the optimizer's steps."""
+        """Register code revival as a hook that runs after each optimizer step."""
         super().on_fit_start()
         if self.revival is not None:
             self._handles = [self.trainer.optimizers[0].register_step_post_hook(self._revive_codes)]
@@ -282,7 +282,7 @@ class VQGANModule(GenerativeModule):
         return {"reconstruction": self._evaluate(batch, "val")}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """As :meth:`validation_step`, under ``test/``."""
+        """Like :meth:`validation_step`, under ``test/``."""
         return {"reconstruction": self._evaluate(batch, "test")}
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> Tensor:
@@ -345,7 +345,7 @@ class VQGANModule(GenerativeModule):
         return [f"val/{name}" for name in (*terms, "psnr", "ssim", "codebook_usage", "codebook_perplexity")]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store how often each code was used since the epoch began, over all ranks."""
+        """Store how often each code has been used in this epoch, over all ranks."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["code_counts"] = [
             self.trainer.strategy.reduce(counts.clone(), reduce_op="sum") for counts in self._running_counts()

@@ -19,7 +19,7 @@ class VQGANLossConfig:
         perceptual_weight: weight of LPIPS; at 0 it is not computed and its network is not downloaded.
         codebook_weight: weight of the codebook loss, which pulls codebook entries to the latents.
         commitment_weight: weight of the commitment loss, which pulls latents to the codebook entries.
-        entropy_weight: weight of the entropy loss, which encourages use of the entire codebook; not computed at 0.
+        entropy_weight: weight of the entropy loss, which encourages the use of all codes; at 0 it is not computed.
         adversarial: ``hinge``; ``vanilla``, the logistic loss for the discriminator and hinge for the generator; or
             ``non_saturating``, the logistic loss for both.
         adversarial_weight: weight of the generator's adversarial loss; at 0 there is no discriminator.

@@ -1,1 +1,1 @@
-"""Callbacks that write what ``predict`` returns: images, codes, features."""
+"""Callbacks that write the outputs of ``predict``: images, codes, features."""

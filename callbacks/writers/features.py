@@ -1,4 +1,4 @@
-"""Writer of the features that ``predict`` of the text encoder computes, as shards. B captions, C positions, W wide."""
+"""Writer of the features that ``predict`` of the text encoder computes, as shards. W feature width."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ class FeatureWriter(ShardDatasetWriter):
         }
 
     def write(self, writer: ShardWriter, outputs: CaptionOutputs, batch: dict[str, Any]) -> None:
-        """Append a batch.
+        """Append a batch of features.
 
         Raises:
             ValueError: if features exceed the range of the stored dtype.

@@ -15,11 +15,12 @@ WAITING = 512
 
 
 class ImageThreads:
-    """A few threads that write PNG files, each complete or not at all; compression releases Python's lock.
+    """A few threads that write PNG files, each complete or absent. They run in parallel: compression releases the GIL.
 
     Args:
         threads: number of threads.
-        waiting: maximum number of images that wait for a thread; beyond it, :meth:`write` blocks, which bounds memory.
+        waiting: maximum number of images that wait for a thread. If more are queued, :meth:`write` blocks, so that
+            memory is bounded.
     """
 
     def __init__(self, threads: int = THREADS, waiting: int = WAITING) -> None:

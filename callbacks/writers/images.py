@@ -75,7 +75,7 @@ class ImageWriter(pl.Callback):
             folder.check_free()
             return folder.finished()
 
-        # All ranks use one listing, and none may write before all of them have it.
+        # All ranks use the listing of rank zero, and none may write before all of them have it.
         data.leave_out(on_rank_zero(trainer, finished))
 
     def _data(self, trainer: pl.Trainer) -> ImageRequests:
@@ -119,7 +119,7 @@ class ImageWriter(pl.Callback):
     ) -> None:
         """Queue the images ``outputs["images"]`` of a batch; they are written while the next ones are sampled.
 
-        ``outputs["truncated"]`` (B,) bool, if the module encodes prompts: which prompts were truncated.
+        If the module encodes prompts, ``outputs["truncated"]`` (B,) bool tells which of them were truncated.
         """
         assert self._folder is not None
         assert self._threads is not None
@@ -184,7 +184,7 @@ class ImageWriter(pl.Callback):
             self.on_predict_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """End the threads, after the images that they have begun."""
+        """End the threads once they have written the images that they have begun."""
         if self._threads is not None:
             self._threads.cancel()
 
@@ -208,7 +208,7 @@ def on_rank_zero(trainer: pl.Trainer, task: Callable[[], T]) -> T:
 
 
 def _image(images: Images, row: int) -> np.ndarray:
-    image: np.ndarray = images.numpy()[row]  # waits for the device, in the thread that writes
+    image: np.ndarray = images.numpy()[row]  # waits for the device, but in a writer thread
     return image
 
 

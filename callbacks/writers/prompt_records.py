@@ -14,16 +14,16 @@ from callbacks.writers.sample_folder import METADATA, SampleFolder
 from llamagen.files import atomic_file
 
 TRUNCATED = "truncated"
-"""Text keyword in the PNG of an image whose prompt was truncated: there, rank zero and resumed runs find it."""
+"""Text keyword in the PNG of an image whose prompt was truncated. Rank zero and resumed runs read it from the file."""
 MAX_NAMED = 5
 
 
 def prompts_plan(prompts: Sequence[str], module: PredictsImages) -> dict[str, Any]:
-    """Further entries of the plan of a run with prompts.
+    """Entries of the plan that only runs with prompts have.
 
     Args:
         prompts: all prompts of the run.
-        module: its ``caption_metadata`` describe the text encoder.
+        module: its ``caption_metadata`` describes the text encoder.
     """
     return {
         "list of prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -58,9 +58,9 @@ def write_metadata(folder: SampleFolder, data: PromptRequests, module: PredictsI
     """Write ``metadata.jsonl``: one line for each image with its file, prompt, seed and settings.
 
     Args:
-        folder: complete; the file gets its name when it is complete.
-        data: requested the images.
-        module: sampled them.
+        folder: folder with all images.
+        data: the DataModule that requested the images.
+        module: the module that sampled them.
     """
     settings = {"seed": module.sample_seed, "sampling": asdict(module.sampling)}
     with atomic_file(folder.root / METADATA) as temporary, temporary.open("w", encoding="utf-8") as file:

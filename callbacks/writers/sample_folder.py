@@ -23,7 +23,7 @@ METADATA = "metadata.jsonl"
 class SampleFolder:
     """``images/<label>/<index:06d>_class<label>.png``, ``samples.npz``, ``grid.png`` and a hidden plan.
 
-    Names of images of prompts end in ``_prompt<number>``, and there is a ``metadata.jsonl``.
+    With prompts, names of images end in ``_prompt<number>``, and there is also a ``metadata.jsonl``.
 
     The plan holds everything that determines the images, so that a stopped run can be resumed and is not mixed with
     another one. It is kept when the run is complete.
@@ -59,7 +59,7 @@ class SampleFolder:
             raise ValueError(f"{self.root} already holds samples; delete them or choose another folder")
 
     def _images(self) -> Path:
-        """Folder of the images, under its old name where a run of an old version has stopped."""
+        """Folder of the images; it has its old name if a run of an old version was stopped."""
         images, old = self.root / IMAGES, self.root / OLD_IMAGES
         return old if old.is_dir() and not images.is_dir() else images
 
@@ -91,7 +91,7 @@ class SampleFolder:
             plan: primitives only.
 
         Raises:
-            ValueError: if the folder holds images of another plan, or the plan of something else.
+            ValueError: if the folder holds images of another plan, or its plan is not that of a sampling run.
         """
         path = self.root / PLAN_FILE
         if path.exists():

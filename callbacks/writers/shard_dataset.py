@@ -51,7 +51,7 @@ class ShardDatasetWriter(pl.Callback):
 
     @abstractmethod
     def describe(self, shards: ShardDataset, pieces: Mapping[str, int], data: Any, module: Any) -> dict[str, Any]:
-        """Entries of ``meta.json`` besides its splits; called on rank zero after all shards have been written.
+        """Entries of ``meta.json``, except its splits. Called on rank zero after all shards have been written.
 
         Args:
             shards: the dataset, with its plan.
@@ -100,7 +100,7 @@ class ShardDatasetWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append a batch, to a new shard if it is the first one of its piece.
+        """Append a batch to its shard, which is created for the first batch.
 
         Raises:
             ValueError: if an output cannot be stored.
@@ -166,7 +166,7 @@ class ShardDatasetWriter(pl.Callback):
             return
         split, number = self._piece
         first, end = self._range(data, split, number)
-        writer.skipped = [sample for sample in data.tallies[split].skipped if first <= sample.number < end]
+        writer.skipped = [example for example in data.tallies[split].skipped if first <= example.number < end]
         if writer.count + len(writer.skipped) == end - first:
             writer.close()
         else:  # incomplete, e.g. with limit_predict_batches
@@ -177,9 +177,9 @@ class ShardDatasetWriter(pl.Callback):
         assert self._dataset is not None
         for split in data.predict_splits:
             seen = data.tallies[split].skipped
-            for number in {sample.number // self.samples_per_shard for sample in seen}:
+            for number in {example.number // self.samples_per_shard for example in seen}:
                 first, end = self._range(data, split, number)
-                skipped = [sample for sample in seen if first <= sample.number < end]
+                skipped = [example for example in seen if first <= example.number < end]
                 if len(skipped) == end - first:
                     with self._dataset.shard(split, number) as writer:
                         writer.skipped = skipped

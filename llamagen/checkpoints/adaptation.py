@@ -1,4 +1,4 @@
-"""Initialising an autoregressive model from one with another sequence length or other classes."""
+"""Initialise an autoregressive model from one with another sequence length or other classes."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -24,8 +24,8 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
 
     Args:
         gpt: destination; it is not changed.
-        weights: weights of a file. If the file has no configuration, as published files, options that leave no trace in
-            the shapes cannot be compared.
+        weights: weights of a file. Published files have no configuration; then options that do not affect any shape
+            cannot be compared.
         adapt: options of :data:`ADAPTABLE` that may differ.
 
     Returns:

@@ -18,11 +18,11 @@ from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
+    check_finite_weights,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
     read_weights,
-    refuse_not_finite,
     strip_prefix,
 )
 from llamagen.models.gpt import GPT, GPTConfig
@@ -112,15 +112,15 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was "
             "trained with"
         )
-    refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+    check_finite_weights(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
 
 def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str) -> None:
-    """Check that weights belong to a tokenizer with the same quantiser, which may leave no trace in their shapes.
+    """Check that weights belong to a tokenizer with the same quantiser. Their shapes may be equal even if it differs.
 
     Args:
         config: configuration from a file; None if it has none.
-        model: where the weights are to be loaded.
+        model: destination of the weights.
         source: name of the weights for the message.
 
     Raises:
@@ -129,7 +129,7 @@ def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str)
     loaded, expected = (config or {}).get("quantizer"), model.config.quantizer
     if config is not None and loaded != expected:
         raise ValueError(
-            f"{source} has the quantizer {loaded or 'by default'}, but the model has {expected or 'the default one'}; "
+            f"{source} has {loaded or 'the default'} as quantizer, but the model has {expected or 'the default'}; "
             f"set net.quantizer to {loaded or 'null'}"
         )
 
@@ -142,10 +142,10 @@ def build_model(weights: Weights) -> GPT | VQGAN:
             inferred from their shapes.
 
     Returns:
-        The model, on the CPU, float32. The random generator is not used.
+        The model, on the CPU, float32. The state of the random generator does not change.
 
     Raises:
-        ValueError: in one line, if they are not the weights of a known model.
+        ValueError: in one line, if the weights are not those of a supported model.
     """
     with torch.device("meta"):
         model = _empty_model(weights)

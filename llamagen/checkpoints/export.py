@@ -3,8 +3,8 @@
 CHECKPOINT is any file that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
 format:
 
-- ``.pt``: ``{"model": state_dict}`` with the published names, as published checkpoints are. For a tokenizer with a
-  quantiser of its own also architecture and configuration, under ``llamagen``.
+- ``.pt``: ``{"model": state_dict}`` with the published names, like published checkpoints. For a tokenizer with a custom
+  quantiser also architecture and configuration, under ``llamagen``.
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
 """
 
@@ -28,7 +28,7 @@ SUFFIXES = (".pt", ".safetensors")
 
 
 def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overwrite: bool = False) -> None:
-    """Write the weights of a checkpoint, in its dtype, and print one line.
+    """Write the weights of a checkpoint, in their dtype, and print one line.
 
     The weights are first loaded into their model, which checks them.
 
@@ -71,7 +71,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
 
 
 def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
-    """The configuration of a tokenizer that its shapes do not tell, for a ``.pt`` file."""
+    """For a ``.pt`` file, the configuration of a tokenizer if it cannot be inferred from the shapes of its weights."""
     if not isinstance(model, VQGAN) or model.config.quantizer is None:
         return {}
     return {ENTRY: describe(model, prefix="")}

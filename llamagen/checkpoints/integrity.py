@@ -15,8 +15,8 @@ def check_integrity(path: Path) -> None:
     Any reader notices a truncated file. footgun: PyTorch does not notice changed bytes; it loads them as weights.
 
     Args:
-        path: a file of ``torch.save``, or the folder of a sharded checkpoint. Files of PyTorch before 1.6 have no
-            checksums and are not checked.
+        path: a file written by ``torch.save``, or the folder of a sharded checkpoint. Files written by PyTorch before
+            1.6 have no checksums and are not checked.
 
     Raises:
         ValueError: in one line, if the content is changed or incomplete.

@@ -1,4 +1,4 @@
-"""Reading sharded training checkpoints in the layout of a checkpoint in one file. Plain torch.
+"""Read sharded training checkpoints into the layout of a single-file checkpoint. Plain torch.
 
 A sharded checkpoint is a folder: ``torch.distributed.checkpoint`` writes one file per rank, and Lightning adds
 ``meta.pt`` with everything that is not a tensor.
@@ -21,7 +21,7 @@ META_FILE = "meta.pt"
 INDEX_FILE = ".metadata"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# All classes that an index consists of; nothing else is unpickled.
+# The classes that an index needs; nothing else is unpickled.
 ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -56,7 +56,7 @@ def not_moments(name: str) -> bool:
 
 
 def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """Read a sharded checkpoint in the layout of a checkpoint in one file, without running code of a file.
+    """Read a sharded checkpoint into the layout of a single-file checkpoint, without running code from a file.
 
     Args:
         path: folder of the checkpoint.
@@ -98,7 +98,7 @@ def read_sharded(path: Path, rest: Mapping[str, Any], wanted: Callable[[str], bo
 
 
 def read_index(path: Path) -> Metadata:
-    """Read the index of a sharded checkpoint, without running code of a file.
+    """Read the index of a sharded checkpoint, without running code from a file.
 
     Args:
         path: folder of the checkpoint.
@@ -135,7 +135,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _nested(entries: Mapping[str, Any], index: Metadata) -> dict[str, Any]:
-    """Convert flat names to the ``state_dict`` and ``optimizer_states`` of a Lightning checkpoint in one file."""
+    """Convert flat names to the ``state_dict`` and ``optimizer_states`` of a single-file Lightning checkpoint."""
     weights: dict[str, Tensor] = {}
     optimizers: dict[int, dict[str, Any]] = {}
     for name, value in entries.items():

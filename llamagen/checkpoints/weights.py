@@ -1,6 +1,6 @@
-"""Reading weights from files and loading them into models. Plain torch; code of a file is never run.
+"""Read weights from files and load them into models. Plain torch; code from a file is never run.
 
-Supported are published ``.pt`` files and training checkpoints, training checkpoints of this project, and safetensors.
+Supports published ``.pt`` files and training checkpoints, training checkpoints of this project, and safetensors.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
 
 
 def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> Any:
-    """Read a file of ``torch.save``: tensors, primitives and ``argparse.Namespace``, memory-mapped if possible.
+    """Read a file written by ``torch.save``: tensors, primitives, ``argparse.Namespace``; memory-mapped if possible.
 
     Args:
         path: the file, or the folder of a sharded checkpoint.
@@ -160,7 +160,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
 
 
 def _read_safetensors(path: Path, averaged: bool) -> Weights:
-    """Weights of a ``.safetensors`` file; those of :mod:`llamagen.checkpoints.export` have a description."""
+    """Weights of a ``.safetensors`` file; files of :mod:`llamagen.checkpoints.export` also describe the model."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -207,7 +207,7 @@ def strip_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _entries(state: Any, path: Path) -> dict[str, Tensor]:
-    """Check entries and rename them to their published names: without prefixes of wrappers and the rotary table."""
+    """Check entries, remove the prefixes of wrappers from their names, and drop the rotary table."""
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds no weights by name where they are expected; give another file")
     state = {name.replace(COMPILED, ""): value for name, value in state.items()}  # parts may be compiled
@@ -233,23 +233,23 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         source: name of the weights for messages.
 
     Raises:
-        ValueError: in one line, with all entries that differ or are not finite; the model is not changed then.
+        ValueError: in one line, with all entries that differ or are not finite, before the model is changed.
     """
     expected = model.state_dict()
     faults = differences(state, expected)
     if faults:
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {faults}")
-    refuse_not_finite(state, expected, source)
+    check_finite_weights(state, expected, source)
     for name, tensor in model.state_dict().items():
         copy_full_(tensor, state[name])
 
 
-def refuse_not_finite(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+def check_finite_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Check that weights are finite, in the dtypes of the model. Entries of a model on the meta device are skipped.
 
     Args:
         state: entries of a file.
-        expected: entries of the model; overflow in their dtypes is an error, too.
+        expected: entries of the model; values that overflow in their dtypes are errors, too.
         source: name of the weights for messages.
 
     Raises:
@@ -273,7 +273,7 @@ def infer_vqgan_config(state: Mapping[str, Tensor], source: str = "these weights
         source: name of the weights for messages.
 
     Raises:
-        ValueError: in one line, if they are not the weights of such a tokenizer.
+        ValueError: in one line, if the weights are not those of such a tokenizer.
     """
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:

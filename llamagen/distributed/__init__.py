@@ -1,1 +1,1 @@
-"""Tools for several ranks: differentiable reductions, copies into sharded tensors, synchronised BatchNorm."""
+"""Code for several ranks: differentiable reductions, copies into sharded tensors, synchronised BatchNorm."""

@@ -28,7 +28,7 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum a tensor of any shape over all ranks, which must all call it; gradients are of the sum of losses."""
+    """Sum a tensor of any shape over all ranks, which must all call it. Gradients are those of the summed losses."""
     if world_size() == 1:
         return x
     total: Tensor = _Sum.apply(x)

@@ -21,9 +21,9 @@ class DiscriminatorAugmentation(nn.Module):
     Values are not clipped.
 
     Args:
-        policy: any of ``color`` (brightness ± 0.5, saturation × 0 to 2, contrast × 0.5 to 1.5), ``translation`` (up to
-            an eighth of the side, in full pixels, filled with grey) and ``cutout`` (a grey square of half the side).
-            Empty for no augmentation.
+        policy: any of ``color`` (brightness ± 0.5, saturation × 0 to 2, contrast × 0.5 to 1.5), ``translation`` (by
+            whole pixels, up to an eighth of the side, with grey borders) and ``cutout`` (a grey square of half the
+            side). Empty for no augmentation.
 
     Raises:
         ValueError: if a name is unknown or repeated.
@@ -50,7 +50,7 @@ class DiscriminatorAugmentation(nn.Module):
 
     @staticmethod
     def _color(images: Tensor) -> Tensor:
-        from kornia.color import rgb_to_grayscale  # imported late: it takes long
+        from kornia.color import rgb_to_grayscale  # imported here because the import is slow
         from kornia.enhance import adjust_brightness, adjust_contrast
 
         brightness, saturation, contrast = torch.rand(3, len(images), dtype=images.dtype, device=images.device)

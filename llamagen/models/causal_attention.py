@@ -1,7 +1,7 @@
 """Causal attention in bfloat16 on CPUs, twice as fast as PyTorch's fused kernel. On GPUs PyTorch's kernels are used.
 
 Scores are rounded to bfloat16 before a float32 softmax, as in unfused attention under autocast; PyTorch's fused kernel
-keeps them in float32. Both save only inputs and output for the backward pass.
+keeps them in float32. Like the fused kernel, this one saves only its inputs and output for the backward pass.
 
 Shapes: B batch, H heads, T tokens, E head width.
 """

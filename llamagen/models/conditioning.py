@@ -74,7 +74,7 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", torch.empty(caption_length, caption_dim))
 
     def reset_parameters(self) -> None:
-        """Initialize the features of "no caption" at random."""
+        """Initialise the features of "no caption" at random."""
         nn.init.normal_(self.uncond_embedding, std=self.uncond_embedding.shape[1] ** -0.5)
 
     def forward(self, features: Tensor, dropped: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ class PatchGAN(Discriminator):
     """Classifies overlapping patches of an image (arXiv 1611.07004), with BatchNorm over the batches of all ranks.
 
     Args:
-        channels: channels of the first convolution; they double with each further one, up to a factor of eight.
+        channels: channels of the first convolution; each further one has twice as many, up to eight times the first.
         num_layers: convolutions of stride 2 after the first; use fewer for small images.
     """
 
@@ -103,7 +103,7 @@ class Blur(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → same shape."""
-        from kornia.filters import filter2d  # imported late: it takes long
+        from kornia.filters import filter2d  # imported here because the import is slow
 
         return filter2d(x, torch.outer(self.f, self.f).to(x.dtype)[None], "reflect", normalized=True)
 

@@ -11,12 +11,12 @@ LEVELS = 1 << 16
 class Dropout(nn.Module):
     """In training, set random entries to zero and rescale the others to keep the mean.
 
-    On CPUs the probability is rounded to a multiple of 1 / 65,536. A mask takes one byte an entry, as on GPUs.
+    On CPUs the probability is rounded to a multiple of 1 / 65,536. A mask takes one byte per entry, as on GPUs.
 
     Args:
         probability: probability of dropping an entry, in [0, 1).
-        place: a number that differs between dropouts that may get the same input in one compiled graph. footgun: the
-            compiler merges equal calls, and with equal ``place`` both dropouts would share one mask.
+        place: must differ between dropouts of one compiled graph that may get the same input. footgun: the compiler
+            merges equal calls, so with equal ``place`` both dropouts would share one mask.
     """
 
     def __init__(self, probability: float, place: int = 0) -> None:

@@ -1,7 +1,7 @@
 """The autoregressive model: a Llama that predicts the codes of an image after a condition (class label or caption).
 
-Shapes: B batch, C condition tokens, L codes of an image, T tokens of this call, S tokens so far (those of this call
-included), D model width, H query heads, G key-value heads, E head width, V vocabulary size.
+Shapes: B batch, C condition tokens, L codes of an image, T tokens of this call, S tokens so far (including those of
+this call), D model width, H query heads, G key-value heads, E head width, V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ __all__ = ["GPT", "GPTConfig", "KVCache"]
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization over the model width, computed in float32."""
+    """Root mean square normalisation over the model width, computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         self.config = config
         self._recompute = False
         device = torch.get_default_device()
-        with torch.device("meta"):  # skips PyTorch's own initialization; reset_parameters does ours
+        with torch.device("meta"):  # skips PyTorch's own initialisation; reset_parameters does ours
             self.cls_embedding = build_conditioner(config)
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
             self.tok_dropout = Dropout(config.token_dropout)
@@ -166,7 +166,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for the head.
+        """Initialise: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for the head.
 
         With a zero head the first training loss is ln(V). The same CPU seed gives the same weights whether or not the
         parameters are sharded over ranks.
@@ -192,7 +192,7 @@ class GPT(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
-        # footgun: a buffer would be rounded by `.bfloat16()` and left uninitialized by `to_empty` from the meta device.
+        # footgun: a buffer would be rounded by `.bfloat16()` and left uninitialised by `to_empty` from the meta device.
         # So the rotary table is recomputed after every move, in float32.
         super()._apply(fn, recurse)
         self.rope = self._make_rope(self.output.weight.device)
@@ -232,10 +232,11 @@ class GPT(nn.Module):
             drop_condition: (B,) bool, True for examples that lose their condition. The default is random with
                 probability ``condition_dropout`` in training, and False in evaluation.
             cache: keys and values of the earlier tokens; this call appends its own.
-            positions: (T,) or (B, T) integers in [0, L), the place of each of ``tokens`` on the grid in raster order.
-                None means the next T places. It changes only the rotary embedding: attention stays causal in the order
-                in which tokens are passed, so a sequence may visit the grid in any order. With a cache, T new tokens
-                attend to all cached ones and to each other causally, so drafts of several codes need one call.
+            positions: (T,) or (B, T) integers in [0, L), the position of each of ``tokens`` on the grid, counted in
+                raster order. None means the next T positions. They change only the rotary embedding: attention stays
+                causal in the order in which tokens are passed, so a sequence may visit the grid in any order. With a
+                cache, T new tokens attend to all cached ones and causally to each other, so a draft of several codes
+                needs one call.
 
         Returns:
             (B, T + 1, V) with a condition, else (B, T, V): the logits after each token, the first after the condition.
@@ -264,7 +265,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Normalized hidden states, the input of the head. A loss can compute logits from them a part at a time.
+        """Normalised hidden states, the input of the head. A loss can compute logits from them in parts.
 
         Arguments and errors are those of :meth:`forward`.
 
@@ -309,7 +310,11 @@ class GPT(nn.Module):
         return cast(Tensor, self.norm(x))
 
     def _rope_at(self, positions: Tensor, tokens: Tensor | None, with_condition: bool) -> Tensor:
-        """Rows of the rotary table for codes at some positions, (T, E / 2, 2) or (B, T, E / 2, 2)."""
+        """Rows of the rotary table for the condition, if any, and for codes at the given positions.
+
+        Returns:
+            (T, E / 2, 2) or (B, T, E / 2, 2), with C more rows for a condition.
+        """
         first = self.config.condition_length
         rope = self.rope[first + check_positions(positions, tokens, self.config.block_size)]
         if not with_condition:

@@ -33,7 +33,7 @@ class GPTConfig:
         resid_dropout: dropout on the output of attention.
         ffn_dropout: dropout on the output of the feed-forward layer.
         attn_dropout: dropout on the attention weights.
-        drop_path: probability of skipping a residual branch in the last block; it grows linearly from 0 in the first.
+        drop_path: probability of skipping a residual branch in the last block; it rises linearly from 0 in the first.
         rope_condition: rotation of the condition positions, see :func:`~llamagen.models.rope.rope_table`.
             Published checkpoints need ``"zero"``.
     """

@@ -1,7 +1,7 @@
-"""Conversion and checks of what users pass to the models: images, codes, labels.
+"""Conversion and checks of the inputs of the models: images, codes, labels.
 
-Types and shapes are always checked. Values are checked on CPUs only, where that needs no synchronization, and never in
-a compiled graph. Codes to be decoded to pixels are checked on every device: that is not a hot path.
+Types and shapes are always checked. Values are checked on CPUs only, where that needs no synchronisation, and never in
+a compiled graph. Codes that are decoded to pixels are checked on every device, because that is not a hot path.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ ImageInput = Tensor | np.ndarray | Image.Image | Sequence[Any]
 CodeInput = Tensor | np.ndarray | Sequence[Any]
 
 BYTES_AS_FLOATS = 10.0
-"""Floats of a larger magnitude must be levels 0 to 255. Decoder outputs exceed [-1, 1] only slightly."""
+"""Floats beyond this magnitude are taken for levels 0 to 255. Decoder outputs exceed [-1, 1] only slightly."""
 IMAGES = "images must be floats in [-1, 1] of shape (B, 3, H, W)"
 
 
@@ -34,7 +34,7 @@ def to_tensor(values: Any, name: str) -> Tensor:
         name: name of the argument in messages.
 
     Raises:
-        ValueError: if they are not numbers, or rows of a list have different lengths.
+        ValueError: if the values are not numbers, or rows of a list have different lengths.
     """
     if isinstance(values, Tensor):
         return values
@@ -96,9 +96,9 @@ def batch_of_images(images: ImageInput, factor: int, weight: Tensor) -> Tensor:
 
     Args:
         images: a tensor or an array, a Pillow image, or a list of images of one size. Floats in [-1, 1] have shape
-            (B, 3, H, W) or (B, H, W, 3). uint8 levels, which are scaled, may also be one image without B.
-        factor: H and W must be multiples of it.
-        weight: a weight of the model, whose dtype and device the result gets.
+            (B, 3, H, W) or (B, H, W, 3). uint8 levels are scaled, and may also be one image without B.
+        factor: H and W must be multiples of this.
+        weight: a weight of the model; the result gets its dtype and device.
 
     Raises:
         ValueError: if type, shape or values do not fit.
@@ -158,7 +158,7 @@ def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
         name: name of the argument in messages.
 
     Raises:
-        ValueError: if they are not integers, or out of range.
+        ValueError: if the codes are not integers, or out of range.
     """
     if codes.dtype not in (torch.int64, torch.int32):
         if not is_integer(codes.dtype):
@@ -195,6 +195,6 @@ def _dtype(values: Tensor) -> str:
 
 
 def _describe(values: Any) -> str:
-    """Type of a value, with the value itself where it is short to print."""
+    """Type of a value, followed by the start of its text if the type has a readable one."""
     printable = isinstance(values, str | bytes | dict | list | tuple)
     return f"{type(values).__name__} {' '.join(repr(values).split()):.40}" if printable else type(values).__name__

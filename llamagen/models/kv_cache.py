@@ -47,7 +47,7 @@ class LayerCache(NamedTuple):
 class KVCache:
     """Preallocated keys and values. An argument of the model, never a part of it.
 
-    Tokens are cached in the order in which they were passed, whatever their positions on the grid.
+    Tokens are cached in the order in which they were passed, regardless of their positions on the grid.
 
     N layers, B rows, G key-value heads, P tokens of capacity, E head width.
 

@@ -26,7 +26,7 @@ VGG16 = PublishedWeights(
 class LPIPS(nn.Module):
     """Perceptual distance over the features of VGG16, with the linear heads that torchmetrics ships.
 
-    A fixed function: always in evaluation mode, frozen.
+    Always frozen and in evaluation mode.
 
     Args:
         vgg16: weights and biases of VGG16's convolutions, as :func:`read_vgg16` returns them.
@@ -61,13 +61,13 @@ class LPIPS(nn.Module):
 
         Args:
             x: (B, 3, H, W) floats in [-1, 1], at least 16 px; usually the images with a gradient.
-            y: the same shape.
+            y: images of the same shape and range.
 
         Returns:
             (B,) float32, 0 for equal images.
 
         Raises:
-            ValueError: if the shapes differ or are too small, or the images are not floats.
+            ValueError: if the shapes differ, or the images are too small or not floats.
         """
         if x.shape != y.shape or x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIZE:
             raise ValueError(
@@ -127,10 +127,10 @@ def read_heads() -> list[Tensor]:
 
 
 def fetch_vgg16(path: Path | str | None = None) -> Path:
-    """Find torchvision's file of VGG16, or download it; its content is not read.
+    """Find torchvision's VGG16 file, or download it; its content is not read.
 
     Args:
-        path: the file; None looks into torch.hub's cache folder, and downloads the file if it is missing.
+        path: the file; None for the one in torch.hub's cache folder, which is downloaded if it is missing.
 
     Raises:
         ValueError: in one line, if the file does not exist or could not be downloaded.
@@ -142,7 +142,7 @@ def read_vgg16(path: Path | str | None = None) -> dict[str, Tensor]:
     """Read weights and biases of VGG16's convolutions from torchvision's file.
 
     Args:
-        path: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_vgg16`. Its classifier is not needed.
+        path: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_vgg16`. It need not hold the classifier.
 
     Returns:
         ``features.<i>.weight`` and ``features.<i>.bias``, float32, on the CPU.

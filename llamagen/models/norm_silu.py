@@ -17,8 +17,8 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Compute ``silu(norm(x))``, (B, C, H, W) → same shape and dtype.
 
     On a CPU, PyTorch's backward pass of GroupNorm in bfloat16 with ``channels_last`` takes as long as a convolution.
-    For that case this function has its own backward pass, built from fast elementwise operations; it also saves one
-    tensor less.
+    For that case this function has its own backward pass, built from fast elementwise operations. It also keeps one
+    tensor fewer for the backward pass.
     """
     use_own = x.device.type == "cpu" and x.dtype == torch.bfloat16 and _is_channels_last(x)
     if not use_own or torch.compiler.is_compiling():
@@ -58,7 +58,8 @@ def _block_gradient(parts: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[
     groups, group_size = mean.shape[1], x.shape[1] // mean.shape[1]
     mean, rstd = (each.float().repeat_interleave(group_size, dim=1) for each in (mean, rstd))  # (B, C)
     scale = rstd * weight
-    # footgun: in bfloat16 large values lose precision, so subtract the mean first; ``rest`` is its rounding error.
+    # footgun: in bfloat16 large values lose precision, so subtract the mean first. ``rest`` is its rounding error, in
+    # float32.
     centred = x - _over_positions(mean, x)
     rest = mean - mean.to(x.dtype).float()
     # Recompute the output of the norm, then overwrite it with the gradient of SiLU's input.
@@ -80,7 +81,7 @@ def _block_gradient(parts: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[
 
 
 def _over_positions(values: Tensor, like: Tensor) -> Tensor:
-    """(B, C) → (B, C, 1, 1) in the dtype of the images."""
+    """(B, C) → (B, C, 1, 1) in the dtype of ``like``."""
     return values.to(like.dtype)[:, :, None, None]
 
 

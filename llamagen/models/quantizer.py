@@ -23,11 +23,11 @@ class Quantized(NamedTuple):
     """A quantised latent.
 
     Attributes:
-        quantized: (B, E, h, w) float32, input of the decoder; its gradient must reach ``latent``, for example straight
-            through.
+        quantized: (B, E, h, w) float32, input of the decoder. Its gradient must reach ``latent``, for example by a
+            straight-through estimator.
         codes: (B, h, w) int64 in [0, K).
-        latent: (B, E, h, w) float32, the latent as it was compared with the codes.
-        losses: unweighted terms of the loss by name, scalars with a gradient: those of :attr:`Quantizer.loss_names`.
+        latent: (B, E, h, w) float32, the latent that was compared with the codes.
+        losses: unweighted loss terms, scalars with a gradient. The keys are :attr:`Quantizer.loss_names`.
     """
 
     quantized: Tensor
@@ -37,10 +37,10 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Base of all quantisers: implement :meth:`forward` and :meth:`lookup`, and :attr:`loss_names` if it has losses.
+    """Base of all quantisers. A subclass implements :meth:`forward`, :meth:`lookup` and, if needed, :attr:`loss_names`.
 
-    The constructor of a subclass takes numbers, strings, booleans, and lists or dicts of them: they are stored in
-    checkpoints, from which the quantiser is built again.
+    Its constructor takes only numbers, strings, booleans, and lists or dicts of them. Checkpoints store these
+    arguments, and the quantiser is built from them again.
 
     Args:
         size: number of codes K.
@@ -67,7 +67,8 @@ class Quantizer(nn.Module, ABC):
         """Names of the losses that :meth:`forward` returns; none by default.
 
         ``codebook``, ``commitment`` and ``entropy`` are multiplied by their weights in
-        :class:`~lightning_modules.vqgan_config.VQGANLossConfig`. Others have the weight 1: scale them yourself.
+        :class:`~lightning_modules.vqgan_config.VQGANLossConfig`. Other losses have the weight 1; scale them in
+        :meth:`forward`.
         """
         return ()
 
@@ -88,7 +89,11 @@ class Quantizer(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no learned codes")
 
     def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
-        """Parts that make codes meaningless: a scalar bool by the name of the part, True where it is not finite."""
+        """Find parts of an encoding that are not finite, which makes its codes meaningless.
+
+        Returns:
+            For the name of each part a scalar bool tensor, True if the part is not finite.
+        """
         return {
             "the encoder's latent": not_finite(encoding.latent).any(),
             "the quantised latent": not_finite(encoding.quantized).any(),
@@ -99,14 +104,14 @@ def check_quantizer_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Check the description of a quantiser; nothing is imported.
 
     Args:
-        spec: ``class_path`` and, if the class needs any, ``init_args``. The command line leaves out the level
-            ``init_args``, so other keys are arguments, too.
+        spec: ``class_path`` and, if the class needs arguments, ``init_args``. All other keys are arguments, too,
+            because the command line omits the level ``init_args``.
 
     Returns:
         ``{"class_path": str, "init_args": dict}``, primitives only.
 
     Raises:
-        ValueError: in one line, if it is not such a description.
+        ValueError: in one line, if the class path or an argument is invalid.
     """
     arguments = {key: value for key, value in spec.items() if key not in ("class_path", "init_args")}
     path, given = spec.get("class_path"), spec.get("init_args") or {}
@@ -142,7 +147,7 @@ def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:
         spec: as :func:`check_quantizer_spec` returns it.
 
     Raises:
-        ValueError: in one line, if there is no such class, it is not a :class:`Quantizer`, or its arguments are wrong.
+        ValueError: in one line, if the class does not exist, is not a :class:`Quantizer`, or rejects the arguments.
     """
     path, arguments = spec["class_path"], spec["init_args"]
     module, _, name = path.rpartition(".")

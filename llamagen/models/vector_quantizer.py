@@ -13,9 +13,9 @@ from llamagen.models.quantizer import Quantized, Quantizer
 
 PUBLISHED_USAGE_WINDOW = 65536
 MAX_SIMILARITIES = 1 << 25
-"""Size of the largest block of similarities: 128 MiB in float32."""
+"""Largest number of similarities computed at a time: 128 MiB in float32."""
 MAX_SIMILARITIES_ON_CPU = 1 << 18
-"""The same on a CPU: 1 MiB, which stays in the cache."""
+"""The same on a CPU: 1 MiB, which fits into the processor's cache."""
 
 
 class VectorQuantizer(Quantizer):
@@ -31,8 +31,8 @@ class VectorQuantizer(Quantizer):
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
-        # Published state dicts contain this window of recent codes; it is kept so that they load strictly. Usage is
-        # counted by llamagen.metrics.CodebookUsage.
+        # Published state dicts contain this window of recent codes. The buffer exists so that they load strictly;
+        # llamagen.metrics.CodebookUsage counts the usage.
         self.register_buffer("codebook_used", torch.zeros(PUBLISHED_USAGE_WINDOW))
         self._has_entropy_loss = False
         self.reset_parameters()
@@ -50,15 +50,15 @@ class VectorQuantizer(Quantizer):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """``codebook`` and ``commitment``, and ``entropy`` if it has a weight."""
+        """``codebook`` and ``commitment``, and ``entropy`` if its weight is above 0."""
         return ("codebook", "commitment", "entropy") if self._has_entropy_loss else ("codebook", "commitment")
 
     def set_loss_weights(self, weights: Mapping[str, float]) -> None:
-        """Compute the entropy loss only if it has a weight: it holds a (B · h · w, K) tensor."""
+        """Compute the entropy loss only if its weight is above 0: it needs a (B · h · w, K) tensor."""
         self._has_entropy_loss = weights.get("entropy", 0.0) > 0
 
     def forward(self, latent: Tensor) -> Quantized:
-        """Quantise, in float32 also under autocast.
+        """Quantise, in float32 even under autocast.
 
         Args:
             latent: (B, E, h, w).
@@ -75,7 +75,7 @@ class VectorQuantizer(Quantizer):
             quantized = latent + (entries - latent).detach()
             losses = {"codebook": codebook_loss(entries, latent), "commitment": commitment_loss(entries, latent)}
             if self._has_entropy_loss:
-                # In evaluation ranks may have unequal numbers of batches: none may wait for another.
+                # In evaluation, ranks may have different numbers of batches, so none may wait for another.
                 mean = mean_over_ranks if self.training else None
                 losses["entropy"] = entropy_loss(latent, self.codebook(), mean)
             return Quantized(quantized, codes, latent, losses)
@@ -106,10 +106,10 @@ class VectorQuantizer(Quantizer):
 
 @torch.no_grad()
 def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
-    """Find the codebook entry nearest to each vector; the first one among equals.
+    """Find the codebook entry nearest to each vector; the first one if several are equally near.
 
-    On the unit sphere it is the one with the largest dot product. Dot products are held for one block of vectors at a
-    time, never for all of them.
+    On the unit sphere it is the one with the largest dot product. Dot products are computed for one block of vectors at
+    a time, so they are never all in memory.
 
     Args:
         latent: (B, E, h, w), l2-normalised, float32.

@@ -32,8 +32,8 @@ class VQGANConfig:
             decoder. Each level but the first halves the resolution: five levels are VQ-16, ``[1, 2, 2, 4]`` is VQ-8.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
         z_channels: channels of the latent before it is projected to ``codebook_dim``.
-        codebook_size: number of codes K. With ``quantizer`` it is ignored: the quantiser determines it.
-        codebook_dim: channels E of the quantised latent. With ``quantizer`` it is ignored, too.
+        codebook_size: number of codes K. Ignored if ``quantizer`` is given, which then determines it.
+        codebook_dim: channels E of the quantised latent. Ignored if ``quantizer`` is given.
         dropout: dropout probability inside the residual blocks.
         quantizer: ``class_path`` and ``init_args`` of another :class:`~llamagen.models.quantizer.Quantizer`; None for
             the vector quantiser of the paper. Stored in checkpoints, so primitives only.
@@ -92,7 +92,7 @@ class VQGANOutput(NamedTuple):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm as every block uses it."""
+    """GroupNorm with the settings of all blocks."""
     return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
@@ -273,7 +273,7 @@ class VQGAN(nn.Module):
         config: shape of the model; VQ-16 by default.
 
     Attributes:
-        config: the same, with ``codebook_size`` and ``codebook_dim`` of the quantiser.
+        config: the given configuration, with ``codebook_size`` and ``codebook_dim`` of the quantiser.
         quantize: the quantiser.
 
     Raises:
@@ -307,7 +307,8 @@ class VQGAN(nn.Module):
                 image, and a list of images of one size. Images are moved to the model's device and dtype.
 
         Returns:
-            Codes (B, h, w) int64, the quantised latent (B, E, h, w), the latent, and the quantiser's losses.
+            Codes (B, h, w) int64, the quantised latent (B, E, h, w), the latent (B, E, h, w), and the quantiser's
+            losses.
 
         Raises:
             ValueError: in one line, if type, shape or range are wrong.
@@ -331,7 +332,7 @@ class VQGAN(nn.Module):
             (B, 3, H, W), about [-1, 1], not clamped.
 
         Raises:
-            ValueError: if they are not latents, for example codes.
+            ValueError: if type or shape are wrong, for example because these are codes.
         """
         width = self.quantize.dim
         if quantized.dim() != 4 or quantized.shape[1] != width or not quantized.is_floating_point():
@@ -365,13 +366,13 @@ class VQGAN(nn.Module):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8 in [0, 255] as the published code does: ``clamp(127.5 x + 128)``, truncated.
+    """Convert images in [-1, 1] to uint8 in [0, 255] like the published code: ``clamp(127.5 x + 128)``, truncated.
 
     Args:
         images: floats of any shape.
 
     Raises:
-        ValueError: if they are not floats.
+        ValueError: if the images are not floats.
     """
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; to_uint8 takes floats in [-1, 1]")

@@ -10,11 +10,11 @@ from llamagen.models.kv_cache import KVCache
 
 
 class CachePool:
-    """Caches that are free. A call takes one out and returns it at its end.
+    """Pool of key-value caches. A call takes a cache out of the pool and returns it at the end.
 
-    Calls of several threads never share a cache: a call that finds none allocates one, so there are as many as there
-    were calls at the same time. footgun: on a GPU a cache is free when its call has queued its work. The next call must
-    use the same CUDA stream, as threads do by default.
+    Concurrent calls never share a cache: if the pool is empty, a call allocates a new one. footgun: on a GPU a cache
+    returns to the pool when the work of its call is queued, not when it is done. So the next call must use the same
+    CUDA stream, as threads do by default.
 
     Args:
         config: shape of the model.

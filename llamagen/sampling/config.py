@@ -18,15 +18,15 @@ class SamplingConfig:
         temperature: logits are divided by it; 0 is greedy and takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the most likely codes whose probabilities add up to this; 1 keeps all.
-        guidance_scale: s in ``unconditional + s · (conditional − unconditional)``; 1 means no guidance and needs half
-            the computation.
-        guidance_steps: guide no code from this one on; None guides to the end.
-        guidance_start: guide no code before this one.
-        guidance_schedule: guidance scale at code t of L: ``constant`` is s everywhere; ``linear``
-            ``1 + (s − 1) t / L`` (Muse, arXiv 2301.00704, section 2.7); ``cosine``
-            ``1 + (s − 1) (1 − cos(π t / L)) / 2``; ``power_cosine`` the same with ``(t / L)`` to a power (MDT, arXiv
-            2303.14389; RAR, arXiv 2411.00776).
-        guidance_power: exponent of ``power_cosine``; a larger one guides later.
+        guidance_scale: s in ``unconditional + s · (conditional − unconditional)``; 1 means no guidance and halves the
+            computation.
+        guidance_steps: index of the first code that is no longer guided; None guides all codes to the end.
+        guidance_start: index of the first code that is guided.
+        guidance_schedule: guidance scale at code t of L: ``constant`` is s everywhere; ``linear`` is
+            ``1 + (s − 1) t / L`` (Muse, arXiv 2301.00704, section 2.7); ``cosine`` is
+            ``1 + (s − 1) (1 − cos(π t / L)) / 2``; ``power_cosine`` is the same with ``(t / L) ** guidance_power``
+            instead of ``t / L`` (MDT, arXiv 2303.14389; RAR, arXiv 2411.00776).
+        guidance_power: exponent of ``power_cosine``; with a larger one guidance sets in later.
     """
 
     temperature: float = 1.0
@@ -82,12 +82,12 @@ class SamplingConfig:
         ]
 
     def guided_steps(self, length: int) -> int:
-        """Number of leading codes, of ``length``, that need the unconditional branch."""
+        """Number of codes, counted from the first of ``length``, that need the unconditional branch."""
         scales = self.guidance_scales(length)
         return max((step + 1 for step, scale in enumerate(scales) if scale != 1.0), default=0)
 
     def _rise(self, progress: float) -> float:
-        """Part of ``guidance_scale − 1`` that applies at this fraction of the codes."""
+        """Fraction of ``guidance_scale − 1`` that applies after this fraction of the codes."""
         if self.guidance_schedule == "constant":
             return 1.0
         if self.guidance_schedule == "linear":

@@ -72,8 +72,8 @@ class DecodeWeights:
         Args:
             gpt: the model.
             dtype: dtype of products and cache.
-            int8: quantize each row of each matrix to 255 levels, symmetric around 0 and up to its largest magnitude.
-                Embeddings and norms are not quantized.
+            int8: quantise each row of each matrix to 255 levels, symmetric around 0 and up to its largest magnitude.
+                Embeddings and norms are not quantised.
         """
 
         def matrix(linear: nn.Linear) -> Matrix:
@@ -113,13 +113,13 @@ class DecodeWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of matrices that a step reads in any batch. Embeddings are not counted: it reads single rows."""
+        """Bytes of the matrices that each step reads. Embeddings are not counted: a step reads only a few rows."""
         matrices = [m for layer in self.layers for m in layer if isinstance(m, Matrix)] + [self.head]
         return sum(matrix.nbytes for matrix in matrices)
 
 
 def quantize(weight: Tensor) -> Matrix:
-    """Quantize a weight (N, K) to int8, with a scale for each output."""
+    """Quantise a weight (N, K) to int8, with a scale for each output."""
     wide = weight.detach().float()
     scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return Matrix((wide / scale[:, None]).round().to(torch.int8), scale)

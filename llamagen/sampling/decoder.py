@@ -38,7 +38,7 @@ class DecodedCodes(NamedTuple):
 
 
 class DecodeState(ABC):
-    """State of one decode call, and the passes over it. Calls share weights, and nothing that changes.
+    """State of one decode call, and the passes that change it. Concurrent calls share only the weights.
 
     Args:
         gpt: the model.
@@ -76,8 +76,8 @@ class DecodeState(ABC):
 
         Args:
             tokens: (R, T) int64. Each attends to the cache and to the new tokens before it.
-            positions: (T,) or (R, T) integers, the place of each token on the grid in raster order; None means the
-                next T places.
+            positions: (T,) or (R, T) integers, the position of each token on the grid, counted in raster order; None
+                means the next T positions.
 
         Returns:
             (R, T, V), the logits after each token; valid until the next pass.
@@ -98,7 +98,7 @@ class DecodeState(ABC):
         return DecodedCodes(self.codes, self.broken)
 
     def drop_unconditional(self) -> None:
-        """Continue with the conditional rows only: no later code is guided, and a pass costs half."""
+        """Continue with the conditional rows only, because no later code is guided. This halves the cost of a pass."""
         self.rows = self.batch
         self.cache = self.cache.first_rows(self.batch)
         if self.caption_lengths is not None:
@@ -115,7 +115,7 @@ class DecodeState(ABC):
 
 
 class CodeDecoder(ABC):
-    """Weights, memory and compiled code of an engine. It samples the codes of one batch a call.
+    """Weights, memory and compiled code of an engine. Each call samples the codes of one batch.
 
     Args:
         gpt: the model, in evaluation mode during calls.
@@ -136,7 +136,7 @@ class CodeDecoder(ABC):
 
     @abstractmethod
     def start(self, request: SamplingRequest) -> AbstractContextManager[DecodeState]:
-        """State of a new call. Its memory is reused by later calls when the ``with`` statement ends."""
+        """State of a new call. Later calls reuse its memory once the ``with`` statement has ended."""
 
     def __call__(self, request: SamplingRequest) -> DecodedCodes:
         """Sample the codes of a batch of at most ``batch_size`` images."""
@@ -239,7 +239,7 @@ def next_code(
         scale: scalar float32, guidance scale of this code.
         seed: scalar int64.
         indices: (B,) int64.
-        step: scalar int64, number of the code.
+        step: scalar int64, index of the code.
         counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
 
     Returns:

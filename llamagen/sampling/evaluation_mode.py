@@ -18,9 +18,9 @@ class _Use:
     calls: int = 0
 
 
-# Modes of modules and the compiler's stance are shared by all threads. If each call restored what it had found, a call
-# that ends would put the model back into training mode under a call that is still running. So the first call switches
-# and the last one restores. The lock is held for the switch only, never while a model computes.
+# All threads share the modes of modules and the compiler's stance. If each call restored the mode that it had found, a
+# call could end and switch the model back to training while another one still runs. So the first call switches and the
+# last one restores. The lock is held for the switch only, never while a model computes.
 _switch = Lock()
 _uses: dict[nn.Module, _Use] = {}
 _stance: list[Any] = []

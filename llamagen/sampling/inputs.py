@@ -20,7 +20,7 @@ Numbers = Tensor | np.ndarray | Sequence[int]
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What one call samples: checked, and on the model's device. B images.
+    """Arguments of one sampling call for B images, checked and on the model's device.
 
     Attributes:
         condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left.
@@ -70,7 +70,7 @@ class SamplingRequest:
         return SamplingRequest(self.condition[rows], self.config, lengths, self.seed, self.indices[rows])
 
     def _check(self, gpt: GPT) -> None:
-        """Check once what the model does not check at each code, where it would have to wait for the device."""
+        """Check shapes and values once per call. Checks at each code would have to wait for the device."""
         batch, config, lengths = len(self), gpt.config, self.caption_lengths
         if self.indices.shape != (batch,):
             raise ValueError(

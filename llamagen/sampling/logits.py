@@ -51,8 +51,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def sample_codes(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -> Tensor:
     """Sample one code for each row: the largest sum of logit and Gumbel noise (the Gumbel-max trick).
 
-    Rounding changes the code only if two sums are almost equal. Inverting cumulative probabilities would be sensitive
-    at each of thousands of boundaries.
+    Rounding changes the code only if two sums are almost equal. With cumulative probabilities it could change the code
+    at any of thousands of boundaries.
 
     Args:
         logits: (B, V), any float dtype; computed in float32.

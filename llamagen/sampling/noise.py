@@ -1,7 +1,7 @@
 """Random numbers of a sample: a pure function of seed, sample index, step and code.
 
-The generator is counter-based, so image i of a run is the same in any batch, on any rank and after a restart. It fills
-whole tensors on the device, also inside a compiled step.
+The generator is counter-based, so image i of a run is the same in any batch, on any rank and after a restart. It is
+vectorised and runs on the device, also in a compiled step.
 """
 
 import torch
@@ -40,7 +40,7 @@ def gumbel(seed: Tensor, index: Tensor, step: Tensor, counters: Tensor) -> Tenso
     Args:
         seed: scalar int64, see :func:`seed_tensor`.
         index: (B,) int64, index of each sample within the run.
-        step: scalar int64, number of the code within the sample.
+        step: scalar int64, index of the code within the sample.
         counters: (V,) int64, see :func:`code_counters`.
 
     Returns:

@@ -25,10 +25,10 @@ class Images:
     """Images that a GPU may still be decoding. Several threads may read them.
 
     Args:
-        parts: uint8 tensors (…, H, W, 3), together B images.
+        parts: batches of images, uint8 (…, H, W, 3), B images in total.
         ready: for each part, the CUDA event recorded after it was queued; None if it is complete.
         checks: for each part, a check for values that are not finite, run when the images are read; None if the part
-            was checked already. Empty if all were.
+            was already checked. Empty if all parts were.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PixelDecoder:
     A fixed number of images is decoded at a time, so the pixels of an image do not depend on the batch.
 
     Args:
-        tokenizer: not changed; its decoder is copied if it has another dtype or device.
+        tokenizer: the tokenizer; its weights are copied if they have another dtype or device.
         device: device of the codes.
         dtype: dtype of the computation.
         image_size: side in pixels to which images are resized, see :func:`to_pixels`; None keeps the size as decoded.
@@ -158,7 +158,7 @@ class PixelDecoder:
         """Decode.
 
         Args:
-            codes: (B, h, w) int64. They must be in the codebook, which is not checked.
+            codes: (B, h, w) int64, below the codebook size; this is not checked.
 
         Returns:
             B images; square if there is an ``image_size``.

@@ -22,23 +22,24 @@ from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest, as_con
 class Sampler:
     """Samples the codes of images (arXiv 2406.06525, section 2.3).
 
-    The condition is read once (prefill), then one code is decoded a step. Keys and values are cached, in memory that
-    later calls reuse. With guidance both branches run in one batch. A compiled step reads each weight once: on CPUs
-    (float32, bfloat16) in C++ for the processor, on NVIDIA GPUs in Triton kernels and CUDA graphs.
+    The condition is read once (prefill), then each step decodes one code. Keys and values are cached, in memory that
+    later calls reuse. With guidance both branches run in one batch. Compiled steps read each weight once: C++ on CPUs
+    (float32, bfloat16), Triton kernels in CUDA graphs on NVIDIA GPUs.
 
     The random numbers of a sample depend on seed and index only. In float32, and compiled on CPUs also in bfloat16, its
-    codes are the same in any batch. Otherwise logits are rounded differently in batches of another size: where two
-    codes are almost equally likely the other one may follow, and then another image of the same distribution.
+    codes are the same in any batch. Otherwise the rounding of logits depends on the batch size. Where two codes are
+    almost equally likely, another one may then be sampled, and the rest of the image differs, too. The distribution of
+    the images does not change.
 
     Several threads may call one sampler at the same time, except when it is compiled on a GPU: then a call raises a
     ``RuntimeError`` while another one runs.
 
     Args:
         gpt: the model. Calls run it in evaluation mode and restore its mode at the end.
-        batch_size: number of images that are sampled together; a call may ask for more or fewer.
+        batch_size: number of images that are sampled at a time; a call may request more or fewer.
         compiled: sample with compiled steps. Weights that need conversion (to bfloat16 under autocast, or to int8) are
             copied, and copied again after the model's weights have changed in place.
-        int8: let compiled steps read the weights as int8, with a scale for each output. This is an extra copy.
+        int8: let compiled steps read the weights as int8, with a scale for each output. This copies the weights.
 
     Raises:
         ValueError: if ``batch_size`` is below 1, or compilation is not possible on this device, in this precision or
@@ -65,7 +66,7 @@ class Sampler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, config: SamplingConfig) -> None:
-        """Allocate the memory for calls with these settings, and compile what is compiled, before the first call."""
+        """Allocate memory and, if compiled, compile for calls with these settings, before the first call."""
         with self._ready():
             self.decoder.prepare(as_config(config))
 
@@ -91,8 +92,8 @@ class Sampler:
             caption_lengths: (N,), number of real caption tokens, which come last; None if no caption is padded. The
                 unconditional branch uses the same padding.
             seed: seed of the run, any integer.
-            indices: (N,), index of each sample within the run; 0 … N − 1 by default. Seed and index decide a sample's
-                random numbers, whatever else is in the batch.
+            indices: (N,), index of each sample within the run; 0 … N − 1 by default. The random numbers of a sample
+                depend on seed and index only, not on the rest of the batch.
 
         Returns:
             (N, L) int64 codes in raster order, L = ``block_size``; (0, L) for no conditions.
@@ -167,7 +168,7 @@ class Sampler:
                     "the model was moved, or its weights were replaced, after the sampler was built; build a new one"
                 )
             if (versions := _versions(self.gpt)) != self._versions:
-                self.decoder.refresh()  # of two threads at once both may do this: they write the same values
+                self.decoder.refresh()  # two threads may do this at once: they write the same values
                 self._versions = versions
         device = self.gpt.output.weight.device
         # Triton launches kernels on the current device.

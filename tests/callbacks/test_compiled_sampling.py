@@ -68,7 +68,7 @@ def test_validation_samples_by_compiled_steps_and_frees_them_before_training(
     assert len(watch.memory) == 9
     assert watch.alive == [0] * 6
     output = capsys.readouterr().out
-    assert output.count("compiling the sampling in float32, 64 images at a time") == 3
+    assert output.count("compiling sampling in float32, 64 images at a time") == 3
     assert output.count("compiled sampling is ready after") == 3
     assert len(list((tmp_path / "samples").iterdir())) == 3
 

@@ -239,8 +239,8 @@ def test_captions_are_repeated_in_order(
     results = trainer.validate(text_module(tokenizer), data_of(codes), verbose=False)[0]
     assert set(results) >= NAMES
     assert_equal(measured.images, shown.images[0])
-    warned = [str(warning.message).split(";")[0] for warning in recwarn if "several of each" in str(warning.message)]
-    several = f"FIDMonitor samples {count} images of {size} captions, several of each"
+    warned = [str(warning.message).split(";")[0] for warning in recwarn if "which are repeated" in str(warning.message)]
+    several = f"FIDMonitor samples {count} images from only {size} captions, which are repeated"
     assert warned == ([several] if count > size else [])
 
 

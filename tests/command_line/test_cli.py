@@ -168,7 +168,7 @@ def not_finished(pipeline: Pipeline, tmp_path: Path) -> Path:
         (without_a_shard, "train-000000.tar does not exist"),
         (truncated, "examples of train are bad, more than max_bad_share 0.05 (truncated shard: "),
         (outside_of_the_vocabulary, "holds code 32, outside of the vocabulary of 32; extract the codes again"),
-        (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes an image, but the model's block_size is 16"),
+        (other_grid, "the tokenizer's grid is 8 × 8 = 64 codes per image, but the model's block_size is 16"),
     ],
 )
 def test_bad_codes_are_a_one_line_error_and_write_nothing(
@@ -248,7 +248,7 @@ def test_two_processes_report_a_mistake_once_and_write_nothing(pipeline: Pipelin
     done = two_processes(["fit", *pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={root}"])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "error: the tokenizer's grid is 8 × 8 = 64 codes an image" in done.stderr
+    assert "error: the tokenizer's grid is 8 × 8 = 64 codes per image" in done.stderr
     assert "Connection closed" not in done.stderr
     assert not (tmp_path / "run").exists()
 

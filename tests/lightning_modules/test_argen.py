@@ -119,7 +119,7 @@ def test_rejects_requests_that_cannot_be_sampled_before_training(pipeline: Pipel
 @pytest.mark.parametrize(
     ("net", "phrase"),
     [
-        ({"block_size": 64}, "4 × 4 = 16 codes an image, but the model's block_size is 64; set block_size to 16"),
+        ({"block_size": 64}, "4 × 4 = 16 codes per image, but the model's block_size is 64; set block_size to 16"),
         ({"vocab_size": 64}, "vocabulary of 32, but the model's vocab_size is 64; set vocab_size to 32"),
         ({"num_classes": 9}, "10 classes, but the model's num_classes is 9; set num_classes to 10"),
     ],

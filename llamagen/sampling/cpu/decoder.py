@@ -64,7 +64,7 @@ class CPUDecodeState(DecodeState):
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
         logits = self._logits[:, 0]
-        # Captions are projected one at a time, so that an image's numbers do not depend on the batch.
+        # Captions are projected one at a time, so that an image's logits do not depend on the batch.
         size = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
             for row in range(0, len(condition), size):

@@ -87,7 +87,7 @@ class Scratch:
 class CPUStep:
     """Passes of a GPT over new tokens with a key-value cache.
 
-    The logits of a row are the same bits in any batch and on any number of threads. Several threads may call it at the
+    The logits of a row are bit-identical in any batch and on any number of threads. Several threads may call it at the
     same time: all memory that a pass writes to is an argument.
 
     Args:
@@ -202,7 +202,7 @@ class CPUStep:
             scale: guidance scale.
             seed: seed of the run.
             indices: (B,) int64, index of each sample within the run.
-            step: number of the code.
+            step: index of the code.
             codes: (B, L) int64; column ``step`` is written.
             broken: (B,) bool; set to True where logits are not finite.
             scratch: memory of this call.

@@ -31,9 +31,9 @@ def attend(
 ):  # fmt: skip
     """Attention of the new token of a row, for HEADS heads that share keys. Grid: M, tiles of heads.
 
-    The cached tokens are read in blocks of BLOCK. Each of the BLOCK lanes keeps a running softmax over the tokens that
-    it reads, one a block, so threads exchange nothing before the end. A block is loaded while the previous one is
-    summed up. The first one is loaded before the new query and key are ready.
+    The cached tokens are read in blocks of BLOCK. Each of the BLOCK lanes reads one token per block and keeps a running
+    softmax over its tokens, so threads exchange nothing before the end. A block is loaded while the previous one is
+    added. The first block is loaded before the new query and key are ready.
 
     Args:
         qkv: (M, (H + 2 G) E) float32, before rotation.

@@ -23,7 +23,7 @@ WARM_UP = 3
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Allow compilation, which is switched off while a model samples, for any number of settings."""
+    """Allow compilation, which :func:`evaluation_mode` switches off, and without a limit on the number of settings."""
     with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=1000):
         yield
 
@@ -85,8 +85,7 @@ class GPUCodeDecoder(CodeDecoder):
 class StepGraphs:
     """Decode steps as CUDA graphs, one for guided codes and one for others, and the memory that they share.
 
-    Whatever changes from step to step or from call to call (position, seed, guidance scale) is a tensor that the graphs
-    read.
+    All values that change between steps or calls (position, seed, guidance scale) are tensors that the graphs read.
 
     Args:
         gpt: the model, on the GPU.
@@ -124,7 +123,7 @@ class StepGraphs:
         return cache
 
     def begin(self, request: SamplingRequest, caption_lengths: Tensor | None) -> None:
-        """Set the memory of the graphs to the start of a call."""
+        """Initialise the memory of the graphs for a call."""
         self._seed.fill_((request.seed + 2**63) % 2**64 - 2**63)
         self._indices.copy_(request.indices)
         scales = request.config.guidance_scales(self.gpt.config.block_size)

@@ -190,7 +190,7 @@ def norm_linear(
     if EARLY:
         _prefetch_weights(weight, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
     wait(EARLY)
-    # Loaded before the products and reduced after them. What does not fit into registers meanwhile is loaded then.
+    # Loaded before the products, reduced after them. Sums that do not fit into registers are loaded after them, too.
     leading = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
     total, _ = _products(
         scaled, weight, weight, count, first_row, first_output, 0, K,
@@ -217,7 +217,7 @@ def norm_gated(
         _prefetch_weights(w1, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
         _prefetch_weights(w3, first_output, 0, N, K, OUTPUTS, SPAN, LANES)
     wait(EARLY)
-    # Loaded before the products and reduced after them. What does not fit into registers meanwhile is loaded then.
+    # Loaded before the products, reduced after them. Sums that do not fit into registers are loaded after them, too.
     leading = _squares(squares, count, first_row, 0, TILES, TILES_PADDED, ROWS, WIDTH)
     gate, value = _products(
         scaled, w1, w3, count, first_row, first_output, 0, K,

@@ -1,6 +1,6 @@
 """A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row.
 
-There are five kernels a layer, one before the first layer and one after the last. All launches are the same in each
+There are five kernels per layer, one before the first layer and one after the last. All launches are the same in each
 step, so a step can be captured in a CUDA graph. Before the capture, call it once with the same number of rows: kernels
 are compiled at their first launch.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from llamagen.sampling.decode_weights import DecodeWeights, LayerWeights, Matrix
 
 MAX_TILE_ROWS = 128  # more rows take several tiles
-MAX_EARLY_ROWS, MAX_EARLY_BYTES = 32, 1 << 25  # kernels start early up to these rows and weight bytes of a layer
+MAX_EARLY_ROWS, MAX_EARLY_BYTES = 32, 1 << 25  # limits for early starts: rows, and weight bytes per layer
 PREFETCHED_BYTES = 1 << 16  # of weights that a program prefetches before it waits
 
 
@@ -351,7 +351,7 @@ class GPUStep:
 
 
 def _factor(matrix: Matrix) -> Tensor:
-    """Scales of the outputs. Kernels need some tensor also without scales, which they do not read."""
+    """Scales of the outputs. Without scales kernels need some tensor as the argument, which they do not read."""
     return matrix.values if matrix.scale is None else matrix.scale
 
 
@@ -366,5 +366,5 @@ def _power_of_two(number: int) -> int:
 
 
 def _row_counts(rows: int) -> list[int]:
-    """Largest numbers of rows with the same tiles, up to ``rows``, and ``rows`` itself."""
+    """For each choice of tiles, the largest number of rows that uses it, up to and including ``rows``."""
     return [count for count in (16, 64, MAX_TILE_ROWS) if count < rows] + [rows]
