@@ -205,7 +205,7 @@ def test_warns_once_of_a_model_whose_images_are_all_the_same(
         measurement.compute()
         measurement.reset()
     messages = [str(warning.message) for warning in recwarn if "say little" in str(warning.message)]
-    assert messages == ["the results say little: all 12 images are the same image; sample or copy them again"]
+    assert messages == ["the results are not meaningful: all 12 images are the same image; sample or copy them again"]
     measurement.update(random_images(4, 0), torch.arange(4))
     measurement.compute()
     assert len([warning for warning in recwarn if "say little" in str(warning.message)]) == 1
