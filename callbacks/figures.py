@@ -21,8 +21,8 @@ def new_figure(width: float, height: float) -> Any:
     It is made without pyplot, which has global state and may open windows.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
     """
     from matplotlib.figure import Figure  # slow to import
 

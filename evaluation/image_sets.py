@@ -339,7 +339,7 @@ def _digest(pixels: np.ndarray) -> int:
 def _place_of(sample: Example) -> str:
     """Where an image is, for messages: its file, or its key in a shard."""
     path, _, size = next(iter(sample.members.values()))
-    return path if size < 0 else f"sample {sample.key} of {path}"
+    return path if size < 0 else f"example {sample.key} of {path}"
 
 
 def _find(name: str, split: Split | None) -> ExampleIndex:
