@@ -203,7 +203,7 @@ class ImageRequests(Protocol):
     labels: np.ndarray
     """Label of each image, (N,) int64, including images that exist already."""
     prompts: list[str] | None
-    """Prompts by label; None where labels are classes."""
+    """Prompts by label; None if labels are classes."""
     batch_size: int
 
     @property

@@ -57,7 +57,7 @@ class LlamaGenCLI(LightningCLI):
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let hyperparameters in the checkpoint override the configuration. Here they are only checked.
+        # Lightning would let hyperparameters in the checkpoint override the configuration. This only checks options.
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]

@@ -206,7 +206,7 @@ def _holds_statistics(source: str) -> bool:
         with zipfile.ZipFile(path) as file:
             return "mu.npy" in file.namelist()
     except (zipfile.BadZipFile, OSError):
-        return False  # open_images reports what is wrong
+        return False  # open_images reports the fault
 
 
 def main(args: list[str] | None = None) -> None:

@@ -229,26 +229,26 @@ class _Files(ImageSet):
         members = {extension: column for extension, column in found.members.items() if extension in IMAGES}
         labels = np.maximum(found.labels, NO_LABEL)
         images = ExampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
-        self._samples = images.usable(IMAGES, labels_needed=False)
-        super().__init__(name, 0, self._samples.bad)
+        self._examples = images.usable(IMAGES, labels_needed=False)
+        super().__init__(name, 0, self._examples.bad)
         if len(self) < MIN_IMAGES:
             readable = f" that can be read ({self._tally.describe()})" if self._known else ""
             raise ValueError(f"{name} holds {len(self)} images{readable}; at least {MIN_IMAGES} are needed; {HINT}")
         self.check_skipped(self.skipped)
         self.size = image_size or self._size_of_first()
-        self._dataset = _Squares(self._samples, self.size, resize=image_size is not None)
+        self._dataset = _Squares(self._examples, self.size, resize=image_size is not None)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._examples)
 
     def _size_of_first(self) -> int:
         """Side of the first readable image."""
-        for sample in self._samples:
-            place = _place_of(sample)
+        for example in self._examples:
+            place = _place_of(example)
             try:
-                height, width = read_image(sample.read_image(), place).shape[:2]
+                height, width = read_image(example.read_image(), place).shape[:2]
             except BadExampleError as error:
-                self._tally.add([Skipped(-1, sample.key, error.reason, str(error))])
+                self._tally.add([Skipped(-1, example.key, error.reason, str(error))])
                 self.check_skipped(self.skipped)
                 continue
             if height != width:
@@ -288,9 +288,9 @@ class _ImageTally(Tally):
             ValueError: if an image has another size.
         """
         skipped = list(skipped)
-        for sample in skipped:
-            if sample.reason == OTHER_SIZE:
-                raise ValueError(sample.message)
+        for example in skipped:
+            if example.reason == OTHER_SIZE:
+                raise ValueError(example.message)
         super().add(skipped, opened)
 
 
@@ -298,19 +298,19 @@ class _Squares(ExampleDataset):
     """Decodes images of one size.
 
     Args:
-        samples: the images.
+        examples: the images.
         size: side in pixels.
         resize: whether to resize and crop images of another size; else they are errors.
     """
 
-    def __init__(self, samples: ExampleIndex, size: int, resize: bool) -> None:
-        super().__init__(samples)
+    def __init__(self, examples: ExampleIndex, size: int, resize: bool) -> None:
+        super().__init__(examples)
         self.size, self.resize = size, resize
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        sample = self.examples[number]
-        place = _place_of(sample)
-        pixels = read_image(sample.read_image(), place)
+        example = self.examples[number]
+        place = _place_of(example)
+        pixels = read_image(example.read_image(), place)
         height, width = pixels.shape[:2]
         crop = (height, width) != (self.size, self.size)
         if crop and not self.resize:
@@ -321,14 +321,14 @@ class _Squares(ExampleDataset):
             )
         if crop:
             pixels = centre_crop(pixels, self.size)
-        return {"planes": to_planes(pixels), "label": sample.label, "digest": _digest(pixels), "cropped": crop}
+        return {"planes": to_planes(pixels), "label": example.label, "digest": _digest(pixels), "cropped": crop}
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "images": torch.from_numpy(np.stack([sample["planes"] for sample in samples])),
-            "labels": torch.tensor([sample["label"] for sample in samples]),
-            "digests": [sample["digest"] for sample in samples],
-            "cropped": sum(sample["cropped"] for sample in samples),
+            "images": torch.from_numpy(np.stack([example["planes"] for example in examples])),
+            "labels": torch.tensor([example["label"] for example in examples]),
+            "digests": [example["digest"] for example in examples],
+            "cropped": sum(example["cropped"] for example in examples),
         }
 
 
@@ -336,10 +336,10 @@ def _digest(pixels: np.ndarray) -> int:
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels).data).digest(), "big")
 
 
-def _place_of(sample: Example) -> str:
+def _place_of(example: Example) -> str:
     """Where an image is, for messages: its file, or its key in a shard."""
-    path, _, size = next(iter(sample.members.values()))
-    return path if size < 0 else f"example {sample.key} of {path}"
+    path, _, size = next(iter(example.members.values()))
+    return path if size < 0 else f"example {example.key} of {path}"
 
 
 def _find(name: str, split: Split | None) -> ExampleIndex:

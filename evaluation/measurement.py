@@ -16,7 +16,7 @@ from llamagen.metrics.result_names import Purpose
 METRICS: tuple[type[ImageMetric], ...] = (FID, SFID, PrecisionRecall, KID, InceptionScore)
 """Metrics of ``FIDMonitor`` and ``python -m evaluation compare``. To add a metric, add its class to this list."""
 OWN_NAME = "val"
-"""Name of the reference where reconstructions are compared with the validation images themselves."""
+"""Name of the reference if reconstructions are compared with the validation images themselves."""
 
 
 class Measurement:

@@ -177,7 +177,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
             if not keys.issuperset(STATISTICS):
                 hint = "it holds images; " if "arr_0" in keys else ""
                 raise ValueError(
-                    f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference of it"
+                    f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference from it"
                 )
             wanted = (*STATISTICS, *SPATIAL) if keys.issuperset(SPATIAL) else STATISTICS
             parts = {key: torch.from_numpy(file[key].astype(np.float64)) for key in wanted}

@@ -126,6 +126,5 @@ def _load_error(kind: PretrainedKind, source: str, is_folder: bool, error: Excep
         return f"the {kind.role} {source} cannot be used: {reason}; {hint}"
     return (
         f"the {kind.role} {source} is neither in the cache (~/.cache/huggingface, or HF_HOME) nor available from the "
-        f"Hugging Face Hub: {reason}; run `hf download {source}` where there is a network, or give a folder's path as "
-        "name"
+        f"Hugging Face Hub: {reason}; run `hf download {source}` with network access, or give a folder's path as name"
     )
