@@ -1,6 +1,6 @@
 """Run every command of README.md in a scratch copy of the project, so that they stay true.
 
-    python -m benchmarks.readme_commands [--out FILE.json] [--keep FOLDER] [--only TEXT]
+    python -m benchmarks.readme_commands [--out FILE.json] [--keep FOLDER] [--only REGEX]
 
 Commands run in order, as they are written, and use the files that earlier ones wrote. Data and weights that are not in
 the repository are replaced by small stand-ins of the same names (``readme_stand_ins.py``). ``EXTRA`` lists the options
@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from llamagen.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -206,8 +208,8 @@ def copy_project(folder: Path) -> None:
     output = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, output.split("\0")):
         if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            with atomic_file(folder / name) as temporary:
+                shutil.copyfile(ROOT / name, temporary)
 
 
 def run(command: Command, folder: Path) -> dict[str, Any]:
@@ -239,47 +241,64 @@ def run(command: Command, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     from benchmarks.readme_stand_ins import make_stand_ins
-    from benchmarks.timing import machine
-    from llamagen.files import atomic_file
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, help="file for the record, .json")
-    parser.add_argument("--keep", type=Path, help="work in this folder and keep it; copies and stand-ins are reused")
-    parser.add_argument("--only", default="", help="run only commands that contain this text")
+    parser.add_argument("--keep", type=Path, help="work in this folder and keep it; stand-ins and runs are reused")
+    parser.add_argument("--only", default="", help="regular expression: run only matching commands")
     options = parser.parse_args()
     commands = read_commands(README.read_text())
-    where = [where_it_runs(command) for command in commands]  # before the first one runs
+    places = [where_it_runs(command) for command in commands]  # an unknown command is an error before the first run
+    old = read_records(options.out) if options.only else {}
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "project" if options.keep is None else options.keep.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         copy_project(folder)
         make_stand_ins(folder)
-        for command, place in zip(commands, where, strict=True):
-            if options.only not in command.text:
-                continue
+        for command, place in zip(commands, places, strict=True):
             if place != "here":
                 records.append({"line": command.line, "command": command.text, "not run here": place})
-                continue
-            record = run(command, folder)
-            records.append(record)
-            first = command.text.splitlines()[0]
-            state = "ok" if record["status"] == 0 else f"failed ({record['status']})"
-            print(f"{command.line:>4} | {record['seconds']:>7.1f} s | {state:<11} | {first[:90]}", flush=True)
-            print("\n".join(record.get("output", [])), file=sys.stderr, flush=True)
-    result = {
+            elif re.search(options.only, command.text, re.DOTALL):
+                records.append(run(command, folder))
+                show(records[-1])
+            elif command.text in old:
+                records.append({**old[command.text], "line": command.line})
+            if options.out is not None:
+                with atomic_file(options.out) as temporary_file:
+                    temporary_file.write_text(json.dumps(as_result(records), indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(as_result(records)))
+    if any(record.get("status") for record in records):
+        raise SystemExit(1)
+
+
+def read_records(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The commands of a record by their text."""
+    if path is None or not path.exists():
+        return {}
+    return {record["command"]: record for record in json.loads(path.read_text())["commands"]}
+
+
+def as_result(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of the file of results."""
+    from benchmarks.timing import machine
+
+    return {
         "benchmark": "readme_commands",
         "commands": records,
         "hardware": machine("cpu"),
         "versions": {"python": platform.python_version()},
         "command": "python -m benchmarks.readme_commands --out benchmarks/results/readme_commands.json",
     }
-    if options.out is not None:
-        with atomic_file(options.out) as file:
-            file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps(result))
-    if any(record.get("status") for record in records):
-        raise SystemExit(1)
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print a row of the table, and the output of a command that failed."""
+    state = "ok" if record["status"] == 0 else f"failed ({record['status']})"
+    first = record["command"].splitlines()[0]
+    print(f"{record['line']:>4} | {record['seconds']:>7.1f} s | {state:<11} | {first[:90]}", flush=True)
+    if record["status"]:
+        print("\n".join(record["output"]), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

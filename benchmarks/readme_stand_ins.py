@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.small_t5 import save_small_t5
-from llamagen.files import atomic_file
+from llamagen.files import atomic_file, atomic_folder
 from llamagen.metrics.inception import InceptionNet
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -25,12 +25,13 @@ WIDTH = 64
 def save_images(folder: Path, per_class: int, side: int) -> None:
     """Class folders of smooth random images, slightly wider than high."""
     random = np.random.default_rng(0)
-    for label in range(CLASSES):
-        (folder / f"class_{label}").mkdir(parents=True)
-        for number in range(per_class):
-            levels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            image = Image.fromarray(levels).resize((side + 20, side), Image.Resampling.BICUBIC)
-            image.save(folder / f"class_{label}" / f"{number}.jpg")
+    with atomic_folder(folder) as temporary:
+        for label in range(CLASSES):
+            (temporary / f"class_{label}").mkdir()
+            for number in range(per_class):
+                levels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                image = Image.fromarray(levels).resize((side + 20, side), Image.Resampling.BICUBIC)
+                image.save(temporary / f"class_{label}" / f"{number}.jpg")
 
 
 def save_reference(path: Path, count: int, side: int) -> None:

@@ -78,7 +78,7 @@ def test_the_data_source_reads_an_archive(mine: ModuleType, tmp_path: Path) -> N
     read = {
         key: (image, label)
         for batch in batches
-        for key, image, label in zip(batch["key"], batch["image"], batch["label"].tolist(), strict=True)
+        for key, image, label in zip(batch["keys"], batch["images"], batch["labels"].tolist(), strict=True)
     }
     assert len(read) == 20
     for index in range(20):
@@ -128,7 +128,7 @@ def test_the_server_answers_with_an_image(mine: ModuleType) -> None:
     try:
         with urlopen(f"{address}/3?seed=1", timeout=60) as answer:
             assert Image.open(BytesIO(answer.read())).size == (8, 8)
-        with pytest.raises(HTTPError, match="labels") as error:
+        with pytest.raises(HTTPError, match="class 11 was requested") as error:
             urlopen(f"{address}/11", timeout=60)
         assert error.value.code == 400
     finally:

@@ -124,7 +124,7 @@ def test_an_autoregressive_model_trains_on_its_codes_and_samples(run: Run) -> No
     main.main(["fit", *fit, f"--data.init_args.root={run.codes}"])
     sample = run.argen_arguments(pipeline.sample_arguments(run.root / "samples"))
     main.main([*sample, f"--ckpt_path={folder / 'checkpoints/last.ckpt'}"])
-    images = np.load(run.root / "samples/samples/samples.npz")["arr_0"]
+    images = np.load(run.root / "samples/samples.npz")["arr_0"]
     assert images.shape == (30, 8, 8, 3)
     assert images.dtype == np.uint8
 

@@ -1,8 +1,8 @@
 """Bad examples: skipped, counted by reason, and an error if there are too many."""
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 REASONS = (
     "truncated shard",
@@ -19,6 +19,9 @@ REASONS = (
     "unclear parts",
 )
 """Reasons why an example may be skipped. All ranks count in this order."""
+
+RENAMED_REASONS = {"no picture": "no image", "broken picture": "broken image"}
+"""Current name of each reason that earlier versions wrote."""
 
 MAX_LISTED = 5
 
@@ -50,6 +53,12 @@ class Skipped(NamedTuple):
     key: str
     reason: str
     message: str
+
+    @classmethod
+    def from_record(cls, record: Sequence[Any]) -> "Skipped":
+        """From a list in a file, which an earlier version may have written."""
+        number, key, reason, message = record
+        return cls(number, key, RENAMED_REASONS.get(reason, reason), message)
 
 
 class Tally:

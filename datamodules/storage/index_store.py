@@ -17,7 +17,7 @@ from datamodules.storage.index import ExampleIndex, Strings
 from datamodules.storage.tar_index import index_shard
 from llamagen.files import atomic_file
 
-VERSION = 3
+VERSION = 4
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """For processes that only move bytes. Forked processes start at once and do not run the main script again."""
 MIN_PARALLEL = 64

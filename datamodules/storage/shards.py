@@ -26,15 +26,15 @@ CAPTIONS_FORMAT = "llamagen-captions"
 
 
 RENAMED_PLAN_KEYS = {"number of pictures": "number of images", "picture_size": "image_size", "pictures": "images"}
-"""Keys of plans that earlier versions wrote, and what they are called now."""
+"""New name of each plan key that earlier versions wrote."""
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The plan of a stopped run, also of an earlier version.
+    """Read the plan of a stopped run, which an earlier version may have written.
 
     Raises:
-        ValueError: if it is not JSON.
-        TypeError: if it is not an object.
+        ValueError: if the file is not valid JSON.
+        TypeError: if it does not hold a JSON object.
     """
     plan: dict[str, Any] = dict(json.loads(path.read_text()))
     return {RENAMED_PLAN_KEYS.get(key, key): value for key, value in plan.items()}
@@ -300,7 +300,7 @@ class ShardDataset:
                     raise ValueError(f"shard {path} is incomplete; repeat the command to resume")
                 facts = json.loads(_facts_file(path).read_text())
                 highest = max(highest, facts.pop("highest_label"))
-                bad += [Skipped(*example) for example in facts.pop("bad")]
+                bad += [Skipped.from_record(record) for record in facts.pop("bad")]
                 facts.pop("counted", None)
                 entries.append({"name": path.name, **facts})
                 facts_files.append(_facts_file(path))

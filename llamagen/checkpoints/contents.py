@@ -18,11 +18,11 @@ from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
     Weights,
+    check_finite_weights,
     infer_vqgan_config,
     load_weights,
     read_torch_file,
     read_weights,
-    refuse_not_finite,
     strip_prefix,
 )
 from llamagen.models.gpt import GPT, GPTConfig
@@ -112,7 +112,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was "
             "trained with"
         )
-    refuse_not_finite(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+    check_finite_weights(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
 
 
 def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str) -> None:

@@ -239,12 +239,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     faults = differences(state, expected)
     if faults:
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {faults}")
-    refuse_not_finite(state, expected, source)
+    check_finite_weights(state, expected, source)
     for name, tensor in model.state_dict().items():
         copy_full_(tensor, state[name])
 
 
-def refuse_not_finite(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+def check_finite_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Check that weights are finite, in the dtypes of the model. Entries of a model on the meta device are skipped.
 
     Args:

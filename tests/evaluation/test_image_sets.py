@@ -276,7 +276,7 @@ def test_rejects_folders_without_images(tmp_path: Path) -> None:
         "empty": "holds neither",
         "classes": "hold no examples: no image is in a",
         "one": "1 images; at least 2",
-        "bmp": "convert it",
+        "bmp": "convert or remove it",
     }
     for name, said in cases.items():
         with pytest.raises(ValueError) as error:

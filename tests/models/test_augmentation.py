@@ -55,7 +55,7 @@ def test_every_policy_augments_each_image_differently_and_reproducibly(
     assert first.shape == images.shape
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert not torch.equal(augment(images), other), "a second call augments differently"
+    assert not torch.equal(augment(images), other), "a second call uses new random numbers"
     assert len({tuple(image.flatten().tolist()) for image in first}) > 4
     assert sum(not torch.equal(before, after) for before, after in zip(images, first, strict=True)) >= 7
 

@@ -352,3 +352,8 @@ def test_predict_does_not_substitute_a_bad_batch(root: Path, world_size: int) ->
     assert {split: sorted(found) for split, found in keys.items()} == {
         split: sorted(f"{split}/{n}" for n in GOOD) for split in keys
     }
+
+
+def test_reasons_of_an_earlier_version_have_their_current_name() -> None:
+    assert Skipped.from_record([3, "a", "broken picture", "…"]) == Skipped(3, "a", "broken image", "…")
+    assert Skipped.from_record([-1, "", "no label", "…"]).reason == "no label"
