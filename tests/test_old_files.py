@@ -39,7 +39,7 @@ def test_old_files_give_the_values_of_the_commit_that_wrote_them(name: str) -> N
     assert_same(found, json.loads(EXPECTED.read_text())[name], name)
 
 
-def test_values_of_the_same_weights_and_data_are_the_same() -> None:
+def test_files_of_the_same_weights_and_data_give_the_same_values() -> None:
     expected = json.loads(EXPECTED.read_text())
     assert expected["tokenizer"]["weights"] == expected["tokenizer"]["exported"]
     sampled = expected["sampled"]

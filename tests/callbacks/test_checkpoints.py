@@ -53,7 +53,7 @@ def test_defaults_write_the_best_the_last_and_recent_checkpoints(pipeline: Pipel
     assert (tmp_path / "checkpoints/steps/last.ckpt").readlink() == Path("step_0000015.ckpt")
 
 
-def test_the_same_files_as_with_the_options_written_out(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_writes_the_same_files_as_lightnings_callback_with_explicit_options(pipeline: Pipeline, tmp_path: Path) -> None:
     run(pipeline, tmp_path / "ours", ours())
     run(pipeline, tmp_path / "lightnings", lightnings(tmp_path / "lightnings"))
     assert files(tmp_path / "ours") == files(tmp_path / "lightnings") != set()

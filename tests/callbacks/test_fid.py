@@ -318,7 +318,7 @@ def test_validate_always_measures(pipeline: Pipeline, reference: Path, tmp_path:
         (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
     ],
 )
-def test_rejects_what_cannot_be_measured_before_training(
+def test_rejects_impossible_measurements_before_training(
     make: Any, phrase: str, pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=phrase):
@@ -346,7 +346,7 @@ def test_rejects_an_extractor_for_another_size_before_training(pipeline: Pipelin
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_resumed_with_another_reference_logs_its_name(
+def test_a_run_resumed_with_another_reference_logs_the_new_name(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor, spy = FIDMonitor(reference, Everything(), count=11, every_n_validations=9), Spy()

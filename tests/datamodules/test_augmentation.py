@@ -76,7 +76,7 @@ def test_without_an_epoch_there_is_no_augmentation(root: Path, options: dict[str
         assert torch.equal(images[number, NO_EPOCH]["images"], plain(root))
 
 
-def test_without_options_no_epoch_changes_anything(root: Path) -> None:
+def test_without_augmentation_options_all_epochs_have_the_same_images(root: Path) -> None:
     images = dataset(root)
     assert variants([plain(root), *(images[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
 

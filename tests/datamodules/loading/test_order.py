@@ -127,7 +127,7 @@ def test_repeat_fills_up_with_the_first_examples_of_the_epoch(count: int, batch_
     [(*case, remainder) for case in CASES for remainder in ("keep", "repeat")]
     + [(*case, "drop") for case in CASES if case[0] >= case[1] * case[2]],
 )
-def test_rest_of_an_epoch_is_its_tail(
+def test_resumed_epoch_has_the_remaining_batches_of_the_whole_epoch(
     count: int, batch_size: int, world_size: int, remainder: Literal["keep", "drop", "repeat"]
 ) -> None:
     whole = ranks(count, batch_size, world_size, remainder)
