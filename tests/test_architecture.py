@@ -106,7 +106,7 @@ def is_module(name: str) -> bool:
 
 
 def imported_modules(source: str) -> Iterator[str]:
-    """Every module that a source imports, wherever in it; ``from a import b`` is a.b if that is a module of ours."""
+    """All modules that a source imports, at any level; ``from a import b`` is a.b if this is a module of ours."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""Waiting threads yield their core, and there are no more of them than a container's cores."""
+"""Waiting threads yield their core, and there are no more threads than cores in a container."""
 
 import os
 import subprocess

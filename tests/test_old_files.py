@@ -12,13 +12,13 @@ from tests.before import EXPECTED, FACTS, ROOT, rows, saved, unpack
 
 @pytest.fixture(autouse=True)
 def old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in a folder of its own with a copy of the files."""
+    """Work in a temporary folder with a copy of the files."""
     unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
 def assert_same(found: Any, expected: Any, where: str) -> None:
-    """Equal primitives in equal containers; numbers that are no integers up to rounding."""
+    """Assert that primitives in containers are equal; floats only up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():

@@ -20,7 +20,7 @@ def ours() -> list[pl.Callback]:
 
 
 def lightnings(folder: Path) -> list[pl.Callback]:
-    """The callbacks that configurations wrote out in full before."""
+    """Lightning's callbacks with the options that configurations used before."""
     named: dict[str, Any] = {"filename": "step_{step:07d}", "auto_insert_metric_name": False}
     best = {**named, "filename": "best_{step:07d}", "monitor": "val/loss", "save_on_train_epoch_end": True}
     steps = {**named, "monitor": "step", "mode": "max", "save_top_k": 2, "save_last": "link", "every_n_train_steps": 3}

@@ -1,4 +1,4 @@
-"""FIDMonitor measures the images of classes and reconstructions, while a model trains and in ``test``."""
+"""FIDMonitor measures images generated from classes and reconstructions, during training and in ``test``."""
 
 import json
 from pathlib import Path
@@ -249,7 +249,7 @@ test_arguments.__test__ = False  # type: ignore[attr-defined]
 
 @pytest.fixture(scope="module")
 def report(pipeline: Pipeline, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of ``test`` on one process, by the command line."""
+    """The report of the command ``test`` with one process."""
     folder = tmp_path_factory.mktemp("evaluation")
     main.main(test_arguments(pipeline, folder, reference))
     return folder / "report"

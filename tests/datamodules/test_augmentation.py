@@ -113,7 +113,7 @@ def test_image_is_a_function_of_seed_epoch_and_example(root: Path) -> None:
     first, again, other = views(1), views(1), views(2)
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
     assert len({torch.stack(epoch).numpy().tobytes() for epoch in [*first, *other]}) == 6
-    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all examples of an epoch
+    assert all(variants(epoch) > 3 for epoch in first)  # not the same random numbers for all examples of an epoch
     assert all(variants(example) > 1 for example in list(zip(*first, strict=True))[:4])
 
 

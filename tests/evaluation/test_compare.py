@@ -1,4 +1,4 @@
-"""``python -m evaluation`` compares two sets of images without a model; errors are one line."""
+"""``python -m evaluation`` compares two datasets of images without a model; errors are one line."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""What all image metrics share: order, batches, ranks, copies, states, references and errors."""
+"""Properties of all image metrics: order, batches, ranks, copies, states, references and errors."""
 
 import copy
 import io
@@ -108,7 +108,7 @@ def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
         metric = make(name)
         for images, real in sides:
             show(metric, images[rank::2], real, batch_size=4)
-        cases["in turn"] = result(metric)
+        cases["alternating"] = result(metric)
 
         metric.reset()
         for images, real in sides:

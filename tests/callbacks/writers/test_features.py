@@ -85,7 +85,7 @@ class InterruptedRunError(Exception):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Let the encoder fail after a number of batches, until the patch is undone."""
+    """Make the encoder fail after a number of batches, until the patch is undone."""
     predict_step = CaptionModule.predict_step
     with monkeypatch.context() as patch:
 
