@@ -114,7 +114,7 @@ def test_rejects_several_best_checkpoints_if_not_every_validation_measures(refer
         trainer: Any = SimpleNamespace(callbacks=[ModelCheckpoint(**options)])
         FIDMonitor(reference, Everything(), every_n_validations=every)._check_checkpoints(trainer)
 
-    with pytest.raises(ValueError, match=f"the best 3 by {GFID}, .* at every 2. validation.*set save_top_k to 1"):
+    with pytest.raises(ValueError, match=f"the best 3 by {GFID}, .* once in 2 validations.*set save_top_k to 1"):
         check(2, monitor=GFID, save_top_k=3)
     check(1, monitor=GFID, save_top_k=3)
     check(2, monitor=GFID, save_top_k=1)

@@ -54,7 +54,9 @@ def test_prompts_become_the_left_padded_features_of_the_encoder(t5: Path) -> Non
 
 def test_warns_of_truncation_once_and_only_on_the_first_rank(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     condition = text_condition(t5)
-    with pytest.warns(UserWarning, match="1 of 2 captions have more than 8 tokens and were cut, first 'a red house"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 captions have more than 8 tokens and were truncated, first 'a red house"
+    ):
         condition.encode(PROMPTS, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -340,7 +340,9 @@ def test_truncated_captions_are_counted_over_all_runs_and_reported_once(
     with pytest.raises(InterruptedRunError):
         extract(module, source, tmp_path)
     patch.undo()
-    with pytest.warns(UserWarning, match=f"^{expected} captions have more tokens than caption_length {LENGTH};"):
+    with pytest.warns(
+        UserWarning, match=f"^{expected} captions have more tokens than caption_length {LENGTH} and were truncated"
+    ):
         extract(module, source, tmp_path)
     assert read_meta(tmp_path, "")["features"]["truncated"] == expected
     assert 0 < expected < len(texts)
