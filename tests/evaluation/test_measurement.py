@@ -144,7 +144,7 @@ def test_no_warning_if_everything_is_measured(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_few_images_give_some_of_the_results(count: int, reference: Reference) -> None:
+def test_few_images_give_only_some_results(count: int, reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     with pytest.warns(UserWarning, match="not measured") as warned:
         found = measured(measurement, random_images(count, 1))

@@ -85,7 +85,7 @@ def test_the_condition_of_a_batch_comes_from_features_or_captions(t5: Path) -> N
 
 
 def test_llamagen_text_does_not_import_lightning(t5: Path) -> None:
-    """Also not for a warning: Lightning's raises an error in a process that Lightning did not start."""
+    """Not even for a warning: Lightning's warning raises an error in a process that Lightning did not start."""
     script = (
         "import sys, torch\n"
         "from llamagen.models.gpt_config import GPTConfig\n"
