@@ -36,7 +36,7 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 
 install: $(BIN)/.installed ## create the virtual environment and install the project
 
-install-dev: $(BIN)/.installed-dev ## the same, with the tools for tests, lint and types
+install-dev: $(BIN)/.installed-dev ## install, with the tools for tests, lint and types
 
 quickstart: install ## train both models on handwritten digits and sample new ones; minutes on a CPU
 	rm -rf $(RUN)
@@ -73,7 +73,7 @@ lint: install-dev ## check format and rules with ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: install-dev ## let ruff fix what it can
+format: install-dev ## format the code and fix lint errors with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

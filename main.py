@@ -10,14 +10,14 @@ def main(args: list[str] | None = None) -> Any:
     """Run a stage.
 
     Args:
-        args: arguments; those of the command line if None.
+        args: arguments; None for those of the command line.
 
     Returns:
         The :class:`~command_line.LlamaGenCLI`, with trainer, model and data.
     """
     share_cores()
-    # footgun: import it only now. OpenMP reads its settings when torch is imported, and spawned worker processes import
-    # this file without needing Lightning.
+    # footgun: import command_line only now. OpenMP reads its settings when torch is imported, and spawned worker
+    # processes import this file but do not need Lightning.
     from command_line import run_stage
 
     return run_stage(args)

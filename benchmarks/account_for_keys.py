@@ -1,4 +1,4 @@
-"""Follow each image of a folder into the batches of the autoregressive model: only broken ones may get lost.
+"""Follow each image of a folder into the batches of the autoregressive model: only broken images may get lost.
 
     python -m benchmarks.account_for_keys FOLDER [--broken 5]
 

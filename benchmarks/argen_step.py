@@ -2,10 +2,10 @@
 
     python -m benchmarks.argen_step --size B --batch-size 4 [--compile] [--device cuda]
 
-The step is that of ``ARGenModule`` in Lightning's Trainer: the paper's recipe, clipping, AdamW, EMA. After each of them
-a step of ``benchmarks/plain_gpt.py`` (eager, all logits, unfused optimizer) is timed in the same process. The last
-steps are profiled by kind of operator, and compared with the time of their matrix products alone at this machine's
-best rate. Memory is measured in separate processes. Prints tables, then one line of JSON.
+Times steps of ``ARGenModule`` in Lightning's Trainer (the paper's recipe, clipping, AdamW, EMA). After each of them it
+times a step of ``benchmarks/plain_gpt.py`` (eager, all logits, unfused optimizer) in the same process. The last steps
+are profiled by kind of operator, and compared with the time of their matrix products alone at this machine's best rate.
+Memory is measured in separate processes. Prints tables, then one line of JSON.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def peak_memory(options: argparse.Namespace, module: ARGenModule) -> float:
 
 
 def product_limit(options: argparse.Namespace, module: ARGenModule) -> dict[str, float]:
-    """Operations of the matrix products of a step, the machine's best rate, and the seconds that follow."""
+    """Operations of the matrix products of a step, the machine's best rate, and the resulting minimum in seconds."""
     gpt, batch = module.gpt.to(options.device), batch_of(options)
     with FlopCounterMode(display=False) as counter, autocast_of(options.device, options.precision):
         gpt(batch["codes"][:, :-1].to(options.device), batch["condition"].to(options.device)).float().mean().backward()

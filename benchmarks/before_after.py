@@ -3,9 +3,9 @@
     python -m benchmarks.before_after BEFORE AFTER [--rounds 3] [--out benchmarks/results/before_after.json]
 
 Each round starts a process with the code of BEFORE, then one with the code of AFTER, both with this interpreter. Each
-process runs all parts of ``benchmarks/before_after_parts.py`` of this checkout. The ratio of a part is the median over
-the rounds of after / before, each of the medians of its repetitions: above 1 is slower. About a minute a process on
-two cores. Prints a table and writes the record.
+process runs all parts of ``benchmarks/before_after_parts.py`` of this checkout, in about a minute on two cores. In each
+round the median time of a part after is divided by the median time before. The ratio of a part is the median over the
+rounds; above 1, AFTER is slower. Prints a table and writes the record.
 """
 
 import argparse

@@ -27,7 +27,7 @@ BATCH = 4
 
 
 def timed(run: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:
-    """Seconds of each repetition after some that are not counted."""
+    """Seconds of each repetition. Warm-up repetitions are not counted."""
     times = []
     for _ in range(warm_up + repeats):
         start = time.perf_counter()
@@ -53,7 +53,7 @@ class StepTimes(pl.Callback):
 
 
 def train(module: pl.LightningModule, batch: dict[str, torch.Tensor], steps: int, warm_up: int = 3) -> list[float]:
-    """Seconds of the steps of a training with EMA and clipping in bfloat16, after some that are not counted."""
+    """Seconds of each training step with EMA and clipping in bfloat16. Warm-up steps are not counted."""
     watch, batches = StepTimes(), [batch] * (warm_up + steps)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -71,7 +71,7 @@ def train(module: pl.LightningModule, batch: dict[str, torch.Tensor], steps: int
 
 
 def sample(compiled: bool, codes: int, repeats: int) -> list[float]:
-    """Seconds in which GPT-B with random weights generates the codes of a guided batch."""
+    """Seconds that GPT-B with random weights takes to generate the codes of a guided batch."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(dim=768, n_layer=12, n_head=12, block_size=codes)).to(torch.bfloat16).eval()
     sampler, config = Sampler(gpt, BATCH, compiled=compiled), SamplingConfig(guidance_scale=4.0, top_k=2000)

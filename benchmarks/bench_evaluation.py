@@ -1,8 +1,8 @@
 """Cost of evaluation: the extractor, FID's matrix root, and all metrics of 50,000 images of 256 × 256 pixels.
 
-Prints tables, then one JSON line. The extractor has random weights, which take as long as trained ones. For the 50,000
-images (9.8 GB, written to a temporary folder first) a stub replaces Inception, with features of the same widths at no
-cost, so that the time of reading and of the metrics shows.
+Prints tables, then one JSON line. The extractor has random weights, which are as fast as trained ones. The 50,000
+images (9.8 GB) are first written to a temporary folder. For them a stub without cost replaces Inception, with features
+of the same widths, to measure only reading and metrics.
 
     python -m benchmarks.bench_evaluation --json benchmarks/results/evaluation_cpu.json
 """
@@ -53,7 +53,7 @@ def peak() -> float:
 
 
 def time_extractor(device: str, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Images a second of Inception's network, from 256 × 256 pixels and including the resizing."""
+    """Images per second of Inception's network, from 256 × 256 pixels and including the resizing."""
     network = InceptionNet().to(device)
     images = torch.randint(0, 256, (batch_size, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     seconds = []

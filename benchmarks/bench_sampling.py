@@ -1,12 +1,12 @@
-"""Codes a second of sampling, compared with the Llama of transformers and with the limit that the memory sets.
+"""Codes per second of sampling, compared with the Llama of transformers and with the limit of the memory bandwidth.
 
     python -m benchmarks.bench_sampling --device cpu --dtypes fp32 bf16 --sizes B L --batches 1 4 16 64 --codes 256 576
     python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sizes B L XL XXL 3B --batches 1 4 16 64
 
-For each size, dtype and batch, in one process and in alternation: (a) the eager engine, (b) the compiled engine,
+For each size, dtype and batch, these run in alternation in one process: (a) the eager engine, (b) the compiled engine,
 (c) ``generate`` of a transformers Llama of the same shape, with guidance by a logits processor and both branches in one
-batch, so that it reads its weights once a step as ours does, (d) the same with its own ``guidance_scale``, which runs
-the branches one after the other. All use a guidance scale of 4.0 and top-k 2000. Medians and quartiles over repeats.
+batch, so that it reads its weights once per step like ours, (d) the same Llama with its own ``guidance_scale``, which
+runs the branches one after the other. All use a guidance scale of 4.0 and top-k 2000. Prints medians and quartiles.
 
 The memory limit is the number of bytes that the steps must read (all weights but the embeddings, and the filled part
 of the cache) divided by the bandwidth of a copy, which is measured in the same run. Prints tables, then a line of JSON,
@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
         "--first", action="store_true", help="also measure the time to the first image in a new process"
     )
     parser.add_argument(
-        "--ranks", nargs="*", type=int, default=[], help="also measure images a second with these numbers of processes"
+        "--ranks", nargs="*", type=int, default=[], help="also measure images/s with these numbers of processes"
     )
     parser.add_argument("--out", type=Path, help="path of the JSON file and the plot, without extension")
     return parser.parse_args()
@@ -80,7 +80,7 @@ def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | 
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a large copy reads and writes: the median of nine copies."""
+    """Bytes per second that a large copy reads and writes: the median of nine copies."""
     source = torch.randn(2**28, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(9):
@@ -111,7 +111,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """The functions to time by name, and the seconds that each took to prepare."""
+    """The functions to time, by name, and the seconds of preparation for each."""
     labels = torch.arange(batch, device=options.device) % 1000
     makers: dict[str, Callable[[], Callable[[], Any]]] = {}
 

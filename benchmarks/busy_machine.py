@@ -1,12 +1,12 @@
-"""Cost of another program on a core for training steps and ``make quickstart``, by how OpenMP threads wait.
+"""How much another program on one core slows down training steps and ``make quickstart``.
 
     python -m benchmarks.busy_machine [--steps_only]
 
 The other program is an endless loop, pinned to one core. The quickstart's autoregressive model trains for 15 seconds
-with each of three settings: threads wait as in this project's commands (``llamagen.cores.WAIT_SETTINGS``), sleep at
-once, or wait by OpenMP's default. ``make quickstart`` runs in a clone of this folder with this environment, without
-installing; without the loop also with OpenMP's default. Prints tables and writes
-``benchmarks/results/busy_machine.json``.
+with each of three settings for waiting OpenMP threads: as in this project's commands
+(``llamagen.cores.WAIT_SETTINGS``), sleeping immediately, and OpenMP's default. ``make quickstart`` runs in a clone of
+this folder with this environment, without installing: with and without the loop, and without the loop also with
+OpenMP's default. Prints tables and writes ``benchmarks/results/busy_machine.json``.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> None:
         for busy in (False, True):
             name = f"{policy}, {'next to a loop' if busy else 'alone'}"
             record["step_seconds"][name] = found = steps(settings, busy)
-            print(f"{name:>32} | {1000 * found['median']:8.1f} ms a step ({found['q1']:.4f} … {found['q3']:.4f} s)")
+            print(f"{name:>32} | {1000 * found['median']:8.1f} ms per step ({found['q1']:.4f} … {found['q3']:.4f} s)")
     if not options.steps_only:
         record["quickstart_seconds"] = {
             "alone": quickstart({}, busy=False),

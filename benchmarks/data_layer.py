@@ -1,12 +1,12 @@
-"""Images and codes a second on one core: this data layer compared with plain ones.
+"""Images and codes per second on one core: this data layer compared with plain ones.
 
     python -m benchmarks.data_layer FOLDER [--image-size 256] [--rounds 7]
 
-FOLDER holds class folders of images. All parts run on one core, in alternation, in one process: decoding alone,
-cropping alone, and complete pipelines from files to batches of float32 in [-1, 1]: Pillow with ADM's centre crop, the
-same in a torch DataLoader over the folder, and this layer from the folder and from shards. For codes: this layer from
-shards, compared with a DataLoader over one ``.npy`` file per image, as LlamaGen's published code stores them. Prints
-tables, then one line of JSON.
+FOLDER holds class folders of images. All parts run in alternation on one core, in one process: decoding alone, cropping
+alone, and complete pipelines from files to batches of float32 in [-1, 1]. The pipelines are Pillow with ADM's centre
+crop, the same in a torch DataLoader over the folder, and this layer from the folder and from shards. For codes, this
+layer reads shards, and is compared with a DataLoader over one ``.npy`` file per image, the format of LlamaGen's
+published code. Prints tables, then one line of JSON.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def count_images(loader: Any) -> int:
 
 
 def measure(parts: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, float]]:
-    """Items a second of each part; the parts run in alternation."""
+    """Items per second of each part; the parts run in alternation."""
     rates: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(rounds + 1):
         for name, part in parts.items():

@@ -31,7 +31,7 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def measure(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Share of images recognised as their label: by class, over all images, and for real digits in cross-validation."""
+    """Share of images recognised as their label: per class, over all images, and of real digits in cross-validation."""
     digits = load_digits()
     classifier = SVC(gamma=0.001, C=10)
     real = cross_val_score(classifier, digits.data, digits.target, cv=5).mean()

@@ -1,4 +1,4 @@
-"""How int8 weights change the logits and the loss of a trained GPT on validation codes, compared with bfloat16.
+"""Effect of int8 weights on the logits and the loss of a trained GPT on validation codes, compared with bfloat16.
 
     python -m benchmarks.int8_logits runs/quickstart/argen/checkpoints/last.ckpt runs/quickstart/codes
 

@@ -11,8 +11,9 @@ resumes the run with ``--ckpt_path last``. The benchmark checks that
 - a full disk ends a run with one line and exit code 1,
 - weights and optimizer state at the end equal those of an uninterrupted run, bit for bit.
 
-For root, the run's folder is a small file system in memory, which is resized to fill it. For other users it is in
-``FOLDER``, which should not be on the file system of temporary files, and the size of files is limited instead.
+If the user is root, the run's folder is a small file system in memory, which is resized to fill it. For other users the
+run's folder is in ``FOLDER``, which should not be on the file system of temporary files, and the size of files is
+limited instead.
 """
 
 import argparse

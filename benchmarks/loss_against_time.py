@@ -2,8 +2,8 @@
 
     python -m benchmarks.loss_against_time RUN … OUT
 
-RUN is a folder with a ``metrics.csv`` that the ``Throughput`` callback logged to, OUT a PNG file. A validation loss is
-plotted at the time of the training step before it.
+RUN is a folder with the ``metrics.csv`` of a run with the ``Throughput`` callback, OUT a PNG file. A validation loss is
+plotted at the time of the last training step before it.
 """
 
 import csv

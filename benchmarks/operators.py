@@ -55,7 +55,7 @@ def convolution_flops(step: Callable[[], None]) -> float:
 
 
 def fastest_convolution(device: str, dtype: torch.dtype, repeats: int = 20) -> float:
-    """Operations a second of a 3 × 3 convolution of a favourable shape: 256 channels, 64 px, ``channels_last``."""
+    """Operations per second of a 3 × 3 convolution of a favourable shape: 256 channels, 64 px, ``channels_last``."""
     batch, channels, side = 4, 256, 64
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)

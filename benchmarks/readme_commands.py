@@ -1,11 +1,11 @@
-"""Run every command of README.md in a scratch copy of the project, so that they stay true.
+"""Run every command of README.md in a scratch copy of the project, to check that all of them work.
 
     python -m benchmarks.readme_commands [--out FILE.json] [--keep FOLDER] [--only REGEX]
 
-Commands run in order, as they are written, and use the files that earlier ones wrote. Data and weights that are not in
-the repository are replaced by small stand-ins of the same names (``readme_stand_ins.py``). ``EXTRA`` lists the options
-that are appended because a command would otherwise need GPUs, days or a download. A command of an unknown kind is an
-error. Prints a table, then one JSON line.
+Commands run in order, as written, and use the files of earlier commands. Small stand-ins of the same names replace data
+and weights that are not in the repository (``readme_stand_ins.py``). ``EXTRA`` lists the options that are appended to
+commands that would otherwise need GPUs, days or a download. A command of an unknown kind is an error. Prints a table,
+then one JSON line.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def where_it_runs(command: Command) -> str:
 
 
 def extra_options(command: Command) -> list[Extra]:
-    """What is appended to a command, in order."""
+    """Options that are appended to a command, in order."""
     if command.language == "python":
         return []
     text = command.text
@@ -203,7 +203,7 @@ def arguments(command: Command) -> list[str]:
 
 
 def copy_project(folder: Path) -> None:
-    """Copy all files that git tracks or would track."""
+    """Copy all files that git does not ignore."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     output = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, output.split("\0")):

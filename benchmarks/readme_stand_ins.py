@@ -49,7 +49,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def make_stand_ins(folder: Path) -> None:
-    """Write all stand-ins that a folder lacks."""
+    """Write all stand-ins that are missing in a folder."""
     if not (folder / "data/mine").exists():
         save_images(folder / "data/mine", per_class=3, side=300)
     if not (folder / "data/imagenet").exists():

@@ -1,16 +1,16 @@
 """The effect of ``rope_condition`` on a model that must read its captions: ``zero`` compared with ``identity``.
 
 The images are scikit-learn's 8 × 8 digits as 4 × 4 codes (k-means over their 2 × 2 patches). A caption names several
-digits and means one: "not a five and a three". The words next to a digit decide whether it is meant, so the same words
-in another order describe another image. The features come from a small T5 with random weights, or ("word by word")
-from the same T5 run on one word at a time, so that a feature contains nothing of its neighbours. Two GPTs differ in
-``rope_condition`` alone: for a seed, initial weights, order of the data and captions are the same.
+digits and means one of them: "not a five and a three". The words next to a digit decide whether it is meant, so the
+same words in another order describe another image. The features come from a small T5 with random weights. In the cases
+"word by word" the T5 encodes each word separately, so the features of a word contain nothing about its neighbours. Two
+GPTs differ only in ``rope_condition``: with the same seed, they have the same initial weights, data order and captions.
 
     python -m benchmarks.rope_condition --out benchmarks/results
 
 Prints a table, then one JSON line. A support vector machine, trained on the real training images, classifies the images
 generated for validation captions. ``wrong caption costs`` is the increase of the validation cross entropy when the
-meant digit of each caption is exchanged with another one.
+meant digit of each caption is swapped with another digit of the caption.
 """
 
 import argparse
@@ -55,7 +55,7 @@ CAPTIONS_OF_A_DIGIT = 300
 
 
 class Case(NamedTuple):
-    """A kind of captions: how many digits they name, and whether each word is encoded by itself."""
+    """A kind of captions: how many digits they name, and whether each word is encoded separately."""
 
     named: int
     word_by_word: bool = False
@@ -104,14 +104,14 @@ def make_images() -> Images:
 
 
 def write_caption(digits: Sequence[int], place: int) -> str:
-    """A caption that means the first of the digits and names it at a place among the others."""
+    """A caption that means the first of the digits. ``place`` is its place among the others."""
     phrases = [f"not a {DIGITS[digit]}" for digit in digits[1:]]
     phrases.insert(place, f"a {DIGITS[digits[0]]}")
     return " and ".join(phrases)
 
 
 def random_captions(encoder: CaptionEncoder, case: Case, meant: Sequence[int], seed: int) -> tuple[Captions, Captions]:
-    """A random caption for each digit, and the same caption with the meant and the next digit exchanged."""
+    """A random caption for each digit, and the same caption with the meant and the next digit swapped."""
     source = random.Random(seed)
     digits = [[digit, *source.sample([x for x in range(10) if x != digit], case.named - 1)] for digit in meant]
     places = [source.randrange(case.named) for _ in meant]
@@ -202,7 +202,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
-    """For each case the cross entropies of all seeds (above), and what the generated images show (below)."""
+    """For each case, plot the cross entropies of all seeds (above) and the digits in the generated images (below)."""
     figure = Figure(figsize=(3.2 * len(runs), 5.6), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
     for column, (case, sides) in enumerate(runs.items()):

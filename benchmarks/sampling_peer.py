@@ -1,4 +1,4 @@
-"""A Llama of transformers in the shape of a GPT, which generates as many codes."""
+"""A Llama of transformers with the shape of a GPT, which generates the same number of codes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from llamagen.sampling import SamplingConfig
 
 
 class Peer:
-    """A Llama with random weights, as many as the GPT's and of its dtype; it starts from a token instead of a class.
+    """A Llama with random weights, with the GPT's shape and dtype. It starts from a token instead of a class.
 
     Args:
         gpt: the model with the shape to copy.

@@ -15,7 +15,7 @@ NAMES = {
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Plot codes a second of each side, the share of the memory limit, and time against position.
+    """Plot codes per second of each side, the share of the memory limit, and time against position.
 
     Args:
         result: the record of the benchmark.
@@ -35,7 +35,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         values = [case[name] for case in cases if name in case]
         speed.bar(places, [v["codes_s"] for v in values], 0.8 / len(shown), label=NAMES[name], align="edge")
         share.bar(places, [100 * v["of_limit"] for v in values], 0.8 / len(shown), align="edge")
-    for axis, title in ((speed, "codes a second"), (share, "% of the memory limit")):
+    for axis, title in ((speed, "codes per second"), (share, "% of the memory limit")):
         axis.set_xticks(range(len(cases)), labels, fontsize=7)
         axis.set_ylabel(title)
         axis.grid(axis="y", alpha=0.3)
@@ -46,7 +46,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         name = f"{curve['size']} {curve['dtype']}, batch {curve['batch']}"
         time.plot(*zip(*curve["position_ms"], strict=True), marker="o", label=name)
     time.set_xlabel("position")
-    time.set_ylabel("ms a step, compiled")
+    time.set_ylabel("ms per step, compiled")
     time.set_ylim(bottom=0)
     time.grid(alpha=0.3)
     time.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,4 +1,4 @@
-"""Time to the first image in a new process, and images a second of several processes."""
+"""Time to the first image in a new process, and images per second of several processes."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def _rank(rank: int, threads: int, gpt: GPT, batch: int, config: SamplingConfig,
 
 
 def images_a_second(gpt: GPT, ranks: int, images: int, config: SamplingConfig) -> float:
-    """Images a second whose codes several processes generate; they share the processor's threads equally."""
+    """Images per second whose codes several processes generate. They share the processor's threads equally."""
     context = mp.get_context("spawn")
     start, ends = context.Barrier(ranks), context.Queue()
     threads, batch = max(torch.get_num_threads() // ranks, 1), images // ranks

@@ -1,9 +1,8 @@
 """Text to image from end to end on a CPU, without a network: captions of handwritten digits to new digits.
 
-A small T5 encoder with random weights and a tokenizer of a few words replaces FLAN-T5-XL. All else is the usual
-pipeline, run by its commands: tokenizer, codes, features of captions, training, images of prompts. A support vector
-machine trained on real digits measures how many images show the digit that their prompt names. Prints a table, then one
-JSON line.
+A small T5 encoder with random weights and a tokenizer of a few words replaces FLAN-T5-XL. The stages run with the usual
+commands: tokenizer, codes, features of captions, training, images from prompts. A support vector machine trained on
+real digits measures how many images show the digit that their prompt names. Prints a table, then one JSON line.
 
     python -m benchmarks.text_to_digits runs/text_digits
 """

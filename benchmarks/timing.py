@@ -1,4 +1,4 @@
-"""What all benchmarks share: waiting for the GPU, summaries of times, and the name of the machine."""
+"""Functions of all benchmarks: waiting for the GPU, summaries of times, and the name of the machine."""
 
 import platform
 import statistics

@@ -2,10 +2,10 @@
 
     python -m benchmarks.tokenizer_step --image-size 128 --batch-size 4 [--compile] [--device cuda]
 
-The step is that of ``VQGANModule`` in Lightning's Trainer: VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW,
-EMA. After each of them a step of ``benchmarks/plain_tokenizer.py`` is timed in the same process. LPIPS has random
-weights, which do not change its cost. The last steps are profiled by kind of operator, and compared with the time of
-their convolutions alone at this machine's best rate. Prints tables, then one line of JSON.
+Times steps of ``VQGANModule`` in Lightning's Trainer (VQ-16, L2 + LPIPS + PatchGAN + quantiser, clipping, AdamW, EMA).
+After each of them it times a step of ``benchmarks/plain_tokenizer.py`` in the same process. LPIPS has random weights,
+which do not change its cost. The last steps are profiled by kind of operator, and compared with the time of their
+convolutions alone at this machine's best rate. Prints tables, then one line of JSON.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def parts_of(step: VQGANModule | PlainStep, images: Tensor, latent: Tensor) -> d
 
 
 def time_parts(options: argparse.Namespace, module: VQGANModule, plain: PlainStep) -> dict[str, dict[str, Any]]:
-    """Time each part of both steps by itself, with a gradient to its input."""
+    """Time each part of both steps separately, with a gradient to its input."""
     steps, grid = max(3, options.steps // 2), options.image_size // 16
     autocast = partial(autocast_of, options.device, options.precision)
     images = random_images(options).to(options.device)
@@ -201,7 +201,7 @@ def peak_memory(options: argparse.Namespace, module: VQGANModule) -> float:
 
 
 def convolution_limit(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Operations of the convolutions of a step, the machine's best rate, and the seconds that follow."""
+    """Operations of the convolutions of a step, the machine's best rate, and the resulting minimum in seconds."""
     flops = convolution_flops(plain_step(options, build(options, folder)))
     rate = fastest_convolution(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     return {"tflop": round(flops / 1e12, 3), "tflop_a_second": round(rate / 1e12, 3), "seconds": round(flops / rate, 3)}

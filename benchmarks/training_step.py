@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: the Trainer, the stopwatch, and the memory of a process."""
+"""Parts of the benchmarks of training steps: the Trainer, the stopwatch, and the memory of a process."""
 
 import statistics
 import subprocess
@@ -47,11 +47,11 @@ def train(
 
 
 class Stopwatch(pl.Callback, ABC):
-    """Time each step of the Trainer and, right after it, a plain step; the last steps are profiled instead.
+    """Time each step of the Trainer and, right after it, a plain step. The last steps are profiled instead of timed.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        steps: steps that the Trainer does.
+        steps: number of steps of the Trainer.
         sides: ``ours`` alone, or both.
 
     Attributes:
@@ -118,12 +118,12 @@ def resident(field: str) -> float:
 
 
 def peak_since(before: float, device: str) -> float:
-    """Peak memory in GiB: of the GPU's allocator, or of the process less what it had before."""
+    """Peak memory in GiB: of the GPU's allocator, or of the process minus its memory before."""
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident("VmHWM") - before
 
 
 def memory_in_own_process(benchmark: str, side: str) -> float:
-    """Peak memory in GiB that a benchmark prints, called again with the same options for one side."""
+    """Peak memory in GiB of one side, measured by the same benchmark with the same options in a new process."""
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", *sys.argv[1:], "--memory-of", side]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.strip().splitlines()[-1])

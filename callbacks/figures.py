@@ -21,8 +21,8 @@ def new_figure(width: float, height: float) -> Any:
     It is made without pyplot, which has global state and may open windows.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -35,7 +35,7 @@ def publish(trainer: pl.Trainer, image: Image.Image, name: str) -> None:
     Args:
         trainer: its ``default_root_dir`` is the run's folder.
         image: the grid or figure.
-        name: what it shows, for example ``"samples"``.
+        name: name of the image's content and folder, for example ``"samples"``.
     """
     step = batches_seen(trainer)
     save_png(image, Path(trainer.default_root_dir) / name / f"step_{step:07d}.png")

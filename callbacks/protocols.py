@@ -203,7 +203,7 @@ class ImageRequests(Protocol):
     labels: np.ndarray
     """Label of each image, (N,) int64, including images that exist already."""
     prompts: list[str] | None
-    """Prompts by label; None where labels are classes."""
+    """Prompts by label; None if labels are classes."""
     batch_size: int
 
     @property
@@ -293,10 +293,10 @@ def require(protocol: type[T], instance: object, who: object, remedy: str = "") 
         protocol: one of this file; the first line of its docstring is part of the message.
         instance: a module or DataModule.
         who: the callback that needs it, or its name.
-        remedy: what to do; by default to remove the callback, or to use other data.
+        remedy: remedy in the message; by default removing the callback, or using other data.
 
     Raises:
-        ValueError: in one line, with the class of the instance and what it lacks.
+        ValueError: in one line with the missing members, if it does not.
     """
     missing = missing_members(protocol, instance)
     if not missing:

@@ -19,7 +19,7 @@ class StopOnSignal(pl.Callback):
     on a second signal. A validation within ``fit`` is finished first.
 
     Lightning itself would end the run with exit code 0 and without a checkpoint. Its handler also waits for the other
-    ranks, at any point of a step, where they may never answer.
+    ranks. If the signal interrupts a step, they may never answer.
 
     Args:
         signals: names of the signals.

@@ -31,7 +31,7 @@ from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
 
 DATA_MODULES = tuple(getattr(datamodules, name) for name in datamodules.__all__)
-"""Imported so that the command line finds them by their short names."""
+"""DataModules, imported so that the command line finds them by their short names."""
 
 PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"
@@ -53,11 +53,11 @@ class LlamaGenCLI(LightningCLI):
         super().__init__(*args, **{**settings, **kwargs})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that rejects `max_epoch` for `max_epochs`, and resolves `${…}` after merging all files."""
+        """Build a parser that rejects abbreviations such as ``max_epoch`` and resolves ``${…}`` after merging files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let hyperparameters in the checkpoint override the configuration. Here they are only checked.
+        # Lightning would let hyperparameters in the checkpoint override the configuration. This only checks options.
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
@@ -88,11 +88,11 @@ class LlamaGenCLI(LightningCLI):
             self.parser.error(f"{name} is in no checkpoint; leave --ckpt_path out")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, model and data. Errors are reported in our words, without those of the parser around them."""
+        """Build trainer, model and data. Errors are reported without the text that the parser puts around them."""
         strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
         sharded = strategy == "sharded" or getattr(strategy, "class_path", None) == SHARDED
         try:
-            # A sharded model is allocated in configure_model, part by part.
+            # A sharded model is allocated in configure_model, one tensor at a time.
             with models_on_meta_device() if sharded else nullcontext():
                 super().instantiate_classes()
             if sharded and not isinstance(self.model, ARGenModule):
@@ -107,7 +107,7 @@ class LlamaGenCLI(LightningCLI):
             self.parser.error(str(reason))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that writes atomic checkpoints, reads sharded ones with any strategy, and has writable folders."""
+        """Build a trainer with atomic checkpoints, which reads sharded ones with any strategy; check its folders."""
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -137,16 +137,16 @@ class LlamaGenCLI(LightningCLI):
         """Exit with a signal's code if a signal ended the run, so that ``fit && predict`` stops.
 
         Raises:
-            SystemExit: with 143 after SIGTERM, 130 after SIGINT.
+            SystemExit: after a signal, with code 143 for SIGTERM and 130 for SIGINT.
         """
         if self.stopping.received is not None:
             raise SystemExit(128 + self.stopping.received)
 
 
 def _share_limited_cores(devices: Any) -> None:
-    """Divide the cores of a container's limit among the processes of this node.
+    """Divide the cores that a container allows among the processes of this node.
 
-    Lightning divides the cores of the machine, but does not know such a limit.
+    Lightning divides the cores of the machine, but does not know the limit of a container.
     """
     if isinstance(devices, int) and devices > 1 and (cores := usable_cores()) < available_cores():
         torch.set_num_threads(max(1, cores // devices))
@@ -168,7 +168,10 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     """Run a stage.
 
     Args:
-        args: arguments; those of the command line if None.
+        args: arguments; None for those of the command line.
+
+    Returns:
+        The command line, with trainer, model and data.
     """
     # predict and test leave out callbacks of training on purpose.
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")

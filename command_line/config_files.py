@@ -11,13 +11,13 @@ from llamagen.parser_errors import RENAMED_CLASSES, RENAMED_OPTIONS
 
 
 def check_config_files(args: list[str] | dict[str, Any]) -> None:
-    """Check that each ``--config`` is YAML with settings. The parser would name the line, but not the file.
+    """Check that each ``--config`` is YAML with settings. The parser's own error has the line, but not the file.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line with the file, if it is not.
     """
     words = [word for arg in args for word in arg.split("=", 1)] if isinstance(args, list) else []
     for option, name in pairwise(words):
@@ -32,11 +32,14 @@ def check_config_files(args: list[str] | dict[str, Any]) -> None:
 
 
 def with_current_names(content: str, path: str) -> str:
-    """The content of a configuration file with current names of options and classes; warns if some were older.
+    """Replace older names of options and classes in a configuration file by the current ones, with a warning.
 
     Args:
-        content: YAML.
-        path: of the file, for the warning.
+        content: content of the file, YAML.
+        path: path of the file, for the warning.
+
+    Returns:
+        The content with current names; unchanged if it has no older ones.
     """
     settings = yaml.safe_load(content)
     found: dict[str, str] = {}

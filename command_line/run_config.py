@@ -1,4 +1,4 @@
-"""The configuration that a run saves in its folder, and protection of folders that hold another run."""
+"""Saves the configuration of a run in its folder, and protects folders of other runs."""
 
 import os
 import re
@@ -21,16 +21,16 @@ RESUMING = ("last", "best", "hpc", "registry")
 class RunConfig(SaveConfigCallback):
     """Save the whole configuration of a stage in the run's folder, as ``fit.yaml``, ``predict.yaml`` and so on.
 
-    It is written after data, model and checkpoint were checked, so a run that cannot start leaves nothing behind. A new
-    run never overwrites another one. Paths in the run's folder are saved relative to ``${trainer.default_root_dir}``:
-    the saved file with another folder writes nothing into the first one.
+    It is written after data, model and checkpoint have been checked, so a run that cannot start leaves no files. A new
+    run never overwrites another one. Paths in the run's folder are saved relative to ``${trainer.default_root_dir}``,
+    so a new run with the saved file and another folder writes nothing into the old folder.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Protect the folder of another run.
 
         Raises:
-            ValueError: if ``fit`` would write into it.
+            ValueError: if ``fit`` would write into the folder of another run.
         """
         if stage != "fit":
             return
@@ -100,11 +100,11 @@ class RunConfig(SaveConfigCallback):
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
     """Replace output paths in the run's folder by paths relative to ``${trainer.default_root_dir}``.
 
-    Outputs are all paths under ``trainer``, such as those of callbacks and loggers, and elsewhere those that do not
-    exist yet. Others, such as a dataset in the run's folder, are inputs.
+    Outputs are all paths under ``trainer``, such as those of callbacks and loggers, and all other paths that do not
+    exist yet. The rest, such as a dataset in the run's folder, are inputs.
 
     Args:
-        settings: of the stage, with ``trainer.default_root_dir``.
+        settings: settings of the stage, with ``trainer.default_root_dir``.
     """
     root = settings.get("trainer", {}).get("default_root_dir")
     if not root or "://" in str(root):

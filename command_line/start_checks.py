@@ -18,13 +18,13 @@ OURS = ("callbacks", "command_line", "lightning", "lightning_modules")
 
 
 class StartChecks(pl.Callback):
-    """Stop a run at its start that would fail at its first checkpoint or at the end of its first epoch."""
+    """Check at the start what would otherwise fail at the first checkpoint or at the end of the first epoch."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check when other callbacks are set up.
+        """Check monitored metrics and disk space, after the other callbacks have been set up.
 
         Raises:
-            ValueError: in one line, with the option.
+            ValueError: in one line with the option, if a check fails.
         """
         if stage == "fit":
             check_monitors(trainer, pl_module)
@@ -35,10 +35,10 @@ def check_folders(trainer: pl.Trainer) -> None:
     """Check that the folders of run, checkpoints and logs can be created and written.
 
     Args:
-        trainer: before its loggers create their folders.
+        trainer: the trainer, before its loggers create their folders.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line with the folder, if one cannot.
     """
     for folder in _folders(trainer):
         check_output_folder(folder, "", "change its permissions, or set trainer.default_root_dir to another folder")
@@ -54,13 +54,14 @@ def _folders(trainer: pl.Trainer) -> Iterable[Path]:
 def check_monitors(trainer: Any, module: pl.LightningModule) -> None:
     """Check that the metrics that callbacks monitor are logged.
 
+    Nothing is checked if the module or a callback comes from another project, whose metrics are unknown.
+
     Args:
-        trainer: with its callbacks set up.
-        module: that is trained. The metrics of modules and callbacks of other projects are unknown, so with these
-            nothing is checked.
+        trainer: the trainer, after its callbacks have been set up.
+        module: the module that is trained.
 
     Raises:
-        ValueError: in one line, with similar names.
+        ValueError: in one line with similar names, if a metric is unknown.
     """
     parts = [module, *trainer.callbacks]
     if not hasattr(module, "metric_names") or any(
@@ -90,11 +91,11 @@ def check_space(trainer: Any, module: pl.LightningModule) -> None:
     """Check that there is room for one checkpoint.
 
     Args:
-        trainer: with its callbacks.
-        module: that is trained.
+        trainer: the trainer, with its callbacks.
+        module: the module that is trained.
 
     Raises:
-        ValueError: in one line, with the bytes needed.
+        ValueError: in one line with the bytes needed, if there is not.
     """
     averaged = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     needed = checkpoint_bytes(module, averaged)
@@ -116,7 +117,7 @@ def checkpoint_bytes(module: pl.LightningModule, averaged: bool) -> int:
     """Size of a checkpoint in bytes: weights, AdamW's two moments of trained weights, and averages, all in float32.
 
     Args:
-        module: that is trained.
+        module: the module that is trained.
         averaged: whether the generator's weights are averaged (EMA).
     """
     weights: int = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

@@ -51,8 +51,8 @@ class ShardDataModule(pl.LightningDataModule):
         seed: seed of the order of each training epoch and of random choices within an example.
         remainder: what to do with the examples of an epoch that do not fill a batch on every rank: ``keep`` them in
             smaller last batches, ``drop`` them, or ``repeat`` the first examples of the epoch to fill up.
-        resampled_epoch: None reads every training example once per epoch. A number samples shards with replacement,
-            without end, for datasets too large to download or shuffle completely; it is the number of examples in an
+        resampled_epoch: None reads every training example once per epoch. An integer samples shards endlessly with
+            replacement, for datasets too large to download or shuffle completely. It is the number of examples in an
             epoch.
         max_bad_share: maximum share of bad examples. Bad examples are skipped; more than this share is an error.
         cache_dir: folder for remote shards and for the indexes of shards; None for ``~/.cache/llamagen``.
@@ -110,7 +110,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.remainder, self.resampled_epoch, self.max_bad_share = remainder, resampled_epoch, max_bad_share
         self.allow_pipe, self.class_order = allow_pipe, class_order
         self.cache = ShardCache(cache_dir, allow_pipe, int(cache_gb * 1e9) if resampled_epoch else None)
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # in predict a rank may have nothing to do
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # in predict a rank may have no batches
         self.class_names: list[str] = []
         self.numbering: list[str] = []
         self.captioned = False
@@ -272,7 +272,7 @@ class ShardDataModule(pl.LightningDataModule):
         """Batches of the validation split, in order: rank r reads examples r, r + world_size, and so on.
 
         Raises:
-            ValueError: if a rank would get no example, and so no value for the mean.
+            ValueError: if a rank would get no example, and could not contribute to the mean.
         """
         count = len(self._indexes["val"])
         if count < self.world_size:
@@ -288,18 +288,18 @@ class ShardDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def plan_shards(self, split: str, samples_per_shard: int, done: Collection[int]) -> None:
-        """Let ``predict`` read a split shard by shard, each shard on one rank, without the finished ones.
+        """Make ``predict`` read a split shard by shard, each shard on one rank, without finished shards.
 
         Args:
             split: the split to read.
             samples_per_shard: examples per shard.
-            done: numbers of the shards to leave out.
+            done: numbers of the finished shards.
         """
         self._shards[split] = samples_per_shard, done
 
     def predict_dataloader(self) -> list[EvaluationLoader]:
-        """One loader per split of :attr:`predict_splits`. No batch holds examples of two shards of
-        :meth:`plan_shards`.
+        """One loader per split of :attr:`predict_splits`. After :meth:`plan_shards`, each batch holds examples of a
+        single shard.
         """
         loaders = []
         for split in self.predict_splits:
@@ -327,9 +327,9 @@ class ShardDataModule(pl.LightningDataModule):
         return hashlib.sha256(b"".join(columns)).hexdigest()
 
     def batches_done(self, state_dict: dict[str, Any]) -> tuple[int, int] | None:
-        """Batches of the saved epoch that are done, and all of its batches, counted for the current number of ranks.
+        """Number of finished batches and of all batches of the saved epoch, for the current number of ranks.
 
-        The saved position counts examples, so it holds for any number of ranks. Lightning counts batches per rank.
+        The saved position counts examples, so it is valid for any number of ranks. Lightning counts batches per rank.
         """
         if "train" not in state_dict:
             return None

@@ -28,7 +28,7 @@ class CaptionDataModule(ShardDataModule):
             codes, give its folder as well.
         batch_size: captions per batch and rank. Captions of similar length are encoded together.
         clean_captions: encode plain lower-case text, without addresses, tags and file names.
-        short_captions: also give the first sentence of each caption.
+        short_captions: also return the first sentence of each caption.
     """
 
     extensions = CAPTIONS

@@ -26,8 +26,8 @@ __all__ = ["CodeDataModule", "CodeDataset"]
 class CodeDataModule(ShardDataModule):
     """Codes with class labels, captions or caption features.
 
-    ``predict`` of the tokenizer writes the codes. ``predict`` of :class:`CaptionModule` writes the caption features,
-    into the shards of the codes or into a dataset of their own.
+    ``predict`` of the tokenizer writes the codes. ``predict`` of :class:`CaptionModule` writes the caption features
+    into a second dataset, with or without copies of the codes.
 
     Args:
         root: folder or address that ``predict`` wrote to, with ``meta.json``, ``train`` and ``val``. The options
@@ -37,8 +37,8 @@ class CodeDataModule(ShardDataModule):
             extracted with the same setting.
         short_caption_share: share of the training examples that use only the first sentence of their caption, chosen
             again in each epoch. The paper's second stage uses 0.3 (arXiv 2406.06525, section 3).
-        features: folder or address of a dataset of caption features of the same images, as ``predict`` of
-            :class:`CaptionModule` writes it; paired by key, see
+        features: folder or address of a dataset of caption features for the same images, written by ``predict`` of
+            :class:`CaptionModule`. Codes and features are paired by key, see
             :class:`~datamodules.storage.pairing.PairedFeatures`. None uses the features stored with the codes, if any.
     """
 

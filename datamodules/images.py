@@ -41,7 +41,7 @@ class ImageDataModule(ShardDataModule):
     """
 
     extensions = IMAGES
-    hint = "give a folder of class folders, or one with webdataset shards, for training as train within it"
+    hint = "give a folder of class folders or webdataset shards, or one that holds such folders as train and val"
 
     def __init__(
         self,

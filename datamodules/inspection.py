@@ -1,8 +1,8 @@
 """Describe a dataset: ``python -m datamodules.inspection ROOT [--sheet sheet.png]``.
 
 Reads every example as training would. Prints counts, classes, sizes, file formats, and bad examples by reason. Writes a
-contact sheet of random images. ROOT is anything that a DataModule accepts: images, codes or caption features. Of
-caption features only the sizes are checked.
+contact sheet of random images. ROOT is anything that a DataModule accepts: images, codes or caption features. For
+caption features, only the sizes are checked.
 """
 
 from collections import Counter
@@ -138,7 +138,7 @@ def _check_sheet(sheet: Path, folder: Path) -> None:
 
 
 def _check_checksums(source: Source) -> list[str]:
-    """Compare local shards with ``meta.json``. Remote shards were compared after the download."""
+    """Compare the checksums of local shards with ``meta.json``. Those of remote shards were compared after download."""
     entries = {path: entry for path, entry in source.entries.items() if not is_remote(path)}
     if not entries:
         return []
@@ -226,7 +226,7 @@ def _check_features(examples: ExampleIndex, features: StoredFeatures) -> tuple[l
         )
         for number in np.flatnonzero(which).tolist()
     ]
-    return [f"  features: of {len(tokens):,} examples, {length}"], bad
+    return [f"  features: {len(tokens):,} examples, {length}"], bad
 
 
 def _in_files(shards: int) -> str:

@@ -1,1 +1,1 @@
-"""What images are measured against, and what comes of it: ``python -m evaluation --help``."""
+"""Evaluation of images: image datasets, references, measurement, reports. See ``python -m evaluation --help``."""

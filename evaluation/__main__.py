@@ -54,7 +54,7 @@ def compare(
     Args:
         images: an ``.npz`` of samples, a folder of images or class folders, or shards.
         reference: a file of ``python -m evaluation reference``, one of ADM's, or images in one of the forms above.
-        features: extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
+        features: the extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which images of another size are resized and cropped by ADM's rule. Images of an
             ``.npz`` are never resized.
         split: train or val, for images that have both.
@@ -63,7 +63,7 @@ def compare(
         reconstructions: the images are reconstructions, and the reference holds the originals.
         batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU if there is one.
+        device: device on which features are extracted; by default a GPU if there is one.
         report: folder for a report with results and image grids.
     """
     started, place = time.monotonic(), usable_device(device)
@@ -128,18 +128,18 @@ def reference(
     """Write a reference: statistics and features of images, and where they come from.
 
     Args:
-        images: a folder of images or class folders, shards, or an ``.npz``. One of ADM's references keeps its
-            statistics; features are added.
+        images: a folder of images or class folders, shards, or an ``.npz``. The statistics of ADM's references are
+            kept; only features are added.
         out: file to write, ``.npz``.
-        name: part of the names of results measured against it; by default the name of ``out``.
-        purpose: what to compare with it: generated images, or reconstructions of these very images. By default what a
-            file of statistics says, else ``generation``.
-        features: extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
+        name: name of the reference in the names of results; by default that of ``out``.
+        purpose: which images are compared with it: generated ones, or reconstructions of these images. By default the
+            purpose recorded in a file of statistics, else ``generation``.
+        features: the extractor: Inception (the default), Classifier with --features.weights FILE, or a class path.
         image_size: side in pixels to which images of another size are resized and cropped by ADM's rule.
         split: train or val, for images that have both.
         batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU if there is one.
+        device: device on which features are extracted; by default a GPU if there is one.
     """
     check_output_file(out, (".npz",))
     check_loading(batch_size, num_workers)
@@ -174,7 +174,7 @@ def _reference(
     device: str,
     compared: ImageSet | None = None,
 ) -> Reference:
-    """Read a reference, or make one of images. It must fit the size of the compared images."""
+    """Read a reference, or make one from images. It must match the size of the compared images."""
     size = image_size if compared is None else compared.size
     if _holds_statistics(source):
         if split is not None:
@@ -206,14 +206,14 @@ def _holds_statistics(source: str) -> bool:
         with zipfile.ZipFile(path) as file:
             return "mu.npy" in file.namelist()
     except (zipfile.BadZipFile, OSError):
-        return False  # open_images reports what is wrong
+        return False  # open_images reports the fault
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        args: instead of those of the command line.
+        args: arguments; None for those of the command line.
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)

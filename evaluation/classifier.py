@@ -1,4 +1,4 @@
-"""Trains a small classifier as an extractor for images that Inception does not suit."""
+"""Trains a small classifier as feature extractor, for images that are unlike Inception's training images."""
 
 import json
 import math
@@ -42,10 +42,10 @@ def train_classifier(
     device: str = "cpu",
     class_order: ClassOrder = "auto",
 ) -> float:
-    """Train a classifier, whose features the other commands can use in place of Inception's.
+    """Train a classifier. The other commands can use its features instead of Inception's.
 
     Args:
-        data: folder of class folders or shards, with ``train`` and ``val`` or without, as for the tokenizer.
+        data: folder of class folders or shards, with or without ``train`` and ``val``, as for the tokenizer.
         out: file to write, ``.safetensors``.
         name: name of the extractor in result names, for example ``digits-classifier``.
         image_size: side of the images in pixels.
@@ -55,8 +55,8 @@ def train_classifier(
         lr: maximum learning rate of AdamW with a one-cycle schedule.
         flip: mirror half of the images.
         num_workers: processes that read images.
-        seed: of weights, order and augmentation.
-        device: where to train.
+        seed: seed of weights, order and augmentation.
+        device: device on which to train.
         class_order: how class folders are numbered, as in a DataModule.
 
     Returns:

@@ -25,8 +25,8 @@ CLIP = PretrainedKind("CLIP", "CLIPModel", "CLIP", "the CLIP score", DEFAULT)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Statistics of CLIP's training images, in [0, 1]; used if a checkpoint does not give its own."""
 OLD_END = 2
-"""Wrong end-of-text token in old configurations, including OpenAI's own. For it, transformers takes the largest token
-of a text as its end."""
+"""Wrong end-of-text token in old configurations, including OpenAI's own. With it, transformers takes the largest token
+of a text as the end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Preparation:
         side: length in pixels to which the shorter side is resized.
         crop: side S of the centre crop.
         resample: Pillow's number of the filter; 3 is bicubic.
-        mean: of each channel, for values in [0, 1].
-        std: of each channel, for values in [0, 1].
+        mean: mean of each channel, for values in [0, 1].
+        std: standard deviation of each channel, for values in [0, 1].
     """
 
     side: int
@@ -62,11 +62,11 @@ class Preparation:
 
 
 class Clip(nn.Module):
-    """A frozen CLIP of transformers in float32, an extractor of prepared images for :func:`llamagen.metrics.extract`.
+    """A frozen CLIP in float32, loaded by transformers. An extractor for :func:`llamagen.metrics.extract`.
 
     Args:
         name: name on the Hugging Face Hub, or a folder with ``config.json``, weights, ``preprocessor_config.json`` and
-            the tokenizer, as ``save_pretrained`` writes it. For a folder, the network is never used.
+            the tokenizer, as ``save_pretrained`` writes it. A folder never needs network access.
 
     Attributes:
         name: name in result names: the last part of the Hub's name or of the path.
@@ -89,7 +89,7 @@ class Clip(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return cast(torch.device, self.model.logit_scale.device)
 
     def train(self, mode: bool = True) -> "Clip":
@@ -108,14 +108,13 @@ class Clip(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Features (B, W) of prompts. They are cached, so each prompt is encoded once.
 
-        footgun: CLIP's text features are those of the end token. A prompt with too many tokens is therefore cut before
-        the end token, not after it. torchmetrics cuts the end token off, and compares images with features of another
-        token. Lone surrogates are encoded as "?".
+        footgun: CLIP's text features are those of the end token, so truncation must keep it. torchmetrics cuts it off,
+        and compares images with the features of another token. Lone surrogates are encoded as "?".
 
         Raises:
-            ValueError: if it gets a text instead of a list.
+            ValueError: if ``prompts`` is one text instead of a list.
         """
-        if isinstance(prompts, str):  # whose letters would be prompts
+        if isinstance(prompts, str):  # each of its letters would count as a prompt
             raise ValueError(f"prompts must be a list of texts, not the text {prompts[:40]!r}")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
@@ -146,10 +145,10 @@ class ImageScores(CLIPScore):
     """torchmetrics' CLIP score, with the score of each image: 100 · max(cos(image features, prompt features), 0).
 
     The maximum is taken for each image, as in the score's publication (arXiv 2104.08718, with a factor of 2.5 instead
-    of 100). torchmetrics takes that of the mean, which differs only if a cosine is negative. Sums are in float64.
+    of 100). torchmetrics clamps the mean instead, which differs only if a cosine is negative. Sums are in float64.
 
     Args:
-        clip: extracts the features.
+        clip: extractor of image and prompt features.
         **kwargs: options of ``torchmetrics.Metric``.
     """
 
@@ -165,7 +164,7 @@ class ImageScores(CLIPScore):
 
         Args:
             source: (B, 3, S, S) uint8, prepared images on the model's device.
-            target: their prompts.
+            target: B prompts.
         """
         assert len(source) == len(target)
         clip = cast(Clip, self.model)
@@ -182,7 +181,7 @@ class ImageScores(CLIPScore):
 
 
 def short_name(name: str | Path) -> str:
-    """A CLIP's name in result names. For a folder in the Hub's cache it is the name on the Hub."""
+    """Name of a CLIP in result names. For a folder in the Hub's cache it is the name on the Hub."""
     path = Path(name).expanduser()
     path = path.resolve() if path.is_dir() else path
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):

@@ -27,9 +27,9 @@ from llamagen.metrics import extractor_checksum
 from llamagen.output_paths import check_output_file
 
 MAX_GROUPS = 50
-"""A column with more distinct values is taken for free text and not for categories."""
+"""A column with more distinct values is taken for free text, not for categories."""
 SHOWN_PROMPTS = 20
-"""If there are more prompts, only the worst and the best are printed. The file holds all."""
+"""If there are more prompts, only the worst and the best are printed. The file lists all of them."""
 MAX_CELL = 60
 
 
@@ -37,7 +37,7 @@ class Score(NamedTuple):
     """Mean CLIP score of images.
 
     Attributes:
-        mean: of the images' scores, in [0, 100].
+        mean: mean of the images' scores, in [0, 100].
         error: standard error of the mean; None for a single image.
         images: number of images.
     """
@@ -66,14 +66,14 @@ def clip_score(
     """Measure how well images match their prompts: the CLIP score, in total, by prompt and by category.
 
     Args:
-        samples: a folder that predict wrote for prompts, or any with a metadata.jsonl whose lines have file_name and
-            prompt or text.
+        samples: a folder that predict wrote for prompts, or another folder with a metadata.jsonl. Each of its lines
+            needs file_name, and prompt or text.
         clip: a CLIP's name on the Hugging Face Hub, or a folder as save_pretrained writes it. Scores of different
             CLIPs cannot be compared.
         out: file for all results, ``.json``.
         batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where features are extracted; by default a GPU if there is one.
+        device: device on which features are extracted; by default a GPU if there is one.
     """
     started, place = time.monotonic(), usable_device(device)
     check_loading(batch_size, num_workers)
@@ -123,9 +123,9 @@ def clip_score(
 
 
 class _Prepared(Dataset[Any]):
-    """Images prepared for a CLIP, with the SHA-256 of their pixels, or the message if one cannot be read.
+    """Images prepared for a CLIP, with the SHA-256 of their pixels; an error message for an image that is unreadable.
 
-    Messages are returned, because an exception raised in a worker would carry its traceback.
+    Messages are returned, not raised: the message of an exception from a worker process would include its traceback.
     """
 
     def __init__(self, files: list[Path], preparation: Preparation) -> None:
@@ -201,7 +201,7 @@ def _table(name: str, total: Score, prompts: dict[Any, Score], columns: dict[str
 
 
 def _shown(prompts: dict[Any, Score]) -> Iterator[tuple[str, Score]]:
-    """All prompts in order, or if there are many the worst and the best, from worst to best."""
+    """All prompts in order. If there are many, only the worst and the best, sorted by score."""
     listed = list(enumerate(prompts.items()))
     if len(listed) > SHOWN_PROMPTS:
         listed.sort(key=lambda each: each[1][1].mean)

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from llamagen.parser_errors import OneLineErrors
 
 SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*\)")
-"""Where jsonargparse lists every known module: hundreds of PyTorch's."""
+"""Part of the help in which jsonargparse lists every known module, among them hundreds of PyTorch's."""
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -24,7 +24,7 @@ class Parser(OneLineErrors, ArgumentParser):
 
 
 def usable_device(device: str | None) -> str:
-    """The given device; if none is given, a GPU if there is one, else the CPU.
+    """Check a device. If none is given, choose a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: if the device is not available.

@@ -11,14 +11,14 @@ FIRST_IMAGES = 16
 def check_content(images: ImageSet, num_workers: int = 0) -> None:
     """Check that images are not all the same, nor floats that were cast to bytes without scaling.
 
-    Only suspicious images are read to the end.
+    The check stops as soon as the images are plausible, usually after the first batch.
 
     Args:
-        images: to measure, or to measure against.
+        images: the images to measure or to compare with.
         num_workers: processes that read image files.
 
     Raises:
-        ValueError: if they are, or if images cannot be read.
+        ValueError: if the check fails, or if images cannot be read.
     """
     for _ in images.batches(FIRST_IMAGES, num_workers=num_workers):
         if images.content.is_settled:

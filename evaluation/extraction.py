@@ -1,4 +1,4 @@
-"""Extracts the features of a set of images, batch by batch."""
+"""Extracts the features of an image dataset, batch by batch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class FeatureBatch(NamedTuple):
     Attributes:
         images: (B, 3, H, W) uint8, on the CPU.
         index: (B,) int64, position of each image in its dataset.
-        features: of the images, on the extractor's device.
+        features: features of the images, on the extractor's device.
         labels: (B,) int64, class of each image, −1 if it has none.
     """
 
@@ -38,16 +38,16 @@ def feature_batches(
     task: str,
     show_progress: bool = True,
 ) -> Iterator[FeatureBatch]:
-    """Features of all images in order, with a progress bar.
+    """Extract features of all images in order, with a progress bar.
 
     At the end, warnings report images that could not be read and unusual content.
 
     Args:
-        images: to read.
-        extractor: of features; put into evaluation mode.
+        images: the images.
+        extractor: the extractor; it is put into evaluation mode.
         batch_size: images per batch.
         num_workers: processes that read image files.
-        device: where the extractor runs.
+        device: device on which the extractor runs.
         task: label of the progress bar.
         show_progress: whether to show the bar.
 

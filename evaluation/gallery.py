@@ -42,7 +42,7 @@ class Exhibit:
 class Gallery:
     """A random selection of at most ``RANDOM + CLASSES · PER_CLASS`` images.
 
-    Hashes of index and class decide, so the selection does not depend on order, batches or the number of ranks.
+    Hashes of index and class select the images, so the selection does not depend on order, batches or number of ranks.
     """
 
     chosen: dict[int, Exhibit] = field(default_factory=dict)
@@ -114,10 +114,10 @@ class Gallery:
     def grids(self, reference: Reference | None) -> dict[str, Image.Image]:
         """Grids of images for a report, by name; those that would be empty are left out.
 
-        - ``reconstructions`` below their originals, or else
-        - ``random`` images, with captions if there are some,
+        - ``reconstructions`` below their originals; for generated images instead
+        - ``random`` images, with captions if there are any,
         - ``classes``, a row for each class,
-        - ``neighbours``: next to each image those of the reference with the nearest features.
+        - ``neighbours``: next to each image the images of the reference with the nearest features.
         """
         grids: dict[str, Image.Image] = {}
         exhibits = list(self.chosen.values())

@@ -19,7 +19,7 @@ CHANNELS = ("red", "green", "blue")
 
 
 class ImageContent:
-    """Collects facts about images. It is cheap: the first few ordinary images answer most questions.
+    """Collects facts about images. This is cheap, because usually the first few images settle most questions.
 
     Attributes:
         count: images seen.
@@ -65,7 +65,7 @@ class ImageContent:
         return not self._all_equal and bool(self._levels[:, 2:255].any())
 
     def fault(self) -> str | None:
-        """Why the images cannot be right, with a remedy; None if they can."""
+        """Why the images must be wrong, with a remedy; None if they are plausible."""
         levels = np.flatnonzero(self._levels.any(0)).tolist()
         if self.count > 1 and self._all_equal:
             if len(levels) > 1:
@@ -92,7 +92,7 @@ class ImageContent:
         return None
 
     def doubts(self) -> list[str]:
-        """Warnings about content that is unusual but may be right."""
+        """Warnings about content that is unusual but may be intended."""
         if not self.count or self.fault():
             return []
         doubts = []

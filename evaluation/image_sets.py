@@ -1,4 +1,4 @@
-"""Sets of images to evaluate: a folder, shards, or an array like ADM's. B batch, H = W = ``size``."""
+"""Image datasets to evaluate: a folder, shards, or an array like ADM's. B batch, H = W = ``size``."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ MAX_BAD = 0.05
 """Largest tolerated share of broken images."""
 
 OTHER_SIZE = "other size"
-"""Reason that stops the run instead of skipping the image. Worker processes report it like the other reasons."""
+"""A reason for which the run stops instead of skipping the image. Worker processes report it like other reasons."""
 
 HINT = f"give a folder of images ({', '.join(IMAGES)}), of class folders or of shards, or an .npz"
 
@@ -46,7 +46,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB, contiguous.
-        index: (B,) int64, position of each image in the set, ascending; broken images leave gaps.
+        index: (B,) int64, position of each image in the dataset, ascending; broken images leave gaps.
         labels: (B,) int64, class of each image, −1 if it has none.
     """
 
@@ -61,7 +61,7 @@ class ImageSet(ABC):
     Args:
         name: path, as given by the user.
         size: side of the images in pixels.
-        known: images that are already known to be unreadable.
+        known: images that are known in advance to be unreadable.
 
     Attributes:
         cropped: number of images that the last :meth:`batches` resized and cropped.
@@ -86,13 +86,14 @@ class ImageSet(ABC):
 
         Args:
             batch_size: maximum number of images per batch; the last batch and those with broken images are smaller.
-            rank: of this process.
+            rank: rank of this process.
             world_size: number of ranks.
             num_workers: processes that decode files; arrays do not use them.
 
         Raises:
-            ValueError: if a file is damaged, or has another size without ``image_size`` being set, or, with one rank,
-                if too many images are broken. Several ranks must sum :attr:`skipped` and call :meth:`check_skipped`.
+            ValueError: if a file is damaged, or has another size and ``image_size`` is not set, or if too many images
+                are broken. The latter is checked with one rank only: several ranks must sum :attr:`skipped` and call
+                :meth:`check_skipped`.
         """
         check_loading(batch_size, num_workers)
         assert 0 <= rank < world_size
@@ -110,23 +111,23 @@ class ImageSet(ABC):
 
     @property
     def crop(self) -> Crop:
-        """``adm-centre`` if the last :meth:`batches` resized and cropped some images, else ``none``."""
+        """``adm-centre`` if the last call of :meth:`batches` resized and cropped some images, else ``none``."""
         return "adm-centre" if self.cropped else "none"
 
     def checksum(self) -> str:
-        """Checksum of the pixels that the last :meth:`batches` returned, without a second pass.
+        """Checksum of the pixels that the last call of :meth:`batches` returned, without a second pass.
 
         It is the sum modulo 2^256 of the SHA-256 of each image, (H, W, 3) uint8, as 64 hexadecimal digits. So it does
-        not depend on order or lossless file format, and :func:`join_checksums` combines ranks. Zeros mean that nothing
-        was read.
+        not depend on order or lossless file format, and :func:`join_checksums` combines those of several ranks. It is 0
+        if nothing was read.
         """
         return f"{self._digests:064x}"
 
     @property
     def skipped(self) -> Counter[str]:
-        """Unreadable images by reason: those known in advance and those that the last :meth:`batches` found.
+        """Unreadable images by reason: those known in advance, and those found by the last call of :meth:`batches`.
 
-        Only the first rank counts the former, so that ranks can be summed.
+        Only the first rank counts those known in advance, so that the counts of ranks can be summed.
         """
         return self._tally.by_reason()
 
@@ -139,7 +140,7 @@ class ImageSet(ABC):
         bad, total = sum(skipped.values()), len(self) + len(self._known)
         if bad > MAX_BAD * total:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-            examples = [sample.message for sample in (*self._tally.skipped, *self._known)][:1]
+            examples = [example.message for example in (*self._tally.skipped, *self._known)][:1]
             raise ValueError(
                 f"{bad} of {total} images of {self.name} cannot be read, more than {MAX_BAD:.0%} "
                 f"({'; e.g. '.join([reasons, *examples])}); fix or remove them"
@@ -153,7 +154,7 @@ def check_loading(batch_size: int, num_workers: int) -> None:
 
 
 def join_checksums(checksums: Iterable[str]) -> str:
-    """:meth:`ImageSet.checksum` of a set from those of its parts, for example of all ranks."""
+    """Combine the checksums of parts of a dataset, for example of all ranks, see :meth:`ImageSet.checksum`."""
     return f"{sum(int(checksum, 16) for checksum in checksums) % 2**256:064x}"
 
 
@@ -166,14 +167,14 @@ def open_images(name: str | Path, image_size: int | None = None, split: Split | 
             - an ``.npz`` with ``arr_0`` uint8 (N, H, W, 3) and optionally labels ``arr_1``, or an ``.npy``;
             - a folder of images, which are sorted by name;
             - a folder of class folders or shards, read as in training. Labels are the folders' names if these are
-              integers, else the positions of their sorted names;
+              integers, else the positions of the sorted names;
             - a folder with ``train`` and ``val`` in one of these forms.
-        image_size: resize and crop images of another size by ADM's rule, to this side in pixels. If None, all must have
-            the size of the first image. Images of an array are never resized.
-        split: to use, if the folder has several.
+        image_size: side in pixels to which images of another size are resized and cropped by ADM's rule. If None, all
+            must have the size of the first image. Images of an array are never resized.
+        split: the split to use, if the folder has several.
 
     Raises:
-        ValueError: if there are fewer than two images, or the form is another; see also
+        ValueError: if there are fewer than two images, or they have none of these forms; see also
             :class:`~evaluation.npz_images.ImageArchive`.
     """
     if image_size is not None:
@@ -209,7 +210,7 @@ class _Array(ImageSet):
         for block in self._archive.blocks(numbers, batch_size):
             index = np.array(numbers[place : place + len(block)])
             place += len(block)
-            # No name may hold block and batch while the next one is read.
+            # footgun: a variable that still holds block or batch would keep it in memory while the next one is read.
             batch = [self._batch(block, index)]
             del block
             yield batch.pop()
@@ -228,33 +229,33 @@ class _Files(ImageSet):
         members = {extension: column for extension, column in found.members.items() if extension in IMAGES}
         labels = np.maximum(found.labels, NO_LABEL)
         images = ExampleIndex(found.paths, found.file_of, found.keys, members, labels, found.bad)
-        self._samples = images.usable(IMAGES, labels_needed=False)
-        super().__init__(name, 0, self._samples.bad)
+        self._examples = images.usable(IMAGES, labels_needed=False)
+        super().__init__(name, 0, self._examples.bad)
         if len(self) < MIN_IMAGES:
             readable = f" that can be read ({self._tally.describe()})" if self._known else ""
             raise ValueError(f"{name} holds {len(self)} images{readable}; at least {MIN_IMAGES} are needed; {HINT}")
         self.check_skipped(self.skipped)
         self.size = image_size or self._size_of_first()
-        self._dataset = _Squares(self._samples, self.size, resize=image_size is not None)
+        self._dataset = _Squares(self._examples, self.size, resize=image_size is not None)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._examples)
 
     def _size_of_first(self) -> int:
         """Side of the first readable image."""
-        for sample in self._samples:
-            place = _place_of(sample)
+        for example in self._examples:
+            place = _place_of(example)
             try:
-                height, width = read_image(sample.read_image(), place).shape[:2]
+                height, width = read_image(example.read_image(), place).shape[:2]
             except BadExampleError as error:
-                self._tally.add([Skipped(-1, sample.key, error.reason, str(error))])
+                self._tally.add([Skipped(-1, example.key, error.reason, str(error))])
                 self.check_skipped(self.skipped)
                 continue
             if height != width:
                 raise ValueError(
                     f"{place} is {width} × {height} and not square; set image_size, which crops by ADM's rule"
                 )
-            self._tally = _ImageTally(self._known)  # broken ones before it are counted again when read
+            self._tally = _ImageTally(self._known)  # broken images before it are counted when the images are read
             return int(height)
         raise AssertionError("check_skipped accepted a set without readable images")
 
@@ -271,10 +272,10 @@ class _Files(ImageSet):
 
 
 class _ImageTally(Tally):
-    """Counts broken images and stops at one of another size. :class:`ImageSet` decides how many are too many.
+    """Counts broken images, and stops at one of another size. :class:`ImageSet` limits their number.
 
     Args:
-        known: images that were known to be broken in advance.
+        known: images that are known in advance to be broken.
     """
 
     def __init__(self, known: Iterable[Skipped]) -> None:
@@ -287,9 +288,9 @@ class _ImageTally(Tally):
             ValueError: if an image has another size.
         """
         skipped = list(skipped)
-        for sample in skipped:
-            if sample.reason == OTHER_SIZE:
-                raise ValueError(sample.message)
+        for example in skipped:
+            if example.reason == OTHER_SIZE:
+                raise ValueError(example.message)
         super().add(skipped, opened)
 
 
@@ -297,19 +298,19 @@ class _Squares(ExampleDataset):
     """Decodes images of one size.
 
     Args:
-        samples: the images.
+        examples: the images.
         size: side in pixels.
         resize: whether to resize and crop images of another size; else they are errors.
     """
 
-    def __init__(self, samples: ExampleIndex, size: int, resize: bool) -> None:
-        super().__init__(samples)
+    def __init__(self, examples: ExampleIndex, size: int, resize: bool) -> None:
+        super().__init__(examples)
         self.size, self.resize = size, resize
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
-        sample = self.examples[number]
-        place = _place_of(sample)
-        pixels = read_image(sample.read_image(), place)
+        example = self.examples[number]
+        place = _place_of(example)
+        pixels = read_image(example.read_image(), place)
         height, width = pixels.shape[:2]
         crop = (height, width) != (self.size, self.size)
         if crop and not self.resize:
@@ -320,14 +321,14 @@ class _Squares(ExampleDataset):
             )
         if crop:
             pixels = centre_crop(pixels, self.size)
-        return {"planes": to_planes(pixels), "label": sample.label, "digest": _digest(pixels), "cropped": crop}
+        return {"planes": to_planes(pixels), "label": example.label, "digest": _digest(pixels), "cropped": crop}
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "images": torch.from_numpy(np.stack([sample["planes"] for sample in samples])),
-            "labels": torch.tensor([sample["label"] for sample in samples]),
-            "digests": [sample["digest"] for sample in samples],
-            "cropped": sum(sample["cropped"] for sample in samples),
+            "images": torch.from_numpy(np.stack([example["planes"] for example in examples])),
+            "labels": torch.tensor([example["label"] for example in examples]),
+            "digests": [example["digest"] for example in examples],
+            "cropped": sum(example["cropped"] for example in examples),
         }
 
 
@@ -335,17 +336,17 @@ def _digest(pixels: np.ndarray) -> int:
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels).data).digest(), "big")
 
 
-def _place_of(sample: Example) -> str:
+def _place_of(example: Example) -> str:
     """Where an image is, for messages: its file, or its key in a shard."""
-    path, _, size = next(iter(sample.members.values()))
-    return path if size < 0 else f"sample {sample.key} of {path}"
+    path, _, size = next(iter(example.members.values()))
+    return path if size < 0 else f"example {example.key} of {path}"
 
 
 def _find(name: str, split: Split | None) -> ExampleIndex:
     """The images of a folder or of shards.
 
     Raises:
-        ValueError: if there are none, or it is ambiguous which are meant.
+        ValueError: if there are none, or the choice is ambiguous.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / META_FILE).is_file() and not any(folder.glob("*.tar")):

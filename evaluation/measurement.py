@@ -1,4 +1,4 @@
-"""All metrics of a set of images, in one pass of the extractor. B images of H × W pixels."""
+"""All metrics of an image dataset, in one pass of the extractor. B images of H × W pixels."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,26 +14,26 @@ from llamagen.metrics.image_metric import ImageMetric
 from llamagen.metrics.result_names import Purpose
 
 METRICS: tuple[type[ImageMetric], ...] = (FID, SFID, PrecisionRecall, KID, InceptionScore)
-"""What is measured by default, also by ``FIDMonitor`` and ``python -m evaluation compare``. Add a metric here."""
+"""Metrics of ``FIDMonitor`` and ``python -m evaluation compare``. To add a metric, add its class to this list."""
 OWN_NAME = "val"
-"""Name of the reference where reconstructions are compared with the validation images themselves."""
+"""Name of the reference if reconstructions are compared with the validation images themselves."""
 
 
 class Measurement:
     """Metrics of images against a reference.
 
-    Metrics are left out if the extractor lacks their features or the reference lacks their part; one warning lists
-    them. ``compute`` also leaves out those for which there are too few images. Result names say what was measured, with
-    which extractor and against which reference: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, and with another
-    extractor than Inception ``gfid_digits-classifier/digits-train``. All states are reduced over ranks.
+    Metrics are left out if the extractor or the reference does not provide what they need; one warning lists them.
+    ``compute`` also leaves out those that need more images. Result names include metric, reference and, except for
+    Inception, extractor: ``gfid/imagenet256-adm``, ``rfid/imagenet-val``, ``gfid_digits-classifier/digits-train``. All
+    states are reduced over ranks.
 
     Args:
-        extractor: of features.
+        extractor: extractor of the features.
         image_size: side of the images in pixels.
-        purpose: whether the images are generated or reconstructions.
-        reference: to compare with; None if the real images are passed to :meth:`update`, too.
-        name: of the real images, if there is no reference.
-        metrics: classes to measure with.
+        purpose: whether the images are generated or reconstructed.
+        reference: the reference to compare with; None if the real images are passed to :meth:`update`, too.
+        name: name of the real images, if there is no reference.
+        metrics: classes of the metrics.
 
     Raises:
         ValueError: if the reference is of another extractor or size, or two metrics have the same symbol.
@@ -98,13 +98,13 @@ class Measurement:
             images: (B, 3, H, W) uint8, on the device of the measurement.
             index: (B,) int64, position of each image in its dataset; see
                 :meth:`~llamagen.metrics.image_metric.RowMetric.keep`.
-            real: whether these are real images, to compare with.
+            real: whether these are the real images, with which the others are compared.
 
         Returns:
-            Their features.
+            The features of the images.
 
         Raises:
-            ValueError: if they are not uint8 images of the right size.
+            ValueError: if the images are not uint8, or have another size.
         """
         next(iter(self.metrics.values())).check_images(images)
         features = extract(self.extractor, images)
@@ -122,8 +122,8 @@ class Measurement:
     def compute(self) -> dict[str, Tensor]:
         """Results by name, float64 scalars on the CPU; all ranks must call it together.
 
-        A warning, once per object, says if all images are the same or look like floats that were cast to bytes: a
-        broken model generates such images.
+        Warns once if all images are the same, or look like floats that were cast to bytes: a broken model generates
+        such images.
 
         Raises:
             ValueError: if there are too few images for every metric.
@@ -131,7 +131,7 @@ class Measurement:
         """
         if (fault := self._content.fault()) and not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(f"the results say little: {fault}")
+            rank_zero_warn(f"the results are not meaningful: {fault}")
         results: dict[str, Tensor] = {}
         errors: dict[str, ValueError] = {}
         for symbol, metric in self.metrics.items():
@@ -188,8 +188,8 @@ def result_names(
     """Names of all results that metrics may report.
 
     Args:
-        metrics: classes of them.
-        purpose: of the images.
+        metrics: classes of the metrics.
+        purpose: whether the images are generated or reconstructed.
         extractor: name of the extractor.
         reference: name of the reference.
     """

@@ -24,7 +24,7 @@ PIECE = 1 << 20
 """Bytes to read at once; the decompressor's output is held in addition to the batch."""
 
 FIRST_VALUES = 1 << 22
-"""Number of values that the advice on converting an array is based on."""
+"""Number of values that are read for the advice on converting an array."""
 
 VERSIONS = ((1, 0), (2, 0), (3, 0))
 MAX_KEYS = 10
@@ -164,7 +164,7 @@ class ImageArchive:
         """Iterate over images in blocks. Memory holds one block and a piece of the file.
 
         Args:
-            numbers: positions of the images, ascending. Others are skipped by a seek, or by reading if compressed.
+            numbers: positions of the images, ascending. A seek skips the others; in a compressed file they are read.
             batch_size: maximum number of images in a block.
 
         Yields:
@@ -175,7 +175,7 @@ class ImageArchive:
         """
         with self._member(IMAGES) as (member, _):
             for first in range(0, len(numbers), batch_size):
-                # Without a name here, so that the caller can free the block.
+                # footgun: a variable for the block would keep it in memory after the caller has freed it.
                 yield self._block(member, numbers[first : first + batch_size])
 
     def _block(self, member: IO[bytes], numbers: range) -> np.ndarray:
@@ -188,8 +188,8 @@ class ImageArchive:
         return block
 
     def _skip_to(self, member: IO[bytes], place: int) -> None:
-        # A seek in a zip file disables the CRC check. In deflated data zipfile would seek by reading 16 MB at a time,
-        # assembled from pieces of 4 kB, so skip those by reading into nothing.
+        # A seek in a zip file disables the CRC check. In deflated data zipfile seeks by reading 16 MB at a time,
+        # assembled from pieces of 4 kB. Reading and discarding is faster.
         if not self._deflated and place - member.tell() > PIECE:
             member.seek(place)
         while (rest := place - member.tell()) > 0:
@@ -218,8 +218,8 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
     """How to convert an array x that is not uint8 to levels 0…255.
 
     Args:
-        dtype: of the array.
-        values: some of its numbers.
+        dtype: dtype of the array.
+        values: some of its values, (n,).
     """
     if dtype.kind == "b":
         return "use x.astype(np.uint8) * 255"
@@ -232,7 +232,7 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
     low, high = float(values.min()), float(values.max())
     span = f"its values are {low:.4g} to {high:.4g}"
     if dtype.kind == "f":
-        # What a decoder gives is not clamped, so the ends are not sharp.
+        # The output of a decoder is not clamped, so it may exceed its nominal range.
         if -2 <= low < -0.25 and high <= 2:
             return f"{span}, which looks like [-1, 1]: use ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)"
         if low >= -0.25 and high <= 2:
@@ -254,7 +254,7 @@ def advice_on_values(dtype: np.dtype[Any], values: np.ndarray) -> str:
 
 
 def _layout_advice(shape: tuple[int, ...]) -> str:
-    """How to convert a shape to (N, H, W, 3); empty if it is one."""
+    """How to convert an array of this shape to (N, H, W, 3); empty if it has that shape."""
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
         return "these are grey images: repeat each level three times along a last axis"
     if len(shape) == 1:

@@ -15,8 +15,8 @@ class PromptImage(NamedTuple):
     Attributes:
         file: the image.
         prompt: text that the image was generated from.
-        number: of the prompt; None if the line has none.
-        columns: further columns of the prompt's table, by name.
+        number: number of the prompt; None if the line has none.
+        columns: other columns of the prompt's row in its table, by name.
     """
 
     file: Path
@@ -32,7 +32,7 @@ def read_prompt_images(folder: Path) -> list[PromptImage]:
     ``prompt_number`` and ``columns``, an object of texts.
 
     Args:
-        folder: with the file and the images.
+        folder: folder with the file and the images.
 
     Raises:
         ValueError: in one line, if the file is missing, a line has another form, or an image is missing.

@@ -43,7 +43,7 @@ GENERATION: dict[tuple[str, int], Generation] = {
     ("XXL", 384): Generation(2.34, 253.9, 0.80, 0.59, 1.75),
     ("3B", 384): Generation(2.18, 263.3, 0.81, 0.58, 1.65),
 }
-"""By size and the side in pixels at which images are sampled."""
+"""Figures by model size and the side in pixels at which images are sampled."""
 
 RECONSTRUCTION: dict[tuple[int, int], Reconstruction] = {
     (16, 256): Reconstruction(2.19, 20.79, 0.675),
@@ -51,7 +51,7 @@ RECONSTRUCTION: dict[tuple[int, int], Reconstruction] = {
     (16, 512): Reconstruction(0.70, None, None),
     (8, 256): Reconstruction(0.59, 24.45, 0.813),
 }
-"""By downsampling factor and the side in pixels."""
+"""Figures by downsampling factor and side in pixels."""
 
 
 class Published(NamedTuple):
@@ -59,8 +59,8 @@ class Published(NamedTuple):
 
     Attributes:
         title: the model's name.
-        figures: by the part of our result names before the slash.
-        remark: how they were measured.
+        figures: the figures by result name, without the slash and the reference after it.
+        remark: how the figures were measured.
     """
 
     title: str
@@ -69,13 +69,14 @@ class Published(NamedTuple):
 
 
 def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) -> list[Published]:
-    """The paper's figures for a model. If it is not one of the paper's, those of all models of its kind.
+    """The paper's figures for a model. If the paper has no such model, those of all its models of the same kind.
 
     For text-conditional models the list is empty.
 
     Args:
-        config: of the model; None for images of unknown origin, which are compared with all generative models.
-        image_size: side of reconstructions in pixels. A GPT's follows from its codes: 16 × 16 codes are 256 pixels.
+        config: configuration of the model; None for images of unknown origin, which get the figures of all GPTs.
+        image_size: side of reconstructions in pixels. For a GPT the number of codes determines it: 16 × 16 codes are
+            256 pixels.
     """
     if isinstance(config, VQGANConfig):
         key = (config.downsampling, image_size or 0)

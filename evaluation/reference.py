@@ -1,4 +1,4 @@
-"""References, the files that images are measured against. F and S features; M images whose features are stored."""
+"""References: files of statistics that images are compared with. F and S features, M images with stored features."""
 
 import json
 import zipfile
@@ -21,7 +21,7 @@ from llamagen.metrics.result_names import INCEPTION, PURPOSES, Purpose, check_na
 
 FORMAT = "llamagen-reference-1"
 MAX_FEATURES = 10_000
-"""Images whose features are stored; ADM's references hold as many images."""
+"""Maximum number of images whose features are stored; ADM's references hold this number of images."""
 THUMBNAIL = 64
 STATISTICS = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
@@ -30,7 +30,7 @@ CONTENT: dict[ReferencePart, str] = {
     "spatial_statistics": "spatial statistics (mu_s and sigma_s)",
     "features": "features",
 }
-"""What a reference may hold, in words, by the names of its attributes."""
+"""Optional content of a reference: names of attributes, and their descriptions in messages."""
 DAMAGES = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Exceptions that numpy and zipfile raise for files that are damaged or of another kind."""
 ADM_NAMES = {
@@ -40,24 +40,24 @@ ADM_NAMES = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of images, and where they come from. What the file does not hold is None.
+    """Statistics of images, and where they come from. Attributes that the file does not have are None.
 
     Attributes:
-        name: part of the names of results measured against it.
-        purpose: what to compare with it: ``generation`` for generated images (usually against the training images) or
-            ``reconstruction`` for reconstructions (against the very images that were reconstructed).
+        name: name of the reference, a part of result names.
+        purpose: which images are compared with it: ``generation`` for generated images (the reference usually holds the
+            training images) or ``reconstruction`` for reconstructions (it holds the originals).
         count: number of images.
         resolution: side of the images in pixels.
-        crop: how the images got that size: ``none`` or ``adm-centre``.
+        crop: how the images were brought to that size: ``none`` or ``adm-centre``.
         extractor: name of the extractor.
         extractor_checksum: SHA-256 of the extractor's weights.
         source: path of the images.
-        checksum: of the images, see :meth:`~evaluation.image_sets.ImageSet.checksum`.
+        checksum: checksum of the images, see :meth:`~evaluation.image_sets.ImageSet.checksum`.
         statistics: mean (F,) and covariance (F, F) of the ``pool`` features, float64.
         spatial_statistics: mean (S,) and covariance (S, S) of the ``spatial`` features, float64.
         features: (M, F) float32, ``pool`` features of images spread evenly over the dataset.
-        thumbnails: (M, h, w, 3) uint8, the same images, at most 64 pixels wide.
-        images: file with M images whose features were not extracted yet, as in ADM's references.
+        thumbnails: (M, h, w, 3) uint8, the same images, with sides of at most 64 pixels.
+        images: file with M images whose features have not been extracted yet, such as one of ADM's references.
     """
 
     name: str
@@ -91,10 +91,10 @@ class Reference:
         return {key: getattr(self, key) for key in keys}
 
     def check(self, extractor: nn.Module, image_size: int) -> None:
-        """Check that images of this size, through this extractor, can be compared with it.
+        """Check that images of this size and their features by this extractor can be compared with the reference.
 
         Raises:
-            ValueError: if extractor, its weights or the size differ.
+            ValueError: if the extractor, its weights or the size differ.
         """
         name = extractor_name(extractor)
         if self.extractor != name:
@@ -117,7 +117,7 @@ class Reference:
         """A warning if the reference is meant for other images; None if it fits.
 
         Args:
-            purpose: of the compared images.
+            purpose: whether the compared images are generated or reconstructed.
             count: number of the compared images.
         """
         if purpose == "reconstruction" and self.purpose == "generation":
@@ -157,7 +157,7 @@ class Reference:
 def read_reference(path: Path | str, name: str | None = None) -> Reference:
     """Read a file of ``python -m evaluation reference``, one of ADM's, or any ``.npz`` with ``mu`` and ``sigma``.
 
-    Files of others do not name extractor and purpose: Inception and generated images are assumed.
+    If a file does not name extractor and purpose, Inception and generated images are assumed.
 
     Args:
         path: the file.
@@ -177,7 +177,7 @@ def read_reference(path: Path | str, name: str | None = None) -> Reference:
             if not keys.issuperset(STATISTICS):
                 hint = "it holds images; " if "arr_0" in keys else ""
                 raise ValueError(
-                    f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference of it"
+                    f"no mu and sigma, but {', '.join(sorted(keys)) or 'nothing'}; {hint}make a reference from it"
                 )
             wanted = (*STATISTICS, *SPATIAL) if keys.issuperset(SPATIAL) else STATISTICS
             parts = {key: torch.from_numpy(file[key].astype(np.float64)) for key in wanted}
@@ -254,17 +254,17 @@ def make_reference(
     """Compute the statistics of images, with a progress bar.
 
     Args:
-        images: of one size.
-        extractor: of features.
-        name: of the reference.
+        images: the images.
+        extractor: extractor of the features.
+        name: name of the reference.
         purpose: see :class:`Reference`.
         batch_size: images per batch.
         num_workers: processes that read images.
-        device: where the extractor runs.
+        device: device on which the extractor runs.
         max_features: number of images whose features are stored, for precision, recall, KID and nearest neighbours.
 
     Raises:
-        ValueError: if the name is not allowed, or images are too few or cannot be read.
+        ValueError: if the name is not allowed, there are too few images, or images cannot be read.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose is {purpose!r}; give {' or '.join(PURPOSES)}")
@@ -303,7 +303,7 @@ def make_reference(
 def with_features(
     reference: Reference, extractor: nn.Module, device: str | torch.device, show_progress: bool = True
 ) -> Reference:
-    """The reference itself, or with features of its images if it holds images only, as ADM's references do."""
+    """Add features to a reference that holds images instead, like those of ADM. Others are returned unchanged."""
     if reference.images is None:
         return reference
     images = open_images(reference.images)
@@ -318,7 +318,7 @@ def with_features(
 class _Excerpt:
     """Features and thumbnails of up to ``maximum`` images.
 
-    Their memory is allocated at once: small tensors that stay between large temporary ones fragment the heap.
+    Their memory is allocated at once: small tensors that are kept between large temporary ones fragment the heap.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -341,7 +341,7 @@ class _Excerpt:
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Shrink an image (H, W, 3) uint8 to at most 64 pixels."""
+    """Shrink an image (H, W, 3) uint8 to sides of at most 64 pixels."""
     small = Image.fromarray(image)
     if max(small.size) > THUMBNAIL:
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)

@@ -30,10 +30,10 @@ class Report:
     """A report.
 
     Attributes:
-        title: heading.
-        results: values by name.
-        facts: how they were measured. ``metrics.json`` holds what JSON cannot represent as text, and NaN and infinity
-            as null.
+        title: heading of the report.
+        results: measured values by name.
+        facts: how the values were measured. In ``metrics.json``, objects that JSON cannot represent are text, and NaN
+            and infinity are null.
         paper: figures of the paper to compare with.
         grids: images by the names of :data:`CAPTIONS`.
     """
@@ -48,7 +48,7 @@ class Report:
         """Write ``metrics.json``, ``report.md`` and grids into a folder, which replaces an older report.
 
         Args:
-            folder: to write; it appears when it is complete.
+            folder: the folder; it appears when it is complete.
 
         Raises:
             ValueError: if the folder exists and is not a report.
@@ -67,8 +67,8 @@ class Report:
         if self.paper:
             remark = f" ({self.paper[0].remark})" if len(self.paper) == 1 else ""
             parts.append(
-                f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with results over "
-                "Inception, of equally many images, against the same reference."
+                f"Figures of the paper are from arXiv 2406.06525{remark}. Compare them only with results that use "
+                "Inception, the same number of images and the same reference."
             )
         parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}." for name in self.grids]
         parts.append("## How it was measured\n\n" + "\n".join(_listed(self.facts)))
@@ -93,7 +93,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _json(value: Any) -> Any:
-    """The value in types that JSON can represent."""
+    """Convert a value to types that JSON can represent."""
     if isinstance(value, Mapping):
         return {str(key): _json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -104,10 +104,10 @@ def _json(value: Any) -> Any:
 
 
 def table(results: Mapping[str, float], paper: list[Published]) -> str:
-    """Results in Markdown, with the paper's figures next to them if the model is one of the paper's.
+    """Results as a Markdown table, with the paper's figures next to them if the model is one of the paper's.
 
-    For other models, the paper's models follow in a table of their own. Results over another extractor than Inception,
-    which have another name, get no figure.
+    For other models, the paper's models follow in a separate table. Results of an extractor other than Inception have
+    another name, so no figure is shown next to them.
     """
     own = paper[0] if len(paper) == 1 else None
     rows = []

@@ -189,7 +189,7 @@ class ARGenModule(SamplingModule):
         """Check that the checkpoint matches model, tokenizer and text encoder.
 
         Raises:
-            ValueError: in one line, with the difference.
+            ValueError: in one line with the difference, if it does not.
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")

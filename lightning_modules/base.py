@@ -90,7 +90,7 @@ class GenerativeModule(pl.LightningModule):
         """Check the precision of training.
 
         Raises:
-            ValueError: in one line, for ``16-true``.
+            ValueError: in one line, if it is ``16-true``.
         """
         if stage == "fit" and self.trainer.precision == "16-true":
             raise ValueError(
@@ -102,7 +102,7 @@ class GenerativeModule(pl.LightningModule):
         """Check that parameters are not sharded; modules that support it override this.
 
         Raises:
-            ValueError: in one line.
+            ValueError: in one line, if they are.
         """
         if self.device_mesh is not None:
             raise ValueError(
@@ -185,7 +185,7 @@ class GenerativeModule(pl.LightningModule):
             during: phase, for the message.
 
         Raises:
-            FloatingPointError: on all ranks, with the names of the terms.
+            FloatingPointError: on all ranks, with the names of the terms, if one is not finite.
         """
         flags = torch.stack(list(broken.values()))
         if self.trainer.world_size > 1:
@@ -209,7 +209,7 @@ class GenerativeModule(pl.LightningModule):
             run: computes the values again, to find the layer.
 
         Raises:
-            FloatingPointError: with the names of the values, stage, batch, precision and layer or weight.
+            FloatingPointError: with names, stage, batch, precision and layer or weight, if a value is not finite.
         """
         attached = self._trainer is not None
         if attached and self.trainer.state.fn == "fit":
@@ -303,7 +303,7 @@ class GenerativeModule(pl.LightningModule):
         """Check that the checkpoint is of this model, before anything is changed; correct Lightning's counters.
 
         Raises:
-            ValueError: in one line, with the difference.
+            ValueError: in one line with the difference, if it is not.
         """
         check_fits(checkpoint, self.generator)
         _reopen_epoch(checkpoint)

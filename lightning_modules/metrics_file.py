@@ -21,7 +21,7 @@ class MetricsLogger(CSVLogger):
     """Lightning's ``CSVLogger`` with files that are complete at any time.
 
     When a metric appears for the first time, Lightning truncates the file and rewrites it with a new column, so a kill
-    at that moment loses it. Here the new file replaces the old one atomically. See :func:`use_metrics_logger`.
+    at that moment loses it. This logger replaces the old file atomically. See :func:`use_metrics_logger`.
     """
 
     @property

@@ -1,8 +1,8 @@
 """Error messages and exit codes of commands.
 
-A mistake of the user is one line on stderr and exit code 2. A fault of the run (values that are not finite, a full
-disk, no memory) is one line and exit code 1. Any other error is a bug of this project and keeps its traceback.
-``--traceback`` or ``LLAMAGEN_TRACEBACK=1`` shows the traceback of the first two, too.
+A mistake of the user is reported in one line on stderr, with exit code 2. A fault of the run (values that are not
+finite, a full disk, no memory) is one line, too, with exit code 1. Any other error is a bug of this project and keeps
+its traceback. ``--traceback`` or ``LLAMAGEN_TRACEBACK=1`` also shows the traceback of mistakes and faults.
 """
 
 import dis
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 TRACEBACK = "LLAMAGEN_TRACEBACK"
-"""Environment variable for tracebacks, which processes started by the command inherit."""
+"""Environment variable for tracebacks. Processes started by the command inherit it."""
 
 FLAG = "--traceback"
 
@@ -31,10 +31,10 @@ USER_OS_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADir
 """Errors of the system that mean a wrong path, if this project raises them."""
 
 LIBRARIES = ("lightning", "jsonargparse", "omegaconf", "webdataset", "transformers", "huggingface_hub")
-"""Packages that raise Python's own classes of errors for mistakes of the user."""
+"""Packages that raise built-in exceptions, such as ValueError, for mistakes of the user."""
 
 FOREIGN_ERRORS = ("omegaconf", "wandb", "huggingface_hub", "jsonargparse", "lightning")
-"""Packages whose own classes of errors are always messages to the user."""
+"""Packages whose own exceptions are always messages to the user."""
 
 ADVICE = {
     "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave out configs/logger/wandb.yaml",
@@ -47,7 +47,7 @@ REWORDED = (
     ),
     (r"`(val_check_interval|limit_\w+_batches|max_\w+|min_\w+|accumulate_grad_batches)`", r"trainer.\1"),
 )
-"""Messages of libraries, as patterns, and how to say them."""
+"""Patterns of libraries' messages, and their replacements."""
 
 PATIENCE = 3.0
 """Seconds to wait for the first process of a node to report the same error."""
@@ -72,7 +72,7 @@ def run_command(command: Callable[[], object]) -> None:
     (Ctrl-C), 143 after SIGTERM.
 
     Args:
-        command: function that reads ``sys.argv`` itself.
+        command: function that reads its arguments from ``sys.argv``.
     """
     if FLAG in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != FLAG]
@@ -93,13 +93,13 @@ def run_command(command: Callable[[], object]) -> None:
         if fault is None or os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exception(error)
         if fault is None or not _reported_by_first_process():
-            # One write call: lines of several processes do not mix.
+            # A single write call, so that lines of several processes do not mix.
             os.write(2, f"{_error_line(fault)}\n".encode(errors="replace"))
         raise SystemExit(1 if fault is None else fault.status) from None
 
 
 def _status_of(end: SystemExit) -> object:
-    """Exit code of a command that called ``exit``. Lightning's own code is not that of the signal."""
+    """Exit code of a command that called ``exit``. Where Lightning exits after a signal, use the signal's code."""
     if type(end).__name__ == "SIGTERMException":
         return 128 + signal.SIGTERM
     if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):
@@ -108,9 +108,9 @@ def _status_of(end: SystemExit) -> object:
 
 
 def _reported_by_first_process() -> bool:
-    """Whether this process was started by the first one of the run, and that one has ended in the meantime.
+    """Whether the first process of the run, which started this one, has ended in the meantime.
 
-    Every process of a run detects the same mistake, but the user should read it once.
+    Every process of a run detects the same mistake, but the user should read it only once.
     """
     parent, first = os.getppid(), os.environ.get("LOCAL_RANK", "0") == "0"
     deadline = time.monotonic() + PATIENCE
@@ -133,7 +133,7 @@ def fault_of(error: BaseException) -> Fault | None:
     """Message and exit code of an error; None if it is a bug of this project.
 
     Args:
-        error: as raised by the command.
+        error: the exception that the command raised.
     """
     message = one_line(_text_of(error)).rstrip(".")
     for pattern, replacement in REWORDED:
@@ -198,7 +198,7 @@ _WORKER = re.compile(r"Caught (\w+) in .*?\.\s*Original Traceback")
 
 
 def _text_of(error: BaseException) -> str:
-    """Message of an error. For one that a DataLoader raised again, the message in its worker."""
+    """Message of an error. For an error of a DataLoader's worker process, the original message."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if _WORKER.match(text):
         last = text.rstrip().splitlines()[-1]
@@ -207,9 +207,9 @@ def _text_of(error: BaseException) -> str:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The package whose ``raise`` statement raised an error; '' if it came from elsewhere, such as a call into C.
+    """The package whose ``raise`` statement raised an error; '' if no such statement did, as for a call into C.
 
-    So errors that Python itself raises within our code (a division, an unpacking) count as bugs.
+    So errors that Python itself raises within our code (in a division or an unpacking) count as bugs.
     """
     if text := _foreign_traceback(error):
         places = re.findall(r'File "([^"]+)", line \d+, in .*(?=\n\s*(\S*))', text)
@@ -226,7 +226,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _foreign_traceback(error: BaseException) -> str:
-    """The traceback, as text, of a worker process of a DataLoader or a pool."""
+    """Traceback of a worker process of a DataLoader or a pool, as text; '' for other errors."""
     if _WORKER.match(str(error)):
         return str(error)
     cause = error.__cause__

@@ -1,6 +1,6 @@
 """How many cores this process may use, and how its threads share them.
 
-Imports neither torch nor anything that does: it runs before torch is loaded.
+footgun: this module must not import torch, not even indirectly, because it runs before torch is loaded.
 """
 
 import math
@@ -9,24 +9,24 @@ from pathlib import Path
 
 WAIT_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 """Waiting threads spin for about 0.1 ms, then sleep. Sleeping at once would slow down the many short operations of a
-small model. OpenMP's default of spinning for milliseconds slows everything down when other programs share the cores.
-Measured in docs/speed.md."""
+small model. OpenMP's default, spinning for milliseconds, slows everything down when other programs share the cores. See
+docs/speed.md for measurements."""
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux mounts the control groups of this process; in a container, those of the container."""
+"""Mount point of the control groups of this process; in a container, of those of the container."""
 
 
 def share_cores() -> None:
     """Let waiting threads yield their core, and limit the number of threads to the usable cores.
 
     footgun: OpenMP reads these settings when torch is imported, so call this first. By default waiting threads spin. If
-    one other process shares a core, each of the many barriers of a step then takes until the scheduler preempts the
+    another process shares a core, each of the many barriers of a step then lasts until the scheduler preempts the
     spinning thread. Settings of the user are kept.
     """
     if not any(name in os.environ for name in WAIT_SETTINGS):
         os.environ.update(WAIT_SETTINGS)
-    # A container limits processor time, not cores, so OpenMP does not see it. Without such a limit, the number of
-    # threads is left to torch and to launchers, which divide the cores among the processes of a node.
+    # A container limits processor time, not cores, so OpenMP does not notice the limit. Without such a limit, torch and
+    # the launchers choose the number of threads: launchers divide the cores among the processes of a node.
     if (cores := usable_cores()) < available_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 

@@ -1,7 +1,6 @@
-"""What a bug report needs to know about a machine: ``python -m llamagen.environment`` prints it.
+"""Describes a machine for a bug report: ``python -m llamagen.environment``.
 
-What is missing or broken is reported as such. The command never fails for it, since broken installations are what it
-is run on.
+The command never fails: missing or broken parts are reported, because it is usually run on broken installations.
 """
 
 import os
@@ -36,7 +35,7 @@ PROCESSOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", 
 """Instruction sets that the compiled decode step, bfloat16 and int8 use; names as in ``/proc/cpuinfo``."""
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CXX")
 TIMEOUT = 10
-"""Seconds after which a program that does not answer, such as ``nvidia-smi`` with a hung driver, is given up."""
+"""Seconds to wait for a program that does not answer, such as ``nvidia-smi`` with a hung driver."""
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def environment() -> dict[str, str]:
     """Versions, platform, processor, memory, GPUs, compiler and commit.
 
     Returns:
-        a one-line description of each, in the order of printing; "not available" or the reason where there is none.
+        A description of each in one line, in the order of printing; "not available" or the reason if there is none.
     """
     return {
         PROJECT: installed_version(PROJECT),
@@ -79,8 +78,8 @@ def installed_version(distribution: str) -> str:
 
 
 def commit(folder: Path = ROOT) -> str:
-    """The commit of a git clone, and whether tracked files were changed since."""
-    if not (folder / ".git").exists():  # else git would answer for a repository around this folder
+    """The commit of a git clone, and whether tracked files have been changed since."""
+    if not (folder / ".git").exists():  # otherwise git would describe a repository around this folder
         return "not a git clone"
     head = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     if head is None:
@@ -90,7 +89,7 @@ def commit(folder: Path = ROOT) -> str:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Model name and instruction sets; where there is no ``/proc/cpuinfo``, what Python knows."""
+    """Model name and instruction sets; without ``/proc/cpuinfo``, the name that Python reports."""
     lines = _lines(cpuinfo)
     entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = entries.get("flags", entries.get("Features", "")).split()
@@ -100,7 +99,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cores() -> str:
-    """Cores that this process may use, and those that the machine has."""
+    """Number of cores that this process may use, and that the machine has."""
     return f"{usable_cores()} usable, {available_cores()} in the process's affinity, {os.cpu_count()} in the machine"
 
 
@@ -118,19 +117,19 @@ def memory(meminfo: Path = Path("/proc/meminfo")) -> str:
 
 
 def torch_build() -> str:
-    """What the installed PyTorch was built for, how many threads it starts, and how many GPUs it can use."""
+    """Target of the installed PyTorch build (CPU or CUDA version), usable GPUs and number of threads."""
     try:
         import torch
 
         built_for = "CPUs only" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return f"built for {built_for}, can use {usable} GPUs and {torch.get_num_threads()} threads"
-    except Exception as error:  # an installation can be broken in any way; that is what the report is for
+    except Exception as error:  # an installation can be broken in any way, which the report should show
         return f"cannot be imported or used: {_reason(error)}"
 
 
 def gpus() -> str:
-    """Names, memory and driver of NVIDIA GPUs, as the driver reports them: also those that PyTorch cannot use."""
+    """Names, memory and driver of NVIDIA GPUs as reported by the driver, including those that PyTorch cannot use."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     lines = (_output(query) or "").splitlines()
     return "; ".join(line.strip() for line in lines if line.strip()) or "none (nvidia-smi reports none)"
@@ -149,7 +148,7 @@ def compiler() -> str:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints, stripped; None if it is missing, fails or does not answer."""
+    """Output of a program, stripped; None if it is missing, fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -26,7 +26,7 @@ from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno, 
 ABANDONED = 3600.0
 """Seconds without a change after which a temporary file of another machine counts as abandoned."""
 MAX_NAME = 150
-"""Maximum bytes of the final name in a temporary name; file systems allow 255 in all."""
+"""Maximum bytes of the final name in a temporary name; file systems allow 255 bytes in total."""
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 REPLACED = ".replaced.tmp"
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
@@ -35,7 +35,9 @@ _swept: set[tuple[int, Path]] = set()
 
 
 class PendingFile:
-    """A file under a temporary name until it is complete, for writers that outlive a block. See :func:`atomic_file`.
+    """A file that has a temporary name until it is complete, for writers without a ``with`` block.
+
+    See also :func:`atomic_file`.
 
     Args:
         path: final name; its folder is created if it does not exist.
@@ -43,7 +45,7 @@ class PendingFile:
         replaces_folder: replace a folder of this name; otherwise raise an error.
 
     Attributes:
-        temporary: the name to write to; an empty file.
+        temporary: path to write to; an empty file at first.
 
     Raises:
         IsADirectoryError: if there is a folder of this name.
@@ -97,9 +99,9 @@ class PendingFile:
 
 @contextmanager
 def atomic_file(path: Path, needed: int | None = None, replaces_folder: bool = False) -> Iterator[Path]:
-    """Yield a temporary name next to ``path`` to write to; at the end sync it and rename it to ``path``.
+    """Yield a temporary path next to ``path`` to write to; at the end sync the file and rename it to ``path``.
 
-    On an error the temporary file is removed. Each writer has its own temporary name, so several processes, also of
+    On an error the temporary file is removed. Each writer has its own temporary name, so several processes, even on
     several machines, may write the same file. The file has the usual permissions of new files. Devices and pipes are
     written to directly.
 
@@ -125,8 +127,8 @@ def atomic_file(path: Path, needed: int | None = None, replaces_folder: bool = F
 def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder next to ``path`` to fill; at the end sync and rename it, on an error remove it.
 
-    An existing ``path`` is replaced. File systems cannot replace a folder in one step: for a moment the old one has
-    the name :func:`replaced_name`, and ``path`` does not exist.
+    An existing ``path`` is replaced. File systems cannot replace a folder in one step: for a moment ``path`` does not
+    exist, and the old folder has the name :func:`replaced_name`.
 
     Args:
         path: the folder; its parent is created if it does not exist.
@@ -166,7 +168,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it exists. A folder is renamed first, so that nobody reads half of it."""
+    """Remove a file, link or folder, if it exists. A folder is renamed first, so that no process reads half of it."""
     if not _is_folder(path):
         path.unlink(missing_ok=True)
         return
@@ -175,7 +177,7 @@ def remove(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name in the folder of ``path``, which identifies this process and its machine."""
+    """A hidden name in the folder of ``path`` that identifies this process and its machine."""
     name = os.fsencode(path.name)[:MAX_NAME].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{_machine()}-{os.getpid()}-{uuid4().hex[:8]}.tmp")
 
@@ -188,13 +190,13 @@ def replaced_name(path: Path) -> Path:
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
     """Remove temporary files and folders of processes that no longer run.
 
-    For this machine, the process table says which run. Files of other machines (or containers) are removed when they
-    have not changed for :data:`ABANDONED` seconds: their process may be writing.
+    On this machine, the process table tells which processes run. Files of other machines (or containers) are removed
+    only if they have not changed for :data:`ABANDONED` seconds, because their processes may still be writing.
 
     Args:
-        folder: where to look, without its subfolders.
-        owned: only this run writes into the folder. So look again even if this process has done so before, and also
-            remove temporary names without a process, which older versions of this project left.
+        folder: folder to clean, without its subfolders.
+        owned: whether only this run writes into the folder. If so, clean it even if this process has already done so,
+            and also remove temporary names without a process id, which older versions of this project left.
     """
     key = os.getpid(), folder.absolute()
     if (key in _swept and not owned) or not folder.is_dir():
@@ -277,7 +279,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs. Zombies, which were killed and not yet waited for, do not."""
+    """Whether a process of this machine runs. Zombies, whose parent has not waited for them yet, do not."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -293,7 +295,7 @@ def _runs(process: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """Identifies the process table: this machine since its last boot, and the container if there is one."""
+    """Identify the process table: this machine since its last boot, and the container if there is one."""
     parts = [socket.gethostname()]
     for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""Checks that outputs of a model are finite, and a search for the layer or weight if they are not. B examples.
+"""Checks that outputs of a model are finite; if they are not, finds the layer or weight. B examples.
 
-footgun: reading a flag waits for the GPU. So a :class:`FiniteCheck` keeps its flags on the device where they were
-computed, and they are read once per batch.
+footgun: reading a flag waits for the GPU. So a :class:`FiniteCheck` keeps its flags on their device, and they are read
+once per batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class FiniteCheck:
         self.raise_if(self.broken)
 
     def raise_if(self, broken: Tensor) -> None:
-        """The same for a copy of the flags, for example on the CPU."""
+        """Like calling the check, but with a copy of the flags, for example on the CPU."""
         if rows := broken.nonzero().flatten().tolist():
             raise self.explain(rows)
 
@@ -57,12 +57,12 @@ def check_finite(what: str, values: Tensor, precision: str, model: nn.Module, ru
     Args:
         what: name of the values with a verb, such as ``the latent is``.
         values: (B, …).
-        precision: of the computation.
+        precision: precision of the computation.
         model: the model that computed the values.
-        run: computes them again, to find the layer.
+        run: computes the values again, to find the layer.
 
     Raises:
-        FloatingPointError: if they are not finite, see :func:`not_finite_error`.
+        FloatingPointError: if values are not finite, see :func:`not_finite_error`.
     """
     broken = not_finite(values)
     FiniteCheck(broken, lambda rows: not_finite_error(what, precision, find_source(model, run), rows, len(broken)))()
@@ -71,12 +71,12 @@ def check_finite(what: str, values: Tensor, precision: str, model: nn.Module, ru
 def not_finite_error(
     what: str, precision: str, source: str = "", rows: Sequence[int] = (), count: int = 0, where: str = ""
 ) -> FloatingPointError:
-    """One-line error for values that are not finite.
+    """Build the one-line error for values that are not finite.
 
     Args:
         what: name of the values with a verb.
-        precision: of the computation: Lightning's name, or that of a dtype.
-        source: see :func:`find_source`.
+        precision: precision of the computation: Lightning's name, or that of a dtype.
+        source: layer or weight, see :func:`find_source`.
         rows: affected examples of the batch.
         count: size B of the batch.
         where: stage and batch.
@@ -95,9 +95,9 @@ def not_finite_error(
 
 @torch.no_grad()
 def find_source(model: nn.Module | Mapping[str, nn.Module], run: Callable[[], Any] | None = None) -> str:
-    """Find where values that are not finite come from: a weight, or else the first layer with such an output.
+    """Find the origin of values that are not finite: a weight, or else the first layer with such an output.
 
-    Takes as long as a forward pass, so call it only for an error.
+    Takes as long as a forward pass, so call it only after a failed check.
 
     Args:
         model: one model, or several by name.
@@ -117,7 +117,7 @@ def find_source(model: nn.Module | Mapping[str, nn.Module], run: Callable[[], An
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that is not finite. Of sharded parameters, this rank's part is checked."""
+    """Name of the first parameter or buffer that is not finite. Of sharded ones, only this rank's part is checked."""
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
@@ -129,8 +129,8 @@ def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether all values of a tensor are finite, also after conversion to ``dtype``. Waits for its device.
 
     Args:
-        tensor: of any dtype. Integers and tensors on the meta device count as finite.
-        dtype: dtype that it will be converted to.
+        tensor: a tensor of any shape and dtype. Integers and tensors on the meta device count as finite.
+        dtype: dtype to which the tensor will be converted; None for its own.
     """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
@@ -143,7 +143,7 @@ def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 @contextmanager
 def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Record the first module with an output that is not finite, as it runs."""
+    """Record the first module whose output is not finite while the model runs."""
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

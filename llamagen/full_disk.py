@@ -19,7 +19,7 @@ TEXTS = {  # messages of libraries that do not pass on errno
     errno.EFBIG: ("File too large", "(os error 27)"),
 }
 TORCH_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", "file write failed")
-"""Messages of PyTorch's writer, which hides the reason."""
+"""Messages of PyTorch's writer, which does not give the reason."""
 NO_ROOM = 2**20
 """Free bytes below which a failure of PyTorch's writer, or of a command, counts as a full disk."""
 
@@ -44,7 +44,7 @@ def full_disk_reported(path: Path, needed: int | None = None, temporary: Path | 
     Args:
         path: the file or folder that is written.
         needed: its size in bytes, if known.
-        temporary: its name until it is complete, if different.
+        temporary: its path until it is complete, if that differs from ``path``.
 
     Raises:
         DiskFullError: with the path, the bytes needed and the bytes free.
@@ -61,10 +61,10 @@ def full_disk_reported(path: Path, needed: int | None = None, temporary: Path | 
 
 
 def full_disk_errno(error: BaseException, folder: Path) -> int | None:
-    """``errno`` if an error was caused by a full disk, also if a library hides that; otherwise None.
+    """``errno`` if an error was caused by a full disk, even if a library hides the cause; otherwise None.
 
     Args:
-        error: as caught. Its causes and contexts are searched, too.
+        error: the exception. Its causes and contexts are searched, too.
         folder: folder of the file that was written.
     """
     waiting, seen = [error], set[int]()

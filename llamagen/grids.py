@@ -15,20 +15,20 @@ from llamagen.files import atomic_file
 
 MARGIN = 2
 MIN_CAPTIONED_WIDTH = 192
-"""Width in pixels that a legible caption needs; smaller images are enlarged."""
+"""Minimum width in pixels of a legible caption; narrower images are enlarged."""
 MAX_LINES = 3
 MAX_CHARACTERS = 600  # more than fit into these lines
 GAP = 8
 
 
 def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
-    """Images in rows, on grey.
+    """Arrange images in rows, on a grey background.
 
     Args:
-        rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
+        rows: (H, W, 3) uint8 images of one size; rows may have different lengths.
 
     Raises:
-        ValueError: if there are none, or shapes or dtype are others.
+        ValueError: if there are no images, or their shapes or dtype are wrong.
     """
     height, width = _size_of(rows)
     columns = max(len(row) for row in rows)
@@ -43,18 +43,18 @@ def grid_image(rows: list[list[np.ndarray]]) -> Image.Image:
 
 
 def captioned_grid(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> Image.Image:
-    """Images in rows, each above its caption, on white.
+    """Arrange images in rows, each above its caption, on a white background.
 
     Captions are wrapped to the width of the image and truncated to three lines with an ellipsis. Images narrower than
     192 pixels are enlarged by an integer factor, without interpolation. Characters that the font (DejaVu Sans) lacks,
     such as Chinese and emoji, appear as boxes.
 
     Args:
-        rows: (H, W, 3) uint8 images of one size; rows may be of unequal length.
-        captions: of each image, in the same rows.
+        rows: (H, W, 3) uint8 images of one size; rows may have different lengths.
+        captions: one caption for each image, in the same rows.
 
     Raises:
-        ValueError: if there are no images, their shapes or dtype are others, or one has no caption.
+        ValueError: if there are no images, their shapes or dtype are wrong, or one has no caption.
     """
     height, width = _size_of(rows)
     if [len(row) for row in captions] != [len(row) for row in rows]:
@@ -119,7 +119,7 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def figure_image(figure: Any) -> Image.Image:
-    """A matplotlib ``Figure`` as an image."""
+    """Render a matplotlib ``Figure`` as an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

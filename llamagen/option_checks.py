@@ -11,13 +11,13 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
     """Check that a value is an integer in a range.
 
     Args:
-        name: of the option.
-        value: as given.
+        name: name of the option.
+        value: value of the option.
         minimum: smallest valid value.
         maximum: largest valid value; None for no limit.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it is not.
     """
     try:
         is_integer = value == int(value) and hasattr(value, "__index__") and not isinstance(value, bool)
@@ -35,11 +35,11 @@ def check_not_negative(name: str, value: Any) -> None:
     """Check that a value is finite and at least 0.
 
     Args:
-        name: of the option.
-        value: as given.
+        name: name of the option.
+        value: value of the option.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it is not.
     """
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}; it must be at least 0{' and finite' if value == math.inf else ''}")
@@ -49,11 +49,11 @@ def check_positive(name: str, value: float) -> None:
     """Check that a value is positive and finite.
 
     Args:
-        name: of the option.
-        value: as given.
+        name: name of the option.
+        value: value of the option.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it is not.
     """
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it must be positive and finite")
@@ -63,12 +63,12 @@ def check_share(name: str, value: float, with_ends: bool = True) -> None:
     """Check that a value is a fraction between 0 and 1.
 
     Args:
-        name: of the option.
-        value: as given.
+        name: name of the option.
+        value: value of the option.
         with_ends: whether 0 and 1 are valid, too.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it is not.
     """
     if not (0 <= value <= 1 if with_ends else 0 < value < 1):
         raise ValueError(f"{name} is {value}; it must be {'between 0 and 1' if with_ends else 'above 0 and below 1'}")
@@ -78,12 +78,12 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Check that a value is one of some choices.
 
     Args:
-        name: of the option.
-        value: as given.
+        name: name of the option.
+        value: value of the option.
         choices: all valid values.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it is not.
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
@@ -93,11 +93,11 @@ def check_folder_name(name: str, value: Path | str | None) -> None:
     """Check that a value can be the name of a folder: neither empty nor a file.
 
     Args:
-        name: of the option.
-        value: as given; None is valid.
+        name: name of the option.
+        value: value of the option; None is valid.
 
     Raises:
-        ValueError: in one line.
+        ValueError: in one line, if it cannot.
     """
     if value is None:
         return

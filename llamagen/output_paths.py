@@ -1,4 +1,4 @@
-"""Checks that output can be written, before the work that produces it. They leave nothing behind."""
+"""Checks that outputs can be written, before the work that produces them. The checks leave no files."""
 
 import os
 import tempfile
@@ -12,12 +12,12 @@ def check_output(path: Path, what: str = "", remedy: str = OTHER_FOLDER) -> None
     """Check that a file or folder can be created or replaced at a path. Missing parents count as creatable.
 
     Args:
-        path: of the output.
-        what: option or argument that it comes from, for messages.
-        remedy: what to do, for messages.
+        path: path of the output.
+        what: name of the option or argument, for messages.
+        remedy: remedy in messages.
 
     Raises:
-        ValueError: in one line, if not.
+        ValueError: in one line, if it cannot.
     """
     _check_writable(path, _existing(Path(os.path.abspath(path)).parents), what, remedy)
 
@@ -26,27 +26,27 @@ def check_output_folder(folder: Path, what: str = "", remedy: str = OTHER_FOLDER
     """Check that files can be written into a folder, which may exist.
 
     Args:
-        folder: for the output.
-        what: option or argument that it comes from, for messages.
-        remedy: what to do, for messages.
+        folder: folder of the output.
+        what: name of the option or argument, for messages.
+        remedy: remedy in messages.
 
     Raises:
-        ValueError: in one line, if not.
+        ValueError: in one line, if they cannot.
     """
     absolute = Path(os.path.abspath(folder))
     _check_writable(folder, _existing((absolute, *absolute.parents)), what, remedy)
 
 
 def check_output_file(path: Path, suffixes: tuple[str, ...], what: str = "out") -> None:
-    """Check that a file can be written: its suffix names a known format, and there is no folder of this name.
+    """Check that a file can be written: its suffix is valid, and there is no folder of this name.
 
     Args:
-        path: of the file, which may exist.
+        path: path of the file, which may exist.
         suffixes: valid suffixes.
-        what: option or argument that it comes from, for messages.
+        what: name of the option or argument, for messages.
 
     Raises:
-        ValueError: in one line, if not.
+        ValueError: in one line, if it cannot.
     """
     if path.suffix not in suffixes or os.path.isdir(path):
         endings = " or ".join(f"*{suffix}" for suffix in suffixes if suffix)
@@ -60,7 +60,7 @@ def _check_writable(path: Path, place: Path, what: str, remedy: str) -> None:
         raise ValueError(f"{name} cannot be written: {place} is not a folder; {remedy}")
     try:
         path.exists()  # raises an error for a name that is too long
-        # Not os.access, which says yes on a read-only file system.
+        # Not os.access, which returns True on a read-only file system.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -69,5 +69,5 @@ def _check_writable(path: Path, place: Path, what: str, remedy: str) -> None:
 
 
 def _existing(paths: Iterable[Path]) -> Path:
-    """The first path at which there is something; a broken link counts."""
+    """The first path that exists; a broken link counts."""
     return next(path for path in paths if os.path.lexists(path))

@@ -17,7 +17,7 @@ NOISE = (
 
 GIVEN = "Given value: "
 NESTED = ("Namespace(", "NestedArg(", "{", "[{")
-"""Prefixes of values that are a whole tree of options."""
+"""Prefixes of values that are whole trees of options."""
 
 PHRASES = (
     (r"Expected a dot import path string: (.+)", r"no class \1 is known here; check its name, or give its class path"),
@@ -29,7 +29,7 @@ PHRASES = (
     (r"Group '[^']*' does not accept option '([^']+)'", r"has no option \1"),
     (r"Problem with given class_path '[^']*':", ""),
 )
-"""Messages of jsonargparse, as patterns, and how to say them."""
+"""Patterns of jsonargparse's messages, and their replacements."""
 
 RENAMED_OPTIONS = {"picture_size": "image_size"}
 """Older names of options. Configuration files may use them; arguments are rejected with the current name."""
@@ -39,7 +39,7 @@ RENAMED_CLASSES = {"SampleDataModule": "ClassRequestDataModule"}
 
 
 def one_line(message: str) -> str:
-    """A message of jsonargparse in one line: the full name of the option, then the problem."""
+    """Convert a message of jsonargparse to one line: the full name of the option, then the problem."""
     keys: list[str] = []
     reasons: list[str] = []
     given = ""
@@ -68,7 +68,7 @@ def one_line(message: str) -> str:
 
 
 class OneLineErrors:
-    """Mixin of a parser: an error is one line on stderr and exit code 2, without the list of all options."""
+    """Mixin for parsers: errors are one line on stderr, without the list of all options, and exit code 2."""
 
     exit_on_error: Any
     prog: Any
@@ -86,9 +86,9 @@ class OneLineParser(OneLineErrors, argparse.ArgumentParser):
     """argparse's parser with one-line errors and without abbreviations.
 
     Args:
-        program: the command, for its help.
-        description: for its help.
-        options: arguments of argparse's parser.
+        program: the command, shown in the help text.
+        description: description of the command, shown in the help text.
+        **options: other arguments of argparse's parser.
     """
 
     def __init__(self, program: str, description: str, **options: Any) -> None:

@@ -24,7 +24,7 @@ class PublishedWeights:
         name: name of the file, also in the cache.
         address: URL.
         sha256: SHA-256 of the file, or its first digits.
-        options: how a user gives the path of the file.
+        options: options with which a user gives the path of the file, for messages.
         alternative: another remedy if the file is not available.
         other_names: other names of the same file in the cache.
     """
@@ -41,7 +41,7 @@ class PublishedWeights:
         """Find the file, or download it; its content is not read.
 
         Args:
-            path: the file; None looks into torch.hub's cache folder, and downloads the file if it is missing.
+            path: the file; None for the one in torch.hub's cache folder, which is downloaded if it is missing.
 
         Raises:
             ValueError: in one line, if the file does not exist or could not be downloaded.
@@ -75,7 +75,7 @@ class PublishedWeights:
         """Read the weights from a ``.pth`` or ``.safetensors`` file.
 
         Args:
-            file: as :meth:`fetch` returns it.
+            file: the file, as returned by :meth:`fetch`.
             shapes: names and shapes of the weights.
             ignored_prefix: entries whose names start with it are left out.
             ignored_suffix: entries whose names end with it are left out.
@@ -105,7 +105,7 @@ class PublishedWeights:
 
 def _load(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file  # imported late because few runs need it
+        from safetensors.torch import load_file  # imported here because few runs need it
 
         return load_file(file)
     # Only the zip format can be mapped into memory; torchvision's VGG16 is in the older format.

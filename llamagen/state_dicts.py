@@ -51,7 +51,7 @@ def differences(loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def tensors_checksum(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """SHA-256 over names and values, independent of device, memory format and order.
 
-    footgun: checksums are stored in files. What is hashed, and in which order, must never change.
+    footgun: checksums are stored in files, so the content that is hashed and its order must never change.
 
     Args:
         tensors: tensors by name. If they are sharded over ranks, all ranks must call this; full tensors are gathered

@@ -1,7 +1,7 @@
-"""Values computed from the files in ``fixtures/before``; ``expected.json`` has those of the commit that wrote them.
+"""Values computed from the files in ``fixtures/before``; ``expected.json`` holds those at the commit that wrote them.
 
-The working directory has to be one in which :func:`unpack` put the files: under ``runs/before``, where they were made.
-``python -m tests.before`` writes ``expected.json``; run it only at the commit that made the files.
+Before a call, :func:`unpack` must have put the files into ``runs/before`` of the working directory, where they were
+written. ``python -m tests.before`` writes ``expected.json``; run it only at the commit that wrote the files.
 """
 
 import csv
@@ -40,7 +40,7 @@ Facts = dict[str, Any]
 
 
 def unpack(folder: Path) -> None:
-    """Put the files into ``folder``."""
+    """Unpack the files into ``folder``."""
     for archive in sorted(FIXTURES.glob("*.tar.xz")):
         with tarfile.open(archive) as tar:
             tar.extractall(folder / ROOT, filter="data")
@@ -52,12 +52,12 @@ def last(name: str) -> Path:
 
 
 def saved(stage: str, name: str, *more: str) -> list[str]:
-    """A command with the configuration that a run saved."""
+    """Arguments of a command with the saved configuration of a run."""
     return [stage, "--config", str(ROOT / name / f"{stage}.yaml"), *more]
 
 
 def rows(name: str) -> list[dict[str, float]]:
-    """What a run has logged, without rates and times."""
+    """Logged metrics of a run, without rates and times."""
     found: list[dict[str, float]] = []
     for path in sorted((ROOT / name / "logs").rglob("metrics.csv")):
         with path.open(newline="") as file:
@@ -82,7 +82,7 @@ def resumed(name: str, steps: int, *more: str) -> Facts:
 
 
 def gpt_of(path: Path) -> GPT:
-    """The model in a file of weights. A ``.pt`` has weights alone: they are loaded into the model of the checkpoint."""
+    """The model in a file of weights. The weights of a ``.pt`` are loaded into the model of the checkpoint."""
     model = build_model(read_weights(path if path.suffix != ".pt" else last(path.stem)))
     assert isinstance(model, GPT)
     model.load_state_dict(read_weights(path).state)
@@ -130,7 +130,7 @@ def images() -> Facts:
 
 
 def shards_of(meta: Facts) -> Facts:
-    """What ``meta.json`` says of shards; of skipped samples the number, without the reason."""
+    """Entries of the shards in ``meta.json``, with the number of skipped examples but without the reasons."""
     return {
         split: {"shards": described["shards"], "skipped": sum(described["skipped"].values())}
         for split, described in meta["splits"].items()
@@ -158,12 +158,12 @@ def extraction() -> Facts:
 
 
 def number_of_files(name: str) -> int:
-    """Image files of a sampling run: each image has one, so a resumed run has used those that were there."""
+    """Number of image files of a sampling run. One file per image means that a resumed run used the existing files."""
     return len(list((ROOT / name).rglob("[0-9]*_*.png")))
 
 
 def samples() -> Facts:
-    """Class samples of a killed command that is run again. One file is made black: it has to be kept."""
+    """Class samples of a killed command that is repeated. One existing file is made black and must be kept."""
     (first,) = (ROOT / "samples_stopped").rglob("000000_class0.png")
     Image.new("RGB", (6, 6)).save(first)
     main.main(saved("predict", "samples_stopped"))
@@ -178,7 +178,7 @@ def samples() -> Facts:
 
 
 def prompts() -> Facts:
-    """Samples of prompts of a killed command that is run again, next to those of one that was not killed."""
+    """Samples of prompts of a killed command that is repeated, and of an uninterrupted command."""
     main.main(saved("predict", "prompts_stopped"))
     facts: Facts = {}
     for name in ("prompts", "prompts_stopped"):
@@ -195,7 +195,7 @@ def prompts() -> Facts:
 
 
 def measured() -> Facts:
-    """What the reference says of itself, and metrics of 20 random images against it."""
+    """Description of the reference, and metrics of 20 random images against it."""
     folder = ROOT / "evaluation"
     features = ["--features=Classifier", f"--features.weights={folder / 'classifier.safetensors'}"]
     reference = folder / "reference.npz"

@@ -1,4 +1,4 @@
-"""The whole pipeline in small: the four commands of the quickstart on digits of 8 px."""
+"""A small version of the whole pipeline: the four commands of the quickstart on digits of 8 px."""
 
 from dataclasses import dataclass
 from pathlib import Path

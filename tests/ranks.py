@@ -19,7 +19,7 @@ PATIENCE = 180
 
 
 def ended(command: list[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. If it hangs, kill it with all processes that it started.
+    """Run a command to its end. If it hangs, kill the command and all processes that it started.
 
     Raises:
         subprocess.TimeoutExpired: after :data:`PATIENCE` seconds.

@@ -1,6 +1,6 @@
-"""A quantiser as a user would add one: it rounds each channel to a grid (finite scalar quantisation, arXiv 2309.15505).
+"""A quantiser like a user's own: it rounds each channel to a grid (finite scalar quantisation, arXiv 2309.15505).
 
-Nothing in ``llamagen`` or ``lightning_modules`` knows it. B batch, E channels, h × w grid, L levels of a channel.
+No code in ``llamagen`` or ``lightning_modules`` refers to it. B batch, E channels, h × w grid, L levels of a channel.
 """
 
 import torch

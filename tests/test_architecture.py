@@ -1,4 +1,4 @@
-"""The house keeps its plan: who imports whom, what things are called, how long files are, what has to be installed."""
+"""Rules of the code's structure: imports between folders, names, lengths of files, declared dependencies."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -20,8 +21,8 @@ SOURCES = sorted(
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OURS = (*PACKAGES, "main", "benchmarks", "tests")
 
-# What of ours a room may import beside itself.
-ROOMS = {
+# Modules of this project that each folder may import, in addition to its own.
+ALLOWED_IMPORTS = {
     "llamagen": (),
     "llamagen/checkpoints": (
         "llamagen.command",
@@ -66,6 +67,11 @@ ROOMS = {
         "llamagen.parser_errors",
         "llamagen.text.cleaning",
     ),
+    "datamodules/requests": (
+        "datamodules.loading",
+        "datamodules.storage",
+        "llamagen.text.cleaning",
+    ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk"),
     "datamodules/loading": ("datamodules.storage",),
     "datamodules/transforms": ("datamodules.storage.bad_examples",),
@@ -106,7 +112,7 @@ def is_module(name: str) -> bool:
 
 
 def imported_modules(source: str) -> Iterator[str]:
-    """Every module that a source imports, wherever in it; ``from a import b`` is a.b if that is a module of ours."""
+    """All modules that a source imports, at any level; ``from a import b`` is a.b if this is a module of ours."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -122,9 +128,9 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-def forbidden_imports(source: str, room: str) -> list[str]:
-    """What a source of a room imports although it may not."""
-    allowed = (room.replace("/", "."), *ROOMS[room])
+def forbidden_imports(source: str, folder: str) -> list[str]:
+    """Modules of this project that a source in a folder imports, but must not."""
+    allowed = (folder.replace("/", "."), *ALLOWED_IMPORTS[folder])
     return [
         module
         for module in imported_modules(source)
@@ -148,21 +154,21 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def satisfies(version: str, requirement: str) -> bool:
-    """A version lies within the bounds of a requirement, which are all >= or <."""
+    """Whether a version is within the bounds of a requirement, which are all >= or <."""
     bounds = re.findall(r"(>=|<)([0-9.]+)", requirement)
     return all((release(version) >= release(bound)) == (sign == ">=") for sign, bound in bounds)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
-    paths = sorted((ROOT / room).rglob("*.py"))
+@pytest.mark.parametrize("folder", ALLOWED_IMPORTS)
+def test_a_folder_imports_only_allowed_modules(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths
-    found = {relative(path): forbidden_imports(path.read_text(), room) for path in paths}
+    found = {relative(path): forbidden_imports(path.read_text(), folder) for path in paths}
     assert {path: modules for path, modules in found.items() if modules} == {}
 
 
 @pytest.mark.parametrize(
-    ("source", "room", "allowed"),
+    ("source", "folder", "allowed"),
     [
         ("import torch", "llamagen/models", True),
         ("from llamagen.models.gpt import GPT", "llamagen/sampling", True),
@@ -181,13 +187,29 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         ("from tests.golden import fill", "llamagen", False),
     ],
 )
-def test_the_walk_sees_every_form_of_import(source: str, room: str, allowed: bool) -> None:
-    assert (forbidden_imports(source, room) == []) is allowed
+def test_every_form_of_import_is_detected(source: str, folder: str, allowed: bool) -> None:
+    assert (forbidden_imports(source, folder) == []) is allowed
 
 
-def test_every_room_of_the_house_is_in_the_plan() -> None:
-    rooms = {relative(path.parent) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
-    assert rooms == set(ROOMS)
+def test_every_folder_with_code_has_an_import_rule() -> None:
+    folders = {relative(path.parent) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    assert folders == set(ALLOWED_IMPORTS)
+
+
+def test_no_imports_form_a_circle() -> None:
+    def dependencies(path: Path) -> set[str]:
+        names = set(imported_modules(path.read_text()))
+        # A package gets its names from its modules, which import one another directly.
+        return {name for name in names if (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
+
+    sources = [path for path in SOURCES if path.name != "__init__.py"]
+    graph = {relative(path).removesuffix(".py").replace("/", "."): dependencies(path) for path in sources}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # raises a CycleError with the circle
+
+
+def test_few_rooms_are_side_by_side_in_the_data_layer() -> None:
+    rooms = [path for path in (ROOT / "datamodules").iterdir() if not path.name.startswith("__")]
+    assert len(rooms) <= 14
 
 
 def test_the_core_never_imports_lightning() -> None:
@@ -201,7 +223,7 @@ def test_the_core_never_imports_lightning() -> None:
     assert found == set()
 
 
-def test_things_are_called_by_what_they_are() -> None:
+def test_no_file_or_folder_has_a_vague_name() -> None:
     folders = [ROOT / name for name in (*PACKAGES, "benchmarks", "configs", "tests")]
     paths = [ROOT / "main.py", *folders, *(path for folder in folders for path in folder.rglob("*"))]
     vague = [relative(path) for path in paths if VAGUE & set(path.name.lower().split(".")[0].split("_"))]
@@ -234,12 +256,12 @@ EXTRAS = {
     "benchmarks": "benchmark",
     "llamagen/text": "text",
     "evaluation": "text",
-}  # what a folder may import beside the dependencies
+}  # extra whose packages a folder may import, in addition to the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_what_a_source_imports_is_a_declared_dependency(path: Path) -> None:
+def test_imported_packages_are_declared_dependencies(path: Path) -> None:
     name = EXTRAS.get(relative(path.parent))
     extra = PYPROJECT["project"]["optional-dependencies"][name] if name else []
     declared = {distribution(line) for line in [*DEPENDENCIES, *extra]}

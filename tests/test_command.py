@@ -88,7 +88,7 @@ def test_mistakes_of_the_user_are_one_line_and_code_2() -> None:
         assert phrase in fault.message
 
 
-def test_a_wrong_path_found_by_our_own_code_is_a_mistake(tmp_path: Path) -> None:
+def test_a_wrong_path_detected_by_our_code_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     def write() -> None:
         with atomic_file(tmp_path):
             pass

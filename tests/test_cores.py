@@ -1,4 +1,4 @@
-"""Waiting threads yield their core, and there are no more of them than a container's cores."""
+"""Waiting threads yield their core, and there are no more threads than cores in a container."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_reads_the_limit_of_a_container(
     assert cores.usable_cores(tmp_path) == wanted
 
 
-def test_settings_are_made_before_torch_and_keep_those_of_the_user() -> None:
+def test_wait_settings_are_set_before_torch_and_do_not_replace_the_users_settings() -> None:
     script = (
         "import os, sys\n"
         "from llamagen import cores\n"
@@ -56,7 +56,7 @@ def test_settings_are_made_before_torch_and_keep_those_of_the_user() -> None:
         assert done.stdout.strip() == wanted
 
 
-def test_the_command_line_imports_torch_after_them_and_workers_import_nothing() -> None:
+def test_main_sets_them_before_it_imports_torch_and_workers_do_not_import_torch() -> None:
     script = "import sys, main; print('torch' in sys.modules, 'lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

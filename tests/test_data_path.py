@@ -34,7 +34,7 @@ def write_folder(root: Path) -> set[str]:
 
 
 def break_some(root: Path, keys: set[str]) -> set[str]:
-    """Break one image in a hundred, each in another way. Returns their keys."""
+    """Break one image in a hundred, each in a different way. Returns their keys."""
     broken = sorted(keys)[50::100]
     for place, key in enumerate(broken):
         (path,) = root.glob(f"{key}.*")

@@ -30,7 +30,9 @@ def test_prints_versions_platform_and_hardware() -> None:
         assert printed[name].strip(), name
 
 
-def test_what_is_missing_is_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_programs_and_packages_are_reported_without_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi, no compiler
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails

@@ -42,7 +42,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def run_until_killed(command: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command in a process of its own, which is killed after a batch of that step."""
+    """Run the command in a new process, which is killed after a batch of the given step."""
 
     def die(self: GenerativeModule, *_: Any) -> None:
         if self.global_step == step:

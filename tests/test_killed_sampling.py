@@ -31,7 +31,7 @@ def command(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
 
 
 def killed(task: Callable[[], object]) -> None:
-    """Run a task in a process with a process group of its own, and check that it is killed."""
+    """Run a task in a process with its own process group, and check that it is killed."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -54,7 +54,7 @@ def hidden(folder: Path) -> list[str]:
 
 
 def assert_same_images(folder: Path, uninterrupted: Path) -> None:
-    """The codes of two runs are equal, as are their archives, and the archive holds what the files hold."""
+    """Assert that two runs have the same codes and archives, and that each archive equals the image files."""
     assert len(list((folder / "codes").iterdir())) == len(image_files(folder)) == COUNT
     for path in (uninterrupted / "codes").iterdir():
         assert np.array_equal(np.load(path), np.load(folder / "codes" / path.name)), path.name
@@ -70,7 +70,7 @@ def assert_same_images(folder: Path, uninterrupted: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     main.main(command(pipeline, folder, 64))
     with np.load(folder / "samples/samples.npz") as archive:

@@ -15,7 +15,7 @@ PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 @cache
 def headings(page: Path) -> set[str]:
-    """Anchors of a page, as GitHub makes them of its headings."""
+    """Anchors that GitHub generates for the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     anchors: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):

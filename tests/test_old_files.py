@@ -12,13 +12,13 @@ from tests.before import EXPECTED, FACTS, ROOT, rows, saved, unpack
 
 @pytest.fixture(autouse=True)
 def old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in a folder of its own with a copy of the files."""
+    """Work in a temporary folder with a copy of the files."""
     unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
 def assert_same(found: Any, expected: Any, where: str) -> None:
-    """Equal primitives in equal containers; numbers that are no integers up to rounding."""
+    """Assert that primitives in containers are equal; floats only up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():
@@ -39,7 +39,7 @@ def test_old_files_give_the_values_of_the_commit_that_wrote_them(name: str) -> N
     assert_same(found, json.loads(EXPECTED.read_text())[name], name)
 
 
-def test_values_of_the_same_weights_and_data_are_the_same() -> None:
+def test_files_of_the_same_weights_and_data_give_the_same_values() -> None:
     expected = json.loads(EXPECTED.read_text())
     assert expected["tokenizer"]["weights"] == expected["tokenizer"]["exported"]
     sampled = expected["sampled"]

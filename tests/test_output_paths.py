@@ -1,4 +1,4 @@
-"""Output paths are checked before the work, and the checks leave nothing behind."""
+"""Output paths are checked before any work, and the checks leave no files."""
 
 from pathlib import Path
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_rebuilds_the_quantiser(run: Run) -> None:
     assert torch.equal(vqgan.decode_codes(encoding.codes), vqgan.decode(encoding.quantized))
 
 
-def test_its_loss_is_logged_and_added_with_weight_1(run: Run) -> None:
+def test_the_quantisers_loss_is_logged_and_added_with_weight_1(run: Run) -> None:
     lines = (next((run.root / "tokenizer").rglob("metrics.csv"))).read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     row = next(row for row in rows if row["val/loss"])

@@ -214,7 +214,7 @@ class Mirror:
         )
 
     def expect(self, **changes: str) -> None:
-        """Change what is expected of the published file."""
+        """Change the expected address, size and checksum of the published file."""
         weights = replace(self.network.weights, **changes)  # type: ignore[arg-type]
         self._patch.setattr(self.network.module, self.network.constant, weights)
 
@@ -223,7 +223,7 @@ class Mirror:
         return sorted(path.name for path in self.cache.iterdir()) if self.cache.is_dir() else []
 
     def error(self) -> str:
-        """The error of a download: one line with all that is needed, and nothing left in the cache."""
+        """The error of a download. Checks that it is one line with all details, and that the cache has no files."""
         weights = self.network.weights
         with pytest.raises(ValueError) as error:
             self.network.read()

@@ -31,7 +31,7 @@ def test_a_bug_report_asks_for_the_environment() -> None:
     assert any("python -m llamagen.environment" in label for label in labels)
 
 
-def test_the_tests_that_the_page_of_reports_names_exist() -> None:
+def test_the_tests_named_in_the_reports_exist() -> None:
     named = set(re.findall(r"`(?:[a-z_]+/)*(test_\w+\.py)`", (ROOT / "docs/reports.md").read_text()))
     assert len(named) > 10
     assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}

@@ -1,4 +1,4 @@
-"""Text to image in small: digits with captions, their codes, features of a tiny T5, a trained model."""
+"""A small text-to-image pipeline: digits with captions, their codes, features of a tiny T5, a trained model."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -23,7 +23,7 @@ class FeatureWriter(ShardDatasetWriter):
     ``meta.json``.
 
     An example is ``<key>.features``, (n, W) little-endian without a header, for the caption's n tokens without padding;
-    ``<key>.txt``, the caption as it was encoded; and, where they exist, ``<key>.npy`` (codes), ``<key>.cls``, and
+    ``<key>.txt``, the caption that was encoded; and, if they exist, ``<key>.npy`` (codes), ``<key>.cls``, and
     ``<key>.shortfeatures`` (features of the first sentence, if it differs from the caption). Codes and features form
     one dataset: its ``meta.json`` keeps the entries of the codes. Each shard holds a fixed range of the examples and is
     written by one rank. The same command resumes a stopped run with the remaining shards, on any number of ranks.

@@ -193,7 +193,7 @@ def on_rank_zero(trainer: pl.Trainer, task: Callable[[], T]) -> T:
     """Run a task on rank zero and return its result on every rank.
 
     Raises:
-        ValueError: of the task, raised on every rank, so that none waits for another.
+        ValueError: if the task raises one; on every rank, so that none waits for another.
     """
     result, message = cast(T, None), ""
     if trainer.is_global_zero:

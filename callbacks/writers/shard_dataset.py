@@ -22,9 +22,9 @@ class ShardDatasetWriter(pl.Callback):
     """
 
     data_protocol: ClassVar[type[Any]]
-    """What the writer needs of the data; extends :class:`~callbacks.protocols.ShardableData`."""
+    """Protocol that the data must satisfy; extends :class:`~callbacks.protocols.ShardableData`."""
     module_protocol: ClassVar[type[Any]]
-    """What the writer needs of the module."""
+    """Protocol that the module must satisfy."""
 
     def __init__(self, samples_per_shard: int) -> None:
         super().__init__()

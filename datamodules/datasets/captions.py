@@ -23,10 +23,10 @@ def caption_of(example: Example, clean: bool = False, short: bool = False) -> st
         example: example with a txt or json member.
         clean: clean the caption, see :func:`~llamagen.text.cleaning.clean_caption`.
         short: use only the first sentence. It is found before cleaning, which removes the capitals that mark its end.
-            If cleaning leaves nothing of it, the whole caption is used.
+            If it is empty after cleaning, the whole caption is used.
 
     Raises:
-        BadExampleError: if there is no caption, or cleaning leaves nothing of it.
+        BadExampleError: if there is no caption, or it is empty after cleaning.
     """
     caption = example.read_caption()
     texts = [first_sentence(caption), caption] if short else [caption]
@@ -41,13 +41,13 @@ def caption_of(example: Example, clean: bool = False, short: bool = False) -> st
 
 
 class CaptionDataset(ExampleDataset):
-    """Dataset of captions, with what is stored next to their features.
+    """Dataset of captions, with the labels, keys and codes that are stored next to their features.
 
     Args:
         examples: examples with a txt or json member.
         clean: clean the captions, see :func:`~llamagen.text.cleaning.clean_caption`.
-        short: also give the first sentences.
-        codes: also give the bytes of the codes, which each example must then have.
+        short: also return the first sentences.
+        codes: also return the bytes of the codes; an example without codes is then bad.
     """
 
     def __init__(

@@ -35,13 +35,13 @@ def scale(levels: Tensor) -> Tensor:
 
 
 class ImageDataset(ExampleDataset):
-    """Dataset of decoded images: augmented with an epoch, otherwise all views (by default the centre crop).
+    """Dataset of decoded images: augmented if the address has an epoch, otherwise all views (default: centre crop).
 
     Args:
         examples: examples with a png, jpg, jpeg or webp member.
         image_size: side of the images in pixels.
         random_crop: in training, choose size and position of the crop by (seed, epoch, example).
-        flip: in training, mirror half of the images, chosen likewise.
+        flip: in training, mirror half of the images, chosen in the same way.
         seed: seed of the random choices.
         views: see :func:`~datamodules.transforms.crops.view_names`; with several views, images are (A, 3, H, W).
         crop_ranges: see :func:`~datamodules.transforms.crops.ten_crops`.

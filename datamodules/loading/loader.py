@@ -78,7 +78,7 @@ class TrainLoader:
         self._loader._iterator = value
 
     def state_dict(self) -> dict[str, int]:
-        """Position: the epoch, and the examples of it that all ranks together have consumed."""
+        """Position: the epoch, and the number of its examples that all ranks together have consumed."""
         return {"epoch": self._position.epoch, "consumed": self._position.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -103,7 +103,7 @@ class _Position:
 
 
 class EvaluationLoader:
-    """Loader of given batches, in order.
+    """Loader that reads given batches in order.
 
     Ranks may have different numbers of batches, unless ranks wait for each other in each step. Like
     :class:`TrainLoader` it is not a DataLoader, because Lightning would distribute its examples a second time.
@@ -114,7 +114,7 @@ class EvaluationLoader:
         num_workers: worker processes that prepare batches; 0 prepares them in the main process.
         pin_memory: prepare batches in pinned memory, for a GPU.
         tally: counts bad examples.
-        never_empty: if all examples of this rank are bad, give a batch with one example of another rank. Needed in
+        never_empty: if all examples of this rank are bad, yield a batch with one example of another rank. Needed in
             validation, where ranks wait for each other's metrics.
     """
 

@@ -100,7 +100,7 @@ class StreamIndex(Sequence[Example]):
         return ((number >> SHARD_BITS) + attempt) % self.shards << SHARD_BITS
 
     def pop_skipped(self) -> tuple[list[Skipped], int]:
-        """Bad examples found while indexing shards since the last call, and the number of examples in these shards."""
+        """Bad examples in the shards indexed since the last call, and the number of examples in these shards."""
         result, self._skipped = (self._skipped, self._opened), []
         self._opened = 0
         return result

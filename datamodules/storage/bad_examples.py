@@ -44,7 +44,7 @@ class Skipped(NamedTuple):
 
     Attributes:
         number: number of the example in its split; −1 if it is not in the index.
-        key: its key, as far as it is known.
+        key: its key, '' if unknown.
         reason: one of :data:`REASONS`.
         message: full description in one line.
     """
@@ -56,7 +56,7 @@ class Skipped(NamedTuple):
 
     @classmethod
     def from_record(cls, record: Sequence[Any]) -> "Skipped":
-        """From a list in a file, which an earlier version may have written."""
+        """Convert a list from a file, which an earlier version may have written."""
         number, key, reason, message = record
         return cls(number, key, RENAMED_REASONS.get(reason, reason), message)
 

@@ -41,7 +41,7 @@ class Numbering(NamedTuple):
     Attributes:
         classes: name of each class, by its number; for a number without a folder, the number itself.
         rule: how the folders were numbered, for messages.
-        warnings: what the user may not have intended, each in one line.
+        warnings: possible mistakes of the user, each in one line.
     """
 
     classes: list[str]
@@ -139,7 +139,7 @@ def outlying_label(labels: np.ndarray) -> int | None:
 
 
 def class_numbers(found: Sequence[str], classes: Sequence[str], where: str) -> dict[str, int]:
-    """Number class folders by given classes, for example those of the training split.
+    """Find the class numbers of folders among given classes, for example those of the training split.
 
     If the classes are numbers, ``1`` and ``01`` are the same class.
 

@@ -311,7 +311,7 @@ class ExampleIndex(Sequence[Example]):
         return (number + attempt) % len(self)
 
     def pop_skipped(self) -> tuple[list[Skipped], int]:
-        """No new bad examples: they are all known from the start, in ``bad``. A stream finds more."""
+        """No new bad examples: all are in ``bad`` from the start. Only a stream finds more later."""
         return [], 0
 
     def select(self, numbers: np.ndarray, bad: Sequence[Skipped] = ()) -> "ExampleIndex":
@@ -347,7 +347,7 @@ class ExampleIndex(Sequence[Example]):
         has_text = np.any(texts, axis=0) if texts else np.zeros(len(self), bool)
         faults = [
             (~has_member, missing, f"has none of {', '.join(extensions)}"),
-            # Of the two kinds of captions one may be empty.
+            # An example may have two members with captions (txt and json), and one of them may be empty.
             (has_member & empty & (extensions[0] != CAPTIONS[0]), "empty file", "is empty"),
             (
                 self.labels == WRONG_LABEL,

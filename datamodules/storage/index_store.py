@@ -19,7 +19,8 @@ from llamagen.files import atomic_file
 
 VERSION = 4
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-"""For processes that only move bytes. Forked processes start at once and do not run the main script again."""
+"""Start method of processes that only copy bytes. Forked processes start quickly and do not run the main script again.
+"""
 MIN_PARALLEL = 64
 """Minimum number of new shards for indexing in several processes."""
 

@@ -29,7 +29,7 @@ CHOOSE_HINT = "name the folders or shards of each split with train and val"
 
 
 def split_of(name: str) -> str | None:
-    """Split that a folder name stands for: ``train``, ``val`` or ``test``; None for other names."""
+    """Split that a folder name means: ``train``, ``val`` or ``test``; None for other names."""
     plain = SEPARATORS.sub("", name.casefold())
     return next((split for split, pattern in SPLIT_NAMES.items() if pattern.fullmatch(plain)), None)
 
@@ -38,8 +38,8 @@ def split_folders(root: Path, run_folder: Path | None = None) -> dict[str, Path]
     """Find the splits among the folders of a dataset: folders with the name of a split that hold class folders or
     shards.
 
-    A folder with such a name that holds images directly, next to other classes, is a class: a class may be called
-    train. Test splits are left out, with a warning.
+    A folder with such a name that holds images directly, next to other classes, is a class, because a class may be
+    called train. Test splits are left out, with a warning.
 
     Args:
         root: folder of the dataset.

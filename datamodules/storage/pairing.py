@@ -20,7 +20,7 @@ CHUNK = 1 << 16
 
 
 class PairedFeatures(StoredFeatures):
-    """Reader of caption features in a dataset of their own.
+    """Reader of caption features in a separate dataset.
 
     Two datasets made from one source may have different splits and shards, so a key is searched in both splits. A
     writer appends ``_`` to repeated keys, so ``_`` at the end of a key is ignored here. If a key then occurs several
@@ -120,7 +120,7 @@ def _concatenated(parts: Sequence[ExampleIndex]) -> ExampleIndex:
 
 
 def _match(codes: Strings, features: Strings, code_name: str, feature_name: str) -> np.ndarray:
-    """Numbers of the features that belong to each key of the codes, −1 for none; the names are for messages."""
+    """Number of the features that belong to each key of the codes, −1 for none; the names are for messages."""
     wanted, given = _hashes(codes), _hashes(features)
     order, given_order = np.argsort(wanted, kind="stable"), np.argsort(given, kind="stable")
     wanted, given = wanted[order], given[given_order]

@@ -73,7 +73,7 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 
 def with_retries(action: Callable[[], T], address: str) -> T:
-    """Call ``action``, and again after growing delays if it fails.
+    """Call ``action``. If it fails, repeat it after increasing delays.
 
     Raises:
         ValueError: with the address, if the last attempt fails.
@@ -135,7 +135,7 @@ class ShardCache:
     """Local copies of remote shards. An existing copy is assumed to be complete and up to date.
 
     Args:
-        folder: folder of the copies; None for :func:`default_cache`.
+        folder: folder for the copies; None for :func:`default_cache`.
         allow_pipe: let ``pipe:`` addresses run their command.
         max_bytes: maximum size of the cache, beyond which the least recently used copies are removed; None keeps all.
     """

@@ -1,4 +1,4 @@
-"""Resolution of what a user names as data: folders of class folders, and shards by path, pattern or address."""
+"""Finds the data that a user names: folders of class folders, and shards by path, pattern or address."""
 
 import os
 import zlib
@@ -42,7 +42,7 @@ class Source:
         classes: names of the classes, if known.
         entries: entries of the shards in ``meta.json`` by address, if known.
         numbering: how class folders were numbered, for messages.
-        warnings: what the user may not have intended in this numbering.
+        warnings: possible mistakes in this numbering.
         run_folder: folder that the current run writes to, which is not part of the data.
     """
 
@@ -71,7 +71,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Finder:
-    """Resolves what a user names as data.
+    """Finds the data that a user names.
 
     Args:
         hint: remedy that ends the error messages about missing data.
@@ -86,7 +86,7 @@ class Finder:
     run_folder: Path | None = None
 
     def source(self, name: str | Sequence[str]) -> Source:
-        """Resolve one split, see :func:`find_source`."""
+        """Find one split, see :func:`find_source`."""
         if not isinstance(name, str):
             parts = [self.source(part) for part in name]
             if not parts or (len(parts) > 1 and any(part.folder is not None for part in parts)):
@@ -107,7 +107,7 @@ class Finder:
         return Source(name, shards)
 
     def folder(self, folder: Path) -> Source:
-        """Resolve a folder of shards or of class folders."""
+        """Find the data of a folder of shards or of class folders."""
         if not folder.is_dir():
             raise ValueError(f"folder {folder} {_missing(folder)}; {self.hint}")
         if shards := sorted(str(path) for path in folder.glob("*.tar")):
@@ -132,7 +132,7 @@ class Finder:
         raise ValueError(f"folder {folder} holds neither .tar files nor folders of images; {self.hint}")
 
     def splits(self, root: str) -> tuple[dict[str, Any], dict[str, Source]]:
-        """Resolve the root of a dataset. Returns the content of ``meta.json``, if there is one, and the splits."""
+        """Find the splits of a dataset. Returns the content of ``meta.json``, if there is one, and the splits."""
         if root.endswith(".tar") or root.startswith(PIPE):
             return {}, {"train": self.source(root)}
         if is_remote(root):
@@ -162,7 +162,7 @@ class Finder:
 
 
 def find_source(name: str | Sequence[str], hint: str, allow_pipe: bool = False) -> Source:
-    """Resolve one split.
+    """Find one split.
 
     Args:
         name: a folder of shards or of class folders; the path or address of a shard, with patterns like ``{000..123}``
@@ -185,7 +185,7 @@ def find_sources(
     class_order: ClassOrder = "auto",
     run_folder: Path | None = None,
 ) -> tuple[Source | None, Source | None, dict[str, Any]]:
-    """Resolve a dataset.
+    """Find the splits of a dataset.
 
     Args:
         root: folder or address of a dataset with its splits; or a folder of training data; or the path, address or

@@ -20,14 +20,14 @@ Location = tuple[int, int]
 
 @dataclass(slots=True)
 class Row:
-    """Members with the same name apart from their known extension.
+    """Members whose names differ only in their known extension.
 
     Attributes:
         base: the key by webdataset's rule.
         infix: the text between the key and the known extension, usually ''.
         members: location of each member by extension; (−1, −1) for an image in an unsupported format.
         label: class in the cls member.
-        is_scattered: other examples are between its members.
+        is_scattered: whether members of other examples are between its members.
     """
 
     base: str
@@ -102,7 +102,7 @@ class TarExamples:
         self._base = base
 
     def drop_truncated(self, key: str) -> str:
-        """Drop the example in which the file is truncated, as far as it can be identified.
+        """Drop the example in which the file is truncated, if it can be identified.
 
         Args:
             key: key of the truncated member, '' if the file ends between two members.
@@ -112,7 +112,7 @@ class TarExamples:
         """
         last = self.rows[-1] if self.rows else None
         if last is not None and not key:
-            # The last example may be incomplete. It is, if it lacks a member that other examples have.
+            # The last example is incomplete if it lacks a member that other examples have.
             others: set[str] = set().union(*(row.members for row in self.rows[:-1]))
             key = last.key if others - set(last.members) else ""
         if (row := self._latest.get(key)) is not None:
@@ -170,7 +170,7 @@ class TarExamples:
         separate = [(row.key, row) for row in family]
         plain = [row for row in family if not row.infix]
         if any(row.has_content for row in plain):
-            # Masks, depth maps and other views are members that are not read. Only their class is used.
+            # Masks, depth maps and other views are not read. Only their class is used.
             extras = [row for row in family if row.infix and not (row.infix_is_number and row.has_content)]
             labels = [row for row in extras if "cls" in row.members and not row.infix_is_number]
             if len(plain) == len(labels) == 1 and "cls" not in plain[0].members:

@@ -51,7 +51,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     model = build_model(weights)
     # Cloned, because tensors may be views, share storage or have another memory format, which torch.save would keep.
     state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
-    from safetensors import SafetensorError  # imported here for its start-up time
+    from safetensors import SafetensorError  # imported here because the import is slow
     from safetensors.torch import save_file
 
     try:

@@ -4,8 +4,8 @@ The files are those of ``main.py fit``, a base and its overlays; later ones over
 model's ``net`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``,
 ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
 
-Memory is that of one GPU. It does not include CUDA itself and the overhead of PyTorch's allocator (about 2 GB and a few
-percent), nor temporary memory of single operators in the backward pass.
+Memory is that of one GPU. It includes neither CUDA itself (about 2 GB) nor the overhead of PyTorch's allocator (a few
+percent) nor temporary memory of single operators in the backward pass.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of a training run that decide its cost.
+    """Settings of a training run that determine its cost.
 
     Attributes:
         net: shape of the model.
@@ -57,7 +57,7 @@ class Run:
 
 
 def memory(run: Run) -> dict[str, int]:
-    """Bytes on each GPU by purpose. Their sum is the peak of a step, except for what the module does not count.
+    """Bytes on each GPU by purpose. Their sum is the peak of a step, without the memory that is not included (see top).
 
     With DDP each GPU also holds gradient buckets. With sharding each GPU holds its part of parameters, gradients and
     optimizer state, and temporarily the gathered parameters: embeddings, last norm and head with their gradients, two
@@ -182,10 +182,10 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
         run: the run.
         images: number of training images times epochs.
         mfu: model FLOPs utilization, a fraction of the peak.
-        peak_tflops: peak of one GPU, in 10¹² operations a second.
+        peak_tflops: peak of one GPU, in 10¹² operations per second.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if an argument is out of range.
     """
     if not 0.0 < mfu <= 1.0:
         raise ValueError(f"mfu is {mfu}; it must be above 0 and at most 1, a fraction of the peak")
@@ -196,11 +196,11 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
     gpus = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', parameters sharded' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
-        ("training FLOPs a token", f"{flops_per_token(net):.4g}"),
-        ("training FLOPs a sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
+        ("training FLOPs per token", f"{flops_per_token(net):.4g}"),
+        ("training FLOPs per sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
         ("GPU days", f"{days:,.4g} for {images:,} images at {mfu:g} of {peak_tflops:g} TFLOP/s"),
         ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
-        ("KV cache a token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
+        ("KV cache per token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
         ("", ""),
         ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {gpus}"),
     ]
@@ -233,8 +233,8 @@ def main(args: list[str] | None = None) -> None:
         "--peak_tflops",
         type=float,
         default=989.0,
-        help="10^12 operations a second of the GPU, from its data sheet for dense (not sparse) bfloat16 products: 989 "
-        "for H100 and H200 SXM, 312 for A100; with 32-true the value for float32 or TF32",
+        help="10^12 operations per second of the GPU, from its data sheet for dense (not sparse) bfloat16 products: "
+        "989 for H100 and H200 SXM, 312 for A100; with 32-true the value for float32 or TF32",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="overrides the configuration")
     parser.add_argument("--gpus", type=int, help="number of GPUs; overrides the configuration, else 8")

@@ -16,7 +16,7 @@ def head_parameters(config: GPTConfig) -> int:
 
 
 def block_parameters(config: GPTConfig) -> int:
-    """Number of weights of one block in matrix products."""
+    """Number of weights in the matrices of one block."""
     attention = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim + config.dim**2
     return attention + 3 * config.dim * config.ffn_dim
 
@@ -44,14 +44,14 @@ def flops_per_sequence(config: GPTConfig) -> float:
     """Floating-point operations of one training step for one image. A multiplication and an addition count as two.
 
     These are operations of the model, not of the hardware: recomputed blocks do not count, so that utilization (MFU,
-    PaLM, arXiv 2204.02311, appendix B) measures useful work. With T tokens, L codes and C condition tokens they are
+    PaLM, arXiv 2204.02311, appendix B) measures useful work. With T tokens, L codes and C condition tokens, the sum is
 
     - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
       weight of the head, which reads only the last of the condition tokens, and for text ``6 C`` for each weight of the
       caption projection. Embeddings are lookups and do not count.
-    - ``12 n_layer dim T S`` for attention, where S is the mean number of tokens that a token attends to (the products
-      of queries and keys and of weights and values are ``4 dim S`` in the forward pass). Attention is causal, so
-      S = (T + 1) / 2; what a kernel computes for masked tokens does not count. PaLM's convention is S = T.
+    - ``12 n_layer dim T S`` for attention, where S is the mean number of tokens to which a token attends (the products
+      of queries and keys, and of weights and values, take ``4 dim S`` in the forward pass). Attention is causal, so
+      S = (T + 1) / 2; operations of a kernel on masked tokens do not count. PaLM's convention is S = T.
 
     Norms, rotation, softmax, SwiGLU's product and the optimizer are not counted, as usual.
     """
@@ -81,7 +81,7 @@ def gpu_days(config: GPTConfig, images: float, mfu: float, peak_tflops: float) -
         config: shape of the model.
         images: number of training images times epochs.
         mfu: model FLOPs utilization, a fraction of the peak.
-        peak_tflops: peak of the GPU, in 10¹² operations a second.
+        peak_tflops: peak of the GPU, in 10¹² operations per second.
     """
     return images * flops_per_sequence(config) / (mfu * peak_tflops * 1e12 * 86400)
 
@@ -98,7 +98,7 @@ class Activations:
     Attributes:
         kept: bytes of the embedding, the blocks and the last norm.
         recomputed: bytes of one block, temporarily in the backward pass; 0 without recomputation.
-        narrow_weights: bytes of autocast's bfloat16 copies of the weights, one a step.
+        narrow_weights: bytes of autocast's bfloat16 copies of the weights, which are made once per step.
     """
 
     kept: int
@@ -109,30 +109,30 @@ class Activations:
 def activations(
     config: GPTConfig, batch_size: int, precision: str, checkpointing: bool = False, cuda: bool = True
 ) -> Activations:
-    """Bytes kept for the backward pass, without those of the head.
+    """Compute the bytes kept for the backward pass, without those of the head.
 
     With r bytes for an entry of the residual stream, c for an operand of a product, model width D, feed-forward width
     F, and H query and G key-value heads of width E, a block keeps for each token
 
     - ``(4 + r) D + 4`` for each of its two norms: the input in float32 (the residual stream itself, unless that is
-      bfloat16), the normalized input, and the factor;
-    - ``c D`` for the input of wqkv and ``c D`` for that of w1 and w3; under autocast w1 and w3 have a copy each;
+      bfloat16), the normalised input, and the factor;
+    - ``c D`` for the input of wqkv and ``c D`` for that of w1 and w3; under autocast w1 and w3 have separate copies;
     - ``c (H + 2 G) E`` for the output of wqkv, which contains the values, ``c (H + G) E`` for the rotated queries and
       keys, ``c D`` for the output of attention, which is the input of wo, and ``4 H`` for its logsumexp (not with the
       kernel of :mod:`~llamagen.models.causal_attention`);
     - ``4 c F`` for w1's output, its SiLU, w3's output and their product, which is the input of w2;
     - ``D`` for the mask of each dropout with a probability above 0.
 
-    Attention is assumed to be fused. On GPUs it pads heads to a multiple of 8, for which it copies queries, keys and
-    values, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed
-    blocks keep only their input, ``r D``, and share one mask with a byte for each pair. Drop path keeps almost nothing.
+    Attention is assumed to be fused. On GPUs it copies queries, keys and values if it has to pad heads to a multiple of
+    8, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed
+    blocks keep only their input, ``r D``, and share one mask with one byte per pair. Drop path keeps almost nothing.
 
     Args:
         config: shape of the model.
         batch_size: number of sequences on this GPU.
         precision: one of :data:`PRECISIONS`.
         checkpointing: whether blocks are recomputed.
-        cuda: whether the device is a GPU. On a CPU attention dropout is not accounted for.
+        cuda: whether the device is a GPU. On a CPU the memory of attention dropout is not included.
     """
     residual, compute = PRECISIONS[precision]
     autocast = residual != compute
@@ -175,9 +175,9 @@ class Head(NamedTuple):
     """Bytes of :func:`~llamagen.losses.linear_cross_entropy`.
 
     Attributes:
-        kept: gradient of the head's input, in the dtype of products, and of its weights, in float32.
-        temporary: the head's input, its weights in the dtype of products, and one part of the logits in float32 and in
-            the dtype of products.
+        kept: bytes of the gradients of the head's input, in the dtype of products, and of its weights, in float32.
+        temporary: bytes of the head's input, of its weights in the dtype of products, and of one block of logits in
+            float32 and in the dtype of products.
     """
 
     kept: int
@@ -185,7 +185,7 @@ class Head(NamedTuple):
 
 
 def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
-    """Memory of the loss, which computes at most ``MAX_LOGITS`` logits at a time.
+    """Compute the memory of the loss, which holds at most ``MAX_LOGITS`` logits at a time.
 
     Args:
         config: shape of the model.

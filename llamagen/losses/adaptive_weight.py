@@ -22,7 +22,7 @@ def adaptive_weight(
         reconstruction_loss: weighted sum of pixel and perceptual loss, a scalar.
         generator_loss: unweighted adversarial loss of the generator, a scalar.
         last_weight: weight of the decoder's last layer, any shape.
-        mean_over_ranks: mean of a tensor over the ranks of a distributed run, for the gradients of the global batch.
+        mean_over_ranks: averages a tensor over the ranks of a distributed run, for the gradients of the global batch.
         scale: loss scale for the two backward passes, against underflow in float16.
 
     Returns:

@@ -45,6 +45,9 @@ def linear_cross_entropy(
         label_smoothing: fraction of the target probability spread over the vocabulary (arXiv 1512.00567, section 7).
         z_loss: weight of the squared log partition function, which keeps logits small (arXiv 2204.02311, section 5).
         max_logits: maximum number of logits in memory at a time.
+
+    Returns:
+        Loss with gradient, and mean cross entropy in nats, both scalar float32.
     """
     loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, max_logits)
     return CrossEntropy(loss, nats)
@@ -71,6 +74,9 @@ def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, max_logits
         weight: (V, D), weight of the head.
         targets: (N,) int64.
         max_logits: maximum number of logits in memory at a time.
+
+    Returns:
+        Cross entropy in nats (N,) float32, and rank (N,) int64.
     """
     nats, rank = [], []
     rows = max(1, max_logits // len(weight))
@@ -90,7 +96,7 @@ def _to_gradient(logits: Tensor, target: Tensor, label_smoothing: float, z_loss:
     wide = logits.float()  # not a copy if they are float32
     target_logit = wide.gather(1, target)
     mean_logit = wide.mean(-1, keepdim=True) if label_smoothing else target_logit
-    # In place, with a single exp: afterwards ``wide`` holds the probabilities that the gradient needs.
+    # In place, with a single exp: afterwards ``wide`` holds the unnormalised probabilities that the gradient needs.
     largest = wide.amax(-1, keepdim=True)
     total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
     partition = total.log() + largest

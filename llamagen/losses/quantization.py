@@ -23,7 +23,7 @@ def entropy_loss(latent: Tensor, codebook: Tensor, mean_over_ranks: Callable[[Te
     """Encourage confident assignments that use the entire codebook.
 
     With p = softmax(−squared distance / 0.01): the mean entropy of p over all positions, minus the entropy of the mean
-    p. footgun: holds a (B · h · w, K) tensor, so compute it only if it has a weight.
+    p. footgun: this needs a (B · h · w, K) tensor, so compute the loss only if its weight is above 0.
 
     Args:
         latent: (B, E, h, w), l2-normalised.
@@ -32,7 +32,7 @@ def entropy_loss(latent: Tensor, codebook: Tensor, mean_over_ranks: Callable[[Te
             global batch.
 
     Returns:
-        Scalar, computed in float32 also under autocast.
+        Scalar, computed in float32 even under autocast.
     """
     with torch.autocast(latent.device.type, enabled=False):
         return _entropy_loss(latent.movedim(1, -1).flatten(0, -2).float(), codebook.float(), mean_over_ranks)

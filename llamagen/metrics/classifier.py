@@ -1,7 +1,7 @@
-"""A small classifier as an extractor, for images that Inception does not suit. B images of H × W pixels.
+"""A small classifier as feature extractor, for images unlike Inception's training images. B images of H × W pixels.
 
 Inception was trained on photographs of about 300 pixels. For digits, or images of 32 pixels, its features are not
-meaningful. ``python -m evaluation classifier`` trains a classifier of the images at hand within minutes.
+meaningful. ``python -m evaluation classifier`` trains a classifier on your own images within minutes.
 """
 
 import json
@@ -55,7 +55,7 @@ class SmallClassifier(nn.Module):
 
         Returns:
             ``pool`` (B, 4 · width); ``spatial`` (B, H/2 · W/2 · 7), the first 7 channels after the middle layers;
-            ``logits`` and ``biased_logits`` (B, K), which are the same here.
+            ``logits`` and ``biased_logits`` (B, K), which are equal for this extractor.
 
         Raises:
             ValueError: if the images have another size than ``image_size``.
@@ -79,7 +79,7 @@ class Classifier(SmallClassifier):
         weights: file written by ``python -m evaluation classifier``.
 
     Attributes:
-        name: name in result names, as given at training.
+        name: name of the extractor in result names, chosen at training.
 
     Raises:
         ValueError: if the file is missing or not a classifier.

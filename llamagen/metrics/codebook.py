@@ -11,9 +11,9 @@ class CodebookStatistics(NamedTuple):
     """How often the K codes occurred.
 
     Attributes:
-        usage: share of the codes that occurred, in [0, 1].
+        usage: fraction of the codes that occurred, in [0, 1].
         perplexity: effective number of codes, exp of the entropy of their frequencies, in [1, K].
-        counts: (K,) int64, how often each occurred.
+        counts: (K,) int64, how often each code occurred.
     """
 
     usage: Tensor
@@ -42,7 +42,7 @@ class CodebookUsage(Metric):
             codes: integers in [0, K) of any shape and integer dtype.
 
         Raises:
-            ValueError: if they are not integers, or one is K or more.
+            ValueError: if the codes are not integers, or a code is K or more.
         """
         if codes.is_floating_point() or codes.is_complex() or codes.dtype is torch.bool:
             raise ValueError(f"codes must be integers, not {codes.dtype}")

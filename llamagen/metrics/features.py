@@ -18,8 +18,8 @@ class Features(NamedTuple):
         pool: (B, F) features of whole images, for FID, KID, precision and recall.
         spatial: (B, S) features that keep the spatial layout, for sFID.
         logits: (B, K) class logits, for the Inception Score.
-        biased_logits: (B, K) logits with the bias of the last layer, as in training. The Inception Score that is
-            usually quoted leaves the bias out.
+        biased_logits: (B, K) logits with the bias of the last layer, as in training. Published Inception Scores
+            usually leave the bias out.
     """
 
     pool: Tensor
@@ -29,12 +29,12 @@ class Features(NamedTuple):
 
 
 PARTS = {"pool": "pool features", "spatial": "spatial features", "logits": "logits", "biased_logits": "biased logits"}
-"""The fields of :class:`Features`, in words."""
+"""Descriptions of the fields of :class:`Features`, for messages."""
 
 
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Features:
-    """Extract features in float32, also under autocast (or in float64, if the extractor returns that).
+    """Extract features in float32, even under autocast (or in float64, if the extractor returns float64).
 
     Args:
         extractor: maps images (B, 3, H, W), float32 with the levels 0 … 255, to :class:`Features`, or to a tensor that
@@ -69,10 +69,10 @@ def extract(extractor: nn.Module, images: Tensor) -> Features:
 
 
 def probe(extractor: nn.Module, image_size: int) -> Features:
-    """Features of two black images, which tell what an extractor provides and how wide it is.
+    """Extract features of two black images, to learn which features an extractor provides and their widths.
 
     Args:
-        extractor: in evaluation mode. It stays on its device.
+        extractor: the extractor, in evaluation mode. It stays on its device.
         image_size: side of the images in pixels.
     """
     device = next((value.device for value in extractor.state_dict().values()), torch.device("cpu"))
@@ -83,12 +83,12 @@ def check_finite_features(features: Features, name: str, blame: Callable[[], str
     """Check that features are finite. This synchronises with their device.
 
     Args:
-        features: of a batch.
-        name: of their extractor.
+        features: features of a batch.
+        name: name of their extractor.
         blame: names the layer or weight at fault; called only if features are not finite.
 
     Raises:
-        FloatingPointError: in one line, if they are not.
+        FloatingPointError: in one line, if features are not finite.
     """
     given: dict[str, Tensor | None] = features._asdict()
     parts = {part: rows for part, rows in given.items() if rows is not None}
@@ -121,7 +121,7 @@ def check_uint8_images(images: Tensor) -> None:
     """Check that images are (B, 3, H, W) uint8.
 
     Raises:
-        ValueError: if they are not, with how to convert them.
+        ValueError: in one line that says how to convert them, if they are not.
     """
     if not isinstance(images, Tensor):
         raise ValueError(
@@ -135,7 +135,7 @@ def check_uint8_images(images: Tensor) -> None:
 
 
 def _advice(images: Tensor) -> str:
-    """How to convert images to (B, 3, H, W) uint8. Synchronises with the device, which no longer matters here."""
+    """How to convert images to (B, 3, H, W) uint8. Synchronises with the device, which is no problem for an error."""
     if images.dtype is torch.uint8:
         return "; use permute(0, 3, 1, 2)" if images.dim() == 4 and images.shape[3] == 3 else ""
     if not images.numel() or images.is_complex():
@@ -153,7 +153,7 @@ def _flat(rows: Tensor) -> Tensor:
 
 
 def extractor_name(extractor: nn.Module) -> str:
-    """The name that metric names mention: the extractor's ``name`` attribute, or else its class."""
+    """Name of an extractor in result names: its attribute ``name``, or else the name of its class."""
     return str(getattr(extractor, "name", type(extractor).__name__))
 
 

@@ -1,4 +1,4 @@
-"""FID and sFID: Fréchet distances between sets of images. B images of H × W pixels, F features."""
+"""FID and sFID: Fréchet distances between image datasets. B images of H × W pixels, F features."""
 
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ Statistics = tuple[Tensor | Any, Tensor | Any]
 
 
 class FID(ImageMetric):
-    """Fréchet Inception Distance (arXiv 1706.08500): distance of Gaussians fitted to the features of two image sets.
+    """Fréchet Inception Distance (arXiv 1706.08500): distance of Gaussians fitted to the features of two datasets.
 
-    Statistics are summed in float64 over all ranks. With another extractor than Inception the values differ from
+    Statistics are summed in float64 over all ranks. With an extractor other than Inception the values differ from
     published FIDs, so the metric's ``name`` then includes the extractor.
 
     Args:
@@ -74,7 +74,7 @@ class FID(ImageMetric):
 
         Args:
             images: (B, 3, H, W) uint8, or their features.
-            real: whether these are real images, to compare with.
+            real: whether these are the real images, with which the others are compared.
             index: not used, because the statistics do not depend on the order.
 
         Raises:
@@ -103,7 +103,7 @@ class FID(ImageMetric):
         return frechet_distance(mean, covariance, *fake)
 
     def statistics(self, real: bool) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and covariance (F, F) of a side, float64. Covers this rank's images only, unless states are synced.
+        """Mean (F,) and covariance (F, F) of a side, float64; of this rank's images only, unless states are synced.
 
         Raises:
             ValueError: if the side has fewer than two images.
@@ -121,13 +121,13 @@ class FID(ImageMetric):
             return []
         return [
             f"{self.count} images are fewer than the {self.width} features of {extractor_name(self.extractor)}, which "
-            "makes FID far too large; compare it only with one of equally many images, or measure more "
+            "makes FID far too large; compare it only with an FID of the same number of images, or measure more "
             "(publications use 50,000)"
         ]
 
 
 class SFID(FID):
-    """FID over features that keep the spatial layout (arXiv 2103.03841, appendix).
+    """FID of features that keep the spatial layout (arXiv 2103.03841, appendix).
 
     With Inception these are the first 7 channels of ``mixed_6/conv``, 17 × 17 × 7 = 2023 features. Arguments and errors
     are those of :class:`FID`.

@@ -22,11 +22,11 @@ from llamagen.metrics.result_names import PURPOSES, Purpose, ResultName, with_ex
 
 FAKE, REAL = SIDES = ("fake", "real")
 MAX_PIECES = 32
-"""Batches of features to keep separately before they are concatenated. On CPUs, small tensors that stay between large
-temporary ones fragment the heap, which then grows to many times the size of the features."""
+"""Maximum number of batches of features that are kept before they are concatenated. On CPUs, small tensors that are
+kept between large temporary ones fragment the heap, which then grows to many times the size of the features."""
 
 ReferencePart = Literal["statistics", "spatial_statistics", "features"]
-"""Fields of a reference: mean and covariance of pool and of spatial features, and pool features (M, F)."""
+"""Fields of a reference: mean and covariance of pool features, the same of spatial features, pool features (M, F)."""
 
 
 def side_name(real: bool) -> str:
@@ -35,14 +35,14 @@ def side_name(real: bool) -> str:
 
 
 class ImageMetric(Metric):
-    """Base of the metrics over images that use an extractor of features.
+    """Base of the image metrics that use a feature extractor.
 
     Subclasses implement ``update(images, real=False, index=None)`` and ``compute()``, and declare the class attributes
     below. ``evaluation.measurement`` needs nothing else to measure, name and report them.
 
     Args:
-        features: extractor, see :func:`~llamagen.metrics.features.extract`. It is put into evaluation mode, frozen, and
-            is in no state dict.
+        features: extractor, see :func:`~llamagen.metrics.features.extract`. It is put into evaluation mode and frozen,
+            and is not part of the state dict.
         image_size: side of the images in pixels. Other sizes are rejected, because the size changes every result.
         reference: the :attr:`reference_part` of a reference; None if real images are passed to ``update``.
 
@@ -59,9 +59,9 @@ class ImageMetric(Metric):
     part: ClassVar[str] = "pool"
     """The field of :class:`Features` that the metric uses."""
     reference_part: ClassVar[ReferencePart | None] = None
-    """What the metric needs of a reference; None for metrics that compare with nothing."""
+    """The field of a reference that the metric needs; None for metrics without real images."""
     purposes: ClassVar[tuple[Purpose, ...]] = PURPOSES
-    """What the metric is for: generated images, reconstructions, or both."""
+    """Which images the metric is for: generated ones, reconstructions, or both."""
     reference: Any
 
     def __init__(self, features: nn.Module, image_size: int, reference: Any = None) -> None:
@@ -85,7 +85,7 @@ class ImageMetric(Metric):
         return with_extractor(self.symbol, extractor_name(self.extractor))
 
     def checked_reference(self, reference: Any) -> Any:
-        """The part of a reference as the metric keeps it.
+        """Check the part of a reference, and convert it to the form that the metric keeps.
 
         Raises:
             ValueError: if it does not fit the metric.
@@ -93,7 +93,7 @@ class ImageMetric(Metric):
         raise ValueError(f"{self.name} compares with nothing; leave the reference out")
 
     def results(self) -> dict[str, Tensor]:
-        """What ``compute`` returns, by the symbols of :attr:`result_names`. All ranks must call it together."""
+        """Values of ``compute`` by the symbols of :attr:`result_names`. All ranks must call it together."""
         return self._by_symbol(self.compute())
 
     def _by_symbol(self, values: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ class ImageMetric(Metric):
 
 
 class RowMetric(ImageMetric):
-    """Base of the metrics that need the features of every image, ordered by the images' index.
+    """Base of the metrics that need the features of every image, sorted by the images' index.
 
     Each rank keeps the features and the index of its images. ``compute`` gathers them from all ranks and sorts them, so
     the result does not depend on batches or on the number of ranks.
@@ -182,7 +182,7 @@ class RowMetric(ImageMetric):
         sides: which sides to keep: ``real``, ``fake`` or both.
     """
 
-    full_state_update = True  # forward() must not start again with each batch: without an index, it counts
+    full_state_update = True  # forward() must not reset the states: without an index, the metric counts its images
 
     def __init__(
         self, features: nn.Module, image_size: int, reference: Any = None, sides: Sequence[str] = SIDES
@@ -198,8 +198,8 @@ class RowMetric(ImageMetric):
         Args:
             side: ``real`` or ``fake``.
             rows: (B, F).
-            index: (B,) int64, position of each image in its dataset. If None, images are counted as they come, and rank
-                r of R is assumed to see images r, r + R, r + 2R, …, as a distributed sampler hands them out.
+            index: (B,) int64, position of each image in its dataset. If None, images are counted, and rank r of R is
+                assumed to get images r, r + R, r + 2R, …, as from a distributed sampler.
 
         Raises:
             ValueError: if the index does not hold one integer for each image.
@@ -252,7 +252,7 @@ class RowMetric(ImageMetric):
 
 
 class ComparingRowMetric(RowMetric):
-    """Base of the metrics that compare the features of all images with those of real ones: KID, precision, recall.
+    """Base of the metrics that compare the features of all images with those of real images: KID, precision, recall.
 
     Args:
         features: extractor, see :class:`ImageMetric`.
@@ -264,7 +264,7 @@ class ComparingRowMetric(RowMetric):
     reference: Tensor | None
 
     def checked_reference(self, reference: Tensor) -> Tensor:
-        """The reference's features (M, F) in the precision of the extractor's.
+        """Check the reference's features (M, F), and convert them to the dtype of the extractor's features.
 
         Raises:
             ValueError: if they have another width, fewer than two rows, or values that are not finite.
@@ -283,7 +283,7 @@ class ComparingRowMetric(RowMetric):
 
         Args:
             images: (B, 3, H, W) uint8, or their features.
-            real: whether these are real images, to compare with.
+            real: whether these are the real images, with which the others are compared.
             index: (B,) int64, position of each image in its dataset; see :meth:`RowMetric.keep`.
 
         Raises:

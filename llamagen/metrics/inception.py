@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
 Pool = Callable[[Tensor], Tensor]
 Step = Layer | Pool | list[Layer]
-"""Layers in a list get the same input, and their outputs are concatenated."""
+"""One step of a branch. Layers in a list get the same input, and their outputs are concatenated."""
 Branch = list[Step]
 
 
@@ -146,7 +146,7 @@ BLOCKS: dict[str, list[Branch]] = {
 
 
 class Normalisation(nn.Module):
-    """Batch normalisation with fixed statistics. PyTorch's own also has a step counter, which a file may lack."""
+    """Batch normalisation with fixed statistics. PyTorch's module also has a step counter, which some files lack."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -159,7 +159,7 @@ class Normalisation(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
+        """(B, C, H, W) → same shape."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON)
 
 
@@ -175,7 +175,7 @@ class Convolution(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, width, H', W')."""
+        """(B, C, H, W) → (B, width, H', W')."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -183,7 +183,7 @@ class Chain(nn.Module):
     """A module that holds layers by name and runs steps in sequence."""
 
     def add(self, previous: int, steps: Branch) -> int:
-        """Add the layers of steps; returns the output width."""
+        """Add the layers of some steps after ``previous`` channels. Returns the number of output channels."""
         for step in steps:
             if callable(step):
                 continue
@@ -214,15 +214,15 @@ class Mixed(Chain):
         self.width = sum(self.add(previous, branch) for branch in branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, width, H', W')."""
+        """(B, C, H, W) → (B, width, H', W')."""
         return torch.cat([self.follow(branch, x) for branch in self.branches], dim=1)
 
 
 class InceptionNet(Chain):
     """Inception of the TensorFlow graph of 2015-12-05 (arXiv 1512.00567 section 6), with random weights.
 
-    Outputs and parameter names are those of torch-fidelity's network, which is not used itself because it needs
-    torchvision. It is always frozen and in evaluation mode.
+    Outputs and parameter names are those of torch-fidelity's network, which itself would need torchvision. Always
+    frozen and in evaluation mode.
     """
 
     def __init__(self) -> None:
@@ -246,10 +246,10 @@ class InceptionNet(Chain):
             images: (B, 3, H, W) float32 with levels 0 … 255, of any size.
 
         Returns:
-            ``pool`` (B, 2048), averages of the last block. ``spatial`` (B, 17 · 17 · 7), the first 7 channels of
-            TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), as in the statistics of ADM's files, for
-            sFID (arXiv 2103.03841). ``logits`` (B, 1008) without the bias of the last layer, as ADM and torch-fidelity
-            compute the Inception Score; ``biased_logits`` with it.
+            ``pool`` (B, 2048), averages of the last block. ``spatial`` (B, 17 · 17 · 7) for sFID (arXiv 2103.03841),
+            the first 7 channels of TensorFlow's ``mixed_6/conv`` in its order (row, column, channel), as in ADM's
+            files. ``logits`` (B, 1008) without the bias of the last layer, from which ADM and torch-fidelity compute
+            the Inception Score. ``biased_logits`` (B, 1008) with the bias.
 
         Raises:
             ValueError: if the images have another type or shape.
@@ -271,11 +271,10 @@ class InceptionNet(Chain):
 
 
 class Inception(InceptionNet):
-    """The network with the weights that FID is defined by (arXiv 1706.08500).
+    """The network with the weights that define FID (arXiv 1706.08500).
 
     Args:
-        weights: the file; None looks into torch.hub's cache folder, and downloads it if it is not there. As for
-            :func:`read_inception`.
+        weights: the file, or None, as for :func:`read_inception`.
 
     Raises:
         ValueError: in one line, if the file is not available, damaged, or holds other weights.
@@ -323,8 +322,8 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
     """Find the file of the weights, or download it; its content is not read.
 
     Args:
-        weights: the file; None looks into torch.hub's cache folder, also under pytorch-fid's name of the file, and
-            downloads the file if it is missing.
+        weights: the file; None for the one in torch.hub's cache folder, with its own name or that of pytorch-fid. It is
+            downloaded if it is missing.
 
     Raises:
         ValueError: in one line, if the file does not exist or could not be downloaded.
@@ -333,11 +332,11 @@ def fetch_inception(weights: Path | str | None = None) -> Path:
 
 
 def read_inception(weights: Path | str | None = None) -> dict[str, Tensor]:
-    """Read the weights that torch-fidelity and pytorch-fid publish of the graph of 2015-12-05.
+    """Read the weights of the graph of 2015-12-05, as published by torch-fidelity and pytorch-fid.
 
     Args:
-        weights: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_inception`. A file that has the name
-            of the published one must have its checksum. ``num_batches_tracked`` is optional.
+        weights: the file, ``.pth`` or ``.safetensors``; None as for :func:`fetch_inception`. A file with the name of
+            the published one must also have its checksum. ``num_batches_tracked`` is optional.
 
     Returns:
         Weights by their published names, float32, on the CPU.

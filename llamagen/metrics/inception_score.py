@@ -11,16 +11,16 @@ from llamagen.metrics.image_metric import FAKE, RowMetric
 from llamagen.metrics.result_names import ResultName
 
 SORTED_ERRORS, SORTED_SHARE = 6.0, 0.95
-"""Images count as sorted by class if their score is below this share of the score after shuffling, and below it by more
-than this many standard errors."""
+"""Images count as sorted by class if their score is below 95 % of the score after shuffling, and lower than it by more
+than 6 standard errors."""
 
 
 class SplitStatistics(NamedTuple):
-    """A value that was measured on several parts of the images, N times.
+    """A value that was measured on each of several parts of the images.
 
     Attributes:
-        mean: over the parts.
-        std: standard deviation over the parts, dividing by N.
+        mean: mean over the parts.
+        std: standard deviation over the parts, divided by their number, not by one less.
     """
 
     mean: Tensor
@@ -30,8 +30,8 @@ class SplitStatistics(NamedTuple):
 class InceptionScore(RowMetric):
     """Inception Score (arXiv 1606.03498), exp of mean KL(p(y|x) ‖ p(y)).
 
-    It is high if a classifier is sure about each image and all classes occur. It uses no real images. The score is
-    averaged over consecutive splits of the images; ADM's evaluation uses 10 splits of 5,000.
+    It is high if a classifier is confident about each image and all classes occur. It uses no real images. The score
+    is averaged over consecutive splits of the images; ADM's evaluation uses 10 splits of 5,000.
 
     footgun: images must be in random order. If they are sorted by class, each split contains few classes and the score
     is far too low. :meth:`compute` returns that score, as ADM's evaluation does; :meth:`results` detects the case and
@@ -97,7 +97,7 @@ class InceptionScore(RowMetric):
         return score
 
     def results(self) -> dict[str, Tensor]:
-        """The score, that of a random order if images are sorted by class. All ranks must call it together."""
+        """The score; if images are sorted by class, that of a random order. All ranks must call it together."""
         score = self.compute()
         return self._by_symbol(score if self.shuffled is None else self.shuffled)
 

@@ -1,4 +1,4 @@
-"""KID: kernel distance between sets of images. B images of H × W pixels, N and M in total, F features."""
+"""KID: kernel distance between image datasets. B images of H × W pixels, N and M in total, F features."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class KID(ComparingRowMetric):
         reference: features (M, F) of real images; None if real images are passed to ``update``.
         subsets: number of subsets.
         subset_size: images of each side in a subset; all images if there are fewer.
-        seed: of the subsets.
+        seed: seed of the subsets.
 
     Raises:
         ValueError: if the module is not an extractor, an option is too small, or the reference has another width.
@@ -46,7 +46,7 @@ class KID(ComparingRowMetric):
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
     def compute(self) -> SplitStatistics:
-        """Mean and standard deviation over the subsets, float64; around 0, also negative, for images of one kind.
+        """Mean and standard deviation over the subsets, float64. Around 0 for equal distributions; may be negative.
 
         Raises:
             ValueError: if a side has fewer than two images.

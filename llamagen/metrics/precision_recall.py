@@ -11,15 +11,15 @@ from llamagen.metrics.image_metric import ComparingRowMetric
 from llamagen.metrics.result_names import ResultName
 
 ROUNDING = 1e-9
-"""Bound of the relative error of squared distances that are computed by a matrix product in float64."""
+"""Bound of the relative error of squared distances computed by a matrix product in float64."""
 
 
 class PrecisionRecallStatistics(NamedTuple):
-    """Shares of images in [0, 1], float64.
+    """Fractions of images in [0, 1], float64.
 
     Attributes:
-        precision: share of the compared images that are within the manifold of the real ones: fidelity.
-        recall: share of the real images that are within the manifold of the compared ones: diversity.
+        precision: fraction of the compared images that are within the manifold of the real ones: fidelity.
+        recall: fraction of the real images that are within the manifold of the compared ones: diversity.
     """
 
     precision: Tensor
@@ -29,15 +29,16 @@ class PrecisionRecallStatistics(NamedTuple):
 class PrecisionRecall(ComparingRowMetric):
     """Improved precision and recall (arXiv 1904.06991).
 
-    A manifold is the union of balls around the features of each image, which reach to the k-th nearest neighbour.
-    Distances are computed in blocks, so memory grows with the number of images and not with that of pairs.
+    A manifold is a union of balls, one around the features of each image. The radius of a ball is the distance of the
+    image's k-th nearest neighbour. Distances are computed in blocks, so memory grows with the number of images, not
+    with the number of pairs.
 
     Args:
         features: extractor, see :class:`~llamagen.metrics.image_metric.ImageMetric`.
         image_size: side of the images in pixels.
         reference: features (M, F) of real images; None if real images are passed to ``update``.
-        k: neighbour that sets a ball's radius; 3 in ADM's evaluation.
-        block: images of each side whose distances are computed at a time.
+        k: number of the neighbour that determines a ball's radius; 3 in ADM's evaluation.
+        block: number of images of each side whose distances are computed at a time.
 
     Raises:
         ValueError: if the module is not an extractor, an option is too small, or the reference has another width.
@@ -71,13 +72,13 @@ class PrecisionRecall(ComparingRowMetric):
 
 @torch.no_grad()
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) -> PrecisionRecallStatistics:
-    """Precision and recall of features, equal to what float64 distances between all pairs give.
+    """Compute precision and recall of features, with the exact result of float64 distances between all pairs.
 
     Args:
-        real: (M, F).
-        fake: (N, F).
-        k: neighbour, not counting the image itself, that sets a ball's radius.
-        block: rows of each side whose distances are computed at a time.
+        real: (M, F), features of the real images.
+        fake: (N, F), features of the compared images.
+        k: number of the neighbour that determines a ball's radius, without counting the image itself.
+        block: number of rows of each side whose distances are computed at a time.
 
     Raises:
         ValueError: if a side has at most k rows.
@@ -116,7 +117,7 @@ def radii(rows: Tensor, k: int, block: int = 4096) -> Tensor:
 
 
 def _share_within(rows: Tensor, centres: Tensor, squared_radii: Tensor, block: int) -> Tensor:
-    """Share of rows (N, F) that are within at least one ball around the centres (M, F)."""
+    """Fraction of rows (N, F) that are within at least one ball around the centres (M, F)."""
     inside = 0
     for _, part in _blocks(rows, block):
         within = torch.zeros(len(part), dtype=torch.bool, device=rows.device)
@@ -149,7 +150,7 @@ def _exact(x: Tensor, y: Tensor) -> Tensor:
     """Squared distance between corresponding rows of two (B, F), float64; exactly 0 for equal rows.
 
     Squares are added in a fixed order. The order of ``sum``, and so its last digit, depends on shape, layout and
-    device: whether a row on a ball's border counts as inside would then be chance.
+    device. With it, chance would decide whether a row on the border of a ball counts as inside.
     """
     squares = (x.double() - y.double()).square()
     while (width := squares.shape[-1]) > 1:

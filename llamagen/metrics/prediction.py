@@ -14,8 +14,8 @@ class PredictionStatistics(NamedTuple):
     Attributes:
         nats: cross entropy of a code, in nats.
         perplexity: exp of the cross entropy.
-        top1: share of codes to which the model gave the highest probability, in [0, 1].
-        top5: share of codes among the five most probable ones.
+        top1: fraction of codes to which the model assigned the highest probability, in [0, 1].
+        top5: fraction of codes among the five most probable ones, in [0, 1].
         nats_by_position: (L,) cross entropy at each position of the sequence.
     """
 
@@ -49,7 +49,7 @@ class CodePrediction(Metric):
 
         Args:
             nats: (B, L) float, cross entropy of each code.
-            rank: (B, L) int64, number of codes that the model considered more probable.
+            rank: (B, L) int64, number of codes to which the model assigned a higher probability.
         """
         self.nats += nats.double().sum(0)
         self.hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])

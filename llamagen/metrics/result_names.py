@@ -3,10 +3,10 @@
 from typing import Literal, NamedTuple, get_args
 
 Purpose = Literal["generation", "reconstruction"]
-"""What the images are: generated, or reconstructed by a tokenizer."""
+"""Whether images are generated, or reconstructed by a tokenizer."""
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 INCEPTION = "inception"
-"""The extractor behind published values. Names mention any other."""
+"""The extractor of published values. Result names include only other extractors."""
 
 
 class ResultName(NamedTuple):
@@ -31,7 +31,7 @@ class ResultName(NamedTuple):
         """The name as logged: ``gfid/imagenet256-adm``, ``rfid/val``, ``precision_digits-classifier/digits-train``.
 
         Args:
-            purpose: of the images.
+            purpose: whether the images are generated or reconstructed.
             extractor: name of the extractor.
             reference: name of the reference.
         """
@@ -48,8 +48,8 @@ def check_name(name: str, what: str) -> str:
     """Check that a name can be part of result names, and return it.
 
     Args:
-        name: of a reference or an extractor.
-        what: what is named, for the message.
+        name: name of a reference or an extractor.
+        what: kind of object that has this name, for the message.
 
     Raises:
         ValueError: if the name is empty, or has a slash or white space.

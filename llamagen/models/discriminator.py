@@ -25,7 +25,7 @@ class Discriminator(nn.Module):
             size: side in pixels.
 
         Raises:
-            ValueError: in one line, with the supported sizes.
+            ValueError: in one line with the supported sizes, if this one is not supported.
         """
 
     @abstractmethod

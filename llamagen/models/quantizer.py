@@ -144,7 +144,7 @@ def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:
     file runs; but importing a module runs its top-level statements, and only then is the class checked.
 
     Args:
-        spec: as :func:`check_quantizer_spec` returns it.
+        spec: description of the quantiser, as returned by :func:`check_quantizer_spec`.
 
     Raises:
         ValueError: in one line, if the class does not exist, is not a :class:`Quantizer`, or rejects the arguments.

@@ -52,7 +52,7 @@ class VQGANConfig:
         """Check all values.
 
         Raises:
-            ValueError: in one line, with option and value.
+            ValueError: in one line with option and value, if one is out of range.
         """
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         for name in ("channels", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim"):

@@ -132,7 +132,7 @@ class CodeDecoder(ABC):
 
     @abstractmethod
     def prepare(self, config: SamplingConfig) -> None:
-        """Allocate memory, and compile what these settings need, before the first batch."""
+        """Allocate memory, and compile the steps that these settings need, before the first batch."""
 
     @abstractmethod
     def start(self, request: SamplingRequest) -> AbstractContextManager[DecodeState]:

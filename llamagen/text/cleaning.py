@@ -4,9 +4,9 @@ import html
 import re
 
 MAX_PASSES = 8
-"""Removing one thing may expose another. More than two passes are rarely needed."""
+"""Removing one pattern may expose another. More than two passes are rarely needed."""
 DOMAINS = r"com|org|net|edu|gov|io|co\.uk"
-"""Top-level domains of addresses without http:// and www. Many others are words, as in "the end.it was"."""
+"""Top-level domains that mark an address without http:// and www. Many others are words, as in "the end.it was"."""
 FILES = "jpe?g|png|gif|bmp|webp|tiff?|svg|heic|psd|pdf|mp4|mov|avi|webm"
 
 # Addresses and names are ASCII, so adjacent text in a script without spaces is kept.
@@ -61,7 +61,7 @@ def clean_caption(text: str) -> str:
         text: any text.
 
     Returns:
-        The text in one line, possibly empty. Cleaning it again changes nothing, unless markup was nested on purpose.
+        The text in one line, possibly empty. Cleaning it again changes nothing, except for deeply nested markup.
 
     Raises:
         ValueError: if the extra ``text`` is not installed.
@@ -158,6 +158,6 @@ def _capital_follows(text: str, match: re.Match[str]) -> bool:
 
 
 def _after(pattern: re.Pattern[str], text: str, match: re.Match[str]) -> str:
-    """The first character after a mark that the pattern does not skip; '' at the end."""
+    """The first character after a mark, without those that the pattern skips; '' at the end."""
     found = pattern.match(text, match.end())
     return found[1] if found else ""

@@ -1,4 +1,4 @@
-"""Captions, or their stored features → condition of a text model. B captions, C positions, W width, T tokens in all.
+"""Captions, or their stored features → condition of a text model. B captions, C positions, W width, T tokens in total.
 
 Plain PyTorch, so that a server or a notebook can prompt a model without Lightning::
 
@@ -19,14 +19,14 @@ from llamagen.text.encoder import CaptionEncoder, TextEncoderConfig
 from llamagen.text.padding import pad_left, unpack_left
 
 COMPARED = {"weights": "encoder", "tokenizer": "tokenizer"}
-"""Checksums that must be equal for features to be comparable, and what each is called in messages."""
+"""Checksums that must be equal for features to be comparable, and the name of each in messages."""
 
 
 class Condition(NamedTuple):
-    """Input of a text model in place of class labels.
+    """Condition of a batch: features of captions, or class labels.
 
     Attributes:
-        features: (B, C, W), padded on the left with zeros.
+        features: (B, C, W) floats, padded on the left with zeros; or (B,) int64 class labels.
         lengths: (B,) int64 in [1, C], number of tokens, which fill the last positions; None for class labels.
         truncated: (B,) bool on the CPU, True for captions with more than C tokens; None if unknown.
     """
@@ -37,14 +37,14 @@ class Condition(NamedTuple):
 
 
 class TextCondition:
-    """Conditions from stored features, or from captions by a frozen encoder, which is loaded at its first use.
+    """Computes conditions from stored features, or from captions by a frozen encoder, which is loaded at first use.
 
     footgun: not an ``nn.Module``. As a submodule the encoder would enter state dict, optimizer and EMA, and be
     sharded and cast with the model.
 
     Args:
         config: shape of the text model.
-        encoder: which encoder reads captions.
+        encoder: name and dtype of the encoder.
 
     Attributes:
         metadata: encoder and cleaning of the captions that the model was trained on; None if unknown.
@@ -77,11 +77,11 @@ class TextCondition:
         return self._encoder
 
     def check_encoder(self, metadata: Mapping[str, Any], source: str) -> None:
-        """Record the encoder of some features; compare it with the one recorded before.
+        """Record the encoder of some features, and compare it with the one recorded earlier.
 
         Args:
-            metadata: of the encoder, see :meth:`~llamagen.text.CaptionEncoder.metadata`.
-            source: where it comes from, for messages.
+            metadata: description of the encoder, see :meth:`~llamagen.text.CaptionEncoder.metadata`.
+            source: origin of the description, for messages.
 
         Raises:
             ValueError: if weights or tokenizer differ.
@@ -99,16 +99,16 @@ class TextCondition:
     def check_dataset(self, meta: Mapping[str, Any], captioned: bool, cleaned: bool) -> None:
         """Check that a dataset of codes has captions or features that match the model.
 
-        Loads the encoder if there are only captions. From here on ``metadata["cleaned"]`` describes this dataset,
-        not that of the initial weights.
+        Loads the encoder if there are only captions. Afterwards ``metadata["cleaned"]`` describes this dataset, not
+        that of the initial weights.
 
         Args:
             meta: the dataset's ``meta.json``.
-            captioned: whether it has captions.
+            captioned: whether the dataset has captions.
             cleaned: whether captions are cleaned before they are encoded online.
 
         Raises:
-            ValueError: if they do not match, there are none, or the encoder is not available.
+            ValueError: if the features do not match, there are no captions, or the encoder is not available.
         """
         if (features := meta.get("features")) is None:
             if not captioned:
@@ -131,7 +131,7 @@ class TextCondition:
         self.metadata = {**(self.metadata or {}), "cleaned": features.get("cleaned", False)}
 
     def warn_if_cleaning_differs(self, cleaned: bool) -> None:
-        """Warn if prompts are cleaned and the captions of training were not, or the reverse."""
+        """Warn if prompts are cleaned but the captions of training were not, or vice versa."""
         if self.metadata is not None and self.metadata.get("cleaned", cleaned) != cleaned:
             was, wanted = ("cleaned", "true") if self.metadata["cleaned"] else ("not cleaned", "false")
             _warn_on_rank_zero(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
@@ -142,10 +142,10 @@ class TextCondition:
         Args:
             batch: ``condition`` (B, C, W) padded on the left, or ``caption_features`` (T, W) packed, either with
                 ``caption_lengths`` (B,); or ``captions``, B texts, which are encoded.
-            device: of the model.
+            device: device of the model.
 
         Raises:
-            ValueError: if it has none of these, or the encoder is not available.
+            ValueError: if the batch has none of these, or the encoder is not available.
         """
         if "caption_features" in batch:
             lengths = batch["caption_lengths"]
@@ -165,7 +165,7 @@ class TextCondition:
         """
         encoder = self.encoder
         if encoder.device != device:
-            # footgun: validation runs in inference mode; weights moved there could not be used in training later.
+            # footgun: validation runs in inference mode, and weights that were moved in it cannot be used in training.
             with torch.inference_mode(False):
                 encoder.to(device)
         features, lengths, truncated = encoder(captions)
@@ -175,7 +175,7 @@ class TextCondition:
             first = captions[int(truncated.nonzero()[0])]
             _warn_on_rank_zero(
                 f"{int(truncated.sum())} of {len(captions)} captions have more than {self.config.caption_length} "
-                f"tokens and were cut, first {first[:40]!r} …; captions cut in later batches are not reported"
+                f"tokens and were truncated, first {first[:40]!r} …; those of later batches are not reported"
             )
         return Condition(pad_left(features, lengths), lengths, truncated)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 DTYPE = Literal["bfloat16", "float32"]
 T5 = PretrainedKind("T5", "T5EncoderModel", "caption encoder", "a caption encoder", "google/flan-t5-xl")
 MAX_PASS_TOKENS = 8192
-"""Tokens of a forward pass, with padding: keeps a GPU busy, and the attention of FLAN-T5-XL below 1 GB."""
+"""Maximum number of tokens of a forward pass, including padding. It keeps a GPU busy, and the attention scores of
+FLAN-T5-XL below 1 GB."""
 PROBES = (
     "",
     "A photo of 2 cats, on Dr. Smith's red sofa!",
@@ -28,19 +29,19 @@ PROBES = (
     "猫が座っている。",
     "🙂 <extra_id_0> </s> {x}",
 )
-"""Texts that are tokenized for the tokenizer's checksum."""
+"""Texts whose tokens are part of the tokenizer's checksum."""
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Which encoder reads captions.
+    """Choice of the caption encoder.
 
     Attributes:
         name: name of a T5 on the Hugging Face Hub, or a folder, see :class:`CaptionEncoder`.
-        dtype: of its weights and features: ``bfloat16``, or ``float32`` for GPUs older than Ampere.
+        dtype: dtype of weights and features: ``bfloat16``, or ``float32`` for GPUs older than Ampere.
 
     Raises:
-        ValueError: if ``dtype`` is another one; T5 overflows in float16.
+        ValueError: for any other ``dtype``; T5 overflows in float16.
     """
 
     name: str = "google/flan-t5-xl"
@@ -57,7 +58,7 @@ class EncodedCaptions(NamedTuple):
     Attributes:
         features: (B, C, W), padded on the right with zeros.
         lengths: (B,) int64 in [1, C], number of tokens; an empty caption has one, the end token.
-        truncated: (B,) bool, True where a caption has more tokens than C. Its last token is still the end token.
+        truncated: (B,) bool, True for captions with more than C tokens. Their last token is still the end token.
     """
 
     features: Tensor
@@ -68,19 +69,19 @@ class EncodedCaptions(NamedTuple):
 class CaptionEncoder(nn.Module):
     """The encoder of a T5 and its tokenizer, frozen: by default FLAN-T5-XL (arXiv 2210.11416), LlamaGen's choice.
 
-    A fixed function: always in evaluation mode, without gradients, computed in ``dtype`` even under autocast.
+    It is always in evaluation mode, has no gradients, and computes in ``dtype`` even under autocast.
 
     footgun: a module that owns an encoder should keep it in a tuple, ``self._encoder = (encoder,)``, and move it to
     its device itself. As a submodule its billion weights would enter state dict, optimizer and EMA, and be cast.
 
-    float16 is refused: T5 was trained in bfloat16, and the activations of all but the smallest models overflow in
-    float16. transformers clamps them there, which keeps them finite but changes the features.
+    float16 is rejected: T5 was trained in bfloat16, and the activations of all but the smallest models overflow in
+    float16. transformers then clamps them, which keeps them finite but changes the features.
 
     Args:
         name: name on the Hugging Face Hub, or a folder written by ``save_pretrained``, with ``config.json``, weights
-            and tokenizer. A folder, and a model in the Hub's cache, is loaded without a network.
+            and tokenizer. A folder, or a model in the Hub's cache, is loaded without network access.
         caption_length: number of positions C.
-        dtype: of weights and features; float32 on GPUs older than Ampere.
+        dtype: dtype of weights and features; use float32 on GPUs older than Ampere.
 
     Raises:
         ValueError: in one line, if an argument is invalid, the extra ``text`` is not installed, or the encoder is not
@@ -109,7 +110,7 @@ class CaptionEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return cast(torch.device, self.model.shared.weight.device)
 
     @property
@@ -118,12 +119,12 @@ class CaptionEncoder(nn.Module):
         return cast(torch.dtype, self.model.shared.weight.dtype)
 
     def train(self, mode: bool = True) -> "CaptionEncoder":
-        """Stay in evaluation mode, also as part of a module in training mode."""
+        """Stay in evaluation mode when a parent module switches to training."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> EncodedCaptions:
-        """Encode captions independently: other captions in the list change features by rounding at most.
+        """Encode captions independently: other captions in the list affect features only by rounding.
 
         Captions of similar length share a forward pass, and duplicates are encoded once, so one long list is faster
         than many short ones.
@@ -164,7 +165,7 @@ class CaptionEncoder(nn.Module):
         )
 
     def metadata(self) -> dict[str, str | int]:
-        """Everything that the features depend on, for a ``meta.json``. Equal checksums mean the same encoder.
+        """Describe everything that determines the features, for a ``meta.json``. Equal checksums mean equal encoders.
 
         Returns:
             ``encoder`` (its name as given), ``width``, ``caption_length``, ``dtype``, and the SHA-256 of ``weights``
@@ -183,7 +184,7 @@ class CaptionEncoder(nn.Module):
         }
 
     def _encode(self, tokens: list[list[int]]) -> Tensor:
-        """Features (b, c, W) of b captions, c the length of the longest; zero in the padding."""
+        """Features (b, c, W) of b captions, where c is the length of the longest one; zero in the padding."""
         longest = max(map(len, tokens))
         padded = [[*each, *[self.model.config.pad_token_id] * (longest - len(each))] for each in tokens]
         is_token = torch.tensor([[place < len(each) for place in range(longest)] for each in tokens]).to(self.device)
@@ -192,7 +193,7 @@ class CaptionEncoder(nn.Module):
         return found.masked_fill(~is_token.unsqueeze(2), 0)
 
     def _tokenizer_checksum(self) -> str:
-        """SHA-256 of the vocabulary and of the tokens of :data:`PROBES`. Not of the files, which differ by version."""
+        """SHA-256 of the vocabulary and of the tokens of :data:`PROBES`. Files of equal tokenizers may differ."""
         digest = hashlib.sha256()
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         digest.update(repr(tokenize(self.tokenizer, PROBES)).encode())
@@ -206,7 +207,7 @@ def passes(lengths: Sequence[int]) -> Iterator[list[int]]:
         lengths: number of tokens of each caption.
 
     Yields:
-        Indices of the captions of a pass. The longest come first: if memory runs out, it does so at once.
+        Indices of the captions of a pass. The longest come first, so that too little memory is an error at once.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start = 0
@@ -221,7 +222,7 @@ def load_t5(name: str | Path, dtype: torch.dtype) -> "tuple[T5EncoderModel, PreT
 
     Args:
         name: name on the Hub, or a folder, see :class:`CaptionEncoder`.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Raises:
         ValueError: in one line, if transformers is not installed, or the model is not available or not a T5.
@@ -245,7 +246,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _texts(captions: Sequence[str]) -> list[str]:
-    """Captions in a form that the tokenizer can read."""
+    """Check captions, and convert them to texts that the tokenizer can read."""
     if isinstance(captions, str):
         raise ValueError(f"captions must be a list of texts, not the text {captions[:40]!r}")
     for place, caption in enumerate(captions):

@@ -1,4 +1,4 @@
-"""Padding of caption features: right to left, and packed. B captions, C positions, W width, T tokens in all."""
+"""Padding of caption features: right to left, and packed. B captions, C positions, W width, T tokens in total."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def pad_left(features: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         features: (B, C, W), padded on the right with any values.
-        lengths: (B,) int64 in [0, C], numbers of tokens.
+        lengths: (B,) int64 in [0, C], number of tokens of each caption.
 
     Returns:
         (B, C, W), same dtype and device.
@@ -31,10 +31,10 @@ def pack(features: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         features: (B, C, W), padded on the right.
-        lengths: (B,) int64 in [0, C].
+        lengths: (B,) int64 in [0, C], number of tokens of each caption.
 
     Returns:
-        (T, W), T the sum of the lengths.
+        (T, W), where T is the sum of the lengths.
 
     Raises:
         ValueError: if shapes or lengths do not fit.
@@ -45,13 +45,13 @@ def pack(features: Tensor, lengths: Tensor) -> Tensor:
 
 
 def unpack_left(tokens: Tensor, lengths: Tensor, caption_length: int) -> Tensor:
-    """Pad packed features (see :func:`pack`) on the left, as :func:`pad_left` does.
+    """Convert packed features (see :func:`pack`) to left padding, as :func:`pad_left` returns it.
 
     Lengths are checked on CPUs only: on a GPU the check would wait for the device.
 
     Args:
         tokens: (T, W), caption by caption.
-        lengths: (B,) int64 in [0, caption_length], of sum T.
+        lengths: (B,) int64 in [0, caption_length], number of tokens of each caption; their sum is T.
         caption_length: number of positions C.
 
     Returns:

@@ -19,10 +19,10 @@ class PretrainedKind(NamedTuple):
     """The kind of model to load, and its names in messages.
 
     Attributes:
-        name: of the architecture, such as ``T5``.
+        name: name of the architecture, such as ``T5``.
         model: class of transformers.
-        role: what the model is used as, such as ``caption encoder``.
-        user: what needs transformers, with its article.
+        role: role of the model, such as ``caption encoder``.
+        user: the feature that needs transformers, with its article, such as ``a caption encoder``.
         example: a name on the Hub.
     """
 
@@ -42,11 +42,11 @@ def load_pretrained(
     """Load a model on the CPU, and its tokenizer.
 
     Args:
-        name: a folder, or a name on the Hub. A model in the Hub's cache is loaded without a network.
-        kind: what it must be.
-        dtype: of the weights.
+        name: a folder, or a name on the Hub. A model in the Hub's cache is loaded without network access.
+        kind: the expected kind of model.
+        dtype: dtype of the weights.
         check: called with configuration, tokenizer, folder or name, and whether it is a folder. It raises a
-            ``ValueError`` if they do not belong together; what it returns is returned here.
+            ``ValueError`` if configuration and tokenizer do not match.
 
     Returns:
         Model, tokenizer, and the result of ``check``.
@@ -100,12 +100,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def truncate(tokens: list[int], maximum: int) -> list[int]:
-    """At most ``maximum`` tokens. The last one stays the end token."""
+    """Keep at most ``maximum`` tokens, of which the last one is the end token."""
     return tokens if len(tokens) <= maximum else [*tokens[: maximum - 1], tokens[-1]]
 
 
 def _folder_or_name(name: str | Path, kind: PretrainedKind) -> tuple[str, bool]:
-    """Folder or name for transformers, and whether it is a folder, for which no network is used."""
+    """Folder or name for transformers, and whether it is a folder, which is loaded without network access."""
     text = str(name)  # a folder if it exists or cannot be a name on the Hub
     is_folder = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).is_dir()
     source = str(Path(name).expanduser()) if is_folder else text
@@ -126,6 +126,5 @@ def _load_error(kind: PretrainedKind, source: str, is_folder: bool, error: Excep
         return f"the {kind.role} {source} cannot be used: {reason}; {hint}"
     return (
         f"the {kind.role} {source} is neither in the cache (~/.cache/huggingface, or HF_HOME) nor available from the "
-        f"Hugging Face Hub: {reason}; run `hf download {source}` where there is a network, or give a folder's path as "
-        "name"
+        f"Hugging Face Hub: {reason}; run `hf download {source}` with network access, or give a folder's path as name"
     )

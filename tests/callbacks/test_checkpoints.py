@@ -20,7 +20,7 @@ def ours() -> list[pl.Callback]:
 
 
 def lightnings(folder: Path) -> list[pl.Callback]:
-    """The callbacks that configurations wrote out in full before."""
+    """Lightning's callbacks with the options that configurations used before."""
     named: dict[str, Any] = {"filename": "step_{step:07d}", "auto_insert_metric_name": False}
     best = {**named, "filename": "best_{step:07d}", "monitor": "val/loss", "save_on_train_epoch_end": True}
     steps = {**named, "monitor": "step", "mode": "max", "save_top_k": 2, "save_last": "link", "every_n_train_steps": 3}
@@ -53,7 +53,7 @@ def test_defaults_write_the_best_the_last_and_recent_checkpoints(pipeline: Pipel
     assert (tmp_path / "checkpoints/steps/last.ckpt").readlink() == Path("step_0000015.ckpt")
 
 
-def test_the_same_files_as_with_the_options_written_out(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_writes_the_same_files_as_lightnings_callback_with_explicit_options(pipeline: Pipeline, tmp_path: Path) -> None:
     run(pipeline, tmp_path / "ours", ours())
     run(pipeline, tmp_path / "lightnings", lightnings(tmp_path / "lightnings"))
     assert files(tmp_path / "ours") == files(tmp_path / "lightnings") != set()

@@ -132,7 +132,7 @@ def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: p
     assert module.sampler is None
 
 
-def test_auto_needs_no_tokenizer_if_nothing_is_sampled(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
+def test_auto_needs_no_tokenizer_without_sampling(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
     train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
 

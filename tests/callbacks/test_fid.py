@@ -1,4 +1,4 @@
-"""FIDMonitor measures the images of classes and reconstructions, while a model trains and in ``test``."""
+"""FIDMonitor measures images generated from classes and reconstructions, during training and in ``test``."""
 
 import json
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_rejects_several_best_checkpoints_if_not_every_validation_measures(refer
         trainer: Any = SimpleNamespace(callbacks=[ModelCheckpoint(**options)])
         FIDMonitor(reference, Everything(), every_n_validations=every)._check_checkpoints(trainer)
 
-    with pytest.raises(ValueError, match=f"the best 3 by {GFID}, .* at every 2. validation.*set save_top_k to 1"):
+    with pytest.raises(ValueError, match=f"the best 3 by {GFID}, .* once in 2 validations.*set save_top_k to 1"):
         check(2, monitor=GFID, save_top_k=3)
     check(1, monitor=GFID, save_top_k=3)
     check(2, monitor=GFID, save_top_k=1)
@@ -249,7 +249,7 @@ test_arguments.__test__ = False  # type: ignore[attr-defined]
 
 @pytest.fixture(scope="module")
 def report(pipeline: Pipeline, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of ``test`` on one process, by the command line."""
+    """The report of the command ``test`` with one process."""
     folder = tmp_path_factory.mktemp("evaluation")
     main.main(test_arguments(pipeline, folder, reference))
     return folder / "report"
@@ -318,7 +318,7 @@ def test_validate_always_measures(pipeline: Pipeline, reference: Path, tmp_path:
         (lambda path: FIDMonitor(path, Projection()), "made with the extractor everything, not Projection"),
     ],
 )
-def test_rejects_what_cannot_be_measured_before_training(
+def test_rejects_impossible_measurements_before_training(
     make: Any, phrase: str, pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=phrase):
@@ -346,7 +346,7 @@ def test_rejects_an_extractor_for_another_size_before_training(pipeline: Pipelin
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_resumed_with_another_reference_logs_its_name(
+def test_a_run_resumed_with_another_reference_logs_the_new_name(
     pipeline: Pipeline, reference: Path, tmp_path: Path
 ) -> None:
     monitor, spy = FIDMonitor(reference, Everything(), count=11, every_n_validations=9), Spy()

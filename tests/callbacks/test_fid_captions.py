@@ -1,4 +1,4 @@
-"""FIDMonitor measures the images of captions, while a text model trains and in ``test``."""
+"""FIDMonitor measures images generated from captions, during the training of a text model and in ``test``."""
 
 import json
 import sys
@@ -154,7 +154,7 @@ class Measured:
 
 
 def sampled(module: ARGenModule, features: list[Tensor], index: list[int], seed: int) -> Tensor:
-    """Images that the module samples of features (n, W): (B, 3, H, W)."""
+    """Images (B, 3, H, W) that the module generates from features (n, W)."""
     lengths = torch.tensor([len(each) for each in features])
     padded = torch.stack([torch.nn.functional.pad(each, (0, 0, 0, POSITIONS - len(each))) for each in features])
     return module.sample(pad_left(padded, lengths), torch.tensor(index), seed, lengths)[0].permute(0, 3, 1, 2)
@@ -186,7 +186,7 @@ def metrics_of(images: dict[int, Tensor], reference: Path) -> dict[str, float]:
 
 
 def assert_same_metrics(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Except the deviation of KID, which is rounding if there are no more images than in one of its subsets."""
+    """Compare all metrics but KID's deviation, which is only rounding if each subset contains all images."""
     assert set(found) >= NAMES
     for name in NAMES - {"gkid_std_everything/some"}:
         assert float(found[name]) == pytest.approx(float(wanted[name]), rel=1e-5), name
@@ -309,7 +309,7 @@ def test_test_with_prompts_measures_the_images_that_predict_samples(
 
 
 def test_the_report_is_the_same_on_any_number_of_processes(tokenizer: Path, reference: Path, tmp_path: Path) -> None:
-    """Also if ranks have unequal numbers of captions, and if they wait for each other in each step."""
+    """Includes ranks with unequal numbers of captions, and ranks that wait for each other in each step."""
     codes = write_set(tmp_path / "set", tokenizer, features=True, broken=BROKEN)
     keep = ModelCheckpoint(tmp_path, filename="text")
     train(text_module(tokenizer), data_of(codes, max_bad_share=0.2), tmp_path, keep, max_steps=2, limit_val_batches=0)

@@ -15,7 +15,7 @@ from llamagen.grids import GAP, captioned_grid, grid_image, save_png
 
 
 def trainer_at(batches: int, folder: Path, **options: Any) -> Any:
-    """The part of a trainer that callbacks use, after so many batches."""
+    """The part of a trainer that callbacks use, after a number of batches."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches - 1))
     settings = {"loggers": [], "sanity_checking": False, "is_global_zero": True, **options}
     precision = SimpleNamespace(forward_context=nullcontext)

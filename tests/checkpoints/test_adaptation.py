@@ -102,7 +102,7 @@ def test_a_longer_sequence_needs_init_adapt_if_the_file_has_a_configuration(pipe
 @pytest.mark.parametrize(
     ("option", "value"), [("n_head", 1), ("rope_base", 500.0), ("rope_condition", "identity"), ("norm_eps", 1e-3)]
 )
-def test_options_without_a_trace_in_shapes_are_compared_if_the_file_has_a_configuration(
+def test_options_that_change_no_shape_are_compared_with_the_configuration_in_the_file(
     pipeline: Pipeline, option: str, value: Any
 ) -> None:
     with pytest.raises(ValueError, match=rf"{option} is .*, but the model's is {value}; set {option} to"):

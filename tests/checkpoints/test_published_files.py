@@ -18,7 +18,7 @@ BARE = {"GPT-XXL c2i 256", "GPT-3B c2i 256"}
 
 
 def published_file(name: str, folder: Path) -> Path:
-    """A file with the names, shapes and dtypes of a published model, all entries of which are a single number."""
+    """A file with the names, shapes and dtypes of a published model. Each entry repeats a single number."""
     _, entries = published_state_dict(name)
     state = {
         key: torch.full((1,), float(place + 1), dtype=getattr(torch, dtype)).expand(shape)

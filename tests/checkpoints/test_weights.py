@@ -1,4 +1,4 @@
-"""Weights come out of every kind of file that people have, as they were chosen, and nothing else comes out."""
+"""Weights are read from every usual kind of file, raw or averaged as requested, without any other entries."""
 
 import argparse
 import os
@@ -69,7 +69,7 @@ def training_checkpoint(state: State, **changes: Any) -> dict[str, Any]:
         lambda state: prefixed(state, "_orig_mod."),
         lambda state: {"model": prefixed(state, "module._orig_mod.")},
         lambda state: {"model": prefixed(state, "_orig_mod.module.")},
-        # A part that was compiled by itself.
+        # A part that was compiled separately.
         lambda state: {"model": {name.replace("encoder.", "encoder._orig_mod."): each for name, each in state.items()}},
         lambda state: {"model": {**state, "freqs_cis": torch.zeros(3)}},
         lambda state: {"model": prefixed({**state, "freqs_cis": torch.zeros(3)}, "module.")},

@@ -47,7 +47,7 @@ def test_wrong_arguments_are_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_messages_are_ours_and_not_those_of_the_parser(
+def test_messages_come_from_this_project_and_not_from_the_parser(
     text_pipeline: TextPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder, latin, run = tmp_path / "t5", tmp_path / "latin.txt", tmp_path / "run"

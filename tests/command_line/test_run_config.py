@@ -27,7 +27,7 @@ def test_a_saved_configuration_with_another_folder_writes_only_there(pipeline: P
     folders = [
         each["init_args"]["dirpath"] for each in saved["trainer"]["callbacks"] if "dirpath" in each.get("init_args", {})
     ]
-    assert folders == [f"{ROOT_KEY}/checkpoints", f"{ROOT_KEY}/more"]
+    assert folders == [None, f"{ROOT_KEY}/more"]  # None: checkpoints/ in the folder of the run
     assert saved["trainer"]["logger"]["init_args"]["save_dir"] == ROOT_KEY
     assert saved["data"]["init_args"]["root"] == str(pipeline.codes)
     before = contents(first)

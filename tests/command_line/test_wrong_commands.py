@@ -138,7 +138,7 @@ TEST_ARGEN = {
 
 
 def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The error line of a command, or a text that says how else it ended."""
+    """The error line of a command. If there is none, a description of how the command ended."""
     try:
         main.main(command)
     except SystemExit as end:
@@ -178,7 +178,7 @@ def test_wrong_commands_are_one_line_errors_and_leave_nothing(
         if phrase not in line or "\n" in line or line[:4] in ("ACCE", "TRAC", "ENDE", "CODE"):
             faults.append((more, line))
         if run.exists():
-            faults.append((more, "left a run behind"))
+            faults.append((more, "left a run folder"))
         shutil.rmtree(run, ignore_errors=True)
     assert not faults, "\n".join(f"{more}: {line}" for more, line in faults)
 

@@ -243,7 +243,7 @@ def test_the_command_prints_the_numbers(capsys: pytest.CaptureFixture[str]) -> N
     output = capsys.readouterr().out.splitlines()
     lines = {line[:34].strip(): line[34:].strip() for line in output}
     assert lines["parameters"] == "342,910,976"
-    assert lines["training FLOPs a sequence"] == f"{gpt_cost.flops_per_sequence(net_for('L')):.4g} (256 codes)"
+    assert lines["training FLOPs per sequence"] == f"{gpt_cost.flops_per_sequence(net_for('L')):.4g} (256 codes)"
     assert lines["memory of a GPU"] == "batch of 16, bf16-mixed, 2 GPUs"
     parts = cost.memory(cost.Run(net_for("L"), 16, "bf16-mixed", ema=True, gpus=2))
     assert lines["EMA"] == f"{4 * 342910976 / 1e9:.2f} GB"

@@ -40,9 +40,9 @@ def write_captioned_codes(
     """Write codes: example i of a split has key ``split/i``, a caption, and class i mod 5 if i is even.
 
     Args:
-        root: folder of the set, which is returned.
+        root: folder of the dataset, which is returned.
         counts: examples of each split.
-        odd: other parts of training examples, by number; None takes one away.
+        odd: replaced members of training examples, by number; None removes a member.
     """
     shards = ShardDataset(root, {}, hint="")
     shards.begin(list(counts))

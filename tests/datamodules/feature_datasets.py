@@ -39,11 +39,11 @@ def write_dataset(
     """Write a dataset with ``codes``, ``features`` or both. Every third example has a separate short caption.
 
     Args:
-        root: folder of the set, which is returned.
-        splits: what is in it.
+        root: folder of the dataset, which is returned.
+        splits: example numbers of each split.
         parts: of each example.
         per_shard: examples in a shard.
-        silent: numbers of examples without the text of a caption.
+        silent: numbers of examples without a caption text.
         features: otherwise described.
     """
     shards = ShardDataset(root, {}, hint="")

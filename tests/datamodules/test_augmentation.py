@@ -76,7 +76,7 @@ def test_without_an_epoch_there_is_no_augmentation(root: Path, options: dict[str
         assert torch.equal(images[number, NO_EPOCH]["images"], plain(root))
 
 
-def test_without_options_no_epoch_changes_anything(root: Path) -> None:
+def test_without_augmentation_options_all_epochs_have_the_same_images(root: Path) -> None:
     images = dataset(root)
     assert variants([plain(root), *(images[number, epoch]["images"] for number in range(3) for epoch in range(3))]) == 1
 
@@ -113,7 +113,7 @@ def test_image_is_a_function_of_seed_epoch_and_example(root: Path) -> None:
     first, again, other = views(1), views(1), views(2)
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(first, again, strict=True))
     assert len({torch.stack(epoch).numpy().tobytes() for epoch in [*first, *other]}) == 6
-    assert all(variants(epoch) > 3 for epoch in first)  # not one draw for all examples of an epoch
+    assert all(variants(epoch) > 3 for epoch in first)  # not the same random numbers for all examples of an epoch
     assert all(variants(example) > 1 for example in list(zip(*first, strict=True))[:4])
 
 

@@ -63,18 +63,18 @@ def code_data(root: Path, stage: str = "fit", batch_size: int = 4, **options: An
     return data
 
 
-def views_drawn(data: CodeDataModule, epochs: int) -> list[dict[str, int]]:
+def chosen_views(data: CodeDataModule, epochs: int) -> list[dict[str, int]]:
     """For each epoch, the view chosen for each image."""
     loader = data.train_dataloader()
-    drawn = []
+    views_by_epoch = []
     for _ in range(epochs):
         views: dict[str, int] = {}
         for batch in loader:
             for key, codes in zip(batch["keys"], batch["codes"].numpy(), strict=True):
                 of_image = codes_of("train", int(key.removeprefix("train"))).reshape(VIEWS, -1)
                 (views[key],) = np.flatnonzero((of_image == codes).all(axis=1)).tolist()
-        drawn.append(views)
-    return drawn
+        views_by_epoch.append(views)
+    return views_by_epoch
 
 
 def test_batches_hold_codes_in_raster_order_and_their_class(tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ def test_training_batches_hold_every_image_with_its_class(tmp_path: Path) -> Non
 
 def test_views_depend_on_seed_epoch_and_image(tmp_path: Path) -> None:
     write_codes(tmp_path)
-    drawn = views_drawn(code_data(tmp_path), epochs=4)
-    assert {view for views in drawn for view in views.values()} == set(range(VIEWS))
-    assert all(len(set(views.values())) > 1 for views in drawn)
-    assert len({tuple(sorted(views.items())) for views in drawn}) == 4
-    assert views_drawn(code_data(tmp_path, batch_size=2), epochs=4) == drawn
-    assert views_drawn(code_data(tmp_path, seed=1), epochs=4) != drawn
+    views_by_epoch = chosen_views(code_data(tmp_path), epochs=4)
+    assert {view for views in views_by_epoch for view in views.values()} == set(range(VIEWS))
+    assert all(len(set(views.values())) > 1 for views in views_by_epoch)
+    assert len({tuple(sorted(views.items())) for views in views_by_epoch}) == 4
+    assert chosen_views(code_data(tmp_path, batch_size=2), epochs=4) == views_by_epoch
+    assert chosen_views(code_data(tmp_path, seed=1), epochs=4) != views_by_epoch
 
 
 def test_validation_takes_the_first_view(tmp_path: Path) -> None:
@@ -184,15 +184,15 @@ def test_broken_view_is_skipped_in_epochs_that_choose_it(tmp_path: Path) -> None
     write_codes(tmp_path, {("train", 5): {"npy": array_file(codes), "cls": b"0"}})
     whole = tmp_path / "whole"
     write_codes(whole)
-    drawn = views_drawn(code_data(whole), epochs=12)
+    views_by_epoch = chosen_views(code_data(whole), epochs=12)
     data = code_data(tmp_path, max_bad_share=0.12)
     loader = data.train_dataloader()
-    there = []
+    present = []
     for _ in range(12):
-        there.append("train5" in [key for batch in loader for key in batch["keys"]])
-        assert data.finish_tally("train") == ({} if there[-1] else {"broken codes": 1})
-    assert there == [views["train5"] != 2 for views in drawn]
-    assert len(set(there)) == 2
+        present.append("train5" in [key for batch in loader for key in batch["keys"]])
+        assert data.finish_tally("train") == ({} if present[-1] else {"broken codes": 1})
+    assert present == [views["train5"] != 2 for views in views_by_epoch]
+    assert len(set(present)) == 2
 
 
 @pytest.mark.parametrize("kind", ["Fortran order", "version 2"])

@@ -206,12 +206,12 @@ def test_caption_features_are_described(tmp_path: Path) -> None:
         "",
         "train: 6 examples, in 2 shards",
         "  classes: none",
-        "  features: of 6 examples, 3.2 tokens on average, 5 at most",
+        "  features: 6 examples, 3.2 tokens on average, 5 at most",
         "  bad examples: none",
         "",
         "val: 2 examples, in 1 shards",
         "  classes: none",
-        "  features: of 2 examples, 4.5 tokens on average, 5 at most",
+        "  features: 2 examples, 4.5 tokens on average, 5 at most",
         "  bad examples: none",
     ]
 
@@ -220,9 +220,7 @@ def test_features_stored_with_codes_are_described(tmp_path: Path) -> None:
     lines = inspect(str(write_dataset(tmp_path / "set", SPLITS, encoder="t5")))
     assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000, 2 views")
     assert lines[1] == f"caption features: {KIND}"
-    assert "  features: of 6 examples, 3.2 tokens on average, 5 at most\n  bad examples: none" in section(
-        lines, "train"
-    )
+    assert "  features: 6 examples, 3.2 tokens on average, 5 at most\n  bad examples: none" in section(lines, "train")
 
 
 @pytest.mark.parametrize("parts", ["features", "codes features"])
@@ -231,7 +229,7 @@ def test_features_of_an_invalid_size_are_listed(tmp_path: Path, parts: str) -> N
     lines = inspect(str(root))
     for split, key in (("train", 3), ("val", 7)):
         said = section(lines, split)
-        assert f"  features: of {len(SPLITS[split])} examples, " in said
+        assert f"  features: {len(SPLITS[split])} examples, " in said
         assert " tokens on average, 4 at most" in said
         assert "  bad examples: 1 (broken features 1)" in said
         assert f"example {key} " in said
@@ -243,7 +241,7 @@ def test_missing_features_and_broken_short_features_are_listed(tmp_path: Path) -
     write_dataset(tmp_path, {"train": [("0", 0), ("1", 1), ("2", 2)]}, "features")
     write_shards(tmp_path / "train", examples, per_shard=4)
     said = section(inspect(str(tmp_path)), "train")
-    assert "  features: of 2 examples, 2.5 tokens on average, 3 at most" in said
+    assert "  features: 2 examples, 2.5 tokens on average, 3 at most" in said
     assert "  bad examples: 2 (no caption 1, broken features 1)" in said
     assert (
         "    example 1 has no features\n    example 0 has features whose size is not a whole number of tokens" in said

@@ -215,7 +215,7 @@ def test_prints_the_worst_and_the_best_of_many_prompts(
     assert all(line.replace("\\|", "").count("|") == 5 for line in shown)
 
 
-def test_reads_datasets_with_text_and_without_numbers(clip: Path, tmp_path: Path) -> None:
+def test_reads_records_with_text_and_without_prompt_numbers(clip: Path, tmp_path: Path) -> None:
     write_samples(tmp_path, PROMPTS, each=1)
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     whole = clip_score(tmp_path, str(clip))

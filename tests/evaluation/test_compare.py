@@ -1,4 +1,4 @@
-"""``python -m evaluation`` compares two sets of images without a model; errors are one line."""
+"""``python -m evaluation`` compares two datasets of images without a model; errors are one line."""
 
 import json
 import runpy
@@ -268,7 +268,7 @@ def test_a_missing_gpu_is_an_error_of_one_line(root: Path, capsys: pytest.Captur
     assert "device is 'cuda', which cannot be used here" in message
 
 
-def test_says_what_to_do_without_the_weights_of_inception(
+def test_missing_weights_of_inception_are_an_error_with_a_remedy(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:

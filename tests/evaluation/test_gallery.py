@@ -135,18 +135,18 @@ def reference(features: Tensor, thumbnails: np.ndarray) -> Reference:
 
 def test_neighbours_have_the_nearest_features() -> None:
     gallery = shown(torch.arange(COUNT))
-    drawn = list(gallery.chosen)[:NEIGHBOURED]
+    selected = list(gallery.chosen)[:NEIGHBOURED]
     batch = random_images(COUNT, 0)
     known, thumbnails = [], []
     # Of each image that is shown, there are some at growing distances: the farther, the darker.
     for step in reversed(range(NEIGHBOURS + 1)):
-        for number in drawn:
+        for number in selected:
             known.append(batch[number].flatten().float() + step * torch.eye(3 * SIZE * SIZE)[0])
-            thumbnails.append(np.full((SIZE, SIZE, 3), 250 - 10 * step - drawn.index(number), np.uint8))
+            thumbnails.append(np.full((SIZE, SIZE, 3), 250 - 10 * step - selected.index(number), np.uint8))
     rows = cells(gallery.grids(reference(torch.stack(known), np.stack(thumbnails)))["neighbours"])
     assert len(rows) == NEIGHBOURED
     for place, row in enumerate(rows):
-        assert np.array_equal(row[0], batch[drawn[place]].permute(1, 2, 0).numpy())
+        assert np.array_equal(row[0], batch[selected[place]].permute(1, 2, 0).numpy())
         assert [int(each[0, 0, 0]) for each in row[1:]] == [250 - 10 * step - place for step in range(NEIGHBOURS)]
 
 

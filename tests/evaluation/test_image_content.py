@@ -20,7 +20,7 @@ def seen(images: np.ndarray, batch_size: int = 4, copies: bool = False) -> Image
     return content
 
 
-def test_finds_images_that_cannot_be_right() -> None:
+def test_finds_implausible_images() -> None:
     floats = noise() / 255
     cases = {
         "all 6 images are black (level 0 everywhere); floats in [0, 1]": floats.astype(np.uint8) * 0,
@@ -53,7 +53,7 @@ def test_accepts_usual_images() -> None:
     assert ImageContent().doubts() == []
 
 
-def test_two_ordinary_images_settle_the_check() -> None:
+def test_the_check_ends_after_two_ordinary_images() -> None:
     assert seen(noise(2)).is_settled
     assert not seen(noise(1)).is_settled, "one image may be the first of many equal ones"
 

@@ -144,7 +144,7 @@ def test_no_warning_if_everything_is_measured(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_few_images_give_some_of_the_results(count: int, reference: Reference) -> None:
+def test_few_images_give_only_some_results(count: int, reference: Reference) -> None:
     measurement = Measurement(FakeInception(), SIZE, "generation", reference)
     with pytest.warns(UserWarning, match="not measured") as warned:
         found = measured(measurement, random_images(count, 1))
@@ -204,11 +204,11 @@ def test_warns_once_of_a_model_whose_images_are_all_the_same(
             measurement.update(random_images(4, 0)[:1].repeat(4, 1, 1, 1), torch.arange(4 * index, 4 * index + 4))
         measurement.compute()
         measurement.reset()
-    messages = [str(warning.message) for warning in recwarn if "say little" in str(warning.message)]
-    assert messages == ["the results say little: all 12 images are the same image; sample or copy them again"]
+    messages = [str(warning.message) for warning in recwarn if "not meaningful" in str(warning.message)]
+    assert messages == ["the results are not meaningful: all 12 images are the same image; sample or copy them again"]
     measurement.update(random_images(4, 0), torch.arange(4))
     measurement.compute()
-    assert len([warning for warning in recwarn if "say little" in str(warning.message)]) == 1
+    assert len([warning for warning in recwarn if "not meaningful" in str(warning.message)]) == 1
 
 
 class ByClass(nn.Module):

@@ -13,7 +13,7 @@ from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.shard_files import assert_one_line
 
-# As they stand in the paper, arXiv 2406.06525: FID, Inception Score, precision, recall.
+# Values in the paper, arXiv 2406.06525: FID, Inception Score, precision, recall.
 GENERATION = {
     "B, 256 px": (5.46, 193.6, 0.84, 0.46),
     "L, 256 px": (3.80, 248.3, 0.83, 0.51),

@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each train the autoregressive model like one process with all of it."""
+"""Two processes, each with half of the batch, train the autoregressive model like one process with the full batch."""
 
 from pathlib import Path
 from typing import Any

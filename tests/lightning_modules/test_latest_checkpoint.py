@@ -53,7 +53,7 @@ def truncate(path: Path, share: float = 0.5) -> None:
 
 
 def change_a_byte(path: Path) -> None:
-    """In the middle, among the weights; in meta.pt, which has none, in a key."""
+    """Change a byte in the middle of a file, among the weights; in meta.pt, which has no weights, in a key."""
     content = bytearray(path.read_bytes())
     content[content.index(b"global_step") if path.name == "meta.pt" else len(content) // 2] ^= 1
     path.write_bytes(content)

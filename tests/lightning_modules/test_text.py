@@ -347,7 +347,7 @@ def test_prompts_are_sampled_from_the_features_of_the_encoder(text_pipeline: Tex
     module = sampling_module(text_pipeline).eval()
     prompts = ["a cat", "a red house on a tree and a dog and a house", ""]
     batch = {"captions": prompts, "index": torch.tensor([4, 0, 7])}
-    cut = r"1 of 3 captions have more than 8 tokens and were cut, first 'a red house"
+    cut = r"1 of 3 captions have more than 8 tokens and were truncated, first 'a red house"
     with pytest.warns(UserWarning, match=cut):
         outputs = module.predict_step(dict(batch), 0)
     assert module._text is not None

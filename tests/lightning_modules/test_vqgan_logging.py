@@ -27,7 +27,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("make", [vqgan_module, argen_module])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_x_axis_is_the_number_of_batches_seen(
+def test_the_x_axis_is_the_number_of_training_batches(
     accumulate: int, make: Any, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     train(
@@ -59,7 +59,7 @@ def test_the_x_axis_of_an_evaluation_is_that_of_its_checkpoint(stage: str, pipel
         assert [path.name for path in (tmp_path / "reconstructions").iterdir()] == ["step_0000008.png"]
 
 
-def test_every_term_is_logged_from_its_start(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_every_loss_term_is_logged_from_its_first_step(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module(adversarial_start=2)
     train(
         module,
@@ -163,7 +163,7 @@ def test_the_error_names_the_term_that_is_not_finite(
     module = vqgan_module(adversarial_start=0, entropy_weight=0.1, lecam_weight=0.1)
     broken = torch.tensor(float("inf"))
     if term == "entropy":
-        monkeypatch.setattr("lightning_modules.vqgan.entropy_loss", lambda *_: broken)
+        monkeypatch.setattr("llamagen.models.vector_quantizer.entropy_loss", lambda *_: broken)
     elif term == "perceptual":
         object.__setattr__(module.loss_config, "perceptual_weight", 1.0)
         for name in ("fetch_vgg16", "read_vgg16"):

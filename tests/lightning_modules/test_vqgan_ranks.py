@@ -1,4 +1,4 @@
-"""Two ranks with half of the batch each match one process with the full batch."""
+"""Two ranks, each with half of the batch, match one process with the full batch."""
 
 from pathlib import Path
 from typing import Any

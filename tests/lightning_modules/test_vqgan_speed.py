@@ -98,7 +98,7 @@ def test_activation_checkpointing_saves_memory_and_does_not_change_the_result(
 
 
 def test_accumulated_batches_train_like_one_large_batch(pipeline: Pipeline, tmp_path: Path) -> None:
-    # Without a discriminator, whose BatchNorm sees each batch by itself.
+    # Without a discriminator, whose BatchNorm normalises each batch separately.
     loss = {"adversarial_weight": 0.0}
     (start, whole), (_, halves) = (
         trained(pipeline, tmp_path / str(n), loss=loss, batch_size=32 // n, accumulate_grad_batches=n) for n in (1, 2)

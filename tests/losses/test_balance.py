@@ -6,7 +6,7 @@ import torch
 from llamagen.losses import LeCAM, adaptive_weight
 
 
-def test_the_weight_is_the_ratio_of_the_gradient_norms() -> None:
+def test_the_adaptive_weight_is_the_ratio_of_the_gradient_norms() -> None:
     weight = torch.tensor([[1.0, 2.0]], requires_grad=True)
     pixels = (weight * torch.tensor([[3.0, 4.0]])).sum()  # gradient of norm 5
     game = (weight * torch.tensor([[0.0, 0.1]])).sum()
@@ -17,7 +17,7 @@ def test_the_weight_is_the_ratio_of_the_gradient_norms() -> None:
     (pixels + found * game).backward()  # the graphs are retained
 
 
-def test_the_weight_is_bounded_if_the_discriminator_has_no_gradient() -> None:
+def test_the_adaptive_weight_is_bounded_if_the_discriminator_has_no_gradient() -> None:
     weight = torch.ones(3, requires_grad=True)
     assert adaptive_weight(1e6 * weight.sum(), 0 * weight.sum(), weight).item() == 1e4
     assert adaptive_weight(0 * weight.sum(), weight.sum(), weight).item() == 0
@@ -32,7 +32,7 @@ def test_the_loss_scale_prevents_underflow_in_float16() -> None:
     assert found.item() == pytest.approx(4e-9 / (8e-9 + 1e-4), rel=0.1)
 
 
-def test_the_weight_is_nan_if_a_gradient_overflows() -> None:
+def test_the_adaptive_weight_is_nan_if_a_gradient_overflows() -> None:
     weight = torch.ones(4, dtype=torch.float16, requires_grad=True)
     pixels, game = (factor * weight.float().square().sum() for factor in (1.0, 10.0))
     assert adaptive_weight(pixels, game, weight, scale=2.0**14).isnan()

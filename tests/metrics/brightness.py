@@ -1,4 +1,4 @@
-"""An image metric outside of the project, as a user would add one."""
+"""An image metric outside of the project, like a user's own metric."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from llamagen.metrics.result_names import ResultName
 
 
 class Brightness(ImageMetric):
-    """Mean and maximum absolute difference between the mean features of two sets of images."""
+    """Mean and maximum absolute difference between the mean features of two datasets."""
 
     symbol = "brightness"
     result_names = (ResultName("brightness", has_purpose=True), ResultName("brightness_max", has_reference=False))

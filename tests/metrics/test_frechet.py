@@ -260,7 +260,7 @@ def test_rejects_a_module_without_a_row_per_image(function: Callable[[Tensor], A
         torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8),
     ],
 )
-def test_rejects_what_are_not_uint8_images(images: Tensor) -> None:
+def test_rejects_tensors_that_are_not_uint8_images(images: Tensor) -> None:
     metric = FID(Projection(), SIZE)
     with pytest.raises(ValueError, match=r"must be uint8 of shape \(B, 3, H, W\), not") as error:
         metric.update(images, real=True)

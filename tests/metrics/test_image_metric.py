@@ -1,4 +1,4 @@
-"""What all image metrics share: order, batches, ranks, copies, states, references and errors."""
+"""Properties of all image metrics: order, batches, ranks, copies, states, references and errors."""
 
 import copy
 import io
@@ -108,7 +108,7 @@ def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
         metric = make(name)
         for images, real in sides:
             show(metric, images[rank::2], real, batch_size=4)
-        cases["in turn"] = result(metric)
+        cases["alternating"] = result(metric)
 
         metric.reset()
         for images, real in sides:
@@ -188,7 +188,7 @@ def test_a_saved_state_continues_in_another_metric_and_does_not_change(name: str
 
 
 @every_metric
-def test_a_loaded_state_replaces_a_cached_result(name: str) -> None:
+def test_loading_a_state_discards_the_cached_result(name: str) -> None:
     original, other = make(name), begun(name)
     show(original, real_images(), True)
     show(original, fake_images())
@@ -211,7 +211,7 @@ def test_reset_forgets_all_images(name: str) -> None:
 
 
 @every_metric
-def test_computing_in_between_changes_nothing(name: str) -> None:
+def test_an_intermediate_compute_does_not_change_the_result(name: str) -> None:
     metric = begun(name)
     middle = result(metric)
     assert result(metric) == middle != measured(name)
@@ -321,7 +321,7 @@ def test_names_include_the_extractor_unless_it_is_inception() -> None:
         (Features(torch.zeros(2, 9), logits=torch.zeros(2, 9)), "got 9 features for each image, but (7|12) for"),
     ],
 )
-def test_rejects_what_are_not_images_of_its_size(name: str, images: Any, phrase: str) -> None:
+def test_rejects_images_of_another_size_or_type(name: str, images: Any, phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):
         make(name).update(images)
 

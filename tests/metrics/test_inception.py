@@ -154,7 +154,7 @@ def test_keeps_an_image_of_the_right_size() -> None:
         torch.zeros(1, 8, 8, 3),
     ],
 )
-def test_rejects_what_are_not_images(net: InceptionNet, images: Tensor) -> None:
+def test_rejects_tensors_that_are_not_images(net: InceptionNet, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"needs floats with levels 0 … 255 of shape \(B, 3, H, W\), not") as error:
         net(images)
     assert str(images.dtype) in str(error.value)

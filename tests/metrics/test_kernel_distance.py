@@ -66,7 +66,7 @@ def test_is_unbiased_for_halves_of_one_dataset() -> None:
     assert measure(features(25, 1), features(25, 2, mean=1.0), subsets=1).mean > 5 * np.std(found)
 
 
-def test_draws_subsets_of_each_side_without_replacement() -> None:
+def test_samples_subsets_of_each_side_without_replacement() -> None:
     real, fake = features(9, 1), features(7, 2, mean=0.5)
     found = measure(real, fake, subsets=400, subset_size=2)
     every = [

@@ -33,7 +33,7 @@ def assert_close(found: PredictionStatistics) -> None:
         torch.testing.assert_close(value, getattr(expected(), name), msg=name)
 
 
-def test_weights_batches_by_their_codes() -> None:
+def test_batches_are_weighted_by_their_numbers_of_codes() -> None:
     metric = CodePrediction(LENGTH)
     for batch in BATCHES:
         metric.update(*batch)
@@ -64,6 +64,6 @@ def on_rank(rank: int) -> list[torch.Tensor]:
     return list(metric.compute())
 
 
-def test_weights_ranks_by_their_codes(tmp_path: Path) -> None:
+def test_ranks_are_weighted_by_their_numbers_of_codes(tmp_path: Path) -> None:
     for result in run_on_ranks(on_rank, tmp_path):
         assert_close(PredictionStatistics(*result))

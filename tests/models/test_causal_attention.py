@@ -32,13 +32,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scores", [1 << 20, 2 * 33 * 33, 1])
-def test_in_float64_it_equals_the_definition(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_definition_in_float64(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_SCORES", scores)
     for found, expected in zip(results(_attend, torch.float64), results(fused, torch.float64), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_in_bfloat16_it_is_about_as_accurate_as_the_fused_kernel() -> None:
+def test_is_about_as_accurate_as_the_fused_kernel_in_bfloat16() -> None:
     exact = results(fused, torch.float64)
     narrow = [each.bfloat16().double() for each in inputs(torch.float64)]
     assert len(narrow) == 3
@@ -61,7 +61,7 @@ def test_the_custom_kernel_is_used_for_bfloat16_only(monkeypatch: pytest.MonkeyP
     assert calls == [torch.bfloat16]
 
 
-def test_it_is_one_operator_of_a_compiled_graph() -> None:
+def test_is_one_operator_of_a_compiled_graph() -> None:
     compiled = torch.compile(causal_attention, backend="aot_eager_decomp_partition", fullgraph=True)
     for found, expected in zip(
         results(compiled, torch.bfloat16), results(causal_attention, torch.bfloat16), strict=True

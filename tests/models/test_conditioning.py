@@ -88,7 +88,7 @@ def test_captions_pass_two_linear_layers_with_a_tanh_gelu() -> None:
     torch.testing.assert_close(embedder(features), hidden @ embedder.cap_proj.fc2.weight.T)
 
 
-def test_the_features_of_no_caption_are_a_buffer_in_the_state_dict() -> None:
+def test_the_unconditional_features_are_a_buffer_in_the_state_dict() -> None:
     torch.manual_seed(0)
     gpt = GPT(small_gpt(condition="text").config)
     name = "cls_embedding.uncond_embedding"

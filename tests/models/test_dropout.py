@@ -30,7 +30,7 @@ def test_entries_are_dropped_independently() -> None:
     assert float(kept.mean().abs()) < 0.005
 
 
-def test_nothing_is_dropped_in_evaluation_or_with_probability_zero() -> None:
+def test_nothing_is_dropped_in_evaluation_or_at_probability_zero() -> None:
     x = torch.randn(5, 7)
     assert Dropout(0.5).eval()(x) is x
     assert Dropout(0.0).train()(x) is x

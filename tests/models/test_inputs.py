@@ -57,7 +57,7 @@ def test_decodes_codes_of_any_integer_type(vqgan: VQGAN) -> None:
     assert vqgan.decode_codes(np.zeros((0, 4, 4), np.uint16)).shape == (0, 3, SIDE, SIDE)
 
 
-def test_rejects_what_is_not_a_code(vqgan: VQGAN) -> None:
+def test_rejects_invalid_codes(vqgan: VQGAN) -> None:
     high = SMALL_VQGAN.codebook_size
     assert_rejects(vqgan.decode_codes, np.full((1, 2, 2), high, np.uint16), f"{high} … {high}", f"0 to {high - 1}")
     assert_rejects(vqgan.decode_codes, torch.full((1, 2, 2), -1), "-1 … -1")
@@ -93,7 +93,7 @@ def test_levels_and_floats_of_an_image_have_the_same_codes(vqgan: VQGAN) -> None
     assert vqgan.encode([LEVELS, LEVELS]).codes.shape[0] == 2
 
 
-def test_rejects_what_is_not_an_image(vqgan: VQGAN) -> None:
+def test_rejects_invalid_images(vqgan: VQGAN) -> None:
     assert_rejects(vqgan.encode, (FLOATS + 1) * 127.5, "[-1, 1]", "not 0 to 255", "images / 127.5 - 1")
     assert_rejects(vqgan.encode, torch.from_numpy(LEVELS).permute(2, 0, 1)[None].long(), "int64", "uint8")
     assert_rejects(vqgan.encode, LEVELS > 3, "bool")

@@ -86,7 +86,7 @@ def test_a_float32_model_may_use_a_bfloat16_cache() -> None:
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
 
 
-def test_the_first_rows_continue_alone_in_the_same_memory() -> None:
+def test_decoding_can_continue_with_only_the_first_rows_in_the_same_memory() -> None:
     gpt = small_gpt()
     codes, condition, cache = codes_for(gpt, 4, 15), condition_for(gpt, 4), KVCache.allocate(gpt.config, 4)
     with torch.no_grad():

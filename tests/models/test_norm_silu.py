@@ -65,7 +65,7 @@ def test_keeps_memory_format_and_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_uses_pytorch_wherever_it_is_fast(
+def test_uses_pytorchs_kernel_where_it_is_fast(
     dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []

@@ -112,7 +112,7 @@ def test_rounding_gives_gradients_to_the_encoder() -> None:
     assert weight.grad.abs().max() > 0
 
 
-def test_defaults_of_the_interface() -> None:
+def test_a_quantiser_without_learned_codes_has_defaults() -> None:
     quantizer: Quantizer = Rounding(levels=3)
     assert quantizer.learned_codes is None
     with pytest.raises(NotImplementedError, match="Rounding has no learned codes"):

@@ -38,7 +38,7 @@ def test_codes_do_not_depend_on_the_batch(kind: str, setting: str) -> None:
     assert len(together.unique(dim=0)) == 5
 
 
-def test_seed_and_index_decide_the_codes() -> None:
+def test_seed_and_index_determine_the_codes() -> None:
     gpt, labels = small_gpt(), torch.zeros(3, dtype=torch.int64)
     codes = generate(gpt, labels, seed=0)
     assert torch.equal(generate(gpt, labels, seed=0), codes)

@@ -56,7 +56,7 @@ def test_no_conditions_give_no_codes(class_gpt: GPT, text_gpt: GPT) -> None:
     assert generate(text_gpt, []).shape == (0, 4)
 
 
-def test_rejects_what_is_not_a_label(class_gpt: GPT) -> None:
+def test_rejects_invalid_labels(class_gpt: GPT) -> None:
     assert_rejects("class 4 was requested", generate, class_gpt, [0, 4])
     assert_rejects("class -1 was requested", generate, class_gpt, [-1])
     assert_rejects("not torch.float64", generate, class_gpt, [0.0])
@@ -77,7 +77,7 @@ def test_accepts_features_in_tensors_and_arrays(text_gpt: GPT) -> None:
     assert torch.equal(generate(text_gpt, features[0]), generate(text_gpt, features[:1]))
 
 
-def test_rejects_what_is_not_a_caption_feature(text_gpt: GPT) -> None:
+def test_rejects_invalid_caption_features(text_gpt: GPT) -> None:
     assert_rejects("not texts; encode them first", generate, text_gpt, "a dog")
     assert_rejects("not texts; encode them first", generate, text_gpt, ["a dog"])
     assert_rejects("not (2,) of torch.int64", generate, text_gpt, [0, 1])

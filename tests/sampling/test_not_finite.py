@@ -47,7 +47,7 @@ def test_each_engine_names_a_weight_that_is_not_finite(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_codes_that_top_k_and_top_p_exclude_are_no_error(engine: str) -> None:
+def test_codes_excluded_by_top_k_and_top_p_are_not_an_error(engine: str) -> None:
     config = SamplingConfig(top_k=3, top_p=0.5, temperature=1e-30, guidance_scale=2.0)
     assert Sampler(small_gpt(), 2, **ENGINES[engine])(torch.arange(3), config).shape == (3, 16)
 

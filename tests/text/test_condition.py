@@ -54,7 +54,9 @@ def test_prompts_become_the_left_padded_features_of_the_encoder(t5: Path) -> Non
 
 def test_warns_of_truncation_once_and_only_on_the_first_rank(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     condition = text_condition(t5)
-    with pytest.warns(UserWarning, match="1 of 2 captions have more than 8 tokens and were cut, first 'a red house"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 captions have more than 8 tokens and were truncated, first 'a red house"
+    ):
         condition.encode(PROMPTS, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -83,7 +85,7 @@ def test_the_condition_of_a_batch_comes_from_features_or_captions(t5: Path) -> N
 
 
 def test_llamagen_text_does_not_import_lightning(t5: Path) -> None:
-    """Also not for a warning: Lightning's raises an error in a process that Lightning did not start."""
+    """Not even for a warning: Lightning's warning raises an error in a process that Lightning did not start."""
     script = (
         "import sys, torch\n"
         "from llamagen.models.gpt_config import GPTConfig\n"

@@ -138,7 +138,7 @@ def test_rejects_anything_but_a_list_of_texts(t5: CaptionEncoder, captions: list
     assert "must be a" in str(error.value)
 
 
-def test_it_is_frozen_and_stays_in_evaluation_mode(t5: CaptionEncoder) -> None:
+def test_the_encoder_is_frozen_and_stays_in_evaluation_mode(t5: CaptionEncoder) -> None:
     parent = nn.ModuleList([t5]).train()
     assert parent.training
     assert not any(module.training for module in t5.modules())
@@ -147,7 +147,7 @@ def test_it_is_frozen_and_stays_in_evaluation_mode(t5: CaptionEncoder) -> None:
     assert not t5(["a cat"]).features.requires_grad
 
 
-def test_a_module_that_keeps_it_in_a_tuple_does_not_own_its_weights(t5: CaptionEncoder) -> None:
+def test_a_module_that_holds_the_encoder_in_a_tuple_does_not_own_its_weights(t5: CaptionEncoder) -> None:
     owner = nn.Linear(2, 2)
     owner.encoder = (t5,)
     assert set(owner.state_dict()) == {"weight", "bias"}
@@ -276,7 +276,7 @@ def test_a_missing_path_is_not_taken_for_a_name_on_the_hub(name: str | Path) -> 
     assert "google/flan-t5-xl" in message
 
 
-def test_a_name_that_is_not_available_says_where_it_was_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_name_is_an_error_with_the_places_that_were_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = error_of("someone/no-such-t5")
     for part in ("someone/no-such-t5", "HF_HOME", "hf download someone/no-such-t5", "folder's path"):

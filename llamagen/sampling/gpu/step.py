@@ -204,7 +204,7 @@ class GPUStep:
                 token always attends to itself.
             keys: (layers, at least B, G, P, E), contiguous, in the dtype of the weights. Entries before ``position``
                 are read, the one at ``position`` is written.
-            values: as ``keys``.
+            values: like ``keys``.
 
         Returns:
             (B, V) float32.

@@ -76,7 +76,7 @@ class InterruptedRunError(Exception):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Let the tokenizer fail after a number of batches, until the patch is undone."""
+    """Make the tokenizer fail after a number of batches, until the patch is undone."""
     predict_step = VQGANModule.predict_step
     with monkeypatch.context() as patch:
 

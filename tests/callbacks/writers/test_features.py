@@ -85,7 +85,7 @@ class InterruptedRunError(Exception):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Let the encoder fail after a number of batches, until the patch is undone."""
+    """Make the encoder fail after a number of batches, until the patch is undone."""
     predict_step = CaptionModule.predict_step
     with monkeypatch.context() as patch:
 
@@ -166,7 +166,7 @@ def test_meta_describes_codes_and_encoder(t5: Path, whole: Path) -> None:
     assert [len(list((whole / split).iterdir())) for split in COUNTS] == [4, 1]
 
 
-def test_the_dataset_is_also_one_of_codes(whole: Path) -> None:
+def test_the_dataset_of_features_is_also_a_dataset_of_codes(whole: Path) -> None:
     data = CodeDataModule(whole, num_workers=0, max_bad_share=0.6)  # every second one has no class
     data.setup("fit")
     keys = [data.datasets["train"][place, 0]["keys"] for place in range(17)]
@@ -340,7 +340,9 @@ def test_truncated_captions_are_counted_over_all_runs_and_reported_once(
     with pytest.raises(InterruptedRunError):
         extract(module, source, tmp_path)
     patch.undo()
-    with pytest.warns(UserWarning, match=f"^{expected} captions have more tokens than caption_length {LENGTH};"):
+    with pytest.warns(
+        UserWarning, match=f"^{expected} captions have more tokens than caption_length {LENGTH} and were truncated"
+    ):
         extract(module, source, tmp_path)
     assert read_meta(tmp_path, "")["features"]["truncated"] == expected
     assert 0 < expected < len(texts)

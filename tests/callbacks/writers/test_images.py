@@ -205,7 +205,7 @@ def test_class_folders_sort_by_class(tmp_path: Path) -> None:
 
 
 def stub_module() -> Any:
-    """What ImageWriter needs of a module."""
+    """A stub with the members of a module that ImageWriter needs."""
     return SimpleNamespace(
         generator=torch.nn.Linear(1, 1),
         sampling=SamplingConfig(),
@@ -257,7 +257,7 @@ def test_a_rank_reaches_the_barrier_after_its_images_are_written(
 
 
 def failing_save(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the disk become full while an image is written."""
+    """Fill the disk while an image is written."""
     write = Path.write_bytes
 
     def half_write(self: Path, data: Any) -> int:

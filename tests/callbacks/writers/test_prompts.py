@@ -50,7 +50,7 @@ NAMES = [f"images/{index % 5}/{index:06d}_prompt{index % 5}.png" for index in ra
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.warns(UserWarning, match=WARNING):
         main.main(command(folder))

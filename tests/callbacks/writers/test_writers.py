@@ -66,7 +66,7 @@ def test_rejects_a_folder_with_codes(pipeline: Pipeline) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch_idx: int, dataloader_idx: int) -> None:
-    """Let the extraction fail at a batch."""
+    """Make the extraction fail at a batch."""
     predict_step = VQGANModule.predict_step
 
     def interrupted(self: VQGANModule, batch: Any, *place: int) -> Any:

@@ -316,7 +316,7 @@ class Leaky(Dataset[Any]):
         return 20
 
     def __getitem__(self, address: Address) -> Any:
-        raise AssertionError("examples are asked for by batches")
+        raise AssertionError("examples are requested in batches")
 
     def __getitems__(self, addresses: list[Address]) -> dict[str, Any]:
         good = [number for number, _ in addresses if number % self.divisor]

@@ -127,7 +127,7 @@ def test_repeat_fills_up_with_the_first_examples_of_the_epoch(count: int, batch_
     [(*case, remainder) for case in CASES for remainder in ("keep", "repeat")]
     + [(*case, "drop") for case in CASES if case[0] >= case[1] * case[2]],
 )
-def test_rest_of_an_epoch_is_its_tail(
+def test_resumed_epoch_has_the_remaining_batches_of_the_whole_epoch(
     count: int, batch_size: int, world_size: int, remainder: Literal["keep", "drop", "repeat"]
 ) -> None:
     whole = ranks(count, batch_size, world_size, remainder)
@@ -224,7 +224,7 @@ def numbers(batches: list[list[int]]) -> list[int]:
     return [number for batch in batches for number in batch]
 
 
-def draws(batches: list[list[int]]) -> list[Counter[int]]:
+def shard_counts(batches: list[list[int]]) -> list[Counter[int]]:
     """How often each shard occurs in each complete group of eight shards."""
     shards = [number >> SHARD_BITS for number in numbers(batches)]
     return [Counter(shards[first : first + 56]) for first in range(0, len(shards) // 56 * 56, 56)]
@@ -250,10 +250,10 @@ def test_stream_is_a_pure_function_of_seed_epoch_rank_and_number_of_ranks() -> N
 
 
 def test_each_rank_samples_its_own_shards() -> None:
-    drawn = [draws(stream(rank, 4, shards=1000)) for rank in range(4)]
+    sampled = [shard_counts(stream(rank, 4, shards=1000)) for rank in range(4)]
     for a in range(4):
         for b in range(a):
-            assert all(first != second for first, second in zip(drawn[a], drawn[b], strict=True))
+            assert all(first != second for first, second in zip(sampled[a], sampled[b], strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 56, 60])
@@ -302,7 +302,7 @@ def test_shards_and_positions_are_sampled_about_uniformly() -> None:
     found = np.array(numbers(stream(count=56_000)))
     shards = Counter((found >> SHARD_BITS).tolist())
     assert sorted(shards) == list(range(20))
-    assert all(2000 < count < 3600 for count in shards.values())  # 2800 ± 137 (400 draws of 7)
+    assert all(2000 < count < 3600 for count in shards.values())  # 2800 ± 137 (400 samples of 7)
     places = found & ((1 << SHARD_BITS) - 1)
     assert places.max() < 1 << 32  # far from the next shard
     # As in StreamIndex, in shards of 24 and 5 examples.
@@ -321,9 +321,9 @@ def test_stream_of_less_than_a_batch_is_refused(world_size: int) -> None:
 
 @pytest.mark.parametrize("below", [1, 2, 10, 20, 1000])
 def test_random_integers_are_about_uniform_in_their_range(below: int) -> None:
-    drawn = random_integers(3, 2, np.arange(20_000), below)
-    assert (drawn.dtype, drawn.shape) == (np.int64, (20_000,))
-    counts = np.bincount(drawn, minlength=below)
+    sampled = random_integers(3, 2, np.arange(20_000), below)
+    assert (sampled.dtype, sampled.shape) == (np.int64, (20_000,))
+    counts = np.bincount(sampled, minlength=below)
     assert len(counts) == below
     expected = 20_000 / below
     assert ((counts - expected) ** 2 / expected).sum() < below + 5 * (2 * below) ** 0.5  # χ²: below ± √(2 · below)
@@ -331,13 +331,13 @@ def test_random_integers_are_about_uniform_in_their_range(below: int) -> None:
 
 def test_random_integers_are_a_pure_function_of_seed_epoch_and_number() -> None:
     numbers = np.random.default_rng(0).permutation(5000)
-    together = random_integers(3, 2, numbers, 20)
+    whole = random_integers(3, 2, numbers, 20)
     np.random.seed(1)
-    assert random_integers(3, 2, numbers, 20).tolist() == together.tolist()
+    assert random_integers(3, 2, numbers, 20).tolist() == whole.tolist()
     # The batches do not matter.
-    apart = np.concatenate([random_integers(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
-    assert apart.tolist() == together.tolist()
-    assert random_integers(3, 2, np.sort(numbers), 20)[numbers].tolist() == together.tolist()
+    in_batches = np.concatenate([random_integers(3, 2, numbers[first : first + 7], 20) for first in range(0, 5000, 7)])
+    assert in_batches.tolist() == whole.tolist()
+    assert random_integers(3, 2, np.sort(numbers), 20)[numbers].tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("other", [(3, 1), (2, 2), (2, 3), (0, 0)])
@@ -348,9 +348,9 @@ def test_random_integers_of_other_seeds_and_epochs_are_independent(other: tuple[
 
 
 def test_random_integers_of_neighbouring_numbers_are_independent() -> None:
-    drawn = random_integers(3, 2, np.arange(20_000), 10)
+    sampled = random_integers(3, 2, np.arange(20_000), 10)
     for distance in (1, 2, 10, 64):
-        assert 0.09 < (drawn[distance:] == drawn[:-distance]).mean() < 0.11
+        assert 0.09 < (sampled[distance:] == sampled[:-distance]).mean() < 0.11
 
 
 def test_random_integers_accept_example_numbers_of_streams() -> None:

@@ -111,7 +111,7 @@ def test_reloaded_loader_continues_with_the_next_epoch(root: Path) -> None:
     assert second != first
 
 
-def test_epoch_that_is_over_early_is_saved_as_over(root: Path) -> None:
+def test_epoch_that_ends_early_is_saved_as_finished(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of()
     next(iter(data.train_dataloader()))

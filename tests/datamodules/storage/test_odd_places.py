@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from datamodules.base import ShardDataModule
-from datamodules.class_requests import ClassRequestDataModule
 from datamodules.images import ImageDataModule
-from datamodules.prompts import PromptDataModule
+from datamodules.requests.classes import ClassRequestDataModule
+from datamodules.requests.prompts import PromptDataModule
 from datamodules.storage.index import ExampleIndex, OpenFiles
 from datamodules.storage.sources import find_sources
 from datamodules.storage.tar_index import index_shard
@@ -18,7 +18,7 @@ from evaluation.image_sets import open_images
 from tests.datamodules.shard_files import assert_one_line, grey_image, write_shards
 
 EXAMPLES = [(str(number), {"png": grey_image(number), "cls": b"0"}) for number in range(4)]
-HINT = "give a data set"
+HINT = "give a dataset"
 
 
 @pytest.mark.parametrize("name", ["brace{0..2}s", "{a,b}", "back\\slash", "br[ack]et", "star*", "100%d", "a=b, c#d"])
@@ -59,7 +59,7 @@ def test_compressed_shards_are_refused_with_their_format(tmp_path: Path) -> None
 
 
 def few_files(monkeypatch: pytest.MonkeyPatch, files: OpenFiles, most: int) -> None:
-    """Let ``files`` open at most ``most`` files, like a process that reaches the limit of the system."""
+    """Limit ``files`` to at most ``most`` open files, like a process at the limit of the system."""
     really_open = os.open
 
     def limited(path: str, flags: int) -> int:

@@ -45,17 +45,17 @@ def pairs(batches: Iterable[dict[str, Any]]) -> list[tuple[int, list[list[float]
 
 
 def assert_each_has_its_own(data: CodeDataModule, train: Iterable[int], val: Iterable[int]) -> None:
-    """Assert that the splits have these examples, each with its own features."""
+    """Assert that the splits hold the expected examples, each with its own features."""
     for loader, expected in ((data.train_dataloader(), train), (data.val_dataloader(), val)):
         assert sorted(pairs(loader)) == [(number, tokens(number).tolist()) for number in sorted(expected)]
 
 
 @pytest.fixture
 def roots(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A dataset with codes and features, and one of each, with shards of other sizes."""
-    beside = write_dataset(tmp_path / "beside", SPLITS)
+    """A dataset with codes and features, one with codes only and one with features only, in shards of other sizes."""
+    combined = write_dataset(tmp_path / "combined", SPLITS)
     return (
-        beside,
+        combined,
         write_dataset(tmp_path / "codes", SPLITS, "codes"),
         write_dataset(tmp_path / "features", SPLITS, "features", 7),
     )
@@ -65,10 +65,10 @@ def roots(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_paired_features_give_the_same_batches_as_features_stored_with_codes(
     roots: tuple[Path, Path, Path], num_workers: int
 ) -> None:
-    beside, root, features = roots
+    combined, root, features = roots
     one, two = (
         code_data(*sets, short_caption_share=0.5, num_workers=workers)
-        for sets, workers in (((beside,), 0), ((root, features), num_workers))
+        for sets, workers in (((combined,), 0), ((root, features), num_workers))
     )
     loaders = [(data.train_dataloader(), data.val_dataloader()) for data in (one, two)]
     for _ in range(2):
@@ -254,8 +254,8 @@ def test_keys_with_a_hash_collision_and_different_counts_are_left_out(
 
 
 def test_resumed_run_continues_with_the_next_batch(roots: tuple[Path, Path, Path]) -> None:
-    beside, root, features = roots
-    loader = code_data(beside).train_dataloader()
+    combined, root, features = roots
+    loader = code_data(combined).train_dataloader()
     expected = [batch["keys"] for _ in range(2) for batch in loader]
     stopped = code_data(root, features)
     batches = iter(stopped.train_dataloader())

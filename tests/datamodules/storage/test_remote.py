@@ -219,7 +219,7 @@ def test_stream_of_resampled_shards_respects_the_cache_size(tmp_path: Path, serv
     data.setup("fit")
     keys = [key for batch in data.train_dataloader() for key in batch["keys"]]
     assert len(keys) == 400
-    assert len(set(keys)) == 40  # every shard has been drawn
+    assert len(set(keys)) == 40  # every shard has been sampled
     assert len(list((tmp_path / "cache/shards").glob("*.tar"))) <= 3
 
 

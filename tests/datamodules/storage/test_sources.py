@@ -263,7 +263,7 @@ def held_out(names: list[str], share: float) -> list[str]:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.5])
-def test_about_the_wanted_share_is_held_out(share: float) -> None:
+def test_about_the_requested_share_is_held_out(share: float) -> None:
     for names in ([f"{number:06d}" for number in range(20_000)], [f"dog/IMG_{n}" for n in range(20_000)]):
         count = len(held_out(names, share))
         assert abs(count - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5

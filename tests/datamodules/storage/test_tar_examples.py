@@ -119,9 +119,9 @@ def test_truncated_file_loses_the_example_with_the_truncated_member(tmp_path: Pa
 def test_files_with_scattered_members_are_read_packed_and_streamed_alike(tmp_path: Path) -> None:
     for shard in range(2):
         names = [f"{n}.{shard}" for n in range(20)]
-        apart = [(f"{name}.{part}", grey_image(n) if part == "png" else str(n % 5).encode())
+        members = [(f"{name}.{part}", grey_image(n) if part == "png" else str(n % 5).encode())
                  for part in ("png", "cls") for n, name in enumerate(names)]  # fmt: skip
-        write_tar(tmp_path / f"set/{shard}.tar", apart)
+        write_tar(tmp_path / f"set/{shard}.tar", members)
     data = ImageDataModule(tmp_path / "set", image_size=4, num_workers=0, flip=False)
     stream = ImageDataModule(
         train=str(tmp_path / "set"), val=str(tmp_path / "set"), image_size=4, num_workers=0, flip=False,

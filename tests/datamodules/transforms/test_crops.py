@@ -125,7 +125,7 @@ def test_crop_is_centred(height: int, width: int, size: int) -> None:
 SIZE, SHORT_SIDES = 16, range(16, 21)
 
 
-def places(source: np.ndarray, draws: int) -> list[tuple[int, int, int]]:
+def places(source: np.ndarray, repeats: int) -> list[tuple[int, int, int]]:
     """Short side, row and column of random crops, found by search among all possible crops."""
     known = {}
     for side in SHORT_SIDES:
@@ -136,15 +136,15 @@ def places(source: np.ndarray, draws: int) -> list[tuple[int, int, int]]:
     names, candidates = list(known), np.stack(list(known.values())).astype(np.int16)
     generator = np.random.default_rng(0)
     found: dict[bytes, tuple[int, int, int]] = {}
-    drawn = []
-    for _ in range(draws):
+    found_places = []
+    for _ in range(repeats):
         crop = random_crop(source, SIZE, generator)
         if crop.tobytes() not in found:
             fits = np.flatnonzero(abs(candidates - crop[..., :2]).max((1, 2, 3)) <= TOLERANCE)
             assert len(fits) == 1
             found[crop.tobytes()] = names[fits[0]]
-        drawn.append(found[crop.tobytes()])
-    return drawn
+        found_places.append(found[crop.tobytes()])
+    return found_places
 
 
 # Some of these short sides (32 to 40 pixels) involve halving and others do not.
@@ -188,11 +188,11 @@ def test_random_crop_of_small_images_has_the_size_and_the_colour(source: tuple[i
 
 def test_random_crop_depends_on_its_generator_alone() -> None:
     source = noise(40, 50)
-    drawn = [
+    found_places = [
         [random_crop(source, 16, generator).tobytes() for _ in range(5)]
         for generator in map(np.random.default_rng, (3, 3, 4))
     ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert found_places[0] == found_places[1] != found_places[2]
 
 
 def test_half_of_the_images_are_mirrored() -> None:

@@ -148,7 +148,7 @@ def test_more_heads_than_the_device_attends_to_at_a_time(shape: dict[str, int], 
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("parts", [1, 4])
-def test_each_way_of_splitting_sums(splits: int, parts: int, early: bool) -> None:
+def test_every_split_of_the_sums_gives_the_same_codes(splits: int, parts: int, early: bool) -> None:
     if early and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("kernels that start early need compute capability 9.0")
     tiles = {name: Tile(32, 32, 64, parts, splits, 4, 3) for name in ("wo", "w2")}

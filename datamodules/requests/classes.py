@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datamodules.requests import RequestDataModule
+from datamodules.requests.base import RequestDataModule
 from datamodules.storage.index import MAX_CLASSES
 from datamodules.storage.text_files import decode_text
 
@@ -48,8 +48,8 @@ class ClassRequestDataModule(RequestDataModule):
     ``condition``, its class, both (B,) int64.
 
     Args:
-        classes: a list of classes; or their number, where 10 means 0 to 9; or a text file with one class number per
-            line, which may repeat classes, for example 50,000 random labels with ``per_class`` 1.
+        classes: a list of classes; or a number of classes, where 10 means 0 to 9; or a text file with one class number
+            per line, which may repeat classes, for example 50,000 random labels with ``per_class`` 1.
         per_class: images per entry of ``classes``.
         batch_size: images per batch and rank.
 

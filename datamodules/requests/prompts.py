@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.requests import RequestDataModule
+from datamodules.requests.base import RequestDataModule
 from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
 from llamagen.text.cleaning import clean_caption
 
@@ -30,7 +30,7 @@ class PromptTable(NamedTuple):
 
 
 def clean_prompt(text: str) -> str:
-    """Remove what cannot be part of a prompt.
+    """Remove or replace characters that cannot be part of a prompt.
 
     Drops a byte order mark at the start and white space at both ends. NUL, other control characters and line separators
     become spaces, halves of surrogate pairs become U+FFFD. Everything else stays, including emoji and their joiners.
@@ -48,7 +48,7 @@ def read_prompts(path: Path, column: str | None = None) -> PromptTable:
 
     Args:
         path: text file or table.
-        column: name of the column with the prompts, in upper or lower case; None for ``Prompt``.
+        column: name of the column with the prompts, in any case; None for ``Prompt``.
 
     Raises:
         ValueError: if the file cannot be read or has no prompts, a row does not fit the header, or the column does not
@@ -116,19 +116,19 @@ def _read_list(text: str) -> list[str]:
 class PromptDataModule(RequestDataModule):
     """Requests for ``per_prompt`` images of each prompt.
 
-    Image i is of prompt i modulo the number of prompts. With a larger ``per_prompt``, the first images stay the same.
+    Image i has prompt i modulo the number of prompts. With a larger ``per_prompt``, the first images stay the same.
     ``predict`` saves the images, ``test`` measures them. Batches hold ``index`` of each image in the run, (B,) int64,
     and ``captions``, a list of B texts.
 
     Args:
         prompts: a list; or a text file with one prompt per line; or a table of tab-separated values with a header
-            (``.tsv``), the format of PartiPrompts. An empty prompt requests an unconditional image. See
+            (``.tsv``), the format of PartiPrompts. An empty prompt is encoded as the end token alone. See
             :func:`read_prompts` and :func:`clean_prompt`.
         per_prompt: images per prompt.
         batch_size: images per batch and rank.
         column: name of the column with the prompts in a table; None for ``Prompt``.
         clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`; for models trained on cleaned
-            captions. A prompt that becomes empty requests an unconditional image.
+            captions. A prompt may become empty.
 
     Attributes:
         prompts: prompts in order, as the model reads them.

@@ -17,7 +17,7 @@ MAX_REQUESTS = 10**9
 class RequestDataModule(pl.LightningDataModule, ABC):
     """Requests for images of classes or prompts, in rounds: each round requests one image per entry.
 
-    Image i is of entry i modulo the number of entries. With more images per entry, the first images stay the same.
+    Image i belongs to entry i modulo the number of entries. With more images per entry, the first images stay the same.
 
     Args:
         labels: label of each entry: its class, or the number of its prompt.
@@ -91,7 +91,7 @@ class RequestDataModule(pl.LightningDataModule, ABC):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         equally = ranks_wait(self.trainer)
         numbers = np.flatnonzero(~self._done)
-        if equally and len(numbers):  # the others would wait for a rank without images: generate finished ones again
+        if equally and len(numbers):  # other ranks would wait for a rank without images: generate finished ones again
             numbers = np.append(numbers, np.flatnonzero(self._done)[: -len(numbers) % world_size])
         shares = shared_batches(len(numbers), self.batch_size, rank, world_size, equally)
         batches = [[(int(numbers[position]), epoch) for position, epoch in share] for share in shares]
