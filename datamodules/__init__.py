@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.captions import CaptionDataModule
-    from datamodules.class_requests import ClassRequestDataModule
     from datamodules.codes import CodeDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.images import ImageDataModule
-    from datamodules.prompts import PromptDataModule
+    from datamodules.requests.classes import ClassRequestDataModule
+    from datamodules.requests.prompts import PromptDataModule
 
 __all__ = [
     "CaptionDataModule",
@@ -29,8 +29,8 @@ _MODULES = {
     "CodeDataModule": "codes",
     "DigitsDataModule": "digits",
     "ImageDataModule": "images",
-    "PromptDataModule": "prompts",
-    "ClassRequestDataModule": "class_requests",
+    "PromptDataModule": "requests.prompts",
+    "ClassRequestDataModule": "requests.classes",
 }
 
 

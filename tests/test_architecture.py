@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -64,6 +65,11 @@ ALLOWED_IMPORTS = {
         "llamagen.option_checks",
         "llamagen.output_paths",
         "llamagen.parser_errors",
+        "llamagen.text.cleaning",
+    ),
+    "datamodules/requests": (
+        "datamodules.loading",
+        "datamodules.storage",
         "llamagen.text.cleaning",
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk"),
@@ -188,6 +194,22 @@ def test_every_form_of_import_is_detected(source: str, folder: str, allowed: boo
 def test_every_folder_with_code_has_an_import_rule() -> None:
     folders = {relative(path.parent) for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
     assert folders == set(ALLOWED_IMPORTS)
+
+
+def test_no_imports_form_a_circle() -> None:
+    def dependencies(path: Path) -> set[str]:
+        names = set(imported_modules(path.read_text()))
+        # A package gets its names from its modules, which import one another directly.
+        return {name for name in names if (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
+
+    sources = [path for path in SOURCES if path.name != "__init__.py"]
+    graph = {relative(path).removesuffix(".py").replace("/", "."): dependencies(path) for path in sources}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # raises a CycleError with the circle
+
+
+def test_few_rooms_are_side_by_side_in_the_data_layer() -> None:
+    rooms = [path for path in (ROOT / "datamodules").iterdir() if not path.name.startswith("__")]
+    assert len(rooms) <= 14
 
 
 def test_the_core_never_imports_lightning() -> None:

@@ -79,7 +79,7 @@ def test_a_missing_member_is_named_with_the_callback_and_a_remedy() -> None:
     with pytest.raises(ValueError) as error:
         require(GeneratesImages, module, SampleGrid())
     assert_one_line(
-        error, "SampleGrid needs a module that generates images of classes or captions, but VQGANModule has"
+        error, "SampleGrid needs a module that generates images from classes or captions, but VQGANModule has"
     )
     assert_one_line(error, "check_requests", "remove SampleGrid from trainer.callbacks")
     with pytest.raises(ValueError) as error:

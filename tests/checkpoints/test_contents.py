@@ -34,8 +34,8 @@ def arguments(pipeline: Pipeline, folder: Path, recipe: Path, steps: int) -> lis
 def recipe(tmp_path: Path) -> Path:
     """The base configuration, with a checkpoint every three steps."""
     tree = yaml.safe_load(Path("configs/argen/base.yaml").read_text())
-    (periodic,) = [each for each in tree["trainer"]["callbacks"] if "every_n_train_steps" in each.get("init_args", {})]
-    periodic["init_args"]["every_n_train_steps"] = 3
+    (periodic,) = [each for each in tree["trainer"]["callbacks"] if each["class_path"] == "StepCheckpoint"]
+    periodic["init_args"] = {"every_n_train_steps": 3}
     tree["trainer"]["callbacks"][0]["init_args"]["decay"] = 0.5
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump(tree))

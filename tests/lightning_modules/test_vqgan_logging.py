@@ -163,7 +163,7 @@ def test_the_error_names_the_term_that_is_not_finite(
     module = vqgan_module(adversarial_start=0, entropy_weight=0.1, lecam_weight=0.1)
     broken = torch.tensor(float("inf"))
     if term == "entropy":
-        monkeypatch.setattr("lightning_modules.vqgan.entropy_loss", lambda *_: broken)
+        monkeypatch.setattr("llamagen.models.vector_quantizer.entropy_loss", lambda *_: broken)
     elif term == "perceptual":
         object.__setattr__(module.loss_config, "perceptual_weight", 1.0)
         for name in ("fetch_vgg16", "read_vgg16"):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from datamodules.base import ShardDataModule
-from datamodules.class_requests import ClassRequestDataModule
 from datamodules.images import ImageDataModule
-from datamodules.prompts import PromptDataModule
+from datamodules.requests.classes import ClassRequestDataModule
+from datamodules.requests.prompts import PromptDataModule
 from datamodules.storage.index import ExampleIndex, OpenFiles
 from datamodules.storage.sources import find_sources
 from datamodules.storage.tar_index import index_shard

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datamodules.requests import RequestDataModule
+from datamodules.requests.base import RequestDataModule
 from datamodules.storage.index import MAX_CLASSES
 from datamodules.storage.text_files import decode_text
 

@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.requests import RequestDataModule
+from datamodules.requests.base import RequestDataModule
 from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
 from llamagen.text.cleaning import clean_caption
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from datamodules.class_requests import ClassRequestDataModule
+from datamodules.requests.classes import ClassRequestDataModule
 from tests.datamodules.shard_files import assert_one_line
 
 

@@ -1,0 +1,1 @@
+"""Requests for images of classes or prompts."""
