@@ -204,7 +204,7 @@ def test_no_imports_form_a_circle() -> None:
 
     sources = [path for path in SOURCES if path.name != "__init__.py"]
     graph = {relative(path).removesuffix(".py").replace("/", "."): dependencies(path) for path in sources}
-    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # raises a CycleError for circular imports
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # CycleError if imports are circular
 
 
 def test_the_data_layer_has_few_top_level_modules() -> None:
