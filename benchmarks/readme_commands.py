@@ -65,7 +65,7 @@ class Extra(NamedTuple):
     Attributes:
         pattern: regular expression; the options are for commands in which it is found.
         reason: why they are needed.
-        options: what is appended.
+        options: the appended options.
         unless: regular expression of commands that do not get them.
     """
 

@@ -204,12 +204,12 @@ def test_no_imports_form_a_circle() -> None:
 
     sources = [path for path in SOURCES if path.name != "__init__.py"]
     graph = {relative(path).removesuffix(".py").replace("/", "."): dependencies(path) for path in sources}
-    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # raises a CycleError with the circle
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(sources)  # CycleError if imports are circular
 
 
-def test_few_rooms_are_side_by_side_in_the_data_layer() -> None:
-    rooms = [path for path in (ROOT / "datamodules").iterdir() if not path.name.startswith("__")]
-    assert len(rooms) <= 14
+def test_the_data_layer_has_few_top_level_modules() -> None:
+    entries = [path for path in (ROOT / "datamodules").iterdir() if not path.name.startswith("__")]
+    assert len(entries) <= 14
 
 
 def test_the_core_never_imports_lightning() -> None:

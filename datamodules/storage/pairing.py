@@ -41,7 +41,7 @@ class PairedFeatures(StoredFeatures):
 
     def __init__(self, root: str, allow_pipe: bool = False) -> None:
         train, val, meta = find_sources(root, None, None, HINT, allow_pipe)
-        meta = meta or read_meta(root, HINT)  # raises an error that says what is missing
+        meta = meta or read_meta(root, HINT)  # raises an error if the folder or its meta.json is missing
         sources = [source for source in (train, val) if source is not None and source.shards]
         is_valid = meta.get("format") in (CODES_FORMAT, CAPTIONS_FORMAT) and isinstance(meta.get(FEATURES), Mapping)
         if not is_valid or not sources:
