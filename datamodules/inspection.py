@@ -114,7 +114,8 @@ def inspect(
             continue
         examples = source.index(cache).usable(IMAGES)
         shown.append(examples)
-        lines += ["", f"{name}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+        # Printed lines say samples, the word of webdataset and img2dataset, whose users compare these counts.
+        lines += ["", f"{name}: {len(examples):,} samples, {_in_files(len(source.shards))}"]
         lines += _describe_classes(examples.labels, source.classes)
         lines += [f"  {source.numbering}"] if source.numbering else []
         facts, bad = _read_images(ImageFacts(examples, decode), num_workers, name)
@@ -174,7 +175,7 @@ def _inspect_codes(root: str) -> list[str]:
             bad += skipped
             for example in good:
                 used[example["codes"]] = True
-        lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(shard_entries(meta, split, root)))}"]
+        lines += ["", f"{split}: {len(examples):,} samples, {_in_files(len(shard_entries(meta, split, root)))}"]
         lines += _describe_classes(examples.labels, data.class_names)
         lines.append(f"  codes in use (first view): {used.mean():.1%}")
         lines += [] if features is None else _check_features(examples, features)[0]
@@ -191,7 +192,7 @@ def _inspect_features(
     for split, source in zip(SPLITS, sources, strict=True):
         if source is not None:
             examples = source.index(cache)
-            lines += ["", f"{split}: {len(examples):,} examples, {_in_files(len(source.shards))}"]
+            lines += ["", f"{split}: {len(examples):,} samples, {_in_files(len(source.shards))}"]
             description, bad = _check_features(examples, features)
             classes = _describe_classes(examples.labels, source.classes)
             lines += [*classes, *description, *_describe_bad([*examples.bad, *bad])]
@@ -226,7 +227,7 @@ def _check_features(examples: ExampleIndex, features: StoredFeatures) -> tuple[l
         )
         for number in np.flatnonzero(which).tolist()
     ]
-    return [f"  features: {len(tokens):,} examples, {length}"], bad
+    return [f"  features: {len(tokens):,} samples, {length}"], bad
 
 
 def _in_files(shards: int) -> str:
@@ -246,7 +247,7 @@ def _describe_classes(labels: np.ndarray, names: list[str]) -> list[str]:
         return names[label] if label < len(names) else str(label)
 
     return [
-        f"{line}; examples per class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
+        f"{line}; samples per class: {counts[fewest]} ({name(fewest)}) to {counts[most]} ({name(most)}), "
         f"median {int(np.median(counts[present]))}"
     ]
 
@@ -284,8 +285,8 @@ def _listed(counts: Counter[str]) -> str:
 
 def _describe_bad(bad: list[Skipped]) -> list[str]:
     if not bad:
-        return ["  bad examples: none"]
-    lines = [f"  bad examples: {len(bad):,} ({_listed(Counter(example.reason for example in bad))})"]
+        return ["  bad samples: none"]
+    lines = [f"  bad samples: {len(bad):,} ({_listed(Counter(example.reason for example in bad))})"]
     return lines + [f"    {example.message}" for example in bad[:MAX_LISTED]]
 
 

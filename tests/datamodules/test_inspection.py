@@ -57,16 +57,16 @@ def test_counts_classes_sizes_and_formats_match_the_images(folder: Path) -> None
     lines = inspect(str(folder), num_workers=0)
     assert lines[0] == f"{folder}: images"
     assert section(lines, "val").splitlines() == [
-        "val: 1 examples, in folders",
-        "  classes: 1 of 3; examples per class: 1 (dog) to 1 (dog), median 1",
+        "val: 1 samples, in folders",
+        "  classes: 1 of 3; samples per class: 1 (dog) to 1 (dog), median 1",
         "  short side: 8 to 8 px, median 8, 90 % from 8 to 8",
         "  width: 8 to 8 px, height: 9 to 9 px",
         "  formats: PNG 1; colour modes: RGB 1",
-        "  bad examples: none",
+        "  bad samples: none",
     ]
     train = section(lines, "train")
     assert train.startswith(
-        "train: 11 examples, in folders\n  classes: 3 of 3; examples per class: 3 (ant) to 4 (cat), median 4\n"
+        "train: 11 samples, in folders\n  classes: 3 of 3; samples per class: 3 (ant) to 4 (cat), median 4\n"
     )
     assert "  short side: 10 to 70 px, median 10, 90 % from 10 to 63\n" in train
     assert "  width: 10 to 90 px, height: 10 to 70 px\n" in train
@@ -75,14 +75,14 @@ def test_counts_classes_sizes_and_formats_match_the_images(folder: Path) -> None
 
 def test_bad_examples_are_listed_by_reason_with_their_location(folder: Path) -> None:
     train = section(inspect(str(folder), num_workers=0), "train")
-    assert "  bad examples: 3 (broken image 2, empty file 1)\n" in train
+    assert "  bad samples: 3 (broken image 2, empty file 1)\n" in train
     for key in ("cat/4", "cat/5", "cat/6"):
         assert f"example {key} of {folder}/train/cat" in train
 
 
 def test_reading_headers_does_not_detect_a_truncated_image(folder: Path) -> None:
     train = section(inspect(str(folder), decode=False, num_workers=0), "train")
-    assert "  bad examples: 2 (broken image 1, empty file 1)\n" in train
+    assert "  bad samples: 2 (broken image 1, empty file 1)\n" in train
     assert "width: 10 to 90 px" in train
     assert "formats: PNG 7" in train
 
@@ -96,7 +96,7 @@ def test_shards_with_captions_and_bad_examples_are_described(tmp_path: Path) -> 
     shards[1].write_bytes(shards[1].read_bytes()[: -3 * 4096])
     train = section(inspect(str(tmp_path), num_workers=0), "train")
     lines = train.splitlines()
-    assert lines[0].endswith("examples, in 2 shards")
+    assert lines[0].endswith("samples, in 2 shards")
     assert lines[1] == "  classes: none"
     assert "no image 1" in train
     assert "truncated shard 1" in train
@@ -183,15 +183,15 @@ def test_codes_are_described(tmp_path: Path) -> None:
     assert inspect(str(write_codes(tmp_path))) == [
         f"{tmp_path}: codes, 1 × 2 per image, vocabulary 8, 2 views, tokenizer abcdefabcdef",
         "",
-        "train: 6 examples, in 1 shards",
-        "  classes: 3 of 3; examples per class: 1 (ant) to 4 (dog), median 1",
+        "train: 6 samples, in 1 shards",
+        "  classes: 3 of 3; samples per class: 1 (ant) to 4 (dog), median 1",
         "  codes in use (first view): 50.0%",
-        "  bad examples: none",
+        "  bad samples: none",
         "",
-        "val: 2 examples, in 1 shards",
-        "  classes: 2 of 3; examples per class: 1 (ant) to 1 (ant), median 1",
+        "val: 2 samples, in 1 shards",
+        "  classes: 2 of 3; samples per class: 1 (ant) to 1 (ant), median 1",
         "  codes in use (first view): 37.5%",
-        "  bad examples: none",
+        "  bad samples: none",
     ]
 
 
@@ -204,15 +204,15 @@ def test_caption_features_are_described(tmp_path: Path) -> None:
     assert inspect(str(root)) == [
         f"{root}: caption features, {KIND}",
         "",
-        "train: 6 examples, in 2 shards",
+        "train: 6 samples, in 2 shards",
         "  classes: none",
-        "  features: 6 examples, 3.2 tokens on average, 5 at most",
-        "  bad examples: none",
+        "  features: 6 samples, 3.2 tokens on average, 5 at most",
+        "  bad samples: none",
         "",
-        "val: 2 examples, in 1 shards",
+        "val: 2 samples, in 1 shards",
         "  classes: none",
-        "  features: 2 examples, 4.5 tokens on average, 5 at most",
-        "  bad examples: none",
+        "  features: 2 samples, 4.5 tokens on average, 5 at most",
+        "  bad samples: none",
     ]
 
 
@@ -220,7 +220,7 @@ def test_features_stored_with_codes_are_described(tmp_path: Path) -> None:
     lines = inspect(str(write_dataset(tmp_path / "set", SPLITS, encoder="t5")))
     assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000, 2 views")
     assert lines[1] == f"caption features: {KIND}"
-    assert "  features: 6 examples, 3.2 tokens on average, 5 at most\n  bad examples: none" in section(lines, "train")
+    assert "  features: 6 samples, 3.2 tokens on average, 5 at most\n  bad samples: none" in section(lines, "train")
 
 
 @pytest.mark.parametrize("parts", ["features", "codes features"])
@@ -229,9 +229,9 @@ def test_features_of_an_invalid_size_are_listed(tmp_path: Path, parts: str) -> N
     lines = inspect(str(root))
     for split, key in (("train", 3), ("val", 7)):
         said = section(lines, split)
-        assert f"  features: {len(SPLITS[split])} examples, " in said
+        assert f"  features: {len(SPLITS[split])} samples, " in said
         assert " tokens on average, 4 at most" in said
-        assert "  bad examples: 1 (broken features 1)" in said
+        assert "  bad samples: 1 (broken features 1)" in said
         assert f"example {key} " in said
 
 
@@ -241,8 +241,8 @@ def test_missing_features_and_broken_short_features_are_listed(tmp_path: Path) -
     write_dataset(tmp_path, {"train": [("0", 0), ("1", 1), ("2", 2)]}, "features")
     write_shards(tmp_path / "train", examples, per_shard=4)
     said = section(inspect(str(tmp_path)), "train")
-    assert "  features: 2 examples, 2.5 tokens on average, 3 at most" in said
-    assert "  bad examples: 2 (no caption 1, broken features 1)" in said
+    assert "  features: 2 samples, 2.5 tokens on average, 3 at most" in said
+    assert "  bad samples: 2 (no caption 1, broken features 1)" in said
     assert (
         "    example 1 has no features\n    example 0 has features whose size is not a whole number of tokens" in said
     )
@@ -258,7 +258,7 @@ def test_contact_sheet_of_features_is_refused(tmp_path: Path, parts: str) -> Non
 
 def test_broken_codes_are_listed(tmp_path: Path) -> None:
     train = section(inspect(str(write_codes(tmp_path, broken=True))), "train")
-    assert "  bad examples: 1 (broken codes 1)" in train
+    assert "  bad samples: 1 (broken codes 1)" in train
     assert "example train3" in train
     assert "code 9" in train
 

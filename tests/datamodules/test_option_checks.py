@@ -100,7 +100,7 @@ import datamodules.datasets.captions, datamodules.datasets.codes, datamodules.da
 import datamodules.loading.stream
 import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
-assert "all: 1 examples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
+assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)
 from datamodules import CodeDataModule
 assert not heavy, heavy

@@ -148,7 +148,7 @@ def test_names_that_are_not_utf8_are_listed_in_skipped_tsv(tmp_path: Path) -> No
 
 def test_inspection_reports_all_examples_and_changed_shards(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", image_files("a", count=1))
-    assert "all: 1 examples, in folders" in inspect(str(folder), num_workers=0)
+    assert "all: 1 samples, in folders" in inspect(str(folder), num_workers=0)
     write_folder(tmp_path / "set", image_files("a", count=40))
     pack(str(folder), tmp_path / "packed", workers=1)
     assert inspect(str(tmp_path / "packed"), num_workers=0).count("  checksums: 1 of 1 correct") == 2
