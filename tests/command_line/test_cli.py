@@ -34,7 +34,7 @@ def files(folder: Path) -> list[Path]:
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--model.init_args.sampling.top_p=1.5"], "top_p is 1.5"),
         (["--ckpt_path=README.md"], "README.md cannot be read as a checkpoint"),
-        (["--ckpt_path=configs"], "configs is a folder, but no sharded checkpoint"),
+        (["--ckpt_path=configs"], "configs is a folder, but not a complete sharded checkpoint"),
         (["--model.init_args.tokenizer=README.md"], "error: tokenizer: README.md cannot be read as a checkpoint"),
     ],
 )
@@ -57,7 +57,7 @@ def test_messages_come_from_this_project_and_not_from_the_parser(
     for arguments, phrase in (
         ([*text_pipeline.feature_arguments(run), f"--model.init_args.encoder.name={encoder}"], "the caption encoder"),
         (text_pipeline.prompt_arguments(run, str(latin)), f"prompts is '{latin}', which cannot be read (not a text"),
-        (text_pipeline.prompt_arguments(run, "["), "prompts is '[', which is no list"),
+        (text_pipeline.prompt_arguments(run, "["), "prompts is '[', which is not a list"),
     ):
         with pytest.raises(SystemExit):
             main.main(arguments)
