@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TIMEOUT = 1200.0
 """Seconds that a command may take."""
-LANGUAGES = ("bash", "python")
 
 ELSEWHERE = {
     "make quickstart": "benchmarks/quickstart.py runs it in a fresh clone with an empty environment",

@@ -4,14 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from datamodules.base import ShardDataModule
 from datamodules.datasets.captions import CaptionDataset, caption_of
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.index import CAPTIONS, ExampleIndex
 from datamodules.storage.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
+from llamagen.rank_zero import warn_on_rank_zero
 from llamagen.text.cleaning import clean_caption
 
 __all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]
@@ -106,7 +105,7 @@ class CaptionDataModule(ShardDataModule):
     def build_dataset(self, split: str, examples: ExampleIndex | StreamIndex, stage: str) -> CaptionDataset:
         """Build the dataset of a split."""
         if not self.has_codes and isinstance(examples, ExampleIndex) and "npy" in examples.members:
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"the .npy members of the {split} examples are ignored, because no {META_FILE} says that they are "
                 "codes; if they are, give the folder of their dataset as root"
             )

@@ -13,10 +13,10 @@ from datamodules.loading.loader import ranks_wait
 from datamodules.loading.stream import StreamIndex
 from datamodules.storage.class_order import outlying_label
 from datamodules.storage.index import IMAGES, ExampleIndex
-from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 from datamodules.transforms.crops import view_names
 from datamodules.transforms.decode import MAX_PIXELS
 from llamagen.option_checks import check_choice, check_integer
+from llamagen.rank_zero import warn_on_rank_zero
 
 __all__ = ["ImageDataModule", "ImageDataset", "Views", "scale", "to_planes"]
 

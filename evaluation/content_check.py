@@ -1,8 +1,7 @@
 """Rejects images with implausible content before features are extracted, and warns about unusual content."""
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from evaluation.image_sets import ImageSet
+from llamagen.rank_zero import warn_on_rank_zero
 
 FIRST_IMAGES = 16
 """Images per batch of the check. Ordinary images pass with the first batch."""
@@ -30,4 +29,4 @@ def check_content(images: ImageSet, num_workers: int = 0) -> None:
 def warn_of_content(images: ImageSet) -> None:
     """Warn about unusual content of images that were read to the end."""
     for doubt in images.content.doubts():
-        rank_zero_warn(f"{images.name}: {doubt}")
+        warn_on_rank_zero(f"{images.name}: {doubt}")

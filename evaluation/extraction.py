@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation.content_check import check_content, warn_of_content
 from evaluation.image_sets import ImageSet
 from llamagen.metrics import Features, extract
+from llamagen.rank_zero import warn_on_rank_zero
 
 
 class FeatureBatch(NamedTuple):
@@ -64,5 +64,5 @@ def feature_batches(
             bar.update(len(batch.images))
     if bad := images.skipped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(bad.items()))
-        rank_zero_warn(f"{sum(bad.values())} images of {images.name} cannot be read and are skipped ({reasons})")
+        warn_on_rank_zero(f"{sum(bad.values())} images of {images.name} cannot be read and are skipped ({reasons})")
     warn_of_content(images)

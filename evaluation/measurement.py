@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from evaluation.image_content import ImageContent
@@ -12,6 +11,7 @@ from llamagen.metrics import FID, KID, SFID, Features, InceptionScore, Precision
 from llamagen.metrics.features import PARTS, probe
 from llamagen.metrics.image_metric import ImageMetric
 from llamagen.metrics.result_names import Purpose
+from llamagen.rank_zero import warn_on_rank_zero
 
 METRICS: tuple[type[ImageMetric], ...] = (FID, SFID, PrecisionRecall, KID, InceptionScore)
 """Metrics of ``FIDMonitor`` and ``python -m evaluation compare``. To add a metric, add its class to this list."""
@@ -72,7 +72,7 @@ class Measurement:
                 self.metrics[metric.symbol] = metric(extractor, image_size, reference=part)
         if missing:
             listed = "; ".join(f"{' and '.join(symbols)}, because {reason}" for reason, symbols in missing.items())
-            rank_zero_warn(f"not measured: {listed}")
+            warn_on_rank_zero(f"not measured: {listed}")
         if not self.metrics:
             raise ValueError("there is no metric to measure; use another extractor or reference")
 
@@ -131,7 +131,7 @@ class Measurement:
         """
         if (fault := self._content.fault()) and not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(f"the results are not meaningful: {fault}")
+            warn_on_rank_zero(f"the results are not meaningful: {fault}")
         results: dict[str, Tensor] = {}
         errors: dict[str, ValueError] = {}
         for symbol, metric in self.metrics.items():
@@ -149,11 +149,11 @@ class Measurement:
                     )
                 results[full] = value.cpu()
             for caveat in metric.caveats():
-                rank_zero_warn(caveat)
+                warn_on_rank_zero(caveat)
         if not results:
             raise next(iter(errors.values()))
         for symbol, reason in errors.items():
-            rank_zero_warn(f"{symbol} is not measured: {reason}")
+            warn_on_rank_zero(f"{symbol} is not measured: {reason}")
         return results
 
     def reset(self) -> None:

@@ -55,7 +55,7 @@ ALLOWED_IMPORTS = {
     ),
     "llamagen/sampling/cpu": ("llamagen.files", "llamagen.models", "llamagen.sampling"),
     "llamagen/sampling/gpu": ("llamagen.models", "llamagen.sampling"),
-    "llamagen/text": ("llamagen.finite", "llamagen.models", "llamagen.state_dicts"),
+    "llamagen/text": ("llamagen.finite", "llamagen.models", "llamagen.rank_zero", "llamagen.state_dicts"),
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.command",
@@ -65,6 +65,7 @@ ALLOWED_IMPORTS = {
         "llamagen.option_checks",
         "llamagen.output_paths",
         "llamagen.parser_errors",
+        "llamagen.rank_zero",
         "llamagen.text.cleaning",
     ),
     "datamodules/requests": (
@@ -72,7 +73,7 @@ ALLOWED_IMPORTS = {
         "datamodules.storage",
         "llamagen.text.cleaning",
     ),
-    "datamodules/storage": ("llamagen.files", "llamagen.full_disk"),
+    "datamodules/storage": ("llamagen.files", "llamagen.full_disk", "llamagen.rank_zero"),
     "datamodules/loading": ("datamodules.storage",),
     "datamodules/transforms": ("datamodules.storage.bad_examples",),
     "datamodules/datasets": (

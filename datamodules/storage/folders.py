@@ -14,7 +14,7 @@ from datamodules.storage.class_order import class_numbers
 from datamodules.storage.folder_walk import FolderWalk, is_image
 from datamodules.storage.index import IMAGES, NO_LABEL, OTHER_IMAGES, TEXT, WHOLE_FILE, ExampleIndex, Strings
 from datamodules.storage.layout import warn_about_left_out
-from datamodules.storage.rank_zero_warning import warn_on_rank_zero
+from llamagen.rank_zero import warn_on_rank_zero
 
 
 def class_folders(root: Path, run_folder: Path | None = None) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from datamodules.storage.folder_walk import FolderWalk, is_image
-from datamodules.storage.rank_zero_warning import warn_on_rank_zero
+from llamagen.rank_zero import warn_on_rank_zero
 
 SPLITS = ("train", "val")
 TEST = "test"

@@ -16,7 +16,6 @@ from datamodules.storage.folders import class_folders, flat_images, index_folder
 from datamodules.storage.index import ExampleIndex
 from datamodules.storage.index_store import IndexStore
 from datamodules.storage.layout import SPLITS, check_classes, split_folders, split_shards
-from datamodules.storage.rank_zero_warning import warn_on_rank_zero
 from datamodules.storage.remote import PIPE, ShardCache, check_address, check_presence, is_remote
 from datamodules.storage.shards import (
     CAPTIONS_FORMAT,
@@ -27,6 +26,7 @@ from datamodules.storage.shards import (
     read_meta,
     shard_entries,
 )
+from llamagen.rank_zero import warn_on_rank_zero
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 

@@ -76,6 +76,7 @@ class VectorQuantizer(Quantizer):
             losses = {"codebook": codebook_loss(entries, latent), "commitment": commitment_loss(entries, latent)}
             if self._has_entropy_loss:
                 # In evaluation, ranks may have different numbers of batches, so none may wait for another.
+                # The codebook is normalised again: a shared tensor would sum, and round, gradients in another order.
                 mean = mean_over_ranks if self.training else None
                 losses["entropy"] = entropy_loss(latent, self.codebook(), mean)
             return Quantized(quantized, codes, latent, losses)

@@ -159,17 +159,17 @@ class CodeDecoder(ABC):
         if self.weights is not None:
             self.weights.refresh(self.gpt)
 
-    def cache_rows(self, config: SamplingConfig) -> int:
-        """Rows of a cache for the largest batch."""
-        return 2 * self.batch_size if config.guided_steps(self.gpt.config.block_size) else self.batch_size
 
-
-class EagerCodeDecoder(CodeDecoder):
-    """Samples codes by calls of the model, on any device."""
+class PooledCodeDecoder(CodeDecoder):
+    """Base of engines whose calls take a key-value cache from a pool, so that concurrent calls never share one."""
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
         super().__init__(gpt, batch_size, dtype)
         self.caches = CachePool(gpt.config, self.device, dtype)
+
+    @abstractmethod
+    def new_state(self, request: SamplingRequest, cache: KVCache) -> DecodeState:
+        """State of a call that uses this cache alone."""
 
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate the key-value cache."""
@@ -180,7 +180,19 @@ class EagerCodeDecoder(CodeDecoder):
     def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
         """State of a new call."""
         with self.caches.take(self.cache_rows(request.config)) as cache:
-            yield EagerDecodeState(self.gpt, request, cache)
+            yield self.new_state(request, cache)
+
+    def cache_rows(self, config: SamplingConfig) -> int:
+        """Rows of a cache for the largest batch."""
+        return 2 * self.batch_size if config.guided_steps(self.gpt.config.block_size) else self.batch_size
+
+
+class EagerCodeDecoder(PooledCodeDecoder):
+    """Samples codes by calls of the model, on any device."""
+
+    def new_state(self, request: SamplingRequest, cache: KVCache) -> DecodeState:
+        """State of a call."""
+        return EagerDecodeState(self.gpt, request, cache)
 
 
 class EagerDecodeState(DecodeState):

@@ -7,14 +7,14 @@ Plain PyTorch, so that a server or a notebook can prompt a model without Lightni
     codes = generate(gpt, condition.features, caption_lengths=condition.lengths)
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.rank_zero import warn_on_rank_zero
 from llamagen.text.encoder import CaptionEncoder, TextEncoderConfig
 from llamagen.text.padding import pad_left, unpack_left
 
@@ -134,7 +134,7 @@ class TextCondition:
         """Warn if prompts are cleaned but the captions of training were not, or vice versa."""
         if self.metadata is not None and self.metadata.get("cleaned", cleaned) != cleaned:
             was, wanted = ("cleaned", "true") if self.metadata["cleaned"] else ("not cleaned", "false")
-            _warn_on_rank_zero(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
+            warn_on_rank_zero(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
 
     def from_batch(self, batch: dict[str, Any], device: torch.device) -> Condition:
         """The condition of a batch.
@@ -173,14 +173,8 @@ class TextCondition:
         if truncated.any() and not self._warned_of_truncation:
             self._warned_of_truncation = True
             first = captions[int(truncated.nonzero()[0])]
-            _warn_on_rank_zero(
+            warn_on_rank_zero(
                 f"{int(truncated.sum())} of {len(captions)} captions have more than {self.config.caption_length} "
                 f"tokens and were truncated, first {first[:40]!r} …; those of later batches are not reported"
             )
         return Condition(pad_left(features, lengths), lengths, truncated)
-
-
-def _warn_on_rank_zero(message: str) -> None:
-    # Lightning's rank_zero_warn raises an error in a process that Lightning did not start.
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
-        warnings.warn(message, stacklevel=3)

@@ -17,14 +17,6 @@ from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for,
 VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(gpt: GPT, batch: int) -> tuple[Tensor, Tensor | None, Tensor]:
     return condition_for(gpt, batch), caption_lengths_for(gpt, batch), (torch.arange(batch) * 37 + 4) % 1000
 

@@ -11,7 +11,6 @@ import torch
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import SamplingConfig, generate
 from llamagen.text import CaptionEncoder, TextCondition, TextEncoderConfig, pack, pad_left
-from llamagen.text import condition as condition_module
 from tests.tiny_t5 import WIDTH, save_tiny_t5
 
 CPU = torch.device("cpu")
@@ -61,8 +60,8 @@ def test_warns_of_truncation_once_and_only_on_the_first_rank(t5: Path, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condition.encode(PROMPTS, CPU)
-        monkeypatch.setattr(condition_module.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(condition_module.distributed, "get_rank", lambda: 1)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
         text_condition(t5).encode(PROMPTS, CPU)
 
 

@@ -1,23 +1,18 @@
 """The decode loop on CPUs, with passes of compiled C++. R rows, T new tokens, V vocabulary size."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
 from llamagen.models.inputs import check_positions
 from llamagen.models.kv_cache import KVCache
-from llamagen.sampling.cache_pool import CachePool
-from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.sampling.decoder import CodeDecoder, DecodeState
+from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
 from llamagen.sampling.inputs import SamplingRequest
 
 
-class CPUCodeDecoder(CodeDecoder):
+class CPUCodeDecoder(PooledCodeDecoder):
     """Samples codes by C++ that is compiled for the processor.
 
     Args:
@@ -34,18 +29,10 @@ class CPUCodeDecoder(CodeDecoder):
         super().__init__(gpt, batch_size, dtype)
         self.weights = DecodeWeights.from_gpt(gpt, dtype, int8)
         self.step = CPUStep(self.weights)
-        self.caches = CachePool(gpt.config, self.device, dtype)
 
-    def prepare(self, config: SamplingConfig) -> None:
-        """Allocate the key-value cache."""
-        with self.caches.take(self.cache_rows(config)):
-            pass
-
-    @contextmanager
-    def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
-        """State of a new call."""
-        with self.caches.take(self.cache_rows(request.config)) as cache:
-            yield CPUDecodeState(self.gpt, request, cache, self.step)
+    def new_state(self, request: SamplingRequest, cache: KVCache) -> DecodeState:
+        """State of a call."""
+        return CPUDecodeState(self.gpt, request, cache, self.step)
 
 
 class CPUDecodeState(DecodeState):

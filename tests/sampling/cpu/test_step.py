@@ -1,7 +1,5 @@
 """The compiled pass on CPUs computes what the model computes, and samples the codes that ``sample_codes`` samples."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +12,6 @@ from llamagen.sampling.decode_weights import DecodeWeights
 from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
 VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
