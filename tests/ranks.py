@@ -1,7 +1,7 @@
 """Functions and commands in several processes, with a time limit.
 
-Importing torch and Lightning takes longer than what most of these processes do. So they are forked from a server process
-that has imported both (:mod:`multiprocessing`'s forkserver). :func:`ended` starts a command as a user does.
+Importing torch and Lightning takes longer than what most of these processes do. So they are forked from a process that
+has imported both (:mod:`multiprocessing`'s forkserver). Only :func:`ended` starts a command as a user does.
 """
 
 import multiprocessing

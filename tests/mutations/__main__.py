@@ -4,8 +4,8 @@ Each mutation of the YAML files in this folder replaces one piece of text in one
 runs the tests that should notice. First ``make test``'s tests; if they pass, those of ``make test-all``. A mutation is
 caught if a test fails. A test that cannot be collected does not count.
 
-Fails if the tests of ``make test`` catch less than 95 %, if those of ``make test-all`` do not catch all, or if the tests
-fail on the unbroken code.
+The check fails if the tests of ``make test`` catch less than 95 %, if those of ``make test-all`` do not catch all, or
+if the tests fail on the unbroken code.
 """
 
 import argparse
