@@ -79,6 +79,12 @@ def test_rejects_a_stage_without_a_trained_model(
     assert not (tmp_path / "run").exists()
 
 
+def test_rejects_the_last_checkpoint_of_a_run_that_has_none(pipeline: Pipeline, tmp_path: Path) -> None:
+    arguments = [*pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={pipeline.codes}"]
+    with pytest.raises(ValueError, match="--ckpt_path last: there is no checkpoint in"):
+        main.main(["validate", *arguments, "--ckpt_path=last"])
+
+
 def test_rejects_a_published_checkpoint_as_ckpt_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
     with pytest.raises(SystemExit):
