@@ -100,7 +100,9 @@ def test_predict_collects_no_results_in_memory_and_other_stages_take_no_such_opt
         assert getattr(cli.config[stage], "return_predictions", None) is collected
 
 
-@pytest.mark.parametrize(("limit", "devices", "threads"), [(4, 2, 2), (4, 8, 1), (4, 1, None), (4, "auto", None), (16, 2, None)])
+@pytest.mark.parametrize(
+    ("limit", "devices", "threads"), [(4, 2, 2), (4, 8, 1), (4, 1, None), (4, "auto", None), (16, 2, None)]
+)
 def test_the_cores_of_a_container_are_divided_among_processes(
     limit: int, devices: int | str, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

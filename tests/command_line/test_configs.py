@@ -214,7 +214,11 @@ def test_the_recipes_have_the_values_of_the_paper() -> None:
     for recipe, epochs, weight_decay, batch_size in ((argen, 300, 0.05, 256), (vqgan, 40, 0.0, 16)):
         trainer, optimizer = recipe["trainer"], recipe["model"]["init_args"]["optimizer"]
         assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (epochs, 1.0)
-        assert (optimizer["lr"], list(optimizer["betas"]), optimizer["weight_decay"]) == (1e-4, [0.9, 0.95], weight_decay)
+        assert (optimizer["lr"], list(optimizer["betas"]), optimizer["weight_decay"]) == (
+            1e-4,
+            [0.9, 0.95],
+            weight_decay,
+        )
         assert (optimizer["warmup_steps"], optimizer["schedule"]) == (0, "constant")
         assert recipe["data"]["init_args"]["batch_size"] == batch_size
         assert trainer["callbacks"][0]["class_path"].endswith("EMA")
