@@ -87,6 +87,29 @@ def test_samples_are_saved_at_every_nth_validation(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_0000003.png", "step_0000006.png"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_images_are_reconstructed_in_evaluation_mode_without_changing_the_mode(training: bool, tmp_path: Path) -> None:
+    import torch
+
+    modes: list[bool] = []
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = torch.nn.Dropout()
+
+        def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+            modes.extend([self.training, self.dropout.training, torch.is_grad_enabled()])
+            return images
+
+    module: Any = Module().train(training)
+    grid = ReconstructionGrid(count=2, every_n_batches=3)
+    grid.on_train_batch_end(trainer_at(3, tmp_path), module, None, {"images": torch.zeros(4, 3, 4, 4)}, 2)
+    assert modes == [False, False, False]
+    assert module.training == module.dropout.training == training
+    assert [path.name for path in (tmp_path / "reconstructions").iterdir()] == ["step_0000003.png"]
+
+
 @pytest.mark.parametrize("clean", [False, True])
 def test_prompts_are_cleaned_if_the_data_cleans_its_captions(clean: bool, tmp_path: Path) -> None:
     import torch

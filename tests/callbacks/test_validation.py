@@ -122,3 +122,17 @@ def test_curves_hold_averages_and_raw_weights(pipeline: Pipeline, tmp_path: Path
         val_check_interval=2, enable_checkpointing=False, logger=CSVLogger(tmp_path),
     )  # fmt: skip
     assert {"val/loss", "val_raw/loss"} <= curves.state_dict()["history"].keys()
+
+
+def test_a_resumed_run_continues_its_curves(pipeline: Pipeline, tmp_path: Path) -> None:
+    curves = LearningCurves()
+    before = {"val/loss": [[2.0, 3.5]], "train/loss": [[1.0, 3.75]]}
+    curves.load_state_dict({"history": before})
+    train(
+        argen_module(), pipeline, tmp_path, callbacks=[EMA(0.9), curves], max_steps=1, val_check_interval=1,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    history = curves.state_dict()["history"]
+    assert history["val/loss"][0] == [2.0, 3.5]
+    assert [batches for batches, _ in history["val/loss"]] == [2.0, 1.0]
+    assert history["train/loss"] == [[1.0, 3.75]]

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 import yaml
 
 import main
+from command_line import LlamaGenCLI
+from command_line import cli as cli_module
 from datamodules.storage.shards import META_FILE, ShardDataset, read_meta
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
@@ -75,11 +79,39 @@ def test_rejects_a_stage_without_a_trained_model(
     assert not (tmp_path / "run").exists()
 
 
+def test_rejects_the_last_checkpoint_of_a_run_that_has_none(pipeline: Pipeline, tmp_path: Path) -> None:
+    arguments = [*pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={pipeline.codes}"]
+    with pytest.raises(ValueError, match="--ckpt_path last: there is no checkpoint in"):
+        main.main(["validate", *arguments, "--ckpt_path=last"])
+
+
 def test_rejects_a_published_checkpoint_as_ckpt_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
     with pytest.raises(SystemExit):
         main.main(["fit", "--config", "configs/argen/base.yaml", f"--ckpt_path={tmp_path / 'published.pt'}"])
     assert "published.pt was not written by a training run of this project" in capsys.readouterr().err
+
+
+def test_predict_collects_no_results_in_memory_and_other_stages_take_no_such_option() -> None:
+    for stage, collected in (("predict", False), ("test", None)):
+        trainer = SimpleNamespace(strategy="auto", devices="auto")
+        cli: Any = SimpleNamespace(subcommand=stage, config={stage: SimpleNamespace(trainer=trainer)})
+        LlamaGenCLI.before_instantiate_classes(cli)
+        assert getattr(cli.config[stage], "return_predictions", None) is collected
+
+
+@pytest.mark.parametrize(
+    ("limit", "devices", "threads"), [(4, 2, 2), (4, 8, 1), (4, 1, None), (4, "auto", None), (16, 2, None)]
+)
+def test_the_cores_of_a_container_are_divided_among_processes(
+    limit: int, devices: int | str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(cli_module, "usable_cores", lambda: limit)
+    monkeypatch.setattr(cli_module, "available_cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    cli_module._share_limited_cores(devices)
+    assert chosen == ([] if threads is None else [threads])
 
 
 def test_the_last_checkpoint_is_of_the_last_step(pipeline: Pipeline, tmp_path: Path) -> None:

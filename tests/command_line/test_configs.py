@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from evaluation.published import SIZES as SHAPES
 from lightning_modules import ARGenModule, models_on_meta_device
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -200,6 +201,41 @@ def test_the_base_is_gpt_b() -> None:
         parse("fit", names)["model"] for names in (("argen/base.yaml", "argen/size/B.yaml"), ("argen/base.yaml",))
     )
     assert small == base
+
+
+def test_the_sizes_have_the_heads_of_the_paper() -> None:
+    for size, shape in SHAPES.items():
+        net = parse("fit", ("argen/base.yaml", f"argen/size/{size}.yaml"))["model"]["init_args"]["net"]
+        assert (net["n_layer"], net["n_head"], net["dim"]) == shape, size
+
+
+def test_the_recipes_have_the_values_of_the_paper() -> None:
+    argen, vqgan = (parse("fit", (base,)) for base in BASES)
+    for recipe, epochs, weight_decay, batch_size in ((argen, 300, 0.05, 256), (vqgan, 40, 0.0, 16)):
+        trainer, optimizer = recipe["trainer"], recipe["model"]["init_args"]["optimizer"]
+        assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (epochs, 1.0)
+        assert (optimizer["lr"], list(optimizer["betas"]), optimizer["weight_decay"]) == (
+            1e-4,
+            [0.9, 0.95],
+            weight_decay,
+        )
+        assert (optimizer["warmup_steps"], optimizer["schedule"]) == (0, "constant")
+        assert recipe["data"]["init_args"]["batch_size"] == batch_size
+        assert trainer["callbacks"][0]["class_path"].endswith("EMA")
+        assert trainer["callbacks"][0]["init_args"]["decay"] == 0.9999
+    net = GPTConfig(**argen["model"]["init_args"]["net"])
+    assert {net.condition_dropout, net.token_dropout, net.resid_dropout, net.ffn_dropout} == {0.1}
+    loss = vqgan["model"]["init_args"]["loss"]
+    weights = ("reconstruction_weight", "perceptual_weight", "codebook_weight", "commitment_weight", "entropy_weight")
+    assert [loss[name] for name in weights] == [1.0, 1.0, 1.0, 0.25, 0.0]
+    assert (loss["reconstruction"], loss["adversarial"]) == ("l2", "hinge")
+    assert (loss["adversarial_weight"], loss["adversarial_start"], loss["adaptive_weight"]) == (0.5, 20_000, False)
+
+
+@pytest.mark.parametrize("name", [name for names in OVERLAYS.values() for name in names if Path(name).stem in STAGES])
+def test_results_are_those_of_the_averages(name: str) -> None:
+    parsed = parse(STAGES[Path(name).stem], (f"{name.split('/')[0]}/base.yaml", name))
+    assert any(each["class_path"].endswith(".EMA") for each in parsed["trainer"]["callbacks"])
 
 
 TEXT_CHAINS = ("argen/base.yaml", "argen/t2i_stage1.yaml"), ("argen/base.yaml", "argen/t2i_stage2.yaml")

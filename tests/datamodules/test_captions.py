@@ -69,6 +69,7 @@ def test_byte_order_mark_is_dropped_and_other_encodings_are_reported(tmp_path: P
 
 def test_first_sentences_are_found_before_cleaning(tmp_path: Path) -> None:
     said = [b"A Cat. A Dog.", b"one sentence", b"https://cats.com/x. A dog sits", b"by Dr. Smith  on a TREE. And more"]
+    said.append(b"A cat, a dog etc. Two birds.")
     write_shards(tmp_path, [(str(number), {"txt": text}) for number, text in enumerate(said)], per_shard=9)
     batch = captions_of(str(tmp_path), clean_captions=True, short_captions=True)
     pairs = dict(zip(batch["keys"], zip(batch["captions"], batch["short_captions"], strict=True), strict=True))
@@ -77,6 +78,7 @@ def test_first_sentences_are_found_before_cleaning(tmp_path: Path) -> None:
         "1": ("one sentence", "one sentence"),
         "2": ("a dog sits", "a dog sits"),
         "3": ("by dr. smith on a tree. and more", "by dr. smith on a tree."),
+        "4": ("a cat, a dog etc. two birds.", "a cat, a dog etc."),  # only the capital shows that the sentence ends
     }
     plain = captions_of(str(tmp_path), short_captions=True)
     assert dict(zip(plain["keys"], plain["short_captions"], strict=True))["0"] == "A Cat."

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.datasets.images import scale
 from datamodules.digits import DigitsDataModule, write_digits
 from evaluation import classifier as module
 from evaluation.classifier import train_classifier
@@ -117,3 +118,8 @@ def test_keeps_the_old_file_if_writing_fails(digits: Path, tmp_path: Path, monke
         train(digits, out, batch_size=512)
     assert out.read_text() == "before"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_trains_on_the_levels_that_extractors_get() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(module._levels(scale(levels), "cpu"), levels.float())

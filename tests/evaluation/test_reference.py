@@ -181,6 +181,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
         r"mu_s is \(2,\), but sigma_s \(3, 3\)",
     ),
     "no number": ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "mu or sigma is not finite"),
+    "no covariance": ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "mu or sigma is not finite"),
     "text": ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "could not convert string to float"),
     "objects": ({"mu": np.array([None]), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
     "images": ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, "no mu and sigma, but arr_0; it holds images"),

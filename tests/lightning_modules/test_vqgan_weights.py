@@ -45,16 +45,17 @@ def test_fine_tuning_published_weights_starts_a_new_discriminator_with_a_warning
     assert not torch.equal(module.vqgan.encoder.conv_in.weight, weights["encoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("averaged", [True, False, None], ids=["averaged", "raw", "default"])
 def test_init_from_a_published_run_loads_discriminator_and_optionally_averages(
-    averaged: bool, weights: State, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    averaged: bool | None, weights: State, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     judge = fill(PatchGAN(**PATCHGAN)).state_dict()
     half = {name: value * 0.5 for name, value in weights.items()}
     content = {"model": weights, "ema": half, "discriminator": judge, "optimizer": {"state": {}}, "steps": 3}
     torch.save({**content, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "0000003.pt")
-    module = vqgan_module(options={"init_from": tmp_path / "0000003.pt", "init_averaged": averaged})
-    assert_holds(module.vqgan, half if averaged else weights)
+    options = {} if averaged is None else {"init_averaged": averaged}
+    module = vqgan_module(options={"init_from": tmp_path / "0000003.pt", **options})
+    assert_holds(module.vqgan, weights if averaged is False else half)
     assert_holds(module.discriminator, judge)
     assert not [warning for warning in recwarn if NEW_DISCRIMINATOR in str(warning.message)]
 

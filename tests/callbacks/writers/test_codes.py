@@ -1,16 +1,19 @@
 """Extraction of codes shard by shard: resuming after a stop, and skipping broken images."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from callbacks import CodeWriter
 from datamodules import CodeDataModule, ImageDataModule
+from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
 from lightning_modules import VQGANModule
@@ -351,6 +354,24 @@ def test_each_view_has_its_codes(tokenizer: VQGANModule, tmp_path: Path) -> None
         codes = CodeDataModule(tmp_path / views, num_workers=0)
         codes.setup("validate")
         assert len(next(iter(codes.val_dataloader()))["codes"]) == 4
+        (shard,) = (tmp_path / views / "val").glob("*.tar")
+        written = [np.load(BytesIO(sample.read("npy"))) for sample in index_shard(shard)]
+        images = ImageDataModule(tmp_path / "images", image_size=8, num_workers=0, views=views)
+        images.setup("predict")
+        for number, stored in enumerate(written):
+            batch = images.datasets["val"][number, NO_EPOCH]["images"].reshape(-1, 3, 8, 8)  # one view at a time
+            with torch.no_grad():
+                expected = [tokenizer.vqgan.eval().encode(view[None]).codes[0].numpy() for view in batch]
+            assert np.array_equal(stored, np.stack(expected)), (views, number)
+
+
+def test_the_highest_codes_are_stored(tokenizer: VQGANModule, tmp_path: Path) -> None:
+    codes = torch.tensor([[[[0, 255], [256, 65535]]]])
+    with ShardWriter(tmp_path / "shard.tar") as writer:
+        CodeWriter().write(writer, codes, {"keys": ["a"], "labels": torch.tensor([0])})
+    (sample,) = index_shard(tmp_path / "shard.tar")
+    stored = np.load(BytesIO(sample.read("npy")))
+    assert (stored.dtype, stored.tolist()) == (np.uint16, codes[0].tolist())
 
 
 @pytest.mark.parametrize("per_shard", [0, -1])

@@ -288,6 +288,18 @@ def test_no_training_batch_is_empty_on_several_ranks(root: Path) -> None:
         )
 
 
+def test_skipped_examples_of_all_ranks_are_summed(root: Path) -> None:
+    data = image_data(root, max_bad_share=0.35)
+    list(data.val_dataloader())
+    strategy = SimpleNamespace(root_device="cpu", reduce=lambda counts, reduce_op: {"sum": 2 * counts}[reduce_op])
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2, strategy=strategy)  # type: ignore[assignment]
+    assert data.finish_tally("val") == {"broken image": 6, "empty file": 1}  # each rank rejects the same empty file
+    data.max_bad_share = data.tallies["val"].max_share = 0.3
+    data.tallies["val"].add([Skipped(3, "val/3", "broken image", "")] * 3)
+    with pytest.raises(ValueError, match="7 of 20 examples of val are bad"):
+        data.finish_tally("val")
+
+
 def test_rejected_examples_of_an_unsplit_dataset_count_in_the_training_split(tmp_path: Path) -> None:
     write_shards(tmp_path, [(f"{n}", {"png": grey_image(n) if n else b""}) for n in range(60)])
     data = image_data(tmp_path, val_share=0.3)

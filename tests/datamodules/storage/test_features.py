@@ -39,6 +39,16 @@ def test_features_are_read_as_they_were_stored(dtype: str, tmp_path: Path) -> No
     assert torch.equal(features, torch.tensor([*values, values[0]]).to(kind))
 
 
+def test_short_captions_have_features_of_their_own_if_they_are_stored(tmp_path: Path) -> None:
+    whole, short = ([[float(row)] * WIDTH for row in rows] for rows in ((1, 2, 3), (4,)))
+    parts = {name: stored(values, torch.float16) for name, values in (("features", whole), ("shortfeatures", short))}
+    (shard,) = write_shards(tmp_path, [("0", parts), ("1", {"features": parts["features"]})])
+    both, one = index_shard(shard)
+    for example, is_short, values in ((both, False, whole), (both, True, short), (one, True, whole)):
+        bits = reader("float16").read(example, short=is_short)
+        assert torch.equal(torch.from_numpy(bits.copy()).view(torch.float16), torch.tensor(values).half())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
 def test_features_that_are_not_finite_are_broken(dtype: str, number: float, tmp_path: Path) -> None:

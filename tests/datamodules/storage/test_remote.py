@@ -1,5 +1,6 @@
 """Remote shards on real servers at the loopback address."""
 
+import hashlib
 import socket
 import threading
 from collections import Counter
@@ -192,6 +193,15 @@ def test_shard_with_another_checksum_than_in_meta_json_is_refused(tmp_path: Path
     with pytest.raises(ValueError) as error:
         train_a_step(serve(tmp_path / "codes").address, tmp_path)
     assert_one_line(error, "train-000000.tar", "SHA-256")
+
+
+def test_shard_written_again_is_downloaded_again(tmp_path: Path, serve: Any) -> None:
+    (tmp_path / "shards").mkdir()
+    address, cache = f"{serve(tmp_path / 'shards').address}/a.tar", ShardCache(tmp_path / "cache")
+    for content in (b"first", b"second"):
+        (tmp_path / "shards/a.tar").write_bytes(content)
+        copy = cache.fetch(address, hashlib.sha256(content).hexdigest())
+        assert copy.read_bytes() == content
 
 
 def test_images_are_read_from_a_server_by_pattern(tmp_path: Path, serve: Any) -> None:
