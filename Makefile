@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT := 2000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-slow lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-slow gpu lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -68,6 +68,9 @@ test: install-dev ## the whole CPU test suite, with coverage
 
 test-slow: install-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+gpu: install-dev ## on a machine with a GPU: its tests, and benchmarks of sampling and training; at most ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install-dev ## check format and rules with ruff
 	$(BIN)/ruff format --check .
