@@ -146,6 +146,11 @@ def choose(logits: Tensor, config: SamplingConfig) -> Tensor:
     return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
 
 
+def _graphs_skipped() -> int:
+    """How often Inductor decided against CUDA graphs, which it only logs."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+
+
 class StaticSampler:
     """Samples codes in one of the :data:`WAYS`, and is ready when it was built.
 
@@ -178,7 +183,10 @@ class StaticSampler:
             mode = {"mode": "reduce-overhead"} if cuda and backend == "inductor" else {}
             self._advance = torch.compile(self.step.forward, fullgraph=True, dynamic=False, backend=backend, **mode)  # type: ignore[call-overload]
         labels = torch.zeros(batch, dtype=torch.int64, device=gpt.output.weight.device)
+        skips = _graphs_skipped()
         self(labels, WARM_UP)
+        if _graphs_skipped() > skips:
+            self.note = "torch.compile skipped its CUDA graphs"
         if way == GRAPHS and cuda:
             self.step.start(labels)
             graph = torch.cuda.CUDAGraph()
