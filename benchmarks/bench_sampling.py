@@ -327,8 +327,8 @@ def warm(options: argparse.Namespace) -> None:
         while len([p for p in running if p.poll() is None]) >= options.warm:
             time.sleep(0.1)
         running.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL))
-    for process in running:
-        process.wait()
+    if broken := sum(process.wait() != 0 for process in running):
+        print(f"{broken} of {len(running)} processes failed to compile in advance")
 
 
 def save(options: argparse.Namespace, result: dict[str, Any]) -> None:

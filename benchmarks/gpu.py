@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from llamagen.files import atomic_file
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 600.0
 STATIC = ("compiled", "static", "static_compiled", "static_graphs")
+DRY_SECONDS = 150.0
+"""Time limit of every part of a dry run, on a machine that may be busy."""
 TESTERS = 6
 """Processes that run the tests: most of their time is compilation."""
 
@@ -99,9 +102,8 @@ def training(folder: Path, dry_run: bool, model: str, name: str, what: str, seco
     """Steps of a model in the Trainer."""
     out = folder / f"{name}.json"
     if dry_run:
-        small = ("--size", "tiny", "--batch-size", "2", "--steps", "4", "--block-size", "16", "--image-size", "32")
-        precision = ("--precision", "fp16") if "fp16" in options else ()
-        options = (*small, *precision, *(("--only-eager",) if name != "training_B" else ()))
+        small = ("--size", "tiny", "--batch-size", "2", "--steps", "3", "--block-size", "16", "--image-size", "32")
+        options = (*small, "--backend", "eager", *(("--precision", "fp16") if "fp16" in options else ()))
     else:
         options = (*options, "--device", "cuda")
     command = (sys.executable, "-m", "benchmarks.training_rate", model, *options, "--out", str(out))
@@ -119,7 +121,7 @@ def all_parts(folder: Path, dry_run: bool) -> list[Part]:
         options = ("--image-size", "256", "--batch-size", "32", "--steps", "10", "--precision", precision)
         return training(folder, dry_run, "tokenizer", name, what, 75, *options)
 
-    return [
+    parts = [
         tests(folder, dry_run),
         sampling(folder, dry_run, "B", 256, 110, "static_reduce_overhead"),
         argen("B", 128, 70),
@@ -131,6 +133,7 @@ def all_parts(folder: Path, dry_run: bool) -> list[Part]:
         argen("XL", 64, 80),
         argen("L", 64, 70),
     ]
+    return [replace(part, seconds=DRY_SECONDS) for part in parts] if dry_run else parts
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only-eager", action="store_true", help="do not measure compiled blocks of argen")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager for dry runs")
     parser.add_argument("--out", type=Path, help="path of the JSON file")
     # Read by the functions of argen_step and tokenizer_step.
     parser.set_defaults(compile=False, checkpointing=False, without_plain=True, contiguous=False)
@@ -118,9 +118,12 @@ def argen(options: argparse.Namespace) -> dict[str, Any]:
     """Steps of the autoregressive model, eager and compiled."""
     module, steps = argen_step.build(options), WARM_UP + options.steps
     found: dict[str, Any] = {}
-    for way in ("eager",) if options.only_eager else ("eager", "compiled"):
-        if way == "compiled":
+    for way in ("eager", "compiled"):
+        if way == "compiled" and options.backend == "inductor":
             module.gpt.compile_blocks()
+        elif way == "compiled":
+            for block in module.gpt.layers:
+                block.compile(backend=options.backend)
         watch = argen_step.ARGenStopwatch(options, steps, profiled=0)
         record = run(options, module, watch, argen_step.batches_of(options, steps))
         record["codes_s"] = round(record["images_s"] * options.block_size, 1)

@@ -138,14 +138,14 @@ def test_a_gpu_trains_like_a_cpu(build: Any, batches: Any) -> None:
     with exact_convolutions():
         cpu, gpu = (fit(build(), batches(), accelerator, **PRECISE) for accelerator in ("cpu", "gpu"))
     assert gpu.losses == pytest.approx(cpu.losses, rel=1e-3)
-    assert agreement(cpu.steps[0], cpu.weights, gpu.weights) > 0.99
+    assert agreement(cpu.steps[0], cpu.weights, gpu.weights) > 0.98
 
 
 @pytest.mark.parametrize(("build", "batches"), [(gpt, code_batches), (tokenizer, image_batches)])
 def test_bfloat16_trains_like_float32(build: Any, batches: Any) -> None:
     exact, narrow = (fit(build(), batches(), precision=precision) for precision in ("32-true", "bf16-mixed"))
     assert narrow.losses == pytest.approx(exact.losses, rel=0.05)
-    assert agreement(exact.steps[0], exact.weights, narrow.weights) > 0.8
+    assert agreement(exact.steps[0], exact.weights, narrow.weights) > 0.7
 
 
 @pytest.mark.parametrize(
