@@ -42,6 +42,8 @@ BUDGET = 600.0
 STATIC = ("compiled", "static", "static_compiled", "static_graphs")
 DRY_SECONDS = 150.0
 """Time limit of every part of a dry run, on a machine that may be busy."""
+TEST_SECONDS = 90
+"""Time limit of a test: less than that of the part, so that a test that hangs is named in the report."""
 TESTERS = 6
 """Processes that run the tests: most of their time is compilation."""
 
@@ -65,11 +67,16 @@ def gpu_tests() -> list[str]:
 
 def tests(folder: Path, dry_run: bool) -> Part:
     """All tests marked ``gpu``, in several processes if pytest-xdist is installed."""
-    how = ("--collect-only",) if dry_run else (f"--junitxml={folder / 'tests.xml'}",)
-    if find_spec("xdist") and not dry_run:
+    common = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
+    if dry_run:
+        return Part("tests", "tests marked gpu, collected only", (*common, "-q", "--collect-only", *gpu_tests()), 0)
+    out = folder / "tests.xml"
+    how: tuple[str, ...] = ("-v", f"--junitxml={out}")
+    if find_spec("pytest_timeout"):
+        how = (*how, f"--timeout={TEST_SECONDS}")
+    if find_spec("xdist"):
         how = (*how, "-n", str(TESTERS))
-    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *how, *gpu_tests())
-    return Part("tests", "tests marked gpu", command, 200, None if dry_run else folder / "tests.xml")
+    return Part("tests", "tests marked gpu", (*common, *how, *gpu_tests()), 200, out)
 
 
 def sampling(folder: Path, dry_run: bool, size: str, codes: int, seconds: float, *more: str) -> Part:

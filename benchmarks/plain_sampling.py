@@ -51,8 +51,9 @@ class StaticLayer(nn.Module):
         super().__init__()
         self.block = block
         shape = (rows, block.config.n_head, positions, block.config.head_dim)
+        weight = block.attention["wo"].get_parameter("weight")
         for name in ("keys", "values"):
-            self.register_buffer(name, block.attention["wo"].weight.new_zeros(shape), persistent=False)
+            self.register_buffer(name, torch.zeros(shape, dtype=weight.dtype, device=weight.device), persistent=False)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor, position: Tensor) -> Tensor:
         """(R, 1, D) → (R, 1, D); ``mask`` is (1, P) and ``position`` (1,)."""
@@ -98,7 +99,7 @@ class StaticStep(nn.Module):
             plain = PlainGPT(gpt.config)
         plain.load_state_dict(gpt.state_dict(), assign=True)
         positions = gpt.config.block_size
-        classes = plain.cls_embedding["embedding_table"].weight
+        classes = plain.cls_embedding["embedding_table"].get_parameter("weight")
         self.embedding = nn.Embedding.from_pretrained(torch.cat([plain.tok_embeddings.weight, classes]).detach())
         self.layers = nn.ModuleList(StaticLayer(block, 2 * batch, positions) for block in plain.layers)  # type: ignore[arg-type]
         self.norm, self.output = plain.norm, plain.output

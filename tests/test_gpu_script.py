@@ -153,6 +153,14 @@ def test_only_some_parts_run_on_request(two_parts: pytest.MonkeyPatch, tmp_path:
         gpu.main()
 
 
+def test_without_a_gpu_only_a_dry_run_is_possible(two_parts: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    two_parts.setattr("torch.cuda.is_available", lambda: False)
+    two_parts.setattr(sys, "argv", ["gpu", f"--out={tmp_path / 'gpu.json'}"])
+    with pytest.raises(SystemExit, match="PyTorch finds no GPU here; use --dry-run to try the script on a CPU"):
+        gpu.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_table_shows_results_of_every_kind() -> None:
     spread = {"median": 2.0, "q1": 1.5, "q3": 2.5}
     side = {**spread, "images_s": 4.0, "ms_a_step": 0.5, "repeats": 3, "gib": 1.25}
