@@ -23,7 +23,7 @@ export GOMP_SPINCOUNT := 2000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-all mutations lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-all mutations gpu lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -76,6 +76,9 @@ test-all: install-dev ## the tests with those that take longer: long matrices, a
 
 mutations: install-dev ## break the code in many places, one at a time, and see whether the tests notice
 	$(BIN)/python -m tests.mutations --out benchmarks/results/mutations.json
+
+gpu: install-dev ## on a machine with a GPU: its tests, and benchmarks of sampling and training; at most ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install-dev ## check format and rules with ruff
 	$(BIN)/ruff format --check .

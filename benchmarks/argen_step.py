@@ -13,16 +13,15 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_gpt import PlainStep
+from benchmarks.sizes import gpt_shape, size_names
 from benchmarks.timing import machine, spread, synchronize
 from benchmarks.training_step import (
     PROFILED,
@@ -41,12 +40,10 @@ from lightning_modules import AdamWConfig, ARGenModule
 from llamagen.cost.gpt import flops_per_sequence
 from llamagen.models.gpt import GPTConfig
 
-SIZES = Path("configs/argen/size")
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="B", choices=sorted(path.stem for path in SIZES.glob("*.yaml")))
+    parser.add_argument("--size", default="B", choices=size_names())
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
@@ -61,9 +58,8 @@ def arguments() -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> ARGenModule:
     pl.seed_everything(0, verbose=False)
-    net = yaml.safe_load((SIZES / f"{options.size}.yaml").read_text())["model"]["init_args"]["net"]
     return ARGenModule(
-        GPTConfig(**net, block_size=options.block_size),
+        GPTConfig(**gpt_shape(options.size), block_size=options.block_size),
         AdamWConfig(),
         compile=options.compile,
         activation_checkpointing=options.checkpointing,
@@ -84,8 +80,8 @@ def batches_of(options: argparse.Namespace, steps: int) -> list[dict[str, Tensor
 class ARGenStopwatch(Stopwatch):
     """Compares with :class:`PlainStep`."""
 
-    def __init__(self, options: argparse.Namespace, steps: int) -> None:
-        super().__init__(options.device, steps, SIDES[:1] if options.without_plain else SIDES)
+    def __init__(self, options: argparse.Namespace, steps: int, profiled: int = PROFILED) -> None:
+        super().__init__(options.device, steps, SIDES[:1] if options.without_plain else SIDES, profiled)
         self.options = options
         self.plain: PlainStep | None = None
 

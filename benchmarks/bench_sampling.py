@@ -2,11 +2,14 @@
 
     python -m benchmarks.bench_sampling --device cpu --dtypes fp32 bf16 --sizes B L --batches 1 4 16 64 --codes 256 576
     python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sizes B L XL XXL 3B --batches 1 4 16 64
+    python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sides compiled static static_graphs
 
 For each size, dtype and batch, these run in alternation in one process: (a) the eager engine, (b) the compiled engine,
 (c) ``generate`` of a transformers Llama of the same shape, with guidance by a logits processor and both branches in one
 batch, so that it reads its weights once per step like ours, (d) the same Llama with its own ``guidance_scale``, which
-runs the branches one after the other. All use a guidance scale of 4.0 and top-k 2000. Prints medians and quartiles.
+runs the branches one after the other, (e) on request, the loop of the published code with a static cache, in the four
+ways of ``benchmarks/plain_sampling.py``. All use a guidance scale of 4.0 and top-k 2000. Prints medians and quartiles.
+Ratios of times are taken within each turn, and their median and quartiles recorded.
 
 The memory limit is the number of bytes that the steps must read (all weights but the embeddings, and the filled part
 of the cache) divided by the bandwidth of a copy, which is measured in the same run. Prints tables, then a line of JSON,
@@ -14,22 +17,26 @@ and saves a plot. ``transformers`` is in the extra ``benchmark``.
 """
 
 import argparse
+import gc
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import yaml
 
+from benchmarks.plain_sampling import COMPILED, STATIC, WAYS, StaticSampler
 from benchmarks.sampling_peer import Peer
 from benchmarks.sampling_plot import plot
 from benchmarks.sampling_start import first_image, images_a_second
+from benchmarks.sizes import TINY, gpt_shape, size_names
 from benchmarks.timing import machine, spread, synchronize
 from llamagen.files import atomic_file
 from llamagen.models.gpt import GPT, GPTConfig
@@ -37,15 +44,35 @@ from llamagen.sampling import Sampler, SamplingConfig
 from llamagen.sampling.decoder import DecodeState
 from llamagen.sampling.inputs import SamplingRequest
 
-SIZES = Path("configs/argen/size")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG = SamplingConfig(guidance_scale=4.0, top_k=2000)
+SLOW = (STATIC, COMPILED)
+"""Sides that wait for the host, which launches every kernel. All of their steps cost the same."""
+SIDES = ("compiled", "compiled_int8", "eager", "peer", "peer_two_passes", *WAYS)
+
+
+class Side(NamedTuple):
+    """One of the implementations that are compared, ready to run.
+
+    Attributes:
+        run: samples the codes of a batch.
+        codes: number of codes that it samples for each image.
+        ready_s: seconds of its preparation.
+        gib: memory that it holds on the GPU besides the weights, in GiB.
+        note: how it differs on this device, or empty.
+    """
+
+    run: Callable[[], Any]
+    codes: int
+    ready_s: float
+    gib: float
+    note: str = ""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--sizes", nargs="+", default=["B"], choices=sorted(path.stem for path in SIZES.glob("*.yaml")))
+    parser.add_argument("--sizes", nargs="+", default=["B"], choices=size_names())
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[4])
     parser.add_argument("--codes", nargs="+", type=int, default=[256])
@@ -53,7 +80,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--once-above", type=float, default=60.0, help="do not repeat runs that take more seconds than this"
     )
-    parser.add_argument("--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"])
+    parser.add_argument("--case-seconds", type=float, default=math.inf, help="start no further turn after this time")
+    parser.add_argument(
+        "--sides", nargs="+", default=["eager", "compiled", "peer", "peer_two_passes"], choices=list(SIDES)
+    )
+    parser.add_argument(
+        "--static-codes",
+        type=int,
+        help="codes that static and static_compiled sample; their time is scaled, as all steps cost the same",
+    )
+    parser.add_argument(
+        "--backend", default="inductor", help="of torch.compile in the static loops; eager for dry runs"
+    )
+    parser.add_argument("--brief", action="store_true", help="without the time by position and without the plot")
     parser.add_argument("--int8", action="store_true", help="also measure the compiled engine with int8 weights")
     parser.add_argument("--warm", type=int, default=0, help="number of processes that compile GPU kernels in advance")
     parser.add_argument(
@@ -69,7 +108,7 @@ def arguments() -> argparse.Namespace:
 @torch.no_grad()
 def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | None = None) -> GPT:
     """A GPT with random weights, whose distributions spread over many codes."""
-    net = yaml.safe_load((SIZES / f"{size}.yaml").read_text())["model"]["init_args"]["net"]
+    net = gpt_shape(size)
     net["n_layer"] = layers or net["n_layer"]
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**net, block_size=codes)).to(dtype)
@@ -79,9 +118,9 @@ def build(size: str, codes: int, device: str, dtype: torch.dtype, layers: int | 
     return gpt
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a large copy reads and writes: the median of nine copies."""
-    source = torch.randn(2**28, device=device)
+def copy_bandwidth(device: str, size: str = "") -> float:
+    """Bytes per second that a large copy reads and writes: the median of nine copies; a small copy for ``tiny``."""
+    source = torch.randn(2**20 if size == TINY else 2**28, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(9):
         synchronize()
@@ -110,65 +149,119 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def sides(options: argparse.Namespace, gpt: GPT, batch: int) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """The functions to time, by name, and the seconds of preparation for each."""
-    labels = torch.arange(batch, device=options.device) % 1000
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {}
+def gpu_gib(peak: bool = False) -> float:
+    """Memory of tensors on the GPU in GiB, now or at most since the last reset; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
 
-    def ours(compiled: bool, int8: bool = False) -> Callable[[], Any]:
+
+def makers(options: argparse.Namespace, gpt: GPT, batch: int) -> dict[str, Callable[[], tuple[Callable[[], Any], str]]]:
+    """For each side that was asked for, a function that prepares it and returns what to time, and a note."""
+    labels = torch.arange(batch, device=options.device) % 1000
+
+    def ours(compiled: bool, int8: bool = False) -> tuple[Callable[[], Any], str]:
         sampler = Sampler(gpt, batch, compiled=compiled, int8=int8)
         sampler.prepare(CONFIG)
-        return lambda: sampler(labels, CONFIG)
+        return lambda: sampler(labels, CONFIG), ""
 
-    makers["eager"] = lambda: ours(False)
-    makers["compiled"] = lambda: ours(True)
-    if options.int8:
-        makers["compiled_int8"] = lambda: ours(True, True)
-    if "peer" in options.sides or "peer_two_passes" in options.sides:
-        peer = Peer(gpt, CONFIG)
-        makers["peer"] = lambda: lambda: peer.one_batch(labels)
-        makers["peer_two_passes"] = lambda: lambda: peer.two_passes(labels)
-    runs, ready = {}, {}
-    for name, make in makers.items():
-        if name in (*options.sides, "compiled_int8"):
-            start = time.perf_counter()
-            runs[name] = make()
-            synchronize()
-            ready[name] = round(time.perf_counter() - start, 3)
-    return runs, ready
+    def peer(method: str) -> tuple[Callable[[], Any], str]:
+        return partial(getattr(Peer(gpt, CONFIG), method), labels), ""
+
+    def static(way: str) -> tuple[Callable[[], Any], str]:
+        sampler = StaticSampler(gpt, batch, CONFIG, way, options.backend)
+        return lambda: sampler(labels, options.static_codes if way in SLOW else None), sampler.note
+
+    known: dict[str, Callable[[], tuple[Callable[[], Any], str]]] = {
+        "eager": lambda: ours(False),
+        "compiled": lambda: ours(True),
+        "compiled_int8": lambda: ours(True, True),
+        "peer": lambda: peer("one_batch"),
+        "peer_two_passes": lambda: peer("two_passes"),
+        **{way: partial(static, way) for way in WAYS},
+    }
+    wanted = {*options.sides, *(["compiled_int8"] if options.int8 else [])}
+    return {name: known[name] for name in known if name in wanted}
+
+
+def prepare(options: argparse.Namespace, gpt: GPT, batch: int, codes: int) -> tuple[dict[str, Side], dict[str, str]]:
+    """The sides by name, and the errors of those that could not be prepared."""
+    found, failed = {}, {}
+    for name, make in makers(options, gpt, batch).items():
+        start, before = time.perf_counter(), gpu_gib()
+        try:
+            run, note = make()
+        except Exception as error:  # one side must not cost the measurements of the others
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            continue
+        synchronize()
+        count = options.static_codes if name in SLOW and options.static_codes else codes
+        found[name] = Side(run, count, round(time.perf_counter() - start, 3), gpu_gib() - before, note)
+    return found, failed
+
+
+def run_in_turns(
+    options: argparse.Namespace, runs: dict[str, Side], codes: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each side for all codes, turn by turn, and the GiB that a run takes for a while."""
+    end = time.perf_counter() + options.case_seconds
+    first, peak = {}, {}
+    for name, side in runs.items():
+        before = gpu_gib()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        first[name] = timed(side.run) * codes / side.codes
+        peak[name] = gpu_gib(peak=True) - before
+    times: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        if time.perf_counter() > end:
+            break
+        for name, side in runs.items():
+            if first[name] < options.once_above:
+                times.setdefault(name, []).append(timed(side.run) * codes / side.codes)
+    return {name: times.get(name, [first[name]]) for name in runs}, peak
 
 
 def measure(options: argparse.Namespace, size: str, kind: str, batch: int, codes: int) -> dict[str, Any]:
     """Time all sides at one size, dtype and batch."""
     dtype = DTYPES[kind]
+    gc.collect()  # compiled modules of the case before refer to themselves
     gpt = build(size, codes, options.device, dtype)
-    runs, ready = sides(options, gpt, batch)
-    bandwidth = copy_bandwidth(options.device)
-    times: dict[str, list[float]] = {}
-    first = {name: timed(run) for name, run in runs.items()}
-    for _ in range(options.repeats):
-        for name, run in runs.items():
-            if first[name] < options.once_above:
-                times.setdefault(name, []).append(timed(run))
-    entry: dict[str, Any] = {"size": size, "dtype": kind, "batch": batch, "codes": codes, "ready_s": ready}
+    runs, failed = prepare(options, gpt, batch, codes)
+    bandwidth = copy_bandwidth(options.device, size)
+    times, peak = run_in_turns(options, runs, codes)
+    entry: dict[str, Any] = {"size": size, "dtype": kind, "batch": batch, "codes": codes}
+    entry["ready_s"] = {name: side.ready_s for name, side in runs.items()}
     entry["copy_gb_s"] = round(bandwidth / 1e9, 2)
-    for name in runs:
-        taken = times.get(name, [first[name]])
+    weights = sum(parameter.nbytes for parameter in gpt.parameters()) / 2**30
+    for name, side in runs.items():
         limit = bytes_read(gpt, dtype, batch, "int8" in name) / bandwidth
-        median = spread(taken)["median"]
+        median = spread(times[name])["median"]
         entry[name] = {
-            **spread(taken),
+            **spread(times[name]),
             "codes_s": round(batch * codes / median, 1),
+            "images_s": round(batch / median, 4),
             "ms_a_step": round(median / codes * 1e3, 4),
             "of_limit": round(limit / median, 3),
-            "repeats": len(taken),
+            "repeats": len(times[name]),
+            **({"timed_codes": side.codes} if side.codes != codes else {}),
+            **({"gib": round(weights + side.gib + peak[name], 3)} if options.device == "cuda" else {}),
+            **({"note": side.note} if side.note else {}),
         }
-    if "compiled" in entry:
-        for name in ("eager", "peer", "peer_two_passes"):
-            if name in entry:
-                entry[f"times_{name}"] = round(entry[name]["median"] / entry["compiled"]["median"], 2)
+    if failed:
+        entry["failed"] = failed
+    compare(entry, times)
     print(line(entry), flush=True)
     return entry
+
+
+def compare(entry: dict[str, Any], times: dict[str, list[float]]) -> None:
+    """Add the ratios of the other sides' times to those of the compiled engine."""
+    for name in times if "compiled" in times else ():
+        if not name.startswith("compiled"):
+            entry[f"times_{name}"] = round(entry[name]["median"] / entry["compiled"]["median"], 2)
+            turns = zip(times[name], times["compiled"], strict=False)  # a slow side has fewer
+            entry.setdefault("ratios", {})[name] = spread([other / ours for other, ours in turns])
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -176,11 +269,12 @@ def line(entry: dict[str, Any]) -> str:
     head = f"{entry['size']:5}{entry['dtype']:6}{entry['batch']:4}{entry['codes']:5}"
     cells = [
         f"{name} {entry[name]['codes_s']:.0f}/s {entry[name]['ms_a_step']:.2f} ms {entry[name]['of_limit']:.0%}"
-        for name in ("compiled", "compiled_int8", "eager", "peer", "peer_two_passes")
+        for name in SIDES
         if name in entry
     ]
     ratios = [f"{name[6:]} × {entry[name]}" for name in entry if name.startswith("times_")]
-    return f"{head}  {' | '.join(cells)}  {', '.join(ratios)}"
+    failed = "".join(f"\n  {name} failed: {reason}" for name, reason in entry.get("failed", {}).items())
+    return f"{head}  {' | '.join(cells)}  {', '.join(ratios)}{failed}"
 
 
 def growth(options: argparse.Namespace, size: str, kind: str, batch: int, codes: int) -> dict[str, Any]:
@@ -217,22 +311,24 @@ def growth(options: argparse.Namespace, size: str, kind: str, batch: int, codes:
 
 
 def warm(options: argparse.Namespace) -> None:
-    """Fill the caches of compiled kernels with several processes, each with a model of one layer."""
+    """Fill the caches of compiled code with several processes, each with a model of one layer."""
     cases = [
         (s, b, c, d) for s in options.sizes for b in options.batches for c in options.codes[:1] for d in options.dtypes
     ]
+    compiled = [name for name in options.sides if name in ("compiled", COMPILED)]
+    changes = {"out": None, "case_seconds": 0.0, "static_codes": 1, "sides": compiled}
     running: list[subprocess.Popen[bytes]] = []
     for size, batch, codes, kind in cases:
         code = (
-            "import torch; from benchmarks.bench_sampling import *; from llamagen.sampling import Sampler;"
-            f"g = build({size!r}, {codes}, 'cuda', DTYPES[{kind!r}], 1); s = Sampler(g, {batch}, compiled=True);"
-            f"s(torch.zeros({batch}, dtype=torch.int64, device='cuda'), CONFIG)"
+            "import argparse; from benchmarks.bench_sampling import *;"
+            f"o = argparse.Namespace(**{vars(options) | changes});"
+            f"prepare(o, build({size!r}, {codes}, o.device, DTYPES[{kind!r}], 1), {batch}, {codes})"
         )
         while len([p for p in running if p.poll() is None]) >= options.warm:
             time.sleep(0.1)
         running.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL))
-    for process in running:
-        process.wait()
+    if broken := sum(process.wait() != 0 for process in running):
+        print(f"{broken} of {len(running)} processes failed to compile in advance")
 
 
 def save(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -253,7 +349,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.bench_sampling", *sys.argv[1:]]),
         "machine": machine(options.device),
         "torch": torch.__version__,
-        "copy_gb_s": round(copy_bandwidth(options.device) / 1e9, 2),
+        "copy_gb_s": round(copy_bandwidth(options.device, options.sizes[0]) / 1e9, 2),
         "cases": [],
         "growth": [],
     }
@@ -264,7 +360,8 @@ def main() -> None:
                 for batch in options.batches:
                     result["cases"].append(measure(options, size, kind, batch, codes))
                     save(options, result)
-            result["growth"].append(growth(options, size, kind, options.batches[0], max(options.codes)))
+            if not options.brief:
+                result["growth"].append(growth(options, size, kind, options.batches[0], max(options.codes)))
     for size in options.sizes[:1]:
         for kind in options.dtypes:
             if options.first:
@@ -277,9 +374,11 @@ def main() -> None:
                 result.setdefault("images_s_by_ranks", {})[f"{size} {kind}, {ranks}"] = [round(r, 3) for r in rates]
                 print(f"{size} {kind}, {ranks} processes: {rates[1]:.3f} images/s", flush=True)
     save(options, result)
-    if options.out:
+    if options.out and not options.brief:
         plot(result, options.out.with_suffix(".png"))
     print("\n" + json.dumps(result))
+    if any("failed" in case for case in result["cases"]):
+        raise SystemExit("some sides failed, see above")
 
 
 if __name__ == "__main__":

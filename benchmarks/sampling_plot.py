@@ -11,6 +11,10 @@ NAMES = {
     "eager": "eager",
     "peer": "transformers, one batch",
     "peer_two_passes": "transformers, two passes",
+    "static": "static cache",
+    "static_compiled": "static cache, torch.compile",
+    "static_graphs": "static cache, torch.compile, CUDA graph",
+    "static_reduce_overhead": "static cache, reduce-overhead",
 }
 
 

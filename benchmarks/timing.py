@@ -14,8 +14,8 @@ def synchronize() -> None:
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles in seconds."""
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    """Median and quartiles in seconds, which are within the range of the times also for few of them."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return {"median": round(median, 6), "q1": round(low, 6), "q3": round(high, 6)}
 
 

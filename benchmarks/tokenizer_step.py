@@ -42,6 +42,7 @@ from benchmarks.training_step import (
 from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.models.discriminator import PatchGAN
 from llamagen.models.lpips import LPIPS, read_vgg16
+from llamagen.models.vqgan import VQGANConfig
 
 Part = Callable[[Tensor], Tensor]
 
@@ -72,8 +73,10 @@ def random_vgg16(path: Path) -> Path:
 class TokenizerStopwatch(Stopwatch):
     """Compares with :class:`PlainStep`."""
 
-    def __init__(self, options: argparse.Namespace, steps: int) -> None:
-        super().__init__(options.device, steps)
+    def __init__(
+        self, options: argparse.Namespace, steps: int, sides: tuple[str, ...] = SIDES, profiled: int = PROFILED
+    ) -> None:
+        super().__init__(options.device, steps, sides, profiled)
         self.options = options
         self.plain: PlainStep | None = None
 
@@ -89,9 +92,10 @@ class TokenizerStopwatch(Stopwatch):
         self.plain(batch["images"], autocast_of(self.options.device, self.options.precision))
 
 
-def build(options: argparse.Namespace, folder: Path) -> VQGANModule:
+def build(options: argparse.Namespace, folder: Path, net: VQGANConfig | None = None) -> VQGANModule:
     pl.seed_everything(0, verbose=False)
     return VQGANModule(
+        net=net,
         loss=VQGANLossConfig(adversarial_start=0),
         lpips_weights=random_vgg16(folder / "vgg16.pth"),
         channels_last=not options.contiguous,

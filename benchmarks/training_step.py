@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,8 @@ from callbacks import EMA
 WARM_UP, PROFILED = 3, 3
 SIDES = ("ours", "plain")
 """This project's step, and the plain implementation that it is compared with."""
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true", "fp16": "16-mixed"}
+"""Names of Lightning's precisions."""
 
 
 def autocast_of(device: str, precision: str) -> torch.autocast:
@@ -32,10 +35,12 @@ def train(
     module: pl.LightningModule, batches: Iterable[dict[str, Tensor]], device: str, precision: str, *callbacks: Any
 ) -> None:
     """One epoch in Lightning's Trainer, as the recipes train: with clipping and EMA."""
+    on_cpu = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}  # Lightning's is for GPUs
+    chosen: dict[str, Any] = on_cpu if (device, precision) == ("cpu", "fp16") else {"precision": PRECISIONS[precision]}
     pl.Trainer(
+        **chosen,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=1,
         gradient_clip_val=1.0,
         logger=False,
@@ -53,14 +58,15 @@ class Stopwatch(pl.Callback, ABC):
         device: ``cpu`` or ``cuda``.
         steps: number of steps of the Trainer.
         sides: ``ours`` alone, or both.
+        profiled: number of the last steps, which are profiled.
 
     Attributes:
         times: seconds of each step that was not profiled, by side.
         profiles: seconds by kind of operator of each profiled step, by side.
     """
 
-    def __init__(self, device: str, steps: int, sides: tuple[str, ...] = SIDES) -> None:
-        self.device, self.first_profiled, self.sides = device, steps - PROFILED, sides
+    def __init__(self, device: str, steps: int, sides: tuple[str, ...] = SIDES, profiled: int = PROFILED) -> None:
+        self.device, self.first_profiled, self.sides = device, steps - profiled, sides
         self.times: dict[str, list[float]] = {name: [] for name in sides}
         self.profiles: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         self._profiler: OperatorTimes | None = None

@@ -214,6 +214,7 @@ def test_statistics_move_to_another_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_extractor_moves_to_the_images_device() -> None:
     metric = FID(Projection(), SIZE).cuda()
     real, fake = random_images(30, 1), random_images(30, 2, least=60)

@@ -75,6 +75,16 @@ def test_features_equal_those_of_torch_fidelity(found: dict[str, Features], size
     assert_matches(getattr(found[size], output), record, tolerance=1e-4 * record["std"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", SIZES)
+def test_features_on_a_gpu_equal_those_of_torch_fidelity(net: InceptionNet, size: str) -> None:
+    features = extract(copy.deepcopy(net).cuda(), random_images(size).cuda())
+    for entry, output in (("2048", "pool"), ("spatial", "spatial"), ("logits_unbiased", "logits")):
+        record = inception_golden("sizes")[size][entry]
+        assert_matches(getattr(features, output).cpu(), record, tolerance=1e-3 * record["std"])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_resizes_like_torch_fidelity(size: str) -> None:
     resized = resize_tf1(random_images(size).float(), (299, 299))

@@ -90,6 +90,7 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_padding_on_the_gpu_equals_the_cpu() -> None:
     features, lengths = random_features(torch.bfloat16), LENGTHS
     on_gpu = features.cuda(), lengths.cuda()
