@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from benchmarks.timing import machine
+from llamagen.files import atomic_file
 
 COMPILERS, PROCESSES, PARSES, STAGES = "compilers", "processes", "command-line parses", "stages of Lightning"
 COLLECTION, REST = "imports and collection", "the tests' own work"
@@ -94,7 +95,8 @@ class SuiteTime:
             "slowest_tests": {name: round(seconds, 2) for name, seconds in self.tests.most_common(60)},
             "files": files,
         }
-        Path(self.out).write_text(json.dumps(record, indent=1) + "\n")
+        with atomic_file(Path(self.out)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     def _account(self) -> None:
         now = time.perf_counter()
