@@ -92,7 +92,12 @@ def test_the_entropy_loss_is_computed_only_if_it_has_a_weight(training: bool) ->
 
 def test_the_entropy_loss_takes_its_mean_over_ranks_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Tensor] = []
-    monkeypatch.setattr("llamagen.models.vector_quantizer.mean_over_ranks", lambda x: called.append(x) or x)
+
+    def note(x: Tensor) -> Tensor:
+        called.append(x)
+        return x
+
+    monkeypatch.setattr("llamagen.models.vector_quantizer.mean_over_ranks", note)
     model = quantizer().eval()
     model.set_loss_weights({"entropy": 0.1})
     model(latent())  # ranks may have different numbers of batches, so none may wait for another
