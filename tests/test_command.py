@@ -21,6 +21,7 @@ from datamodules.images import ImageDataModule
 from llamagen import command
 from llamagen.command import fault_of, run_command
 from llamagen.files import atomic_file
+from llamagen.metrics.frechet import FID
 from llamagen.models.gpt_config import GPTConfig
 
 
@@ -119,6 +120,7 @@ def test_bugs_are_not_reported_as_mistakes() -> None:
         lambda: next(iter(DataLoader(Broken(bug=True), num_workers=1))),
         lambda: torch.zeros(2) @ torch.zeros(3),
         lambda: fault_of("no error"),  # type: ignore[arg-type]
+        lambda: FID.checked_reference(None, (0.0, 0.0, 0.0)),  # type: ignore[arg-type]  # cannot be unpacked
     ):
         assert fault_of(raised(function)) is None  # type: ignore[arg-type]
 

@@ -45,7 +45,12 @@ def test_accepts_integers(value: int) -> None:
 
 
 def test_distinguishes_non_integers_from_small_values() -> None:
-    for bad, said in ((0, "must be at least 1"), (1.5, "must be an integer of at least 1"), ("3", "an integer")):
+    for bad, said in (
+        (0, "must be at least 1"),
+        (1.5, "must be an integer of at least 1"),
+        ("3", "an integer"),
+        (True, "an integer"),
+    ):
         with pytest.raises(ValueError, match=f"^n is {bad}; it .*{said}"):
             check_integer("n", bad)
     check_not_negative("x", 0.0)

@@ -384,6 +384,18 @@ def test_rejects_weights_that_are_not_floating_point(dtype: torch.dtype, state: 
         load_weights(small_vqgan(), {**state, name: state[name].to(dtype)}, "these")
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (1e5, torch.float16)])
+def test_rejects_weights_that_are_not_finite_in_the_dtype_of_the_model(
+    value: float, dtype: torch.dtype, state: State
+) -> None:
+    model, name = VQGAN(SMALL_VQGAN).to(dtype), "encoder.conv_in.weight"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^vq.pt: a weight is not finite in {str(dtype)[6:]} .*: {name}; ") as error:
+        load_weights(model, {**state, name: torch.full_like(state[name], value)}, "vq.pt")
+    assert "\n" not in str(error.value)
+    assert_same(model.state_dict(), before)
+
+
 def test_rejects_a_manipulated_entry_in_one_line(pipeline: Pipeline, tmp_path: Path) -> None:
     for changes, phrase in (
         ({"prefix": 3}, "not a complete training checkpoint"),

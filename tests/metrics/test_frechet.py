@@ -67,6 +67,13 @@ def test_a_gaussian_has_distance_zero_from_itself(count: int) -> None:
     assert 0 <= distance < 1e-6 * np.trace(np.cov(features, rowvar=False))
 
 
+def test_a_small_distance_of_few_images_is_not_lost_in_rounding() -> None:
+    _, covariance = gaussian(random_features(5, 400, seed=1))
+    mean = torch.zeros(400, dtype=torch.float64)
+    distance = frechet_distance(mean, covariance, mean, 1.001**2 * covariance).item()
+    assert distance == pytest.approx(0.001**2 * covariance.trace().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("count", [60, 10])
 def test_images_have_distance_zero_from_themselves(count: int) -> None:
     assert 0 <= measure(random_images(count, 1), random_images(count, 1).flip(0)).item() < 1e-6

@@ -90,6 +90,16 @@ def test_the_index_determines_the_order(name: str) -> None:
     assert (result(unordered) == measured(name)) is (name == "precision_recall")
 
 
+def test_without_an_index_ranks_count_their_images_like_a_distributed_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = make("inception_score")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    for images in fake_images()[:5].split(3):
+        metric.update(images)
+    assert torch.cat(metric.fake_index).tolist() == [1, 4, 7, 10, 13]
+
+
 @every_metric
 def test_an_index_may_have_an_offset_and_gaps_and_be_int32(name: str) -> None:
     metric = make(name)

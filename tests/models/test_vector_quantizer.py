@@ -90,6 +90,22 @@ def test_the_entropy_loss_is_computed_only_if_it_has_a_weight(training: bool) ->
     assert model(latent()).losses.keys() == {"codebook", "commitment"} == set(model.loss_names)
 
 
+def test_the_entropy_loss_takes_its_mean_over_ranks_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        called.append(x)
+        return x
+
+    monkeypatch.setattr("llamagen.models.vector_quantizer.mean_over_ranks", note)
+    model = quantizer().eval()
+    model.set_loss_weights({"entropy": 0.1})
+    model(latent())  # ranks may have different numbers of batches, so none may wait for another
+    assert not called
+    model.train()(latent())
+    assert [each.shape for each in called] == [(32,)]
+
+
 def test_moved_codes_are_l2_normalised() -> None:
     model = quantizer()
     before = model.embedding.weight.detach().clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamagen.models.vqgan import VQGAN, AttentionBlock, Downsample, VQGANConfig, to_uint8
+from llamagen.models.vqgan import VQGAN, AttentionBlock, Downsample, VQGANConfig, group_norm, to_uint8
 from tests.golden import fill, normal_input
 from tests.small_models import SMALL_VQGAN, images_for, small_vqgan
 
@@ -62,6 +62,12 @@ def test_attention_spans_all_positions_of_a_rectangular_map() -> None:
                 weights = scores.exp() / scores.exp().sum()
                 expected[0, :, row, column] = (weights * v[0]).sum((1, 2))
         torch.testing.assert_close(block(x), x + block.proj_out(expected))
+
+
+def test_group_norm_keeps_the_published_epsilon_for_small_activations() -> None:
+    x = 1e-3 * torch.tensor([-1.0, 1.0]).repeat(32).view(1, 64, 1, 1)  # a group of two channels has the variance 1e-6
+    found = group_norm(64)(x)
+    torch.testing.assert_close(found, x.sign() / 2**0.5)
 
 
 def test_downsampling_pads_right_and_bottom_only() -> None:

@@ -47,6 +47,12 @@ def test_noise_equals_the_slow_reference(seed: int) -> None:
         assert noise(seed, indices, step, 9).tolist() == [pytest.approx(row, rel=1e-5, abs=1e-5) for row in expected]
 
 
+def test_noise_is_finite_for_random_numbers_that_float32_rounds_to_one() -> None:
+    found = noise(0, [1080], 0, 15_807)[0, -1].item()
+    assert slow_gumbel(0, 1080, 0, 15_806) < -2.85  # the 117th largest of all random numbers
+    assert -2.9 < found < -2.8
+
+
 def test_noise_follows_gumbels_distribution() -> None:
     values = noise(0, torch.arange(400), 0, 1000)
     assert values.dtype == torch.float32

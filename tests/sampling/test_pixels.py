@@ -31,6 +31,13 @@ def test_pixels_equal_those_of_the_tokenizer() -> None:
     assert (images.numpy() == images.tensor().numpy()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokenizer_in_training_decodes_without_dropout(dtype: torch.dtype) -> None:
+    codes = some_codes(5)
+    expected = PixelDecoder(small_vqgan(), CPU, dtype)(codes).tensor()
+    assert torch.equal(PixelDecoder(small_vqgan(dropout=0.5).train(), CPU, dtype)(codes).tensor(), expected)
+
+
 def bicubic_matrix(new: int, old: int) -> np.ndarray:
     """Weights (new, old) of one axis: Keys' kernel with a = −0.75, half-pixel centres, edges repeated."""
     a, weights = -0.75, np.zeros((new, old))

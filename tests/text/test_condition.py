@@ -65,6 +65,17 @@ def test_warns_of_truncation_once_and_only_on_the_first_rank(t5: Path, monkeypat
         text_condition(t5).encode(PROMPTS, CPU)
 
 
+@pytest.mark.parametrize(("key", "part"), [("weights", "encoder"), ("tokenizer", "tokenizer")])
+def test_rejects_features_of_other_weights_or_another_tokenizer(key: str, part: str) -> None:
+    condition = TextCondition(CONFIG, TextEncoderConfig())
+    metadata = {"encoder": "t5", "weights": "1" * 64, "tokenizer": "2" * 64, "width": WIDTH}
+    condition.check_encoder(metadata, "the checkpoint")
+    condition.check_encoder({**metadata, "encoder": "folder/t5"}, "the same encoder under another name")
+    with pytest.raises(ValueError, match=f"^the file has another {part} .* than the checkpoint ") as error:
+        condition.check_encoder({**metadata, key: "3" * 64}, "the file")
+    assert "\n" not in str(error.value)
+
+
 def test_the_condition_of_a_batch_comes_from_features_or_captions(t5: Path) -> None:
     condition = text_condition(t5)
     features, lengths, _ = condition.encode(PROMPTS[:1], CPU)

@@ -31,6 +31,20 @@ def test_the_error_of_a_compiler_is_quoted_and_no_file_is_left(monkeypatch: pyte
     assert os.listdir(tmp_path / "cache" / "llamagen") == []
 
 
+def test_a_changed_source_file_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler, source = tmp_path / "compiler", tmp_path / "step.cpp"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo > "$last"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_library, "SOURCES", [source])
+    for text, libraries in (("old", 1), ("old", 1), ("new", 2)):
+        source.write_text(text)
+        with pytest.raises(ValueError, match="cannot be loaded"):  # the output of this compiler is empty
+            cpu_library.cpu_library("float", "float")
+        assert len(os.listdir(tmp_path / "cache" / "llamagen")) == libraries
+
+
 def test_a_compiler_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_library.cpu_library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -97,6 +97,7 @@ def test_int8_weights_are_within_half_a_level_and_zeros_stay_zero() -> None:
         SamplingConfig(0.9, top_k=300, top_p=0.9),
         SamplingConfig(1e-38),
         SamplingConfig(1.0, top_k=1),
+        SamplingConfig(100.0, top_k=3),  # three codes of almost equal probability
         SamplingConfig(1.0, top_k=5000, top_p=1e-9),
     ],
     ids=str,
