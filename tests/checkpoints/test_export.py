@@ -39,6 +39,7 @@ def roomy() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_a_published_tokenizer_decodes_the_published_images_also_after_export(roomy: Path) -> None:
     record = golden("VQ-16")
     with torch.device("meta"):
