@@ -6,6 +6,7 @@ each process of pytest. It has no threads and has not trained, so its children m
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def forked_command(arguments: list[str], ranks: int = 1, strategy: str = "ddp") 
 def _command(arguments: list[str]) -> None:
     sys.argv = ["main.py", *arguments]
     run_command(main.main)
+
+
+def forked_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m name arguments``; for the result see :func:`forked_ranks`."""
+    return forked_ranks(_module, name, arguments, ranks=1)
+
+
+def _module(name: str, arguments: tuple[str, ...]) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def forked_ranks(function: Callable[..., object], *args: Any, ranks: int = 2) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 import main
+from callbacks import LearningCurves
 from tests.pipeline import GPT_NET, Pipeline
 
 
@@ -45,6 +47,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "base.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures() -> Iterator[None]:
+    """Draw no curves: that takes longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearningCurves, "_plot", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Exported files hold the weights of the checkpoint, and are complete or absent."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +16,7 @@ from llamagen.checkpoints.export import export, main
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from tests.forked import forked_module
 from tests.golden import assert_matches, fill, golden, normal_input
 from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
 from tests.small_models import SMALL_VQGAN, assert_same, codes_for, condition_for, small_gpt, small_vqgan
@@ -206,8 +205,7 @@ def test_the_command_passes_all_options(
 
 
 def test_the_command_reports_errors_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llamagen.checkpoints.export", "nowhere.pt", str(tmp_path / "out.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = forked_module("llamagen.checkpoints.export", "nowhere.pt", str(tmp_path / "out.pt"))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
         "error: nowhere.pt does not exist; give a file of weights; see python -m llamagen.checkpoints.export --help"
