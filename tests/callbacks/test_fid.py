@@ -23,11 +23,10 @@ from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import to_uint8
 from llamagen.sampling import SamplingConfig
-from tests.forked import forked_command
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.metrics.extractors import SIZE, Everything, Projection
 from tests.pipeline import GPT_NET, Pipeline
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 
 EXTRACTOR = "tests.metrics.extractors.Everything"
 GFID = "gfid_everything/digits"
@@ -280,7 +279,7 @@ def test_a_report_has_metrics_the_papers_values_and_images(report: Path) -> None
 def test_two_processes_report_the_same_as_one(
     pipeline: Pipeline, report: Path, reference: Path, tmp_path: Path
 ) -> None:
-    succeeds(forked_command(test_arguments(pipeline, tmp_path, reference), ranks=2))
+    succeeds(two_processes(test_arguments(pipeline, tmp_path, reference)))
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (report, tmp_path / "report"))
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
     assert two["images"] == one["images"]

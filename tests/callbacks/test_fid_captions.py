@@ -28,12 +28,11 @@ from llamagen.sampling import SamplingConfig
 from llamagen.text import CaptionEncoder, TextEncoderConfig, pad_left
 from tests.datamodules.code_datasets import codes_of, npy
 from tests.evaluation.sets import write_npz
-from tests.forked import forked_command
 from tests.golden import fill
 from tests.lightning_modules.runs import evaluator
 from tests.metrics.extractors import SIZE, Everything
 from tests.pipeline import GPT_NET, TOKENIZER_NET
-from tests.ranks import succeeds
+from tests.ranks import main_ended, succeeds
 from tests.tiny_t5 import WIDTH, WORDS, save_tiny_t5
 
 GFID = "gfid_everything/some"
@@ -337,7 +336,7 @@ def test_the_report_is_the_same_on_any_number_of_processes(tokenizer: Path, refe
         if name == "one":
             main.main(command)
         else:
-            succeeds(forked_command(command, ranks=2, strategy=name))
+            succeeds(main_ended([*command, "--trainer.devices=2", f"--trainer.strategy={name}"], ranks=2))
         found[name] = json.loads((tmp_path / name / "report/metrics.json").read_text())
     assert found["one"]["images"]["count"] == 16
     for name in ("ddp", "sharded"):

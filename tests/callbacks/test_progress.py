@@ -11,10 +11,9 @@ from tqdm import tqdm
 import main
 from callbacks import EMA, ImageWriter, SamplingProgress, progress
 from datamodules import ClassRequestDataModule
-from tests.forked import forked_command
 from tests.lightning_modules.runs import argen_module
 from tests.pipeline import Pipeline
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
@@ -99,7 +98,7 @@ def test_enables_lightnings_bar_again(pipeline: Pipeline, tmp_path: Path) -> Non
 
 
 def test_the_bar_of_two_processes_counts_the_images_of_both(pipeline: Pipeline, tmp_path: Path) -> None:
-    done = forked_command(command(pipeline, tmp_path, "--data.init_args.batch_size=4"), ranks=2)
+    done = two_processes(command(pipeline, tmp_path, "--data.init_args.batch_size=4"))
     succeeds(done)
     counts = [int(count) for count in re.findall(r"sampling:.*?(\d+)/30 \[", done.stderr)]
     assert counts == sorted(counts)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import main
 from callbacks import EMA, StopOnSignal
-from tests.forked import forked_command
 from tests.lightning_modules.runs import argen_module, state_of, train
 from tests.pipeline import Pipeline
-from tests.ranks import two_processes
+from tests.ranks import ended, main_ended
 
 
 class Signal(pl.Callback):
@@ -107,13 +107,13 @@ def sends_sigterm(hook: str, rank: int = 0) -> list[str]:
 def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tmp_path: Path) -> None:
     data = f"--data.init_args.root={pipeline.codes}"
     fit = ["fit", *pipeline.argen_arguments(tmp_path / "run"), data]
-    done = forked_command([*fit, *sends_sigterm("on_train_batch_start")])
+    done = main_ended([*fit, *sends_sigterm("on_train_batch_start")])
     assert done.returncode == 143, done.stderr[-2000:]
     assert "SIGTERM: saving at the end of this step" in done.stderr
     assert "Traceback" not in done.stderr
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
     sample = [*pipeline.sample_arguments(tmp_path / "samples"), f"--ckpt_path={pipeline.argen}"]
-    done = forked_command([*sample, *sends_sigterm("on_predict_batch_start")])
+    done = main_ended([*sample, *sends_sigterm("on_predict_batch_start")])
     assert done.returncode == 143, done.stderr[-2000:]
     assert not (tmp_path / "samples/samples.npz").exists()
     main.main(sample)  # the same command resumes
@@ -122,6 +122,7 @@ def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tm
 
 def test_two_ranks_end_with_the_exit_code_of_the_signal(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = [*pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={pipeline.codes}"]
-    done = two_processes(["fit", *arguments, *sends_sigterm("on_train_batch_start", rank=1)])
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", *sends_sigterm("on_train_batch_start", rank=1)]
+    done = ended([sys.executable, "main.py", "fit", *arguments, *more])  # ranks that Lightning starts
     assert done.returncode == 143, done.stderr[-2000:]
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1

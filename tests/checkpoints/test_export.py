@@ -1,6 +1,8 @@
 """Exported files hold the weights of the checkpoint, and are complete or absent."""
 
 import json
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +18,6 @@ from llamagen.checkpoints.export import export, main
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
-from tests.forked import forked_module
 from tests.golden import assert_matches, fill, golden, normal_input
 from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
 from tests.small_models import SMALL_VQGAN, assert_same, codes_for, condition_for, small_gpt, small_vqgan
@@ -204,13 +205,19 @@ def test_the_command_passes_all_options(
     assert load_vqgan(out).config == SMALL_VQGAN
 
 
-def test_the_command_reports_errors_in_one_line(tmp_path: Path) -> None:
-    result = forked_module("llamagen.checkpoints.export", "nowhere.pt", str(tmp_path / "out.pt"))
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == (
+def test_the_command_reports_errors_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "nowhere.pt", str(tmp_path / "out.pt")])
+    monkeypatch.delitem(sys.modules, "llamagen.checkpoints.export")  # runpy warns about an imported module
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("llamagen.checkpoints.export", run_name="__main__")
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1] == (
         "error: nowhere.pt does not exist; give a file of weights; see python -m llamagen.checkpoints.export --help"
     )
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -19,9 +19,8 @@ from lightning_modules import CaptionModule
 from llamagen.text import CaptionEncoder, TextEncoderConfig, clean_caption, first_sentence
 from tests.datamodules.caption_datasets import DESCRIPTION, caption, codes, write_captioned_codes
 from tests.datamodules.shard_files import assert_one_line
-from tests.forked import forked_command
 from tests.lightning_modules.runs import evaluator
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 from tests.tiny_t5 import WIDTH, save_tiny_t5
 
 COUNTS = {"train": 33, "val": 8}
@@ -247,7 +246,7 @@ def arguments(t5: Path, source: Path, out: Path) -> list[str]:
 
 def test_two_ranks_write_the_same_files_as_one(t5: Path, source: Path, tmp_path: Path) -> None:
     main.main(arguments(t5, source, tmp_path / "one"))
-    done = forked_command(arguments(t5, source, tmp_path / "two"), ranks=2)
+    done = two_processes(arguments(t5, source, tmp_path / "two"))
     succeeds(done)
     truncated = read_meta(tmp_path / "one", "")["features"]["truncated"]
     assert truncated > 0

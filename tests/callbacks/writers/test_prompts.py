@@ -15,9 +15,8 @@ from datamodules import PromptDataModule
 from llamagen.sampling import SamplingConfig
 from tests.callbacks.writers.hashed_images import HashedImages
 from tests.datamodules.shard_files import assert_one_line
-from tests.forked import forked_command
 from tests.lightning_modules.runs import evaluator
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 from tests.sampling_probes import PullThePlug, with_probe
 from tests.test_killed_sampling import killed
 
@@ -185,7 +184,7 @@ def test_warns_about_prompts_truncated_by_an_earlier_run(tmp_path: Path) -> None
 
 
 def test_two_processes_sample_the_same_images_and_warn_once(tmp_path: Path, uninterrupted: Path) -> None:
-    done = forked_command(command(tmp_path), ranks=2)
+    done = two_processes(command(tmp_path))
     succeeds(done)
     assert (done.stdout + done.stderr).count("were longer than the model reads") == 1
     assert_same_run(tmp_path, uninterrupted)

@@ -14,9 +14,8 @@ import main
 from datamodules import CodeDataModule, DigitsDataModule
 from lightning_modules import VQGANModule
 from llamagen.checkpoints.contents import load_vqgan, weights_checksum
-from tests.forked import forked_command
 from tests.pipeline import Pipeline
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 
 SHARDS_OF_500 = "--trainer.callbacks=[{class_path: EMA}, {class_path: CodeWriter, init_args: {samples_per_shard: 500}}]"
 
@@ -104,7 +103,7 @@ def test_two_processes_resume_an_extraction_with_one_shard_left(
             main.main(command)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     assert sorted(path.name for path in written) == [f"train-00000{number}.tar" for number in range(3)]
-    succeeds(forked_command(command, ranks=2))
+    succeeds(two_processes(command))
     assert {path: path.stat().st_mtime_ns for path in written} == written
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert {split: entry["count"] for split, entry in meta["splits"].items()} == {"train": 1497, "val": 300}
