@@ -20,6 +20,7 @@ class LearningCurves(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._history: dict[str, list[list[float]]] = {}
+        self._is_plotted = True
 
     def state_dict(self) -> dict[str, Any]:
         """The curves: [batches seen, value] pairs by metric."""
@@ -34,6 +35,7 @@ class LearningCurves(pl.Callback):
         for name, value in trainer.callback_metrics.items():
             if name.startswith(f"{stage}/"):
                 self._history.setdefault(name, []).append([float(batches_seen(trainer)), float(value)])
+                self._is_plotted = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,9 +59,9 @@ class LearningCurves(pl.Callback):
 
     @rank_zero_only
     def _plot(self, trainer: pl.Trainer) -> None:
-        names = sorted({name.partition("/")[2] for name in self._history})
-        if not names:
+        if self._is_plotted:
             return
+        names = sorted({name.partition("/")[2] for name in self._history})
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
         figure = new_figure(5 * columns, 3.2 * rows)
@@ -73,3 +75,4 @@ class LearningCurves(pl.Callback):
             axes.legend()
         with atomic_file(Path(trainer.default_root_dir) / "curves.png") as temporary:
             figure.savefig(temporary, format="png", dpi=80)
+        self._is_plotted = True

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class KeepCodes(pl.Callback):
 
 
 class PullThePlug(pl.Callback):
-    """Kill all processes of the command as soon as an image exists and ``rank`` has reached ``batch``."""
+    """Kill all processes of the command when ``rank`` has reached ``batch`` and an image exists."""
 
     def __init__(self, rank: int, batch: int) -> None:
         self.rank, self.batch = rank, batch
@@ -32,8 +33,11 @@ class PullThePlug(pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *place: int
     ) -> None:
-        written = any(Path(trainer.default_root_dir).glob("images/*/*.png"))
-        if trainer.global_rank == self.rank and batch_idx >= self.batch and written:
+        if trainer.global_rank == self.rank and batch_idx >= self.batch:
+            end = time.monotonic() + 60
+            # Threads write the images. A fast model has sampled all of them before the first one is written.
+            while not any(Path(trainer.default_root_dir).glob("images/*/*.png")) and time.monotonic() < end:
+                time.sleep(0.01)
             os.killpg(0, signal.SIGKILL)
 
 

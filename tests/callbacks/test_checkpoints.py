@@ -53,12 +53,6 @@ def test_defaults_write_the_best_the_last_and_recent_checkpoints(pipeline: Pipel
     assert (tmp_path / "checkpoints/steps/last.ckpt").readlink() == Path("step_0000015.ckpt")
 
 
-def test_writes_the_same_files_as_lightnings_callback_with_explicit_options(pipeline: Pipeline, tmp_path: Path) -> None:
-    run(pipeline, tmp_path / "ours", ours())
-    run(pipeline, tmp_path / "lightnings", lightnings(tmp_path / "lightnings"))
-    assert files(tmp_path / "ours") == files(tmp_path / "lightnings") != set()
-
-
 def test_state_is_stored_under_the_key_of_lightnings_callback(tmp_path: Path) -> None:
     assert [each.state_key for each in ours()] == [each.state_key for each in lightnings(tmp_path)]
 
@@ -66,10 +60,17 @@ def test_state_is_stored_under_the_key_of_lightnings_callback(tmp_path: Path) ->
 def test_a_run_saved_by_lightnings_callback_resumes_with_its_best_checkpoint(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    best, *_ = saved_by = lightnings(tmp_path)
-    run(pipeline, tmp_path, saved_by)
+    folder, last = tmp_path / "lightnings", tmp_path / "lightnings/checkpoints/last.ckpt"
+    best, *_ = saved_by = lightnings(folder)
+    run(pipeline, folder, saved_by)
+    # Ours write the same files.
+    run(pipeline, tmp_path / "ours", ours())
+    assert files(tmp_path / "ours") == files(folder) != set()
+    assert not last.is_symlink()
+
+    # With nothing left to train.
     resumed, *_ = resuming = ours()
-    run(pipeline, tmp_path, resuming, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    run(pipeline, folder, resuming, ckpt_path=last)
     for old, new in zip(saved_by, resuming, strict=True):
         assert isinstance(old, ModelCheckpoint)
         assert isinstance(new, ModelCheckpoint)
@@ -79,13 +80,10 @@ def test_a_run_saved_by_lightnings_callback_resumes_with_its_best_checkpoint(
     assert isinstance(resumed, BestCheckpoint)
     assert torch.equal(resumed.best_model_score, best.best_model_score)  # type: ignore[arg-type]
 
-
-def test_a_resumed_run_replaces_the_second_file_of_an_old_run_by_a_link(pipeline: Pipeline, tmp_path: Path) -> None:
-    run(pipeline, tmp_path, lightnings(tmp_path))
-    assert not (tmp_path / "checkpoints/last.ckpt").is_symlink()
-    run(pipeline, tmp_path, ours(), ckpt_path=tmp_path / "checkpoints/last.ckpt", max_epochs=2)
-    assert (tmp_path / "checkpoints/last.ckpt").readlink() == Path("step_0000016.ckpt")
-    assert len(list((tmp_path / "checkpoints").glob("best_*.ckpt"))) == 1
+    # The second file of an old run is replaced by a link.
+    run(pipeline, folder, ours(), ckpt_path=last, max_epochs=2)
+    assert last.readlink() == Path("step_0000016.ckpt")
+    assert len(list((folder / "checkpoints").glob("best_*.ckpt"))) == 1
 
 
 def test_a_given_folder_is_kept(pipeline: Pipeline, tmp_path: Path) -> None:

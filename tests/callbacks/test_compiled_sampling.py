@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from callbacks import EMA, CompiledSampling, SampleGrid
 from datamodules import ClassRequestDataModule
 from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decode_weights import DecodeWeights
+from tests.callbacks.writers.test_images import SETTINGS
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.pipeline import Pipeline
 
@@ -137,12 +137,19 @@ def test_auto_needs_no_tokenizer_without_sampling(pipeline: Pipeline, tmp_path: 
     train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
 
 
-def test_predict_writes_the_same_images_compiled_or_not(pipeline: Pipeline, tmp_path: Path) -> None:
-    more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
-    main.main([*pipeline.sample_arguments(tmp_path), *more, f"--ckpt_path={pipeline.argen}"])
-    with np.load(tmp_path / "samples.npz") as compiled, np.load(pipeline.samples / "samples.npz") as eager:
-        assert np.array_equal(compiled["arr_0"], eager["arr_0"])
-        assert np.array_equal(compiled["arr_1"], eager["arr_1"])
+def sampled(pipeline: Pipeline, batch_size: int, **options: Any) -> np.ndarray:
+    """The images of the pipeline's sampling command, by compiled steps."""
+    module = argen_module(tokenizer=pipeline.tokenizer)
+    module.sampling = SETTINGS
+    batches: Any = evaluator(EMA(), CompiledSampling(True), **options).predict(
+        module, ClassRequestDataModule(10, 3, batch_size), ckpt_path=pipeline.argen
+    )
+    return np.concatenate([batch["images"].numpy() for batch in batches])
+
+
+def test_predict_samples_the_same_images_compiled_or_not(pipeline: Pipeline) -> None:
+    with np.load(pipeline.samples / "samples.npz") as eager:
+        assert np.array_equal(sampled(pipeline, 7), eager["arr_0"])
 
 
 def test_predict_samples_with_the_batch_size_of_its_data(pipeline: Pipeline, capsys: Any) -> None:
@@ -167,16 +174,10 @@ def test_int8_samples_with_rounded_weights(pipeline: Pipeline, capsys: pytest.Ca
     assert "float32, int8 weights" in capsys.readouterr().out
 
 
-def test_compiled_images_in_bf16_true_are_the_same_in_any_batch(pipeline: Pipeline, tmp_path: Path) -> None:
-    arrays = []
-    for size in (3, 30):
-        more = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
-        more += ["--trainer.precision=bf16-true", f"--data.init_args.batch_size={size}"]
-        main.main([*pipeline.sample_arguments(tmp_path / str(size)), *more, f"--ckpt_path={pipeline.argen}"])
-        with np.load(tmp_path / str(size) / "samples.npz") as archive:
-            arrays.append(archive["arr_0"])
-    assert arrays[0].shape == (30, 8, 8, 3)
-    assert np.array_equal(*arrays)
+def test_compiled_images_in_bf16_true_are_the_same_in_any_batch(pipeline: Pipeline) -> None:
+    one, other = (sampled(pipeline, size, precision="bf16-true") for size in (3, 30))
+    assert one.shape == (30, 8, 8, 3)
+    assert np.array_equal(one, other)
 
 
 def test_without_compilation_one_cache_is_kept_for_the_stage(pipeline: Pipeline) -> None:

@@ -55,6 +55,7 @@ def test_the_average_follows_its_definition(accumulate: int, pipeline: Pipeline,
         max_steps=4,
         accumulate_grad_batches=accumulate,
         val_check_interval=2 * accumulate,
+        batch_size=32,
     )
     expected = averages(recorder.steps, 0.9)
     assert len(expected) == 5
@@ -69,7 +70,7 @@ def test_the_average_follows_its_definition(accumulate: int, pipeline: Pipeline,
 
 def test_only_the_generator_is_averaged(pipeline: Pipeline, tmp_path: Path) -> None:
     module = vqgan_module()
-    train(module, pipeline, tmp_path, max_steps=5)
+    train(module, pipeline, tmp_path, max_steps=5, batch_size=32)
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     names = {f"vqgan.{name}" for name, _ in module.vqgan.named_parameters()}
     assert averaged_weights(checkpoint).keys() == names
@@ -85,13 +86,13 @@ def test_an_exception_in_validation_restores_the_raw_weights(pipeline: Pipeline,
             raise RuntimeError("validation failed")
 
     with pytest.raises(RuntimeError, match="validation failed"):
-        train(module, pipeline, tmp_path, recorder, Fails(), max_steps=4, val_check_interval=3)
+        train(module, pipeline, tmp_path, recorder, Fails(), max_steps=4, val_check_interval=3, batch_size=32)
     assert torch.equal(module.get_parameter(PROBE), recorder.steps[-1])
     assert not torch.equal(recorder.validations[0], recorder.steps[-1])
 
 
 def test_other_stages_load_the_averages_of_the_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
-    train(vqgan_module(), pipeline, tmp_path, max_steps=4)
+    train(vqgan_module(), pipeline, tmp_path, max_steps=4, batch_size=32)
     path = tmp_path / "checkpoints/last.ckpt"
     expected = averaged_weights(torch.load(path, weights_only=True))[PROBE]
     recorder = Recorder()
@@ -103,11 +104,11 @@ def test_other_stages_load_the_averages_of_the_checkpoint(pipeline: Pipeline, tm
 
 
 def test_a_run_resumed_without_ema_writes_a_readable_checkpoint(pipeline: Pipeline, tmp_path: Path) -> None:
-    train(vqgan_module(), pipeline, tmp_path / "first", max_steps=2)
+    train(vqgan_module(), pipeline, tmp_path / "first", max_steps=2, batch_size=32)
     module = vqgan_module()
     trainer = evaluator(max_steps=3, limit_val_batches=0)
     first = tmp_path / "first/checkpoints/last.ckpt"
-    trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8, batch_size=200), ckpt_path=first)
+    trainer.fit(module, DigitsDataModule(pipeline.digits, image_size=8), ckpt_path=first)
     trainer.save_checkpoint(tmp_path / "second.ckpt")
     assert torch.equal(load_vqgan(tmp_path / "second.ckpt").decoder.conv_out.weight, module.get_parameter(PROBE))
 

@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from tqdm import tqdm
 
 import main
-from callbacks import progress
+from callbacks import EMA, ImageWriter, SamplingProgress, progress
+from datamodules import ClassRequestDataModule
+from tests.lightning_modules.runs import argen_module
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 
@@ -55,11 +58,22 @@ def test_shows_images_speed_and_remaining_time(
     assert "Predicting" not in shown.out + shown.err  # Lightning's
 
 
+def sample(pipeline: Pipeline, folder: Path, per_class: int = 3, **options: Any) -> pl.Trainer:
+    """Do the same as :func:`command`, without the command line."""
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[EMA(), ImageWriter(), SamplingProgress()], **options,
+    )  # fmt: skip
+    module, requests = argen_module(tokenizer=pipeline.tokenizer), ClassRequestDataModule(10, per_class, batch_size=7)
+    trainer.predict(module, requests, ckpt_path=pipeline.argen, return_predictions=False)
+    return trainer
+
+
 def test_a_resumed_run_counts_all_images_and_measures_its_own_speed(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any]
 ) -> None:
-    main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=2"))
-    main.main(command(pipeline, tmp_path))
+    sample(pipeline, tmp_path, limit_predict_batches=2)
+    sample(pipeline, tmp_path)
     bar = bars[1]
     assert (bar.initial, bar.total) == (14, 30)
     assert bar.seen == [21, 28, 30, 30]
@@ -69,7 +83,7 @@ def test_a_resumed_run_counts_all_images_and_measures_its_own_speed(
 def test_shows_nothing_if_progress_bars_are_disabled(
     pipeline: Pipeline, tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main.main(command(pipeline, tmp_path, "--trainer.enable_progress_bar=false"))
+    sample(pipeline, tmp_path, enable_progress_bar=False)
     assert all(bar.disable for bar in bars)
     shown = capsys.readouterr()
     assert "images/s" not in shown.out + shown.err
@@ -78,7 +92,7 @@ def test_shows_nothing_if_progress_bars_are_disabled(
 
 
 def test_enables_lightnings_bar_again(pipeline: Pipeline, tmp_path: Path) -> None:
-    trainer = main.main(command(pipeline, tmp_path, "--data.init_args.per_class=1")).trainer
+    trainer = sample(pipeline, tmp_path, per_class=1)
     assert trainer.progress_bar_callback is not None
     assert trainer.progress_bar_callback.is_enabled
 

@@ -15,7 +15,7 @@ import main
 from callbacks import EMA, StopOnSignal
 from tests.lightning_modules.runs import argen_module, state_of, train
 from tests.pipeline import Pipeline
-from tests.ranks import ended, two_processes
+from tests.ranks import ended, main_ended
 
 
 class Signal(pl.Callback):
@@ -40,16 +40,17 @@ def run(pipeline: Pipeline, folder: Path, *more: pl.Callback, module: Any = None
     return train(module or argen_module(), pipeline, folder, callbacks=[EMA(0.9), saving, *more], **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_resumes_to_the_same_weights(number: int, pipeline: Pipeline, tmp_path: Path) -> None:
-    before, alone, second, stop = handlers(), argen_module(), argen_module(), StopOnSignal()
+def test_a_stopped_run_resumes_to_the_same_weights(pipeline: Pipeline, tmp_path: Path) -> None:
+    before, alone, second = handlers(), argen_module(), argen_module()
     wanted = state_of(alone, run(pipeline, tmp_path / "alone", module=alone, max_epochs=2))
-    sending = Signal("on_train_batch_start", number, batch=2)
-    trainer = run(pipeline, tmp_path / "run", stop, sending, max_epochs=2)
-    assert (trainer.global_step, stop.received) == (3, number)
-    assert handlers() == before
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    found = state_of(second, run(pipeline, tmp_path / "run", module=second, ckpt_path=last, max_epochs=2))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stop, sending = StopOnSignal(), Signal("on_train_batch_start", number, batch=2)
+        trainer = run(pipeline, tmp_path / str(number), stop, sending, max_epochs=2)
+        assert (trainer.global_step, stop.received) == (3, number)
+        assert handlers() == before
+    # Which signal it was makes no difference for the checkpoint.
+    last = tmp_path / str(signal.SIGTERM) / "checkpoints/last.ckpt"
+    found = state_of(second, run(pipeline, last.parents[1], module=second, ckpt_path=last, max_epochs=2))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
@@ -95,33 +96,24 @@ def test_a_second_signal_or_one_before_training_ends_the_run_at_once(
         signal.signal(each, handler)
 
 
+def sends_sigterm(hook: str, rank: int = 0) -> list[str]:
+    """Arguments that add :class:`Signal` to a command."""
+    return [
+        *("--trainer.callbacks+=tests.callbacks.test_stopping.Signal", f"--trainer.callbacks.hook={hook}"),
+        *(f"--trainer.callbacks.number={int(signal.SIGTERM)}", f"--trainer.callbacks.rank={rank}"),
+    ]
+
+
 def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import signal, sys\n"
-        "from command_line import cli\n"
-        "from llamagen.command import run_command\n"
-        "from tests.callbacks.test_stopping import Signal\n"
-        "hook, *arguments = sys.argv[1:]\n"
-        "sending = Signal(hook, signal.SIGTERM)\n"
-        "plain = cli.LlamaGenCLI.instantiate_trainer\n"
-        "def instantiate_trainer(self, **kwargs):\n"
-        "    trainer = plain(self, **kwargs)\n"
-        "    trainer.callbacks.append(sending)\n"
-        "    return trainer\n"
-        "cli.LlamaGenCLI.instantiate_trainer = instantiate_trainer\n"
-        "run_command(lambda: cli.run_stage(arguments))\n"
-    )
-    command = ["env", f"PYTHONPATH={Path.cwd()}", sys.executable, str(script)]
     data = f"--data.init_args.root={pipeline.codes}"
     fit = ["fit", *pipeline.argen_arguments(tmp_path / "run"), data]
-    done = ended([*command, "on_train_batch_start", *fit])
+    done = main_ended([*fit, *sends_sigterm("on_train_batch_start")])
     assert done.returncode == 143, done.stderr[-2000:]
     assert "SIGTERM: saving at the end of this step" in done.stderr
     assert "Traceback" not in done.stderr
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
     sample = [*pipeline.sample_arguments(tmp_path / "samples"), f"--ckpt_path={pipeline.argen}"]
-    done = ended([*command, "on_predict_batch_start", *sample])
+    done = main_ended([*sample, *sends_sigterm("on_predict_batch_start")])
     assert done.returncode == 143, done.stderr[-2000:]
     assert not (tmp_path / "samples/samples.npz").exists()
     main.main(sample)  # the same command resumes
@@ -130,11 +122,7 @@ def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tm
 
 def test_two_ranks_end_with_the_exit_code_of_the_signal(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = [*pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={pipeline.codes}"]
-    more = [
-        "--trainer.callbacks+=tests.callbacks.test_stopping.Signal",
-        "--trainer.callbacks.hook=on_train_batch_start",
-    ]
-    more += [f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.rank=1"]
-    done = two_processes(["fit", *arguments, *more])
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", *sends_sigterm("on_train_batch_start", rank=1)]
+    done = ended([sys.executable, "main.py", "fit", *arguments, *more])  # ranks that Lightning starts
     assert done.returncode == 143, done.stderr[-2000:]
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1

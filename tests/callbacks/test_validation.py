@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from callbacks import EMA, LearningCurves, PositionLoss
+from callbacks.figures import new_figure
 from callbacks.positions import position_image
 from datamodules import CodeDataModule
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
@@ -115,13 +116,18 @@ def test_rejects_a_module_that_predicts_no_codes() -> None:
         PositionLoss().setup(cast(pl.Trainer, None), vqgan_module(), "fit")
 
 
-def test_curves_hold_averages_and_raw_weights(pipeline: Pipeline, tmp_path: Path) -> None:
-    curves = LearningCurves()
+def test_curves_hold_averages_and_raw_weights(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves, plots = LearningCurves(), []
+    monkeypatch.setattr("callbacks.curves.new_figure", lambda *size: plots.append(size) or new_figure(*size))
     train(
         argen_module(), pipeline, tmp_path, callbacks=[EMA(0.9, validate_raw=True), curves], max_steps=2,
         val_check_interval=2, enable_checkpointing=False, logger=CSVLogger(tmp_path),
     )  # fmt: skip
     assert {"val/loss", "val_raw/loss"} <= curves.state_dict()["history"].keys()
+    assert len(plots) == 1, "plotted again at the end of the run, which adds nothing"
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_resumed_run_continues_its_curves(pipeline: Pipeline, tmp_path: Path) -> None:

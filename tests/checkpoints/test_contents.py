@@ -1,6 +1,8 @@
 """The autoregressive recipe keeps the best, the last and periodic checkpoints."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import yaml
 
 import main
+from callbacks import LearningCurves
 from tests.pipeline import GPT_NET, Pipeline
 
 
@@ -30,16 +33,36 @@ def arguments(pipeline: Pipeline, folder: Path, recipe: Path, steps: int) -> lis
     ]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+STEPS = 17
+"""Two epochs of 8 batches and one more batch."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base configuration, with a checkpoint every three steps."""
     tree = yaml.safe_load(Path("configs/argen/base.yaml").read_text())
     (periodic,) = [each for each in tree["trainer"]["callbacks"] if each["class_path"] == "StepCheckpoint"]
     periodic["init_args"] = {"every_n_train_steps": 3}
     tree["trainer"]["callbacks"][0]["init_args"]["decay"] = 0.5
-    path = tmp_path / "base.yaml"
+    path = tmp_path_factory.mktemp("recipe") / "base.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures() -> Iterator[None]:
+    """Draw no curves: that takes longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearningCurves, "_plot", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline: Pipeline, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main.main(arguments(pipeline, folder, recipe, STEPS)).model.global_step == STEPS
+    return folder
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -47,38 +70,30 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def test_keeps_the_best_the_last_and_the_newest_periodic_checkpoints(
-    pipeline: Pipeline, recipe: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    module = main.main(arguments(pipeline, folder, recipe, 17)).model  # two epochs of 8 batches and one more batch
-    steps = sorted(path.name for path in (folder / "checkpoints/steps").iterdir())
+def test_keeps_the_best_the_last_and_the_newest_periodic_checkpoints(finished: Path) -> None:
+    steps = sorted(path.name for path in (finished / "checkpoints/steps").iterdir())
     assert steps == ["last.ckpt", "step_0000012.ckpt", "step_0000015.ckpt"]
-    assert os.readlink(folder / "checkpoints/steps/last.ckpt") == "step_0000015.ckpt"
-    (best,) = (folder / "checkpoints").glob("best_*.ckpt")
+    assert os.readlink(finished / "checkpoints/steps/last.ckpt") == "step_0000015.ckpt"
+    (best,) = (finished / "checkpoints").glob("best_*.ckpt")
     history = load(best)["callbacks"]["LearningCurves"]["history"]["val/loss"]
     assert best.name == "best_0000016.ckpt"
     assert history[-1][1] == min(value for _, value in history)
-    assert os.readlink(folder / "checkpoints/last.ckpt") == "step_0000017.ckpt"
-    assert load(folder / "checkpoints/last.ckpt")["global_step"] == 17
-    kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.is_dir())
+    assert os.readlink(finished / "checkpoints/last.ckpt") == "step_0000017.ckpt"
+    assert load(finished / "checkpoints/last.ckpt")["global_step"] == STEPS
+    kept = sorted(path.name for path in (finished / "checkpoints").iterdir() if not path.is_dir())
     assert kept == ["best_0000016.ckpt", "last.ckpt", "step_0000017.ckpt"]
-    assert module.global_step == 17
 
 
-def test_resuming_takes_the_newest_checkpoint(pipeline: Pipeline, recipe: Path, tmp_path: Path) -> None:
-    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
-    main.main(arguments(pipeline, uninterrupted, recipe, 13))
-    main.main(arguments(pipeline, resumed, recipe, 13))
-    # Simulate a kill after step 12: remove everything that was written later.
-    assert {path.name for path in resumed.rglob("*.ckpt") if load(path)["global_step"] > 12} == {
-        "last.ckpt",
-        "step_0000013.ckpt",
-    }
-    for name in ("last.ckpt", "step_0000013.ckpt"):
+def test_resuming_takes_the_newest_checkpoint(pipeline: Pipeline, recipe: Path, finished: Path, tmp_path: Path) -> None:
+    # Simulate a kill after step 15: remove everything that was written later.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished, resumed, symlinks=True)
+    later = {path.name for path in resumed.glob("checkpoints/*.ckpt") if load(path)["global_step"] > 15}
+    assert later == {"best_0000016.ckpt", "last.ckpt", "step_0000017.ckpt"}
+    for name in later:
         (resumed / "checkpoints" / name).unlink()
-    main.main(arguments(pipeline, resumed, recipe, 13))
-    one, two = (load(folder / "checkpoints/last.ckpt") for folder in (uninterrupted, resumed))
-    assert one["global_step"] == two["global_step"] == 13
+    main.main(arguments(pipeline, resumed, recipe, STEPS))
+    one, two = (load(folder / "checkpoints/last.ckpt") for folder in (finished, resumed))
+    assert one["global_step"] == two["global_step"] == STEPS
     for name, value in one["state_dict"].items():
         assert torch.equal(two["state_dict"][name], value), name

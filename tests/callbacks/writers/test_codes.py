@@ -193,39 +193,27 @@ def test_a_limited_extraction_is_not_complete(
     assert files(tmp_path) == files(whole)
 
 
-@pytest.mark.parametrize(
-    ("change", "phrase"),
-    [
-        ({"per_shard": 11}, "another samples_per_shard"),
-        ({"views": "flip"}, "another view_names"),
-        ({"image_size": 16}, "another image_size"),
-        ({"tokenizer": "other"}, "another tokenizer"),
-        ({"images": "other"}, "another images"),
-    ],
-    ids=str,
-)
 def test_rejects_to_resume_with_other_settings(
-    tokenizer: VQGANModule,
-    images: Path,
-    tmp_path: Path,
-    stop_after: Any,
-    change: dict[str, Any],
-    phrase: str,
+    tokenizer: VQGANModule, images: Path, tmp_path: Path, stop_after: Any
 ) -> None:
-    patch = stop_after(7)
+    patch, out = stop_after(7), tmp_path / "out"
     with pytest.raises(InterruptedRunError):
-        extract(tokenizer, images, tmp_path / "out")
+        extract(tokenizer, images, out)
     patch.undo()
-    before = files(tmp_path / "out")
-    options: dict[str, Any] = {"tokenizer": tokenizer, "images": images, **change}
-    if change.get("tokenizer") == "other":
-        options["tokenizer"] = vqgan_module(seed=1)
-    if change.get("images") == "other":
-        options["images"] = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
-    with pytest.raises(ValueError) as error:
-        extract(out=tmp_path / "out", **options)
-    assert_one_line(error, tmp_path / "out", f"started with {phrase};", "delete it or choose another folder")
-    assert files(tmp_path / "out") == before
+    before = files(out)
+    others = write_set(tmp_path / "other", samples_of("new", 45), samples_of("val", 12))
+    changes: dict[str, dict[str, Any]] = {
+        "another samples_per_shard": {"per_shard": 11},
+        "another view_names": {"views": "flip"},
+        "another image_size": {"image_size": 16},
+        "another tokenizer": {"tokenizer": vqgan_module(seed=1)},
+        "another images": {"images": others},
+    }
+    for phrase, change in changes.items():
+        with pytest.raises(ValueError) as error:
+            extract(**{"tokenizer": tokenizer, "images": images, "out": out, **change})
+        assert_one_line(error, out, f"started with {phrase};", "delete it or choose another folder")
+        assert files(out) == before, phrase
 
 
 def test_rejects_a_complete_dataset(tokenizer: VQGANModule, images: Path, whole: Path) -> None:

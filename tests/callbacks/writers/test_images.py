@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +14,46 @@ import torch
 from PIL import Image
 
 import main
-from callbacks import ImageWriter, figures
+from callbacks import EMA, ImageWriter, figures
 from callbacks.writers.image_threads import ImageThreads
 from callbacks.writers.sample_folder import SampleFolder
 from datamodules import ClassRequestDataModule, ImageDataModule
 from lightning_modules import ARGenModule
+from llamagen.models.gpt import GPTConfig
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
-from tests.pipeline import Pipeline
+from tests.lightning_modules.runs import evaluator
+from tests.pipeline import GPT_NET, Pipeline
 
 LIMITED = "--trainer.limit_predict_batches=2"  # 1 may be read as all of them
+TWO_BATCHES = {"limit_predict_batches": 2}
 
 
 def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
     """Sample 30 images in batches of 7."""
     return [*pipeline.sample_arguments(folder), f"--ckpt_path={pipeline.argen}", *more]
+
+
+SETTINGS = SamplingConfig(temperature=0.8, top_k=2000, top_p=0.8, guidance_scale=2.0)
+"""Those of the command."""
+
+
+def sample(
+    pipeline: Pipeline,
+    folder: Path,
+    classes: int | list[int] | Path = 10,
+    per_class: int = 3,
+    batch_size: int = 7,
+    averaged: bool = True,
+    trainer: Any = None,
+    **module: Any,
+) -> None:
+    """Do the same as :func:`command`, without the command line."""
+    gpt = ARGenModule(GPTConfig(**GPT_NET), **{"sampling": SETTINGS, "tokenizer": pipeline.tokenizer, **module})
+    callbacks = [EMA(), ImageWriter()] if averaged else [ImageWriter()]
+    evaluator(*callbacks, default_root_dir=folder, **(trainer or {})).predict(
+        gpt, ClassRequestDataModule(classes, per_class, batch_size), ckpt_path=pipeline.argen, return_predictions=False
+    )
 
 
 def written_files(folder: Path) -> list[str]:
@@ -49,7 +74,7 @@ def test_samples_have_the_documented_files_and_archive(pipeline: Pipeline) -> No
 
 
 def test_images_are_resized_in_files_archive_and_grid(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(command(pipeline, tmp_path, "--model.init_args.image_size=5"))
+    sample(pipeline, tmp_path, image_size=5)
     for path in (tmp_path / "images").rglob("*.png"):
         with Image.open(path) as image:
             assert image.size == (5, 5)
@@ -66,7 +91,7 @@ def test_the_grid_has_a_row_for_each_class(pipeline: Pipeline) -> None:
 
 
 def test_images_can_be_read_as_a_folder_of_class_folders(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(command(pipeline, tmp_path, "--data.init_args.classes=[3,7]", "--data.init_args.per_class=2"))
+    sample(pipeline, tmp_path, classes=[3, 7], per_class=2)
     data = ImageDataModule(tmp_path / "images", image_size=8, batch_size=4, num_workers=0)
     data.setup("fit")
     assert data.class_names == [str(number) for number in range(8)], "images keep the requested classes"
@@ -78,10 +103,9 @@ def test_labels_may_come_from_a_file_and_repeat(pipeline: Pipeline, tmp_path: Pa
     labels = [7, 2, 7, 7, 0]
     (tmp_path / "labels.txt").write_text("\n".join(map(str, labels)))
     folder = tmp_path / "samples"
-    more = [f"--data.init_args.classes={tmp_path / 'labels.txt'}", "--data.init_args.per_class=2"]
-    main.main(command(pipeline, folder, *more, LIMITED, "--data.init_args.batch_size=3"))
+    sample(pipeline, folder, tmp_path / "labels.txt", 2, batch_size=3, trainer=TWO_BATCHES)
     assert len(written_files(folder)) == 6
-    main.main(command(pipeline, folder, *more))
+    sample(pipeline, folder, tmp_path / "labels.txt", 2)
     assert written_files(folder) == [f"{index:06d}_class{label}.png" for index, label in enumerate(labels * 2)]
     with np.load(folder / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == labels * 2
@@ -102,41 +126,44 @@ def test_rejects_a_complete_folder(pipeline: Pipeline) -> None:
     assert {path: path.stat().st_mtime_ns for path in pipeline.samples.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["images/3/000003_class3.png", "000003_class3.png", "images/dog/rex.png"])
-def test_rejects_a_folder_of_images_without_a_plan(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+def test_rejects_a_folder_of_images_without_a_plan(pipeline: Pipeline, tmp_path: Path) -> None:
+    for number, name in enumerate(["images/3/000003_class3.png", "000003_class3.png", "images/dog/rex.png"]):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        with pytest.raises(ValueError, match=r"already holds samples"):
+            SampleFolder(tmp_path / str(number), np.arange(10)).check_free()
     with pytest.raises(ValueError, match=r"already holds samples"):
-        main.main(command(pipeline, tmp_path))
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
+        main.main(command(pipeline, tmp_path / "0"))
+    assert [path.name for path in (tmp_path / "0").rglob("*") if path.is_file()] == ["000003_class3.png"]
 
 
-OTHERS = {
-    "sample_seed (0 then, 3 now)": ["--model.init_args.sample_seed=3"],
-    "image_size (None then, 5 now)": ["--model.init_args.image_size=5"],
-    "sampling.temperature (0.8 then, 0.5 now)": ["--model.init_args.sampling.temperature=0.5"],
-    "number of images (30 then, 40 now)": ["--data.init_args.per_class=4"],
-    "order of labels": ["--data.init_args.classes=[9,8,7,6,5,4,3,2,1,0]"],
-    "precision (32-true then, bf16-mixed now)": ["--trainer.precision=bf16-mixed"],
-    "model": ["--trainer.callbacks=[{class_path: ImageWriter}]"],  # the raw weights instead of their averages
+OTHERS: dict[str, dict[str, Any]] = {
+    "sample_seed (0 then, 3 now)": {"sample_seed": 3},
+    "image_size (None then, 5 now)": {"image_size": 5},
+    "sampling.temperature (0.8 then, 0.5 now)": {"sampling": replace(SETTINGS, temperature=0.5)},
+    "number of images (30 then, 40 now)": {"per_class": 4},
+    "order of labels": {"classes": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]},
+    "precision (32-true then, bf16-mixed now)": {"trainer": {"precision": "bf16-mixed"}},
+    "model": {"averaged": False},
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_rejects_to_resume_with_other_settings_by_name(pipeline: Pipeline, tmp_path: Path, what: str) -> None:
-    main.main(command(pipeline, tmp_path, LIMITED))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"}
-    with pytest.raises(ValueError) as error:
-        main.main(command(pipeline, tmp_path, *OTHERS[what]))
-    assert_one_line(error, tmp_path, f"was started with another {what}", "resume it with the command that started it")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "predict.yaml"} == before
+def test_rejects_to_resume_with_other_settings_by_name(pipeline: Pipeline, tmp_path: Path) -> None:
+    sample(pipeline, tmp_path, trainer=TWO_BATCHES)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for what, options in OTHERS.items():
+        with pytest.raises(ValueError) as error:
+            sample(pipeline, tmp_path, **options)
+        assert_one_line(error, tmp_path, f"was started with another {what}")
+        assert_one_line(error, "resume it with the command that started it")
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, what
 
 
 def test_a_run_without_images_may_restart_with_other_settings(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(command(pipeline, tmp_path, "--trainer.limit_predict_batches=0"))
+    sample(pipeline, tmp_path, trainer={"limit_predict_batches": 0})
     assert written_files(tmp_path) == []
-    main.main(command(pipeline, tmp_path, "--model.init_args.sample_seed=3"))
+    sample(pipeline, tmp_path, sample_seed=3)
     assert json.loads((tmp_path / ".plan.json").read_text())["sample_seed"] == 3
     assert len(written_files(tmp_path)) == 30
 
@@ -151,7 +178,7 @@ def test_a_run_without_images_may_restart_with_other_settings(pipeline: Pipeline
 def test_rejects_a_folder_with_another_kind_of_plan(pipeline: Pipeline, tmp_path: Path, text: str, phrase: str) -> None:
     (tmp_path / ".plan.json").write_text(text)
     with pytest.raises(ValueError) as error:
-        main.main(command(pipeline, tmp_path))
+        sample(pipeline, tmp_path)
     assert_one_line(error, phrase)
     assert (tmp_path / ".plan.json").read_text() == text
 
@@ -172,11 +199,11 @@ def test_a_limited_run_leaves_no_archive_and_is_resumed(pipeline: Pipeline, tmp_
 
 
 def test_removes_temporary_files_of_a_killed_run(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(command(pipeline, tmp_path, LIMITED))
+    sample(pipeline, tmp_path, trainer=TWO_BATCHES)
     for name in (".samples.npz.tmp", "images/9/.000009_class9.png.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    main.main(command(pipeline, tmp_path, LIMITED))
+    sample(pipeline, tmp_path, trainer=TWO_BATCHES)
     assert [path.name for path in tmp_path.rglob(".*")] == [".plan.json"]
 
 
@@ -234,11 +261,18 @@ def test_all_ranks_use_the_listing_of_rank_zero(tmp_path: Path) -> None:
 def test_a_rank_reaches_the_barrier_after_its_images_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_save(monkeypatch, lambda: time.sleep(0.02))
     counts: list[int] = []
-    strategy = SimpleNamespace(
-        broadcast=lambda value: value, barrier=lambda name: counts.append(len(written_files(tmp_path)))
-    )
+    reached = threading.Event()
+
+    def barrier(name: str) -> None:
+        counts.append(len(written_files(tmp_path)))
+        reached.set()
+
+    # No image is written before the rank waits for its threads, or was at the barrier.
+    waiting = ImageThreads.finish
+    monkeypatch.setattr(ImageThreads, "finish", lambda threads: reached.set() or waiting(threads))
+    slow_save(monkeypatch, lambda: reached.wait(60) and None)
+    strategy = SimpleNamespace(broadcast=lambda value: value, barrier=barrier)
     trainer: Any = SimpleNamespace(
         callbacks=[],
         datamodule=ClassRequestDataModule(10, per_class=1),
@@ -275,11 +309,11 @@ def test_an_error_in_a_thread_ends_the_run_and_leaves_no_partial_file(
     with monkeypatch.context() as patch:
         failing_save(patch, "000012")
         with pytest.raises(OSError, match="No space left on device"):
-            main.main(command(pipeline, tmp_path))
+            sample(pipeline, tmp_path)
     assert "000012_class2.png" not in written_files(tmp_path)
     assert not any(name.startswith(".") for name in written_files(tmp_path))
     assert not (tmp_path / "samples.npz").exists()
-    main.main(command(pipeline, tmp_path))
+    sample(pipeline, tmp_path)
     assert written_files(tmp_path) == written_files(pipeline.samples)
 
 
@@ -300,8 +334,7 @@ def test_threads_write_in_parallel_and_bound_the_queue(tmp_path: Path, monkeypat
         threads.write(lambda: IMAGE, tmp_path / f"{number}.png")
     more = threading.Thread(target=lambda: threads.write(lambda: IMAGE, tmp_path / "3.png"))
     more.start()
-    more.join(0.2)
-    assert more.is_alive()  # three images are being written or wait, which is the limit
+    assert not threads._slots.acquire(blocking=False)  # three images are being written or wait, which is the limit
     meeting.wait()
     meeting.wait()
     more.join(60)
@@ -313,14 +346,22 @@ def test_threads_write_in_parallel_and_bound_the_queue(tmp_path: Path, monkeypat
 def test_cancelling_discards_waiting_images_and_finishes_started_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_save(monkeypatch, lambda: time.sleep(0.05))
+    begun, cancelled = threading.Event(), threading.Event()
+    slow_save(monkeypatch, lambda: begun.set() or (cancelled.wait(60) and None))
     threads = ImageThreads(threads=1, waiting=100)
+    shutdown = threads._pool.shutdown
+
+    def cancel(wait: bool = True, *, cancel_futures: bool = False) -> None:
+        shutdown(wait=False, cancel_futures=cancel_futures)
+        cancelled.set()
+        shutdown(wait)
+
+    monkeypatch.setattr(threads._pool, "shutdown", cancel)
     for number in range(100):
         threads.write(lambda: IMAGE, tmp_path / f"{number}.png")
+    assert begun.wait(60)
     threads.cancel()
-    left = os.listdir(tmp_path)
-    assert len(left) < 100
-    assert not any(name.endswith(".tmp") for name in left)
+    assert os.listdir(tmp_path) == ["0.png"]
 
 
 def test_a_failing_run_ends_its_threads(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +374,7 @@ def test_a_failing_run_ends_its_threads(pipeline: Pipeline, tmp_path: Path, monk
 
     monkeypatch.setattr(ARGenModule, "predict_step", fail)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        main.main(command(pipeline, tmp_path))
+        sample(pipeline, tmp_path)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("images")] == []
     assert not any(name.startswith(".") for name in written_files(tmp_path))
 

@@ -10,8 +10,12 @@ import pytest
 from PIL import Image
 
 import main
+from callbacks import ImageWriter
+from datamodules import PromptDataModule
+from llamagen.sampling import SamplingConfig
 from tests.callbacks.writers.hashed_images import HashedImages
 from tests.datamodules.shard_files import assert_one_line
+from tests.lightning_modules.runs import evaluator
 from tests.ranks import succeeds, two_processes
 from tests.sampling_probes import PullThePlug, with_probe
 from tests.test_killed_sampling import killed
@@ -19,7 +23,6 @@ from tests.test_killed_sampling import killed
 LONG = "one two three four five six seven eight nine ten"
 PROMPTS = ["a cat", "", 'ein "Hündchen" 🐕‍🦺 柴犬', LONG, "b\0b ../../etc/passwd"]
 CLEANED = [*PROMPTS[:4], "b b ../../etc/passwd"]
-LIMITED = "--trainer.limit_predict_batches=2"
 WARNING = r"1 of 5 prompts were longer than the model reads and were truncated: prompt 3 \('one two"
 
 
@@ -34,6 +37,20 @@ def command(folder: Path, prompts: list[str] | Path = PROMPTS, *more: str) -> li
         *("--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", f"--trainer.default_root_dir={folder}"),
         *more,
     ]
+
+
+def sample(
+    folder: Path,
+    prompts: list[str] | Path = PROMPTS,
+    per_prompt: int = 2,
+    batch_size: int = 3,
+    limit: float = 1.0,
+    **module: Any,
+) -> None:
+    """Do the same as :func:`command`, without the command line."""
+    data = PromptDataModule(prompts, per_prompt, batch_size)
+    trainer = evaluator(ImageWriter(), default_root_dir=folder, limit_predict_batches=limit)
+    trainer.predict(HashedImages(**module), data, return_predictions=False)
 
 
 def files(folder: Path) -> list[str]:
@@ -98,7 +115,7 @@ def test_the_grid_has_a_row_for_each_prompt_with_captions(uninterrupted: Path) -
 
 
 def test_single_images_of_prompts_share_the_rows_of_the_grid(tmp_path: Path) -> None:
-    main.main(command(tmp_path, [f"prompt {number}" for number in range(10)], "--data.init_args.per_prompt=1"))
+    sample(tmp_path, [f"prompt {number}" for number in range(10)], per_prompt=1)
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width == 4 * (192 + 8) + 8  # 4 + 4 + 2
     assert 3 * 200 < grid.height < 3 * 240
@@ -107,45 +124,42 @@ def test_single_images_of_prompts_share_the_rows_of_the_grid(tmp_path: Path) -> 
 def test_records_hold_the_other_columns_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\tNote\na cat\tAnimals\t\na house\tIndoor\tfile_name\n")
     folder = tmp_path / "samples"
-    main.main(command(folder, tmp_path / "p.tsv", "--data.init_args.per_prompt=1"))
+    sample(folder, tmp_path / "p.tsv", per_prompt=1)
     assert [record["columns"] for record in records(folder)] == [
         {"Category": "Animals", "Note": ""},
         {"Category": "Indoor", "Note": "file_name"},
     ]
 
 
-OTHERS: dict[str, tuple[list[str], list[str]]] = {
-    "list of prompts": (["a cat", "a dog", *PROMPTS[2:]], []),
-    "number of images (10 then, 12 now)": ([*PROMPTS, "more"], []),
-    "sample_seed (0 then, 3 now)": (PROMPTS, ["--model.init_args.sample_seed=3"]),
-    "sampling.guidance_scale (7.5 then, 2.0 now)": (
-        PROMPTS,
-        ["--model.init_args.sampling.guidance_scale=2", "--model.init_args.sampling.top_k=1000"],
-    ),
-    "text.reader (hash then, rhyme now)": (PROMPTS, ["--model.init_args.reader=rhyme"]),
+OTHERS: dict[str, dict[str, Any]] = {
+    "list of prompts": {"prompts": ["a cat", "a dog", *PROMPTS[2:]]},
+    "number of images (10 then, 12 now)": {"prompts": [*PROMPTS, "more"]},
+    "sample_seed (0 then, 3 now)": {"sample_seed": 3},
+    "sampling.guidance_scale (7.5 then, 2.0 now)": {"sampling": SamplingConfig(guidance_scale=2.0, top_k=1000)},
+    "text.reader (hash then, rhyme now)": {"reader": "rhyme"},
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_rejects_to_resume_with_other_settings_by_name(tmp_path: Path, what: str) -> None:
-    main.main(command(tmp_path, PROMPTS, LIMITED))
+def test_rejects_to_resume_with_other_settings_by_name(tmp_path: Path) -> None:
+    sample(tmp_path, limit=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    prompts, more = OTHERS[what]
-    with pytest.raises(ValueError) as error:
-        main.main(command(tmp_path, prompts, *more))
-    assert_one_line(error, tmp_path, "was started with another ", what)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before
+    assert len(before) == 6
+    for what, options in OTHERS.items():
+        with pytest.raises(ValueError) as error:
+            sample(tmp_path, **options)
+        assert_one_line(error, tmp_path, "was started with another ", what)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before, what
 
 
 def test_rejects_a_complete_folder(uninterrupted: Path) -> None:
     with pytest.raises(ValueError, match="already holds samples"):
-        main.main(command(uninterrupted))
+        sample(uninterrupted)
 
 
 def test_does_not_warn_if_no_prompt_was_truncated(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        main.main(command(tmp_path, ["a cat", ""]))
+        sample(tmp_path, ["a cat", ""])
     assert not [warning for warning in caught if "were truncated" in str(warning.message)]
 
 
@@ -163,9 +177,9 @@ def test_a_resumed_run_knows_the_prompts_truncated_before_the_kill(tmp_path: Pat
 def test_warns_about_prompts_truncated_by_an_earlier_run(tmp_path: Path) -> None:
     prompts = [LONG, "a", "b", "c"]
     with pytest.warns(UserWarning, match="1 of 4 prompts were longer"):
-        main.main(command(tmp_path, prompts, LIMITED, "--data.init_args.per_prompt=1", "--data.init_args.batch_size=1"))
+        sample(tmp_path, prompts, per_prompt=1, batch_size=1, limit=2)
     with pytest.warns(UserWarning, match="1 of 4 prompts were longer"):
-        main.main(command(tmp_path, prompts, "--data.init_args.per_prompt=1"))
+        sample(tmp_path, prompts, per_prompt=1)
     assert [record["truncated"] for record in records(tmp_path)] == [True, False, False, False]
 
 
