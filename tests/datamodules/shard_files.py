@@ -1,8 +1,9 @@
 """Shards, images and assertions for the tests of the data layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,16 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path
         assert str(phrase) in message
 
 
+def refusal_of(action: Callable[[], object]) -> str:
+    """The message of the ValueError of an action, which must be one line; empty if there is none."""
+    try:
+        action()
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return ""
+
+
 def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
     """Encode an image as a file."""
     buffer = BytesIO()
@@ -57,6 +68,16 @@ def write_shards(folder: Path, examples: Sequence[tuple[str, dict[str, bytes]]],
             for key, parts in examples[first : first + per_shard]:
                 writer.write(key, parts)
     return paths
+
+
+def use_few_digits(patch: pytest.MonkeyPatch, count: int = 60, per_shard: int = 20) -> None:
+    """Replace scikit-learn's digits by the first ones, because writing all of them takes long."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    few = SimpleNamespace(images=digits.images[:count], target=digits.target[:count])
+    patch.setattr("sklearn.datasets.load_digits", lambda: few)
+    patch.setattr("datamodules.digits.EXAMPLES_PER_SHARD", per_shard)
 
 
 def write_images(root: Path, train: int, val: int) -> None:
