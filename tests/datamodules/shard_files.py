@@ -37,11 +37,10 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path
 
 
 def refusal_of(action: Callable[[], object]) -> str:
-    """The message of the ValueError of an action, which must be one line; empty if there is none."""
+    """The message of the ValueError that an action raises; empty if it raises none."""
     try:
         action()
     except ValueError as error:
-        assert "\n" not in str(error)
         return str(error)
     return ""
 
@@ -80,8 +79,8 @@ def use_few_digits(patch: pytest.MonkeyPatch, count: int = 60, per_shard: int = 
     patch.setattr("datamodules.digits.EXAMPLES_PER_SHARD", per_shard)
 
 
-def write_images(root: Path, train: int, val: int) -> None:
+def write_images(root: Path, train: int, val: int, per_shard: int = 3) -> None:
     """Write a dataset of images: example i of a split has key ``split/i``, grey level i and class i mod 5."""
     for split, count in (("train", train), ("val", val)):
         examples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
-        write_shards(root / split, examples)
+        write_shards(root / split, examples, per_shard)
