@@ -152,15 +152,20 @@ UNCLEAR: dict[str, tuple[Splits, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes with repeated keys."""
+    return write_dataset(tmp_path_factory.mktemp("repeated"), {"train": LOCAL[:20], "val": LOCAL[20:]}, "codes")
+
+
 @pytest.mark.parametrize("case", UNCLEAR)
-def test_repeated_keys_with_ambiguous_features_are_refused(tmp_path: Path, case: str) -> None:
+def test_repeated_keys_with_ambiguous_features_are_refused(repeated: Path, tmp_path: Path, case: str) -> None:
     splits, phrase = UNCLEAR[case]
-    root = write_dataset(tmp_path / "codes", {"train": LOCAL[:20], "val": LOCAL[20:]}, "codes")
     features = write_dataset(tmp_path / "features", splits, "features")
     for stage in ("fit", "validate"):
         with pytest.raises(ValueError) as error:
-            code_data(root, features, stage)
-        assert_one_line(error, root, features, phrase, "ambiguous; extract the features again")
+            code_data(repeated, features, stage)
+        assert_one_line(error, repeated, features, phrase, "ambiguous; extract the features again")
 
 
 GAPS = {"train": SOURCE[:3] + SOURCE[5:23], "val": SOURCE[23:]}

@@ -165,12 +165,12 @@ def test_random_crop_takes_every_length_and_position_of_the_resized_image(source
     assert len(corners) >= 25
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 32, 256])
+@pytest.mark.parametrize("size", [1, 30, 32, 256])
 def test_short_side_is_at_most_size_divided_by_0_8(size: int) -> None:
     # On a ramp over 512 pixels, resized to a short side s, one pixel rises by 256 / s levels.
     generator = np.random.default_rng(0)
     source = np.broadcast_to(np.arange(512)[None, :, None] // 2, (512, 512, 3)).astype(np.uint8)
-    crops = [random_crop(source, size, generator) for _ in range(60)]
+    crops = [random_crop(source, size, generator) for _ in range(60 if size > 20 else 20)]
     assert {crop.shape for crop in crops} == {(size, size, 3)}
     if size > 20:
         inner = slice(3, size - 3)  # the filter has no neighbours at the edge of the image
