@@ -1,8 +1,9 @@
 """Shards, images and assertions for the tests of the data layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,15 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *phrases: str | Path
         assert str(phrase) in message
 
 
+def refusal_of(action: Callable[[], object]) -> str:
+    """The message of the ValueError that an action raises; empty if it raises none."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
     """Encode an image as a file."""
     buffer = BytesIO()
@@ -59,8 +69,18 @@ def write_shards(folder: Path, examples: Sequence[tuple[str, dict[str, bytes]]],
     return paths
 
 
-def write_images(root: Path, train: int, val: int) -> None:
+def use_few_digits(patch: pytest.MonkeyPatch, count: int = 60, per_shard: int = 20) -> None:
+    """Replace scikit-learn's digits by the first ones, because writing all of them takes long."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    few = SimpleNamespace(images=digits.images[:count], target=digits.target[:count])
+    patch.setattr("sklearn.datasets.load_digits", lambda: few)
+    patch.setattr("datamodules.digits.EXAMPLES_PER_SHARD", per_shard)
+
+
+def write_images(root: Path, train: int, val: int, per_shard: int = 3) -> None:
     """Write a dataset of images: example i of a split has key ``split/i``, grey level i and class i mod 5."""
     for split, count in (("train", train), ("val", val)):
         examples = [(f"{split}/{i}", {"png": grey_image(i), "cls": str(i % 5).encode()}) for i in range(count)]
-        write_shards(root / split, examples)
+        write_shards(root / split, examples, per_shard)

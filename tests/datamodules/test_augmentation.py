@@ -17,7 +17,7 @@ from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.index import ExampleIndex
 from datamodules.storage.tar_index import index_shard
 from datamodules.transforms.crops import centre_crop, ten_crops
-from tests.datamodules.shard_files import encode, write_shards
+from tests.datamodules.shard_files import encode, use_few_digits, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total.*")
 
@@ -130,9 +130,8 @@ def test_training_is_augmented_unless_disabled(root: Path) -> None:
     assert variants([*epoch(random_crop=False, flip=False), plain(root)]) == 1
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_is_never_augmented(root: Path, num_workers: int) -> None:
-    data = image_data(root, num_workers=num_workers)
+def test_evaluation_is_never_augmented(root: Path) -> None:
+    data = image_data(root)
     by_key(data.train_dataloader())  # that training went before changes nothing
     loaders = [data.val_dataloader(), data.test_dataloader(), *data.predict_dataloader()]
     found = [by_key(loader) for loader in loaders]
@@ -167,22 +166,22 @@ def test_ranks_change_no_image(root: Path) -> None:
     assert all(equal(a, b) for a, b in zip(epochs(image_data(root)), together, strict=True))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_epoch_has_the_same_images(root: Path, num_workers: int) -> None:
+def test_resumed_epoch_has_the_same_images(root: Path) -> None:
     expected = epochs(image_data(root))
-    stopped = image_data(root, num_workers=num_workers)
+    stopped = image_data(root)
     loader = stopped.train_dataloader()
     by_key(loader)
     batches = iter(loader)
     before = by_key(next(batches) for _ in range(2))
-    resumed = image_data(root, num_workers=num_workers, batch_size=3)
+    resumed = image_data(root, batch_size=3)
     resumed.load_state_dict(stopped.state_dict())
     rest = by_key(resumed.train_dataloader())
     assert len(rest) == COUNT - 4
     assert equal(before | rest, expected[1])
 
 
-def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path) -> None:
+def test_digits_are_neither_cropped_nor_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_few_digits(monkeypatch)
     data = DigitsDataModule(tmp_path / "digits", image_size=SIZE, batch_size=500)
     data.prepare_data()
     data.setup("predict")

@@ -209,7 +209,7 @@ def all_keys(data: ImageDataModule) -> dict[str, list[str]]:
 
 
 def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
-    write_images(tmp_path, train=140, val=0)
+    write_images(tmp_path, train=140, val=0, per_shard=40)
     whole = [f"train/{number}" for number in range(140)]
     keys = all_keys(image_data(tmp_path, val_share=0.2))
     assert sorted(keys["train"] + keys["val"]) == sorted(whole)
@@ -222,7 +222,7 @@ def test_without_a_validation_split_a_share_is_held_out(tmp_path: Path) -> None:
     validation.setup("validate")
     assert [key for batch in validation.val_dataloader() for key in batch["keys"]] == keys["val"]
     assert set(keys["val"]) < set(all_keys(image_data(tmp_path, val_share=0.4))["val"])
-    write_images(tmp_path / "more", train=180, val=0)
+    write_images(tmp_path / "more", train=180, val=0, per_shard=40)
     more = all_keys(image_data(tmp_path / "more", val_share=0.2))
     assert [key for key in more["val"] if int(key.split("/")[1]) < 140] == keys["val"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import datamodules
 from datamodules import (
     CaptionDataModule,
     ClassRequestDataModule,
@@ -102,17 +103,17 @@ import evaluation.image_sets, datamodules.packing
 from datamodules.inspection import inspect
 assert "all: 1 samples, in folders" in inspect(sys.argv[1], num_workers=0, decode=False)
 heavy = {"lightning", "torchmetrics", "transformers", "sklearn", "kornia", "jsonargparse"} & set(sys.modules)
-from datamodules import CodeDataModule
 assert not heavy, heavy
-assert "lightning.pytorch" in sys.modules
-import datamodules
-try:
-    datamodules.Nothing
-except AttributeError as error:
-    assert "Nothing" in str(error)
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "empty (no images)" in done.stderr
+
+
+def test_data_modules_are_imported_on_first_use() -> None:
+    assert datamodules.CodeDataModule is CodeDataModule
+    assert "lightning.pytorch" in sys.modules, "of which the test above would notice the import"
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = datamodules.Nothing

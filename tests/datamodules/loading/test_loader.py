@@ -64,17 +64,18 @@ def numbers(batches: Batches) -> list[int]:
     return [number for batch in batches for number, _ in batch]
 
 
-@pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES)
-def test_epoch_holds_every_example_once_and_ranks_are_disjoint(count: int, batch_size: int, world_size: int) -> None:
-    ranks = [loader(count, batch_size, rank, world_size) for rank in range(world_size)]
-    epochs = [[take(rank) for rank in ranks] for _ in range(3)]
-    for epoch, batches in enumerate(epochs):
-        assert [len(share) for share in batches] == [len(rank) for rank in ranks]
-        assert len({len(rank) for rank in ranks}) == 1
-        assert {asked_for for share in batches for batch in share for _, asked_for in batch} == {epoch}
-        assert sorted(number for share in batches for number in numbers(share)) == list(range(count))
-    orders = [[numbers(share) for share in batches] for batches in epochs]
-    assert count < 10 or all(a != b for a, b in pairwise(orders))
+def test_epoch_holds_every_example_once_and_ranks_are_disjoint() -> None:
+    for case in CASES:
+        count, batch_size, world_size = case
+        ranks = [loader(count, batch_size, rank, world_size) for rank in range(world_size)]
+        epochs = [[take(rank) for rank in ranks] for _ in range(3)]
+        for epoch, batches in enumerate(epochs):
+            assert [len(share) for share in batches] == [len(rank) for rank in ranks], case
+            assert len({len(rank) for rank in ranks}) == 1, case
+            assert {asked_for for share in batches for batch in share for _, asked_for in batch} == {epoch}, case
+            assert sorted(number for share in batches for number in numbers(share)) == list(range(count)), case
+        orders = [[numbers(share) for share in batches] for batches in epochs]
+        assert count < 10 or all(a != b for a, b in pairwise(orders)), case
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -83,8 +84,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
         assert numbers(take(source)) == epoch_order(22, 8, epoch).tolist()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("done", [0, 1, 4, 7])
+@pytest.mark.parametrize(("done", "num_workers"), [(0, 0), (1, 0), (4, 0), (7, 0), (4, 2)])
 def test_stopped_epoch_resumes_with_exactly_its_rest(done: int, num_workers: int) -> None:
     uninterrupted = loader()
     expected = [take(uninterrupted) for _ in range(3)]
@@ -98,8 +98,9 @@ def test_stopped_epoch_resumes_with_exactly_its_rest(done: int, num_workers: int
     assert take(resumed) == expected[2]
 
 
-@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 2), (2, 1), (2, 3), (4, 2), (3, 4)])
-@pytest.mark.parametrize("done", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("ranks_before", "ranks_after", "done"), [(1, 2, 3), (2, 1, 1), (2, 3, 2), (4, 2, 3), (3, 4, 1), (3, 4, 2)]
+)
 def test_stopped_epoch_resumes_on_another_number_of_ranks(ranks_before: int, ranks_after: int, done: int) -> None:
     count = 61
     stopped = [loader(count, 4, rank, ranks_before) for rank in range(ranks_before)]
@@ -161,18 +162,17 @@ def test_position_of_an_unused_loader_restores_to_the_first_epoch() -> None:
     assert numbers(take(source)) == epoch_order(22, 5, 0).tolist()
 
 
-@pytest.mark.parametrize(("count", "batch_size", "world_size"), CASES)
-def test_after_a_whole_epoch_the_next_one_starts_also_after_restore(
-    count: int, batch_size: int, world_size: int
-) -> None:
-    uninterrupted = loader(count, batch_size, 0, world_size)
-    # Like Lightning, request no batch after the last.
-    assert len(take(uninterrupted, len(uninterrupted))) == len(uninterrupted)
-    restored = loader(count, batch_size, 0, world_size)
-    restored.load_state_dict(uninterrupted.state_dict())
-    expected = take(uninterrupted)
-    assert {epoch for batch in expected for _, epoch in batch} == {1}
-    assert take(restored) == expected
+def test_after_a_whole_epoch_the_next_one_starts_also_after_restore() -> None:
+    for case in CASES:
+        count, batch_size, world_size = case
+        uninterrupted = loader(count, batch_size, 0, world_size)
+        # Like Lightning, request no batch after the last.
+        assert len(take(uninterrupted, len(uninterrupted))) == len(uninterrupted), case
+        restored = loader(count, batch_size, 0, world_size)
+        restored.load_state_dict(uninterrupted.state_dict())
+        expected = take(uninterrupted)
+        assert {epoch for batch in expected for _, epoch in batch} == {1}, case
+        assert take(restored) == expected, case
 
 
 def test_epoch_that_dropped_examples_is_over_on_any_number_of_ranks() -> None:
@@ -205,8 +205,7 @@ def test_remainder_too_small_for_the_ranks_is_filled_up() -> None:
         assert {epoch for batch in take(resumed) for _, epoch in batch} == {1}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (1, 2)])
 def test_stream_resumes_at_the_next_example(world_size: int, num_workers: int) -> None:
     for rank in range(world_size):
         plan = StreamPlan(9, 4, 40, 3, 5, rank, world_size)
@@ -274,23 +273,20 @@ def test_fit_stopped_within_an_epoch_ends_its_workers(tmp_path: Path) -> None:
     assert set(active_children()) == before
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "world_size", "num_workers"), [*((*case, 0) for case in CASES), (2, 4, 3, 0), (11, 2, 2, 2)]
-)
-def test_evaluation_sees_every_example_once_in_order(
-    count: int, batch_size: int, world_size: int, num_workers: int
-) -> None:
-    seen = []
-    for rank in range(world_size):
-        source = evaluation(count, batch_size, rank, world_size, num_workers)
-        batches = take(source)
-        assert len(batches) == len(source)
-        assert numbers(batches) == list(range(rank, count, world_size))
-        assert {epoch for batch in batches for _, epoch in batch} <= {NO_EPOCH}
-        assert all(len(batch) == batch_size for batch in batches[:-1])
-        assert take(source) == batches
-        seen += numbers(batches)
-    assert sorted(seen) == list(range(count))
+def test_evaluation_sees_every_example_once_in_order() -> None:
+    for case in [*((*case, 0) for case in CASES), (2, 4, 3, 0), (11, 2, 2, 2)]:
+        count, batch_size, world_size, num_workers = case
+        seen = []
+        for rank in range(world_size):
+            source = evaluation(count, batch_size, rank, world_size, num_workers)
+            batches = take(source)
+            assert len(batches) == len(source), case
+            assert numbers(batches) == list(range(rank, count, world_size)), case
+            assert {epoch for batch in batches for _, epoch in batch} <= {NO_EPOCH}, case
+            assert all(len(batch) == batch_size for batch in batches[:-1]), case
+            assert take(source) == batches, case
+            seen += numbers(batches)
+        assert sorted(seen) == list(range(count)), case
 
 
 def test_ranks_may_have_unequal_numbers_of_evaluation_batches() -> None:

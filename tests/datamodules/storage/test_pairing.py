@@ -50,15 +50,22 @@ def assert_each_has_its_own(data: CodeDataModule, train: Iterable[int], val: Ite
         assert sorted(pairs(loader)) == [(number, tokens(number).tolist()) for number in sorted(expected)]
 
 
-@pytest.fixture
-def roots(tmp_path: Path) -> tuple[Path, Path, Path]:
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A dataset with codes and features, one with codes only and one with features only, in shards of other sizes."""
-    combined = write_dataset(tmp_path / "combined", SPLITS)
+    folder = tmp_path_factory.mktemp("roots")
+    combined = write_dataset(folder / "combined", SPLITS)
     return (
         combined,
-        write_dataset(tmp_path / "codes", SPLITS, "codes"),
-        write_dataset(tmp_path / "features", SPLITS, "features", 7),
+        write_dataset(folder / "codes", SPLITS, "codes"),
+        write_dataset(folder / "features", SPLITS, "features", 7),
     )
+
+
+@pytest.fixture
+def root(roots: tuple[Path, Path, Path]) -> Path:
+    """The dataset with codes only, for tests that do not change it."""
+    return roots[1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -83,8 +90,7 @@ def test_paired_features_give_the_same_batches_as_features_stored_with_codes(
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_features_with_other_splits_are_paired(tmp_path: Path, stage: str) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_features_with_other_splits_are_paired(root: Path, tmp_path: Path, stage: str) -> None:
     features = write_dataset(tmp_path / "features", {"train": SOURCE[::-1][:25], "val": SOURCE[:5]}, "features", 3)
     data = code_data(root, features, stage)
     assert sorted(pairs(data.val_dataloader())) == [(number, tokens(number).tolist()) for number in range(23, 30)]
@@ -101,8 +107,7 @@ def test_codes_without_a_validation_split_hold_examples_out(tmp_path: Path) -> N
     assert not set(train) & set(val)
 
 
-def test_named_shards_of_codes_get_their_features(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_named_shards_of_codes_get_their_features(root: Path, tmp_path: Path) -> None:
     features = write_dataset(tmp_path / "features", SPLITS, "features")
     shards = [str(root / f"train/train-00000{number}.tar") for number in (3, 1)]
     data = code_data(root, features, train=shards, val=str(root / "val"))
@@ -147,22 +152,26 @@ UNCLEAR: dict[str, tuple[Splits, str]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes with repeated keys."""
+    return write_dataset(tmp_path_factory.mktemp("repeated"), {"train": LOCAL[:20], "val": LOCAL[20:]}, "codes")
+
+
 @pytest.mark.parametrize("case", UNCLEAR)
-def test_repeated_keys_with_ambiguous_features_are_refused(tmp_path: Path, case: str, stage: str) -> None:
+def test_repeated_keys_with_ambiguous_features_are_refused(repeated: Path, tmp_path: Path, case: str) -> None:
     splits, phrase = UNCLEAR[case]
-    root = write_dataset(tmp_path / "codes", {"train": LOCAL[:20], "val": LOCAL[20:]}, "codes")
     features = write_dataset(tmp_path / "features", splits, "features")
-    with pytest.raises(ValueError) as error:
-        code_data(root, features, stage)
-    assert_one_line(error, root, features, phrase, "ambiguous; extract the features again")
+    for stage in ("fit", "validate"):
+        with pytest.raises(ValueError) as error:
+            code_data(repeated, features, stage)
+        assert_one_line(error, repeated, features, phrase, "ambiguous; extract the features again")
 
 
 GAPS = {"train": SOURCE[:3] + SOURCE[5:23], "val": SOURCE[23:]}
 
 
-def test_examples_without_features_are_rejected_before_reading(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_examples_without_features_are_rejected_before_reading(root: Path, tmp_path: Path) -> None:
     features = write_dataset(tmp_path / "features", GAPS, "features")
     data = code_data(root, features, max_bad_share=0.1)
     assert data.tallies["train"].by_reason() == {"no caption": 2}
@@ -175,8 +184,7 @@ def test_examples_without_features_are_rejected_before_reading(tmp_path: Path) -
     assert_one_line(error, "2 of 23 examples of train", "no caption: 2", "has no caption features")
 
 
-def test_examples_without_features_in_the_other_dataset_do_not_count(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_examples_without_features_in_the_other_dataset_do_not_count(root: Path, tmp_path: Path) -> None:
     features = write_dataset(tmp_path / "features", GAPS, "features")
     with_codes_alone = write_dataset(tmp_path / "more", {"train": SOURCE[3:5], "val": SOURCE[:0]}, "codes")
     meta = read_meta(features, "")
@@ -200,8 +208,7 @@ def trainer_of_model(needs_captions: bool) -> Any:
     return SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
 
 
-def test_class_conditional_model_ignores_the_features(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_class_conditional_model_ignores_the_features(root: Path, tmp_path: Path) -> None:
     data = CodeDataModule(root, 4, num_workers=0, features=tmp_path / "nowhere")
     data.trainer = trainer_of_model(needs_captions=False)
     data.setup("fit")
@@ -230,11 +237,10 @@ def test_given_features_replace_those_stored_with_the_codes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("same", ["some/4", "some/4 some/25"])
 def test_hash_collision_loses_an_example_and_mixes_no_captions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
 ) -> None:
     key_hash = pairing.key_hash
     monkeypatch.setattr(pairing, "key_hash", lambda key: 7 if key.decode() in (*same.split(), "x") else key_hash(key))
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
     splits = {"train": [("x" if number == 4 else key, number) for key, number in SOURCE[:23]], "val": SOURCE[23:]}
     features = write_dataset(tmp_path / "features", splits, "features")
     data = code_data(root, features, max_bad_share=0.2)
@@ -301,8 +307,8 @@ def test_only_feature_columns_of_the_other_dataset_are_kept(roots: tuple[Path, P
 
 
 def test_remote_features_equal_local_features(roots: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    _, root, _ = roots
-    with Server(tmp_path) as server:
+    _, root, features = roots
+    with Server(features.parent) as server:
         data = code_data(root, f"{server.address}/features", cache_dir=tmp_path / "cache")
         server.shutdown()
     assert_each_has_its_own(data, range(23), range(23, 30))
@@ -345,20 +351,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets that do not belong together."""
+    folder = tmp_path_factory.mktemp("mismatched")
+    write_dataset(folder / "codes", SPLITS, "codes")
+    write_dataset(folder / "features", SPLITS, "features")
+    write_dataset(folder / "others", {"train": [("other/0", 0)]}, "features", short=False)
+    write_dataset(folder / "broken", SPLITS, "features", width=0)
+    return folder
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_mismatched_features_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
-    write_dataset(tmp_path / "codes", SPLITS, "codes")
-    write_dataset(tmp_path / "features", SPLITS, "features")
-    write_dataset(tmp_path / "others", {"train": [("other/0", 0)]}, "features", short=False)
-    write_dataset(tmp_path / "broken", SPLITS, "features", width=0)
+def test_mismatched_features_are_refused_in_one_line(mismatched: Path, case: str) -> None:
     make, phrases = REFUSED[case]
     with pytest.raises(ValueError) as error:
-        make(tmp_path)
+        make(mismatched)
     assert_one_line(error, *phrases)
 
 
-def test_broken_features_are_skipped_and_counted(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "codes", SPLITS, "codes")
+def test_broken_features_are_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     features = write_dataset(tmp_path / "features", SPLITS, "features", width=WIDTH, caption_length=4)  # some have 5
     data = code_data(root, features, max_bad_share=0.3)
     found = pairs(data.train_dataloader())

@@ -62,9 +62,9 @@ def is_plain(pixels: np.ndarray, size: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
-@pytest.mark.parametrize("source", [(32, 32), (33, 32), (31, 97), (97, 31), (500, 375), (5, 3), (1, 40), (40, 1)])
-def test_crop_has_the_size_and_the_colour(source: tuple[int, int], size: int) -> None:
-    assert is_plain(centre_crop(np.full((*source, 3), COLOUR, np.uint8), size), size)
+def test_crop_has_the_size_and_the_colour(size: int) -> None:
+    for source in ((32, 32), (33, 32), (31, 97), (97, 31), (500, 375), (5, 3), (1, 40), (40, 1)):
+        assert is_plain(centre_crop(np.full((*source, 3), COLOUR, np.uint8), size), size), source
 
 
 @pytest.mark.parametrize(
@@ -93,17 +93,17 @@ def test_large_image_is_halved_with_a_box_filter(height: int, width: int, side: 
 
 
 @pytest.mark.parametrize("size", [8, 16, 27])
-@pytest.mark.parametrize("source", [*SMALL, *LARGE, *TALL], ids=str)
-def test_pixels_match_pillow(source: tuple[int, int], size: int) -> None:
-    for image in (noise(*source), black_and_white(*source), coordinates(*source)):
-        assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) <= TOLERANCE
+def test_pixels_match_pillow(size: int) -> None:
+    for source in [*SMALL, *LARGE, *TALL]:
+        for image in (noise(*source), black_and_white(*source), coordinates(*source)):
+            assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) <= TOLERANCE, source
 
 
 @pytest.mark.parametrize("size", [8, 16, 27])
-@pytest.mark.parametrize("source", TALL, ids=str)
-def test_image_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(source: tuple[int, int], size: int) -> None:
-    for image in (noise(*source), black_and_white(*source)):
-        assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) == 0
+def test_image_taller_than_twice_its_width_has_exactly_the_pixels_of_pillow(size: int) -> None:
+    for source in TALL:
+        for image in (noise(*source), black_and_white(*source)):
+            assert difference(centre_crop(image, size), middle(shrunk(image, size), size)) == 0, source
 
 
 def test_crop_of_a_view_into_a_larger_image_matches_that_of_a_copy() -> None:
@@ -165,12 +165,12 @@ def test_random_crop_takes_every_length_and_position_of_the_resized_image(source
     assert len(corners) >= 25
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 32, 256])
+@pytest.mark.parametrize("size", [1, 30, 32, 256])
 def test_short_side_is_at_most_size_divided_by_0_8(size: int) -> None:
     # On a ramp over 512 pixels, resized to a short side s, one pixel rises by 256 / s levels.
     generator = np.random.default_rng(0)
     source = np.broadcast_to(np.arange(512)[None, :, None] // 2, (512, 512, 3)).astype(np.uint8)
-    crops = [random_crop(source, size, generator) for _ in range(60)]
+    crops = [random_crop(source, size, generator) for _ in range(60 if size > 20 else 20)]
     assert {crop.shape for crop in crops} == {(size, size, 3)}
     if size > 20:
         inner = slice(3, size - 3)  # the filter has no neighbours at the edge of the image
@@ -179,11 +179,11 @@ def test_short_side_is_at_most_size_divided_by_0_8(size: int) -> None:
         assert 1.2 * size < max(sides) < np.ceil(1.25 * size) + 0.2
 
 
-@pytest.mark.parametrize("source", [(5, 3), (3, 5), (1, 40), (40, 1), (1, 1), (500, 375)])
-def test_random_crop_of_small_images_has_the_size_and_the_colour(source: tuple[int, int]) -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        assert is_plain(random_crop(np.full((*source, 3), COLOUR, np.uint8), 32, generator), 32)
+def test_random_crop_of_small_images_has_the_size_and_the_colour() -> None:
+    for source in ((5, 3), (3, 5), (1, 40), (40, 1), (1, 1), (500, 375)):
+        generator = np.random.default_rng(0)
+        for _ in range(20):
+            assert is_plain(random_crop(np.full((*source, 3), COLOUR, np.uint8), 32, generator), 32), source
 
 
 def test_random_crop_depends_on_its_generator_alone() -> None:
