@@ -11,6 +11,7 @@ import pytest
 import main
 from llamagen.command import fault_of
 from tests.pipeline import Pipeline
+from tests.saved_runs import again
 
 DATA, MODEL, CALLBACK = "--data.init_args", "--model.init_args", "--trainer.callbacks"
 
@@ -21,9 +22,9 @@ def with_callback(name: str, *arguments: str) -> str:
 
 # By stage: arguments added to a correct command, and part of the message.
 FIT_TOKENIZER = {
-    f"{DATA}.root={{tmp}}/nowhere": "nowhere",
+    f"{DATA}.root={{tmp}}/nowhere": "nowhere does not exist; give a",
     f"{DATA}.root={{tmp}}/flat": "flat",
-    f"{DATA}.root={{tmp}}/empty": "empty",
+    f"{DATA}.root={{tmp}}/empty": "empty holds neither .tar files nor folders of images; give a",
     f"{DATA}.root={{tmp}}/file": "file",
     f"{DATA}.train={{tmp}}/nowhere": "nowhere",
     f"{DATA}.val=s4://bucket/x.tar": "s4://bucket/x.tar",
@@ -96,7 +97,7 @@ FIT_ARGEN = {
     f"{MODEL}.sampling.top_p=1.5": "top_p is 1.5",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
     f"{MODEL}.loss.label_smoothing=2": "label_smoothing is 2",
-    "--ckpt_path={tokenizer}": "holds a VQGAN, but a GPT is expected",
+    "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("SampleGrid", "per_class=0"): "per_class 0",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",
@@ -119,12 +120,14 @@ PREDICT_ARGEN = {
     "--data=PromptDataModule --data.prompts=[a] --data.per_prompt=0": "per_prompt is 0",
     "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",
     "--ckpt_path=null": "predict needs a trained model",
+    "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     with_callback("ImageWriter", "grid_columns=0"): "the grid is",
     with_callback("FeatureWriter", "dtype=int8"): "dtype",
     "--trainer.default_root_dir={samples}": "already holds samples",
 }
 VALIDATE_TOKENIZER = {
     "--ckpt_path=null": "validate needs a trained model",
+    "--ckpt_path={argen}": "the checkpoint holds a GPT, but a VQGAN is expected",
     f"{DATA}.root={{tmp}}/nowhere": "nowhere",
     f"{MODEL}.net.codebook_size=64": "quantize.embedding.weight is (32, 4), expected (64, 4)",
     "--trainer.limit_val_batches=-1": "limit_val_batches",
@@ -161,20 +164,22 @@ def test_wrong_commands_are_one_line_errors_and_leave_nothing(
     (tmp_path / "flat/a.png").write_bytes(b"")
     run = tmp_path / "run"
     places = {"tmp": tmp_path, "argen": pipeline.argen, "tokenizer": pipeline.tokenizer, "samples": pipeline.samples}
-    codes = f"{DATA}.root={pipeline.codes}"
+    tokenizer, argen = pipeline.root / "tokenizer", pipeline.root / "argen"
     images = ["--data.class_path=ImageDataModule", f"{DATA}.root={pipeline.digits}"]
-    tokenizer = [*pipeline.tokenizer_arguments(run), *images]
     commands = {
-        "fit tokenizer": (tokenizer, FIT_TOKENIZER),
-        "fit argen": ([*pipeline.argen_arguments(run), codes], FIT_ARGEN),
-        "predict argen": ([*pipeline.sample_arguments(run)[1:], f"--ckpt_path={pipeline.argen}"], PREDICT_ARGEN),
-        "validate tokenizer": ([*tokenizer, f"--ckpt_path={pipeline.tokenizer}"], VALIDATE_TOKENIZER),
-        "test argen": ([*pipeline.argen_arguments(run), codes, f"--ckpt_path={pipeline.argen}"], TEST_ARGEN),
+        "fit tokenizer": ([*again("fit", tokenizer, run), *images], FIT_TOKENIZER),
+        "fit argen": (again("fit", argen, run), FIT_ARGEN),
+        "predict argen": (again("predict", pipeline.samples, run), PREDICT_ARGEN),
+        "validate tokenizer": (
+            [*again("validate", tokenizer, run), *images, f"--ckpt_path={pipeline.tokenizer}"],
+            VALIDATE_TOKENIZER,
+        ),
+        "test argen": ([*again("test", argen, run), f"--ckpt_path={pipeline.argen}"], TEST_ARGEN),
     }
     arguments, wrong = commands[stage]
     faults = []
     for more, phrase in wrong.items():
-        line = error_of([stage.split()[0], *arguments, *more.format(**places).split()], capsys)
+        line = error_of([*arguments, *more.format(**places).split()], capsys)
         if phrase not in line or "\n" in line or line[:4] in ("ACCE", "TRAC", "ENDE", "CODE"):
             faults.append((more, line))
         if run.exists():
