@@ -11,9 +11,8 @@ import main
 from datamodules import CodeDataModule, ImageDataModule
 from datamodules.packing import pack
 from tests.datamodules.shard_files import encode
-from tests.forked_ranks import forked_ranks
 from tests.pipeline import Pipeline
-from tests.ranks import succeeds
+from tests.ranks import succeeds, two_processes
 
 CLASSES, PER_CLASS = 8, 25
 KINDS = [("jpg", "jpeg"), ("JPEG", "jpeg"), ("png", "png"), ("webp", "webp")]
@@ -102,7 +101,7 @@ def test_two_ranks_write_the_same_code_shards_as_one(
     # Directly from the folder, in shards of 30 images.
     small = "--trainer.callbacks=[{class_path: EMA}, {class_path: CodeWriter, init_args: {samples_per_shard: 30}}]"
     main.main([*arguments(pipeline, images[0], tmp_path / "one", num_workers=0), small])
-    succeeds(forked_ranks([*arguments(pipeline, images[0], tmp_path / "two", num_workers=1), small]))
+    succeeds(two_processes([*arguments(pipeline, images[0], tmp_path / "two", num_workers=1), small]))
     one, two = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.name != "predict.yaml"
          and path.is_file()} for folder in (tmp_path / "one", tmp_path / "two")
