@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from command_line.config_files import LOADER
 from lightning_modules import ARGenModule, models_on_meta_device
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -98,7 +99,7 @@ def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
         main([stage, *arguments, "--print_config"])
     assert end.value.code == 0
-    parsed: dict[str, Any] = yaml.safe_load(output.getvalue())
+    parsed: dict[str, Any] = yaml.load(output.getvalue(), LOADER)
     return parsed
 
 
