@@ -5,7 +5,12 @@ VENV ?= .venv
 # Extra arguments for pip. On Linux without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # avoids a download of gigabytes.
 PIP_ARGS ?=
+# Extra arguments for pytest, such as PYTEST_ARGS=--cov or PYTEST_ARGS=--random-order.
+PYTEST_ARGS ?=
+# Test processes. `worksteal` gives each a contiguous part of the tests, so that fixtures of a file are created once.
+JOBS ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 RUN := runs/quickstart
 
 TOKENIZER := --config configs/vqgan/base.yaml --config configs/vqgan/digits.yaml
@@ -18,7 +23,7 @@ export GOMP_SPINCOUNT := 2000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-slow lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-all mutations lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -63,11 +68,14 @@ text-to-digits: install-dev ## all stages of text to image on captions of digits
 	rm -rf runs/text_digits
 	$(BIN)/python -m benchmarks.text_to_digits runs/text_digits
 
-test: install-dev ## the whole CPU test suite, with coverage
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network" --cov --cov-report=term
+test: install-dev ## the tests, in six minutes
+	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: install-dev ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-all: install-dev ## the tests with those that take longer: long matrices, a trained text model
+	$(PYTEST) -m "not gpu"
+
+mutations: install-dev ## break the code in many places, one at a time, and see whether the tests notice
+	$(BIN)/python -m tests.mutations --out benchmarks/results/mutations.json
 
 lint: install-dev ## check format and rules with ruff
 	$(BIN)/ruff format --check .

@@ -1,9 +1,13 @@
-"""Settings of the whole test suite."""
+"""Settings of the whole test suite, and the folders that its worker processes share."""
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.pipeline import Pipeline
 from tests.text_pipeline import TextPipeline
@@ -12,27 +16,48 @@ from tests.text_pipeline import TextPipeline
 def pytest_configure() -> None:
     """Use one thread: faster for small tensors on shared cores, and sums have a fixed order."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of pytest that all its worker processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_home(shared_folder: Path) -> Iterator[None]:
     """Keep the user's cache untouched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(shared_folder / "cache"))
         yield
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def pipeline(shared_folder: Path) -> Pipeline:
     """A small run of the four commands, created once; tests only read it."""
-    pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
-    pipeline.run()
+    pipeline = Pipeline(shared_folder / "pipeline")
+    _create_once(pipeline.root, pipeline.run)
     return pipeline
 
 
 @pytest.fixture(scope="session")
-def text_pipeline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> TextPipeline:
+def text_pipeline(pipeline: Pipeline, shared_folder: Path) -> TextPipeline:
     """A small run from captions to a trained text model, created once; tests only read it."""
-    text_pipeline = TextPipeline(tmp_path_factory.mktemp("text_pipeline"), pipeline)
-    text_pipeline.run()
+    text_pipeline = TextPipeline(shared_folder / "text_pipeline", pipeline)
+    _create_once(text_pipeline.root, text_pipeline.run)
     return text_pipeline
+
+
+def _create_once(folder: Path, create: Callable[[], None]) -> None:
+    """Create a folder in the first worker process that needs it; the others wait, or try again if that one failed."""
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock"), timeout=120):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            create()
+            done.touch()

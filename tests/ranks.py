@@ -1,7 +1,7 @@
 """Functions and commands in several processes, with a time limit.
 
-Importing torch and Lightning takes longer than what most of these processes do. So they are forked from a server process
-that has imported both (:mod:`multiprocessing`'s forkserver). :func:`ended` starts a command as a user does.
+Importing torch and Lightning takes longer than what most of these processes do. So they are forked from a process that
+has imported both (:mod:`multiprocessing`'s forkserver). Only :func:`ended` starts a command as a user does.
 """
 
 import multiprocessing
@@ -61,7 +61,9 @@ def main_ended(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProc
             for rank, variables in enumerate(_environments(ranks))
         ]
         codes = _joined(processes)
-        output, errors = ("".join((out / f"{rank}.{name}").read_text() for rank in range(ranks)) for name in ("out", "err"))
+        output, errors = (
+            "".join((out / f"{rank}.{name}").read_text() for rank in range(ranks)) for name in ("out", "err")
+        )
     return subprocess.CompletedProcess(["main.py", *arguments], next(filter(None, codes), 0), output, errors)
 
 
@@ -139,7 +141,13 @@ def _run_main(arguments: list[str], environment: dict[str, str], out: Path) -> N
 
 
 def _one_rank(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, out: Path, args: Any, environment: dict[str, str]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    out: Path,
+    args: Any,
+    environment: dict[str, str],
 ) -> None:
     _start(environment)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
