@@ -49,12 +49,22 @@ class LlamaGenCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stopping = StopOnSignal()
+        given = kwargs.get("args")
+        words = sys.argv[1:] if given is None else given
+        self._stage = words[0] if isinstance(words, list) and words and words[0] in self.subcommands() else None
         settings = {"parser_class": Parser, "trainer_defaults": {"callbacks": [self.stopping, StartChecks()]}}
         super().__init__(*args, **{**settings, **kwargs})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build a parser that rejects abbreviations such as ``max_epoch`` and resolves ``${…}`` after merging files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # The options of a stage take long to collect, so only those of the given one are.
+        if self._stage in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyperparameters in the checkpoint override the configuration. This only checks options.

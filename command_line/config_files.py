@@ -9,6 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from llamagen.parser_errors import RENAMED_CLASSES, RENAMED_OPTIONS
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The loader in C, if PyYAML was built with it: ten times faster."""
+
 
 def check_config_files(args: list[str] | dict[str, Any]) -> None:
     """Check that each ``--config`` is YAML with settings. The parser's own error has the line, but not the file.
@@ -23,7 +26,7 @@ def check_config_files(args: list[str] | dict[str, Any]) -> None:
     for option, name in pairwise(words):
         if option in ("-c", "--config") and Path(name).is_file():
             try:
-                is_mapping = isinstance(yaml.safe_load(Path(name).read_text()), dict | None)
+                is_mapping = isinstance(yaml.load(Path(name).read_text(), LOADER), dict | None)
                 problem = "" if is_mapping else "it holds no settings"
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 problem = str(error)
@@ -41,7 +44,7 @@ def with_current_names(content: str, path: str) -> str:
     Returns:
         The content with current names; unchanged if it has no older ones.
     """
-    settings = yaml.safe_load(content)
+    settings = yaml.load(content, LOADER)
     found: dict[str, str] = {}
     renamed = _renamed(settings, found)
     if not found:

@@ -1,6 +1,7 @@
 """Files that were written before modules, options and folders were renamed: see ``fixtures/before/README.md``."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,18 @@ import main
 from tests.before import EXPECTED, FACTS, ROOT, rows, saved, unpack
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files, which tests only read."""
+    folder = tmp_path_factory.mktemp("old_files")
+    unpack(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def old_files(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in a temporary folder with a copy of the files."""
-    unpack(tmp_path)
+    shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
 

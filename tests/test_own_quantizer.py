@@ -9,14 +9,15 @@ import torch
 
 import main
 from datamodules import CodeDataModule
-from lightning_modules import VQGANModule
+from lightning_modules import VQGANLossConfig, VQGANModule
 from llamagen.checkpoints.contents import load_vqgan, read_checkpoint
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import read_weights
-from llamagen.models.vqgan import VQGAN
+from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.golden import normal_input
-from tests.pipeline import Pipeline
+from tests.pipeline import TOKENIZER_NET, Pipeline
 from tests.rounding import Rounding
+from tests.saved_runs import again
 
 NET = "--model.init_args.net"
 QUANTIZER = {"class_path": "tests.rounding.Rounding", "init_args": {"levels": 5}}
@@ -60,7 +61,9 @@ def run(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(pipeline, tmp_path_factory.mktemp("own_quantizer"))
     main.main(["fit", *run.fit_arguments()])
     assert read_checkpoint(run.tokenizer)["global_step"] == 4
-    main.main(["fit", *run.fit_arguments(), "--trainer.max_steps=6", "--ckpt_path=last"])
+    main.main(
+        [*again("fit", run.root / "tokenizer", run.root / "tokenizer"), "--trainer.max_steps=6", "--ckpt_path=last"]
+    )
     extract = [*pipeline.extract_arguments(run.codes), *FROM_COMMAND_LINE]
     main.main([*extract, f"--ckpt_path={run.tokenizer}"])
     return run
@@ -129,58 +132,62 @@ def test_an_autoregressive_model_trains_on_its_codes_and_samples(run: Run) -> No
     assert images.dtype == np.uint8
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
+def test_mistakes_are_reported_in_one_line() -> None:
+    for quantizer, options, parts in (
         (
-            [f"{NET}.quantizer.class_path=tests.rounding.Absent"],
-            ["quantizer.class_path is tests.rounding.Absent, which cannot be imported", "give a class of a module"],
-        ),
-        (
-            [f"{NET}.quantizer.class_path=tests.pipeline.Pipeline"],
+            {"class_path": "tests.pipeline.Pipeline"},
+            {},
             ["tests.pipeline.Pipeline, which is not a quantiser; give a subclass of"],
         ),
         (
-            [f"{NET}.quantizer.class_path=absent.Rounding"],
+            {"class_path": "absent.Rounding"},
+            {},
             ["quantizer.class_path is absent.Rounding, which cannot be imported (No module named 'absent')"],
         ),
         (
-            [f"{NET}.quantizer.class_path=tests.rounding.Rounding", f"{NET}.quantizer.init_args.steps=5"],
+            {"class_path": "tests.rounding.Rounding", "init_args": {"steps": 5}},
+            {},
             ["quantizer.init_args is {'steps': 5}", "its arguments are (levels: int"],
         ),
         (
-            [*FROM_COMMAND_LINE, "--model.init_args.revive_codes_every=5"],
+            QUANTIZER,
+            {"revive_codes_every": 5},
             ["revive_codes_every is 5, but Rounding has no learned codes; set it to 0"],
         ),
         (
-            [*FROM_COMMAND_LINE, "--model.init_args.loss.entropy_weight=0.1"],
+            QUANTIZER,
+            {"loss": VQGANLossConfig(entropy_weight=0.1)},
             ["loss.entropy_weight is 0.1, but Rounding has no entropy loss; set it to 0"],
         ),
         (
-            [*FROM_COMMAND_LINE, f"{NET}.quantizer.init_args.dim=9"],
+            {"class_path": "tests.rounding.Rounding", "init_args": {"levels": 5, "dim": 9}},
+            {},
             ["size of Rounding is 1953125; codes are stored as uint16: at most 65,536"],
         ),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else value,
-)
-def test_mistakes_are_reported_in_one_line(
-    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+    ):
+        with pytest.raises(ValueError) as error:
+            VQGANModule(VQGANConfig(**TOKENIZER_NET, quantizer=quantizer), lpips_weights=None, **options)
+        assert all(part in str(error.value) for part in parts), error.value
+        assert "\n" not in str(error.value)
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_folder(
+    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main.main(["fit", *pipeline.tokenizer_arguments(tmp_path / "run"), *arguments])
+        main.main(
+            [*again("fit", pipeline.root / "tokenizer", tmp_path), f"{NET}.quantizer.class_path=tests.rounding.Absent"]
+        )
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert all(part in message for part in parts), message
-    assert not (tmp_path / "run").exists()
+    assert "quantizer.class_path is tests.rounding.Absent, which cannot be imported" in message
+    assert "give a class of a module" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_quantiser_is_rejected(
-    run: Run, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        *run.fit_arguments(),
-        f"{NET}.quantizer.init_args.levels=4",
-        f"--model.init_args.init_from={run.tokenizer}",
-    ]
+    other = [f"{NET}.quantizer.init_args.levels=4", f"--model.init_args.init_from={run.tokenizer}"]
     with pytest.raises(SystemExit):
-        main.main(["fit", *arguments, f"--trainer.default_root_dir={run.root / 'other'}"])
+        main.main([*again("fit", run.root / "tokenizer", tmp_path), *other])
     assert f"set net.quantizer to {QUANTIZER}" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from command_line.config_files import LOADER
 from evaluation.published import SIZES as SHAPES
 from lightning_modules import ARGenModule, models_on_meta_device
 from llamagen.models.gpt import GPT, GPTConfig
@@ -63,9 +64,16 @@ SIZES, HARDWARE = (
     for kind in ("size", "hardware")
 )
 PIXELS = {None: 256, "argen/256px.yaml": 256, "argen/384px.yaml": 384, "argen/512px.yaml": 512}
-CHAINS = [
-    ("argen/base.yaml", *(name for name in names if name is not None))
-    for names in itertools.product(SIZES, PIXELS, HARDWARE)
+
+
+def chain(*names: str | None) -> tuple[str, ...]:
+    return ("argen/base.yaml", *(name for name in names if name is not None))
+
+
+# Each overlay once, and each pair of overlays of two kinds.
+CHAINS = [chain(size, [*PIXELS][i % 4], HARDWARE[i % 6]) for i, size in enumerate(SIZES)]
+PAIRS = [
+    chain(size, [*PIXELS][(i + j) % 4], hardware) for i, size in enumerate(SIZES) for j, hardware in enumerate(HARDWARE)
 ]
 SAME_AS_BASE = {"argen/size/B.yaml", "argen/256px.yaml"}
 ALSO_IN_BASE = {".model.init_args.net.n_layer", ".model.init_args.net.n_head", ".model.init_args.net.dim"}
@@ -92,7 +100,7 @@ def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
         main([stage, *arguments, "--print_config"])
     assert end.value.code == 0
-    parsed: dict[str, Any] = yaml.safe_load(output.getvalue())
+    parsed: dict[str, Any] = yaml.load(output.getvalue(), LOADER)
     return parsed
 
 
@@ -155,7 +163,20 @@ def test_differences_lists_the_values_that_do_not_take_effect() -> None:
     assert differences({"class_path": "EMA"}, {"class_path": "callbacks.EMA"}) == []
 
 
-@pytest.mark.parametrize("names", CHAINS, ids=lambda names: "+".join(names[1:]) or "base")
+def test_overlays_of_different_kinds_share_no_key() -> None:
+    keys = [
+        {key.replace("+", "") for name in names if name for key in leaves(yaml.safe_load((CONFIGS / name).read_text()))}
+        for names in (SIZES, PIXELS, HARDWARE)
+    ]
+    for one, other in itertools.permutations(keys, 2):
+        assert [key for key in one for another in other if f"{another}.".startswith(f"{key}.")] == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [*CHAINS, *(pytest.param(names, marks=pytest.mark.slow) for names in PAIRS if names not in CHAINS)],
+    ids=lambda names: "+".join(names[1:]) or "base",
+)
 def test_every_overlay_takes_effect_together_with_every_other_and_builds_the_published_model(
     names: tuple[str, ...],
 ) -> None:
@@ -303,33 +324,29 @@ def test_extracted_features_fit_the_text_model() -> None:
     assert TextEncoderConfig(**module["encoder"]) == TextEncoderConfig()
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("model", "init_args", "net", "n_layers"),
-        ("model", "init_args", "optimizer", "learning_rate"),
-        ("model", "init_args", "nets"),
-        ("data", "init_args", "batchsize"),
-        ("trainer", "max_epoch"),
-        ("modle",),
-    ],
-    ids=".".join,
-)
 def test_an_unknown_key_of_an_overlay_is_an_error_that_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, keys: tuple[str, ...]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree: Any = 3
-    for key in reversed(keys):
-        tree = {key: tree}
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump(tree))
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", str(CONFIGS / base), "--config", str(overlay), "--print_config"])
-    assert end.value.code == 2
-    captured = capsys.readouterr()
-    assert keys[-1] in captured.err.replace(str(overlay), "")
-    assert captured.out == ""
+    for base, *keys in (
+        ("argen/base.yaml", "model", "init_args", "net", "n_layers"),
+        ("argen/base.yaml", "model", "init_args", "optimizer", "learning_rate"),
+        ("vqgan/base.yaml", "model", "init_args", "net", "channel"),
+        ("vqgan/base.yaml", "model", "init_args", "nets"),
+        ("vqgan/base.yaml", "data", "init_args", "batchsize"),
+        ("argen/base.yaml", "trainer", "max_epoch"),
+        ("argen/base.yaml", "modle"),
+    ):
+        tree: Any = 3
+        for key in reversed(keys):
+            tree = {key: tree}
+        overlay = tmp_path / "overlay.yaml"
+        overlay.write_text(yaml.safe_dump(tree))
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config", str(CONFIGS / base), "--config", str(overlay), "--print_config"])
+        assert end.value.code == 2, keys
+        captured = capsys.readouterr()
+        assert keys[-1] in captured.err.replace(str(overlay), "")
+        assert captured.out == ""
 
 
 # The overlays that are for any run.

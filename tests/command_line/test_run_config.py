@@ -10,6 +10,7 @@ import yaml
 import main
 from command_line.run_config import ROOT_KEY, portable
 from tests.pipeline import Pipeline
+from tests.saved_runs import again
 
 ANOTHER = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
 
@@ -46,8 +47,8 @@ def test_a_saved_configuration_with_another_folder_writes_only_there(pipeline: P
 
 
 def test_rejects_every_output_folder_of_another_run(pipeline: Pipeline, tmp_path: Path) -> None:
-    data, other = f"--data.init_args.root={pipeline.codes}", pipeline.root / "argen"
-    fit = ["fit", *pipeline.argen_arguments(tmp_path / "run"), data]
+    other = pipeline.root / "argen"
+    fit = again("fit", other, tmp_path / "run")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/best.ckpt").touch()
     for extra, phrase in (

@@ -15,10 +15,11 @@ from command_line.start_checks import checkpoint_bytes
 from llamagen import output_paths
 from tests.lightning_modules.runs import argen_module, train, vqgan_module
 from tests.pipeline import Pipeline
+from tests.saved_runs import again
 
 
 def fit_argen(pipeline: Pipeline, folder: Path, *more: str) -> None:
-    main.main(["fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={pipeline.codes}", *more])
+    main.main([*again("fit", pipeline.root / "argen", folder), *more])
 
 
 @pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])

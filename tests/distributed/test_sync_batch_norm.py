@@ -1,7 +1,6 @@
 """BatchNorm over the images of all ranks."""
 
-from pathlib import Path
-
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +33,24 @@ def one_rank(rank: int) -> dict[str, Tensor]:
     assert x.grad is not None
     assert norm.weight.grad is not None
     norm.eval()
-    return {"y": y.detach(), "x": x.grad, "gradient": norm.weight.grad, "eval": norm(x).detach(), **norm.state_dict()}
+    results = {"y": y.detach(), "x": x.grad, "gradient": norm.weight.grad, "eval": norm(x).detach()}
+    return {**results, **norm.state_dict(), "sixteen bits": running_mean_in_sixteen_bits(rank)}
 
 
-def test_two_ranks_normalise_like_one_process_with_the_full_batch(tmp_path: Path) -> None:
+def running_mean_in_sixteen_bits(rank: int) -> Tensor:
+    norm = filled().to(torch.bfloat16)
+    norm(random_images()[2 * rank : 2 * rank + 2].bfloat16())
+    assert norm.running_mean is not None
+    return norm.running_mean
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """Results of two ranks."""
+    return run_on_ranks(one_rank, tmp_path_factory.mktemp("ranks"))
+
+
+def test_two_ranks_normalise_like_one_process_with_the_full_batch(ranks: list[dict[str, Tensor]]) -> None:
     norm = nn.BatchNorm2d(3)
     norm.load_state_dict(filled().state_dict())
     x = random_images()
@@ -48,7 +61,6 @@ def test_two_ranks_normalise_like_one_process_with_the_full_batch(tmp_path: Path
     assert x.grad is not None
     assert norm.weight.grad is not None
     norm.eval()
-    ranks = run_on_ranks(one_rank, tmp_path)
     torch.testing.assert_close(torch.cat([rank["y"] for rank in ranks]), y.detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat([rank["x"] for rank in ranks]) / 2, x.grad, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(
@@ -60,15 +72,8 @@ def test_two_ranks_normalise_like_one_process_with_the_full_batch(tmp_path: Path
             torch.testing.assert_close(rank[name], value, atol=1e-4, rtol=1e-5)
 
 
-def one_rank_in_sixteen_bits(rank: int) -> Tensor:
-    norm = filled().to(torch.bfloat16)
-    norm(random_images()[2 * rank : 2 * rank + 2].bfloat16())
-    assert norm.running_mean is not None
-    return norm.running_mean
-
-
-def test_ranks_agree_in_16_bits(tmp_path: Path) -> None:
-    one, two = run_on_ranks(one_rank_in_sixteen_bits, tmp_path)
+def test_ranks_agree_in_16_bits(ranks: list[dict[str, Tensor]]) -> None:
+    one, two = (rank["sixteen bits"] for rank in ranks)
     assert torch.equal(one, two)
     expected = nn.BatchNorm2d(3)
     expected(random_images())
