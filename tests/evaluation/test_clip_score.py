@@ -186,6 +186,8 @@ def test_scores_of_categories_are_means_over_their_images(scored: Scored, each: 
         own = each[(number == first) | (number == first + 1)]
         assert found["Category"][category]["images"] == 2 * EACH
         assert found["Category"][category]["clip_score"] == pytest.approx(own.mean(), rel=1e-4)
+        error = own.std(ddof=1) / len(own) ** 0.5
+        assert found["Category"][category]["standard_error"] == pytest.approx(error, rel=1e-3)
     assert scored.printed.index("| Category: Abstract |") < scored.printed.index("| Category: Animals |")
 
 

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,9 @@ def test_warns_of_a_reference_for_another_purpose(
         ("fake", out, True, "40 reconstructions are compared with val, a reference of 30"),
         ("fake", root / "real", True, "40 reconstructions are compared with real"),
     ):
-        compare(str(root / fake), str(real), Everything(), reconstructions=reconstructions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # there is no other warning
+            compare(str(root / fake), str(real), Everything(), reconstructions=reconstructions)
         (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
         assert phrase in warning
 
@@ -171,6 +174,7 @@ def test_compares_with_a_reference_of_adm_and_adds_its_features(
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
 
 
+@pytest.mark.filterwarnings("ignore:30 images are fewer than the 32 features")
 def test_a_classifier_can_replace_inception(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
     features = ["--features=Classifier", f"--features.weights={weights}"]

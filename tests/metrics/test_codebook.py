@@ -1,4 +1,4 @@
-"""Codebook usage counts every code over all batches and ranks."""
+"""Codebook usage counts every code over all batches."""
 
 from math import exp, log
 

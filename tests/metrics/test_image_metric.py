@@ -1,4 +1,4 @@
-"""Properties of all image metrics: order, batches, ranks, copies, states, references and errors."""
+"""Properties of all image metrics: order, batches, copies, states, references and errors."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Prediction metrics over batches and ranks."""
+"""Prediction metrics over batches."""
 
 import pickle
 
