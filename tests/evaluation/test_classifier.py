@@ -27,6 +27,17 @@ def train(data: Path, out: Path, name: str = "digits-classifier", epochs: int = 
     return train_classifier(str(data), out, name, epochs=epochs, **{**OPTIONS, **options})  # type: ignore[arg-type]
 
 
+def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
+    """Shards without meta.json, with a class for each image or none."""
+    for split, labels in zip(("train", "val"), classes, strict=True):
+        samples = [
+            (f"{number:03d}", {"png": grey_image(10 * number, 8), **({"cls": label.encode()} if label else {})})
+            for number, label in enumerate(labels)
+        ]
+        write_shards(root / split, samples, per_shard=8)
+    return root
+
+
 def test_recognises_digits_after_an_epoch_and_stores_its_accuracy(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,15 +61,17 @@ def test_recognises_digits_after_an_epoch_and_stores_its_accuracy(
     assert (logits.argmax(1) == batch["labels"]).double().mean().item() == pytest.approx(accuracy, abs=1 / 300)
 
 
-def test_trains_for_five_steps(digits: Path, tmp_path: Path) -> None:
-    train(digits, tmp_path / "a.safetensors", batch_size=256)
+def test_trains_for_five_steps(tmp_path: Path) -> None:
+    data = grey_set(tmp_path / "data", (["0", "1"] * 10, ["0", "1"]))
+    train(data, tmp_path / "a.safetensors", batch_size=4)
     assert (tmp_path / "a.safetensors").is_file()
 
 
-def test_the_seed_determines_the_weights(digits: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_weights(tmp_path: Path) -> None:
+    data = grey_set(tmp_path / "data", (["0", "1"] * 4, ["0", "1"]))
     files = [tmp_path / f"{name}.safetensors" for name in "abc"]
     for file, seed in zip(files, (3, 3, 4), strict=True):
-        train(digits, file, batch_size=512, seed=seed)
+        train(data, file, batch_size=4, seed=seed)
     weights = [read_classifier(file)[1]["head.weight"] for file in files]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -79,17 +92,6 @@ def test_rejects_options_out_of_range(digits: Path, tmp_path: Path, options: dic
         train(digits, tmp_path / "a.safetensors", **options)  # type: ignore[arg-type]
     assert_one_line(error)
     assert list(tmp_path.iterdir()) == []
-
-
-def grey_set(root: Path, classes: tuple[list[str], list[str]]) -> Path:
-    """Shards without meta.json, with a class for each image or none."""
-    for split, labels in zip(("train", "val"), classes, strict=True):
-        samples = [
-            (f"{number:03d}", {"png": grey_image(10 * number, 8), **({"cls": label.encode()} if label else {})})
-            for number, label in enumerate(labels)
-        ]
-        write_shards(root / split, samples, per_shard=8)
-    return root
 
 
 def test_rejects_images_without_classes(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from torchmetrics.multimodal import CLIPScore
 from transformers import BertConfig, CLIPImageProcessorPil
 
 from evaluation.clip import Clip, ImageScores, Preparation, short_name
-from tests.evaluation.test_clip_score import fails, write_samples
+from evaluation.clip_score import clip_score
+from tests.evaluation.refusals import fails, refusal
+from tests.evaluation.test_clip_score import write_samples
 from tests.metrics.extractors import random_images
 from tests.tiny_clip import SIDE, save_tiny_clip, tiny_tokenizer
 
@@ -134,7 +136,7 @@ def test_names_the_extra_without_transformers(
 ) -> None:
     write_samples(tmp_path, ["a red cat"], each=1)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install -c constraints.txt -e ".[text]"' in fails(capsys, tmp_path, f"--clip={folder}")
+    assert 'pip install -c constraints.txt -e ".[text]"' in refusal(capsys, clip_score, tmp_path, str(folder))
 
 
 def test_rejects_a_missing_or_other_model(
@@ -142,34 +144,34 @@ def test_rejects_a_missing_or_other_model(
 ) -> None:
     samples = write_samples(tmp_path / "samples", ["a red cat"], each=1)
 
-    def refusal(clip: Any) -> str:
-        return fails(capsys, samples, f"--clip={clip}")
+    def message_of(clip: Any) -> str:
+        return refusal(capsys, clip_score, samples, str(clip))
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "hf download someone/no-such-clip" in refusal("someone/no-such-clip")
-    assert f"{tmp_path / 'nothing'} does not exist" in refusal(tmp_path / "nothing")
+    assert "hf download someone/no-such-clip" in message_of("someone/no-such-clip")
+    assert f"{tmp_path / 'nothing'} does not exist" in message_of(tmp_path / "nothing")
     (tmp_path / "other").mkdir()
-    assert "cannot be used" in refusal(tmp_path / "other")
+    assert "cannot be used" in message_of(tmp_path / "other")
     BertConfig().save_pretrained(tmp_path / "other")
-    assert "it is a bert, not a CLIP" in refusal(tmp_path / "other")
+    assert "it is a bert, not a CLIP" in message_of(tmp_path / "other")
 
 
 def test_rejects_a_damaged_clip(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples, damaged = write_samples(tmp_path / "samples", ["a red cat"], each=1), tmp_path / "damaged"
 
-    def refusal() -> str:
-        return fails(capsys, samples, f"--clip={damaged}")
+    def message_of() -> str:
+        return refusal(capsys, clip_score, samples, str(damaged))
 
     shutil.copytree(folder, damaged)
     weights = load_file(damaged / "model.safetensors")
     poisoned = {key: torch.full_like(value, float("nan")) for key, value in weights.items()}
     save_file(poisoned, damaged / "model.safetensors", {"format": "pt"})
-    assert "is not finite; download it again" in refusal()
+    assert "is not finite; download it again" in message_of()
     del weights["visual_projection.weight"]
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
-    assert "lacks 1 weights, such as visual_projection.weight" in refusal()
+    assert "lacks 1 weights, such as visual_projection.weight" in message_of()
     (damaged / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
-    assert "cannot be used" in refusal()
+    assert "cannot be used" in fails(capsys, "clip", samples, f"--clip={damaged}")
 
 
 def test_rejects_files_that_do_not_fit_the_model(
@@ -177,18 +179,18 @@ def test_rejects_files_that_do_not_fit_the_model(
 ) -> None:
     samples, other = write_samples(tmp_path / "samples", ["a red cat"], each=1), tmp_path / "other"
 
-    def refusal() -> str:
-        return fails(capsys, samples, f"--clip={other}")
+    def message_of() -> str:
+        return refusal(capsys, clip_score, samples, str(other))
 
     shutil.copytree(folder, other)
     for changed in ({"crop_size": SIDE + 8}, {"size": {"height": 40, "width": 50}}, {"size": 8}, {"do_resize": False}):
         said = json.loads((folder / "preprocessor_config.json").read_text())
         (other / "preprocessor_config.json").write_text(json.dumps(said | changed))
-        assert f"does not resize the shorter side and cut out {SIDE} × {SIDE} pixels" in refusal()
+        assert f"does not resize the shorter side and cut out {SIDE} × {SIDE} pixels" in message_of()
     shutil.copy(folder / "preprocessor_config.json", other)
     tiny_tokenizer(extra=("red cat",)).save_pretrained(other)
-    assert "its tokenizer does not end texts with token" in refusal()
+    assert "its tokenizer does not end texts with token" in message_of()
     shutil.rmtree(other)
     save_tiny_clip(other, old_end=True)
     tiny_tokenizer(extra=("red cat",)).save_pretrained(other)
-    assert "its tokenizer has a token" in refusal()
+    assert "its tokenizer has a token" in message_of()

@@ -1,8 +1,10 @@
 """``python -m evaluation clip``: scores follow from CLIP's features of each image and its prompt."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from evaluation.__main__ import main
 from evaluation.clip_score import MAX_GROUPS, SHOWN_PROMPTS, by_column, clip_score, score_of
 from evaluation.prompt_images import PromptImage
 from llamagen.metrics import extractor_checksum
+from tests.evaluation.refusals import fails, refusal
 from tests.tiny_clip import LENGTH, save_tiny_clip
 
 PROMPTS = ["a red cat", "dogs", "", "🙂 猫", "the end of a very long story about a red cat"]
@@ -82,27 +85,33 @@ def expected(samples: Path, clip: Path) -> np.ndarray:
     return np.array(scores)
 
 
-def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The error message of the command; checks that it is one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(["clip", *map(str, arguments)])
-    assert stopped.value.code == 2
-    shown = capsys.readouterr()
-    assert not shown.out
-    lines = [line for line in shown.err.replace("\r", "\n").split("\n") if line and "image/s" not in line]
-    lines = [line for line in lines if "Loading weights" not in line and "?image" not in line]
-    assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+@pytest.fixture(scope="module")
+def each(samples: Path, clip: Path) -> np.ndarray:
+    """The expected score of each image of ``samples``."""
+    return expected(samples, clip)
+
+
+class Scored(NamedTuple):
+    """What the command writes and prints for ``samples``, and the results of the function."""
+
+    results: dict[str, float]
+    content: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def scored(samples: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    out = tmp_path_factory.mktemp("scored") / "scores.json"
+    with redirect_stdout(io.StringIO()) as printed:
+        results = clip_score(samples, str(clip), out, batch_size=7)
+    return Scored(results, json.loads(out.read_text(encoding="utf-8")), printed.getvalue())
 
 
 def test_scores_follow_from_the_features_of_images_and_prompts(
-    samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    samples: Path, clip: Path, each: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "scores.json"
     main(["clip", str(samples), f"--clip={clip}", f"--out={out}", "--batch_size=4"])
-    each = expected(samples, clip)
     assert 0 in each  # one below zero counts as zero
     assert len({round(score, 3) for score in each}) > len(each) / 3
     content = json.loads(out.read_text(encoding="utf-8"))
@@ -132,24 +141,24 @@ def test_scores_follow_from_the_features_of_images_and_prompts(
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
 
 
-def test_old_configurations_with_a_wrong_end_token_give_the_same(samples: Path, tmp_path: Path, clip: Path) -> None:
+def test_old_configurations_with_a_wrong_end_token_give_the_same(
+    samples: Path, each: np.ndarray, scored: Scored, tmp_path: Path
+) -> None:
     old = save_tiny_clip(tmp_path / "tiny", old_end=True)
-    assert expected(samples, old) == pytest.approx(expected(samples, clip), rel=1e-5, abs=1e-5)
-    assert clip_score(samples, str(old)) == clip_score(samples, str(clip))
+    assert expected(samples, old) == pytest.approx(each, rel=1e-5, abs=1e-5)
+    assert clip_score(samples, str(old), batch_size=7) == scored.results
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (64, 0), (4, 2)])
 def test_batch_size_and_workers_do_not_change_scores(
-    samples: Path, clip: Path, tmp_path: Path, batch_size: int, num_workers: int
+    samples: Path, clip: Path, scored: Scored, tmp_path: Path, batch_size: int, num_workers: int
 ) -> None:
     out = tmp_path / "scores.json"
     clip_score(samples, str(clip), out, batch_size, num_workers)
     found = json.loads(out.read_text(encoding="utf-8"))
-    clip_score(samples, str(clip), out, batch_size=7)
-    other = json.loads(out.read_text(encoding="utf-8"))
     for key in ("metrics", "by_column", "by_prompt"):
-        assert numbers(found[key]) == pytest.approx(numbers(other[key]), rel=1e-5, abs=1e-5)
-    assert found["images"] == other["images"]
+        assert numbers(found[key]) == pytest.approx(numbers(scored.content[key]), rel=1e-5, abs=1e-5)
+    assert found["images"] == scored.content["images"]
 
 
 def numbers(value: Any) -> list[float]:
@@ -159,35 +168,27 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def test_cuts_long_prompts_before_their_end_token_and_counts_them(
-    samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "scores.json"
-    clip_score(samples, str(clip), out)
-    content = json.loads(out.read_text(encoding="utf-8"))
-    assert content["prompts"] == {"count": len(PROMPTS), "cut": 1}
-    assert [each["cut"] for each in content["by_prompt"]] == [False, False, False, False, True]
-    assert f"1 of {len(PROMPTS)} prompts are cut to the {LENGTH} tokens that tiny reads" in capsys.readouterr().out
-    last = expected(samples, clip)[len(PROMPTS) - 1 :: len(PROMPTS)].mean()
+def test_cuts_long_prompts_before_their_end_token_and_counts_them(scored: Scored, each: np.ndarray) -> None:
+    assert scored.content["prompts"] == {"count": len(PROMPTS), "cut": 1}
+    assert [found["cut"] for found in scored.content["by_prompt"]] == [False, False, False, False, True]
+    assert f"1 of {len(PROMPTS)} prompts are cut to the {LENGTH} tokens that tiny reads" in scored.printed
+    last = each[len(PROMPTS) - 1 :: len(PROMPTS)].mean()
     assert last > 0
-    assert content["by_prompt"][-1]["clip_score"] == pytest.approx(last, rel=1e-4)
+    assert scored.content["by_prompt"][-1]["clip_score"] == pytest.approx(last, rel=1e-4)
 
 
-def test_scores_of_categories_are_means_over_their_images(
-    samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "scores.json"
-    clip_score(samples, str(clip), out)
-    found = json.loads(out.read_text(encoding="utf-8"))["by_column"]
+def test_scores_of_categories_are_means_over_their_images(scored: Scored, each: np.ndarray) -> None:
+    found = scored.content["by_column"]
     assert set(found) == {"Category"}  # a note that each prompt has of its own is none
     assert set(found["Category"]) == {"Animals", "Abstract"}
-    each, number = expected(samples, clip), np.arange(EACH * len(PROMPTS)) % len(PROMPTS)
+    number = np.arange(EACH * len(PROMPTS)) % len(PROMPTS)
     for category, first in (("Animals", 0), ("Abstract", 2)):
         own = each[(number == first) | (number == first + 1)]
         assert found["Category"][category]["images"] == 2 * EACH
         assert found["Category"][category]["clip_score"] == pytest.approx(own.mean(), rel=1e-4)
-    shown = capsys.readouterr().out
-    assert shown.index("| Category: Abstract |") < shown.index("| Category: Animals |")
+        error = own.std(ddof=1) / len(own) ** 0.5
+        assert found["Category"][category]["standard_error"] == pytest.approx(error, rel=1e-3)
+    assert scored.printed.index("| Category: Abstract |") < scored.printed.index("| Category: Animals |")
 
 
 def test_a_column_with_many_values_is_not_a_category() -> None:
@@ -242,10 +243,10 @@ def test_a_single_image_has_no_standard_error(clip: Path, tmp_path: Path) -> Non
 
 
 def test_rejects_incomplete_folders(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refusal(*more: Any) -> str:
-        return fails(capsys, tmp_path / "samples", f"--clip={clip}", f"--out={tmp_path / 'a.json'}", *more)
+    def message_of() -> str:
+        return refusal(capsys, clip_score, tmp_path / "samples", str(clip), tmp_path / "a.json")
 
-    assert "is not a folder" in refusal()
+    assert "is not a folder" in message_of()
     write_samples(tmp_path / "samples", ["a red cat", "dogs"], each=2)
     metadata = tmp_path / "samples" / "metadata.jsonl"
     whole = metadata.read_text()
@@ -257,38 +258,38 @@ def test_rejects_incomplete_folders(clip: Path, tmp_path: Path, capsys: pytest.C
         ("\n", "lists no images"),
     ):
         metadata.write_text(text)
-        assert message in refusal()
+        assert message in message_of()
     metadata.write_bytes(whole.encode("utf-16"))
-    assert "cannot be read" in refusal()
+    assert "cannot be read" in message_of()
     metadata.unlink()
-    assert "run the same predict again to resume" in refusal()
+    assert "run the same predict again to resume" in message_of()
     assert not (tmp_path / "a.json").exists()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_names_images_that_cannot_be_read(
-    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
-) -> None:
+def test_names_images_that_cannot_be_read(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_samples(tmp_path, ["a red cat"], each=3)
     file = tmp_path / "images" / "0" / "000001_prompt0.png"
     whole = file.read_bytes()
-    for data in (b"", b"no image", whole[: len(whole) // 2]):
+    out = tmp_path / "a.json"
+    for data, num_workers in ((b"", 0), (b"no image", 1), (whole[: len(whole) // 2], 0)):
         file.write_bytes(data)
-        message = fails(capsys, tmp_path, f"--clip={clip}", f"--num_workers={num_workers}", f"--out={tmp_path}/a.json")
+        message = refusal(capsys, clip_score, tmp_path, str(clip), out, num_workers=num_workers)
         assert str(file) in message
         assert "remove its line from metadata.jsonl" in message
-    assert not (tmp_path / "a.json").exists()
+    assert not out.exists()
 
 
 def test_rejects_arguments_out_of_range(
     samples: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for argument, message in (
-        ("--batch_size=0", "batch_size is 0"),
-        ("--num_workers=-1", "num_workers is -1; it must be at least 0"),
-        ("--device=nowhere", "device is 'nowhere'"),
-        (f"--out={tmp_path}", "give the name of a file, *.json"),
-        (f"--out={tmp_path / 'scores.txt'}", "give the name of a file, *.json"),
-        (f"--out={clip / 'config.json' / 'a.json'}", "cannot be written"),
+    for options, message in (
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+        ({"device": "nowhere"}, "device is 'nowhere'"),
+        ({"out": tmp_path}, "give the name of a file, *.json"),
+        ({"out": tmp_path / "scores.txt"}, "give the name of a file, *.json"),
+        ({"out": clip / "config.json" / "a.json"}, "cannot be written"),
     ):
-        assert message in fails(capsys, samples, f"--clip={clip}", argument)
+        assert message in refusal(capsys, clip_score, samples, str(clip), **options)
+    message = fails(capsys, "clip", samples, f"--clip={clip}", f"--out={tmp_path / 'scores.txt'}")
+    assert "give the name of a file, *.json" in message

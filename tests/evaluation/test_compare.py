@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.__main__ import compare, main
+from evaluation.__main__ import compare, main, reference
 from evaluation.image_sets import ImageBatch, ImageSet, open_images
 from evaluation.measurement import Measurement
 from evaluation.reference import make_reference, read_reference
 from llamagen.metrics import extract
+from llamagen.metrics.classifier import Classifier
+from tests.evaluation.refusals import fails, refusal
 from tests.evaluation.sets import (
     ADM_FILE,
     EVERYTHING,
@@ -48,6 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (16, 16)).save(root / "larger" / "b.png")
     write_folder(root / "one", 1, 0)
     (root / "empty").mkdir()
+    (root / "folder.npz").mkdir()
     np.savez(root / "others.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
     np.savez(root / "float.npz", arr_0=np.zeros((3, 8, 8, 3)))
     (root / "text.npz").write_text("no images")
@@ -61,22 +65,7 @@ def numbers(printed: str) -> dict[str, float]:
     return {name: float(value) for name, value in rows[2:]}
 
 
-def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The error message of the command; checks that it is one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    shown = capsys.readouterr()
-    assert not shown.out
-    lines = [line for line in shown.err.split("\n") if line and "image/s" not in line]
-    assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-@pytest.mark.parametrize("fake", ["fake", "fake.npz"])
-@pytest.mark.parametrize("real", ["real", "real.npz", "statistics.npz"])
+@pytest.mark.parametrize(("fake", "real"), [("fake", "real.npz"), ("fake.npz", "real"), ("fake", "statistics.npz")])
 def test_compare_gives_the_results_of_a_measurement(
     fake: str, real: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,22 +101,20 @@ def test_compare_gives_the_results_of_a_measurement(
 
 def test_a_dataset_has_distance_zero_from_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for real in ("fake", "fake.npz"):
-        main(["compare", str(root / "fake.npz"), str(root / real), EVERYTHING])
+        compare(str(root / "fake.npz"), str(root / real), Everything())
         found = numbers(capsys.readouterr().out)
         assert found["gfid_everything/fake"] == pytest.approx(0, abs=1e-6)
         assert found["gsfid_everything/fake"] == pytest.approx(0, abs=1e-6)
         assert found["precision_everything/fake"] == found["recall_everything/fake"] == 1
 
 
-def test_the_reference_can_be_given_a_name(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for real in ("real", "statistics.npz"):
-        main(["compare", str(root / "fake"), str(root / real), EVERYTHING, "--reference_name=mine"])
-        assert "gfid_everything/mine" in numbers(capsys.readouterr().out)
-    folder = write_folder(root / "version 1.5", 5, 0)
+def test_the_reference_can_be_given_a_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", str(root / "fake"), str(root / "real"), EVERYTHING, "--reference_name=mine"])
+    assert "gfid_everything/mine" in numbers(capsys.readouterr().out)
+    found = compare(str(root / "fake"), str(root / "statistics.npz"), Everything(), reference_name="mine")
+    assert "gfid_everything/mine" in found
+    folder = write_folder(tmp_path / "version 1.5", 5, 0)
     assert "gfid_everything/version_1.5" in compare(str(root / "real"), str(folder), Everything())
-    assert "cannot be named 'a/b'" in fails(
-        capsys, "compare", root / "fake", root / "real", EVERYTHING, "--reference_name=a/b"
-    )
 
 
 def test_reconstructions_have_their_own_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,13 +132,15 @@ def test_warns_of_a_reference_for_another_purpose(
     out = tmp_path / "val.npz"
     main(["reference", str(root / "real"), str(out), EVERYTHING, "--purpose=reconstruction"])
     assert f"{out}: 30 images of 8 px, for reconstruction, named val" in capsys.readouterr().out
-    for fake, real, options, phrase in (
-        ("real", root / "statistics.npz", ["--reconstructions=true"], "real, a reference for generated images"),
-        ("fake", out, [], "val, a reference for reconstructions"),
-        ("fake", out, ["--reconstructions=true"], "40 reconstructions are compared with val, a reference of 30"),
-        ("fake", root / "real", ["--reconstructions=true"], "40 reconstructions are compared with real"),
+    for fake, real, reconstructions, phrase in (
+        ("real", root / "statistics.npz", True, "real, a reference for generated images"),
+        ("fake", out, False, "val, a reference for reconstructions"),
+        ("fake", out, True, "40 reconstructions are compared with val, a reference of 30"),
+        ("fake", root / "real", True, "40 reconstructions are compared with real"),
     ):
-        main(["compare", str(root / fake), str(real), EVERYTHING, *options])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # there is no other warning
+            compare(str(root / fake), str(real), Everything(), reconstructions=reconstructions)
         (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
         assert phrase in warning
 
@@ -178,24 +167,25 @@ def test_compares_with_a_reference_of_adm_and_adds_its_features(
     expected = np.square(mean - rows.mean(0)).sum() + np.trace(covariance + np.cov(rows, rowvar=False)) - 2 * sum(roots)
     assert found["gfid/imagenet256-adm"] == pytest.approx(expected, rel=1e-3)
     assert {"gsfid/imagenet256-adm", "precision/imagenet256-adm", "inception_score"} <= set(found)
-    main(["reference", str(root / ADM_FILE), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
+    reference(str(root / ADM_FILE), tmp_path / "adm.npz", features=FakeInception())
     assert "an unknown number of images of 8 px, for generation, named adm" in capsys.readouterr().out
-    main(["compare", str(root / "fake"), str(tmp_path / "adm.npz"), FAKE_INCEPTION])
+    compare(str(root / "fake"), str(tmp_path / "adm.npz"), FakeInception())
     again = numbers(capsys.readouterr().out)
     assert {name.replace("/adm", "/imagenet256-adm"): value for name, value in again.items()} == found
 
 
+@pytest.mark.filterwarnings("ignore:30 images are fewer than the 32 features")
 def test_a_classifier_can_replace_inception(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = write_classifier(tmp_path / "c.safetensors", 0), tmp_path / "train.npz"
     features = ["--features=Classifier", f"--features.weights={weights}"]
-    main(["reference", str(root / "real"), str(out), *features])
+    reference(str(root / "real"), out, features=Classifier(weights))
     main(["compare", str(root / "fake"), str(out), *features])
     found = numbers(capsys.readouterr().out)
     assert {"gfid_shapes/train", "gsfid_shapes/train", "recall_shapes/train", "inception_score_shapes"} <= set(found)
-    main(["compare", str(root / "real"), str(root / "real.npz"), *features])
-    assert numbers(capsys.readouterr().out)["gfid_shapes/real"] == pytest.approx(0, abs=1e-6)
+    again = compare(str(root / "real"), str(root / "real.npz"), Classifier(weights))
+    assert again["gfid_shapes/real"] == pytest.approx(0, abs=1e-6)
     write_classifier(weights, 1)
-    message = fails(capsys, "compare", root / "fake", out, *features)
+    message = refusal(capsys, compare, str(root / "fake"), str(out), Classifier(weights))
     assert "the reference train was made with other weights of shapes" in message
 
 
@@ -206,13 +196,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a third set": (["compare", "fake", "real", "real"], ["unrecognized arguments", "compare --help"]),
     "an abbreviation": (["compare", "fake", "real", "--batch=3"], ["unrecognized arguments: --batch=3"]),
     "no number": (["compare", "fake", "real", "--batch_size=x"], ["batch_size", "int", "x"]),
-    "no batch": (["compare", "fake", "real", "--batch_size=0"], ["batch_size is 0; it must be at least 1"]),
     "another split": (["compare", "fake", "real", "--split=test"], ["split", "'train', 'val'", "test"]),
-    "a split of none": (["compare", "fake", "real", "--split=val"], ["leave split val out"]),
-    "a split of statistics": (
-        ["compare", "fake", "statistics.npz", "--reference_split=val"],
-        ["statistics.npz is a file of statistics and has no split val"],
-    ),
     "no class": (["compare", "fake", "real", "--features=tests.metrics.extractors.No"], ["attribute 'No'"]),
     "no module": (["compare", "fake", "real", "--features=nowhere.No"], ["No module named 'nowhere'"]),
     "no extractor": (["compare", "fake", "real", "--features=datetime.date"], ["datetime.date", "Module"]),
@@ -222,28 +206,40 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["there is no classifier no.safetensors; train one with python -m evaluation classifier"],
     ),
     "no config": (["compare", "fake", "real", "--config=no.yaml"], ["no.yaml"]),
-    "no such device": (["compare", "fake", "real", "--device=gpu"], ["device is 'gpu'", "give cpu, or cuda"]),
-    "no images": (["compare", "missing", "real"], ["missing does not exist"]),
-    "no such reference": (["compare", "fake", "missing.npz"], ["missing.npz does not exist"]),
-    "one image": (["compare", "one", "real"], ["one holds 1 images; at least 2 are needed"]),
-    "one real image": (["compare", "fake", "one"], ["one holds 1 images; at least 2 are needed"]),
-    "an empty folder": (["compare", "empty", "real"], ["empty", "give a folder of images"]),
-    "another array": (["compare", "others.npz", "real"], ["others.npz", "arr_0"]),
-    "floats": (["compare", "float.npz", "real"], ["float.npz", "float64", "uint8"]),
-    "text": (["compare", "fake", "text.npz"], ["text.npz is not an .npz, or damaged"]),
-    "other sizes": (["compare", "fake", "larger"], ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
-    "a size of statistics": (["compare", "larger", "statistics.npz"], ["real is of images of 8 pixels, not 16"]),
-    "another extractor": (["compare", "fake", ADM_FILE], ["made with the extractor inception, not everything"]),
-    "no report": (["compare", "fake", "real", "--report=empty"], ["empty exists and is not a report"]),
-    "out of no format": (["reference", "real", "out"], ["out is", "give the name of a file, *.npz"]),
-    "out is a folder": (["reference", "real", "folder.npz"], ["out is", "give the name of a file, *.npz"]),
-    "out is the source": (["reference", "real.npz", "real.npz"], ["which is the file of images; give another name"]),
-    "a slash": (["reference", "real", "out.npz", "--name=a/b"], ["cannot be named 'a/b'"]),
-    "no name": (["reference", "real", "out.npz", "--name="], ["cannot be named ''"]),
-    "white space": (["reference", "real", "my out.npz"], ["cannot be named 'my out'"]),
+    "no images": (["compare", "missing", "real", EVERYTHING], ["missing does not exist"]),
     "no purpose": (["reference", "real", "out.npz", "--purpose=no"], ["'generation', 'reconstruction'", "no"]),
-    "a size": (["reference", "statistics.npz", "out.npz", "--image_size=16"], ["of images of 8 pixels, not 16"]),
-    "a file for a folder": (["reference", "real", "text.npz/out.npz"], ["text.npz"]),
+    "a file for a folder": (["reference", "real", "text.npz/out.npz", EVERYTHING], ["text.npz"]),
+}
+NOT_COMPARED: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "no batch": ("fake", "real", {"batch_size": 0}, ["batch_size is 0; it must be at least 1"]),
+    "a split of none": ("fake", "real", {"split": "val"}, ["leave split val out"]),
+    "a split of statistics": (
+        *("fake", "statistics.npz", {"reference_split": "val"}),
+        ["statistics.npz is a file of statistics and has no split val"],
+    ),
+    "no such device": ("fake", "real", {"device": "gpu"}, ["device is 'gpu'", "give cpu, or cuda"]),
+    "no such reference": ("fake", "missing.npz", {}, ["missing.npz does not exist"]),
+    "one image": ("one", "real", {}, ["one holds 1 images; at least 2 are needed"]),
+    "one real image": ("fake", "one", {}, ["one holds 1 images; at least 2 are needed"]),
+    "an empty folder": ("empty", "real", {}, ["empty", "give a folder of images"]),
+    "another array": ("others.npz", "real", {}, ["others.npz", "arr_0"]),
+    "floats": ("float.npz", "real", {}, ["float.npz", "float64", "uint8"]),
+    "text": ("fake", "text.npz", {}, ["text.npz is not an .npz, or damaged"]),
+    "other sizes": ("fake", "larger", {}, ["larger are 16 × 16, but those of", "fake 8 × 8", "image_size"]),
+    "a size of statistics": ("larger", "statistics.npz", {}, ["real is of images of 8 pixels, not 16"]),
+    "another extractor": ("fake", ADM_FILE, {}, ["made with the extractor inception, not everything"]),
+    "no report": ("fake", "real", {"report": Path("empty")}, ["empty exists and is not a report"]),
+    "a name with a slash": ("fake", "real", {"reference_name": "a/b"}, ["cannot be named 'a/b'"]),
+}
+NO_REFERENCE: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "out of no format": ("real", "out", {}, ["out is", "give the name of a file, *.npz"]),
+    "out is a folder": ("real", "folder.npz", {}, ["out is", "give the name of a file, *.npz"]),
+    "out is the source": ("real.npz", "real.npz", {}, ["which is the file of images; give another name"]),
+    "a slash": ("real", "out.npz", {"name": "a/b"}, ["cannot be named 'a/b'"]),
+    "no name": ("real", "out.npz", {"name": ""}, ["cannot be named ''"]),
+    "white space": ("real", "my out.npz", {}, ["cannot be named 'my out'"]),
+    "a size": ("statistics.npz", "out.npz", {"image_size": 16}, ["of images of 8 pixels, not 16"]),
+    "a file for a folder": ("real", "text.npz/out.npz", {}, ["text.npz"]),
 }
 
 
@@ -253,18 +249,32 @@ def test_rejects_wrong_arguments_in_one_line(
 ) -> None:
     arguments, phrases = REFUSED[kind]
     monkeypatch.chdir(root)
-    Path("folder.npz").mkdir(exist_ok=True)
     before = sorted(root.iterdir())
-    features = [] if len(arguments) < 3 or any("--features" in each for each in arguments) else [EVERYTHING]
-    message = fails(capsys, *arguments, *features)
+    message = fails(capsys, *arguments)
     for phrase in phrases:
         assert phrase in message, message
     assert sorted(root.iterdir()) == before
 
 
+def test_rejects_wrong_images_and_options_in_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    before = sorted(root.iterdir())
+    wrong = []
+    for kind, (images, other, options, phrases) in NOT_COMPARED.items():
+        message = refusal(capsys, compare, images, other, Everything(), **options)
+        wrong += [(kind, message)] if any(phrase not in message for phrase in phrases) else []
+    for kind, (images, out, options, phrases) in NO_REFERENCE.items():
+        message = refusal(capsys, reference, images, Path(out), features=Everything(), **options)
+        wrong += [(kind, message)] if any(phrase not in message for phrase in phrases) else []
+    assert wrong == []
+    assert sorted(root.iterdir()) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_an_error_of_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = fails(capsys, "compare", root / "fake", root / "real", EVERYTHING, "--device=cuda")
+    message = refusal(capsys, compare, str(root / "fake"), str(root / "real"), Everything(), device="cuda")
     assert "device is 'cuda', which cannot be used here" in message
 
 
@@ -276,8 +286,10 @@ def test_missing_weights_of_inception_are_an_error_with_a_remedy(
 
     monkeypatch.setattr("llamagen.published_weights.download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for command in (("compare", root / "fake", root / "real"), ("reference", root / "real", tmp_path / "r.npz")):
-        message = fails(capsys, *command)
+    for message in (
+        fails(capsys, "compare", root / "fake", root / "real"),
+        refusal(capsys, reference, str(root / "real"), tmp_path / "r.npz"),
+    ):
         assert "weights-inception-2015-12-05-6726825d.pth" in message
         assert "https://github.com/toshas/torch-fidelity" in message
         assert "--features Inception --features.weights" in message
@@ -289,9 +301,9 @@ def test_missing_weights_of_inception_are_an_error_with_a_remedy(
 
 def test_a_reference_keeps_its_purpose_by_default(root: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.npz" for name in "abc"]
-    main(["reference", str(root / "real"), str(paths[0]), EVERYTHING, "--purpose=reconstruction"])
-    main(["reference", str(paths[0]), str(paths[1]), EVERYTHING])
-    main(["reference", str(paths[1]), str(paths[2]), EVERYTHING, "--purpose=generation"])
+    reference(str(root / "real"), paths[0], purpose="reconstruction", features=Everything())
+    reference(str(paths[0]), paths[1], features=Everything())
+    reference(str(paths[1]), paths[2], purpose="generation", features=Everything())
     assert [read_reference(path).purpose for path in paths] == ["reconstruction", "reconstruction", "generation"]
     assert [read_reference(path).name for path in paths] == ["a", "b", "c"]
 

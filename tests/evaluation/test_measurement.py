@@ -229,7 +229,7 @@ def test_images_sorted_by_class_get_the_inception_score_of_a_random_order() -> N
     order = torch.randperm(400, generator=torch.Generator().manual_seed(5))
     found = {}
     for name, images in (("sorted", batch), ("random", batch[order])):
-        measurement = Measurement(ByClass(), SIZE, "generation")
+        measurement = Measurement(ByClass(), SIZE, "generation", metrics=[FID, InceptionScore])
         measurement.update(batch, real=True)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")

@@ -97,12 +97,12 @@ def test_reads_all_versions_of_the_header(tmp_path: Path, version: tuple[int, in
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_memory_holds_a_batch_and_not_the_archive(tmp_path: Path, save: Callable[..., None], world_size: int) -> None:
     size = 64 * 128 * 128 * 3
-    save(tmp_path / "a.npz", np.zeros((1024, 128, 128, 3), np.uint8))  # 50 MB
+    save(tmp_path / "a.npz", np.zeros((512, 128, 128, 3), np.uint8))  # 25 MB
     found = open_images(tmp_path / "a.npz")
     assert isinstance(found, _Array)
     tracemalloc.start()
     try:
-        blocks = found._archive.blocks(range(0, 1024, world_size), 64)
+        blocks = found._archive.blocks(range(0, 512, world_size), 64)
         while next(blocks, None) is not None:
             pass
         assert tracemalloc.get_traced_memory()[1] < size + 2.5 * PIECE

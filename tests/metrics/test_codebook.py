@@ -1,15 +1,12 @@
-"""Codebook usage counts every code over all batches and ranks."""
+"""Codebook usage counts every code over all batches."""
 
 from math import exp, log
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from callbacks.codebook import histogram
 from llamagen.metrics import CodebookUsage
-from tests.ranks import run_on_ranks
 
 
 def test_usage_and_perplexity_cover_all_batches() -> None:
@@ -45,19 +42,6 @@ def test_reset_clears_and_results_are_independent_copies() -> None:
     metric.reset()
     metric.update(torch.tensor([3]))
     assert metric.compute().counts.tolist() == [0, 0, 0, 1]
-
-
-def one_rank(rank: int) -> dict[str, Any]:
-    metric = CodebookUsage(6)
-    for code in ([0, 1], [1])[rank]:  # unequal numbers of batches
-        metric.update(torch.tensor([code, 5 - rank]))
-    return metric.compute()._asdict()
-
-
-def test_counts_over_ranks(tmp_path: Path) -> None:
-    for rank in run_on_ranks(one_rank, tmp_path):
-        assert rank["counts"].tolist() == [1, 2, 0, 0, 1, 2]
-        assert rank["usage"].item() == pytest.approx(4 / 6)
 
 
 def test_counts_more_codes_than_the_published_window() -> None:

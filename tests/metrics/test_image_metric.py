@@ -1,10 +1,9 @@
-"""Properties of all image metrics: order, batches, ranks, copies, states, references and errors."""
+"""Properties of all image metrics: order, batches, copies, states, references and errors."""
 
 import copy
 import io
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from llamagen.metrics import KID, Features, InceptionScore, PrecisionRecall, extract
 from llamagen.metrics.image_metric import RowMetric
 from tests.metrics.extractors import SIZE, Anything, Corner, Everything, Projection, random_images
-from tests.ranks import run_on_ranks
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "inception_score": lambda extractor, **options: InceptionScore(extractor, SIZE, splits=4),
@@ -107,61 +105,6 @@ def test_an_index_may_have_an_offset_and_gaps_and_be_int32(name: str) -> None:
         show(metric, images.flip(0), real, 3 * torch.arange(len(images), dtype=torch.int32).flip(0) + 100, 8)
     assert result(metric) == measured(name)
     assert metric.fake_index[0].dtype == torch.int64
-
-
-def results_of_a_rank(rank: int) -> dict[str, dict[str, list[float]]]:
-    """Results of each metric on one of two ranks, for several splits of the images."""
-    found: dict[str, dict[str, list[float]]] = {}
-    sides = ((real_images(), True), (fake_images(), False))
-    for name in MAKERS:
-        cases = found.setdefault(name, {})
-        metric = make(name)
-        for images, real in sides:
-            show(metric, images[rank::2], real, batch_size=4)
-        cases["alternating"] = result(metric)
-
-        metric.reset()
-        for images, real in sides:
-            halves = torch.arange(len(images)).tensor_split([9])
-            show(metric, images[halves[rank]], real, halves[rank], batch_size=4)
-        cases["parts one after the other"] = result(metric)
-
-        metric = make(name)
-        for images, real in sides:
-            if rank == 1:
-                show(metric, images.flip(0), real, torch.arange(len(images)).flip(0), batch_size=10)
-        cases["a rank with nothing"] = result(metric)
-
-        metric = make(name)
-        show(metric, real_images()[rank::2], True)
-        show(metric, fake_images()[:14][rank::2])
-        assert result(metric) == result(metric)
-        metric = pickle.loads(pickle.dumps(metric))
-        show(metric, fake_images()[14:][rank::2])
-        cases["in the middle and at the end"] = result(metric)
-        assert isinstance(metric.fake_rows, list)
-
-        if rank == 0:  # one image in all
-            show(lonely := make(name), fake_images()[:1])
-        else:
-            lonely = make(name)
-        show(lonely, real_images()[rank::2], True)
-        with pytest.raises(ValueError, match="1 fake images are too few"):
-            lonely.compute()
-        lonely.reset()
-        for images, real in sides:
-            show(lonely, images[rank::2], real)
-        cases["after a refusal"] = result(lonely)
-    return found
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_two_ranks_equal_one_process_for_any_split_of_the_images(tmp_path: Path) -> None:
-    for found in run_on_ranks(results_of_a_rank, tmp_path):
-        assert set(found) == set(MAKERS)
-        for name, cases in found.items():
-            assert len(cases) == 5
-            assert {case: values for case, values in cases.items() if values != measured(name)} == {}
 
 
 @every_metric

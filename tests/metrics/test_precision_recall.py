@@ -73,7 +73,7 @@ KINDS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_formula_over_all_pairs(kind: str, dtype: torch.dtype) -> None:
     real, fake = (rows.to(dtype) for rows in KINDS[kind]())
-    for k, block in ((1, 7), (1, 1000), (3, 7), (3, 16), (3, 1000), (5, 7), (5, 1000)):
+    for k, block in ((1, 1000), (3, 7), (3, 1000), (5, 16)):
         found = measure(real, fake, k, block)
         assert (found.precision.item(), found.recall.item()) == by_all_pairs(real, fake, k), (k, block)
         assert (found.precision.dtype, found.recall.dtype) == (torch.float64, torch.float64)
@@ -81,7 +81,7 @@ def test_equals_the_formula_over_all_pairs(kind: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("kind", ["narrow", "lattice", "offset beyond products"])
 def test_works_with_blocks_of_one(kind: str) -> None:
-    real, fake = (rows[:20] for rows in KINDS[kind]())
+    real, fake = (rows[:12] for rows in KINDS[kind]())
     found = measure(real, fake, k=3, block=1)
     assert (found.precision.item(), found.recall.item()) == by_all_pairs(real, fake, 3)
 

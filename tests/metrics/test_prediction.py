@@ -1,13 +1,11 @@
-"""Prediction metrics over batches and ranks."""
+"""Prediction metrics over batches."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 
 from llamagen.metrics import CodePrediction, PredictionStatistics
-from tests.ranks import run_on_ranks
 
 LENGTH = 6
 
@@ -55,15 +53,3 @@ def test_a_cast_to_16_bits_keeps_the_sums() -> None:
         metric.update(*batch)
     assert metric.nats.dtype == torch.float64
     assert_close(pickle.loads(pickle.dumps(metric)).compute())
-
-
-def on_rank(rank: int) -> list[torch.Tensor]:
-    metric = CodePrediction(LENGTH)
-    for batch in BATCHES[rank::2]:
-        metric.update(*batch)
-    return list(metric.compute())
-
-
-def test_ranks_are_weighted_by_their_numbers_of_codes(tmp_path: Path) -> None:
-    for result in run_on_ranks(on_rank, tmp_path):
-        assert_close(PredictionStatistics(*result))

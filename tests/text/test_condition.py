@@ -1,5 +1,6 @@
 """Prompts and stored features become the condition of a text model, without Lightning."""
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -94,8 +95,22 @@ def test_the_condition_of_a_batch_comes_from_features_or_captions(t5: Path) -> N
         condition.from_batch({"condition": torch.tensor([3])}, CPU)
 
 
+LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+
+
+def test_encodes_and_warns_without_lightning(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's warning raises an error in a process that Lightning did not start."""
+    for name in [*LIGHTNING, *sys.modules]:
+        if name.partition(".")[0] in LIGHTNING:
+            monkeypatch.setitem(sys.modules, name, None)  # to import it is an error
+    with pytest.raises(ImportError):
+        importlib.import_module("lightning.pytorch")
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than 8 tokens"):
+        text_condition(t5).encode(PROMPTS, CPU)
+
+
+@pytest.mark.slow
 def test_llamagen_text_does_not_import_lightning(t5: Path) -> None:
-    """Not even for a warning: Lightning's warning raises an error in a process that Lightning did not start."""
     script = (
         "import sys, torch\n"
         "from llamagen.models.gpt_config import GPTConfig\n"
