@@ -8,9 +8,9 @@ import torch
 import yaml
 
 import main
+from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import assert_moved_alike
 from tests.pipeline import Pipeline
-from tests.ranks import succeeds, two_processes
 
 STEPS, BATCH = 6, 32  # later a latent between two codes takes one here and the other there
 LR = 1e-3
@@ -47,9 +47,11 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_ranks_train_to_the_weights_of_one_process(
+    case: str, pipeline: Pipeline, ranks: RankPair, tmp_path: Path
+) -> None:
     main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
-    succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case])))
+    ranks.run_stage(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case]))
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert any("discriminator" in name for name in one["state_dict"])
     untrained = arguments(pipeline, tmp_path / "start", BATCH, *CASES[case], "--trainer.max_steps=0")
@@ -58,7 +60,7 @@ def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipe
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, ranks: RankPair, tmp_path: Path) -> None:
     checkpoints = {"dirpath": str(tmp_path / "run/checkpoints"), "save_last": True, "every_n_train_steps": 3}
     callbacks = [
         {"class_path": "ModelCheckpoint", "init_args": checkpoints},
@@ -66,10 +68,9 @@ def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, t
     ]
     (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     overlay = f"--config={tmp_path / 'callbacks.yaml'}"
-    done = two_processes(arguments(pipeline, tmp_path / "run", BATCH // 2, overlay))
-    assert done.returncode != 0
-    assert "reconstruction" in done.stderr
-    assert "not finite at step 4" in done.stderr
+    for error in ranks.error_of_stage(arguments(pipeline, tmp_path / "run", BATCH // 2, overlay)):
+        assert "reconstruction" in error
+        assert "not finite at step 4" in error
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 3
     assert all(value.isfinite().all() for value in last["state_dict"].values())
