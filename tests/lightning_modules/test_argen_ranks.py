@@ -20,7 +20,11 @@ def arguments(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
         *("fit", *kept, f"--data.init_args.root={pipeline.codes}", f"--data.init_args.batch_size={batch_size}"),
         *(f"--model.init_args.net.{name}=0.0" for name in DROPOUTS),
         *(f"--trainer.max_steps={STEPS}", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.1"),
-        *("--trainer.val_check_interval=null", "--data.init_args.remainder=drop"),
+        *(
+            "--trainer.val_check_interval=null",
+            "--trainer.check_val_every_n_epoch=2",
+            "--data.init_args.remainder=drop",
+        ),
     ]
 
 

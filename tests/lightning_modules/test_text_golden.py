@@ -60,7 +60,7 @@ def test_validation_has_the_published_loss() -> None:
     assert metrics["val/loss"] == pytest.approx(golden(ENTRY)["train_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_training_has_the_published_loss(compiled: bool) -> None:
     module = text_module(**NO_DROPOUT)
     if compiled:
