@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
 @pytest.mark.parametrize(
     ("make", "stop", "options"),
     [
-        (vqgan_module, {"max_steps": 11}, {}),
+        pytest.param(vqgan_module, {"max_steps": 11}, {}, marks=pytest.mark.slow),
         (argen_module, {"max_steps": 11}, {}),
         (argen_module, {"max_steps": 3}, {"accumulate_grad_batches": 2}),
         (argen_module, {"max_epochs": 1}, {"limit_train_batches": 5}),

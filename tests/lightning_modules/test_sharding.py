@@ -108,7 +108,13 @@ def assert_alike(one: Path, other: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("more", [SHARDED, (*SHARDED, "--model.init_args.activation_checkpointing=true")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(SHARDED, marks=pytest.mark.slow),
+        (*SHARDED, "--model.init_args.activation_checkpointing=true"),
+    ],
+)
 def test_two_sharded_ranks_reach_the_weights_moments_and_averages_of_one(
     more: tuple[str, ...], pipeline: Pipeline, ranks: RankPair, one: Path, tmp_path: Path
 ) -> None:

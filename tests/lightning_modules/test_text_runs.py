@@ -44,7 +44,8 @@ def fit(pipeline: TextPipeline, folder: Path, *more: str, online: bool = False, 
     return [
         *("fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={root}"),
         *(f"--data.init_args.batch_size={batch_size}", "--data.init_args.short_caption_share=0.3"),
-        *("--data.init_args.clean_captions=true", "--data.init_args.remainder=drop", *more),
+        *("--data.init_args.clean_captions=true", "--data.init_args.remainder=drop"),
+        *(f"--trainer.val_check_interval={STEPS}", *more),
     ]
 
 
@@ -138,7 +139,7 @@ def test_odd_prompts_are_sampled_and_truncation_is_reported(odd: tuple[Path, lis
     folder, said = odd
     assert any("prompts were longer than the model reads and were truncated: prompt 2" in text for text in said)
     assert_sampled(folder, 2 * len(ODD))
-    names = [name for name in ODD for _ in range(2)]
+    names = [*ODD, *ODD]
     cut = [name for name, line in zip(names, records(folder), strict=True) if line["truncated"]]
     assert cut.count("too long") == 2
     assert not set(cut) & {"nothing", "spaces"}

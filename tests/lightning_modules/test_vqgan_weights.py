@@ -131,7 +131,7 @@ def test_rejects_the_weights_of_a_gpt(pipeline: Pipeline) -> None:
         vqgan_module(options={"init_from": pipeline.argen})
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", pytest.param(".safetensors", marks=pytest.mark.slow)])
 def test_validates_and_extracts_with_published_weights(
     suffix: str, weights: State, pipeline: Pipeline, tmp_path: Path
 ) -> None:
