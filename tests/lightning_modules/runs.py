@@ -1,9 +1,10 @@
 """Small modules and trainings with the Trainer, for tests without the command line."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -18,6 +19,9 @@ from llamagen.models.vqgan import VQGANConfig
 from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
 
 State = dict[str, Tensor]
+
+EXAMPLES, BATCH = 60, 8
+"""Training examples and batch size: 8 batches per epoch, the last one smaller."""
 
 
 def vqgan_module(seed: int = 0, options: dict[str, Any] | None = None, **loss: Any) -> VQGANModule:
@@ -43,10 +47,18 @@ def argen_module(seed: int = 0, tokenizer: Path | None = None, **net: Any) -> AR
 def datamodule_for(
     module: pl.LightningModule, pipeline: Pipeline, batch_size: int = 200, image_size: int = 8
 ) -> pl.LightningDataModule:
-    """Digits for a tokenizer, codes for a GPT: 8 batches per epoch, the last one smaller."""
+    """All digits for a tokenizer, all codes for a GPT."""
     if isinstance(module, VQGANModule):
         return DigitsDataModule(pipeline.digits, image_size=image_size, batch_size=batch_size)
     return CodeDataModule(pipeline.codes, batch_size=batch_size, num_workers=0)
+
+
+def few_examples(module: pl.LightningModule, pipeline: Pipeline, image_size: int = 8) -> pl.LightningDataModule:
+    """The same data with few training examples: 8 batches per epoch, the last one smaller."""
+    data: Any = datamodule_for(module, pipeline, BATCH, image_size)
+    whole = data.read_index
+    data.read_index = lambda split: whole(split).select(np.arange(EXAMPLES)) if split == "train" else whole(split)
+    return cast(pl.LightningDataModule, data)
 
 
 def train(
@@ -59,7 +71,8 @@ def train(
 ) -> pl.Trainer:
     """Fit in one CPU process with EMA and a checkpoint every ``every`` steps, without output.
 
-    ``options`` are those of the trainer, and ``batch_size`` and ``image_size`` of the data.
+    ``options`` are those of the trainer, and ``batch_size`` and ``image_size`` of the data. Without ``batch_size`` an
+    epoch has 8 small batches.
     """
     every = options.pop("every", None)
     data = {name: options.pop(name) for name in ("batch_size", "image_size") if name in options}
@@ -78,7 +91,8 @@ def train(
             **options,
         }
     )
-    trainer.fit(module, datamodule_for(module, pipeline, **data), ckpt_path=ckpt_path, weights_only=True)
+    datamodule = (datamodule_for if "batch_size" in data else few_examples)(module, pipeline, **data)
+    trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

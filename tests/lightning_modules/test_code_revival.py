@@ -14,9 +14,9 @@ from lightning_modules.code_revival import CodeRevival
 from llamagen.models.quantizer import Quantized
 from llamagen.models.vector_quantizer import VectorQuantizer
 from tests.golden import normal_input
+from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import train, vqgan_module
 from tests.pipeline import Pipeline
-from tests.ranks import run_on_ranks
 from tests.rounding import Rounding
 
 SIZE, WIDTH = 40, 4
@@ -82,13 +82,13 @@ def test_unused_codes_become_latents_and_their_optimizer_state_is_reset() -> Non
     check(found, found["codes"], found["latent"])
 
 
-def test_all_ranks_revive_the_codes_that_no_rank_used(tmp_path: Path) -> None:
-    ranks = run_on_ranks(revived, tmp_path)
-    used = torch.cat([rank["codes"].flatten() for rank in ranks])
-    assert len(used.unique()) > max(len(rank["codes"].unique()) for rank in ranks)
-    for rank in ranks:
-        check(rank, used, ranks[0]["latent"])
-    assert torch.equal(ranks[0]["after"], ranks[1]["after"])
+def test_all_ranks_revive_the_codes_that_no_rank_used(ranks: RankPair) -> None:
+    found = ranks.run(revived)
+    used = torch.cat([rank["codes"].flatten() for rank in found])
+    assert len(used.unique()) > max(len(rank["codes"].unique()) for rank in found)
+    for rank in found:
+        check(rank, used, found[0]["latent"])
+    assert torch.equal(found[0]["after"], found[1]["after"])
 
 
 def test_only_codes_unused_since_the_last_revival_are_moved() -> None:

@@ -1,6 +1,7 @@
 """A stopped and resumed run ends in the same state as an uninterrupted one."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,18 @@ def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Make, dict[str, torch.Tensor]]:
-    """The final state of each module's uninterrupted run."""
-    states = {}
-    for make in (vqgan_module, vqgan_with_everything, argen_module):
+def uninterrupted(
+    pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Make], dict[str, torch.Tensor]]:
+    """The final state of a module's uninterrupted run; each is trained once."""
+
+    @cache
+    def state(make: Make) -> dict[str, torch.Tensor]:
         module = make()
         trainer = train(module, pipeline, tmp_path_factory.mktemp("whole"), max_steps=STEPS)
-        states[make] = state_of(module, trainer)
-    return states
+        return state_of(module, trainer)
+
+    return state
 
 
 class UsesGlobalGenerator(pl.Callback):
@@ -45,7 +50,9 @@ class UsesGlobalGenerator(pl.Callback):
         torch.randn(7)
 
 
-@pytest.mark.parametrize("make", [vqgan_module, vqgan_with_everything, argen_module])
+@pytest.mark.parametrize(
+    "make", [pytest.param(vqgan_module, marks=pytest.mark.slow), vqgan_with_everything, argen_module]
+)
 @pytest.mark.parametrize(
     ("stop", "every", "resume_from"),
     [
@@ -62,11 +69,11 @@ def test_a_resumed_run_ends_in_the_same_weights(
     stop: dict[str, int],
     every: int | None,
     resume_from: str,
-    uninterrupted: dict[Make, dict[str, torch.Tensor]],
+    uninterrupted: Callable[[Make], dict[str, torch.Tensor]],
     pipeline: Pipeline,
     tmp_path: Path,
 ) -> None:
-    expected = uninterrupted[make]
+    expected = uninterrupted(make)
     train(make(), pipeline, tmp_path / "first", every=every, **stop)
     # Another seed: everything must come from the checkpoint.
     resumed = make(seed=99)
@@ -89,7 +96,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
 @pytest.mark.parametrize(
     ("make", "stop", "options"),
     [
-        (vqgan_module, {"max_steps": 11}, {}),
+        pytest.param(vqgan_module, {"max_steps": 11}, {}, marks=pytest.mark.slow),
         (argen_module, {"max_steps": 11}, {}),
         (argen_module, {"max_steps": 3}, {"accumulate_grad_batches": 2}),
         (argen_module, {"max_epochs": 1}, {"limit_train_batches": 5}),

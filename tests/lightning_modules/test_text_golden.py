@@ -60,7 +60,7 @@ def test_validation_has_the_published_loss() -> None:
     assert metrics["val/loss"] == pytest.approx(golden(ENTRY)["train_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_training_has_the_published_loss(compiled: bool) -> None:
     module = text_module(**NO_DROPOUT)
     if compiled:
@@ -75,8 +75,14 @@ def test_training_has_the_published_loss(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("scale", ["1.0", "1.75", "4.0", "half"])
+@pytest.mark.parametrize(
+    ("batch_size", "scale"),
+    [
+        *((2, scale) for scale in ("1.0", "1.75", "4.0", "half")),
+        *((batch_size, "half") for batch_size in (1, 8)),
+        *(pytest.param(n, scale, marks=pytest.mark.slow) for n in (1, 8) for scale in ("1.0", "1.75", "4.0")),
+    ],
+)
 def test_greedy_codes_of_both_engines_are_the_published_ones(compiled: bool, batch_size: int, scale: str) -> None:
     module = text_module()
     guided = {"guidance_scale": 3.0, "guidance_steps": module.gpt.config.block_size // 2 + 2}

@@ -1,7 +1,7 @@
 """Text models on the command line: resumed, on two ranks, sharded, compiled; and sampling of prompts."""
 
 import json
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from PIL import Image
 
 import main
+from datamodules import PromptDataModule
+from lightning_modules import ARGenModule
 from llamagen.checkpoints.contents import read_checkpoint
-from tests.lightning_modules.runs import assert_moved_alike
-from tests.ranks import ended, succeeds, two_processes
-from tests.text_pipeline import TextPipeline
+from llamagen.models.gpt import GPTConfig
+from llamagen.text import TextEncoderConfig
+from tests.lightning_modules.rank_pair import RankPair
+from tests.lightning_modules.runs import assert_moved_alike, evaluator
+from tests.text_pipeline import TEXT_NET, TextPipeline
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
 NO_DROPOUT = tuple(f"--model.init_args.net.{name}=0.0" for name in DROPOUTS)
@@ -40,7 +44,8 @@ def fit(pipeline: TextPipeline, folder: Path, *more: str, online: bool = False, 
     return [
         *("fit", *pipeline.argen_arguments(folder), f"--data.init_args.root={root}"),
         *(f"--data.init_args.batch_size={batch_size}", "--data.init_args.short_caption_share=0.3"),
-        *("--data.init_args.clean_captions=true", "--data.init_args.remainder=drop", *more),
+        *("--data.init_args.clean_captions=true", "--data.init_args.remainder=drop"),
+        *(f"--trainer.val_check_interval={STEPS}", *more),
     ]
 
 
@@ -64,7 +69,7 @@ def one(text_pipeline: TextPipeline, tmp_path_factory: pytest.TempPathFactory) -
     return state(folder)
 
 
-@pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
+@pytest.mark.parametrize("online", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stored", "online"])
 def test_a_resumed_text_run_equals_the_uninterrupted_one(
     online: bool, text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
@@ -79,14 +84,9 @@ def test_a_resumed_text_run_equals_the_uninterrupted_one(
 
 @pytest.mark.parametrize("how", ["ddp", "sharded"])
 def test_two_ranks_train_a_text_model_like_one(
-    how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
+    how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, ranks: RankPair, tmp_path: Path
 ) -> None:
-    arguments = fit(text_pipeline, tmp_path, *NO_DROPOUT, batch_size=16)
-    if how == "ddp":
-        succeeds(two_processes(arguments))
-    else:
-        sharded = ("--trainer.devices=2", "--trainer.strategy=sharded")
-        succeeds(ended([sys.executable, "main.py", *arguments, *sharded]))
+    ranks.run_stage(fit(text_pipeline, tmp_path, *NO_DROPOUT, f"--trainer.strategy={how}", batch_size=16))
     two = state(tmp_path)
     assert two.keys() == one.keys()
     start = {name: torch.zeros_like(value) for name, value in one.items()}
@@ -95,6 +95,7 @@ def test_two_ranks_train_a_text_model_like_one(
     assert torch.equal(two[unconditional], one[unconditional])
 
 
+@pytest.mark.slow
 def test_a_compiled_text_model_trains_like_an_eager_one(
     one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
@@ -118,50 +119,66 @@ def assert_sampled(folder: Path, count: int) -> None:
         assert grid.size[0] > 192
 
 
-def test_odd_prompts_are_sampled_and_truncation_is_reported(text_pipeline: TextPipeline, tmp_path: Path) -> None:
-    prompts = json.dumps(list(ODD.values()))
-    with pytest.warns(UserWarning, match="prompts were longer than the model reads and were truncated: prompt 2"):
-        main.main([*text_pipeline.prompt_arguments(tmp_path, prompts), "--data.init_args.clean_captions=false"])
-    assert_sampled(tmp_path, len(ODD))
-    cut = {name for name, line in zip(ODD, records(tmp_path), strict=True) if line["truncated"]}
-    assert "too long" in cut
-    assert not cut & {"nothing", "spaces"}
-    assert all(line["sampling"]["guidance_scale"] == 2.0 for line in records(tmp_path))
+def odd_arguments(pipeline: TextPipeline, folder: Path) -> list[str]:
+    """The command that generates two images of each odd prompt."""
+    arguments = pipeline.prompt_arguments(folder, json.dumps(list(ODD.values())))
+    return [*arguments, "--data.init_args.per_prompt=2", "--data.init_args.clean_captions=false"]
 
 
-@pytest.mark.parametrize("kind", ["txt", "tsv"])
-def test_prompts_from_files_with_eager_and_compiled_samplers(
-    kind: str, text_pipeline: TextPipeline, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def odd(text_pipeline: TextPipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder with images of odd prompts, and the warnings."""
+    folder = tmp_path_factory.mktemp("odd")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main.main(odd_arguments(text_pipeline, folder))
+    return folder, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def test_odd_prompts_are_sampled_and_truncation_is_reported(odd: tuple[Path, list[str]]) -> None:
+    folder, said = odd
+    assert any("prompts were longer than the model reads and were truncated: prompt 2" in text for text in said)
+    assert_sampled(folder, 2 * len(ODD))
+    names = [*ODD, *ODD]
+    cut = [name for name, line in zip(names, records(folder), strict=True) if line["truncated"]]
+    assert cut.count("too long") == 2
+    assert not set(cut) & {"nothing", "spaces"}
+    assert all(line["sampling"]["guidance_scale"] == 2.0 for line in records(folder))
+
+
+def test_odd_prompts_are_cleaned_and_sampled(text_pipeline: TextPipeline) -> None:
+    encoder = TextEncoderConfig(str(text_pipeline.t5), "float32")
+    module = ARGenModule(GPTConfig(**TEXT_NET), tokenizer=text_pipeline.images.tokenizer, text_encoder=encoder)
+    batches: Any = evaluator().predict(module, PromptDataModule(list(ODD.values()), clean_captions=True))
+    assert sum(len(batch["images"].tensor()) for batch in batches) == len(ODD)
+
+
+def test_prompts_from_files_with_eager_and_compiled_samplers(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     lines = ["a cat", "a handwritten three"]
-    path = tmp_path / f"prompts.{kind}"
-    path.write_text(
-        "\n".join(lines if kind == "txt" else ["Prompt\tCategory", *(f"{line}\tAnimals" for line in lines)])
-    )
+    table = ["Prompt\tCategory", *(f"{line}\tAnimals" for line in lines)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    (tmp_path / "prompts.tsv").write_text("\n".join(table))
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    main.main(text_pipeline.prompt_arguments(eager, str(path)))
+    main.main(text_pipeline.prompt_arguments(eager, str(tmp_path / "prompts.txt")))
     on = [{"class_path": "CompiledSampling", "init_args": {"enabled": True}}, {"class_path": "ImageWriter"}]
-    callbacks = json.dumps([{"class_path": "EMA"}, *on])
-    main.main([*text_pipeline.prompt_arguments(compiled, str(path)), f"--trainer.callbacks={callbacks}"])
-    for folder in (eager, compiled):
+    callbacks = f"--trainer.callbacks={json.dumps([{'class_path': 'EMA'}, *on])}"
+    main.main([*text_pipeline.prompt_arguments(compiled, str(tmp_path / "prompts.tsv")), callbacks])
+    for folder, columns in ((eager, {}), (compiled, {"Category": "Animals"})):
         assert_sampled(folder, 2)
         assert [line["prompt"] for line in records(folder)] == lines
-        assert [line["columns"] for line in records(folder)] == [{"Category": "Animals"} if kind == "tsv" else {}] * 2
+        assert [line["columns"] for line in records(folder)] == [columns] * 2
     with np.load(eager / "samples.npz") as one, np.load(compiled / "samples.npz") as other:
         assert np.array_equal(one["arr_0"], other["arr_0"])
 
 
 def test_two_processes_sample_the_same_images_as_one_with_any_batch_size(
-    text_pipeline: TextPipeline, tmp_path: Path
+    odd: tuple[Path, list[str]], text_pipeline: TextPipeline, ranks: RankPair, tmp_path: Path
 ) -> None:
-    prompts = json.dumps(list(ODD.values()))
-    more = ("--data.init_args.per_prompt=2",)
-    main.main([*text_pipeline.prompt_arguments(tmp_path / "one", prompts), *more])
-    arguments = text_pipeline.prompt_arguments(tmp_path / "two", prompts)
-    succeeds(two_processes([*arguments, *more, "--data.init_args.batch_size=3"]))
-    with np.load(tmp_path / "one/samples.npz") as one, np.load(tmp_path / "two/samples.npz") as two:
+    folder, _ = odd
+    ranks.run_stage([*odd_arguments(text_pipeline, tmp_path), "--data.init_args.batch_size=3"])
+    with np.load(folder / "samples.npz") as one, np.load(tmp_path / "samples.npz") as two:
         assert np.array_equal(one["arr_0"], two["arr_0"])
-    assert records(tmp_path / "one") == records(tmp_path / "two")
+    assert records(folder) == records(tmp_path)
 
 
 def test_grids_of_prompts_appear_while_training(text_pipeline: TextPipeline) -> None:

@@ -25,8 +25,15 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("make", [vqgan_module, argen_module])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "make"),
+    [
+        (1, vqgan_module),
+        (2, argen_module),
+        pytest.param(2, vqgan_module, marks=pytest.mark.slow),
+        pytest.param(1, argen_module, marks=pytest.mark.slow),
+    ],
+)
 def test_the_x_axis_is_the_number_of_training_batches(
     accumulate: int, make: Any, pipeline: Pipeline, tmp_path: Path
 ) -> None:
