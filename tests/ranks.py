@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 PATIENCE = 120
 """Seconds after which processes count as hanging and are killed."""
@@ -68,8 +69,9 @@ def main_ended(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProc
 
 
 def two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run ``main.py`` in two CPU processes with DDP."""
-    return main_ended([*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"], ranks=2)
+    """Run ``main.py`` in two CPU processes, with DDP unless the arguments name another strategy."""
+    strategy = [] if any("strategy" in argument for argument in arguments) else ["--trainer.strategy=ddp"]
+    return main_ended([*arguments, "--trainer.devices=2", *strategy], ranks=2)
 
 
 def succeeds(done: subprocess.CompletedProcess[str]) -> None:
@@ -128,6 +130,8 @@ def _start(environment: dict[str, str]) -> None:
     os.setsid()  # a group of its own, which can be killed with the processes that it starts
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # Linux's default, which a forked process has lost
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # read when Lightning was imported
     torch.set_num_threads(1)
 
 

@@ -119,7 +119,7 @@ def assert_moved_alike(start: State, one: State, other: State, tolerance: float 
         distance = (value.float() - start[name].float()).norm()
         if (value.float() - other[name].float()).norm() > tolerance * distance + 1e-6:
             different.append(name)
-    assert different == []
+    assert different == [], different
 
 
 def evaluator(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:

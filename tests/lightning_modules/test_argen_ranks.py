@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 import main
-from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import assert_moved_alike
 from tests.pipeline import Pipeline
+from tests.ranks import succeeds, two_processes
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
 STEPS = 10
@@ -39,12 +39,12 @@ def averages(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: states[index]["ema"] for index, name in enumerate(checkpoint["llamagen"]["ema_names"])}
 
 
-def test_two_ranks_reach_the_weights_and_averages_of_one(pipeline: Pipeline, ranks: RankPair, tmp_path: Path) -> None:
+def test_two_ranks_reach_the_weights_and_averages_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
     start = arguments(pipeline, tmp_path / "start", 200)
     module = main.main([*start, "--trainer.max_steps=0"]).model
     before = {name: value.clone() for name, value in module.state_dict().items() if name.startswith("gpt.")}
     main.main(arguments(pipeline, tmp_path / "one", 200))
-    ranks.run_stage(arguments(pipeline, tmp_path / "two", 100))
+    succeeds(two_processes(arguments(pipeline, tmp_path / "two", 100)))
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert_moved_alike(before, *({name: each["state_dict"][name] for name in before} for each in (one, two)))
     parameters = {name: before[name] for name in averages(one)}

@@ -14,9 +14,9 @@ from lightning_modules.code_revival import CodeRevival
 from llamagen.models.quantizer import Quantized
 from llamagen.models.vector_quantizer import VectorQuantizer
 from tests.golden import normal_input
-from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import train, vqgan_module
 from tests.pipeline import Pipeline
+from tests.ranks import run_on_ranks
 from tests.rounding import Rounding
 
 SIZE, WIDTH = 40, 4
@@ -82,8 +82,8 @@ def test_unused_codes_become_latents_and_their_optimizer_state_is_reset() -> Non
     check(found, found["codes"], found["latent"])
 
 
-def test_all_ranks_revive_the_codes_that_no_rank_used(ranks: RankPair) -> None:
-    found = ranks.run(revived)
+def test_all_ranks_revive_the_codes_that_no_rank_used(tmp_path: Path) -> None:
+    found = run_on_ranks(revived, tmp_path)
     used = torch.cat([rank["codes"].flatten() for rank in found])
     assert len(used.unique()) > max(len(rank["codes"].unique()) for rank in found)
     for rank in found:

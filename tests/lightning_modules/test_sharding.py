@@ -22,11 +22,10 @@ from llamagen.checkpoints.weights import averaged_weights, read_weights
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import is_sharded, shard
-from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import argen_module, vqgan_module
 from tests.lightning_modules.test_argen_ranks import STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline
-from tests.ranks import ended, succeeds
+from tests.ranks import ended, run_on_ranks, succeeds, two_processes
 
 HALF = STEPS // 2
 SHARDED = ("--trainer.strategy=sharded",)
@@ -43,12 +42,17 @@ def command(pipeline: Pipeline, folder: Path, processes: int, *more: str) -> lis
     return [*arguments(pipeline, folder, 200 // processes), f"--trainer.devices={processes}", *more]
 
 
-def run(pipeline: Pipeline, folder: Path, ranks: RankPair | None, *more: str) -> Path:
-    """Train, in this process or on two ranks, and return the last checkpoint."""
-    if ranks is None:
-        main.main(command(pipeline, folder, 1, *more))
+def _run_stage(arguments: list[str], ranks: int) -> None:
+    """Run ``main.py``: in this process, or on two ranks."""
+    if ranks == 1:
+        main.main(arguments)
     else:
-        ranks.run_stage(command(pipeline, folder, 2, *more))
+        succeeds(two_processes(arguments))
+
+
+def run(pipeline: Pipeline, folder: Path, ranks: int, *more: str) -> Path:
+    """Train, and return the last checkpoint."""
+    _run_stage(command(pipeline, folder, ranks, *more), ranks)
     return folder / "checkpoints/last.ckpt"
 
 
@@ -64,13 +68,13 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of one process, after all steps."""
-    return run(pipeline, tmp_path_factory.mktemp("one"), None)
+    return run(pipeline, tmp_path_factory.mktemp("one"), 1)
 
 
 @pytest.fixture(scope="module")
 def half(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of one process, after half of the steps."""
-    return run(pipeline, tmp_path_factory.mktemp("half"), None, f"--trainer.max_steps={HALF}")
+    return run(pipeline, tmp_path_factory.mktemp("half"), 1, f"--trainer.max_steps={HALF}")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +120,9 @@ def assert_alike(one: Path, other: Path) -> None:
     ],
 )
 def test_two_sharded_ranks_reach_the_weights_moments_and_averages_of_one(
-    more: tuple[str, ...], pipeline: Pipeline, ranks: RankPair, one: Path, tmp_path: Path
+    more: tuple[str, ...], pipeline: Pipeline, one: Path, tmp_path: Path
 ) -> None:
-    two = run(pipeline, tmp_path, ranks, *more)
+    two = run(pipeline, tmp_path, 2, *more)
     assert len(list(two.glob("*.distcp"))) == 2
     assert_alike(one, two)
     assert not list(two.parent.glob(".*"))
@@ -127,27 +131,27 @@ def test_two_sharded_ranks_reach_the_weights_moments_and_averages_of_one(
 def test_a_sharded_checkpoint_resumes_in_one_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
-    assert_alike(one, run(pipeline, tmp_path, None, f"--ckpt_path={sharded_half}"))
+    assert_alike(one, run(pipeline, tmp_path, 1, f"--ckpt_path={sharded_half}"))
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_sharded_checkpoint_resumes_in_one_sharded_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
-    assert_alike(one, run(pipeline, tmp_path / "run", None, *SHARDED, f"--ckpt_path={sharded_half}"))
+    assert_alike(one, run(pipeline, tmp_path / "run", 1, *SHARDED, f"--ckpt_path={sharded_half}"))
 
 
 def test_the_checkpoint_of_one_process_resumes_in_two_sharded_ones(
-    pipeline: Pipeline, ranks: RankPair, one: Path, half: Path, tmp_path: Path
+    pipeline: Pipeline, one: Path, half: Path, tmp_path: Path
 ) -> None:
-    assert_alike(one, run(pipeline, tmp_path, ranks, *LIGHTNINGS, f"--ckpt_path={half}"))
+    assert_alike(one, run(pipeline, tmp_path, 2, *LIGHTNINGS, f"--ckpt_path={half}"))
 
 
 def test_a_gathered_checkpoint_is_numbered_like_any_other(
-    pipeline: Pipeline, ranks: RankPair, one: Path, sharded_half: Path, tmp_path: Path
+    pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
     one_file = "--trainer.strategy.save_distributed_checkpoint=false"
-    two = run(pipeline, tmp_path, ranks, *LIGHTNINGS, one_file, f"--ckpt_path={sharded_half}")
+    two = run(pipeline, tmp_path, 2, *LIGHTNINGS, one_file, f"--ckpt_path={sharded_half}")
     assert two.is_file()
     assert_alike(one, two)
 
@@ -166,17 +170,17 @@ def test_a_sharded_checkpoint_becomes_one_file_of_weights(
 
 
 def test_sharded_ranks_validate_and_sample_with_averages_like_one(
-    pipeline: Pipeline, ranks: RankPair, half: Path, sharded_half: Path, tmp_path: Path
+    pipeline: Pipeline, half: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
     ema = "--trainer.callbacks=[{class_path: EMA}]"
-    for name, path, more, run_stage in (("one", half, (), main.main), ("two", sharded_half, SHARDED, ranks.run_stage)):
+    for name, path, more, ranks in (("one", half, (), 1), ("two", sharded_half, SHARDED, 2)):
         shared = [f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path / name}", *more]
         validate = ["validate", *pipeline.argen_arguments(tmp_path / name), f"--data.init_args.root={pipeline.codes}"]
         options = [item for item in validate if not item.startswith(("--trainer.max_steps", "--trainer.val_check"))]
-        run_stage([*options, ema, "--trainer.limit_val_batches=1.0", *shared])
+        _run_stage([*options, ema, "--trainer.limit_val_batches=1.0", *shared], ranks)
         # Nine images in batches of four are two batches for the first rank, and one, cut in two, for the second.
         few = ["--data.init_args.classes=[0,3,7]", "--data.init_args.batch_size=4"]
-        run_stage([*pipeline.sample_arguments(tmp_path / name), *few, *shared])
+        _run_stage([*pipeline.sample_arguments(tmp_path / name), *few, *shared], ranks)
     rows = [(tmp_path / name / "logs/version_0/metrics.csv").read_text().splitlines() for name in ("one", "two")]
     one, two = (dict(zip(lines[0].split(","), lines[1].split(","), strict=True)) for lines in rows)
     assert one.keys() == two.keys() >= {"val/loss", "val/top5"}
@@ -195,7 +199,7 @@ def test_rejects_the_checkpoint_of_another_model_before_reading_it(
     wide = "--model.init_args.net.dim=64"
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="the checkpoint's GPT has another shape"):
-        run(pipeline, folder, None, *SHARDED, wide, f"--ckpt_path={half}")
+        run(pipeline, folder, 1, *SHARDED, wide, f"--ckpt_path={half}")
     assert not folder.exists()
 
 
@@ -256,13 +260,13 @@ def _start(weights: str, num_classes: int) -> ARGenModule:
 
 @pytest.mark.parametrize(("from_file", "num_classes"), [(False, 10), (True, 10), (True, 12)])
 def test_a_model_on_the_meta_device_gets_the_usual_initial_weights(
-    from_file: bool, num_classes: int, half: Path, ranks: RankPair
+    from_file: bool, num_classes: int, half: Path, tmp_path: Path
 ) -> None:
     weights = str(half) if from_file else ""
     torch.manual_seed(0)
     gpt = _start(weights, num_classes).gpt
     wanted = gpt.state_dict() | _checksum(gpt)
-    for found in ranks.run(_initial, weights, num_classes):
+    for found in run_on_ranks(_initial, tmp_path, weights, num_classes):
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert torch.equal(value, wanted[name]), name
@@ -291,8 +295,8 @@ def _uneven(rank: int) -> list[Tensor]:
     return [table.full_tensor().detach(), whole]
 
 
-def test_a_full_tensor_is_copied_into_uneven_shards(ranks: RankPair) -> None:
-    for found, wanted in ranks.run(_uneven):
+def test_a_full_tensor_is_copied_into_uneven_shards(tmp_path: Path) -> None:
+    for found, wanted in run_on_ranks(_uneven, tmp_path):
         assert len(found) % 2
         assert torch.equal(found, wanted.float())
 

@@ -16,8 +16,8 @@ from lightning_modules import ARGenModule
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.models.gpt import GPTConfig
 from llamagen.text import TextEncoderConfig
-from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import assert_moved_alike, evaluator
+from tests.ranks import succeeds, two_processes
 from tests.text_pipeline import TEXT_NET, TextPipeline
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
@@ -84,9 +84,9 @@ def test_a_resumed_text_run_equals_the_uninterrupted_one(
 
 @pytest.mark.parametrize("how", ["ddp", "sharded"])
 def test_two_ranks_train_a_text_model_like_one(
-    how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, ranks: RankPair, tmp_path: Path
+    how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
-    ranks.run_stage(fit(text_pipeline, tmp_path, *NO_DROPOUT, f"--trainer.strategy={how}", batch_size=16))
+    succeeds(two_processes(fit(text_pipeline, tmp_path, *NO_DROPOUT, f"--trainer.strategy={how}", batch_size=16)))
     two = state(tmp_path)
     assert two.keys() == one.keys()
     start = {name: torch.zeros_like(value) for name, value in one.items()}
@@ -172,10 +172,10 @@ def test_prompts_from_files_with_eager_and_compiled_samplers(text_pipeline: Text
 
 
 def test_two_processes_sample_the_same_images_as_one_with_any_batch_size(
-    odd: tuple[Path, list[str]], text_pipeline: TextPipeline, ranks: RankPair, tmp_path: Path
+    odd: tuple[Path, list[str]], text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:
     folder, _ = odd
-    ranks.run_stage([*odd_arguments(text_pipeline, tmp_path), "--data.init_args.batch_size=3"])
+    succeeds(two_processes([*odd_arguments(text_pipeline, tmp_path), "--data.init_args.batch_size=3"]))
     with np.load(folder / "samples.npz") as one, np.load(tmp_path / "samples.npz") as two:
         assert np.array_equal(one["arr_0"], two["arr_0"])
     assert records(folder) == records(tmp_path)

@@ -8,11 +8,11 @@ import torch
 import yaml
 
 import main
-from tests.lightning_modules.rank_pair import RankPair
 from tests.lightning_modules.runs import assert_moved_alike
 from tests.pipeline import Pipeline
+from tests.ranks import succeeds, two_processes
 
-STEPS, BATCH = 4, 16  # later a latent between two codes takes one here and the other there
+STEPS, BATCH = 4, 32  # later a latent between two codes takes one here and the other there
 LR = 1e-3
 CASES = {
     "fixed weight": [],
@@ -49,11 +49,9 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow) if case == "adaptive weight" else case for case in CASES]
 )
-def test_two_ranks_train_to_the_weights_of_one_process(
-    case: str, pipeline: Pipeline, ranks: RankPair, tmp_path: Path
-) -> None:
+def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
-    ranks.run_stage(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case]))
+    succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case])))
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert any("discriminator" in name for name in one["state_dict"])
     untrained = arguments(pipeline, tmp_path / "start", BATCH, *CASES[case], "--trainer.max_steps=0")
@@ -62,7 +60,7 @@ def test_two_ranks_train_to_the_weights_of_one_process(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, ranks: RankPair, tmp_path: Path) -> None:
+def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
     checkpoints = {"dirpath": str(tmp_path / "run/checkpoints"), "save_last": True, "every_n_train_steps": 2}
     callbacks = [
         {"class_path": "ModelCheckpoint", "init_args": checkpoints},
@@ -70,9 +68,11 @@ def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, r
     ]
     (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     overlay = f"--config={tmp_path / 'callbacks.yaml'}"
-    for error in ranks.error_of_stage(arguments(pipeline, tmp_path / "run", BATCH // 2, overlay)):
-        assert "reconstruction" in error
-        assert "not finite at step 3" in error
+    done = two_processes(arguments(pipeline, tmp_path / "run", BATCH // 2, overlay))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("reconstruction" in error and "not finite at step 3" in error for error in errors)
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 2
     assert all(value.isfinite().all() for value in last["state_dict"].values())
