@@ -30,8 +30,8 @@ from tests.mutations import ROOT, Mutation, mutations
 
 LEVELS = {"make test": "not slow and not gpu", "make test-all": "not gpu"}
 AT_LEAST = 0.95
-PATIENCE = 600
-"""Seconds after which the tests of one mutation count as hanging, which is a failure that a test should report."""
+PATIENCE = 1200
+"""Seconds after which the tests of one mutation are ended. A test that hangs ends much earlier, with its name."""
 
 
 def main() -> None:
@@ -44,14 +44,20 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {options.only} matches no mutation; give another expression")
     with tempfile.TemporaryDirectory() as folder:
-        copies: Queue[Path] = Queue()
-        for number in range(options.jobs):
-            copies.put(_copy_of_repository(Path(folder) / str(number)))
-        with ThreadPoolExecutor(options.jobs) as pool:
-            tests = sorted({test for each in chosen for test in each.tests})
-            unbroken = pool.submit(_run_unbroken, tests, copies)
-            results = list(tqdm(pool.map(lambda each: _try(each, copies), chosen), total=len(chosen), unit="mutation"))
-            failing = unbroken.result()
+        copies: Queue[Copy] = Queue()
+        started = [Copy(Path(folder) / str(number)) for number in range(options.jobs)]
+        for copy in started:
+            copies.put(copy)
+        try:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                tests = sorted({test.partition("::")[0] for each in chosen for test in each.tests})
+                unbroken = pool.submit(_run_unbroken, tests, copies)
+                tried = pool.map(lambda each: _try(each, copies), chosen)
+                results = list(tqdm(tried, total=len(chosen), unit="mutation"))
+                failing = unbroken.result()
+        finally:
+            for copy in started:
+                copy.close()
     record = _record(results, failing)
     if options.out is not None:
         with atomic_file(options.out) as temporary:
@@ -59,7 +65,7 @@ def main() -> None:
     raise SystemExit(_report(record))
 
 
-def _copy_of_repository(folder: Path) -> Path:
+def _copy_repository(folder: Path) -> None:
     """Copy all files that git knows or would add, with their present content."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -71,45 +77,68 @@ def _copy_of_repository(folder: Path) -> Path:
             shutil.copy2(ROOT / name, folder / name)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)  # some tests list the files of the repository
     subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
-    return folder
 
 
-def _pytest(folder: Path, tests: list[str], level: str) -> tuple[int, str]:
-    """Exit code and output of the tests of a level; exit code 5 if the level has none of them."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", LEVELS[level], *tests]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            done = subprocess.run(
-                [*command, f"--basetemp={temporary}/pytest"],
-                cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return 124, ""
-    return done.returncode, done.stdout
+class Copy:
+    """A copy of the repository, and a process that runs pytest in it.
+
+    Args:
+        folder: a new folder for the copy and for temporary files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.temporary = folder / "copy", folder / "temporary"
+        _copy_repository(self.folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+        )  # fmt: skip
+
+    def pytest(self, arguments: list[str], level: str) -> tuple[int, str]:
+        """Exit code and output of pytest for the tests of a level; exit code 5 if the level has none of them."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        out = self.temporary / "output"
+        options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.temporary / 'pytest'}", "-m", LEVELS[level]]
+        request = {
+            "folder": str(self.folder),
+            "arguments": [*options, *arguments],
+            "out": str(out),
+            "seconds": PATIENCE,
+        }
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline()), out.read_text(errors="replace")
+
+    def close(self) -> None:
+        """End the process."""
+        self.server.kill()
+        self.server.wait()
 
 
-def _run_unbroken(tests: list[str], copies: "Queue[Path]") -> list[str]:
+def _run_unbroken(tests: list[str], copies: "Queue[Copy]") -> list[str]:
     """Names of tests that fail on the unbroken code."""
     copy = copies.get()
     try:
-        code, output = _pytest(copy, tests, "make test-all")
+        code, output = copy.pytest(tests, "make test-all")
     finally:
         copies.put(copy)
     return [] if code == 0 else re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M) or [f"pytest exits with {code}"]
 
 
-def _try(mutation: Mutation, copies: "Queue[Path]") -> dict[str, Any]:
+def _try(mutation: Mutation, copies: "Queue[Copy]") -> dict[str, Any]:
     """Break a copy of the repository, run the tests, restore the copy."""
     copy = copies.get()
-    file = copy / mutation.file
+    file = copy.folder / mutation.file
     content = file.read_text()
     result: dict[str, Any] = {"name": mutation.name, "file": mutation.file, "meant": mutation.meant, "caught_by": None}
     start = time.perf_counter()
     try:
         file.write_text(mutation.applied(content))
         for level in LEVELS:
-            code, output = _pytest(copy, mutation.tests, level)
+            code, output = copy.pytest(["-x", *mutation.tests], level)
             if code == 1 and (failed := re.findall(r"^FAILED (\S+)|^ERROR (\S+)", output, re.M)):
                 result |= {"caught_by": level, "test": next(filter(None, failed[0]))}
                 break
