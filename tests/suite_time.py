@@ -1,6 +1,6 @@
 """Where the time of the test suite goes, by file and by kind: a pytest plugin.
 
-    python -m pytest -n 2 -p benchmarks.suite_time --suite-time benchmarks/results/suite_time.json
+    python -m pytest -n 2 -p tests.suite_time --suite-time benchmarks/results/suite_time.json
 
 Kinds are exclusive: what a stage spends in processes counts as processes, except that a compiler's process counts as
 compiler. The sum over all workers is about the wall-clock time times the number of workers.
