@@ -12,7 +12,7 @@ from tests.lightning_modules.runs import assert_moved_alike
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 
-STEPS, BATCH = 4, 32  # later a latent between two codes takes one here and the other there
+STEPS, BATCH = 6, 32  # later a latent between two codes takes one here and the other there
 LR = 1e-3
 CASES = {
     "fixed weight": [],
