@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import main
+from llamagen.sampling import SamplingConfig
 
 TOKENIZER_NET = {
     "channels": 32,
@@ -23,6 +27,18 @@ GPT_NET = {
     "block_size": 16,
     "num_classes": 10,
 }
+
+
+def _sampling() -> SamplingConfig:
+    settings: dict[str, Any] = {}
+    for name in ("base", "digits"):
+        config = yaml.safe_load(Path(f"configs/argen/{name}.yaml").read_text())
+        settings |= config["model"]["init_args"]["sampling"]
+    return SamplingConfig(**settings)
+
+
+SAMPLING = _sampling()
+"""Settings of sampling in the configurations of the run."""
 
 
 @dataclass(frozen=True)

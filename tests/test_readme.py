@@ -137,3 +137,15 @@ def test_names_of_files_exist() -> None:
     assert tree is not None
     folders = re.findall(r"^([a-z_]+)/", tree[1], re.MULTILINE)
     assert [name for name in folders if not Path(ROOT / name).is_dir()] == []
+
+
+def test_the_list_of_configurations_is_complete() -> None:
+    configs = ROOT / "configs"
+    text = (configs / "README.md").read_text()
+    links = set(re.findall(r"\]\(((?:vqgan|argen|logger|text)/[^)]+)\)", text))
+    assert all((configs / link).exists() for link in links)
+    sizes = {path.relative_to(configs).as_posix() for path in (configs / "argen/size").iterdir()}
+    shipped = {path.relative_to(configs).as_posix() for path in configs.rglob("*.y*ml")}
+    assert links == (shipped - sizes) | {"argen/size"}
+    row = next(line for line in text.splitlines() if "(argen/size)" in line)
+    assert all(re.search(rf"\b{Path(size).stem}\b", row) for size in sizes)

@@ -16,9 +16,8 @@ from lightning_modules import ARGenModule
 from llamagen.sampling import SamplingConfig, generate
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decode_weights import DecodeWeights
-from tests.callbacks.writers.test_images import SETTINGS
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
-from tests.pipeline import Pipeline
+from tests.pipeline import SAMPLING, Pipeline
 
 
 def module_for(pipeline: Pipeline, **net: Any) -> ARGenModule:
@@ -140,7 +139,7 @@ def test_auto_needs_no_tokenizer_without_sampling(pipeline: Pipeline, tmp_path: 
 def sampled(pipeline: Pipeline, batch_size: int, **options: Any) -> np.ndarray:
     """The images of the pipeline's sampling command, by compiled steps."""
     module = argen_module(tokenizer=pipeline.tokenizer)
-    module.sampling = SETTINGS
+    module.sampling = SAMPLING
     batches: Any = evaluator(EMA(), CompiledSampling(True), **options).predict(
         module, ClassRequestDataModule(10, 3, batch_size), ckpt_path=pipeline.argen
     )

@@ -25,7 +25,7 @@ from llamagen.models.vqgan import to_uint8
 from llamagen.sampling import SamplingConfig
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.metrics.extractors import SIZE, Everything, Projection
-from tests.pipeline import GPT_NET, Pipeline
+from tests.pipeline import GPT_NET, SAMPLING, Pipeline
 from tests.ranks import succeeds, two_processes
 
 EXTRACTOR = "tests.metrics.extractors.Everything"
@@ -262,7 +262,7 @@ def test_test_measures_the_images_that_predict_samples(pipeline: Pipeline, repor
     assert metrics["metrics"] == pytest.approx(expected, rel=1e-5)
     assert metrics["images"] == {"count": 30, "resolution": SIZE}
     assert metrics["reference"]["name"] == "digits"
-    assert metrics["sampling"]["guidance_scale"] == 2.0
+    assert metrics["sampling"]["guidance_scale"] == SAMPLING.guidance_scale
 
 
 def test_a_report_has_metrics_the_papers_values_and_images(report: Path) -> None:

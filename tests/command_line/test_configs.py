@@ -393,14 +393,3 @@ def test_images_of_all_classes_of_the_model_are_generated(overlay: str) -> None:
     digits = parse(STAGES[overlay], ("argen/base.yaml", "argen/digits.yaml", f"argen/{overlay}.yaml"))
     assert [parsed["data"]["init_args"]["classes"] for parsed in (general, digits)] == [1000, 10]
     assert general["data"]["init_args"] == {"classes": 1000, "per_class": 50, "batch_size": 64}
-
-
-def test_the_readme_lists_every_file() -> None:
-    text = (CONFIGS / "README.md").read_text()
-    links = set(re.findall(r"\]\(((?:vqgan|argen|logger|text)/[^)]+)\)", text))
-    assert all((CONFIGS / link).exists() for link in links)
-    sizes = {path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / "argen/size").iterdir()}
-    shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
-    assert links == (shipped - sizes) | {"argen/size"}
-    row = next(line for line in text.splitlines() if "(argen/size)" in line)
-    assert all(re.search(rf"\b{Path(size).stem}\b", row) for size in sizes)

@@ -17,6 +17,7 @@ from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.models.gpt import GPTConfig
 from llamagen.text import TextEncoderConfig
 from tests.lightning_modules.runs import assert_moved_alike, evaluator
+from tests.pipeline import SAMPLING
 from tests.ranks import succeeds, two_processes
 from tests.text_pipeline import TEXT_NET, TextPipeline
 
@@ -143,7 +144,7 @@ def test_odd_prompts_are_sampled_and_truncation_is_reported(odd: tuple[Path, lis
     cut = [name for name, line in zip(names, records(folder), strict=True) if line["truncated"]]
     assert cut.count("too long") == 2
     assert not set(cut) & {"nothing", "spaces"}
-    assert all(line["sampling"]["guidance_scale"] == 2.0 for line in records(folder))
+    assert all(line["sampling"]["guidance_scale"] == SAMPLING.guidance_scale for line in records(folder))
 
 
 def test_odd_prompts_are_cleaned_and_sampled(text_pipeline: TextPipeline) -> None:

@@ -23,7 +23,7 @@ from llamagen.models.gpt import GPTConfig
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
 from tests.lightning_modules.runs import evaluator
-from tests.pipeline import GPT_NET, Pipeline
+from tests.pipeline import GPT_NET, SAMPLING, Pipeline
 
 LIMITED = "--trainer.limit_predict_batches=2"  # 1 may be read as all of them
 TWO_BATCHES = {"limit_predict_batches": 2}
@@ -34,7 +34,6 @@ def command(pipeline: Pipeline, folder: Path, *more: str) -> list[str]:
     return [*pipeline.sample_arguments(folder), f"--ckpt_path={pipeline.argen}", *more]
 
 
-SETTINGS = SamplingConfig(temperature=0.8, top_k=2000, top_p=0.8, guidance_scale=2.0)
 """Those of the command."""
 
 
@@ -49,7 +48,7 @@ def sample(
     **module: Any,
 ) -> None:
     """Do the same as :func:`command`, without the command line."""
-    gpt = ARGenModule(GPTConfig(**GPT_NET), **{"sampling": SETTINGS, "tokenizer": pipeline.tokenizer, **module})
+    gpt = ARGenModule(GPTConfig(**GPT_NET), **{"sampling": SAMPLING, "tokenizer": pipeline.tokenizer, **module})
     callbacks = [EMA(), ImageWriter()] if averaged else [ImageWriter()]
     evaluator(*callbacks, default_root_dir=folder, **(trainer or {})).predict(
         gpt, ClassRequestDataModule(classes, per_class, batch_size), ckpt_path=pipeline.argen, return_predictions=False
@@ -141,7 +140,7 @@ def test_rejects_a_folder_of_images_without_a_plan(pipeline: Pipeline, tmp_path:
 OTHERS: dict[str, dict[str, Any]] = {
     "sample_seed (0 then, 3 now)": {"sample_seed": 3},
     "image_size (None then, 5 now)": {"image_size": 5},
-    "sampling.temperature (0.8 then, 0.5 now)": {"sampling": replace(SETTINGS, temperature=0.5)},
+    f"sampling.temperature ({SAMPLING.temperature} then, 0.5 now)": {"sampling": replace(SAMPLING, temperature=0.5)},
     "number of images (30 then, 40 now)": {"per_class": 4},
     "order of labels": {"classes": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]},
     "precision (32-true then, bf16-mixed now)": {"trainer": {"precision": "bf16-mixed"}},

@@ -371,8 +371,7 @@ def test_evaluation_batches_hold_each_example_once_in_order(count: int, batch_si
 
 
 def test_evaluation_batches_are_plain_numbers_also_from_an_array() -> None:
-    batches = evaluation_batches(np.array([5, 2, 9]), 2)
-    assert batches == [[(5, NO_EPOCH), (2, NO_EPOCH)], [(9, NO_EPOCH)]]
+    assert (batches := evaluation_batches(np.array([5, 2, 9]), 2)) == [[(5, NO_EPOCH), (2, NO_EPOCH)], [(9, NO_EPOCH)]]
     assert {type(number) for batch in batches for number, _ in batch} == {int}
 
 
@@ -387,8 +386,7 @@ def test_ranks_that_wait_for_each_other_get_the_same_number_of_batches(batch_siz
             assert numbers == list(range(rank, count, world_size))
             plain = shared_batches(count, batch_size, rank, world_size)
             assert len(plain) in (len(batches), len(batches) - 1)
-            if len(plain) == len(batches):
-                assert plain == batches
+            assert plain == batches or len(plain) < len(batches)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(3, 1, 2), (1, 4, 2), (10, 1, 8)])
