@@ -37,7 +37,7 @@ class PullThePlug(pl.Callback):
             end = time.monotonic() + 60
             # Threads write the images. A fast model has sampled all of them before the first one is written.
             while not any(Path(trainer.default_root_dir).glob("images/*/*.png")) and time.monotonic() < end:
-                time.sleep(0.01)
+                os.sched_yield()
             os.killpg(0, signal.SIGKILL)
 
 

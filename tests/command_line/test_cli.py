@@ -18,6 +18,7 @@ import main
 from command_line import LlamaGenCLI
 from command_line import cli as cli_module
 from datamodules.storage.shards import META_FILE, ShardDataset, read_meta
+from lightning_modules import CheckpointFiles
 from tests.pipeline import Pipeline
 from tests.ranks import ended, succeeds, two_processes
 from tests.saved_runs import again
@@ -225,7 +226,8 @@ def test_a_run_saves_its_configuration_and_is_not_overwritten(pipeline: Pipeline
 
 def test_the_command_line_resumes_exactly(pipeline: Pipeline, tmp_path: Path) -> None:
     data = f"--data.init_args.root={pipeline.codes}"
-    main.main(["fit", *pipeline.argen_arguments(tmp_path), data, "--trainer.max_steps=5"])
+    cli = main.main(["fit", *pipeline.argen_arguments(tmp_path), data, "--trainer.max_steps=5"])
+    assert type(cli.trainer.strategy.checkpoint_io) is CheckpointFiles  # atomic, and safe if the disk is full
     last = tmp_path / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 5  # of the last step, not of a validation
     main.main(["fit", *pipeline.argen_arguments(tmp_path), data, f"--ckpt_path={last}"])
@@ -250,7 +252,6 @@ def test_two_processes_report_a_mistake_once_and_write_nothing(
     assert "Traceback" not in done.stderr
     assert "error: the tokenizer's grid is 8 × 8 = 64 codes per image" in done.stderr
     assert "Connection closed" not in done.stderr
-    assert run is two_processes or done.stderr.count("error: ") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -147,6 +147,17 @@ def test_a_nan_in_validation_keeps_the_last_good_checkpoint(pipeline: Pipeline, 
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+def test_a_nan_in_the_validation_of_another_rank_stops_before_the_weights_are_saved() -> None:
+    other_rank = torch.tensor([0.0, 1.0])
+    strategy = SimpleNamespace(reduce=lambda flags, reduce_op: flags + other_rank)
+    module: Any = vqgan_module()
+    module._log_batches_seen = module._log_metrics = module._log_skipped = lambda *_: None
+    module._trainer = SimpleNamespace(world_size=2, strategy=strategy, global_step=7)
+    module._broken_in_validation = {name: torch.tensor(False) for name in ("reconstruction", "codebook")}
+    with pytest.raises(FloatingPointError, match="^codebook not finite in validation at step 7"):
+        module.on_validation_epoch_end()
+
+
 class PoisonedTest(Poison):
     """Puts a NaN into an image of a test."""
 
