@@ -154,7 +154,7 @@ def test_a_nan_in_the_validation_of_another_rank_stops_before_the_weights_are_sa
     module._log_batches_seen = module._log_metrics = module._log_skipped = lambda *_: None
     module._trainer = SimpleNamespace(world_size=2, strategy=strategy, global_step=7)
     module._broken_in_validation = {name: torch.tensor(False) for name in ("reconstruction", "codebook")}
-    with pytest.raises(FloatingPointError, match="^codebook not finite in validation at step 7"):
+    with pytest.raises(FloatingPointError, match=r"^codebook not finite in validation at step 7"):
         module.on_validation_epoch_end()
 
 
