@@ -322,11 +322,13 @@ def test_extracts_without_tf32(legacy: bool) -> None:
         seen.append(precisions())
         return batch.flatten(1)
 
-    before = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, torch.get_float32_matmul_precision(), matmul.fp32_precision
     if legacy:
         torch.set_float32_matmul_precision("high")
     else:
         torch.backends.fp32_precision = "tf32"
+        matmul.fp32_precision = "tf32"  # after set_float32_matmul_precision the general setting has no effect
     try:
         around = precisions()
         assert around[1] == "tf32"
@@ -336,3 +338,4 @@ def test_extracts_without_tf32(legacy: bool) -> None:
     finally:
         torch.backends.fp32_precision = before[0]
         torch.set_float32_matmul_precision(before[1])
+        matmul.fp32_precision = before[2]

@@ -11,8 +11,13 @@ from llamagen.sampling.cpu import library as cpu_library
 from tests.small_models import small_gpt
 
 
-def test_a_missing_compiler_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def nothing_loaded() -> None:
+    """Forget the libraries that other tests have loaded."""
     cpu_library.cpu_library.cache_clear()
+
+
+def test_a_missing_compiler_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler; install g\+\+ or clang\+\+"):
@@ -23,7 +28,6 @@ def test_the_error_of_a_compiler_is_quoted_and_no_file_is_left(monkeypatch: pyte
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: unknown flag' >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    cpu_library.cpu_library.cache_clear()
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"broken could not compile .*unknown flag"):
@@ -46,7 +50,6 @@ def test_a_changed_source_file_is_compiled_again(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_compiler_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_library.cpu_library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no-such-compiler cannot be run .*; set CXX"):
         Sampler(small_gpt(), 1, compiled=True)
