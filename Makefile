@@ -7,8 +7,9 @@ VENV ?= .venv
 PIP_ARGS ?=
 # Extra arguments for pytest, such as PYTEST_ARGS=--cov or PYTEST_ARGS=--random-order.
 PYTEST_ARGS ?=
-# Test processes. `worksteal` gives each a contiguous part of the tests, so that fixtures of a file are created once.
-JOBS ?= 2
+# Test processes: one more than two cores have, because some tests wait for processes that they start. `worksteal` gives
+# each a contiguous part of the tests, so that fixtures of a file are created once.
+JOBS ?= 3
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 RUN := runs/quickstart

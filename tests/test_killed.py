@@ -62,7 +62,10 @@ def run_until_killed(command: list[str], step: int, monkeypatch: pytest.MonkeyPa
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.mark.parametrize(("kills", "more"), [(KILLS, []), ([8], SCALED)], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [pytest.param(KILLS, [], id="float32"), pytest.param([8], SCALED, id="float16", marks=pytest.mark.slow)],
+)
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: list[int], more: list[str]
 ) -> None:

@@ -47,7 +47,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "adaptive weight" else case for case in CASES]
+    "case", [case if "LeCAM" in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
     main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
@@ -59,7 +59,7 @@ def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipe
     assert_moved_alike(start, one["state_dict"], two["state_dict"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_nan_loss_on_one_rank_stops_all_ranks(rank: int, pipeline: Pipeline, tmp_path: Path) -> None:
     checkpoints = {"dirpath": str(tmp_path / "run/checkpoints"), "save_last": True, "every_n_train_steps": 2}
     callbacks = [
