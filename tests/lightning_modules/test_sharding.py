@@ -134,6 +134,7 @@ def test_a_sharded_checkpoint_resumes_in_one_process(
     assert_alike(one, run(pipeline, tmp_path, 1, f"--ckpt_path={sharded_half}"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 def test_a_sharded_checkpoint_resumes_in_one_sharded_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
@@ -147,6 +148,7 @@ def test_the_checkpoint_of_one_process_resumes_in_two_sharded_ones(
     assert_alike(one, run(pipeline, tmp_path, 2, *LIGHTNINGS, f"--ckpt_path={half}"))
 
 
+@pytest.mark.slow
 def test_a_gathered_checkpoint_is_numbered_like_any_other(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
