@@ -26,7 +26,7 @@ SMALLER = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_at_least_80_percent_of_the_images_show_the_digit_of_their_prompt(tmp_path: Path) -> None:
     save_small_t5(tmp_path / "t5", ["a", "handwritten", *NAMES], WIDTH)
     for stage, arguments in commands(tmp_path, per_prompt=20).items():
