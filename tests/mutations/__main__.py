@@ -36,11 +36,11 @@ PATIENCE = 1200
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="only mutations whose name or file matches this regular expression")
+    parser.add_argument("--only", default="", help="only mutations whose name, file or tests match this expression")
     parser.add_argument("--jobs", type=int, default=2, help="copies of the repository that run at the same time")
     parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     options = parser.parse_args()
-    chosen = [each for each in mutations() if re.search(options.only, f"{each.name} {each.file}")]
+    chosen = [each for each in mutations() if re.search(options.only, " ".join([each.name, each.file, *each.tests]))]
     if not chosen:
         parser.error(f"--only {options.only} matches no mutation; give another expression")
     with tempfile.TemporaryDirectory() as folder:
