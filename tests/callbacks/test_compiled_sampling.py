@@ -133,7 +133,9 @@ def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: p
 
 def test_auto_needs_no_tokenizer_without_sampling(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
-    train(argen_module(), pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
+    module = argen_module()
+    train(module, pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
+    assert module.sampler is None
 
 
 def sampled(pipeline: Pipeline, batch_size: int, **options: Any) -> np.ndarray:

@@ -328,9 +328,10 @@ def test_accepts_features_without_an_encoder_checksum(text_pipeline: TextPipelin
     del meta["features"]["weights"], meta["features"]["tokenizer"]
     (root / "meta.json").write_text(json.dumps(meta))
     prompts = SampleGrid(prompts=["a cat"], per_class=1)
-    evaluator(prompts, limit_val_batches=1, default_root_dir=tmp_path).validate(
+    (metrics,) = evaluator(prompts, limit_val_batches=1, default_root_dir=tmp_path).validate(
         sampling_module(text_pipeline), data_of(root), ckpt_path=text_pipeline.argen, verbose=False
     )
+    assert metrics["val/loss"] > 0
 
 
 def test_warns_if_prompts_are_cleaned_differently_from_captions(text_pipeline: TextPipeline, tmp_path: Path) -> None:

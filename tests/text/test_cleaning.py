@@ -137,8 +137,8 @@ def test_cleaning_random_texts_again_changes_nothing() -> None:
     "part", ["&amp;", "(", "<a", "<!--", "a.", "a@", "a.b@", "http://..", "x( ", " ,", "- ", "1", "\n "]
 )
 def test_long_captions_take_linear_time(part: str) -> None:
-    clean_caption(part * 4000 + "x")
-    first_sentence("x" + part * 4000)
+    assert len(clean_caption(part * 4000 + "x")) <= len(part * 4000 + "x")
+    assert first_sentence("x" + part * 4000).startswith("x")
 
 
 @pytest.mark.timeout(20)
