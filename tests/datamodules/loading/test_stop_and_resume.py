@@ -1,6 +1,5 @@
 """A training run stopped within an epoch resumes with the rest of the plan, on any number of ranks and workers."""
 
-import multiprocessing
 import os
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -66,11 +65,7 @@ def fit(
 
 
 def as_rank(rank: int) -> None:
-    """Make Lightning treat this process as a rank started by torchrun, in which workers are forked.
-
-    In a spawned process, workers are spawned by default, and each would import everything again.
-    """
-    multiprocessing.set_start_method("fork", force=True)
+    """Make Lightning treat this process as a rank started by torchrun."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "test",
