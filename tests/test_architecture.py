@@ -245,8 +245,10 @@ def test_every_package_is_installed() -> None:
         assert (ROOT / package / "__init__.py").is_file()
         assert any(fnmatchcase(package.replace("/", "."), pattern) for pattern in patterns)
     assert tool["py-modules"] == ["main"]
-    others = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h")]
-    assert len(others) >= 3
+    others = [
+        path for folder in PACKAGES for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h", ".tsv")
+    ]
+    assert len(others) >= 4
     for path in others:
         patterns = tool["package-data"][relative(path.parent).replace("/", ".")]
         assert any(fnmatchcase(path.name, pattern) for pattern in patterns)
