@@ -21,7 +21,7 @@ from llamagen.class_names import ClassNames, imagenet_classes, named_classes
         ("construction crane", 517),
         ("maillot, tank suit", 639),
         ("St. Bernard", 247),
-        ("goldfi", 1),
+        ("goldfis", 1),
     ],
 )
 def test_a_class_of_imagenet_is_found(wanted: str | int, number: int) -> None:
