@@ -23,8 +23,8 @@ from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, ExampleI
 from datamodules.storage.remote import ShardCache, is_remote
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, shard_entries
 from datamodules.storage.sources import SPLITS, Source, find_sources
-from datamodules.transforms.crops import centre_crop
 from datamodules.transforms.decode import open_image, read_image
+from llamagen.centre_crop import centre_crop
 from llamagen.command import run_command
 from llamagen.files import atomic_file, sha256_of
 from llamagen.option_checks import check_integer

@@ -23,10 +23,10 @@ from datamodules.storage.layout import split_of
 from datamodules.storage.remote import ShardCache
 from datamodules.storage.shards import CODES_FORMAT, META_FILE
 from datamodules.storage.sources import SPLITS, find_sources
-from datamodules.transforms.crops import centre_crop
 from datamodules.transforms.decode import read_image
 from evaluation.image_content import ImageContent
 from evaluation.npz_images import ENDING, MIN_IMAGES, ImageArchive
+from llamagen.centre_crop import centre_crop
 from llamagen.option_checks import check_integer
 
 Split = Literal["train", "val"]

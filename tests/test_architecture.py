@@ -46,6 +46,15 @@ ALLOWED_IMPORTS = {
         "llamagen.option_checks",
         "llamagen.published_weights",
     ),
+    "llamagen/pretrained": (
+        "llamagen.centre_crop",
+        "llamagen.checkpoints",
+        "llamagen.class_names",
+        "llamagen.hub",
+        "llamagen.models",
+        "llamagen.sampling",
+        "llamagen.text",
+    ),
     "llamagen/sampling": (
         "llamagen.files",
         "llamagen.finite",
@@ -58,6 +67,7 @@ ALLOWED_IMPORTS = {
     "llamagen/text": ("llamagen.finite", "llamagen.models", "llamagen.rank_zero", "llamagen.state_dicts"),
     "lightning_modules": ("llamagen",),
     "datamodules": (
+        "llamagen.centre_crop",
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
@@ -75,11 +85,12 @@ ALLOWED_IMPORTS = {
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk", "llamagen.rank_zero"),
     "datamodules/loading": ("datamodules.storage",),
-    "datamodules/transforms": ("datamodules.storage.bad_examples",),
+    "datamodules/transforms": ("datamodules.storage.bad_examples", "llamagen.centre_crop"),
     "datamodules/datasets": (
         "datamodules.loading",
         "datamodules.storage",
         "datamodules.transforms",
+        "llamagen.centre_crop",
         "llamagen.text.cleaning",
     ),
     "evaluation": ("llamagen", "datamodules"),

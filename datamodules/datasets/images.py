@@ -15,8 +15,9 @@ from datamodules.datasets.base import ExampleDataset
 from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.index import NO_LABEL, ExampleIndex
-from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops
+from datamodules.transforms.crops import random_crop, random_flip, ten_crops
 from datamodules.transforms.decode import read_image
+from llamagen.centre_crop import centre_crop
 
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex

@@ -1,39 +1,19 @@
 """Square crops of one size as in ADM (arXiv 2105.05233): centre, random, or ten crops.
 
-Pixels are (H, W, 3) uint8. Resizing follows Pillow but uses PyTorch's kernel for bytes, which takes a quarter of the
-time and differs by at most 2 levels.
+Pixels are (H, W, 3) uint8.
 """
 
 from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
-import torch
-from PIL import Image
-from torch.nn import functional as F
+
+from llamagen.centre_crop import centre_crop, resize_short_side
 
 MIN_CROP_SHARE = 0.8
 """Minimum side of a random crop, as a share of the image's short side."""
 
 VIEWS = ("centre", "top-left", "top-right", "bottom-left", "bottom-right")
-
-
-def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the short side to ``size`` and crop the centre.
-
-    While the short side is at least twice the target, images are halved with a box filter. Then they are resized
-    bicubically, to a smaller or larger size.
-
-    Args:
-        pixels: (H, W, 3) uint8.
-        size: side of the result in pixels.
-
-    Returns:
-        (size, size, 3) uint8.
-    """
-    pixels = _resize(pixels, size)
-    top, left = ((side - size) // 2 for side in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size]
 
 
 def random_crop(pixels: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -47,7 +27,7 @@ def random_crop(pixels: np.ndarray, size: int, generator: np.random.Generator) -
     Returns:
         (size, size, 3) uint8.
     """
-    pixels = _resize(pixels, int(generator.integers(size, ceil(size / MIN_CROP_SHARE), endpoint=True)))
+    pixels = resize_short_side(pixels, int(generator.integers(size, ceil(size / MIN_CROP_SHARE), endpoint=True)))
     height, width = pixels.shape[:2]
     left, top = (int(generator.integers(side - size, endpoint=True)) for side in (width, height))
     return pixels[top : top + size, left : left + size]
@@ -91,19 +71,3 @@ def view_names(kind: str, ranges: Sequence[float]) -> list[str]:
     if kind == "ten_crop":
         return [f"{factor:g} {name}{flip}" for factor in ranges for flip in ("", " flipped") for name in VIEWS]
     return ["centre", "centre flipped"] if kind == "flip" else ["centre"]
-
-
-def _resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    height, width = pixels.shape[:2]
-    while min(height, width) >= 2 * short_side:
-        width, height = width // 2, height // 2
-        pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
-    scale = short_side / min(height, width)
-    target = round(height * scale), round(width * scale)
-    if (
-        height > 2 * width
-    ):  # Pillow resizes tall images in another order of axes, which matters where levels are clipped
-        return np.array(Image.fromarray(pixels).resize(target[::-1], Image.Resampling.BICUBIC))
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    resized = F.interpolate(planes, target, mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()

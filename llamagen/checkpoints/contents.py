@@ -134,26 +134,30 @@ def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str)
         )
 
 
-def build_model(weights: Weights) -> GPT | VQGAN:
-    """Build the model of given weights, in evaluation mode and frozen.
+def build_model(
+    weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT | VQGAN:
+    """Build the model of given weights, in evaluation mode and frozen. Each tensor is cast on its own.
 
     Args:
         weights: weights of a file. Without an architecture they must be those of a tokenizer, whose configuration is
             inferred from their shapes.
+        device: device of the model.
+        dtype: dtype of its weights.
 
     Returns:
-        The model, on the CPU, float32. The state of the random generator does not change.
+        The model. The state of the random generator does not change.
 
     Raises:
         ValueError: in one line, if the weights are not those of a supported model.
     """
     with torch.device("meta"):
         model = _empty_model(weights)
-    model = model.to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     if isinstance(model, VQGAN) and model.config.quantizer is not None:
         # footgun: buffers that are not in the state dict lost their values on the meta device.
         with torch.random.fork_rng(devices=[]):
-            model.quantize = build_quantizer(model.config.quantizer)
+            model.quantize = build_quantizer(model.config.quantizer).to(device, dtype)
     load_weights(model, weights.state, weights.source)
     return model.eval().requires_grad_(False)
 

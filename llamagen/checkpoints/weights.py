@@ -41,6 +41,7 @@ class Weights(NamedTuple):
         averaged: whether they are known to be averages (EMA).
         captions: description of the caption features that a text model was trained on, see
             :meth:`llamagen.text.CaptionEncoder.metadata`.
+        tokenizer: checksum of the tokenizer whose codes an autoregressive model was trained on, if known.
     """
 
     state: dict[str, Tensor]
@@ -50,6 +51,7 @@ class Weights(NamedTuple):
     source: str
     averaged: bool = False
     captions: dict[str, Any] | None = None
+    tokenizer: str | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True) -> Weights:
@@ -156,6 +158,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
         _source(path, averaged, bool(averages)),
         averaged and bool(averages),
         entry.get("captions"),
+        entry.get("tokenizer"),
     )
 
 
@@ -175,7 +178,16 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
             "get it again"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
-    return Weights(_entries(state, path), None, config, architecture, source, averages, entry.get("captions"))
+    return Weights(
+        _entries(state, path),
+        None,
+        config,
+        architecture,
+        source,
+        averages,
+        entry.get("captions"),
+        entry.get("tokenizer"),
+    )
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from callbacks.writers.images import write_archive
 from callbacks.writers.sample_folder import SampleFolder
-from datamodules.transforms.crops import centre_crop
 from evaluation.image_sets import ImageBatch, ImageSet, Split, join_checksums, open_images
+from llamagen.centre_crop import centre_crop
 from llamagen.grids import save_png
 from tests.datamodules.shard_files import assert_one_line, encode, write_images, write_shards
 

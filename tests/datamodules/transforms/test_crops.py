@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.transforms.crops import centre_crop, random_crop, random_flip, ten_crops, view_names
+from datamodules.transforms.crops import random_crop, random_flip, ten_crops, view_names
+from llamagen.centre_crop import centre_crop
 
 TOLERANCE = 2
 """Maximum difference from Pillow's resizing, in levels."""

@@ -1,0 +1,383 @@
+"""Images from a trained model: load it by a name, a folder or a file, and generate.
+
+::
+
+    model = LlamaGen.from_pretrained("c2i_L_384")
+    images = model.generate(["golden retriever", 207], seed=0, guidance_scale=4.0, top_k=2000)
+    images[0].save("dog.png")
+
+Shapes: N images of S × S pixels, h × w codes of an image, h = w, L = h · w.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from llamagen.class_names import ClassNames
+from llamagen.models.gpt import GPT
+from llamagen.models.inputs import CodeInput, grids_of_codes
+from llamagen.option_checks import check_integer
+from llamagen.pretrained.images import ImageLike, prepare_images
+from llamagen.pretrained.loading import Parts, load_parts
+from llamagen.pretrained.source import find_source
+from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile
+
+Dtype = Literal["float32", "bfloat16", "mixed"]
+ClassOrPrompt = int | str
+OnRow = Callable[[Tensor, int, int], None]
+SETTINGS = tuple(each.name for each in fields(SamplingConfig))
+
+
+class LlamaGen:
+    """A tokenizer and, unless it was loaded alone, the autoregressive model of its codes. Needs no Lightning.
+
+    Build it with :meth:`from_pretrained`.
+
+    Image k of a call depends on the seed, k, its condition and the settings, and not on the other images of the call:
+    see ``docs/sampling.md`` for the precisions in which it is the same bit for bit. ``python main.py predict``
+    generates the same images.
+
+    Args:
+        parts: models and what belongs to them.
+        batch_size: images that are sampled at a time.
+        compile: sample with compiled steps; None compiles models of at least 20 million parameters, where possible.
+
+    Attributes:
+        gpt: the autoregressive model; None for a tokenizer alone.
+        tokenizer: the image tokenizer.
+        sampling: default settings of sampling.
+        class_names: names of the classes; None for text models.
+        name: name of the model.
+    """
+
+    def __init__(self, parts: Parts, batch_size: int = 8, compile: bool | None = None) -> None:
+        check_integer("batch_size", batch_size)
+        self.name, self.gpt, self.tokenizer = parts.name, parts.gpt, parts.tokenizer
+        self.sampling, self.dtype, self.batch_size = parts.sampling, parts.dtype, batch_size
+        self.class_names: ClassNames | None = parts.class_names
+        self._text, self._compile = parts.text, compile
+        self._sampler: ImageSampler | None = None
+        self._pixels: PixelDecoder | None = None
+        self._lock = Lock()  # two threads may need the sampler for the first time
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: Dtype | torch.dtype | None = None,
+        compile: bool | None = None,
+        batch_size: int = 8,
+    ) -> "LlamaGen":
+        """Load a model, downloading it if it is remote.
+
+        Args:
+            source: a published name such as ``c2i_L_384``; a file of weights, local or
+                ``hf://owner/repository/file[@revision]``; a folder or a repository of the hub (``owner/repository``)
+                written by ``python -m llamagen.checkpoints.export``; or the folder of a run.
+            tokenizer: file or published name of the tokenizer; by default the one that belongs to the model.
+            text_encoder: name or folder of the T5 of a text model; by default that of the model, or FLAN-T5-XL.
+            device: by default a GPU if there is one.
+            dtype: ``bfloat16`` casts the weights, ``float32`` does not, and ``mixed`` keeps them in float32 and
+                computes in bfloat16, like ``trainer.precision: bf16-mixed``. By default ``bfloat16`` for published
+                models, and the precision of the run for others.
+            compile: sample with compiled steps; None compiles models of at least 20 million parameters, where possible.
+            batch_size: images that are sampled at a time. It limits the memory, and changes no image.
+
+        Raises:
+            ValueError: in one line, if the model does not exist, could not be downloaded, is damaged or does not fit.
+            DiskFullError: in one line, if there is no room for a download.
+        """
+        parts = load_parts(find_source(source, tokenizer), text_encoder, device, dtype)
+        return cls(parts, batch_size, compile)
+
+    def __repr__(self) -> str:
+        """Name, parameters, size of the images, precision."""
+        model = "tokenizer" if self.gpt is None else f"{sum(p.numel() for p in self.gpt.parameters()):,} parameters"
+        size = "" if self.resolution is None else f", {self.resolution} px"
+        return f"LlamaGen({self.name}: {model}{size}, {self.dtype} on {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the models."""
+        return self.tokenizer.post_quant_conv.weight.device
+
+    @property
+    def resolution(self) -> int | None:
+        """Side S of the generated images in pixels; None for a tokenizer alone, which takes images of any size."""
+        return None if self.gpt is None else self.gpt.config.grid_size * self.tokenizer.config.downsampling
+
+    @property
+    def condition(self) -> Literal["class", "text"] | None:
+        """What the model generates images of; None for a tokenizer alone."""
+        return None if self.gpt is None else self.gpt.config.condition
+
+    def generate(
+        self,
+        conditions: ClassOrPrompt | Sequence[ClassOrPrompt],
+        *,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+        progress: bool = True,
+        on_row: OnRow | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Generate images of classes or prompts.
+
+        Args:
+            conditions: classes, by number, name or some words of the name; or prompts for a text model.
+            images_per_prompt: images of each condition. Image k of the result has condition k modulo their number, as
+                on the command line, so that more images per condition keep the first ones.
+            seed: any integer.
+            progress: show a progress bar with the time left.
+            on_row: called after each row of codes, see :class:`~llamagen.sampling.ImageSampler`; it may raise an error
+                to stop.
+            settings: fields of :class:`~llamagen.sampling.SamplingConfig`, such as ``guidance_scale=4.0``,
+                ``top_k=2000``, ``top_p``, ``temperature``; :attr:`sampling` has the defaults.
+
+        Returns:
+            RGB images of S × S pixels.
+
+        Raises:
+            ValueError: in one line, if a class is unknown or ambiguous (with near ones), a setting is invalid, or this
+                is a tokenizer.
+            FloatingPointError: if logits or pixels are not finite.
+        """
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings)
+        return images
+
+    def generate_codes(
+        self,
+        conditions: ClassOrPrompt | Sequence[ClassOrPrompt],
+        *,
+        kept: CodeInput | None = None,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+        progress: bool = True,
+        on_row: OnRow | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Like :meth:`generate`, but return the codes, (N, h, w) int64. :meth:`decode` turns them into the same images.
+
+        Args:
+            conditions: see :meth:`generate`.
+            kept: (r, w) or (N, r, w), codes of the upper rows of each image, which are kept.
+            images_per_prompt: see :meth:`generate`.
+            seed: see :meth:`generate`.
+            progress: see :meth:`generate`.
+            on_row: see :meth:`generate`.
+            settings: see :meth:`generate`.
+        """
+        _, codes = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        return codes
+
+    def complete(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        keep_rows: int,
+        condition: ClassOrPrompt | Sequence[ClassOrPrompt],
+        *,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+        progress: bool = True,
+        on_row: OnRow | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Keep the upper rows of an image, and generate the rest.
+
+        Args:
+            image: image of any size, cropped to its centre and resized to S × S; or several.
+            keep_rows: rows of codes to keep, 0 to h; a row is as high as ``tokenizer.config.downsampling`` pixels. With
+                0 this is :meth:`generate`, with h :meth:`reconstruct`.
+            condition: class or prompt; or one for each image.
+            images_per_prompt: completions of each image, in the order of :meth:`generate`.
+            seed: see :meth:`generate`.
+            progress: see :meth:`generate`.
+            on_row: see :meth:`generate`.
+            settings: see :meth:`generate`.
+
+        Returns:
+            The image for one image and one completion, otherwise a list of images.
+
+        Raises:
+            ValueError: in one line, if an argument is invalid.
+        """
+        gpt = self._require_gpt()
+        check_integer("keep_rows", keep_rows, 0, gpt.config.grid_size)
+        single = _is_single(image) and images_per_prompt == 1 and not isinstance(condition, list | tuple)
+        kept = self.encode(image)[:, :keep_rows]
+        conditions = [condition] * len(kept) if isinstance(condition, str | int | np.integer) else list(condition)
+        if len(kept) == 1:
+            kept = kept.expand(len(conditions), -1, -1)
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        return images[0] if single else images
+
+    @torch.no_grad()
+    def encode(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Encode images as codes.
+
+        Args:
+            images: Pillow images, files, arrays (H, W, 3) uint8, or tensors (N, 3, H, W) of uint8 or of floats in
+                [-1, 1]; one or a list. All but tensors are cropped to their centre and resized to S × S; by a tokenizer
+                alone only cropped, to multiples of its downsampling factor.
+
+        Returns:
+            (N, h, w) int64, on the model's device.
+
+        Raises:
+            ValueError: in one line, if an image cannot be read or has a wrong type or size.
+        """
+        batch = prepare_images(images, self.resolution, self.tokenizer.config.downsampling)
+        # One at a time, so that the codes of an image do not depend on the others.
+        return torch.cat([self.tokenizer.encode(batch[row : row + 1]).codes for row in range(len(batch))])
+
+    def decode(self, codes: CodeInput) -> list[Image.Image]:
+        """Decode codes, integers (N, h, w) or (h, w), to images.
+
+        Raises:
+            ValueError: in one line, if their type, shape or values are wrong.
+        """
+        grids = grids_of_codes(codes, self.tokenizer.config.codebook_size, self.device)
+        return _pillow(self._pixel_decoder()(grids).numpy())
+
+    def reconstruct(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+        """Encode and decode images, see :meth:`encode`.
+
+        Returns:
+            The reconstruction of one image, or a list of those of several.
+        """
+        reconstructions = self.decode(self.encode(images))
+        return reconstructions[0] if _is_single(images) else reconstructions
+
+    def prepare(self, **settings: Any) -> None:
+        """Allocate memory and compile before the first call with these settings, see :meth:`generate`."""
+        config = self.settings(**settings)
+        with self._precision():
+            self._image_sampler().prepare(config)
+
+    def settings(self, **settings: Any) -> SamplingConfig:
+        """Settings of sampling: the given ones, and :attr:`sampling` for the others.
+
+        Raises:
+            ValueError: in one line, if there is no such setting, or a value is out of range.
+        """
+        if unknown := sorted(set(settings) - set(SETTINGS)):
+            raise ValueError(f"there is no setting {unknown[0]!r} of sampling; the settings are {', '.join(SETTINGS)}")
+        return replace(self.sampling, **settings)
+
+    def preview(self, codes: Tensor, rows: int) -> list[Image.Image]:
+        """Decode the first rows of images that are being generated, for ``on_row``.
+
+        Pixels near the lower edge change when more rows follow.
+
+        Args:
+            codes: (N, L) int64.
+            rows: number of rows of the grid whose codes are valid, at least 1.
+        """
+        assert self.gpt is not None
+        side = self.gpt.config.grid_size
+        return _pillow(self._pixel_decoder().preview(codes.view(-1, side, side), rows).numpy())
+
+    def _sample(
+        self,
+        conditions: Any,
+        per_condition: int,
+        seed: int,
+        progress: bool,
+        on_row: OnRow | None,
+        settings: dict[str, Any],
+        kept: Any = None,
+    ) -> tuple[list[Image.Image], Tensor]:
+        gpt, config = self._require_gpt(), self.settings(**settings)
+        check_integer("images_per_prompt", per_condition)
+        each = [conditions] if isinstance(conditions, str | int | np.integer) else list(conditions)
+        if not each:
+            return [], torch.empty(0, gpt.config.grid_size, gpt.config.grid_size, dtype=torch.int64, device=self.device)
+        condition, lengths = self._conditions(each)
+        rows = torch.arange(len(each) * per_condition, device=self.device) % len(each)
+        batches = -(-len(rows) // self.batch_size)
+        side = gpt.config.grid_size
+        with self._precision(), tqdm(total=batches * side, desc=self.name, unit="row", disable=not progress) as bar:
+
+            def after_row(codes: Tensor, count: int, start: int) -> None:
+                bar.update(start // self.batch_size * side + count // side - bar.n)
+                if on_row is not None:
+                    on_row(codes, count, start)
+
+            images, codes = self._image_sampler()(
+                condition[rows],
+                config,
+                caption_lengths=None if lengths is None else lengths[rows],
+                seed=seed,
+                kept=None if kept is None else self._kept(kept, len(each))[rows],
+                on_row=after_row if progress or on_row is not None else None,
+            )
+            return _pillow(images.numpy()), codes.unflatten(1, (side, side))
+
+    def _kept(self, kept: Any, count: int) -> Tensor:
+        """Kept codes (n, K) of n conditions."""
+        gpt = self._require_gpt()
+        grids = grids_of_codes(kept, gpt.config.vocab_size, self.device)
+        if len(grids) not in (1, count) or (grids.shape[1] and grids.shape[2] != gpt.config.grid_size):
+            raise ValueError(
+                f"kept codes have the shape {tuple(grids.shape)}; they must be whole rows of {gpt.config.grid_size} "
+                f"codes, for one or for each of {count} conditions"
+            )
+        return grids.flatten(1).expand(count, -1)
+
+    def _conditions(self, each: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """Condition of each class or prompt, and the lengths of captions."""
+        if self._text is not None:
+            return self._text(each, self.device)
+        assert self.class_names is not None
+        return torch.tensor([self.class_names.find(one) for one in each], device=self.device), None
+
+    def _require_gpt(self) -> GPT:
+        if self.gpt is None:
+            raise ValueError(
+                f"{self.name} is a tokenizer, which encodes and decodes images; to generate, load an autoregressive "
+                "model, such as c2i_B_256"
+            )
+        return self.gpt
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "mixed")
+
+    def _image_sampler(self) -> ImageSampler:
+        gpt = self._require_gpt()
+        with self._lock:
+            if self._sampler is None:
+                compiled = should_compile(gpt) if self._compile is None else self._compile
+                self._sampler = ImageSampler(gpt, self.tokenizer, self.batch_size, compiled=compiled)
+            return self._sampler
+
+    def _pixel_decoder(self) -> PixelDecoder:
+        if self.gpt is not None:
+            with self._precision():
+                return self._image_sampler().pixels
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = PixelDecoder(self.tokenizer, self.device, torch.float32)
+            return self._pixels
+
+
+def _pillow(images: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images]
+
+
+def _is_single(image: Any) -> bool:
+    if isinstance(image, Tensor | np.ndarray):
+        return image.ndim == 3
+    return not isinstance(image, list | tuple)

@@ -1,0 +1,176 @@
+"""From a name, folder or file to the weights of a model and the settings that belong to it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llamagen.hub.download import is_remote, local_file, local_repository
+from llamagen.hub.published import PUBLISHED, PublishedModel
+from llamagen.pretrained.run_folder import Run, find_run, run_of
+
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.safetensors"
+FORMAT = "llamagen-lightning 1"
+
+CLASS_SAMPLING = {"guidance_scale": 4.0, "top_k": 2000}
+TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
+"""Settings for images to look at, as in the published demos. The paper's tables use others."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a model, and its settings.
+
+    Attributes:
+        name: name for messages, pages and file names.
+        model: file of the autoregressive model; None for a tokenizer alone.
+        tokenizer: file of the tokenizer; None if it is not known.
+        resolution: side of the images in pixels, for files that do not record it; None if the file does.
+        sampling: default settings of sampling, fields of :class:`~llamagen.sampling.SamplingConfig`.
+        dtype: default dtype, ``float32``, ``bfloat16`` or ``mixed``.
+        classes: names of the classes; empty if unknown.
+        cleaning: cleaning of the prompts; None if the file of the weights records it, or for none.
+        text_encoder: ``name`` and ``dtype`` of the caption encoder, if known.
+    """
+
+    name: str
+    model: Path | None
+    tokenizer: Path | None
+    resolution: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    classes: tuple[str, ...] = ()
+    cleaning: str | None = None
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_source(source: str | Path, tokenizer: str | Path | None = None) -> Source:
+    """Find a model, downloading it if it is remote.
+
+    Args:
+        source: a published name; a file of weights, local or ``hf://owner/repository/file[@revision]``; a folder
+            written by ``python -m llamagen.checkpoints.export``, local or a repository of the hub; or the folder of a
+            run.
+        tokenizer: file or published name of the tokenizer, instead of the one that belongs to the model.
+
+    Raises:
+        ValueError: in one line, if there is no such model.
+    """
+    text, path = str(source), Path(source).expanduser()
+    if path.is_dir():
+        found = _from_folder(path)
+    elif path.exists():
+        found = _from_file(path)
+    elif is_remote(text):
+        found = _from_published(PUBLISHED[text]) if text in PUBLISHED else _from_file(local_file(text))
+    elif isinstance(source, str) and _is_repository(text):
+        name = text.removeprefix("hf://")
+        found = replace(_from_export(local_repository(text)), name=name.partition("@")[0].rpartition("/")[2])
+    else:
+        local_file(text)  # raises an error with near names for what looks like a published one
+        raise ValueError(
+            f"{text} does not exist; give a published name such as {next(iter(PUBLISHED))}, a file of weights, a folder "
+            "or a repository of the hub"
+        )
+    return found if tokenizer is None else replace(found, tokenizer=local_file(tokenizer))
+
+
+def _is_repository(text: str) -> bool:
+    """Whether a text can be ``owner/repository``, with or without ``hf://`` and ``@revision``."""
+    name = text.removeprefix("hf://").partition("@")[0]
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
+    path = local_file(model.name) if file is None else file
+    if model.kind == "tokenizer":
+        return Source(model.name, None, path)
+    assert model.tokenizer is not None
+    beside = path.with_name(PUBLISHED[model.tokenizer].file)  # both files were downloaded by hand
+    return Source(
+        model.name,
+        path,
+        beside if file is not None and beside.is_file() else local_file(model.tokenizer),
+        resolution=model.resolution,
+        sampling=CLASS_SAMPLING if model.kind == "class" else TEXT_SAMPLING,
+        dtype="bfloat16",
+        cleaning="published" if model.kind == "text" else None,
+    )
+
+
+def _from_file(path: Path) -> Source:
+    for model in PUBLISHED.values():
+        if model.file == path.name:
+            return _from_published(model, path)
+    run = run_of(path)
+    return Source(path.stem, path, None) if run is None else _from_run(run, path)
+
+
+def _from_folder(folder: Path) -> Source:
+    if (folder / CONFIG_FILE).is_file():
+        return _from_export(folder)
+    if folder.suffix == ".ckpt":  # a sharded checkpoint
+        return _from_file(folder)
+    run = find_run(folder)
+    return replace(_from_run(run, run.checkpoint), name=folder.absolute().name)
+
+
+def _from_run(run: Run, path: Path) -> Source:
+    name = run.folder.absolute().name
+    if run.model == "VQGANModule":
+        return Source(name, None, path)
+    tokenizer = run.path("tokenizer")
+    encoder = dict(run.options.get("text_encoder") or {})
+    if encoder.get("name"):
+        local = Path(run.folder, str(encoder["name"]))
+        candidates = (Path(folder, str(encoder["name"])) for folder in ("", *local.absolute().parents))
+        encoder["name"] = next((str(each) for each in candidates if each.is_dir()), encoder["name"])
+    return Source(
+        name,
+        path,
+        None if tokenizer is None else local_file(tokenizer),
+        sampling=run.options.get("sampling") or {},
+        dtype=run.dtype,
+        text_encoder=encoder,
+    )
+
+
+def _from_export(folder: Path) -> Source:
+    config = read_config(folder)
+    has_model = (folder / MODEL_FILE).is_file()
+    return Source(
+        config.get("name") or folder.absolute().name,
+        folder / MODEL_FILE if has_model else None,
+        folder / TOKENIZER_FILE,
+        **{key: config[key] for key in SAVED if config.get(key) is not None},
+    )
+
+
+SAVED = tuple(each.name for each in fields(Source) if each.name not in ("name", "model", "tokenizer"))
+"""Settings that the ``config.json`` of an exported model holds."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of an exported model.
+
+    Raises:
+        ValueError: in one line, if it is damaged or of another program.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}); get the folder again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise ValueError(
+            f"{file} has the format {found!r}, not {FORMAT!r}; give a folder written by python -m "
+            "llamagen.checkpoints.export"
+        )
+    for name in (TOKENIZER_FILE,):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; it is incomplete, get it again")
+    return config
