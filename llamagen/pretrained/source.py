@@ -72,7 +72,7 @@ def find_source(source: str | Path, tokenizer: str | Path | None = None) -> Sour
     else:
         local_file(text)  # raises an error with near names for what looks like a published one
         raise ValueError(
-            f"{text} does not exist; give a published name such as {next(iter(PUBLISHED))}, a file of weights, a folder "
+            f"{text} does not exist; give a published name such as c2i_B_256, a file of weights, a folder "
             "or a repository of the hub"
         )
     return found if tokenizer is None else replace(found, tokenizer=local_file(tokenizer))
