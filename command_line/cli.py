@@ -12,11 +12,13 @@ import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
 
 import datamodules
 from callbacks import StopOnSignal
 from callbacks.checkpoints import RunCheckpoint
 from command_line.config_files import check_config_files, configs_of_stage, with_current_names
+from command_line.interpolations import reason_of, register_interpolations
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_folders
 from lightning_modules import (
@@ -83,6 +85,13 @@ class LlamaGenCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build a parser that rejects abbreviations such as ``max_epoch`` and resolves ``${…}`` after merging files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse arguments and configuration files; a ``${…}`` that has no value is an error of one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(reason_of(error))
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The options of a stage take long to collect, so only those of the given one are.
@@ -214,6 +223,7 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     # `${trainer.default_root_dir}` in a file means the key of the stage, such as `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    register_interpolations()
     check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(
         pl.LightningModule,

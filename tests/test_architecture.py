@@ -58,6 +58,7 @@ ALLOWED_IMPORTS = {
     "llamagen/text": ("llamagen.finite", "llamagen.models", "llamagen.rank_zero", "llamagen.state_dicts"),
     "lightning_modules": ("llamagen",),
     "datamodules": (
+        "llamagen.class_names",
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
@@ -71,6 +72,7 @@ ALLOWED_IMPORTS = {
     "datamodules/requests": (
         "datamodules.loading",
         "datamodules.storage",
+        "llamagen.class_names",
         "llamagen.text.cleaning",
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk", "llamagen.rank_zero"),

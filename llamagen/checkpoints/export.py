@@ -84,6 +84,8 @@ def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
     entry["averaged"] = weights.averaged
     if weights.captions is not None:
         entry["captions"] = weights.captions
+    if weights.classes is not None:
+        entry["classes"] = weights.classes
     return {ENTRY: json.dumps(entry)}
 
 

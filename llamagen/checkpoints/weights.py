@@ -41,6 +41,7 @@ class Weights(NamedTuple):
         averaged: whether they are known to be averages (EMA).
         captions: description of the caption features that a text model was trained on, see
             :meth:`llamagen.text.CaptionEncoder.metadata`.
+        classes: names of the classes that a class model was trained on, by number, if they are known.
     """
 
     state: dict[str, Tensor]
@@ -50,6 +51,7 @@ class Weights(NamedTuple):
     source: str
     averaged: bool = False
     captions: dict[str, Any] | None = None
+    classes: list[str] | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True) -> Weights:
@@ -156,6 +158,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
         _source(path, averaged, bool(averages)),
         averaged and bool(averages),
         entry.get("captions"),
+        classes_of(entry),
     )
 
 
@@ -175,7 +178,14 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
             "get it again"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
-    return Weights(_entries(state, path), None, config, architecture, source, averages, entry.get("captions"))
+    captions, classes = entry.get("captions"), classes_of(entry)
+    return Weights(_entries(state, path), None, config, architecture, source, averages, captions, classes)
+
+
+def classes_of(entry: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes in the description of a model; None if it has none."""
+    classes = entry.get("classes")
+    return classes if isinstance(classes, list) and classes and all(isinstance(each, str) for each in classes) else None
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
