@@ -28,6 +28,8 @@ from lightning_modules import (
     resolve_checkpoint,
     use_metrics_logger,
 )
+from lightning_modules.checkpoint_files import is_local, local_path
+from lightning_modules.latest_checkpoint import KEYWORDS
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.parser_errors import OneLineErrors
@@ -120,7 +122,7 @@ class LlamaGenCLI(LightningCLI):
                 f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
                 "--model.init_args.init_from, a file of weights"
             )
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
+        if path and path not in KEYWORDS and "://" not in str(path):
             try:
                 read_checkpoint(path, wanted=lambda _: False)
             except ValueError as error:
@@ -166,7 +168,9 @@ class LlamaGenCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        path = kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        if isinstance(self.model, ARGenModule) and path not in (None, *KEYWORDS) and is_local(path):
+            self.model.take_class_names(local_path(path))
         return kwargs
 
     def before_instantiate_classes(self) -> None:

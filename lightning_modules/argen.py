@@ -198,7 +198,13 @@ class ARGenModule(SamplingModule):
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
-        self._classes = self._classes or classes_of(checkpoint[ENTRY])
+        classes = classes_of(checkpoint[ENTRY])
+        if self._names_were_used and classes != self._classes:
+            raise ValueError(
+                "classes were requested by name before the checkpoint with their names was loaded; call "
+                "take_class_names of the module with its path first, or request numbers"
+            )
+        self._classes = self._classes or classes
         if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
             self._text.check_encoder(metadata, "the checkpoint")
 
