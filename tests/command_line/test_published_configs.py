@@ -197,9 +197,11 @@ def test_finetuning_takes_number_and_names_of_the_classes_from_the_codes(
     export(run, tmp_path / "run.safetensors")
     assert read_weights(tmp_path / "run.safetensors").classes == DIGITS
     # Classes of the run are found by their own names, whether its weights come from the checkpoint or from the export.
+    # With a checkpoint, the weights that the run started from are not needed any more.
+    (tmp_path / "published.pt").unlink()
     sample = ["predict", "--config", str(tmp_path / "fit/fit.yaml"), "--config", "configs/argen/sample.yaml", *QUIET]
     sample += ["--data.init_args.per_class=1", "--trainer.precision=32-true"]
-    exported = [f"--model.init_args.init_from={tmp_path / 'run.safetensors'}", "--model.init_args.init_adapt=[]"]
+    exported = [f"--ckpt_path={tmp_path / 'run.safetensors'}"]
     for number, source in enumerate(([f"--ckpt_path={run}"], exported)):
         folder = tmp_path / f"samples{number}"
         main.main([*sample, *source, f"--trainer.default_root_dir={folder}", "--data.init_args.classes=[seven, 2]"])
