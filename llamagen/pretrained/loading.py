@@ -138,7 +138,7 @@ def _check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
 
 
 def _class_names(source: Source, weights: Weights, config: GPTConfig) -> ClassNames:
-    own = source.classes or tuple(getattr(weights, "classes", None) or ())
+    own = source.classes or tuple(weights.classes or ())
     if len(own) == config.num_classes:
         return named_classes(own)
     if config.num_classes == len(imagenet_classes()):
