@@ -54,6 +54,7 @@ ALLOWED_IMPORTS = {
         "llamagen.class_names",
         "llamagen.hub",
         "llamagen.models",
+        "llamagen.option_checks",
         "llamagen.sampling",
         "llamagen.text",
     ),
