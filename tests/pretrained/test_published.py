@@ -86,6 +86,7 @@ def test_sizes_are_those_of_the_configurations() -> None:
 
 
 @pytest.mark.slow  # weights of the published sizes
+@pytest.mark.timeout(400)
 def test_golden_values_and_images_of_the_command_line(hub: HubServer, tmp_path: Path) -> None:
     publish(hub, "vq_ds16_c2i", VQGAN(VQGANConfig()), tmp_path)
     publish(hub, "c2i_B_256", GPT(GPTConfig(**SIZES["B"])), tmp_path)
