@@ -18,7 +18,7 @@ INSTALL = 'pip install -c constraints.txt -e ".[text]"'
 def clean_as_published(text: str) -> str:
     """Clean a caption exactly as for the published text models.
 
-    The result is plain lower-case text. The rules also remove Chinese characters, brackets and some words, such as
+    The result is plain lower-case text. The rules also remove Chinese characters, brackets and some phrases, such as
     ``free shipping`` and ``page 3``.
 
     The published code fails for some texts. Here halves of surrogate pairs then become U+FFFD, and the special
