@@ -76,7 +76,9 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     """
     path = local_file(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a file of weights")
+        raise ValueError(
+            f"{path} does not exist; give a file of weights, a published name or hf://owner/repository/file"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path, averaged)
     content = read_torch_file(path)
@@ -138,7 +140,7 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
             ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
 
 
@@ -180,7 +182,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
     captions, classes = entry.get("captions"), classes_of(entry)
