@@ -88,7 +88,7 @@ def test_rejects_a_published_checkpoint_as_ckpt_path(tmp_path: Path, capsys: pyt
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
     with pytest.raises(SystemExit):
         main.main(["fit", "--config", "configs/argen/base.yaml", f"--ckpt_path={tmp_path / 'published.pt'}"])
-    assert "published.pt was not written by a training run of this project" in capsys.readouterr().err
+    assert "published.pt holds only weights, not the state of a run to resume" in capsys.readouterr().err
 
 
 def test_predict_collects_no_results_in_memory_and_other_stages_take_no_such_option() -> None:
