@@ -19,6 +19,7 @@ from llamagen.pretrained.source import Source
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextCondition, TextEncoderConfig
 from llamagen.text.cleaning import UNKNOWN, Cleaning, clean_caption
+from llamagen.text.prompts import clean_prompt
 
 DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -67,7 +68,7 @@ class Prompts:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
-        cleaned = [clean_caption(prompt, self.cleaning) for prompt in prompts]
+        cleaned = [clean_caption(clean_prompt(prompt), self.cleaning) for prompt in prompts]
         encoded = self.condition.encode(cleaned, device, separately=True)
         return encoded.features, encoded.lengths
 

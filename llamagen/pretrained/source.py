@@ -65,11 +65,10 @@ def find_source(source: str | Path, tokenizer: str | Path | None = None) -> Sour
         found = _from_folder(path)
     elif path.exists():
         found = _from_file(path)
+    elif isinstance(source, str) and _is_repository(text):
+        found = _from_repository(text)
     elif is_remote(text):
         found = _from_published(PUBLISHED[text]) if text in PUBLISHED else _from_file(local_file(text))
-    elif isinstance(source, str) and _is_repository(text):
-        name = text.removeprefix("hf://")
-        found = replace(_from_export(local_repository(text)), name=name.partition("@")[0].rpartition("/")[2])
     else:
         local_file(text)  # raises an error with near names for what looks like a published one
         raise ValueError(
@@ -83,6 +82,16 @@ def _is_repository(text: str) -> bool:
     """Whether a text can be ``owner/repository``, with or without ``hf://`` and ``@revision``."""
     name = text.removeprefix("hf://").partition("@")[0]
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def _from_repository(text: str) -> Source:
+    try:
+        folder = local_repository(text)
+    except ValueError as error:
+        if text.startswith("hf://"):
+            raise
+        raise ValueError(f"{text} is not a file or folder here; as a repository of the hub: {error}") from error
+    return replace(_from_export(folder), name=text.partition("@")[0].rpartition("/")[2])
 
 
 def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
