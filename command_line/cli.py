@@ -9,14 +9,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
 
 import datamodules
 from callbacks import StopOnSignal
 from callbacks.checkpoints import RunCheckpoint
-from command_line.config_files import check_config_files, with_current_names
+from command_line.config_files import check_config_files, configs_of_stage, with_current_names
+from command_line.interpolations import reason_of, register_interpolations
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_folders
 from lightning_modules import (
@@ -37,8 +39,33 @@ PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"
 
 
+class ConfigFile(ActionConfigFile):
+    """``--config`` with files that extend others and have sections of stages."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Merge the configurations that a file stands for, one after the other, as if each had been given."""
+        try:
+            configs = configs_of_stage(values, parser.stage)
+        except ValueError as error:
+            parser.error(str(error))
+        for config in configs:
+            self.apply_config(parser, cfg, self.dest, config)
+
+
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors. Configuration files may use older names."""
+    """Lightning's parser with one-line errors. Configuration files may extend others and use older names.
+
+    Attributes:
+        stage: the stage whose options this parser has; None for the parser of the command line itself.
+    """
+
+    stage: str | None = None
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; Lightning's ``--config`` becomes a :class:`ConfigFile`."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = ConfigFile
+        return super().add_argument(*args, **kwargs)
 
     def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
         return super()._load_config_parser_mode(with_current_names(content, str(path)), path, *args, **kwargs)
@@ -59,10 +86,19 @@ class LlamaGenCLI(LightningCLI):
         """Build a parser that rejects abbreviations such as ``max_epoch`` and resolves ``${…}`` after merging files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse arguments and configuration files; a ``${…}`` that has no value is an error of one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(reason_of(error))
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The options of a stage take long to collect, so only those of the given one are.
         if self._stage in (None, subcommand):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser.stage = subcommand
+            return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 
@@ -187,6 +223,7 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     # `${trainer.default_root_dir}` in a file means the key of the stage, such as `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    register_interpolations()
     check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(
         pl.LightningModule,

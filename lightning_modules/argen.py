@@ -14,7 +14,7 @@ from lightning_modules.code_checks import check_codes
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
-from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights
+from llamagen.checkpoints.weights import ENTRY, classes_of, load_weights, read_weights
 from llamagen.cost.gpt import flops_per_sequence
 from llamagen.finite import not_finite
 from llamagen.losses import linear_cross_entropy, linear_token_nll
@@ -97,6 +97,8 @@ class ARGenModule(SamplingModule):
         with option_named("init_from"):
             self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
+        if self._initial_weights is not None and "num_classes" not in init_adapt:
+            self._classes = self._initial_weights.classes
         if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
             self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
         self._load_initial_weights()  # on the meta device this only checks the shapes
@@ -172,6 +174,7 @@ class ARGenModule(SamplingModule):
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             check_codes(self.gpt.config, meta)
             self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
+            self._classes = classes_of(meta) or self._classes
             if self._text is not None:
                 self._text.check_dataset(meta, datamodule.captioned, datamodule.clean_captions)
         prompts = getattr(datamodule, "prompts", None)
@@ -179,11 +182,13 @@ class ARGenModule(SamplingModule):
             self.check_requests(getattr(datamodule, "classes", ()), prompts or ())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the tokenizer of the codes and the encoder of the captions."""
+        """Record the tokenizer of the codes, and the names of the classes or the encoder of the captions."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["tokenizer"] = self._tokenizer_checksum
         if self._text is not None:
             checkpoint[ENTRY]["captions"] = self._text.metadata
+        elif self._classes is not None:
+            checkpoint[ENTRY]["classes"] = self._classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint matches model, tokenizer and text encoder.
@@ -193,6 +198,7 @@ class ARGenModule(SamplingModule):
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
+        self._classes = self._classes or classes_of(checkpoint[ENTRY])
         if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
             self._text.check_encoder(metadata, "the checkpoint")
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
-from llamagen.checkpoints.contents import load_vqgan, weights_checksum
+from llamagen.checkpoints.contents import load_vqgan, read_checkpoint, weights_checksum
+from llamagen.checkpoints.weights import ENTRY, classes_of
+from llamagen.class_names import ClassNames, imagenet_classes, named_classes
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGAN
@@ -57,6 +59,7 @@ class SamplingModule(GenerativeModule):
         if sample_seed % 1 != 0:
             raise ValueError(f"sample_seed is {sample_seed}; it must be an integer")
         self.sample_seed, self.image_size = sample_seed, image_size
+        self._classes: list[str] | None = None
         self.sampler: ImageSampler | None = None  # set by CompiledSampling for the length of a stage
         # footgun: not a submodule. The tuple hides it from nn.Module, so from state dict, optimizer, EMA and FSDP.
         self._tokenizer: tuple[VQGAN, ...] = ()
@@ -88,6 +91,21 @@ class SamplingModule(GenerativeModule):
     def num_classes(self) -> int:
         """Number of classes of the model."""
         return self.gpt.config.num_classes
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Names of the model's classes: those of the data it was trained on, or ImageNet's if it has 1,000 classes and
+        knows no names. None if the classes have no names, or the model is text-conditional.
+        """
+        if self._text is not None:
+            return None
+        classes, path = self._classes, None if self._trainer is None else self.trainer.ckpt_path
+        if classes is None and path is not None:
+            # footgun: requests are resolved in setup, but Lightning loads the checkpoint after it.
+            classes = classes_of(read_checkpoint(path, wanted=lambda _: False)[ENTRY])
+        if classes is not None:
+            return named_classes(classes)
+        return imagenet_classes() if self.num_classes == len(imagenet_classes()) else None
 
     @property
     def output_size(self) -> int:

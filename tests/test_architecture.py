@@ -69,6 +69,7 @@ ALLOWED_IMPORTS = {
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.centre_crop",
+        "llamagen.class_names",
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
@@ -82,6 +83,7 @@ ALLOWED_IMPORTS = {
     "datamodules/requests": (
         "datamodules.loading",
         "datamodules.storage",
+        "llamagen.class_names",
         "llamagen.text.cleaning",
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk", "llamagen.rank_zero"),

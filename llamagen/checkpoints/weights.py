@@ -42,6 +42,7 @@ class Weights(NamedTuple):
         captions: description of the caption features that a text model was trained on, see
             :meth:`llamagen.text.CaptionEncoder.metadata`.
         tokenizer: checksum of the tokenizer whose codes an autoregressive model was trained on, if known.
+        classes: names of the classes that a class model was trained on, by number, if they are known.
     """
 
     state: dict[str, Tensor]
@@ -52,6 +53,7 @@ class Weights(NamedTuple):
     averaged: bool = False
     captions: dict[str, Any] | None = None
     tokenizer: str | None = None
+    classes: list[str] | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True) -> Weights:
@@ -159,6 +161,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
         averaged and bool(averages),
         entry.get("captions"),
         entry.get("tokenizer"),
+        classes_of(entry),
     )
 
 
@@ -187,7 +190,14 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
         averages,
         entry.get("captions"),
         entry.get("tokenizer"),
+        classes_of(entry),
     )
+
+
+def classes_of(entry: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes in the description of a model; None if it has none."""
+    classes = entry.get("classes")
+    return classes if isinstance(classes, list) and classes and all(isinstance(each, str) for each in classes) else None
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
