@@ -1,6 +1,6 @@
 """Export the weights of a checkpoint to a file, or a whole model to a folder or to the hub.
 
-``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``: CHECKPOINT is any file that
+``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``: CHECKPOINT is anything that
 :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the format:
 
 - ``.pt``: ``{"model": state_dict}`` with the published names, like published checkpoints. For a tokenizer with a custom
@@ -31,7 +31,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     The weights are first loaded into their model, which checks them.
 
     Args:
-        checkpoint: file of weights.
+        checkpoint: file of weights, published name or ``hf://`` address.
         out: file to write, ``.pt`` or ``.safetensors``; complete or absent, even if the process is killed.
         averaged: take averaged (EMA) weights if the checkpoint has them.
         overwrite: replace ``out`` if it exists.
@@ -65,7 +65,11 @@ def main(args: list[str] | None = None) -> None:
         "python -m llamagen.checkpoints.export",
         "Write the weights of a checkpoint to a file, or a model with its tokenizer and card to a folder.",
     )
-    parser.add_argument("checkpoint", help="a run's .ckpt, a published .pt, or .safetensors; with --to also a run")
+    parser.add_argument(
+        "checkpoint",
+        help="a run's .ckpt, a published .pt, .safetensors, a published name, or hf://owner/repository/file; with --to "
+        "also a folder",
+    )
     parser.add_argument("out", nargs="?", help=".pt as published, or .safetensors with its configuration")
     parser.add_argument("--to", help="write a folder, or upload it: hf://owner/repository")
     parser.add_argument("--raw", action="store_true", help="take raw weights even if the checkpoint has averages (EMA)")
