@@ -45,8 +45,8 @@ class ARGenModule(SamplingModule):
         init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors; a path, a
             published name such as ``c2i_L_384``, or ``hf://owner/repository/file[@revision]``.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
-        init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size, and
-            ``num_classes``, which initialises the class embeddings at random.
+        init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size,
+            ``num_classes``, which initialises the class embeddings at random, and ``clean_captions`` of the data.
         max_grad_norm: norm of the gradient before clipping above which the run counts as diverged and stops.
         skip_bad_steps: skip steps with a gradient that is not finite or above ``max_grad_norm``, instead of stopping.
         activation_checkpointing: recompute the blocks in the backward pass: less memory for a third more operations.
@@ -66,7 +66,7 @@ class ARGenModule(SamplingModule):
         loss: ARGenLossConfig | None = None,
         init_from: str | Path | None = None,
         init_averaged: bool = True,
-        init_adapt: Sequence[Literal["block_size", "num_classes"]] = (),
+        init_adapt: Sequence[Literal["block_size", "num_classes", "clean_captions"]] = (),
         max_grad_norm: float | None = None,
         skip_bad_steps: bool = False,
         activation_checkpointing: bool = False,
@@ -109,7 +109,8 @@ class ARGenModule(SamplingModule):
     def _load_initial_weights(self) -> None:
         if self._initial_weights is not None:
             with option_named("init_from"):
-                state = adapt_to(self.gpt, self._initial_weights, self._init_adapt)
+                shapes = [name for name in self._init_adapt if name != "clean_captions"]
+                state = adapt_to(self.gpt, self._initial_weights, shapes)
                 load_weights(self.gpt, state, self._initial_weights.source)
 
     def configure_model(self) -> None:
@@ -177,7 +178,8 @@ class ARGenModule(SamplingModule):
             self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
             self._classes = classes_of(meta) or self._classes
             if self._text is not None:
-                self._text.check_dataset(meta, datamodule.captioned, datamodule.clean_captions)
+                differs = "clean_captions" in self._init_adapt
+                self._text.check_dataset(meta, datamodule.captioned, datamodule.cleaning, differs)
         prompts = getattr(datamodule, "prompts", None)
         if stage == "predict" or hasattr(datamodule, "labels"):
             self.check_requests(getattr(datamodule, "classes", ()), prompts or ())
@@ -201,7 +203,7 @@ class ARGenModule(SamplingModule):
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
         self._classes = self._classes or classes_of(checkpoint[ENTRY])
         if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
-            self._text.check_encoder(metadata, "the checkpoint")
+            self._text.check_checkpoint(metadata)
 
     def forward(self, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of codes (B, L), each given the condition and the previous codes (teacher forcing)."""

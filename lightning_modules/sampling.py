@@ -18,6 +18,7 @@ from llamagen.option_checks import option_named
 from llamagen.sampling import Images, ImageSampler, SamplingConfig
 from llamagen.sampling.pixels import check_image_size
 from llamagen.text import Condition, TextCondition, TextEncoderConfig
+from llamagen.text.cleaning import UNKNOWN, RecordedCleaning
 
 
 class SamplingModule(GenerativeModule):
@@ -178,18 +179,19 @@ class SamplingModule(GenerativeModule):
             batch.update(condition=condition.features, caption_lengths=condition.lengths)
         return condition
 
-    def on_predict_start(self) -> None:
-        """Warn if prompts are cleaned differently from the captions of training."""
-        self._warn_of_cleaning()
+    @property
+    def caption_cleaning(self) -> RecordedCleaning:
+        """Cleaning of the captions the model was trained on, see :attr:`TextCondition.cleaning`."""
+        return self._text.cleaning if self._text is not None else UNKNOWN
 
-    def on_test_start(self) -> None:
-        """Warn if prompts are cleaned differently from the captions of training."""
-        self._warn_of_cleaning()
+    def check_prompt_cleaning(self, option: str | bool | None) -> None:
+        """Check that prompts are cleaned like the captions of training, see :meth:`TextCondition.check_prompts`.
 
-    def _warn_of_cleaning(self) -> None:  # not in setup: the checkpoint, which is loaded later, records the cleaning
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self._text is not None and hasattr(data, "prompts"):
-            self._text.warn_if_cleaning_differs(data.clean_captions)
+        Raises:
+            ValueError: in one line, if they are not.
+        """
+        if self._text is not None:
+            self._text.check_prompts(option)
 
     def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> ImageSampler:
         """Sampler for the module's images, see :class:`~llamagen.sampling.ImageSampler`.
