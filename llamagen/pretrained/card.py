@@ -3,12 +3,15 @@
 It states what is recorded, and leaves out what is not.
 """
 
+import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
+from llamagen.class_names import ClassNames
 from llamagen.models.vqgan import VQGANConfig
 from llamagen.pretrained.model import LlamaGen
 from llamagen.pretrained.run_facts import Metric, RunFacts
@@ -66,7 +69,7 @@ class Card:
             f"# {_escaped(self.model.name)}",
             self._description(),
             self._images(),
-            f"## Use\n\n{usage(self.model, self.address)}",
+            self._usage(),
             f"## Model\n\n{_table(('', ''), self._architecture().items())}",
             self._training(),
             self._measured(),
@@ -101,10 +104,11 @@ class Card:
                 "to images."
             )
         else:
-            what = "prompts" if model.condition == "text" else f"{model.gpt.config.num_classes:,} classes"
+            is_text = model.condition == "text"
+            what = "from prompts" if is_text else f"of {model.gpt.config.num_classes:,} classes"
             text = (
                 f"A [LlamaGen]({PAPER}): an autoregressive model that generates images of {model.resolution} × "
-                f"{model.resolution} pixels of {what} as sequences of codes, with the image tokenizer of these codes."
+                f"{model.resolution} pixels {what} as sequences of codes, with the image tokenizer of these codes."
             )
         if self.is_published:
             text += f" These are the published weights of [{self.base}](https://huggingface.co/{self.base})."
@@ -124,6 +128,18 @@ class Card:
                 "while training."
             )
         return "\n\n".join(parts)
+
+    def _usage(self) -> str:
+        names = self.model.class_names
+        if self.model.gpt is None:
+            call = 'codes = model.encode("image.png")\nimages = model.decode(codes)'
+        elif names is not None:
+            call = f"images = model.generate({_first_classes(names)!r}, seed=0)"
+        else:
+            prompt = self.samples.conditions[0] if self.samples is not None else "a photo of a dog"
+            call = f"images = model.generate([{prompt!r}], seed=0)"
+        python = f'from llamagen import LlamaGen\n\n{_load_line(self.address)}\n{call}\nimages[0].save("out.png")'
+        return f"## Use\n\n```python\n{python}\n```\n\n```bash\n{_page_line(self.address)}\n```"
 
     def _architecture(self) -> dict[str, str]:
         rows: dict[str, Any] = {}
@@ -161,7 +177,7 @@ class Card:
 
     def _classes(self) -> str:
         names = self.model.class_names
-        if names is None or not self.names_classes:
+        if names is None or not self.names_classes or names.names == tuple(map(str, range(len(names)))):
             return ""
         listed = "\n".join(f"- {number}: {_escaped(name)}" for number, name in enumerate(names.names))
         if len(names) > MAX_LISTED_CLASSES:
@@ -184,22 +200,23 @@ class Card:
         return f"## Licence\n\n{' '.join(lines)}" if lines else ""
 
 
-def usage(model: LlamaGen, address: str) -> str:
-    """How to use a model that is loaded from an address."""
-    if model.gpt is None:
-        call = 'codes = model.encode("image.png")\nimages = model.decode(codes)'
-    elif model.class_names is None:
-        call = 'images = model.generate(["a photo of a dog"], seed=0)'
-    else:
-        call = f"images = model.generate({_first_classes(model)!r}, seed=0)"
-    python = f'from llamagen import LlamaGen\n\nmodel = LlamaGen.from_pretrained("{address}")\n{call}'
-    return f'```python\n{python}\nimages[0].save("out.png")\n```\n\n```bash\npython -m serving.page "{address}"\n```'
+def with_address(text: str, old: str, new: str) -> str:
+    """The text of a card whose model is loaded from another address."""
+    for line in (_load_line, _page_line):
+        text = text.replace(line(old), line(new))
+    return text
 
 
-def _first_classes(model: LlamaGen) -> list[Any]:
+def _load_line(address: str) -> str:
+    return f"model = LlamaGen.from_pretrained({json.dumps(address, ensure_ascii=False)})"
+
+
+def _page_line(address: str) -> str:
+    return f"python -m serving.page {shlex.quote(address)}"
+
+
+def _first_classes(names: ClassNames) -> list[Any]:
     """The first classes, by name if the name is a word that finds the class."""
-    names = model.class_names
-    assert names is not None
     chosen: list[Any] = []
     for number in range(min(2, len(names))):
         try:

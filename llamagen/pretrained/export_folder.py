@@ -18,14 +18,14 @@ from llamagen.checkpoints.weights import Weights, read_weights
 from llamagen.checkpoints.writing import write_weights
 from llamagen.files import atomic_file, atomic_folder
 from llamagen.grids import save_png
-from llamagen.hub.address import SCHEME, file_address, is_remote, repository_address
+from llamagen.hub.address import SCHEME, file_address, is_remote
 from llamagen.hub.published import PUBLISHED
-from llamagen.hub.upload import upload_folder
+from llamagen.hub.upload import check_upload, upload_folder
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.option_checks import check_integer
 from llamagen.output_paths import check_output
-from llamagen.pretrained.card import Card, usage
+from llamagen.pretrained.card import Card, with_address
 from llamagen.pretrained.exported_config import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -101,7 +101,7 @@ def export_model(export: Export, to: str | Path, overwrite: bool = False) -> Non
     if is_remote(str(to)):
         if overwrite:
             raise ValueError("overwrite is for folders; an upload adds a commit to the repository, leave it out")
-        address = repository_address(str(to)).repository
+        address = check_upload(str(to)).repository
         with TemporaryDirectory() as temporary:
             folder = Path(temporary, address.rpartition("/")[2])
             folder.mkdir()
@@ -113,7 +113,8 @@ def export_model(export: Export, to: str | Path, overwrite: bool = False) -> Non
     folder = Path(to).expanduser()
     _check_folder(folder, overwrite)
     with atomic_folder(folder) as temporary_folder:
-        _fill(temporary_folder, export, str(to))
+        # Named without its parents, which are of no use to others.
+        _fill(temporary_folder, export, folder.absolute().name)
     print(f"{folder}: load it with LlamaGen.from_pretrained, look at its {CARD_FILE} before you share it")
 
 
@@ -153,31 +154,29 @@ def _fill(folder: Path, export: Export, address: str, is_shared: bool = False) -
     assert isinstance(vqgan, VQGAN)
     if weights is not None:
         check_tokenizer(weights, vqgan, tokenizer)
+        if export.text_encoder is not None and weights.captions is not None:
+            weights = weights._replace(captions={**weights.captions, "encoder": export.text_encoder})
     checksum = _write(vqgan, tokenizer_weights, folder / TOKENIZER_FILE)
     files = [TOKENIZER_FILE]
     if weights is not None:
         checksum = _write(build_model(weights), weights, folder / MODEL_FILE)
         files.insert(0, MODEL_FILE)
-    name = export.name or Path(address).expanduser().absolute().name
-    write_config(folder, name, files, settings)
+    write_config(folder, export.name or address.rpartition("/")[2], files, settings)
     facts = read_run_facts(run, file, export.averaged, checksum)
     _write_card(folder, export, address, facts, run, file)
 
 
-def _copy(given: Path, folder: Path, export: Export, address: str) -> None:
+def _copy(given: Path, temporary: Path, export: Export, address: str) -> None:
     """Copy an exported model with its card, which its author may have edited."""
     if export != Export(export.checkpoint):
         raise ValueError(
             f"{given} is an exported model, which is copied as it is; edit its {CARD_FILE} and {CONFIG_FILE}, and give "
             "no other options"
         )
-    model = LlamaGen.from_pretrained(given, device="cpu")  # checks the files
-    shutil.copytree(given, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
-    card = folder / CARD_FILE
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        for old in (given.name, str(given), export.checkpoint):
-            text = text.replace(usage(model, old), usage(model, address))
+    LlamaGen.from_pretrained(given, device="cpu")  # checks the files
+    shutil.copytree(given, temporary, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+    if (card := temporary / CARD_FILE).is_file():
+        text = with_address(card.read_text(encoding="utf-8"), given.absolute().name, address)
         card.write_text(text, encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def write_config(folder: Path, name: str, files: list[str], settings: Mapping[st
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder holds an exported model, complete or not."""
-    return _format(_read(folder / CONFIG_FILE)) == FORMAT
+    return bool(_format(_read(folder / CONFIG_FILE)) == FORMAT)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: in one line, if it is damaged or of another program, or a file is missing.
     """
     file = folder / CONFIG_FILE
-    config = _read(file)
+    config: dict[str, Any] | None = _read(file)
     if config is None:
         raise ValueError(f"{file} cannot be read as JSON; get the folder again")
     if (found := _format(config)) != FORMAT:

@@ -101,7 +101,7 @@ def data_root(run: Run) -> Path | None:
     if not isinstance(root, str):
         return None
     # Relative ones start from the folder in which the run was started, one of its parents.
-    candidates = (Path(folder, root) for folder in ("", *run.folder.absolute().parents))
+    candidates = (Path(folder, root) for folder in (Path(), *run.folder.absolute().parents))
     return next((path for path in candidates if path.is_dir()), None)
 
 
@@ -140,11 +140,11 @@ def _saved(checkpoint: Path) -> dict[str, Any]:
 def _training(run: Run | None, saved: Mapping[str, Any], averaged: bool) -> dict[str, str]:
     facts: dict[str, Any] = {}
     settings = {} if run is None else run.settings
-    trainer, data = settings.get("trainer") or {}, _init_args(settings.get("data"))
+    trainer, data = _mapping(settings.get("trainer")), _init_args(settings.get("data"))
     count = None
     if run is not None:
         meta = data_meta(run)
-        count = ((meta.get("splits") or {}).get("train") or {}).get("count")
+        count = _mapping(_mapping(meta.get("splits")).get("train")).get("count")
         facts["Data"] = PurePosixPath(str(data["root"]).rstrip("/")).name if data.get("root") else None
         facts["Training images"] = f"{count:,}" if isinstance(count, int) else None
         if start := run.options.get("init_from"):
@@ -163,7 +163,7 @@ def _training(run: Run | None, saved: Mapping[str, Any], averaged: bool) -> dict
             facts["Weights"] = f"averages (EMA) with decay {decay:g}" if averaged else "raw, without averages (EMA)"
         seed = settings.get("seed_everything")
         facts["Seed"] = seed if isinstance(seed, int) and not isinstance(seed, bool) else None
-    if "hours" in saved:
+    if saved.get("hours", 0) >= 0.01:
         facts["Hours of training"] = f"{saved['hours']:.2g}"
     facts["Lightning"] = saved.get("lightning")
     return {name: str(value) for name, value in facts.items() if value is not None}
@@ -176,9 +176,8 @@ def _batch_size(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> str | No
         return None
     text = f"{size} on each device"
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
-    devices = int(devices) if str(devices).isdecimal() else devices
-    if isinstance(devices, int) and isinstance(nodes, int):
-        text = f"{size} × {devices * nodes} devices"
+    if isinstance(devices, int | str) and str(devices).isdecimal() and isinstance(nodes, int):
+        text = f"{size} × {int(devices) * nodes} devices"
     if (accumulated := trainer.get("accumulate_grad_batches")) not in (None, 1):
         text += f" × {accumulated} accumulated batches"
     return text
@@ -198,7 +197,7 @@ def _ema_decay(run: Run) -> float | None:
 
 def _callback(run: Run, name: str) -> dict[str, Any]:
     """Arguments of a callback; empty if the run did not use it."""
-    callbacks = (run.settings.get("trainer") or {}).get("callbacks")
+    callbacks = _mapping(run.settings.get("trainer")).get("callbacks")
     for each in callbacks if isinstance(callbacks, list) else ():
         if isinstance(each, Mapping) and str(each.get("class_path", "")).rpartition(".")[2] == name:
             return _init_args(each)
@@ -206,8 +205,11 @@ def _callback(run: Run, name: str) -> dict[str, Any]:
 
 
 def _init_args(part: Any) -> dict[str, Any]:
-    options = part.get("init_args") if isinstance(part, Mapping) else None
-    return dict(options) if isinstance(options, Mapping) else {}
+    return _mapping(_mapping(part).get("init_args"))
+
+
+def _mapping(part: Any) -> dict[str, Any]:
+    return dict(part) if isinstance(part, Mapping) else {}
 
 
 def _is_address(start: Any) -> bool:
@@ -248,24 +250,23 @@ def _float(text: Any) -> float | None:
 
 def _evaluation(file: Path, checksum: str) -> Evaluation | None:
     """The report in a run's folder, if it is of the weights with this checksum."""
-    content = _read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    content = _mapping(_read_json(file))
+    if _mapping(content.get("model")).get("weights") != checksum:
         return None
-    if content["model"].get("weights") != checksum or not isinstance(content.get("metrics"), dict):
-        return None
-    metrics = {name: value for name, value in content["metrics"].items() if _float(value) is not None}
-    images, reference = content.get("images") or {}, content.get("reference")
+    values = {name: _float(value) for name, value in _mapping(content.get("metrics")).items()}
+    metrics = {name: value for name, value in values.items() if value is not None}
+    images, reference = _mapping(content.get("images")), content.get("reference")
     facts = {
         "Images": f"{images['count']:,} of {images['resolution']} px"
         if {"count", "resolution"} <= set(images)
         else None,
         "Compared with": reference.get("name") if isinstance(reference, dict) else reference,
-        "Features": (content.get("extractor") or {}).get("name"),
+        "Features": _mapping(content.get("extractor")).get("name"),
         "Precision": content.get("precision"),
         "Sampling": ", ".join(
-            f"{name} {value}" for name, value in (content.get("sampling") or {}).items() if value is not None
+            f"{name} {value}" for name, value in _mapping(content.get("sampling")).items() if value is not None
         ),
-        "Versions": ", ".join(f"{name} {value}" for name, value in (content.get("versions") or {}).items()),
+        "Versions": ", ".join(f"{name} {value}" for name, value in _mapping(content.get("versions")).items()),
     }
     return Evaluation(metrics, {name: str(value) for name, value in facts.items() if value})
 

@@ -10,6 +10,7 @@ from llamagen.grids import captioned_grid
 from llamagen.pretrained.model import ClassOrPrompt, LlamaGen
 
 COLUMNS = 4
+"""Maximum number of images in a row."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def sample_images(
     each = max(1, count // len(chosen))
     images = [np.asarray(image) for image in model.generate(chosen, images_per_prompt=each, seed=0)]
     captions = [_caption(model, condition) for condition in chosen] * each
-    starts = range(0, len(images), COLUMNS)
+    columns = min(COLUMNS, len(chosen))
+    starts = range(0, len(images), columns)
     grid = captioned_grid(
-        [images[start : start + COLUMNS] for start in starts], [captions[start : start + COLUMNS] for start in starts]
+        [images[start : start + columns] for start in starts], [captions[start : start + columns] for start in starts]
     )
     return Samples(grid, chosen, each)
 
