@@ -61,7 +61,9 @@ def local_repository(source: str) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     address = repository_address(source)
-    options: dict[str, Any] = {"revision": address.revision, "allow_patterns": list(EXPORTED), "tqdm_class": _no_bars()}
+    # The patterns of huggingface_hub also match files in folders.
+    patterns = {"allow_patterns": list(EXPORTED), "ignore_patterns": ["*/*"]}
+    options: dict[str, Any] = {"revision": address.revision, "tqdm_class": _no_bars(), **patterns}
     try:
         with hub_errors(address):
             timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -78,7 +80,7 @@ def local_repository(source: str) -> Path:
     if CONFIG not in names:
         raise _not_exported(address)
     for name in names:
-        if any(Path(name).match(pattern) for pattern in EXPORTED) and "/" not in name:
+        if "/" not in name and any(Path(name).match(pattern) for pattern in EXPORTED):
             _download(Address(address.repository, name, str(info.sha), f"{address.given}: {name}"))
     with hub_errors(address):  # records which commit and files the revision has, for use without a network
         folder = Path(snapshot_download(address.repository, **options))

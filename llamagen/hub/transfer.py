@@ -19,7 +19,6 @@ ATTEMPTS = 3
 """Consecutive attempts without a new byte after which a download fails."""
 PAUSE = 1.0
 """Seconds between attempts without a new byte."""
-CHUNK = 2**20
 SHA256_DIGITS, SHA1_DIGITS = 64, 40
 
 
@@ -51,7 +50,7 @@ def receive(address: Address, url: str, etag: str, size: int | None, path: Path)
         if shutil.disk_usage(path.parent).free < size - received:
             raise disk_full_error(path, ENOSPC, size, received)
     with full_disk_reported(path, size, partial):
-        _fill(partial, url, size, Path(address.file).name)
+        _fill(partial, url, size, address)
         found = _checksum(partial, etag)
         if found != etag or size not in (None, size_of(partial)):
             partial.unlink()
@@ -62,16 +61,18 @@ def receive(address: Address, url: str, etag: str, size: int | None, path: Path)
         publish_file(partial, path)
 
 
-def _fill(partial: Path, url: str, size: int | None, name: str) -> None:
+def _fill(partial: Path, url: str, size: int | None, address: Address) -> None:
     """Append the missing bytes to a partial file, with a progress bar.
 
     Raises:
-        httpx2.HTTPError: if the server refuses, or a connection fails several times without a new byte.
+        ValueError: in one line, if the connection is lost several times without a new byte.
+        httpx2.HTTPError: if the server refuses.
     """
     from httpx2 import TransportError
     from huggingface_hub.utils import tqdm
 
     received, failures = size_of(partial), 0
+    name = Path(address.file).name
     progress: Any = tqdm(desc=name, total=size, initial=received, unit="B", unit_scale=True, unit_divisor=1000)
     with progress, partial.open("ab") as file:
         while size is None or received < size:
@@ -82,11 +83,14 @@ def _fill(partial: Path, url: str, size: int | None, name: str) -> None:
                     return
                 failure: Exception | None = None
             except TransportError as error:
-                received = file.tell()
-                failure = error
+                received, failure = file.tell(), error
             failures = 0 if received > before else failures + 1
             if failures == ATTEMPTS:
-                raise failure or TransportError(f"the connection ended after {received:,} of {size:,} bytes")
+                of_all = "" if size is None else f" of {size:,}"
+                raise ValueError(
+                    f"{address.given}: the connection was lost after {received:,}{of_all} bytes "
+                    f"({failure or 'it ended'}); run the same command again to resume"
+                ) from failure
             if failures:
                 time.sleep(PAUSE)
 
@@ -108,7 +112,7 @@ def _request(file: Any, url: str, received: int, progress: Any) -> int:
             file.truncate(0)
             progress.reset()
             received = 0
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():  # footgun: chunks of a given size are lost if the connection is
             file.write(chunk)
             received += len(chunk)
             progress.update(len(chunk))
