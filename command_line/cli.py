@@ -28,6 +28,8 @@ from lightning_modules import (
     resolve_checkpoint,
     use_metrics_logger,
 )
+from lightning_modules.checkpoint_files import is_local, local_path
+from lightning_modules.latest_checkpoint import KEYWORDS
 from llamagen.checkpoints.contents import holds_only_weights, read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.hub.download import is_remote
@@ -121,8 +123,13 @@ class LlamaGenCLI(LightningCLI):
                 f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
                 "--model.init_args.init_from, a file of weights"
             )
-        if path and path not in ("best", "last", "hpc", "registry") and ("://" not in str(path) or is_remote(path)):
+        if path and path not in KEYWORDS and ("://" not in str(path) or is_remote(path)):
             self._check_checkpoint(config, path)
+        if config.get("ckpt_path") and self.config.subcommand != "fit" and config.get("model.init_args.init_from"):
+            # The checkpoint has all weights; those a fine-tuned run started from need not be read, or downloaded.
+            config["model.init_args.init_from"] = None
+            if config.get("model.init_args.init_adapt"):
+                config["model.init_args.init_adapt"] = []
 
     def _check_checkpoint(self, config: Any, path: Any) -> None:
         """Check that a checkpoint can be read; one that holds only weights is given to ``init_from``, except in fit."""
@@ -181,7 +188,9 @@ class LlamaGenCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        path = kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        if isinstance(self.model, ARGenModule) and path not in (None, *KEYWORDS) and is_local(path):
+            self.model.take_class_names(local_path(path))
         return kwargs
 
     def before_instantiate_classes(self) -> None:

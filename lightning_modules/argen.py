@@ -98,7 +98,7 @@ class ARGenModule(SamplingModule):
         with option_named("init_from"):
             self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
-        if self._initial_weights is not None and "num_classes" not in init_adapt:
+        if self._initial_weights is not None and len(self._initial_weights.classes or ()) <= net.num_classes:
             self._classes = self._initial_weights.classes
         if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
             self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
@@ -176,7 +176,8 @@ class ARGenModule(SamplingModule):
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             check_codes(self.gpt.config, meta)
             self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
-            self._classes = classes_of(meta) or self._classes
+            same_classes = stage != "fit" or "num_classes" not in self._init_adapt
+            self._classes = classes_of(meta) or (self._classes if same_classes else None)
             if self._text is not None:
                 differs = "clean_captions" in self._init_adapt
                 self._text.check_dataset(meta, datamodule.captioned, datamodule.cleaning, differs)
@@ -201,7 +202,13 @@ class ARGenModule(SamplingModule):
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
-        self._classes = self._classes or classes_of(checkpoint[ENTRY])
+        classes = classes_of(checkpoint[ENTRY])
+        if self._names_were_used and classes != self._classes:
+            raise ValueError(
+                "classes were requested by name before the checkpoint with their names was loaded; call "
+                "take_class_names of the module with its path first, or request numbers"
+            )
+        self._classes = self._classes or classes
         if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
             self._text.check_checkpoint(metadata)
 

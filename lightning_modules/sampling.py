@@ -61,6 +61,7 @@ class SamplingModule(GenerativeModule):
             raise ValueError(f"sample_seed is {sample_seed}; it must be an integer")
         self.sample_seed, self.image_size = sample_seed, image_size
         self._classes: list[str] | None = None
+        self._names_were_used = False
         self.sampler: ImageSampler | None = None  # set by CompiledSampling for the length of a stage
         # footgun: not a submodule. The tuple hides it from nn.Module, so from state dict, optimizer, EMA and FSDP.
         self._tokenizer: tuple[VQGAN, ...] = ()
@@ -96,17 +97,27 @@ class SamplingModule(GenerativeModule):
     @property
     def class_names(self) -> ClassNames | None:
         """Names of the model's classes: those of the data it was trained on, or ImageNet's if it has 1,000 classes and
-        knows no names. None if the classes have no names, or the model is text-conditional.
+        no names of its own. None if the classes have no names, or the model is text-conditional.
         """
         if self._text is not None:
             return None
-        classes, path = self._classes, None if self._trainer is None else self.trainer.ckpt_path
-        if classes is None and path is not None:
-            # footgun: requests are resolved in setup, but Lightning loads the checkpoint after it.
-            classes = classes_of(read_checkpoint(path, wanted=lambda _: False)[ENTRY])
-        if classes is not None:
-            return named_classes(classes)
+        self._names_were_used = True
+        if self._classes is not None:
+            return named_classes(self._classes)
         return imagenet_classes() if self.num_classes == len(imagenet_classes()) else None
+
+    def take_class_names(self, path: Path | str) -> None:
+        """Take the class names of a checkpoint that will be loaded.
+
+        footgun: requests are resolved in ``setup``, but Lightning loads the checkpoint after it.
+
+        Args:
+            path: the checkpoint; its weights are not read.
+
+        Raises:
+            ValueError: in one line, if it is not a checkpoint of this project.
+        """
+        self._classes = classes_of(read_checkpoint(path, wanted=lambda _: False)[ENTRY])
 
     @property
     def output_size(self) -> int:

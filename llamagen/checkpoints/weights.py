@@ -193,9 +193,9 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
         architecture,
         source,
         averages,
-        entry.get("captions"),
-        entry.get("tokenizer"),
-        classes_of(entry),
+        captions=entry.get("captions"),
+        tokenizer=entry.get("tokenizer"),
+        classes=classes_of(entry),
     )
 
 
