@@ -78,7 +78,9 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     """
     path = local_file(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a file of weights")
+        raise ValueError(
+            f"{path} does not exist; give a file of weights, a published name or hf://owner/repository/file"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path, averaged)
     content = read_torch_file(path)

@@ -98,7 +98,7 @@ def export_model(export: Export, to: str | Path, overwrite: bool = False) -> Non
         DiskFullError: in one line, if the disk is full.
         FloatingPointError: if logits or pixels of the samples are not finite.
     """
-    if is_remote(str(to)):
+    if str(to).startswith(SCHEME):
         if overwrite:
             raise ValueError("overwrite is for folders; an upload adds a commit to the repository, leave it out")
         address = check_upload(str(to)).repository

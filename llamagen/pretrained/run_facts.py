@@ -98,11 +98,8 @@ def read_run_facts(run: Run | None, checkpoint: Path, averaged: bool, checksum: 
 def data_root(run: Run) -> Path | None:
     """Local folder of a run's training data; None if it is remote or does not exist any more."""
     root = _init_args(run.settings.get("data")).get("root")
-    if not isinstance(root, str):
-        return None
-    # Relative ones start from the folder in which the run was started, one of its parents.
-    candidates = (Path(folder, root) for folder in (Path(), *run.folder.absolute().parents))
-    return next((path for path in candidates if path.is_dir()), None)
+    folder = Path(run.locate(root)) if isinstance(root, str) else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def data_meta(run: Run) -> dict[str, Any]:

@@ -215,7 +215,8 @@ def test_the_command_reports_errors_in_one_line(
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.splitlines()[-1] == (
-        "error: nowhere.pt does not exist; give a file of weights; see python -m llamagen.checkpoints.export --help"
+        "error: nowhere.pt does not exist; give a file of weights, a published name or "
+        "hf://owner/repository/file; see python -m llamagen.checkpoints.export --help"
     )
     assert "Traceback" not in errors
 

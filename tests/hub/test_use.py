@@ -20,7 +20,7 @@ from tests.pipeline import Pipeline
 from tests.small_models import assert_same, small_gpt, small_vqgan
 
 RUN = "hf://me/run/last.ckpt"
-PUBLISHED = "hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt@main"
+PUBLISHED = "hf://FoundationVision/LlamaGen/c2i_B_256.pt@main"
 
 
 @pytest.fixture
@@ -74,21 +74,22 @@ def test_the_export_reads_from_the_hub(served: HubServer, tmp_path: Path) -> Non
 
 @pytest.fixture
 def run(hub: HubServer, pipeline: Pipeline, tmp_path: Path) -> HubServer:
-    """The checkpoint of a tokenizer run, and its weights under a published name."""
-    hub.add("me/run", {"last.ckpt": pipeline.tokenizer})
-    export(pipeline.tokenizer, tmp_path / "vq.pt")
-    hub.add_published("vq_ds16_c2i", tmp_path / "vq.pt")
+    """The checkpoint of a run, and its weights under a published name."""
+    hub.add("me/run", {"last.ckpt": pipeline.argen})
+    export(pipeline.argen, tmp_path / "argen.pt")
+    hub.add_published("c2i_B_256", tmp_path / "argen.pt")
     return hub
 
 
 def test_ckpt_path_takes_published_weights_and_the_run_records_their_address(
     run: HubServer, pipeline: Pipeline, tmp_path: Path
 ) -> None:
+    codes = f"--data.init_args.root={pipeline.codes}"
     found = [
-        main.main(["validate", *pipeline.tokenizer_arguments(tmp_path / name), f"--ckpt_path={given}"])
+        main.main(["validate", *pipeline.argen_arguments(tmp_path / name), codes, f"--ckpt_path={given}"])
         for name, given in (("a", RUN), ("b", PUBLISHED))
     ]
-    assert len({cli.trainer.callback_metrics["val/psnr"].item() for cli in found}) == 1
+    assert len({cli.trainer.callback_metrics["val/loss"].item() for cli in found}) == 1
     of_run, of_published = saved(tmp_path / "a", "validate"), saved(tmp_path / "b", "validate")
     assert (of_run["ckpt_path"], of_run["model"]["init_args"]["init_from"]) == (RUN, None)
     assert (of_published["ckpt_path"], of_published["model"]["init_args"]["init_from"]) == (None, PUBLISHED)
@@ -98,10 +99,10 @@ def test_fit_cannot_resume_from_weights_and_names_the_option(
     run: HubServer, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main.main(["fit", *pipeline.tokenizer_arguments(tmp_path / "run"), "--ckpt_path=vq_ds16_c2i"])
+        main.main(["fit", *pipeline.argen_arguments(tmp_path / "run"), "--ckpt_path=c2i_B_256"])
     message = capsys.readouterr().err
-    assert "--ckpt_path: vq_ds16_c2i holds only weights" in message
-    assert "start a new run from them with --model.init_args.init_from vq_ds16_c2i" in message
+    assert "--ckpt_path: c2i_B_256 holds only weights" in message
+    assert "start a new run from them with --model.init_args.init_from c2i_B_256" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +132,7 @@ def test_a_wrong_name_is_one_line(
 ) -> None:  # fmt: skip
     capsys.readouterr()
     with pytest.raises((SystemExit, ValueError)) as error:
-        main.main(["validate", *pipeline.tokenizer_arguments(tmp_path / "run"), f"{option}={given}"])
+        main.main(["validate", *pipeline.argen_arguments(tmp_path / "run"), f"{option}={given}"])
     message = capsys.readouterr().err or str(error.value)
     assert part in message
     assert not (tmp_path / "run").exists()
@@ -139,9 +140,9 @@ def test_a_wrong_name_is_one_line(
 
 def test_lightning_reads_an_address(run: HubServer, pipeline: Pipeline) -> None:
     loaded = CheckpointFiles().load_checkpoint(RUN, weights_only=True)
-    assert loaded.keys() == read_checkpoint(pipeline.tokenizer).keys()
+    assert loaded.keys() == read_checkpoint(pipeline.argen).keys()
     path = resolve_checkpoint(RUN, None, "fit")  # type: ignore[arg-type]
-    assert Path(path).read_bytes() == pipeline.tokenizer.read_bytes()
+    assert Path(path).read_bytes() == pipeline.argen.read_bytes()
 
 
 def test_libraries_of_the_hub_are_imported_when_they_are_needed() -> None:
