@@ -112,7 +112,7 @@ class Card:
             )
         if self.is_published:
             text += f" These are the published weights of [{self.base}](https://huggingface.co/{self.base})."
-        return f"{text} Written by {LIBRARY}."
+        return f"{text} Exported with {LIBRARY}."
 
     def _images(self) -> str:
         parts = []
