@@ -99,7 +99,7 @@ class LlamaGenCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The options of a stage take long to collect, so only those of the given one are.
         if self._stage in (None, subcommand):
-            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
             parser.stage = subcommand
             return parser
         self._subcommand_method_arguments[subcommand] = []

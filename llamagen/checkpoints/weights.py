@@ -142,7 +142,7 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
             ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
 
 
@@ -185,7 +185,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
     return Weights(

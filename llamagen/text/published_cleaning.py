@@ -4,13 +4,13 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import cache
+from urllib.parse import unquote_plus
 
 VERSIONS = ">=0.42,<0.43"
 """Versions of diffusers whose cleaning was compared with the published one."""
 PASSES = 2
 """The published code applies its cleaning twice."""
 MAX_RUN = 100_000
-LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
 MARKUP = re.compile(r"[<&＆%]")
 INSTALL = 'pip install -c constraints.txt -e ".[text]"'
 
@@ -18,11 +18,12 @@ INSTALL = 'pip install -c constraints.txt -e ".[text]"'
 def clean_as_published(text: str) -> str:
     """Clean a caption exactly as for the published text models.
 
-    The result is plain lower-case text. The rules also remove Chinese characters, most brackets and some common words
-    (``free``, ``page 3``). Halves of surrogate pairs stay; the caption encoder replaces them.
+    The result is plain lower-case text. The rules also remove Chinese characters, brackets and some phrases, such as
+    ``free shipping`` and ``page 3``.
 
-    The published code fails for markup that cannot be parsed, such as ``<![``. Here its special characters become
-    spaces. It takes quadratic time for long runs without spaces. Here runs above 100,000 characters are cut.
+    The published code fails for some texts. Here halves of surrogate pairs then become U+FFFD, and the special
+    characters of markup that cannot be parsed, such as ``<![a``, become spaces. It takes quadratic time for long runs
+    without spaces. Here runs are cut after 100,000 characters.
 
     Args:
         text: any text.
@@ -34,16 +35,30 @@ def clean_as_published(text: str) -> str:
         ValueError: if the extra ``text`` is not installed, or diffusers has another version.
     """
     clean = _load()
-    text = LONG_RUN.sub(lambda run: run[0][:MAX_RUN], text)
-    for attempt in (text, MARKUP.sub(" ", text)):
+    if len(text) > MAX_RUN:
+        text = re.sub(rf"\S{{{MAX_RUN},}}|\s{{{MAX_RUN},}}", lambda run: run[0][:MAX_RUN], text)
+    for prepare in (_unchanged, _without_surrogates, _without_markup):
+        cleaned = prepare(text)
         try:
-            cleaned = attempt
             for _ in range(PASSES):
                 cleaned = clean(cleaned)
-            return cleaned
-        except Exception:  # whatever parsers raise for broken markup
+        except Exception:  # whatever the parsers raise
             continue
+        return cleaned
     return ""
+
+
+def _unchanged(text: str) -> str:
+    return text
+
+
+def _without_surrogates(text: str) -> str:
+    """Pairs of surrogates become their character, halves U+FFFD: the published code does it last, if it gets there."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _without_markup(text: str) -> str:
+    return MARKUP.sub(" ", unquote_plus(_without_surrogates(text)))
 
 
 @cache

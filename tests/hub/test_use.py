@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 import main
@@ -23,22 +22,13 @@ RUN = "hf://me/run/last.ckpt"
 PUBLISHED = "hf://FoundationVision/LlamaGen/c2i_B_256.pt@main"
 
 
-@pytest.fixture
-def served(hub: HubServer, tmp_path: Path) -> HubServer:
-    """A tokenizer and a class model, small, under published names."""
-    for name, model in (("vq_ds16_c2i", small_vqgan()), ("c2i_B_256", small_gpt())):
-        torch.save({"model": model.state_dict()}, tmp_path / f"{name}.pt")
-        hub.add_published(name, tmp_path / f"{name}.pt")
-    return hub
-
-
 def saved(folder: Path, stage: str) -> dict[str, Any]:
     """The configuration that a stage recorded."""
     content: dict[str, Any] = yaml.safe_load((folder / f"{stage}.yaml").read_text())
     return content
 
 
-def test_weights_are_read_by_name_and_by_address(served: HubServer) -> None:
+def test_weights_are_read_by_name_and_by_address(published_hub: HubServer) -> None:
     assert_same(read_weights("c2i_B_256").state, small_gpt().state_dict())
     assert_same(load_vqgan("vq_ds16_c2i").state_dict(), small_vqgan().state_dict())
     weights = read_weights("hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt@main")
@@ -47,25 +37,25 @@ def test_weights_are_read_by_name_and_by_address(served: HubServer) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_file_that_was_damaged_in_the_cache_is_named_with_the_remedy(
-    suffix: str, served: HubServer, tmp_path: Path
+    suffix: str, published_hub: HubServer, tmp_path: Path
 ) -> None:
     export("vq_ds16_c2i", tmp_path / f"vq{suffix}")
-    served.add("me/vq", {f"vq{suffix}": tmp_path / f"vq{suffix}"})
-    served.offline()  # nothing else would notice
+    published_hub.add("me/vq", {f"vq{suffix}": tmp_path / f"vq{suffix}"})
+    published_hub.offline()  # nothing else would notice
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         read_weights(f"hf://me/vq/vq{suffix}")
-    served.online()
+    published_hub.online()
     path = Path(read_weights(f"hf://me/vq/vq{suffix}").source.split(",")[0])
     content = path.resolve()
     content.write_bytes(content.read_bytes()[:-100])
-    served.offline()
+    published_hub.offline()
     with pytest.raises(
         ValueError, match=rf"damaged or another kind of file; remove {content} and run the same command"
     ):
         read_weights(f"hf://me/vq/vq{suffix}")
 
 
-def test_the_export_reads_from_the_hub(served: HubServer, tmp_path: Path) -> None:
+def test_the_export_reads_from_the_hub(published_hub: HubServer, tmp_path: Path) -> None:
     export_command(["vq_ds16_c2i", str(tmp_path / "a.safetensors")])
     export_command(["hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt", str(tmp_path / "b.safetensors")])
     for name in "ab":
@@ -141,8 +131,14 @@ def test_a_wrong_name_is_one_line(
 def test_lightning_reads_an_address(run: HubServer, pipeline: Pipeline) -> None:
     loaded = CheckpointFiles().load_checkpoint(RUN, weights_only=True)
     assert loaded.keys() == read_checkpoint(pipeline.argen).keys()
-    path = resolve_checkpoint(RUN, None, "fit")  # type: ignore[arg-type]
-    assert Path(path).read_bytes() == pipeline.argen.read_bytes()
+    trainer: Any = None
+    path = Path(resolve_checkpoint(RUN, trainer, "fit"))
+    assert path.read_bytes() == pipeline.argen.read_bytes()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.resolve().write_bytes(content)
+    with pytest.raises(ValueError, match=rf"is damaged \(.*; remove {path.resolve()} and run the same command again"):
+        resolve_checkpoint(RUN, trainer, "fit")
 
 
 def test_libraries_of_the_hub_are_imported_when_they_are_needed() -> None:
