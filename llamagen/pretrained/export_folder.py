@@ -177,7 +177,8 @@ def _copy(given: Path, temporary: Path, export: Export, address: str) -> None:
     shutil.copytree(given, temporary, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
     if (card := temporary / CARD_FILE).is_file():
         text = with_address(card.read_text(encoding="utf-8"), given.absolute().name, address)
-        card.write_text(text, encoding="utf-8")
+        with atomic_file(card) as new:
+            new.write_text(text, encoding="utf-8")
 
 
 def _settings(source: Source, weights: Weights, export: Export, run: Run | None) -> dict[str, Any]:

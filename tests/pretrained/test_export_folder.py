@@ -15,10 +15,12 @@ from llamagen.checkpoints.contents import load_vqgan
 from llamagen.checkpoints.export import main
 from llamagen.checkpoints.weights import read_weights
 from llamagen.checkpoints.writing import write_weights
+from llamagen.hub.published import PUBLISHED
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.pretrained import export_folder
 from llamagen.pretrained.export_folder import Export, export_model
 from llamagen.pretrained.sizes import SIZES
+from llamagen.pretrained.source import TEXT_SAMPLING
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import fill
 from tests.hub_server import HubServer
@@ -102,21 +104,36 @@ def test_a_tokenizer_with_a_custom_quantiser_is_exported(tmp_path: Path) -> None
     assert "quantizer `tests.rounding.Rounding`" in (tmp_path / "rounding/README.md").read_text()
 
 
-def test_published_weights_keep_their_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpt = small_gpt(vocab_size=64)
-    monkeypatch.setitem(
-        SIZES, "small", {key: getattr(gpt.config, key) for key in ("n_layer", "n_head", "dim", "multiple_of")}
-    )
-    torch.save({"model": small_vqgan().state_dict()}, tmp_path / "vq_ds16_c2i.pt")
-    torch.save({"model": gpt.bfloat16().state_dict()}, tmp_path / "c2i_B_384.pt")
-    export_model(Export(str(tmp_path / "c2i_B_384.pt"), samples=0), tmp_path / "mine")
-    model = LlamaGen.from_pretrained(tmp_path / "mine")
-    assert model.gpt is not None
-    assert (model.gpt.config.block_size, model.dtype, model.sampling.top_k) == (24 * 24, "bfloat16", 2000)
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "saved"),
+    [
+        ("c2i_B_384", "vq_ds16_c2i", {"sampling": {"guidance_scale": 4.0, "top_k": 2000}}),
+        ("t2i_XL_stage1_256", "vq_ds16_t2i", {"sampling": TEXT_SAMPLING, "cleaning": "published"}),
+    ],
+)
+def test_published_weights_keep_their_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokenizer: str, saved: dict[str, object]
+) -> None:
+    model = PUBLISHED[name]
+    gpt = small_gpt(vocab_size=64, condition=model.kind)
+    sizes = {key: getattr(gpt.config, key) for key in ("n_layer", "n_head", "dim", "multiple_of")}
+    monkeypatch.setitem(SIZES, "small", sizes)
+    torch.save({"model": small_vqgan().state_dict()}, tmp_path / f"{tokenizer}.pt")
+    torch.save({"model": gpt.bfloat16().state_dict()}, tmp_path / f"{name}.pt")
+    export_model(Export(str(tmp_path / f"{name}.pt"), samples=0), tmp_path / "mine")
+    config = json.loads((tmp_path / "mine/config.json").read_text())
+    assert {key: config[key] for key in config if key not in ("format", "name", "files")} == {
+        "dtype": "bfloat16",
+        **saved,
+    }
+    found = LlamaGen.from_pretrained(tmp_path / "mine")
+    assert found.gpt is not None
+    assert (found.gpt.config.block_size, found.dtype) == ((model.resolution // 16) ** 2, "bfloat16")
     assert read_weights(tmp_path / "mine/model.safetensors").state["output.weight"].dtype is torch.bfloat16
     card = (tmp_path / "mine/README.md").read_text()
-    assert "base_model: FoundationVision/LlamaGen\n" in card
-    assert "These are the published weights of [FoundationVision/LlamaGen]" in card
+    assert f"base_model: {model.repository}\n" in card
+    assert f"These are the published weights of [{model.repository}]" in card
+    assert ("pipeline_tag: text-to-image\n" in card) is (model.kind == "text")
 
 
 def test_a_checkpoint_without_its_run_needs_its_tokenizer(
