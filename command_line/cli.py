@@ -99,7 +99,8 @@ class LlamaGenCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The options of a stage take long to collect, so only those of the given one are.
         if self._stage in (None, subcommand):
-            parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            assert isinstance(parser, Parser)
             parser.stage = subcommand
             return parser
         self._subcommand_method_arguments[subcommand] = []
