@@ -1,20 +1,15 @@
 """From a name, folder or file to the weights of a model and the settings that belong to it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llamagen.hub.download import is_remote, local_file, local_repository
 from llamagen.hub.published import PUBLISHED, PublishedModel
+from llamagen.pretrained.exported_config import CONFIG_FILE, MODEL_FILE, SAVED, TOKENIZER_FILE, read_config
 from llamagen.pretrained.run_folder import Run, find_run, run_of
 from llamagen.text.cleaning import Cleaning
-
-CONFIG_FILE = "config.json"
-MODEL_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.safetensors"
-FORMAT = "llamagen-lightning 1"
 
 CLASS_SAMPLING = {"guidance_scale": 4.0, "top_k": 2000}
 TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
@@ -154,30 +149,3 @@ def _from_export(folder: Path) -> Source:
         folder / TOKENIZER_FILE,
         **{key: config[key] for key in SAVED if config.get(key) is not None},
     )
-
-
-SAVED = tuple(each.name for each in fields(Source) if each.name not in ("name", "model", "tokenizer"))
-"""Settings that the ``config.json`` of an exported model holds."""
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of an exported model.
-
-    Raises:
-        ValueError: in one line, if it is damaged or of another program.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}); get the folder again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(
-            f"{file} has the format {found!r}, not {FORMAT!r}; give a folder written by python -m "
-            "llamagen.checkpoints.export"
-        )
-    for name in (TOKENIZER_FILE,):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; it is incomplete, get it again")
-    return config
