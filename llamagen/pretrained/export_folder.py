@@ -196,7 +196,6 @@ def _settings(source: Source, weights: Weights, export: Export, run: Run | None)
         "sampling": dict(source.sampling),
         "dtype": source.dtype,
         "classes": () if _is_text(weights) else _class_names(source, weights, run),
-        "cleaning": source.cleaning,
         "text_encoder": encoder,
     }
     # The weights' file has the configuration of the model, so its resolution is known.

@@ -14,7 +14,7 @@ CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 FORMAT = "llamagen-lightning 1"
-SAVED = ("resolution", "sampling", "dtype", "classes", "cleaning", "text_encoder")
+SAVED = ("resolution", "sampling", "dtype", "classes", "text_encoder")
 """Settings of a :class:`~llamagen.pretrained.source.Source` that the file may hold."""
 TYPES: Mapping[str, type] = {
     "name": str,
@@ -23,7 +23,6 @@ TYPES: Mapping[str, type] = {
     "sampling": dict,
     "dtype": str,
     "classes": list,
-    "cleaning": str,
     "text_encoder": dict,
 }
 

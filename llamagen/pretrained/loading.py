@@ -51,13 +51,13 @@ class Prompts:
     """Prompts → conditions of a text model, cleaned like the captions of its training.
 
     Args:
-        condition: the encoder, which is loaded at first use, and the record of the model's captions.
-        cleaning: cleaning of the prompts if there is no record.
+        condition: the encoder, which is loaded at first use, and the record of the model's captions. Without a record
+            prompts are not cleaned.
     """
 
-    def __init__(self, condition: TextCondition, cleaning: Cleaning | None) -> None:
+    def __init__(self, condition: TextCondition) -> None:
         self.condition, recorded = condition, condition.cleaning
-        self.cleaning: Cleaning | None = cleaning if recorded == UNKNOWN else recorded
+        self.cleaning: Cleaning | None = None if recorded == UNKNOWN else recorded
 
     def __call__(self, prompts: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Features (N, C, W), padded on the left, and lengths (N,) of prompts.
@@ -181,7 +181,7 @@ def _prompts(source: Source, weights: Weights, config: GPTConfig, text_encoder: 
     condition = TextCondition(config, TextEncoderConfig(**options))
     if weights.captions:
         condition.check_encoder(weights.captions, weights.source)
-    return Prompts(condition, source.cleaning)
+    return Prompts(condition)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -9,7 +9,6 @@ from llamagen.hub.download import is_remote, local_file, local_repository
 from llamagen.hub.published import PUBLISHED, PublishedModel
 from llamagen.pretrained.exported_config import CONFIG_FILE, MODEL_FILE, SAVED, TOKENIZER_FILE, read_config
 from llamagen.pretrained.run_folder import Run, find_run, run_of
-from llamagen.text.cleaning import Cleaning
 
 CLASS_SAMPLING = {"guidance_scale": 4.0, "top_k": 2000}
 TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
@@ -28,7 +27,6 @@ class Source:
         sampling: default settings of sampling, fields of :class:`~llamagen.sampling.SamplingConfig`.
         dtype: default dtype, ``float32``, ``bfloat16`` or ``mixed``.
         classes: names of the classes; empty if unknown.
-        cleaning: cleaning of the prompts, for files that do not record it; None for none.
         text_encoder: ``name`` and ``dtype`` of the caption encoder, if known.
     """
 
@@ -39,7 +37,6 @@ class Source:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     classes: tuple[str, ...] = ()
-    cleaning: Cleaning | None = None
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,7 +99,6 @@ def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
         resolution=model.resolution,
         sampling=CLASS_SAMPLING if model.kind == "class" else TEXT_SAMPLING,
         dtype="bfloat16",
-        cleaning="published" if model.kind == "text" else None,
     )
 
 

@@ -108,7 +108,7 @@ def test_a_tokenizer_with_a_custom_quantiser_is_exported(tmp_path: Path) -> None
     ("name", "tokenizer", "saved"),
     [
         ("c2i_B_384", "vq_ds16_c2i", {"sampling": {"guidance_scale": 4.0, "top_k": 2000}}),
-        ("t2i_XL_stage1_256", "vq_ds16_t2i", {"sampling": TEXT_SAMPLING, "cleaning": "published"}),
+        ("t2i_XL_stage1_256", "vq_ds16_t2i", {"sampling": TEXT_SAMPLING}),
     ],
 )
 def test_published_weights_keep_their_settings(
