@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.readme_stand_ins import HUB
 from llamagen.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ TIMEOUT = 1200.0
 ELSEWHERE = {
     "make quickstart": "benchmarks/quickstart.py runs it in a fresh clone with an empty environment",
     "make test": ".ci/run runs it in an empty environment",
+    "python -m serving.page c2i_B_256": "benchmarks/page.py opens pages and measures them",
 }
 """Commands that other scripts run, by the name of the script."""
 
@@ -91,20 +93,24 @@ EXTRA = (
         r"main\.py .*argen/base\.yaml",
         "a small autoregressive model",
         "--model.init_args.net.n_layer 2 --model.init_args.net.n_head 2 --model.init_args.net.dim 64",
-        unless="c2i_B_384",  # the stand-in for these weights has its real shape
     ),
     Extra(
-        r"main\.py fit .*argen/base\.yaml",
+        r"published/(c2i_L|t2i)",
+        "a small autoregressive model",
+        "--model.init_args.net.n_layer 2 --model.init_args.net.n_head 2 --model.init_args.net.dim 64",
+    ),
+    Extra(
+        r"main\.py fit .*(argen/base|published/c2i_B_256)\.yaml",
         "small batches",
         "--data.init_args.batch_size 4 --data.init_args.num_workers 0",
     ),
     Extra(
-        r"num_classes 10 .*--ckpt_path|argen/evaluate\.yaml",
+        r"num_classes 10 .*--ckpt_path|argen/evaluate\.yaml|main\.py test .*published/c2i",
         "2 images for each of 10 classes",
         "--data.init_args.classes 10 --data.init_args.per_class 2",
     ),
     Extra(
-        r"argen/t2i_stage1\.yaml",
+        r"published/t2i",
         "a small text encoder; FLAN-T5-XL is a download",
         "--model.init_args.net.caption_dim 64 --model.init_args.text_encoder.name small-t5",
     ),
@@ -217,7 +223,8 @@ def run(command: Command, folder: Path) -> dict[str, Any]:
     Returns:
         Its record: status (0 if it succeeded), seconds, and the last lines of a failure.
     """
-    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / HUB)}
+    environment = {**os.environ, **hub, "PYTHONPATH": str(folder)}
     started = time.perf_counter()
     try:
         done = subprocess.run(

@@ -1,10 +1,12 @@
 """Small stand-ins for the data and weights that the commands of README.md name.
 
-Weights are random. ``c2i_B_384.pt`` and ``vq_ds16_c2i.pt`` have the names and shapes of the published files, so their
-commands run without any change; the others are smaller.
+Weights are random. Published files are in a cache of the hub, which the commands use without a network.
+``c2i_B_256.pt`` and the tokenizers have the shapes of the published files, so their commands run without any change;
+the others are smaller.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,17 @@ from torch import nn
 
 from benchmarks.small_t5 import save_small_t5
 from llamagen.files import atomic_file, atomic_folder
+from llamagen.hub.published import PUBLISHED
 from llamagen.metrics.inception import InceptionNet
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 
 CLASSES = 10
 WIDTH = 64
-"""Of the small text model and of its T5."""
+"""Of the small autoregressive models, and of the T5."""
+HUB = "hub_home"
+"""Folder that replaces the hub's, ``HF_HOME``."""
+COMMIT = "0" * 40
 
 
 def save_images(folder: Path, per_class: int, side: int) -> None:
@@ -48,6 +54,15 @@ def save_weights(path: Path, model: nn.Module) -> None:
         torch.save({"model": model.state_dict()}, temporary)
 
 
+def cached_file(home: Path, name: str) -> Path:
+    """Place of a published file in the hub's cache, at a commit that is the newest of its branch."""
+    model = PUBLISHED[name]
+    repository = home / "hub" / f"models--{model.repository.replace('/', '--')}"
+    with atomic_file(repository / "refs/main") as temporary:
+        temporary.write_text(COMMIT)
+    return repository / "snapshots" / COMMIT / model.file
+
+
 def make_stand_ins(folder: Path) -> None:
     """Write all stand-ins that are missing in a folder."""
     if not (folder / "data/mine").exists():
@@ -60,16 +75,17 @@ def make_stand_ins(folder: Path) -> None:
     if not (folder / "small-t5").exists():
         save_small_t5(folder / "small-t5", ["a", "corgi", "in", "field", "of", "sunflowers"], WIDTH)
     torch.manual_seed(0)
-    small_gpt = GPTConfig(dim=WIDTH, n_layer=2, n_head=2, condition="text", caption_dim=WIDTH)
+    small: dict[str, Any] = {"dim": WIDTH, "n_layer": 2, "n_head": 2}
     models = {
-        "c2i_B_384.pt": lambda: GPT(GPTConfig(dim=768, n_layer=12, n_head=12, block_size=576)),
-        "t2i_XL_stage1_256.pt": lambda: GPT(small_gpt),
-        "vq_ds16_c2i.pt": lambda: VQGAN(VQGANConfig()),
-        "vq_ds16_t2i.pt": lambda: VQGAN(VQGANConfig()),
+        "c2i_B_256": lambda: GPT(GPTConfig(dim=768, n_layer=12, n_head=12)),
+        "c2i_L_384": lambda: GPT(GPTConfig(**small, block_size=576)),
+        "t2i_XL_stage1_256": lambda: GPT(GPTConfig(**small, condition="text", caption_dim=WIDTH)),
+        "vq_ds16_c2i": lambda: VQGAN(VQGANConfig()),
+        "vq_ds16_t2i": lambda: VQGAN(VQGANConfig()),
     }
     for name, build in models.items():
-        if not (folder / name).exists():
-            save_weights(folder / name, build())
+        if not (path := cached_file(folder / HUB, name)).exists():
+            save_weights(path, build())
     if not (folder / "inception.pth").exists():
         with atomic_file(folder / "inception.pth") as temporary:
             torch.save(InceptionNet().state_dict(), temporary)

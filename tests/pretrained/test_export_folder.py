@@ -129,7 +129,9 @@ def test_published_weights_keep_their_settings(
     found = LlamaGen.from_pretrained(tmp_path / "mine")
     assert found.gpt is not None
     assert (found.gpt.config.block_size, found.dtype) == ((model.resolution // 16) ** 2, "bfloat16")
-    assert read_weights(tmp_path / "mine/model.safetensors").state["output.weight"].dtype is torch.bfloat16
+    weights = read_weights(tmp_path / "mine/model.safetensors")
+    assert weights.state["output.weight"].dtype is torch.bfloat16
+    assert weights.captions == ({"cleaned": "published"} if model.kind == "text" else None)
     card = (tmp_path / "mine/README.md").read_text()
     assert f"base_model: {model.repository}\n" in card
     assert f"These are the published weights of [{model.repository}]" in card
