@@ -5,15 +5,12 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from callbacks.protocols import ImageRequests, KeepsSampler, datamodule, optional, require
 from llamagen.models.gpt import GPT
-from llamagen.models.sharding import is_sharded
-from llamagen.sampling import compute_dtype
+from llamagen.sampling import ImageSampler, compute_dtype
+from llamagen.sampling.automatic import prepared, should_compile, try_compiled
 
-MIN_PARAMETERS = 20_000_000
-"""Number of parameters above which compiled steps save more time than compiling takes."""
 DEFAULT_BATCH_SIZE = 64
 
 
@@ -48,10 +45,7 @@ class CompiledSampling(pl.Callback):
         self.batch_size, self.int8 = batch_size, int8
 
     def _should_compile(self, gpt: GPT) -> bool:
-        if self.enabled != "auto":
-            return bool(self.enabled)
-        large = sum(parameter.numel() for parameter in gpt.parameters()) >= MIN_PARAMETERS
-        return large and not is_sharded(gpt) and gpt.output.weight.device.type in ("cpu", "cuda")
+        return should_compile(gpt) if self.enabled == "auto" else self.enabled
 
     def _batch_size(self, trainer: pl.Trainer) -> int:
         if self.batch_size is not None:
@@ -69,17 +63,19 @@ class CompiledSampling(pl.Callback):
                 dtype = str(compute_dtype(module.generator)).removeprefix("torch.")
                 weights = ", int8 weights" if self.int8 else ""
                 self._print(trainer, f"compiling sampling in {dtype}{weights}, {batch_size} images at a time")
-                try:
-                    module.sampler = module.build_sampler(batch_size, compiled=True, int8=self.int8)
-                    module.sampler.prepare(module.sampling)
+                module.sampler = self._compile(module, batch_size)
+                if module.sampler is not None:
                     self._print(trainer, f"compiled sampling is ready after {time.perf_counter() - started:.1f} s")
                     return
-                except Exception as error:  # compiler, driver or memory: fall back to sampling without compilation
-                    self._free(pl_module)
-                    if self.enabled != "auto":
-                        raise
-                    rank_zero_warn(f"sampling is not compiled: {type(error).__name__}: {error}")
             module.sampler = module.build_sampler(batch_size, compiled=False, int8=False)
+
+    def _compile(self, module: KeepsSampler, batch_size: int) -> ImageSampler | None:
+        """A compiled sampler. With ``auto``, None after a warning if it cannot be compiled."""
+
+        def build() -> ImageSampler:
+            return module.build_sampler(batch_size, compiled=True, int8=self.int8)
+
+        return (try_compiled if self.enabled == "auto" else prepared)(build, module.sampling)
 
     @staticmethod
     def _print(trainer: pl.Trainer, message: str) -> None:

@@ -61,6 +61,7 @@ ALLOWED_IMPORTS = {
         "llamagen.full_disk",
         "llamagen.models",
         "llamagen.option_checks",
+        "llamagen.rank_zero",
     ),
     "llamagen/sampling/cpu": ("llamagen.files", "llamagen.models", "llamagen.sampling"),
     "llamagen/sampling/gpu": ("llamagen.models", "llamagen.sampling"),

@@ -29,7 +29,7 @@ class PipelineOnGPU(Pipeline):
 def test_the_four_commands_run_on_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 0)
+    monkeypatch.setattr("llamagen.sampling.automatic.MIN_PARAMETERS", 0)
     pipeline = PipelineOnGPU(tmp_path)
     pipeline.run()
     assert "compiled sampling is ready after" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Sampling: logits to codes, and the decode loop, compiled or not. Runs without Lightning."""
 
+from llamagen.sampling.automatic import should_compile, try_compiled
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.generate import generate
 from llamagen.sampling.image_sampler import ImageSampler
@@ -22,4 +23,6 @@ __all__ = [
     "gumbel",
     "sample_codes",
     "seed_tensor",
+    "should_compile",
+    "try_compiled",
 ]

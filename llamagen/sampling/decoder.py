@@ -3,11 +3,11 @@
 Three engines run it: calls of the model on any device (here), C++ on CPUs (``cpu/``), Triton in CUDA graphs (``gpu/``).
 
 Shapes: B images, R rows (2 B while guided: the conditional rows first, then the unconditional ones), L codes of an
-image, T new tokens of a pass, V vocabulary size.
+image, of which the first K are kept, T new tokens of a pass, V vocabulary size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, cast
 
@@ -23,6 +23,9 @@ from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.logits import guide, sample_codes
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
+
+MAX_PASS_TOKENS = 2048
+"""Maximum number of kept codes, of all rows together, that a pass reads: enough to keep a CPU busy."""
 
 
 class DecodedCodes(NamedTuple):
@@ -54,7 +57,8 @@ class DecodeState(ABC):
     def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
         self.gpt, self.request, self.batch = gpt, request, len(request)
         self.length = gpt.config.block_size
-        self.guided = request.config.guided_steps(self.length) > 0
+        # Kept codes are not sampled, so they need no guidance.
+        self.guided = request.config.guided_steps(self.length) > request.kept_count
         self.rows = 2 * self.batch if self.guided else self.batch
         self.cache = cache.first_rows(self.rows)
         device = request.condition.device
@@ -84,14 +88,24 @@ class DecodeState(ABC):
         """
 
     @abstractmethod
+    def read(self, tokens: Tensor) -> None:
+        """Read new codes (R, T) into the cache like :meth:`decode`, at the next T positions and without logits."""
+
+    @abstractmethod
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` of each image from its logits (R, V)."""
 
+    def keep(self, kept: Tensor) -> None:
+        """Start with given codes (B, K): read all but the last one, which :meth:`advance` reads."""
+        self.codes[:, : kept.shape[1]] = kept
+        tokens = kept[:, :-1]
+        if tokens.numel():
+            for part in self._each_row(tokens).split(max(1, MAX_PASS_TOKENS // self.rows), dim=1):
+                self.read(part)
+
     def advance(self, step: int) -> None:
         """Read code ``step − 1`` and sample code ``step``."""
-        last = self.codes[:, step - 1 : step]
-        tokens = torch.cat([last, last]) if self.rows > self.batch else last
-        self.sample(self.decode(tokens)[:, -1], step)
+        self.sample(self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1], step)
 
     def result(self) -> DecodedCodes:
         """The codes, in memory that later calls do not overwrite."""
@@ -109,6 +123,10 @@ class DecodeState(ABC):
         dropped = torch.arange(self.rows, device=self.codes.device) >= self.batch
         condition = self._both_branches(self.request.condition)
         return cast(Tensor, condition), dropped
+
+    def _each_row(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) of the images → (R, T)."""
+        return torch.cat([tokens, tokens]) if self.rows > self.batch else tokens
 
     def _both_branches(self, values: Tensor | None) -> Tensor | None:
         return torch.cat([values, values]) if values is not None and self.guided else values
@@ -138,26 +156,59 @@ class CodeDecoder(ABC):
     def start(self, request: SamplingRequest) -> AbstractContextManager[DecodeState]:
         """State of a new call. Later calls reuse its memory once the ``with`` statement has ended."""
 
-    def __call__(self, request: SamplingRequest) -> DecodedCodes:
-        """Sample the codes of a batch of at most ``batch_size`` images."""
-        length = self.gpt.config.block_size
+    def __call__(self, request: SamplingRequest, on_row: Callable[[Tensor, int], object] | None = None) -> DecodedCodes:
+        """Sample the codes of a batch of at most ``batch_size`` images, after those that the request keeps.
+
+        Args:
+            request: the batch.
+            on_row: called with codes (B, L) and their number so far after the kept rows, and after each further
+                complete row of the grid. An exception of it ends the call.
+        """
+        length, side, kept = self.gpt.config.block_size, self.gpt.config.grid_size, request.kept_count
         guided = request.config.guided_steps(length)
+        if request.kept is not None and kept == length:
+            return _nothing_to_sample(request.kept, on_row)
         # 1. Take memory that no other call uses.
         with self.start(request) as state:
-            # 2. Prefill: read the condition, for both branches if any code is guided, and sample the first code.
-            state.sample(state.prefill(), 0)
-            for step in range(1, length):
-                # 3. Halve the batch as soon as no later code is guided.
-                if step == guided:
+            # 2. Prefill: read the condition, for both branches if any new code is guided.
+            logits = state.prefill()
+            # 3. Read the kept codes in one pass, or sample the first code.
+            if request.kept is None:
+                state.sample(logits, 0)
+            else:
+                state.keep(request.kept)
+            first = max(kept, 1)
+            if on_row is not None and first >= side:
+                on_row(_first_codes(state.codes, first // side * side), first // side * side)
+            for step in range(first, length):
+                # 4. Halve the batch as soon as no later code is guided.
+                if step == guided > kept:
                     state.drop_unconditional()
-                # 4. One pass over the last code, one new code.
+                # 5. One pass over the last code, one new code.
                 state.advance(step)
+                # 6. Report each complete row. Only this may wait for the device.
+                if on_row is not None and (step + 1) % side == 0:
+                    on_row(_first_codes(state.codes, step + 1), step + 1)
             return state.result()
 
     def refresh(self) -> None:
         """Copy the model's weights again, if the engine keeps copies."""
         if self.weights is not None:
             self.weights.refresh(self.gpt)
+
+
+def _first_codes(codes: Tensor, count: int) -> Tensor:
+    """Copy of codes (B, L) for a callback, which may keep it; those after the first ``count`` are 0."""
+    copy = torch.zeros_like(codes)
+    copy[:, :count] = codes[:, :count]
+    return copy
+
+
+def _nothing_to_sample(kept: Tensor, on_row: Callable[[Tensor, int], object] | None) -> DecodedCodes:
+    """Result of a call that keeps all codes (B, L)."""
+    if on_row is not None:
+        on_row(kept.clone(), kept.shape[1])
+    return DecodedCodes(kept.clone(), torch.zeros(len(kept), dtype=torch.bool, device=kept.device))
 
 
 class PooledCodeDecoder(CodeDecoder):
@@ -219,6 +270,10 @@ class EagerDecodeState(DecodeState):
         """(R, T) → logits (R, T, V)."""
         logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
         return cast(Tensor, logits)
+
+    def read(self, tokens: Tensor) -> None:
+        """Read codes (R, T)."""
+        self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""

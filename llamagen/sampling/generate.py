@@ -8,7 +8,7 @@ from torch import Tensor
 from llamagen.models.gpt import GPT
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.inputs import Condition, Numbers, as_condition
-from llamagen.sampling.sampler import Sampler
+from llamagen.sampling.sampler import OnRow, Sampler
 
 
 def generate(
@@ -19,6 +19,8 @@ def generate(
     caption_lengths: Numbers | None = None,
     seed: int = 0,
     indices: Numbers | None = None,
+    kept: Numbers | None = None,
+    on_row: OnRow | None = None,
 ) -> Tensor:
     """Sample the codes of one image for each condition, in one batch and without compiling.
 
@@ -32,10 +34,20 @@ def generate(
         caption_lengths: number of real caption tokens.
         seed: seed of the run.
         indices: index of each sample within the run.
+        kept: the first codes of each image, which are not sampled.
+        on_row: called after each complete row of codes.
 
     Returns:
         (N, L) int64 codes in raster order, L = ``block_size``.
     """
     condition = as_condition(gpt, condition)
     sampler = Sampler(gpt, max(len(condition), 1))
-    return sampler(condition, config, caption_lengths=caption_lengths, seed=seed, indices=indices)
+    return sampler(
+        condition,
+        config,
+        caption_lengths=caption_lengths,
+        seed=seed,
+        indices=indices,
+        kept=kept,
+        on_row=on_row,
+    )

@@ -12,7 +12,7 @@ from llamagen.models.vqgan import VQGAN
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest
 from llamagen.sampling.pixels import Images, PixelDecoder
-from llamagen.sampling.sampler import Sampler, compute_dtype
+from llamagen.sampling.sampler import OnRow, Sampler, compute_dtype
 
 
 class ImageSampler:
@@ -63,6 +63,8 @@ class ImageSampler:
         caption_lengths: Numbers | None = None,
         seed: int = 0,
         indices: Numbers | None = None,
+        kept: Numbers | None = None,
+        on_row: OnRow | None = None,
     ) -> tuple[Images, Tensor]:
         """Sample an image for each condition. Arguments and errors are those of a call of a ``Sampler``.
 
@@ -72,12 +74,19 @@ class ImageSampler:
         Raises:
             FloatingPointError: if logits or pixels are not finite; for pixels on a GPU when the images are read.
         """
-        request = SamplingRequest.from_inputs(self.sampler.gpt, condition, config, caption_lengths, seed, indices)
+        gpt = self.sampler.gpt
+        request = SamplingRequest.from_inputs(gpt, condition, config, caption_lengths, seed, indices, kept)
         size, images, codes = self.sampler.batch_size, list[Images](), list[Tensor]()
         for start in range(0, max(len(request), 1), size):  # on a GPU a batch is decoded while the next one is sampled
-            sampled, check = self.sampler.unchecked(request.rows(slice(start, start + size)))
+            report = None if on_row is None else _shifted(on_row, start)
+            sampled, check = self.sampler.unchecked(request.rows(slice(start, start + size)), report)
             side = isqrt(sampled.shape[1])
             images.append(self.pixels(sampled.unflatten(1, (side, side))))
             check()  # waits for the codes, not for the pixels
             codes.append(sampled)
         return Images.concatenate(images), torch.cat(codes)
+
+
+def _shifted(on_row: OnRow, first: int) -> OnRow:
+    """Callback for a part of a call, which begins with image ``first``."""
+    return lambda codes, count, start: on_row(codes, count, first + start)

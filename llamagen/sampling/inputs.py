@@ -28,6 +28,8 @@ class SamplingRequest:
         caption_lengths: (B,) int64, number of real caption tokens; None if no caption is padded.
         seed: seed of the run.
         indices: (B,) int64, index of each sample within the run.
+        kept: (B, K) int64 with K from 1 to L, the first K codes of each image in raster order, which are not sampled;
+            None to sample all codes.
     """
 
     condition: Tensor
@@ -35,6 +37,7 @@ class SamplingRequest:
     caption_lengths: Tensor | None
     seed: int
     indices: Tensor
+    kept: Tensor | None = None
 
     @classmethod
     def from_inputs(
@@ -45,6 +48,7 @@ class SamplingRequest:
         caption_lengths: Numbers | None,
         seed: int,
         indices: Numbers | None,
+        kept: Numbers | None = None,
     ) -> "SamplingRequest":
         """Convert and check the arguments of a :class:`~llamagen.sampling.sampler.Sampler`.
 
@@ -56,7 +60,11 @@ class SamplingRequest:
         caption_lengths = as_integers(caption_lengths, "caption_lengths", condition.device)
         given = as_integers(indices, "indices", condition.device)
         indices = torch.arange(len(condition), device=condition.device) if given is None else given
-        request = cls(condition, config, caption_lengths, seed, indices)
+        codes = as_integers(kept, "kept", condition.device)
+        if codes is not None:
+            _check_kept(gpt, codes, len(condition))
+            codes = codes if codes.shape[1] else None
+        request = cls(condition, config, caption_lengths, seed, indices, codes)
         request._check(gpt)
         return request
 
@@ -64,10 +72,16 @@ class SamplingRequest:
         """Number of images B."""
         return len(self.condition)
 
+    @property
+    def kept_count(self) -> int:
+        """Number K of codes of each image that are kept."""
+        return 0 if self.kept is None else self.kept.shape[1]
+
     def rows(self, rows: Tensor | slice) -> "SamplingRequest":
         """The request for some of the images."""
         lengths = None if self.caption_lengths is None else self.caption_lengths[rows]
-        return SamplingRequest(self.condition[rows], self.config, lengths, self.seed, self.indices[rows])
+        kept = None if self.kept is None else self.kept[rows]
+        return SamplingRequest(self.condition[rows], self.config, lengths, self.seed, self.indices[rows], kept)
 
     def _check(self, gpt: GPT) -> None:
         """Check shapes and values once per call. Checks at each code would have to wait for the device."""
@@ -99,6 +113,26 @@ class SamplingRequest:
                 raise ValueError(
                     f"caption_lengths holds {lowest if lowest < 1 else highest}, not 1 to {config.condition_length}"
                 )
+
+
+def _check_kept(gpt: GPT, kept: Tensor, batch: int) -> None:
+    length, vocabulary = gpt.config.block_size, gpt.config.vocab_size
+    if kept.dim() != 2 or len(kept) != batch:
+        raise ValueError(
+            f"kept must have shape ({batch}, K), the first K codes of each image in raster order, not "
+            f"{tuple(kept.shape)}"
+        )
+    if kept.shape[1] > length:
+        raise ValueError(
+            f"kept has {kept.shape[1]} codes for each image, but the model's images have {length}; keep at most "
+            f"{length}"
+        )
+    if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocabulary):
+        wrong = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
+        raise ValueError(
+            f"kept holds code {wrong}, but the model has codes 0 to {vocabulary - 1}; encode the images with the "
+            "tokenizer whose codes the model was trained on"
+        )
 
 
 def as_condition(gpt: GPT, condition: Condition) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B images of h × w codes, decoded to H' × W' pixels and resized to H ×
 
 from collections.abc import Sequence
 from copy import deepcopy
+from math import isqrt
 from threading import Lock
 
 import numpy as np
@@ -176,6 +177,34 @@ class PixelDecoder:
             images, broken = self._decode(codes)
             return Images([images], [self._stream.record_event()], [self._finite_check(broken, codes)])
 
+    @torch.no_grad()
+    def preview(self, codes: Tensor, rows: int) -> Tensor:
+        """Decode the first rows of partly generated grids, to show progress.
+
+        The result differs from the same part of the final image: near the lower edge convolutions see padding instead
+        of the rows that follow, and normalisation and attention use all rows that there are. When more rows follow,
+        pixels near the lower edge change visibly, and the others slightly. Previews are not resized to ``image_size``
+        and not checked for values that are not finite. Final images do not depend on them.
+
+        Args:
+            codes: (B, L) int64 of square grids in raster order, or (B, h, w); below the codebook size.
+            rows: number of complete rows, 1 … h; later codes are not read.
+
+        Returns:
+            (B, rows · f, W, 3) uint8 on the device of the codes, with f pixels for each code.
+
+        Raises:
+            ValueError: if ``rows`` is not in 1 … h.
+        """
+        if codes.dim() == 2:
+            side = isqrt(codes.shape[1])
+            codes = codes.unflatten(1, (side, side))
+        if not 1 <= rows <= codes.shape[1]:
+            raise ValueError(f"rows is {rows}; a preview of this grid has 1 to {codes.shape[1]} rows")
+        height, width = rows * self._side, codes.shape[2] * self._side
+        parts = codes[:, :rows].split(_images_at_a_time(codes.device, height, width))
+        return torch.cat([to_pixels(self._forward(part), height, width) for part in parts])
+
     def _finite_check(self, broken: Tensor, codes: Tensor) -> FiniteCheck:
         parts = {"quantize": self._quantize, "post_quant_conv": self._post, "decoder": self._decoder}
 
@@ -190,7 +219,7 @@ class PixelDecoder:
     def _decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3) uint8, and (B,) bool: which of them are not finite."""
         height, width = codes.shape[1] * self._side, codes.shape[2] * self._side
-        count = max(1, PIXELS.get(codes.device.type, PIXELS["cpu"]) // (height * width))
+        count = _images_at_a_time(codes.device, height, width)
         if self._image_size is not None:
             height = width = self._image_size
         images = codes.new_empty((len(codes), height, width, 3), dtype=torch.uint8)
@@ -198,10 +227,19 @@ class PixelDecoder:
         for start in range(0, len(codes), count):
             part = codes[start : start + count]
             full = torch.cat([part, part[:1].expand(count - len(part), -1, -1)])
-            with torch.autocast(codes.device.type, enabled=False):
-                latent = self._quantize.lookup(full).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
-                decoded = self._decoder(self._post(latent))
-                resized = to_pixels(decoded, height, width)
+            decoded = self._forward(full)
+            resized = to_pixels(decoded, height, width)
             broken[start : start + count] = not_finite(decoded)[: len(part)]
             images[start : start + count] = resized[: len(part)]
         return images, broken
+
+    def _forward(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) → (B, 3, H', W') in the dtype of the decoder."""
+        with torch.autocast(codes.device.type, enabled=False):
+            latent = self._quantize.lookup(codes).to(self._dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+            decoded: Tensor = self._decoder(self._post(latent))
+        return decoded
+
+
+def _images_at_a_time(device: torch.device, height: int, width: int) -> int:
+    return max(1, PIXELS.get(device.type, PIXELS["cpu"]) // (height * width))

@@ -1,6 +1,6 @@
 """Condition → codes, for many calls with the same memory and compiled code."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,9 @@ from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, EagerCodeDecode
 from llamagen.sampling.evaluation_mode import evaluation_mode
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
 from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest, as_config, as_int
+
+OnRow = Callable[[Tensor, int, int], object]
+"""Called with codes (B, L), the number of final codes of each image, and the number of the first image."""
 
 
 class Sampler:
@@ -80,6 +83,8 @@ class Sampler:
         caption_lengths: Numbers | None = None,
         seed: int = 0,
         indices: Numbers | None = None,
+        kept: Numbers | None = None,
+        on_row: OnRow | None = None,
     ) -> Tensor:
         """Sample the codes of one image for each condition.
 
@@ -94,29 +99,37 @@ class Sampler:
             seed: seed of the run, any integer.
             indices: (N,), index of each sample within the run; 0 … N − 1 by default. The random numbers of a sample
                 depend on seed and index only, not on the rest of the batch.
+            kept: (N, K) integers with K from 0 to L, the first K codes of each image in raster order. They are not
+                sampled but kept exactly, and the others are generated after them. Settings and random numbers count
+                from the first code of the image. With K = L the result is ``kept``.
+            on_row: called as ``on_row(codes, count, start)`` after each complete row of the grid, and first for the
+                complete rows of ``kept``. ``codes`` (B, L) int64, a copy on the model's device, are those of images
+                ``start`` to ``start + B − 1`` of the call. The first ``count`` codes of each image, a multiple of the
+                grid's side, are final; the others are 0. If it raises an exception, sampling stops with it, and the
+                sampler can be used again. footgun: with sharded parameters all ranks must raise it at the same row.
 
         Returns:
             (N, L) int64 codes in raster order, L = ``block_size``; (0, L) for no conditions.
 
         Raises:
-            ValueError: if a label is not one of the model's classes, a caption length is not in 1 … C, the model has
-                another kind of condition, or types or shapes do not fit.
+            ValueError: if a label is not one of the model's classes, a caption length is not in 1 … C, a kept code is
+                not in the vocabulary, the model has another kind of condition, or types or shapes do not fit.
             FloatingPointError: if some logits are not finite.
             RuntimeError: if another thread is using the same compiled sampler on a GPU.
         """
-        codes, check = self.unchecked(
-            SamplingRequest.from_inputs(self.gpt, condition, config, caption_lengths, seed, indices)
-        )
+        request = SamplingRequest.from_inputs(self.gpt, condition, config, caption_lengths, seed, indices, kept)
+        codes, check = self.unchecked(request, on_row)
         check()
         return codes
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def unchecked(self, request: SamplingRequest) -> tuple[Tensor, FiniteCheck]:
+    def unchecked(self, request: SamplingRequest, on_row: OnRow | None = None) -> tuple[Tensor, FiniteCheck]:
         """Sample without waiting for the device.
 
         Args:
             request: N images.
+            on_row: see :meth:`__call__`; it may wait for the device.
 
         Returns:
             (N, L) int64 codes, and a check that waits for them and raises a ``FloatingPointError`` if some logits were
@@ -128,7 +141,8 @@ class Sampler:
                 size = self.batch_size if self.decoder.full_batches else min(self.batch_size, count - start)
                 rows = torch.arange(start, start + size, device=request.indices.device)
                 # A batch that must be full repeats the last image; the copies are cut off below.
-                batches.append(self.decoder(request.rows(rows.clamp(max=count - 1))))
+                report = None if on_row is None else _report_of(on_row, start, min(size, count - start))
+                batches.append(self.decoder(request.rows(rows.clamp(max=count - 1)), report))
         codes = request.indices.new_empty((0, self.gpt.config.block_size))
         broken = torch.zeros(0, dtype=torch.bool, device=codes.device)
         if batches:
@@ -174,6 +188,11 @@ class Sampler:
         # Triton launches kernels on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), evaluation_mode(self.gpt):
             yield
+
+
+def _report_of(on_row: OnRow, start: int, images: int) -> Callable[[Tensor, int], object]:
+    """Callback for the batch whose first ``images`` rows are the images from ``start`` on."""
+    return lambda codes, count: on_row(codes[:images], count, start)
 
 
 def _build_decoder(gpt: GPT, batch_size: int, compiled: bool, int8: bool) -> CodeDecoder:

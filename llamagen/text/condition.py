@@ -141,7 +141,8 @@ class TextCondition:
 
         Args:
             batch: ``condition`` (B, C, W) padded on the left, or ``caption_features`` (T, W) packed, either with
-                ``caption_lengths`` (B,); or ``captions``, B texts, which are encoded.
+                ``caption_lengths`` (B,); or ``captions``, B texts, which are encoded: separately if they are prompts,
+                together if they come with ``codes``.
             device: device of the model.
 
         Raises:
@@ -154,11 +155,18 @@ class TextCondition:
         if (condition := batch.get("condition")) is not None and condition.dim() == 3:  # (B,) are class labels
             return Condition(condition, batch.get("caption_lengths"), None)
         if "captions" in batch:
-            return self.encode(batch["captions"], device)
+            # Captions of training data come with codes. They are many, and rounding in their features does no harm.
+            return self.encode(batch["captions"], device, separately="codes" not in batch)
         raise ValueError(f"the batch has no captions, only {', '.join(sorted(batch))}; give data with captions")
 
-    def encode(self, captions: Sequence[str], device: torch.device) -> Condition:
+    def encode(self, captions: Sequence[str], device: torch.device, *, separately: bool = True) -> Condition:
         """Encode B captions as the condition of a model on ``device``. Warns once if captions are truncated.
+
+        Args:
+            captions: the texts.
+            device: device of the model.
+            separately: encode each caption in a forward pass of its own, so that its features, and with them the image
+                of a seed, are the same in any batch. False is faster.
 
         Raises:
             ValueError: if the encoder is not available.
@@ -168,7 +176,7 @@ class TextCondition:
             # footgun: validation runs in inference mode, and weights that were moved in it cannot be used in training.
             with torch.inference_mode(False):
                 encoder.to(device)
-        features, lengths, truncated = encoder(captions)
+        features, lengths, truncated = encoder(captions, separately)
         truncated = truncated.cpu()
         if truncated.any() and not self._warned_of_truncation:
             self._warned_of_truncation = True

@@ -123,7 +123,7 @@ class CaptionEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, captions: Sequence[str]) -> EncodedCaptions:
+    def forward(self, captions: Sequence[str], separately: bool = False) -> EncodedCaptions:
         """Encode captions independently: other captions in the list affect features only by rounding.
 
         Captions of similar length share a forward pass, and duplicates are encoded once, so one long list is faster
@@ -131,6 +131,8 @@ class CaptionEncoder(nn.Module):
 
         Args:
             captions: any texts. An empty one has a single token, the end. Half a surrogate pair becomes a "?".
+            separately: encode each caption in a forward pass of its own, without padding. This is slower, and its
+                features are the same bits with any other captions (on one machine, with one number of threads).
 
         Returns:
             Features, lengths and truncation of B captions, on the encoder's device.
@@ -146,7 +148,8 @@ class CaptionEncoder(nn.Module):
         full_lengths = [len(each) for each in tokens]
         tokens = [truncate(each, self.caption_length) for each in tokens]
         features = torch.zeros(len(tokens), self.caption_length, self.width, dtype=self.dtype, device=self.device)
-        for rows in passes([len(each) for each in tokens]):
+        plan = [[row] for row in range(len(tokens))] if separately else list(passes(list(map(len, tokens))))
+        for rows in plan:
             encoded = self._encode([tokens[row] for row in rows])
             features[torch.tensor(rows, device=self.device), : encoded.shape[1]] = encoded
         lengths = torch.tensor(full_lengths, dtype=torch.int64, device=self.device)
@@ -156,7 +159,7 @@ class CaptionEncoder(nn.Module):
             features,
             str(self.dtype).removeprefix("torch."),
             self.model,
-            lambda: [self._encode([tokens[row] for row in rows]) for rows in passes(list(map(len, tokens)))],
+            lambda: [self._encode([tokens[row] for row in rows]) for rows in plan],
         )
         return EncodedCaptions(
             features,

@@ -108,14 +108,14 @@ def test_auto_compiles_only_large_models(pipeline: Pipeline, monkeypatch: pytest
     assert True not in built
     evaluator(CompiledSampling(False)).predict(module, requests)
     assert True not in built
-    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 20_000)
+    monkeypatch.setattr("llamagen.sampling.automatic.MIN_PARAMETERS", 20_000)
     assert sum(p.numel() for p in module.gpt.parameters()) > 20_000
     evaluator(CompiledSampling()).predict(module, requests)
     assert built[-1] is True
 
 
 def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
+    monkeypatch.setattr("llamagen.sampling.automatic.MIN_PARAMETERS", 1)
 
     def refuse(*_: Any) -> None:
         raise ValueError("no compiler here")
@@ -132,7 +132,7 @@ def test_auto_falls_back_if_compilation_fails(pipeline: Pipeline, monkeypatch: p
 
 
 def test_auto_needs_no_tokenizer_without_sampling(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("callbacks.compiled_sampling.MIN_PARAMETERS", 1)
+    monkeypatch.setattr("llamagen.sampling.automatic.MIN_PARAMETERS", 1)
     module = argen_module()
     train(module, pipeline, tmp_path, CompiledSampling(), max_steps=2, val_check_interval=2)
     assert module.sampler is None

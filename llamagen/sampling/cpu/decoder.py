@@ -71,6 +71,12 @@ class CPUDecodeState(DecodeState):
         self._step(x, self.cache, self._first, logits, self._scratch, rope_rows)
         return logits
 
+    def read(self, tokens: Tensor) -> None:
+        """Read codes (R, T)."""
+        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        # A pass computes the logits after its last token anyway; nothing reads them.
+        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch)
+
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""
         self._step.sample_codes(

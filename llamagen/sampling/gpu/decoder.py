@@ -149,6 +149,11 @@ class StepGraphs:
             self._sample(logits, config)
         self._position.fill_(self.gpt.config.condition_length)
 
+    def skip_to(self, step: int) -> None:
+        """Continue with code ``step``, after the earlier codes were given and all but the last of them were read."""
+        self._step.fill_(step)
+        self._position.fill_(self.gpt.config.condition_length + step - 1)
+
     def advance(self, config: SamplingConfig, guided: bool) -> None:
         """Read the last code and sample the next one."""
         self._graph(config, guided)()
@@ -215,9 +220,9 @@ class GPUDecodeState(DecodeState):
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
         if self.gpt.config.condition == "class":
+            self.cache.advance(1)
             return self._graphs.logits(self.gpt.cls_embedding(condition, dropped)[:, 0].float())
-        dtype = self._graphs.dtype
-        with torch.autocast("cuda", dtype, enabled=dtype is not self.gpt.output.weight.dtype):
+        with self._precision():
             logits = self.gpt(
                 None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
             )
@@ -232,6 +237,21 @@ class GPUDecodeState(DecodeState):
         raise NotImplementedError(
             "compiled sampling on a GPU decodes one code at a time in raster order; sample without compiling"
         )
+
+    def read(self, tokens: Tensor) -> None:
+        """Read codes (R, T) by a call of the model, into the cache of the graphs."""
+        with self._precision():
+            self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
+
+    def keep(self, kept: Tensor) -> None:
+        """Start with given codes (B, K)."""
+        super().keep(kept)
+        self._graphs.skip_to(kept.shape[1])
+
+    def _precision(self) -> torch.autocast:
+        """Autocast for calls of the model, if the graphs compute in another dtype."""
+        dtype = self._graphs.dtype
+        return torch.autocast("cuda", dtype, enabled=dtype is not self.gpt.output.weight.dtype)
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample the first code; :meth:`advance` samples the others."""
