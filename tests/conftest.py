@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.hub_server import HubServer
 from tests.pipeline import Pipeline
 from tests.text_pipeline import TextPipeline
 
@@ -50,6 +51,23 @@ def text_pipeline(pipeline: Pipeline, shared_folder: Path) -> TextPipeline:
     text_pipeline = TextPipeline(shared_folder / "text_pipeline", pipeline)
     _create_once(text_pipeline.root, text_pipeline.run)
     return text_pipeline
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[HubServer]:
+    """The server of :func:`hub`."""
+    server = HubServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """A local server instead of the Hugging Face Hub, empty, with an empty cache; see tests/hub_server.py."""
+    hub_server.reset()
+    home = tmp_path / "hub_home"
+    hub_server.direct_here(home, monkeypatch)
+    return hub_server
 
 
 def _create_once(folder: Path, create: Callable[[], None]) -> None:
