@@ -29,11 +29,12 @@ from llamagen.option_checks import check_integer
 from llamagen.pretrained.images import ImageLike, prepare_images
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
-from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile
+from llamagen.sampling import Images, ImageSampler, PixelDecoder, SamplingConfig, should_compile
 
 Dtype = Literal["float32", "bfloat16", "mixed"]
 ClassOrPrompt = int | str
 OnRow = Callable[[Tensor, int, int], None]
+OnImages = Callable[[list[Image.Image], int], None]
 SETTINGS = tuple(each.name for each in fields(SamplingConfig))
 
 
@@ -132,6 +133,7 @@ class LlamaGen:
         seed: int = 0,
         progress: bool = True,
         on_row: OnRow | None = None,
+        on_images: OnImages | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Generate images of classes or prompts.
@@ -144,6 +146,7 @@ class LlamaGen:
             progress: show a progress bar with the time left.
             on_row: called after each row of codes, see :class:`~llamagen.sampling.ImageSampler`; it may raise an error
                 to stop.
+            on_images: called with the finished images of each batch and the index of its first image.
             settings: fields of :class:`~llamagen.sampling.SamplingConfig`, such as ``guidance_scale=4.0``,
                 ``top_k=2000``, ``top_p``, ``temperature``; :attr:`sampling` has the defaults.
 
@@ -155,7 +158,7 @@ class LlamaGen:
                 is a tokenizer.
             FloatingPointError: if logits or pixels are not finite.
         """
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings)
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, None, on_images)
         return images
 
     def generate_codes(
@@ -193,6 +196,7 @@ class LlamaGen:
         seed: int = 0,
         progress: bool = True,
         on_row: OnRow | None = None,
+        on_images: OnImages | None = None,
         **settings: Any,
     ) -> Any:
         """Keep the upper rows of an image, and generate the rest.
@@ -206,6 +210,7 @@ class LlamaGen:
             seed: see :meth:`generate`.
             progress: see :meth:`generate`.
             on_row: see :meth:`generate`.
+            on_images: see :meth:`generate`.
             settings: see :meth:`generate`.
 
         Returns:
@@ -221,7 +226,7 @@ class LlamaGen:
         conditions = [condition] * len(kept) if isinstance(condition, str | int | np.integer) else list(condition)
         if len(kept) == 1:
             kept = kept.expand(len(conditions), -1, -1)
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept, on_images)
         return images[0] if single else images
 
     @torch.no_grad()
@@ -299,6 +304,7 @@ class LlamaGen:
         on_row: OnRow | None,
         settings: dict[str, Any],
         kept: Any = None,
+        on_images: OnImages | None = None,
     ) -> tuple[list[Image.Image], Tensor]:
         gpt, config = self._require_gpt(), self.settings(**settings)
         check_integer("images_per_prompt", per_condition)
@@ -316,6 +322,10 @@ class LlamaGen:
                 if on_row is not None:
                     on_row(codes, count, start)
 
+            def after_batch(images: Images, start: int) -> None:
+                if on_images is not None:
+                    on_images(_pillow(images.numpy()), start)
+
             images, codes = self._image_sampler()(
                 condition[rows],
                 config,
@@ -323,6 +333,7 @@ class LlamaGen:
                 seed=seed,
                 kept=None if kept is None else self._kept(kept, len(each))[rows],
                 on_row=after_row if progress or on_row is not None else None,
+                on_images=None if on_images is None else after_batch,
             )
             return _pillow(images.numpy()), codes.unflatten(1, (side, side))
 
