@@ -26,8 +26,9 @@ from lightning_modules import (
     resolve_checkpoint,
     use_metrics_logger,
 )
-from llamagen.checkpoints.contents import read_checkpoint
+from llamagen.checkpoints.contents import holds_only_weights, read_checkpoint
 from llamagen.cores import available_cores, usable_cores
+from llamagen.hub.download import is_remote
 from llamagen.parser_errors import OneLineErrors
 
 DATA_MODULES = tuple(getattr(datamodules, name) for name in datamodules.__all__)
@@ -84,11 +85,25 @@ class LlamaGenCLI(LightningCLI):
                 f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
                 "--model.init_args.init_from, a file of weights"
             )
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
-            try:
+        if path and path not in ("best", "last", "hpc", "registry") and ("://" not in str(path) or is_remote(path)):
+            self._check_checkpoint(config, path)
+
+    def _check_checkpoint(self, config: Any, path: Any) -> None:
+        """Check that a checkpoint can be read; one that holds only weights is given to ``init_from``, except in fit."""
+        try:
+            only_weights = holds_only_weights(path)
+            if not only_weights:
                 read_checkpoint(path, wanted=lambda _: False)
-            except ValueError as error:
-                self.parser.error(f"--ckpt_path: {error}")
+        except ValueError as error:
+            self.parser.error(f"--ckpt_path: {error}")
+        if not only_weights:
+            return
+        if self.config.subcommand == "fit" or "init_from" not in (config.model.get("init_args") or {}):
+            self.parser.error(
+                f"--ckpt_path: {path} holds only weights, not the state of a run to resume; start a new run from them "
+                f"with --model.init_args.init_from {path}"
+            )
+        config["model.init_args.init_from"], config["ckpt_path"] = str(path), None
 
     def _check_frozen(self, config: Any) -> None:
         name = config.model.class_path.rpartition(".")[2]

@@ -36,13 +36,14 @@ class ARGenModule(SamplingModule):
         net: shape of the model.
         optimizer: settings of AdamW.
         sampling: guidance, temperature, top-k and top-p, in ``predict`` and in sample grids.
-        tokenizer: checkpoint of the tokenizer that extracted the codes.
+        tokenizer: checkpoint of the tokenizer that extracted the codes, or its published name or ``hf://`` address.
         sample_seed: seed of the images of ``predict``.
         image_size: side in pixels to which generated images are resized, at least 1; null keeps the decoded size. The
             paper evaluates models for 384 px on images resized to 256 (arXiv 2406.06525, section 3). The interpolation
             is that of the published code, see :func:`llamagen.sampling.pixels.to_pixels`.
         loss: terms added to the cross entropy.
-        init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors.
+        init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors; a path, a
+            published name such as ``c2i_L_384``, or ``hf://owner/repository/file[@revision]``.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
         init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size, and
             ``num_classes``, which initialises the class embeddings at random.
@@ -59,11 +60,11 @@ class ARGenModule(SamplingModule):
         net: GPTConfig,
         optimizer: AdamWConfig | None = None,
         sampling: SamplingConfig | None = None,
-        tokenizer: Path | str | None = None,
+        tokenizer: str | Path | None = None,
         sample_seed: int = 0,
         image_size: int | None = None,
         loss: ARGenLossConfig | None = None,
-        init_from: Path | str | None = None,
+        init_from: str | Path | None = None,
         init_averaged: bool = True,
         init_adapt: Sequence[Literal["block_size", "num_classes"]] = (),
         max_grad_norm: float | None = None,

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.sharded import is_sharded_checkpoint
 from llamagen.files import atomic_file, remove
+from llamagen.hub.download import is_remote, local_file
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -41,7 +42,9 @@ class CheckpointFiles(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file, or all shards of a folder."""
+        """Read a file, a file of the hub, or all shards of a folder."""
+        if is_remote(path):
+            path = local_file(path)
         if is_local(path) and is_sharded_checkpoint(local_path(path)):
             return read_checkpoint(local_path(path), wanted=lambda _: True)
         loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_modules.checkpoint_files import is_local, local_path
 from llamagen.checkpoints.contents import read_checkpoint
 from llamagen.checkpoints.integrity import check_integrity
+from llamagen.hub.download import is_remote, local_file
 
 KEYWORDS = ("best", "last", "hpc", "registry")
 SUFFIX = ".ckpt"
@@ -45,7 +46,7 @@ def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
     ordered by training progress, not by file time. Unreadable ones are skipped with a warning.
 
     Args:
-        ckpt_path: value of the option.
+        ckpt_path: value of the option; ``hf://`` addresses are downloaded.
         trainer: the trainer, with its callbacks and loggers.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -60,6 +61,8 @@ def resolve_checkpoint(ckpt_path: Any, trainer: pl.Trainer, stage: str) -> Any:
         if folders is None:  # addresses such as s3:// are left to Lightning
             return ckpt_path
         return _newest(folders, stage)
+    if is_remote(ckpt_path):
+        ckpt_path = str(local_file(ckpt_path))
     if ckpt_path and ckpt_path not in KEYWORDS and is_local(ckpt_path):
         check_integrity(local_path(ckpt_path))
     return ckpt_path

@@ -27,7 +27,7 @@ class SamplingModule(GenerativeModule):
         net: shape of the model.
         optimizer: settings of AdamW.
         sampling: guidance, temperature, top-k and top-p.
-        tokenizer: checkpoint of the tokenizer that decodes codes into images.
+        tokenizer: checkpoint of the tokenizer that decodes codes into images, or its name or address on the hub.
         sample_seed: seed of the images of ``predict``.
         image_size: side in pixels to which generated images are resized; None keeps the decoded size.
         text_encoder: encoder of the captions of a text-conditional model.
@@ -43,7 +43,7 @@ class SamplingModule(GenerativeModule):
         net: GPTConfig,
         optimizer: AdamWConfig,
         sampling: SamplingConfig,
-        tokenizer: Path | str | None,
+        tokenizer: str | Path | None,
         sample_seed: int,
         image_size: int | None,
         text_encoder: TextEncoderConfig | None,

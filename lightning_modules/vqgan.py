@@ -47,7 +47,8 @@ class VQGANModule(GenerativeModule):
             given, validation measures LPIPS even if ``loss.perceptual_weight`` is 0.
         revive_codes_every: optimizer steps between two revivals of unused codes, which move them to latents of the
             current batch; 0 for none.
-        init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors.
+        init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors; a path, a
+            published name such as ``vq_ds16_c2i``, or ``hf://owner/repository/file[@revision]``.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
         channels_last: store images and weights in channels-last memory format, which convolutions on GPUs prefer.
         compile: compile encoder, decoder and LPIPS; takes minutes at the start.
@@ -67,7 +68,7 @@ class VQGANModule(GenerativeModule):
         augmentation: Sequence[Literal["color", "translation", "cutout"]] = (),
         lpips_weights: Path | str | None = None,
         revive_codes_every: int = 0,
-        init_from: Path | str | None = None,
+        init_from: str | Path | None = None,
         init_averaged: bool = True,
         channels_last: bool = True,
         compile: bool = False,

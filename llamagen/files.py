@@ -153,6 +153,17 @@ def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
         raise disk_full_error(path, number, needed, written) from error
 
 
+def publish_file(temporary: Path, path: Path) -> None:
+    """Sync a file, and rename it.
+
+    Args:
+        temporary: the file, in the same folder as ``path``.
+        path: final name; an existing file is replaced.
+    """
+    _sync(temporary)
+    _take_place(temporary, path)
+
+
 def publish_folder(temporary: Path, path: Path) -> None:
     """Sync a folder with its content, and rename it.
 

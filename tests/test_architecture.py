@@ -29,6 +29,7 @@ ALLOWED_IMPORTS = {
         "llamagen.files",
         "llamagen.finite",
         "llamagen.full_disk",
+        "llamagen.hub",
         "llamagen.distributed",
         "llamagen.models",
         "llamagen.output_paths",
@@ -37,6 +38,7 @@ ALLOWED_IMPORTS = {
     ),
     "llamagen/cost": ("llamagen.command", "llamagen.losses", "llamagen.models", "llamagen.parser_errors"),
     "llamagen/distributed": (),
+    "llamagen/hub": ("llamagen.command", "llamagen.files", "llamagen.full_disk"),
     "llamagen/losses": (),
     "llamagen/metrics": ("llamagen.files", "llamagen.finite", "llamagen.published_weights", "llamagen.state_dicts"),
     "llamagen/models": (

@@ -25,6 +25,7 @@ from llamagen.checkpoints.weights import (
     read_weights,
     strip_prefix,
 )
+from llamagen.hub.download import local_file
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.quantizer import build_quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig
@@ -54,7 +55,7 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
     """Read a training checkpoint of this project. Tensors of a file are memory-mapped: read when they are used.
 
     Args:
-        path: the file, or the folder of a sharded checkpoint.
+        path: the file, or the folder of a sharded checkpoint, or ``hf://owner/repository/file[@revision]``.
         wanted: selects tensors of a sharded checkpoint by name, see
             :func:`~llamagen.checkpoints.sharded.read_sharded`.
 
@@ -64,13 +65,29 @@ def read_checkpoint(path: str | Path, wanted: Callable[[str], bool] = not_moment
     Raises:
         ValueError: in one line, if the file does not exist or is not such a checkpoint.
     """
-    path = Path(path).expanduser()
+    path = local_file(path)
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist; give the .ckpt file of a run")
     checkpoint = read_torch_file(path, wanted)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(ENTRY), dict):
         raise ValueError(f"{path} was not written by a training run of this project; give the .ckpt file of a run")
     return checkpoint
+
+
+def holds_only_weights(path: str | Path) -> bool:
+    """Whether a file holds weights without the state of a training run, as published and exported files do.
+
+    Args:
+        path: the file, or its published name or ``hf://`` address; a file that does not exist does not hold weights.
+
+    Raises:
+        ValueError: in one line, if the file is damaged or could not be downloaded.
+    """
+    path = local_file(path)
+    if path.suffix == ".safetensors" or not path.exists():
+        return path.exists()
+    content = read_torch_file(path, wanted=lambda _: False)
+    return isinstance(content, dict) and ("model" in content or not isinstance(content.get(ENTRY), dict))
 
 
 def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
@@ -179,7 +196,8 @@ def load_vqgan(path: str | Path) -> VQGAN:
     """Load an image tokenizer, with averaged (EMA) weights if the file has them, in evaluation mode and frozen.
 
     Args:
-        path: checkpoint of a tokenizer run, published ``.pt``, or safetensors.
+        path: checkpoint of a tokenizer run, published ``.pt``, or safetensors; a published name or
+            ``hf://owner/repository/file[@revision]``.
 
     Returns:
         The model, on the CPU.

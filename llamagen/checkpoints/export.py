@@ -1,6 +1,6 @@
 """Export the weights of a checkpoint: ``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``.
 
-CHECKPOINT is any file that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
+CHECKPOINT is anything that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
 format:
 
 - ``.pt``: ``{"model": state_dict}`` with the published names, like published checkpoints. For a tokenizer with a custom
@@ -33,7 +33,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     The weights are first loaded into their model, which checks them.
 
     Args:
-        checkpoint: file of weights.
+        checkpoint: file of weights, published name or ``hf://`` address.
         out: file to write, ``.pt`` or ``.safetensors``; complete or absent, even if the process is killed.
         averaged: take averaged (EMA) weights if the checkpoint has them.
         overwrite: replace ``out`` if it exists.
@@ -41,7 +41,7 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     Raises:
         ValueError: in one line, if the checkpoint is invalid or ``out`` cannot be written.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    out = Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
     check_output(out, remedy="choose another place")
@@ -96,7 +96,10 @@ def main(args: list[str] | None = None) -> None:
         args: arguments; None for those of the command line.
     """
     parser = OneLineParser("python -m llamagen.checkpoints.export", "Write the weights of a checkpoint to a file.")
-    parser.add_argument("checkpoint", type=Path, help="a run's .ckpt, a published .pt, or .safetensors")
+    parser.add_argument(
+        "checkpoint",
+        help="a run's .ckpt, a published .pt, .safetensors, a published name, or hf://owner/repository/file",
+    )
     parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
     parser.add_argument("--raw", action="store_true", help="take raw weights even if the checkpoint has averages (EMA)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from llamagen.checkpoints.sharded import META_FILE, is_sharded_checkpoint, not_moments, read_sharded
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.finite import is_finite
+from llamagen.hub.download import local_file
+from llamagen.hub.errors import remedy_for_damage
 from llamagen.models.vqgan import VQGANConfig
 from llamagen.state_dicts import differences, listed
 
@@ -60,16 +62,19 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     Args:
         path: published ``.pt``, ``.pth`` or ``.bin`` (a state dict, or one under ``model``, ``module`` or
             ``state_dict``), a published training checkpoint, a training checkpoint of this project (a folder if it is
-            sharded), or ``.safetensors``. Prefixes of DDP and ``torch.compile`` and a stored rotary table are removed.
+            sharded), or ``.safetensors``; a published name or ``hf://owner/repository/file[@revision]``, see
+            :func:`~llamagen.hub.download.local_file`. Prefixes of DDP and ``torch.compile`` and a stored rotary table
+            are removed.
         averaged: take averaged (EMA) weights if the file has them; False for the raw weights.
 
     Returns:
         The weights, on the CPU, in the dtype of the file.
 
     Raises:
-        ValueError: in one line, if the file does not exist, is damaged, needs code to be read, or holds no weights.
+        ValueError: in one line, if the file does not exist, is damaged, needs code to be read, holds no weights, or
+            could not be downloaded.
     """
-    path = Path(path).expanduser()
+    path = local_file(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a file of weights")
     if path.suffix == ".safetensors":
@@ -133,7 +138,7 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
             ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or another kind of file; "
-            "get it again"
+            f"{remedy_for_damage(path)}"
         ) from error
 
 
@@ -175,7 +180,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({type(error).__name__}); it is damaged or another kind of file; "
-            "get it again"
+            f"{remedy_for_damage(path)}"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
     return Weights(
