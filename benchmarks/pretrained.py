@@ -38,12 +38,13 @@ IMAGES = 4
 
 
 class RandomPrompts:
-    """Stands for the caption encoder: features of 20 tokens."""
+    """Replaces the caption encoder: features of 20 tokens."""
 
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (N, C, W) and lengths (N,)."""
         shape = (len(prompts), self.config.caption_length, self.config.caption_dim)
         features = torch.randn(shape, device=device)
         features[:, :-20] = 0

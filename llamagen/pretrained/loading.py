@@ -68,7 +68,7 @@ class Prompts:
                 raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
         if self.cleaning is not None:
             prompts = [clean_caption(prompt, self.cleaning) for prompt in prompts]
-        encoded = self.condition.encode(list(prompts), device)
+        encoded = self.condition.encode(list(prompts), device, separately=True)
         return encoded.features, encoded.lengths
 
 
@@ -138,7 +138,7 @@ def _check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
 
 
 def _class_names(source: Source, weights: Weights, config: GPTConfig) -> ClassNames:
-    own = source.classes or tuple(weights.classes or ())
+    own = source.classes or tuple(getattr(weights, "classes", None) or ())
     if len(own) == config.num_classes:
         return named_classes(own)
     if config.num_classes == len(imagenet_classes()):

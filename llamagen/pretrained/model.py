@@ -12,6 +12,7 @@ Shapes: N images of S × S pixels, h × w codes of an image, h = w, L = h · w.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from llamagen.option_checks import check_integer
 from llamagen.pretrained.images import ImageLike, prepare_images
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
-from llamagen.sampling import Images, ImageSampler, PixelDecoder, SamplingConfig, should_compile
+from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
 
 Dtype = Literal["float32", "bfloat16", "mixed"]
 ClassOrPrompt = int | str
@@ -267,10 +268,12 @@ class LlamaGen:
         return reconstructions[0] if _is_single(images) else reconstructions
 
     def prepare(self, **settings: Any) -> None:
-        """Allocate memory and compile before the first call with these settings, see :meth:`generate`."""
+        """Compile, allocate memory and load a text encoder before the first call with these settings."""
         config = self.settings(**settings)
+        if self._text is not None:
+            self._text([""], self.device)
         with self._precision():
-            self._image_sampler().prepare(config)
+            self._image_sampler(config).prepare(config)
 
     def settings(self, **settings: Any) -> SamplingConfig:
         """Settings of sampling: the given ones, and :attr:`sampling` for the others.
@@ -322,18 +325,14 @@ class LlamaGen:
                 if on_row is not None:
                     on_row(codes, count, start)
 
-            def after_batch(images: Images, start: int) -> None:
-                if on_images is not None:
-                    on_images(_pillow(images.numpy()), start)
-
-            images, codes = self._image_sampler()(
+            images, codes = self._image_sampler(config)(
                 condition[rows],
                 config,
                 caption_lengths=None if lengths is None else lengths[rows],
                 seed=seed,
                 kept=None if kept is None else self._kept(kept, len(each))[rows],
                 on_row=after_row if progress or on_row is not None else None,
-                on_images=None if on_images is None else after_batch,
+                on_images=None if on_images is None else lambda batch, start: on_images(_pillow(batch.numpy()), start),
             )
             return _pillow(images.numpy()), codes.unflatten(1, (side, side))
 
@@ -366,18 +365,20 @@ class LlamaGen:
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "mixed")
 
-    def _image_sampler(self) -> ImageSampler:
-        gpt = self._require_gpt()
+    def _image_sampler(self, config: SamplingConfig) -> ImageSampler:
+        """The sampler of all calls, prepared for the settings of the first one."""
+        build = partial(ImageSampler, self._require_gpt(), self.tokenizer, self.batch_size)
         with self._lock:
+            if self._sampler is None and self._compile is None and should_compile(self._require_gpt()):
+                self._sampler = try_compiled(partial(build, compiled=True), config)
             if self._sampler is None:
-                compiled = should_compile(gpt) if self._compile is None else self._compile
-                self._sampler = ImageSampler(gpt, self.tokenizer, self.batch_size, compiled=compiled)
+                self._sampler = build(compiled=bool(self._compile))
             return self._sampler
 
     def _pixel_decoder(self) -> PixelDecoder:
         if self.gpt is not None:
             with self._precision():
-                return self._image_sampler().pixels
+                return self._image_sampler(self.sampling).pixels
         with self._lock:
             if self._pixels is None:
                 self._pixels = PixelDecoder(self.tokenizer, self.device, torch.float32)
