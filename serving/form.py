@@ -35,7 +35,7 @@ SETTINGS = ("guidance_scale", "guidance_schedule", "top_k", "top_p", "temperatur
 
 
 class Form:
-    """Controls of one tab, built where the constructor is called. Its components are the inputs of handlers.
+    """Controls of one tab. Its components are the inputs of handlers.
 
     Args:
         model: an autoregressive model.
@@ -46,27 +46,30 @@ class Form:
         back: the button that puts the settings of a file back.
     """
 
+    back: gr.UploadButton
+
     def __init__(self, model: LlamaGen, kind: Kind) -> None:
         self._model, self._kind = model, kind
         self._what = "class" if model.condition == "class" else "prompt"
-        self._conditions = self._condition_control()
-        self._images = gr.Slider(
-            1,
-            MAX_IMAGES,
-            value=4,
-            step=1,
-            label=f"Images of each {self._what}",
-            info=f"At most {MAX_IMAGES} images in total.",
-        )
-        with gr.Row(equal_height=True):
-            self._seed = gr.Number(0, label="Seed", info="The same seed gives the same images.", precision=0, scale=2)
+        self.components: list[Any] = []
+
+    def build_request(self) -> None:
+        """Build the controls of what to generate, in the current column."""
+        self.components.append(self._condition_control())
+        label, info = f"Images of each {self._what}", f"At most {MAX_IMAGES} in total."
+        self.components.append(gr.Slider(1, MAX_IMAGES, value=4, step=1, label=label, info=info))
+        with gr.Row(elem_classes="seed"):
+            seed = gr.Number(0, label="Seed", info="The same seed gives the same images.", precision=0, scale=3)
             new_seed = gr.Button("New seed", scale=1, min_width=100)
-        new_seed.click(None, None, self._seed, js=NEW_SEED, api_visibility="private")
-        self._settings = {name: control for name in SETTINGS if name not in ADVANCED for control in [self._control(name)]}
+        new_seed.click(None, None, seed, js=NEW_SEED, api_visibility="private")
+        self.components.append(seed)
+
+    def build_settings(self) -> None:
+        """Build the controls of sampling, in the current column; after :meth:`build_request`."""
+        self.components += [self._control(name) for name in SETTINGS if name not in ADVANCED]
         with gr.Accordion("More about guidance", open=False):
-            self._settings |= {name: self._control(name) for name in ADVANCED}
-        self.components = [self._conditions, self._images, self._seed, *self._settings.values()]
-        self.back = gr.UploadButton("Same settings as a downloaded image", file_types=[".png"], size="sm")
+            self.components += [self._control(name) for name in ADVANCED]
+        self.back = gr.UploadButton("Same settings as a downloaded image", file_types=[".png"], size="md")
 
     def request(self, *values: Any) -> GenerationRequest:
         """Check the values of :attr:`components`.

@@ -58,7 +58,7 @@ class _Results:
 
     def __init__(self, runs: Runs, tab: str, button: str) -> None:
         self._runs, self._tab = runs, tab
-        with gr.Row():
+        with gr.Row(elem_classes="buttons"):
             self.start = gr.Button(button, variant="primary", elem_id=f"{tab}-start", min_width=120)
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{tab}-stop", min_width=120)
         self.status = gr.HTML(elem_id=f"{tab}-status", elem_classes="status")
@@ -86,11 +86,14 @@ class _Results:
 
 
 def _generate_tab(runs: Runs) -> None:
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            form = Form(runs.model, "generation")
-        with gr.Column(scale=3, min_width=300):
+    form = Form(runs.model, "generation")
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
+            form.build_request()
+        with gr.Column(elem_classes="results"):
             results = _Results(runs, "generate", "Generate")
+        with gr.Column(elem_classes="settings"):
+            form.build_settings()
 
     def generate(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         try:
@@ -115,8 +118,9 @@ def _complete_tab(runs: Runs) -> None:
     model = runs.model
     assert model.gpt is not None
     rows, factor = model.gpt.config.grid_size, model.tokenizer.config.downsampling
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+    form = Form(model, "completion")
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
             upload = _upload("Image to complete")
             keep = gr.Slider(
                 0,
@@ -127,9 +131,11 @@ def _complete_tab(runs: Runs) -> None:
                 info=f"Rows of codes from the top; each is {factor} pixels high.",
             )
             cut = gr.HTML(elem_id="complete-cut")
-            form = Form(model, "completion")
-        with gr.Column(scale=3, min_width=300):
+            form.build_request()
+        with gr.Column(elem_classes="results"):
             results = _Results(runs, "complete", "Complete")
+        with gr.Column(elem_classes="settings"):
+            form.build_settings()
 
     def show_cut(path: str | None, kept: float) -> list[Any]:
         if path is None:
@@ -164,12 +170,12 @@ def _complete_tab(runs: Runs) -> None:
 
 def _reconstruct_tab(runs: Runs) -> None:
     model = runs.model
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
             upload = _upload("Image to reconstruct")
             start = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct-start")
             status = gr.HTML(elem_id="reconstruct-status", elem_classes="status")
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(elem_classes="results"):
             results = gr.HTML(elem_id="reconstruct-results")
 
     def run(path: str | None) -> Iterator[list[str]]:

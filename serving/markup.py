@@ -12,21 +12,31 @@ from PIL import Image
 from serving.generation import Growing, Waiting
 
 CSS = """
+.split { display: grid !important; grid-template: "request results" auto "settings results" 1fr / minmax(300px, 2fr) 3fr;
+  gap: 1rem 1.5rem; }
+.split > * { min-width: 0 !important; }
+.request { grid-area: request; }
+.results { grid-area: results; }
+.settings { grid-area: settings; }
+.seed button { align-self: end; min-height: 42px; flex-grow: 1; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9rem, 44%), 1fr)); gap: .75rem; }
-.images.wide { grid-template-columns: repeat(auto-fill, minmax(min(12rem, 44%), 1fr)); }
+.images.wide { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 44%), 1fr)); }
 .images figure { margin: 0; min-width: 0; }
 .images img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; display: block; margin: 0; }
 .images img.small { image-rendering: pixelated; }
-.images figcaption { font-size: .85rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere; }
-.images a { text-decoration: underline; }
+.images figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere; }
+.images a { text-decoration: underline; margin-left: .5em; }
 .status progress { width: 100%; height: .6rem; display: block; margin-top: .4rem; accent-color: #4f46e5; }
 .status p { margin: 0; }
-.status .error { border-left: 4px solid #dc2626; padding: .4rem .75rem; background: #dc262614; }
+.status .error { border-left: 4px solid #dc2626; padding: .4rem .75rem; background: #dc262614; overflow-wrap: anywhere; }
 .cut { max-width: 16rem; }
-:focus-visible { outline: 3px solid #4f46e5 !important; outline-offset: 2px; }
-.gradio-container { padding-left: clamp(.5rem, 2vw, 1.5rem) !important;
-  padding-right: clamp(.5rem, 2vw, 1.5rem) !important; }
-@media (max-width: 480px) { .gradio-container .tab-wrapper button { padding-left: .6rem; padding-right: .6rem; } }
+button:focus-visible, a:focus-visible, input[type=range]:focus-visible {
+  outline: 3px solid #4f46e5 !important; outline-offset: 2px; }
+@media (max-width: 720px) {
+  .split { grid-template: "request" "results" "settings" / minmax(0, 1fr); }
+  .gradio-container main { padding-left: .75rem !important; padding-right: .75rem !important; }
+  .gradio-container .tab-container button { padding: 0 .55rem !important; }
+}
 """
 SMALL = 128
 """Sides in pixels up to which enlarged pixels stay sharp."""
@@ -109,11 +119,11 @@ def file_name(model: str, seed: int, index: int) -> str:
 
 def _finished_figure(image: Download) -> str:
     url, name, title = escape(image.url), escape(image.file), escape(image.title)
-    link = f'<a href="{url}" download="{name}" aria-label="Download image {image.number}, {title}, as PNG">PNG</a>'
+    link = f'<a href="{url}" download="{name}" aria-label="Download image {image.number}, {title}">Download</a>'
     size = ' class="small"' if image.side <= SMALL else ""
     return (
         f'<figure><img src="{url}" alt="{title}, image {image.number}"{size}>'
-        f"<figcaption>{title} · {image.number} · {link}</figcaption></figure>"
+        f"<figcaption>{title} · {image.number} {link}</figcaption></figure>"
     )
 
 

@@ -57,7 +57,8 @@ def build_app(runs: Runs) -> FastAPI:
             return Response("This image is no longer kept; generate it again.", 404, media_type="text/plain")
         return Response(file, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
-    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACE)  # type: ignore[arg-type]
+    theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE)
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # readable contrast
     page = build_page(runs)
     app = gr.mount_gradio_app(
         app,
