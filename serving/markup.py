@@ -18,7 +18,7 @@ CSS = """
 .request { grid-area: request; }
 .results { grid-area: results; }
 .settings { grid-area: settings; }
-.seed button { align-self: end; min-height: 42px; flex-grow: 1; }
+.seed button { align-self: end; min-height: 42px; flex-grow: 1; white-space: nowrap; padding: 0 .75rem; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9rem, 44%), 1fr)); gap: .75rem; }
 .images.wide { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 44%), 1fr)); }
 .images figure { margin: 0; min-width: 0; }
