@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from serving.previews import PreviewBudget, growing_images
+from serving.previews import GrowingImages, PreviewBudget
 from serving.worker import Job, Worker
 
 MAX_IMAGES = 16
@@ -134,24 +134,21 @@ def generation_events(
 
 
 def _generate(model: LlamaGen, request: GenerationRequest, clock: Callable[[], float], job: Job) -> None:
-    gpt, resolution = model.gpt, model.resolution
+    gpt = model.gpt
     assert gpt is not None
-    assert resolution is not None
     rows = gpt.config.grid_size
     budget, start = PreviewBudget(clock), clock()
     generated = rows - request.keep_rows  # of an image
     batches = -(-request.count // model.batch_size)
+    growing: dict[int, GrowingImages] = {}  # of the current batch, by the index of its first image
 
     def on_row(codes: Tensor, count: int, first: int) -> None:
         job.check()
         row = count // rows
-        previews: list[bytes] = []
-
-        def show() -> None:
-            previews.extend(growing_images(model.preview(codes, row), resolution))
-
-        if row < rows and budget.allows(row):
-            budget.spend(row, show)
+        if first not in growing:
+            growing.clear()
+            growing[first] = GrowingImages(model, len(codes))
+        previews = growing[first].update(codes, row, budget) if row < rows else []
         done = first // model.batch_size * generated + max(row - request.keep_rows, 0)
         left = (clock() - start) / max(done, 1) * (batches * generated - done)
         job.report(Growing(first, len(codes), row, rows, left, previews or None))

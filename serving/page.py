@@ -71,7 +71,7 @@ def prepare(model: "LlamaGen", worker: "Worker") -> None:
 
     def work() -> None:
         model.prepare()
-        model.preview(torch.zeros(1, gpt.config.block_size, dtype=torch.int64, device=model.device), 1)
+        model.preview(torch.zeros(model.batch_size, gpt.config.block_size, dtype=torch.int64, device=model.device), 1)
 
     wait_for(worker, work)
 

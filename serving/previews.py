@@ -1,20 +1,26 @@
 """Previews of images that are being generated: how often, and as bytes for a browser."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 from PIL import Image
+from torch import Tensor
 
-MAX_SHARE = 0.2
+from llamagen import LlamaGen
+
+MAX_SHARE = 0.25
 """Maximum share of the time that goes into previews, after the first one."""
+CONTEXT = 2
+"""Rows of codes above new ones that are decoded with them: one whose pixels change, and one that only it sees."""
 GREY = (128, 128, 128)
 
 
 class PreviewBudget:
     """Decides after which rows a preview is decoded, from the measured time of earlier ones.
 
-    The first row is always shown. The cost of a later preview is estimated from the last one, in proportion to its
-    rows.
+    The first one is always made. The time of a later one is estimated from the last one, in proportion to the rows that
+    it decodes.
 
     Args:
         clock: seconds.
@@ -40,18 +46,53 @@ class PreviewBudget:
         self._per_row = cost / rows
 
 
-def growing_images(rows: Sequence[Image.Image], side: int) -> list[bytes]:
-    """Upper rows of images → JPEG files of whole images, in which the missing rows are grey.
+class GrowingImages:
+    """Images of a batch, of which more and more rows are known. An update decodes little more than the new rows.
+
+    On a CPU, decoding a row of all images can take as long as generating it. So an update covers as many images as the
+    budget allows; the first image comes first.
 
     Args:
-        rows: images of at most ``side`` rows of pixels.
-        side: side of the images in pixels.
+        model: decodes the codes.
+        count: B, number of images.
     """
-    files = []
-    for image in rows:
-        canvas = Image.new("RGB", (side, side), GREY)
-        canvas.paste(image, (0, 0))
-        buffer = io.BytesIO()
-        canvas.save(buffer, "JPEG", quality=85)
-        files.append(buffer.getvalue())
-    return files
+
+    def __init__(self, model: LlamaGen, count: int) -> None:
+        assert model.resolution is not None
+        self._model, self._shown = model, [0] * count
+        side = (model.resolution, model.resolution)
+        self._images = [Image.new("RGB", side, GREY) for _ in range(count)]
+
+    def update(self, codes: Tensor, rows: int, budget: PreviewBudget) -> list[bytes]:
+        """Show more rows, of as many images as the budget allows.
+
+        Args:
+            codes: (B, L) int64.
+            rows: number of rows of the grid whose codes are valid.
+            budget: time for previews.
+
+        Returns:
+            JPEG files of whole images, in which the missing rows are grey; empty if the budget allows no image.
+        """
+        for count in range(len(codes), 0, -1):
+            first = max(min(self._shown[:count]) - CONTEXT, 0)
+            if budget.allows(cost := count * (rows - first)):
+                budget.spend(cost, partial(self._decode, codes[:count], first, rows))
+                return [_jpeg(image) for image in self._images]
+        return []
+
+    def _decode(self, codes: Tensor, first: int, rows: int) -> None:
+        """Decode the rows from ``first`` to ``rows`` of the first images."""
+        grid, factor = round(codes.shape[1] ** 0.5), self._model.tokenizer.config.downsampling
+        decoded = self._model.preview(codes.roll(-first * grid, 1), rows - first)
+        for number, part in enumerate(decoded):
+            changed = max(self._shown[number] - CONTEXT + 1, 0)  # the row before the new ones was decoded without them
+            top = (changed - first) * factor
+            self._images[number].paste(part.crop((0, top, part.width, part.height)), (0, changed * factor))
+            self._shown[number] = rows
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
