@@ -55,13 +55,18 @@ class GrowingImages:
     Args:
         model: decodes the codes.
         count: B, number of images.
+        image: image that is being completed, (S, S) pixels; None for whole images.
+        kept: rows of codes that are kept of it. They are shown as they are.
     """
 
-    def __init__(self, model: LlamaGen, count: int) -> None:
+    def __init__(self, model: LlamaGen, count: int, image: Image.Image | None = None, kept: int = 0) -> None:
         assert model.resolution is not None
-        self._model, self._shown = model, [0] * count
-        side = (model.resolution, model.resolution)
-        self._images = [Image.new("RGB", side, GREY) for _ in range(count)]
+        side, height = model.resolution, kept * model.tokenizer.config.downsampling
+        start = Image.new("RGB", (side, side), GREY)
+        if image is not None:
+            start.paste(image.crop((0, 0, side, height)))
+        self._model, self._shown = model, [kept] * count
+        self._images = [start.copy() for _ in range(count)]
 
     def update(self, codes: Tensor, rows: int, budget: PreviewBudget) -> list[bytes]:
         """Show more rows, of as many images as the budget allows.
@@ -74,6 +79,8 @@ class GrowingImages:
         Returns:
             JPEG files of whole images, in which the missing rows are grey; empty if the budget allows no image.
         """
+        if rows <= min(self._shown):
+            return [_jpeg(image) for image in self._images]
         for count in range(len(codes), 0, -1):
             first = max(min(self._shown[:count]) - CONTEXT, 0)
             if budget.allows(cost := count * (rows - first)):
