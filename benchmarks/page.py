@@ -1,7 +1,7 @@
 """How long the page takes: from the command to the page, and from a click to the first rows of an image.
 
-The page of each model is started several times as a new process, and a headless Chromium presses Generate. The GPT-B has
-random weights in the published layout. Needs the extra ``benchmark`` and the browser (Debian: ``chromium``).
+The page of each model is started several times as a new process, and a headless Chromium presses Generate. The GPT-B
+has random weights in the published layout. Needs the extra ``benchmark`` and the browser (Debian: ``chromium``).
 
     make quickstart
     python -m benchmarks.page --out benchmarks/results/page.json

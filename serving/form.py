@@ -101,7 +101,12 @@ class Form:
         conditions: Any = list(read.conditions)
         if self._model.condition == "text":
             conditions = "\n".join(map(str, conditions))
-        return [conditions, read.images_per_prompt, read.seed, *(read.settings[name] for name in SETTINGS)], read.keep_rows
+        return [
+            conditions,
+            read.images_per_prompt,
+            read.seed,
+            *(read.settings[name] for name in SETTINGS),
+        ], read.keep_rows
 
     def title(self, condition: int | str) -> str:
         """Class or prompt, for people."""
@@ -125,7 +130,9 @@ class Form:
     def _control(self, name: str) -> Any:
         own = getattr(self._model.sampling, name)
         if name == "guidance_schedule":
-            return gr.Dropdown(SCHEDULES, value=own, label="Guidance schedule", info="Guidance over the codes of an image.")
+            return gr.Dropdown(
+                SCHEDULES, value=own, label="Guidance schedule", info="Guidance over the codes of an image."
+            )
         gpt = self._model.gpt
         assert gpt is not None
         if name == "top_k":

@@ -229,5 +229,3 @@ def _plain(text: str) -> str:
 
 def _session(request: gr.Request) -> str:
     return str(request.session_hash)
-
-

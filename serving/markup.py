@@ -12,8 +12,8 @@ from PIL import Image
 from serving.generation import Growing, Waiting
 
 CSS = """
-.split { display: grid !important; grid-template: "request results" auto "settings results" 1fr / minmax(300px, 2fr) 3fr;
-  gap: 1rem 1.5rem; }
+.split { display: grid !important; gap: 1rem 1.5rem;
+  grid-template: "request results" auto "settings results" 1fr / minmax(300px, 2fr) 3fr; }
 .split > * { min-width: 0 !important; }
 .request { grid-area: request; }
 .results { grid-area: results; }
@@ -28,7 +28,8 @@ CSS = """
 .images a { text-decoration: underline; margin-left: .5em; }
 .status progress { width: 100%; height: .6rem; display: block; margin-top: .4rem; accent-color: #4f46e5; }
 .status p { margin: 0; }
-.status .error { border-left: 4px solid #dc2626; padding: .4rem .75rem; background: #dc262614; overflow-wrap: anywhere; }
+.status .error { border-left: 4px solid #dc2626; padding: .4rem .75rem; background: #dc262614;
+  overflow-wrap: anywhere; }
 .cut { max-width: 16rem; }
 button:focus-visible, a:focus-visible, input[type=range]:focus-visible {
   outline: 3px solid #4f46e5 !important; outline-offset: 2px; }

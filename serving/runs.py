@@ -95,9 +95,7 @@ class Runs:
                 if mine and self._jobs.get(key) is mine[0]:
                     del self._jobs[key]
 
-    def _update(
-        self, event: Any, form: Form, request: GenerationRequest, downloads: list[markup.Download]
-    ) -> Update:
+    def _update(self, event: Any, form: Form, request: GenerationRequest, downloads: list[markup.Download]) -> Update:
         resolution = self.model.resolution
         assert resolution is not None
         if isinstance(event, Waiting):

@@ -16,9 +16,7 @@ from serving.layout import build_page
 from serving.markup import CSS
 from serving.runs import Runs
 
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
-)
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
 """Content security policy: browsers refuse to load anything from other machines."""
 MAX_UPLOAD = "20mb"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -60,7 +58,7 @@ def build_app(runs: Runs) -> FastAPI:
     theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE)
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # readable contrast
     page = build_page(runs)
-    app = gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
