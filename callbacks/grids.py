@@ -92,7 +92,7 @@ class SampleGrid(pl.Callback):
         per_class: images of each class or prompt.
         every_n_validations: sample at every n-th validation.
         seed: seed of the images.
-        prompts: prompts of a text model, instead of classes; cleaned if the data cleans its captions.
+        prompts: prompts of a text model, instead of classes; cleaned like the captions of the data.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class SampleGrid(pl.Callback):
             ValueError: if it cannot.
         """
         require(SamplesImages, pl_module, self).check_requests([] if self.prompts else self.classes, self.prompts)
+        self._cleaned_prompts(trainer)  # raises now if a package is missing
 
     def state_dict(self) -> dict[str, Any]:
         """Number of validations."""
@@ -154,6 +155,8 @@ class SampleGrid(pl.Callback):
     def _requests(self, trainer: pl.Trainer, module: SamplesImages) -> dict[str, Any]:
         if not self.prompts:
             return {"condition": torch.tensor(self.classes, device=module.device)}
+        return {"captions": self._cleaned_prompts(trainer)}
+
+    def _cleaned_prompts(self, trainer: pl.Trainer) -> list[str]:
         data = optional(CleansCaptions, datamodule(trainer))
-        clean = data is not None and data.clean_captions
-        return {"captions": [clean_caption(prompt) for prompt in self.prompts] if clean else self.prompts}
+        return [clean_caption(prompt, None if data is None else data.cleaning) for prompt in self.prompts]

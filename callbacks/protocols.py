@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llamagen.models.gpt import GPT
 from llamagen.models.vqgan import VQGAN
 from llamagen.sampling import ImageSampler
-from llamagen.text import CaptionEncoder, EncodedCaptions
+from llamagen.text import CaptionEncoder, Cleaning, EncodedCaptions
 
 T = TypeVar("T")
 
@@ -189,9 +189,11 @@ class HasImageSize(Protocol):
 
 @runtime_checkable
 class CleansCaptions(Protocol):
-    """A DataModule that cleans its captions."""
+    """A DataModule that can clean its captions."""
 
-    clean_captions: bool
+    @property
+    def cleaning(self) -> Cleaning | None:
+        """Cleaning of the captions, see :func:`llamagen.text.clean_caption`; None if they are not cleaned."""
 
 
 @runtime_checkable

@@ -9,14 +9,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
 
 import datamodules
 from callbacks import StopOnSignal
 from callbacks.checkpoints import RunCheckpoint
-from command_line.config_files import check_config_files, with_current_names
+from command_line.config_files import check_config_files, configs_of_stage, with_current_names
+from command_line.interpolations import reason_of, register_interpolations
 from command_line.run_config import RunConfig
 from command_line.start_checks import StartChecks, check_folders
 from lightning_modules import (
@@ -26,6 +28,8 @@ from lightning_modules import (
     resolve_checkpoint,
     use_metrics_logger,
 )
+from lightning_modules.checkpoint_files import is_local, local_path
+from lightning_modules.latest_checkpoint import KEYWORDS
 from llamagen.checkpoints.contents import holds_only_weights, read_checkpoint
 from llamagen.cores import available_cores, usable_cores
 from llamagen.hub.download import is_remote
@@ -38,8 +42,33 @@ PLAIN_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 SHARDED = "lightning_modules.ShardedStrategy"
 
 
+class ConfigFile(ActionConfigFile):
+    """``--config`` with files that extend others and have sections of stages."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Merge the configurations that a file stands for, one after the other, as if each had been given."""
+        try:
+            configs = configs_of_stage(values, parser.stage)
+        except ValueError as error:
+            parser.error(str(error))
+        for config in configs:
+            self.apply_config(parser, cfg, self.dest, config)
+
+
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors. Configuration files may use older names."""
+    """Lightning's parser with one-line errors. Configuration files may extend others and use older names.
+
+    Attributes:
+        stage: the stage whose options this parser has; None for the parser of the command line itself.
+    """
+
+    stage: str | None = None
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; Lightning's ``--config`` becomes a :class:`ConfigFile`."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = ConfigFile
+        return super().add_argument(*args, **kwargs)
 
     def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
         return super()._load_config_parser_mode(with_current_names(content, str(path)), path, *args, **kwargs)
@@ -60,10 +89,20 @@ class LlamaGenCLI(LightningCLI):
         """Build a parser that rejects abbreviations such as ``max_epoch`` and resolves ``${…}`` after merging files."""
         return super().init_parser(**kwargs, allow_abbrev=False, parser_mode="omegaconf+")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse arguments and configuration files; a ``${…}`` that has no value is an error of one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(reason_of(error))
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The options of a stage take long to collect, so only those of the given one are.
         if self._stage in (None, subcommand):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            assert isinstance(parser, Parser)
+            parser.stage = subcommand
+            return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 
@@ -85,8 +124,13 @@ class LlamaGenCLI(LightningCLI):
                 f"{self.config.subcommand} needs a trained model; give --ckpt_path, the .ckpt file of a run, or "
                 "--model.init_args.init_from, a file of weights"
             )
-        if path and path not in ("best", "last", "hpc", "registry") and ("://" not in str(path) or is_remote(path)):
+        if path and path not in KEYWORDS and ("://" not in str(path) or is_remote(path)):
             self._check_checkpoint(config, path)
+        if config.get("ckpt_path") and self.config.subcommand != "fit" and config.get("model.init_args.init_from"):
+            # The checkpoint has all weights; those a fine-tuned run started from need not be read, or downloaded.
+            config["model.init_args.init_from"] = None
+            if config.get("model.init_args.init_adapt"):
+                config["model.init_args.init_adapt"] = []
 
     def _check_checkpoint(self, config: Any, path: Any) -> None:
         """Check that a checkpoint can be read; one that holds only weights is given to ``init_from``, except in fit."""
@@ -145,7 +189,9 @@ class LlamaGenCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        path = kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer, subcommand)
+        if isinstance(self.model, ARGenModule) and path not in (None, *KEYWORDS) and is_local(path):
+            self.model.take_class_names(local_path(path))
         return kwargs
 
     def before_instantiate_classes(self) -> None:
@@ -202,6 +248,7 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     # `${trainer.default_root_dir}` in a file means the key of the stage, such as `fit.trainer.default_root_dir`.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    register_interpolations()
     check_config_files(sys.argv[1:] if args is None else args)
     return LlamaGenCLI(
         pl.LightningModule,

@@ -2,16 +2,24 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datamodules.base import ShardDataModule
 from datamodules.datasets.captions import CaptionDataset, caption_of
 from datamodules.loading.stream import StreamIndex
-from datamodules.storage.index import CAPTIONS, ExampleIndex
+from datamodules.storage.index import CAPTIONS, FEATURES, ExampleIndex
 from datamodules.storage.shards import CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.rank_zero import warn_on_rank_zero
-from llamagen.text.cleaning import clean_caption
+from llamagen.text.cleaning import (
+    UNKNOWN,
+    Cleaning,
+    as_option,
+    clean_caption,
+    cleaning_of_option,
+    in_words,
+    recorded_cleaning,
+)
 
 __all__ = ["CaptionDataModule", "CaptionDataset", "caption_of"]
 
@@ -26,7 +34,8 @@ class CaptionDataModule(ShardDataModule):
             captions (``.txt``, or ``caption`` in ``.json``). If ``train`` and ``val`` name shards of a dataset of
             codes, give its folder as well.
         batch_size: captions per batch and rank. Captions of similar length are encoded together.
-        clean_captions: encode plain lower-case text, without addresses, tags and file names.
+        clean_captions: encode cleaned captions, see :func:`llamagen.text.clean_caption`: ``published``, ``web``, or
+            false; true is ``web``. Captions that an earlier extraction has cleaned are not cleaned again.
         short_captions: also return the first sentence of each caption.
     """
 
@@ -38,31 +47,46 @@ class CaptionDataModule(ShardDataModule):
         self,
         root: Path | str | None = None,
         batch_size: int = 512,
-        clean_captions: bool = False,
+        clean_captions: Literal["published", "web"] | bool | None = False,
         short_captions: bool = False,
         **data: Any,
     ) -> None:
         super().__init__(root, batch_size, **data)
-        self.clean_captions, self.short_captions = clean_captions, short_captions
+        self._option, self.short_captions = cleaning_of_option(clean_captions), short_captions
         self.source_meta: dict[str, Any] = {}
-        if clean_captions:
-            clean_caption("")  # raises now if a package is missing
+        clean_caption("", self._option)  # raises now if a package is missing
 
     @property
     def has_codes(self) -> bool:
         """Whether the dataset holds codes."""
         return self.source_meta.get("format") == CODES_FORMAT
 
+    @property
+    def cleaning(self) -> Cleaning | None:
+        """Cleaning of the captions, by this module or by the extraction that stored them."""
+        return self._option or self._stored_cleaning
+
+    @property
+    def _stored_cleaning(self) -> Cleaning | None:
+        stored = recorded_cleaning(self.source_meta.get(FEATURES))
+        return None if stored == UNKNOWN else stored
+
     def find_splits(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
         """Find the splits and read ``meta.json``, if there is one.
 
         Raises:
-            ValueError: if data are missing or ``meta.json`` is invalid.
+            ValueError: if data are missing, ``meta.json`` is invalid, or the captions were cleaned differently.
         """
         train, val, meta = super().find_splits()
         if self.train is not None and self.root is not None:  # with `train`, the base class reads no meta.json
             meta = read_meta(self.root, self.hint)
         self.source_meta = meta
+        if self._option is not None and self._stored_cleaning not in (None, self._option):
+            raise ValueError(
+                f"clean_captions is {self._option}, but the captions in {self.root} are already "
+                f"{in_words(self._stored_cleaning)}; set it to {as_option(self._stored_cleaning)}, or give the dataset "
+                "that these features were extracted from"
+            )
         return train, val, meta
 
     def fingerprint(self, split: str) -> str:
@@ -109,4 +133,5 @@ class CaptionDataModule(ShardDataModule):
                 f"the .npy members of the {split} examples are ignored, because no {META_FILE} says that they are "
                 "codes; if they are, give the folder of their dataset as root"
             )
-        return CaptionDataset(examples, self.clean_captions, self.short_captions, self.has_codes)
+        cleaning = None if self._option == self._stored_cleaning else self._option
+        return CaptionDataset(examples, cleaning, self.short_captions, self.has_codes)

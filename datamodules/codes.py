@@ -1,7 +1,7 @@
 """Codes for the autoregressive model: (L,) int64 and a condition. A: views of an image, h × w: grid, L = h · w."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from datamodules.storage.pairing import PairedFeatures
 from datamodules.storage.shards import CAPTIONS_FORMAT, CODES_FORMAT, META_FILE, read_meta
 from datamodules.storage.sources import Source
 from llamagen.option_checks import check_folder_name, check_share
+from llamagen.text.cleaning import Cleaning, as_option, cleaning_of_option, in_words, recorded_cleaning
 
 PROBED = 1000
 """Examples read before training, to check that the shards match ``meta.json``."""
@@ -33,8 +34,9 @@ class CodeDataModule(ShardDataModule):
         root: folder or address that ``predict`` wrote to, with ``meta.json``, ``train`` and ``val``. The options
             ``train`` and ``val`` may name other shards that this ``meta.json`` describes.
         batch_size: images per batch and rank.
-        clean_captions: clean the captions, see :func:`llamagen.text.clean_caption`. Stored features must have been
-            extracted with the same setting.
+        clean_captions: cleaning of the captions, see :func:`llamagen.text.clean_caption`: ``published``, ``web``, or
+            false; true is ``web``. Stored features have the cleaning that they were extracted with: another value is an
+            error, false accepts any.
         short_caption_share: share of the training examples that use only the first sentence of their caption, chosen
             again in each epoch. The paper's second stage uses 0.3 (arXiv 2406.06525, section 3).
         features: folder or address of a dataset of caption features for the same images, written by ``predict`` of
@@ -49,7 +51,7 @@ class CodeDataModule(ShardDataModule):
         self,
         root: Path | str,
         batch_size: int = 256,
-        clean_captions: bool = False,
+        clean_captions: Literal["published", "web"] | bool | None = False,
         short_caption_share: float = 0.0,
         features: Path | str | None = None,
         **data: Any,
@@ -62,11 +64,18 @@ class CodeDataModule(ShardDataModule):
                 f"features is {features}, but with resampled_epoch features must be in the shards of the codes; "
                 "extract them with these codes as root, or leave resampled_epoch out"
             )
-        self.clean_captions, self.short_caption_share = clean_captions, short_caption_share
+        self._option, self.short_caption_share = cleaning_of_option(clean_captions), short_caption_share
         self.feature_root = None if features is None else str(features)
         self.code_meta: dict[str, Any] = {}
         self._features: StoredFeatures | None = None
         self._partners: dict[str, np.ndarray] = {}
+
+    @property
+    def cleaning(self) -> Cleaning | None:
+        """Cleaning of the captions: that of the stored features, or else of captions that are encoded online."""
+        if self._features is None:
+            return self._option
+        return recorded_cleaning({"cleaned": False, **self.code_meta[FEATURES]})  # type: ignore[return-value]
 
     def find_splits(self) -> tuple[Source | None, Source | None, dict[str, Any]]:
         """Find the splits and read ``meta.json``.
@@ -108,10 +117,12 @@ class CodeDataModule(ShardDataModule):
 
     def _check(self, features: StoredFeatures, description: Any) -> None:
         root = features.root
-        if self.clean_captions and not description.get("cleaned"):
+        stored = recorded_cleaning({"cleaned": False, **description})
+        if self._option not in (None, stored):
             raise ValueError(
-                f"clean_captions is true, but the features in {root} are of uncleaned captions; set it to false, or "
-                "extract the features again with clean_captions"
+                f"clean_captions is {self._option}, but the captions of the features in {root} were "
+                f"{in_words(stored)}; set it to {as_option(stored)}, or extract the features again with clean_captions "
+                f"{self._option}"
             )
         if self.short_caption_share and not features.short:
             raise ValueError(
@@ -162,7 +173,7 @@ class CodeDataModule(ShardDataModule):
             seed=self.seed,
             labels=self._needs_captions is not True,
             captions=captions and self.captioned,
-            clean=self.clean_captions,
+            cleaning=self._option,
             features=self._features if captions else None,
             short_share=self.short_caption_share if train else 0.0,
             never_empty=(train and stage == "fit") or ranks_wait(self.trainer),

@@ -14,7 +14,7 @@ from lightning_modules.code_checks import check_codes
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
-from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights
+from llamagen.checkpoints.weights import ENTRY, classes_of, load_weights, read_weights
 from llamagen.cost.gpt import flops_per_sequence
 from llamagen.finite import not_finite
 from llamagen.losses import linear_cross_entropy, linear_token_nll
@@ -45,8 +45,8 @@ class ARGenModule(SamplingModule):
         init_from: initial weights: a published ``.pt``, a checkpoint of this project, or safetensors; a path, a
             published name such as ``c2i_L_384``, or ``hf://owner/repository/file[@revision]``.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
-        init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size, and
-            ``num_classes``, which initialises the class embeddings at random.
+        init_adapt: options that may differ from those of ``init_from``: ``block_size``, for images of another size,
+            ``num_classes``, which initialises the class embeddings at random, and ``clean_captions`` of the data.
         max_grad_norm: norm of the gradient before clipping above which the run counts as diverged and stops.
         skip_bad_steps: skip steps with a gradient that is not finite or above ``max_grad_norm``, instead of stopping.
         activation_checkpointing: recompute the blocks in the backward pass: less memory for a third more operations.
@@ -66,7 +66,7 @@ class ARGenModule(SamplingModule):
         loss: ARGenLossConfig | None = None,
         init_from: str | Path | None = None,
         init_averaged: bool = True,
-        init_adapt: Sequence[Literal["block_size", "num_classes"]] = (),
+        init_adapt: Sequence[Literal["block_size", "num_classes", "clean_captions"]] = (),
         max_grad_norm: float | None = None,
         skip_bad_steps: bool = False,
         activation_checkpointing: bool = False,
@@ -98,6 +98,8 @@ class ARGenModule(SamplingModule):
         with option_named("init_from"):
             self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
         self._init_adapt = init_adapt
+        if self._initial_weights is not None and len(self._initial_weights.classes or ()) <= net.num_classes:
+            self._classes = self._initial_weights.classes
         if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
             self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
         self._load_initial_weights()  # on the meta device this only checks the shapes
@@ -107,7 +109,8 @@ class ARGenModule(SamplingModule):
     def _load_initial_weights(self) -> None:
         if self._initial_weights is not None:
             with option_named("init_from"):
-                state = adapt_to(self.gpt, self._initial_weights, self._init_adapt)
+                shapes = [name for name in self._init_adapt if name != "clean_captions"]
+                state = adapt_to(self.gpt, self._initial_weights, shapes)
                 load_weights(self.gpt, state, self._initial_weights.source)
 
     def configure_model(self) -> None:
@@ -173,18 +176,23 @@ class ARGenModule(SamplingModule):
         if (meta := getattr(datamodule, "code_meta", None)) is not None:
             check_codes(self.gpt.config, meta)
             self._check_tokenizer(meta["tokenizer"], "the codes were extracted")
+            same_classes = stage != "fit" or "num_classes" not in self._init_adapt
+            self._classes = classes_of(meta) or (self._classes if same_classes else None)
             if self._text is not None:
-                self._text.check_dataset(meta, datamodule.captioned, datamodule.clean_captions)
+                differs = "clean_captions" in self._init_adapt
+                self._text.check_dataset(meta, datamodule.captioned, datamodule.cleaning, differs)
         prompts = getattr(datamodule, "prompts", None)
         if stage == "predict" or hasattr(datamodule, "labels"):
             self.check_requests(getattr(datamodule, "classes", ()), prompts or ())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the tokenizer of the codes and the encoder of the captions."""
+        """Record the tokenizer of the codes, and the names of the classes or the encoder of the captions."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ENTRY]["tokenizer"] = self._tokenizer_checksum
         if self._text is not None:
             checkpoint[ENTRY]["captions"] = self._text.metadata
+        elif self._classes is not None:
+            checkpoint[ENTRY]["classes"] = self._classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint matches model, tokenizer and text encoder.
@@ -194,8 +202,15 @@ class ARGenModule(SamplingModule):
         """
         super().on_load_checkpoint(checkpoint)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
+        classes = classes_of(checkpoint[ENTRY])
+        if self._names_were_used and classes != self._classes:
+            raise ValueError(
+                "classes were requested by name before the checkpoint with their names was loaded; call "
+                "take_class_names of the module with its path first, or request numbers"
+            )
+        self._classes = self._classes or classes
         if self._text is not None and (metadata := checkpoint[ENTRY].get("captions")):
-            self._text.check_encoder(metadata, "the checkpoint")
+            self._text.check_checkpoint(metadata)
 
     def forward(self, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of codes (B, L), each given the condition and the previous codes (teacher forcing)."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
-from llamagen.checkpoints.contents import load_vqgan, weights_checksum
+from llamagen.checkpoints.contents import load_vqgan, read_checkpoint, weights_checksum
+from llamagen.checkpoints.weights import ENTRY, classes_of
+from llamagen.class_names import ClassNames, imagenet_classes, named_classes
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGAN
@@ -16,6 +18,7 @@ from llamagen.option_checks import option_named
 from llamagen.sampling import Images, ImageSampler, SamplingConfig
 from llamagen.sampling.pixels import check_image_size
 from llamagen.text import Condition, TextCondition, TextEncoderConfig
+from llamagen.text.cleaning import UNKNOWN, RecordedCleaning
 
 
 class SamplingModule(GenerativeModule):
@@ -57,6 +60,8 @@ class SamplingModule(GenerativeModule):
         if sample_seed % 1 != 0:
             raise ValueError(f"sample_seed is {sample_seed}; it must be an integer")
         self.sample_seed, self.image_size = sample_seed, image_size
+        self._classes: list[str] | None = None
+        self._names_were_used = False
         self.sampler: ImageSampler | None = None  # set by CompiledSampling for the length of a stage
         # footgun: not a submodule. The tuple hides it from nn.Module, so from state dict, optimizer, EMA and FSDP.
         self._tokenizer: tuple[VQGAN, ...] = ()
@@ -88,6 +93,31 @@ class SamplingModule(GenerativeModule):
     def num_classes(self) -> int:
         """Number of classes of the model."""
         return self.gpt.config.num_classes
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Names of the model's classes: those of the data it was trained on, or ImageNet's if it has 1,000 classes and
+        no names of its own. None if the classes have no names, or the model is text-conditional.
+        """
+        if self._text is not None:
+            return None
+        self._names_were_used = True
+        if self._classes is not None:
+            return named_classes(self._classes)
+        return imagenet_classes() if self.num_classes == len(imagenet_classes()) else None
+
+    def take_class_names(self, path: Path | str) -> None:
+        """Take the class names of a checkpoint that will be loaded.
+
+        footgun: requests are resolved in ``setup``, but Lightning loads the checkpoint after it.
+
+        Args:
+            path: the checkpoint; its weights are not read.
+
+        Raises:
+            ValueError: in one line, if it is not a checkpoint of this project.
+        """
+        self._classes = classes_of(read_checkpoint(path, wanted=lambda _: False)[ENTRY])
 
     @property
     def output_size(self) -> int:
@@ -160,18 +190,19 @@ class SamplingModule(GenerativeModule):
             batch.update(condition=condition.features, caption_lengths=condition.lengths)
         return condition
 
-    def on_predict_start(self) -> None:
-        """Warn if prompts are cleaned differently from the captions of training."""
-        self._warn_of_cleaning()
+    @property
+    def caption_cleaning(self) -> RecordedCleaning:
+        """Cleaning of the captions the model was trained on, see :attr:`TextCondition.cleaning`."""
+        return self._text.cleaning if self._text is not None else UNKNOWN
 
-    def on_test_start(self) -> None:
-        """Warn if prompts are cleaned differently from the captions of training."""
-        self._warn_of_cleaning()
+    def check_prompt_cleaning(self, option: str | bool | None) -> None:
+        """Check that prompts are cleaned like the captions of training, see :meth:`TextCondition.check_prompts`.
 
-    def _warn_of_cleaning(self) -> None:  # not in setup: the checkpoint, which is loaded later, records the cleaning
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self._text is not None and hasattr(data, "prompts"):
-            self._text.warn_if_cleaning_differs(data.clean_captions)
+        Raises:
+            ValueError: in one line, if they are not.
+        """
+        if self._text is not None:
+            self._text.check_prompts(option)
 
     def build_sampler(self, batch_size: int, compiled: bool = False, int8: bool = False) -> ImageSampler:
         """Sampler for the module's images, see :class:`~llamagen.sampling.ImageSampler`.

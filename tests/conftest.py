@@ -9,6 +9,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+from llamagen.hub.published import PUBLISHED
+from tests.hub.published_files import small_file
 from tests.hub_server import HubServer
 from tests.pipeline import Pipeline
 from tests.text_pipeline import TextPipeline
@@ -68,6 +70,14 @@ def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     home = tmp_path / "hub_home"
     hub_server.direct_here(home, monkeypatch)
     return hub_server
+
+
+@pytest.fixture
+def published_hub(hub: HubServer) -> HubServer:
+    """The hub with a small model under each published name, see tests/hub/published_files.py."""
+    for name in PUBLISHED:
+        hub.add_published(name, small_file(name))
+    return hub
 
 
 def _create_once(folder: Path, create: Callable[[], None]) -> None:

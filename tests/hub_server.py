@@ -9,6 +9,8 @@ Use the fixture ``hub`` (tests/conftest.py): a server, empty and without faults 
         ...
         assert hub.downloads("model.pt") == 1 and hub.count("HEAD") == 1
 
+The fixture ``published_hub`` has a small model under each published name.
+
 Faults, until the test ends or they are set back: ``hub.gated``, ``hub.tokens``, ``hub.down``, ``hub.corrupt``,
 ``hub.ranges``, ``hub.plain``, ``hub.cut(bytes, …)``, and ``hub.stop()``, after which nobody listens at its address.
 ``hub.cache`` is the folder of cached files, ``hub.environment`` what processes need, and ``hub.offline()`` sets

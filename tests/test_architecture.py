@@ -54,6 +54,7 @@ ALLOWED_IMPORTS = {
         "llamagen.class_names",
         "llamagen.hub",
         "llamagen.models",
+        "llamagen.option_checks",
         "llamagen.sampling",
         "llamagen.text",
     ),
@@ -71,6 +72,7 @@ ALLOWED_IMPORTS = {
     "lightning_modules": ("llamagen",),
     "datamodules": (
         "llamagen.centre_crop",
+        "llamagen.class_names",
         "llamagen.command",
         "llamagen.cores",
         "llamagen.files",
@@ -84,6 +86,7 @@ ALLOWED_IMPORTS = {
     "datamodules/requests": (
         "datamodules.loading",
         "datamodules.storage",
+        "llamagen.class_names",
         "llamagen.text.cleaning",
     ),
     "datamodules/storage": ("llamagen.files", "llamagen.full_disk", "llamagen.rank_zero"),

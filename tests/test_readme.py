@@ -149,10 +149,13 @@ def test_names_of_files_exist() -> None:
 def test_the_list_of_configurations_is_complete() -> None:
     configs = ROOT / "configs"
     text = (configs / "README.md").read_text()
-    links = set(re.findall(r"\]\(((?:vqgan|argen|logger|text)/[^)]+)\)", text))
+    links = set(re.findall(r"\]\(((?:vqgan|argen|logger|text|published|finetune)[^)]*)\)", text))
     assert all((configs / link).exists() for link in links)
-    sizes = {path.relative_to(configs).as_posix() for path in (configs / "argen/size").iterdir()}
-    shipped = {path.relative_to(configs).as_posix() for path in configs.rglob("*.y*ml")}
-    assert links == (shipped - sizes) | {"argen/size"}
-    row = next(line for line in text.splitlines() if "(argen/size)" in line)
-    assert all(re.search(rf"\b{Path(size).stem}\b", row) for size in sizes)
+    folders = ("argen/size", "published", "published/base")
+    listed = {path for folder in folders for path in (configs / folder).glob("*.yaml")}
+    shipped = {path.relative_to(configs).as_posix() for path in set(configs.rglob("*.y*ml")) - listed}
+    assert links == shipped | set(folders)
+    for folder in folders:
+        row = next(line for line in text.splitlines() if f"({folder})" in line)
+        names = [path.stem for path in (configs / folder).glob("*.yaml")]
+        assert [name for name in names if not re.search(rf"\b{name}\b", row)] == []

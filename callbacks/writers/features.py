@@ -50,7 +50,7 @@ class FeatureWriter(ShardDatasetWriter):
             "format": FEATURES,
             "encoder": module.encoder.metadata(),
             "dtype": self.dtype,
-            "clean_captions": data.clean_captions,
+            "clean_captions": {None: False, "web": True}.get(data.cleaning, data.cleaning),  # as earlier versions wrote
             "short_captions": data.short_captions,
             "captions": {split: data.fingerprint(split) for split in data.predict_splits},
             "source": hashlib.sha256(source.encode()).hexdigest(),  # includes the checksums of its shards
@@ -100,7 +100,6 @@ class FeatureWriter(ShardDatasetWriter):
                 f"{truncated} captions have more tokens than caption_length {facts['caption_length']} and were "
                 "truncated"
             )
-        described = data.source_meta.get(FEATURES, {})
         features = {
             "encoder": facts["encoder"],
             "width": facts["width"],
@@ -109,7 +108,7 @@ class FeatureWriter(ShardDatasetWriter):
             "encoder_dtype": facts["dtype"],
             "weights": facts["weights"],
             "tokenizer": facts["tokenizer"],
-            "cleaned": data.clean_captions or described.get("cleaned", False),
+            "cleaned": data.cleaning or False,
             "short": data.short_captions,
             "truncated": truncated,
         }

@@ -10,18 +10,18 @@ import torch
 from datamodules.datasets.base import ExampleDataset
 from datamodules.storage.bad_examples import BadExampleError
 from datamodules.storage.index import Example, ExampleIndex
-from llamagen.text.cleaning import clean_caption, first_sentence
+from llamagen.text.cleaning import Cleaning, clean_caption, first_sentence
 
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex
 
 
-def caption_of(example: Example, clean: bool = False, short: bool = False) -> str:
+def caption_of(example: Example, cleaning: Cleaning | None = None, short: bool = False) -> str:
     """Caption of an example, or its first sentence.
 
     Args:
         example: example with a txt or json member.
-        clean: clean the caption, see :func:`~llamagen.text.cleaning.clean_caption`.
+        cleaning: cleaning of the caption, see :func:`~llamagen.text.cleaning.clean_caption`.
         short: use only the first sentence. It is found before cleaning, which removes the capitals that mark its end.
             If it is empty after cleaning, the whole caption is used.
 
@@ -30,7 +30,7 @@ def caption_of(example: Example, clean: bool = False, short: bool = False) -> st
     """
     caption = example.read_caption()
     texts = [first_sentence(caption), caption] if short else [caption]
-    text = next(filter(None, map(clean_caption, texts) if clean else texts), "")
+    text = next(filter(None, (clean_caption(text, cleaning) for text in texts)), "")
     if not text:
         fault = "" if caption else example.caption_fault()
         problem = f"has no readable caption: {fault}" if fault else "has no caption"
@@ -45,16 +45,20 @@ class CaptionDataset(ExampleDataset):
 
     Args:
         examples: examples with a txt or json member.
-        clean: clean the captions, see :func:`~llamagen.text.cleaning.clean_caption`.
+        cleaning: cleaning of the captions, see :func:`~llamagen.text.cleaning.clean_caption`.
         short: also return the first sentences.
         codes: also return the bytes of the codes; an example without codes is then bad.
     """
 
     def __init__(
-        self, examples: "ExampleIndex | StreamIndex", clean: bool = False, short: bool = False, codes: bool = False
+        self,
+        examples: "ExampleIndex | StreamIndex",
+        cleaning: Cleaning | None = None,
+        short: bool = False,
+        codes: bool = False,
     ) -> None:
         super().__init__(examples)
-        self.clean, self.short, self.codes = clean, short, codes
+        self.cleaning, self.short, self.codes = cleaning, short, codes
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         """Read caption, label and key of an example.
@@ -63,9 +67,9 @@ class CaptionDataset(ExampleDataset):
             BadExampleError: if it has no caption or no codes.
         """
         example = self.examples[number]
-        parts = {"captions": caption_of(example, self.clean), "labels": example.label, "keys": example.key}
+        parts = {"captions": caption_of(example, self.cleaning), "labels": example.label, "keys": example.key}
         if self.short:
-            parts["short_captions"] = caption_of(example, self.clean, short=True)
+            parts["short_captions"] = caption_of(example, self.cleaning, short=True)
         return {**parts, "codes": example.read("npy")} if self.codes else parts
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

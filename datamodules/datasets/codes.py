@@ -16,6 +16,7 @@ from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.features import StoredFeatures
 from datamodules.storage.index import NO_LABEL, ExampleIndex
 from datamodules.storage.shards import META_FILE
+from llamagen.text.cleaning import Cleaning
 
 if TYPE_CHECKING:
     from datamodules.loading.stream import StreamIndex
@@ -36,7 +37,7 @@ class CodeDataset(ExampleDataset):
         seed: seed of the random choices.
         labels: read classes, if there are any.
         captions: read captions; an example without one is bad.
-        clean: clean the captions.
+        cleaning: cleaning of the captions.
         features: read caption features instead of captions.
         short_share: in training, share of the examples with short captions, chosen by (seed, epoch, example).
         never_empty: see :class:`~datamodules.datasets.base.ExampleDataset`.
@@ -50,14 +51,14 @@ class CodeDataset(ExampleDataset):
         seed: int,
         labels: bool = True,
         captions: bool = False,
-        clean: bool = False,
+        cleaning: Cleaning | None = None,
         features: StoredFeatures | None = None,
         short_share: float = 0.0,
         never_empty: bool = False,
     ) -> None:
         super().__init__(examples, never_empty)
         self.choose_view, self.seed, self.labels, self.captions = choose_view, seed, labels, captions
-        self.clean, self.features, self.short_share = clean, features, short_share
+        self.cleaning, self.features, self.short_share = cleaning, features, short_share
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
         self.shape = (meta["views"], *meta["grid"])
         buffer = BytesIO()
@@ -121,7 +122,7 @@ class CodeDataset(ExampleDataset):
         if self.features is not None:
             example = self.features.example_with_features(index, position)
             return {"caption_features": self.features.read(example, short)}
-        return {"captions": caption_of(index[position], self.clean, short)}
+        return {"captions": caption_of(index[position], self.cleaning, short)}
 
     def _parse(self, index: ExampleIndex, position: int) -> np.ndarray:
         file = BytesIO(index[position].read("npy"))

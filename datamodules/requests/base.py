@@ -49,9 +49,13 @@ class RequestDataModule(pl.LightningDataModule, ABC):
                 f"per_{self.label_name} is {per_entry}, which with {len(labels)} entries requests "
                 f"{len(labels) * per_entry} images, more than {MAX_REQUESTS}; request fewer"
             )
-        self.batch_size = batch_size
-        self.labels = np.tile(np.array(labels, dtype=np.int64), per_entry)
+        self.batch_size, self._per_entry = batch_size, per_entry
+        self.set_labels(labels)
         self._done = np.zeros(len(self.labels), dtype=bool)
+
+    def set_labels(self, labels: Sequence[int]) -> None:
+        """Set the label of each entry, for labels that are known only in ``setup``; their number stays the same."""
+        self.labels = np.tile(np.array(labels, dtype=np.int64), self._per_entry)
 
     @abstractmethod
     def request(self, index: int) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import json
 import unicodedata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from datamodules.loading.loader import EvaluationLoader
 from datamodules.requests.base import RequestDataModule
 from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
-from llamagen.text.cleaning import clean_caption
+from llamagen.text.cleaning import UNKNOWN, Cleaning, RecordedCleaning, clean_caption, cleaning_of_option
 
 TABLE = ".tsv"
 OTHER_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")
@@ -127,16 +128,15 @@ class PromptDataModule(RequestDataModule):
         per_prompt: images per prompt.
         batch_size: images per batch and rank.
         column: name of the column with the prompts in a table; None for ``Prompt``.
-        clean_captions: clean the prompts, see :func:`llamagen.text.clean_caption`; for models trained on cleaned
-            captions. A prompt may become empty.
+        clean_captions: cleaning of the prompts, see :func:`llamagen.text.clean_caption`: ``published``, ``web``, or
+            false; true is ``web``. ``auto`` cleans them as the model records for the captions of its training. A prompt
+            may become empty.
 
     Attributes:
-        prompts: prompts in order, as the model reads them.
         columns: other columns of the table, for each prompt.
     """
 
     label_name = "prompt"
-    prompts: list[str]
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class PromptDataModule(RequestDataModule):
         per_prompt: int = 1,
         batch_size: int = 16,
         column: str | None = None,
-        clean_captions: bool = False,
+        clean_captions: Literal["auto", "published", "web"] | bool | None = "auto",
     ) -> None:
         if isinstance(prompts, str) and prompts.lstrip().startswith("["):
             prompts = _read_list(prompts)
@@ -159,10 +159,43 @@ class PromptDataModule(RequestDataModule):
                 )
             table = PromptTable([clean_prompt(prompt) for prompt in prompts], [{} for _ in prompts])
         super().__init__(range(len(table.prompts)), per_prompt, batch_size)
-        self.prompts, self.columns = table
+        self._given, self.columns = table
         self.clean_captions = clean_captions
-        if clean_captions:
-            self.prompts = [clean_caption(prompt) for prompt in self.prompts]
+        self._cleaned: dict[Cleaning | None, list[str]] = {}
+        if clean_captions != "auto":
+            clean_caption("", cleaning_of_option(clean_captions))  # raises now if a package is missing
+
+    @property
+    def cleaning(self) -> Cleaning | None:
+        """Cleaning of the prompts. With ``auto`` it is known once the model's weights are loaded; None before."""
+        if self.clean_captions != "auto":
+            return cleaning_of_option(self.clean_captions)
+        module = getattr(self.trainer, "lightning_module", None)
+        recorded: RecordedCleaning = getattr(module, "caption_cleaning", UNKNOWN)
+        return None if recorded == UNKNOWN else recorded
+
+    @property
+    def prompts(self) -> list[str]:  # type: ignore[override]
+        """Prompts in order, as the model reads them.
+
+        Raises:
+            ValueError: if the cleaning needs a package that is not installed.
+        """
+        cleaning = self.cleaning
+        if cleaning not in self._cleaned:
+            self._cleaned[cleaning] = [clean_caption(prompt, cleaning) for prompt in self._given]
+        return self._cleaned[cleaning]
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Requests of this rank, in order. Lightning asks for them after it has loaded the checkpoint.
+
+        Raises:
+            ValueError: if the prompts are cleaned differently from the captions that the model was trained on.
+        """
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if hasattr(module, "check_prompt_cleaning"):
+            module.check_prompt_cleaning(self.clean_captions)
+        return super().predict_dataloader()
 
     def request(self, index: int) -> dict[str, Any]:
         """``index`` of the image in the run and ``captions``, its prompt."""

@@ -86,6 +86,8 @@ def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
         entry["captions"] = weights.captions
     if weights.tokenizer is not None:
         entry["tokenizer"] = weights.tokenizer
+    if weights.classes is not None:
+        entry["classes"] = weights.classes
     return {ENTRY: json.dumps(entry)}
 
 

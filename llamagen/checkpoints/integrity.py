@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 from llamagen.checkpoints.sharded import META_FILE, read_index
+from llamagen.hub.errors import remedy_for_damage
 
 DAMAGES = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
 
@@ -36,7 +37,8 @@ def check_integrity(path: Path) -> None:
             _check(path)
     except DAMAGES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is damaged ({reason}); take another checkpoint") from error
+        remedy = remedy_for_damage(path, "take another checkpoint")
+        raise ValueError(f"{path} is damaged ({reason}); {remedy}") from error
 
 
 def _check(file: Path | BytesIO) -> None:

@@ -44,6 +44,7 @@ class Weights(NamedTuple):
         captions: description of the caption features that a text model was trained on, see
             :meth:`llamagen.text.CaptionEncoder.metadata`.
         tokenizer: checksum of the tokenizer whose codes an autoregressive model was trained on, if known.
+        classes: names of the classes that a class model was trained on, by number, if they are known.
     """
 
     state: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Weights(NamedTuple):
     averaged: bool = False
     captions: dict[str, Any] | None = None
     tokenizer: str | None = None
+    classes: list[str] | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True) -> Weights:
@@ -76,7 +78,9 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
     """
     path = local_file(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a file of weights")
+        raise ValueError(
+            f"{path} does not exist; give a file of weights, a published name or hf://owner/repository/file"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path, averaged)
     content = read_torch_file(path)
@@ -138,7 +142,7 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
             ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
 
 
@@ -164,6 +168,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
         averaged and bool(averages),
         entry.get("captions"),
         entry.get("tokenizer"),
+        classes_of(entry),
     )
 
 
@@ -180,7 +185,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({type(error).__name__}); it is damaged or another kind of file; "
-            f"{remedy_for_damage(path)}"
+            f"{remedy_for_damage(path, 'get it again')}"
         ) from error
     source = f"{path}, EMA weights" if averages else _source(path, averaged, False)
     return Weights(
@@ -190,9 +195,16 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
         architecture,
         source,
         averages,
-        entry.get("captions"),
-        entry.get("tokenizer"),
+        captions=entry.get("captions"),
+        tokenizer=entry.get("tokenizer"),
+        classes=classes_of(entry),
     )
+
+
+def classes_of(entry: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes in the description of a model; None if it has none."""
+    classes = entry.get("classes")
+    return classes if isinstance(classes, list) and classes and all(isinstance(each, str) for each in classes) else None
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def file_address(source: str | Path) -> Address | None:
             )
         return address
     if not Path(text).expanduser().exists() and "/" not in text:
-        near = get_close_matches(text.removesuffix(".pt"), PUBLISHED, 3, 0.75)
+        near = get_close_matches(text.removesuffix(".pt"), PUBLISHED, 3, 0.6)
         if near:
             raise ValueError(
                 f"{text} is neither a file nor a published name; give a path, {FORM}, or a name such as "

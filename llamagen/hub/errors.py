@@ -4,6 +4,7 @@
 them.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -72,16 +73,15 @@ def damaged_file_error(path: Path, reason: str) -> ValueError:
     )
 
 
-def remedy_for_damage(path: Path) -> str:
+def remedy_for_damage(path: Path, other: str) -> str:
     """What to do about a damaged file: for one in the hub's cache, how to download it again.
 
     Args:
         path: the file.
+        other: the remedy for all other files.
     """
-    import sys
-
     if "huggingface_hub" not in sys.modules or not path.absolute().is_relative_to(cache_folder().absolute()):
-        return "get it again"
+        return other
     return f"remove {path.resolve()} and run the same command again to download it again"
 
 

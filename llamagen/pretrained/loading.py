@@ -18,7 +18,7 @@ from llamagen.pretrained.sizes import infer_gpt_config, is_gpt
 from llamagen.pretrained.source import Source
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextCondition, TextEncoderConfig
-from llamagen.text.cleaning import clean_caption
+from llamagen.text.cleaning import UNKNOWN, Cleaning, clean_caption
 
 DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -50,12 +50,13 @@ class Prompts:
     """Prompts → conditions of a text model, cleaned like the captions of its training.
 
     Args:
-        condition: the encoder, which is loaded at first use.
-        cleaning: name of the cleaning; None for none.
+        condition: the encoder, which is loaded at first use, and the record of the model's captions.
+        cleaning: cleaning of the prompts if there is no record.
     """
 
-    def __init__(self, condition: TextCondition, cleaning: str | None) -> None:
-        self.condition, self.cleaning = condition, cleaning
+    def __init__(self, condition: TextCondition, cleaning: Cleaning | None) -> None:
+        self.condition, recorded = condition, condition.cleaning
+        self.cleaning: Cleaning | None = cleaning if recorded == UNKNOWN else recorded
 
     def __call__(self, prompts: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Features (N, C, W), padded on the left, and lengths (N,) of prompts.
@@ -66,9 +67,8 @@ class Prompts:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
-        if self.cleaning is not None:
-            prompts = [clean_caption(prompt, self.cleaning) for prompt in prompts]
-        encoded = self.condition.encode(list(prompts), device, separately=True)
+        cleaned = [clean_caption(prompt, self.cleaning) for prompt in prompts]
+        encoded = self.condition.encode(cleaned, device, separately=True)
         return encoded.features, encoded.lengths
 
 
@@ -138,7 +138,7 @@ def _check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
 
 
 def _class_names(source: Source, weights: Weights, config: GPTConfig) -> ClassNames:
-    own = source.classes or tuple(getattr(weights, "classes", None) or ())
+    own = source.classes or tuple(weights.classes or ())
     if len(own) == config.num_classes:
         return named_classes(own)
     if config.num_classes == len(imagenet_classes()):

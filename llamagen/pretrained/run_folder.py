@@ -50,17 +50,15 @@ class Run(NamedTuple):
             raise ValueError(f"{folder} has no checkpoints; train the model first, or give the file of its weights")
         return next((path for path in found if path.name == "last.ckpt"), found[-1])
 
-    def path(self, option: str) -> str | None:
-        """Path of an option, such as ``tokenizer``. Relative ones start from the folder in which the run was started.
+    def locate(self, path: str) -> str:
+        """Find a file or folder that the settings name.
 
-        The run may have moved together with other runs since then, so they are looked up in its parents, too.
+        Relative paths start from the folder in which the run was started. The run may have moved since then, together
+        with other runs, so they are looked up in its parents, too. What is not found is returned as it is.
         """
-        value = self.options.get(option)
-        if value is None:
-            return None
-        given = str(value).replace("${trainer.default_root_dir}", str(self.folder))
-        folders = ("", *self.folder.absolute().parents)
-        return next((str(path) for folder in folders if (path := Path(folder, given)).exists()), given)
+        given = path.replace("${trainer.default_root_dir}", str(self.folder))
+        places = [Path(given), *(parent / given for parent in self.folder.absolute().parents)]
+        return next((str(place) for place in places if place.exists()), given)
 
 
 def run_of(path: Path) -> Run | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llamagen.models.gpt_config import GPTConfig
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "B": {"n_layer": 12, "n_head": 12, "dim": 768},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024},
     "XL": {"n_layer": 36, "n_head": 20, "dim": 1280},

@@ -9,6 +9,7 @@ from typing import Any
 from llamagen.hub.download import is_remote, local_file, local_repository
 from llamagen.hub.published import PUBLISHED, PublishedModel
 from llamagen.pretrained.run_folder import Run, find_run, run_of
+from llamagen.text.cleaning import Cleaning
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
@@ -32,7 +33,7 @@ class Source:
         sampling: default settings of sampling, fields of :class:`~llamagen.sampling.SamplingConfig`.
         dtype: default dtype, ``float32``, ``bfloat16`` or ``mixed``.
         classes: names of the classes; empty if unknown.
-        cleaning: cleaning of the prompts; None if the file of the weights records it, or for none.
+        cleaning: cleaning of the prompts, for files that do not record it; None for none.
         text_encoder: ``name`` and ``dtype`` of the caption encoder, if known.
     """
 
@@ -43,7 +44,7 @@ class Source:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     classes: tuple[str, ...] = ()
-    cleaning: str | None = None
+    cleaning: Cleaning | None = None
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,16 +123,13 @@ def _from_run(run: Run, path: Path) -> Source:
     name = run.folder.absolute().name
     if run.model == "VQGANModule":
         return Source(name, None, path)
-    tokenizer = run.path("tokenizer")
-    encoder = dict(run.options.get("text_encoder") or {})
+    tokenizer, encoder = run.options.get("tokenizer"), dict(run.options.get("text_encoder") or {})
     if encoder.get("name"):
-        local = Path(run.folder, str(encoder["name"]))
-        candidates = (Path(folder, str(encoder["name"])) for folder in ("", *local.absolute().parents))
-        encoder["name"] = next((str(each) for each in candidates if each.is_dir()), encoder["name"])
+        encoder["name"] = run.locate(encoder["name"])
     return Source(
         name,
         path,
-        None if tokenizer is None else local_file(tokenizer),
+        None if tokenizer is None else local_file(run.locate(tokenizer)),
         sampling=run.options.get("sampling") or {},
         dtype=run.dtype,
         text_encoder=encoder,

@@ -1,7 +1,20 @@
-"""Cleaning of captions: web text → plain lower-case text; and the first sentence of a caption. Both are optional."""
+"""Cleaning of captions: web text → plain lower-case text; and the first sentence of a caption. Both are optional.
+
+There are two cleanings: ``web``, of this project, and ``published``, of the published text models. A model should read
+prompts that are cleaned like its training captions, so checkpoints and caption features record the cleaning.
+"""
 
 import html
 import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+Cleaning = Literal["published", "web"]
+"""Name of a cleaning; None stands for captions that are not cleaned."""
+CLEANINGS: tuple[str, ...] = get_args(Cleaning)
+RecordedCleaning = Cleaning | Literal["unknown"] | None
+"""Cleaning in a record; ``unknown`` if there is none, for example for published weights."""
+UNKNOWN: Literal["unknown"] = "unknown"
 
 MAX_PASSES = 8
 """Removing one pattern may expose another. More than two passes are rarely needed."""
@@ -18,6 +31,7 @@ ADDRESS = re.compile(
 ADDRESS_END = re.compile(r"""[.,;:!?)\]}>'"]*\Z""")
 MAIL = re.compile(r"(?:mailto:)?(?<![a-z0-9._%+-])[a-z0-9._%+-]+@(?:[a-z0-9-]+\.)+[a-z]{2,}")
 HANDLE = re.compile(r"(?<![a-z0-9])@[a-z0-9_][a-z0-9_.]*(?<!\.)(?:@[a-z0-9.-]+)?")
+LONG_REFERENCE = re.compile(r"&#\d{8,};?")
 TAG = re.compile(r"</?[a-z][^<>]*>|<!--[^<>]*-->")
 FILE = re.compile(rf"(?<![a-z0-9_.-])[a-z0-9_.-]*(?:\(\d+\))?\.(?:{FILES})(?![a-z0-9])")
 NUMBER = re.compile(r"(?<![a-z0-9_.,-])[a-z0-9_-]*\d{7,}[a-z0-9_-]*")
@@ -50,33 +64,86 @@ NEXT_LETTER = re.compile(r"[ \"'“‘«(\[]*(.?)", re.DOTALL)
 MAX_WORD = 40
 
 
-def clean_caption(text: str) -> str:
+def clean_caption(text: str, cleaning: Cleaning | None = "web") -> str:
     """Clean a caption from the web, or a prompt for a model trained on such captions: plain lower-case text.
 
-    Repairs wrongly decoded text and resolves HTML entities. Removes HTML tags, addresses (of pages, mail and users),
-    file names, words with numbers of seven or more digits, hashtag signs, empty brackets, and repeated punctuation and
-    spaces. Letters, words and punctuation of other scripts are kept.
+    ``web`` repairs wrongly decoded text and resolves HTML entities. It removes HTML tags, addresses (of pages, mail and
+    users), file names, words with numbers of seven or more digits, hashtag signs, empty brackets, and repeated
+    punctuation and spaces. Letters, words and punctuation of other scripts are kept.
+
+    ``published`` gives exactly the captions of the published text models, see
+    :func:`~llamagen.text.published_cleaning.clean_as_published`.
 
     Args:
         text: any text.
+        cleaning: ``published``, ``web``, or None, which returns the text unchanged.
 
     Returns:
-        The text in one line, possibly empty. Cleaning it again changes nothing, except for deeply nested markup.
+        The text in one line, possibly empty. Cleaning it again with ``web`` changes nothing, except for deeply nested
+        markup.
 
     Raises:
-        ValueError: if the extra ``text`` is not installed.
+        ValueError: if the cleaning is unknown, or the extra ``text`` is not installed.
     """
+    if cleaning is None:
+        return text
+    if cleaning not in CLEANINGS:
+        raise ValueError(f"cleaning is {cleaning!r}; it must be {' or '.join(CLEANINGS)}, or None for no cleaning")
+    if cleaning == "web":
+        return _clean_web(text)
+    from llamagen.text.published_cleaning import clean_as_published  # its libraries load slowly
+
+    return clean_as_published(text)
+
+
+def cleaning_of_option(value: Any) -> Cleaning | None:
+    """The cleaning that an option ``clean_captions`` selects.
+
+    Args:
+        value: ``published`` or ``web``; false or None for no cleaning; true for ``web``, as in configurations from
+            before there were two cleanings.
+
+    Raises:
+        ValueError: in one line, for any other value.
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return "web"
+    if value not in CLEANINGS:
+        raise ValueError(f"clean_captions is {value!r}; it must be {', '.join(CLEANINGS)} or false")
+    cleaning: Cleaning = value
+    return cleaning
+
+
+def recorded_cleaning(record: Mapping[str, Any] | None) -> RecordedCleaning:
+    """The cleaning that a checkpoint or a dataset of caption features records.
+
+    Args:
+        record: has ``cleaned``: the name of a cleaning, or false. True, in older files, is ``web``. None: no record.
+
+    Raises:
+        ValueError: in one line, for any other value.
+    """
+    if record is None or "cleaned" not in record:
+        return UNKNOWN
     try:
-        from ftfy import TextFixerConfig, fix_text  # optional
-    except ImportError as error:
-        raise ValueError(f'clean_caption needs ftfy ({error}); pip install -c constraints.txt -e ".[text]"') from error
-    # Full-width punctuation and curly quotes are normal in other scripts.
-    config = TextFixerConfig(unescape_html=False, fix_character_width=False, uncurl_quotes=False)
-    for _ in range(MAX_PASSES):
-        before, text = text, _clean_once(fix_text(text, config))
-        if text == before:
-            break
-    return text
+        return cleaning_of_option(record["cleaned"])
+    except ValueError as error:
+        raise ValueError(
+            f"captions are recorded as cleaned with {record['cleaned']!r}, which this version does not know; use the "
+            "version that wrote the record"
+        ) from error
+
+
+def in_words(cleaning: RecordedCleaning) -> str:
+    """``cleaned with web`` or ``not cleaned``, for messages."""
+    return "not cleaned" if cleaning is None else f"cleaned with {cleaning}"
+
+
+def as_option(cleaning: RecordedCleaning) -> str:
+    """The value of ``clean_captions`` that selects a cleaning, for messages."""
+    return "false" if cleaning is None else cleaning
 
 
 def first_sentence(text: str) -> str:
@@ -100,8 +167,22 @@ def first_sentence(text: str) -> str:
     return text
 
 
+def _clean_web(text: str) -> str:
+    try:
+        from ftfy import TextFixerConfig, fix_text  # optional
+    except ImportError as error:
+        raise ValueError(f'clean_caption needs ftfy ({error}); pip install -c constraints.txt -e ".[text]"') from error
+    # Full-width punctuation and curly quotes are normal in other scripts.
+    config = TextFixerConfig(unescape_html=False, fix_character_width=False, uncurl_quotes=False)
+    for _ in range(MAX_PASSES):
+        before, text = text, _clean_once(fix_text(text, config))
+        if text == before:
+            break
+    return text
+
+
 def _clean_once(text: str) -> str:
-    while (resolved := html.unescape(text)) != text:  # some texts are escaped twice
+    while (resolved := _unescape(text)) != text:  # some texts are escaped twice
         text = resolved
     text = INVISIBLE.sub("", text.lower())
     text = TAG.sub(" ", text)
@@ -119,6 +200,13 @@ def _clean_once(text: str) -> str:
     text = SPACE_BEFORE.sub(r"\1", BRACKET_SPACE.sub("", " ".join(text.split())))
     leading = LEADING.match(text)
     return (text[leading.end() :] if leading else text).rstrip(TRAILING)
+
+
+def _unescape(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # Python refuses to convert thousands of digits
+        return LONG_REFERENCE.sub(" ", text)
 
 
 def _without_address(match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 Plain PyTorch, so that a server or a notebook can prompt a model without Lightning::
 
     text = TextCondition(gpt.config, TextEncoderConfig())
-    condition = text.encode(["a red cube on a table"], device)
+    condition = text.encode([clean_caption("A red cube on a table", "published")], device)
     codes = generate(gpt, condition.features, caption_lengths=condition.lengths)
 """
 
@@ -15,6 +15,15 @@ from torch import Tensor
 
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.rank_zero import warn_on_rank_zero
+from llamagen.text.cleaning import (
+    UNKNOWN,
+    Cleaning,
+    RecordedCleaning,
+    as_option,
+    cleaning_of_option,
+    in_words,
+    recorded_cleaning,
+)
 from llamagen.text.encoder import CaptionEncoder, TextEncoderConfig
 from llamagen.text.padding import pad_left, unpack_left
 
@@ -47,15 +56,25 @@ class TextCondition:
         encoder: name and dtype of the encoder.
 
     Attributes:
-        metadata: encoder and cleaning of the captions that the model was trained on; None if unknown.
+        metadata: encoder and cleaning of the captions that the model was trained on; None if unknown. ``cleaned`` is
+            ``published``, ``web`` or False; True, in older files, is ``web``.
     """
 
     def __init__(self, config: GPTConfig, encoder: TextEncoderConfig) -> None:
         self.config, self.encoder_config = config, encoder
         self.metadata: dict[str, Any] | None = None
         self._source = ""
+        self._of_dataset: RecordedCleaning = UNKNOWN
+        self._of_features = False
         self._encoder: CaptionEncoder | None = None
         self._warned_of_truncation = False
+
+    @property
+    def cleaning(self) -> RecordedCleaning:
+        """Cleaning of the captions that the model was trained on, which its prompts need, too; None if they were not
+        cleaned, ``unknown`` if no record tells, as for published weights.
+        """
+        return recorded_cleaning(self.metadata)
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -96,7 +115,28 @@ class TextCondition:
                 )
         self.metadata, self._source = {**metadata, **recorded}, self._source or source
 
-    def check_dataset(self, meta: Mapping[str, Any], captioned: bool, cleaned: bool) -> None:
+    def check_checkpoint(self, metadata: Mapping[str, Any]) -> None:
+        """Compare the description in a checkpoint with encoder and dataset, and take over its cleaning.
+
+        Args:
+            metadata: the ``captions`` entry of the checkpoint's description.
+
+        Raises:
+            ValueError: if the encoder differs, or the dataset's captions are cleaned differently.
+        """
+        self.check_encoder(metadata, "the checkpoint")
+        if (cleaning := recorded_cleaning(metadata)) == UNKNOWN:
+            return
+        if self._of_dataset not in (UNKNOWN, cleaning):
+            raise ValueError(
+                f"the captions of the dataset are {in_words(self._of_dataset)}, but those of the checkpoint were "
+                f"{in_words(cleaning)}; {self._remedy(cleaning)}, or use other weights"
+            )
+        self.metadata = {**(self.metadata or {}), "cleaned": metadata["cleaned"]}
+
+    def check_dataset(
+        self, meta: Mapping[str, Any], captioned: bool, cleaning: Cleaning | None, other_cleaning: bool = False
+    ) -> None:
         """Check that a dataset of codes has captions or features that match the model.
 
         Loads the encoder if there are only captions. Afterwards ``metadata["cleaned"]`` describes this dataset, not
@@ -105,20 +145,35 @@ class TextCondition:
         Args:
             meta: the dataset's ``meta.json``.
             captioned: whether the dataset has captions.
-            cleaned: whether captions are cleaned before they are encoded online.
+            cleaning: cleaning of the captions: that of the features, or of captions that are encoded online.
+            other_cleaning: accept captions that are cleaned differently from those of the initial weights.
 
         Raises:
-            ValueError: if the features do not match, there are no captions, or the encoder is not available.
+            ValueError: if the features do not match, the cleaning differs, there are no captions, or the encoder is not
+                available.
         """
-        if (features := meta.get("features")) is None:
-            if not captioned:
-                raise ValueError(
-                    "the codes have neither captions nor their features, which a text model needs; extract codes of "
-                    "images with captions"
-                )
+        features = meta.get("features")
+        if features is None and not captioned:
+            raise ValueError(
+                "the codes have neither captions nor their features, which a text model needs; extract codes of "
+                "images with captions"
+            )
+        self._of_features = features is not None
+        if not other_cleaning and self.cleaning not in (UNKNOWN, cleaning):
+            raise ValueError(
+                f"the captions of the dataset are {in_words(cleaning)}, but those of {self._source} were "
+                f"{in_words(self.cleaning)}; {self._remedy(self.cleaning)}, or add clean_captions to "
+                "model.init_args.init_adapt to train on other captions"
+            )
+        if features is None:
             self.check_encoder(self.encoder.metadata(), "the text encoder")
-            self.metadata = {**(self.metadata or {}), "cleaned": cleaned}
-            return
+            cleaned: Any = cleaning or False
+        else:
+            self._check_features(features)
+            cleaned = features.get("cleaned", False)
+        self.metadata, self._of_dataset = {**(self.metadata or {}), "cleaned": cleaned}, cleaning
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
         if features["width"] != self.config.caption_dim or features["caption_length"] > self.config.caption_length:
             raise ValueError(
                 f"the features have up to {features['caption_length']} tokens of width {features['width']}, but the "
@@ -128,13 +183,34 @@ class TextCondition:
         # Not caption_length: a model may read shorter features than it could.
         recorded = {key: features[key] for key in ("encoder", "width", "encoder_dtype", *COMPARED) if features.get(key)}
         self.check_encoder(recorded, "the encoder of the features")
-        self.metadata = {**(self.metadata or {}), "cleaned": features.get("cleaned", False)}
 
-    def warn_if_cleaning_differs(self, cleaned: bool) -> None:
-        """Warn if prompts are cleaned but the captions of training were not, or vice versa."""
-        if self.metadata is not None and self.metadata.get("cleaned", cleaned) != cleaned:
-            was, wanted = ("cleaned", "true") if self.metadata["cleaned"] else ("not cleaned", "false")
-            warn_on_rank_zero(f"the model's captions were {was}; set data.init_args.clean_captions to {wanted}")
+    def _remedy(self, cleaning: RecordedCleaning) -> str:
+        value = as_option(cleaning)
+        if self._of_features:
+            return f"extract the features again with data.init_args.clean_captions {value}"
+        return f"set data.init_args.clean_captions to {value}"
+
+    def check_prompts(self, option: str | bool | None) -> None:
+        """Check that prompts are cleaned like the captions of training.
+
+        Args:
+            option: ``clean_captions`` of the prompts; ``auto`` follows the record, and warns if there is none.
+
+        Raises:
+            ValueError: in one line, if the record names another cleaning.
+        """
+        if option == "auto":
+            if self.cleaning == UNKNOWN:
+                warn_on_rank_zero(
+                    "prompts are not cleaned, because the weights do not record how the captions of training were; set "
+                    "data.init_args.clean_captions to published (for the published weights), web or false"
+                )
+            return
+        if self.cleaning not in (UNKNOWN, cleaning := cleaning_of_option(option)):
+            raise ValueError(
+                f"prompts are {in_words(cleaning)}, but the captions of training were {in_words(self.cleaning)}; set "
+                f"data.init_args.clean_captions to {as_option(self.cleaning)} or auto"
+            )
 
     def from_batch(self, batch: dict[str, Any], device: torch.device) -> Condition:
         """The condition of a batch.

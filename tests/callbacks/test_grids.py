@@ -130,7 +130,7 @@ def test_prompts_are_cleaned_if_the_data_cleans_its_captions(clean: bool, tmp_pa
             return torch.zeros(len(condition), 4, 4, 3, dtype=torch.uint8), None
 
     module: Any = Module()
-    trainer = trainer_at(1, tmp_path, datamodule=SimpleNamespace(clean_captions=clean))
+    trainer = trainer_at(1, tmp_path, datamodule=SimpleNamespace(cleaning="web" if clean else None))
     SampleGrid(prompts=["A Cat", "two"], per_class=2).on_validation_epoch_end(trainer, module)
     assert read == [["a cat", "two"] if clean else ["A Cat", "two"]]
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000001.png"]

@@ -111,7 +111,8 @@ def test_safetensors_contain_the_configuration(pipeline: Pipeline, tmp_path: Pat
         export(checkpoint, tmp_path / f"{name}.safetensors")
         with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
             entry = json.loads(file.metadata()["llamagen"])
-        assert entry == {"architecture": name, "config": wanted, "averaged": True}
+        classes = {"GPT": {"classes": [str(digit) for digit in range(10)]}, "VQGAN": {}}[name]
+        assert entry == {"architecture": name, "config": wanted, "averaged": True, **classes}
         config = {"VQGAN": VQGANConfig, "GPT": GPTConfig}[name](**wanted)
         assert build_model(read_weights(tmp_path / f"{name}.safetensors")).config == config
 
@@ -215,7 +216,8 @@ def test_the_command_reports_errors_in_one_line(
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.splitlines()[-1] == (
-        "error: nowhere.pt does not exist; give a file of weights; see python -m llamagen.checkpoints.export --help"
+        "error: nowhere.pt does not exist; give a file of weights, a published name or "
+        "hf://owner/repository/file; see python -m llamagen.checkpoints.export --help"
     )
     assert "Traceback" not in errors
 

@@ -84,11 +84,13 @@ def test_rejects_the_last_checkpoint_of_a_run_that_has_none(pipeline: Pipeline, 
         main.main(["validate", *arguments, "--ckpt_path=last"])
 
 
-def test_rejects_a_published_checkpoint_as_ckpt_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_rejects_a_file_of_weights_as_ckpt_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "published.pt")
     with pytest.raises(SystemExit):
         main.main(["fit", "--config", "configs/argen/base.yaml", f"--ckpt_path={tmp_path / 'published.pt'}"])
-    assert "published.pt was not written by a training run of this project" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "published.pt holds only weights" in message
+    assert f"--model.init_args.init_from {tmp_path / 'published.pt'}" in message
 
 
 def test_predict_collects_no_results_in_memory_and_other_stages_take_no_such_option() -> None:

@@ -153,7 +153,8 @@ def test_every_shipped_configuration_parses_and_the_last_file_takes_effect(stage
 
 def test_every_file_is_in_a_case() -> None:
     shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml")}
-    assert shipped == {name for _, names in CASES for name in names}
+    elsewhere = {name for name in shipped if name.startswith("published/") or name == "finetune.yaml"}
+    assert shipped - elsewhere == {name for _, names in CASES for name in names}
     assert set(BASES) <= shipped
 
 

@@ -62,6 +62,7 @@ FIT_TOKENIZER = {
     "--ckpt_path={argen}": "holds a GPT, but a VQGAN is expected",
     "--config={tmp}/nowhere.yaml": "nowhere.yaml",
     "--config={tmp}/file": "file",
+    "--config={tmp}/extends.yaml": "nowhere.yaml, in extends of",
     with_callback("ModelCheckpoint", "monitor=val/psmr", "mode=max"): "monitor is 'val/psmr'",
     with_callback("ModelCheckpoint", "monitor=val/psnr", "mode=up"): "mode",
     with_callback("BestCheckpoint", "monitor=val/psmr"): "BestCheckpoint.monitor is 'val/psmr'",
@@ -92,6 +93,9 @@ FIT_ARGEN = {
 }
 PREDICT_ARGEN = {
     f"{DATA}.classes=[99]": "class 99",
+    f"{DATA}.classes=[otter]": "there is no class 'otter'",
+    f"{DATA}.classes=[-1]": "classes is [-1]",
+    f"{DATA}.classes={{tmp}}/nowhere.txt": "nowhere.txt",
     f"{DATA}.per_class=0": "per_class is 0",
     f"{MODEL}.image_size=0": "image_size is 0",
     f"{MODEL}.tokenizer=null": "model.init_args.tokenizer",
@@ -172,6 +176,7 @@ def test_wrong_commands_are_one_line_errors_and_leave_nothing(
     stage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("[no configuration, no weights")
+    (tmp_path / "extends.yaml").write_text("extends: [nowhere.yaml]")
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/a.png").write_bytes(b"")

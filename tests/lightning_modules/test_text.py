@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -232,7 +231,7 @@ def changed(pipeline: TextPipeline, folder: Path, **features: Any) -> Path:
             {},
             {"cleaned": False},
             {"clean_captions": True},
-            ("of uncleaned captions; set it to false", "extract the features again"),
+            ("clean_captions is web", "were not cleaned; set it to false", "again with clean_captions web"),
         ),
         ({}, {"short": False}, {"short_caption_share": 0.1}, ("no features of short captions",)),
     ],
@@ -311,17 +310,6 @@ def test_accepts_the_same_encoder_in_another_precision(text_pipeline: TextPipeli
     assert module.caption_metadata["encoder"] == str(text_pipeline.t5)
 
 
-def test_a_second_stage_records_whether_its_own_captions_were_cleaned(text_pipeline: TextPipeline) -> None:
-    module = ARGenModule(
-        GPTConfig(**TEXT_NET),
-        init_from=text_pipeline.argen,
-        text_encoder=TextEncoderConfig(str(text_pipeline.t5), "float32"),
-    )
-    assert module.caption_metadata["cleaned"]
-    evaluator(limit_val_batches=1).validate(module, data_of(text_pipeline.codes), verbose=False)
-    assert not module.caption_metadata["cleaned"]
-
-
 def test_accepts_features_without_an_encoder_checksum(text_pipeline: TextPipeline, tmp_path: Path) -> None:
     root = Path(shutil.copytree(text_pipeline.features, tmp_path / "features"))
     meta = json.loads((root / "meta.json").read_text())
@@ -332,17 +320,6 @@ def test_accepts_features_without_an_encoder_checksum(text_pipeline: TextPipelin
         sampling_module(text_pipeline), data_of(root), ckpt_path=text_pipeline.argen, verbose=False
     )
     assert metrics["val/loss"] > 0
-
-
-def test_warns_if_prompts_are_cleaned_differently_from_captions(text_pipeline: TextPipeline, tmp_path: Path) -> None:
-    prompts, checkpoint = PromptDataModule(["A CAT"], batch_size=1), text_pipeline.argen
-    with pytest.warns(UserWarning, match="captions were cleaned; set data.init_args.clean_captions to true"):
-        evaluator().predict(sampling_module(text_pipeline), prompts, ckpt_path=checkpoint, weights_only=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the model's captions")
-        cleaned = PromptDataModule(["A CAT"], batch_size=1, clean_captions=True)
-        evaluator().predict(sampling_module(text_pipeline), cleaned, ckpt_path=checkpoint, weights_only=True)
-    assert cleaned.prompts == ["a cat"]
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def assert_sampled(folder: Path, count: int) -> None:
 def odd_arguments(pipeline: TextPipeline, folder: Path) -> list[str]:
     """The command that generates two images of each odd prompt."""
     arguments = pipeline.prompt_arguments(folder, json.dumps(list(ODD.values())))
-    return [*arguments, "--data.init_args.per_prompt=2", "--data.init_args.clean_captions=false"]
+    return [*arguments, "--data.init_args.per_prompt=2"]
 
 
 @pytest.fixture(scope="module")

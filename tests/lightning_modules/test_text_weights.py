@@ -89,6 +89,7 @@ def test_exported_weights_equal_the_loaded_ones(name: str, tmp_path: Path) -> No
     assert read_weights(tmp_path / name).captions == exported
     again = ARGenModule(golden_gpt(ENTRY).config, init_from=tmp_path / name)
     assert again.caption_metadata == (exported or {})
+    assert again.caption_cleaning == ("web" if exported else "unknown")
     assert_same(dict(read_weights(tmp_path / name).state), dict(golden_gpt(ENTRY).state_dict()))
 
 

@@ -16,6 +16,7 @@ import main
 from llamagen import LlamaGen
 from llamagen.class_names import ClassNames
 from llamagen.pretrained.loading import Parts
+from llamagen.pretrained.run_folder import find_run
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import golden
@@ -78,6 +79,15 @@ def test_images_of_prompts_are_those_of_the_command_line(
     assert np.array_equal(arrays(text_model.generate(prompts, progress=False)), written(tmp_path))
     alone = text_model.generate(prompts[:1], progress=False)
     assert np.array_equal(alone[0], written(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", "float32"), ("bf16-mixed", "mixed"), ("bf16-true", "bfloat16"), (16, "float32")],
+)
+def test_the_dtype_of_a_run_is_its_precision(tmp_path: Path, precision: str | int, dtype: str) -> None:
+    (tmp_path / "fit.yaml").write_text(f"trainer: {{precision: {precision}}}")
+    assert find_run(tmp_path).dtype == dtype
 
 
 @pytest.mark.parametrize("where", ["run", "parent", "checkpoint", "moved"])

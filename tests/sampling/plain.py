@@ -36,12 +36,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def plain_loop(
-    gpt: GPT, condition: Tensor, config: SamplingConfig, lengths: Tensor | None, seed: int, indices: Tensor
+    gpt: GPT,
+    condition: Tensor,
+    config: SamplingConfig,
+    lengths: Tensor | None,
+    seed: int,
+    indices: Tensor,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """Codes (B, L) of a model in evaluation mode."""
+    """Codes (B, L) of a model in evaluation mode, the first of which may be given as ``kept`` (B, K)."""
     batch = len(condition)
-    codes = torch.empty(batch, 0, dtype=torch.int64)
-    for step in range(gpt.config.block_size):
+    codes = torch.empty(batch, 0, dtype=torch.int64) if kept is None else kept
+    for step in range(codes.shape[1], gpt.config.block_size):
         logits = gpt(codes, condition, caption_lengths=lengths)[:, -1]
         dropped, scale = torch.ones(batch, dtype=torch.bool), config.guidance_scales(gpt.config.block_size)[step]
         other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]

@@ -167,3 +167,21 @@ def test_a_call_for_several_batches_gives_the_images_of_single_calls(compiled: b
         )
         assert torch.equal(alone[0], codes[index])
         assert (one.numpy()[0] == images.numpy()[index]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_preview_decodes_the_first_rows_and_reads_no_others(dtype: torch.dtype) -> None:
+    codes = some_codes(3)
+    pixels = PixelDecoder(small_vqgan(), CPU, dtype, image_size=8)
+    for rows in (1, 3, 4):
+        preview = pixels.preview(codes.flatten(1), rows)
+        assert preview.shape == (3, 4 * rows, 16, 3)
+        assert preview.dtype is torch.uint8
+        other = codes.clone()
+        other[:, rows:] = 10**6  # no code of the codebook
+        assert torch.equal(pixels.preview(other, rows), preview)
+        expected = PixelDecoder(small_vqgan(), CPU, dtype)(codes[:, :rows]).tensor()
+        assert (preview.int() - expected.int()).abs().max() <= 1
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"rows is {wrong}; a preview of this grid has 1 to 4 rows"):
+            pixels.preview(codes, wrong)

@@ -42,7 +42,7 @@ def text_condition(t5: Path) -> TextCondition:
 @pytest.mark.filterwarnings("ignore:1 of 2 captions have more")
 def test_prompts_become_the_left_padded_features_of_the_encoder(t5: Path) -> None:
     features, lengths, truncated = text_condition(t5).encode(PROMPTS, CPU)
-    encoded = CaptionEncoder(t5, LENGTH, "float32")(PROMPTS)
+    encoded = CaptionEncoder(t5, LENGTH, "float32")(PROMPTS, separately=True)
     assert torch.equal(features, pad_left(encoded.features, encoded.lengths))
     assert lengths is not None
     assert lengths.tolist() == [3, 8]
@@ -93,6 +93,21 @@ def test_the_condition_of_a_batch_comes_from_features_or_captions(t5: Path) -> N
         assert torch.equal(found.lengths, lengths)
     with pytest.raises(ValueError, match=r"the batch has no captions, only condition; give data with captions"):
         condition.from_batch({"condition": torch.tensor([3])}, CPU)
+
+
+def test_prompts_are_encoded_one_by_one_and_captions_of_training_together(
+    t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condition, passes = text_condition(t5), list[int]()
+    encode = condition.encoder._encode
+    monkeypatch.setattr(condition.encoder, "_encode", lambda tokens: passes.append(len(tokens)) or encode(tokens))
+    captions = ["a cat", "a dog", "a red house"]
+    prompts = condition.from_batch({"captions": captions, "index": torch.arange(3)}, CPU)
+    assert passes == [1, 1, 1]
+    assert torch.equal(condition.encode(captions[1:2], CPU).features[0], prompts.features[1])
+    passes.clear()
+    condition.from_batch({"captions": captions, "codes": torch.zeros(3, 4)}, CPU)
+    assert passes == [3]
 
 
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")

@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_features_do_not_depend_on_batch_order_or_padding(
     backward = t5(CAPTIONS[::-1])
     torch.testing.assert_close(backward.features.flip(0), alone, rtol=0, atol=1e-5)
     assert backward.lengths.flip(0).tolist()[:5] == LENGTHS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captions_that_are_encoded_separately_have_the_same_bits_in_any_list(folder: Path, dtype: Any) -> None:
+    t5 = CaptionEncoder(folder, caption_length=12, dtype=dtype)
+    together = t5(CAPTIONS, separately=True)
+    for row, caption in enumerate(CAPTIONS):
+        alone = t5([caption], separately=True)
+        assert torch.equal(alone.features[0], together.features[row])
+        assert torch.equal(alone.lengths[0], together.lengths[row])
+    assert torch.equal(t5(CAPTIONS[::-1], separately=True).features.flip(0), together.features)
 
 
 def test_duplicate_captions_are_encoded_once(t5: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,10 +281,13 @@ def test_cleaned_captions_are_stored_and_encoded_as_cleaned(module: CaptionModul
     assert sample.read("txt").decode() == clean_caption(dirty) == "a cat on the tree"
     expected = encoded_alone(module.encoder, "a cat on the tree")
     torch.testing.assert_close(features(sample).float(), expected, rtol=2**-8, atol=1e-6)
-    assert read_meta(tmp_path / "out", "")["features"]["cleaned"] is True
+    assert read_meta(tmp_path / "out", "")["features"]["cleaned"] == "web"
     # The mark is kept when the captions are encoded again.
     extract(module, tmp_path / "out", tmp_path / "again")
-    assert read_meta(tmp_path / "again", "")["features"]["cleaned"] is True
+    assert read_meta(tmp_path / "again", "")["features"]["cleaned"] == "web"
+    with pytest.raises(ValueError) as error:
+        extract(module, tmp_path / "out", tmp_path / "other", clean_captions="published")
+    assert_one_line(error, "clean_captions is published", "are already cleaned with web; set it to web")
 
 
 ODD: dict[int, dict[str, bytes | None]] = {

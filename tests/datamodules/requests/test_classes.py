@@ -3,11 +3,13 @@
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from datamodules.requests.classes import ClassRequestDataModule
+from llamagen.class_names import ClassNames, imagenet_classes
 from tests.datamodules.shard_files import assert_one_line
 
 
@@ -66,16 +68,16 @@ def test_labels_of_a_file_are_requested_in_rounds_and_may_repeat(tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "phrases"),
     [
-        (b"3\n\nfive\n", ("line 3", "'five' is not a class number", "write one integer from 0")),
+        (b"3\n\n?\n", ("line 3", "'?' is neither a class number nor a name", "one integer from 0")),
         (b"-3\n", ("line 1", "'-3'")),
         (b"1\n2.5\n", ("line 2", "'2.5'")),
         (b"1 2\n", ("line 1", "'1 2'")),
-        ("\u0663\n".encode(), ("line 1", "is not a class number")),
+        ("\u0663\n".encode(), ("line 1", "is neither a class number nor a name")),
         (b"9999999999\n", ("line 1", "'9999999999'")),
-        (b"\n \n", ("holds no class numbers", "write one in each line")),
-        (b"", ("holds no class numbers",)),
+        (b"\n \n", ("holds no class numbers or names", "write one in each line")),
+        (b"", ("holds no class numbers or names",)),
         (b"\xff\xfe3\x00", ("cannot be read (not a text file)",)),
-        (None, ("cannot be read (No such file or directory)", "give a number, a list, or a text file")),
+        (None, ("cannot be read (No such file or directory)", "give a number, a list of class numbers and names, or")),
     ],
     ids=str,
 )
@@ -121,6 +123,8 @@ def test_finished_images_are_left_out_before_distribution(world_size: int, batch
         ({"classes": -2}, "classes is -2"),
         ({"classes": []}, "classes is []"),
         ({"classes": [3, -1]}, "classes is [3, -1]"),
+        ({"classes": ["otter", "-1"]}, "classes is ['otter', '-1']"),
+        ({"classes": ["otter", "otter"]}, "classes is ['otter', 'otter']"),
         ({"classes": [3, 1, 3]}, "classes is [3, 1, 3]"),
         ({"classes": [10**20]}, "classes is [100000000000000000000]"),
         ({"per_class": 0}, "per_class is 0"),
@@ -140,3 +144,56 @@ def test_fewer_images_than_ranks_are_not_measured() -> None:
     with pytest.raises(ValueError, match="2 images cannot be measured on 3 ranks") as error:
         data.test_dataloader()
     assert_one_line(error)
+
+
+def resolved(classes: Any, names: ClassNames | None = None, per_class: int = 1) -> ClassRequestDataModule:
+    """Requests after ``setup`` with a model whose classes have these names; ImageNet's by default."""
+    data = ClassRequestDataModule(classes, per_class)
+    module = SimpleNamespace(class_names=names or imagenet_classes())
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.setup("predict")
+    return data
+
+
+def test_classes_are_requested_by_names_and_numbers_of_the_model() -> None:
+    data = resolved(["golden retriever", 3, "388", "St. Bernard"], per_class=2)
+    assert data.classes == [207, 3, 388, 247]
+    assert requests(data) == list(enumerate([207, 3, 388, 247] * 2))
+    assert (data.labels.dtype, data.left) == (np.int64, 8)
+    assert resolved(["cats", "dogs"], ClassNames(["dogs", "cats"])).classes == [1, 0]
+    assert resolved("Arctic fox").classes == [279]
+    assert resolved("n02099601").classes == [207]
+
+
+def test_names_of_a_file_are_requested_and_may_repeat(tmp_path: Path) -> None:
+    path = tmp_path / "labels"  # without a suffix
+    path.write_text("otter\n7\nOtter\n360\n")
+    assert resolved(path).classes == [360, 7, 360, 360]
+    path.write_text("otter\n\ncrane\n")
+    with pytest.raises(ValueError) as error:
+        resolved(path)
+    assert_one_line(error, f"{path}, line 3: 'crane' fits 2 classes")
+
+
+@pytest.mark.parametrize(
+    ("classes", "phrases"),
+    [
+        (["goldn retriever"], ("classes: there is no class 'goldn retriever'", "207 (golden retriever)")),
+        (["crane"], ("classes: 'crane' fits 2 classes", "give more words or a number")),
+        (["otter", 360], ("classes has 'otter' and 360, which are all class 360; give each class once",)),
+        ("nothing", ("classes: there is no class 'nothing'",)),
+    ],
+    ids=str,
+)
+def test_unknown_ambiguous_and_repeated_names_are_refused_in_one_line(classes: Any, phrases: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        resolved(classes)
+    assert_one_line(error, *phrases)
+
+
+def test_names_are_refused_if_the_classes_have_none() -> None:
+    data = ClassRequestDataModule([3, "otter"])
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(class_names=None))  # type: ignore[assignment]
+    with pytest.raises(ValueError) as error:
+        data.setup("predict")
+    assert_one_line(error, "classes has 'otter', but this model's classes have no names; give numbers")

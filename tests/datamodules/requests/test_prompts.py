@@ -142,7 +142,10 @@ def test_list_with_json_escapes_is_read() -> None:
 def test_prompts_are_cleaned_on_request() -> None:
     prompts = ["A <b>Red</b> HOUSE  http://a.com/b", "http://a.com"]
     assert PromptDataModule(prompts, clean_captions=True).prompts == ["a red house", ""]
-    assert PromptDataModule(prompts).prompts == prompts
+    assert PromptDataModule(prompts, clean_captions="web").prompts == ["a red house", ""]
+    assert PromptDataModule(prompts, clean_captions="published").prompts == ["a red house", ""]
+    assert PromptDataModule(prompts, clean_captions=False).prompts == prompts
+    assert PromptDataModule(prompts).prompts == prompts  # without a model whose record says otherwise
 
 
 def test_folder_is_refused_as_prompt_file(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "captions that were not cleaned": (
         lambda path: code_data(path / "codes", path / "features", clean_captions=True),
-        ("clean_captions is true", "features in", "are of uncleaned captions"),
+        ("clean_captions is web", "features in", "were not cleaned; set it to false"),
     ),
     "no short captions": (
         lambda path: code_data(path / "codes", path / "others", short_caption_share=0.1),

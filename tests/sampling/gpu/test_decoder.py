@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import GPT_VARIANTS, caption_lengths_for, condition_for, small_gpt, small_vqgan
+from tests.small_models import GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt, small_vqgan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +88,41 @@ def test_decoding_needs_no_synchronization() -> None:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("setting", ["sampled, guided", "sampled, guided from code 3 to 9"])
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_codes_after_kept_ones_equal_those_of_uncached_sampling(kind: str, setting: str, compiled: bool) -> None:
+    cpu, config = small_gpt(condition=kind), SamplingConfig(**SETTINGS[setting])
+    condition, lengths, indices = condition_for(cpu, 5), caption_lengths_for(cpu, 5), torch.arange(5) * 37
+    sampler = Sampler(small_gpt(condition=kind).to("cuda"), 3, compiled=compiled)
+    for count in (1, 4, 9, 16, 0):
+        kept, counts = codes_for(cpu, 5, count), list[tuple[int, int]]()
+        expected = plain_loop(cpu, condition, config, lengths, 11, indices, kept)
+
+        def watch(codes: Tensor, complete: int, start: int, expected: Tensor = expected) -> None:
+            counts.append((complete, start))  # noqa: B023
+            assert torch.equal(codes[:, :complete].cpu(), expected[start : start + len(codes), :complete])
+
+        found = sampler(condition, config, caption_lengths=lengths, seed=11, indices=indices, kept=kept, on_row=watch)
+        assert torch.equal(found.cpu(), expected)
+        first = max(4, count // 4 * 4)
+        assert counts == [(complete, start) for start in (0, 3) for complete in range(first, 17, 4)]
+
+
+def test_a_compiled_sampler_works_after_its_callback_has_raised() -> None:
+    sampler, labels = Sampler(small_gpt().to("cuda"), 4, compiled=True), torch.arange(4)
+    config = SamplingConfig(guidance_scale=2.0)
+    expected = sampler(labels, config)
+
+    def stop(codes: Tensor, count: int, start: int) -> None:
+        if count == 8:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        sampler(labels, config, on_row=stop)
+    assert torch.equal(sampler(labels, config), expected)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])

@@ -16,7 +16,7 @@ from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.gpu import decoder as gpu
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import caption_lengths_for, condition_for, small_gpt
+from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 
 class StepOnCPU:
@@ -44,11 +44,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
 
 
-def request_for(kind: str, config: SamplingConfig, seed: int = 11) -> tuple[Any, SamplingRequest]:
+def request_for(
+    kind: str, config: SamplingConfig, seed: int = 11, kept: Tensor | None = None
+) -> tuple[Any, SamplingRequest]:
     gpt = small_gpt(condition=kind)
     indices = torch.arange(3) * 37
     return gpt, SamplingRequest.from_inputs(
-        gpt, condition_for(gpt, 3), config, caption_lengths_for(gpt, 3), seed, indices
+        gpt, condition_for(gpt, 3), config, caption_lengths_for(gpt, 3), seed, indices, kept
     )
 
 
@@ -66,6 +68,42 @@ def test_codes_equal_those_of_uncached_sampling(kind: str, setting: str) -> None
     assert torch.equal(again.codes, expected)
     assert first.codes.data_ptr() != again.codes.data_ptr()
     assert not first.broken.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 4, 9, 15, 16])
+@pytest.mark.parametrize("setting", ["sampled, guided", "sampled, guided from code 3 to 9", "sampled, linear"])
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_codes_after_kept_ones_equal_those_of_uncached_sampling(kind: str, setting: str, count: int) -> None:
+    config, kept = SamplingConfig(**SETTINGS[setting]), codes_for(small_gpt(), 3, count)
+    gpt, request = request_for(kind, config, kept=kept)
+    decoder = gpu.GPUCodeDecoder(gpt, 3, torch.float32)
+    expected = plain_loop(gpt, request.condition, config, request.caption_lengths, 11, request.indices, kept)
+    for _ in range(2):
+        assert torch.equal(decoder(request).codes, expected)
+    _, without = request_for(kind, config)
+    assert torch.equal(
+        decoder(without).codes,
+        plain_loop(gpt, without.condition, config, without.caption_lengths, 11, without.indices),
+    )
+
+
+@torch.no_grad()
+def test_an_exception_of_the_callback_frees_the_graphs() -> None:
+    gpt, request = request_for("class", SamplingConfig(0.0, guidance_scale=2.0))
+    decoder, parts = gpu.GPUCodeDecoder(gpt, 3, torch.float32), list[Tensor]()
+
+    def stop(codes: Tensor, count: int) -> None:
+        parts.append(codes[:, :count])
+        if count == 8:
+            raise ArithmeticError
+
+    expected = decoder(request).codes
+    with pytest.raises(ArithmeticError):
+        decoder(request, stop)
+    assert torch.equal(decoder(request).codes, expected)
+    assert [part.shape[1] for part in parts] == [4, 8]
+    assert torch.equal(parts[1], expected[:, :8])
 
 
 @torch.no_grad()
