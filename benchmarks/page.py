@@ -36,7 +36,7 @@ from llamagen.models.vqgan import VQGAN, VQGANConfig
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "runs/quickstart"
 IMAGES = 4
-WIDTHS = {1280: 900, 390: 844}
+WIDTHS = {1280: 1080, 390: 1500}
 """Width and height of the screenshots."""
 
 
@@ -76,12 +76,13 @@ def browser() -> Iterator[Browser]:
 
 
 def open_page(page: Page, address: str) -> None:
-    """Open the page and choose some classes."""
+    """Open the page and wait for its controls."""
     page.goto(address)
     page.locator("#generate-start").wait_for()
 
 
 def choose_classes(page: Page, texts: list[str]) -> None:
+    """Type each text and choose the first class that it finds."""
     field = page.get_by_label("Classes").first
     for text in texts:
         field.click()
@@ -131,7 +132,7 @@ def take_screenshots(folder: Path) -> None:
             page.locator("#generate-status >> text=Finished").wait_for(timeout=120_000)
             page.wait_for_timeout(500)  # until the focus ring and transitions have gone
             with atomic_file(folder / f"page_{width}.png") as temporary:
-                page.screenshot(path=temporary, full_page=True, type="png")
+                page.screenshot(path=temporary, type="png")
             page.close()
 
 

@@ -104,7 +104,9 @@ def read_settings(path: str | Path, model: LlamaGen, kind: Kind) -> ImageSetting
         with Image.open(path, formats=["PNG"]) as image:  # reads the texts, not the pixels
             text = image.info.get(KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the file {name} is not a readable PNG file; choose an image downloaded from this page") from error
+        raise ValueError(
+            f"the file {name} is not a readable PNG file; choose an image downloaded from this page"
+        ) from error
     if not isinstance(text, str):
         raise ValueError(f"the file {name} has no settings inside; choose an image downloaded from this page")
     try:

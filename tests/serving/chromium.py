@@ -1,4 +1,4 @@
-"""Debian's Chromium, without a window, for tests of the page."""
+"""Chromium without a window, for tests of the page."""
 
 import os
 import shutil
@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser. If there is none, the test fails: a test that is skipped guarantees nothing."""
-    path = shutil.which("chromium")
+    path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
         pytest.fail("there is no chromium; install the Debian package: apt-get install chromium", pytrace=False)
     with sync_playwright() as playwright:

@@ -146,7 +146,10 @@ def write(path: Path, content: bytes) -> str:
         (lambda folder: None, "there is no image"),
         (lambda folder: write(folder / "a.jpg", b"GIF89a"), "the file a.jpg is not a readable JPEG, PNG or WebP image"),
         (lambda folder: save(folder / "a.png", (8000, 6000)), "the file a.png is too large; .* 40,000,000 pixels"),
-        (lambda folder: write(folder / "a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a readable"),
+        (
+            lambda folder: write(folder / "a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+            "not a readable",
+        ),
     ],
     ids=["none", "other file", "large", "program"],
 )
