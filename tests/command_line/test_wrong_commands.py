@@ -74,6 +74,7 @@ FIT_TOKENIZER = {
 }
 FIT_ARGEN = {
     f"{DATA}.root={{tmp}}/nowhere": "nowhere",
+    f"{DATA}.clean_captions=twice": "data.clean_captions: must be one of 'published', 'web'",
     f"{MODEL}.net.block_size=64": "block_size",
     f"{MODEL}.net.block_size=15": "block_size",
     f"{MODEL}.net.num_classes=4": "num_classes",
@@ -102,6 +103,7 @@ PREDICT_ARGEN = {
     "--data=PromptDataModule --data.prompts=[a]": "prompts were given",
     "--data=PromptDataModule --data.prompts={tmp}/nowhere.tsv": "nowhere.tsv",
     "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",
+    "--data=PromptDataModule --data.prompts=[a] --data.clean_captions=twice": "must be one of 'auto', 'published'",
     "--ckpt_path=null": "predict needs a trained model",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     with_callback("FeatureWriter", "dtype=int8"): "dtype",

@@ -30,6 +30,11 @@ def test_captions_are_cleaned_as_for_the_published_models() -> None:
     assert [(text, cleaned) for text, cleaned in PAIRS if clean_caption(text, "published") != cleaned] == []
 
 
+def test_the_published_cleaning_is_applied_twice() -> None:
+    assert clean_caption("- - a cat", "published") == "a cat"  # "- a cat" after the first time
+    assert clean_caption("100%2525 sure", "published") == "100% sure"
+
+
 def test_the_two_cleanings_differ() -> None:
     assert sum(clean_caption(text) != cleaned for text, cleaned in PAIRS) == 52
     assert all(clean_caption(text) == clean_caption(text, "web") for text, _ in PAIRS)
