@@ -1,21 +1,19 @@
 """Requests for images of prompts. B: images in a batch."""
 
 import json
-import unicodedata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from datamodules.loading.loader import EvaluationLoader
 from datamodules.requests.base import RequestDataModule
-from datamodules.storage.text_files import BYTE_ORDER_MARK, decode_text
+from datamodules.storage.text_files import decode_text
 from llamagen.text.cleaning import UNKNOWN, Cleaning, RecordedCleaning, clean_caption, cleaning_of_option
+from llamagen.text.prompts import clean_prompt
 
 TABLE = ".tsv"
 OTHER_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")
 PROMPT = "Prompt"
 HINT = 'give a list of prompts, as \'["a red house", "two dogs"]\', a text file with one prompt per line, or a .tsv'
-REPLACEMENTS = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
-"""Replacement by Unicode category: controls, line and paragraph separators, halves of surrogate pairs."""
 
 
 class PromptTable(NamedTuple):
@@ -28,17 +26,6 @@ class PromptTable(NamedTuple):
 
     prompts: list[str]
     columns: list[dict[str, str]]
-
-
-def clean_prompt(text: str) -> str:
-    """Remove or replace characters that cannot be part of a prompt.
-
-    Drops a byte order mark at the start and white space at both ends. NUL, other control characters and line separators
-    become spaces, halves of surrogate pairs become U+FFFD. Everything else stays, including emoji and their joiners.
-    """
-    return "".join(
-        REPLACEMENTS.get(unicodedata.category(character), character) for character in text.removeprefix(BYTE_ORDER_MARK)
-    ).strip()
 
 
 def read_prompts(path: Path, column: str | None = None) -> PromptTable:

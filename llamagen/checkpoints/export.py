@@ -1,30 +1,28 @@
-"""Export the weights of a checkpoint: ``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``.
+"""Export the weights of a checkpoint to a file, or a whole model to a folder or to the hub.
 
-CHECKPOINT is anything that :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the
-format:
+``python -m llamagen.checkpoints.export CHECKPOINT OUT [--raw] [--overwrite]``: CHECKPOINT is anything that
+:func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the format:
 
 - ``.pt``: ``{"model": state_dict}`` with the published names, like published checkpoints. For a tokenizer with a custom
   quantiser also architecture and configuration, under ``llamagen``.
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
+
+``python -m llamagen.checkpoints.export CHECKPOINT --to FOLDER|hf://owner/repository``: CHECKPOINT is anything that
+``LlamaGen.from_pretrained`` loads, see :mod:`llamagen.pretrained.export_folder`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llamagen.checkpoints.contents import build_model, describe
-from llamagen.checkpoints.weights import ENTRY, Weights, read_weights
+from llamagen.checkpoints.contents import build_model
+from llamagen.checkpoints.weights import read_weights
+from llamagen.checkpoints.writing import SUFFIXES, write_weights
 from llamagen.command import run_command
-from llamagen.files import atomic_file
-from llamagen.full_disk import DiskFullError
-from llamagen.models.gpt import GPT
-from llamagen.models.vqgan import VQGAN
 from llamagen.output_paths import check_output
 from llamagen.parser_errors import OneLineParser
 
-SUFFIXES = (".pt", ".safetensors")
+FOLDER_OPTIONS = ("tokenizer", "text_encoder", "name", "license", "samples", "conditions")
+"""Options that only an export to a folder has."""
 
 
 def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overwrite: bool = False) -> None:
@@ -43,52 +41,18 @@ def export(checkpoint: Path | str, out: Path | str, averaged: bool = True, overw
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}")
+        raise ValueError(
+            f"{out} would be of an unknown format; name it {' or '.join('*' + s for s in SUFFIXES)}, or give --to "
+            "to write a folder"
+        )
     check_output(out, remedy="choose another place")
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"{out} exists already; choose another name, or give --overwrite to replace a file")
     weights = read_weights(checkpoint, averaged)
     model = build_model(weights)
-    # Cloned, because tensors may be views, share storage or have another memory format, which torch.save would keep.
-    state = {name: weights.state[name].clone(memory_format=torch.contiguous_format) for name in model.state_dict()}
-    from safetensors import SafetensorError  # imported here because the import is slow
-    from safetensors.torch import save_file
-
-    try:
-        with atomic_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
-            if out.suffix == ".pt":
-                with temporary.open("wb") as file:  # its errors name the reason; torch.save's own writer hides it
-                    torch.save({"model": state} | _entry_of_quantizer(model), file)
-            else:
-                save_file(state, temporary, _metadata(model, weights))
-    except DiskFullError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
+    write_weights(model, weights, out)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__} of {count:,} parameters, from {weights.source}")
-
-
-def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
-    """For a ``.pt`` file, the configuration of a tokenizer if it cannot be inferred from the shapes of its weights."""
-    if not isinstance(model, VQGAN) or model.config.quantizer is None:
-        return {}
-    return {ENTRY: describe(model, prefix="")}
-
-
-def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
-    """Metadata of a safetensors file."""
-    description = describe(model, prefix="")
-    entry: dict[str, Any] = {key: description[key] for key in ("architecture", "config")}
-    entry["averaged"] = weights.averaged
-    if weights.captions is not None:
-        entry["captions"] = weights.captions
-    if weights.tokenizer is not None:
-        entry["tokenizer"] = weights.tokenizer
-    if weights.classes is not None:
-        entry["classes"] = weights.classes
-    return {ENTRY: json.dumps(entry)}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -97,19 +61,48 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments; None for those of the command line.
     """
-    parser = OneLineParser("python -m llamagen.checkpoints.export", "Write the weights of a checkpoint to a file.")
+    parser = OneLineParser(
+        "python -m llamagen.checkpoints.export",
+        "Write the weights of a checkpoint to a file, or a model with its tokenizer and card to a folder.",
+    )
     parser.add_argument(
         "checkpoint",
-        help="a run's .ckpt, a published .pt, .safetensors, a published name, or hf://owner/repository/file",
+        help="a run's .ckpt, a published .pt, .safetensors, a published name, or hf://owner/repository/file; with --to "
+        "also a folder",
     )
-    parser.add_argument("out", type=Path, help=".pt as published, or .safetensors with its configuration")
+    parser.add_argument("out", nargs="?", help=".pt as published, or .safetensors with its configuration")
+    parser.add_argument("--to", help="write a folder, or upload it: hf://owner/repository")
     parser.add_argument("--raw", action="store_true", help="take raw weights even if the checkpoint has averages (EMA)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, or an exported folder, if it exists")
+    folder = parser.add_argument_group("with --to")
+    folder.add_argument("--tokenizer", help="the model's tokenizer, if it is not where the run expects it")
+    folder.add_argument("--text-encoder", help="name on the hub of a text model's encoder, if the run used a folder")
+    folder.add_argument("--name", help="name of the model; by default that of the folder or repository")
+    folder.add_argument("--license", help="licence of the weights, as the hub names it: mit, apache-2.0, other, …")
+    folder.add_argument("--samples", type=int, help="number of sample images in the model card; 8 by default")
+    folder.add_argument("--conditions", nargs="+", help="classes or prompts of the sample images")
     options = parser.parse_args(args)
     try:
-        export(options.checkpoint, options.out, not options.raw, options.overwrite)
+        given = {name: value for name in FOLDER_OPTIONS if (value := getattr(options, name)) is not None}
+        if (options.out is None) is (options.to is None):
+            raise ValueError("give either OUT, the file to write, or --to, the folder or repository")
+        if options.to is not None:
+            _export_model(options.checkpoint, options.to, not options.raw, options.overwrite, given)
+        elif given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --to; a file holds nothing but weights")
+        else:
+            export(options.checkpoint, options.out, not options.raw, options.overwrite)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _export_model(checkpoint: str, to: str, averaged: bool, overwrite: bool, options: dict[str, Any]) -> None:
+    # The one import from here into llamagen.pretrained, which builds on this folder: both forms of the export are one
+    # command. Nothing in llamagen.pretrained imports this module, so that the imports form no circle.
+    from llamagen.pretrained.export_folder import Export, export_model
+
+    conditions = tuple(options.pop("conditions", ()))
+    export_model(Export(checkpoint, averaged=averaged, conditions=conditions, **options), to, overwrite)
 
 
 if __name__ == "__main__":

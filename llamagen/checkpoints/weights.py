@@ -18,6 +18,7 @@ from llamagen.distributed.full_tensor import copy_full_
 from llamagen.finite import is_finite
 from llamagen.hub.download import local_file
 from llamagen.hub.errors import remedy_for_damage
+from llamagen.hub.published import TEXT_FILES
 from llamagen.models.vqgan import VQGANConfig
 from llamagen.state_dicts import differences, listed
 
@@ -108,6 +109,7 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
         architecture=exported.get("architecture"),
         source=_source(path, averaged, with_averages),
         averaged=averaged and with_averages,
+        captions={"cleaned": "published"} if path.name in TEXT_FILES else None,
     )
 
 

@@ -67,3 +67,6 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     )
 }
 """All published models by name (arXiv 2406.06525)."""
+
+TEXT_FILES = frozenset(model.file for model in PUBLISHED.values() if model.kind == "text")
+"""Files of models whose captions were cleaned with ``published``. The files do not record it."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llamagen.hub.address import repository_address
+from llamagen.hub.address import Address, repository_address
 from llamagen.hub.errors import hub_errors
 
 MESSAGE = "Upload a model of llamagen-lightning"
@@ -22,9 +22,9 @@ def upload_folder(folder: Path, address: str) -> str:
         ValueError: in one line with what to do, if the address is wrong, there is no token, the token may not write
             there, there is no network, or the upload fails.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    target = repository_address(address)
+    target = check_upload(address)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder): path for path in files}
     operations = [
@@ -34,12 +34,27 @@ def upload_folder(folder: Path, address: str) -> str:
     ]
     if not operations:
         raise ValueError(f"{folder} has no files to upload; give the folder of an exported model")
-    if get_token() is None and not constants.is_offline_mode():
-        raise ValueError(
-            f"{address}: an upload takes a token with the permission to write; run `hf auth login`, or set HF_TOKEN"
-        )
     with hub_errors(target, uploads=True):
         api = HfApi()
         api.create_repo(target.repository, exist_ok=True)
         api.create_commit(target.repository, operations, commit_message=MESSAGE, revision=target.revision)
     return f"{constants.ENDPOINT}/{target.repository}"
+
+
+def check_upload(address: str) -> Address:
+    """Check the address of an upload, and that there is a token, before the work whose result is uploaded.
+
+    Args:
+        address: ``hf://owner/repository``.
+
+    Raises:
+        ValueError: in one line, if the address is wrong, or there is no token.
+    """
+    from huggingface_hub import constants, get_token
+
+    target = repository_address(address)
+    if get_token() is None and not constants.is_offline_mode():
+        raise ValueError(
+            f"{address}: an upload takes a token with the permission to write; run `hf auth login`, or set HF_TOKEN"
+        )
+    return target

@@ -19,6 +19,7 @@ from llamagen.pretrained.source import Source
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextCondition, TextEncoderConfig
 from llamagen.text.cleaning import UNKNOWN, Cleaning, clean_caption
+from llamagen.text.prompts import clean_prompt
 
 DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -50,13 +51,13 @@ class Prompts:
     """Prompts → conditions of a text model, cleaned like the captions of its training.
 
     Args:
-        condition: the encoder, which is loaded at first use, and the record of the model's captions.
-        cleaning: cleaning of the prompts if there is no record.
+        condition: the encoder, which is loaded at first use, and the record of the model's captions. Without a record
+            prompts are not cleaned.
     """
 
-    def __init__(self, condition: TextCondition, cleaning: Cleaning | None) -> None:
+    def __init__(self, condition: TextCondition) -> None:
         self.condition, recorded = condition, condition.cleaning
-        self.cleaning: Cleaning | None = cleaning if recorded == UNKNOWN else recorded
+        self.cleaning: Cleaning | None = None if recorded == UNKNOWN else recorded
 
     def __call__(self, prompts: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Features (N, C, W), padded on the left, and lengths (N,) of prompts.
@@ -67,7 +68,7 @@ class Prompts:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
-        cleaned = [clean_caption(prompt, self.cleaning) for prompt in prompts]
+        cleaned = [clean_caption(clean_prompt(prompt), self.cleaning) for prompt in prompts]
         encoded = self.condition.encode(cleaned, device, separately=True)
         return encoded.features, encoded.lengths
 
@@ -90,21 +91,12 @@ def load_parts(
         ValueError: in one line, if a file is damaged, files do not fit together, or an argument is invalid.
     """
     place, kind = _device(device), _dtype(source.dtype if dtype is None else dtype)
-    gpt_weights, tokenizer = None, source.tokenizer
-    if source.model is not None:
-        gpt_weights = read_weights(source.model)
-        if gpt_weights.architecture == "VQGAN" or (gpt_weights.architecture is None and not is_gpt(gpt_weights.state)):
-            gpt_weights, tokenizer = None, source.model
-    if tokenizer is None:
-        raise ValueError(
-            f"{source.model} does not name its tokenizer; give tokenizer, the file or published name of the tokenizer "
-            "whose codes the model was trained on"
-        )
+    gpt_weights, tokenizer = read_gpt_weights(source)
     vqgan = load_vqgan(tokenizer).to(place)
     if gpt_weights is None:
         return Parts(source.name, vqgan, None, SamplingConfig(), "float32")
-    _check_tokenizer(gpt_weights, vqgan, tokenizer)
-    gpt = _build_gpt(gpt_weights, source, place, torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    check_tokenizer(gpt_weights, vqgan, tokenizer)
+    gpt = _build_gpt(gpt_weights, place, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     sampling = SamplingConfig(**source.sampling)
     if gpt.config.condition == "class":
         if text_encoder is not None:
@@ -114,8 +106,30 @@ def load_parts(
     return Parts(source.name, vqgan, gpt, sampling, kind, text=_prompts(source, gpt_weights, gpt.config, text_encoder))
 
 
-def _build_gpt(weights: Weights, source: Source, device: torch.device, dtype: torch.dtype) -> GPT:
-    if weights.architecture is None:
+def read_gpt_weights(source: Source, averaged: bool = True) -> tuple[Weights | None, Path]:
+    """Read the weights of the autoregressive model, and find the file of its tokenizer.
+
+    Args:
+        source: files and settings.
+        averaged: take averaged (EMA) weights if the file has them.
+
+    Returns:
+        The weights with their architecture and configuration, or None for a tokenizer alone; and the tokenizer's file.
+
+    Raises:
+        ValueError: in one line, if the file is damaged, does not record its size, or its tokenizer is not known.
+    """
+    weights, tokenizer = None, source.tokenizer
+    if source.model is not None:
+        weights = read_weights(source.model, averaged)
+        if weights.architecture == "VQGAN" or (weights.architecture is None and not is_gpt(weights.state)):
+            weights, tokenizer = None, source.model
+    if tokenizer is None:
+        raise ValueError(
+            f"{source.model} does not name its tokenizer; give tokenizer, the file or published name of the tokenizer "
+            "whose codes the model was trained on"
+        )
+    if weights is not None and weights.architecture is None:
         if source.resolution is None:
             raise ValueError(
                 f"{source.model} does not record the size of its images; name it as it is published, such as "
@@ -123,13 +137,27 @@ def _build_gpt(weights: Weights, source: Source, device: torch.device, dtype: to
             )
         config = infer_gpt_config(weights.state, source.resolution, weights.source)
         weights = weights._replace(architecture="GPT", config=asdict(config))
+    return weights, tokenizer
+
+
+def _build_gpt(weights: Weights, device: torch.device, dtype: torch.dtype) -> GPT:
     gpt = build_model(weights, device, dtype)
     if not isinstance(gpt, GPT):
         raise ValueError(f"{weights.source}: the file holds a {weights.architecture}, not an autoregressive model")
     return gpt
 
 
-def _check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
+def check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
+    """Check that a model was trained on codes of a tokenizer, if its file records the tokenizer.
+
+    Args:
+        weights: weights of the autoregressive model.
+        vqgan: the tokenizer.
+        tokenizer: its file, for the message.
+
+    Raises:
+        ValueError: in one line, if it was trained on those of another one.
+    """
     if weights.tokenizer is not None and (found := weights_checksum(vqgan)) != weights.tokenizer:
         raise ValueError(
             f"{weights.source}: the model was trained on codes of a tokenizer with other weights (checksum "
@@ -153,7 +181,7 @@ def _prompts(source: Source, weights: Weights, config: GPTConfig, text_encoder: 
     condition = TextCondition(config, TextEncoderConfig(**options))
     if weights.captions:
         condition.check_encoder(weights.captions, weights.source)
-    return Prompts(condition, source.cleaning)
+    return Prompts(condition)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -1,20 +1,14 @@
 """From a name, folder or file to the weights of a model and the settings that belong to it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llamagen.hub.download import is_remote, local_file, local_repository
 from llamagen.hub.published import PUBLISHED, PublishedModel
+from llamagen.pretrained.exported_config import CONFIG_FILE, MODEL_FILE, SAVED, TOKENIZER_FILE, read_config
 from llamagen.pretrained.run_folder import Run, find_run, run_of
-from llamagen.text.cleaning import Cleaning
-
-CONFIG_FILE = "config.json"
-MODEL_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.safetensors"
-FORMAT = "llamagen-lightning 1"
 
 CLASS_SAMPLING = {"guidance_scale": 4.0, "top_k": 2000}
 TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
@@ -33,7 +27,6 @@ class Source:
         sampling: default settings of sampling, fields of :class:`~llamagen.sampling.SamplingConfig`.
         dtype: default dtype, ``float32``, ``bfloat16`` or ``mixed``.
         classes: names of the classes; empty if unknown.
-        cleaning: cleaning of the prompts, for files that do not record it; None for none.
         text_encoder: ``name`` and ``dtype`` of the caption encoder, if known.
     """
 
@@ -44,7 +37,6 @@ class Source:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     classes: tuple[str, ...] = ()
-    cleaning: Cleaning | None = None
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,11 +57,10 @@ def find_source(source: str | Path, tokenizer: str | Path | None = None) -> Sour
         found = _from_folder(path)
     elif path.exists():
         found = _from_file(path)
+    elif isinstance(source, str) and _is_repository(text):
+        found = _from_repository(text)
     elif is_remote(text):
         found = _from_published(PUBLISHED[text]) if text in PUBLISHED else _from_file(local_file(text))
-    elif isinstance(source, str) and _is_repository(text):
-        name = text.removeprefix("hf://")
-        found = replace(_from_export(local_repository(text)), name=name.partition("@")[0].rpartition("/")[2])
     else:
         local_file(text)  # raises an error with near names for what looks like a published one
         raise ValueError(
@@ -85,6 +76,16 @@ def _is_repository(text: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
+def _from_repository(text: str) -> Source:
+    try:
+        folder = local_repository(text)
+    except ValueError as error:
+        if text.startswith("hf://"):
+            raise
+        raise ValueError(f"{text} is not a file or folder here; as a repository of the hub: {error}") from error
+    return replace(_from_export(folder), name=text.partition("@")[0].rpartition("/")[2])
+
+
 def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
     path = local_file(model.name) if file is None else file
     if model.kind == "tokenizer":
@@ -98,7 +99,6 @@ def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
         resolution=model.resolution,
         sampling=CLASS_SAMPLING if model.kind == "class" else TEXT_SAMPLING,
         dtype="bfloat16",
-        cleaning="published" if model.kind == "text" else None,
     )
 
 
@@ -145,30 +145,3 @@ def _from_export(folder: Path) -> Source:
         folder / TOKENIZER_FILE,
         **{key: config[key] for key in SAVED if config.get(key) is not None},
     )
-
-
-SAVED = tuple(each.name for each in fields(Source) if each.name not in ("name", "model", "tokenizer"))
-"""Settings that the ``config.json`` of an exported model holds."""
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of an exported model.
-
-    Raises:
-        ValueError: in one line, if it is damaged or of another program.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}); get the folder again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(
-            f"{file} has the format {found!r}, not {FORMAT!r}; give a folder written by python -m "
-            "llamagen.checkpoints.export"
-        )
-    for name in (TOKENIZER_FILE,):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; it is incomplete, get it again")
-    return config

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from llamagen.checkpoints.contents import build_model, load_vqgan
+from llamagen.checkpoints.contents import build_model, load_vqgan, weights_checksum
 from llamagen.checkpoints.export import export, main
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.gpt import GPT, GPTConfig
@@ -111,8 +111,10 @@ def test_safetensors_contain_the_configuration(pipeline: Pipeline, tmp_path: Pat
         export(checkpoint, tmp_path / f"{name}.safetensors")
         with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
             entry = json.loads(file.metadata()["llamagen"])
-        classes = {"GPT": {"classes": [str(digit) for digit in range(10)]}, "VQGAN": {}}[name]
-        assert entry == {"architecture": name, "config": wanted, "averaged": True, **classes}
+        digits = [str(digit) for digit in range(10)]
+        tokenizer = weights_checksum(load_vqgan(pipeline.tokenizer))
+        trained_on = {"GPT": {"classes": digits, "tokenizer": tokenizer}, "VQGAN": {}}[name]
+        assert entry == {"architecture": name, "config": wanted, "averaged": True, **trained_on}
         config = {"VQGAN": VQGANConfig, "GPT": GPTConfig}[name](**wanted)
         assert build_model(read_weights(tmp_path / f"{name}.safetensors")).config == config
 

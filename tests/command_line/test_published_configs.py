@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,9 @@ from PIL import Image
 
 import main
 from command_line.config_files import configs_of_stage
+from datamodules import ClassRequestDataModule
 from datamodules.digits import NAMES as WORDS
+from lightning_modules import ARGenModule
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import read_weights
 from llamagen.class_names import imagenet_classes
@@ -20,6 +23,8 @@ from llamagen.hub.published import PUBLISHED
 from llamagen.models.gpt import GPT, GPTConfig
 from tests.callbacks.test_fid import EXTRACTOR, reference
 from tests.command_line.test_configs import CONFIGS, parse
+from tests.hub_server import HubServer
+from tests.lightning_modules.runs import evaluator
 from tests.pipeline import GPT_NET, Pipeline
 
 FOLDER = CONFIGS / "published"
@@ -57,15 +62,21 @@ def published_gpt(folder: Path, num_classes: int = 1000) -> Path:
     return folder / "published.pt"
 
 
-def arguments(stage: str, pipeline: Pipeline, tmp_path: Path, *more: str) -> list[str]:
-    """The command of a published class model, with small weights of its layout."""
+def arguments(stage: str, tmp_path: Path, *more: str) -> list[str]:
+    """The command of a published class model, for small weights."""
     net = {key: value for key, value in GPT_NET.items() if key != "num_classes"}
     return [
         *(stage, "--config", str(FOLDER / "c2i_B_384.yaml"), *more, *QUIET),
         *(f"--model.init_args.net.{key}={value}" for key, value in net.items()),
+        f"--trainer.default_root_dir={tmp_path / stage}",
+    ]
+
+
+def weights(pipeline: Pipeline, tmp_path: Path) -> list[str]:
+    """Arguments with small weights, in place of the names of the published files."""
+    return [
         f"--model.init_args.tokenizer={pipeline.tokenizer}",
         f"--model.init_args.init_from={published_gpt(tmp_path)}",
-        f"--trainer.default_root_dir={tmp_path / stage}",
     ]
 
 
@@ -134,8 +145,12 @@ def test_each_stage_of_a_published_file_parses(stage: str, name: str) -> None:
             assert (found, data["init_args"]["per_class"]) == (CLASSES, 1)
 
 
-def test_predict_needs_no_more_than_the_file(pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(arguments("predict", pipeline, tmp_path))
+def test_predict_needs_no_more_than_the_file(hub: HubServer, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Both files of weights are downloaded from a local hub, by their names."""
+    export(pipeline.tokenizer, tmp_path / "tokenizer.pt")
+    hub.add_published("vq_ds16_c2i", tmp_path / "tokenizer.pt")
+    hub.add_published("c2i_B_384", published_gpt(tmp_path))
+    main.main(arguments("predict", tmp_path))
     written = sorted(path.name for path in (tmp_path / "predict/images").rglob("*.png"))
     assert written == [f"{index:06d}_class{label}.png" for index, label in enumerate(CLASSES)]
     archive = np.load(tmp_path / "predict/samples.npz")
@@ -147,7 +162,7 @@ def test_predict_needs_no_more_than_the_file(pipeline: Pipeline, tmp_path: Path)
     # A chosen class is the same as its number.
     main.main(
         [
-            *arguments("predict", pipeline, tmp_path),
+            *arguments("predict", tmp_path),
             "--data.init_args.classes=[Golden Retriever, 360]",
             f"--trainer.default_root_dir={tmp_path / 'chosen'}",
         ]
@@ -160,13 +175,30 @@ def test_predict_needs_no_more_than_the_file(pipeline: Pipeline, tmp_path: Path)
 def test_test_measures_images_of_all_classes_at_256_px(pipeline: Pipeline, reference: Path, tmp_path: Path) -> None:
     cli = main.main(
         arguments(
-            "test", pipeline, tmp_path, f"--trainer.callbacks.reference={reference}",
+            "test", tmp_path, *weights(pipeline, tmp_path), f"--trainer.callbacks.reference={reference}",
             f"--trainer.callbacks.features={EXTRACTOR}", "--data.init_args.classes=10", "--data.init_args.per_class=2",
             "--model.init_args.image_size=8",
         )
     )  # fmt: skip
     assert cli.trainer.callback_metrics["gfid_everything/digits"] > 0
     assert (tmp_path / "test/report").is_dir()
+
+
+def test_names_are_not_looked_up_before_the_checkpoint_that_has_its_own(pipeline: Pipeline, tmp_path: Path) -> None:
+    """In Python, Lightning loads the checkpoint after the requests have been resolved."""
+    net = GPTConfig(**{**GPT_NET, "num_classes": 1000})
+    module = ARGenModule(net, tokenizer=pipeline.tokenizer)
+    checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}
+    module.on_save_checkpoint(checkpoint)
+    checkpoint["llamagen"]["classes"] = [f"otter {number}" for number in range(1000)]
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    requests = ClassRequestDataModule(["otter"], 1, 1)
+    with pytest.raises(ValueError, match="call take_class_names of the module with its path first"):
+        evaluator().predict(module, requests, ckpt_path=tmp_path / "run.ckpt")
+    requests, module = ClassRequestDataModule(["otter 7"], 1, 1), ARGenModule(net, tokenizer=pipeline.tokenizer)
+    module.take_class_names(tmp_path / "run.ckpt")
+    evaluator().predict(module, requests, ckpt_path=tmp_path / "run.ckpt")
+    assert requests.classes == [7]
 
 
 def codes_with(pipeline: Pipeline, folder: Path, **changes: object) -> Path:
@@ -185,17 +217,17 @@ def test_finetuning_takes_number_and_names_of_the_classes_from_the_codes(
     codes = codes_with(pipeline, tmp_path / "codes", classes=DIGITS)
     finetune = ["--config", "configs/finetune.yaml"]
     command = [
-        *arguments("fit", pipeline, tmp_path, *finetune, f"--data.init_args.root={codes}"),
+        *arguments("fit", tmp_path, *weights(pipeline, tmp_path), *finetune, f"--data.init_args.root={codes}"),
         *("--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.precision=32-true"),
         "--data.init_args.num_workers=0",
     ]
     cli = main.main(command)
     assert cli.model.num_classes == 10
     run, before = tmp_path / "fit/checkpoints/last.ckpt", read_weights(tmp_path / "published.pt").state
-    weights = read_weights(run, averaged=False)
-    assert weights.classes == DIGITS
+    trained = read_weights(run, averaged=False)
+    assert trained.classes == DIGITS
     name = "layers.0.attention.wqkv.weight"
-    assert 0 < (weights.state[name] - before[name]).abs().max() < 1e-4  # goes on from the published weights
+    assert 0 < (trained.state[name] - before[name]).abs().max() < 1e-4  # goes on from the published weights
     export(run, tmp_path / "run.safetensors")
     assert read_weights(tmp_path / "run.safetensors").classes == DIGITS
     # Classes of the run are found by their own names, whether its weights come from the checkpoint or from the export.
@@ -249,7 +281,12 @@ def test_finetuning_without_classes_is_an_error_of_one_line(
 def test_codes_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     codes = codes_with(pipeline, tmp_path / "codes", tokenizer="0" * 64)
     command = arguments(
-        "fit", pipeline, tmp_path, "--config", "configs/finetune.yaml", f"--data.init_args.root={codes}"
+        "fit",
+        tmp_path,
+        *weights(pipeline, tmp_path),
+        "--config",
+        "configs/finetune.yaml",
+        f"--data.init_args.root={codes}",
     )
     with pytest.raises(ValueError, match="the codes were extracted with a tokenizer of other weights"):
         main.main([*command, "--trainer.precision=32-true"])

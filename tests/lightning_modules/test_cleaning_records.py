@@ -161,7 +161,9 @@ def test_prompts_of_grids_are_cleaned_like_stored_features(
 ) -> None:
     module, read = module_of(text_pipeline), []
     encode = module._text.encode  # type: ignore[union-attr]
-    monkeypatch.setattr(module._text, "encode", lambda texts, device: read.append(texts) or encode(texts, device))
+    monkeypatch.setattr(
+        module._text, "encode", lambda texts, *more, **options: read.append(texts) or encode(texts, *more, **options)
+    )
     grid = SampleGrid(prompts=["A CAT"], per_class=1)
     trainer = evaluator(grid, limit_val_batches=1, default_root_dir=tmp_path)
     trainer.validate(module, data_of(text_pipeline.features), verbose=False)

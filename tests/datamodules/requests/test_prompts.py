@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datamodules import PromptDataModule
-from datamodules.requests.prompts import clean_prompt
+from llamagen.text.prompts import clean_prompt
 from tests.datamodules.shard_files import assert_one_line
 
 PARTI = (
