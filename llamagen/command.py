@@ -24,7 +24,10 @@ TRACEBACK = "LLAMAGEN_TRACEBACK"
 FLAG = "--traceback"
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line", "benchmarks")
+OURS = (
+    *("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line"),
+    *("serving", "benchmarks"),
+)
 """Packages whose ``raise`` statements are messages to the user."""
 
 USER_OS_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)

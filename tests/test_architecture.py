@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line")
+PACKAGES = ("llamagen", "lightning_modules", "datamodules", "callbacks", "evaluation", "command_line", "serving")
 SOURCES = sorted(
     [*(path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).rglob("*.py")), ROOT / "main.py"]
 )
@@ -116,6 +116,7 @@ ALLOWED_IMPORTS = {
         "datamodules.storage.shards",
         "llamagen",
     ),
+    "serving": ("llamagen",),
     "command_line": ("llamagen", "lightning_modules", "datamodules", "callbacks"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -283,6 +284,7 @@ EXTRAS = {
     "benchmarks": "benchmark",
     "llamagen/text": "text",
     "evaluation": "text",
+    "serving": "serve",
 }  # extra whose packages a folder may import, in addition to the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 

@@ -35,6 +35,7 @@ from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should
 Dtype = Literal["float32", "bfloat16", "mixed"]
 ClassOrPrompt = int | str
 OnRow = Callable[[Tensor, int, int], None]
+OnImages = Callable[[list[Image.Image], int], None]
 SETTINGS = tuple(each.name for each in fields(SamplingConfig))
 
 
@@ -133,6 +134,7 @@ class LlamaGen:
         seed: int = 0,
         progress: bool = True,
         on_row: OnRow | None = None,
+        on_images: OnImages | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Generate images of classes or prompts.
@@ -145,6 +147,7 @@ class LlamaGen:
             progress: show a progress bar with the time left.
             on_row: called after each row of codes, see :class:`~llamagen.sampling.ImageSampler`; it may raise an error
                 to stop.
+            on_images: called with the finished images of each batch and the index of its first image.
             settings: fields of :class:`~llamagen.sampling.SamplingConfig`, such as ``guidance_scale=4.0``,
                 ``top_k=2000``, ``top_p``, ``temperature``; :attr:`sampling` has the defaults.
 
@@ -156,7 +159,7 @@ class LlamaGen:
                 is a tokenizer.
             FloatingPointError: if logits or pixels are not finite.
         """
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings)
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, None, on_images)
         return images
 
     def generate_codes(
@@ -194,6 +197,7 @@ class LlamaGen:
         seed: int = 0,
         progress: bool = True,
         on_row: OnRow | None = None,
+        on_images: OnImages | None = None,
         **settings: Any,
     ) -> Any:
         """Keep the upper rows of an image, and generate the rest.
@@ -207,6 +211,7 @@ class LlamaGen:
             seed: see :meth:`generate`.
             progress: see :meth:`generate`.
             on_row: see :meth:`generate`.
+            on_images: see :meth:`generate`.
             settings: see :meth:`generate`.
 
         Returns:
@@ -222,7 +227,7 @@ class LlamaGen:
         conditions = [condition] * len(kept) if isinstance(condition, str | int | np.integer) else list(condition)
         if len(kept) == 1:
             kept = kept.expand(len(conditions), -1, -1)
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept, on_images)
         return images[0] if single else images
 
     @torch.no_grad()
@@ -263,8 +268,10 @@ class LlamaGen:
         return reconstructions[0] if _is_single(images) else reconstructions
 
     def prepare(self, **settings: Any) -> None:
-        """Allocate memory and compile before the first call with these settings, see :meth:`generate`."""
+        """Compile, allocate memory and load a text encoder before the first call with these settings."""
         config = self.settings(**settings)
+        if self._text is not None:
+            self._text([""], self.device)
         with self._precision():
             self._image_sampler(config).prepare(config)
 
@@ -300,6 +307,7 @@ class LlamaGen:
         on_row: OnRow | None,
         settings: dict[str, Any],
         kept: Any = None,
+        on_images: OnImages | None = None,
     ) -> tuple[list[Image.Image], Tensor]:
         gpt, config = self._require_gpt(), self.settings(**settings)
         check_integer("images_per_prompt", per_condition)
@@ -324,6 +332,7 @@ class LlamaGen:
                 seed=seed,
                 kept=None if kept is None else self._kept(kept, len(each))[rows],
                 on_row=after_row if progress or on_row is not None else None,
+                on_images=None if on_images is None else lambda batch, start: on_images(_pillow(batch.numpy()), start),
             )
             return _pillow(images.numpy()), codes.unflatten(1, (side, side))
 

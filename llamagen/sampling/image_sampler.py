@@ -1,6 +1,6 @@
 """Condition → codes → pixels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isqrt
 from typing import Any
 
@@ -13,6 +13,8 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest
 from llamagen.sampling.pixels import Images, PixelDecoder
 from llamagen.sampling.sampler import OnRow, Sampler, compute_dtype
+
+OnImages = Callable[[Images, int], object]
 
 
 class ImageSampler:
@@ -65,8 +67,20 @@ class ImageSampler:
         indices: Numbers | None = None,
         kept: Numbers | None = None,
         on_row: OnRow | None = None,
+        on_images: OnImages | None = None,
     ) -> tuple[Images, Tensor]:
-        """Sample an image for each condition. Arguments and errors are those of a call of a ``Sampler``.
+        """Sample an image for each condition. Other arguments and errors are those of a call of a ``Sampler``.
+
+        Args:
+            condition: see ``Sampler``.
+            config: see ``Sampler``.
+            caption_lengths: see ``Sampler``.
+            seed: see ``Sampler``.
+            indices: see ``Sampler``.
+            kept: see ``Sampler``.
+            on_row: see ``Sampler``.
+            on_images: called with the images of each batch when it is sampled, and the index of the first within the
+                call. footgun: on a GPU, reading them waits until they are decoded.
 
         Returns:
             N images, which a GPU may still be decoding, and their codes (N, L) int64.
@@ -84,6 +98,8 @@ class ImageSampler:
             images.append(self.pixels(sampled.unflatten(1, (side, side))))
             check()  # waits for the codes, not for the pixels
             codes.append(sampled)
+            if on_images is not None:
+                on_images(images[-1], start)
         return Images.concatenate(images), torch.cat(codes)
 
 

@@ -1,0 +1,231 @@
+"""The page: tabs, and what happens when buttons are pressed."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import isinf
+from typing import Any
+
+import gradio as gr
+
+from llamagen import LlamaGen
+from serving import markup
+from serving.form import Form
+from serving.generation import GenerationRequest
+from serving.reconstruction import AMPLIFICATION, reconstruct
+from serving.runs import Runs, Update, sentence, wait_for
+from serving.uploads import mark_cut, read_upload
+
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+"""Options of all events. The page shows its own progress, and is not an API."""
+QUICK = {**HIDDEN, "queue": False}
+"""Options of events that do not wait for the model."""
+
+
+def build_page(runs: Runs) -> gr.Blocks:
+    """Build the page of a model.
+
+    Args:
+        runs: runs of the model.
+    """
+    model = runs.model
+    with gr.Blocks(title=f"{model.name} · LlamaGen", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(f"# {_plain(model.name)}\n{_plain(_description(model))}")
+        with gr.Tabs():
+            if model.gpt is not None:
+                with gr.Tab("Generate", id="generate"):
+                    _generate_tab(runs)
+                with gr.Tab("Complete", id="complete"):
+                    _complete_tab(runs)
+            with gr.Tab("Reconstruct", id="reconstruct"):
+                _reconstruct_tab(runs)
+
+        def left(request: gr.Request) -> None:
+            runs.stop_all(_session(request))
+
+        page.unload(left)
+    page.queue(max_size=None, default_concurrency_limit=None)  # serving.worker has the queue that matters
+    return page
+
+
+class _Results:
+    """Buttons and results of a tab.
+
+    Args:
+        runs: runs of the model.
+        tab: name of the tab.
+        button: text of the button that starts.
+    """
+
+    def __init__(self, runs: Runs, tab: str, button: str) -> None:
+        self._runs, self._tab = runs, tab
+        with gr.Row(elem_classes="buttons"):
+            self.start = gr.Button(button, variant="primary", elem_id=f"{tab}-start", min_width=120)
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{tab}-stop", min_width=120)
+        self.status = gr.HTML(elem_id=f"{tab}-status", elem_classes="status")
+        self.finished = gr.HTML(elem_id=f"{tab}-finished")
+        self.growing = gr.HTML(elem_id=f"{tab}-growing")
+        self.components = [self.status, self.finished, self.growing, self.stop]
+        self.stop.click(self._stop, None, None, **QUICK)
+
+    def _stop(self, request: gr.Request) -> None:
+        self._runs.stop(_session(request), self._tab)
+
+    def updates(self, session: str, form: Form, request: GenerationRequest) -> Iterator[list[Any]]:
+        """Run a request, and give the new values of :attr:`components`."""
+        for update in self._runs.run(session, self._tab, form, request):
+            yield self.values(update)
+
+    def values(self, update: Update) -> list[Any]:
+        """New values of :attr:`components`."""
+        contents = [gr.skip() if each is None else each for each in update[:3]]
+        return [*contents, gr.skip() if update.running is None else gr.Button(interactive=update.running)]
+
+    def error(self, error: Exception) -> list[Any]:
+        """Values that show an error, and no images."""
+        return self.values(Update(markup.error_message(sentence(error)), "", "", False))
+
+
+def _generate_tab(runs: Runs) -> None:
+    form = Form(runs.model, "generation")
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
+            form.build_request()
+        with gr.Column(elem_classes="results"):
+            results = _Results(runs, "generate", "Generate")
+        with gr.Column(elem_classes="settings"):
+            form.build_settings()
+
+    def generate(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        try:
+            wanted = form.request(*values)
+        except Exception as error:
+            yield results.error(error)
+            return
+        yield from results.updates(_session(request), form, wanted)
+
+    def put_back(file: str) -> list[Any]:
+        try:
+            values, _ = form.put_back(file)
+        except Exception as error:
+            return [*(gr.skip() for _ in form.components), markup.error_message(sentence(error))]
+        return [*values, markup.message("The settings of the image are in the form. Generate to see it again.")]
+
+    results.start.click(generate, form.components, results.components, **HIDDEN)
+    form.back.upload(put_back, form.back, [*form.components, results.status], **QUICK)
+
+
+def _complete_tab(runs: Runs) -> None:
+    model = runs.model
+    assert model.gpt is not None
+    rows, factor = model.gpt.config.grid_size, model.tokenizer.config.downsampling
+    form = Form(model, "completion")
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
+            upload = _upload("Image to complete")
+            keep = gr.Slider(
+                0,
+                rows,
+                value=rows // 2,
+                step=1,
+                label="Rows to keep",
+                info=f"Rows of codes from the top; each is {factor} pixels high.",
+            )
+            cut = gr.HTML(elem_id="complete-cut")
+            form.build_request()
+        with gr.Column(elem_classes="results"):
+            results = _Results(runs, "complete", "Complete")
+        with gr.Column(elem_classes="settings"):
+            form.build_settings()
+
+    def show_cut(path: str | None, kept: float) -> list[Any]:
+        if path is None:
+            return ["", gr.skip()]
+        try:
+            image = read_upload(path, model)
+            return [markup.cut_image(mark_cut(image, int(kept), factor), f"{int(kept)} of {rows} rows are kept"), ""]
+        except Exception as error:
+            return ["", markup.error_message(sentence(error))]
+
+    def complete(request: gr.Request, path: str | None, kept: float, *values: Any) -> Iterator[list[Any]]:
+        try:
+            image = read_upload(path, model)
+            wanted = replace(form.request(*values), image=image, keep_rows=int(kept))
+        except Exception as error:
+            yield results.error(error)
+            return
+        yield from results.updates(_session(request), form, wanted)
+
+    def put_back(file: str) -> list[Any]:
+        try:
+            values, kept = form.put_back(file)
+        except Exception as error:
+            return [*(gr.skip() for _ in form.components), gr.skip(), markup.error_message(sentence(error))]
+        note = "The settings of the image are in the form. Choose the same image to complete it in the same way."
+        return [*values, kept, markup.message(note)]
+
+    gr.on([upload.change, keep.change], show_cut, [upload, keep], [cut, results.status], **QUICK)
+    results.start.click(complete, [upload, keep, *form.components], results.components, **HIDDEN)
+    form.back.upload(put_back, form.back, [*form.components, keep, results.status], **QUICK)
+
+
+def _reconstruct_tab(runs: Runs) -> None:
+    model = runs.model
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
+            upload = _upload("Image to reconstruct")
+            start = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct-start")
+            status = gr.HTML(elem_id="reconstruct-status", elem_classes="status")
+        with gr.Column(elem_classes="results"):
+            results = gr.HTML(elem_id="reconstruct-results")
+
+    def run(path: str | None) -> Iterator[list[str]]:
+        yield [markup.message("Reconstructing."), ""]
+        try:
+            image = read_upload(path, model)
+            found = wait_for(runs.worker, lambda: reconstruct(model, image))
+        except Exception as error:
+            yield [markup.error_message(sentence(error)), ""]
+            return
+        height, width = found.codes.shape
+        used, size = len(set(found.codes.flatten().tolist())), model.tokenizer.config.codebook_size
+        psnr = "no difference" if isinf(found.psnr) else f"PSNR {found.psnr:.2f} dB"
+        yield [
+            markup.message(f"{image.width} × {image.height} pixels, {width * height} codes: {psnr}."),
+            markup.comparison(
+                [
+                    (image, "Original, cropped" if model.resolution else "Original"),
+                    (found.reconstruction, f"Reconstruction, {psnr}"),
+                    (found.difference, f"Difference × {AMPLIFICATION}"),
+                    (found.codes_image, f"Codes: {width} × {height}, {used} different of {size:,}"),
+                ]
+            ),
+        ]
+
+    start.click(run, upload, [status, results], **HIDDEN)
+
+
+def _upload(label: str) -> gr.File:
+    # gr.Image would decode the file itself, and show a traceback's text for one that is not an image.
+    return gr.File(label=label, file_types=["image"], type="filepath", height=120)
+
+
+def _description(model: LlamaGen) -> str:
+    tokenizer = f"{model.tokenizer.config.codebook_size:,} codes"
+    if model.gpt is None:
+        return f"Image tokenizer with {tokenizer}, on {model.device}."
+    count = sum(parameter.numel() for parameter in model.gpt.parameters())
+    size = f"{count / 1e6:.0f} million" if count >= 1e6 else f"{count:,}"
+    condition = "classes" if model.condition == "class" else "prompts"
+    return (
+        f"Images of {condition}, {model.resolution} × {model.resolution} pixels, from a model of {size} parameters on "
+        f"{model.device} ({model.dtype})."
+    )
+
+
+def _plain(text: str) -> str:
+    """Text without Markdown."""
+    return "".join(f"\\{each}" if each in "\\`*_{}[]()#+-!|<>~$" else each for each in text)
+
+
+def _session(request: gr.Request) -> str:
+    return str(request.session_hash)

@@ -1,0 +1,108 @@
+"""The HTTP server of the page. Nothing on the page is loaded from elsewhere."""
+
+import os
+import socket
+from typing import Any
+
+# Read when Gradio is imported: no messages to its makers, and no look-up of newer versions.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Response
+
+from serving.image_store import ImageStore
+from serving.layout import build_page
+from serving.markup import CSS
+from serving.runs import Runs
+
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
+"""Content security policy: browsers refuse to load anything from other machines."""
+MAX_UPLOAD = "20mb"
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
+
+
+class _WithPolicy:
+    """Adds the policy to all answers."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message = {**message, "headers": [*message["headers"], policy]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def build_app(runs: Runs) -> FastAPI:
+    """Build the application of a page.
+
+    Args:
+        runs: runs of the model.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    store: ImageStore = runs.store
+
+    @app.get("/image/{name}.png")
+    def image(name: str) -> Response:
+        file = store.get(name)
+        if file is None:
+            return Response("This image is no longer kept; generate it again.", 404, media_type="text/plain")
+        return Response(file, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
+
+    theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE)
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # readable contrast
+    page = build_page(runs)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        theme=theme,
+        css=CSS,
+    )
+    app.add_middleware(_WithPolicy)
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port, before models are loaded.
+
+    Args:
+        host: address of this machine to listen on.
+        port: number of the port; 0 for any free one.
+
+    Raises:
+        ValueError: in one line, if it is not available.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"the page cannot listen on {host}, port {port} ({reason.lower()}); give a free --port, or another --host"
+        ) from error
+    return found
+
+
+def build_server(app: FastAPI) -> uvicorn.Server:
+    """Server of an application, for ``Server.run(sockets=[…])``. It ends within seconds, also with open pages."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, proxy_headers=True, ws="none"
+    )
+    return uvicorn.Server(config)
