@@ -88,8 +88,7 @@ def _require_extra() -> None:
     missing = [name for name in ("gradio", "fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"the page needs {missing[0]}, which is not installed; run pip install 'llamagen-lightning[serve]', or in "
-            "this folder pip install -e '.[serve]'"
+            f'the page needs {missing[0]}, which is not installed; pip install -c constraints.txt -e ".[serve]"'
         )
 
 
