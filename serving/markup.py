@@ -90,9 +90,7 @@ def growing(event: Growing, titles: Sequence[str], side: int) -> str:
     """Images that are being generated."""
     assert event.previews is not None
     figures = [
-        _figure(
-            _data("jpeg", file), f"{title}, {event.row} of {event.rows} rows", side, f"{title} · {event.first + i + 1}"
-        )
+        _figure(_data("jpeg", file), f"{title}, not finished", side, f"{title} · {event.first + i + 1}")
         for i, (file, title) in enumerate(zip(event.previews, titles, strict=True))
     ]
     return _grid(figures)
