@@ -138,6 +138,7 @@ def test_a_failed_upload_is_one_line_with_a_remedy(
     assert hub.repositories == {}
 
 
-def test_an_upload_of_nothing_is_refused(hub: HubServer, tmp_path: Path) -> None:
+def test_an_upload_of_nothing_is_refused(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_valid")
     with pytest.raises(ValueError, match="has no files to upload; give the folder of an exported model"):
         upload_folder(tmp_path / "nowhere", "hf://me/new")

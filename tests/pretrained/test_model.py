@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from torch import Tensor
 
 import main
 from llamagen import LlamaGen
+from llamagen.checkpoints.weights import read_weights
+from llamagen.checkpoints.writing import write_weights
 from llamagen.class_names import ClassNames
 from llamagen.pretrained.loading import Parts
 from llamagen.pretrained.run_folder import find_run
 from llamagen.sampling import SamplingConfig
 from tests.datamodules.shard_files import assert_one_line
-from tests.golden import golden
+from tests.golden import assert_matches, golden, integer_input
 from tests.golden_gpts import golden_gpt, golden_inputs
 from tests.pipeline import Pipeline
 from tests.small_models import small_gpt, small_vqgan
@@ -110,25 +113,31 @@ def test_a_run_is_found_by_folder_or_checkpoint_and_may_move(
 
 @pytest.mark.parametrize("entry", ["gpt_tiny_c2i", "gpt_tiny_t2i"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_golden_codes(entry: str, compiled: bool) -> None:
+def test_golden_logits_and_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, compiled: bool) -> None:
     gpt = golden_gpt(entry)
+    torch.save({"model": gpt.state_dict()}, tmp_path / "gpt.pt")
+    write_weights(gpt, read_weights(tmp_path / "gpt.pt"), tmp_path / "gpt.safetensors")
+    vqgan = small_vqgan(codebook_size=gpt.config.vocab_size)
+    torch.save({"model": vqgan.state_dict()}, tmp_path / "tokenizer.pt")
+    model = LlamaGen.from_pretrained(
+        tmp_path / "gpt.safetensors", tokenizer=tmp_path / "tokenizer.pt", compile=compiled, batch_size=2
+    )
+    assert model.gpt is not None
     condition, lengths = golden_inputs(entry, gpt.config)
-    names = ClassNames([str(number) for number in range(gpt.config.num_classes)])
-    prompts = [str(number) for number in range(len(condition))]
+    codes = integer_input(f"{entry}/idx", gpt.config.vocab_size, (len(condition), gpt.config.block_size))
+    with torch.no_grad():
+        logits = model.gpt(codes[:, :-1], condition, caption_lengths=lengths)
+    assert_matches(logits, golden(entry)["train_logits"])
+    conditions: list[Any] = condition.tolist() if lengths is None else ["0", "1", "2", "3"][: len(condition)]
 
-    def features(given: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        rows = [int(prompt) for prompt in given]
+    def features(prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        rows = [int(prompt) for prompt in prompts]
         return condition[rows], None if lengths is None else lengths[rows]
 
-    text = features if lengths is not None else None
-    parts = Parts(
-        entry, small_vqgan(codebook_size=gpt.config.vocab_size), gpt, SamplingConfig(), "float32", names, text
-    )
-    model = LlamaGen(parts, batch_size=2, compile=compiled)
-    codes = model.generate_codes(
-        prompts if text else condition.tolist(), temperature=0.0, guidance_scale=1.75, progress=False
-    )
-    assert codes.flatten(1).tolist() == golden(entry)["greedy"]["1.75"]
+    if lengths is not None:  # the record has features instead of prompts
+        monkeypatch.setattr(model, "_text", features)
+    greedy = model.generate_codes(conditions, temperature=0.0, guidance_scale=1.75, progress=False)
+    assert greedy.flatten(1).tolist() == golden(entry)["greedy"]["1.75"]
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])

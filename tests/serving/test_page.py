@@ -35,7 +35,9 @@ def tabs(runs: Runs) -> list[str]:
 
 def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "find_spec", lambda name: None if name == "gradio" else object())
-    with pytest.raises(ValueError, match=r"needs gradio, .* pip install 'llamagen-lightning\[serve\]'") as caught:
+    with pytest.raises(
+        ValueError, match=r'needs gradio, .*; pip install -c constraints.txt -e "\.\[serve\]"$'
+    ) as caught:
         page.main(["c2i_B_256"])
     assert_one_line(caught)
 
