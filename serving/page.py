@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llamagen.command import run_command
+from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Start the page and serve it until the process is interrupted."""
     options = _parser().parse_args(arguments)
     _require_extra()
+    share_cores()  # footgun: before torch is imported, when OpenMP reads its settings
     begin = time.monotonic()
     with stage("libraries"):
         import torch
