@@ -1,4 +1,4 @@
-"""Images of users → what the tokenizer takes. N images of S × S pixels."""
+"""Images of users → what the tokenizer takes, and back. N images of S × S pixels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,3 +90,15 @@ def to_pixels(image: Any) -> np.ndarray:
     raise ValueError(
         f"an image must be a Pillow image, a file or an array (H, W, 3) of uint8, not {type(image).__name__}{shape}"
     )
+
+
+def is_single(images: Any) -> bool:
+    """Whether images of a user are one image, and not a list or a batch."""
+    if isinstance(images, Tensor | np.ndarray):
+        return images.ndim == 3
+    return not isinstance(images, list | tuple)
+
+
+def to_pillow(images: np.ndarray) -> list[Image.Image]:
+    """Pillow images of an array (N, H, W, 3) uint8."""
+    return [Image.fromarray(image) for image in images]

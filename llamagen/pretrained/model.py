@@ -9,8 +9,8 @@
 Shapes: N images of S × S pixels, h × w codes of an image, h = w, L = h · w.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from llamagen.class_names import ClassNames
 from llamagen.models.gpt import GPT
 from llamagen.models.inputs import CodeInput, grids_of_codes
 from llamagen.option_checks import check_integer
-from llamagen.pretrained.images import ImageLike, prepare_images
+from llamagen.pretrained.images import ImageLike, is_single, prepare_images, to_pillow
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
@@ -159,8 +159,7 @@ class LlamaGen:
                 is a tokenizer.
             FloatingPointError: if logits or pixels are not finite.
         """
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, None, on_images)
-        return images
+        return self._images(conditions, images_per_prompt, seed, progress, on_row, settings, on_images=on_images)
 
     def generate_codes(
         self,
@@ -184,8 +183,10 @@ class LlamaGen:
             on_row: see :meth:`generate`.
             settings: see :meth:`generate`.
         """
-        _, codes = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
-        return codes
+        call = self._call(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        with call as (sampler, arguments):
+            codes, side = sampler.sampler(**arguments), self._require_gpt().config.grid_size
+            return codes.unflatten(1, (side, side))
 
     def complete(
         self,
@@ -222,12 +223,13 @@ class LlamaGen:
         """
         gpt = self._require_gpt()
         check_integer("keep_rows", keep_rows, 0, gpt.config.grid_size)
-        single = _is_single(image) and images_per_prompt == 1 and not isinstance(condition, list | tuple)
+        single = is_single(image) and images_per_prompt == 1 and not isinstance(condition, list | tuple)
         kept = self.encode(image)[:, :keep_rows]
         conditions = [condition] * len(kept) if isinstance(condition, str | int | np.integer) else list(condition)
         if len(kept) == 1:
             kept = kept.expand(len(conditions), -1, -1)
-        images, _ = self._sample(conditions, images_per_prompt, seed, progress, on_row, settings, kept, on_images)
+        call = conditions, images_per_prompt, seed, progress, on_row, settings, kept
+        images = self._images(*call, on_images=on_images)
         return images[0] if single else images
 
     @torch.no_grad()
@@ -256,7 +258,7 @@ class LlamaGen:
             ValueError: in one line, if their type, shape or values are wrong.
         """
         grids = grids_of_codes(codes, self.tokenizer.config.codebook_size, self.device)
-        return _pillow(self._pixel_decoder()(grids).numpy())
+        return to_pillow(self._pixel_decoder()(grids).numpy())
 
     def reconstruct(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """Encode and decode images, see :meth:`encode`.
@@ -265,7 +267,7 @@ class LlamaGen:
             The reconstruction of one image, or a list of those of several.
         """
         reconstructions = self.decode(self.encode(images))
-        return reconstructions[0] if _is_single(images) else reconstructions
+        return reconstructions[0] if is_single(images) else reconstructions
 
     def prepare(self, **settings: Any) -> None:
         """Compile, allocate memory and load a text encoder before the first call with these settings."""
@@ -296,9 +298,10 @@ class LlamaGen:
         """
         assert self.gpt is not None
         side = self.gpt.config.grid_size
-        return _pillow(self._pixel_decoder().preview(codes.view(-1, side, side), rows).numpy())
+        return to_pillow(self._pixel_decoder().preview(codes.view(-1, side, side), rows).numpy())
 
-    def _sample(
+    @contextmanager
+    def _call(
         self,
         conditions: Any,
         per_condition: int,
@@ -307,17 +310,14 @@ class LlamaGen:
         on_row: OnRow | None,
         settings: dict[str, Any],
         kept: Any = None,
-        on_images: OnImages | None = None,
-    ) -> tuple[list[Image.Image], Tensor]:
+    ) -> Iterator[tuple[ImageSampler, dict[str, Any]]]:
+        """The sampler and its arguments for a call, in the model's precision and with a progress bar."""
         gpt, config = self._require_gpt(), self.settings(**settings)
         check_integer("images_per_prompt", per_condition)
         each = [conditions] if isinstance(conditions, str | int | np.integer) else list(conditions)
-        if not each:
-            return [], torch.empty(0, gpt.config.grid_size, gpt.config.grid_size, dtype=torch.int64, device=self.device)
         condition, lengths = self._conditions(each)
-        rows = torch.arange(len(each) * per_condition, device=self.device) % len(each)
-        batches = -(-len(rows) // self.batch_size)
-        side = gpt.config.grid_size
+        rows = torch.arange(len(each) * per_condition, device=self.device) % max(len(each), 1)
+        batches, side = -(-len(rows) // self.batch_size), gpt.config.grid_size
         with self._precision(), tqdm(total=batches * side, desc=self.name, unit="row", disable=not progress) as bar:
 
             def after_row(codes: Tensor, count: int, start: int) -> None:
@@ -325,16 +325,24 @@ class LlamaGen:
                 if on_row is not None:
                     on_row(codes, count, start)
 
-            images, codes = self._image_sampler(config)(
-                condition[rows],
-                config,
-                caption_lengths=None if lengths is None else lengths[rows],
-                seed=seed,
-                kept=None if kept is None else self._kept(kept, len(each))[rows],
-                on_row=after_row if progress or on_row is not None else None,
-                on_images=None if on_images is None else lambda batch, start: on_images(_pillow(batch.numpy()), start),
+            yield (
+                self._image_sampler(config),
+                {
+                    "condition": condition[rows],
+                    "config": config,
+                    "caption_lengths": None if lengths is None else lengths[rows],
+                    "seed": seed,
+                    "kept": None if kept is None else self._kept(kept, len(each))[rows],
+                    "on_row": after_row if progress or on_row is not None else None,
+                },
             )
-            return _pillow(images.numpy()), codes.unflatten(1, (side, side))
+
+    def _images(self, *call: Any, on_images: OnImages | None) -> list[Image.Image]:
+        """Images of a call, see :meth:`_call`."""
+        with self._call(*call) as (sampler, arguments):
+            report = None if on_images is None else lambda batch, start: on_images(to_pillow(batch.numpy()), start)
+            images, _ = sampler(**arguments, on_images=report)
+            return to_pillow(images.numpy())
 
     def _kept(self, kept: Any, count: int) -> Tensor:
         """Kept codes (n, K) of n conditions."""
@@ -349,6 +357,8 @@ class LlamaGen:
 
     def _conditions(self, each: list[Any]) -> tuple[Tensor, Tensor | None]:
         """Condition of each class or prompt, and the lengths of captions."""
+        if not each:
+            return torch.empty(0, dtype=torch.int64, device=self.device), None
         if self._text is not None:
             return self._text(each, self.device)
         assert self.class_names is not None
@@ -383,13 +393,3 @@ class LlamaGen:
             if self._pixels is None:
                 self._pixels = PixelDecoder(self.tokenizer, self.device, torch.float32)
             return self._pixels
-
-
-def _pillow(images: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(image) for image in images]
-
-
-def _is_single(image: Any) -> bool:
-    if isinstance(image, Tensor | np.ndarray):
-        return image.ndim == 3
-    return not isinstance(image, list | tuple)

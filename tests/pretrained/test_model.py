@@ -219,6 +219,7 @@ def test_rows_are_reported_and_a_call_can_be_stopped(model: LlamaGen, capfd: pyt
 
 def test_conditions_and_settings(model: LlamaGen) -> None:
     assert model.generate([]) == []
+    assert model.generate_codes([]).shape == (0, 4, 4)
     assert len(model.generate(np.arange(2), progress=False)) == 2
     greedy, likely = (arrays(model.generate(range(10), progress=False, **settings)) for settings in ({"top_k": 1}, {}))
     assert not np.array_equal(greedy, likely)
