@@ -10,7 +10,7 @@ from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.checkpoints.contents import load_vqgan, read_checkpoint, weights_checksum
 from llamagen.checkpoints.weights import ENTRY, classes_of
-from llamagen.class_names import ClassNames, imagenet_classes, named_classes
+from llamagen.class_names import ClassNames, class_names_of
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGAN
@@ -102,9 +102,7 @@ class SamplingModule(GenerativeModule):
         if self._text is not None:
             return None
         self._names_were_used = True
-        if self._classes is not None:
-            return named_classes(self._classes)
-        return imagenet_classes() if self.num_classes == len(imagenet_classes()) else None
+        return class_names_of(self._classes, self.num_classes)
 
     def take_class_names(self, path: Path | str) -> None:
         """Take the class names of a checkpoint that will be loaded.

@@ -49,7 +49,7 @@ class ClassNames:
 
         Args:
             wanted: a number; or a name, or some words of one, in any case. A whole name takes precedence over classes
-                that only contain its words: "tiger" is the tiger, not the tiger cat.
+                that only contain its words, "tiger" is not the tiger cat, and over numbers, if classes are named "10".
 
         Raises:
             ValueError: in one line with near names, if there is no such class, or several.
@@ -59,25 +59,13 @@ class ClassNames:
         text = _normal(wanted)
         if found := self._exact.get(text):
             return self._only(wanted, found)
-        if re.fullmatch("[0-9]{1,9}", text):
-            return self._number(int(text))
-        if found := self.search(wanted):
+        if re.fullmatch("-?[0-9]{1,9}", wanted.strip()):
+            return self._number(int(wanted))
+        if found := sorted(set.intersection(*(self._words.get(word, set()) for word in text.split() or [""]))):
             return self._only(wanted, found)
         near = self._near(text)
         hint = f"near it are {self._listed(near)}" if near else f"the classes are {self._listed(range(len(self)))}"
         raise ValueError(f"there is no class {wanted!r:.60}; {hint}")
-
-    def search(self, text: str) -> list[int]:
-        """Numbers of the classes that have all words of a text, or words that begin with its last word."""
-        *words, last = _normal(text).split() or [""]
-        if not last:
-            return []
-        matches = set(self._words.get(last, ()))
-        if not matches:
-            matches = {number for word, numbers in self._words.items() if word.startswith(last) for number in numbers}
-        for word in words:
-            matches &= self._words.get(word, set())
-        return sorted(matches)
 
     def _number(self, wanted: int) -> int:
         if isinstance(wanted, bool) or not hasattr(wanted, "__index__") or not 0 <= wanted < len(self):
@@ -116,6 +104,21 @@ def imagenet_classes() -> ClassNames:
     """Names of ImageNet's 1,000 classes, by number; WordNet ids such as "n02099601" are found, too."""
     ids, names = zip(*(line.split("\t") for line in IMAGENET_FILE.read_text().splitlines()), strict=True)
     return ClassNames(names, ids)
+
+
+def class_names_of(names: Sequence[str] | None, count: int) -> ClassNames | None:
+    """Names of a model's classes.
+
+    Args:
+        names: names of the classes of its dataset, in the order of their numbers, if known.
+        count: number of classes of the model. Those beyond the names are named by their numbers.
+
+    Returns:
+        The names; ImageNet's if there are none and the model has 1,000 classes; otherwise None.
+    """
+    if names and len(names) <= count:
+        return named_classes([*names, *map(str, range(len(names), count))])
+    return imagenet_classes() if count == len(imagenet_classes()) else None
 
 
 def named_classes(names: Sequence[str]) -> ClassNames:

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from llamagen.class_names import ClassNames, imagenet_classes, named_classes
+from llamagen.class_names import ClassNames, class_names_of, imagenet_classes, named_classes
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,6 @@ from llamagen.class_names import ClassNames, imagenet_classes, named_classes
         ("construction crane", 517),
         ("maillot, tank suit", 639),
         ("St. Bernard", 247),
-        ("goldfis", 1),
     ],
 )
 def test_a_class_of_imagenet_is_found(wanted: str | int, number: int) -> None:
@@ -35,6 +34,10 @@ def test_a_class_of_imagenet_is_found(wanted: str | int, number: int) -> None:
         ("crane", ("2 classes", "134 (crane, crane bird)", "517 (crane, construction crane)")),
         ("goldn retreiver", ("no class", "207 (golden retriever)")),
         ("zzzz", ("no class", "0 (tench)")),
+        ("deer", ("no class",)),  # only the Scottish deerhound begins with it
+        ("goldfis", ("no class", "1 (goldfish)")),
+        ("-1", ("class -1 was requested",)),
+        ("99%", ("no class",)),
         ("", ("no class",)),
         ("1000", ("classes 0 to 999",)),
         (-1, ("classes 0 to 999",)),
@@ -73,8 +76,10 @@ def test_folders_with_ids_of_imagenet_get_its_names() -> None:
     assert named_classes(["n00000001", "cat"]).names == ("n00000001", "cat")
 
 
-def test_search_lists_classes_while_a_name_is_typed() -> None:
-    classes = imagenet_classes()
-    assert 207 in classes.search("golden ret")
-    assert classes.search("golden ret") == classes.search("GOLDEN  ret")
-    assert classes.search("") == []
+def test_a_model_has_the_names_of_its_data_or_of_imagenet() -> None:
+    own = class_names_of(["cat", "golden retriever"], 1000)  # more classes than the data
+    assert own is not None
+    assert (own.find("golden retriever"), own.find("cat"), own.find("999"), len(own)) == (1, 0, 999, 1000)
+    assert class_names_of(None, 1000) is imagenet_classes()
+    assert class_names_of(["a", "b"], 1) is None
+    assert class_names_of(None, 10) is None

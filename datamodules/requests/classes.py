@@ -13,6 +13,8 @@ from llamagen.class_names import ClassNames
 CLASS_NUMBER = re.compile("[0-9]{1,9}")
 FILE_NAME = re.compile(r"[/\\]|\.\w+$")
 """Found in paths and in names of files, but not in names of classes such as "St. Bernard"."""
+NO_NAME = re.compile(r"[\W_]*|[-+\s]*[\d.,\s]+")
+"""Texts that are neither names nor numbers of classes."""
 ENTRIES = "a list of class numbers and names, or a text file with one of them per line"
 
 
@@ -42,7 +44,7 @@ def read_classes(path: Path) -> tuple[list[int | str], list[str]]:
                     f"{path}, line {number}: {text[:40]!r} is neither a class number nor a name; write one name, or "
                     f"one integer from 0 to {MAX_CLASSES - 1}, in each line"
                 )
-            entries.append(entry)
+            entries.append(entry if _number(entry) < 0 else _number(entry))  # digits in a file are a number
             places.append(f"{path}, line {number}")
     if not entries:
         raise ValueError(f"{path} holds no class numbers or names; write one in each line")
@@ -60,7 +62,7 @@ class ClassRequestDataModule(RequestDataModule):
             line, which may repeat classes, for example 50,000 random labels with ``per_class`` 1; or the name of one
             class. Classes in lists and files are numbers or names: those of the data the model was trained on, or
             ImageNet's if it has 1,000 classes without names. Some words of a name are enough, see
-            :meth:`llamagen.class_names.ClassNames.find`.
+            :meth:`llamagen.class_names.ClassNames.find`. In lists, digits in quotes are a name if a class has it.
         per_class: images per entry of ``classes``.
         batch_size: images per batch and rank.
 
@@ -75,7 +77,7 @@ class ClassRequestDataModule(RequestDataModule):
     ) -> None:
         self._distinct = not isinstance(classes, (str, Path))
         entries: Sequence[int | str | None]
-        if isinstance(classes, (str, Path)) and (FILE_NAME.search(str(classes)) or Path(classes).exists()):
+        if isinstance(classes, (str, Path)) and (FILE_NAME.search(str(classes)) or _exists(classes)):
             entries, self._places = read_classes(Path(classes).expanduser())
         else:
             if isinstance(classes, int) and classes > MAX_CLASSES:
@@ -88,7 +90,7 @@ class ClassRequestDataModule(RequestDataModule):
                     f"classes is {classes}; give a positive number of classes, {ENTRIES}, each class once in a list"
                 )
         self._entries = [each for each in entries if each is not None]
-        self.classes = [each if isinstance(each, int) else -1 for each in self._entries]
+        self.classes = [_number(each) for each in self._entries]
         super().__init__(self.classes, per_class, batch_size)
 
     def setup(self, stage: str) -> None:
@@ -103,6 +105,8 @@ class ClassRequestDataModule(RequestDataModule):
             return
         model = None if self.trainer is None else self.trainer.lightning_module
         names: ClassNames | None = getattr(model, "class_names", None)
+        if names is None and all(_number(each) >= 0 for each in named):
+            return
         if names is None:
             raise ValueError(
                 f"classes has {named[0]!r:.60}, but this model's classes have no names; give numbers of classes, or "
@@ -128,9 +132,23 @@ class ClassRequestDataModule(RequestDataModule):
 
 
 def _entry(value: Any) -> int | str | None:
-    """A class number, or the name of a class; None if it is neither."""
+    """A class number, or the name of a class; None if it is neither. A text of digits may be a name or a number."""
     if isinstance(value, str):
-        if not CLASS_NUMBER.fullmatch(value.strip()):
-            return value.strip() if any(map(str.isalpha, value)) else None
-        value = int(value)
+        text = value.strip()
+        is_valid = int(text) < MAX_CLASSES if CLASS_NUMBER.fullmatch(text) else not NO_NAME.fullmatch(text)
+        return text if is_valid else None
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASSES else None
+
+
+def _number(entry: int | str) -> int:
+    """Number of a class; −1 for a name. Names of digits are known in ``setup``."""
+    if isinstance(entry, int):
+        return entry
+    return int(entry) if CLASS_NUMBER.fullmatch(entry) else -1
+
+
+def _exists(path: Path | str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a list of names, too long for a path
+        return False

@@ -210,7 +210,7 @@ def _class_names(source: Source, weights: Weights, run: Run | None) -> tuple[str
     """Names of the classes; empty if unknown. Older checkpoints have none, but the codes of their run may."""
     count = (weights.config or {}).get("num_classes")
     candidates = (source.classes, weights.classes, data_meta(run).get("classes") if run is not None else None)
-    return next((tuple(names) for names in candidates if names and len(names) == count), ())
+    return next((tuple(names) for names in candidates if names and count and len(names) <= count), ())
 
 
 def _check_encoder(settings: Mapping[str, Any], is_shared: bool) -> None:

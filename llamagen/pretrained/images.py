@@ -32,11 +32,11 @@ def prepare_images(images: ImageLike | Sequence[ImageLike], size: int | None, fa
     Raises:
         ValueError: in one line, if an image cannot be read, or images have different sizes.
     """
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor) and images.numel():
         return images[None] if images.dim() == 3 else images
     if isinstance(images, np.ndarray) and images.ndim == 4:
         images = list(images)
-    each = list(images) if isinstance(images, list | tuple) else [images]
+    each = list(images) if isinstance(images, list | tuple | Tensor) else [images]
     if not each:
         raise ValueError("there are no images; give at least one")
     tensors = [_prepare(image, size, factor) for image in each]

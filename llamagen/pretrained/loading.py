@@ -1,25 +1,22 @@
 """Builds the models of a :class:`~llamagen.pretrained.source.Source` on their device, in their dtype."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llamagen.checkpoints.contents import build_model, load_vqgan, weights_checksum
 from llamagen.checkpoints.weights import Weights, read_weights
-from llamagen.class_names import ClassNames, imagenet_classes, named_classes
+from llamagen.class_names import ClassNames, class_names_of
 from llamagen.models.gpt import GPT
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGAN
+from llamagen.pretrained.conditions import Prompts
 from llamagen.pretrained.sizes import infer_gpt_config, is_gpt
 from llamagen.pretrained.source import Source
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextCondition, TextEncoderConfig
-from llamagen.text.cleaning import UNKNOWN, Cleaning, clean_caption
-from llamagen.text.prompts import clean_prompt
 
 DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -44,33 +41,7 @@ class Parts:
     sampling: SamplingConfig
     dtype: Any
     class_names: ClassNames | None = None
-    text: "Prompts | None" = None
-
-
-class Prompts:
-    """Prompts → conditions of a text model, cleaned like the captions of its training.
-
-    Args:
-        condition: the encoder, which is loaded at first use, and the record of the model's captions. Without a record
-            prompts are not cleaned.
-    """
-
-    def __init__(self, condition: TextCondition) -> None:
-        self.condition, recorded = condition, condition.cleaning
-        self.cleaning: Cleaning | None = None if recorded == UNKNOWN else recorded
-
-    def __call__(self, prompts: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Features (N, C, W), padded on the left, and lengths (N,) of prompts.
-
-        Raises:
-            ValueError: in one line, if a prompt is not a text, or the encoder is not available.
-        """
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
-        cleaned = [clean_caption(clean_prompt(prompt), self.cleaning) for prompt in prompts]
-        encoded = self.condition.encode(cleaned, device, separately=True)
-        return encoded.features, encoded.lengths
+    text: Prompts | None = None
 
 
 def load_parts(
@@ -94,6 +65,12 @@ def load_parts(
     gpt_weights, tokenizer = read_gpt_weights(source)
     vqgan = load_vqgan(tokenizer).to(place)
     if gpt_weights is None:
+        for name, value, allowed in (
+            ("text_encoder", text_encoder, (None,)),
+            ("dtype", dtype and kind, (None, "float32")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value}, but {source.name} is a tokenizer, in float32; leave it out")
         return Parts(source.name, vqgan, None, SamplingConfig(), "float32")
     check_tokenizer(gpt_weights, vqgan, tokenizer)
     gpt = _build_gpt(gpt_weights, place, torch.bfloat16 if kind == "bfloat16" else torch.float32)
@@ -166,12 +143,8 @@ def check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
 
 
 def _class_names(source: Source, weights: Weights, config: GPTConfig) -> ClassNames:
-    own = source.classes or tuple(weights.classes or ())
-    if len(own) == config.num_classes:
-        return named_classes(own)
-    if config.num_classes == len(imagenet_classes()):
-        return imagenet_classes()
-    return ClassNames([str(number) for number in range(config.num_classes)])
+    names = class_names_of(source.classes or weights.classes, config.num_classes)
+    return names or ClassNames([str(number) for number in range(config.num_classes)])
 
 
 def _prompts(source: Source, weights: Weights, config: GPTConfig, text_encoder: str | Path | None) -> Prompts:

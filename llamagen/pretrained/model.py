@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,15 +24,15 @@ from tqdm import tqdm
 
 from llamagen.class_names import ClassNames
 from llamagen.models.gpt import GPT
-from llamagen.models.inputs import CodeInput, grids_of_codes
+from llamagen.models.inputs import CodeInput, grids_of_codes, to_tensor
 from llamagen.option_checks import check_integer
+from llamagen.pretrained.conditions import ClassOrPrompt, as_list, is_one, to_condition
 from llamagen.pretrained.images import ImageLike, is_single, prepare_images, to_pillow
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
 
 Dtype = Literal["float32", "bfloat16", "mixed"]
-ClassOrPrompt = int | str
 OnRow = Callable[[Tensor, int, int], None]
 OnImages = Callable[[list[Image.Image], int], None]
 SETTINGS = tuple(each.name for each in fields(SamplingConfig))
@@ -185,8 +184,8 @@ class LlamaGen:
         """
         call = self._call(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
         with call as (sampler, arguments):
-            codes, side = sampler.sampler(**arguments), self._require_gpt().config.grid_size
-            return codes.unflatten(1, (side, side))
+            codes: Tensor = sampler.sampler(**arguments)
+            return codes.view(len(codes), *[self._require_gpt().config.grid_size] * 2)
 
     def complete(
         self,
@@ -223,9 +222,17 @@ class LlamaGen:
         """
         gpt = self._require_gpt()
         check_integer("keep_rows", keep_rows, 0, gpt.config.grid_size)
-        single = is_single(image) and images_per_prompt == 1 and not isinstance(condition, list | tuple)
-        kept = self.encode(image)[:, :keep_rows]
-        conditions = [condition] * len(kept) if isinstance(condition, str | int | np.integer) else list(condition)
+        conditions = as_list(condition)
+        single = is_single(image) and images_per_prompt == 1 and is_one(condition)
+        codes, grid = self.encode(image), gpt.config.grid_size
+        if codes.shape[1:] != (grid, grid):  # of a tensor, which is not resized
+            raise ValueError(
+                f"the image has {codes.shape[1]} × {codes.shape[2]} codes, but the model's have {grid} × {grid}; give "
+                f"a tensor of {self.resolution} × {self.resolution} pixels, or a Pillow image"
+            )
+        kept = codes[:, :keep_rows]
+        if is_one(condition):
+            conditions *= len(kept)
         if len(kept) == 1:
             kept = kept.expand(len(conditions), -1, -1)
         call = conditions, images_per_prompt, seed, progress, on_row, settings, kept
@@ -314,8 +321,8 @@ class LlamaGen:
         """The sampler and its arguments for a call, in the model's precision and with a progress bar."""
         gpt, config = self._require_gpt(), self.settings(**settings)
         check_integer("images_per_prompt", per_condition)
-        each = [conditions] if isinstance(conditions, str | int | np.integer) else list(conditions)
-        condition, lengths = self._conditions(each)
+        each = as_list(conditions)
+        condition, lengths = to_condition(each, self._text or self.class_names, self.device)
         rows = torch.arange(len(each) * per_condition, device=self.device) % max(len(each), 1)
         batches, side = -(-len(rows) // self.batch_size), gpt.config.grid_size
         with self._precision(), tqdm(total=batches * side, desc=self.name, unit="row", disable=not progress) as bar:
@@ -346,23 +353,14 @@ class LlamaGen:
 
     def _kept(self, kept: Any, count: int) -> Tensor:
         """Kept codes (n, K) of n conditions."""
-        gpt = self._require_gpt()
-        grids = grids_of_codes(kept, gpt.config.vocab_size, self.device)
+        gpt, given = self._require_gpt(), to_tensor(kept, "kept")
+        grids = grids_of_codes(given[None] if given.dim() == 2 else given, gpt.config.vocab_size, self.device)
         if len(grids) not in (1, count) or (grids.shape[1] and grids.shape[2] != gpt.config.grid_size):
             raise ValueError(
                 f"kept codes have the shape {tuple(grids.shape)}; they must be whole rows of {gpt.config.grid_size} "
                 f"codes, for one or for each of {count} conditions"
             )
         return grids.flatten(1).expand(count, -1)
-
-    def _conditions(self, each: list[Any]) -> tuple[Tensor, Tensor | None]:
-        """Condition of each class or prompt, and the lengths of captions."""
-        if not each:
-            return torch.empty(0, dtype=torch.int64, device=self.device), None
-        if self._text is not None:
-            return self._text(each, self.device)
-        assert self.class_names is not None
-        return torch.tensor([self.class_names.find(one) for one in each], device=self.device), None
 
     def _require_gpt(self) -> GPT:
         if self.gpt is None:

@@ -1,6 +1,7 @@
 """From a name, folder or file to the weights of a model and the settings that belong to it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,36 @@ def find_source(source: str | Path, tokenizer: str | Path | None = None) -> Sour
     Raises:
         ValueError: in one line, if there is no such model.
     """
-    text, path = str(source), Path(source).expanduser()
-    if path.is_dir():
-        found = _from_folder(path)
-    elif path.exists():
-        found = _from_file(path)
-    elif isinstance(source, str) and _is_repository(text):
-        found = _from_repository(text)
-    elif is_remote(text):
-        found = _from_published(PUBLISHED[text]) if text in PUBLISHED else _from_file(local_file(text))
+    given = None if tokenizer is None else local_file(tokenizer)
+    path = _existing(source)
+    if path is not None:
+        found = _from_folder(path, given) if path.is_dir() else _from_file(path, given)
+    elif isinstance(source, str) and _is_repository(source):
+        found = _from_repository(source)
+    elif is_remote(text := str(source)):
+        published = PUBLISHED.get(text)
+        found = _from_file(local_file(text), given) if published is None else _from_published(published, None, given)
     else:
-        local_file(text)  # raises an error with near names for what looks like a published one
+        with suppress(OSError):  # too long for a path
+            local_file(text)  # raises an error with near names for what looks like a published one
         raise ValueError(
-            f"{text} does not exist; give a published name such as c2i_B_256, a file of weights, a folder "
+            f"{text[:200]} does not exist; give a published name such as c2i_B_256, a file of weights, a folder "
             "or a repository of the hub"
         )
-    return found if tokenizer is None else replace(found, tokenizer=local_file(tokenizer))
+    if given is not None and found.model is None:
+        raise ValueError(f"tokenizer is {tokenizer}, but {source} is a tokenizer itself; leave it out")
+    return found if given is None else replace(found, tokenizer=given)
+
+
+def _existing(source: str | Path) -> Path | None:
+    """The path of a source that exists; None for all others."""
+    if not isinstance(source, str | Path):
+        raise ValueError(f"the source of a model is {source!r:.60}; give a published name, a path or a repository")
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user, NUL
+        return None
 
 
 def _is_repository(text: str) -> bool:
@@ -86,50 +101,61 @@ def _from_repository(text: str) -> Source:
     return replace(_from_export(folder), name=text.partition("@")[0].rpartition("/")[2])
 
 
-def _from_published(model: PublishedModel, file: Path | None = None) -> Source:
-    path = local_file(model.name) if file is None else file
+def _from_published(model: PublishedModel, file: Path | None, tokenizer: Path | None) -> Source:
+    """A published model, from its file if there is one here; with its tokenizer, unless another one is given."""
+    path = _download(model) if file is None else file
     if model.kind == "tokenizer":
         return Source(model.name, None, path)
-    assert model.tokenizer is not None
-    beside = path.with_name(PUBLISHED[model.tokenizer].file)  # both files were downloaded by hand
+    if tokenizer is None:
+        assert model.tokenizer is not None
+        published = PUBLISHED[model.tokenizer]
+        beside = path.with_name(published.file)  # both files were downloaded by hand
+        tokenizer = beside if file is not None and beside.is_file() else _download(published)
     return Source(
         model.name,
         path,
-        beside if file is not None and beside.is_file() else local_file(model.tokenizer),
+        tokenizer,
         resolution=model.resolution,
         sampling=CLASS_SAMPLING if model.kind == "class" else TEXT_SAMPLING,
         dtype="bfloat16",
     )
 
 
-def _from_file(path: Path) -> Source:
+def _download(model: PublishedModel) -> Path:
+    # By its address, because a file or folder here may have the name.
+    return local_file(f"hf://{model.repository}/{model.file}")
+
+
+def _from_file(path: Path, tokenizer: Path | None) -> Source:
     for model in PUBLISHED.values():
         if model.file == path.name:
-            return _from_published(model, path)
+            return _from_published(model, path, tokenizer)
     run = run_of(path)
-    return Source(path.stem, path, None) if run is None else _from_run(run, path)
+    return Source(path.stem, path, tokenizer) if run is None else _from_run(run, path, tokenizer)
 
 
-def _from_folder(folder: Path) -> Source:
+def _from_folder(folder: Path, tokenizer: Path | None) -> Source:
     if (folder / CONFIG_FILE).is_file():
         return _from_export(folder)
     if folder.suffix == ".ckpt":  # a sharded checkpoint
-        return _from_file(folder)
+        return _from_file(folder, tokenizer)
     run = find_run(folder)
-    return replace(_from_run(run, run.checkpoint), name=folder.absolute().name)
+    return replace(_from_run(run, run.checkpoint, tokenizer), name=folder.absolute().name)
 
 
-def _from_run(run: Run, path: Path) -> Source:
+def _from_run(run: Run, path: Path, tokenizer: Path | None) -> Source:
     name = run.folder.absolute().name
     if run.model == "VQGANModule":
         return Source(name, None, path)
-    tokenizer, encoder = run.options.get("tokenizer"), dict(run.options.get("text_encoder") or {})
+    own, encoder = run.options.get("tokenizer"), dict(run.options.get("text_encoder") or {})
     if encoder.get("name"):
         encoder["name"] = run.locate(encoder["name"])
+    if tokenizer is None and own is not None:
+        tokenizer = _download(PUBLISHED[own]) if own in PUBLISHED else local_file(run.locate(own))
     return Source(
         name,
         path,
-        None if tokenizer is None else local_file(run.locate(tokenizer)),
+        tokenizer,
         sampling=run.options.get("sampling") or {},
         dtype=run.dtype,
         text_encoder=encoder,

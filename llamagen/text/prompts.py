@@ -10,9 +10,9 @@ REPLACEMENTS = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
 def clean_prompt(text: str) -> str:
     """Remove or replace characters that cannot be part of a prompt.
 
-    Drops a byte order mark at the start and white space at both ends. NUL, other control characters and line separators
-    become spaces, halves of surrogate pairs become U+FFFD. Everything else stays, including emoji and their joiners.
+    Joins surrogate pairs, which some JSON has. Drops a byte order mark at the start and white space at both ends. NUL,
+    other control characters and line separators become spaces, halves of surrogate pairs become U+FFFD. Everything else
+    stays, including emoji and their joiners.
     """
-    return "".join(
-        REPLACEMENTS.get(unicodedata.category(character), character) for character in text.removeprefix(BYTE_ORDER_MARK)
-    ).strip()
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").removeprefix(BYTE_ORDER_MARK)
+    return "".join(REPLACEMENTS.get(unicodedata.category(character), character) for character in text).strip()

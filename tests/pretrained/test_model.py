@@ -171,13 +171,20 @@ def test_keeping_nothing_generates_and_keeping_all_reconstructs(model: LlamaGen)
     image = random_pixels(1, 20)[0]
     assert np.array_equal(model.complete(image, 0, 7, seed=2, progress=False), model.generate(7, seed=2)[0])
     assert np.array_equal(model.complete(image, keep_rows=4, condition=7, progress=False), model.reconstruct(image))
-    several = model.complete(image, 2, 7, images_per_prompt=3, progress=False)
-    assert len(several) == 3
-    kept = np.asarray(model.decode(model.encode(image))[0])
-    assert not np.array_equal(several[0], several[1])
     pair = model.complete(random_pixels(2, 8), 4, [1, 2], progress=False)
     assert np.array_equal(arrays(pair), arrays(model.reconstruct(random_pixels(2, 8))))
-    assert kept.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("condition", [7, [7], np.array([7, 3]), [7, 3]])
+def test_a_completion_has_the_upper_rows_of_the_image(model: LlamaGen, condition: Any) -> None:
+    image = random_pixels(1, 20)[0]
+    upper = model.encode(image)[0, :2]
+    completed = model.complete(image, 2, condition, seed=1, images_per_prompt=2, progress=False)
+    codes = model.generate_codes(condition, kept=upper, seed=1, images_per_prompt=2, progress=False)
+    assert len(completed) == 2 * np.size(condition) == len(codes)
+    assert np.array_equal(arrays(completed), arrays(model.decode(codes)))
+    assert all(torch.equal(each[:2], upper) for each in codes)
+    assert not torch.equal(codes[0, 2:], codes[1, 2:])
 
 
 def test_images_of_all_kinds_are_encoded_alike(model: LlamaGen, tmp_path: Path) -> None:
@@ -200,6 +207,9 @@ def test_a_tokenizer_alone_encodes_and_decodes_images_of_any_size(pipeline: Pipe
     assert tokenizer.reconstruct(image).size == (16, 10)
     with pytest.raises(ValueError, match="is a tokenizer"):
         tokenizer.generate(1)
+    for options in ({"dtype": "bfloat16"}, {"text_encoder": "t5"}, {"tokenizer": pipeline.tokenizer}):
+        with pytest.raises(ValueError, match=r"is a tokenizer.*; leave it out"):
+            LlamaGen.from_pretrained(pipeline.tokenizer, **options)
 
 
 def test_rows_are_reported_and_a_call_can_be_stopped(model: LlamaGen, capfd: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +251,10 @@ def test_conditions_and_settings(model: LlamaGen) -> None:
         (lambda model: model.encode([3]), ("not int",)),
         (lambda model: model.decode([[99]]), ("99", "codebook of 32")),
         (lambda model: model.generate_codes(1, kept=[[[1, 2]]]), ("whole rows of 4",)),
+        (lambda model: model.generate(None), ("None is neither a class nor a prompt",)),
+        (lambda model: model.generate(2.5), ("2.5 is neither a class nor a prompt",)),
+        (lambda model: model.complete(torch.zeros(1, 3, 4, 8), 2, 1), ("2 × 4 codes", "8 × 8 pixels")),
+        (lambda model: model.encode(torch.zeros(0, 3, 8, 8)), ("no images",)),
     ],
 )
 def test_mistakes_are_one_line(model: LlamaGen, call: Callable[[LlamaGen], object], parts: tuple[str, ...]) -> None:
@@ -258,6 +272,9 @@ def test_mistakes_are_one_line(model: LlamaGen, call: Callable[[LlamaGen], objec
         ({"dtype": "float16"}, ("dtype is 'float16'", "bfloat16")),
         ({"batch_size": 0}, ("batch_size is 0",)),
         ({"text_encoder": "t5"}, ("text_encoder is t5", "class-conditional")),
+        ({"source": None}, ("None", "published name")),
+        ({"source": "a" * 300}, ("does not exist",)),
+        ({"source": "~nobody/x"}, ("~nobody/x does not exist",)),
     ],
 )
 def test_wrong_options_are_one_line(pipeline: Pipeline, options: dict[str, object], parts: tuple[str, ...]) -> None:

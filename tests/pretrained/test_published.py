@@ -1,5 +1,6 @@
 """Published models by name, from a local hub: golden values, and the same images as the command line."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.pretrained.sizes import SIZES
 from llamagen.sampling import SamplingConfig
+from llamagen.text import clean_caption
 from tests.golden import assert_matches, fill, golden, integer_input
 from tests.hub_server import HubServer
+from tests.tiny_t5 import WIDTH, save_tiny_model, tiny_tokenizer
 
 SMALL = {"dim": 32, "n_layer": 2, "n_head": 2}
 SMALL_VQ16 = VQGANConfig(channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1, z_channels=16)
@@ -38,7 +41,47 @@ def small(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hu
     publish(hub, "vq_ds16_c2i", VQGAN(SMALL_VQ16), tmp_path)
     publish(hub, "c2i_L_384", GPT(GPTConfig(**SMALL, block_size=576)), tmp_path)
     publish(hub, "c2i_3B_384", GPT(GPTConfig(**SMALL, block_size=576)), tmp_path)
+    publish(hub, "vq_ds16_t2i", VQGAN(SMALL_VQ16), tmp_path)
+    text = GPTConfig(**SMALL, block_size=1024, condition="text", caption_length=6, caption_dim=WIDTH)
+    publish(hub, "t2i_XL_stage2_512", GPT(text), tmp_path)
     return hub
+
+
+def test_prompts_of_a_published_text_model_are_cleaned_as_published(
+    small: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "t5")
+    tiny_tokenizer(("a", "dog")).save_pretrained(tmp_path / "t5")
+    model = LlamaGen.from_pretrained("t2i_XL_stage2_512", text_encoder=tmp_path / "t5")
+    assert (model.resolution, model.condition, model.dtype) == (512, "text", "bfloat16")
+    assert model.sampling == SamplingConfig(guidance_scale=7.5, top_k=1000)
+    assert model._text is not None
+    read: list[list[str]] = []
+    encode = model._text.condition.encode
+    monkeypatch.setattr(
+        model._text.condition,
+        "encode",
+        lambda texts, *more, **options: read.append(texts) or encode(texts, *more, **options),
+    )
+    codes = model.generate_codes([" A_Dog.jpg on\x00the #Lawn", "\ud83d\ude00 dog"], progress=False, seed=1)
+    assert codes.shape == (2, 32, 32)
+    assert read == [[clean_caption("A_Dog.jpg on the #Lawn", "published"), "😀 dog"]]
+
+
+def test_a_tokenizer_that_is_given_replaces_the_default_one(
+    small: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, own = tmp_path / "own/c2i_L_384.pt", tmp_path / "own/vq.pt"
+    own.parent.mkdir()
+    shutil.copy(tmp_path / "c2i_L_384.pt", file)
+    shutil.copy(tmp_path / "vq_ds16_c2i.pt", own)
+    assert LlamaGen.from_pretrained(file, tokenizer=own).resolution == 384
+    assert small.requests == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vq_ds16_c2i").mkdir()  # a folder with the name of the default one
+    assert LlamaGen.from_pretrained("c2i_L_384").resolution == 384
+    with pytest.raises(ValueError, match="is a tokenizer itself; leave it out"):
+        LlamaGen.from_pretrained("vq_ds16_t2i", tokenizer=own)
 
 
 def test_a_name_loads_the_model_with_its_tokenizer_and_settings(small: HubServer, tmp_path: Path) -> None:
