@@ -13,7 +13,7 @@ Cleaning = Literal["published", "web"]
 """Name of a cleaning; None stands for captions that are not cleaned."""
 CLEANINGS: tuple[str, ...] = get_args(Cleaning)
 RecordedCleaning = Cleaning | Literal["unknown"] | None
-"""Cleaning in a record; ``unknown`` if there is none, for example for published weights."""
+"""Cleaning in a record; ``unknown`` if there is none, as in other files of the published layout."""
 UNKNOWN: Literal["unknown"] = "unknown"
 
 MAX_PASSES = 8

@@ -72,7 +72,7 @@ class TextCondition:
     @property
     def cleaning(self) -> RecordedCleaning:
         """Cleaning of the captions that the model was trained on, which its prompts need, too; None if they were not
-        cleaned, ``unknown`` if no record tells, as for published weights.
+        cleaned, ``unknown`` if no record tells.
         """
         return recorded_cleaning(self.metadata)
 

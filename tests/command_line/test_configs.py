@@ -292,7 +292,7 @@ def test_the_text_models_have_the_published_size_and_the_recipe(names: tuple[str
     sampling = config["model"]["init_args"]["sampling"]
     assert (sampling["guidance_scale"], sampling["top_k"], sampling["temperature"]) == (7.5, 1000, 1.0)
     assert config["data"]["init_args"]["batch_size"] == 256
-    prompts = parse("predict", (*names, "argen/prompts.yaml"))  # published weights do not record their cleaning
+    prompts = parse("predict", (*names, "argen/prompts.yaml"))
     assert config["data"]["init_args"]["clean_captions"] == "published"
     assert prompts["data"]["init_args"]["clean_captions"] == "published"
     assert TextEncoderConfig() == TextEncoderConfig("google/flan-t5-xl", "bfloat16")

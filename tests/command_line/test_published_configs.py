@@ -127,7 +127,7 @@ def test_each_stage_of_a_published_file_parses(stage: str, name: str) -> None:
         assert last == ("CodeWriter" if kind == "tokenizer" else "SamplingProgress")
         wanted |= {"class": "ClassRequestDataModule", "text": "PromptDataModule"}
     assert data["class_path"].endswith(wanted[kind])
-    if kind == "text":  # published files do not record it
+    if kind == "text":
         assert data["init_args"]["clean_captions"] == "published"
     if kind == "class":
         sampling = {**model["sampling"]}
