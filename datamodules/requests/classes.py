@@ -73,7 +73,7 @@ class ClassRequestDataModule(RequestDataModule):
     label_name = "class"
 
     def __init__(
-        self, classes: int | list[int | str] | Path | str = 1000, per_class: int = 50, batch_size: int = 64
+        self, classes: int | list[str | int] | Path | str = 1000, per_class: int = 50, batch_size: int = 64
     ) -> None:
         self._distinct = not isinstance(classes, (str, Path))
         entries: Sequence[int | str | None]

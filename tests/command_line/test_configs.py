@@ -93,12 +93,12 @@ TOKENIZER_PARAMETERS = {("vqgan/base.yaml",): 71_883_403, ("vqgan/base.yaml", "v
 
 
 @cache
-def parse(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
+def parse(stage: str, names: tuple[str, ...], *options: str) -> dict[str, Any]:
     """The whole configuration of a stage, as the command line prints it."""
     arguments = [argument for name in names for argument in ("--config", str(CONFIGS / name))]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
-        main([stage, *arguments, "--print_config"])
+        main([stage, *arguments, *options, "--print_config"])
     assert end.value.code == 0
     parsed: dict[str, Any] = yaml.load(output.getvalue(), LOADER)
     return parsed

@@ -290,3 +290,8 @@ def test_codes_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Pa
     )
     with pytest.raises(ValueError, match="the codes were extracted with a tokenizer of other weights"):
         main.main([*command, "--trainer.precision=32-true"])
+
+
+def test_digits_in_quotes_stay_a_text_on_the_command_line() -> None:
+    data = parse("predict", ("published/c2i_B_256.yaml",), '--data.init_args.classes=["10", 10, "otter"]')["data"]
+    assert data["init_args"]["classes"] == ["10", 10, "otter"]

@@ -165,6 +165,13 @@ def test_classes_are_requested_by_names_and_numbers_of_the_model() -> None:
     assert resolved("n02099601").classes == [207]
 
 
+def test_digits_in_quotes_are_a_name_if_a_class_has_it() -> None:
+    names = ClassNames(["1", "10", "2"])  # folders in their order
+    assert resolved(["10", 2], names).classes == [1, 2]
+    assert resolved(["0"], names).classes == [0]
+    assert ClassRequestDataModule(["10", 2]).classes == [10, 2]  # of a model whose classes have no names
+
+
 def test_names_of_a_file_are_requested_and_may_repeat(tmp_path: Path) -> None:
     path = tmp_path / "labels"  # without a suffix
     path.write_text("otter\n7\nOtter\n360\n")
