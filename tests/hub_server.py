@@ -45,7 +45,9 @@ class HubServer:
         readonly_tokens: tokens of :attr:`tokens` without the permission to write.
         down: answer every request with 503.
         corrupt: send other bytes of the same number.
-        plain: leave out the headers that only the hub sends, as another site does.
+        plain: leave out the headers that only the hub sends, and answer requests to the API with :attr:`page`, as
+            another site does.
+        page: a page of another site.
         ranges: answer requests for a part of a file with that part; otherwise with the whole file.
         requests: what was received, in order.
         repositories: content by ``owner/repository``.
@@ -68,6 +70,7 @@ class HubServer:
         self.tokens = {"hf_valid", "hf_readonly"}
         self.readonly_tokens = {"hf_readonly"}
         self.down = self.corrupt = self.plain = False
+        self.page = b"<html>log in</html>"
         self.ranges = True
         self._cuts: list[int] = []
         self.requests: list[Request] = []

@@ -1,16 +1,17 @@
 """Files of the hub as local files, in the cache that all programs share (``HF_HOME``).
 
 A file is downloaded once. Later calls ask the hub only whether it has changed, and take the cached file if the hub does
-not answer. With ``HF_HUB_OFFLINE=1``, and for a commit as revision, no request is made.
+not answer. With ``HF_HUB_OFFLINE=1``, and for a commit as revision whose files are in the cache, no request is made.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llamagen.files import atomic_file
 from llamagen.hub.address import Address, file_address, is_remote, repository_address
-from llamagen.hub.errors import NotOnHubError, cache_folder, damaged_file_error, hub_errors
+from llamagen.hub.errors import NotOnHubError, cache_folder, damaged_file_error, hub_errors, other_site_error
 from llamagen.hub.transfer import receive
 
 __all__ = ["is_remote", "local_file", "local_repository"]
@@ -58,16 +59,22 @@ def local_repository(source: str) -> Path:
             exported.
         DiskFullError: if there is no room for the files.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
-
     address = repository_address(source)
+    with hub_errors(address):
+        from huggingface_hub import HfApi, constants, snapshot_download
     # The patterns of huggingface_hub also match files in folders.
     patterns = {"allow_patterns": list(EXPORTED), "ignore_patterns": ["*/*"]}
     options: dict[str, Any] = {"revision": address.revision, "tqdm_class": _no_bars(), **patterns}
+    # footgun: if no list of the commit's files is recorded, a folder of which files are missing is returned.
+    if COMMIT.fullmatch(address.revision) and (_folder(address) / "trees" / f"{address.revision}.json").is_file():
+        with suppress(OSError, ValueError):  # a file is missing
+            return _checked(Path(snapshot_download(address.repository, local_files_only=True, **options)), address)
     try:
         with hub_errors(address):
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             info = HfApi().model_info(address.repository, revision=address.revision, timeout=timeout)
+        if info.siblings is None or (info.siblings and not COMMIT.fullmatch(str(info.sha))):
+            raise other_site_error(address, constants.ENDPOINT)
     except NotOnHubError:
         raise
     except ValueError as unavailable:
@@ -76,7 +83,7 @@ def local_repository(source: str) -> Path:
         except (OSError, ValueError):
             raise unavailable from None
         return _checked(folder, address)
-    names = [each.rfilename for each in info.siblings or ()]
+    names = [each.rfilename for each in info.siblings]
     if CONFIG not in names:
         raise _not_exported(address)
     for name in names:
@@ -102,25 +109,23 @@ def _not_exported(address: Address) -> ValueError:
 
 def _download(address: Address) -> Path:
     """A file of the hub in the cache."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
     if COMMIT.fullmatch(address.revision) and (cached := _cached(address, address.revision)):
         return cached
     try:
         with hub_errors(address):
+            from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
             url = hf_hub_url(address.repository, address.file, revision=address.revision)
             found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        commit, etag = found.commit_hash, found.etag
+        if commit is None or etag is None or not COMMIT.fullmatch(commit) or not re.fullmatch(r"[\w-]+", etag):
+            raise other_site_error(address, url)
     except NotOnHubError:
         raise
     except ValueError:
         if cached := _cached(address, address.revision):
             return cached
         raise
-    commit, etag = found.commit_hash, found.etag
-    if commit is None or etag is None or not COMMIT.fullmatch(commit) or not re.fullmatch(r"[\w-]+", etag):
-        raise ValueError(
-            f"{address.given}: {url} does not answer as the hub does; correct HF_ENDPOINT, or check the proxy"
-        )
     path = _cached(address, commit)
     if path is None:
         with hub_errors(address):
@@ -133,9 +138,10 @@ def _download(address: Address) -> Path:
 
 def _cached(address: Address, revision: str) -> Path | None:
     """A file that is in the cache at a revision; None if it is not."""
-    from huggingface_hub import try_to_load_from_cache
+    with hub_errors(address):  # the name may be invalid
+        from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(address.repository, address.file, revision=revision)
+        path = try_to_load_from_cache(address.repository, address.file, revision=revision)
     return Path(path) if isinstance(path, str) else None
 
 

@@ -4,11 +4,15 @@
 them.
 """
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from json import JSONDecodeError
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from llamagen.command import one_line
 from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno
@@ -37,14 +41,23 @@ def hub_errors(address: Address, uploads: bool = False) -> Iterator[None]:
         ValueError: for other errors of the hub and the network, and for a cache that cannot be written.
         DiskFullError: if the disk is full.
     """
-    from httpx2 import HTTPError
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:  # footgun: huggingface_hub cannot be imported with a wrong port
+        _ = urlsplit(endpoint).port
+    except ValueError as error:
+        raise ValueError(
+            f"{address.given}: HF_ENDPOINT is {endpoint}, which is not a URL ({_reason(error)}); correct or unset it"
+        ) from error
+    from httpx2 import HTTPError, InvalidURL
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RevisionNotFoundError
 
+    # What an answer of another site raises within huggingface_hub.
+    other_site = (JSONDecodeError, UnicodeError, KeyError, TypeError)
     try:
         yield
     except DiskFullError:
         raise
-    except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
+    except (HTTPError, InvalidURL, OSError, RuntimeError, HFValidationError, *other_site) as error:
         cache = cache_folder()
         if (number := full_disk_errno(error, cache)) is not None:
             raise disk_full_error(cache / address.repository, number, None, 0) from error
@@ -59,6 +72,18 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def other_site_error(address: Address, url: str) -> ValueError:
+    """The error of an answer that does not come from a hub.
+
+    Args:
+        address: what was asked for.
+        url: where.
+    """
+    return ValueError(
+        f"{address.given}: {url} does not answer as the hub does; correct HF_ENDPOINT, or check the proxy"
+    )
 
 
 def damaged_file_error(path: Path, reason: str) -> ValueError:
@@ -87,7 +112,7 @@ def remedy_for_damage(path: Path, other: str) -> str:
 
 def _line(error: Exception, address: Address, uploads: bool) -> str:
     """The line for an error."""
-    from httpx2 import HTTPError
+    from httpx2 import HTTPError, InvalidURL, LocalProtocolError
     from huggingface_hub import constants, errors
 
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):  # a thread of an upload
@@ -126,6 +151,13 @@ def _line(error: Exception, address: Address, uploads: bool) -> str:
         return f"{what}: {constants.ENDPOINT} answers with status {status}; try again later"
     if isinstance(error, errors.HFValidationError):
         return f"{what}: {address.repository} cannot be the name of a repository; correct it"
+    if isinstance(error, InvalidURL):
+        return f"{what}: HF_ENDPOINT or the variable of a proxy is not a URL ({_reason(error)}); correct or unset it"
+    # footgun: the text of LocalProtocolError contains the token.
+    if isinstance(error, UnicodeEncodeError | LocalProtocolError) and not _token_can_be_sent():
+        return f"{what}: the token has characters that no token has; set HF_TOKEN again, or run `hf auth login`"
+    if isinstance(error, JSONDecodeError | UnicodeDecodeError | KeyError | TypeError):
+        return str(other_site_error(address, constants.ENDPOINT))
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         return (
             f"{what}: {'no connection to' if uploads else 'it is not in the cache, and there is no connection to'} "
@@ -137,6 +169,12 @@ def _line(error: Exception, address: Address, uploads: bool) -> str:
             "can be written to"
         )
     return f"{what}: {_reason(error)}; try again later"
+
+
+def _token_can_be_sent() -> bool:
+    from huggingface_hub import get_token
+
+    return re.fullmatch(r"[!-~]*", get_token() or "") is not None
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,9 @@ ATTEMPTS = 3
 PAUSE = 1.0
 """Seconds between attempts without a new byte."""
 SHA256_DIGITS, SHA1_DIGITS = 64, 40
+NOTHING_LEFT = 416
+"""Status of an answer to a request for bytes after the end of a file."""
+CHUNK = 1 << 20
 
 
 def receive(address: Address, url: str, etag: str, size: int | None, path: Path) -> None:
@@ -31,7 +34,7 @@ def receive(address: Address, url: str, etag: str, size: int | None, path: Path)
     Args:
         address: the file, for messages.
         url: its URL.
-        etag: its checksum: SHA-256, or git's SHA-1.
+        etag: its checksum: SHA-256, git's SHA-1, or SHA-1.
         size: its size in bytes, if known.
         path: name of the complete file.
 
@@ -50,7 +53,7 @@ def receive(address: Address, url: str, etag: str, size: int | None, path: Path)
         if shutil.disk_usage(path.parent).free < size - received:
             raise disk_full_error(path, ENOSPC, size, received)
     with full_disk_reported(path, size, partial):
-        _fill(partial, url, size, address)
+        _fill(partial, url, etag, size, address)
         found = _checksum(partial, etag)
         if found != etag or size not in (None, size_of(partial)):
             partial.unlink()
@@ -61,7 +64,7 @@ def receive(address: Address, url: str, etag: str, size: int | None, path: Path)
         publish_file(partial, path)
 
 
-def _fill(partial: Path, url: str, size: int | None, address: Address) -> None:
+def _fill(partial: Path, url: str, etag: str, size: int | None, address: Address) -> None:
     """Append the missing bytes to a partial file, with a progress bar.
 
     Raises:
@@ -69,6 +72,7 @@ def _fill(partial: Path, url: str, size: int | None, address: Address) -> None:
         httpx2.HTTPError: if the server refuses.
     """
     from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import tqdm
 
     received, failures = size_of(partial), 0
@@ -84,6 +88,14 @@ def _fill(partial: Path, url: str, size: int | None, address: Address) -> None:
                 failure: Exception | None = None
             except TransportError as error:
                 received, failure = file.tell(), error
+            except HfHubHTTPError as error:
+                if error.response.status_code != NOTHING_LEFT or size is not None or not received:
+                    raise
+                file.flush()
+                if _checksum(partial, etag) == etag:  # complete, but interrupted before it was given its name
+                    return
+                received = _start_again(file, progress)
+                continue
             failures = 0 if received > before else failures + 1
             if failures == ATTEMPTS:
                 of_all = "" if size is None else f" of {size:,}"
@@ -109,9 +121,7 @@ def _request(file: Any, url: str, received: int, progress: Any) -> int:
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         hf_raise_for_status(response)
         if received and response.status_code != 206:  # the server starts at the beginning
-            file.truncate(0)
-            progress.reset()
-            received = 0
+            received = _start_again(file, progress)
         for chunk in response.iter_bytes():  # footgun: chunks of a given size are lost if the connection is
             file.write(chunk)
             received += len(chunk)
@@ -119,11 +129,25 @@ def _request(file: Any, url: str, received: int, progress: Any) -> int:
     return received
 
 
+def _start_again(file: Any, progress: Any) -> int:
+    file.truncate(0)
+    progress.reset()
+    return 0
+
+
 def _checksum(path: Path, etag: str) -> str:
-    """The checksum of a file of the same kind as an ETag: SHA-256, or git's SHA-1; the ETag itself for another kind."""
+    """The checksum of a file of the same kind as an ETag; the ETag itself for another kind.
+
+    64 digits are SHA-256, 40 digits git's SHA-1, as on the hub, or the SHA-1 of the content, as on some mirrors.
+    """
     if len(etag) == SHA256_DIGITS:
         return sha256_of(path)
     if len(etag) == SHA1_DIGITS:
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        of_git = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
+        plain = hashlib.sha1(usedforsecurity=False)
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                of_git.update(chunk)
+                plain.update(chunk)
+        return etag if plain.hexdigest() == etag else of_git.hexdigest()
     return etag

@@ -22,9 +22,9 @@ def upload_folder(folder: Path, address: str) -> str:
         ValueError: in one line with what to do, if the address is wrong, there is no token, the token may not write
             there, there is no network, or the upload fails.
     """
+    target = check_upload(address)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    target = check_upload(address)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder): path for path in files}
     operations = [
@@ -50,9 +50,9 @@ def check_upload(address: str) -> Address:
     Raises:
         ValueError: in one line, if the address is wrong, or there is no token.
     """
-    from huggingface_hub import constants, get_token
-
     target = repository_address(address)
+    with hub_errors(target, uploads=True):
+        from huggingface_hub import constants, get_token
     if get_token() is None and not constants.is_offline_mode():
         raise ValueError(
             f"{address}: an upload takes a token with the permission to write; run `hf auth login`, or set HF_TOKEN"

@@ -72,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         """Send content from the first byte that was asked for."""
         wanted = self.headers.get("Range") if self.hub.ranges else None
         start = int((wanted or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if wanted and start >= blob.size:
+            self.answer(416, {"Content-Range": f"bytes */{blob.size}"})
+            return
         status, more = 200, dict(headers)
         if wanted:
             status, more["Content-Range"] = 206, f"bytes {start}-{blob.size - 1}/{blob.size}"
@@ -118,6 +121,8 @@ class HubHandler(Handler):
     def answer_request(self, parts: list[str]) -> None:
         if self.token is not None and self.token not in self.hub.tokens:
             self.fail(401, "", "Invalid credentials in Authorization header")
+        elif parts[0] == "api" and self.hub.plain:
+            self.answer(200, {"Content-Type": "text/html"}, self.hub.page)
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._api(f"{parts[2]}/{parts[3]}", parts[4:])
         elif parts == ["api", "repos", "create"]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from hashlib import sha1, sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 
 from llamagen.full_disk import DiskFullError
 from llamagen.hub import transfer
+from llamagen.hub.address import Address
 from llamagen.hub.download import local_file
 from tests.hub_server import HubServer
 
@@ -84,7 +86,7 @@ def test_a_cached_file_is_not_downloaded_again(served: HubServer, capsys: pytest
 
 
 @pytest.mark.usefixtures("no_sleep")
-@pytest.mark.parametrize("fault", ["no network", "down", "offline", "gated"])
+@pytest.mark.parametrize("fault", ["no network", "down", "offline", "gated", "not a hub"])
 def test_a_cached_file_needs_no_hub(fault: str, served: HubServer) -> None:
     path = local_file(ADDRESS)
     requests = len(served.requests)
@@ -94,6 +96,8 @@ def test_a_cached_file_needs_no_hub(fault: str, served: HubServer) -> None:
         served.offline()
     elif fault == "down":
         served.down = True
+    elif fault == "not a hub":
+        served.plain = True
     else:
         served.gated = {"owner/name"}
     assert local_file(ADDRESS) == path
@@ -175,6 +179,44 @@ def test_an_incomplete_file_that_is_too_long_is_discarded(served: HubServer) -> 
     with interrupt(served).open("ab") as file:
         file.write(CONTENT)
     assert local_file(ADDRESS).read_bytes() == CONTENT
+
+
+def receive_of_unknown_size(hub: HubServer, path: Path, partial: bytes) -> bytes:
+    """Continue the download of a file whose size the server does not tell."""
+    path.with_name(f"{path.name}.incomplete").write_bytes(partial)
+    url = f"{hub.url}/owner/name/resolve/main/{NAME}"
+    transfer.receive(Address("owner/name", NAME, "main", ADDRESS), url, sha256(CONTENT).hexdigest(), None, path)
+    assert not path.with_name(f"{path.name}.incomplete").exists()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("partial", "ranges"),
+    [
+        (CONTENT, [f"bytes={len(CONTENT)}-"]),
+        (CONTENT[:HALF], [f"bytes={HALF}-"]),
+        (bytes(len(CONTENT)), [f"bytes={len(CONTENT)}-", None]),
+    ],
+    ids=["complete", "half", "damaged"],
+)
+def test_a_download_of_unknown_size_is_completed(
+    partial: bytes, ranges: list[str | None], served: HubServer, tmp_path: Path
+) -> None:
+    assert receive_of_unknown_size(served, tmp_path / "content", partial) == CONTENT
+    assert [each.range for each in served.requests if each.path.startswith("/storage")] == ranges
+
+
+@pytest.mark.parametrize("prefix", [b"", b"blob %d\0" % len(CONTENT)], ids=["content", "git"])
+def test_a_checksum_of_40_digits_is_that_of_the_content_or_of_git(
+    prefix: bytes, served: HubServer, tmp_path: Path
+) -> None:
+    url, etag = f"{served.url}/owner/name/resolve/main/{NAME}", sha1(prefix + CONTENT).hexdigest()
+    address = Address("owner/name", NAME, "main", ADDRESS)
+    transfer.receive(address, url, etag, len(CONTENT), tmp_path / "content")
+    assert (tmp_path / "content").read_bytes() == CONTENT
+    served.corrupt = True
+    with pytest.raises(ValueError, match="is not that of the hub"):
+        transfer.receive(address, url, etag, len(CONTENT), tmp_path / "other")
 
 
 def test_corrupt_content_is_discarded(served: HubServer) -> None:

@@ -1,5 +1,6 @@
 """Each error of the hub is one line that names the address and says what to do, at once."""
 
+import os
 import re
 from collections.abc import Callable
 
@@ -34,6 +35,10 @@ def answer_as_another_site(hub: HubServer) -> None:
     hub.plain = True
 
 
+def move(hub: HubServer) -> None:
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:notaport"  # the fixture restores it
+
+
 # By address: a fault of the server, a token, and parts of the message.
 CASES: dict[str, tuple[str, Callable[[HubServer], None] | None, str | None, tuple[str, ...]]] = {
     "repository": (
@@ -62,6 +67,10 @@ CASES: dict[str, tuple[str, Callable[[HubServer], None] | None, str | None, tupl
     "down": (ADDRESS, take_down, None, ("answers with status 503; try again later",)),
     "offline": (ADDRESS, lambda hub: hub.offline(), None, ("is not in the cache", "HF_HUB_OFFLINE is set; unset it")),
     "not a hub": (ADDRESS, answer_as_another_site, None, ("does not answer as the hub does; correct HF_ENDPOINT",)),
+    "invalid name": ("hf://a--b/c/model.pt", None, None, ("a--b/c cannot be the name of a repository; correct it",)),
+    "not a URL": (ADDRESS, move, None, ("HF_ENDPOINT is http://127.0.0.1:notaport, which is not a URL", "unset it")),
+    "letter of another alphabet in the token": (ADDRESS, None, "hf_välid", ("the token has characters that no token",)),
+    "control character in the token": (ADDRESS, None, "hf_va\x0blid", ("the token has characters that no token",)),
 }
 
 
@@ -81,12 +90,17 @@ def test_an_error_of_the_hub_is_one_line_with_a_remedy(
     assert "\n" not in message
     for part in parts:
         assert part in message
+    assert token is None or token not in message
     assert not list(served.cache.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("case", ["repository", "revision", "gated", "no network", "offline"])
-def test_an_error_of_a_repository_is_one_line_with_a_remedy(case: str, served: HubServer) -> None:
-    address, break_it, _, parts = CASES[case]
+@pytest.mark.parametrize("case", [name for name in CASES if name != "file"])
+def test_an_error_of_a_repository_is_one_line_with_a_remedy(
+    case: str, served: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, break_it, token, parts = CASES[case]
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
     if break_it is not None:
         break_it(served)
     source = re.sub(r"/modell?\.pt", "", address)
@@ -96,6 +110,20 @@ def test_an_error_of_a_repository_is_one_line_with_a_remedy(case: str, served: H
     assert message.startswith(f"{source}: ")
     assert "\n" not in message
     assert any(part in message for part in parts)
+    assert token is None or token not in message
+
+
+PAGES = [b"<html>log in</html>", "<html>é</html>".encode("latin-1"), b"{}", b"[1]", b'{"id": "owner/name"}']
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_an_answer_of_another_site_is_one_line_with_a_remedy(page: bytes, served: HubServer) -> None:
+    served.plain, served.page = True, page
+    with pytest.raises(ValueError) as error:
+        local_repository("owner/name")
+    assert str(error.value) == (
+        f"owner/name: {served.url} does not answer as the hub does; correct HF_ENDPOINT, or check the proxy"
+    )
 
 
 def test_a_token_opens_a_gated_repository_and_stays_with_the_hub(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamagen.hub.download import local_repository
+from llamagen.hub.download import local_file, local_repository
 from llamagen.hub.upload import upload_folder
 from tests.hub_server import HubServer
 
@@ -50,6 +50,22 @@ def test_a_cached_repository_needs_no_network(fault: str, served: HubServer) -> 
     else:
         served.stop()
     assert local_repository("me/model") == folder
+
+
+def test_a_commit_in_the_cache_takes_no_request(served: HubServer) -> None:
+    (commit,) = served.repositories["me/model"].commits
+    folder = local_repository(f"me/model@{commit}")
+    served.requests.clear()
+    assert local_repository(f"me/model@{commit}") == folder
+    assert served.requests == []
+    (folder / "tokenizer.safetensors").unlink()
+    assert content(local_repository(f"me/model@{commit}")) == FILES
+
+
+def test_a_commit_of_which_only_a_file_was_downloaded_is_completed(served: HubServer) -> None:
+    (commit,) = served.repositories["me/model"].commits
+    local_file(f"hf://me/model/config.json@{commit}")
+    assert content(local_repository(f"me/model@{commit}")) == FILES
 
 
 def test_a_repository_of_which_a_file_is_missing_is_not_used_offline(served: HubServer) -> None:
@@ -114,7 +130,9 @@ FAILURES: dict[str, tuple[str | None, str]] = {
     "no token": (None, "an upload takes a token with the permission to write; run `hf auth login`, or set HF_TOKEN"),
     "no permission": ("hf_readonly", "the token has no permission to write to me/new; run `hf auth login`"),
     "wrong token": ("hf_wrong", "the hub refuses the token"),
+    "token that cannot be sent": ("hf_välid", "the token has characters that no token has; set HF_TOKEN again"),
     "no network": ("hf_valid", "no connection to http://127.0.0.1"),
+    "not a hub": ("hf_valid", "does not answer as the hub does; correct HF_ENDPOINT"),
     "offline": ("hf_valid", "HF_HUB_OFFLINE is set; unset it"),
 }
 
@@ -130,6 +148,7 @@ def test_a_failed_upload_is_one_line_with_a_remedy(
         hub.stop()
     if case == "offline":
         hub.offline()
+    hub.plain = case == "not a hub"
     with pytest.raises(ValueError) as error:
         upload_folder(exported, "hf://me/new")
     assert str(error.value).startswith("hf://me/new: ")
