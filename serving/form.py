@@ -30,6 +30,7 @@ TITLES = {
     "guidance_power": ("Guidance power", "Exponent of the schedule “power cosine”."),
 }
 STEPS = {"guidance_scale": 0.05, "temperature": 0.05, "top_p": 0.01, "guidance_power": 0.5}
+FINER_STEPS = (0.01, 0.001, 1e-4, 1e-5, 1e-6)
 ADVANCED = ("guidance_start", "guidance_steps", "guidance_power")
 SETTINGS = ("guidance_scale", "guidance_schedule", "top_k", "top_p", "temperature", *ADVANCED)
 
@@ -51,6 +52,8 @@ class Form:
     def __init__(self, model: LlamaGen, kind: Kind) -> None:
         self._model, self._kind = model, kind
         self._what = "class" if model.condition == "class" else "prompt"
+        assert model.gpt is not None
+        self._codes = model.gpt.config.block_size  # of an image
         self.components: list[Any] = []
 
     def build_request(self) -> None:
@@ -81,8 +84,9 @@ class Form:
         settings = dict(zip(SETTINGS, others, strict=True))
         for name in ("top_k", "guidance_start"):
             settings[name] = _integer(settings[name] or 0)
-        if settings["guidance_steps"] is not None:
-            settings["guidance_steps"] = _integer(settings["guidance_steps"])
+        steps = _integer(settings["guidance_steps"])
+        guided_to_the_end = steps is None or (isinstance(steps, int) and steps >= self._codes)
+        settings["guidance_steps"] = None if guided_to_the_end else steps
         conditions = given or []
         if isinstance(conditions, str):
             conditions = [line.strip() for line in conditions.splitlines() if line.strip()]  # one prompt per line
@@ -101,12 +105,24 @@ class Form:
         conditions: Any = list(read.conditions)
         if self._model.condition == "text":
             conditions = "\n".join(map(str, conditions))
+        settings = {
+            **read.settings,
+            "guidance_steps": self._first_code_without_guidance(read.settings["guidance_steps"]),
+        }
         return [
             conditions,
             read.images_per_prompt,
             read.seed,
-            *(read.settings[name] for name in SETTINGS),
+            *(settings[name] for name in SETTINGS),
         ], read.keep_rows
+
+    def _first_code_without_guidance(self, steps: int | None) -> int:
+        """Value of the field for a setting, which is None if all codes are guided.
+
+        Footgun: Gradio turns an empty number field in a closed accordion into 0 when the accordion is opened, which
+        would turn guidance off. The field is therefore never empty.
+        """
+        return self._codes if steps is None else min(steps, self._codes)
 
     def title(self, condition: int | str) -> str:
         """Class or prompt, for people."""
@@ -143,15 +159,20 @@ class Form:
         if name in ("guidance_start", "guidance_steps"):
             starts = name == "guidance_start"
             return gr.Number(
-                own,
+                own if starts else self._first_code_without_guidance(own),
                 precision=0,
                 label="First guided code" if starts else "First code without guidance",
-                info=f"0 to {gpt.config.block_size}." if starts else "Empty guides all codes to the end.",
+                info=f"0 to {self._codes}." if starts else f"{self._codes} guides all codes to the end.",
             )
         low, high = slider_range(self._model, name)
         label, info = TITLES[name]
         return gr.Slider(
-            low, high, value=own, step=_step(own, STEPS[name]), label=label, info=info.format(condition=self._what)
+            low,
+            high,
+            value=own,
+            step=_step(low, high, own, STEPS[name]),
+            label=label,
+            info=info.format(condition=self._what),
         )
 
 
@@ -170,6 +191,13 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _step(value: float, step: float) -> float:
-    """The step of a slider; a finer one if the model's own value is not a multiple, which a browser would round."""
-    return step if abs(value / step - round(value / step)) < 1e-9 else 0.001
+def _step(low: float, high: float, value: float, step: float) -> float:
+    """The step of a slider; a finer one if the model's own value, or the end of the range, cannot be reached with it.
+
+    Browsers count steps from ``low``, and round other values.
+    """
+    for each in (step, *FINER_STEPS):
+        counts = [(reached - low) / each for reached in (value, high)]
+        if all(abs(count - round(count)) < 1e-6 for count in counts):
+            return each
+    return FINER_STEPS[-1]

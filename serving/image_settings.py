@@ -7,7 +7,6 @@ import io
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ MAX_INTEGER = 2**20
 
 RANGES = {
     "guidance_scale": (0.0, 20.0),
-    "guidance_power": (0.1, 20.0),
+    "guidance_power": (0.5, 20.0),
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
 }
@@ -187,10 +186,9 @@ def check_sampling(model: LlamaGen, settings: dict[str, Any]) -> None:
     for name in RANGES:
         low, high = slider_range(model, name)
         value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise ValueError(f"{name} is {value!r:.40}; it must be a number")
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+        # Footgun: NaN fails all comparisons, and an integer in JSON may be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r:.40}; it must be a number from {low:g} to {high:g}")
     for name in ("top_k", "guidance_start", "guidance_steps"):
         if settings[name] is not None or name != "guidance_steps":
             _check_integer(name, settings[name], 0, MAX_INTEGER)

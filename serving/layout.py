@@ -19,6 +19,8 @@ HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of all events. The page shows its own progress, and is not an API."""
 QUICK = {**HIDDEN, "queue": False}
 """Options of events that do not wait for the model."""
+DELETE_UPLOADS = (3600, 3600)
+"""Seconds between two deletions of uploads, and their minimum age. All are deleted when the server ends."""
 
 
 def build_page(runs: Runs) -> gr.Blocks:
@@ -28,7 +30,9 @@ def build_page(runs: Runs) -> gr.Blocks:
         runs: runs of the model.
     """
     model = runs.model
-    with gr.Blocks(title=f"{model.name} · LlamaGen", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title=f"{model.name} · LlamaGen", analytics_enabled=False, fill_width=True, delete_cache=DELETE_UPLOADS
+    ) as page:
         gr.Markdown(f"# {_plain(model.name)}\n{_plain(_description(model))}")
         with gr.Tabs():
             if model.gpt is not None:
@@ -130,21 +134,22 @@ def _complete_tab(runs: Runs) -> None:
                 label="Rows to keep",
                 info=f"Rows of codes from the top; each is {factor} pixels high.",
             )
-            cut = gr.HTML(elem_id="complete-cut")
+            cut = gr.HTML(elem_id="complete-cut", elem_classes="status")
             form.build_request()
         with gr.Column(elem_classes="results"):
             results = _Results(runs, "complete", "Complete")
         with gr.Column(elem_classes="settings"):
             form.build_settings()
 
-    def show_cut(path: str | None, kept: float) -> list[Any]:
+    def show_cut(path: str | None, kept: float) -> str:
+        # Errors are shown here, too: the status may hold the progress of a run, or a message about settings.
         if path is None:
-            return ["", gr.skip()]
+            return ""
         try:
             image = read_upload(path, model)
-            return [markup.cut_image(mark_cut(image, int(kept), factor), f"{int(kept)} of {rows} rows are kept"), ""]
+            return markup.cut_image(mark_cut(image, int(kept), factor), f"{int(kept)} of {rows} rows are kept")
         except Exception as error:
-            return ["", markup.error_message(sentence(error))]
+            return markup.error_message(sentence(error))
 
     def complete(request: gr.Request, path: str | None, kept: float, *values: Any) -> Iterator[list[Any]]:
         try:
@@ -163,7 +168,7 @@ def _complete_tab(runs: Runs) -> None:
         note = "The settings of the image are in the form. Choose the same image to complete it in the same way."
         return [*values, kept, markup.message(note)]
 
-    gr.on([upload.change, keep.change], show_cut, [upload, keep], [cut, results.status], **QUICK)
+    gr.on([upload.change, keep.change], show_cut, [upload, keep], cut, **QUICK)
     results.start.click(complete, [upload, keep, *form.components], results.components, **HIDDEN)
     form.back.upload(put_back, form.back, [*form.components, keep, results.status], **QUICK)
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from llamagen import LlamaGen
         from serving.image_store import ImageStore
         from serving.runs import Runs
-        from serving.server import build_app, build_server, listen
+        from serving.server import build_app, build_server, listen, upload_folder
         from serving.worker import Worker
     connection = listen(options.host, options.port)
     with stage(f"model {options.source}"):
@@ -52,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worker = Worker()
     with stage("preparation"):
         prepare(model, worker)
-    with stage("page"):
-        server = build_server(build_app(Runs(model, worker, ImageStore())))
-    host, port = connection.getsockname()[:2]
-    print(f"{model!r}\nOpen http://{_address(host)}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
-    try:
-        server.run(sockets=[connection])
-    finally:
-        worker.close()
+    with upload_folder():
+        with stage("page"):
+            server = build_server(build_app(Runs(model, worker, ImageStore())))
+        host, port = connection.getsockname()[:2]
+        print(f"{model!r}\nOpen http://{_address(host)}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
+        try:
+            server.run(sockets=[connection])
+        finally:
+            worker.close()
 
 
 def prepare(model: "LlamaGen", worker: "Worker") -> None:

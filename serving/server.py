@@ -2,6 +2,10 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Read when Gradio is imported: no messages to its makers, and no look-up of newer versions.
@@ -19,6 +23,8 @@ from serving.runs import Runs
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
 """Content security policy: browsers refuse to load anything from other machines."""
 MAX_UPLOAD = "20mb"
+UPLOADS = "GRADIO_TEMP_DIR"
+"""Environment variable with the folder of uploads. Gradio reads it when an app is built, and at each request."""
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
 
@@ -37,6 +43,25 @@ class _WithPolicy:
             await send(message)
 
         await self._app(scope, receive, send_with_policy)
+
+
+@contextmanager
+def upload_folder() -> Iterator[Path]:
+    """Keep the uploads of a server in a folder of its own, which is deleted at the end.
+
+    Footgun: all servers of a user share Gradio's folder, and the same file has the same name in it. The end of one
+    server would delete files that another one uses.
+    """
+    before = os.environ.get(UPLOADS)
+    with TemporaryDirectory(prefix="llamagen_page_", dir=before, ignore_cleanup_errors=True) as folder:
+        os.environ[UPLOADS] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ[UPLOADS]
+            else:
+                os.environ[UPLOADS] = before
 
 
 def build_app(runs: Runs) -> FastAPI:

@@ -38,6 +38,8 @@ def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
             pixels = to_pixels(opened)
     except (_TooLargeError, Image.DecompressionBombError) as error:
         raise ValueError(f"the file {name} is too large; choose an image of at most {MAX_PIXELS:,} pixels") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"the file {name} is no longer kept; choose it again") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"the file {name} is not a readable JPEG, PNG or WebP image; choose another file") from error
     if model.resolution is None and max(pixels.shape[:2]) > MAX_SIDE:

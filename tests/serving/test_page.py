@@ -1,7 +1,9 @@
 """The command of the page, its tabs, and what visitors read, without a browser."""
 
 import socket
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
-from serving import markup, page
-from serving.form import Form, class_title
+from serving import image_settings, markup, page
+from serving.form import Form, all_settings, class_title
 from serving.generation import GenerationRequest
+from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.runs import Runs, sentence
 from serving.uploads import mark_cut, read_upload
@@ -68,6 +71,79 @@ def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: Llam
     assert values["Top-p"] == model.sampling.top_p
     assert values["Temperature"] == model.sampling.temperature
     assert values["Guidance schedule"] == model.sampling.guidance_schedule
+
+
+@pytest.mark.parametrize(
+    ("own", "low"),
+    [
+        ({}, 0.5),
+        ({}, 0.1),
+        ({"guidance_scale": 7.51, "top_p": 0.955, "temperature": 0.123, "guidance_power": 0.3}, 0.5),
+        ({"guidance_scale": 30.02, "top_p": 0.005, "temperature": 2.25, "guidance_power": 21.7}, 0.5),
+    ],
+    ids=["defaults", "another range", "inside the ranges", "outside"],
+)
+def test_sliders_reach_their_defaults_and_their_ends(
+    model: LlamaGen, worker: Worker, monkeypatch: pytest.MonkeyPatch, own: dict[str, float], low: float
+) -> None:
+    monkeypatch.setitem(image_settings.RANGES, "guidance_power", (low, 20.0))
+    monkeypatch.setattr(model, "sampling", replace(model.sampling, **own))  # type: ignore[arg-type]
+    sliders = [each for each in components(Runs(model, worker, ImageStore())) if each["type"] == "slider"]
+    assert len(sliders) == 2 * 6 + 1
+    for slider in sliders:
+        for value in (slider["value"], slider["maximum"]):
+            steps = (value - slider["minimum"]) / slider["step"]  # browsers count from the minimum
+            assert steps == pytest.approx(round(steps), abs=1e-6), slider["label"]
+
+
+def test_guidance_up_to_the_last_code_is_guidance_to_the_end(model: LlamaGen, tmp_path: Path) -> None:
+    import gradio as gr
+
+    with gr.Blocks():
+        form = Form(model, "generation")
+        form.build_request()
+        form.build_settings()
+    values = [[3], *(each.value for each in form.components[1:])]
+    field = next(i for i, each in enumerate(form.components) if each.label == "First code without guidance")
+    assert None not in values  # Gradio shows an empty number as 0 in an accordion
+    assert values[field] == 16
+    for shown, meant, back in [(16.0, None, 16), (99, None, 16), (None, None, 16), (15, 15, 15), (0, 0, 0)]:
+        values[field] = shown
+        request = form.request(*values)
+        assert request.settings["guidance_steps"] == meant
+        inside = ImageSettings(model.name, "generation", (3,), 4, 0, 0, 0, all_settings(model, request))
+        (tmp_path / "a.png").write_bytes(png_file(Image.new("RGB", (8, 8)), inside, "3", "float32"))
+        assert form.put_back(str(tmp_path / "a.png"))[0][field] == back
+    values[field] = -1
+    with pytest.raises(ValueError, match="guidance_steps is -1"):
+        form.request(*values)
+
+
+@pytest.mark.parametrize("times", [(0.01, 0.01), (3600, 3600)], ids=["on schedule", "at the end"])
+def test_uploads_are_deleted(
+    model: LlamaGen, worker: Worker, monkeypatch: pytest.MonkeyPatch, times: tuple[float, float]
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from serving import layout
+    from serving.server import build_app, upload_folder
+
+    assert min(layout.DELETE_UPLOADS) > 0  # 0 is off
+    assert max(layout.DELETE_UPLOADS) <= 3600
+    monkeypatch.setattr(layout, "DELETE_UPLOADS", times)
+    with upload_folder() as folder:
+        with TestClient(build_app(Runs(model, worker, ImageStore()))) as client:
+            answer = client.post("/gradio_api/upload", files={"files": ("a.png", b"mine")})
+            (path,) = map(Path, answer.json())
+            assert path.is_relative_to(folder)
+            on_schedule = times[1] < 1
+            for _ in range(500 if on_schedule else 0):
+                if not path.exists():
+                    break
+                time.sleep(0.01)
+            assert path.exists() != on_schedule
+        assert not path.exists()
+    assert not folder.exists()
 
 
 def test_a_tokenizer_alone_reconstructs_only(pipeline: Pipeline, worker: Worker) -> None:
@@ -146,6 +222,7 @@ def write(path: Path, content: bytes) -> str:
     ("make", "message"),
     [
         (lambda folder: None, "there is no image"),
+        (lambda folder: str(folder / "a.png"), "the file a.png is no longer kept; choose it again"),
         (lambda folder: write(folder / "a.jpg", b"GIF89a"), "the file a.jpg is not a readable JPEG, PNG or WebP image"),
         (lambda folder: save(folder / "a.png", (8000, 6000)), "the file a.png is too large; .* 40,000,000 pixels"),
         (
@@ -153,7 +230,7 @@ def write(path: Path, content: bytes) -> str:
             "not a readable",
         ),
     ],
-    ids=["none", "other file", "large", "program"],
+    ids=["none", "deleted", "other file", "large", "program"],
 )
 def test_uploads_that_are_no_usable_images_are_refused(
     model: LlamaGen, tmp_path: Path, make: Callable[[Path], str | None], message: str
