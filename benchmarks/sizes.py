@@ -1,13 +1,10 @@
-"""Shapes of the models that benchmarks build: the sizes of ``configs/argen/size``, and tiny ones to try a benchmark."""
+"""Shapes of the models that benchmarks build: the paper's sizes, and tiny ones to try a benchmark."""
 
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llamagen.models.vqgan import VQGANConfig
+from llamagen.pretrained.sizes import SIZES
 
-FOLDER = Path("configs/argen/size")
 TINY = "tiny"
 """A GPT that needs no time, for dry runs of benchmarks."""
 TINY_TOKENIZER = VQGANConfig(
@@ -17,12 +14,9 @@ TINY_TOKENIZER = VQGANConfig(
 
 def size_names() -> list[str]:
     """Names of all sizes."""
-    return [*sorted(path.stem for path in FOLDER.glob("*.yaml")), TINY]
+    return [*sorted(SIZES), TINY]
 
 
 def gpt_shape(size: str) -> dict[str, Any]:
     """Layers, heads and width of a size, as arguments of ``GPTConfig``."""
-    if size == TINY:
-        return {"n_layer": 2, "n_head": 2, "dim": 64}
-    shape: dict[str, Any] = yaml.safe_load((FOLDER / f"{size}.yaml").read_text())["model"]["init_args"]["net"]
-    return shape
+    return {"n_layer": 2, "n_head": 2, "dim": 64} if size == TINY else SIZES[size]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.vqgan import VQGANConfig
+from llamagen.pretrained.sizes import SIZES
 
 
 class Generation(NamedTuple):
@@ -24,9 +25,6 @@ class Reconstruction(NamedTuple):
     psnr: float | None
     ssim: float | None
 
-
-SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280), "XXL": (48, 24, 1536), "3B": (24, 32, 3200)}
-"""Layers, heads and width."""
 
 TOKENIZERS = (VQGANConfig(), VQGANConfig(channel_multipliers=(1, 2, 2, 4)))
 """VQ-16 and VQ-8."""
@@ -86,7 +84,8 @@ def published(config: GPTConfig | VQGANConfig | None, image_size: int | None) ->
     if config is not None and config.condition == "text":
         return []
     if config is not None:
-        shape, side = (config.n_layer, config.n_head, config.dim), 16 * config.grid_size
+        shape = {"n_layer": config.n_layer, "n_head": config.n_head, "dim": config.dim}
+        side = 16 * config.grid_size
         size = next((name for name, known in SIZES.items() if known == shape), "")
         task = config.condition, config.num_classes, config.vocab_size
         if (size, side) in GENERATION and task == ("class", 1000, 16384):

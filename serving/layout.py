@@ -108,14 +108,19 @@ def _generate_tab(runs: Runs) -> None:
         yield from results.updates(_session(request), form, wanted)
 
     def put_back(file: str) -> list[Any]:
-        try:
-            values, _ = form.put_back(file)
-        except Exception as error:
-            return [*(gr.skip() for _ in form.components), markup.error_message(sentence(error))]
-        return [*values, markup.message("The settings of the image are in the form. Generate to see it again.")]
+        return _put_back(form, file, "The settings of the image are in the form. Generate to see it again.")
 
     results.start.click(generate, form.components, results.components, **HIDDEN)
     form.back.upload(put_back, form.back, [*form.components, results.status], **QUICK)
+
+
+def _put_back(form: Form, file: str, note: str, with_rows: bool = False) -> list[Any]:
+    """New values of the form's components, if wanted of the rows to keep, and of the status."""
+    try:
+        values, kept = form.put_back(file)
+    except Exception as error:
+        return [*[gr.skip()] * (len(form.components) + with_rows), markup.error_message(sentence(error))]
+    return [*values, *[kept] * with_rows, markup.message(note)]
 
 
 def _complete_tab(runs: Runs) -> None:
@@ -161,12 +166,8 @@ def _complete_tab(runs: Runs) -> None:
         yield from results.updates(_session(request), form, wanted)
 
     def put_back(file: str) -> list[Any]:
-        try:
-            values, kept = form.put_back(file)
-        except Exception as error:
-            return [*(gr.skip() for _ in form.components), gr.skip(), markup.error_message(sentence(error))]
         note = "The settings of the image are in the form. Choose the same image to complete it in the same way."
-        return [*values, kept, markup.message(note)]
+        return _put_back(form, file, note, with_rows=True)
 
     gr.on([upload.change, keep.change], show_cut, [upload, keep], cut, **QUICK)
     results.start.click(complete, [upload, keep, *form.components], results.components, **HIDDEN)

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from llamagen import LlamaGen
-from llamagen.pretrained.images import FORMATS, prepare_images, to_pixels
+from llamagen.pretrained.images import prepare_images, to_pixels
+from llamagen.rgb import FORMATS
 
 MAX_PIXELS = 40_000_000
 """Maximum number of pixels, so that a small file cannot fill the memory."""

@@ -9,11 +9,7 @@ from kornia_rs.io import decode_image_jpegturbo
 from PIL import Image, UnidentifiedImageError
 
 from datamodules.storage.bad_examples import BadExampleError
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""The only formats that are decoded. footgun: Pillow reads more formats, and some run programs (EPS runs
-Ghostscript).
-"""
+from llamagen.rgb import FORMATS, to_rgb
 
 MAX_PIXELS = 89_478_485
 """Images that claim more pixels are refused before decoding. Pillow's own warning starts here."""
@@ -43,7 +39,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
         where: origin of the file, for messages.
 
     Raises:
-        BadExampleError: if the file is empty, not in one of :data:`FORMATS`, or too large.
+        BadExampleError: if the file is empty, not in one of :data:`~llamagen.rgb.FORMATS`, or too large.
     """
     if not data:
         raise BadExampleError("empty file", f"the image of {where} is empty")
@@ -96,22 +92,12 @@ def read_image(data: bytes, where: str) -> np.ndarray:
             pixels = None
     try:
         if pixels is None:
-            pixels = np.array(_to_rgb(image))
+            pixels = np.array(to_rgb(image))
     except Exception as error:  # Pillow raises many types, for example AssertionError for a missing palette
         reason = str(error) or type(error).__name__
         raise BadExampleError("broken image", f"the image of {where} is broken ({reason})") from error
     turn = UPRIGHT.get(_orientation(image))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about transparency, which is ignored
-        return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> Any:

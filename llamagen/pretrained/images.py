@@ -10,9 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from llamagen.centre_crop import centre_crop
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""The only formats that are read from files. footgun: Pillow reads more formats, and some run programs."""
+from llamagen.rgb import FORMATS, to_rgb
 
 ImageLike = Image.Image | np.ndarray | Tensor | Path | str
 """An image: Pillow, a file, levels (H, W, 3) uint8, or a tensor (3, H, W) of levels or of floats in [-1, 1]."""
@@ -80,10 +78,7 @@ def to_pixels(image: Any) -> np.ndarray:
             reason = getattr(error, "strerror", None) or f"not a readable {', '.join(FORMATS)}"
             raise ValueError(f"the image {image} cannot be read ({reason}); give another file") from error
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
     shape = f" of shape {image.shape} and {image.dtype}" if isinstance(image, np.ndarray) else ""

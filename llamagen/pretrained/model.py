@@ -233,8 +233,6 @@ class LlamaGen:
         kept = codes[:, :keep_rows]
         if is_one(condition):
             conditions *= len(kept)
-        if len(kept) == 1:
-            kept = kept.expand(len(conditions), -1, -1)
         call = conditions, images_per_prompt, seed, progress, on_row, settings, kept
         images = self._images(*call, on_images=on_images)
         return images[0] if single else images

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llamagen.hub.published import PUBLISHED
-
 RUN_FILE = "fit.yaml"
 PRECISIONS = {"bf16-mixed": "mixed", "bf16-true": "bfloat16"}
 """Precisions of Lightning, and the dtype for sampling that computes the same. All others are float32."""
@@ -59,8 +57,6 @@ class Run(NamedTuple):
         with other runs, so they are looked up in its parents, too. What is not found is returned as it is.
         """
         given = path.replace("${trainer.default_root_dir}", str(self.folder))
-        if given in PUBLISHED:  # a run next to this one may have the name, too
-            return given
         places = [Path(given), *(parent / given for parent in self.folder.absolute().parents)]
         return next((str(place) for place in places if place.exists()), given)
 

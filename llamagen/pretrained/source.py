@@ -150,7 +150,7 @@ def _from_run(run: Run, path: Path, tokenizer: Path | None) -> Source:
     own, encoder = run.options.get("tokenizer"), dict(run.options.get("text_encoder") or {})
     if encoder.get("name"):
         encoder["name"] = run.locate(encoder["name"])
-    if tokenizer is None and own is not None:
+    if tokenizer is None and own is not None:  # a run next to this one may have the published name, too
         tokenizer = _download(PUBLISHED[own]) if own in PUBLISHED else local_file(run.locate(own))
     return Source(
         name,
