@@ -15,10 +15,10 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from command_line.config_files import LOADER
-from evaluation.published import SIZES as SHAPES
 from lightning_modules import ARGenModule, models_on_meta_device
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
+from llamagen.pretrained.sizes import SIZES as SHAPES
 from llamagen.text import TextEncoderConfig
 from main import main
 
@@ -228,7 +228,7 @@ def test_the_base_is_gpt_b() -> None:
 def test_the_sizes_have_the_heads_of_the_paper() -> None:
     for size, shape in SHAPES.items():
         net = parse("fit", ("argen/base.yaml", f"argen/size/{size}.yaml"))["model"]["init_args"]["net"]
-        assert (net["n_layer"], net["n_head"], net["dim"]) == shape, size
+        assert {name: net[name] for name in ("n_layer", "n_head", "dim")} == shape, size
 
 
 def test_the_recipes_have_the_values_of_the_paper() -> None:

@@ -120,14 +120,6 @@ def test_a_file_of_another_size_is_refused(small: HubServer, tmp_path: Path, mon
         LlamaGen.from_pretrained(renamed, tokenizer="vq_ds16_c2i")
 
 
-def test_sizes_are_those_of_the_configurations() -> None:
-    import yaml
-
-    for name, size in SIZES.items():
-        net = yaml.safe_load(Path(f"configs/argen/size/{name}.yaml").read_text())["model"]["init_args"]["net"]
-        assert net == size
-
-
 @pytest.mark.slow  # weights of the published sizes
 @pytest.mark.timeout(400)
 def test_golden_values_and_images_of_the_command_line(hub: HubServer, tmp_path: Path) -> None:
