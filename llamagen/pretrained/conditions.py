@@ -56,8 +56,10 @@ class Prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r:.40} is not a prompt; the model is text-conditional, give texts")
         cleaned = [clean_caption(clean_prompt(prompt), self.cleaning) for prompt in prompts]
-        encoded = self.condition.encode(cleaned, device, separately=True)
-        return encoded.features, encoded.lengths
+        different = list(dict.fromkeys(cleaned))  # several images of a prompt need it encoded once
+        encoded = self.condition.encode(different, device, separately=True)
+        rows = torch.tensor([different.index(each) for each in cleaned], device=device)
+        return encoded.features[rows], None if encoded.lengths is None else encoded.lengths[rows]
 
 
 def to_condition(

@@ -166,7 +166,8 @@ class LlamaGen:
         *,
         kept: CodeInput | None = None,
         images_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
         progress: bool = True,
         on_row: OnRow | None = None,
         **settings: Any,
@@ -177,14 +178,16 @@ class LlamaGen:
             conditions: see :meth:`generate`.
             kept: (r, w) or (N, r, w), codes of the upper rows of each image, which are kept.
             images_per_prompt: see :meth:`generate`.
-            seed: see :meth:`generate`.
+            seed: any integer; or one for each image.
+            indices: index of each image: a server that joins requests to a batch generates image k of a request with
+                seed and index of that request. None counts from 0.
             progress: see :meth:`generate`.
             on_row: see :meth:`generate`.
             settings: see :meth:`generate`.
         """
         call = self._call(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
         with call as (sampler, arguments):
-            codes: Tensor = sampler.sampler(**arguments)
+            codes: Tensor = sampler.sampler(**arguments, indices=indices)
             return codes.view(len(codes), *[self._require_gpt().config.grid_size] * 2)
 
     def complete(
@@ -310,7 +313,7 @@ class LlamaGen:
         self,
         conditions: Any,
         per_condition: int,
-        seed: int,
+        seed: int | Sequence[int],
         progress: bool,
         on_row: OnRow | None,
         settings: dict[str, Any],

@@ -22,7 +22,7 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.logits import guide, sample_codes
-from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
+from llamagen.sampling.noise import code_counters, gumbel
 
 MAX_PASS_TOKENS = 2048
 """Maximum number of kept codes, of all rows together, that a pass reads: enough to keep a CPU busy."""
@@ -252,7 +252,6 @@ class EagerDecodeState(DecodeState):
     def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
         super().__init__(gpt, request, cache)
         device = self.codes.device
-        self._seed = seed_tensor(request.seed, device)
         self._counters = code_counters(gpt.config.vocab_size, device)
         self._steps = torch.arange(self.length, device=device)
         scales = request.config.guidance_scales(self.length)
@@ -281,7 +280,7 @@ class EagerDecodeState(DecodeState):
             logits,
             self.request.config,
             self._scales[step],
-            self._seed,
+            self.request.seeds,
             self.request.indices,
             self._steps[step],
             self._counters,
@@ -293,7 +292,7 @@ def next_code(
     logits: Tensor,
     config: SamplingConfig,
     scale: Tensor,
-    seed: Tensor,
+    seeds: Tensor,
     indices: Tensor,
     step: Tensor,
     counters: Tensor,
@@ -304,7 +303,7 @@ def next_code(
         logits: (B, V) or (2 B, V), any float dtype.
         config: temperature, top-k and top-p.
         scale: scalar float32, guidance scale of this code.
-        seed: scalar int64.
+        seeds: (B,) int64.
         indices: (B,) int64.
         step: scalar int64, index of the code.
         counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
@@ -318,5 +317,5 @@ def next_code(
     if len(logits) > len(indices):
         logits = guide(logits, scale)
         broken = broken.view(2, -1).any(0) | not_finite(logits)
-    noise = None if config.temperature == 0.0 else gumbel(seed, indices, step, counters)
+    noise = None if config.temperature == 0.0 else gumbel(seeds, indices, step, counters)
     return sample_codes(logits, config, noise), broken

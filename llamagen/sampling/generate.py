@@ -17,7 +17,7 @@ def generate(
     config: SamplingConfig | Mapping[str, Any] | None = None,
     *,
     caption_lengths: Numbers | None = None,
-    seed: int = 0,
+    seed: int | Numbers = 0,
     indices: Numbers | None = None,
     kept: Numbers | None = None,
     on_row: OnRow | None = None,
@@ -32,7 +32,7 @@ def generate(
         condition: labels or caption features.
         config: settings of sampling.
         caption_lengths: number of real caption tokens.
-        seed: seed of the run.
+        seed: seed of the run, or one for each image.
         indices: index of each sample within the run.
         kept: the first codes of each image, which are not sampled.
         on_row: called after each complete row of codes.

@@ -63,7 +63,7 @@ class ImageSampler:
         config: SamplingConfig | Mapping[str, Any] | None = None,
         *,
         caption_lengths: Numbers | None = None,
-        seed: int = 0,
+        seed: int | Numbers = 0,
         indices: Numbers | None = None,
         kept: Numbers | None = None,
         on_row: OnRow | None = None,

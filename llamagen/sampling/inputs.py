@@ -12,6 +12,7 @@ from torch import Tensor
 from llamagen.models.gpt import GPT
 from llamagen.models.inputs import is_integer, to_tensor
 from llamagen.sampling.config import SamplingConfig
+from llamagen.sampling.noise import seed_tensor
 
 Condition = Tensor | np.ndarray | Sequence[Any] | int
 """Class labels (or one), or caption features."""
@@ -26,7 +27,7 @@ class SamplingRequest:
         condition: (B,) int64 labels, or (B, C, caption_dim) caption features padded on the left.
         config: settings of sampling.
         caption_lengths: (B,) int64, number of real caption tokens; None if no caption is padded.
-        seed: seed of the run.
+        seeds: (B,) int64, seed of each image, see :func:`~llamagen.sampling.noise.seed_tensor`.
         indices: (B,) int64, index of each sample within the run.
         kept: (B, K) int64 with K from 1 to L, the first K codes of each image in raster order, which are not sampled;
             None to sample all codes.
@@ -35,7 +36,7 @@ class SamplingRequest:
     condition: Tensor
     config: SamplingConfig
     caption_lengths: Tensor | None
-    seed: int
+    seeds: Tensor
     indices: Tensor
     kept: Tensor | None = None
 
@@ -46,7 +47,7 @@ class SamplingRequest:
         condition: Condition,
         config: SamplingConfig | Mapping[str, Any] | None,
         caption_lengths: Numbers | None,
-        seed: int,
+        seed: int | Numbers,
         indices: Numbers | None,
         kept: Numbers | None = None,
     ) -> "SamplingRequest":
@@ -55,7 +56,7 @@ class SamplingRequest:
         Raises:
             ValueError: in one line, if types, shapes or values do not fit the model.
         """
-        config, seed = as_config(config), as_int(seed, "seed")
+        config = as_config(config)
         condition = as_condition(gpt, condition)
         caption_lengths = as_integers(caption_lengths, "caption_lengths", condition.device)
         given = as_integers(indices, "indices", condition.device)
@@ -64,7 +65,8 @@ class SamplingRequest:
         if codes is not None:
             _check_kept(gpt, codes, len(condition))
             codes = codes if codes.shape[1] else None
-        request = cls(condition, config, caption_lengths, seed, indices, codes)
+        seeds = as_seeds(seed, len(condition), condition.device)
+        request = cls(condition, config, caption_lengths, seeds, indices, codes)
         request._check(gpt)
         return request
 
@@ -81,7 +83,8 @@ class SamplingRequest:
         """The request for some of the images."""
         lengths = None if self.caption_lengths is None else self.caption_lengths[rows]
         kept = None if self.kept is None else self.kept[rows]
-        return SamplingRequest(self.condition[rows], self.config, lengths, self.seed, self.indices[rows], kept)
+        condition, seeds, indices = self.condition[rows], self.seeds[rows], self.indices[rows]
+        return SamplingRequest(condition, self.config, lengths, seeds, indices, kept)
 
     def _check(self, gpt: GPT) -> None:
         """Check shapes and values once per call. Checks at each code would have to wait for the device."""
@@ -185,6 +188,27 @@ def as_integers(values: Numbers | None, name: str, device: torch.device) -> Tens
     if not is_integer(found.dtype):
         raise ValueError(f"{name} must be integers, not {found.dtype}")
     return found.to(device, torch.int64)
+
+
+def as_seeds(seed: int | Numbers, count: int, device: torch.device) -> Tensor:
+    """Convert a seed, or one for each image, to an int64 tensor (N,), modulo 2⁶⁴.
+
+    Args:
+        seed: any integer, or N integers.
+        count: N, number of images.
+        device: target device.
+
+    Raises:
+        ValueError: if they are not integers, or not N.
+    """
+    if isinstance(seed, Tensor | np.ndarray) and seed.ndim:
+        seed = as_integers(seed, "seed", torch.device("cpu")).tolist()  # type: ignore[union-attr]
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        return seed_tensor(as_int(seed, "seed"), device).expand(count)
+    if len(seed) != count:
+        raise ValueError(f"seed has {len(seed)} integers for {count} images; give one integer, or one for each image")
+    seeds = [int(seed_tensor(as_int(each, "seed"))) for each in seed]
+    return torch.tensor(seeds, dtype=torch.int64, device=device)
 
 
 def as_config(config: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:

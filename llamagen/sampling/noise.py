@@ -38,9 +38,9 @@ def gumbel(seed: Tensor, index: Tensor, step: Tensor, counters: Tensor) -> Tenso
     """Standard Gumbel noise for each sample and each entry of the vocabulary, at one step.
 
     Args:
-        seed: scalar int64, see :func:`seed_tensor`.
+        seed: (B,) int64, or a scalar for all samples, see :func:`seed_tensor`.
         index: (B,) int64, index of each sample within the run.
-        step: scalar int64, index of the code within the sample.
+        step: scalar int64, index of the code within the sample; or (B,).
         counters: (V,) int64, see :func:`code_counters`.
 
     Returns:

@@ -81,7 +81,7 @@ class Sampler:
         config: SamplingConfig | Mapping[str, Any] | None = None,
         *,
         caption_lengths: Numbers | None = None,
-        seed: int = 0,
+        seed: int | Numbers = 0,
         indices: Numbers | None = None,
         kept: Numbers | None = None,
         on_row: OnRow | None = None,
@@ -96,7 +96,7 @@ class Sampler:
             config: settings of sampling, or a mapping of its fields; by default the model's own distribution.
             caption_lengths: (N,), number of real caption tokens, which come last; None if no caption is padded. The
                 unconditional branch uses the same padding.
-            seed: seed of the run, any integer.
+            seed: seed of the run, any integer; or N, one for each image.
             indices: (N,), index of each sample within the run; 0 … N − 1 by default. The random numbers of a sample
                 depend on seed and index only, not on the rest of the batch.
             kept: (N, K) integers with K from 0 to L, the first K codes of each image in raster order. They are not

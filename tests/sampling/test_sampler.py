@@ -54,6 +54,20 @@ def test_codes_do_not_depend_on_batch_size_or_order(kind: str, compiled: bool) -
     assert torch.equal(found, expected[order])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_image_of_a_batch_may_have_its_own_seed(compiled: bool) -> None:
+    sampler, seeds = Sampler(small_gpt(), 3, compiled=compiled), [5, -1, 2**64 + 7, 5]
+    found = sampler([1, 2, 0, 1], seed=seeds, indices=[4, 0, 1, 2])
+    single = [
+        sampler([label], seed=seed, indices=[i])
+        for label, seed, i in zip([1, 2, 0, 1], seeds, [4, 0, 1, 2], strict=True)
+    ]
+    assert torch.equal(found, torch.cat(single))
+    assert torch.equal(sampler([1, 2], seed=torch.tensor([7, 7])), sampler([1, 2], seed=7))
+    with pytest.raises(ValueError, match="seed has 3 integers for 2 images; give one integer, or one for each image"):
+        sampler([1, 2], seed=[1, 2, 3])
+
+
 def test_a_float32_sampler_reads_the_weights_of_the_model_without_copies() -> None:
     gpt = small_gpt()
     sampler = Sampler(gpt, 2, compiled=True)

@@ -41,7 +41,7 @@ class CPUDecodeState(DecodeState):
     def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache, step: CPUStep) -> None:
         super().__init__(gpt, request, cache)
         self._step, self._scratch = step, Scratch()
-        self._indices = request.indices.contiguous()
+        self._seeds, self._indices = request.seeds.contiguous(), request.indices.contiguous()
         self._scales = request.config.guidance_scales(self.length)
         lengths = self.caption_lengths
         self._first = None if lengths is None else (gpt.config.condition_length - lengths).int()
@@ -83,7 +83,7 @@ class CPUDecodeState(DecodeState):
             logits,
             self.request.config,
             self._scales[step],
-            self.request.seed,
+            self._seeds,
             self._indices,
             step,
             self.codes,

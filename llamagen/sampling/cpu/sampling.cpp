@@ -29,7 +29,8 @@ static inline vec gumbel(uint64_t state, lvec counter) {
 struct Sampling {
     int32_t batch, vocabulary, guided, top_k, threads;
     float scale, temperature, top_p;
-    uint64_t seed, step;
+    uint64_t step;
+    const uint64_t* seed;  // (batch)
     const int64_t* index;  // (batch)
     const float* logits;   // (batch, vocabulary), or (2 batch, vocabulary) if guided
     float* scratch;        // (batch, 2, vocabulary)
@@ -105,7 +106,7 @@ static int64_t sample_row(const Sampling& call, int row) {
         std::copy(value, value + V, value + V);
         smallest = threshold(call, value + V);
     }
-    uint64_t state = mix(call.seed + GOLDEN);
+    uint64_t state = mix(call.seed[row] + GOLDEN);
     state = mix((state ^ (uint64_t)call.index[row]) + GOLDEN);
     state = mix((state ^ call.step) + GOLDEN);
     lvec counter;

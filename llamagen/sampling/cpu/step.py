@@ -64,8 +64,8 @@ class _Sampling(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("batch", "vocabulary", "guided", "top_k", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "temperature", "top_p")),
-        *((name, ctypes.c_uint64) for name in ("seed", "step")),
-        *((name, ctypes.c_void_p) for name in ("index", "logits", "scratch", "codes")),
+        ("step", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("seed", "index", "logits", "scratch", "codes")),
         ("stride", ctypes.c_int64),
         ("broken", ctypes.c_void_p),
     ]
@@ -187,7 +187,7 @@ class CPUStep:
         logits: Tensor,
         config: SamplingConfig,
         scale: float,
-        seed: int,
+        seeds: Tensor,
         indices: Tensor,
         step: int,
         codes: Tensor,
@@ -200,7 +200,7 @@ class CPUStep:
             logits: (B, V), or (2 B, V) with guidance; float32, contiguous.
             config: temperature, top-k and top-p.
             scale: guidance scale.
-            seed: seed of the run.
+            seeds: (B,) int64, seed of each image.
             indices: (B,) int64, index of each sample within the run.
             step: index of the code.
             codes: (B, L) int64; column ``step`` is written.
@@ -209,7 +209,7 @@ class CPUStep:
         """
         batch, vocabulary = len(codes), logits.shape[1]
         _must_be(torch.float32, logits)
-        _must_be(torch.int64, indices, codes)
+        _must_be(torch.int64, seeds, indices, codes)
         _must_be(torch.bool, broken)
         assert len(broken) == batch
         arguments = _Sampling(
@@ -221,8 +221,8 @@ class CPUStep:
             scale,
             config.temperature,
             config.top_p,
-            seed % 2**64,
             step,
+            seeds.data_ptr(),
             indices.data_ptr(),
             logits.data_ptr(),
             scratch.pointer(4 * batch * 2 * vocabulary),

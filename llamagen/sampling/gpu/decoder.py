@@ -85,7 +85,7 @@ class GPUCodeDecoder(CodeDecoder):
 class StepGraphs:
     """Decode steps as CUDA graphs, one for guided codes and one for others, and the memory that they share.
 
-    All values that change between steps or calls (position, seed, guidance scale) are tensors that the graphs read.
+    All values that change between steps or calls (position, seeds, guidance scale) are tensors that the graphs read.
 
     Args:
         gpt: the model, on the GPU.
@@ -104,10 +104,10 @@ class StepGraphs:
         self._gpu_step = GPUStep(weights, 2 * batch_size)
         self._embedding = gpt.tok_embeddings.weight  # keeps the memory alive that the graphs read
         self._next_code = torch.compile(next_code, fullgraph=True, dynamic=False)
-        self._indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._seeds, self._indices = torch.zeros(2, batch_size, dtype=torch.int64, device=device).unbind()
         self._counters = code_counters(gpt.config.vocab_size, device)
         self._scales = torch.ones(length, dtype=torch.float32, device=device)
-        self._seed, self._step, self._position = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        self._step, self._position = torch.zeros(2, dtype=torch.int64, device=device).unbind()
         text = gpt.config.condition == "text"
         self._first = torch.zeros(2 * batch_size, dtype=torch.int32, device=device) if text else None
 
@@ -124,7 +124,7 @@ class StepGraphs:
 
     def begin(self, request: SamplingRequest, caption_lengths: Tensor | None) -> None:
         """Initialise the memory of the graphs for a call."""
-        self._seed.fill_((request.seed + 2**63) % 2**64 - 2**63)
+        self._seeds.copy_(request.seeds)
         self._indices.copy_(request.indices)
         scales = request.config.guidance_scales(self.gpt.config.block_size)
         self._scales.copy_(torch.tensor(scales, dtype=torch.float32, device="cpu"), non_blocking=True)
@@ -169,7 +169,7 @@ class StepGraphs:
         scale = self._scales.gather(0, self._step.view(1))[0]
         # Inductor cannot generate a cumulative sum over 16,384 codes (PyTorch 2.11), which top-p needs.
         choose = next_code if config.top_p < 1.0 else self._next_code
-        code, broken = choose(logits, config, scale, self._seed, self._indices, self._step, self._counters)
+        code, broken = choose(logits, config, scale, self._seeds, self._indices, self._step, self._counters)
         self.codes.scatter_(1, self._step.expand(self.batch_size, 1), code[:, None])
         self.broken.logical_or_(broken)  # stays on the device, and is read once a batch
         self._step.add_(1)

@@ -115,10 +115,10 @@ def test_sampled_codes_equal_those_of_sample_codes(config: SamplingConfig, scale
         guided = torch.where(torch.tensor(scale == 1.0), logits[:batch], guided)
     indices, codes = torch.arange(batch) * 11, torch.full((batch, 3), -1)
     step = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32))
-    seed = -7 + 2**63
+    seeds = torch.stack([seed_tensor(-7 + 2**63 + row // 2) for row in range(batch)])
     broken = torch.zeros(batch, dtype=torch.bool)
-    step.sample_codes(logits, config, 1.0 if scale is None else scale, seed, indices, 2, codes, broken, Scratch())
+    step.sample_codes(logits, config, 1.0 if scale is None else scale, seeds, indices, 2, codes, broken, Scratch())
     assert broken.nonzero().flatten().tolist() == ([5] if scale is None else [])
-    noise = gumbel(seed_tensor(seed), indices, torch.tensor(2), code_counters(vocabulary))
+    noise = gumbel(seeds, indices, torch.tensor(2), code_counters(vocabulary))
     assert torch.equal(codes[:, 2], sample_codes(guided, config, noise))
     assert (codes[:, :2] == -1).all()

@@ -79,7 +79,7 @@ def test_decoding_needs_no_synchronization() -> None:
     sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
     labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
     expected = sampler(labels, config, seed=3)
-    decoder, request = sampler.decoder, SamplingRequest(labels, config, None, 3, torch.arange(4, device="cuda"))
+    decoder, request = sampler.decoder, SamplingRequest.from_inputs(sampler.gpt, labels, config, None, 3, None)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
