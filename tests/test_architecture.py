@@ -119,6 +119,11 @@ ALLOWED_IMPORTS = {
         "llamagen",
     ),
     "serving": ("llamagen",),
+    "serving/engine": ("llamagen",),
+    "serving/page": ("llamagen", "serving.engine", "serving.image_store"),
+    "serving/server": ("llamagen", "serving.engine", "serving.image_store"),
+    "serving/ray_serve": ("llamagen", "serving.engine", "serving.server"),
+    "serving/vllm": ("llamagen", "serving.engine"),
     "command_line": ("llamagen", "lightning_modules", "datamodules", "callbacks"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -286,7 +291,8 @@ EXTRAS = {
     "benchmarks": "benchmark",
     "llamagen/text": "text",
     "evaluation": "text",
-    "serving": "serve",
+    "serving/page": "serve",
+    "serving/server": "serve",
 }  # extra whose packages a folder may import, in addition to the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 

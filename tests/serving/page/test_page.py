@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
-from serving import image_settings, markup, page
-from serving.form import Form, all_settings, class_title
-from serving.generation import GenerationRequest
-from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
-from serving.runs import Runs, sentence
-from serving.uploads import mark_cut, read_upload
-from serving.worker import Worker
+from serving.page import __main__ as page
+from serving.page import image_settings, markup
+from serving.page.form import Form, all_settings, class_title
+from serving.page.generation import GenerationRequest
+from serving.page.image_settings import ImageSettings, png_file
+from serving.page.runs import Runs, sentence
+from serving.page.uploads import mark_cut, read_upload
+from serving.page.worker import Worker
 from tests.datamodules.shard_files import assert_one_line
 from tests.pipeline import Pipeline
 from tests.text_pipeline import TextPipeline
@@ -27,7 +28,7 @@ from tests.text_pipeline import TextPipeline
 
 def components(runs: Runs) -> list[dict[str, Any]]:
     """Type and options of all components of a page."""
-    from serving.layout import build_page
+    from serving.page.layout import build_page
 
     return [each["props"] | {"type": each["type"]} for each in build_page(runs).config["components"]]
 
@@ -125,8 +126,8 @@ def test_uploads_are_deleted(
 ) -> None:
     from fastapi.testclient import TestClient
 
-    from serving import layout
-    from serving.server import build_app, upload_folder
+    from serving.page import layout
+    from serving.page.app import build_app, upload_folder
 
     assert min(layout.DELETE_UPLOADS) > 0  # 0 is off
     assert max(layout.DELETE_UPLOADS) <= 3600

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from llamagen import LlamaGen
 from llamagen.sampling import SamplingConfig
-from serving.generation import MAX_IMAGES
+from serving.page.generation import MAX_IMAGES
 
 KEY = "llamagen"
 FORMAT = "llamagen-lightning image 1"

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from serving.previews import GREY, GrowingImages, PreviewBudget
+from serving.page.previews import GREY, GrowingImages, PreviewBudget
 
 
 class Clock:

@@ -33,7 +33,7 @@ class Reconstruction:
 
 
 def reconstruct(model: LlamaGen, image: Image.Image) -> Reconstruction:
-    """Encode and decode an RGB image, whose size fits the model (see ``serving.uploads``)."""
+    """Encode and decode an RGB image, whose size fits the model (see ``serving.page.uploads``)."""
     codes = model.encode(image)
     reconstruction = model.decode(codes)[0]
     original, decoded = (np.asarray(each).astype(np.int32) for each in (image, reconstruction))

@@ -6,8 +6,8 @@ from typing import Any
 import gradio as gr
 
 from llamagen import LlamaGen
-from serving.generation import MAX_IMAGES, GenerationRequest
-from serving.image_settings import (
+from serving.page.generation import MAX_IMAGES, GenerationRequest
+from serving.page.image_settings import (
     MAX_SEED,
     Kind,
     check_request,

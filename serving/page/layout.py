@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 
 from llamagen import LlamaGen
-from serving import markup
-from serving.form import Form
-from serving.generation import GenerationRequest
-from serving.reconstruction import AMPLIFICATION, reconstruct
-from serving.runs import Runs, Update, sentence, wait_for
-from serving.uploads import mark_cut, read_upload
+from serving.page import markup
+from serving.page.form import Form
+from serving.page.generation import GenerationRequest
+from serving.page.reconstruction import AMPLIFICATION, reconstruct
+from serving.page.runs import Runs, Update, sentence, wait_for
+from serving.page.uploads import mark_cut, read_upload
 
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of all events. The page shows its own progress, and is not an API."""
@@ -47,7 +47,7 @@ def build_page(runs: Runs) -> gr.Blocks:
             runs.stop_all(_session(request))
 
         page.unload(left)
-    page.queue(max_size=None, default_concurrency_limit=None)  # serving.worker has the queue that matters
+    page.queue(max_size=None, default_concurrency_limit=None)  # serving.page.worker has the queue that matters
     return page
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
-from serving.image_settings import ImageSettings, png_file
-from tests.serving.visitor import Gate, Visitor, an_image, same, settings_inside
+from serving.page.image_settings import ImageSettings, png_file
+from tests.serving.page.visitor import Gate, Visitor, an_image, same, settings_inside
 
 pytestmark = pytest.mark.slow
 PIXELS = Image.new("RGB", (8, 8))

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from serving.previews import GrowingImages, PreviewBudget
-from serving.worker import Job, Worker
+from serving.page.previews import GrowingImages, PreviewBudget
+from serving.page.worker import Job, Worker
 
 MAX_IMAGES = 16
 """Maximum number of images of one request."""

@@ -17,7 +17,7 @@ from llamagen.parser_errors import OneLineParser
 
 if TYPE_CHECKING:
     from llamagen import LlamaGen
-    from serving.worker import Worker
+    from serving.page.worker import Worker
 
 PORT = 7860
 BATCH = {"cpu": 4, "cuda": 16}
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from llamagen import LlamaGen
         from serving.image_store import ImageStore
-        from serving.runs import Runs
-        from serving.server import build_app, build_server, listen, upload_folder
-        from serving.worker import Worker
+        from serving.page.app import build_app, build_server, listen, upload_folder
+        from serving.page.runs import Runs
+        from serving.page.worker import Worker
     connection = listen(options.host, options.port)
     with stage(f"model {options.source}"):
         place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +67,7 @@ def prepare(model: "LlamaGen", worker: "Worker") -> None:
     """Compile, and allocate memory, in the thread that uses the model: the first click does not wait for it."""
     import torch
 
-    from serving.runs import wait_for
+    from serving.page.runs import wait_for
 
     if (gpt := model.gpt) is None:
         return

@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from serving.image_store import ImageStore
-from serving.layout import build_page
-from serving.markup import CSS
-from serving.runs import Runs
+from serving.page.layout import build_page
+from serving.page.markup import CSS
+from serving.page.runs import Runs
 
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'"
 """Content security policy: browsers refuse to load anything from other machines."""

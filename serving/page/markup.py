@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from serving.generation import Growing, Waiting
+from serving.page.generation import Growing, Waiting
 
 CSS = """
 .split { display: grid !important; gap: 1rem 1.5rem;

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
-from serving.generation import Event, Finished, GenerationRequest, Growing, Waiting, generation_events
-from serving.worker import MAX_JOBS, Job, StoppedError, Worker
+from serving.page.generation import Event, Finished, GenerationRequest, Growing, Waiting, generation_events
+from serving.page.worker import MAX_JOBS, Job, StoppedError, Worker
 
 
 def same(images: list[Image.Image], others: list[Image.Image]) -> bool:

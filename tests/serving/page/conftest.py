@@ -12,12 +12,12 @@ from torch import Tensor
 
 from llamagen import LlamaGen
 from serving.image_store import ImageStore
-from serving.previews import GrowingImages, PreviewBudget
-from serving.runs import Runs
-from serving.worker import Worker
+from serving.page.previews import GrowingImages, PreviewBudget
+from serving.page.runs import Runs
+from serving.page.worker import Worker
 from tests.pipeline import Pipeline
-from tests.serving.chromium import chromium
-from tests.serving.visitor import Gate, Served, Visitor
+from tests.serving.page.chromium import chromium
+from tests.serving.page.visitor import Gate, Served, Visitor
 
 
 @pytest.fixture(scope="package")
@@ -36,7 +36,7 @@ def worker() -> Iterator[Worker]:
 
 @pytest.fixture(scope="module")
 def served(pipeline: Pipeline) -> Iterator[Served]:
-    from serving.server import build_app, build_server, listen, upload_folder
+    from serving.page.app import build_app, build_server, listen, upload_folder
 
     worker = Worker()
     runs = Runs(LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=2), worker, ImageStore())

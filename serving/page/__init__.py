@@ -1,0 +1,1 @@
+"""The page for a trained model in the browser."""

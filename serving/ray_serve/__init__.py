@@ -1,0 +1,1 @@
+"""The server on many machines, with Ray Serve."""

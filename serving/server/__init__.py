@@ -1,0 +1,1 @@
+"""The HTTP server with the interface of OpenAI for images."""
