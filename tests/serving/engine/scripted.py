@@ -1,6 +1,7 @@
 """An engine without a model, whose batches run when a test says so."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,13 @@ class ScriptedEngine:
 
 def request(seed: int, count: int = 1, condition: int = 1, **settings: Any) -> ImageRequest:
     return ImageRequest((condition,) * count, tuple(range(count)), seed, SamplingConfig(**settings))
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition that another thread makes true."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 @dataclass
