@@ -12,6 +12,7 @@ from llamagen.sampling import SamplingConfig
 from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import Ended, Event, Finished, ImageRequest, RequestError, Rows
+from serving.engine.spec import WorkerSpec
 
 FACTS = ModelFacts(
     name="scripted",
@@ -125,3 +126,15 @@ class Heard:
         images = {event.image: event for event in found}
         assert len(images) == len(found)
         return images
+
+
+def hanging_engine(spec: WorkerSpec) -> ScriptedEngine:
+    """An engine, for a worker process, that never ends a batch whose first image is deadly."""
+
+    class Hanging(ScriptedEngine):
+        def _generate(self, batch: Sequence[Work], inbox: Inbox, report: Callable[[Report], None]) -> None:
+            if batch[0].condition == DEADLY:
+                threading.Event().wait()
+            super()._generate(batch, inbox, report)
+
+    return Hanging()
