@@ -1,13 +1,14 @@
 """Images that visitors upload. They are untrusted."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from llamagen import LlamaGen
 from llamagen.pretrained.images import prepare_images, to_pixels
 from llamagen.rgb import FORMATS
+from serving.engine.facts import ModelFacts
 
 MAX_PIXELS = 40_000_000
 """Maximum number of pixels, so that a small file cannot fill the memory."""
@@ -15,12 +16,12 @@ MAX_SIDE = 512
 """Longer side to which images are reduced for a tokenizer alone, which has no size of its own."""
 
 
-def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
+def read_upload(path: str | None, facts: ModelFacts) -> Image.Image:
     """Read an image, cropped and resized as the model sees it.
 
     Args:
         path: file of a visitor; None if there is none.
-        model: model of the page.
+        facts: the model of the page.
 
     Returns:
         RGB image, whose sides are multiples of the tokenizer's downsampling factor.
@@ -43,12 +44,19 @@ def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
         raise ValueError(f"the file {name} is no longer kept; choose it again") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"the file {name} is not a readable JPEG, PNG or WebP image; choose another file") from error
-    if model.resolution is None and max(pixels.shape[:2]) > MAX_SIDE:
+    if facts.resolution is None and max(pixels.shape[:2]) > MAX_SIDE:
         reduced = Image.fromarray(pixels)
         reduced.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         pixels = np.asarray(reduced)
-    batch = prepare_images(pixels, model.resolution, model.tokenizer.config.downsampling)
+    batch = prepare_images(pixels, facts.resolution, facts.downsampling)
     return Image.fromarray(batch[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def to_png(image: Image.Image) -> bytes:
+    """PNG file of an image. A backend reads the same pixels from it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)  # it is sent to a process or a machine nearby
+    return buffer.getvalue()
 
 
 def mark_cut(image: Image.Image, rows: int, factor: int) -> Image.Image:
