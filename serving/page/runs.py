@@ -12,11 +12,11 @@ from PIL import Image
 
 from llamagen.command import fault_of
 from serving.engine.requests import Backend, Finished, ReconstructionRequest, Request, RequestError, Ticket
+from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import markup
 from serving.page.form import Form, all_settings
 from serving.page.generation import Event, GenerationRequest, Progress, Waiting, generation_events
-from serving.page.image_settings import ImageSettings, png_file
 from serving.page.news import News, news
 from serving.page.reconstruction import Reconstruction, compare
 from serving.page.uploads import to_png
