@@ -126,9 +126,7 @@ class Form:
 
     def title(self, condition: int | str) -> str:
         """Class or prompt, for people."""
-        return (
-            condition if isinstance(condition, str) else class_title(condition, self._facts.class_names[condition])
-        )
+        return condition if isinstance(condition, str) else class_title(condition, self._facts.class_names[condition])
 
     def _condition_control(self) -> Any:
         if self._facts.kind == "text":

@@ -18,7 +18,7 @@ AWAY = {
 }
 NOT_UNDERSTOOD = "the server of this page gave an answer that the page does not understand; their versions may differ"
 REASONS: dict[int, Reason] = {429: "full", 503: "lost", 502: "lost", 504: "late"}
-"""Reasons of refusals by status; ``failed`` for other statuses from 500 on, ``invalid`` below."""
+"""Reasons of refusals by status; ``invalid`` for others from 400 to 499, and ``failed`` for the rest."""
 MAX_MESSAGE = 500
 
 
@@ -60,7 +60,7 @@ def is_json(response: httpx2.Response) -> bool:
 
 
 def _reason(status: int) -> Reason:
-    return REASONS.get(status, "failed" if status >= 500 else "invalid")
+    return REASONS.get(status, "invalid" if 400 <= status < 500 else "failed")
 
 
 def _seconds(text: str | None) -> float | None:

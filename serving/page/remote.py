@@ -40,7 +40,13 @@ CONNECT, ANSWER, SILENCE = 5.0, 15.0, 600.0
 """Seconds: to connect; for the answer to a question about the server; without a byte about a request."""
 IN_ORDER = 0.05
 """Maximum seconds to wait until the server has accepted an image, before the next one is sent."""
-GENERATIONS, RECONSTRUCTIONS, MODELS, READY = "/v1/images/generations", "/v1/images/reconstructions", "/v1/models", "/ready"
+GENERATIONS, RECONSTRUCTIONS = "/v1/images/generations", "/v1/images/reconstructions"
+MODELS, READY = "/v1/models", "/ready"
+UNEXPECTED = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError),
+    *(OSError, SyntaxError, Image.DecompressionBombError),
+)
+"""Errors in reading an answer of another program, or of another version."""
 
 
 class RemoteTicket:
@@ -124,7 +130,7 @@ class RemoteBackend:
             answer = self._wait(self._client.get(READY, timeout=ANSWER)).json()
             load = answer.get("load", answer)
             return Load(**{name: load[name] for name in Load.__dataclass_fields__})
-        except (httpx2.HTTPError, ValueError, TypeError, KeyError, AttributeError):
+        except (httpx2.HTTPError, *UNEXPECTED):
             return Load(False, 0, 0, 0)
 
     def close(self, seconds: float = 0.0) -> None:
@@ -165,7 +171,7 @@ class RemoteBackend:
         try:
             (values, *_) = [each["llamagen"] for each in response.json()["data"] if "llamagen" in each]
             return ModelFacts.from_json(values)
-        except (ValueError, TypeError, KeyError) as error:
+        except UNEXPECTED as error:
             raise ValueError(
                 f"the program at {self._url} is not a server of this project (status {response.status_code} for "
                 f"{MODELS}); give the address of python -m serving.server"
@@ -225,7 +231,7 @@ class RemoteBackend:
             raise RequestError("lost", AWAY["lost"])
         except httpx2.HTTPError as error:
             raise transport_error(error, self._url) from error
-        except (ValueError, TypeError, KeyError, OSError, SyntaxError) as error:
+        except UNEXPECTED as error:
             LOGGER.error("the server %s sent an unexpected event", self._url, exc_info=error)
             raise RequestError("failed", NOT_UNDERSTOOD) from error
 
@@ -264,7 +270,7 @@ class RemoteBackend:
             listener(Finished(0, await self._pixels(answer["data"][0]["b64_json"]), codes))
         except httpx2.HTTPError as error:
             raise transport_error(error, self._url) from error
-        except (ValueError, TypeError, KeyError, IndexError, OSError, SyntaxError) as error:
+        except UNEXPECTED as error:
             LOGGER.error("the server %s sent an unexpected answer", self._url, exc_info=error)
             raise RequestError("failed", NOT_UNDERSTOOD) from error
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llamagen import LlamaGen
 from serving.image_store import ImageStore
-from serving.page.previews import GrowingImages, PreviewBudget
+from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.page.runs import Runs
 from serving.page.worker import Worker
 from tests.pipeline import Pipeline
