@@ -8,7 +8,7 @@ class ServerEvent(NamedTuple):
     """An event.
 
     Attributes:
-        name: its name; ``message`` if it has none.
+        name: its name; ``message`` if it has none; empty for a comment.
         data: its text.
     """
 
@@ -32,11 +32,14 @@ async def server_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerEve
                 yield ServerEvent(name or "message", "\n".join(data))
             name, data = "", []
             continue
-        field, _, value = line.partition(":")  # a comment has no field
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
         if field == "event":
-            name = value.removeprefix(" ")
+            name = value
         elif field == "data":
-            data.append(value.removeprefix(" "))
+            data.append(value)
+        elif not field:
+            yield ServerEvent("", value)
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:

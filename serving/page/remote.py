@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -36,10 +37,13 @@ from serving.page.event_stream import server_events
 from serving.page.refusals import AWAY, NOT_UNDERSTOOD, is_json, refusal, transport_error
 
 LOGGER = logging.getLogger("serving")
-CONNECT, ANSWER, SILENCE = 5.0, 15.0, 600.0
-"""Seconds: to connect; for the answer to a question about the server; without a byte about a request."""
+CONNECT, ANSWER, SILENCE, RECONSTRUCTION = 5.0, 15.0, 60.0, 600.0
+"""Seconds: to connect; for the answer to a question about the server; without a byte of a stream, in which the server
+sends comments; for a reconstruction."""
 IN_ORDER = 0.05
 """Maximum seconds to wait until the server has accepted an image, before the next one is sent."""
+AHEAD = re.compile(r"ahead ([0-9]{1,9})")
+"""Comment in a stream of the server: number of images that it generates before this one."""
 GENERATIONS, RECONSTRUCTIONS = "/v1/images/generations", "/v1/images/reconstructions"
 MODELS, READY = "/v1/models", "/ready"
 UNEXPECTED = (
@@ -58,7 +62,13 @@ class RemoteTicket:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.ahead, self._loop = 0, loop
+        self._places: dict[int, int] = {}
         self._task: asyncio.Task[None] | None = None
+
+    def set_ahead(self, position: int, ahead: int) -> None:
+        """Set the place of an image of the request in the server's queue; 0 if it runs."""
+        self._places[position] = ahead
+        self.ahead = min(self._places.values())
 
     def start(self, work: Coroutine[Any, Any, None], listener: Listener) -> asyncio.Task[None]:
         """Run the request, in the thread of the loop, and report its end."""
@@ -160,8 +170,8 @@ class RemoteBackend:
             response = await self._client.get(MODELS, timeout=httpx2.Timeout(ANSWER, connect=CONNECT))
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ValueError(
-                f"the server {self._url} cannot be reached ({str(error) or type(error).__name__}); start it with python "
-                "-m serving.server MODEL, or check the address"
+                f"the server {self._url} cannot be reached ({str(error) or type(error).__name__}); start it with "
+                "python -m serving.server MODEL, or check the address"
             ) from error
         if response.status_code in (401, 403):
             raise ValueError(
@@ -214,18 +224,18 @@ class RemoteBackend:
                 if response.status_code != 200 or not response.headers.get("content-type", "").startswith("text/event"):
                     raise refusal(response, await response.aread())
                 async for event in server_events(response.aiter_bytes()):
-                    values = json.loads(event.data)
                     if event.name == "error":
                         raise refusal(response, event.data.encode())
-                    if event.name == "image_generation.queued":
-                        ticket.ahead = int(values["ahead"])
+                    if ahead := AHEAD.fullmatch(event.data if not event.name else ""):
+                        ticket.set_ahead(position, int(ahead[1]))
                     elif event.name == "image_generation.partial_image":
-                        ticket.ahead = 0
+                        values = json.loads(event.data)
+                        ticket.set_ahead(position, 0)
                         file = values.get("b64_json")
                         previews = None if file is None else (base64.b64decode(file),)
                         listener(Rows((position,), int(values["row"]), int(values["rows"]), previews))
                     elif event.name == "image_generation.completed":
-                        pixels = await self._pixels(values["b64_json"])
+                        pixels = await self._pixels(json.loads(event.data)["b64_json"])
                         listener(Finished(position, pixels, np.zeros((0, 0), np.int64)))  # the API has no codes here
                         return
             raise RequestError("lost", AWAY["lost"])
@@ -237,9 +247,6 @@ class RemoteBackend:
 
     def _body(self, request: ImageRequest, position: int) -> dict[str, Any]:
         """Body of the HTTP request for one image."""
-        settings = asdict(request.settings)
-        if settings["guidance_steps"] is None:  # all codes: null would be the model's own setting
-            settings["guidance_steps"] = (self.facts.grid or 0) ** 2
         body = {
             "model": self.facts.name,
             "prompt": request.conditions[position],
@@ -249,7 +256,7 @@ class RemoteBackend:
             "response_format": "b64_json",
             "output_format": "png",
             "stream": True,
-            **settings,
+            **asdict(request.settings),
         }
         if not request.previews:
             body["partial_images"] = 0
@@ -261,13 +268,13 @@ class RemoteBackend:
         image = base64.b64encode(request.image).decode()
         body = {"image": image, "output_format": "png", "response_format": "b64_json"}
         try:
-            response = await self._client.post(RECONSTRUCTIONS, json=body)
+            timeout = httpx2.Timeout(RECONSTRUCTION, connect=CONNECT)
+            response = await self._client.post(RECONSTRUCTIONS, json=body, timeout=timeout)
             if response.status_code != 200 or not is_json(response):
                 raise refusal(response, response.content)
-            answer = response.json()
-            codes = np.asarray(answer["codes"], np.int64)
-            codes = codes[0] if codes.ndim == 3 else codes
-            listener(Finished(0, await self._pixels(answer["data"][0]["b64_json"]), codes))
+            item = response.json()["data"][0]
+            codes = np.asarray(item["codes"], np.int64).reshape(len(item["codes"]), -1)
+            listener(Finished(0, await self._pixels(item["b64_json"]), codes))
         except httpx2.HTTPError as error:
             raise transport_error(error, self._url) from error
         except UNEXPECTED as error:

@@ -53,7 +53,7 @@ class ScriptedServer:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 server.requests.append((self.path, self.headers, json.loads(body) if body else None))
                 answer = server.answers.get(self.path, Answer(404, b"nothing", "text/plain"))

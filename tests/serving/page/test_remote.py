@@ -83,7 +83,7 @@ def test_each_image_is_a_request_with_all_settings(server: ScriptedServer, backe
     bodies = [body for path, _, body in server.requests if path == GENERATIONS]
     assert [(body["prompt"], body["index"], body["n"], body["seed"]) for body in bodies] == [(3, 0, 1, 5), (4, 1, 1, 5)]
     assert (bodies[0]["model"], bodies[0]["top_k"], bodies[0]["output_format"]) == ("fake", 7, "png")
-    assert bodies[0]["guidance_steps"] == 16  # null would be the model's own, which may be less than all
+    assert bodies[0]["guidance_steps"] is None  # all codes, and not the server's default
     assert "image" not in bodies[0]
     assert all(headers["Authorization"] == "Bearer a key" for _, headers, _ in server.requests)
     completion = replace(request(), image=b"file", keep_rows=2, settings=replace(SETTINGS, guidance_steps=3))
@@ -94,7 +94,7 @@ def test_each_image_is_a_request_with_all_settings(server: ScriptedServer, backe
 
 
 def test_a_reconstruction_has_pixels_and_codes(server: ScriptedServer, backend: RemoteBackend) -> None:
-    values = f'{{"data": [{{"b64_json": "{png()}"}}], "codes": [[1, 2], [3, 4]]}}'
+    values = f'{{"data": [{{"b64_json": "{png()}", "codes": [[1, 2], [3, 4]]}}]}}'
     server.answers[RECONSTRUCTIONS] = Answer(200, values.encode())
     finished, end = answer(backend, ReconstructionRequest(b"file"))
     assert isinstance(finished, Finished)
@@ -210,7 +210,7 @@ def test_events_are_parsed_wherever_the_connection_cuts_them() -> None:
     text = (
         ': comment\nevent: a\r\ndata: {"x":\ndata:  "é\u2028"}\r\n\r\ndata: b\n\nevent: c\n\ndata: unfinished'.encode()
     )
-    expected = [ServerEvent("a", '{"x":\n "é\u2028"}'), ServerEvent("message", "b")]
+    expected = [ServerEvent("", "comment"), ServerEvent("a", '{"x":\n "é\u2028"}'), ServerEvent("message", "b")]
 
     async def parsed(size: int) -> list[ServerEvent]:
         async def chunks() -> AsyncIterator[bytes]:
