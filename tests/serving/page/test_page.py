@@ -75,6 +75,23 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded() -> None:
     assert_one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the page has no model; give a MODEL, or a server with --server URL"),
+        (["c2i_B_256", "--server=http://a"], "both the model c2i_B_256 and --server are given; give one of them"),
+        (["c2i_B_256", "--api-key-file=a"], "--api-key-file is for --server"),
+        (["--server=http://a", "--text-encoder=b"], "--text-encoder is for a MODEL; give it to the server"),
+        (["--server=a:1", "--port=0"], "'a:1' is not the address of a server"),
+        (["--server=http://a", "--port=0", "--api-key-file=none"], "the API keys in none cannot be read"),
+    ],
+)
+def test_a_model_and_a_server_exclude_each_other(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        page.main(arguments)
+    assert_one_line(caught)
+
+
 def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: LlamaGen, facts: ModelFacts) -> None:
     runs = runs_of(facts)
     assert tabs(runs) == ["Generate", "Complete", "Reconstruct"]
