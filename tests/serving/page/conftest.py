@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser
-from serving.engine.dispatcher import Dispatcher
-from serving.engine.embedded import EmbeddedEngine
-from serving.engine.previews import GrowingImages, PreviewBudget
 from torch import Tensor
 
 from llamagen import LlamaGen
+from serving.engine.dispatcher import Dispatcher
+from serving.engine.embedded import EmbeddedEngine
 from serving.engine.facts import ModelFacts
+from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.engine.requests import Backend
 from serving.image_store import ImageStore
 from serving.page.runs import Runs

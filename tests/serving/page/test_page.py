@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from serving.engine.dispatcher import Dispatcher
-from serving.engine.embedded import EmbeddedEngine
 
 from llamagen import LlamaGen
+from serving.engine.dispatcher import Dispatcher
+from serving.engine.embedded import EmbeddedEngine
 from serving.engine.facts import ModelFacts
 from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
