@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from serving.server.app import build_app
-from serving.server.options import ServerOptions
 
 from llamagen import LlamaGen
 from serving.engine.dispatcher import Dispatcher
@@ -26,6 +24,8 @@ from serving.page.reconstruction import Reconstruction
 from serving.page.remote import RemoteBackend
 from serving.page.runs import Runs
 from serving.page.uploads import read_upload, to_png
+from serving.server.app import build_app
+from serving.server.options import ServerOptions
 from serving.start import listen
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.page.visitor import an_image, same

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
+from serving import start
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import EmbeddedEngine
 from serving.engine.facts import ModelFacts
@@ -49,7 +50,7 @@ def tabs(runs: Runs) -> list[str]:
 
 
 def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "find_spec", lambda name: None if name == "gradio" else object())
+    monkeypatch.setattr(start, "find_spec", lambda name: None if name == "gradio" else object())
     with pytest.raises(
         ValueError, match=r'needs gradio, .*; pip install -c constraints.txt -e "\.\[serve\]"$'
     ) as caught:
