@@ -56,19 +56,23 @@ UNEXPECTED = (
 class RemoteTicket:
     """A request to the server.
 
+    Args:
+        loop: runs it.
+        count: number of its images.
+
     Attributes:
         ahead: number of images that the server generates first.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
         self.ahead, self._loop = 0, loop
-        self._places: dict[int, int] = {}
+        self._places = [0] * count
         self._task: asyncio.Task[None] | None = None
 
     def set_ahead(self, position: int, ahead: int) -> None:
         """Set the place of an image of the request in the server's queue; 0 if it runs."""
         self._places[position] = ahead
-        self.ahead = min(self._places.values())
+        self.ahead = min(self._places)
 
     def start(self, work: Coroutine[Any, Any, None], listener: Listener) -> asyncio.Task[None]:
         """Run the request, in the thread of the loop, and report its end."""
@@ -107,7 +111,8 @@ class RemoteBackend:
         for name, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):  # not on all systems
                 options.append((socket.IPPROTO_TCP, getattr(socket, name), seconds))
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
+        # A connection for each request: one that is kept may be closed by the server just before it is used again.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx2.AsyncClient(
             base_url=self._url,
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -130,7 +135,7 @@ class RemoteBackend:
         with self._lock:
             if self._closed:
                 raise RequestError("stopping", "the page is shutting down")
-            ticket = RemoteTicket(self._loop)
+            ticket = RemoteTicket(self._loop, len(request))
             self._loop.call_soon_threadsafe(self._start, ticket, request, listener, seconds)
         return ticket
 
@@ -209,7 +214,8 @@ class RemoteBackend:
                     accepted = asyncio.Event()
                     group.create_task(self._generate(ticket, request, position, listener, accepted))
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(accepted.wait(), IN_ORDER)
+                        async with asyncio.timeout(IN_ORDER):  # footgun: wait_for may lose a cancellation
+                            await accepted.wait()
         except ExceptionGroup as errors:  # the first one has cancelled the other images
             raise errors.exceptions[0] from None
 
