@@ -45,10 +45,11 @@ class ScriptedServer:
     Attributes:
         answers: answer of each path.
         requests: paths, headers and bodies of all requests.
+        port: its port.
         address: its address.
     """
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
+    def __init__(self, answers: dict[str, Answer], port: int = 0) -> None:
         self.answers, self.requests = answers, list[tuple[str, Mapping[str, str], Any]]()
         server = self
 
@@ -69,8 +70,9 @@ class ScriptedServer:
             def log_message(self, format: str, *values: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._server.server_port
+        self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 

@@ -159,11 +159,16 @@ def test_a_server_that_fails_is_a_sentence_and_is_used_again(
     assert answer(backend, request())[-1] == Ended()
 
 
-def test_a_server_that_is_away_is_a_sentence(server: ScriptedServer, backend: RemoteBackend) -> None:
+def test_a_server_that_is_away_is_a_sentence_and_is_used_when_it_is_back(
+    server: ScriptedServer, backend: RemoteBackend
+) -> None:
     assert not backend.load().ready  # it has no such page
     server.stop()
     assert refusal(backend, request(3))[:2] == ("lost", "the server of this page cannot be reached; try again later")
     assert not backend.load().ready
+    again = ScriptedServer(server.answers, server.port)
+    assert answer(backend, request(3))[-1] == Ended()
+    again.stop()
 
 
 def test_the_load_is_that_of_the_server(server: ScriptedServer, backend: RemoteBackend) -> None:
