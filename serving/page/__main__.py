@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from serving.page.app import build_app, build_server, upload_folder
         from serving.page.runs import Runs
     connection = listen(options.host, options.port, "the page")
-    with stage(f"server {options.server}" if options.server else f"model {options.source}"):
+    with stage(f"server {options.server}" if options.server is not None else f"model {options.source}"):
         backend = _backend(options)
     try:
         with upload_folder():

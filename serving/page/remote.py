@@ -94,6 +94,8 @@ class RemoteTicket:
 class RemoteBackend:
     """A server as a backend. All errors are sentences; a server that is back is used again.
 
+    Codes of generated images are empty, (0, 0): the HTTP API has them for reconstructions only.
+
     Args:
         url: address of the server, such as ``http://127.0.0.1:8000``.
         api_key: its key; None if it needs none.
@@ -242,7 +244,7 @@ class RemoteBackend:
                         listener(Rows((position,), int(values["row"]), int(values["rows"]), previews))
                     elif event.name == "image_generation.completed":
                         pixels = await self._pixels(json.loads(event.data)["b64_json"])
-                        listener(Finished(position, pixels, np.zeros((0, 0), np.int64)))  # the API has no codes here
+                        listener(Finished(position, pixels, np.zeros((0, 0), np.int64)))
                         return
             raise RequestError("lost", AWAY["lost"])
         except httpx2.HTTPError as error:
