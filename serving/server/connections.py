@@ -169,6 +169,7 @@ def build_server(app: Any, backend: Backend, seconds: float) -> DrainingServer:
         app,
         http=protocol,
         ws="none",
+        loop="asyncio",
         lifespan="off",
         log_level="error",  # warnings are about what clients send, which must not fill the log
         access_log=False,
