@@ -98,8 +98,7 @@ def test_a_client_that_does_not_read_is_disconnected(impatient: Running) -> None
 
 
 def test_too_many_connections_are_refused(impatient: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    protocol = impatient.server.config.http_protocol_class
-    monkeypatch.setattr(protocol, "max_connections", 0)
+    monkeypatch.setattr(impatient.server.config.http, "max_connections", 0)
     received = answer(impatient, HEALTH)
     assert received.startswith("HTTP/1.1 503 ")
     assert "too many connections" in received
