@@ -125,6 +125,7 @@ ALLOWED_IMPORTS = {
         "serving.engine",
         "serving.image_settings",
         "serving.image_store",
+        "serving.server.keys",
         "serving.start",
     ),
     "serving/server": (

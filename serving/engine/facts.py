@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llamagen import LlamaGen
 from llamagen.class_names import ClassNames
 from llamagen.sampling import SamplingConfig
+
+if TYPE_CHECKING:  # the front of a server imports no models
+    from llamagen import LlamaGen
 
 Kind = Literal["class", "text", "tokenizer"]
 
@@ -29,6 +31,7 @@ class ModelFacts:
         grid: height and width of the grid of codes of an image; None for a tokenizer.
         classes: names of the classes, by number; empty for other models.
         sampling: default settings of sampling, all fields of :class:`~llamagen.sampling.SamplingConfig`.
+        parameters: number of parameters of the autoregressive model; None for a tokenizer, or if unknown.
     """
 
     name: str
@@ -43,9 +46,10 @@ class ModelFacts:
     grid: int | None = None
     classes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
 
     @classmethod
-    def from_model(cls, model: LlamaGen) -> "ModelFacts":
+    def from_model(cls, model: "LlamaGen") -> "ModelFacts":
         """Describe a loaded model."""
         return cls(
             name=model.name,
@@ -60,6 +64,7 @@ class ModelFacts:
             grid=None if model.gpt is None else model.gpt.config.grid_size,
             classes=() if model.class_names is None else model.class_names.names,
             sampling=asdict(model.sampling),
+            parameters=None if model.gpt is None else sum(each.numel() for each in model.gpt.parameters()),
         )
 
     @classmethod

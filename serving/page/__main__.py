@@ -1,7 +1,8 @@
-"""A page for a trained model, in the browser: ``python -m serving.page SOURCE``.
+"""A page for a trained model, in the browser: ``python -m serving.page MODEL``, or ``--server URL``.
 
-SOURCE is a published name such as ``c2i_L_384``, a file of weights, the folder of a run, an exported folder, or a
-repository of the hub. ``docs/page.md`` describes the page.
+MODEL is a published name such as ``c2i_L_384``, a file of weights, the folder of a run, an exported folder, or a
+repository of the hub. With ``--server`` the page uses the model of a server, ``python -m serving.server``, on this or
+another machine. ``docs/page.md`` describes the page.
 """
 
 import argparse
@@ -15,75 +16,84 @@ from llamagen.parser_errors import OneLineParser
 from serving.start import address, listen, port_number, require_extra, stage
 
 if TYPE_CHECKING:
-    from llamagen import LlamaGen
-    from serving.page.worker import Worker
+    from serving.engine.requests import Backend
 
 PORT = 7860
-BATCH = {"cpu": 4, "cuda": 16}
-"""Images that are generated at a time: few on a CPU, so that the first ones are finished early."""
+OF_THE_MODEL = ("tokenizer", "text_encoder", "device", "dtype")
+"""Options for loading a model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start the page and serve it until the process is interrupted."""
     options = _parser().parse_args(arguments)
+    _check(options)
     require_extra("the page", ("gradio", "fastapi", "uvicorn"))
     share_cores()  # footgun: before torch is imported, when OpenMP reads its settings
     begin = time.monotonic()
     with stage("libraries"):
-        import torch
-
-        from llamagen import LlamaGen
         from serving.image_store import ImageStore
         from serving.page.app import build_app, build_server, upload_folder
         from serving.page.runs import Runs
-        from serving.page.worker import Worker
     connection = listen(options.host, options.port, "the page")
-    with stage(f"model {options.source}"):
-        place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = LlamaGen.from_pretrained(
-            options.source,
-            tokenizer=options.tokenizer,
-            text_encoder=options.text_encoder,
-            device=options.device,
-            dtype=options.dtype,
-            batch_size=BATCH["cpu" if str(place).startswith("cpu") else "cuda"],
-        )
-    worker = Worker()
-    with stage("preparation"):
-        prepare(model, worker)
-    with upload_folder():
-        with stage("page"):
-            server = build_server(build_app(Runs(model, worker, ImageStore())))
-        print(f"{model!r}\nOpen {address(connection)} ({time.monotonic() - begin:.1f} s)", flush=True)
-        try:
+    with stage(f"server {options.server}" if options.server is not None else f"model {options.source}"):
+        backend = _backend(options)
+    try:
+        with upload_folder():
+            with stage("page"):
+                server = build_server(build_app(Runs(backend, ImageStore())))
+            print(
+                f"{backend.facts.description}\nOpen {address(connection)} ({time.monotonic() - begin:.1f} s)",
+                flush=True,
+            )
             server.run(sockets=[connection])
-        finally:
-            worker.close()
+    finally:
+        backend.close()
 
 
-def prepare(model: "LlamaGen", worker: "Worker") -> None:
-    """Compile, and allocate memory, in the thread that uses the model: the first click does not wait for it."""
-    import torch
+def _backend(options: argparse.Namespace) -> "Backend":
+    """The server, or the model in this process. Only what is needed is imported."""
+    if options.server is not None:
+        from serving.page.remote import RemoteBackend
+        from serving.server.keys import read_keys
 
-    from serving.page.runs import wait_for
+        return RemoteBackend(options.server, next(iter(read_keys(options.api_key_file)), None))
+    from serving.page.local import local_backend
 
-    if (gpt := model.gpt) is None:
+    return local_backend(options.source, **{name: getattr(options, name) for name in OF_THE_MODEL})
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Check options that exclude each other.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if options.server is None:
+        if options.source is None:
+            raise ValueError("the page has no model; give a MODEL, or a server with --server URL")
+        if options.api_key_file is not None:
+            raise ValueError("--api-key-file is for --server; leave it out, or give a server")
         return
-
-    def work() -> None:
-        model.prepare()
-        model.preview(torch.zeros(model.batch_size, gpt.config.block_size, dtype=torch.int64, device=model.device), 1)
-
-    wait_for(worker, work)
+    if options.source is not None:
+        raise ValueError(f"both the model {options.source} and --server are given; give one of them")
+    for name in OF_THE_MODEL:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for a MODEL; give it to the server instead of the page")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser("python -m serving.page", __doc__ or "")
-    parser.add_argument("source", help="published name, file, folder or repository of the model")
+    parser.add_argument(
+        "source", nargs="?", metavar="MODEL", help="published name, file, folder or repository of the model"
+    )
     parser.add_argument("--tokenizer", help="file or published name of the tokenizer; by default that of the model")
     parser.add_argument("--text-encoder", help="name or folder of the T5 of a text model; by default that of the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or mixed; by default that of the model")
+    parser.add_argument("--server", metavar="URL", help="address of a server to use instead of a model of its own")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="file with the API key of the server; by default LLAMAGEN_API_KEY"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one")
     return parser

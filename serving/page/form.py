@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from llamagen import LlamaGen
+from serving.engine.facts import ModelFacts
 from serving.page.generation import MAX_IMAGES, GenerationRequest
 from serving.page.image_settings import (
     MAX_SEED,
@@ -39,7 +39,7 @@ class Form:
     """Controls of one tab. Its components are the inputs of handlers.
 
     Args:
-        model: an autoregressive model.
+        facts: an autoregressive model.
         kind: what the tab does.
 
     Attributes:
@@ -49,11 +49,11 @@ class Form:
 
     back: gr.UploadButton
 
-    def __init__(self, model: LlamaGen, kind: Kind) -> None:
-        self._model, self._kind = model, kind
-        self._what = "class" if model.condition == "class" else "prompt"
-        assert model.gpt is not None
-        self._codes = model.gpt.config.block_size  # of an image
+    def __init__(self, facts: ModelFacts, kind: Kind) -> None:
+        self._facts, self._kind = facts, kind
+        self._what = "class" if facts.kind == "class" else "prompt"
+        assert facts.grid is not None
+        self._codes = facts.grid**2  # of an image
         self.components: list[Any] = []
 
     def build_request(self) -> None:
@@ -91,8 +91,8 @@ class Form:
         if isinstance(conditions, str):
             conditions = [line.strip() for line in conditions.splitlines() if line.strip()]  # one prompt per line
         images, seed = _integer(images), _integer(seed)
-        check_request(self._model, conditions, images, seed)
-        check_sampling(self._model, settings)
+        check_request(self._facts, conditions, images, seed)
+        check_sampling(self._facts, settings)
         return GenerationRequest(tuple(conditions), images, seed, settings)
 
     def put_back(self, file: str) -> tuple[list[Any], int]:
@@ -101,9 +101,9 @@ class Form:
         Raises:
             ValueError: in one line, if the file has no valid settings of this model.
         """
-        read = read_settings(file, self._model, self._kind)
+        read = read_settings(file, self._facts, self._kind)
         conditions: Any = list(read.conditions)
-        if self._model.condition == "text":
+        if self._facts.kind == "text":
             conditions = "\n".join(map(str, conditions))
         settings = {
             **read.settings,
@@ -126,17 +126,15 @@ class Form:
 
     def title(self, condition: int | str) -> str:
         """Class or prompt, for people."""
-        names = self._model.class_names
-        return condition if isinstance(condition, str) else class_title(condition, names[condition] if names else "")
+        return condition if isinstance(condition, str) else class_title(condition, self._facts.class_names[condition])
 
     def _condition_control(self) -> Any:
-        names = self._model.class_names
-        if names is None:
+        if self._facts.kind == "text":
             return gr.Textbox(
                 label="Prompts", info="One prompt per line.", lines=3, max_lines=8, placeholder="a red fox in the snow"
             )
         return gr.Dropdown(
-            [(class_title(number, name), number) for number, name in enumerate(names.names)],
+            [(class_title(number, name), number) for number, name in enumerate(self._facts.classes)],
             label="Classes",
             info="Type a name or a number, then choose one or several.",
             multiselect=True,
@@ -144,15 +142,13 @@ class Form:
         )
 
     def _control(self, name: str) -> Any:
-        own = getattr(self._model.sampling, name)
+        own = self._facts.sampling[name]
         if name == "guidance_schedule":
             return gr.Dropdown(
                 SCHEDULES, value=own, label="Guidance schedule", info="Guidance over the codes of an image."
             )
-        gpt = self._model.gpt
-        assert gpt is not None
         if name == "top_k":
-            high = max(gpt.config.vocab_size, own)
+            high = max(self._facts.codebook_size, own)
             return gr.Slider(
                 0, high, value=own, step=1, label="Top-k", info="Keep this many of the most likely codes. 0 keeps all."
             )
@@ -164,7 +160,7 @@ class Form:
                 label="First guided code" if starts else "First code without guidance",
                 info=f"0 to {self._codes}." if starts else f"{self._codes} guides all codes to the end.",
             )
-        low, high = slider_range(self._model, name)
+        low, high = slider_range(self._facts, name)
         label, info = TITLES[name]
         return gr.Slider(
             low,
@@ -181,9 +177,9 @@ def class_title(number: int, name: str) -> str:
     return name if name == str(number) else f"{number} {name}"
 
 
-def all_settings(model: LlamaGen, request: GenerationRequest) -> dict[str, Any]:
+def all_settings(facts: ModelFacts, request: GenerationRequest) -> dict[str, Any]:
     """All settings of sampling of a request, as they are stored in images."""
-    return asdict(model.settings(**request.settings))
+    return asdict(facts.settings(request.settings))
 
 
 def _integer(value: Any) -> Any:

@@ -1,18 +1,15 @@
-"""Generates images as a job of the worker, and reports how they grow."""
+"""Generates images through a backend, and reports how they grow."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
+import numpy as np
 
-from llamagen import LlamaGen
-from serving.engine.previews import GrowingImages, PreviewBudget
-from serving.page.worker import Job, Worker
+from serving.engine.facts import ModelFacts
+from serving.engine.requests import Finished, ImageRequest, Rows
+from serving.page.news import News
 
 MAX_IMAGES = 16
 """Maximum number of images of one request."""
@@ -27,7 +24,7 @@ class GenerationRequest:
         images_per_prompt: images of each condition.
         seed: seed of all images.
         settings: fields of ``SamplingConfig``.
-        image: image to complete; None to generate whole images.
+        image: file of an image to complete; None to generate whole images.
         keep_rows: rows of codes that are kept of it.
     """
 
@@ -35,7 +32,7 @@ class GenerationRequest:
     images_per_prompt: int
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
-    image: Image.Image | None = None
+    image: bytes | None = None
     keep_rows: int = 0
 
     @property
@@ -47,124 +44,126 @@ class GenerationRequest:
         """Condition of an image."""
         return self.conditions[index % len(self.conditions)]
 
+    def to_images(self, facts: ModelFacts) -> ImageRequest:
+        """The same request for a backend.
+
+        Raises:
+            ValueError: in one line, if a setting is invalid.
+        """
+        return ImageRequest(
+            tuple(map(self.condition, range(self.count))),
+            tuple(range(self.count)),
+            self.seed,
+            facts.settings(self.settings),
+            self.image,
+            self.keep_rows,
+            previews=True,
+        )
+
 
 @dataclass(frozen=True)
 class Waiting:
-    """The job has not started.
+    """No image of the request is being generated yet.
 
     Attributes:
-        ahead: number of jobs before it.
+        ahead: number of images of others that are generated first.
     """
 
     ahead: int
 
 
 @dataclass(frozen=True)
-class Growing:
-    """A row of some images is complete.
+class Progress:
+    """Images have grown.
 
     Attributes:
-        first: index of the first of these images.
-        images: number of these images.
-        row: number of complete rows of codes.
+        growing: the images that are being generated, in ascending order.
+        row: number of complete rows of codes of the last one of them; 0 if there is none.
         rows: number of rows of an image.
+        done: number of complete rows of all images of the request.
         seconds_left: estimate for all images of the request.
-        previews: JPEG files; None if the last ones are still good enough.
+        previews: JPEG files of images that are being generated; None if there are no new ones.
+        finished: pixels (H, W, 3) uint8 of images that are newly finished.
     """
 
-    first: int
-    images: int
+    growing: tuple[int, ...]
     row: int
     rows: int
+    done: int
     seconds_left: float
-    previews: list[bytes] | None
+    previews: dict[int, bytes] | None
+    finished: dict[int, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Some images are finished.
-
-    Attributes:
-        first: index of the first of them.
-        images: the images.
-    """
-
-    first: int
-    images: list[Image.Image]
-
-
-Event = Waiting | Growing | Finished | None
+Event = Waiting | Progress | None
 
 
 def generation_events(
-    model: LlamaGen,
-    worker: Worker,
     request: GenerationRequest,
-    started: Callable[[Job], object] = lambda job: None,
+    rows: int,
+    found: Iterable[News],
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Event]:
-    """Generate images. Closing the iterator stops the generation within a row.
+    """Follow a generation.
 
     Args:
-        model: an autoregressive model.
-        worker: thread of the model.
-        request: what to generate.
-        started: called with the job when it is queued; ``job.stop()`` stops it.
-        clock: seconds, for previews and the time left.
+        request: what is generated.
+        rows: number of rows of codes of an image.
+        found: news of it.
+        clock: seconds, for the time left.
 
     Yields:
         Events; None, at least twice per second, if there is none.
-
-    Raises:
-        StoppedError: if the job was stopped.
-        ValueError: in one line, if an argument is invalid, or too many jobs wait.
     """
-    job = worker.submit(partial(_generate, model, request, clock))
-    started(job)
-    ahead = 0
-    try:
-        with closing(job.events()) as events:  # type: ignore[type-var]  # a generator, which has close()
-            for event in events:
-                if event is None and (now_ahead := worker.ahead(job)) != ahead:
-                    ahead = now_ahead
-                    event = Waiting(ahead) if ahead else None
-                yield event
-    finally:
-        job.stop()
+    state, ahead = _Images(request, rows, clock), 0
+    for each in found:
+        if each.events:
+            yield state.update(each.events)
+        elif each.ahead != ahead:
+            ahead = each.ahead
+            state.wait()
+            yield Waiting(ahead) if ahead else None
+        else:
+            yield None
 
 
-def _generate(model: LlamaGen, request: GenerationRequest, clock: Callable[[], float], job: Job) -> None:
-    gpt = model.gpt
-    assert gpt is not None
-    rows = gpt.config.grid_size
-    budget, start = PreviewBudget(clock), clock()
-    generated = rows - request.keep_rows  # of an image
-    batches = -(-request.count // model.batch_size)
-    growing: dict[int, GrowingImages] = {}  # of the current batch, by the index of its first image
+class _Images:
+    """All images of a request: how far they are."""
 
-    def on_row(codes: Tensor, count: int, first: int) -> None:
-        job.check()
-        row = count // rows
-        if first not in growing:
-            growing.clear()
-            growing[first] = GrowingImages(model, [request.image] * len(codes), request.keep_rows)
-        previews = growing[first].update(codes, row, budget) if row < rows else []
-        done = first // model.batch_size * generated + max(row - request.keep_rows, 0)
-        left = (clock() - start) / max(done, 1) * (batches * generated - done)
-        job.report(Growing(first, len(codes), row, rows, left, previews or None))
+    def __init__(self, request: GenerationRequest, rows: int, clock: Callable[[], float]) -> None:
+        self._rows, self._kept, self._clock, self._start = rows, request.keep_rows, clock, clock()
+        self._complete = [self._kept] * request.count
+        self._growing, self._previews = set[int](), dict[int, bytes]()
 
-    def on_images(images: list[Image.Image], first: int) -> None:
-        job.report(Finished(first, images))
+    def wait(self) -> None:
+        """The images still wait for others, so their time begins now."""
+        self._start = self._clock()
 
-    arguments: dict[str, Any] = dict(
-        images_per_prompt=request.images_per_prompt,
-        seed=request.seed,
-        progress=False,
-        on_row=on_row,
-        on_images=on_images,
-        **request.settings,
-    )
-    if request.image is None:
-        model.generate(request.conditions, **arguments)
-    else:
-        model.complete(request.image, request.keep_rows, list(request.conditions), **arguments)
+    def update(self, events: list[Rows | Finished]) -> Progress:
+        """Apply events, in their order."""
+        finished, is_new = dict[int, np.ndarray](), False
+        for event in events:
+            if isinstance(event, Rows):
+                self._growing |= set(event.images)
+                for image in event.images:
+                    self._complete[image] = event.row
+                if event.previews is not None:
+                    self._previews |= dict(zip(event.images, event.previews, strict=True))
+                    is_new = True
+            else:
+                self._complete[event.image] = self._rows
+                self._growing.discard(event.image)
+                self._previews.pop(event.image, None)
+                finished[event.image] = event.pixels
+        growing = tuple(sorted(self._growing))
+        done, kept = sum(self._complete), len(self._complete) * self._kept
+        per_row = (self._clock() - self._start) / max(done - kept, 1)
+        return Progress(
+            growing,
+            self._complete[growing[-1]] if growing else 0,
+            self._rows,
+            done,
+            per_row * (len(self._complete) * self._rows - done),
+            dict(sorted(self._previews.items())) if is_new or finished else None,
+            finished,
+        )

@@ -6,14 +6,15 @@ from math import isinf
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from llamagen import LlamaGen
+from serving.engine.facts import ModelFacts
 from serving.page import markup
 from serving.page.form import Form
-from serving.page.generation import GenerationRequest
-from serving.page.reconstruction import AMPLIFICATION, reconstruct
-from serving.page.runs import Runs, Update, sentence, wait_for
-from serving.page.uploads import mark_cut, read_upload
+from serving.page.generation import GenerationRequest, Waiting
+from serving.page.reconstruction import AMPLIFICATION, Reconstruction
+from serving.page.runs import Runs, Update, sentence
+from serving.page.uploads import mark_cut, read_upload, to_png
 
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of all events. The page shows its own progress, and is not an API."""
@@ -29,13 +30,13 @@ def build_page(runs: Runs) -> gr.Blocks:
     Args:
         runs: runs of the model.
     """
-    model = runs.model
+    facts = runs.facts
     with gr.Blocks(
-        title=f"{model.name} · LlamaGen", analytics_enabled=False, fill_width=True, delete_cache=DELETE_UPLOADS
+        title=f"{facts.name} · LlamaGen", analytics_enabled=False, fill_width=True, delete_cache=DELETE_UPLOADS
     ) as page:
-        gr.Markdown(f"# {_plain(model.name)}\n{_plain(_description(model))}")
+        gr.Markdown(f"# {_plain(facts.name)}\n{_plain(_description(facts))}")
         with gr.Tabs():
-            if model.gpt is not None:
+            if facts.kind != "tokenizer":
                 with gr.Tab("Generate", id="generate"):
                     _generate_tab(runs)
                 with gr.Tab("Complete", id="complete"):
@@ -47,7 +48,7 @@ def build_page(runs: Runs) -> gr.Blocks:
             runs.stop_all(_session(request))
 
         page.unload(left)
-    page.queue(max_size=None, default_concurrency_limit=None)  # serving.page.worker has the queue that matters
+    page.queue(max_size=None, default_concurrency_limit=None)  # the backend has the queue that matters
     return page
 
 
@@ -90,7 +91,7 @@ class _Results:
 
 
 def _generate_tab(runs: Runs) -> None:
-    form = Form(runs.model, "generation")
+    form = Form(runs.facts, "generation")
     with gr.Row(elem_classes="split"):
         with gr.Column(elem_classes="request"):
             form.build_request()
@@ -124,10 +125,10 @@ def _put_back(form: Form, file: str, note: str, with_rows: bool = False) -> list
 
 
 def _complete_tab(runs: Runs) -> None:
-    model = runs.model
-    assert model.gpt is not None
-    rows, factor = model.gpt.config.grid_size, model.tokenizer.config.downsampling
-    form = Form(model, "completion")
+    facts = runs.facts
+    assert facts.grid is not None
+    rows, factor = facts.grid, facts.downsampling
+    form = Form(facts, "completion")
     with gr.Row(elem_classes="split"):
         with gr.Column(elem_classes="request"):
             upload = _upload("Image to complete")
@@ -151,14 +152,14 @@ def _complete_tab(runs: Runs) -> None:
         if path is None:
             return ""
         try:
-            image = read_upload(path, model)
+            image = read_upload(path, facts)
             return markup.cut_image(mark_cut(image, int(kept), factor), f"{int(kept)} of {rows} rows are kept")
         except Exception as error:
             return markup.error_message(sentence(error))
 
     def complete(request: gr.Request, path: str | None, kept: float, *values: Any) -> Iterator[list[Any]]:
         try:
-            image = read_upload(path, model)
+            image = to_png(read_upload(path, facts))
             wanted = replace(form.request(*values), image=image, keep_rows=int(kept))
         except Exception as error:
             yield results.error(error)
@@ -175,7 +176,7 @@ def _complete_tab(runs: Runs) -> None:
 
 
 def _reconstruct_tab(runs: Runs) -> None:
-    model = runs.model
+    facts = runs.facts
     with gr.Row(elem_classes="split"):
         with gr.Column(elem_classes="request"):
             upload = _upload("Image to reconstruct")
@@ -184,22 +185,24 @@ def _reconstruct_tab(runs: Runs) -> None:
         with gr.Column(elem_classes="results"):
             results = gr.HTML(elem_id="reconstruct-results")
 
-    def run(path: str | None) -> Iterator[list[str]]:
+    def run(request: gr.Request, path: str | None) -> Iterator[list[str]]:
         yield [markup.message("Reconstructing."), ""]
         try:
-            image = read_upload(path, model)
-            found = wait_for(runs.worker, lambda: reconstruct(model, image))
+            image = read_upload(path, facts)
+            for found in runs.reconstruct(_session(request), "reconstruct", image):
+                yield [markup.waiting(found), ""] if isinstance(found, Waiting) else shown(image, found)
         except Exception as error:
             yield [markup.error_message(sentence(error)), ""]
-            return
+
+    def shown(image: Image.Image, found: Reconstruction) -> list[str]:
         height, width = found.codes.shape
-        used, size = len(set(found.codes.flatten().tolist())), model.tokenizer.config.codebook_size
+        used, size = len(set(found.codes.flatten().tolist())), facts.codebook_size
         psnr = "no difference" if isinf(found.psnr) else f"PSNR {found.psnr:.2f} dB"
-        yield [
+        return [
             markup.message(f"{image.width} × {image.height} pixels, {width * height} codes: {psnr}."),
             markup.comparison(
                 [
-                    (image, "Original, cropped" if model.resolution else "Original"),
+                    (image, "Original, cropped" if facts.resolution else "Original"),
                     (found.reconstruction, f"Reconstruction, {psnr}"),
                     (found.difference, f"Difference × {AMPLIFICATION}"),
                     (found.codes_image, f"Codes: {width} × {height}, {used} different of {size:,}"),
@@ -215,17 +218,20 @@ def _upload(label: str) -> gr.File:
     return gr.File(label=label, file_types=["image"], type="filepath", height=120)
 
 
-def _description(model: LlamaGen) -> str:
-    tokenizer = f"{model.tokenizer.config.codebook_size:,} codes"
-    if model.gpt is None:
-        return f"Image tokenizer with {tokenizer}, on {model.device}."
-    count = sum(parameter.numel() for parameter in model.gpt.parameters())
-    size = f"{count / 1e6:.0f} million" if count >= 1e6 else f"{count:,}"
-    condition = "classes" if model.condition == "class" else "prompts"
+def _description(facts: ModelFacts) -> str:
+    if facts.kind == "tokenizer":
+        return f"Image tokenizer with {facts.codebook_size:,} codes, on {facts.device}."
+    count = facts.parameters
+    model = "a model" if count is None else f"a model of {_count(count)} parameters"
+    condition = "classes" if facts.kind == "class" else "prompts"
     return (
-        f"Images of {condition}, {model.resolution} × {model.resolution} pixels, from a model of {size} parameters on "
-        f"{model.device} ({model.dtype})."
+        f"Images of {condition}, {facts.resolution} × {facts.resolution} pixels, from {model} on "
+        f"{facts.device} ({facts.dtype})."
     )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.0f} million" if number >= 1e6 else f"{number:,}"
 
 
 def _plain(text: str) -> str:

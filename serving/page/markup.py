@@ -1,15 +1,15 @@
 """HTML of results, progress and messages. All texts are escaped."""
 
 import base64
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 from PIL import Image
 
-from serving.page.generation import Growing, Waiting
+from serving.page.generation import Progress, Waiting
+from serving.page.uploads import to_png
 
 CSS = """
 .split { display: grid !important; gap: 1rem 1.5rem;
@@ -72,28 +72,29 @@ def error_message(text: str) -> str:
     return f'<p class="error" role="alert">{escape(sentence)}.</p>'
 
 
-def progress(event: Growing | Waiting, count: int) -> str:
+def waiting(event: Waiting) -> str:
+    """Place in the queue."""
+    return message(f"Waiting: {'1 image is' if event.ahead == 1 else f'{event.ahead} images are'} ahead of yours.")
+
+
+def progress(event: Progress, count: int) -> str:
     """Progress of a request of ``count`` images."""
-    if isinstance(event, Waiting):
-        people = "1 request is" if event.ahead == 1 else f"{event.ahead} requests are"
-        return message(f"Waiting: {people} before yours.")
-    last = event.first + event.images
-    which = f"Image {last}" if event.images == 1 else f"Images {event.first + 1}–{last}"
-    done, total = event.first * event.rows + event.images * event.row, count * event.rows
-    text = f"{which} of {count}: row {event.row} of {event.rows}, {_duration(event.seconds_left)} left"
+    which = _which(event.growing, count)
+    row = f": row {event.row} of {event.rows}" if event.growing else ""
+    text = f"{which}{row}, {_duration(event.seconds_left)} left"
     return (
-        f'<p>{escape(text)}</p><progress max="{total}" value="{done}" aria-label="Progress of the images"></progress>'
+        f'<p>{escape(text)}</p><progress max="{count * event.rows}" value="{event.done}" '
+        'aria-label="Progress of the images"></progress>'
     )
 
 
-def growing(event: Growing, titles: Sequence[str], side: int) -> str:
-    """Images that are being generated."""
-    assert event.previews is not None
+def growing(previews: Mapping[int, bytes], titles: Sequence[str], side: int) -> str:
+    """Images that are being generated: a JPEG file of each, by index, and the titles of all images."""
     figures = [
-        _figure(_data("jpeg", file), f"{title}, not finished", side, f"{title} · {event.first + i + 1}")
-        for i, (file, title) in enumerate(zip(event.previews, titles, strict=True))
+        _figure(_data("jpeg", file), f"{titles[index]}, not finished", side, f"{titles[index]} · {index + 1}")
+        for index, file in previews.items()
     ]
-    return _grid(figures)
+    return _grid(figures) if figures else ""
 
 
 def finished(downloads: Sequence[Download]) -> str:
@@ -134,14 +135,26 @@ def _figure(source: str, alternative: str, side: int, caption: str) -> str:
     )
 
 
+def _which(images: Sequence[int], count: int) -> str:
+    """The images that are being generated, for people: ``Images 1–4 of 16``."""
+    if not images:
+        return _images(count)
+    first, last = images[0] + 1, images[-1] + 1
+    if len(images) == 1:
+        return f"Image {last} of {count}"
+    return f"Images {first}–{last} of {count}" if last - first < len(images) else f"{len(images)} of {_images(count)}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
 def _grid(figures: Sequence[str], kind: str = "images") -> str:
     return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return _data("png", buffer.getvalue())
+    return _data("png", to_png(image))
 
 
 def _data(kind: str, file: bytes) -> str:

@@ -1,12 +1,10 @@
-"""Encodes an image, decodes it again, and compares."""
+"""Compares an image with its reconstruction by the tokenizer."""
 
 from dataclasses import dataclass
 from math import inf, log10
 
 import numpy as np
 from PIL import Image
-
-from llamagen import LlamaGen
 
 AMPLIFICATION = 4
 """Factor of the differences in the image that shows them."""
@@ -32,20 +30,22 @@ class Reconstruction:
     codes_image: Image.Image
 
 
-def reconstruct(model: LlamaGen, image: Image.Image) -> Reconstruction:
-    """Encode and decode an RGB image, whose size fits the model (see ``serving.page.uploads``)."""
-    codes = model.encode(image)
-    reconstruction = model.decode(codes)[0]
-    original, decoded = (np.asarray(each).astype(np.int32) for each in (image, reconstruction))
-    difference = np.abs(original - decoded)
+def compare(image: Image.Image, pixels: np.ndarray, codes: np.ndarray) -> Reconstruction:
+    """Compare an image with its reconstruction.
+
+    Args:
+        image: RGB image as the model sees it (see ``serving.page.uploads``), W × H pixels.
+        pixels: (H, W, 3) uint8, its reconstruction.
+        codes: (h, w) int64, its codes.
+    """
+    difference = np.abs(np.asarray(image).astype(np.int32) - pixels.astype(np.int32))
     error = float(np.mean(difference.astype(np.float64) ** 2))
-    grid = codes[0].cpu().numpy()
     return Reconstruction(
-        reconstruction,
+        Image.fromarray(pixels),
         Image.fromarray((difference * AMPLIFICATION).clip(0, 255).astype(np.uint8)),
         10 * log10(255**2 / error) if error else inf,
-        grid,
-        colour_codes(grid).resize(image.size, Image.Resampling.NEAREST),
+        codes,
+        colour_codes(codes).resize(image.size, Image.Resampling.NEAREST),
     )
 
 

@@ -1,20 +1,21 @@
 """Images that visitors upload. They are untrusted."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from llamagen import LlamaGen
+from serving.engine.facts import ModelFacts
 from serving.engine.uploads import read_image
 
 
-def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
+def read_upload(path: str | None, facts: ModelFacts) -> Image.Image:
     """Read an image, cropped and resized as the model sees it.
 
     Args:
         path: file of a visitor; None if there is none.
-        model: model of the page.
+        facts: the model of the page.
 
     Returns:
         RGB image, whose sides are multiples of the tokenizer's downsampling factor.
@@ -29,7 +30,14 @@ def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
         file = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{name} is no longer kept; choose it again") from error
-    return read_image(file, model.resolution, model.tokenizer.config.downsampling, name)
+    return read_image(file, facts.resolution, facts.downsampling, name)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """PNG file of an image. A backend reads the same pixels from it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)  # it is sent to a process or a machine nearby
+    return buffer.getvalue()
 
 
 def mark_cut(image: Image.Image, rows: int, factor: int) -> Image.Image:

@@ -19,6 +19,8 @@ from serving.server.errors import ApiError
 from serving.server.generation import Order
 from serving.server.progress import ClientLeftError, Grown, Progress, while_connected
 
+QUEUE_LOOK = 1.0
+"""Seconds between two comments in a stream about the place in the queue."""
 HEARTBEAT = 15.0
 """Seconds without an event after which a stream sends a comment, so that no proxy takes it for dead."""
 
@@ -58,11 +60,18 @@ class Answer:
             content = {"created": self._created, "data": data, **self._common(), "usage": self._usage(len(data))}
             return (await asyncio.to_thread(json.dumps, content)).encode()
 
-    async def events(self, progress: Progress) -> AsyncIterator[bytes]:
-        """Server-sent events, until all images are finished or the request has failed."""
+    async def events(self, progress: Progress, ticket: Ticket) -> AsyncIterator[bytes]:
+        """Server-sent events, until all images are finished or the request has failed.
+
+        While others are generated first, comments say how many: ``: ahead 12``. Clients ignore what they do not know.
+        """
         partials: dict[int, int] = {}
+        ahead = 0
         while True:
-            news = await progress.take(HEARTBEAT)
+            before, ahead = ahead, ticket.ahead
+            if ahead or before:
+                yield f": ahead {ahead}\n\n".encode()
+            news = await progress.take(QUEUE_LOOK if ahead else HEARTBEAT)
             for position, grown in news.grown.items():
                 count = partials.get(position, 0)
                 if self._is_due(grown, count):
@@ -75,7 +84,7 @@ class Answer:
                 if (error := news.ended.error) is not None:
                     yield _event("error", {"type": "error", **ApiError.from_request_error(error).content()})
                 return
-            if not news.grown and not news.finished:
+            if not news.grown and not news.finished and not ahead:
                 yield b": waiting\n\n"
 
     def _is_due(self, grown: Grown, count: int) -> bool:

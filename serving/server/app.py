@@ -45,7 +45,7 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
         link = partial(_link, store, str(request.base_url))
         work = Answer(order, facts, link)
         if order.stream:
-            return EventStream(work.events(progress), ticket)
+            return EventStream(work.events(progress, ticket), ticket)
         return await json_answer(work, progress, ticket, request.receive)
 
     @app.post("/v1/images/generations", **operation(GenerationBody, facts, options))

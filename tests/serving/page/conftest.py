@@ -5,19 +5,23 @@ The server and the browser end with each module: the browser's event loop must n
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser
 from torch import Tensor
 
 from llamagen import LlamaGen
+from serving.engine.dispatcher import Dispatcher
+from serving.engine.embedded import EmbeddedEngine
+from serving.engine.facts import ModelFacts
 from serving.engine.previews import GrowingImages, PreviewBudget
+from serving.engine.requests import Backend
 from serving.image_store import ImageStore
 from serving.page.runs import Runs
-from serving.page.worker import Worker
 from tests.pipeline import Pipeline
 from tests.serving.page.chromium import chromium
-from tests.serving.page.visitor import Gate, Served, Visitor
+from tests.serving.page.visitor import Gate, RecordedBackend, Served, Visitor
 
 
 @pytest.fixture(scope="package")
@@ -26,30 +30,44 @@ def model(pipeline: Pipeline) -> LlamaGen:
     return LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=2)
 
 
+@pytest.fixture(scope="package")
+def facts(model: LlamaGen) -> ModelFacts:
+    """Its description."""
+    return ModelFacts.from_model(model)
+
+
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    """A thread for the model."""
-    worker = Worker()
-    yield worker
-    worker.close()
+def backend(model: LlamaGen) -> Iterator[Dispatcher]:
+    """The small model in a thread."""
+    backend = Dispatcher(lambda: EmbeddedEngine(model))
+    yield backend
+    backend.close()
+
+
+@contextmanager
+def page_of(backend: Backend) -> Iterator[Served]:
+    """The page of a backend, which is closed at the end."""
+    from serving.page.app import build_app, build_server, upload_folder
+    from serving.start import listen
+
+    recorded = RecordedBackend(backend)
+    connection = listen("127.0.0.1", 0, "the page")
+    with upload_folder():
+        server = build_server(build_app(Runs(recorded, ImageStore())))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)
+        thread.start()
+        yield Served(f"http://127.0.0.1:{connection.getsockname()[1]}", recorded)
+        server.should_exit = True
+        backend.close()
+        thread.join(30)
 
 
 @pytest.fixture(scope="module")
 def served(pipeline: Pipeline) -> Iterator[Served]:
-    from serving.page.app import build_app, build_server, upload_folder
-    from serving.start import listen
+    from serving.page.local import local_backend
 
-    worker = Worker()
-    runs = Runs(LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=2), worker, ImageStore())
-    connection = listen("127.0.0.1", 0, "the page")
-    with upload_folder():
-        server = build_server(build_app(runs))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)
-        thread.start()
-        yield Served(f"http://127.0.0.1:{connection.getsockname()[1]}", runs)
-        server.should_exit = True
-        worker.close()
-        thread.join(30)
+    with page_of(local_backend(str(pipeline.root / "argen"), batch_size=2)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,120 +1,144 @@
-"""Generation as the page does it, without a browser: the images of Python, progress, stop, several people."""
+"""Requests of the page, without a browser or a model: what is asked of a backend, progress, stop, the queue."""
 
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen import LlamaGen
-from serving.page.generation import Event, Finished, GenerationRequest, Growing, Waiting, generation_events
-from serving.page.worker import MAX_JOBS, Job, StoppedError, Worker
+from serving.engine.requests import Finished, ImageRequest, ReconstructionRequest, RequestError, Rows, Ticket
+from serving.page.generation import GenerationRequest, Progress, Waiting, generation_events
+from serving.page.news import News, news
+from serving.page.reconstruction import Reconstruction
+from serving.page.runs import Runs
+from tests.serving.fake_backend import CLASS_FACTS, FakeBackend, fake_codes, fake_pixels
+
+PIXELS = np.zeros((8, 8, 3), np.uint8)
+CODES = np.zeros((4, 4), np.int64)
 
 
-def same(images: list[Image.Image], others: list[Image.Image]) -> bool:
-    return len(images) == len(others) and all(map(np.array_equal, images, others))
+def test_a_request_asks_for_image_k_of_the_seed_as_python_does() -> None:
+    request = GenerationRequest((3, 7), 2, 5, {"top_k": 9}, b"file", 2).to_images(CLASS_FACTS)
+    settings = CLASS_FACTS.settings({"top_k": 9})
+    assert request == ImageRequest((3, 7, 3, 7), (0, 1, 2, 3), 5, settings, b"file", 2, previews=True)
+    assert asdict(settings) == {**CLASS_FACTS.sampling, "top_k": 9}
 
 
-def finished(events: list[Event]) -> list[Image.Image]:
-    """Images in their order."""
-    images = []
-    for event in events:
-        if isinstance(event, Finished):
-            assert event.first == len(images)
-            images += event.images
-    return images
+def progress(*found: News, count: int = 4, kept: int = 0, clock: Callable[[], float] = lambda: 0.0) -> list[Progress]:
+    request = GenerationRequest((1,), count, 0, keep_rows=kept)
+    events = list(generation_events(request, 4, found, clock))
+    assert all(isinstance(each, Progress) for each in events)
+    return events  # type: ignore[return-value]
 
 
-def test_images_are_those_of_python_and_grow_by_rows(model: LlamaGen, worker: Worker) -> None:
-    settings: dict[str, Any] = {"guidance_scale": 3.0, "top_k": 20, "temperature": 0.9}
-    request = GenerationRequest((3, 7, 1), 1, 5, settings)
-    events = list(generation_events(model, worker, request))
-    assert same(finished(events), model.generate([3, 7, 1], seed=5, progress=False, **settings))
-    rows = [(each.first, each.images, each.row) for each in events if isinstance(each, Growing)]
-    assert rows == [(0, 2, 1), (0, 2, 2), (0, 2, 3), (0, 2, 4), (2, 1, 1), (2, 1, 2), (2, 1, 3), (2, 1, 4)]
-    assert next(len(each.previews or []) for each in events if isinstance(each, Growing)) == 2
-    # The images of a batch come before the rows of the next one.
-    assert [type(each) for each in events if each].index(Finished) == 4
+def test_images_of_several_batches_grow_and_finish_in_any_order() -> None:
+    first, second, third, fourth = progress(
+        News([Rows((0, 1), 1, 4, (b"a", b"b"))], 0),
+        News([Rows((0, 1), 2, 4), Rows((3,), 1, 4, (b"d",)), Rows((0, 1), 3, 4, (b"A", b"B"))], 0),
+        News([Finished(1, PIXELS, CODES), Rows((3,), 2, 4)], 0),
+        News([Finished(0, PIXELS, CODES), Finished(3, PIXELS, CODES)], 0),
+    )
+    assert (first.growing, first.row, first.done, first.previews) == ((0, 1), 1, 2, {0: b"a", 1: b"b"})
+    assert (second.growing, second.done) == ((0, 1, 3), 7)
+    assert second.previews == {0: b"A", 1: b"B", 3: b"d"}
+    assert (third.growing, third.row, third.done) == ((0, 3), 2, 9)
+    assert third.previews == {0: b"A", 3: b"d"}
+    assert [list(each.finished) for each in (first, second, third, fourth)] == [[], [], [1], [0, 3]]
+    assert (fourth.growing, fourth.previews) == ((), {})
 
 
-def test_a_completion_is_that_of_python(model: LlamaGen, worker: Worker) -> None:
-    image = model.generate(4, seed=9, progress=False)[0]
-    request = GenerationRequest((3, 7), 2, 5, {"top_k": 20}, image, 2)
-    events = list(generation_events(model, worker, request))
-    expected = model.complete(image, 2, [3, 7], images_per_prompt=2, seed=5, top_k=20, progress=False)
-    assert same(finished(events), expected)
-    assert {each.row for each in events if isinstance(each, Growing)} == {2, 3, 4}
+def test_rows_begin_again_after_the_loss_of_a_worker() -> None:
+    again = progress(News([Rows((0,), 3, 4)], 0), News([Rows((0,), 1, 4)], 0), count=1)[-1]
+    assert (again.row, again.done) == (1, 1)
 
 
-def test_the_time_left_is_that_of_the_remaining_rows(model: LlamaGen, worker: Worker) -> None:
-    ticks = iter(range(1000))
-    events = list(generation_events(model, worker, GenerationRequest((1,), 2, 0), clock=lambda: float(next(ticks))))
-    growing = [each for each in events if isinstance(each, Growing)]
-    assert growing[-1].seconds_left == 0
-    assert growing[0].seconds_left > growing[1].seconds_left > 0
+def test_the_time_left_is_that_of_the_remaining_rows_without_the_time_in_the_queue() -> None:
+    seconds = iter([0.0, 100.0, 106.0, 112.0])
+    rows = [News([Rows((0, 1), row, 4)], 0) for row in (2, 3)]
+    request = GenerationRequest((1,), 2, 0, keep_rows=1)
+    waiting, *events = generation_events(request, 4, [News([], 3), *rows], lambda: next(seconds))
+    assert waiting == Waiting(3)
+    left = [each.seconds_left for each in events if isinstance(each, Progress)]
+    assert left == [6 / 2 * 4, 12 / 4 * 2]
 
 
-def test_a_stop_ends_the_sampling_within_a_row_and_the_next_request_works(model: LlamaGen, worker: Worker) -> None:
-    jobs: list[Job] = []
-    events = generation_events(model, worker, GenerationRequest((3,), 16, 5), jobs.append)
-    seen = []
-    with pytest.raises(StoppedError):  # noqa: PT012
-        for event in events:
-            seen.append(event)
-            if isinstance(event, Finished):
-                jobs[0].stop()
-    assert jobs[0].result.done()
-    # The reader may be some events behind, but not a whole request.
-    assert sum(isinstance(each, Finished) for each in seen) < 8
-    again = list(generation_events(model, worker, GenerationRequest((3,), 1, 5)))
-    assert same(finished(again), model.generate(3, seed=5, progress=False))
+def test_the_place_in_the_queue_is_reported_when_it_changes() -> None:
+    request = GenerationRequest((1,), 1, 0)
+    places = [News([], ahead) for ahead in (2, 2, 1, 0)]
+    assert list(generation_events(request, 4, places)) == [Waiting(2), None, Waiting(1), None]
 
 
-def test_closing_the_events_stops_the_job(model: LlamaGen, worker: Worker) -> None:
-    jobs: list[Job] = []
-    events = generation_events(model, worker, GenerationRequest((3,), 16, 5), jobs.append)
-    assert next(events) is not None
-    events.close()  # type: ignore[attr-defined]
-    with pytest.raises(StoppedError):
-        jobs[0].result.result(timeout=60)
+@pytest.fixture
+def backend() -> Iterator[FakeBackend]:
+    backend = FakeBackend()
+    yield backend
+    backend.gate.set()
+    backend.close()
 
 
-def test_requests_of_several_people_wait_for_each_other_and_do_not_mix(model: LlamaGen, worker: Worker) -> None:
-    entered, free = threading.Event(), threading.Event()
-
-    def block(job: Job) -> None:
-        entered.set()
-        free.wait(60)
-
-    blocker = worker.submit(block)
-    entered.wait(60)
-    readers = [generation_events(model, worker, GenerationRequest((number,), 2, number)) for number in range(3)]
-    waiting = [next(each) for each in readers]
-    assert waiting == [Waiting(1), Waiting(2), Waiting(3)]
-    assert worker.ahead(blocker) == 0
-    free.set()
-    for number, events in enumerate(readers):
-        expected = model.generate(number, images_per_prompt=2, seed=number, progress=False)
-        assert same(finished(list(events)), expected)
+def test_news_are_gathered_so_that_a_slow_reader_gets_fewer(backend: FakeBackend) -> None:
+    found = news(backend, GenerationRequest((1,), 2, 0).to_images(backend.facts))
+    first = next(found)
+    assert backend.tickets[0].ended.wait(30)
+    others = list(found)
+    assert len(others) <= 1
+    assert sum(len(each.events) for each in (first, *others)) == 4 + 2
 
 
-def test_a_job_that_is_stopped_while_it_waits_never_starts(worker: Worker) -> None:
-    free = threading.Event()
-    worker.submit(lambda job: free.wait(60))
-    started: list[Job] = []
-    waiting = worker.submit(started.append)
-    waiting.stop()
-    free.set()
-    with pytest.raises(StoppedError):
-        list(waiting.events())
-    assert started == []
+@pytest.mark.parametrize("end", ["closed", "stopped"])
+def test_who_leaves_or_stops_cancels_the_request(backend: FakeBackend, end: str) -> None:
+    backend.gate.clear()
+    tickets: list[Ticket] = []
+    found = news(backend, GenerationRequest((1,), 2, 0).to_images(backend.facts), tickets.append)
+    assert next(found) == News([], 0)
+    if end == "closed":
+        found.close()  # type: ignore[attr-defined]
+    else:
+        tickets[0].cancel()
+        with pytest.raises(RequestError, match="cancelled"):
+            list(found)
+    assert backend.tickets[0].ended.wait(30)
 
 
-def test_too_many_requests_are_refused(worker: Worker) -> None:
-    free = threading.Event()
-    for _ in range(MAX_JOBS):
-        worker.submit(lambda job: free.wait(60))
-    with pytest.raises(ValueError, match="32 requests are waiting for the model; try again later"):
-        worker.submit(lambda job: None)
-    free.set()
+def run(runs: Runs, request: GenerationRequest, session: str = "me") -> list[str]:
+    """All statuses of a run."""
+    from serving.page.form import Form
+
+    updates = list(runs.run(session, "generate", Form(runs.facts, "generation"), request))
+    assert updates[-1].running is False
+    return [each.status for each in updates if each.status is not None]
+
+
+def test_errors_of_a_backend_are_sentences_and_the_page_goes_on(backend: FakeBackend, runs: Runs) -> None:
+    request = GenerationRequest((1,), 2, 0)
+    backend.refusals.append(RequestError("full", "64 images wait already; try again later", 1.5))
+    assert run(runs, request)[-1] == '<p class="error" role="alert">64 images wait already; try again later.</p>'
+    backend.failures.append(RequestError("lost", "the worker <b> died", 1.0))
+    assert run(runs, request)[-1] == '<p class="error" role="alert">The worker &lt;b&gt; died.</p>'
+    assert "Finished 2 images in" in run(runs, request)[-1]
+    assert runs._tickets == {}
+
+
+@pytest.fixture
+def runs(backend: FakeBackend) -> Runs:
+    from serving.image_store import ImageStore
+
+    return Runs(backend, ImageStore())
+
+
+def test_a_visitor_reads_how_many_images_are_ahead(backend: FakeBackend, runs: Runs) -> None:
+    backend.gate.clear()
+    other = threading.Thread(target=run, args=(runs, GenerationRequest((1,), 3, 0), "other"), daemon=True)
+    other.start()
+    while not backend.tickets:
+        threading.Event().wait(0.001)
+    reader = iter(runs.reconstruct("me", "reconstruct", Image.new("RGB", (16, 16))))
+    assert next(reader) == Waiting(3)
+    backend.gate.set()
+    (result,) = reader
+    assert isinstance(result, Reconstruction)
+    assert isinstance(request := backend.tickets[1].request, ReconstructionRequest)
+    assert np.array_equal(result.reconstruction, fake_pixels(fake_codes(request, 0)))
+    other.join(30)

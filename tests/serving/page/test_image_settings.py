@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from llamagen import LlamaGen
+from serving.engine.facts import ModelFacts
 from serving.image_settings import KEY, ImageSettings, png_file
 from serving.page.image_settings import read_settings
 from tests.datamodules.shard_files import assert_one_line
@@ -22,15 +22,17 @@ PIXELS = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 
 @pytest.fixture
-def settings(model: LlamaGen) -> ImageSettings:
-    sampling = asdict(model.settings(guidance_scale=3.25, guidance_steps=9, top_k=20, guidance_schedule="cosine"))
-    return ImageSettings(model.name, "generation", (3, 7), 2, 123456789, 3, 0, sampling)
+def settings(facts: ModelFacts) -> ImageSettings:
+    sampling = asdict(
+        facts.settings({"guidance_scale": 3.25, "guidance_steps": 9, "top_k": 20, "guidance_schedule": "cosine"})
+    )
+    return ImageSettings(facts.name, "generation", (3, 7), 2, 123456789, 3, 0, sampling)
 
 
-def test_settings_come_back_and_pixels_stay(model: LlamaGen, settings: ImageSettings, tmp_path: Path) -> None:
+def test_settings_come_back_and_pixels_stay(facts: ModelFacts, settings: ImageSettings, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(png_file(PIXELS, settings, "7 “seven” 七", "float32"))
-    assert read_settings(file, model, "generation") == settings
+    assert read_settings(file, facts, "generation") == settings
     with Image.open(file) as image:
         assert np.array_equal(image, PIXELS)
         content = json.loads(image.text[KEY])  # type: ignore[attr-defined]
@@ -92,7 +94,7 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[message for _, message in HOSTILE])
 def test_settings_that_are_changed_are_refused(
-    model: LlamaGen,
+    facts: ModelFacts,
     settings: ImageSettings,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], dict[str, Any]],
@@ -101,10 +103,10 @@ def test_settings_that_are_changed_are_refused(
     content = {"format": "llamagen-lightning image 1", **asdict(settings)}
     file = tmp_path / "a.png"
     file.write_bytes(with_text(json.dumps(content)))
-    assert read_settings(file, model, "generation") == replace(settings)  # the unchanged ones are accepted
+    assert read_settings(file, facts, "generation") == replace(settings)  # the unchanged ones are accepted
     file.write_bytes(with_text(json.dumps(change(content))))
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_settings(file, model, "generation")
+        read_settings(file, facts, "generation")
     assert_one_line(caught)
     assert len(str(caught.value)) < 300
 
@@ -125,9 +127,9 @@ def test_settings_that_are_changed_are_refused(
     ],
     ids=["empty", "broken", "cut", "other text", "no JSON", "deep", "long number", "long", "list", "null"],
 )
-def test_files_without_valid_settings_are_refused(model: LlamaGen, tmp_path: Path, file: bytes, message: str) -> None:
+def test_files_without_valid_settings_are_refused(facts: ModelFacts, tmp_path: Path, file: bytes, message: str) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(file)
     with pytest.raises(ValueError, match=message) as caught:
-        read_settings(path, model, "generation")
+        read_settings(path, facts, "generation")
     assert_one_line(caught)

@@ -1,5 +1,6 @@
 """The command of the page, its tabs, and what visitors read, without a browser."""
 
+import io
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from PIL import Image
 
 from llamagen import LlamaGen
 from serving import start
+from serving.engine.dispatcher import Dispatcher
+from serving.engine.embedded import EmbeddedEngine
+from serving.engine.facts import ModelFacts
 from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import __main__ as page
@@ -20,10 +24,10 @@ from serving.page import image_settings, markup
 from serving.page.form import Form, all_settings, class_title
 from serving.page.generation import GenerationRequest
 from serving.page.runs import Runs, sentence
-from serving.page.uploads import mark_cut, read_upload
-from serving.page.worker import Worker
+from serving.page.uploads import mark_cut, read_upload, to_png
 from tests.datamodules.shard_files import assert_one_line
 from tests.pipeline import Pipeline
+from tests.serving.fake_backend import FakeBackend
 from tests.text_pipeline import TextPipeline
 
 
@@ -32,6 +36,13 @@ def components(runs: Runs) -> list[dict[str, Any]]:
     from serving.page.layout import build_page
 
     return [each["props"] | {"type": each["type"]} for each in build_page(runs).config["components"]]
+
+
+def runs_of(facts: ModelFacts) -> Runs:
+    """Runs of a model that generates nothing."""
+    backend = FakeBackend(facts)
+    backend.close()
+    return Runs(backend, ImageStore())
 
 
 def tabs(runs: Runs) -> list[str]:
@@ -65,8 +76,25 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded() -> None:
     assert_one_line(caught)
 
 
-def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: LlamaGen, worker: Worker) -> None:
-    runs = Runs(model, worker, ImageStore())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the page has no model; give a MODEL, or a server with --server URL"),
+        (["c2i_B_256", "--server=http://a"], "both the model c2i_B_256 and --server are given; give one of them"),
+        (["c2i_B_256", "--api-key-file=a"], "--api-key-file is for --server"),
+        (["--server=http://a", "--text-encoder=b"], "--text-encoder is for a MODEL; give it to the server"),
+        (["--server=a:1", "--port=0"], "'a:1' is not the address of a server"),
+        (["--server=http://a", "--port=0", "--api-key-file=none"], "the API keys in none cannot be read"),
+    ],
+)
+def test_a_model_and_a_server_exclude_each_other(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        page.main(arguments)
+    assert_one_line(caught)
+
+
+def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: LlamaGen, facts: ModelFacts) -> None:
+    runs = runs_of(facts)
     assert tabs(runs) == ["Generate", "Complete", "Reconstruct"]
     values = {each.get("label"): each.get("value") for each in components(runs)}
     assert values["Guidance scale"] == model.sampling.guidance_scale
@@ -86,11 +114,11 @@ def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: Llam
     ids=["defaults", "another range", "inside the ranges", "outside"],
 )
 def test_sliders_reach_their_defaults_and_their_ends(
-    model: LlamaGen, worker: Worker, monkeypatch: pytest.MonkeyPatch, own: dict[str, float], low: float
+    facts: ModelFacts, monkeypatch: pytest.MonkeyPatch, own: dict[str, float], low: float
 ) -> None:
     monkeypatch.setitem(image_settings.RANGES, "guidance_power", (low, 20.0))
-    monkeypatch.setattr(model, "sampling", replace(model.sampling, **own))  # type: ignore[arg-type]
-    sliders = [each for each in components(Runs(model, worker, ImageStore())) if each["type"] == "slider"]
+    runs = runs_of(replace(facts, sampling={**facts.sampling, **own}))
+    sliders = [each for each in components(runs) if each["type"] == "slider"]
     assert len(sliders) == 2 * 6 + 1
     for slider in sliders:
         for value in (slider["value"], slider["maximum"]):
@@ -98,11 +126,11 @@ def test_sliders_reach_their_defaults_and_their_ends(
             assert steps == pytest.approx(round(steps), abs=1e-6), slider["label"]
 
 
-def test_guidance_up_to_the_last_code_is_guidance_to_the_end(model: LlamaGen, tmp_path: Path) -> None:
+def test_guidance_up_to_the_last_code_is_guidance_to_the_end(facts: ModelFacts, tmp_path: Path) -> None:
     import gradio as gr
 
     with gr.Blocks():
-        form = Form(model, "generation")
+        form = Form(facts, "generation")
         form.build_request()
         form.build_settings()
     values = [[3], *(each.value for each in form.components[1:])]
@@ -113,7 +141,7 @@ def test_guidance_up_to_the_last_code_is_guidance_to_the_end(model: LlamaGen, tm
         values[field] = shown
         request = form.request(*values)
         assert request.settings["guidance_steps"] == meant
-        inside = ImageSettings(model.name, "generation", (3,), 4, 0, 0, 0, all_settings(model, request))
+        inside = ImageSettings(facts.name, "generation", (3,), 4, 0, 0, 0, all_settings(facts, request))
         (tmp_path / "a.png").write_bytes(png_file(Image.new("RGB", (8, 8)), inside, "3", "float32"))
         assert form.put_back(str(tmp_path / "a.png"))[0][field] == back
     values[field] = -1
@@ -122,9 +150,7 @@ def test_guidance_up_to_the_last_code_is_guidance_to_the_end(model: LlamaGen, tm
 
 
 @pytest.mark.parametrize("times", [(0.01, 0.01), (3600, 3600)], ids=["on schedule", "at the end"])
-def test_uploads_are_deleted(
-    model: LlamaGen, worker: Worker, monkeypatch: pytest.MonkeyPatch, times: tuple[float, float]
-) -> None:
+def test_uploads_are_deleted(facts: ModelFacts, monkeypatch: pytest.MonkeyPatch, times: tuple[float, float]) -> None:
     from fastapi.testclient import TestClient
 
     from serving.page import layout
@@ -134,7 +160,7 @@ def test_uploads_are_deleted(
     assert max(layout.DELETE_UPLOADS) <= 3600
     monkeypatch.setattr(layout, "DELETE_UPLOADS", times)
     with upload_folder() as folder:
-        with TestClient(build_app(Runs(model, worker, ImageStore()))) as client:
+        with TestClient(build_app(runs_of(facts))) as client:
             answer = client.post("/gradio_api/upload", files={"files": ("a.png", b"mine")})
             (path,) = map(Path, answer.json())
             assert path.is_relative_to(folder)
@@ -148,31 +174,32 @@ def test_uploads_are_deleted(
     assert not folder.exists()
 
 
-def test_a_tokenizer_alone_reconstructs_only(pipeline: Pipeline, worker: Worker) -> None:
-    assert tabs(Runs(LlamaGen.from_pretrained(pipeline.tokenizer), worker, ImageStore())) == ["Reconstruct"]
+def test_a_tokenizer_alone_reconstructs_only(pipeline: Pipeline) -> None:
+    assert tabs(runs_of(ModelFacts.from_model(LlamaGen.from_pretrained(pipeline.tokenizer)))) == ["Reconstruct"]
 
 
 def test_prompts_are_texts_and_their_settings_come_back(
-    text_pipeline: TextPipeline, worker: Worker, tmp_path: Path
+    text_pipeline: TextPipeline, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     import gradio as gr
 
     model = LlamaGen.from_pretrained(text_pipeline.root / "argen", batch_size=2)
-    page.prepare(model, worker)
-    runs = Runs(model, worker, ImageStore())
+    backend = Dispatcher(lambda: EmbeddedEngine(model))
+    request.addfinalizer(backend.close)
+    runs = Runs(backend, ImageStore())
     with gr.Blocks():
-        form = Form(model, "generation")
+        form = Form(runs.facts, "generation")
         form.build_request()
         form.build_settings()
     values = [each.value for each in form.components]
     values[:3] = [" a <b>three</b>\n\none ", 1.0, 3]
-    request = form.request(*values)
-    assert request.conditions == ("a <b>three</b>", "one")
-    updates = list(runs.run("someone", "generate", form, request))
+    wanted = form.request(*values)
+    assert wanted.conditions == ("a <b>three</b>", "one")
+    updates = list(runs.run("someone", "generate", form, wanted))
     shown = [each.finished for each in updates if each.finished]
     assert "a &lt;b&gt;three&lt;/b&gt;" in shown[-1]
     assert not any("<b>" in str(part) for update in updates for part in update)
-    expected = model.generate(request.conditions, seed=3, progress=False)
+    expected = model.generate(wanted.conditions, seed=3, progress=False)
     files = list(runs.store._files.values())
     (tmp_path / "a.png").write_bytes(files[1])
     with Image.open(tmp_path / "a.png") as image:
@@ -182,22 +209,22 @@ def test_prompts_are_texts_and_their_settings_come_back(
     assert (back, kept) == (values, 0)
 
 
-def test_a_run_of_one_visitor_is_stopped_only_by_that_visitor(model: LlamaGen, worker: Worker) -> None:
-    runs = Runs(model, worker, ImageStore())
-    form = Form(model, "generation")
+def test_a_run_of_one_visitor_is_stopped_only_by_that_visitor() -> None:
+    backend = FakeBackend()
+    backend.gate.clear()
+    runs = Runs(backend, ImageStore())
+    form = Form(runs.facts, "generation")
     mine = runs.run("me", "generate", form, GenerationRequest((1,), 4, 0))
     next(mine)
     next(mine)
     runs.stop("other", "generate")
     runs.stop("me", "complete")
     runs.stop_all("other")
-    assert "Finished 4 images" in str(list(mine)[-1].status)
-    yours = runs.run("me", "generate", form, GenerationRequest((1,), 16, 0))
-    next(yours)
-    next(yours)
+    assert not backend.tickets[0].cancelled.is_set()
     runs.stop("me", "generate")
-    assert "Stopped after" in str(list(yours)[-1].status)
-    assert runs._jobs == {}
+    assert "Stopped after 0 of 4 images" in str(list(mine)[-1].status)
+    assert runs._tickets == {}
+    backend.close()
 
 
 def test_bugs_are_not_explained_to_visitors(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,10 +262,10 @@ def write(path: Path, content: bytes) -> str:
     ids=["none", "deleted", "other file", "large", "program"],
 )
 def test_uploads_that_are_no_usable_images_are_refused(
-    model: LlamaGen, tmp_path: Path, make: Callable[[Path], str | None], message: str
+    facts: ModelFacts, tmp_path: Path, make: Callable[[Path], str | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        read_upload(make(tmp_path), model)
+        read_upload(make(tmp_path), facts)
     assert_one_line(caught)
     assert str(tmp_path) not in str(caught.value)
 
@@ -251,14 +278,16 @@ def save(path: Path, size: tuple[int, int]) -> str:
 def test_an_upload_is_seen_as_the_model_sees_it(model: LlamaGen, pipeline: Pipeline, tmp_path: Path) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")
-    image = read_upload(str(tmp_path / "a.png"), model)
+    image = read_upload(str(tmp_path / "a.png"), ModelFacts.from_model(model))
     assert image.size == (8, 8)
     assert np.array_equal(model.encode(image).cpu(), model.encode(tmp_path / "a.png").cpu())
     marked = np.asarray(mark_cut(image, 2, 2))
     assert np.array_equal(marked[:3], np.asarray(image)[:3])
     assert (marked[3] == (220, 38, 38)).all()
     assert (marked[4:] >= 144).all()
-    tokenizer = LlamaGen.from_pretrained(pipeline.tokenizer)
+    with Image.open(io.BytesIO(to_png(image))) as opened:
+        assert np.array_equal(opened, image)
+    tokenizer = ModelFacts.from_model(LlamaGen.from_pretrained(pipeline.tokenizer))
     assert read_upload(save(tmp_path / "b.png", (2000, 1000)), tokenizer).size == (512, 256)
 
 

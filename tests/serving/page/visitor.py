@@ -12,12 +12,39 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page
 from playwright.sync_api import Error as PlaywrightError
 
+from serving.engine.requests import Backend, Listener, Request, Ticket
 from serving.image_settings import KEY
-from serving.page.runs import Runs
 
 WIDE, NARROW = (1280, 900), (390, 844)
 TIMEOUT = 30_000
 """Milliseconds that a test waits for the page."""
+
+
+class RecordedTicket:
+    """A ticket that notes whether it was cancelled."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket, self.cancelled = ticket, threading.Event()
+
+    @property
+    def ahead(self) -> int:
+        return self._ticket.ahead
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+        self.cancelled.set()
+
+
+class RecordedBackend:
+    """A backend that keeps its tickets."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self.facts, self.tickets = backend, backend.facts, list[RecordedTicket]()
+        self.load, self.close = backend.load, backend.close
+
+    def submit(self, request: Request, listener: Listener, seconds: float | None = None) -> RecordedTicket:
+        self.tickets.append(RecordedTicket(self._backend.submit(request, listener, seconds)))
+        return self.tickets[-1]
 
 
 class Served(NamedTuple):
@@ -25,11 +52,11 @@ class Served(NamedTuple):
 
     Attributes:
         address: its address.
-        runs: its runs.
+        backend: its backend.
     """
 
     address: str
-    runs: Runs
+    backend: RecordedBackend
 
 
 class Visitor:
