@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
+from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import __main__ as page
 from serving.page import image_settings, markup
 from serving.page.form import Form, all_settings, class_title
 from serving.page.generation import GenerationRequest
-from serving.page.image_settings import ImageSettings, png_file
 from serving.page.runs import Runs, sentence
 from serving.page.uploads import mark_cut, read_upload
 from serving.page.worker import Worker
