@@ -1,0 +1,115 @@
+"""The application for Ray Serve: ``serve run serving.ray_serve.app:build source=…``."""
+
+import socket
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+
+from llamagen.command import fault_of
+from serving.engine.dispatcher import Dispatcher
+from serving.engine.spec import WorkerSpec
+from serving.ray_serve.ingress import Ingress
+from serving.ray_serve.options import Options
+from serving.ray_serve.replica import Replica
+from serving.server.options import ServerOptions
+
+NAME = "llamagen"
+"""Name of the application."""
+
+HEALTH_SECONDS = 5.0
+"""Time between two checks of an actor that answers. The death of a process is noticed at once."""
+
+
+class StartError(Exception):
+    """A replica cannot load the model. Its text is one sentence for the person who started it."""
+
+
+class ModelReplica(Replica):
+    """A replica with our engine in a thread of its actor.
+
+    Args:
+        spec: what it loads.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        try:
+            super().__init__(Dispatcher(spec))
+        except Exception as error:
+            if (fault := fault_of(error)) is None:
+                raise
+            raise StartError(
+                f"{socket.gethostname()} cannot load the model: {fault.message}; every node must reach it: give a "
+                "published name, a repository of the hub or a shared folder"
+            ) from None
+
+    def __del__(self) -> None:
+        """Called by Ray Serve after the calls in progress have ended."""
+        self.close()
+
+
+def build(options: Options) -> Application:
+    """The application. Called by ``serve run`` and ``serve deploy`` with their arguments.
+
+    Raises:
+        ValueError: in one line, if options do not fit together.
+    """
+    device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    spec = WorkerSpec(
+        options.source,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
+        device=device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+    )
+    actor = {"num_cpus": options.cpus, "num_gpus": float(device == "cuda")}
+    model = serve.deployment(ModelReplica).options(
+        name="Model",
+        ray_actor_options=actor,
+        # One batch runs, and the next one waits in the replica; all others wait in the ingress for the first free one.
+        max_ongoing_requests=2 * options.batch_size,
+        graceful_shutdown_timeout_s=options.timeout,
+        max_constructor_retry_count=2,
+        **_number_of_replicas(options),
+        **_common(),
+    )
+    server = ServerOptions(max_images=options.max_images, timeout=options.timeout, has_urls=False)
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=options.servers,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_CONNECTIONS,
+        graceful_shutdown_timeout_s=options.timeout,
+        **_common(),
+    )
+    return ingress.bind(model.bind(spec), server, options.queue)
+
+
+def _number_of_replicas(options: Options) -> dict[str, Any]:
+    if options.max_replicas is None:
+        return {"num_replicas": options.replicas}
+    if options.max_replicas < options.replicas:
+        raise ValueError(
+            f"max_replicas is {options.max_replicas}, less than replicas, {options.replicas}; exchange the two"
+        )
+    return {
+        "autoscaling_config": {
+            "min_replicas": options.replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": options.target or options.batch_size,
+        }
+    }
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "health_check_period_s": HEALTH_SECONDS,
+        "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False),
+    }
+
+
+MAX_CONNECTIONS = 2048
+"""Requests that an ingress answers at a time: it must see a request to refuse it with status 429."""
