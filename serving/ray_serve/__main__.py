@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,38 +42,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write_config(parsed.write_config, options, parsed.host, parsed.port)
         return
     port = _free_port(parsed.host, parsed.port) if is_local else parsed.port
+    _set_up_environment(is_local)
     with stage("libraries"):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
         from ray import serve
 
-        from serving.ray_serve.app import NAME, build
+        from serving.ray_serve.app import LOGGING, NAME, build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with stage("Ray"):
         _connect(parsed.address, options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # footgun: after Ray, which installs its own handlers
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt = _Interrupt()  # footgun: after Ray, which installs its own handlers
     try:
         with stage(f"model {options.source}"):
-            serve.start(proxy_location="EveryNode", http_options={"host": parsed.host, "port": port})
+            serve.start(
+                proxy_location="EveryNode",
+                http_options={"host": parsed.host, "port": port},
+                logging_config=LOGGING,
+            )
             _run(build(options), NAME)
         print(f"Ready at http://{parsed.host}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("finishing accepted requests; interrupt again to end at once", flush=True)
-            _drain(NAME, options.timeout)
+        interrupt.wait()
+        print("finishing accepted requests; interrupt again to end at once", flush=True)
+        _drain(NAME, options.timeout)
     finally:
-        serve.delete(NAME)
-        if is_local:
-            serve.shutdown()
+        serve.delete(NAME)  # lets actors finish what they answer; other applications of a cluster stay
         ray.shutdown()
+
+
+class _Interrupt:
+    """SIGINT and SIGTERM: end the start, or the waiting, or the shutdown, but only one of them for each interruption."""
+
+    def __init__(self) -> None:
+        self._is_waiting, self._last = False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def wait(self) -> None:
+        """Wait for a signal."""
+        self._is_waiting = True
+        while self._is_waiting:
+            time.sleep(0.1)
+
+    def _handle(self, *_: object) -> None:
+        now = time.monotonic()
+        # footgun: Ctrl-C reaches this process directly and again through parents that pass it on.
+        repeats, self._last = now - self._last < 1.0, now
+        if self._is_waiting:
+            self._is_waiting = False
+        elif not repeats:
+            raise KeyboardInterrupt
+
+
+def _set_up_environment(is_local: bool) -> None:
+    """Settings of Ray. footgun: before it is imported, when it reads them."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if is_local and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # Only this command may talk to its Ray. A token in the environment leaves no file in the home folder.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def _connect(address: str | None, options: "Options") -> None:
     """Start Ray on this machine, or connect to a running cluster."""
     import ray
 
-    common = {"logging_level": logging.WARNING, "log_to_driver": True}
+    common = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is not None:
         try:
             ray.init(address=address, **common)
@@ -84,9 +116,6 @@ def _connect(address: str | None, options: "Options") -> None:
                 "with ray start --head, or on another one and join it with ray start --address=…"
             ) from error
         return
-    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        # Only processes of this user may talk to Ray. A token in the environment leaves no file in the home folder.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     ray.init(num_cpus=usable_cores(), include_dashboard=False, object_store_memory=OBJECT_STORE, **common)
     available = ray.cluster_resources()
     on_gpus = options.device == "cuda" or (options.device is None and "GPU" in available)
@@ -111,8 +140,10 @@ def _run(application: "Application", name: str) -> None:
     try:
         serve.run(application, name=name)
     except RuntimeError as error:
-        if (reason := re.search(r"StartError: (.+)", str(error))) is None:
-            raise
+        deployments = serve.status().applications[name].deployments.values()
+        text = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+        if (reason := re.search(r"StartError: (.+)", text)) is None:
+            raise RuntimeError(text) from error
         raise ValueError(reason[1]) from error
 
 

@@ -9,11 +9,14 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from llamagen.command import fault_of
+from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
+from serving.engine.embedded import load_engine
 from serving.engine.spec import WorkerSpec
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
 from serving.ray_serve.replica import Replica
+from serving.server.keys import read_keys
 from serving.server.options import ServerOptions
 
 NAME = "llamagen"
@@ -21,6 +24,13 @@ NAME = "llamagen"
 
 HEALTH_SECONDS = 5.0
 """Time between two checks of an actor that answers. The death of a process is noticed at once."""
+
+
+MAX_CONNECTIONS = 2048
+"""Requests that an ingress answers at a time: it must see a request to refuse it with status 429."""
+
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Without a line for each call: an ingress asks every replica each second how busy it is."""
 
 
 class StartError(Exception):
@@ -32,11 +42,12 @@ class ModelReplica(Replica):
 
     Args:
         spec: what it loads.
+        queue: maximum number of images that wait in the replica.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, queue: int) -> None:
         try:
-            super().__init__(Dispatcher(spec))
+            super().__init__(Dispatcher(lambda: load_engine(spec), queue=queue))
         except Exception as error:
             if (fault := fault_of(error)) is None:
                 raise
@@ -47,7 +58,8 @@ class ModelReplica(Replica):
 
     def __del__(self) -> None:
         """Called by Ray Serve after the calls in progress have ended."""
-        self.close()
+        if hasattr(self, "_backend"):  # the model was loaded
+            self.close()
 
 
 def build(options: Options) -> Application:
@@ -65,18 +77,26 @@ def build(options: Options) -> Application:
         dtype=options.dtype,
         batch_size=options.batch_size,
     )
-    actor = {"num_cpus": options.cpus, "num_gpus": float(device == "cuda")}
+    # One batch runs, and the next one waits in the replica; all others wait in the ingress for the first free replica.
+    calls = 2 * options.batch_size
+    threads = str(max(int(options.cpus), 1))
+    actor = {
+        "num_cpus": options.cpus,
+        "num_gpus": float(device == "cuda"),
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **WAIT_SETTINGS}},
+    }
     model = serve.deployment(ModelReplica).options(
         name="Model",
         ray_actor_options=actor,
-        # One batch runs, and the next one waits in the replica; all others wait in the ingress for the first free one.
-        max_ongoing_requests=2 * options.batch_size,
+        max_ongoing_requests=calls,
         graceful_shutdown_timeout_s=options.timeout,
         max_constructor_retry_count=2,
         **_number_of_replicas(options),
         **_common(),
     )
-    server = ServerOptions(max_images=options.max_images, timeout=options.timeout, has_urls=False)
+    server = ServerOptions(
+        max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
+    )
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=options.servers,
@@ -85,7 +105,7 @@ def build(options: Options) -> Application:
         graceful_shutdown_timeout_s=options.timeout,
         **_common(),
     )
-    return ingress.bind(model.bind(spec), server, options.queue)
+    return ingress.bind(model.bind(spec, calls * options.batch_size), server, options.queue)
 
 
 def _number_of_replicas(options: Options) -> dict[str, Any]:
@@ -107,9 +127,5 @@ def _number_of_replicas(options: Options) -> dict[str, Any]:
 def _common() -> dict[str, Any]:
     return {
         "health_check_period_s": HEALTH_SECONDS,
-        "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False),
+        "logging_config": LOGGING,
     }
-
-
-MAX_CONNECTIONS = 2048
-"""Requests that an ingress answers at a time: it must see a request to refuse it with status 429."""

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
+from serving.engine.checks import check_request
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import (
     Ended,
@@ -91,6 +92,14 @@ class RayBackend:
 
     def submit(self, request: Request, listener: Listener, seconds: float | None = None) -> "_Ticket":
         """Accept a request, see :class:`~serving.engine.requests.Backend`."""
+        try:
+            request = check_request(request, self.facts)
+        except ValueError as error:
+            raise RequestError("invalid", str(error)) from error
+        if len(request) > self._queue:
+            raise RequestError(
+                "invalid", f"the request has {len(request)} images, but only {self._queue} fit into the queue"
+            )
         ticket = _Ticket(self, request, listener, seconds)
         with self._lock:
             if self._closing:
