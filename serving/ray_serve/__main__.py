@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Interrupt:
-    """SIGINT and SIGTERM: end the start, or the waiting, or the shutdown, but only one of them for each interruption."""
+    """SIGINT and SIGTERM. One interruption ends the start, or the waiting, or the shutdown, and no more."""
 
     def __init__(self) -> None:
         self._is_waiting, self._last = False, 0.0

@@ -22,8 +22,9 @@ from serving.server.options import ServerOptions
 NAME = "llamagen"
 """Name of the application."""
 
-HEALTH_SECONDS = 5.0
-"""Time between two checks of an actor that answers. The death of a process is noticed at once."""
+HEALTH_SECONDS = 5.0, 10.0
+"""Time between two checks of an actor, and their time limit. Three failed ones replace an actor that hangs; the death
+of a process is noticed at once."""
 
 
 MAX_CONNECTIONS = 2048
@@ -69,35 +70,43 @@ def build(options: Options) -> Application:
         ValueError: in one line, if options do not fit together.
     """
     device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
-    spec = WorkerSpec(
-        options.source,
-        tokenizer=options.tokenizer,
-        text_encoder=options.text_encoder,
-        device=device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
+    model, ingress = model_deployment(options, device), ingress_deployment(options)
+    server = ServerOptions(
+        max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
     )
-    # One batch runs, and the next one waits in the replica; all others wait in the ingress for the first free replica.
-    calls = 2 * options.batch_size
+    return ingress.bind(model.bind(_spec(options, device), _calls(options) * options.batch_size), server, options.queue)
+
+
+def model_deployment(options: Options, device: str) -> serve.Deployment:
+    """The replicas with the model.
+
+    Args:
+        options: of the application.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: in one line, if options do not fit together.
+    """
     threads = str(max(int(options.cpus), 1))
     actor = {
         "num_cpus": options.cpus,
         "num_gpus": float(device == "cuda"),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **WAIT_SETTINGS}},
     }
-    model = serve.deployment(ModelReplica).options(
+    return serve.deployment(ModelReplica).options(
         name="Model",
         ray_actor_options=actor,
-        max_ongoing_requests=calls,
+        max_ongoing_requests=_calls(options),
         graceful_shutdown_timeout_s=options.timeout,
         max_constructor_retry_count=2,
         **_number_of_replicas(options),
         **_common(),
     )
-    server = ServerOptions(
-        max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
-    )
-    ingress = serve.deployment(Ingress).options(
+
+
+def ingress_deployment(options: Options) -> serve.Deployment:
+    """The HTTP servers."""
+    return serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=options.servers,
         ray_actor_options={"num_cpus": 0},
@@ -105,7 +114,25 @@ def build(options: Options) -> Application:
         graceful_shutdown_timeout_s=options.timeout,
         **_common(),
     )
-    return ingress.bind(model.bind(spec, calls * options.batch_size), server, options.queue)
+
+
+def _calls(options: Options) -> int:
+    """Calls in progress of a replica: one batch runs, and the next one waits there.
+
+    All others wait in the ingress for the first replica that has room.
+    """
+    return 2 * options.batch_size
+
+
+def _spec(options: Options, device: str) -> WorkerSpec:
+    return WorkerSpec(
+        options.source,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
+        device=device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+    )
 
 
 def _number_of_replicas(options: Options) -> dict[str, Any]:
@@ -126,6 +153,7 @@ def _number_of_replicas(options: Options) -> dict[str, Any]:
 
 def _common() -> dict[str, Any]:
     return {
-        "health_check_period_s": HEALTH_SECONDS,
+        "health_check_period_s": HEALTH_SECONDS[0],
+        "health_check_timeout_s": HEALTH_SECONDS[1],
         "logging_config": LOGGING,
     }

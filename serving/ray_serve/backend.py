@@ -62,7 +62,11 @@ class Replicas(Protocol):
         """
 
     async def loads(self) -> list[Load]:
-        """How busy each replica is, of those that answer."""
+        """How busy each replica is.
+
+        Raises:
+            TimeoutError: if one of them does not answer.
+        """
 
 
 class RayBackend:
@@ -186,14 +190,18 @@ class RayBackend:
         """Ask the replicas how busy they are; end all requests if there have been none for too long."""
         seen = time.monotonic()
         while True:
+            is_new = True
             try:
                 loads = await self._replicas.loads()
+            except TimeoutError:  # one of them hangs: until Ray Serve replaces it, what the others said last holds
+                loads = self._loads
+                is_new = False
             except Exception:
                 logger.exception("the replicas did not say how busy they are")
                 loads = []
             with self._lock:
                 self._loads = loads
-            if any(load.ready for load in loads):
+            if is_new and any(load.ready for load in loads):
                 seen = time.monotonic()
             elif time.monotonic() - seen > self._patience:
                 self._end_all(RequestError("lost", "no replica of the model is available", RETRY_SECONDS[1]))

@@ -59,6 +59,6 @@ class ServeReplicas:
                 stream.cancel()
 
     async def loads(self) -> list[Load]:
-        """How busy each replica is."""
+        """How busy each replica is; without those that have just died."""
         answers = await self._handle.broadcast("load").results_async(timeout_s=LOAD_SECONDS, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, Load)]
