@@ -22,7 +22,7 @@ from PIL import Image
 MARKER = "RAY_TMPDIR"
 """Variable with the folder of this run, by which its processes are recognised."""
 START_SECONDS = 100
-TICK = 0.05
+TICK = 0.01
 
 
 class Answer(NamedTuple):
