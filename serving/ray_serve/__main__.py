@@ -1,6 +1,6 @@
-"""Serve a model with Ray Serve, on this machine or a cluster: ``python -m serving.ray_serve SOURCE``.
+"""Serve a model with Ray Serve, on this machine or a cluster: ``python -m serving.ray_serve MODEL``.
 
-SOURCE is a published name such as ``c2i_L_384``, a file of weights, the folder of a run, an exported folder, or a
+MODEL is a published name such as ``c2i_L_384``, a file of weights, the folder of a run, an exported folder, or a
 repository of the hub; on a cluster, every node must reach it. ``docs/ray.md`` describes the command.
 """
 
@@ -47,18 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import ray
         from ray import serve
 
-        from serving.ray_serve.app import LOGGING, NAME, build
+        from serving.ray_serve.app import NAME, build
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with stage("Ray"):
         _connect(parsed.address, options)
     interrupt = _Interrupt()  # footgun: after Ray, which installs its own handlers
     try:
-        with stage(f"model {options.source}"):
+        with stage(f"model {options.model}"):
             serve.start(
                 proxy_location="EveryNode",
                 http_options={"host": parsed.host, "port": port},
-                logging_config=LOGGING,
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             _run(build(options), NAME)
         print(f"Ready at http://{parsed.host}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
@@ -97,6 +97,7 @@ class _Interrupt:
 def _set_up_environment(is_local: bool) -> None:
     """Settings of Ray. footgun: before it is imported, when it reads them."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # footgun: by default any other program has precedence
     if is_local and not any(name.startswith("RAY_AUTH_") for name in os.environ):
         # Only this command may talk to its Ray. A token in the environment leaves no file in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -106,17 +107,22 @@ def _connect(address: str | None, options: "Options") -> None:
     """Start Ray on this machine, or connect to a running cluster."""
     import ray
 
-    common = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is not None:
         try:
-            ray.init(address=address, **common)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"there is no Ray cluster at --address {address} ({_last_line(str(error))}); start one on this machine "
-                "with ray start --head, or on another one and join it with ray start --address=…"
+                "with ray start --head, or join one with ray start --address=…"
             ) from error
         return
-    ray.init(num_cpus=usable_cores(), include_dashboard=False, object_store_memory=OBJECT_STORE, **common)
+    ray.init(
+        num_cpus=usable_cores(),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
     available = ray.cluster_resources()
     on_gpus = options.device == "cuda" or (options.device is None and "GPU" in available)
     name, each = ("GPU", 1.0) if on_gpus else ("CPU", options.cpus)
@@ -162,8 +168,8 @@ def _options(parsed: argparse.Namespace, is_local: bool) -> "Options":
     from serving.ray_serve.options import Options
 
     values = {name: getattr(parsed, name) for name in Options.model_fields if getattr(parsed, name) is not None}
-    if Path(parsed.source).exists():
-        values["source"] = str(Path(parsed.source).resolve())  # a replica has another working directory
+    if Path(parsed.model).exists():
+        values["model"] = str(Path(parsed.model).resolve())  # a replica has another working directory
     if is_local and parsed.device != "cuda":
         most = max(parsed.replicas or 1, parsed.max_replicas or 1)
         values.setdefault("cpus", max(usable_cores() / most, 1.0))
@@ -211,15 +217,19 @@ def _last_line(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser("python -m serving.ray_serve", __doc__ or "")
     add = parser.add_argument
-    add("source", help="published name, file, folder or repository of the model")
+    add("model", help="published name, file, folder or repository of the model")
     add("--tokenizer", help="file or published name of the tokenizer; by default that of the model")
     add("--text-encoder", help="name or folder of the T5 of a text model; by default that of the model")
     add("--device", help="cpu or cuda; by default GPUs if there are some, one for each replica")
     add("--dtype", help="float32, bfloat16 or mixed; by default that of the model")
-    add("--batch-size", type=int, help="maximum number of images that a replica generates at a time, default 8")
+    add(
+        "--batch-size",
+        type=int,
+        help="maximum number of images that a replica generates at a time; default 4 on CPUs, 16 on GPUs",
+    )
     add("--replicas", type=int, help="number of replicas, default 1; with --max-replicas the least number")
     add("--max-replicas", type=int, help="greatest number of replicas; their number then follows the load")
-    add("--target", type=float, help="calls in progress that a replica should have; default --batch-size")
+    add("--target", type=float, help="calls in progress that a replica should have; default half of --batch-size")
     add("--cpus", type=float, help="CPUs of a replica; by default 1 on a cluster or with GPUs, else an equal share")
     add("--servers", type=int, help="number of HTTP servers, default 1")
     add("--queue", type=int, help="images that may wait, for each server, default 256; then status 429")

@@ -1,11 +1,11 @@
-"""The application for Ray Serve: ``serve run serving.ray_serve.app:build source=…``."""
+"""The application for Ray Serve: ``serve run serving.ray_serve.app:build model=…``."""
 
 import socket
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
 from llamagen.command import fault_of
@@ -13,11 +13,13 @@ from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
 from serving.engine.spec import WorkerSpec
+from serving.ray_serve.backend import images_per_call
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
 from serving.ray_serve.replica import Replica
 from serving.server.keys import read_keys
 from serving.server.options import ServerOptions
+from serving.server.workers import BATCH
 
 NAME = "llamagen"
 """Name of the application."""
@@ -29,9 +31,6 @@ of a process is noticed at once."""
 
 MAX_CONNECTIONS = 2048
 """Requests that an ingress answers at a time: it must see a request to refuse it with status 429."""
-
-LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Without a line for each call: an ingress asks every replica each second how busy it is."""
 
 
 class StartError(Exception):
@@ -69,20 +68,33 @@ def build(options: Options) -> Application:
     Raises:
         ValueError: in one line, if options do not fit together.
     """
-    device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
-    model, ingress = model_deployment(options, device), ingress_deployment(options)
+    options = complete(options)
     server = ServerOptions(
         max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
     )
-    return ingress.bind(model.bind(_spec(options, device), _calls(options) * options.batch_size), server, options.queue)
+    spec = WorkerSpec(
+        options.model,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=calls(options) // 2,
+    )
+    model = model_deployment(options).bind(spec, calls(options) * images_per_call(spec.batch_size))
+    return ingress_deployment(options).bind(model, server, options.queue)
 
 
-def model_deployment(options: Options, device: str) -> serve.Deployment:
+def complete(options: Options) -> Options:
+    """The options with what depends on the cluster."""
+    device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    return options.model_copy(update={"device": device, "batch_size": options.batch_size or BATCH[device]})
+
+
+def model_deployment(options: Options) -> Deployment:
     """The replicas with the model.
 
     Args:
-        options: of the application.
-        device: ``cpu`` or ``cuda``.
+        options: of the application, complete.
 
     Raises:
         ValueError: in one line, if options do not fit together.
@@ -90,49 +102,43 @@ def model_deployment(options: Options, device: str) -> serve.Deployment:
     threads = str(max(int(options.cpus), 1))
     actor = {
         "num_cpus": options.cpus,
-        "num_gpus": float(device == "cuda"),
+        "num_gpus": float(options.device == "cuda"),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **WAIT_SETTINGS}},
     }
-    return serve.deployment(ModelReplica).options(
+    return _deployment(ModelReplica).options(
         name="Model",
         ray_actor_options=actor,
-        max_ongoing_requests=_calls(options),
+        max_ongoing_requests=calls(options),
         graceful_shutdown_timeout_s=options.timeout,
         max_constructor_retry_count=2,
         **_number_of_replicas(options),
-        **_common(),
+        **_common("ERROR"),  # a warning says only that a replica has enough to do
     )
 
 
-def ingress_deployment(options: Options) -> serve.Deployment:
+def ingress_deployment(options: Options) -> Deployment:
     """The HTTP servers."""
-    return serve.deployment(Ingress).options(
+    return _deployment(Ingress).options(
         name="Ingress",
         num_replicas=options.servers,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_CONNECTIONS,
         graceful_shutdown_timeout_s=options.timeout,
-        **_common(),
+        **_common("WARNING"),
     )
 
 
-def _calls(options: Options) -> int:
-    """Calls in progress of a replica: one batch runs, and the next one waits there.
+def _deployment(kind: type[Any]) -> Deployment:
+    return cast(Deployment, serve.deployment(kind))  # its declared type is that of a decorator
 
-    All others wait in the ingress for the first replica that has room.
+
+def calls(options: Options) -> int:
+    """Greatest number of calls in progress of a replica: one batch runs, and the next one waits there.
+
+    All others wait in the ingress for the first replica that has room. Calls may be of a single image.
     """
+    assert options.batch_size is not None
     return 2 * options.batch_size
-
-
-def _spec(options: Options, device: str) -> WorkerSpec:
-    return WorkerSpec(
-        options.source,
-        tokenizer=options.tokenizer,
-        text_encoder=options.text_encoder,
-        device=device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-    )
 
 
 def _number_of_replicas(options: Options) -> dict[str, Any]:
@@ -146,14 +152,15 @@ def _number_of_replicas(options: Options) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": options.replicas,
             "max_replicas": options.max_replicas,
-            "target_ongoing_requests": options.target or options.batch_size,
+            "target_ongoing_requests": options.target or calls(options) / 4,
         }
     }
 
 
-def _common() -> dict[str, Any]:
+def _common(log_level: str) -> dict[str, Any]:
+    # Without a line for each call: an ingress asks every replica each second how busy it is.
     return {
         "health_check_period_s": HEALTH_SECONDS[0],
         "health_check_timeout_s": HEALTH_SECONDS[1],
-        "logging_config": LOGGING,
+        "logging_config": LoggingConfig(log_level=log_level, enable_access_log=False),
     }

@@ -27,6 +27,9 @@ from serving.engine.requests import (
     Rows,
 )
 
+CALLS_PER_BATCH = 4
+"""Calls that fill a batch if each has as many images as it may."""
+
 MAX_LOSSES = 3
 """A request ends with reason ``lost`` if so many replicas died with the same images."""
 
@@ -72,9 +75,9 @@ class Replicas(Protocol):
 class RayBackend:
     """A :class:`~serving.engine.requests.Backend` whose workers are replicas, on any machine.
 
-    A request is divided into parts of at most ``facts.batch_size`` images, one call each. The replica joins the images
-    of different calls into batches. An image is a pure function of its request, so the missing images of a lost call
-    are sent to another replica, and those already reported are not generated again.
+    A request is divided into parts of at most a quarter of ``facts.batch_size`` images, one call each. The replica
+    joins the images of different calls into batches. An image is a pure function of its request, so the missing images
+    of a lost call are sent to another replica, and those already reported are not generated again.
 
     Args:
         facts: description of the model.
@@ -217,7 +220,7 @@ class RayBackend:
 
     async def _answer(self, ticket: "_Ticket") -> None:
         """Generate all images of a request."""
-        part = max(self.facts.batch_size, 1)
+        part = images_per_call(self.facts.batch_size)
         positions = range(len(ticket.request))
         async with asyncio.timeout_at(ticket.deadline(self._loop.time())), asyncio.TaskGroup() as calls:
             for begin in range(0, len(positions), part):
@@ -316,6 +319,15 @@ class _Ticket:
         if self.error is None and self.task is not None:
             self.error = error
             self.task.cancel()
+
+
+def images_per_call(batch_size: int) -> int:
+    """Maximum number of images of a call.
+
+    Few, so that replicas share a large request, and so that the number of calls, which Ray Serve counts, says how much
+    there is to do; not one, so that a call costs little.
+    """
+    return max(batch_size // CALLS_PER_BATCH, 1)
 
 
 def part_of(request: Request, positions: tuple[int, ...]) -> Request:

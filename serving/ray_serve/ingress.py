@@ -23,7 +23,10 @@ class Ingress:
         queue: maximum number of images that wait.
     """
 
-    async def __init__(self, model: DeploymentHandle[Any], options: ServerOptions, queue: int) -> None:
+    # Ray Serve awaits it.
+    async def __init__(  # type: ignore[misc]
+        self, model: DeploymentHandle[Any], options: ServerOptions, queue: int
+    ) -> None:
         replicas = ServeReplicas(model)
         self._backend = RayBackend(await replicas.describe(), replicas, queue=queue)
         self._options = options

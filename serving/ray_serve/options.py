@@ -7,16 +7,16 @@ class Options(BaseModel):
     """What runs on the cluster.
 
     Attributes:
-        source: published name, repository of the hub, or path of the model; every node must reach it.
+        model: published name, repository of the hub, or path of the model; every node must reach it.
         tokenizer: file or published name; None for the model's.
         text_encoder: name or folder of the T5; None for the model's.
         device: ``cpu`` or ``cuda``; None for GPUs if the cluster has some. A replica on GPUs has one.
         dtype: ``float32``, ``bfloat16`` or ``mixed``; None for the model's.
-        batch_size: maximum number of images that a replica generates at a time.
+        batch_size: maximum number of images that a replica generates at a time; None for 4 on CPUs, 16 on GPUs.
         replicas: number of replicas; with ``max_replicas`` the least number.
         max_replicas: greatest number of replicas; None not to change their number with the load.
         target: calls in progress that a replica should have, on average; the number of replicas follows it. A call is
-            up to ``batch_size`` images of one request. None for ``batch_size``.
+            one image, or up to a quarter of ``batch_size`` images of one request. None for half of ``batch_size``.
         cpus: CPUs of a replica.
         servers: number of HTTP servers (ingress replicas).
         queue: maximum number of images that wait, for each server.
@@ -27,12 +27,12 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str
+    model: str
     tokenizer: str | None = None
     text_encoder: str | None = None
     device: str | None = Field(None, pattern="^(cpu|cuda)$")
     dtype: str | None = None
-    batch_size: int = Field(8, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
     target: float | None = Field(None, gt=0)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import Backend, Ended, Event, Load, Request, RequestError
@@ -59,4 +60,5 @@ class Replica:
 
 
 def _put(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[Event]", event: Event) -> None:
-    loop.call_soon_threadsafe(arrived.put_nowait, event)
+    with suppress(RuntimeError):  # the loop is closed: the actor ends, and nobody waits
+        loop.call_soon_threadsafe(arrived.put_nowait, event)

@@ -41,7 +41,7 @@ class ServeReplicas:
 
     async def generate(self, request: Request, seconds: float | None) -> AsyncGenerator[tuple[Event, ...], None]:
         """Send a request to a replica."""
-        stream = self._streams.generate.remote(request, seconds)
+        stream: Any = self._streams.generate.remote(request, seconds)
         is_complete = False
         try:
             async for events in stream:

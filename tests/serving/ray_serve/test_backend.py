@@ -16,6 +16,7 @@ from serving.ray_serve.replica import Replica
 from tests.serving.fake_backend import CLASS_FACTS, FakeBackend, fake_codes
 
 READY = Load(ready=True, waiting=0, running=0, workers=1, images_per_second=2.0)
+FACTS = replace(CLASS_FACTS, batch_size=16)  # up to 4 images a call
 LOST = "lost"
 WAIT = "wait"
 
@@ -101,7 +102,7 @@ backends: list[RayBackend] = []
 
 
 def build(script: Script, queue: int = 64, patience: float = 60.0) -> RayBackend:
-    backends.append(RayBackend(CLASS_FACTS, script, queue=queue, patience=patience))
+    backends.append(RayBackend(FACTS, script, queue=queue, patience=patience))
     return backends[-1]
 
 
@@ -116,7 +117,7 @@ def reason(error: RequestError | None) -> str | None:
     return error and error.reason
 
 
-def test_a_request_is_divided_into_batches_and_each_image_is_reported_once() -> None:
+def test_a_request_is_divided_into_calls_and_each_image_is_reported_once() -> None:
     script, owner, request = Script(), Owner(), images(6)
     build(script).submit(request, owner)
     assert owner.end() is None
