@@ -178,7 +178,7 @@ def _options(parsed: argparse.Namespace, is_local: bool) -> "Options":
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ValueError(f"{option} {first['input']!r}: {first['msg'].lower()}") from None
+        raise ValueError(f"{option} {first['input']}: the {first['msg'].lower()}") from None
 
 
 def _write_config(path: Path, options: "Options", host: str, port: int) -> None:

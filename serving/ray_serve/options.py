@@ -1,5 +1,7 @@
 """Options of the application, of the command and of configuration files of ``serve run`` and ``serve deploy``."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -30,7 +32,7 @@ class Options(BaseModel):
     model: str
     tokenizer: str | None = None
     text_encoder: str | None = None
-    device: str | None = Field(None, pattern="^(cpu|cuda)$")
+    device: Literal["cpu", "cuda"] | None = None
     dtype: str | None = None
     batch_size: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)

@@ -61,19 +61,19 @@ def test_the_command_writes_a_file_that_the_application_reads(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--replicas", "0"], "error: --replicas 0: "),
-        (["--device", "cuda:1"], "error: --device 'cuda:1': "),
+        (["--replicas", "0"], "error: --replicas 0: the input should be greater than or equal to 1"),
+        (["--device", "cuda:1"], "error: --device cuda:1: the input should be 'cpu' or 'cuda'"),
         (["--timeout", "-1"], "error: --timeout -1.0: "),
     ],
 )
 def test_a_wrong_option_is_an_error_of_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["serving.ray_serve", "c2i_B_256", *arguments])
     with pytest.raises(SystemExit) as end:
         run_command(command.main)
     assert end.value.code == 2
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
 
