@@ -135,7 +135,7 @@ ALLOWED_IMPORTS = {
         "serving.image_store",
         "serving.start",
     ),
-    "serving/ray_serve": ("llamagen", "serving.engine", "serving.server"),
+    "serving/ray_serve": ("llamagen", "serving.engine", "serving.server", "serving.start"),
     "serving/vllm": ("llamagen", "serving.engine"),
     "command_line": ("llamagen", "lightning_modules", "datamodules", "callbacks"),
 }
@@ -306,6 +306,7 @@ EXTRAS = {
     "evaluation": "text",
     "serving/page": "serve",
     "serving/server": "serve",
+    "serving/ray_serve": "ray",
 }  # extra whose packages a folder may import, in addition to the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 

@@ -1,0 +1,99 @@
+"""Options of the application and of the command, without a cluster."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("ray")
+
+from ray import serve
+
+from llamagen.command import run_command
+from serving.engine.spec import WorkerSpec
+from serving.ray_serve import __main__ as command
+from serving.ray_serve.app import ModelReplica, StartError, complete, ingress_deployment, model_deployment
+from serving.ray_serve.options import Options
+
+
+def options(**values: Any) -> Options:
+    return complete(Options(**{"model": "c2i_B_256", "device": "cpu", **values}))
+
+
+def test_options_become_those_of_the_deployments() -> None:
+    fixed = model_deployment(options(replicas=3, batch_size=8, cpus=2.5, timeout=20))
+    assert (fixed.num_replicas, fixed.max_ongoing_requests) == (3, 16)
+    assert fixed.ray_actor_options["num_cpus"] == 2.5
+    assert fixed.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert not fixed.ray_actor_options["num_gpus"]
+    assert ingress_deployment(options(servers=2)).num_replicas == 2
+    on_gpus = model_deployment(options(device="cuda"))
+    assert (on_gpus.ray_actor_options["num_gpus"], on_gpus.max_ongoing_requests) == (1, 32)
+
+
+@pytest.mark.parametrize(("target", "expected"), [(None, 4), (1.5, 1.5)])
+def test_the_number_of_replicas_may_follow_the_load(target: float | None, expected: float) -> None:
+    scaled = model_deployment(options(replicas=2, max_replicas=6, target=target, batch_size=8))
+    config = scaled._deployment_config.autoscaling_config
+    assert config is not None
+    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 6, expected)
+
+
+def test_fewer_replicas_at_most_than_at_least_are_an_error() -> None:
+    with pytest.raises(ValueError, match="max_replicas is 2, less than replicas, 3"):
+        model_deployment(options(replicas=3, max_replicas=2))
+
+
+def test_the_command_writes_a_file_that_the_application_reads(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    arguments = ["c2i_B_256", "--replicas", "2", "--max-replicas", "8", "--port", "8001", "--address", "auto"]
+    command.main([*arguments, "--write-config", str(path)])
+    config = yaml.safe_load(path.read_text())
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 8001}
+    (application,) = config["applications"]
+    assert application["import_path"] == "serving.ray_serve.app:build"
+    assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "0"], "error: --replicas 0: the input should be greater than or equal to 1"),
+        (["--device", "cuda:1"], "error: --device cuda:1: the input should be 'cpu' or 'cuda'"),
+        (["--timeout", "-1"], "error: --timeout -1.0: "),
+    ],
+)
+def test_a_wrong_option_is_an_error_of_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serving.ray_serve", "c2i_B_256", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_command(command.main)
+    assert end.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_a_replica_that_cannot_load_the_model_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartError) as raised:
+        ModelReplica(WorkerSpec(str(tmp_path / "nothing")), 8)
+    assert "cannot load the model: " in str(raised.value)
+    assert "every node must reach it" in str(raised.value)
+
+    def run(*_: object, **__: object) -> None:
+        raise RuntimeError("Deploying application llamagen failed")
+
+    # As Ray Serve reports it: in a traceback, which is the message of the deployment.
+    status = SimpleNamespace(message=f"Traceback\n  …\nserving.ray_serve.app.StartError: {raised.value}\n")
+    application = SimpleNamespace(deployments={"Model": status})
+    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"llamagen": application}))
+    with pytest.raises(ValueError) as reported:
+        command._run(object(), "llamagen")  # type: ignore[arg-type]
+    assert str(reported.value) == str(raised.value)
