@@ -1,10 +1,10 @@
 """Throughput and latency of a server, for each engine, compared with the published way, one static batch after another.
 
     python -m benchmarks.serving --vllm-python PATH [--out benchmarks/results/serving_cpu.json]
-    python -m benchmarks.serving --vllm-python PATH --part eight      # seconds for 8 images of 384 px, as in the paper
-    python -m benchmarks.serving --table docs/serving.md              # instead: write the tables from the records
+    python -m benchmarks.serving --vllm-python PATH --part eight   # seconds for 8 images of 384 px, as in the paper
+    python -m benchmarks.serving --table docs/serving.md           # instead: write the tables from the records
     python -m benchmarks.serving --models tiny --pixels 32 --backend eager --seconds 1 --rounds 1 --batch-size 4 \
-        --engines embedded published --out /tmp/try.json              # a dry run
+        --engines embedded published --out /tmp/try.json           # a dry run
 
 Each engine generates single images of 256 px with guidance 4 and top-k 2000, in bfloat16, from models with random
 weights of the real shapes. The servers run in processes of their own and are called over HTTP; the published loop

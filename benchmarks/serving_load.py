@@ -95,8 +95,9 @@ class Bench:
     async def peak(self) -> float:
         """Images a second at saturation, measured once."""
         if not self.saturation:
-            found = await saturate(self.server, self.options.batch_size, 0.0, 2, PATIENCE)
-            self.saturation = found["images_s"]
+            self.saturation = float(
+                (await saturate(self.server, self.options.batch_size, 0.0, 2, PATIENCE))["images_s"]
+            )
         return self.saturation
 
     async def answers(self, seeds: Sequence[int]) -> list[Answer]:
@@ -191,7 +192,7 @@ async def overload(bench: Bench) -> dict[str, Any]:
     answers = await asyncio.wait_for(open_loop(bench.server.image, times), PATIENCE + bench.options.overload_seconds)
     refused = [answer for answer in answers if answer.status == 429]
     counts = Counter(answer.status for answer in answers)
-    found = {
+    found: dict[str, Any] = {
         "requests": len(answers),
         "by_status": {str(status): count for status, count in sorted(counts.items())},
         "refusals_without_retry_after": sum(not (answer.retry_after or "").isdecimal() for answer in refused),

@@ -46,8 +46,9 @@ def write_model(folder: Path, size: str, pixels: int, dtype: torch.dtype = torch
     fill(gpt)
     with TemporaryDirectory(dir=folder) as temporary:
         parts = {name: Path(temporary, f"{name}.safetensors") for name in ("model", "tokenizer")}
-        for (name, file), model in zip(parts.items(), (gpt, tokenizer), strict=True):
-            write_weights(model, Weights(dict(model.state_dict()), None, None, None, name), file)
+        models: dict[str, GPT | VQGAN] = {"model": gpt, "tokenizer": tokenizer}
+        for name, model in models.items():
+            write_weights(model, Weights(dict(model.state_dict()), None, None, None, name), parts[name])
         export = Export(str(parts["model"]), tokenizer=str(parts["tokenizer"]), samples=0)
         with contextlib.redirect_stdout(io.StringIO()):  # it says how to load the folder
             export_model(export, to)

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ NAMES = {
     "published_eager": "published loop, eager",
 }
 PAPER = {"B": (7.80, 2.39), "L": (13.72, 3.48), "XL": (19.76, 4.84), "XXL": (26.38, 6.36), "3B": (14.73, 6.26)}
-"""Seconds for 8 images of 384 px on an A100, published loop and vLLM: arXiv 2406.06525, table of inference efficiency."""
+"""Seconds for 8 images of 384 px on an A100, of the published loop and of vLLM: arXiv 2406.06525, the table of vLLM's
+speed."""
 FILES = {
     "cpu": "serving_cpu.json",
     "gpu": "serving_gpu.json",
@@ -232,8 +234,8 @@ def _caption(record: dict[str, Any] | None) -> str:
         return f"\n\nImages a second: {NOT_MEASURED.lower()}"
     settings = record["settings"]
     return (
-        f"\n\n{record['hardware']}; {settings['pixels']} px, {settings['dtype']}, guidance {settings['guidance_scale']:g}, "
-        f"top-k {settings['top_k']}, at most {settings['batch_size']} images at a time."
+        f"\n\n{record['hardware']}; {settings['pixels']} px, {settings['dtype']}, guidance "
+        f"{settings['guidance_scale']:g}, top-k {settings['top_k']}, at most {settings['batch_size']} images at a time."
     )
 
 
@@ -257,7 +259,7 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -182,10 +182,10 @@ def running(command: list[str], log: Any, environment: Mapping[str, str]) -> Ite
 class PublishedLoop:
     """One static batch after another, as the published sampling script works.
 
-    Requests wait until the running batch has ended; the next batch takes the oldest of them, up to the maximum. The loop
-    is that of ``benchmarks/plain_sampling.py``: a cache of the full length, and both branches of guidance in one batch.
-    It is prepared for the batch sizes 1, 2, 4, …, so that few requests do not pay for a full batch. Pixels and PNG files
-    are made as by our server.
+    Requests wait until the running batch has ended; the next batch takes the oldest of them, up to the maximum. The
+    loop is that of ``benchmarks/plain_sampling.py``: a cache of the full length, and both branches of guidance in one
+    batch. It is prepared for the batch sizes 1, 2, 4, …, so that few requests do not pay for a full batch. Pixels and
+    PNG files are made as by our server.
 
     Args:
         source: folder of an exported class-conditional model.
@@ -209,7 +209,7 @@ class PublishedLoop:
         self.start_seconds = time.monotonic() - start
 
     async def image(self, seed: int, label: int = 0, rows: bool = False) -> Answer:
-        """See :class:`Target`. The loop has one random state and reports no rows, so ``seed`` and ``rows`` do nothing."""
+        """See :class:`Target`. The loop has one random state and reports no rows: ``seed``, ``rows`` do nothing."""
         start = time.monotonic()
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._queue.put((label, future))
