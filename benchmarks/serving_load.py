@@ -132,7 +132,7 @@ async def in_process(bench: Bench) -> dict[str, Any]:
         start = time.monotonic()
         for seed in range(2):
             call(labels, seed=seed, progress=False, **BODY)
-        return 2 * batch / (time.monotonic() - start)
+        return float(2 * batch / (time.monotonic() - start))
 
     timed(model.generate)
     rates: dict[str, list[float]] = {"http": [], "image_sampler": [], "sampler": []}

@@ -149,7 +149,7 @@ def purposes(records: dict[str, Any]) -> str:
         (
             "[server](#start-and-call), embedded engine",
             "one machine: a laptop, a GPU, several GPUs",
-            "OpenAI's interface, rows as they are finished, images equal `LlamaGen`'s bit for bit",
+            "OpenAI's interface, rows as they are finished, the images of `LlamaGen`",
             "`python -m serving.server MODEL`",
             _rate(engines.get("embedded")) + ratio,
         ),

@@ -61,7 +61,7 @@ class Target(Protocol):
         Args:
             seed: seed of the image.
             label: its class.
-            rows: whether rows are reported, where the target can.
+            rows: whether rows are reported, where the target can. Their previews take some of the engine's time.
         """
 
     async def idle(self) -> None:
@@ -86,7 +86,7 @@ class Server:
 
     async def image(self, seed: int, label: int = 0, rows: bool = False) -> Answer:
         """See :class:`Target`."""
-        body = {"prompt": label, "seed": seed, **BODY, **({"stream": True, "partial_images": 0} if rows else {})}
+        body = {"prompt": label, "seed": seed, **BODY, **({"stream": True} if rows else {})}
         start, first_row = time.monotonic(), None
         try:
             async with self.session.post(f"{self.url}/v1/images/generations", json=body) as response:
