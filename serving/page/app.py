@@ -1,7 +1,6 @@
 """The HTTP server of the page. Nothing on the page is loaded from elsewhere."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,30 +98,6 @@ def build_app(runs: Runs) -> FastAPI:
     )
     app.add_middleware(_WithPolicy)
     return app
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take a port, before models are loaded.
-
-    Args:
-        host: address of this machine to listen on.
-        port: number of the port; 0 for any free one.
-
-    Raises:
-        ValueError: in one line, if it is not available.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(128)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(
-            f"the page cannot listen on {host}, port {port} ({reason.lower()}); give a free --port, or another --host"
-        ) from error
-    return found
 
 
 def build_server(app: FastAPI) -> uvicorn.Server:

@@ -1,24 +1,17 @@
-"""The settings of an image inside its PNG file, and back. A file that comes back is untrusted.
+"""Settings read from a PNG file that ``serving/image_settings.py`` wrote. A file that comes back is untrusted."""
 
-The text chunk :data:`KEY` holds a JSON object, so that any program that shows PNG texts shows them.
-"""
-
-import io
 import json
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from llamagen import LlamaGen
 from llamagen.sampling import SamplingConfig
+from serving.image_settings import FORMAT, KEY, ImageSettings, Kind
 from serving.page.generation import MAX_IMAGES
 
-KEY = "llamagen"
-FORMAT = "llamagen-lightning image 1"
 MAX_TEXT = 2**16
 """Maximum number of characters of the settings in a file."""
 MAX_PROMPT = 1000
@@ -35,56 +28,12 @@ RANGES = {
 }
 """Ranges on the page, for models whose own settings are inside of them."""
 
-Kind = Literal["generation", "completion"]
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Everything that an image was generated from.
-
-    Attributes:
-        model: name of the model.
-        kind: a whole image, or the completion of another one.
-        conditions: numbers of classes, or prompts, of the request.
-        images_per_prompt: images of each condition.
-        seed: seed of the request.
-        index: index of the image within the request.
-        keep_rows: rows of codes kept of the completed image.
-        settings: all fields of ``SamplingConfig``.
-    """
-
-    model: str
-    kind: Kind
-    conditions: tuple[int | str, ...]
-    images_per_prompt: int
-    seed: int
-    index: int
-    keep_rows: int
-    settings: dict[str, Any]
-
 
 def slider_range(model: LlamaGen, name: str) -> tuple[float, float]:
     """Range of a setting on the page. It includes the model's own value."""
     low, high = RANGES[name]
     own = float(getattr(model.sampling, name))
     return min(low, own), max(high, own)
-
-
-def png_file(image: Image.Image, settings: ImageSettings, condition: str, dtype: str) -> bytes:
-    """PNG file with the settings inside.
-
-    Args:
-        image: the image.
-        settings: what it was generated from.
-        condition: its class or prompt, for people who read the file.
-        dtype: precision of the model, for the same.
-    """
-    text = {"format": FORMAT, "version": _version(), "condition": condition, "dtype": dtype, **asdict(settings)}
-    info = PngInfo()
-    info.add_itxt(KEY, json.dumps(text, ensure_ascii=False))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
 
 
 def read_settings(path: str | Path, model: LlamaGen, kind: Kind) -> ImageSettings:
@@ -198,10 +147,3 @@ def check_sampling(model: LlamaGen, settings: dict[str, Any]) -> None:
 def _check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
         raise ValueError(f"{name} is {value!r:.40}; it must be an integer from {minimum} to {maximum}")
-
-
-def _version() -> str:
-    try:
-        return version("llamagen-lightning")
-    except PackageNotFoundError:  # not installed, but run from its folder
-        return "unknown"

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from llamagen import LlamaGen
 from llamagen.command import fault_of
+from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import markup
 from serving.page.form import Form, all_settings
 from serving.page.generation import Finished, GenerationRequest, Growing, Waiting, generation_events
-from serving.page.image_settings import ImageSettings, png_file
 from serving.page.worker import Job, StoppedError, Worker
 
 LOGGER = logging.getLogger("serving")

@@ -1,1 +1,1 @@
-"""The HTTP server with the interface of OpenAI for images."""
+"""The HTTP server for a trained model: ``python -m serving.server MODEL``. Needs the extra ``serve``."""

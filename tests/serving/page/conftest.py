@@ -11,8 +11,8 @@ from playwright.sync_api import Browser
 from torch import Tensor
 
 from llamagen import LlamaGen
+from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.image_store import ImageStore
-from serving.page.previews import GrowingImages, PreviewBudget
 from serving.page.runs import Runs
 from serving.page.worker import Worker
 from tests.pipeline import Pipeline
@@ -36,11 +36,12 @@ def worker() -> Iterator[Worker]:
 
 @pytest.fixture(scope="module")
 def served(pipeline: Pipeline) -> Iterator[Served]:
-    from serving.page.app import build_app, build_server, listen, upload_folder
+    from serving.page.app import build_app, build_server, upload_folder
+    from serving.start import listen
 
     worker = Worker()
     runs = Runs(LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=2), worker, ImageStore())
-    connection = listen("127.0.0.1", 0)
+    connection = listen("127.0.0.1", 0, "the page")
     with upload_folder():
         server = build_server(build_app(runs))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)

@@ -9,7 +9,7 @@ from PIL import Image
 from playwright.sync_api import Browser
 
 from llamagen import LlamaGen
-from serving.page.image_settings import ImageSettings, png_file
+from serving.image_settings import ImageSettings, png_file
 from tests.serving.page.visitor import NARROW, Gate, Served, Visitor, an_image, pixels, same
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
-from serving.page.image_settings import ImageSettings, png_file
+from serving.image_settings import ImageSettings, png_file
 from tests.serving.page.visitor import Gate, Visitor, an_image, same, settings_inside
 
 pytestmark = pytest.mark.slow

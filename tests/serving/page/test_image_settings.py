@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from llamagen import LlamaGen
-from serving.page.image_settings import KEY, ImageSettings, png_file, read_settings
+from serving.image_settings import KEY, ImageSettings, png_file
+from serving.page.image_settings import read_settings
 from tests.datamodules.shard_files import assert_one_line
 
 PIXELS = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))

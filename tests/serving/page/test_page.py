@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from llamagen import LlamaGen
+from serving import start
+from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import __main__ as page
 from serving.page import image_settings, markup
 from serving.page.form import Form, all_settings, class_title
 from serving.page.generation import GenerationRequest
-from serving.page.image_settings import ImageSettings, png_file
 from serving.page.runs import Runs, sentence
 from serving.page.uploads import mark_cut, read_upload
 from serving.page.worker import Worker
@@ -38,7 +39,7 @@ def tabs(runs: Runs) -> list[str]:
 
 
 def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "find_spec", lambda name: None if name == "gradio" else object())
+    monkeypatch.setattr(start, "find_spec", lambda name: None if name == "gradio" else object())
     with pytest.raises(
         ValueError, match=r'needs gradio, .*; pip install -c constraints.txt -e "\.\[serve\]"$'
     ) as caught:

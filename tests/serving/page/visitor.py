@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page
 from playwright.sync_api import Error as PlaywrightError
 
-from serving.page.image_settings import KEY
+from serving.image_settings import KEY
 from serving.page.runs import Runs
 
 WIDE, NARROW = (1280, 900), (390, 844)
