@@ -5,8 +5,8 @@ It shows that the steps work, not that an image of a registry's base does. Needs
     debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm ROOT
     python -m benchmarks.dockerfile_steps ROOT --model FOLDER [--build-arg PIP_ARGS=] [--share PATH …] [--out FILE]
 
-``FROM python`` becomes a virtual environment in ``/usr/local``. At the end the entry point runs as the image's user with
-an exported model, until the health check succeeds, and is ended like by ``docker stop``.
+``FROM python`` becomes a virtual environment in ``/usr/local``. At the end the entry point runs as the image's user
+with an exported model, until the health check succeeds, and is ended like by ``docker stop``.
 """
 
 import json

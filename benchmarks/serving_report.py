@@ -119,8 +119,8 @@ def replace_tables(text: str, records: dict[str, Any]) -> str:
     tables = {
         "purposes": purposes(records),
         "rates": rates(records),
-        "eight": eight(records.get("eight")),
-        "load": load(records.get("load")),
+        "eight": eight(records),
+        "load": load(records),
     }
     for name, table in tables.items():
         pattern = rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)"
@@ -176,12 +176,12 @@ def purposes(records: dict[str, Any]) -> str:
         ),
     ]
     head = ("", "for", "gives", "command", f"images/s, GPT-{SIZE}")
-    return _table(head, rows) + _caption(records.get("cpu"))
+    return _table(head, rows) + _caption(records, "cpu")
 
 
 def rates(records: dict[str, Any]) -> str:
     """Saturation and latency of each engine, on a CPU and a GPU."""
-    parts = [_rates_of(records[kind]) for kind in ("cpu", "gpu") if kind in records]
+    parts = [_rates_of(records[kind]) + _caption(records, kind) for kind in ("cpu", "gpu") if kind in records]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -200,42 +200,43 @@ def _rates_of(record: dict[str, Any]) -> str:
         cells = [_pair(point, "latency") for point in points]
         middle = points[len(points) // 2] if points else {}
         rows.append((model, NAMES[engine], _rate(result, quartiles=True), factor, *cells, _pair(middle, "first_row")))
-    note = "Latencies in seconds: median / 95th percentile. Loads are shares of the engine's own rate at saturation."
-    return _table(head, rows) + _caption(record) + f" {note}"
+    return _table(head, rows)
 
 
 def _results(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     return [(model, engine, each) for model, engines in record["models"].items() for engine, each in engines.items()]
 
 
-def eight(record: dict[str, Any] | None) -> str:
+def eight(records: dict[str, Any]) -> str:
     """Seconds for 8 images next to the paper's."""
     head = ("model", *(f"{NAMES[name]}, s" for name in NAMES), "paper: published loop → vLLM, s")
-    engines = {} if record is None else record["models"]
+    engines = records.get("eight", {}).get("models", {})
     rows = []
     for model in dict.fromkeys([*engines, *PAPER]):
         found = [engines.get(model, {}).get(name, {}).get("rounds", [{}])[-1] for name in NAMES]
         cells = [_number(each.get("seconds_for_eight", {}).get("median")) for each in found]
         paper = "{:.2f} → {:.2f} ({:.2f} times)".format(*PAPER[model], PAPER[model][0] / PAPER[model][1])
         rows.append((model, *cells, paper if model in PAPER else NONE))
-    return _table(head, rows) + (_caption(record) if record else f"\n\nOurs: {NOT_MEASURED.lower()}")
+    return _table(head, rows) + _caption(records, "eight")
 
 
-def load(record: dict[str, Any] | None) -> str:
+def load(records: dict[str, Any]) -> str:
     """What the load test found: a row for each part."""
-    if record is None:
+    if "load" not in records:
         return NOT_MEASURED
-    rows = [(name, text) for name, text in record["findings"].items()]
-    return _table(("test", "result"), rows) + _caption(record)
+    return _table(("test", "result"), list(records["load"]["findings"].items())) + _caption(records, "load")
 
 
-def _caption(record: dict[str, Any] | None) -> str:
-    if record is None:
-        return f"\n\nImages a second: {NOT_MEASURED.lower()}"
+def _caption(records: dict[str, Any], key: str) -> str:
+    """Machine, settings and file of a record."""
+    if key not in records:
+        return f"\n\nThis implementation: {NOT_MEASURED.lower()}"
+    record = records[key]
     settings = record["settings"]
     return (
         f"\n\n{record['hardware']}; {settings['pixels']} px, {settings['dtype']}, guidance "
-        f"{settings['guidance_scale']:g}, top-k {settings['top_k']}, at most {settings['batch_size']} images at a time."
+        f"{settings['guidance_scale']:g}, top-k {settings['top_k']}, at most {settings['batch_size']} images at a time "
+        f"([record](../benchmarks/results/{FILES[key]}))."
     )
 
 

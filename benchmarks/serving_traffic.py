@@ -15,6 +15,8 @@ from benchmarks.serving_targets import Answer, Target
 CLASSES = 1000
 MAX_REQUESTS = 20_000
 """Bound on the requests of a loop."""
+PAUSE = 0.5
+"""Seconds that a client of a closed loop waits after an error."""
 
 
 async def saturate(
@@ -50,7 +52,7 @@ async def saturate(
             answer = await target.image(number, number % CLASSES)
             if answer.status != 200:
                 errors.append(f"{answer.status} {answer.text[:200]}")
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(PAUSE)
                 continue
             finished.append(time.monotonic())
             on_image()
