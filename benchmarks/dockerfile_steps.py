@@ -182,7 +182,9 @@ def check_server(build: Build, model: Path) -> dict[str, Any]:
     try:
         while subprocess.run(build.command(build.health), env=build.environment, capture_output=True).returncode:
             if process.poll() is not None or time.monotonic() - start > HEALTH_SECONDS:
-                raise ValueError(f"the server is not healthy after {time.monotonic() - start:.0f} s")
+                process.kill()
+                output = process.communicate()[0].decode()[-1000:]
+                raise ValueError(f"the server is not healthy after {time.monotonic() - start:.0f} s: {output}")
             time.sleep(0.5)
         healthy = time.monotonic() - start
         process.terminate()

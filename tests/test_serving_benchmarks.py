@@ -140,7 +140,8 @@ def test_the_published_loop_answers_every_request_also_if_a_batch_fails(
     loop = PublishedLoop(write_model(tmp_path, "tiny", 32), 2, "static", "float32", backend="eager")
 
     async def ask(count: int) -> list[Any]:
-        return await asyncio.gather(*(loop.image(seed, label=seed) for seed in range(count)), return_exceptions=True)
+        calls = (loop.image(seed, label=seed) for seed in range(count))
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
 
     try:
         answers = asyncio.run(ask(3))
@@ -176,6 +177,7 @@ def test_a_server_holds_a_small_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["serving_load", *options, *tests])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving_load, "AT_ONCE", 20.0)  # no measurement here
+        patch.setattr(serving_load, "QUEUE", 16)
         serving_load.main()
     record = json.loads(out.read_text())
     assert record["overload"]["by_status"].keys() == {"200", "429"}
