@@ -39,6 +39,7 @@ class LimitedProtocol(H11Protocol):
         """Begin to wait for headers; refuse the connection if there are too many."""
         super().connection_made(transport)
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._is_refused = False
         if self.max_connections is not None and len(self.connections) > self.max_connections:
             self._refuse(503, "the server has too many connections; try again later")
             return
@@ -46,6 +47,8 @@ class LimitedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Wait for headers as long as they are incomplete."""
+        if self._is_refused:
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop("headers")
@@ -75,7 +78,8 @@ class LimitedProtocol(H11Protocol):
         self._refuse(400, "this is not a valid HTTP request")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer, if no response has begun, and close."""
+        """Answer, if no response has begun, and close when the client has stopped sending."""
+        self._stop("headers")
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             kind = "invalid_request_error" if status < 500 else "server_error"
             body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
@@ -89,7 +93,9 @@ class LimitedProtocol(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True  # what the application still sends has no place any more
             self.cycle.message_event.set()
-        self.transport.close()
+        self._is_refused = True
+        self.transport.write_eof()
+        self._start("rest", self.linger_seconds, self.transport.close)
         self._watch_writes()
 
     def _headers_are_late(self) -> None:
@@ -169,6 +175,7 @@ def build_server(app: Any, backend: Backend, seconds: float) -> DrainingServer:
         app,
         http=protocol,
         ws="none",
+        loop="asyncio",
         lifespan="off",
         log_level="error",  # warnings are about what clients send, which must not fill the log
         access_log=False,

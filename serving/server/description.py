@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from serving.engine.facts import ModelFacts
@@ -105,6 +106,10 @@ def describe(app: FastAPI) -> None:
         description="Images from a LlamaGen model, in the shape of OpenAI's images API.",
         routes=app.routes,
     )
+    for route in app.routes:
+        # Footgun: the framework's model of the description turns bounds into floats, which cannot hold 64 bits.
+        if isinstance(route, APIRoute) and route.openapi_extra:
+            found["paths"][route.path]["post"].update(route.openapi_extra)
     found.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, item in found["paths"].items():
         if path.startswith("/v1/"):

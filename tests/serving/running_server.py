@@ -1,7 +1,8 @@
 """A server in a thread, on the loopback address."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,12 @@ from serving.server.connections import DrainingServer, build_server
 from serving.server.options import ServerOptions
 from serving.start import address, listen
 from tests.serving.fake_backend import FakeBackend
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread does; pytest's time limit ends it."""
+    while not condition():
+        time.sleep(0.001)
 
 
 @dataclass
@@ -39,7 +46,7 @@ def running(backend: Backend | None = None, options: ServerOptions | None = None
     backend = backend or FakeBackend()
     connection = listen("127.0.0.1", 0, "the server")
     server = build_server(build_app(backend, options), backend, 5.0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True, name="server")
     thread.start()
     try:
         yield Running(address(connection), backend, server)

@@ -150,6 +150,7 @@ def test_the_description_lists_every_field_and_our_errors(client: httpx.Client) 
     assert set(vars(SETTINGS)) <= set(schema["properties"])
     assert schema["additionalProperties"] is False
     assert schema["properties"]["n"]["anyOf"][0]["maximum"] == 16
+    assert schema["properties"]["seed"]["anyOf"][0]["maximum"] == 2**63 - 1
     assert schema["properties"]["size"]["enum"] == ["auto", None, "16x16"]
     assert {"400", "401", "413", "429", "503", "504"} <= set(operation["responses"])
     assert not any("422" in each["responses"] for path in description["paths"].values() for each in path.values())

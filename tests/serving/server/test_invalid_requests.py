@@ -186,9 +186,9 @@ def test_a_bug_shows_no_traceback_to_the_client(served: Running, client: httpx.C
 @pytest.mark.parametrize("kind", [GenerationBody, ReconstructionBody])
 def test_every_field_says_what_to_give(kind: Any) -> None:
     for name, field in kind.model_fields.items():
-        what, colon, meaning = str(field.description).partition(": ")
+        what, _, meaning = str(field.description).partition(": ")
         assert what == what_to_give(kind, name)
-        assert what and colon and meaning, name
+        assert all((what, meaning)), name
 
 
 def test_huge_integers_can_be_printed_in_messages() -> None:
