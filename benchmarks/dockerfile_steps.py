@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.timing import machine
 from llamagen.command import run_command
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
@@ -183,8 +183,9 @@ def check_server(build: Build, model: Path) -> dict[str, Any]:
         while subprocess.run(build.command(build.health), env=build.environment, capture_output=True).returncode:
             if process.poll() is not None or time.monotonic() - start > HEALTH_SECONDS:
                 process.kill()
-                output = process.communicate()[0].decode()[-1000:]
-                raise ValueError(f"the server is not healthy after {time.monotonic() - start:.0f} s: {output}")
+                output, _ = process.communicate()
+                seconds = time.monotonic() - start
+                raise ValueError(f"the server is not healthy after {seconds:.0f} s: {output.decode()[-1000:]}")
             time.sleep(0.5)
         healthy = time.monotonic() - start
         process.terminate()
@@ -224,7 +225,12 @@ def main(given: Sequence[str] | None = None) -> None:
     if os.geteuid():
         raise ValueError("chroot needs root; run this as root")
     build = Build(options.root.resolve(), dict(pair.split("=", 1) for pair in options.build_arg))
-    record: dict[str, Any] = {"benchmark": "dockerfile_steps", "command": shlex.join(sys.argv), "steps": []}
+    record: dict[str, Any] = {
+        "benchmark": "dockerfile_steps",
+        "hardware": machine("cpu"),
+        "command": "python -m benchmarks.dockerfile_steps ROOT --model FOLDER",
+        "steps": [],
+    }
     record["mb_before"] = size_in_mb(build.root)
     shutil.copy("/etc/resolv.conf", build.root / "etc/resolv.conf")
     with ExitStack() as mounts:
