@@ -34,6 +34,9 @@ ELSEWHERE = {
     "make quickstart": "benchmarks/quickstart.py runs it in a fresh clone with an empty environment",
     "make test": ".ci/run runs it in an empty environment",
     "python -m serving.page c2i_B_256": "benchmarks/page.py opens pages and measures them",
+    "python -m serving.server c2i_B_256": "benchmarks/serving_load.py starts a server and sends it requests",
+    "curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' "
+    """-d '{"prompt": "golden retriever"}'""": "tests/serving/server/ sends such requests",
 }
 """Commands that other scripts run, by the name of the script."""
 

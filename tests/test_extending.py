@@ -1,15 +1,14 @@
 """The examples of docs/extending.md work: their Python becomes a module ``mine``, as a user would write it."""
 
+import base64
 import importlib
 import sys
-import threading
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -21,13 +20,17 @@ from callbacks import FIDMonitor
 from datamodules import DigitsDataModule
 from evaluation.image_sets import open_images
 from evaluation.reference import make_reference
+from llamagen import LlamaGen
 from llamagen.checkpoints.contents import load_vqgan
+from llamagen.class_names import ClassNames
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
-from llamagen.sampling import ImageSampler, SamplingConfig, generate
+from llamagen.pretrained.loading import Parts
+from llamagen.sampling import SamplingConfig, generate
 from tests.lightning_modules.runs import evaluator, vqgan_module
 from tests.metrics.extractors import SIZE, Everything
 from tests.pipeline import TOKENIZER_NET, Pipeline
+from tests.serving.running_server import running
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/extending.md"
 NET = "--model.init_args.net"
@@ -119,19 +122,15 @@ def test_the_generation_order_permutes_positions(mine: ModuleType) -> None:
     assert mine.logits.shape == (4, 16, 32)
 
 
-def test_the_server_answers_with_an_image(mine: ModuleType) -> None:
-    sampler = ImageSampler(small_gpt(), VQGAN(VQGANConfig(**TOKENIZER_NET)).eval(), batch_size=1)
-    server = mine.make_server(sampler, SamplingConfig(), port=0)
-    address = f"http://localhost:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        with urlopen(f"{address}/3?seed=1", timeout=60) as answer:
-            assert Image.open(BytesIO(answer.read())).size == (8, 8)
-        with pytest.raises(HTTPError, match="class 11 was requested") as error:
-            urlopen(f"{address}/11", timeout=60)
-        assert error.value.code == 400
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def test_the_engine_answers_requests_of_the_server(mine: ModuleType) -> None:
+    tokenizer, names = VQGAN(VQGANConfig(**TOKENIZER_NET)).eval(), ClassNames(tuple("abcdefghij"))
+    model = LlamaGen(Parts("small", tokenizer, small_gpt(), SamplingConfig(), "float32", names))
+    body = {"prompt": 3, "seed": 1, "n": 2, "guidance_scale": 2.0}
+    with running(mine.one_by_one(model)) as server:
+        answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60).json()
+        refused = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": 11}, timeout=60)
+    images = [Image.open(BytesIO(base64.b64decode(each["b64_json"]))) for each in answer["data"]]
+    expected = model.generate(3, images_per_prompt=2, seed=1, guidance_scale=2.0, progress=False)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    assert refused.status_code == 400
+    assert "11" in refused.json()["error"]["message"]
