@@ -45,7 +45,7 @@ def vllm_sizes(config: GPTConfig, guided: bool) -> dict[str, Any]:
         ValueError: in one line, if a head is too wide.
     """
     branches = 2 if guided else 1
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": branches * config.dim,
         "num_attention_heads": branches * config.n_head,
         "num_key_value_heads": branches * config.kv_heads,

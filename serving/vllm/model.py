@@ -125,6 +125,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """The blocks, which vLLM compiles."""
 
+    rope: Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
@@ -140,6 +142,7 @@ class Backbone(nn.Module):
             config.grid_size, config.head_dim, config.rope_base, config.condition_length, config.rope_condition
         )
         self.register_buffer("rope", rope.float(), persistent=False)
+        self.positions = len(rope)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(T, N D) and positions (T,) → (T, N D), normalised."""
@@ -208,11 +211,12 @@ class LlamaGenGPT(nn.Module, SupportsMRoPE):
             if self.has_labels:
                 x = torch.where((positions == 0)[:, None], self._embed_labels(input_ids), x)
         # Only warm-up has positions beyond the last code.
-        return self.backbone(x, positions.clamp(max=len(self.backbone.rope) - 1))
+        hidden: Tensor = self.backbone(x, positions.clamp(max=self.backbone.positions - 1))
+        return hidden
 
     def _embed_labels(self, labels: Tensor) -> Tensor:
         """(T,) → (T, N D). footgun: vLLM does not check token ids; labels out of range become "no class"."""
-        conditional = self.label_embeddings(labels.clamp(0, self.config.num_classes))
+        conditional: Tensor = self.label_embeddings(labels.clamp(0, self.config.num_classes))
         if self.branches == 1:
             return conditional
         return torch.cat([conditional, self.label_embeddings.weight[-1].expand_as(conditional)], dim=-1)

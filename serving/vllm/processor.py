@@ -83,9 +83,7 @@ class CodeProcessor(LogitsProcessor):
                 if direction == MoveDirectionality.SWAP and other is not None:
                     self._put(source, other)
         steps, count = self._steps(), max(self.rows, default=-1) + 1
-        step_scales().set(
-            [self.rows[row].scale(steps[row]) if row in self.rows else 1.0 for row in range(count)]
-        )
+        step_scales().set([self.rows[row].scale(steps[row]) if row in self.rows else 1.0 for row in range(count)])
 
     def apply(self, logits: Tensor) -> Tensor:
         """(R, W) float32 logits → logits with noise."""

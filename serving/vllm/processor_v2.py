@@ -1,7 +1,7 @@
 """The same as :mod:`serving.vllm.processor` for vLLM's V2 model runner, the default on GPUs.
 
-Written for the interfaces of vLLM 0.32 and tested with stand-ins for what surrounds it: the runner needs Triton kernels,
-which do not run on CPUs.
+Written for the interfaces of vLLM 0.32 and tested with stand-ins for what surrounds it: the runner needs Triton, which
+does not compile for CPUs.
 """
 
 from typing import Any, ClassVar

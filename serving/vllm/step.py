@@ -1,4 +1,4 @@
-"""What the model needs to know about the rows of the next step: written by the model runner's side, read by the model."""
+"""The rows of the next step: the guidance scales that the model reads, and the noise that samples codes."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -84,6 +84,8 @@ def add_noise(logits: Tensor, rows: dict[int, Row], steps: dict[int, int] | Tens
         part = (part - part.amax(dim=-1, keepdim=True)) / temperature
         seeds = torch.tensor([rows[row].seed for row in members], device=device)
         numbers = torch.tensor([rows[row].settings.index for row in members], device=device)
-        own = steps[index] if isinstance(steps, Tensor) else torch.tensor([steps[row] for row in members], device=device)
+        own = (
+            steps[index] if isinstance(steps, Tensor) else torch.tensor([steps[row] for row in members], device=device)
+        )
         logits[index, :codes] = filter_logits(part, top_k, top_p) + gumbel(seeds, numbers, own, counters)
     return logits
