@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.sampling.noise import code_counters
 from serving.vllm.prompts import kept_count
-from serving.vllm.settings import RequestSettings, check_request
+from serving.vllm.settings import RequestSettings, check_guidance, check_vllm_parameters
 from serving.vllm.step import Row, add_noise, step_scales
 
 
@@ -36,9 +36,9 @@ def check_params(params: SamplingParams, guided: bool) -> None:
         "allowed_token_ids": (params.allowed_token_ids or None, None),
         "bad_words": (params.bad_words or None, None),
         "structured_outputs": (params.structured_outputs, None),
-        "min_p": (params.min_p, 0.0),
     }
-    check_request(RequestSettings.from_extra_args(params.extra_args), params.temperature, params.n, guided, filters)
+    check_guidance(RequestSettings.from_extra_args(params.extra_args), guided)
+    check_vllm_parameters(params.temperature, filters)
 
 
 class CodeProcessor(LogitsProcessor):

@@ -59,11 +59,6 @@ class RequestSettings:
         sampling = {field.name: getattr(self.sampling, field.name) for field in fields(SamplingConfig)}
         return {KEY: {"seed": self.seed, "index": self.index, **sampling}}
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether guidance may change a code."""
-        return self.sampling.guidance_scale != 1.0
-
 
 def _as_mapping(given: Any) -> Mapping[str, Any]:
     if given is None:
@@ -78,16 +73,28 @@ def _as_mapping(given: Any) -> Mapping[str, Any]:
     return given
 
 
-def check_request(
-    settings: RequestSettings, temperature: float, images: int, guided: bool, filters: Mapping[str, Any]
-) -> None:
-    """Check that vLLM's own parameters leave the sampling to the settings.
+def check_guidance(settings: RequestSettings, guided: bool) -> None:
+    """Check that a model can do the guidance of a request.
 
     Args:
         settings: settings of the request.
-        temperature: vLLM's temperature.
-        images: number of results that the request asks for.
         guided: whether the model has the unconditional branch.
+
+    Raises:
+        ValueError: in one line, if it cannot.
+    """
+    if settings.sampling.guidance_scale != 1.0 and not guided:
+        raise ValueError(
+            f"guidance_scale is {settings.sampling.guidance_scale}, but the model was exported with --unguided; set it "
+            "to 1, or export the model without --unguided"
+        )
+
+
+def check_vllm_parameters(temperature: float, filters: Mapping[str, tuple[Any, Any]]) -> None:
+    """Check that vLLM's own parameters leave the sampling to the settings.
+
+    Args:
+        temperature: vLLM's temperature.
         filters: vLLM's own parameters that change logits, and the value at which each is off.
 
     Raises:
@@ -97,13 +104,6 @@ def check_request(
         raise ValueError(
             f"temperature is {temperature}; set it to 0 and give the temperature of sampling as a setting in {KEY}"
         )
-    if images != 1:
-        raise ValueError(f"n is {images}; send one request for each image, with an index of its own in {KEY}")
     for name, (value, off) in filters.items():
         if value != off:
             raise ValueError(f"{name} is {value!r:.60}; leave it out, vLLM's own sampling is not used")
-    if settings.is_guided and not guided:
-        raise ValueError(
-            f"guidance_scale is {settings.sampling.guidance_scale}, but the model was exported with --unguided; set it "
-            "to 1, or export the model without --unguided"
-        )

@@ -1,20 +1,28 @@
 """Codes of the stock ``vllm.LLM`` equal those of ``generate``, in float32."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from llamagen.models.gpt import GPT
+from llamagen.sampling import generate
+from serving.vllm.prompts import label_prompt
 from tests.small_models import HEAD_VARIANTS
 from tests.vllm.models import CASES, UNGUIDED_CASES, Requests, export_small
 
 
-def start(folder: Path, **options: Any) -> LLM:
-    """A stock LLM, as a user starts it."""
-    return LLM(model=str(folder), dtype="float32", enforce_eager=True, max_num_seqs=16, **options)
+@contextmanager
+def started(folder: Path, **options: Any) -> Iterator[LLM]:
+    """A stock LLM, as a user starts it. A process can have one at a time."""
+    llm = LLM(model=str(folder), dtype="float32", enforce_eager=True, max_num_seqs=16, **options)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
 
 
 def sampled(llm: LLM, requests: Requests) -> list[list[int]]:
@@ -32,18 +40,20 @@ def sampled(llm: LLM, requests: Requests) -> list[list[int]]:
 def test_codes_equal_generate(name: str, tmp_path: Path) -> None:
     gpt = export_small(tmp_path / "model", **HEAD_VARIANTS[name])
     requests = Requests(gpt)
-    requests.assert_equal(sampled(start(tmp_path / "model"), requests))
+    with started(tmp_path / "model") as llm:
+        requests.assert_equal(sampled(llm, requests))
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_an_unguided_export_has_one_branch_and_refuses_guidance(condition: str, tmp_path: Path) -> None:
     gpt = export_small(tmp_path / "model", unguided=True, condition=condition, dim=64, n_head=2)
-    requests, llm = Requests(gpt, UNGUIDED_CASES, guided=False), start(tmp_path / "model")
-    assert llm.model_config.get_hidden_size() == 64
-    requests.assert_equal(sampled(llm, requests))
+    requests = Requests(gpt, UNGUIDED_CASES, guided=False)
     params = SamplingParams(temperature=0, extra_args={"llamagen": {"guidance_scale": 1.5}})
-    with pytest.raises(ValueError, match=r"^guidance_scale is 1.5, but the model was exported with --unguided; .*$"):
-        llm.generate(requests.prompts[0], params)
+    with started(tmp_path / "model") as llm:
+        assert llm.model_config.get_hidden_size() == 64
+        requests.assert_equal(sampled(llm, requests))
+        with pytest.raises(VLLMValidationError, match="guidance_scale is 1.5, but the model was exported with --un"):
+            llm.generate(requests.prompts[0], params, use_tqdm=False)
 
 
 def test_preempted_requests_continue_with_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,23 +68,24 @@ def test_preempted_requests_continue_with_the_same_codes(tmp_path: Path, monkeyp
     gpt = export_small(tmp_path / "model", block_size=100, dim=64, n_head=2)
     requests = Requests(gpt, [case for case in CASES if case.kept == 0][:4])
     # 101 tokens of an image need 4 blocks, so that only 2 of the 12 images fit.
-    llm = start(tmp_path / "model", block_size=32, num_gpu_blocks_override=9, enable_prefix_caching=True)
-    requests.assert_equal(sampled(llm, requests))
+    with started(tmp_path / "model", block_size=32, num_gpu_blocks_override=9) as llm:
+        requests.assert_equal(sampled(llm, requests))
     assert len(preempted) >= 3
 
 
 @pytest.fixture(scope="module")
-def llm_and_gpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, GPT]:
+def llm_and_gpt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, GPT]]:
     folder = tmp_path_factory.mktemp("class") / "model"
     gpt = export_small(folder, dim=64, n_head=2)
-    return start(folder), gpt
+    with started(folder) as llm:
+        yield llm, gpt
 
 
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
         ({"temperature": 1.0}, {}, "temperature is 1.0; set it to 0 and give"),
-        ({"n": 2}, {}, "n is 2; send one request for each image"),
+        ({"presence_penalty": 0.5}, {}, "presence_penalty is 0.5; leave it out"),
         ({"logit_bias": {1: 2.0}}, {}, "logit_bias is {1: 2.0}; leave it out"),
         ({}, {"top_q": 1}, "llamagen: there is no setting 'top_q'; the settings are seed, index, temperature"),
         ({}, {"guidance_scale": -1}, "llamagen: guidance_scale is -1; it must be at least 0, and 1 is off"),
@@ -85,17 +96,17 @@ def test_wrong_parameters_are_one_line(
     llm_and_gpt: tuple[LLM, GPT], options: dict[str, Any], settings: Any, message: str
 ) -> None:
     params = SamplingParams(**({"temperature": 0.0} | options), extra_args={"llamagen": settings})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(VLLMValidationError) as caught:
         llm_and_gpt[0].generate({"prompt_token_ids": [1]}, params, use_tqdm=False)
-    assert str(caught.value).startswith(message)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_settings_may_be_json_and_are_generates_defaults_if_missing(llm_and_gpt: tuple[LLM, GPT]) -> None:
+def test_settings_may_be_json_and_default_to_those_of_generate(llm_and_gpt: tuple[LLM, GPT]) -> None:
     llm, gpt = llm_and_gpt
-    requests = Requests(gpt, CASES[3:4])
-    given = [{}, {"llamagen": '{"seed": 103, "index": 1}'}]
+    given = [None, {"llamagen": {}}, {"llamagen": '{"seed": 7, "index": 1, "guidance_scale": 2}'}]
     params = [SamplingParams(temperature=0, max_tokens=16, extra_args=extra) for extra in given]
-    outputs = llm.generate(requests.prompts[:1] + requests.prompts[1:2], params, use_tqdm=False)
-    assert list(outputs[1].outputs[0].token_ids) != requests.codes[1].tolist()  # index 1 of odd cases is 2⁴⁰ + 1
-    assert len(outputs[0].outputs[0].token_ids) == 16
+    outputs = llm.generate([label_prompt(gpt.config, 4)] * 3, params, use_tqdm=False)
+    default = generate(gpt, [4])[0].tolist()
+    guided = generate(gpt, [4], {"guidance_scale": 2}, seed=7, indices=[1])[0].tolist()
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [default, default, guided]
