@@ -56,7 +56,7 @@ def test_codes_do_not_depend_on_batch_size_or_order(kind: str, compiled: bool) -
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_each_image_of_a_batch_may_have_its_own_seed(compiled: bool) -> None:
-    sampler, seeds = Sampler(small_gpt(), 3, compiled=compiled), [5, -1, 2**64 + 7, 5]
+    sampler, seeds = Sampler(small_gpt(), 3, compiled=compiled), [5, -1, 2**64 + 7, 6]
     found = sampler([1, 2, 0, 1], seed=seeds, indices=[4, 0, 1, 2])
     single = [
         sampler([label], seed=seed, indices=[i])
