@@ -16,6 +16,19 @@ HALF = ("16-true", "16-mixed", "float16")
 """Precisions with the range of float16."""
 
 
+class NotFiniteError(FloatingPointError):
+    """Values of some examples are not finite.
+
+    Args:
+        message: one line.
+        rows: these examples, by their positions in the batch.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+
 class FiniteCheck:
     """Flags of a batch, and the error to raise for them.
 
@@ -38,7 +51,7 @@ class FiniteCheck:
     def raise_if(self, broken: Tensor) -> None:
         """Like calling the check, but with a copy of the flags, for example on the CPU."""
         if rows := broken.nonzero().flatten().tolist():
-            raise self.explain(rows)
+            raise NotFiniteError(str(self.explain(rows)), rows)
 
 
 def not_finite(values: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from llamagen.pretrained.conditions import ClassOrPrompt, as_list, is_one, to_co
 from llamagen.pretrained.images import ImageLike, is_single, prepare_images, to_pillow
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
-from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
+from llamagen.sampling import Images, ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
 
 Dtype = Literal["float32", "bfloat16", "mixed"]
 OnRow = Callable[[Tensor, int, int], None]
@@ -265,8 +265,12 @@ class LlamaGen:
         Raises:
             ValueError: in one line, if their type, shape or values are wrong.
         """
+        return to_pillow(self.pixels(codes).numpy())
+
+    def pixels(self, codes: CodeInput) -> Images:
+        """Like :meth:`decode`, but do not wait for a GPU: it can sample the next batch meanwhile."""
         grids = grids_of_codes(codes, self.tokenizer.config.codebook_size, self.device)
-        return to_pillow(self._pixel_decoder()(grids).numpy())
+        return self._pixel_decoder()(grids)
 
     def reconstruct(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """Encode and decode images, see :meth:`encode`.

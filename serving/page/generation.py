@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from serving.page.previews import GrowingImages, PreviewBudget
+from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.page.worker import Job, Worker
 
 MAX_IMAGES = 16
@@ -147,7 +147,7 @@ def _generate(model: LlamaGen, request: GenerationRequest, clock: Callable[[], f
         row = count // rows
         if first not in growing:
             growing.clear()
-            growing[first] = GrowingImages(model, len(codes), request.image, request.keep_rows)
+            growing[first] = GrowingImages(model, [request.image] * len(codes), request.keep_rows)
         previews = growing[first].update(codes, row, budget) if row < rows else []
         done = first // model.batch_size * generated + max(row - request.keep_rows, 0)
         left = (clock() - start) / max(done, 1) * (batches * generated - done)

@@ -6,13 +6,7 @@ import numpy as np
 from PIL import Image
 
 from llamagen import LlamaGen
-from llamagen.pretrained.images import prepare_images, to_pixels
-from llamagen.rgb import FORMATS
-
-MAX_PIXELS = 40_000_000
-"""Maximum number of pixels, so that a small file cannot fill the memory."""
-MAX_SIDE = 512
-"""Longer side to which images are reduced for a tokenizer alone, which has no size of its own."""
+from serving.engine.uploads import read_image
 
 
 def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
@@ -30,25 +24,12 @@ def read_upload(path: str | None, model: LlamaGen) -> Image.Image:
     """
     if path is None:
         raise ValueError("there is no image; choose one first")
-    name = Path(path).name
+    name = f"the file {Path(path).name}"
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise _TooLargeError
-            opened.load()
-            pixels = to_pixels(opened)
-    except (_TooLargeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the file {name} is too large; choose an image of at most {MAX_PIXELS:,} pixels") from error
+        file = Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"the file {name} is no longer kept; choose it again") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the file {name} is not a readable JPEG, PNG or WebP image; choose another file") from error
-    if model.resolution is None and max(pixels.shape[:2]) > MAX_SIDE:
-        reduced = Image.fromarray(pixels)
-        reduced.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        pixels = np.asarray(reduced)
-    batch = prepare_images(pixels, model.resolution, model.tokenizer.config.downsampling)
-    return Image.fromarray(batch[0].permute(1, 2, 0).contiguous().numpy())
+        raise ValueError(f"{name} is no longer kept; choose it again") from error
+    return read_image(file, model.resolution, model.tokenizer.config.downsampling, name)
 
 
 def mark_cut(image: Image.Image, rows: int, factor: int) -> Image.Image:
@@ -65,7 +46,3 @@ def mark_cut(image: Image.Image, rows: int, factor: int) -> Image.Image:
     if 0 < cut < len(pixels):
         pixels[max(cut - max(1, len(pixels) // 128), 0) : cut] = (220, 38, 38)
     return Image.fromarray(pixels)
-
-
-class _TooLargeError(Exception):
-    pass

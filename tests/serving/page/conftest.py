@@ -11,8 +11,8 @@ from playwright.sync_api import Browser
 from torch import Tensor
 
 from llamagen import LlamaGen
+from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.image_store import ImageStore
-from serving.page.previews import GrowingImages, PreviewBudget
 from serving.page.runs import Runs
 from serving.page.worker import Worker
 from tests.pipeline import Pipeline

@@ -1,7 +1,7 @@
 """Previews of images that are being generated: how often, and as bytes for a browser."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from PIL import Image
@@ -54,19 +54,18 @@ class GrowingImages:
 
     Args:
         model: decodes the codes.
-        count: B, number of images.
-        image: image that is being completed, (S, S) pixels; None for whole images.
-        kept: rows of codes that are kept of it. They are shown as they are.
+        images: for each of B images, the one that it completes, (S, S) pixels; None for a whole image.
+        kept: rows of codes that are kept of them. They are shown as they are.
     """
 
-    def __init__(self, model: LlamaGen, count: int, image: Image.Image | None = None, kept: int = 0) -> None:
+    def __init__(self, model: LlamaGen, images: Sequence[Image.Image | None], kept: int = 0) -> None:
         assert model.resolution is not None
         side, height = model.resolution, kept * model.tokenizer.config.downsampling
-        start = Image.new("RGB", (side, side), GREY)
-        if image is not None:
-            start.paste(image.crop((0, 0, side, height)))
-        self._model, self._shown = model, [kept] * count
-        self._images = [start.copy() for _ in range(count)]
+        self._model, self._shown = model, [kept] * len(images)
+        self._images = [Image.new("RGB", (side, side), GREY) for _ in images]
+        for start, image in zip(self._images, images, strict=True):
+            if image is not None:
+                start.paste(image.crop((0, 0, side, height)))
 
     def update(self, codes: Tensor, rows: int, budget: PreviewBudget) -> list[bytes]:
         """Show more rows, of as many images as the budget allows.

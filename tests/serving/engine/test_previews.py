@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from serving.page.previews import GREY, GrowingImages, PreviewBudget
+from serving.engine.previews import GREY, GrowingImages, PreviewBudget
 
 
 class Clock:
@@ -56,7 +56,7 @@ def watch(seconds_of_a_row: float, seconds_of_decoding: float) -> tuple[Decoder,
     """Show 16 rows of 4 images; decoder, share of the time for previews, files after each row."""
     clock = Clock()
     decoder, budget = Decoder(clock, seconds_of_decoding), PreviewBudget(clock)
-    growing = GrowingImages(cast(Any, decoder), 4)
+    growing = GrowingImages(cast(Any, decoder), [None] * 4)
     files = []
     for row in range(1, 16):
         clock.advance(seconds_of_a_row)
@@ -93,7 +93,7 @@ def test_a_completion_starts_with_the_kept_rows_without_decoding() -> None:
     clock = Clock()
     decoder = Decoder(clock)
     image = Image.new("RGB", (64, 64), (250, 250, 250))
-    growing = GrowingImages(cast(LlamaGen, decoder), 2, image, 6)
+    growing = GrowingImages(cast(LlamaGen, decoder), [image] * 2, 6)
     files = growing.update(CODES[:2], 6, PreviewBudget(clock))
     assert decoder.decoded == []
     assert np.allclose(levels(files[0]), [250] * 6 + [GREY[0]] * 10, atol=4)
