@@ -1,8 +1,8 @@
 """An environment with vLLM for CPUs, made once: ``python -m tests.vllm_environment`` prints its interpreter.
 
-It is not ``$(VENV)``, because vLLM needs other versions of some packages. It lies in the user's cache and is named after
-what is in it, so checkouts share it; the project in it is the checkout that was last asked for. An interrupted
-installation is started again.
+It is not ``$(VENV)``, because vLLM needs other versions of some packages. It lies in the user's cache and is named
+after what it contains, so checkouts share it; the project in it is the checkout that last asked for it. An interrupted
+installation starts again.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints-vllm.txt"
 MARKER = "complete"
+FOR_GPUS = "vllm=="
+"""The line of the constraints that is for another kind of machine."""
 
 
 def environment_key() -> str:
@@ -43,8 +45,10 @@ def make_environment(folder: Path) -> Path:
             start = time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
             _run([sys.executable, "-m", "venv", str(folder)])
-            # Every package is in the file, and torchvision, which vLLM asks for and does not need here, must not come.
-            _run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(CONSTRAINTS)])
+            pins = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith(FOR_GPUS)]
+            (requirements := folder / "requirements.txt").write_text("\n".join(pins))
+            # All that is needed is in the file. What vLLM asks for, but does not need here, must not come: torchvision.
+            _run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(requirements)])
             (folder / MARKER).write_text("")
             print(f"{folder} was made in {time.monotonic() - start:.0f} s", file=sys.stderr)
         # The entry point of the plugin is found by the installed project only; the code is that of the checkout.

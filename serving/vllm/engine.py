@@ -3,37 +3,47 @@
 vLLM samples codes, and our tokenizer decodes them. Codes equal those of :func:`~llamagen.sampling.generate`.
 """
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from llamagen import LlamaGen
+from llamagen.command import fault_of
+from llamagen.finite import NotFiniteError
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.option_checks import check_integer
 from llamagen.pretrained.conditions import to_condition
 from llamagen.pretrained.loading import load_parts
 from llamagen.pretrained.source import find_source
-from llamagen.rgb import FORMATS
+from llamagen.sampling import Images
 from llamagen.sampling.automatic import should_compile
-from llamagen.sampling.pixels import PixelDecoder
 from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
+from serving.engine.previews import GrowingImages, PreviewBudget
+from serving.engine.spec import WorkerSpec
+from serving.engine.uploads import read_image
 from serving.vllm.export import is_guided, vllm_folder
+from serving.vllm.hf_config import not_finite_code, vllm_sizes
 from serving.vllm.prompts import caption_prompt, embedder_of, label_prompt
-from serving.vllm.settings import RequestSettings
+from serving.vllm.settings import RequestSettings, check_guidance
 from serving.vllm.versions import check_version, installed_version
 
+LOGGER = logging.getLogger("serving")
+BUG = "something went wrong on the server, whose log shows what"
+"""What the owner of a request reads about a bug."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the loop runs in this process, which is a worker's
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it reserves a core; OMP_NUM_THREADS sets the threads
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Settings of vLLM, unless the user has set them."""
@@ -43,10 +53,19 @@ BLOCK = 128
 
 @dataclass
 class _Running:
-    """An image that vLLM generates."""
+    """An image that vLLM generates.
+
+    Attributes:
+        work: the image.
+        codes: its codes so far, the kept ones first.
+        growing: its preview; None if none is wanted.
+        budget: time for previews.
+    """
 
     work: Work
     codes: list[int]
+    growing: GrowingImages | None
+    budget: PreviewBudget
 
 
 class VLLMEngine:
@@ -86,27 +105,23 @@ class VLLMEngine:
         check_version(installed_version())
         check_integer("capacity", capacity)
         check_integer("tensor_parallel", tensor_parallel)
-        self.capacity, found = capacity, find_source(source, tokenizer)
-        dtype = found.dtype if dtype is None else dtype
-        dtype = "bfloat16" if str(dtype).removeprefix("torch.") == "mixed" else dtype
-        parts = load_parts(found, text_encoder, "cpu", dtype)
+        found = find_source(source, tokenizer)
+        dtype = str(found.dtype if dtype is None else dtype).removeprefix("torch.")
+        # On the CPU, because only vLLM needs the blocks, and several GPUs may share them.
+        parts = load_parts(found, text_encoder, "cpu", "bfloat16" if dtype == "mixed" else dtype)
         if parts.gpt is None:
             raise ValueError(f"{found.name} is a tokenizer; vLLM needs an autoregressive model, such as c2i_B_256")
-        if parts.gpt.config.n_head % tensor_parallel:
-            raise ValueError(
-                f"tensor_parallel is {tensor_parallel}; it must divide the model's {parts.gpt.config.n_head} heads"
-            )
+        self.capacity, self.gpt_config = capacity, parts.gpt.config
+        _check_ranks(tensor_parallel, self.gpt_config)
         own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = LlamaGen(parts, capacity, compile=False)
         parts.tokenizer.to(own)
-        self.model = LlamaGen(parts, capacity)
         self.facts = ModelFacts.from_model(self.model)
-        self.gpt_config: GPTConfig = parts.gpt.config
-        self._dtype = torch.bfloat16 if parts.dtype == "bfloat16" else torch.float32
         compiled = should_compile(parts.gpt) if compiled is None else compiled
-        parts.gpt.layers = nn.ModuleList()  # vLLM loads them itself; the embedding of captions stays
-        parts.gpt.to(own)
-        self._gpt, self._text = parts.gpt, parts.text or parts.class_names
-        self.pixels = PixelDecoder(self.model.tokenizer, own, self._dtype)
+        parts.gpt.layers = nn.ModuleList()
+        self._gpt, self._conditions = parts.gpt.to(own), parts.text or parts.class_names
+        self._dtype, side = parts.gpt.output.weight.dtype, self.gpt_config.grid_size
+        self.model.preview(torch.zeros(1, side * side, dtype=torch.int64, device=own), 1)  # loads the decoder
         with vllm_folder(found) as folder:
             self.guided = is_guided(folder)
             arguments = {
@@ -121,6 +136,7 @@ class VLLMEngine:
             }
             self.engine = _start_vllm(arguments | options)
         self._running: dict[int, _Running] = {}
+        self._decoding: list[tuple[list[tuple[Work, list[int]]], Images]] = []
 
     def run(self, inbox: Inbox, report: Callable[[Report], None]) -> None:
         """Work until the inbox is closed; see :meth:`Engine.run <serving.engine.engine.Engine.run>`."""
@@ -131,9 +147,12 @@ class VLLMEngine:
                 # 2. Take what is new; wait only if there is nothing to do.
                 for work in inbox.take(block=not self._running):
                     self._start(work, report)
-                # 3. One more code for each image.
-                if self._running:
-                    self._step(report)
+                # 3. One more code for each image. A GPU may decode the last finished images meanwhile.
+                finished = self._step(report) if self._running else []
+                self._deliver(report)
+                self._decode(finished, report)
+                if not self._running:
+                    self._deliver(report)
         finally:
             self._abort(set(self._running))
 
@@ -144,25 +163,29 @@ class VLLMEngine:
     def _start(self, work: Work, report: Callable[[Report], None]) -> None:
         """Give an image to vLLM, or finish it at once if there is nothing to sample."""
         try:
-            kept = self._kept(work)
+            image = (
+                None if work.image is None else read_image(work.image, self.facts.resolution, self.facts.downsampling)
+            )
+            kept = [] if image is None else self._kept(work, image)
             if len(kept) == self.gpt_config.block_size or work.condition is None:
-                self._finish([(work, kept)], report)
+                self._decode([(work, kept)], report)
                 return
             assert work.settings is not None
             settings = RequestSettings(work.settings, work.seed, work.index)
-            prompt = self._prompt(work, kept)
-            self.engine.add_request(str(work.key), prompt, self._parameters(settings, len(kept)))
-        except ValueError as error:
-            message = " ".join(str(error).split())
-            report(FailureReport((work.key,), message, is_users=True))
+            check_guidance(settings, self.guided)
+            self.engine.add_request(str(work.key), self._prompt(work, kept), self._parameters(settings, len(kept)))
+        except Exception as error:
+            _report_failure(error, [work], report)
             return
-        self._running[work.key] = _Running(work, list(kept))
-        if rows := len(kept) // self.gpt_config.grid_size:
+        rows = len(kept) // self.gpt_config.grid_size
+        growing = GrowingImages(self.model, [image], rows) if work.previews else None
+        self._running[work.key] = _Running(work, list(kept), growing, PreviewBudget(time.monotonic))
+        if rows:
             report(RowsReport((work.key,), rows))
 
     @torch.no_grad()
     def _prompt(self, work: Work, kept: Sequence[int]) -> dict[str, Any]:
-        condition, lengths = to_condition([work.condition], self._text, self.model.device)
+        condition, lengths = to_condition([work.condition], self._conditions, self.model.device)
         if self.gpt_config.condition == "class":
             return label_prompt(self.gpt_config, int(condition[0]), kept)
         length = None if lengths is None else int(lengths[0])
@@ -177,66 +200,86 @@ class VLLMEngine:
         return SamplingParams(
             temperature=0.0,
             max_tokens=self.gpt_config.block_size - kept,
-            ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=settings.extra_args(),
         )
 
-    def _kept(self, work: Work) -> list[int]:
+    def _kept(self, work: Work, image: Image.Image) -> list[int]:
         """Codes of an image to complete or to reconstruct."""
-        if work.image is None:
-            return []
-        try:
-            image = Image.open(BytesIO(work.image), formats=FORMATS)
-            image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the image cannot be read; give a {', '.join(FORMATS)} file") from error
         codes = self.model.encode(image)[0]
         rows = len(codes) if work.condition is None else work.keep_rows
         check_integer("keep_rows", rows, 0, len(codes))
         kept: list[int] = codes[:rows].flatten().tolist()
         return kept
 
-    def _step(self, report: Callable[[Report], None]) -> None:
+    def _step(self, report: Callable[[Report], None]) -> list[tuple[Work, list[int]]]:
+        """One step of vLLM; returns the images that are complete, with their codes."""
         side, length = self.gpt_config.grid_size, self.gpt_config.block_size
         grown: dict[int, list[int]] = {}
-        finished: list[tuple[Work, list[int]]] = []
-        broken: list[int] = []
+        finished, broken = list[tuple[Work, list[int]]](), list[Work]()
         for output in self.engine.step():
-            key = int(output.request_id)
-            if key not in self._running:  # it was aborted while the step ran
+            running = self._running.get(int(output.request_id))
+            if running is None:  # aborted while the step ran
                 continue
-            running = self._running[key]
-            before = len(running.codes) // side
-            running.codes.extend(output.outputs[0].token_ids)
-            if self.gpt_config.vocab_size in running.codes[before * side :]:
-                broken.append(key)
+            before, new = len(running.codes) // side, output.outputs[0].token_ids
+            running.codes.extend(new)
+            if not_finite_code(self.gpt_config) in new:
+                broken.append(running.work)
             elif (row := len(running.codes) // side) > before:
-                grown.setdefault(row, []).append(key)
-                if len(running.codes) == length:
-                    finished.append((self._running.pop(key).work, running.codes))
+                if row < side and (previews := self._preview(running, row)):
+                    report(RowsReport((running.work.key,), row, previews))
+                else:
+                    grown.setdefault(row, []).append(running.work.key)
+            if len(running.codes) == length and running.work not in broken:
+                finished.append((running.work, running.codes))
+                del self._running[running.work.key]
         for row, keys in grown.items():
             report(RowsReport(tuple(keys), row))
         if broken:
-            self._abort(set(broken))
-            kind = self.facts.dtype
-            message = f"the logits of the autoregressive model are not finite in {kind}; try dtype float32"
-            report(FailureReport(tuple(broken), message, is_users=False))
-        if finished:
-            self._finish(finished, report)
+            self._abort({work.key for work in broken})
+            message = f"the logits of the autoregressive model are not finite in {self.facts.dtype}; use float32"
+            _report_failure(NotFiniteError(message), broken, report)
+        return finished
 
-    def _finish(self, finished: list[tuple[Work, list[int]]], report: Callable[[Report], None]) -> None:
-        """Decode codes and report the images."""
+    def _preview(self, running: _Running, row: int) -> tuple[bytes, ...]:
+        if running.growing is None:
+            return ()
+        codes = running.codes + [0] * (self.gpt_config.block_size - len(running.codes))
+        grid = torch.tensor([codes], device=self.model.device)
+        return tuple(running.growing.update(grid, row, running.budget))
+
+    def _decode(self, finished: list[tuple[Work, list[int]]], report: Callable[[Report], None]) -> None:
+        """Begin to decode images."""
+        if not finished:
+            return
         side = self.gpt_config.grid_size
         codes = torch.tensor([codes for _, codes in finished], device=self.model.device).view(-1, side, side)
         try:
-            pixels = self.pixels(codes).numpy()
-        except FloatingPointError as error:
-            report(FailureReport(tuple(work.key for work, _ in finished), str(error), is_users=False))
-            return
-        for (work, _), image, grid in zip(finished, pixels, codes.cpu().numpy(), strict=True):
-            report(ImageReport(work.key, image, grid))
+            self._decoding.append((finished, self.model.pixels(codes)))
+        except Exception as error:
+            self._blame(error, finished, report)
+
+    def _deliver(self, report: Callable[[Report], None]) -> None:
+        """Report the images that were decoded; waits for a GPU."""
+        side = self.gpt_config.grid_size
+        while self._decoding:
+            finished, images = self._decoding.pop(0)
+            try:
+                pixels = images.numpy()
+            except Exception as error:
+                self._blame(error, finished, report)
+                continue
+            for (work, codes), image in zip(finished, pixels, strict=True):
+                report(ImageReport(work.key, image, np.array(codes, dtype=np.int64).reshape(side, side)))
+
+    def _blame(
+        self, error: Exception, finished: list[tuple[Work, list[int]]], report: Callable[[Report], None]
+    ) -> None:
+        """Report images that could not be decoded, and decode the others again."""
+        rows = set(error.rows) if isinstance(error, NotFiniteError) and error.rows else set(range(len(finished)))
+        _report_failure(error, [finished[row][0] for row in sorted(rows)], report)
+        self._decode([each for row, each in enumerate(finished) if row not in rows], report)
 
     def _abort(self, keys: set[int]) -> None:
         if keys:
@@ -246,12 +289,44 @@ class VLLMEngine:
 
     def _cache_bytes(self, ranks: int) -> int:
         """Bytes of keys and values on each device: full images for all of ``capacity``, so that none is preempted."""
-        from serving.vllm.hf_config import vllm_sizes
-
         sizes = vllm_sizes(self.gpt_config, self.guided)
         blocks = self.capacity * -(-sizes["max_position_embeddings"] // BLOCK) + 1
-        width = max(1, sizes["num_key_value_heads"] // ranks) * sizes["head_dim"]
+        width = -(-sizes["num_key_value_heads"] // ranks) * sizes["head_dim"]
         return int(2 * sizes["num_hidden_layers"] * blocks * BLOCK * width * self._dtype.itemsize)
+
+
+def load_engine(spec: WorkerSpec) -> VLLMEngine:
+    """Load a model for a worker of the server. Its options are those of :class:`VLLMEngine`.
+
+    Raises:
+        ValueError: in one line, as :class:`VLLMEngine` does.
+    """
+    return VLLMEngine(
+        spec.source,
+        tokenizer=spec.tokenizer,
+        text_encoder=spec.text_encoder,
+        device=spec.device,
+        dtype=spec.dtype,
+        capacity=spec.batch_size,
+        **spec.options,
+    )
+
+
+def _check_ranks(ranks: int, config: GPTConfig) -> None:
+    if config.n_head % ranks or (config.kv_heads % ranks and ranks % config.kv_heads):
+        raise ValueError(
+            f"tensor_parallel is {ranks}, which does not fit the model's {config.n_head} heads and {config.kv_heads} "
+            "key-value heads; choose a divisor of both"
+        )
+
+
+def _report_failure(error: Exception, works: Sequence[Work], report: Callable[[Report], None]) -> None:
+    fault = fault_of(error)
+    if is_users := fault is not None and isinstance(error, ValueError):
+        LOGGER.info("a request is invalid: %s", error)
+    else:
+        LOGGER.error("%d images failed", len(works), exc_info=error)
+    report(FailureReport(tuple(work.key for work in works), fault.message if fault else BUG, is_users))
 
 
 def _start_vllm(arguments: dict[str, Any]) -> Any:
@@ -262,12 +337,10 @@ def _start_vllm(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from serving.vllm.model import LlamaGenGPT
     from serving.vllm.plugin import ARCHITECTURE, register
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        from serving.vllm.model import LlamaGenGPT
-
-        # The class itself: otherwise vLLM starts a process, which imports it to look at it.
-        ModelRegistry.register_model(ARCHITECTURE, LlamaGenGPT)
     register()  # footgun: an old *.egg-info in the working directory hides the entry point
+    # The class itself: otherwise vLLM starts a process, which imports it to look at it.
+    ModelRegistry.register_model(ARCHITECTURE, LlamaGenGPT)
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
