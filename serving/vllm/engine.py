@@ -238,7 +238,8 @@ class VLLMEngine:
             report(RowsReport(tuple(keys), row))
         if broken:
             self._abort({work.key for work in broken})
-            message = f"the logits of the autoregressive model are not finite in {self.facts.dtype}; use float32"
+            advice = "" if self.facts.dtype == "float32" else "; use float32"
+            message = f"the logits of the autoregressive model are not finite in {self.facts.dtype}{advice}"
             _report_failure(NotFiniteError(message), broken, report)
         return finished
 

@@ -81,7 +81,9 @@ def add_noise(logits: Tensor, rows: dict[int, Row], steps: dict[int, int] | Tens
     for (temperature, top_k, top_p), members in groups.items():
         index = torch.tensor(members, device=device)
         part = logits[index, :codes]
-        part = (part - part.amax(dim=-1, keepdim=True)) / temperature
+        # footgun: without the clamp, a row that is −inf because its logits were not finite would become NaN.
+        largest = part.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(part.dtype).min)
+        part = (part - largest) / temperature
         seeds = torch.tensor([rows[row].seed for row in members], device=device)
         numbers = torch.tensor([rows[row].settings.index for row in members], device=device)
         own = (

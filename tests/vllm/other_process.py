@@ -1,4 +1,4 @@
-"""Codes of a :class:`VLLMEngine` against ``generate``: ``python -m tests.vllm.other_process FOLDER '{"compiled": true}'``."""
+"""Codes of a ``VLLMEngine`` against ``generate``: ``python -m tests.vllm.other_process FOLDER OPTIONS_AS_JSON``."""
 
 import json
 import sys

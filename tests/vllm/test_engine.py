@@ -2,76 +2,18 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from llamagen import LlamaGen
-from llamagen.sampling import SamplingConfig
 from serving.engine.engine import FailureReport, Report, RowsReport, Work
 from serving.engine.spec import WorkerSpec
 from serving.vllm.engine import VLLMEngine, load_engine
-from tests.small_models import small_gpt
-from tests.vllm.models import CASES, checkpoint_files, export_small
-from tests.vllm.workloads import ScriptedInbox, images, rows_of
-
-SETTINGS = [SamplingConfig(**case.settings) for case in CASES]
-
-
-@contextmanager
-def started(*arguments: Any, **options: Any) -> Iterator[VLLMEngine]:
-    """An engine. A process can have one at a time."""
-    engine = VLLMEngine(*arguments, **options, device="cpu", capacity=4)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def run(engine: VLLMEngine, inbox: ScriptedInbox) -> list[Report]:
-    """Run an engine until all of its work is reported."""
-    engine.run(inbox.start(), inbox.reports.append)
-    assert not engine._running
-    assert engine.engine.get_num_unfinished_requests() == 0
-    return inbox.reports
-
-
-def png(model: LlamaGen, name: int) -> bytes:
-    side = model.resolution
-    assert side is not None
-    pixels = np.random.default_rng(name).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def expected(model: LlamaGen, work: Work) -> torch.Tensor:
-    """Codes (h, w) of an image from our own sampler, alone."""
-    assert work.settings is not None
-    kept = None
-    if work.image is not None:
-        kept = model.encode(Image.open(io.BytesIO(work.image)))[0, : work.keep_rows]
-    arguments = {"kept": kept, "seed": work.seed, "indices": [work.index], "progress": False}
-    return model.generate_codes([work.condition], **arguments, **asdict(work.settings))[0]
-
-
-def assert_images(model: LlamaGen, works: list[Work], reports: list[Report]) -> None:
-    """Assert that images are those of our own sampler and decoder, and rows are reported in order."""
-    found, keys, grid = images(reports), {work.key for work in works}, model.gpt.config.grid_size  # type: ignore[union-attr]
-    failures = [report for report in reports if isinstance(report, FailureReport) and report.keys[0] in keys]
-    assert failures == []
-    assert found.keys() == keys
-    for work in works:
-        codes = expected(model, work)
-        assert np.array_equal(found[work.key].codes, codes.numpy()), work
-        assert np.array_equal(found[work.key].pixels, np.asarray(model.decode(codes)[0]))
-        assert rows_of(reports, work.key) == list(range(max(work.keep_rows, 1), grid + 1))
+from tests.vllm.models import export_small
+from tests.vllm.workloads import SETTINGS, ScriptedInbox, assert_images, images, png, run
 
 
 @pytest.fixture(scope="module")
@@ -144,32 +86,3 @@ def test_wrong_work_fails_with_one_sentence_and_the_others_go_on(loaded: tuple[V
     assert failures.keys() == {401, 402}
     assert all(report.is_users and "\n" not in report.message for report in failures.values())
     assert_images(model, [good], reports)
-
-
-def test_captions_of_several_lengths_with_kept_rows(tmp_path: Path) -> None:
-    gpt = small_gpt(condition="text", dim=64, n_head=2, n_kv_head=1, vocab_size=64)
-    files = checkpoint_files(gpt, tmp_path / "model")
-    model = LlamaGen.from_pretrained(files["checkpoint"], tokenizer=files["tokenizer"], device="cpu", compile=False)
-
-    def encode(prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stands for T5: features of a prompt's length."""
-        lengths = [len(prompt) for prompt in prompts]
-        features = [torch.randn(6, 12, generator=torch.Generator().manual_seed(length)) for length in lengths]
-        return torch.stack(features), torch.tensor(lengths)
-
-    works = [Work(key, "abcdef"[: key + 1], seed=9, index=key, settings=SETTINGS[key]) for key in range(6)]
-    works += [replace(works[key], key=10 + key, image=png(model, key), keep_rows=2) for key in range(6)]
-    with started(files["checkpoint"], tokenizer=files["tokenizer"]) as engine:  # not an exported folder
-        engine._conditions = model._text = encode  # type: ignore[assignment]
-        assert_images(model, works, run(engine, ScriptedInbox([works[:5], [], works[5:]])))
-
-
-def test_logits_that_are_not_finite_fail_their_image(loaded: tuple[VLLMEngine, LlamaGen]) -> None:
-    engine, model = loaded
-    works = [Work(500 + key, key, settings=SETTINGS[key % 2 * 6]) for key in range(4)]
-    works[2] = replace(works[2], settings=SamplingConfig(guidance_scale=3e38))
-    reports = run(engine, ScriptedInbox([works]))
-    (failure,) = (report for report in reports if isinstance(report, FailureReport))
-    assert (failure.keys, failure.is_users) == ((502,), False)
-    assert failure.message == "the logits of the autoregressive model are not finite in float32; use float32"
-    assert_images(model, [work for work in works if work.key != 502], reports)

@@ -23,7 +23,7 @@ import torch
 from tests.ranks import ended
 from tests.vllm.models import CASES, Requests, export_small
 
-PATIENCE = 140
+PATIENCE = 280
 """Seconds after which a process counts as hanging."""
 
 
@@ -95,7 +95,7 @@ def body_of(requests: Requests, row: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(PATIENCE + 20)
 def test_the_openai_server_answers_24_staggered_requests(condition: str, tmp_path: Path) -> None:
     gpt = export_small(tmp_path / "model", condition=condition, dim=64, n_head=2)
     cases = CASES if condition == "class" else [case for case in CASES if not case.kept]
@@ -139,7 +139,7 @@ def test_the_openai_server_answers_24_staggered_requests(condition: str, tmp_pat
     ],
     ids=["two ranks, class, grouped queries", "two ranks, text", "compiled, class, padded heads"],
 )
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(PATIENCE + 20)
 def test_codes_of_other_processes_equal_generate(arguments: dict[str, Any], tmp_path: Path) -> None:
     done = ended([sys.executable, "-m", "tests.vllm.other_process", str(tmp_path), json.dumps(arguments)], PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
