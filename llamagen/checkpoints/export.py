@@ -21,7 +21,7 @@ from llamagen.command import run_command
 from llamagen.output_paths import check_output
 from llamagen.parser_errors import OneLineParser
 
-FOLDER_OPTIONS = ("tokenizer", "text_encoder", "name", "license", "samples", "conditions")
+FOLDER_OPTIONS = ("tokenizer", "text_encoder", "name", "license", "samples", "conditions", "unguided")
 """Options that only an export to a folder has."""
 
 
@@ -81,6 +81,12 @@ def main(args: list[str] | None = None) -> None:
     folder.add_argument("--license", help="licence of the weights, as the hub names it: mit, apache-2.0, other, …")
     folder.add_argument("--samples", type=int, help="number of sample images in the model card; 8 by default")
     folder.add_argument("--conditions", nargs="+", help="classes or prompts of the sample images")
+    folder.add_argument(
+        "--unguided",
+        action="store_true",
+        default=None,
+        help="for use without guidance: vLLM computes one branch instead of two (docs/vllm.md)",
+    )
     options = parser.parse_args(args)
     try:
         given = {name: value for name in FOLDER_OPTIONS if (value := getattr(options, name)) is not None}

@@ -63,6 +63,8 @@ class Export:
         samples: number of sample images in the card.
         conditions: classes or prompts of the samples. By default classes spread over all classes, or the prompts of
             the run's ``SampleGrid``.
+        unguided: for use without guidance: the default ``guidance_scale`` becomes 1, and vLLM computes only the
+            conditional branch, with half the memory and arithmetic. The weights are the same.
     """
 
     checkpoint: str
@@ -73,6 +75,7 @@ class Export:
     license: str | None = None
     samples: int = 8
     conditions: tuple[str, ...] = ()
+    unguided: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -146,6 +149,8 @@ def _fill(folder: Path, export: Export, address: str, is_shared: bool = False) -
     file = tokenizer if weights is None else source.model
     assert file is not None
     run = run_of(file)
+    if weights is None and export.unguided:
+        raise ValueError(f"{export.checkpoint} is a tokenizer, which has no guidance; leave --unguided out")
     settings = {} if weights is None else _settings(source, weights, export, run)
     _check_encoder(settings, is_shared)
     # The codes that a model was trained on are those of the averages.
@@ -157,11 +162,13 @@ def _fill(folder: Path, export: Export, address: str, is_shared: bool = False) -
         if export.text_encoder is not None and weights.captions is not None:
             weights = weights._replace(captions={**weights.captions, "encoder": export.text_encoder})
     checksum = _write(vqgan, tokenizer_weights, folder / TOKENIZER_FILE)
-    files = [TOKENIZER_FILE]
+    files, config = [TOKENIZER_FILE], None
     if weights is not None:
-        checksum = _write(build_model(weights), weights, folder / MODEL_FILE)
+        gpt = build_model(weights)
+        assert isinstance(gpt, GPT)
+        checksum, config = _write(gpt, weights, folder / MODEL_FILE), gpt.config
         files.insert(0, MODEL_FILE)
-    write_config(folder, export.name or address.rpartition("/")[2], files, settings)
+    write_config(folder, export.name or address.rpartition("/")[2], files, settings, config, not export.unguided)
     facts = read_run_facts(run, file, export.averaged, checksum)
     _write_card(folder, export, address, facts, run, file)
 
@@ -193,7 +200,7 @@ def _settings(source: Source, weights: Weights, export: Export, run: Run | None)
     if encoder.get("name") and (local := Path(str(encoder["name"])).expanduser()).is_dir():
         encoder["name"] = str(local.absolute())
     settings = {
-        "sampling": dict(source.sampling),
+        "sampling": dict(source.sampling) | ({"guidance_scale": 1.0} if export.unguided else {}),
         "dtype": source.dtype,
         "classes": () if _is_text(weights) else _class_names(source, weights, run),
         "text_encoder": encoder,

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from llamagen.files import atomic_file
+from llamagen.models.gpt_config import GPTConfig
 from llamagen.sampling import SamplingConfig
 from llamagen.text import TextEncoderConfig
 
@@ -14,6 +15,9 @@ CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 FORMAT = "llamagen-lightning 1"
+ARCHITECTURE = "LlamaGenGPT"
+MODEL_TYPE = "llamagen"
+"""Names of the model in transformers and vLLM."""
 SAVED = ("resolution", "sampling", "dtype", "classes", "text_encoder")
 """Settings of a :class:`~llamagen.pretrained.source.Source` that the file may hold."""
 TYPES: Mapping[str, type] = {
@@ -24,10 +28,19 @@ TYPES: Mapping[str, type] = {
     "dtype": str,
     "classes": list,
     "text_encoder": dict,
+    "gpt": dict,
+    "guided": bool,
 }
 
 
-def write_config(folder: Path, name: str, files: list[str], settings: Mapping[str, Any]) -> None:
+def write_config(
+    folder: Path,
+    name: str,
+    files: list[str],
+    settings: Mapping[str, Any],
+    gpt: GPTConfig | None = None,
+    guided: bool = True,
+) -> None:
     """Write the ``config.json`` of an exported model.
 
     Args:
@@ -35,8 +48,14 @@ def write_config(folder: Path, name: str, files: list[str], settings: Mapping[st
         name: name of the model.
         files: names of its files of weights.
         settings: settings of :data:`SAVED`.
+        gpt: configuration of the autoregressive model; None for a tokenizer alone.
+        guided: whether vLLM computes the unconditional branch, too.
     """
     content = {"format": FORMAT, "name": name, "files": files, **settings}
+    if gpt is not None:
+        # What transformers and vLLM need to know, see serving/vllm/; ``from_pretrained`` reads the file of the weights.
+        content = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **content, "gpt": asdict(gpt)}
+        content["guided"] = guided
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

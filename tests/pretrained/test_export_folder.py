@@ -19,6 +19,7 @@ from llamagen.hub.published import PUBLISHED
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.pretrained import export_folder
 from llamagen.pretrained.export_folder import Export, export_model
+from llamagen.pretrained.exported_config import SAVED
 from llamagen.pretrained.sizes import SIZES
 from llamagen.pretrained.source import TEXT_SAMPLING
 from tests.datamodules.shard_files import assert_one_line
@@ -122,10 +123,7 @@ def test_published_weights_keep_their_settings(
     torch.save({"model": gpt.bfloat16().state_dict()}, tmp_path / f"{name}.pt")
     export_model(Export(str(tmp_path / f"{name}.pt"), samples=0), tmp_path / "mine")
     config = json.loads((tmp_path / "mine/config.json").read_text())
-    assert {key: config[key] for key in config if key not in ("format", "name", "files")} == {
-        "dtype": "bfloat16",
-        **saved,
-    }
+    assert {key: config[key] for key in SAVED if key in config} == {"dtype": "bfloat16", **saved}
     found = LlamaGen.from_pretrained(tmp_path / "mine")
     assert found.gpt is not None
     assert (found.gpt.config.block_size, found.dtype) == ((model.resolution // 16) ** 2, "bfloat16")
