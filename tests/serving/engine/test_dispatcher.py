@@ -1,6 +1,7 @@
 """Batches, limits, cancellation, deadlines and the end of a dispatcher, with an engine without a model."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,14 @@ def test_an_image_waits_shortly_for_others_to_share_its_batch(start: Start, monk
     monkeypatch.setattr(slot, "JOIN_SECONDS", SECONDS)
     engine = ScriptedEngine(capacity=3)
     dispatcher = start(engine)
-    heard = [submit(dispatcher, seed) for seed in range(3)]
+    heard = [submit(dispatcher, 0)]
+    state = dispatcher._slots[0].state
+    assert state is not None
+    images, seconds = state.choose(dispatcher._queue, time.monotonic())
+    assert images == []
+    assert seconds is not None
+    assert 0 < seconds <= SECONDS
+    heard += [submit(dispatcher, seed) for seed in (1, 2)]
     assert all(each.finished for each in heard)
     assert engine.batches == [[0, 1, 2]]
 
