@@ -1,7 +1,7 @@
 """A backend that is a server of this project on another machine: ``python -m serving.page --server URL``.
 
-Each image is an HTTP request of its own, which the server joins to batches: a request of the page may have several
-classes or prompts, a request of the HTTP API has one. A thread with an event loop follows all of them.
+A request of the page may have several classes or prompts, and a request of the HTTP API has one: so it becomes several,
+which the server joins to batches. A thread with an event loop follows all of them.
 """
 
 import asyncio
@@ -40,8 +40,6 @@ LOGGER = logging.getLogger("serving")
 CONNECT, ANSWER, SILENCE, RECONSTRUCTION = 5.0, 15.0, 60.0, 600.0
 """Seconds: to connect; for the answer to a question about the server; without a byte of a stream, in which the server
 sends comments; for a reconstruction."""
-IN_ORDER = 0.05
-"""Maximum seconds to wait until the server has accepted an image, before the next one is sent."""
 AHEAD = re.compile(r"ahead ([0-9]{1,9})")
 """Comment in a stream of the server: number of images that it generates before this one."""
 GENERATIONS, RECONSTRUCTIONS = "/v1/images/generations", "/v1/images/reconstructions"
@@ -58,21 +56,20 @@ class RemoteTicket:
 
     Args:
         loop: runs it.
-        count: number of its images.
 
     Attributes:
         ahead: number of images that the server generates first.
+        places: the same for each HTTP request, by its first image.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
-        self.ahead, self._loop = 0, loop
-        self._places = [0] * count
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.ahead, self.places, self._loop = 0, dict[int, int](), loop
         self._task: asyncio.Task[None] | None = None
 
-    def set_ahead(self, position: int, ahead: int) -> None:
-        """Set the place of an image of the request in the server's queue; 0 if it runs."""
-        self._places[position] = ahead
-        self.ahead = min(self._places)
+    def set_ahead(self, first: int, ahead: int) -> None:
+        """Set the place of an HTTP request in the server's queue; 0 if it runs."""
+        self.places[first] = ahead
+        self.ahead = min(self.places.values())
 
     def start(self, work: Coroutine[Any, Any, None], listener: Listener) -> asyncio.Task[None]:
         """Run the request, in the thread of the loop, and report its end."""
@@ -137,7 +134,7 @@ class RemoteBackend:
         with self._lock:
             if self._closed:
                 raise RequestError("stopping", "the page is shutting down")
-            ticket = RemoteTicket(self._loop, len(request))
+            ticket = RemoteTicket(self._loop)
             self._loop.call_soon_threadsafe(self._start, ticket, request, listener, seconds)
         return ticket
 
@@ -186,8 +183,9 @@ class RemoteBackend:
                 "LLAMAGEN_API_KEY"
             )
         try:
-            (values, *_) = [each["llamagen"] for each in response.json()["data"] if "llamagen" in each]
-            return ModelFacts.from_json(values)
+            (model, *_) = [each for each in response.json()["data"] if "llamagen" in each]
+            self._max_images = max(int(model.get("max_images", 1)), 1)
+            return ModelFacts.from_json(model["llamagen"])
         except UNEXPECTED as error:
             raise ValueError(
                 f"the program at {self._url} is not a server of this project (status {response.status_code} for "
@@ -210,41 +208,40 @@ class RemoteBackend:
             raise RequestError("late", f"the images were not finished in {seconds:g} seconds") from error
 
     async def _generate_all(self, ticket: RemoteTicket, request: ImageRequest, listener: Listener) -> None:
+        parts = split(request, self._max_images)
+        ticket.places = {part.start: 0 for part in parts}
         try:
-            async with asyncio.TaskGroup() as group:
-                for position in range(len(request)):
-                    accepted = asyncio.Event()
-                    group.create_task(self._generate(ticket, request, position, listener, accepted))
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(IN_ORDER):  # footgun: wait_for may lose a cancellation
-                            await accepted.wait()
-        except ExceptionGroup as errors:  # the first one has cancelled the other images
+            async with asyncio.TaskGroup() as group:  # all at once, so that the server joins them to a batch
+                for part in parts:
+                    group.create_task(self._generate(ticket, request, part, listener))
+        except ExceptionGroup as errors:  # the first one has cancelled the other parts
             raise errors.exceptions[0] from None
 
-    async def _generate(
-        self, ticket: RemoteTicket, request: ImageRequest, position: int, listener: Listener, accepted: asyncio.Event
-    ) -> None:
-        """Generate one image."""
-        body = self._body(request, position)
+    async def _generate(self, ticket: RemoteTicket, request: ImageRequest, part: range, listener: Listener) -> None:
+        """Generate the images of one HTTP request."""
+        body, missing = self._body(request, part), set(part)
         try:
             async with self._client.stream("POST", GENERATIONS, json=body) as response:
-                accepted.set()
                 if response.status_code != 200 or not response.headers.get("content-type", "").startswith("text/event"):
                     raise refusal(response, await response.aread())
                 async for event in server_events(response.aiter_bytes()):
                     if event.name == "error":
                         raise refusal(response, event.data.encode())
                     if ahead := AHEAD.fullmatch(event.data if not event.name else ""):
-                        ticket.set_ahead(position, int(ahead[1]))
+                        ticket.set_ahead(part.start, int(ahead[1]))
                     elif event.name == "image_generation.partial_image":
                         values = json.loads(event.data)
-                        ticket.set_ahead(position, 0)
+                        ticket.set_ahead(part.start, 0)
                         file = values.get("b64_json")
                         previews = None if file is None else (base64.b64decode(file),)
-                        listener(Rows((position,), int(values["row"]), int(values["rows"]), previews))
+                        listener(
+                            Rows((part[values["image_index"]],), int(values["row"]), int(values["rows"]), previews)
+                        )
                     elif event.name == "image_generation.completed":
-                        pixels = await self._pixels(json.loads(event.data)["b64_json"])
-                        listener(Finished(position, pixels, np.zeros((0, 0), np.int64)))
+                        values = json.loads(event.data)
+                        missing.remove(image := part[values["image_index"]])
+                        listener(Finished(image, await self._pixels(values["b64_json"]), np.zeros((0, 0), np.int64)))
+                    if not missing:
                         return
             raise RequestError("lost", AWAY["lost"])
         except httpx2.HTTPError as error:
@@ -253,14 +250,14 @@ class RemoteBackend:
             LOGGER.error("the server %s sent an unexpected event", self._url, exc_info=error)
             raise RequestError("failed", NOT_UNDERSTOOD) from error
 
-    def _body(self, request: ImageRequest, position: int) -> dict[str, Any]:
-        """Body of the HTTP request for one image."""
+    def _body(self, request: ImageRequest, part: range) -> dict[str, Any]:
+        """Body of the HTTP request for some images."""
         body = {
             "model": self.facts.name,
-            "prompt": request.conditions[position],
-            "n": 1,
+            "prompt": request.conditions[part.start],
+            "n": len(part),
             "seed": request.seed,
-            "index": request.indices[position],
+            "index": request.indices[part.start],
             "response_format": "b64_json",
             "output_format": "png",
             "stream": True,
@@ -297,6 +294,21 @@ class RemoteBackend:
                 return np.array(image.convert("RGB"))
 
         return await asyncio.to_thread(decode)
+
+
+def split(request: ImageRequest, count: int) -> list[range]:
+    """Positions of the images of each HTTP request: at most ``count``, of one condition, with consecutive indices."""
+    parts, start, conditions, indices = list[range](), 0, request.conditions, request.indices
+    for end in range(1, len(request) + 1):
+        if (
+            end == len(request)
+            or end - start == count
+            or conditions[end] != conditions[start]
+            or indices[end] != indices[end - 1] + 1
+        ):
+            parts.append(range(start, end))
+            start = end
+    return parts
 
 
 def _error_of(task: "asyncio.Task[None]") -> RequestError | None:

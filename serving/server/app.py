@@ -66,7 +66,7 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
     async def models(request: Request) -> Response:
         """The model of this server."""
         check_key(request.headers.get("authorization"))
-        return json_response({"object": "list", "data": [_model(facts, started)]})
+        return json_response({"object": "list", "data": [_model(facts, started, options)]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request) -> Response:
@@ -75,7 +75,7 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
         if (name := request.path_params["name"]) != facts.name:
             message = f"there is no model {name!r:.60}; this server has {facts.name}"
             raise ApiError(404, message, "model", "model_not_found")
-        return json_response(_model(facts, started))
+        return json_response(_model(facts, started, options))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -144,13 +144,14 @@ class _Outer:
             self._metrics.response(scope["path"], status, time.monotonic() - begin)
 
 
-def _model(facts: ModelFacts, started: int) -> dict[str, Any]:
+def _model(facts: ModelFacts, started: int, options: ServerOptions) -> dict[str, Any]:
     return {
         "id": facts.name,
         "object": "model",
         "created": started,
         "owned_by": "llamagen",
         "llamagen": facts.to_json(),
+        "max_images": options.max_images,
     }
 
 

@@ -64,7 +64,7 @@ def test_rows_of_a_server_appear_and_leaving_the_page_stops_them_there(
     visitor.start()
     assert gate.reached.wait(30)
     visitor.wait("row 1 of 4")
-    assert visitor.page.locator("#generate-growing img").count() == 2
+    visitor.page.locator("#generate-growing img").first.wait_for()
     visitor.close()
     assert served.backend.tickets[-1].cancelled.wait(30)
     gate.open.set()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from serving.engine.requests import Ended, Event, Finished, ImageRequest, ReconstructionRequest, Request, Rows
 from serving.page.event_stream import ServerEvent, server_events
-from serving.page.remote import GENERATIONS, MODELS, READY, RECONSTRUCTIONS, RemoteBackend
+from serving.page.remote import GENERATIONS, MODELS, READY, RECONSTRUCTIONS, RemoteBackend, split
 from tests.datamodules.shard_files import assert_one_line
 from tests.serving.fake_backend import CLASS_FACTS
 from tests.serving.page.scripted_server import EVENTS, JSON, Answer, ScriptedServer, events, models
@@ -30,9 +30,12 @@ def png() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-ROW = ("image_generation.partial_image", {"row": 1, "rows": 4, "b64_json": base64.b64encode(b"jpeg").decode()})
-ROW_ALONE = ("image_generation.partial_image", {"row": 2, "rows": 4})
-COMPLETED = ("image_generation.completed", {"b64_json": png()})
+ROW = (
+    "image_generation.partial_image",
+    {"image_index": 0, "row": 1, "rows": 4, "b64_json": base64.b64encode(b"jpeg").decode()},
+)
+ROW_ALONE = ("image_generation.partial_image", {"image_index": 0, "row": 2, "rows": 4})
+COMPLETED = ("image_generation.completed", {"image_index": 0, "b64_json": png()})
 GOOD = Answer(200, events(ROW, ROW_ALONE, COMPLETED), EVENTS)
 
 
@@ -72,7 +75,7 @@ def refusal(backend: RemoteBackend, wanted: Request | None = None) -> tuple[str,
     return end.error.reason, end.error.message, end.error.retry_after
 
 
-def test_each_image_is_a_request_with_all_settings(server: ScriptedServer, backend: RemoteBackend) -> None:
+def test_each_condition_is_a_request_with_all_settings(server: ScriptedServer, backend: RemoteBackend) -> None:
     assert backend.facts == CLASS_FACTS
     found = answer(backend, request(2))
     assert [each for each in found if isinstance(each, Rows)][:2] == [Rows((0,), 1, 4, (b"jpeg",)), Rows((0,), 2, 4)]
@@ -91,6 +94,12 @@ def test_each_image_is_a_request_with_all_settings(server: ScriptedServer, backe
     body = server.requests[-1][2]
     assert (body["image"], body["keep_rows"]) == (base64.b64encode(b"file").decode(), 2)
     assert body["guidance_steps"] == 3
+
+
+def test_images_of_one_condition_share_a_request_up_to_the_limit_of_the_server() -> None:
+    wanted = replace(request(), conditions=(1, 1, 1, 2, 2, 2, 2), indices=(0, 1, 2, 3, 4, 6, 7))
+    assert split(wanted, 2) == [range(0, 2), range(2, 3), range(3, 5), range(5, 7)]
+    assert split(wanted, 9) == [range(0, 3), range(3, 5), range(5, 7)]
 
 
 def test_a_reconstruction_has_pixels_and_codes(server: ScriptedServer, backend: RemoteBackend) -> None:
@@ -137,7 +146,14 @@ BROKEN: list[tuple[Answer, tuple[str, str, float | None]]] = [
     (Answer(200, events(ROW, ("error", error("it died", "lost"))), EVENTS), ("lost", "it died", None)),
     (Answer(200, events(("error", "broken")), EVENTS), ("failed", UNKNOWN, None)),
     (Answer(200, events(("image_generation.completed", {})), EVENTS), ("failed", UNKNOWN, None)),
-    (Answer(200, events(("image_generation.completed", {"b64_json": "AAAA"})), EVENTS), ("failed", UNKNOWN, None)),
+    (
+        Answer(200, events(("image_generation.completed", {**COMPLETED[1], "b64_json": "AAAA"})), EVENTS),
+        ("failed", UNKNOWN, None),
+    ),
+    (
+        Answer(200, events(("image_generation.completed", {**COMPLETED[1], "image_index": 1})), EVENTS),
+        ("failed", UNKNOWN, None),
+    ),
     (Answer(200, events(("image_generation.completed", "[" * 100_000)), EVENTS), ("failed", UNKNOWN, None)),
     (Answer(200, b"event: x\ndata: \xff\n\n", EVENTS), ("failed", UNKNOWN, None)),
     (Answer(200, b"x", EVENTS, {"Content-Encoding": "gzip"}), ("lost", LOST, None)),
