@@ -152,12 +152,14 @@ def test_a_late_request_ends_whether_it_waits_or_runs(start: Start) -> None:
     engine = ScriptedEngine()
     dispatcher = start(engine)
     engine.gate.clear()
-    running = submit(dispatcher, 1, seconds=0.05)
+    running = Heard()
+    ticket = dispatcher.submit(request(1), running, 600)
     assert engine.started.wait(SECONDS)
+    ticket.deadline = ticket.arrived  # type: ignore[attr-defined]
     waiting = submit(dispatcher, 2, top_k=5, seconds=0.0)
     assert waiting.reason == "late"
+    assert str(waiting.error) == "the request was not finished in 0 s"
     assert running.reason == "late"
-    assert str(running.error) == "the request was not finished in 0.05 s"
     engine.gate.set()
     assert submit(dispatcher, 3).finished
     assert engine.batches == [[1], [3]]
@@ -286,4 +288,4 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(start: Start) -> No
     state = dispatcher._slots[0].state
     assert state is not None
     assert state.cancels == []
-    assert state.worker._inbox._cancelled <= state.worker._inbox._seen  # type: ignore[attr-defined]
+    until(lambda: state.worker._inbox._cancelled == set())  # type: ignore[attr-defined]

@@ -11,10 +11,12 @@ from PIL import Image
 
 from llamagen import LlamaGen
 from llamagen.finite import NotFiniteError
-from serving.engine.embedded import BUG, EmbeddedEngine
+from llamagen.sampling.cpu.decoder import CPUCodeDecoder
+from serving.engine.embedded import BUG, EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
 from serving.engine.inbox import WorkInbox
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Rows
+from serving.engine.spec import WorkerSpec
 from tests.pipeline import Pipeline
 from tests.serving.engine.conftest import Start
 from tests.serving.engine.scripted import Heard
@@ -202,7 +204,7 @@ def test_a_batch_that_nobody_wants_stops_at_a_row_and_cancelled_images_are_not_d
 
     def report(message: Report) -> None:
         reports.append(message)
-        if isinstance(message, RowsReport) and message.row == 2:
+        if len(reports) == 2:
             inbox.cancel(work.key for work in first)
             inbox.cancel([8])
         if isinstance(message, ImageReport):
@@ -213,6 +215,7 @@ def test_a_batch_that_nobody_wants_stops_at_a_row_and_cancelled_images_are_not_d
     engine.run(inbox, report)
     assert [each.row for each in reports if isinstance(each, RowsReport)] == [1, 2, 1, 2, 3, 4]
     assert set(images(reports)) == {9}
+    assert {key for each in reports if isinstance(each, RowsReport) for key in each.keys} == {0, 1, 9}
 
 
 def test_a_gpu_decodes_while_the_next_batch_is_sampled(model: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,3 +242,28 @@ def test_a_gpu_decodes_while_the_next_batch_is_sampled(model: LlamaGen, monkeypa
     EmbeddedEngine(model).run(inbox, report)
     rows = ["row 1", "row 2", "row 3", "row 4"]
     assert order == [*rows, "wait", "image", "image", *rows, "wait", "image"]
+
+
+def test_bfloat16_is_compiled_so_that_images_do_not_depend_on_their_batch(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4)
+    engine = load_engine(spec)
+    together = images(run(engine, works(engine.model, 4)))
+    for work in works(engine.model, 4):
+        assert np.array_equal(images(run(engine, [work]))[work.key], together[work.key])
+    assert caplog.text == ""
+
+    def fail(self: CPUCodeDecoder, *arguments: Any) -> None:
+        raise ValueError("there is no\ncompiler")
+
+    monkeypatch.setattr(CPUCodeDecoder, "__init__", fail)
+    assert run(load_engine(spec), works(engine.model, 1))
+    assert caplog.messages == [
+        "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so images may depend on their batch; "
+        "use float32 to avoid this"
+    ]
+
+
+def test_a_tokenizer_needs_no_preparation(pipeline: Pipeline) -> None:
+    assert load_engine(WorkerSpec(str(pipeline.tokenizer), batch_size=2)).facts.kind == "tokenizer"

@@ -101,7 +101,7 @@ def test_a_worker_that_hangs_is_killed_after_the_deadline(start: Start, monkeypa
     monkeypatch.setattr(dispatcher_module, "PATIENCE", 0.1)
     dispatcher = start(SCRIPTED)
     pid, late, after = worker_pid(dispatcher), Heard(), Heard()
-    dispatcher.submit(request(1, 1, DEADLY), late, 0.1)
+    dispatcher.submit(request(1, 1, DEADLY), late, 2.0)
     assert late.reason == "late"
     dispatcher.submit(request(2), after)
     assert after.finished

@@ -115,7 +115,7 @@ def test_a_worker_that_does_not_stop_a_late_request_is_killed_and_replaced(
 
     class Hanging(ScriptedEngine):
         def _generate(self, batch: list[Work], inbox: Inbox, report: Callable[[Report], None]) -> None:  # type: ignore[override]
-            if len(self.batches) == 1:
+            if batch[0].condition == DEADLY:
                 hangs.wait(SECONDS)
                 raise DeadError
             super()._generate(batch, inbox, report)
@@ -127,10 +127,12 @@ def test_a_worker_that_does_not_stop_a_late_request_is_killed_and_replaced(
 
     monkeypatch.setattr(slot, "start_worker", lambda source, heard, ended, stopped: Killable(source, heard, ended))
     monkeypatch.setattr(dispatcher_module, "PATIENCE", 0.01)
-    deaths = Deaths()
-    dispatcher = start(Hanging(), observer=deaths)
+    engine, deaths = Hanging(), Deaths()
+    dispatcher = start(engine, observer=deaths)
     late, after = Heard(), Heard()
-    dispatcher.submit(request(1), late, 0.01)
+    ticket = dispatcher.submit(request(1, 1, DEADLY), late)
+    assert engine.started.wait(SECONDS)
+    ticket.deadline = 0.0  # type: ignore[attr-defined]
     dispatcher.submit(request(2, top_k=5), after)
     assert late.reason == "late"
     assert after.finished
