@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_extra("the server", ("fastapi", "uvicorn", "prometheus_client"))
     share_cores()  # footgun: before torch is imported, when OpenMP reads its settings
     begin = time.monotonic()
+    connection = listen(options.host, options.port, "the server")
     with stage("libraries"):
         from serving.engine.dispatcher import Dispatcher
         from serving.server.app import build_app
@@ -31,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from serving.server.options import ServerOptions
         from serving.server.workers import worker_specs
     keys, specs = read_keys(options.api_key_file), worker_specs(options)
-    connection = listen(options.host, options.port, "the server")
     metrics = Metrics()
     with stage(f"model {options.model} on {', '.join(str(spec.device) for spec in specs)}"):
         backend = Dispatcher(specs, queue=options.queue, observer=metrics)

@@ -241,7 +241,7 @@ def test_clients_that_leave_half_way_leave_nothing_behind(pipeline: Pipeline) ->
 
 @pytest.mark.slow
 def test_errors_of_the_start_are_one_line_with_exit_code_2(tmp_path: Path) -> None:
-    for arguments in (["nowhere"], ["c2i_B_256", "--api-key-file", "nowhere"], ["x", "--host", "no.such.host.invalid"]):
+    for arguments in (["nowhere", "--devices", "cpu"], ["x", "--host", "no.such.host.invalid"]):
         done = subprocess.run(
             [sys.executable, "-m", "serving.server", *arguments],
             capture_output=True,

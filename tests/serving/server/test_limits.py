@@ -1,5 +1,6 @@
 """Full queues, time limits, API keys, and metrics."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 from serving.engine.requests import RequestError
-from serving.server.body import BodyBudget, BodyShare
+from serving.server.body import BODY, BodyBudget, BodyShare, read_json
 from serving.server.errors import STATUS, ApiError
 from serving.server.keys import KeyCheck, read_keys
 from serving.server.metrics import Metrics
@@ -133,6 +135,21 @@ def test_bodies_of_all_requests_share_a_limit_of_memory() -> None:
     first.release()
     second.grow(3)
     assert budget.used == 3
+
+
+def test_a_body_without_end_is_read_to_the_limit_only() -> None:
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 100
+        return {"type": "http.request", "body": b" " * 100, "more_body": True}
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "headers": headers, BODY: BodyShare(BodyBudget(10**9))}
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read_json(Request(scope, receive), ServerOptions(max_body=1000)))
+    assert (caught.value.status, read) == (413, 1100)
 
 
 def test_the_memory_of_a_body_is_released_when_its_request_ends() -> None:
