@@ -209,8 +209,8 @@ def mounted(source: Path, target: Path) -> Iterator[None]:
 
 
 def size_in_mb(root: Path) -> float:
-    """Size of the files of a folder in MB, without mounted ones."""
-    done = subprocess.run(["du", "-sxk", str(root)], capture_output=True, text=True, check=True)
+    """Size of the files of a folder in MB."""
+    done = subprocess.run(["du", "-sk", str(root)], capture_output=True, text=True, check=True)
     return round(int(done.stdout.split()[0]) * 1024 / 1e6, 1)
 
 
@@ -240,9 +240,9 @@ def main(given: Sequence[str] | None = None) -> None:
             start = time.monotonic()
             build.run(step)
             record["steps"].append({"step": f"{step.name} {step.text}", "seconds": round(time.monotonic() - start, 1)})
-        record["mb"] = size_in_mb(build.root)
         mounts.enter_context(mounted(options.model.resolve(), build.root / "model"))
         record["server"] = check_server(build, Path("/model"))
+    record["mb"] = size_in_mb(build.root)  # without what was mounted
     for step_record in record["steps"]:
         print(f"{step_record['seconds']:7.1f} s  {step_record['step'][:100]}")
     print(f"{record['mb'] - record['mb_before']:.0f} MB more than the base; server: {record['server']}")
