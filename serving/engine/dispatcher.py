@@ -227,9 +227,10 @@ class Dispatcher:
             self._rows(state, report)
         elif isinstance(report, ImageReport):
             self._finish(state, report)
+            self._changed.notify_all()
         else:
             self._fail(state, report)
-        self._changed.notify_all()
+            self._changed.notify_all()
 
     def worker_started(self, seconds: float) -> None:
         """A worker is ready."""
@@ -255,6 +256,7 @@ class Dispatcher:
         rows = self.facts.grid or report.row
         if report.row >= rows:
             state.is_finishing = True
+            self._changed.notify_all()
         parts: dict[Accepted, list[tuple[int, int]]] = {}
         for place, key in enumerate(report.keys):
             if (image := state.running.get(key)) is not None:
@@ -298,7 +300,7 @@ class Dispatcher:
             while not self._closed:
                 now = time.monotonic()
                 for accepted in [each for each in self._active if each.deadline <= now]:
-                    message = f"the request was not finished in {accepted.deadline - accepted.arrived:.0f} s"
+                    message = f"the request was not finished in {accepted.deadline - accepted.arrived:g} s"
                     self.end(accepted, RequestError("late", message, self._seconds_for(accepted.size)))
                 for slot in self._slots:
                     slot.kill_if_silent(now - PATIENCE)

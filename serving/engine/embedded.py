@@ -257,20 +257,17 @@ def load_engine(spec: WorkerSpec) -> EmbeddedEngine:
         ValueError: in one line, as ``LlamaGen.from_pretrained`` does.
     """
     parts = load_parts(find_source(spec.source, spec.tokenizer), spec.text_encoder, spec.device, spec.dtype)
-    engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size))
-    if parts.gpt is not None and parts.dtype != "float32":
-        # Only compiled steps round the logits of an image in the same way in any batch.
-        try:
-            engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=True))
-            engine.prepare()
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            LOGGER.warning(
-                "sampling in %s is not compiled (%s), so images may depend on their batch; use float32 for images that "
-                "do not",
-                parts.dtype,
-                reason,
-            )
-            engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=False))
-    engine.prepare()
+    # In other precisions than float32 only compiled steps round the logits of an image in the same way in any batch.
+    must_compile = parts.gpt is not None and parts.dtype != "float32"
+    engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=True if must_compile else None))
+    try:
+        engine.prepare()
+    except Exception as error:
+        if not must_compile:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warning = "sampling in %s is not compiled (%s), so images may depend on their batch; use float32 to avoid this"
+        LOGGER.warning(warning, parts.dtype, reason)
+        engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=False))
+        engine.prepare()
     return engine

@@ -11,7 +11,7 @@ class WorkInbox:
     """Work for the engine of a thread or process, see :class:`~serving.engine.engine.Inbox`.
 
     Args:
-        taken: called in the engine's thread whenever it asks for work, so that it is known to be alive.
+        taken: called in the engine's thread whenever it has nothing to do, so that it is known to be alive.
     """
 
     def __init__(self, taken: Callable[[], object] = lambda: None) -> None:
@@ -31,7 +31,12 @@ class WorkInbox:
     def cancel(self, keys: Iterable[int]) -> None:
         """Nobody wants these images any more."""
         with self._changed:
-            self._cancelled.update(keys)
+            unwanted = set(keys)
+            waiting = {work.key for batch in self._batches for work in batch}
+            if unwanted & waiting:
+                self._batches = deque([work for work in each if work.key not in unwanted] for each in self._batches)
+            # footgun: those that were not taken must not count as seen, or they would be forgotten before they are.
+            self._cancelled |= unwanted - waiting
 
     def forget(self, keys: Iterable[int]) -> None:
         """The engine has reported these images as finished or failed."""
@@ -46,18 +51,16 @@ class WorkInbox:
 
     def take(self, block: bool) -> list[Work]:
         """The next batch, without the images that were cancelled in the meantime."""
-        self._taken()
+        if block:
+            self._taken()
         with self._changed:
             # An engine that has read that a key is cancelled ends its image before it asks for more work.
             self._cancelled -= self._seen
             self._seen.clear()
             while not self._closed:
                 while self._batches:
-                    batch = self._batches.popleft()
-                    wanted = [work for work in batch if work.key not in self._cancelled]
-                    self._cancelled.difference_update(work.key for work in batch)
-                    if wanted:
-                        return wanted
+                    if batch := self._batches.popleft():
+                        return list(batch)
                 if not block:
                     break
                 self._changed.wait()

@@ -144,7 +144,7 @@ class Load:
         waiting: images in the queue.
         running: images that are being generated.
         workers: workers that are alive.
-        images_per_second: rate of the last minutes; None if unknown.
+        images_per_second: rate of the last minutes while workers were busy; None if unknown.
     """
 
     ready: bool
@@ -164,11 +164,13 @@ class Backend(Protocol):
 
         Args:
             request: a valid request.
-            listener: called with each event from a thread of the backend. It must return soon and raise nothing.
+            listener: called with each event from a thread of the backend, which may be the same for all requests. It
+                must return soon and raise nothing.
             seconds: time limit from now; then the request ends with reason ``late``.
 
         Raises:
-            RequestError: ``full``, ``stopping`` or ``invalid``; then the listener is never called.
+            RequestError: ``full``, ``stopping``, ``invalid``, or ``lost`` while no worker can be started; then the
+                listener is never called.
         """
 
     def load(self) -> Load:

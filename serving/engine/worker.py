@@ -13,7 +13,7 @@ from serving.engine.spec import WorkerSpec
 LOGGER = logging.getLogger("serving")
 
 Heard = Callable[[Report | None], None]
-"""Takes the reports of a worker; None says only that it is alive and has ended all earlier batches."""
+"""Takes the reports of a worker; None says that it is alive and has nothing to do."""
 WorkerSource = WorkerSpec | Callable[[], Engine]
 """A process, or what a thread calls first to get its engine."""
 

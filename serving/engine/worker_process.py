@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from threading import Lock, Thread
+from threading import Lock, RLock, Thread
 from typing import TYPE_CHECKING, Any
 
 from llamagen.command import fault_of
@@ -67,9 +67,13 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     share_cores()
+    from tqdm import tqdm
+
     from serving.engine.inbox import WorkInbox
     from serving.engine.worker import finished_keys
 
+    # footgun: otherwise its first bar makes a semaphore of the system, which stays when this process is killed.
+    tqdm.set_lock(RLock())
     lock = Lock()
 
     def send(message: Any) -> None:

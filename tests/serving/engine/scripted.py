@@ -1,6 +1,7 @@
 """An engine without a model, whose batches run when a test says so."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from llamagen.sampling import SamplingConfig
 from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import Ended, Event, Finished, ImageRequest, RequestError, Rows
+from serving.engine.spec import WorkerSpec
 
 FACTS = ModelFacts(
     name="scripted",
@@ -80,6 +82,13 @@ def request(seed: int, count: int = 1, condition: int = 1, **settings: Any) -> I
     return ImageRequest((condition,) * count, tuple(range(count)), seed, SamplingConfig(**settings))
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition that another thread makes true."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 @dataclass
 class Heard:
     """A listener that remembers the events of one request."""
@@ -117,3 +126,15 @@ class Heard:
         images = {event.image: event for event in found}
         assert len(images) == len(found)
         return images
+
+
+def hanging_engine(spec: WorkerSpec) -> ScriptedEngine:
+    """An engine, for a worker process, that never ends a batch whose first image is deadly."""
+
+    class Hanging(ScriptedEngine):
+        def _generate(self, batch: Sequence[Work], inbox: Inbox, report: Callable[[Report], None]) -> None:
+            if batch[0].condition == DEADLY:
+                threading.Event().wait()
+            super()._generate(batch, inbox, report)
+
+    return Hanging()
