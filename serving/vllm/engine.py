@@ -114,6 +114,11 @@ class VLLMEngine:
         self.capacity, self.gpt_config = capacity, parts.gpt.config
         _check_ranks(tensor_parallel, self.gpt_config)
         own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if own.type == "cuda" and own.index:
+            raise ValueError(
+                f"device is {own}, but vLLM takes the first GPUs that it sees; leave device out and set "
+                f"CUDA_VISIBLE_DEVICES={own.index}"
+            )
         self.model = LlamaGen(parts, capacity, compile=False)
         parts.tokenizer.to(own)
         self.facts = ModelFacts.from_model(self.model)

@@ -94,7 +94,7 @@ def test_vllms_own_sampling_is_refused() -> None:
 
 
 def test_rows_of_all_settings_sample_the_codes_of_our_sampler() -> None:
-    logits = torch.cat([normal_input("vllm/logits", (5, 48)), torch.full((5, 1), -torch.inf)], dim=1)
+    logits = torch.cat([normal_input("vllm/logits", (9, 48)), torch.full((9, 1), -torch.inf)], dim=1)
     logits[3, :48] = -torch.inf  # not finite before: no noise may make a code of it
     logits[3, 48] = 0.0
     settings = [
@@ -103,8 +103,12 @@ def test_rows_of_all_settings_sample_the_codes_of_our_sampler() -> None:
         RequestSettings(SamplingConfig(top_p=0.5, top_k=9), seed=2**64 + 4, index=2**40),
         RequestSettings(SamplingConfig(top_p=0.5, top_k=9)),
         RequestSettings(SamplingConfig(temperature=0.5, top_k=5), seed=-3, index=0),
+        *(RequestSettings(SamplingConfig(temperature=4.0), seed=seed, index=5) for seed in range(4)),
     ]
-    rows, steps = {row: Row(each, 16) for row, each in enumerate(settings)}, {0: 0, 1: 7, 2: 9, 3: 9, 4: 15}
+    rows, steps = (
+        {row: Row(each, 16) for row, each in enumerate(settings)},
+        dict(enumerate([0, 7, 9, 9, 15, 2, 2, 2, 2])),
+    )
     found = add_noise(logits.clone(), rows, steps, code_counters(48)).argmax(-1).tolist()
     again = add_noise(logits.clone(), rows, torch.tensor(list(steps.values())), code_counters(48)).argmax(-1).tolist()
     expected = [
