@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from serving.ray_serve.options import Options
 
 PORT = 8000
+CONNECT_SECONDS = 10.0
 OBJECT_STORE = 512 * 2**20
 """Shared memory for finished images on their way to the ingress, in bytes."""
 
@@ -109,8 +111,9 @@ def _connect(address: str | None, options: "Options") -> None:
 
     if address is not None:
         try:
+            _check_reachable(address)
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"there is no Ray cluster at --address {address} ({_last_line(str(error))}); start one on this machine "
                 "with ray start --head, or join one with ray start --address=…"
@@ -133,6 +136,14 @@ def _connect(address: str | None, options: "Options") -> None:
             f"{most} replicas need {most * each:g} {name}s, and this machine has {available.get(name, 0):g}; start "
             "fewer --replicas" + ("" if on_gpus else ", or give each fewer --cpus")
         )
+
+
+def _check_reachable(address: str) -> None:
+    """Connect once: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
+            pass
 
 
 def _run(application: "Application", name: str) -> None:

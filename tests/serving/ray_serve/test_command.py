@@ -1,5 +1,6 @@
 """Options of the application and of the command, without a cluster."""
 
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,3 +98,11 @@ def test_a_replica_that_cannot_load_the_model_says_so_in_one_line(
     with pytest.raises(ValueError) as reported:
         command._run(object(), "llamagen")  # type: ignore[arg-type]
     assert str(reported.value) == str(raised.value)
+
+
+def test_an_address_without_a_cluster_is_an_error_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"there is no Ray cluster at --address {address} .*refused"):
+            command._connect(address, options())
