@@ -19,6 +19,8 @@ from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
 
 WARM_UP = 3
+MAX_GRAPHS = 32
+"""Maximum number of graphs, so that a server whose clients vary the settings does not fill the memory."""
 
 
 @contextmanager
@@ -182,9 +184,11 @@ class StepGraphs:
 
     def _graph(self, config: SamplingConfig, guided: bool) -> Callable[[], None]:
         key = (guided, config.temperature, config.top_k, config.top_p)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(config, guided)
-        return self._graphs[key]
+        graph = self._graphs.pop(key, None) or self._capture(config, guided)
+        self._graphs[key] = graph  # the last one of the dict is the one used last
+        while len(self._graphs) > MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return graph
 
     def _capture(self, config: SamplingConfig, guided: bool) -> Callable[[], None]:
         state = [(tensor, tensor.clone()) for tensor in (self.codes, self.broken, self._step, self._position)]

@@ -89,6 +89,26 @@ def test_codes_after_kept_ones_equal_those_of_uncached_sampling(kind: str, setti
 
 
 @torch.no_grad()
+def test_graphs_of_settings_that_were_not_used_for_long_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MAX_GRAPHS", 3)
+    captured, capture = list[float](), gpu.StepGraphs._capture
+
+    def counted(self: gpu.StepGraphs, config: SamplingConfig, guided: bool) -> Callable[[], None]:
+        captured.append(config.temperature)
+        return capture(self, config, guided)
+
+    monkeypatch.setattr(gpu.StepGraphs, "_capture", counted)
+    gpt, _ = request_for("class", SamplingConfig())
+    decoder = gpu.GPUCodeDecoder(gpt, 3, torch.float32)
+    for temperature in (1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 2.0):  # 2.0 is dropped for 4.0
+        config = SamplingConfig(temperature)
+        _, request = request_for("class", config)
+        expected = plain_loop(gpt, request.condition, config, None, 11, request.indices)
+        assert torch.equal(decoder(request).codes, expected)
+    assert captured == [1.0, 2.0, 3.0, 4.0, 2.0]
+
+
+@torch.no_grad()
 def test_an_exception_of_the_callback_frees_the_graphs() -> None:
     gpt, request = request_for("class", SamplingConfig(0.0, guidance_scale=2.0))
     decoder, parts = gpu.GPUCodeDecoder(gpt, 3, torch.float32), list[Tensor]()
