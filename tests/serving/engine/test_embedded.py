@@ -12,8 +12,9 @@ from PIL import Image
 from llamagen import LlamaGen
 from llamagen.finite import NotFiniteError
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
-from serving.engine.embedded import BUG, EmbeddedEngine, load_engine
+from serving.engine.embedded import EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
+from serving.engine.failures import BUG, NO_MEMORY
 from serving.engine.inbox import WorkInbox
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Rows
 from serving.engine.spec import WorkerSpec
@@ -164,7 +165,8 @@ def test_pixels_that_are_not_finite_fail_one_image(model: LlamaGen, monkeypatch:
     [
         (RecursionError("deep"), {2}, BUG, 5),
         (ValueError("of a library"), {2}, BUG, 5),
-        (torch.OutOfMemoryError("no room"), {0, 1, 2, 3}, "out of memory", 1),
+        (FileNotFoundError(2, "no such file", "/home/llamagen/secret"), {2}, BUG, 5),
+        (torch.OutOfMemoryError("no room on GPU 0"), {0, 1, 2, 3}, NO_MEMORY, 1),
     ],
 )
 def test_an_error_fails_as_few_images_as_possible(
@@ -181,7 +183,7 @@ def test_an_error_fails_as_few_images_as_possible(
     monkeypatch.setattr(model, "generate_codes", fail)
     reports = run(EmbeddedEngine(model), works(model, 4))
     assert {key for each in failures(reports) for key in each.keys} == failed
-    assert all(each.message.startswith(message) and not each.is_users for each in failures(reports))
+    assert all(each.message == message and not each.is_users for each in failures(reports))
     assert set(images(reports)) == {0, 1, 2, 3} - failed
     assert len(sizes) == calls
 
