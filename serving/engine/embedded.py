@@ -10,20 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
-from llamagen.command import fault_of
-from llamagen.finite import NotFiniteError
 from llamagen.pretrained.loading import load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import Images
-from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, RowsReport, Work
+from serving.engine.engine import ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
+from serving.engine.failures import blame, report_failure
 from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.engine.spec import WorkerSpec
 from serving.engine.uploads import read_image
 
 LOGGER = logging.getLogger("serving")
-BUG = "something went wrong on the server, whose log shows what"
-"""What the owner of a request reads about a bug."""
 
 
 class EmbeddedEngine:
@@ -32,13 +29,17 @@ class EmbeddedEngine:
     Args:
         model: the model. All calls must come from one thread.
         clock: seconds, for the share of time of previews.
+
+    Attributes:
+        decodes_later: whether a batch is decoded while the next one is sampled, as a GPU can. A CPU cannot, so there
+            finished images are reported at once.
     """
 
     is_continuous = False
 
     def __init__(self, model: LlamaGen, clock: Callable[[], float] = time.monotonic) -> None:
         self.model, self.facts, self.capacity = model, ModelFacts.from_model(model), model.batch_size
-        self._clock = clock
+        self._clock, self.decodes_later = clock, model.device.type == "cuda"
 
     def prepare(self) -> None:
         """Compile and allocate memory, in the thread that will call :meth:`run`: the first request does not wait."""
@@ -81,12 +82,18 @@ class EmbeddedEngine:
             codes = self._codes(batch, inbox, report, earlier)
             cancelled = inbox.cancelled()
             wanted = [row for row, work in enumerate(batch) if work.key not in cancelled]
-            return _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report) if wanted else None
+            if not wanted:
+                return None
+            pixels = _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report)
+            if self.decodes_later:
+                return pixels
+            pixels.finish()
+            return None
         except _StoppedError:
             return None
         except Exception as error:
-            failed, parts = _blame(error, len(batch))
-            _report_failure(error, [batch[row] for row in failed], report)
+            failed, parts = blame(error, len(batch))
+            report_failure(error, [batch[row] for row in failed], report)
             for part in parts:  # innocent images are generated again
                 if (decoding := self._generate([batch[row] for row in part], inbox, report)) is not None:
                     decoding.finish()
@@ -149,8 +156,7 @@ class EmbeddedEngine:
             try:
                 codes = self.model.encode(self._read(work.image or b""))
             except Exception as error:
-                _blame(error, 1)
-                _report_failure(error, [work], report)
+                report_failure(error, [work], report)
             else:
                 _Decoding(self.model, [work], codes, report).finish()
 
@@ -206,48 +212,13 @@ class _Decoding:
                 raise self._images
             pixels = self._images.numpy()
         except Exception as error:
-            failed, parts = _blame(error, len(self._batch))
-            _report_failure(error, [self._batch[row] for row in failed], self._report)
+            failed, parts = blame(error, len(self._batch))
+            report_failure(error, [self._batch[row] for row in failed], self._report)
             for part in parts:
                 _Decoding(self._model, [self._batch[row] for row in part], self._codes[part], self._report).finish()
             return
         for work, image, codes in zip(self._batch, pixels, self._codes.cpu().numpy(), strict=True):
             self._report(ImageReport(work.key, image, codes))
-
-
-def _blame(error: Exception, count: int) -> tuple[list[int], list[list[int]]]:
-    """Which images of a batch an error fails.
-
-    Args:
-        error: what ended the batch.
-        count: number of its images.
-
-    Returns:
-        The images that fail, and parts of the others that are tried again, in halves if the culprit is unknown.
-
-    Raises:
-        Exception: the error, if the device cannot be used any more by this process.
-    """
-    if type(error).__name__ == "AcceleratorError":
-        raise error  # footgun: after such an error all further calls fail, too; the worker must be replaced
-    if isinstance(error, NotFiniteError) and error.rows:
-        failed = sorted(set(error.rows))
-        others = [row for row in range(count) if row not in error.rows]
-        return failed, [others] if others else []
-    if count == 1 or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return list(range(count)), []
-    return [], [list(range(count // 2)), list(range(count // 2, count))]
-
-
-def _report_failure(error: Exception, batch: Sequence[Work], report: Callable[[Report], None]) -> None:
-    if not batch:
-        return
-    fault = fault_of(error)
-    if is_users := fault is not None and isinstance(error, ValueError):
-        LOGGER.info("a request is invalid: %s", error)
-    else:
-        LOGGER.error("%d images failed", len(batch), exc_info=error)
-    report(FailureReport(tuple(work.key for work in batch), fault.message if fault else BUG, is_users))
 
 
 def load_engine(spec: WorkerSpec) -> EmbeddedEngine:

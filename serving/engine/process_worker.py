@@ -3,6 +3,7 @@
 import atexit
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from threading import Lock, Thread
@@ -26,14 +27,15 @@ class ProcessWorker:
         stopped: says that nobody waits for it any more.
 
     Raises:
-        ValueError: in one line, if it cannot load its engine.
-        RuntimeError: if it ended before it was ready, for another reason.
+        ValueError: in one line, if it cannot load its engine, or ended before it was ready.
+        RuntimeError: if it is no longer needed.
     """
 
     def __init__(
         self, spec: WorkerSpec, heard: Heard, ended: Callable[[], None], stopped: Callable[[], bool] = lambda: False
     ) -> None:
         self._heard, self._ended, self._lock = heard, ended, Lock()
+        self._threads: list[Thread] = []
         # A fork would share locks and threads of torch. footgun: the process must not be a daemon of multiprocessing,
         # which may not start processes of its own (an engine may); so it is killed at exit here.
         context = multiprocessing.get_context("spawn")
@@ -49,8 +51,7 @@ class ProcessWorker:
             self.join(5.0)
             raise
         self.facts, self.capacity, self.is_continuous = ready.facts, ready.capacity, ready.is_continuous
-        self._reader = Thread(target=self._read, name="reports", daemon=True)
-        self._reader.start()
+        self._begin(self._read, "reports")
 
     def send(self, batch: Sequence[Work]) -> None:
         """Give it a batch."""
@@ -63,7 +64,7 @@ class ProcessWorker:
     def stop(self) -> None:
         """Ask it to end."""
         # In a thread: the pipe of a process that hangs may be full.
-        Thread(target=self._send, args=(Stop(),), daemon=True).start()
+        self._begin(lambda: self._send(Stop()), "stop")
 
     def kill(self) -> bool:
         """End it at once."""
@@ -76,7 +77,14 @@ class ProcessWorker:
             return False
         self.process.join()
         atexit.unregister(self.kill)
+        for thread in self._threads:
+            thread.join(seconds)
         return True
+
+    def _begin(self, call: Callable[[], None], name: str) -> None:
+        thread = Thread(target=call, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _send(self, message: Any) -> None:
         try:
@@ -93,9 +101,8 @@ class ProcessWorker:
             if isinstance(message, StartFailure):
                 raise ValueError(message.message)
             if isinstance(message, EOFError):
-                raise RuntimeError(
-                    f"the worker of {spec.source} ended while it was starting, see above; it may have run out of memory"
-                )
+                self.process.join(5.0)  # the pipe may end some time before the process
+                raise ValueError(_early_end(spec, self.process.exitcode))
             if stopped():
                 raise RuntimeError("the worker is no longer needed")
 
@@ -114,3 +121,13 @@ class ProcessWorker:
         while not isinstance(message := self._receive(None), EOFError):
             self._heard(message)
         self._ended()
+
+
+def _early_end(spec: WorkerSpec, code: int | None) -> str:
+    """Why there is no worker."""
+    if code == -signal.SIGKILL:
+        return (
+            f"the worker of {spec.source} was killed while it was starting: it may have run out of memory; choose a "
+            "smaller model or a smaller batch size"
+        )
+    return f"the worker of {spec.source} ended while it was starting (exit code {code}); see the lines above"
