@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--cpus",
         type=float,
-        help="CPUs of a replica; by default 1 with --address or --device cuda, else an equal share",
+        help="CPUs of a replica; default 1 with --address or --device cuda, else an equal share",
     )
     add("--servers", type=int, help="number of HTTP servers, default 1")
     add("--queue", type=int, help="images that may wait, for each server, default 256; then status 429")

@@ -73,7 +73,7 @@ def test_a_written_file_has_whole_paths_and_no_fewer_keys(tmp_path: Path, monkey
     text = Path("serve.yaml").read_text()
     (application,) = yaml.safe_load(text)["applications"]
     paths = {name: application["args"][name] for name in ("tokenizer", "text_encoder", "api_key_file")}
-    assert list(paths.values()) == [str(tmp_path / name) for name in ("vq.safetensors", "t5", "keys")]
+    assert list(paths.values()) == [str(tmp_path.resolve() / name) for name in ("vq.safetensors", "t5", "keys")]
     assert "secret" not in text
 
 
