@@ -196,7 +196,7 @@ def test_the_load_is_that_of_the_server(server: ScriptedServer, backend: RemoteB
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (Answer(401, b"{}"), "does not accept this API key; give its key with --api-key-file, or in LLAMAGEN_API_KEY"),
+        (Answer(401, b"{}"), "needs an API key; give its key with --api-key-file, or in LLAMAGEN_API_KEY"),
         (Answer(404, HTML), "is not a server of this project"),
         (Answer(200, HTML), "is not a server of this project"),
         (Answer(200, b'{"data": [{"id": "gpt"}]}'), "is not a server of this project"),
@@ -209,6 +209,12 @@ def test_another_program_is_refused_at_the_start(server: ScriptedServer, found: 
     with pytest.raises(ValueError, match=message) as caught:
         RemoteBackend(server.address)
     assert_one_line(caught)
+
+
+def test_a_wrong_key_is_told_from_a_missing_one(server: ScriptedServer) -> None:
+    server.answers[MODELS] = Answer(401, b"{}")
+    with pytest.raises(ValueError, match="does not accept this API key; give its key with --api-key-file"):
+        RemoteBackend(server.address, "wrong")
 
 
 @pytest.mark.parametrize(
