@@ -36,7 +36,7 @@ USER 1000
 VOLUME /cache
 EXPOSE 8000
 
-# /health answers while the process lives; a load balancer asks /ready, which is 503 while the model loads.
+# /health answers from the start; a load balancer asks /ready, which is 503 while the model is being loaded.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10m \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["python", "-m", "serving.server", "--host", "0.0.0.0", "--port", "8000"]

@@ -26,7 +26,7 @@ class ClassNames:
     def __init__(self, names: Sequence[str], ids: Sequence[str] | None = None) -> None:
         if ids is not None and len(ids) != len(names):
             raise ValueError(f"{len(ids)} ids were given for {len(names)} classes; give one for each class")
-        self.names = tuple(names)
+        self.names, self.ids = tuple(names), None if ids is None else tuple(ids)
         self._exact: dict[str, list[int]] = {}
         self._words: dict[str, set[int]] = {}
         for number, name in enumerate(names):

@@ -69,7 +69,7 @@ def _check_torch(python: Path) -> None:
         _run([str(python), "-c", "import torch"])
     except subprocess.CalledProcessError:
         raise SystemExit(
-            "the torch of the environment for vLLM does not run, most likely because it is a build for CUDA; repeat the "
+            "the torch of the environment for vLLM does not run; most likely it is a build for CUDA: repeat the "
             'command with PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
         ) from None
 

@@ -6,8 +6,8 @@ from llamagen.option_checks import check_integer
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, Request
 
-MAX_INDEX = 2**62
-"""Limit of indices, which the sampler computes with in 64 bits."""
+MAX_INDEX = 2**31 - 1
+"""Maximum index of an image."""
 
 
 def check_request(request: Request, facts: ModelFacts) -> Request:

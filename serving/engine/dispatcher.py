@@ -245,6 +245,9 @@ class Dispatcher:
                 LOGGER.error("an image was lost: %d workers died with it", image.deaths)
                 self.end(image.request, _lost(RETRY[0]))
         self._queue.add(image for image in images if not image.request.has_ended)
+        running = {each.request for slot in self._slots if slot.state for each in slot.state.running.values()}
+        for image in images:
+            image.request.is_running = image.request in running
 
     def given_up(self) -> None:
         """A worker could not be started several times. If no other one is left, nobody should wait any longer."""

@@ -29,13 +29,17 @@ class EmbeddedEngine:
     Args:
         model: the model. All calls must come from one thread.
         clock: seconds, for the share of time of previews.
+
+    Attributes:
+        decodes_later: whether a batch is decoded while the next one is sampled, as a GPU can. A CPU cannot, so there
+            finished images are reported at once.
     """
 
     is_continuous = False
 
     def __init__(self, model: LlamaGen, clock: Callable[[], float] = time.monotonic) -> None:
         self.model, self.facts, self.capacity = model, ModelFacts.from_model(model), model.batch_size
-        self._clock = clock
+        self._clock, self.decodes_later = clock, model.device.type == "cuda"
 
     def prepare(self) -> None:
         """Compile and allocate memory, in the thread that will call :meth:`run`: the first request does not wait."""
@@ -78,7 +82,13 @@ class EmbeddedEngine:
             codes = self._codes(batch, inbox, report, earlier)
             cancelled = inbox.cancelled()
             wanted = [row for row, work in enumerate(batch) if work.key not in cancelled]
-            return _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report) if wanted else None
+            if not wanted:
+                return None
+            decoding = _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report)
+            if self.decodes_later:
+                return decoding
+            decoding.finish()
+            return None
         except _StoppedError:
             return None
         except Exception as error:

@@ -32,6 +32,7 @@ class ModelFacts:
         classes: names of the classes, by number; empty for other models.
         sampling: default settings of sampling, all fields of :class:`~llamagen.sampling.SamplingConfig`.
         parameters: number of parameters of the autoregressive model; None for a tokenizer, or if unknown.
+        class_ids: another name of each class, such as the name of its folder; empty if there are none.
     """
 
     name: str
@@ -47,10 +48,12 @@ class ModelFacts:
     classes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     parameters: int | None = None
+    class_ids: tuple[str, ...] = ()
 
     @classmethod
     def from_model(cls, model: "LlamaGen") -> "ModelFacts":
         """Describe a loaded model."""
+        names = model.class_names
         return cls(
             name=model.name,
             kind=model.condition or "tokenizer",
@@ -62,16 +65,17 @@ class ModelFacts:
             codebook_size=model.tokenizer.config.codebook_size,
             resolution=model.resolution,
             grid=None if model.gpt is None else model.gpt.config.grid_size,
-            classes=() if model.class_names is None else model.class_names.names,
+            classes=() if names is None else names.names,
             sampling=asdict(model.sampling),
             parameters=None if model.gpt is None else sum(each.numel() for each in model.gpt.parameters()),
+            class_ids=() if names is None or names.ids is None or names.ids == names.names else names.ids,
         )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModelFacts":
         """Read :meth:`to_json`. Fields of newer versions are ignored."""
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        return cls(**{**known, "classes": tuple(known.get("classes", ()))})
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("classes", "class_ids")}})
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -79,8 +83,8 @@ class ModelFacts:
 
     @cached_property
     def class_names(self) -> ClassNames:
-        """Names of the classes."""
-        return ClassNames(self.classes)
+        """Names of the classes, which are found by their ids, too."""
+        return ClassNames(self.classes, self.class_ids or None)
 
     def settings(self, given: Mapping[str, Any]) -> SamplingConfig:
         """Settings of sampling: the given ones, and the model's for the others.

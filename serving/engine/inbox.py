@@ -51,20 +51,23 @@ class WorkInbox:
 
     def take(self, block: bool) -> list[Work]:
         """The next batch, without the images that were cancelled in the meantime."""
-        if block:
-            self._taken()
         with self._changed:
             # An engine that has read that a key is cancelled ends its image before it asks for more work.
             self._cancelled -= self._seen
             self._seen.clear()
-            while not self._closed:
+        while True:
+            if block:  # also after a batch that was cancelled before it was taken
+                self._taken()
+            with self._changed:
+                if block and not self._batches:
+                    self._changed.wait_for(lambda: self._closed or self._batches)
+                if self._closed:
+                    return []
                 while self._batches:
                     if batch := self._batches.popleft():
                         return list(batch)
                 if not block:
-                    break
-                self._changed.wait()
-            return []
+                    return []
 
     def cancelled(self) -> set[int]:
         """Keys of all work that nobody wants any more and that was not reported as finished or failed."""

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from threading import Lock, Thread
@@ -26,8 +27,8 @@ class ProcessWorker:
         stopped: says that nobody waits for it any more.
 
     Raises:
-        ValueError: in one line, if it cannot load its engine.
-        RuntimeError: if it ended before it was ready, for another reason.
+        ValueError: in one line, if it cannot load its engine, or ended before it was ready.
+        RuntimeError: if it is no longer needed.
     """
 
     def __init__(
@@ -93,9 +94,8 @@ class ProcessWorker:
             if isinstance(message, StartFailure):
                 raise ValueError(message.message)
             if isinstance(message, EOFError):
-                raise RuntimeError(
-                    f"the worker of {spec.source} ended while it was starting, see above; it may have run out of memory"
-                )
+                self.process.join(5.0)  # the pipe may end some time before the process
+                raise ValueError(_early_end(spec, self.process.exitcode))
             if stopped():
                 raise RuntimeError("the worker is no longer needed")
 
@@ -114,3 +114,13 @@ class ProcessWorker:
         while not isinstance(message := self._receive(None), EOFError):
             self._heard(message)
         self._ended()
+
+
+def _early_end(spec: WorkerSpec, code: int | None) -> str:
+    """Why there is no worker."""
+    if code == -signal.SIGKILL:
+        return (
+            f"the worker of {spec.source} was killed while it was starting: it may have run out of memory; choose a "
+            "smaller model or a smaller batch size"
+        )
+    return f"the worker of {spec.source} ended while it was starting (exit code {code}); see the lines above"

@@ -179,7 +179,11 @@ class WorkerSlot:
     def join(self, seconds: float) -> None:
         """Wait until the worker has ended; kill it if it takes longer."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            # footgun: it hangs in the pipe of a process that does not read.
+            if self._thread.is_alive() and (state := self.state) is not None:
+                state.worker.kill()
+                self._thread.join(5.0)
         state, self.state = self.state, None
         if state is not None and not state.worker.join(seconds):
             state.worker.kill()

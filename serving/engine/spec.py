@@ -9,6 +9,13 @@ from typing import Any
 
 ENGINES = {"embedded": "serving.engine.embedded:load_engine", "vllm": "serving.vllm.engine:load_engine"}
 """By name of an engine, a function that builds it from a :class:`WorkerSpec`."""
+BATCH = {"cpu": 4, "cuda": 16}
+"""Images at a time by default: few on a CPU, so that the first ones are finished early."""
+
+
+def default_batch_size(device: str) -> int:
+    """Images at a time on a device such as ``cpu`` or ``cuda:1``, see :data:`BATCH`."""
+    return BATCH["cpu" if device.startswith("cpu") else "cuda"]
 
 
 @dataclass(frozen=True)

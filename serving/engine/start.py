@@ -17,8 +17,7 @@ def start_worker(source: WorkerSource, heard: Heard, ended: Callable[[], None], 
         stopped: says that nobody waits for it any more.
 
     Raises:
-        ValueError: in one line, if its engine cannot be loaded.
-        RuntimeError: if it ended before it was ready, for another reason.
+        ValueError: in one line, if its engine cannot be loaded, or its process ended before it was ready.
     """
     if isinstance(source, WorkerSpec):
         return ProcessWorker(source, heard, ended, stopped)

@@ -57,8 +57,10 @@ class ThreadWorker:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if self._error is not None:
+        if isinstance(self._error, Exception):
             raise self._error
+        if self._error is not None:  # such as SystemExit, which would end the caller's thread without a word
+            raise RuntimeError(f"the engine was not built: {self._error!r}") from self._error
 
     def send(self, batch: Sequence[Work]) -> None:
         """Give it a batch."""

@@ -2,11 +2,9 @@
 
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
-from serving.engine.spec import WorkerSpec
+from serving.engine.spec import WorkerSpec, default_batch_size
 from serving.page.generation import MAX_IMAGES
 
-BATCH = {"cpu": 4, "cuda": 16}
-"""Images that are generated at a time: few on a CPU, so that the first ones are finished early."""
 MAX_WAITING = 32 * MAX_IMAGES
 """Maximum number of images that wait."""
 
@@ -27,7 +25,7 @@ def local_backend(
         text_encoder: name or folder of the T5; None for the model's.
         device: None for a GPU if there is one.
         dtype: None for the model's.
-        batch_size: images that are generated at a time; None for :data:`BATCH`.
+        batch_size: images that are generated at a time; None for the default of the device.
 
     Raises:
         ValueError: in one line, if the model cannot be loaded.
@@ -35,6 +33,6 @@ def local_backend(
     import torch
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count = batch_size or BATCH["cpu" if str(place).startswith("cpu") else "cuda"]
+    count = batch_size or default_batch_size(place)
     spec = WorkerSpec(source, tokenizer, text_encoder, device, dtype, count)
     return Dispatcher(lambda: load_engine(spec), queue=MAX_WAITING)

@@ -12,14 +12,13 @@ from llamagen.command import fault_of
 from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
-from serving.engine.spec import WorkerSpec
+from serving.engine.spec import BATCH, WorkerSpec
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
 from serving.ray_serve.parts import images_per_call
 from serving.ray_serve.replica import Replica
 from serving.server.keys import read_keys
 from serving.server.options import ServerOptions
-from serving.server.workers import BATCH
 
 NAME = "llamagen"
 """Name of the application."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llamagen.command import run_command
 from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
+from serving.server.starting import answered_while_starting
 from serving.start import address, listen, port_number, require_extra, stage
 
 PORT = 8000
@@ -23,18 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     share_cores()  # footgun: before torch is imported, when OpenMP reads its settings
     begin = time.monotonic()
     connection = listen(options.host, options.port, "the server")
-    with stage("libraries"):
-        from serving.engine.dispatcher import Dispatcher
-        from serving.server.app import build_app
-        from serving.server.connections import FORCED, build_server
-        from serving.server.keys import read_keys
-        from serving.server.metrics import Metrics
-        from serving.server.options import ServerOptions
-        from serving.server.workers import worker_specs
-    keys, specs = read_keys(options.api_key_file), worker_specs(options)
-    metrics = Metrics()
-    with stage(f"model {options.model} on {', '.join(str(spec.device) for spec in specs)}"):
-        backend = Dispatcher(specs, queue=options.queue, observer=metrics)
+    with answered_while_starting(connection):
+        with stage("libraries"):
+            from serving.engine.dispatcher import Dispatcher
+            from serving.server.app import build_app
+            from serving.server.connections import FORCED, build_server
+            from serving.server.keys import read_keys
+            from serving.server.metrics import Metrics
+            from serving.server.options import ServerOptions
+            from serving.server.workers import worker_specs
+        keys, specs = read_keys(options.api_key_file), worker_specs(options)
+        metrics = Metrics()
+        with stage(f"model {options.model} on {', '.join(str(spec.device) for spec in specs)}"):
+            backend = Dispatcher(specs, queue=options.queue, observer=metrics)
+    server = None
     try:
         limits = ServerOptions(options.max_images, options.timeout, keys)
         server = build_server(build_app(backend, limits, metrics), backend, options.timeout)
@@ -42,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{backend.facts.description}\nServing at {address(connection)} ({seconds:.1f} s)", flush=True)
         server.run(sockets=[connection])
     finally:
-        backend.close()
-    if server.signals > 1:
+        if server is None or server.signals < 2:
+            backend.close()
+    if server.signals > 1:  # nobody waits for the workers, which are killed at exit
         raise SystemExit(FORCED)
 
 

@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastapi import Response
 from PIL import Image
 
 from serving.engine.facts import ModelFacts
-from serving.engine.requests import Finished, ImageRequest, RequestError, Ticket
+from serving.engine.requests import Finished, ImageRequest, Ticket
 from serving.image_settings import png_file
 from serving.server.errors import ApiError
 from serving.server.generation import Order
@@ -57,7 +57,7 @@ class Answer:
             if news.ended.error is not None:
                 raise news.ended.error
             data = [await items[position] for position in range(len(self.order.request))]
-            content = {"created": self._created, "data": data, **self._common(), "usage": self._usage(len(data))}
+            content = {"created": self._created, "data": data, **self._common(), "usage": self._usage(data)}
             return (await asyncio.to_thread(json.dumps, content)).encode()
 
     async def events(self, progress: Progress, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -66,26 +66,32 @@ class Answer:
         While others are generated first, comments say how many: ``: ahead 12``. Clients ignore what they do not know.
         """
         partials: dict[int, int] = {}
-        ahead = 0
+        ahead, spoken = 0, time.monotonic()
         while True:
             before, ahead = ahead, ticket.ahead
             if ahead or before:
                 yield f": ahead {ahead}\n\n".encode()
-            news = await progress.take(QUEUE_LOOK if ahead else HEARTBEAT)
+                spoken = time.monotonic()
+            silence = time.monotonic() - spoken
+            news = await progress.take(QUEUE_LOOK if ahead else max(HEARTBEAT - silence, 0.0))
             for position, grown in news.grown.items():
                 count = partials.get(position, 0)
                 if self._is_due(grown, count):
                     partials[position] = count + 1
                     yield _event("image_generation.partial_image", self._partial(position, grown, count))
+                    spoken = time.monotonic()
             for image in news.finished:
                 item = await asyncio.to_thread(self._item, image)
                 yield _event("image_generation.completed", self._completed(image.image, item))
+                spoken = time.monotonic()
             if news.ended is not None:
                 if (error := news.ended.error) is not None:
                     yield _event("error", {"type": "error", **ApiError.from_request_error(error).content()})
                 return
-            if not news.grown and not news.finished and not ahead:
+            # Not only without news: the client may want none of the rows.
+            if time.monotonic() - spoken >= HEARTBEAT:
                 yield b": waiting\n\n"
+                spoken = time.monotonic()
 
     def _is_due(self, grown: Grown, count: int) -> bool:
         """Whether a row is sent: all of them, or as many previews as the client wants, evenly spaced."""
@@ -112,7 +118,7 @@ class Answer:
             "image_index": position,
             "created_at": self._created,
             **self._common(),
-            "usage": self._usage(1),
+            "usage": self._usage([item]),
         }
 
     def _common(self) -> dict[str, Any]:
@@ -124,16 +130,19 @@ class Answer:
             "background": "opaque",
         }
 
-    def _usage(self, images: int) -> dict[str, Any]:
+    def _usage(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Codes: those kept of given images, and those of the generated ones. Words of a prompt are not counted."""
         grid, request = self.facts.grid or 0, self.order.request
-        kept = request.keep_rows * grid if isinstance(request, ImageRequest) else grid * grid
-        made = (grid * grid - kept) if isinstance(request, ImageRequest) else 0
+        if isinstance(request, ImageRequest):
+            kept = request.keep_rows * grid * len(items)
+            made = grid * grid * len(items) - kept
+        else:  # images of a tokenizer have different sizes
+            kept, made = sum(len(row) for item in items for row in item["codes"]), 0
         return {
-            "input_tokens": kept * images,
-            "input_tokens_details": {"image_tokens": kept * images, "text_tokens": 0},
-            "output_tokens": made * images,
-            "total_tokens": (kept + made) * images,
+            "input_tokens": kept,
+            "input_tokens_details": {"image_tokens": kept, "text_tokens": 0},
+            "output_tokens": made,
+            "total_tokens": kept + made,
         }
 
     def _item(self, image: Finished) -> dict[str, Any]:
@@ -212,6 +221,3 @@ def encode_image(image: Finished, order: Order, facts: ModelFacts) -> bytes:
 
 def _event(name: str, content: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps({'type': name, **content})}\n\n".encode()
-
-
-__all__ = ["Answer", "EventStream", "RequestError", "encode_image", "json_answer"]

@@ -14,8 +14,12 @@ BODY = "llamagen.body"
 """Key of a request's :class:`BodyShare` in its ASGI scope."""
 MAX_DIGITS = 40
 """Maximum number of digits of an integer; Python refuses to print integers of thousands of digits."""
+MAX_VALUES = 5000
+"""Maximum number of braces, brackets and commas. Valid requests have a few for their fields, and those in texts of at
+most 1,000 characters; an image in base64 has none. Parsing millions of them would take gigabytes of memory."""
 LARGE = 2**16
 """Bodies of more bytes are parsed in a thread, so that other requests do not wait."""
+NOT_PLAIN = "the body has too many values or is nested too deeply; send a JSON object of plain values"
 
 
 class BodyBudget:
@@ -102,11 +106,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ApiError: with status 400 and one sentence, if it is not valid, has a key twice, is nested too deeply, or has
+        ApiError: with status 400 and one sentence, if it is not valid, has a key twice, too many values or levels, or
             numbers that are not finite or too long.
     """
     if not body.strip():
         raise _invalid("the body is empty; send a JSON object")
+    if sum(map(body.count, (b"{", b"[", b","))) > MAX_VALUES:
+        raise _invalid(NOT_PLAIN)
     try:
         content = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_int=_integer)
     except UnicodeDecodeError as error:
@@ -114,7 +120,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _invalid(f"the body is not valid JSON at character {error.pos}: {error.msg.lower()}") from None
     except RecursionError:
-        raise _invalid("the body is nested too deeply; send a JSON object of plain values") from None
+        raise _invalid(NOT_PLAIN) from None
     if not isinstance(content, dict):
         raise _invalid('the body is not a JSON object; send one, such as {"prompt": 1}')
     return content

@@ -21,9 +21,37 @@ LINGER_SECONDS = 5.0
 """Time in which the rest of a body is discarded after an early error, such as 413. Closing at once would reset the
 connection, and the client might lose the error."""
 STALL_SECONDS = 30.0
-"""Time without progress after which a client that does not read is disconnected."""
+"""Time after which a client is disconnected that reads nothing of what waits for it."""
 SPARE_FILES = 128
 """Open files that are kept for other purposes than connections."""
+
+
+class CountedTransport:
+    """A transport that counts what is written to it.
+
+    Args:
+        transport: does the work.
+
+    Attributes:
+        written: number of bytes.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self.written = transport, 0
+
+    def __getattr__(self, name: str) -> Any:
+        """All other methods are those of the transport."""
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send some bytes, or keep them until the client reads."""
+        self.written += len(data)
+        self._transport.write(data)
+
+    @property
+    def sent(self) -> int:
+        """Number of bytes that have left this process."""
+        return self.written - self._transport.get_write_buffer_size()
 
 
 class LimitedProtocol(H11Protocol):
@@ -37,7 +65,8 @@ class LimitedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for headers; refuse the connection if there are too many."""
-        super().connection_made(transport)
+        self._counted = CountedTransport(transport)
+        super().connection_made(self._counted)  # type: ignore[arg-type]
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._is_refused = False
         if self.max_connections is not None and len(self.connections) > self.max_connections:
@@ -107,13 +136,18 @@ class LimitedProtocol(H11Protocol):
             self.transport.close()
 
     def _watch_writes(self) -> None:
-        if "reading" not in self._timers and (size := self.transport.get_write_buffer_size()):
-            self._start("reading", self.stall_seconds, self._check_writes, size)
+        if "reading" not in self._timers and self.transport.get_write_buffer_size():
+            self._start("reading", self.stall_seconds, self._check_writes, self._counted.sent)
 
     def _check_writes(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() >= before:
+        """Disconnect a client that has read nothing of what waited for it. Footgun: the size of the buffer says less.
+
+        A client that has read everything may just get a larger response.
+        """
+        if self.transport.get_write_buffer_size() and self._counted.sent == before:
             self.transport.abort()
-        self._watch_writes()
+        else:
+            self._watch_writes()
 
     def _start(self, name: str, seconds: float, call: Any, *arguments: Any) -> None:
         def run() -> None:

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llamagen.sampling import SamplingConfig
+from serving.engine.checks import MAX_INDEX
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Request
 from serving.image_settings import ImageSettings
 from serving.server.errors import ApiError
-from serving.server.fields import MAX_INDEX, TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown
+from serving.server.fields import TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown
 from serving.server.options import ServerOptions
 
 SETTINGS = tuple(each.name for each in fields(SamplingConfig))
@@ -105,7 +106,7 @@ def _check_model(name: str | None, facts: ModelFacts) -> None:
 
 def _condition(prompt: int | str, facts: ModelFacts) -> int | str:
     if facts.kind == "class":
-        longest = max((len(name) for name in facts.classes), default=0) + 20
+        longest = max(map(len, facts.classes + facts.class_ids), default=0) + 20
         # Footgun: near names of a text of many words take seconds to find.
         if isinstance(prompt, str) and len(prompt) > longest:
             raise _wrong("prompt", f"prompt has {len(prompt)} characters; give the name or the number of a class")

@@ -26,8 +26,8 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         try:
             text = Path(path).read_text("ascii")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not ASCII text"
-            raise ValueError(f"the API keys in {path} cannot be read ({reason.lower()}); give another file") from error
+            reason = "it is not ASCII text" if isinstance(error, UnicodeDecodeError) else str(error.strerror).lower()
+            raise ValueError(f"the API keys in {path} cannot be read ({reason}); give another file") from error
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys or any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise ValueError(f"{place} holds no valid API key; give one key per line, of ASCII characters without spaces")

@@ -4,10 +4,7 @@ import argparse
 
 import torch
 
-from serving.engine.spec import WorkerSpec
-
-BATCH = {"cpu": 4, "cuda": 16}
-"""Default of ``--batch-size``: small on a CPU, so that the first images are finished early."""
+from serving.engine.spec import WorkerSpec, default_batch_size
 
 
 def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
@@ -40,7 +37,7 @@ def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
             text_encoder=options.text_encoder,
             device=device,
             dtype=options.dtype,
-            batch_size=options.batch_size or BATCH["cpu" if device.startswith("cpu") else "cuda"],
+            batch_size=options.batch_size or default_batch_size(device),
             engine=options.engine,
             options={} if parallel is None else {"tensor_parallel": parallel},
         )

@@ -1,8 +1,9 @@
 """A server in a thread, on the loopback address."""
 
+import json
+import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,7 @@ from serving.server.connections import DrainingServer, build_server
 from serving.server.options import ServerOptions
 from serving.start import address, listen
 from tests.serving.fake_backend import FakeBackend
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what another thread does; pytest's time limit ends it."""
-    while not condition():
-        time.sleep(0.001)
+from tests.serving.waiting import until as until
 
 
 @dataclass
@@ -55,3 +51,14 @@ def running(backend: Backend | None = None, options: ServerOptions | None = None
         server.should_exit = server.force_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def send(server: Running, body: dict[str, Any]) -> socket.socket:
+    """Send a request for images, and wait until the backend has it. The client leaves by closing the connection."""
+    accepted = len(server.backend.tickets)
+    content = json.dumps(body).encode()
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port), 30)
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    until(lambda: len(server.backend.tickets) > accepted)
+    return connection

@@ -1,7 +1,8 @@
 """An engine without a model, whose batches run when a test says so."""
 
+import os
+import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, Row
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import Ended, Event, Finished, ImageRequest, RequestError, Rows
 from serving.engine.spec import WorkerSpec
+from tests.serving.waiting import until as until
 
 FACTS = ModelFacts(
     name="scripted",
@@ -82,13 +84,6 @@ def request(seed: int, count: int = 1, condition: int = 1, **settings: Any) -> I
     return ImageRequest((condition,) * count, tuple(range(count)), seed, SamplingConfig(**settings))
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition that another thread makes true."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-
-
 @dataclass
 class Heard:
     """A listener that remembers the events of one request."""
@@ -138,3 +133,9 @@ def hanging_engine(spec: WorkerSpec) -> ScriptedEngine:
             super()._generate(batch, inbox, report)
 
     return Hanging()
+
+
+def killed_engine(spec: WorkerSpec) -> ScriptedEngine:
+    """Ends its process while it loads, as a machine without memory does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError

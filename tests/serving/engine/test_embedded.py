@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from llamagen import LlamaGen
+from llamagen.class_names import ClassNames
 from llamagen.finite import NotFiniteError
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from serving.engine.embedded import EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
+from serving.engine.facts import ModelFacts
 from serving.engine.failures import BUG, NO_MEMORY
 from serving.engine.inbox import WorkInbox
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Rows
@@ -99,6 +101,7 @@ def test_completions_of_different_images_share_a_batch(model: LlamaGen) -> None:
         Work(key, 4, 5, key, model.settings(), png(uploads[key % 2]), keep_rows=2, previews=key > 0) for key in range(3)
     ]
     reports = run(EmbeddedEngine(model), batch)
+    assert set(images(reports)) == {0, 1, 2}
     for key, pixels in images(reports).items():
         encoded = model.encode(uploads[key % 2])[:, :2]
         codes = model.generate_codes(4, kept=encoded, seed=5, indices=[key], progress=False)
@@ -241,9 +244,34 @@ def test_a_gpu_decodes_while_the_next_batch_is_sampled(model: LlamaGen, monkeypa
 
     for batch in batches:
         inbox.put(batch)
-    EmbeddedEngine(model).run(inbox, report)
+    engine = EmbeddedEngine(model)
+    engine.decodes_later = True
+    engine.run(inbox, report)
     rows = ["row 1", "row 2", "row 3", "row 4"]
     assert order == [*rows, "wait", "image", "image", *rows, "wait", "image"]
+
+
+def test_a_cpu_reports_finished_images_before_it_begins_the_next_batch(model: LlamaGen) -> None:
+    batches, order = [works(model, 1), [Work(7, 1, settings=model.settings())]], list[str]()
+
+    class Noted(WorkInbox):
+        def take(self, block: bool) -> list[Work]:
+            found = super().take(block)
+            order.append("take")
+            return found
+
+    inbox = Noted()
+
+    def report(message: Report) -> None:
+        if isinstance(message, ImageReport):
+            order.append("image")
+            if message.key == 7:
+                inbox.close()
+
+    for batch in batches:
+        inbox.put(batch)
+    EmbeddedEngine(model).run(inbox, report)
+    assert order == ["take", "image", "take", "image", "take"]
 
 
 def test_bfloat16_is_compiled_so_that_images_do_not_depend_on_their_batch(
@@ -265,6 +293,13 @@ def test_bfloat16_is_compiled_so_that_images_do_not_depend_on_their_batch(
         "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so images may depend on their batch; "
         "use float32 to avoid this"
     ]
+
+
+def test_facts_have_the_ids_of_classes(model: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelFacts.from_model(model).class_ids == ()  # they are the names
+    names = [f"class {number}" for number in range(10)]
+    monkeypatch.setattr(model, "class_names", ClassNames(names, [f"n{number:08}" for number in range(10)]))
+    assert ModelFacts.from_model(model).class_names.find("n00000007") == 7
 
 
 def test_a_tokenizer_needs_no_preparation(pipeline: Pipeline) -> None:

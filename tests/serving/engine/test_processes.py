@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,29 @@ def test_a_worker_that_hangs_does_not_keep_its_dispatcher_from_closing(
     dispatcher.close()
     assert heard.reason == "stopping"
     assert has_ended(pid)
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_read_does_not_keep_its_dispatcher_from_closing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "STOP_SECONDS", 0.1)
+    dispatcher = start(SCRIPTED)
+    pid, heard = worker_pid(dispatcher), Heard()
+    os.kill(pid, signal.SIGSTOP)
+    upload = replace(request(1), image=b"x" * 2**22)  # more than a pipe holds
+    dispatcher.submit(upload, heard)
+    until(lambda: dispatcher.load().running)
+    dispatcher.close()
+    assert heard.reason == "stopping"
+    assert has_ended(pid)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_it_loads_is_an_error_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"was killed .* out of memory; .* a smaller batch size") as caught:
+        Dispatcher(WorkerSpec("a model", engine="tests.serving.engine.scripted:killed_engine"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Workers that die, cannot be started or do not stop: nothing is lost without a word, and nothing waits for ever."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from serving.engine import dispatcher as dispatcher_module
 from serving.engine import slot
 from serving.engine.engine import Inbox, Report, Work
+from serving.engine.inbox import WorkInbox
 from serving.engine.observer import Observer
 from serving.engine.requests import RequestError
 from serving.engine.worker import ThreadWorker
@@ -138,3 +139,66 @@ def test_a_worker_that_does_not_stop_a_late_request_is_killed_and_replaced(
     assert after.finished
     dispatcher.close()
     assert deaths.count == 1
+
+
+def test_a_worker_that_does_not_take_its_work_does_not_keep_its_dispatcher_from_closing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = threading.Event()
+
+    class Full(ThreadWorker):
+        def send(self, batch: Sequence[Work]) -> None:
+            killed.wait(SECONDS)
+
+        def kill(self) -> bool:
+            killed.set()
+            return True
+
+    monkeypatch.setattr(slot, "start_worker", lambda source, heard, ended, stopped: Full(source, heard, ended))
+    monkeypatch.setattr(dispatcher_module, "STOP_SECONDS", 0.01)
+    dispatcher, heard = start(ScriptedEngine()), Heard()
+    dispatcher.submit(request(1), heard)
+    until(lambda: dispatcher.load().running)
+    dispatcher.close()
+    assert heard.reason == "stopping"
+
+
+def test_images_of_a_worker_that_died_wait_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "JOIN_SECONDS", SECONDS)
+    engine, again = ScriptedEngine(capacity=2), threading.Event()
+
+    def build() -> ScriptedEngine:
+        if engine.batches:
+            again.wait(SECONDS)
+        return engine
+
+    dispatcher = start(build)
+    tickets = [dispatcher.submit(request(seed, 1, DEADLY), Heard()) for seed in range(2)]
+    until(lambda: engine.batches and not dispatcher.load().workers)
+    assert [ticket.ahead for ticket in tickets] == [0, 1]
+    again.set()
+
+
+def test_an_engine_that_exits_is_an_error() -> None:
+    def leave() -> ScriptedEngine:
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="the engine was not built: SystemExit"):
+        ThreadWorker(leave, lambda report: None, lambda: None)
+
+
+def test_a_batch_that_is_cancelled_before_it_is_taken_shows_that_the_engine_is_alive() -> None:
+    taken = 0
+
+    def note() -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 1:
+            inbox.put([Work(5, 1)])
+            inbox.cancel([5])
+        else:
+            inbox.close()
+
+    inbox = WorkInbox(note)
+    assert inbox.take(block=True) == []
+    assert taken == 2

@@ -5,11 +5,12 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from PIL import Image
 
 from llamagen import LlamaGen
 from serving import start
+from serving.engine.requests import Load
 from serving.engine.spec import WorkerSpec
 from serving.server import __main__ as command
+from serving.server.starting import answered_while_starting
 from serving.server.workers import worker_specs
+from serving.start import address, listen
 from tests.datamodules.shard_files import assert_one_line
 from tests.pipeline import Pipeline
-from tests.serving.running_server import running, until
+from tests.serving.running_server import running, send, until
+from tests.serving.server.test_invalid_requests import assert_error
 
 GENERATIONS = "/v1/images/generations"
 
@@ -99,12 +104,13 @@ def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch: pytes
         command.main(["model"])
 
 
-def test_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the command starts, without a model, a server and a second signal, unless ``signals`` is 2."""
     import serving.engine.dispatcher
     import serving.server.connections
 
-    keys, seen = tmp_path / "keys", dict[str, Any]()
-    keys.write_text("secret")
+    seen: dict[str, Any] = {"signals": 0, "closed": False}
 
     class Backend:
         facts = type("Facts", (), {"description": "a model"})
@@ -116,7 +122,7 @@ def test_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path:
             seen["closed"] = True
 
     class Server:
-        signals = 0
+        signals = property(lambda self: seen["signals"])
 
         def run(self, sockets: Any) -> None:
             seen["address"] = sockets[0].getsockname()
@@ -129,6 +135,12 @@ def test_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(serving.engine.dispatcher, "Dispatcher", Backend)
     monkeypatch.setattr(serving.server.connections, "build_server", build_server)
     monkeypatch.setattr("serving.server.app.build_app", lambda backend, options, metrics: seen.update(limits=options))
+    return seen
+
+
+def test_the_options_reach_the_server(seen: dict[str, Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret")
     command.main(
         [
             *("model", "--queue", "9", "--max-images", "3", "--timeout", "7", "--api-key-file", str(keys)),
@@ -138,6 +150,29 @@ def test_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (seen["queue"], seen["seconds"], seen["closed"]) == (9, 7.0, True)
     assert (seen["limits"].max_images, seen["limits"].timeout, seen["limits"].api_keys) == (3, 7.0, ("secret",))
     assert seen["address"][0] == "127.0.0.1"
+
+
+def test_after_a_second_signal_the_process_does_not_wait_for_its_workers(seen: dict[str, Any]) -> None:
+    seen["signals"] = 2
+    with pytest.raises(SystemExit) as caught:
+        command.main(["model", "--port", "0"])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not seen["closed"]
+
+
+def test_probes_are_answered_while_the_model_is_loaded() -> None:
+    with closing(listen("127.0.0.1", 0, "the server")) as connection:
+        url = address(connection)
+        with answered_while_starting(connection):
+            assert httpx.get(f"{url}/health").status_code == 200
+            ready = httpx.get(f"{url}/ready")
+            assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
+            assert ready.json() == vars(Load(False, 0, 0, 0))
+            assert httpx.head(f"{url}/ready").content == b""
+            assert_error(httpx.post(f"{url}{GENERATIONS}", json={"prompt": 1}), 503, "the model is being loaded")
+        connection.settimeout(30)
+        with socket.create_connection(connection.getsockname()):  # the socket still listens
+            connection.accept()[0].close()
 
 
 def test_a_signal_finishes_what_was_accepted_and_refuses_the_rest() -> None:
@@ -160,11 +195,24 @@ def test_a_signal_finishes_what_was_accepted_and_refuses_the_rest() -> None:
 def test_a_second_signal_ends_the_server_at_once() -> None:
     with running() as server:
         server.backend.gate.clear()
-        with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
-            client.post(GENERATIONS, json={"prompt": 1}, timeout=0.01)
-        server.server.handle_exit(signal.SIGINT, None)
-        server.server.handle_exit(signal.SIGINT, None)
-        assert server.server.force_exit
+        with send(server, {"prompt": 1}):
+            server.server.handle_exit(signal.SIGINT, None)
+            server.server.handle_exit(signal.SIGINT, None)
+            assert server.server.force_exit
+
+
+def worker_of(pid: int) -> int:
+    """The worker process of a server."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
+    [worker] = [int(line[0]) for line in lines if int(line[1]) == pid and "spawn_main" in line[2:][0]]
+    return worker
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended; it may wait for somebody to collect its exit code."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return not found.stdout.strip() or found.stdout.startswith("Z")
 
 
 @contextmanager
@@ -213,6 +261,21 @@ def test_sigterm_ends_the_process_with_0_after_the_accepted_requests(pipeline: P
 
 
 @pytest.mark.slow
+def test_a_second_signal_ends_a_process_whose_worker_hangs(pipeline: Pipeline) -> None:
+    with started(str(pipeline.root / "argen"), "--batch-size", "1") as (process, address), ThreadPoolExecutor() as pool:
+        worker = worker_of(process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        pool.submit(httpx.post, f"{address}{GENERATIONS}", json={"prompt": 1}, timeout=100)
+        until(lambda: httpx.get(f"{address}/ready").json()["running"])
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not httpx.get(f"{address}/ready").json()["ready"])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 128 + signal.SIGTERM
+        until(lambda: has_ended(worker))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts files and threads in /proc")
 def test_clients_that_leave_half_way_leave_nothing_behind(pipeline: Pipeline) -> None:
     with started(str(pipeline.root / "argen"), "--queue", "1000") as (process, address):
 

@@ -1,11 +1,16 @@
 """Slow, silent and broken clients on real sockets."""
 
+import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import cast
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from serving.server.connections import LimitedProtocol
 from serving.server.options import ServerOptions
@@ -95,6 +100,51 @@ def test_a_client_that_does_not_read_is_disconnected(impatient: Running) -> None
             until(lambda: not state.tasks and not state.connections)
     finally:
         impatient.server.config.loaded_app = own
+
+
+class Pipe(asyncio.Transport):
+    """A transport whose client reads what a test says. It calls what is due when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffered, self.is_aborted = 0, False
+        self.due: list[Callable[[], None]] = []
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        self.due.append(call)
+        return cast(asyncio.TimerHandle, self)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.buffered += len(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self.buffered
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def test_a_client_that_has_read_everything_is_not_disconnected_in_the_next_answer() -> None:
+    pipe = Pipe()
+    config = uvicorn.Config(FastAPI(), lifespan="off", log_config=None)
+    protocol = LimitedProtocol(config, ServerState(), {}, _loop=cast(asyncio.AbstractEventLoop, pipe))
+    protocol.connection_made(pipe)
+    pipe.due.clear()  # the limit for headers
+
+    def check() -> None:
+        pipe.due.pop()()
+
+    protocol.transport.write(b"x" * 100)
+    protocol.pause_writing()
+    pipe.buffered = 0  # it reads all, and gets a larger answer
+    protocol.transport.write(b"x" * 200)
+    check()
+    pipe.buffered = 199
+    check()
+    assert not pipe.is_aborted
+    check()
+    assert pipe.is_aborted
+    assert pipe.due == []
 
 
 def test_too_many_connections_are_refused(impatient: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 
 from llamagen.sampling import SamplingConfig
+from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, ReconstructionRequest
 from serving.image_settings import KEY
-from tests.serving.fake_backend import CLASS_FACTS, TEXT_FACTS, FakeBackend, fake_codes, fake_pixels
+from serving.page.image_settings import read_settings
+from tests.serving.fake_backend import CLASS_FACTS, TEXT_FACTS, TOKENIZER_FACTS, FakeBackend, fake_codes, fake_pixels
 from tests.serving.running_server import Running, running
 
 SETTINGS = SamplingConfig(guidance_scale=2.0, top_k=16)  # the model's
@@ -87,6 +90,14 @@ def test_a_text_model_takes_texts_as_they_are() -> None:
         assert server.backend.tickets[-1].request.conditions == (" a red fox\nin the snow, 3 Füchse ",)
 
 
+def test_a_class_is_found_by_its_other_name() -> None:
+    facts = replace(CLASS_FACTS, class_ids=tuple(f"n{number:08}" for number in range(10)))
+    facts = ModelFacts.from_json(json.loads(json.dumps(facts.to_json())))
+    with running(FakeBackend(facts)) as server, httpx.Client(base_url=server.url) as client:
+        generate(client, prompt="n00000003")
+        assert server.backend.tickets[-1].request.conditions == (3,)
+
+
 def test_an_image_is_completed(client: httpx.Client, served: Running) -> None:
     file = b"a file"
     for text in (base64.b64encode(file).decode(), "data:image/png;base64," + base64.b64encode(file).decode()):
@@ -104,9 +115,16 @@ def test_an_image_is_reconstructed_with_its_codes(client: httpx.Client, served: 
     assert content["data"][0]["codes"] == fake_codes(request, 0).tolist()
     assert np.array_equal(pixels(content["data"][0]), fake_pixels(fake_codes(request, 0)))
     assert "seed" not in content["data"][0]
+    assert (content["usage"]["input_tokens"], content["usage"]["output_tokens"]) == (16, 0)
 
 
-def test_png_files_hold_their_settings(client: httpx.Client) -> None:
+def test_the_codes_of_a_tokenizer_are_counted() -> None:
+    with running(FakeBackend(TOKENIZER_FACTS)) as server, httpx.Client(base_url=server.url) as client:
+        content = client.post("/v1/images/reconstructions", json={"image": base64.b64encode(b"a file").decode()}).json()
+    assert content["usage"]["total_tokens"] == 16
+
+
+def test_png_files_hold_their_settings(client: httpx.Client, tmp_path: Path) -> None:
     item = generate(client, prompt="tench", n=2, seed=3, index=1, top_k=5)["data"][1]
     with Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) as image:
         text = json.loads(image.info[KEY])
@@ -114,6 +132,10 @@ def test_png_files_hold_their_settings(client: httpx.Client) -> None:
     assert expected.items() <= text.items()
     assert text["images_per_prompt"] == 3  # the first request of the page that has image 2
     assert (text["settings"]["top_k"], text["settings"]["guidance_scale"]) == (5, 2.0)
+    file = tmp_path / "image.png"  # the page puts it back
+    file.write_bytes(base64.b64decode(item["b64_json"]))
+    read = read_settings(file, CLASS_FACTS, "generation")
+    assert (read.conditions, read.seed, read.index, read.images_per_prompt) == ((4,), 3, 2, 3)
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])

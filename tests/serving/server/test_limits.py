@@ -121,6 +121,8 @@ def test_keys_are_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match="key") as caught:
             read_keys(str(file))
         assert_one_line(caught)
+    with pytest.raises(ValueError, match="it is not ASCII text"):
+        read_keys(str(file))
     with pytest.raises(ValueError, match="cannot be read") as caught:
         read_keys(str(tmp_path / "missing"))
     assert_one_line(caught)

@@ -10,10 +10,12 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.engine.requests import Ended, Finished, RequestError, Rows
-from serving.server.progress import Progress
-from tests.serving.fake_backend import GRID, PREVIEW, FakeBackend
-from tests.serving.running_server import Running, running, until
+from serving.engine.requests import Ended, Finished, ReconstructionRequest, RequestError, Rows
+from serving.server import answers
+from serving.server.generation import Order
+from serving.server.progress import Grown, News, Progress
+from tests.serving.fake_backend import CLASS_FACTS, GRID, PREVIEW, FakeBackend, FakeTicket
+from tests.serving.running_server import Running, running, send, until
 from tests.serving.server.test_invalid_requests import PATH, assert_error
 
 
@@ -91,8 +93,7 @@ def test_an_error_ends_a_stream_as_an_event() -> None:
 def test_a_request_is_cancelled_when_its_client_leaves(stream: bool) -> None:
     with running() as server:
         server.backend.gate.clear()
-        with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
-            client.post(PATH, json={"prompt": 1, "stream": stream}, timeout=0.1)
+        send(server, {"prompt": 1, "stream": stream}).close()
         [ticket] = server.backend.tickets
         assert ticket.ended.wait(30)
         assert ticket.cancelled.is_set()
@@ -156,3 +157,24 @@ def test_a_stream_without_news_sends_comments(monkeypatch: pytest.MonkeyPatch) -
         server.backend.gate.clear()
         with client.stream("POST", PATH, json={"prompt": 1, "stream": True}) as response:
             assert next(response.iter_lines()) == ": waiting"
+
+
+def test_a_client_that_wants_no_rows_gets_comments_while_they_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Growing(Progress):
+        async def take(self, seconds: float | None = None) -> News:
+            nonlocal now
+            now += 10.0
+            return News({0: Grown(1, GRID, None)}, ended=Ended() if now > 60 else None)
+
+    async def read() -> list[bytes]:
+        request = ReconstructionRequest(b"")
+        answer = answers.Answer(Order(request, partial_images=0, stream=True), CLASS_FACTS, lambda *file: "")
+        ticket = FakeTicket(request, lambda event: None, None)
+        return [event async for event in answer.events(Growing(), ticket)]
+
+    monkeypatch.setattr(answers.time, "monotonic", lambda: now)
+    events = asyncio.run(read())
+    monkeypatch.undo()
+    assert events == [b": waiting\n\n"] * 3  # after 20, 40 and 60 seconds
