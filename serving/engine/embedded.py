@@ -156,7 +156,6 @@ class EmbeddedEngine:
             try:
                 codes = self.model.encode(self._read(work.image or b""))
             except Exception as error:
-                blame(error, 1)
                 report_failure(error, [work], report)
             else:
                 _Decoding(self.model, [work], codes, report).finish()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import resource
 import signal
+import socket
 import threading
 from http import HTTPStatus
 from types import FrameType
@@ -188,6 +189,18 @@ class DrainingServer(uvicorn.Server):
             return
         # Footgun: uvicorn's own handler closes the port at once, and raises the signal again at the end.
         threading.Thread(target=self._drain, daemon=True, name="shutdown").start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for responses; after a second signal for nothing. Footgun: uvicorn waits for connections even then."""
+        ending = asyncio.ensure_future(super().shutdown(sockets))
+        while not ending.done() and not self.force_exit:
+            await asyncio.wait((ending,), timeout=0.1)
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            if tasks := list(self.server_state.tasks):  # they notice that their client is gone
+                await asyncio.wait(tasks, timeout=1.0)
+        await ending
 
     def _drain(self) -> None:
         self._backend.close(self._seconds)
