@@ -304,7 +304,7 @@ class RayBackend:
         with self._lock:
             del self._tickets[ticket]
             self._lock.notify_all()
-        self._observer.ended(error and error.reason, time.monotonic() - ticket.accepted)
+        self._observer.ended(None if error is None else error.reason, time.monotonic() - ticket.accepted)
         ticket.listener(Ended(error))
 
 
