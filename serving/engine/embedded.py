@@ -84,10 +84,10 @@ class EmbeddedEngine:
             wanted = [row for row, work in enumerate(batch) if work.key not in cancelled]
             if not wanted:
                 return None
-            decoding = _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report)
+            pixels = _Decoding(self.model, [batch[row] for row in wanted], codes[wanted], report)
             if self.decodes_later:
-                return decoding
-            decoding.finish()
+                return pixels
+            pixels.finish()
             return None
         except _StoppedError:
             return None

@@ -35,6 +35,7 @@ class ProcessWorker:
         self, spec: WorkerSpec, heard: Heard, ended: Callable[[], None], stopped: Callable[[], bool] = lambda: False
     ) -> None:
         self._heard, self._ended, self._lock = heard, ended, Lock()
+        self._threads: list[Thread] = []
         # A fork would share locks and threads of torch. footgun: the process must not be a daemon of multiprocessing,
         # which may not start processes of its own (an engine may); so it is killed at exit here.
         context = multiprocessing.get_context("spawn")
@@ -50,8 +51,7 @@ class ProcessWorker:
             self.join(5.0)
             raise
         self.facts, self.capacity, self.is_continuous = ready.facts, ready.capacity, ready.is_continuous
-        self._reader = Thread(target=self._read, name="reports", daemon=True)
-        self._reader.start()
+        self._begin(self._read, "reports")
 
     def send(self, batch: Sequence[Work]) -> None:
         """Give it a batch."""
@@ -64,7 +64,7 @@ class ProcessWorker:
     def stop(self) -> None:
         """Ask it to end."""
         # In a thread: the pipe of a process that hangs may be full.
-        Thread(target=self._send, args=(Stop(),), daemon=True).start()
+        self._begin(lambda: self._send(Stop()), "stop")
 
     def kill(self) -> bool:
         """End it at once."""
@@ -77,7 +77,14 @@ class ProcessWorker:
             return False
         self.process.join()
         atexit.unregister(self.kill)
+        for thread in self._threads:
+            thread.join(seconds)
         return True
+
+    def _begin(self, call: Callable[[], None], name: str) -> None:
+        thread = Thread(target=call, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _send(self, message: Any) -> None:
         try:

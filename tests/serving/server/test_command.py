@@ -203,7 +203,7 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
 
 def worker_of(pid: int) -> int:
     """The worker process of a server."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    found = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
     [worker] = [int(line[0]) for line in lines if int(line[1]) == pid and "spawn_main" in line[2:][0]]
     return worker
