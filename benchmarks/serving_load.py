@@ -243,6 +243,7 @@ async def leavers(bench: Bench) -> dict[str, Any]:
     await asyncio.sleep(1.0)  # closed connections leave the front
     after, again = resources(server.process.pid), (await bench.answers([7]))[0]
     left = {name: after[name] - before[name] for name in ("processes", "threads", "files")}
+    gone = bench.options.clients - len(finished)
     found = {
         "clients": bench.options.clients,
         "answered": len(finished),
@@ -253,8 +254,8 @@ async def leavers(bench: Bench) -> dict[str, Any]:
         "same_image": reference.status == 200 and again.text == reference.text,
     }
     extra = ", ".join(f"{count:+d} {name}" for name, count in left.items())
-    finding = f"{bench.options.clients} clients left; idle {idle} s after the last one; afterwards {extra}"
-    passed = idle is not None and not any(count > 0 for count in left.values()) and found["same_image"]
+    finding = f"{gone} of {bench.options.clients} clients left; idle {idle} s after the last one; afterwards {extra}"
+    passed = gone > 0 and idle is not None and not any(count > 0 for count in left.values()) and found["same_image"]
     return {**found, "passed": passed, "finding": finding}
 
 

@@ -158,7 +158,7 @@ def purposes(records: dict[str, Any]) -> str:
             "several machines, or a load that changes",
             "the same interface and images; replicas that start, stop and are replaced",
             "`python -m serving.ray_serve MODEL`",
-            "as the server, for each replica",
+            "not measured separately",
         ),
         (
             "[server](vllm.md), vLLM engine",
@@ -176,7 +176,10 @@ def purposes(records: dict[str, Any]) -> str:
         ),
     ]
     head = ("", "for", "gives", "command", f"images/s, GPT-{SIZE}")
-    return _table(head, rows) + _caption(records, "cpu")
+    captions = [_caption(records, "cpu")]
+    if in_process and "cpu" in records:  # the row of LlamaGen is of another measurement
+        captions.append("\n\n`LlamaGen`: " + _caption(records, "load").strip())
+    return _table(head, rows) + "".join(captions)
 
 
 def rates(records: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ SETTINGS = SamplingConfig(guidance_scale=4.0, top_k=2000)
 BODY = {"guidance_scale": SETTINGS.guidance_scale, "top_k": SETTINGS.top_k}
 START_SECONDS = 600.0
 """Time limit for the start of a server: vLLM compiles for a minute or more."""
+ASK_SECONDS = 5.0
+"""Time limit for an answer during the start: a server has its port before it answers."""
 JOIN_SECONDS = 0.01
 """How long the published loop waits for simultaneous requests, as our server does."""
 
@@ -109,10 +111,11 @@ class Server:
             status, text, retry_after = 0, f"{type(error).__name__}: {error}", None
         return Answer(status, time.monotonic() - start, first_row, retry_after, text)
 
-    async def load(self) -> dict[str, Any]:
-        """What ``/ready`` reports; ``{"ready": False}`` if it does not answer."""
+    async def load(self, seconds: float | None = None) -> dict[str, Any]:
+        """What ``/ready`` reports; ``{"ready": False}`` if it does not answer, or not within ``seconds``."""
         try:
-            async with self.session.get(f"{self.url}/ready") as response:
+            timeout = aiohttp.ClientTimeout(total=seconds)
+            async with self.session.get(f"{self.url}/ready", timeout=timeout) as response:
                 return {**json.loads(await response.text()), "status": response.status}
         except (aiohttp.ClientError, OSError, ValueError):
             return {"ready": False, "status": 0}
@@ -152,11 +155,12 @@ async def serve(
     command = [python, "-m", "serving.server", str(source), "--port", str(port), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     environment.pop("LLAMAGEN_API_KEY", None)
-    start, connector = time.monotonic(), aiohttp.TCPConnector(limit=0)
+    # A connection for each request, so that a test of what stays open does not find those that are kept for the next.
+    start, connector = time.monotonic(), aiohttp.TCPConnector(limit=0, force_close=True)
     with tempfile.TemporaryFile() as log, running(command, log, environment) as process:
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
             server = Server(f"http://127.0.0.1:{port}", process, session, 0.0)
-            while (await server.load())["status"] != 200:
+            while (await server.load(ASK_SECONDS))["status"] != 200:
                 if process.poll() is not None or time.monotonic() - start > START_SECONDS:
                     log.seek(0)
                     raise ValueError(f"{' '.join(command)} did not start: {log.read().decode()[-1000:]}")
@@ -213,7 +217,11 @@ class PublishedLoop:
         start = time.monotonic()
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._queue.put((label, future))
-        return Answer(200, 0.0, text=await future)._replace(seconds=time.monotonic() - start)
+        try:
+            status, text = 200, await future
+        except Exception as error:
+            status, text = 500, f"{type(error).__name__}: {error}"
+        return Answer(status, time.monotonic() - start, text=text)
 
     async def idle(self) -> None:
         """See :class:`Target`."""

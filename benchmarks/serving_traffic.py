@@ -58,17 +58,23 @@ async def saturate(
             on_image()
 
     clients = [asyncio.create_task(client()) for _ in range(2 * capacity)]
-    while (now := time.monotonic()) - start < max_seconds:
-        counted = now - finished[capacity - 1] if len(finished) >= capacity else 0.0
-        if counted >= seconds and len(finished) >= (batches + 1) * capacity:
-            break
-        await asyncio.wait(clients, timeout=0.05)
-    await _cancel(clients)
+    try:
+        while (now := time.monotonic()) - start < max_seconds:
+            counted = now - finished[capacity - 1] if len(finished) >= capacity else 0.0
+            if counted >= seconds and len(finished) >= (batches + 1) * capacity:
+                break
+            done, working = await asyncio.wait(clients, timeout=0.05)
+            for task in done:
+                task.result()  # raises what the client raised
+            if not working:  # all requests are used up
+                break
+    finally:
+        await _cancel(clients)
     await target.idle()
     whole = len(finished) // capacity * capacity
     if whole < 2 * capacity:
         raise ValueError(
-            f"{len(finished)} images were finished in {max_seconds:.0f} s, fewer than two batches of {capacity}; give "
+            f"{len(finished)} images were finished in {now - start:.0f} s, fewer than two batches of {capacity}; give "
             f"more --max-seconds or a smaller --batch-size{'; ' + errors[0] if errors else ''}"
         )
     images, spent = whole - capacity, finished[whole - 1] - finished[capacity - 1]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 from PIL import Image
 
-from benchmarks import serving_load
+from benchmarks import serving, serving_load
 from benchmarks.serving_model import write_model
 from benchmarks.serving_processes import descendants, resources
 from benchmarks.serving_report import read_records, replace_tables, slope, summarize
-from benchmarks.serving_targets import Answer, PublishedLoop, events
+from benchmarks.serving_targets import Answer, PublishedLoop, Server, events
 from benchmarks.serving_traffic import arrivals, open_loop, percentiles, saturate, summary
 from serving.server.fields import GenerationBody, check_fields
 from serving.server.options import ServerOptions
@@ -87,9 +89,43 @@ def test_saturation_counts_whole_batches_after_the_first_and_reports_errors(monk
     assert found["errors"] > 0
 
 
+def test_options_that_contradict_each_other_and_wrong_interpreters_are_errors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert serving.arguments(["--part", "eight", "--engines", "embedded"]).batch_size == 8
+    with pytest.raises(SystemExit):
+        serving.arguments(["--part", "eight", "--engines", "embedded", "--batch-size", "4"])
+    assert "--batch-size 4 is for --part load; leave it out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"^--vllm-python /no/python is no interpreter with vLLM"):
+        serving.vllm_version("/no/python")
+
+
 def test_saturation_that_finishes_nothing_ends_with_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^0 images were finished in 0 s, fewer than two batches of 4; give more"):
+    with pytest.raises(ValueError, match=r"^0 images were finished in \d+ s, fewer than two batches of 4; give more"):
         asyncio.run(saturate(Instant(0), 4, 1.0, 3, 0.1))
+
+
+@pytest.mark.timeout(20)
+def test_saturation_ends_with_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Instant):
+        async def image(self, seed: int, label: int = 0, rows: bool = False) -> Answer:
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        asyncio.run(saturate(Broken(0), 4, 1.0, 3, 1e9))
+    monkeypatch.setattr("benchmarks.serving_traffic.MAX_REQUESTS", 6)
+    monkeypatch.setattr("benchmarks.serving_traffic.PAUSE", 0.0)
+    with pytest.raises(ValueError, match=r"^4 images were finished in .*; 503 busy$"):
+        asyncio.run(saturate(Instant(6), 4, 1.0, 3, 1e9))
+
+
+def test_a_server_that_has_its_port_and_does_not_answer_is_not_ready() -> None:
+    async def ask(port: int) -> dict[str, Any]:
+        async with aiohttp.ClientSession() as session:
+            return await Server(f"http://127.0.0.1:{port}", None, session, 0.0).load(0.01)  # type: ignore[arg-type]
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert asyncio.run(ask(silent.getsockname()[1])) == {"ready": False, "status": 0}
 
 
 def test_latency_counts_from_the_planned_arrival() -> None:
@@ -139,9 +175,9 @@ def test_the_published_loop_answers_every_request_also_if_a_batch_fails(
 ) -> None:
     loop = PublishedLoop(write_model(tmp_path, "tiny", 32), 2, "static", "float32", backend="eager")
 
-    async def ask(count: int) -> list[Any]:
+    async def ask(count: int) -> list[Answer]:
         calls = (loop.image(seed, label=seed) for seed in range(count))
-        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+        return await asyncio.wait_for(asyncio.gather(*calls), 30)
 
     try:
         answers = asyncio.run(ask(3))
@@ -152,7 +188,7 @@ def test_the_published_loop_answers_every_request_also_if_a_batch_fails(
             raise RuntimeError("no memory")
 
         monkeypatch.setattr(loop._model, "decode", fail)
-        assert [str(error) for error in asyncio.run(ask(3))] == ["no memory"] * 3
+        assert [answer[::4] for answer in asyncio.run(ask(3))] == [(500, "RuntimeError: no memory")] * 3
     finally:
         loop.close()
 

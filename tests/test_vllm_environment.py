@@ -13,7 +13,7 @@ from tests.vllm_environment import MARKER, ROOT, environment_folder, make_enviro
 def test_an_interrupted_installation_starts_again_and_a_complete_one_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, commands, failing = tmp_path / "cache" / "vllm", list[str](), [True]
+    folder, commands, failing, for_cuda = tmp_path / "cache" / "vllm", list[str](), [True], [True]
 
     def run(command: list[str]) -> None:
         commands.append(" ".join(command))
@@ -26,12 +26,17 @@ def test_an_interrupted_installation_starts_again_and_a_complete_one_is_kept(
             if failing.pop():
                 raise subprocess.CalledProcessError(1, command)
             failing.append(False)
+        elif "import torch" in command and for_cuda:
+            for_cuda.clear()
+            raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(vllm_environment, "_run", run)
     with pytest.raises(subprocess.CalledProcessError):
         make_environment(folder)
     (folder / "half").write_text("")
     failing.append(False)
+    with pytest.raises(SystemExit, match="most likely it is a build for CUDA: repeat the command with PIP_ARGS="):
+        make_environment(folder)
     assert make_environment(folder, ["--extra"]) == folder / "bin" / "python"
     assert not (folder / "half").exists()
     assert (folder / MARKER).is_file()

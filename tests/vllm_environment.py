@@ -55,11 +55,23 @@ def make_environment(folder: Path, pip_arguments: Sequence[str] = ()) -> Path:
             (requirements := folder / "requirements.txt").write_text("\n".join(pins))
             # All that is needed is in the file. What vLLM asks for, but does not need here, must not come: torchvision.
             _run([str(python), "-m", "pip", "install", "--no-deps", *pip_arguments, "-r", str(requirements)])
+            _check_torch(python)
             (folder / MARKER).write_text("")
             print(f"{folder} was made in {time.monotonic() - start:.0f} s", file=sys.stderr)
         # The entry point of the plugin is found by the installed project only; the code is that of the checkout.
         _run([str(python), "-m", "pip", "install", "--no-deps", "-e", str(ROOT)])
     return python
+
+
+def _check_torch(python: Path) -> None:
+    """Check that torch can be imported. A build for CUDA cannot: the libraries of CUDA are not among the pins."""
+    try:
+        _run([str(python), "-c", "import torch"])
+    except subprocess.CalledProcessError:
+        raise SystemExit(
+            "the torch of the environment for vLLM does not run; most likely it is a build for CUDA: repeat the "
+            'command with PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
+        ) from None
 
 
 def _run(command: list[str]) -> None:

@@ -83,7 +83,7 @@ class RemoteTicket:
         return self._task
 
     def cancel(self) -> None:
-        """End the request: its connections are closed, and the server stops to generate."""
+        """End the request: its connections are closed, and the server stops generating."""
         with suppress(RuntimeError):  # the backend is closed, and so is the loop
             self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
 
@@ -178,9 +178,9 @@ class RemoteBackend:
                 "python -m serving.server MODEL, or check the address"
             ) from error
         if response.status_code in (401, 403):
+            problem = "does not accept this API key" if "authorization" in self._client.headers else "needs an API key"
             raise ValueError(
-                f"the server {self._url} does not accept this API key; give its key with --api-key-file, or in "
-                "LLAMAGEN_API_KEY"
+                f"the server {self._url} {problem}; give its key with --api-key-file, or in LLAMAGEN_API_KEY"
             )
         try:
             (model, *_) = [each for each in response.json()["data"] if "llamagen" in each]

@@ -12,7 +12,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.write_config is not None:
         _write_config(parsed.write_config, options, parsed.host, parsed.port)
         return
+    if not is_local and parsed.port == 0:
+        raise ValueError("--port 0 takes a free port on this machine only; give a number with --address")
     port = _free_port(parsed.host, parsed.port) if is_local else parsed.port
     _set_up_environment(is_local)
     with stage("libraries"):
@@ -56,19 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _connect(parsed.address, options)
     interrupt = _Interrupt()  # footgun: after Ray, which installs its own handlers
     try:
+        application = build(options)  # a wrong option must not end an application that runs already
         with stage(f"model {options.model}"):
             serve.start(
                 proxy_location="EveryNode",
                 http_options={"host": parsed.host, "port": port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
-            _run(build(options), NAME)
-        print(f"Ready at http://{parsed.host}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
-        interrupt.wait()
-        print("finishing accepted requests; interrupt again to end at once", flush=True)
-        _drain(NAME, options.timeout)
+            with _deleted_at_the_end(NAME):
+                _run(application, NAME)
+                print(f"Ready at http://{parsed.host}:{port} ({time.monotonic() - begin:.1f} s)", flush=True)
+                interrupt.wait()
+                print("finishing accepted requests; interrupt again to end at once", flush=True)
+                _drain(NAME, options.timeout)
     finally:
-        serve.delete(NAME)  # lets actors finish what they answer; other applications of a cluster stay
         ray.shutdown()
 
 
@@ -164,12 +168,32 @@ def _run(application: "Application", name: str) -> None:
         raise ValueError(reason[1]) from error
 
 
+@contextmanager
+def _deleted_at_the_end(name: str) -> Iterator[None]:
+    """Delete the application at the end, and wait for it unless an interruption asks not to.
+
+    Other applications of a cluster stay.
+    """
+    from ray import serve
+
+    is_interrupted = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        is_interrupted = True
+        raise
+    finally:
+        with suppress(TimeoutError):  # Ray Serve goes on with it
+            serve.delete(name, _blocking=not is_interrupted)
+
+
 def _drain(name: str, seconds: float) -> None:
     """Let all servers finish their accepted requests."""
     from ray import serve
 
     handle = serve.get_deployment_handle("Ingress", name)
-    handle.broadcast("drain", seconds).results(timeout_s=seconds + 10, return_exceptions=True)
+    with suppress(TimeoutError):  # a server that does not answer
+        handle.broadcast("drain", seconds).results(timeout_s=seconds + 10, return_exceptions=True)
 
 
 def _options(parsed: argparse.Namespace, is_local: bool) -> "Options":
@@ -179,8 +203,9 @@ def _options(parsed: argparse.Namespace, is_local: bool) -> "Options":
     from serving.ray_serve.options import Options
 
     values = {name: getattr(parsed, name) for name in Options.model_fields if getattr(parsed, name) is not None}
-    if Path(parsed.model).exists():
-        values["model"] = str(Path(parsed.model).resolve())  # a replica has another working directory
+    for name in ("model", "tokenizer", "text_encoder", "api_key_file"):
+        if name in values and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())  # a replica has another working directory
     if is_local and parsed.device != "cuda":
         most = max(parsed.replicas or 1, parsed.max_replicas or 1)
         values.setdefault("cpus", max(usable_cores() / most, 1.0))
@@ -193,12 +218,24 @@ def _options(parsed: argparse.Namespace, is_local: bool) -> "Options":
 
 
 def _write_config(path: Path, options: "Options", host: str, port: int) -> None:
-    """Write a file for ``serve run`` and ``serve deploy``."""
+    """Write a file for ``serve run`` and ``serve deploy``.
+
+    Raises:
+        ValueError: in one line, if a server with this file would not do what the same command does.
+    """
     import yaml
 
     from serving.ray_serve.options import Options
+    from serving.server.keys import VARIABLE
 
     assert isinstance(options, Options)
+    if os.environ.get(VARIABLE) and options.api_key_file is None:
+        raise ValueError(
+            f"{VARIABLE} is set, but the file of --write-config has no keys, so its server would need none; give "
+            f"--api-key-file, or unset {VARIABLE}"
+        )
+    if port == 0:
+        raise ValueError("--port 0 is a free port of one start; give a number with --write-config")
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
@@ -241,7 +278,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--replicas", type=int, help="number of replicas, default 1; with --max-replicas the least number")
     add("--max-replicas", type=int, help="greatest number of replicas; their number then follows the load")
     add("--target", type=float, help="calls in progress that a replica should have; default half of --batch-size")
-    add("--cpus", type=float, help="CPUs of a replica; by default 1 on a cluster or with GPUs, else an equal share")
+    add(
+        "--cpus",
+        type=float,
+        help="CPUs of a replica; default 1 with --address or --device cuda, else an equal share",
+    )
     add("--servers", type=int, help="number of HTTP servers, default 1")
     add("--queue", type=int, help="images that may wait, for each server, default 256; then status 429")
     add("--max-images", type=int, help="maximum number of images of a request, default 16")
@@ -249,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--api-key-file", help="file with API keys, one a line; default: none, or LLAMAGEN_API_KEY")
     add("--address", help="address of a running Ray cluster, or auto; by default Ray is started on this machine")
     add("--host", default="127.0.0.1", help="address to listen on, on each node; 0.0.0.0 serves the whole network")
-    add("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one")
+    add("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one, without --address")
     add("--write-config", type=Path, metavar="FILE", help="only write a file for `serve run` or `serve deploy`")
     return parser
 

@@ -13,9 +13,9 @@ from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
 from serving.engine.spec import BATCH, WorkerSpec
-from serving.ray_serve.backend import images_per_call
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
+from serving.ray_serve.parts import images_per_call
 from serving.ray_serve.replica import Replica
 from serving.server.keys import read_keys
 from serving.server.options import ServerOptions
@@ -68,6 +68,7 @@ def build(options: Options) -> Application:
         ValueError: in one line, if options do not fit together.
     """
     options = complete(options)
+    assert options.batch_size is not None
     server = ServerOptions(
         max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
     )
@@ -77,7 +78,7 @@ def build(options: Options) -> Application:
         text_encoder=options.text_encoder,
         device=options.device,
         dtype=options.dtype,
-        batch_size=calls(options) // 2,
+        batch_size=options.batch_size,
     )
     model = model_deployment(options).bind(spec, calls(options) * images_per_call(spec.batch_size))
     return ingress_deployment(options).bind(model, server, options.queue)
@@ -144,9 +145,7 @@ def _number_of_replicas(options: Options) -> dict[str, Any]:
     if options.max_replicas is None:
         return {"num_replicas": options.replicas}
     if options.max_replicas < options.replicas:
-        raise ValueError(
-            f"max_replicas is {options.max_replicas}, less than replicas, {options.replicas}; exchange the two"
-        )
+        raise ValueError(f"max_replicas is {options.max_replicas}, less than replicas, {options.replicas}; swap them")
     return {
         "autoscaling_config": {
             "min_replicas": options.replicas,

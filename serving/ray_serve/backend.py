@@ -9,32 +9,32 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
 
 from serving.engine.checks import check_request
 from serving.engine.facts import ModelFacts
+from serving.engine.observer import Observer
 from serving.engine.requests import (
     Ended,
     Event,
-    Finished,
-    ImageRequest,
     Listener,
     Load,
     Request,
     RequestError,
     Rows,
 )
-
-CALLS_PER_BATCH = 4
-"""Calls that fill a batch if each has as many images as it may."""
+from serving.ray_serve.parts import images_of, images_per_call, part_of
 
 MAX_LOSSES = 3
 """A request ends with reason ``lost`` if so many replicas died with the same images."""
 
 PAUSES = 0.1, 1.0, 0.0
 """Seconds to wait after each loss, so that the loss becomes known and the same replica is not chosen again."""
+
+ELSEWHERE = ("stopping", "full", "lost")
+"""Errors of a replica with which another one may have no trouble."""
 
 POLL_SECONDS = 1.0
 """Time between two questions to the replicas how busy they are."""
@@ -43,13 +43,22 @@ PATIENCE = 60.0
 """Seconds without a replica after which requests end with reason ``lost``: a new one may need time to load."""
 
 RETRY_SECONDS = 1.0, 60.0
-"""Least and greatest advice when to try again."""
+"""Bounds of ``Retry-After``, in seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 class ReplicaLost(Exception):  # noqa: N818, an event of normal operation
-    """A replica died, or was stopped, before it answered."""
+    """A replica died, or was stopped, before it answered.
+
+    Args:
+        reason: what is known.
+        replica: its name, if it died.
+    """
+
+    def __init__(self, reason: str, replica: str | None = None) -> None:
+        super().__init__(reason)
+        self.replica = replica
 
 
 class Replicas(Protocol):
@@ -83,12 +92,22 @@ class RayBackend:
         facts: description of the model.
         replicas: the replicas.
         queue: maximum number of images that were accepted and have not begun.
+        observer: learns what happens, for metrics. Batches and starts of replicas are not seen here.
         patience: seconds without any replica after which requests end with reason ``lost``.
     """
 
-    def __init__(self, facts: ModelFacts, replicas: Replicas, *, queue: int, patience: float = PATIENCE) -> None:
-        self.facts = facts
+    def __init__(
+        self,
+        facts: ModelFacts,
+        replicas: Replicas,
+        *,
+        queue: int,
+        observer: Observer | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.facts, self._observer = facts, observer or Observer()
         self._replicas, self._queue, self._patience = replicas, queue, patience
+        self._dead: set[str] = set()
         self._tickets: dict[_Ticket, None] = {}  # in order of acceptance
         self._lock = threading.Condition()
         self._closing = False
@@ -99,6 +118,14 @@ class RayBackend:
 
     def submit(self, request: Request, listener: Listener, seconds: float | None = None) -> "_Ticket":
         """Accept a request, see :class:`~serving.engine.requests.Backend`."""
+        try:
+            return self._accept(request, listener, seconds)
+        except RequestError as error:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._observer.refused, error.reason)
+            raise
+
+    def _accept(self, request: Request, listener: Listener, seconds: float | None) -> "_Ticket":
         try:
             request = check_request(request, self.facts)
         except ValueError as error:
@@ -211,6 +238,7 @@ class RayBackend:
             await asyncio.sleep(POLL_SECONDS)
 
     def _begin(self, ticket: "_Ticket") -> None:
+        self._observer.accepted(len(ticket.request))
         ticket.task = self._loop.create_task(self._answer(ticket))
         ticket.task.add_done_callback(lambda task: self._finish(ticket, task))
 
@@ -233,6 +261,11 @@ class RayBackend:
                 await self._call(ticket, missing)
                 return
             except ReplicaLost as lost:
+                if lost.replica is not None and lost.replica not in self._dead:  # it may have had several calls
+                    self._dead.add(lost.replica)
+                    self._observer.worker_died()
+                if not missing:  # only the end was lost
+                    return
                 logger.warning("replica lost with %d images, attempt %d: %s", len(missing), attempt, lost)
                 await asyncio.sleep(PAUSES[attempt - 1])
         raise RequestError("lost", f"{MAX_LOSSES} replicas died with this request", RETRY_SECONDS[0])
@@ -247,16 +280,17 @@ class RayBackend:
                     if isinstance(event, Ended):
                         if event.error is None and not missing:
                             return
-                        if event.error is None or event.error.reason in ("stopping", "full"):
-                            raise ReplicaLost(event.error or "it ended without all images")
+                        if event.error is None or event.error.reason in ELSEWHERE:
+                            raise ReplicaLost(str(event.error or "it ended without all images"))
                         raise event.error
                     positions = tuple(sent[image] for image in images_of(event))
-                    ticket.begun.update(positions)
+                    ticket.begin(positions)
                     if isinstance(event, Rows):
                         ticket.listener(replace(event, images=positions))
                     elif positions[0] in missing:  # never report an image twice
                         missing.remove(positions[0])
-                        ticket.finished.update(positions)
+                        queued, generated = ticket.finish(positions[0])
+                        self._observer.image(queued, generated)
                         ticket.listener(replace(event, image=positions[0]))
         raise ReplicaLost("its stream of events ended early")
 
@@ -270,6 +304,7 @@ class RayBackend:
         with self._lock:
             del self._tickets[ticket]
             self._lock.notify_all()
+        self._observer.ended(None if error is None else error.reason, time.monotonic() - ticket.accepted)
         ticket.listener(Ended(error))
 
 
@@ -278,12 +313,13 @@ class _Ticket:
 
     def __init__(self, backend: RayBackend, request: Request, listener: Listener, seconds: float | None) -> None:
         self.request, self.listener = request, listener
-        self.begun: set[int] = set()
+        self.accepted = time.monotonic()
+        self.begun: dict[int, float] = {}
         self.finished: set[int] = set()
         self.error: RequestError | None = None
         self.task: asyncio.Task[None] | None = None
         self._backend = backend
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end = None if seconds is None else self.accepted + seconds
 
     @property
     def ahead(self) -> int:
@@ -306,6 +342,17 @@ class _Ticket:
     def running(self) -> int:
         return len(self.begun) - len(self.finished)
 
+    def begin(self, positions: tuple[int, ...]) -> None:
+        """Images grow in a replica."""
+        now = time.monotonic()
+        self.begun.update({position: now for position in positions if position not in self.begun})
+
+    def finish(self, position: int) -> tuple[float, float]:
+        """An image is finished. Returns its seconds until the first report, and from then on."""
+        self.finished.add(position)
+        begun = self.begun[position]
+        return begun - self.accepted, time.monotonic() - begun
+
     def seconds_left(self) -> float | None:
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
@@ -319,31 +366,6 @@ class _Ticket:
         if self.error is None and self.task is not None:
             self.error = error
             self.task.cancel()
-
-
-def images_per_call(batch_size: int) -> int:
-    """Maximum number of images of a call.
-
-    Few, so that replicas share a large request, and so that the number of calls, which Ray Serve counts, says how much
-    there is to do; not one, so that a call costs little.
-    """
-    return max(batch_size // CALLS_PER_BATCH, 1)
-
-
-def part_of(request: Request, positions: tuple[int, ...]) -> Request:
-    """The same request for some of its images only."""
-    if not isinstance(request, ImageRequest):
-        return request
-    return replace(
-        request,
-        conditions=tuple(request.conditions[position] for position in positions),
-        indices=tuple(request.indices[position] for position in positions),
-    )
-
-
-def images_of(event: Rows | Finished) -> tuple[int, ...]:
-    """Images that an event reports."""
-    return event.images if isinstance(event, Rows) else (event.image,)
 
 
 def _request_error(exception: BaseException) -> RequestError:

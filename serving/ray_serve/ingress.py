@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from serving.ray_serve.backend import RayBackend
 from serving.ray_serve.replicas import ServeReplicas
 from serving.server.app import build_app
+from serving.server.metrics import Metrics
 from serving.server.options import ServerOptions
 
 
@@ -28,12 +29,12 @@ class Ingress:
         self, model: DeploymentHandle[Any], options: ServerOptions, queue: int
     ) -> None:
         replicas = ServeReplicas(model)
-        self._backend = RayBackend(await replicas.describe(), replicas, queue=queue)
-        self._options = options
+        self._options, self._metrics = options, Metrics()
+        self._backend = RayBackend(await replicas.describe(), replicas, queue=queue, observer=self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return build_app(self._backend, self._options)
+        return build_app(self._backend, self._options, self._metrics)
 
     async def drain(self, seconds: float) -> None:
         """Accept no more requests, and finish the accepted ones for at most so many seconds."""

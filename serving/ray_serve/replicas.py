@@ -4,7 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import ReplicaUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
@@ -48,7 +55,8 @@ class ServeReplicas:
                 yield events
             is_complete = True
         except LOST as error:
-            raise ReplicaLost(type(error).__name__) from error
+            replica = error.actor_id if isinstance(error, ActorDiedError) else None
+            raise ReplicaLost(type(error).__name__, replica) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

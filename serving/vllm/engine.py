@@ -8,38 +8,39 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from llamagen import LlamaGen
-from llamagen.command import fault_of
+from llamagen.command import one_line
 from llamagen.finite import NotFiniteError
-from llamagen.models.gpt_config import GPTConfig
 from llamagen.option_checks import check_integer
 from llamagen.pretrained.conditions import to_condition
+from llamagen.pretrained.exported_config import ARCHITECTURE
 from llamagen.pretrained.loading import load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import Images
 from llamagen.sampling.automatic import should_compile
-from serving.engine.engine import FailureReport, ImageReport, Inbox, Report, RowsReport, Work
+from serving.engine.engine import ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
+from serving.engine.failures import blame, raise_if_device_failed, report_failure
 from serving.engine.previews import GrowingImages, PreviewBudget
 from serving.engine.spec import WorkerSpec
 from serving.engine.uploads import read_image
 from serving.vllm.export import is_guided, vllm_folder
-from serving.vllm.hf_config import not_finite_code, vllm_sizes
+from serving.vllm.hf_config import not_finite_code
 from serving.vllm.prompts import caption_prompt, embedder_of, label_prompt
+from serving.vllm.ranks import cache_bytes, check_ranks
 from serving.vllm.settings import RequestSettings, check_guidance
 from serving.vllm.versions import check_version, installed_version
 
 LOGGER = logging.getLogger("serving")
-BUG = "something went wrong on the server, whose log shows what"
-"""What the owner of a request reads about a bug."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the loop runs in this process, which is a worker's
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it reserves a core; OMP_NUM_THREADS sets the threads
@@ -47,8 +48,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Settings of vLLM, unless the user has set them."""
-BLOCK = 128
-"""Tokens of a block of vLLM's cache on CPUs; on GPUs they are smaller."""
+MAX_REASON = 500
+"""Maximum length of vLLM's reason in an error message."""
+PROMPTS = 32
+"""Encoded prompts that are kept, each of one or two megabytes for the published models."""
 
 
 @dataclass
@@ -84,7 +87,8 @@ class VLLMEngine:
         options: other arguments of ``vllm.EngineArgs``.
 
     Raises:
-        ValueError: in one line, if vLLM is not installed or of another version, or the model cannot be loaded.
+        ValueError: in one line, if vLLM is not installed or of another version, the model cannot be loaded, or vLLM
+            does not start with it.
     """
 
     is_continuous = True
@@ -112,19 +116,24 @@ class VLLMEngine:
         if parts.gpt is None:
             raise ValueError(f"{found.name} is a tokenizer; vLLM needs an autoregressive model, such as c2i_B_256")
         self.capacity, self.gpt_config = capacity, parts.gpt.config
-        _check_ranks(tensor_parallel, self.gpt_config)
+        check_ranks(tensor_parallel, self.gpt_config)
         own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if own.type == "cuda" and own.index:
             raise ValueError(
                 f"device is {own}, but vLLM takes the first GPUs that it sees; leave device out and set "
                 f"CUDA_VISIBLE_DEVICES={own.index}"
             )
+        if own.type == "cuda" and tensor_parallel > (count := torch.cuda.device_count()):
+            raise ValueError(f"tensor_parallel is {tensor_parallel}, but there are {count} GPUs; give at most {count}")
         self.model = LlamaGen(parts, capacity, compile=False)
         parts.tokenizer.to(own)
         self.facts = ModelFacts.from_model(self.model)
         compiled = should_compile(parts.gpt) if compiled is None else compiled
         parts.gpt.layers = nn.ModuleList()
         self._gpt, self._conditions = parts.gpt.to(own), parts.text or parts.class_names
+        self._encode = lru_cache(PROMPTS)(self._encode_once)
+        if parts.text is not None:
+            self._encode("")  # loads the T5: the first request does not wait, and a wrong one ends the start
         self._dtype, side = parts.gpt.output.weight.dtype, self.gpt_config.grid_size
         self.model.preview(torch.zeros(1, side * side, dtype=torch.int64, device=own), 1)  # loads the decoder
         with vllm_folder(found) as folder:
@@ -136,7 +145,9 @@ class VLLMEngine:
                 "tensor_parallel_size": tensor_parallel,
                 "max_num_seqs": capacity,
                 "enforce_eager": not compiled,
-                "kv_cache_memory_bytes": self._cache_bytes(tensor_parallel),
+                "kv_cache_memory_bytes": cache_bytes(
+                    self.gpt_config, self.guided, capacity, tensor_parallel, self._dtype.itemsize
+                ),
                 "disable_log_stats": True,
             }
             self.engine = _start_vllm(arguments | options)
@@ -178,24 +189,31 @@ class VLLMEngine:
             assert work.settings is not None
             settings = RequestSettings(work.settings, work.seed, work.index)
             check_guidance(settings, self.guided)
-            self.engine.add_request(str(work.key), self._prompt(work, kept), self._parameters(settings, len(kept)))
+            prompt = self._prompt(work, kept)
+            rows = len(kept) // self.gpt_config.grid_size
+            growing = GrowingImages(self.model, [image], rows) if work.previews else None
+            self.engine.add_request(str(work.key), prompt, self._parameters(settings, len(kept)))
         except Exception as error:
-            _report_failure(error, [work], report)
+            report_failure(error, [work], report)
             return
-        rows = len(kept) // self.gpt_config.grid_size
-        growing = GrowingImages(self.model, [image], rows) if work.previews else None
         self._running[work.key] = _Running(work, list(kept), growing, PreviewBudget(time.monotonic))
         if rows:
             report(RowsReport((work.key,), rows))
 
     @torch.no_grad()
+    def _encode_once(self, condition: int | str) -> tuple[Tensor, int | None]:
+        """A label (), or features (C, W) of a prompt and their length. The images of a prompt arrive one by one."""
+        found, lengths = to_condition([condition], self._conditions, self.model.device)
+        return found[0], None if lengths is None else int(lengths[0])
+
+    @torch.no_grad()
     def _prompt(self, work: Work, kept: Sequence[int]) -> dict[str, Any]:
-        condition, lengths = to_condition([work.condition], self._conditions, self.model.device)
+        assert work.condition is not None
+        condition, length = self._encode(work.condition)
         if self.gpt_config.condition == "class":
-            return label_prompt(self.gpt_config, int(condition[0]), kept)
-        length = None if lengths is None else int(lengths[0])
+            return label_prompt(self.gpt_config, int(condition), kept)
         embedder = embedder_of(self._gpt)
-        prompt = caption_prompt(self.gpt_config, embedder, condition[0], length, kept, self.guided)
+        prompt = caption_prompt(self.gpt_config, embedder, condition, length, kept, self.guided)
         return prompt | {"prompt_embeds": prompt["prompt_embeds"].to("cpu", self._dtype)}
 
     def _parameters(self, settings: RequestSettings, kept: int) -> Any:
@@ -245,15 +263,21 @@ class VLLMEngine:
             self._abort({work.key for work in broken})
             advice = "" if self.facts.dtype == "float32" else "; use float32"
             message = f"the logits of the autoregressive model are not finite in {self.facts.dtype}{advice}"
-            _report_failure(NotFiniteError(message), broken, report)
+            report_failure(NotFiniteError(message), broken, report)
         return finished
 
     def _preview(self, running: _Running, row: int) -> tuple[bytes, ...]:
         if running.growing is None:
             return ()
         codes = running.codes + [0] * (self.gpt_config.block_size - len(running.codes))
-        grid = torch.tensor([codes], device=self.model.device)
-        return tuple(running.growing.update(grid, row, running.budget))
+        try:
+            grid = torch.tensor([codes], device=self.model.device)
+            return tuple(running.growing.update(grid, row, running.budget))
+        except Exception as error:  # the image itself may well succeed
+            raise_if_device_failed(error)
+            LOGGER.exception("an image has no previews any more")
+            running.growing = None
+            return ()
 
     def _decode(self, finished: list[tuple[Work, list[int]]], report: Callable[[Report], None]) -> None:
         """Begin to decode images."""
@@ -283,22 +307,16 @@ class VLLMEngine:
         self, error: Exception, finished: list[tuple[Work, list[int]]], report: Callable[[Report], None]
     ) -> None:
         """Report images that could not be decoded, and decode the others again."""
-        rows = set(error.rows) if isinstance(error, NotFiniteError) and error.rows else set(range(len(finished)))
-        _report_failure(error, [finished[row][0] for row in sorted(rows)], report)
-        self._decode([each for row, each in enumerate(finished) if row not in rows], report)
+        failed, parts = blame(error, len(finished))
+        report_failure(error, [finished[row][0] for row in failed], report)
+        for part in parts:
+            self._decode([finished[row] for row in part], report)
 
     def _abort(self, keys: set[int]) -> None:
         if keys:
             self.engine.abort_request([str(key) for key in keys])
             for key in keys:
                 del self._running[key]
-
-    def _cache_bytes(self, ranks: int) -> int:
-        """Bytes of keys and values on each device: full images for all of ``capacity``, so that none is preempted."""
-        sizes = vllm_sizes(self.gpt_config, self.guided)
-        blocks = self.capacity * -(-sizes["max_position_embeddings"] // BLOCK) + 1
-        width = -(-sizes["num_key_value_heads"] // ranks) * sizes["head_dim"]
-        return int(2 * sizes["num_hidden_layers"] * blocks * BLOCK * width * self._dtype.itemsize)
 
 
 def load_engine(spec: WorkerSpec) -> VLLMEngine:
@@ -318,25 +336,12 @@ def load_engine(spec: WorkerSpec) -> VLLMEngine:
     )
 
 
-def _check_ranks(ranks: int, config: GPTConfig) -> None:
-    if config.n_head % ranks or (config.kv_heads % ranks and ranks % config.kv_heads):
-        raise ValueError(
-            f"tensor_parallel is {ranks}, which does not fit the model's {config.n_head} heads and {config.kv_heads} "
-            "key-value heads; choose a divisor of both"
-        )
-
-
-def _report_failure(error: Exception, works: Sequence[Work], report: Callable[[Report], None]) -> None:
-    fault = fault_of(error)
-    if is_users := fault is not None and isinstance(error, ValueError):
-        LOGGER.info("a request is invalid: %s", error)
-    else:
-        LOGGER.error("%d images failed", len(works), exc_info=error)
-    report(FailureReport(tuple(work.key for work in works), fault.message if fault else BUG, is_users))
-
-
 def _start_vllm(arguments: dict[str, Any]) -> Any:
-    """An engine of vLLM in this process."""
+    """An engine of vLLM in this process.
+
+    Raises:
+        ValueError: in one line with vLLM's reason, if it does not start.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import ModelRegistry
@@ -344,9 +349,17 @@ def _start_vllm(arguments: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from serving.vllm.model import LlamaGenGPT
-    from serving.vllm.plugin import ARCHITECTURE, register
+    from serving.vllm.plugin import register
 
     register()  # footgun: an old *.egg-info in the working directory hides the entry point
     # The class itself: otherwise vLLM starts a process, which imports it to look at it.
     ModelRegistry.register_model(ARCHITECTURE, LlamaGenGPT)
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except Exception as error:
+        LOGGER.debug("vLLM did not start", exc_info=error)
+        reason = one_line(str(error)) or type(error).__name__
+        raise ValueError(
+            f"vLLM does not start: {reason[:MAX_REASON]}; a smaller batch size needs less memory, "
+            "VLLM_LOGGING_LEVEL=INFO shows more, and docs/vllm.md says what vLLM needs"
+        ) from error

@@ -31,7 +31,8 @@ def vllm_folder(source: Source) -> Iterator[Path]:
     Raises:
         ValueError: in one line, if it is a tokenizer, or a file is damaged.
     """
-    given = None if source.model is None else source.model.parent
+    # Only its own weights: another file in the folder may be another model.
+    given = source.model.parent if source.model is not None and source.model.name == MODEL_FILE else None
     if given is not None and is_exported(given) and read_config(given).get("model_type") == MODEL_TYPE:
         yield given
         return

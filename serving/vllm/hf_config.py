@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.pretrained.exported_config import MODEL_TYPE
 
 HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Widths of heads that vLLM's attention kernels have. Others are padded in the cache: GPT-3B has 100."""
@@ -20,7 +21,7 @@ class LlamaGenConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
         kwargs: other entries of the file.
     """
 
-    model_type = "llamagen"
+    model_type = MODEL_TYPE
 
     def __init__(self, gpt: Mapping[str, Any] | None = None, guided: bool = True, **kwargs: Any) -> None:
         self.gpt, self.guided = dict(gpt or {}), guided

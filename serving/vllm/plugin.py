@@ -7,7 +7,6 @@ from serving.vllm.versions import check_version
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-ARCHITECTURE = "LlamaGenGPT"
 PROCESSORS = "serving.vllm.processor"
 
 
@@ -31,6 +30,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from llamagen.pretrained.exported_config import ARCHITECTURE
     from serving.vllm.hf_config import LlamaGenConfig
 
     AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig, exist_ok=True)

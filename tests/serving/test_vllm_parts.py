@@ -1,8 +1,11 @@
 """The parts of ``serving/vllm/`` that need no vLLM: settings, prompts, noise, versions, folders."""
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,19 +14,21 @@ import torch
 from llamagen.checkpoints.export import main as export
 from llamagen.checkpoints.weights import Weights, read_weights
 from llamagen.checkpoints.writing import write_weights
-from llamagen.models.gpt import GPT
 from llamagen.pretrained.exported_config import read_config
 from llamagen.pretrained.source import find_source
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.logits import sample_codes
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
+from serving.engine.engine import Work
 from serving.engine.spec import WorkerSpec
+from serving.vllm import engine as engine_module
 from serving.vllm import versions
-from serving.vllm.engine import _check_ranks, load_engine
+from serving.vllm.engine import VLLMEngine, _Running, _start_vllm, load_engine
 from serving.vllm.export import is_guided, vllm_folder
 from serving.vllm.hf_config import LlamaGenConfig, padded_head
 from serving.vllm.plugin import register
 from serving.vllm.prompts import caption_prompt, condition_tokens, embedder_of, kept_count, label_prompt
+from serving.vllm.ranks import BLOCK, cache_bytes, check_ranks
 from serving.vllm.settings import RequestSettings, check_vllm_parameters
 from serving.vllm.step import Row, add_noise
 from tests.golden import normal_input
@@ -190,6 +195,11 @@ def test_an_exported_folder_is_given_to_vllm_and_other_models_are_exported(
 ) -> None:
     with vllm_folder(find_source(files["guided"])) as folder:
         assert folder == files["guided"]
+    another = tmp_path / "guided" / "another.safetensors"
+    shutil.copytree(files["guided"], another.parent)
+    shutil.copy(files["gpt"], another)
+    with vllm_folder(find_source(another, files["tokenizer"])) as folder:
+        assert folder != another.parent
     old = tmp_path / "old"
     old.mkdir()
     content = json.loads((files["guided"] / "config.json").read_text())
@@ -208,12 +218,60 @@ def test_an_exported_folder_is_given_to_vllm_and_other_models_are_exported(
         pass
 
 
-def test_ranks_must_share_the_heads() -> None:
-    config = GPT(small_gpt(n_kv_head=2).config).config
+def test_devices_must_share_the_heads_and_the_feed_forward_layers() -> None:
+    config = small_gpt(n_kv_head=2).config
     for ranks in (1, 2, 4):
-        _check_ranks(ranks, config)
+        check_ranks(ranks, config)
     with pytest.raises(ValueError, match=r"^tensor_parallel is 3, which does not fit the model's 4 heads and 2 key-v"):
-        _check_ranks(3, config)
+        check_ranks(3, config)
+    narrow = replace(config, multiple_of=1, ffn_dim_multiplier=0.39)
+    assert narrow.ffn_dim % 4
+    with pytest.raises(ValueError, match=rf"^tensor_parallel is 4, which does not divide the width {narrow.ffn_dim} "):
+        check_ranks(4, narrow)
+
+
+def test_the_cache_holds_the_heads_of_both_branches_on_each_device() -> None:
+    config = small_gpt(n_kv_head=2).config
+    layer = 2 * config.n_layer * (3 + 1) * BLOCK * padded_head(config.head_dim) * 4  # 3 images, less than a block each
+    assert [cache_bytes(config, True, 3, ranks, 4) // layer for ranks in (1, 2, 4)] == [4, 2, 2]
+    assert [cache_bytes(config, False, 3, ranks, 4) // layer for ranks in (1, 2, 4)] == [2, 1, 1]
+
+
+def test_vllms_reason_not_to_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("Engine core initialization failed.\n  See root cause above." + 1000 * "x")
+
+    monkeypatch.setattr(engine_module, "ENVIRONMENT", {})
+    for name, content in {
+        "vllm": {"ModelRegistry": SimpleNamespace(register_model=lambda *_: None)},
+        "vllm.engine.arg_utils": {"EngineArgs": dict},
+        "vllm.v1.engine.llm_engine": {"LLMEngine": SimpleNamespace(from_engine_args=start)},
+        "serving.vllm.model": {"LlamaGenGPT": None},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    with pytest.raises(ValueError, match=r"^vLLM does not start: Engine core initialization failed. See ro") as caught:
+        _start_vllm({"model": "m"})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_preview_that_fails_does_not_end_its_image() -> None:
+    class AcceleratorError(RuntimeError):
+        """Named as that of PyTorch, after which a device cannot be used."""
+
+    def growing(error: Exception) -> Any:
+        def update(*_: object) -> None:
+            raise error
+
+        return SimpleNamespace(update=update)
+
+    engine: Any = SimpleNamespace(gpt_config=small_gpt().config, model=SimpleNamespace(device="cpu"))
+    running = _Running(Work(0, 1), [0] * 4, growing(RuntimeError("no memory")), None)  # type: ignore[arg-type]
+    assert VLLMEngine._preview(engine, running, 1) == ()
+    assert running.growing is None
+    running.growing = growing(AcceleratorError("illegal access"))
+    with pytest.raises(AcceleratorError):
+        VLLMEngine._preview(engine, running, 1)
 
 
 def test_a_tokenizer_has_no_unguided_export(files: dict[str, Path], tmp_path: Path) -> None:

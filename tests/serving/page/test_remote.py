@@ -78,12 +78,14 @@ def refusal(backend: RemoteBackend, wanted: Request | None = None) -> tuple[str,
 def test_each_condition_is_a_request_with_all_settings(server: ScriptedServer, backend: RemoteBackend) -> None:
     assert backend.facts == CLASS_FACTS
     found = answer(backend, request(2))
-    assert [each for each in found if isinstance(each, Rows)][:2] == [Rows((0,), 1, 4, (b"jpeg",)), Rows((0,), 2, 4)]
+    rows = [each for each in found if isinstance(each, Rows) and each.images == (0,)]
+    assert rows[:2] == [Rows((0,), 1, 4, (b"jpeg",)), Rows((0,), 2, 4)]
     finished = [each for each in found if isinstance(each, Finished)]
     assert sorted(each.image for each in finished) == [0, 1]
     assert all(np.array_equal(each.pixels, PIXELS) for each in finished)
     assert found[-1] == Ended()
     bodies = [body for path, _, body in server.requests if path == GENERATIONS]
+    bodies.sort(key=lambda body: body["index"])  # the requests are sent at the same time
     assert [(body["prompt"], body["index"], body["n"], body["seed"]) for body in bodies] == [(3, 0, 1, 5), (4, 1, 1, 5)]
     assert (bodies[0]["model"], bodies[0]["top_k"], bodies[0]["output_format"]) == ("fake", 7, "png")
     assert bodies[0]["guidance_steps"] is None  # all codes, and not the server's default
@@ -196,7 +198,7 @@ def test_the_load_is_that_of_the_server(server: ScriptedServer, backend: RemoteB
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (Answer(401, b"{}"), "does not accept this API key; give its key with --api-key-file, or in LLAMAGEN_API_KEY"),
+        (Answer(401, b"{}"), "needs an API key; give its key with --api-key-file, or in LLAMAGEN_API_KEY"),
         (Answer(404, HTML), "is not a server of this project"),
         (Answer(200, HTML), "is not a server of this project"),
         (Answer(200, b'{"data": [{"id": "gpt"}]}'), "is not a server of this project"),
@@ -209,6 +211,12 @@ def test_another_program_is_refused_at_the_start(server: ScriptedServer, found: 
     with pytest.raises(ValueError, match=message) as caught:
         RemoteBackend(server.address)
     assert_one_line(caught)
+
+
+def test_a_wrong_key_is_told_from_a_missing_one(server: ScriptedServer) -> None:
+    server.answers[MODELS] = Answer(401, b"{}")
+    with pytest.raises(ValueError, match="does not accept this API key; give its key with --api-key-file"):
+        RemoteBackend(server.address, "wrong")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from llamagen.sampling import SamplingConfig
+from serving.engine.observer import Observer
 from serving.engine.requests import Ended, Event, Finished, ImageRequest, Load, Request, RequestError, Rows
 from serving.ray_serve import backend as backend_module
 from serving.ray_serve.backend import RayBackend, ReplicaLost
 from serving.ray_serve.replica import Replica
+from serving.server.metrics import Metrics
 from tests.serving.fake_backend import CLASS_FACTS, FakeBackend, fake_codes
 
 READY = Load(ready=True, waiting=0, running=0, workers=1, images_per_second=2.0)
@@ -46,7 +48,7 @@ class Script:
         try:
             for step in self.calls.pop(0) if self.calls else ("all", None):
                 if step == LOST:
-                    raise ReplicaLost("killed")
+                    raise ReplicaLost("killed", "replica 1")
                 if step == WAIT:
                     await asyncio.sleep(60)
                 if step == "all":
@@ -101,8 +103,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 backends: list[RayBackend] = []
 
 
-def build(script: Script, queue: int = 64, patience: float = 60.0) -> RayBackend:
-    backends.append(RayBackend(FACTS, script, queue=queue, patience=patience))
+def build(script: Script, queue: int = 64, patience: float = 60.0, observer: Observer | None = None) -> RayBackend:
+    backends.append(RayBackend(FACTS, script, queue=queue, patience=patience, observer=observer))
     return backends[-1]
 
 
@@ -145,12 +147,41 @@ def test_an_image_that_a_replica_reports_twice_is_answered_once() -> None:
     assert owner.images == [0, 1]
 
 
-@pytest.mark.parametrize("last", [(), (None,), (RequestError("stopping", "it stops"),)])
+@pytest.mark.parametrize(
+    "last", [(), (None,), (RequestError("stopping", "it stops"),), (RequestError("lost", "its worker died"),)]
+)
 def test_a_replica_that_stops_early_counts_as_lost(last: tuple[object, ...]) -> None:
     owner = Owner()
     build(Script((0, *last))).submit(images(2), owner)
     assert owner.end() is None
     assert owner.images == [0, 1]
+
+
+def test_a_loss_after_the_last_image_changes_nothing() -> None:
+    script, owner = Script(("all", LOST)), Owner()
+    build(script).submit(images(2), owner)
+    assert owner.end() is None
+    assert len(script.sent) == 1
+
+
+def test_metrics_learn_of_requests_images_and_lost_replicas() -> None:
+    script, owner, metrics = Script((0, LOST), (LOST,), ("all", None), ("all", None)), Owner(), Metrics()
+    backend = build(script, queue=8, observer=metrics)
+    backend.submit(images(6), owner)
+    assert owner.end() is None
+    with pytest.raises(RequestError):
+        backend.submit(images(9), owner)
+    backend.close()  # after which all was counted
+    lines = metrics.text().decode().splitlines()
+    for line in (
+        "llamagen_images_accepted_total 6.0",
+        'llamagen_requests_refused_total{reason="invalid"} 1.0',
+        'llamagen_requests_ended_total{reason="finished"} 1.0',
+        "llamagen_images_total 6.0",
+        "llamagen_queue_seconds_count 6.0",
+        "llamagen_workers_died_total 1.0",
+    ):
+        assert line in lines
 
 
 def test_a_request_that_three_replicas_died_with_is_lost() -> None:

@@ -11,11 +11,13 @@ import yaml
 
 pytest.importorskip("ray")
 
+import ray
 from ray import serve
 
 from llamagen.command import run_command
 from serving.engine.spec import WorkerSpec
 from serving.ray_serve import __main__ as command
+from serving.ray_serve import app
 from serving.ray_serve.app import ModelReplica, StartError, complete, ingress_deployment, model_deployment
 from serving.ray_serve.options import Options
 
@@ -57,6 +59,83 @@ def test_the_command_writes_a_file_that_the_application_reads(tmp_path: Path) ->
     (application,) = config["applications"]
     assert application["import_path"] == "serving.ray_serve.app:build"
     assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8)
+
+
+def test_a_written_file_has_whole_paths_and_no_fewer_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("keys", "vq.safetensors", "t5"):
+        Path(name).touch()
+    arguments = ["c2i_B_256", "--address", "auto", "--write-config", "serve.yaml", "--tokenizer", "vq.safetensors"]
+    monkeypatch.setenv("LLAMAGEN_API_KEY", "secret")
+    with pytest.raises(ValueError, match=r"^LLAMAGEN_API_KEY is set, but the file of --write-config has no keys"):
+        command.main(arguments)
+    command.main([*arguments, "--api-key-file", "keys", "--text-encoder", "t5"])
+    text = Path("serve.yaml").read_text()
+    (application,) = yaml.safe_load(text)["applications"]
+    paths = {name: application["args"][name] for name in ("tokenizer", "text_encoder", "api_key_file")}
+    assert list(paths.values()) == [str(tmp_path.resolve() / name) for name in ("vq.safetensors", "t5", "keys")]
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("option", [["--address", "auto"], ["--write-config", "serve.yaml"]])
+def test_a_free_port_is_one_of_this_start_on_this_machine(option: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^--port 0 .*; give a number with --"):
+        command.main(["c2i_B_256", "--port", "0", *option])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a command that serves does to Ray, without Ray."""
+    done: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *_, **options: done.append(f"{name} {options.get('_blocking', '')}".strip())
+
+    monkeypatch.setattr(command, "_set_up_environment", lambda is_local: None)
+    monkeypatch.setattr(command, "_Interrupt", lambda: SimpleNamespace(wait=note("wait")))
+    for name in ("_connect", "_run", "_drain"):
+        monkeypatch.setattr(command, name, note(name))
+    monkeypatch.setattr(app, "build", note("build"))
+    monkeypatch.setattr(serve, "start", note("start"))
+    monkeypatch.setattr(serve, "delete", note("delete"))
+    monkeypatch.setattr(ray, "shutdown", note("shutdown"))
+    return done
+
+
+RUNNING = ["_connect", "build", "start", "_run"]
+
+
+def raising(error: BaseException) -> Any:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+def test_an_interrupted_command_finishes_and_deletes_its_application(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.main(["c2i_B_256", "--address", "auto"])
+    assert calls == [*RUNNING, "wait", "_drain", "delete True", "shutdown"]
+    calls.clear()
+    monkeypatch.setattr(serve, "delete", raising(TimeoutError("it takes longer than a minute")))
+    command.main(["c2i_B_256", "--address", "auto"])
+    assert calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize("place", ["_drain", "_run"])
+def test_a_second_interruption_ends_at_once(place: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, place, raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["c2i_B_256", "--address", "auto"])
+    assert calls[-2:] == ["delete False", "shutdown"]
+
+
+def test_a_wrong_option_does_not_end_what_runs_already(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "build", raising(ValueError("max_replicas is 2")))
+    with pytest.raises(ValueError, match="max_replicas is 2"):
+        command.main(["c2i_B_256", "--address", "auto"])
+    assert calls == ["_connect", "shutdown"]
 
 
 @pytest.mark.parametrize(
