@@ -7,6 +7,7 @@ The text chunk :data:`KEY` holds a JSON object, so that any program that shows P
 import io
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ def png_file(image: Image.Image, settings: ImageSettings, condition: str, dtype:
     return buffer.getvalue()
 
 
+@cache  # reads a file
 def _version() -> str:
     try:
         return version("llamagen-lightning")

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -274,7 +275,7 @@ def test_a_cpu_reports_finished_images_before_it_begins_the_next_batch(model: Ll
     assert order == ["take", "image", "take", "image", "take"]
 
 
-def test_bfloat16_is_compiled_so_that_images_do_not_depend_on_their_batch(
+def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_depend_on_their_batch(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4)
@@ -288,10 +289,12 @@ def test_bfloat16_is_compiled_so_that_images_do_not_depend_on_their_batch(
         raise ValueError("there is no\ncompiler")
 
     monkeypatch.setattr(CPUCodeDecoder, "__init__", fail)
-    assert run(load_engine(spec), works(engine.model, 1))
+    for dtype in ("bfloat16", "float32"):
+        assert run(load_engine(replace(spec, dtype=dtype)), works(engine.model, 1))
     assert caplog.messages == [
-        "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so images may depend on their batch; "
-        "use float32 to avoid this"
+        "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so it is slower, and images may depend "
+        "on their batch; use float32 to avoid this",
+        "sampling in float32 is not compiled (ValueError: there is no compiler), so it is slower",
     ]
 
 
