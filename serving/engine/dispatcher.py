@@ -180,6 +180,11 @@ class Dispatcher:
             self._clock.join()
         self._delivery.close()
 
+    def kill(self) -> None:
+        """End all worker processes at once, and start no others: this process is about to end."""
+        for slot in self._slots:
+            slot.kill()
+
     def ahead_of(self, accepted: Accepted) -> int:
         """See ``Ticket.ahead``."""
         with self._changed:

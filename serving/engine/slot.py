@@ -176,6 +176,14 @@ class WorkerSlot:
         if worker is not None:
             worker.stop()
 
+    def kill(self) -> None:
+        """End the worker at once, and start no other one."""
+        with self._changed:
+            self._stopping = True
+            if self.state is not None:
+                self.state.worker.kill()
+            self._changed.notify_all()
+
     def join(self, seconds: float) -> None:
         """Wait until the worker has ended; kill it if it takes longer."""
         if self._thread.ident is not None:

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if server is None or server.signals < 2:
             backend.close()
-    if server.signals > 1:  # nobody waits for the workers, which are killed at exit
+        else:
+            backend.kill()
+    if server.signals > 1:
         raise SystemExit(FORCED)
 
 

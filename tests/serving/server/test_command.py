@@ -121,6 +121,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def close(self) -> None:
             seen["closed"] = True
 
+        def kill(self) -> None:
+            seen["killed"] = True
+
     class Server:
         signals = property(lambda self: seen["signals"])
 
@@ -157,7 +160,7 @@ def test_after_a_second_signal_the_process_does_not_wait_for_its_workers(seen: d
     with pytest.raises(SystemExit) as caught:
         command.main(["model", "--port", "0"])
     assert caught.value.code == 128 + signal.SIGTERM
-    assert not seen["closed"]
+    assert (seen["closed"], seen["killed"]) == (False, True)
 
 
 def test_probes_are_answered_while_the_model_is_loaded() -> None:
