@@ -228,8 +228,8 @@ def load_engine(spec: WorkerSpec) -> EmbeddedEngine:
         ValueError: in one line, as ``LlamaGen.from_pretrained`` does.
     """
     parts = load_parts(find_source(spec.source, spec.tokenizer), spec.text_encoder, spec.device, spec.dtype)
-    # In other precisions than float32 only compiled steps round the logits of an image in the same way in any batch. On a
-    # CPU they are also much faster, for small models too, and compiled once for all.
+    # In other precisions than float32 only compiled steps round the logits of an image in the same way in any batch.
+    # On a CPU they are also much faster, for small models too, and compiled once for all.
     must_compile = parts.gpt is not None and (parts.dtype != "float32" or parts.gpt.output.weight.device.type == "cpu")
     engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=True if must_compile else None))
     try:

@@ -292,8 +292,8 @@ def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_
     for dtype in ("bfloat16", "float32"):
         assert run(load_engine(replace(spec, dtype=dtype)), works(engine.model, 1))
     assert caplog.messages == [
-        "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so it is slower, and images may depend "
-        "on their batch; use float32 to avoid this",
+        "sampling in bfloat16 is not compiled (ValueError: there is no compiler), so it is slower, and images may "
+        "depend on their batch; use float32 to avoid this",
         "sampling in float32 is not compiled (ValueError: there is no compiler), so it is slower",
     ]
 
