@@ -1,9 +1,11 @@
 """LightningCLI with this project's parser, checks and defaults."""
 
+import re
 import sys
 import warnings
 from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
@@ -112,6 +114,8 @@ class LlamaGenCLI(LightningCLI):
             return
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        if isinstance(path, Path):
+            path = config["ckpt_path"] = _as_text(path)
         if self.config.subcommand in ("test", "predict") and config.get("trainer.default_root_dir") is None:
             # Overlays for these stages set it to null: results must not end up in the folder of the training run.
             self.parser.error(
@@ -259,3 +263,12 @@ def run_stage(args: list[str] | dict[str, Any] | None = None) -> LlamaGenCLI:
         auto_configure_optimizers=False,
         args=args,
     )
+
+
+def _as_text(path: Path) -> str:
+    """A path or address as it was given.
+
+    footgun: Python caches unions without regard to the order of their types. If some package uses ``Path | str`` before
+    Lightning is imported, its ``str | Path`` is read as a path, which makes ``hf:/owner`` of ``hf://owner``.
+    """
+    return re.sub(r"^([a-z][a-z0-9]+):/", r"\1://", str(path))

@@ -325,7 +325,7 @@ def _checked(url: str) -> str:
     """A URL without the end that clients of the API may have.
 
     Raises:
-        ValueError: in one line, if it is no address of a server.
+        ValueError: in one line, if it is not the address of a server.
     """
     try:
         found = httpx2.URL(url)

@@ -54,7 +54,9 @@ def _devices(text: str | None) -> list[str]:
         try:
             torch.device(name)
         except RuntimeError:
-            raise ValueError(f"--devices {text} holds {name!r}, which is no device; give names like cuda:0") from None
+            raise ValueError(
+                f"--devices {text} holds {name!r}, which is not a device; give names like cuda:0"
+            ) from None
     if len(names) != len(set(names)) and any(not name.startswith("cpu") for name in names):
         raise ValueError(f"--devices {text} names a GPU twice; give each once")
     return names

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import main
+from command_line.cli import LlamaGenCLI
 from lightning_modules import CheckpointFiles
 from lightning_modules.latest_checkpoint import resolve_checkpoint
 from llamagen.checkpoints.contents import load_vqgan, read_checkpoint
@@ -83,6 +84,26 @@ def test_ckpt_path_takes_published_weights_and_the_run_records_their_address(
     of_run, of_published = saved(tmp_path / "a", "validate"), saved(tmp_path / "b", "validate")
     assert (of_run["ckpt_path"], of_run["model"]["init_args"]["init_from"]) == (RUN, None)
     assert (of_published["ckpt_path"], of_published["model"]["init_args"]["init_from"]) == (None, PUBLISHED)
+
+
+def test_an_address_stays_an_address_if_the_parser_makes_it_a_path(
+    run: HubServer,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = LlamaGenCLI._parse_ckpt_path
+
+    def with_path(self: LlamaGenCLI) -> None:
+        config = self.config[self.config.subcommand]
+        config["ckpt_path"] = Path(config["ckpt_path"])
+        check(self)
+
+    monkeypatch.setattr(LlamaGenCLI, "_parse_ckpt_path", with_path)
+    with pytest.raises(SystemExit):
+        main.main(["validate", *pipeline.argen_arguments(tmp_path / "run"), "--ckpt_path=hf://me/run"])
+    assert "hf://me/run does not name a file" in capsys.readouterr().err
 
 
 def test_fit_cannot_resume_from_weights_and_names_the_option(

@@ -63,9 +63,9 @@ def test_by_default_there_is_a_worker_on_each_gpu_or_one_on_the_cpu(monkeypatch:
     [
         (["--tensor-parallel", "2"], "--tensor-parallel 2 needs --engine vllm"),
         (["--devices", "cuda:0,cuda:1", "--engine", "vllm"], "are 2 devices, but --engine vllm takes one"),
-        (["--devices", "gpu"], "--devices gpu holds 'gpu', which is no device; give names like cuda:0"),
+        (["--devices", "gpu"], "--devices gpu holds 'gpu', which is not a device; give names like cuda:0"),
         (["--devices", "cuda:0,cuda:0"], "names a GPU twice"),
-        (["--devices", ""], "holds '', which is no device"),
+        (["--devices", ""], "holds '', which is not a device"),
     ],
 )
 def test_devices_that_do_not_fit_are_refused(arguments: list[str], message: str) -> None:
