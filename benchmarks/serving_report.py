@@ -90,7 +90,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper right")
+        axis.legend(fontsize=6, loc="upper right", framealpha=0.2)
     figure.suptitle(record["hardware"], fontsize=9)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
