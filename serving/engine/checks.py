@@ -8,6 +8,8 @@ from serving.engine.requests import ImageRequest, Request
 
 MAX_INDEX = 2**31 - 1
 """Maximum index of an image."""
+MAX_PROMPT = 1000
+"""Maximum number of characters of a prompt that people send; a model reads 120 tokens of it."""
 
 
 def check_request(request: Request, facts: ModelFacts) -> Request:

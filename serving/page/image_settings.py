@@ -8,14 +8,13 @@ from typing import Any
 from PIL import Image
 
 from llamagen.sampling import SamplingConfig
+from serving.engine.checks import MAX_PROMPT
 from serving.engine.facts import ModelFacts
 from serving.image_settings import FORMAT, KEY, ImageSettings, Kind
 from serving.page.generation import MAX_IMAGES
 
 MAX_TEXT = 2**16
 """Maximum number of characters of the settings in a file."""
-MAX_PROMPT = 1000
-"""Maximum number of characters of a prompt."""
 MAX_SEED = 2**31 - 1
 MAX_INTEGER = 2**20
 """Maximum of other integers; larger ones have no meaning and no slider."""

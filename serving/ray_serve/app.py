@@ -12,7 +12,7 @@ from llamagen.command import fault_of
 from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
-from serving.engine.spec import BATCH, WorkerSpec
+from serving.engine.spec import WorkerSpec, default_batch_size
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
 from serving.ray_serve.parts import images_per_call
@@ -87,7 +87,8 @@ def build(options: Options) -> Application:
 def complete(options: Options) -> Options:
     """The options with what depends on the cluster."""
     device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
-    return options.model_copy(update={"device": device, "batch_size": options.batch_size or BATCH[device]})
+    count = options.batch_size or default_batch_size(device)
+    return options.model_copy(update={"device": device, "batch_size": count})
 
 
 def model_deployment(options: Options) -> Deployment:

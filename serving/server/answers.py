@@ -207,15 +207,15 @@ async def json_answer(answer: Answer, progress: Progress, ticket: Ticket, receiv
 
 def encode_image(image: Finished, order: Order, facts: ModelFacts) -> bytes:
     """File of an image. PNG files of generated images hold their settings."""
-    picture = Image.fromarray(image.pixels)
+    pillow = Image.fromarray(image.pixels)
     settings = order.settings(facts, image.image)
     if order.output_format == "png" and settings is not None:
         condition = settings.conditions[0]
         title = condition if isinstance(condition, str) else facts.class_names.names[condition]
-        return png_file(picture, settings, title, facts.dtype)
+        return png_file(pillow, settings, title, facts.dtype)
     buffer = io.BytesIO()
     options = {} if order.output_format == "png" else {"quality": order.quality}
-    picture.save(buffer, order.output_format, **options)
+    pillow.save(buffer, order.output_format, **options)
     return buffer.getvalue()
 
 

@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llamagen.sampling.config import Schedule
-from serving.engine.checks import MAX_INDEX
+from serving.engine.checks import MAX_INDEX, MAX_PROMPT
 from serving.server.errors import ApiError
 
-MAX_PROMPT = 1000
-"""Maximum number of characters of a prompt; a model reads 120 tokens of it."""
 MAX_STEPS = 2**20
 SEEDS = -(2**63), 2**63 - 1
 TEMPERATURES = 0.001, 10.0
