@@ -294,8 +294,14 @@ class GPT(nn.Module):
                 f"{stop - self.config.condition_length} codes are too many: a model of block_size "
                 f"{self.config.block_size} reads at most {self.config.block_size - 1} and predicts the last one"
             )
-        rope = self.rope[start:stop] if positions is None else self._rope_at(positions, tokens, condition is not None)
-        mask = self._attention_mask(x, start, caption_lengths)
+        lengths = None if cache is None else cache.row_lengths
+        if positions is not None:
+            rope = self._rope_at(positions, tokens, condition is not None)
+        elif lengths is not None:
+            rope = self.rope[lengths[:, None] + torch.arange(x.shape[1], device=x.device)]
+        else:
+            rope = self.rope[start:stop]
+        mask = self._attention_mask(x, start, lengths, caption_lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
             part = None if cache is None else cache.layer(layer)
@@ -348,15 +354,18 @@ class GPT(nn.Module):
                 f"{tuple(caption_lengths.shape)} and the model's condition is {self.config.condition!r}"
             )
 
-    def _attention_mask(self, x: Tensor, start: int, caption_lengths: Tensor | None) -> Tensor | None:
+    def _attention_mask(
+        self, x: Tensor, start: int, row_lengths: Tensor | None, caption_lengths: Tensor | None
+    ) -> Tensor | None:
         """Causal and padding mask (B or 1, 1, T, S), or None if the causal mask of :class:`Attention` is enough."""
         span = x.shape[1]
-        if caption_lengths is None and (start == 0 or span == 1):
+        if caption_lengths is None and row_lengths is None and (start == 0 or span == 1):
             return None
-        query = torch.arange(start, start + span, device=x.device)[:, None]
+        first = torch.full((1,), start, device=x.device) if row_lengths is None else row_lengths
+        query = (first[:, None] + torch.arange(span, device=x.device))[:, :, None]
         key = torch.arange(start + span, device=x.device)
         causal = key <= query
         if caption_lengths is None:
-            return causal[None, None]
+            return causal[:, None]
         real = key >= self.config.condition_length - caption_lengths[:, None]
         return (causal & (real[:, None, :] | (key == query)))[:, None]

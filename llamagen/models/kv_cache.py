@@ -15,15 +15,17 @@ class LayerCache(NamedTuple):
     Attributes:
         keys: (B, G, P, E).
         values: (B, G, P, E).
-        length: number of tokens in the cache.
+        length: number of tokens in the cache; if rows differ, in the fullest row.
+        row_lengths: (B,) int64, number of tokens in each row; None if all rows have ``length``.
     """
 
     keys: Tensor
     values: Tensor
     length: int
+    row_lengths: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of T new tokens after the cached ones.
+        """Write the keys and values of T new tokens after the cached ones of each row.
 
         Args:
             keys: (B, G, T, E).
@@ -35,11 +37,18 @@ class LayerCache(NamedTuple):
         Raises:
             ValueError: if the new tokens exceed the capacity.
         """
-        end = self.length + keys.shape[2]
+        new = keys.shape[2]
+        end = self.length + new
         if end > self.keys.shape[2]:
             raise ValueError(f"the cache holds {self.keys.shape[2]} tokens and has no room for token {end}")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        if self.row_lengths is None:
+            self.keys[:, :, self.length : end] = keys
+            self.values[:, :, self.length : end] = values
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            places = self.row_lengths[:, None] + torch.arange(new, device=keys.device)
+            self.keys[rows, :, places] = keys.transpose(1, 2)
+            self.values[rows, :, places] = values.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -54,13 +63,15 @@ class KVCache:
     Attributes:
         keys: (N, B, G, P, E).
         values: (N, B, G, P, E).
-        length: number of cached tokens, the same for all rows. Lower it to discard the last ones, such as rejected
-            drafts: later calls overwrite them.
+        length: number of cached tokens; if rows differ, of the fullest row. Lower it to discard the last ones, such as
+            wrong guesses: later calls overwrite them.
+        row_lengths: (B,) int64, number of cached tokens of each row; None if all rows have ``length``.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    row_lengths: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -77,12 +88,19 @@ class KVCache:
 
     def layer(self, index: int) -> LayerCache:
         """Cache of one layer. Call :meth:`advance` after the last layer has appended to its own."""
-        return LayerCache(self.keys[index], self.values[index], self.length)
+        return LayerCache(self.keys[index], self.values[index], self.length, self.row_lengths)
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new tokens as cached."""
         self.length += tokens
+        if self.row_lengths is not None:
+            self.row_lengths = self.row_lengths + tokens
 
     def first_rows(self, count: int) -> "KVCache":
         """Cache of the first ``count`` rows, which shares memory with this one but counts its own length."""
-        return KVCache(self.keys[:, :count], self.values[:, :count], self.length)
+        lengths = None if self.row_lengths is None else self.row_lengths[:count]
+        return KVCache(self.keys[:, :count], self.values[:, :count], self.length, lengths)
+
+    def set_row_lengths(self, lengths: Tensor, longest: int) -> None:
+        """Set the number of cached tokens of each row, (B,) int64, of which ``longest`` is the largest."""
+        self.row_lengths, self.length = lengths, longest

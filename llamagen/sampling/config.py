@@ -27,6 +27,9 @@ class SamplingConfig:
             ``1 + (s − 1) (1 − cos(π t / L)) / 2``; ``power_cosine`` is the same with ``(t / L) ** guidance_power``
             instead of ``t / L`` (MDT, arXiv 2303.14389; RAR, arXiv 2411.00776).
         guidance_power: exponent of ``power_cosine``; with a larger one guidance sets in later.
+        window: number of codes of an image that a pass may decide. It changes the speed and not the image: see
+            :mod:`llamagen.sampling.windows`. 1 decides one code in each pass; ``auto`` chooses it for each pass, from
+            measured times and from how many guesses were right.
     """
 
     temperature: float = 1.0
@@ -37,6 +40,7 @@ class SamplingConfig:
     guidance_start: int = 0
     guidance_schedule: Schedule = "constant"
     guidance_power: float = 4.0
+    window: int | Literal["auto"] = 1
 
     def __post_init__(self) -> None:
         """Validate.
@@ -70,6 +74,10 @@ class SamplingConfig:
             raise ValueError(
                 f"guidance_schedule is {self.guidance_schedule!r}; it must be constant, linear, cosine or power_cosine"
             )
+        if self.window != "auto":
+            if isinstance(self.window, str):
+                raise ValueError(f"window is {self.window!r}; it must be a number of codes or auto")
+            check_integer("window", self.window, 1)
         if not 0.0 < self.guidance_power < float("inf"):
             raise ValueError(f"guidance_power is {self.guidance_power}; it must be positive")
 

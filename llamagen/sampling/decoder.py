@@ -1,6 +1,7 @@
 """The decode loop: from a condition to the codes of an image, one code after the other.
 
-Three engines run it: calls of the model on any device (here), C++ on CPUs (``cpu/``), Triton in CUDA graphs (``gpu/``).
+Three engines run it: calls of the model on any device (``eager.py``), C++ on CPUs (``cpu/``), Triton in CUDA graphs
+(``gpu/``). With windows, a pass decides several codes: see ``windows.py``.
 
 Shapes: B images, R rows (2 B while guided: the conditional rows first, then the unconditional ones), L codes of an
 image, of which the first K are kept, T new tokens of a pass, V vocabulary size.
@@ -9,20 +10,19 @@ image, of which the first K are kept, T new tokens of a pass, V vocabulary size.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from llamagen.finite import not_finite
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.cache_pool import CachePool
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
+from llamagen.sampling.draws import Draws
 from llamagen.sampling.inputs import SamplingRequest
-from llamagen.sampling.logits import guide, sample_codes
-from llamagen.sampling.noise import code_counters, gumbel
+from llamagen.sampling.windows import WindowLoop
 
 MAX_PASS_TOKENS = 2048
 """Maximum number of kept codes, of all rows together, that a pass reads: enough to keep a CPU busy."""
@@ -56,7 +56,7 @@ class DecodeState(ABC):
 
     def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
         self.gpt, self.request, self.batch = gpt, request, len(request)
-        self.length = gpt.config.block_size
+        self.length, self.condition_length = gpt.config.block_size, gpt.config.condition_length
         # Kept codes are not sampled, so they need no guidance.
         self.guided = request.config.guided_steps(self.length) > request.kept_count
         self.rows = 2 * self.batch if self.guided else self.batch
@@ -95,6 +95,39 @@ class DecodeState(ABC):
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` of each image from its logits (R, V)."""
 
+    @abstractmethod
+    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+        """Read new codes into the cache in one pass, each row at its own place.
+
+        Args:
+            tokens: (R, T) int64. Each attends to the cached tokens of its row and to the new tokens before it.
+            rows: the row of the cache that each row belongs to, counted as at the start of the call.
+            starts: (R,) int64 on the CPU, the number of cached tokens of each row. Those after it are overwritten.
+
+        Returns:
+            (R, T, V), the logits after each token; valid until the next pass.
+        """
+
+    @abstractmethod
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draw N codes.
+
+        Args:
+            logits: (rows, V), contiguous.
+            draws: what to draw from which rows; its tensors are on the model's device.
+
+        Returns:
+            (N,) int64 codes, and (N,) bool: whether some logits of a draw are not finite.
+        """
+
+    @abstractmethod
+    def start_windows(self) -> None:
+        """Prepare the cache for :meth:`read_windows`, after the condition and the kept codes were read."""
+
+    @abstractmethod
+    def move_row(self, source: int, target: int) -> None:
+        """Called when the rows of later passes change: row ``source`` of a pass becomes row ``target``."""
+
     def keep(self, kept: Tensor) -> None:
         """Start with given codes (B, K): read all but the last one, which :meth:`advance` reads."""
         self.codes[:, : kept.shape[1]] = kept
@@ -106,6 +139,12 @@ class DecodeState(ABC):
     def advance(self, step: int) -> None:
         """Read code ``step − 1`` and sample code ``step``."""
         self.sample(self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1], step)
+
+    def decode_in_windows(
+        self, window: int | Literal["auto"], first: int, logits: Tensor | None, report: Callable[[int], None]
+    ) -> None:
+        """Sample the codes from ``first`` on, several in a pass: see :class:`~llamagen.sampling.windows.WindowLoop`."""
+        WindowLoop(self, first, logits).run(8 if window == "auto" else window, report)
 
     def result(self) -> DecodedCodes:
         """The codes, in memory that later calls do not overwrite."""
@@ -123,6 +162,10 @@ class DecodeState(ABC):
         dropped = torch.arange(self.rows, device=self.codes.device) >= self.batch
         condition = self._both_branches(self.request.condition)
         return cast(Tensor, condition), dropped
+
+    def _image_of(self, rows: list[int]) -> list[int]:
+        """Image of rows of the cache."""
+        return [row % self.batch for row in rows]
 
     def _each_row(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) of the images → (R, T)."""
@@ -165,11 +208,13 @@ class CodeDecoder(ABC):
                 complete row of the grid. An exception of it ends the call.
         """
         length, side, kept = self.gpt.config.block_size, self.gpt.config.grid_size, request.kept_count
-        guided = request.config.guided_steps(length)
+        guided, window = request.config.guided_steps(length), request.config.window
         if request.kept is not None and kept == length:
             return _nothing_to_sample(request.kept, on_row)
+        first = max(kept, 1)
         # 1. Take memory that no other call uses.
         with self.start(request) as state:
+            report = _RowReports(state.codes, side, on_row)
             # 2. Prefill: read the condition, for both branches if any new code is guided.
             logits = state.prefill()
             # 3. Read the kept codes in one pass, or sample the first code.
@@ -177,18 +222,18 @@ class CodeDecoder(ABC):
                 state.sample(logits, 0)
             else:
                 state.keep(request.kept)
-            first = max(kept, 1)
-            if on_row is not None and first >= side:
-                on_row(_first_codes(state.codes, first // side * side), first // side * side)
+            # 4. Sample the others. Only reports may wait for the device.
+            if window != 1:
+                state.decode_in_windows(window, first, None if kept else logits, report)
+                return state.result()
+            report(first)
             for step in range(first, length):
-                # 4. Halve the batch as soon as no later code is guided.
+                # 5. Halve the batch as soon as no later code is guided.
                 if step == guided > kept:
                     state.drop_unconditional()
-                # 5. One pass over the last code, one new code.
+                # 6. One pass over the last code, one new code.
                 state.advance(step)
-                # 6. Report each complete row. Only this may wait for the device.
-                if on_row is not None and (step + 1) % side == 0:
-                    on_row(_first_codes(state.codes, step + 1), step + 1)
+                report(step + 1)
             return state.result()
 
     def refresh(self) -> None:
@@ -197,11 +242,24 @@ class CodeDecoder(ABC):
             self.weights.refresh(self.gpt)
 
 
-def _first_codes(codes: Tensor, count: int) -> Tensor:
-    """Copy of codes (B, L) for a callback, which may keep it; those after the first ``count`` are 0."""
-    copy = torch.zeros_like(codes)
-    copy[:, :count] = codes[:, :count]
-    return copy
+class _RowReports:
+    """Calls ``on_row`` once for each complete row of the grid, and first for all that are complete at the start."""
+
+    def __init__(self, codes: Tensor, side: int, on_row: Callable[[Tensor, int], object] | None) -> None:
+        self._codes, self._side, self._on_row = codes, side, on_row
+        self._rows: int | None = None
+
+    def __call__(self, count: int) -> None:
+        """All images have their first ``count`` codes."""
+        if self._on_row is None:
+            return
+        rows = count // self._side
+        new = range(self._rows + 1, rows + 1) if self._rows is not None else [rows] if rows else []
+        self._rows = rows
+        for row in new:
+            codes = torch.zeros_like(self._codes)  # a copy, which the callback may keep
+            codes[:, : row * self._side] = self._codes[:, : row * self._side]
+            self._on_row(codes, row * self._side)
 
 
 def _nothing_to_sample(kept: Tensor, on_row: Callable[[Tensor, int], object] | None) -> DecodedCodes:
@@ -236,86 +294,3 @@ class PooledCodeDecoder(CodeDecoder):
     def cache_rows(self, config: SamplingConfig) -> int:
         """Rows of a cache for the largest batch."""
         return 2 * self.batch_size if config.guided_steps(self.gpt.config.block_size) else self.batch_size
-
-
-class EagerCodeDecoder(PooledCodeDecoder):
-    """Samples codes by calls of the model, on any device."""
-
-    def new_state(self, request: SamplingRequest, cache: KVCache) -> DecodeState:
-        """State of a call."""
-        return EagerDecodeState(self.gpt, request, cache)
-
-
-class EagerDecodeState(DecodeState):
-    """State of a call of :class:`EagerCodeDecoder`."""
-
-    def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
-        super().__init__(gpt, request, cache)
-        device = self.codes.device
-        self._counters = code_counters(gpt.config.vocab_size, device)
-        self._steps = torch.arange(self.length, device=device)
-        scales = request.config.guidance_scales(self.length)
-        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
-
-    def prefill(self) -> Tensor:
-        """Logits (R, V) of the first code."""
-        condition, dropped = self.conditions()
-        logits = self.gpt(
-            None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
-        )
-        return cast(Tensor, logits[:, -1])
-
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """(R, T) → logits (R, T, V)."""
-        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
-        return cast(Tensor, logits)
-
-    def read(self, tokens: Tensor) -> None:
-        """Read codes (R, T)."""
-        self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
-
-    def sample(self, logits: Tensor, step: int) -> None:
-        """Sample code ``step`` from logits (R, V)."""
-        self.codes[:, step], broken = next_code(
-            logits,
-            self.request.config,
-            self._scales[step],
-            self.request.seeds,
-            self.request.indices,
-            self._steps[step],
-            self._counters,
-        )
-        self.broken |= broken
-
-
-def next_code(
-    logits: Tensor,
-    config: SamplingConfig,
-    scale: Tensor,
-    seeds: Tensor,
-    indices: Tensor,
-    step: Tensor,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Guide the logits if there are two rows for each image, and sample a code. Needs no synchronization.
-
-    Args:
-        logits: (B, V) or (2 B, V), any float dtype.
-        config: temperature, top-k and top-p.
-        scale: scalar float32, guidance scale of this code.
-        seeds: (B,) int64.
-        indices: (B,) int64.
-        step: scalar int64, index of the code.
-        counters: (V,) int64, see :func:`~llamagen.sampling.noise.code_counters`.
-
-    Returns:
-        (B,) int64 codes, and (B,) bool: whether some logits are not finite, in a branch or after guidance. This is
-        checked before top-k and top-p, which set logits to minus infinity on purpose.
-    """
-    logits = logits.float()
-    broken = not_finite(logits)
-    if len(logits) > len(indices):
-        logits = guide(logits, scale)
-        broken = broken.view(2, -1).any(0) | not_finite(logits)
-    noise = None if config.temperature == 0.0 else gumbel(seeds, indices, step, counters)
-    return sample_codes(logits, config, noise), broken

@@ -13,7 +13,8 @@ from llamagen.models.gpt import GPT
 from llamagen.models.sharding import is_sharded
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
-from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, EagerCodeDecoder
+from llamagen.sampling.decoder import CodeDecoder, DecodedCodes
+from llamagen.sampling.eager import EagerCodeDecoder
 from llamagen.sampling.evaluation_mode import evaluation_mode
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
 from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest, as_config, as_int

@@ -10,7 +10,8 @@ from llamagen.models.gpt import GPT
 from llamagen.sampling import SamplingConfig
 from llamagen.sampling.cache_pool import CachePool
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
-from llamagen.sampling.decoder import CodeDecoder, EagerCodeDecoder
+from llamagen.sampling.decoder import CodeDecoder
+from llamagen.sampling.eager import EagerCodeDecoder
 from llamagen.sampling.inputs import SamplingRequest
 from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 

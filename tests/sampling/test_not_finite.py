@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llamagen.models.gpt import GPT
 from llamagen.sampling import Images, ImageSampler, PixelDecoder, Sampler, SamplingConfig, generate
-from llamagen.sampling.decoder import next_code
+from llamagen.sampling.draws import next_code
 from llamagen.sampling.noise import code_counters, seed_tensor
 from tests.small_models import caption_lengths_for, condition_for, small_gpt, small_vqgan
 

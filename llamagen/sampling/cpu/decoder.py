@@ -9,6 +9,7 @@ from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
+from llamagen.sampling.draws import Draws
 from llamagen.sampling.inputs import SamplingRequest
 
 
@@ -43,9 +44,11 @@ class CPUDecodeState(DecodeState):
         self._step, self._scratch = step, Scratch()
         self._seeds, self._indices = request.seeds.contiguous(), request.indices.contiguous()
         self._scales = request.config.guidance_scales(self.length)
+        self._all_images = torch.arange(self.batch, device="cpu")
         lengths = self.caption_lengths
         self._first = None if lengths is None else (gpt.config.condition_length - lengths).int()
         self._logits = torch.empty(self.rows, 1, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
+        self._window_logits = self._logits.new_empty(0)  # grows as needed
 
     def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
@@ -77,19 +80,37 @@ class CPUDecodeState(DecodeState):
         # A pass computes the logits after its last token anyway; nothing reads them.
         self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch)
 
+    def start_windows(self) -> None:
+        """Nothing to do: only cached tokens of a row are read."""
+
+    def move_row(self, source: int, target: int) -> None:
+        """Nothing to do: a pass names the rows of the cache."""
+
+    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+        """(R, T) → logits (R, T, V)."""
+        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        size = tokens.numel() * self._logits.shape[2]
+        if self._window_logits.numel() < size:
+            self._window_logits = self._logits.new_empty(size)
+        logits = self._window_logits[:size].view(*tokens.shape, -1)
+        places = torch.tensor(rows, dtype=torch.int32, device="cpu")
+        first = None if self._first is None else self._first[places]
+        self._step(x, self.cache, first, logits, self._scratch, cache_rows=places, starts=starts.int())
+        return logits
+
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""
-        self._step.sample_codes(
-            logits,
-            self.request.config,
-            self._scales[step],
-            self._seeds,
-            self._indices,
-            step,
-            self.codes,
-            self.broken,
-            self._scratch,
-        )
+        images = self._all_images
+        scales = torch.full((self.batch,), self._scales[step], dtype=torch.float32, device="cpu")
+        steps = torch.full_like(images, step)
+        unconditional = images + self.batch if len(logits) > self.batch else images
+        draws = Draws(images, unconditional, scales, self._seeds, self._indices, steps)
+        self.codes[:, step], broken = self.draw(logits, draws)
+        self.broken |= broken
+
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draw N codes."""
+        return self._step.sample_codes(logits, self.request.config, draws, self._scratch)
 
     def _rope_rows(self, positions: Tensor, tokens: Tensor) -> Tensor:
         config = self.gpt.config

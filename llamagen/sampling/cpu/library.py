@@ -15,7 +15,7 @@ from pathlib import Path
 from llamagen.files import atomic_file
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("vector.h", "step.cpp", "sampling.cpp")]
+SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "step.cpp", "sampling.cpp")]
 
 
 @cache
@@ -46,7 +46,9 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     path = _cache_folder() / name
     if not path.exists():
         with atomic_file(path) as temporary:
-            done = _run([*command, *map(str, SOURCES[1:]), "-o", str(temporary)], compiler)
+            done = _run(
+                [*command, *(str(file) for file in SOURCES if file.suffix == ".cpp"), "-o", str(temporary)], compiler
+            )
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["no message"]
                 full = next((line for line in lines if "No space left" in line), None)

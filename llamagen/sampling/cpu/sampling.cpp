@@ -1,5 +1,7 @@
-// Samples a code for each row of logits: guidance, temperature, top-k, top-p, and the largest sum of logit and Gumbel
+// Samples codes from logits: guidance, temperature, top-k, top-p, and the largest sum of logit and Gumbel
 // noise. The same arithmetic as in logits.py and noise.py.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -25,18 +27,20 @@ static inline vec gumbel(uint64_t state, lvec counter) {
     return -logarithm(lost == 0.0f ? uniform : logarithm(rest) * -uniform / (lost == 0.0f ? vec{} + 1.0f : lost));
 }
 
-// Mirrored by _Sampling in step.py.
+// `count` draws. Mirrored by _Sampling in step.py.
 struct Sampling {
-    int32_t batch, vocabulary, guided, top_k, threads;
-    float scale, temperature, top_p;
-    uint64_t step;
-    const uint64_t* seed;  // (batch)
-    const int64_t* index;  // (batch)
-    const float* logits;   // (batch, vocabulary), or (2 batch, vocabulary) if guided
-    float* scratch;        // (batch, 2, vocabulary)
-    int64_t* codes;        // (batch), `stride` apart
-    int64_t stride;
-    bool* broken;          // (batch), set to true where logits are not finite
+    int32_t count, vocabulary, top_k, threads;
+    float temperature, top_p;
+    const float* logits;          // (rows, vocabulary)
+    const int32_t* conditional;   // (count): row of the logits
+    const int32_t* unconditional; // (count): row of the logits, the conditional one if the draw is not guided
+    const float* scale;           // (count): guidance scale
+    const uint64_t* seed;         // (count)
+    const int64_t* index;         // (count)
+    const int64_t* step;          // (count)
+    float* scratch;               // (threads, 2, vocabulary)
+    int64_t* codes;               // (count)
+    bool* broken;                 // (count): whether logits are not finite
 };
 
 // footgun: comparisons with infinity could be optimized away under -ffast-math; the bits cannot.
@@ -81,24 +85,26 @@ static float threshold(const Sampling& call, float* kept) {
     return smallest;
 }
 
-static int64_t sample_row(const Sampling& call, int row) {
+// The code of draw n; `value` has room for 2 vocabularies.
+static int64_t draw(const Sampling& call, int n, float* value) {
     const int V = call.vocabulary;
-    const float *conditional = call.logits + (int64_t)row * V, *unconditional = conditional + (int64_t)call.batch * V;
-    float *value = call.scratch + (int64_t)row * 2 * V, top = -INFINITY;
+    const bool branches = call.unconditional[n] != call.conditional[n];
+    const float scale = call.scale[n], *conditional = call.logits + (int64_t)call.conditional[n] * V;
+    const float* unconditional = branches ? call.logits + (int64_t)call.unconditional[n] * V : conditional;
+    float top = -INFINITY;
     int64_t best = 0;
     uint32_t broken = 0;
     for (int i = 0; i < V; i++) broken |= not_finite(conditional[i]);
-    for (int i = 0; call.guided && i < V; i++) broken |= not_finite(unconditional[i]);
+    for (int i = 0; branches && i < V; i++) broken |= not_finite(unconditional[i]);
     for (int i = 0; i < V; i++) {
-        const bool guide = call.guided && call.scale != 1.0f;
-        const float x =
-            guide ? unconditional[i] + call.scale * (conditional[i] - unconditional[i]) : conditional[i];
+        const bool guide = branches && scale != 1.0f;
+        const float x = guide ? unconditional[i] + scale * (conditional[i] - unconditional[i]) : conditional[i];
         value[i] = x;
         if (x > top) top = x, best = i;
     }
-    if (call.guided)  // the difference of two finite branches may overflow
+    if (branches)  // the difference of two finite branches may overflow
         for (int i = 0; i < V; i++) broken |= not_finite(value[i]);
-    if (broken) call.broken[row] = true;
+    call.broken[n] = broken;
     if (call.temperature == 0.0f) return best;
     for (int i = 0; i < V; i++) value[i] = (value[i] - top) / call.temperature;
     float smallest = -INFINITY;
@@ -106,9 +112,9 @@ static int64_t sample_row(const Sampling& call, int row) {
         std::copy(value, value + V, value + V);
         smallest = threshold(call, value + V);
     }
-    uint64_t state = mix(call.seed[row] + GOLDEN);
-    state = mix((state ^ (uint64_t)call.index[row]) + GOLDEN);
-    state = mix((state ^ call.step) + GOLDEN);
+    uint64_t state = mix(call.seed[n] + GOLDEN);
+    state = mix((state ^ (uint64_t)call.index[n]) + GOLDEN);
+    state = mix((state ^ (uint64_t)call.step[n]) + GOLDEN);
     lvec counter;
     for (int i = 0; i < LANES; i++) counter[i] = i + 1;
     float largest = -INFINITY;
@@ -123,6 +129,10 @@ static int64_t sample_row(const Sampling& call, int row) {
 }
 
 extern "C" void sample_codes(const Sampling* call) {
-#pragma omp parallel for num_threads(call->threads)
-    for (int row = 0; row < call->batch; row++) call->codes[row * call->stride] = sample_row(*call, row);
+#pragma omp parallel num_threads(call->threads)
+    {
+        float* value = call->scratch + (int64_t)omp_get_thread_num() * 2 * call->vocabulary;
+#pragma omp for
+        for (int n = 0; n < call->count; n++) call->codes[n] = draw(*call, n, value);
+    }
 }

@@ -12,6 +12,7 @@ from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.library import cpu_library
 from llamagen.sampling.decode_weights import DecodeWeights, Matrix
+from llamagen.sampling.draws import Draws
 
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t", torch.int8: "int8_t"}
 
@@ -56,18 +57,22 @@ class _Pass(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("batch", "span", "outputs", "start", "cache_rows", "capacity", "threads")
         ),
-        *((name, ctypes.c_void_p) for name in ("first", "positions", "x", "keys", "values", "logits", "scratch")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rows", "starts", "first", "positions", "x", "keys", "values", "logits", "scratch")
+        ),
     ]
 
 
 class _Sampling(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("batch", "vocabulary", "guided", "top_k", "threads")),
-        *((name, ctypes.c_float) for name in ("scale", "temperature", "top_p")),
-        ("step", ctypes.c_uint64),
-        *((name, ctypes.c_void_p) for name in ("seed", "index", "logits", "scratch", "codes")),
-        ("stride", ctypes.c_int64),
-        ("broken", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("count", "vocabulary", "top_k", "threads")),
+        *((name, ctypes.c_float) for name in ("temperature", "top_p")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("logits", "conditional", "unconditional", "scale", "seed", "index", "step", "scratch")
+        ),
+        *((name, ctypes.c_void_p) for name in ("codes", "broken")),
     ]
 
 
@@ -137,17 +142,22 @@ class CPUStep:
         logits: Tensor,
         scratch: Scratch,
         positions: Tensor | None = None,
+        cache_rows: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         """Compute the logits after new tokens, and append the tokens to the cache.
 
         Args:
             x: (B, T, D) float32, contiguous: the embedded tokens. Overwritten.
-            cache: cache of at least B rows, see :meth:`KVCache.first_rows`.
+            cache: cache of at least B rows, see :meth:`KVCache.first_rows`. Its length grows by T, unless ``starts`` is
+                given.
             first: (B,) int32, index of the first token of each row that is not padding; None without padding.
             logits: (B, V) float32 for the logits after the last token, or (B, K, V) for those after the last K tokens;
                 contiguous, written to.
             scratch: memory of this call.
             positions: (B, T) int32, contiguous: the row of the rotary table for each token; None for the next T rows.
+            cache_rows: (B,) int32, distinct: the row of the cache for each row of ``x``; None for the first B.
+            starts: (B,) int32, number of cached tokens of each row; None for the length of the cache.
         """
         batch, span, _ = x.shape
         _, rows, _, capacity, _ = cache.keys.shape
@@ -161,8 +171,7 @@ class CPUStep:
             cache.keys.stride(0) // cache.keys.stride(1),
             capacity,
             threads,
-            None if first is None else first.data_ptr(),
-            None if positions is None else positions.data_ptr(),
+            *(None if given is None else given.data_ptr() for given in (cache_rows, starts, first, positions)),
             x.data_ptr(),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
@@ -172,65 +181,63 @@ class CPUStep:
         # footgun: the compiled code checks nothing; a wrong shape or dtype would read or write other memory.
         assert rows >= batch <= len(logits)
         assert outputs <= span
-        assert cache.length + span <= capacity
+        assert (cache.length if starts is None else int(starts.max())) + span <= capacity
+        assert cache_rows is None or int(cache_rows.max()) < rows
         assert positions is None or positions.shape == (batch, span)
+        assert first is None or len(first) >= batch
+        assert all(given is None or given.shape == (batch,) for given in (cache_rows, starts))
         assert x.is_contiguous()
         assert logits.is_contiguous()
         _must_be(torch.float32, x, logits)
         _must_be(self.weights.dtype, cache.keys, cache.values)
-        _must_be(torch.int32, *(given for given in (first, positions) if given is not None))
+        _must_be(torch.int32, *(given for given in (cache_rows, starts, first, positions) if given is not None))
         self._library.forward(ctypes.byref(self._model), ctypes.byref(arguments))
-        cache.advance(span)
+        if starts is None:
+            cache.advance(span)
 
     def sample_codes(
-        self,
-        logits: Tensor,
-        config: SamplingConfig,
-        scale: float,
-        seeds: Tensor,
-        indices: Tensor,
-        step: int,
-        codes: Tensor,
-        broken: Tensor,
-        scratch: Scratch,
-    ) -> None:
-        """Sample a code for each of B images, with the result of :func:`~llamagen.sampling.logits.sample_codes`.
+        self, logits: Tensor, config: SamplingConfig, draws: Draws, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Draw N codes, with the result of :func:`~llamagen.sampling.logits.sample_codes`.
 
         Args:
-            logits: (B, V), or (2 B, V) with guidance; float32, contiguous.
+            logits: (rows, V) float32, contiguous.
             config: temperature, top-k and top-p.
-            scale: guidance scale.
-            seeds: (B,) int64, seed of each image.
-            indices: (B,) int64, index of each sample within the run.
-            step: index of the code.
-            codes: (B, L) int64; column ``step`` is written.
-            broken: (B,) bool; set to True where logits are not finite.
+            draws: what to draw from which rows.
             scratch: memory of this call.
+
+        Returns:
+            (N,) int64 codes, and (N,) bool: whether some logits of a draw are not finite.
         """
-        batch, vocabulary = len(codes), logits.shape[1]
-        _must_be(torch.float32, logits)
-        _must_be(torch.int64, seeds, indices, codes)
-        _must_be(torch.bool, broken)
-        assert len(broken) == batch
+        count, threads, vocabulary = len(draws.steps), torch.get_num_threads(), logits.shape[1]
+        codes = torch.empty(count, dtype=torch.int64, device="cpu")
+        broken = torch.empty(count, dtype=torch.bool, device="cpu")
+        conditional, unconditional = draws.conditional.int(), draws.unconditional.int()
+        _must_be(torch.float32, logits, draws.scales)
+        _must_be(torch.int64, draws.seeds, draws.indices, draws.steps)
+        assert logits.is_contiguous()
+        assert all(field.shape == (count,) for field in draws)
+        assert not count or int(torch.maximum(conditional, unconditional).max()) < len(logits)
         arguments = _Sampling(
-            batch,
+            count,
             vocabulary,
-            len(logits) > batch,
             min(config.top_k, vocabulary),
-            torch.get_num_threads(),
-            scale,
+            threads,
             config.temperature,
             config.top_p,
-            step,
-            seeds.data_ptr(),
-            indices.data_ptr(),
             logits.data_ptr(),
-            scratch.pointer(4 * batch * 2 * vocabulary),
-            codes[:, step].data_ptr(),
-            codes.stride(0),
+            conditional.data_ptr(),
+            unconditional.data_ptr(),
+            draws.scales.data_ptr(),
+            draws.seeds.data_ptr(),
+            draws.indices.data_ptr(),
+            draws.steps.data_ptr(),
+            scratch.pointer(4 * threads * 2 * vocabulary),
+            codes.data_ptr(),
             broken.data_ptr(),
         )
         self._library.sample_codes(ctypes.byref(arguments))
+        return codes, broken
 
 
 def _must_be(dtype: torch.dtype, *tensors: Tensor) -> None:

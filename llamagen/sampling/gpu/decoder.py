@@ -13,7 +13,8 @@ from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
-from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, DecodeState, next_code
+from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, DecodeState
+from llamagen.sampling.draws import Draws, next_code
 from llamagen.sampling.gpu.step import GPUStep
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
@@ -241,6 +242,20 @@ class GPUDecodeState(DecodeState):
         raise NotImplementedError(
             "compiled sampling on a GPU decodes one code at a time in raster order; sample without compiling"
         )
+
+    def start_windows(self) -> None:
+        """Not available, like :meth:`decode`."""
+
+    def move_row(self, source: int, target: int) -> None:
+        """Not available, like :meth:`decode`."""
+
+    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+        """Not available, like :meth:`decode`."""
+        raise NotImplementedError("windows")
+
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Not available, like :meth:`decode`."""
+        raise NotImplementedError("windows")
 
     def read(self, tokens: Tensor) -> None:
         """Read codes (R, T) by a call of the model, into the cache of the graphs."""

@@ -9,6 +9,7 @@ from llamagen.models.kv_cache import KVCache
 from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_codes, seed_tensor
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
+from llamagen.sampling.draws import Draws
 from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
 VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
@@ -113,12 +114,12 @@ def test_sampled_codes_equal_those_of_sample_codes(config: SamplingConfig, scale
     guided = logits if scale is None else scale * logits[:batch] + (1 - scale) * logits[batch:]
     if scale is not None:
         guided = torch.where(torch.tensor(scale == 1.0), logits[:batch], guided)
-    indices, codes = torch.arange(batch) * 11, torch.full((batch, 3), -1)
+    rows, indices = torch.arange(batch), torch.arange(batch) * 11
     step = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32))
     seeds = torch.stack([seed_tensor(-7 + 2**63 + row // 2) for row in range(batch)])
-    broken = torch.zeros(batch, dtype=torch.bool)
-    step.sample_codes(logits, config, 1.0 if scale is None else scale, seeds, indices, 2, codes, broken, Scratch())
+    scales = torch.full((batch,), 1.0 if scale is None else scale)
+    draws = Draws(rows, rows if scale is None else rows + batch, scales, seeds, indices, torch.full_like(rows, 2))
+    codes, broken = step.sample_codes(logits, config, draws, Scratch())
     assert broken.nonzero().flatten().tolist() == ([5] if scale is None else [])
     noise = gumbel(seeds, indices, torch.tensor(2), code_counters(vocabulary))
-    assert torch.equal(codes[:, 2], sample_codes(guided, config, noise))
-    assert (codes[:, :2] == -1).all()
+    assert torch.equal(codes, sample_codes(guided, config, noise))

@@ -1,0 +1,95 @@
+"""Sampling of codes by calls of the model, on any device. B images, R rows, T new tokens, V vocabulary size."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llamagen.models.gpt import GPT
+from llamagen.models.kv_cache import KVCache
+from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
+from llamagen.sampling.draws import Draws, next_code
+from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.noise import code_counters
+
+
+class EagerCodeDecoder(PooledCodeDecoder):
+    """Samples codes by calls of the model, on any device."""
+
+    def new_state(self, request: SamplingRequest, cache: KVCache) -> DecodeState:
+        """State of a call."""
+        return EagerDecodeState(self.gpt, request, cache)
+
+
+class EagerDecodeState(DecodeState):
+    """State of a call of :class:`EagerCodeDecoder`."""
+
+    def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
+        super().__init__(gpt, request, cache)
+        device = self.codes.device
+        self._counters = code_counters(gpt.config.vocab_size, device)
+        self._steps = torch.arange(self.length, device=device)
+        scales = request.config.guidance_scales(self.length)
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
+
+    def prefill(self) -> Tensor:
+        """Logits (R, V) of the first code."""
+        condition, dropped = self.conditions()
+        logits = self.gpt(
+            None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
+        )
+        return cast(Tensor, logits[:, -1])
+
+    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(R, T) → logits (R, T, V)."""
+        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
+        return cast(Tensor, logits)
+
+    def read(self, tokens: Tensor) -> None:
+        """Read codes (R, T)."""
+        self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
+
+    def sample(self, logits: Tensor, step: int) -> None:
+        """Sample code ``step`` from logits (R, V)."""
+        self.codes[:, step], broken = next_code(
+            logits,
+            self.request.config,
+            self._scales[step],
+            self.request.seeds,
+            self.request.indices,
+            self._steps[step],
+            self._counters,
+        )
+        self.broken |= broken
+
+    def start_windows(self) -> None:
+        """Clear the cache after the condition: masked entries must be finite, whatever earlier calls have left."""
+        self.cache.keys[..., self.cache.length :, :] = 0
+        self.cache.values[..., self.cache.length :, :] = 0
+
+    def move_row(self, source: int, target: int) -> None:
+        """Move a row of the cache, so that the rows of a pass come first."""
+        self.cache.keys[:, target] = self.cache.keys[:, source]
+        self.cache.values[:, target] = self.cache.values[:, source]
+
+    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+        """(R, T) → logits (R, T, V)."""
+        cache = self.cache.first_rows(len(rows))
+        cache.set_row_lengths(starts.to(tokens.device), int(starts.max()))
+        lengths = None if self.request.caption_lengths is None else self.request.caption_lengths[self._image_of(rows)]
+        return cast(Tensor, self.gpt(tokens, caption_lengths=lengths, cache=cache))
+
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draw N codes."""
+        rows = draws.conditional
+        if self.guided:
+            rows = torch.cat([rows, draws.unconditional])
+        return next_code(
+            logits[rows],
+            self.request.config,
+            draws.scales[:, None],
+            draws.seeds,
+            draws.indices,
+            draws.steps,
+            self._counters,
+        )
