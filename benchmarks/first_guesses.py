@@ -43,7 +43,7 @@ class LeftLoop(RecordedLoop):
     """Guesses the code to the left."""
 
     def first_guesses(self, images: Array, steps: Array) -> Array:
-        """(N,)"""
+        """Guess codes (N,)."""
         return np.asarray(self.codes[images, self._guessed[images] - 1])
 
 
@@ -51,7 +51,7 @@ class AboveLoop(RecordedLoop):
     """Guesses the code above, and in the first row the one to the left."""
 
     def first_guesses(self, images: Array, steps: Array) -> Array:
-        """(N,)"""
+        """Guess codes (N,)."""
         side = round(self.state.length**0.5)
         for image, step in zip(images.tolist(), steps.tolist(), strict=True):  # in order: the one above may be a guess
             self.codes[image, step] = self.codes[image, step - side if step >= side else step - 1]
@@ -62,7 +62,7 @@ class ZeroLoop(RecordedLoop):
     """Guesses code 0, which is hardly ever right."""
 
     def first_guesses(self, images: Array, steps: Array) -> Array:
-        """(N,)"""
+        """Guess codes (N,)."""
         return np.zeros_like(steps)
 
 
@@ -89,7 +89,7 @@ class NeighbourLoop(RecordedLoop):
         return single.log(), left, conditional(codes[:, :-1], codes[:, 1:])
 
     def first_guesses(self, images: Array, steps: Array) -> Array:
-        """(N,)"""
+        """Guess codes (N,)."""
         single, left, above = self.tables
         side, counters = round(self.state.length**0.5), code_counters(len(single))
         guesses = np.zeros_like(steps)
@@ -97,11 +97,8 @@ class NeighbourLoop(RecordedLoop):
             logits = left[self.codes[image, step - 1]]
             if step >= side:
                 logits = logits + above[self.codes[image, step - side]] - single
-            noise = gumbel(
-                *(torch.tensor([int(each[image])]) for each in (self._seeds, self._indices)),
-                torch.tensor(step),
-                counters,
-            )
+            seed, index = (torch.tensor([int(each[image])]) for each in (self._seeds, self._indices))
+            noise = gumbel(seed, index, torch.tensor(step), counters)
             self.codes[image, step] = guesses[number] = int((logits + noise[0]).argmax())
         return guesses
 

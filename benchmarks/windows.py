@@ -61,7 +61,7 @@ def main() -> None:
         return
     if options.part is None:
         raise ValueError("name a part (passes, guesses or times), or --table FILE")
-    models = {name: LlamaGen.from_pretrained(path).gpt for name, path in _pairs(options.model).items()}
+    models = {name: _gpt(path) for name, path in _pairs(options.model).items()}
     part: dict[str, Any] = record.get(options.part, {})
     if options.part == "passes":
         for name, gpt in models.items():
@@ -158,6 +158,13 @@ def _top_k(gpt: GPT) -> int:
     return 2000 if gpt.config.vocab_size > 2000 else gpt.config.vocab_size // 8
 
 
+def _gpt(path: str) -> GPT:
+    gpt = LlamaGen.from_pretrained(path).gpt
+    if gpt is None:
+        raise ValueError(f"{path} is a tokenizer; give the run of an autoregressive model")
+    return gpt
+
+
 def _labels(gpt: GPT, count: int) -> torch.Tensor:
     return torch.arange(count) % gpt.config.num_classes
 
@@ -166,7 +173,7 @@ def _pairs(values: list[str]) -> dict[str, str]:
     for value in values:
         if "=" not in value:
             raise ValueError(f"{value!r} must be NAME=PATH")
-    return dict(value.split("=", 1) for value in values)  # type: ignore[misc]
+    return dict(value.split("=", 1) for value in values)
 
 
 if __name__ == "__main__":
