@@ -11,7 +11,7 @@ an image, V vocabulary size.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +98,38 @@ class PassRows:
         self.unconditional = torch.tensor(unconditional, dtype=torch.int64, device=device)
 
 
+class Accepted(NamedTuple):
+    """Result of :func:`accept`.
+
+    Attributes:
+        codes: (A, T) int64, the codes of ``steps``: final ones, then guesses.
+        broken: (A,) bool, whether some logits of a new final code are not finite.
+        counts: (A,) int64, number of final codes of each image.
+    """
+
+    codes: Tensor
+    broken: Tensor
+    counts: Tensor
+
+
+def accept(old: Tensor, found: Tensor, broken: Tensor, steps: Tensor, counts: Tensor) -> Accepted:
+    """Decide which draws of a pass are final. Needs no synchronization.
+
+    Args:
+        old: (A, T) int64, the codes of ``steps`` before the pass: final ones, then guesses.
+        found: (A, T) int64, the codes that were drawn.
+        broken: (A, T) bool, whether some logits of a draw are not finite.
+        steps: (A, T) int64, consecutive places of each image, the first at most ``counts``.
+        counts: (A,) int64, number of codes that were final before the pass.
+    """
+    new = steps >= counts[:, None]
+    offsets = torch.arange(steps.shape[1], device=steps.device)
+    # The first draw that differs from its guess is final, too: all codes before it are.
+    last = torch.where((found != old) & new, offsets, steps.shape[1] - 1).amin(1)
+    flags = (broken & new & (offsets <= last[:, None])).any(1)
+    return Accepted(torch.where(new, found, old), flags, steps[:, 0] + last + 1)
+
+
 class WindowLoop:
     """Samples the codes of a batch in windows.
 
@@ -157,11 +189,11 @@ class WindowLoop:
         self._logits = logits.flatten(0, 1)
         found, broken = self._draw(conditional, unconditional, images[:, None].expand_as(steps), steps)
         # 3. Up to the first one that differs from its guess they are final.
-        old, new = state.codes[images].gather(1, steps), steps >= self.counts[images, None]
-        right = ((found == old) | ~new)[:, :-1].cumprod(1).sum(1)  # (A,)
-        state.codes[images[:, None], steps] = torch.where(new, found, old)
-        state.broken[images] |= (broken & new & (offsets <= right[:, None])).any(1)
-        self.counts[images] = steps[:, 0] + right + 1
+        old = state.codes[images].gather(1, steps)
+        accepted = accept(old, found, broken, steps, self.counts[images])
+        state.codes[images[:, None], steps] = accepted.codes
+        state.broken[images] |= accepted.broken
+        self.counts[images] = accepted.counts
         self._guessed[images] = steps[:, -1] + 1
         for last, rows_after in zip(self._last, (conditional, unconditional), strict=True):
             last[images] = rows_after[:, -1]
