@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from llamagen.sampling.decoder import CodeDecoder, DecodedCodes, DecodeState
 from llamagen.sampling.draws import Draws
 from llamagen.sampling.gpu.windows import WindowGraphs
 from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.window_choice import PassTimes, WindowChoice
+from llamagen.sampling.windows import Array
 
 
 class GPUCodeDecoder(CodeDecoder):
@@ -48,6 +50,13 @@ class GPUCodeDecoder(CodeDecoder):
         """Allocate the key-value cache and capture the graphs."""
         with self._take() as graphs:
             graphs.prepare(config)
+        if config.window == "auto":
+            self.pass_times(config)
+
+    def pass_times(self, config: SamplingConfig) -> PassTimes:
+        """Measured times of passes with these settings, for the choice of the window. The first call measures them."""
+        with self._take() as graphs:
+            return graphs.pass_times(config)
 
     @contextmanager
     def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
@@ -105,10 +114,11 @@ class GPUDecodeState(DecodeState):
         )
 
     def decode_in_windows(
-        self, window: int | Literal["auto"], first: int, logits: Tensor | None, report: Callable[[int], None]
+        self, window: int | WindowChoice, first: int, logits: Tensor | None, report: Callable[[int], None]
     ) -> None:
         """Sample the codes from ``first`` on in graphs: see :class:`~llamagen.sampling.gpu.windows.WindowGraphs`."""
-        self._graphs.run(self.request.config, first, logits, report)
+        guided_steps = self.request.config.guided_steps(self.length) if self.guided else 0
+        self._graphs.run(self.request.config, window, first, logits, guided_steps, report)
 
     def start_windows(self) -> None:
         """Not available: a captured pass reads and draws codes itself."""
@@ -118,7 +128,7 @@ class GPUDecodeState(DecodeState):
         """Not available, like :meth:`start_windows`."""
         raise NotImplementedError
 
-    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """Not available, like :meth:`start_windows`."""
         raise NotImplementedError
 

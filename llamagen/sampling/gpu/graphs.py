@@ -125,6 +125,12 @@ class StepGraphs:
             self._cache = KVCache.allocate(self.gpt.config, rows, self.device, self.dtype)
         return self._cache
 
+    def _reserve(self, rows: int) -> None:
+        """Make room for passes over ``rows`` tokens."""
+        if rows > self._step_rows:
+            self._graphs.clear()  # footgun: captured graphs hold pointers into the old workspaces
+            self._gpu_step, self._step_rows = GPUStep(self._weights, rows), rows
+
     def _sample(self, logits: Tensor, config: SamplingConfig) -> None:
         scale = self._scales.gather(0, self._step.view(1))[0]
         # Inductor cannot generate a cumulative sum over 16,384 codes (PyTorch 2.11), which top-p needs.
@@ -141,7 +147,8 @@ class StepGraphs:
         self._position.add_(1)
 
     def _step_graph(self, config: SamplingConfig, guided: bool) -> Graph:
-        return self._graph((guided, config.temperature, config.top_k, config.top_p), partial(self._one_step, config, guided))
+        key = (guided, config.temperature, config.top_k, config.top_p)
+        return self._graph(key, partial(self._one_step, config, guided))
 
     def _graph(self, key: Hashable, run: Callable[[], None]) -> Graph:
         """The graph of ``run``, captured if there is none yet."""

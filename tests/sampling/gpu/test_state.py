@@ -1,8 +1,8 @@
 """The decode loop of GPUs, tested without one: direct calls replace CUDA graphs, and the C++ pass replaces Triton."""
 
 import threading
-from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from llamagen.sampling import SamplingConfig
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.gpu import decoder as gpu
+from llamagen.sampling.gpu import graphs
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
@@ -28,19 +29,22 @@ class StepOnCPU:
     def __call__(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
         assert len(x) <= self.rows
         assert keys.is_contiguous()
-        logits = torch.empty(len(x), self.step.weights.config.vocab_size)
-        self.step(x[:, None].clone(), KVCache(keys, values, int(position)), first, logits, Scratch())
+        cache, scratch = KVCache(keys, values), Scratch()
+        if position.dim():
+            logits = torch.empty(len(position), len(x) // len(position), self.step.weights.config.vocab_size)
+            new, rows = x.view(*logits.shape[:2], -1).clone(), torch.arange(len(position), dtype=torch.int32)
+            self.step(new, cache, first, logits, scratch, cache_rows=rows, starts=position.int())
+            return logits.flatten(0, 1)
+        logits, cache.length = torch.empty(len(x), self.step.weights.config.vocab_size), int(position)
+        self.step(x[:, None].clone(), cache, first, logits, scratch)
         return logits
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: gpu.StepGraphs, config: SamplingConfig, guided: bool) -> Callable[[], None]:
-        return partial(self._one_step, config, guided)
-
-    monkeypatch.setattr(gpu, "GPUStep", StepOnCPU)
+    monkeypatch.setattr(graphs, "GPUStep", StepOnCPU)
     monkeypatch.setattr(gpu, "find_spec", lambda name: name)
-    monkeypatch.setattr(gpu.StepGraphs, "_capture", capture)
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, run: SimpleNamespace(replay=run))
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
 
 
@@ -90,14 +94,14 @@ def test_codes_after_kept_ones_equal_those_of_uncached_sampling(kind: str, setti
 
 @torch.no_grad()
 def test_graphs_of_settings_that_were_not_used_for_long_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "MAX_GRAPHS", 3)
-    captured, capture = list[float](), gpu.StepGraphs._capture
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
+    captured, capture = list[float](), graphs.StepGraphs._capture
 
-    def counted(self: gpu.StepGraphs, config: SamplingConfig, guided: bool) -> Callable[[], None]:
-        captured.append(config.temperature)
-        return capture(self, config, guided)
+    def counted(self: graphs.StepGraphs, run: partial[None]) -> graphs.Graph:
+        captured.append(run.args[0].temperature)
+        return capture(self, run)
 
-    monkeypatch.setattr(gpu.StepGraphs, "_capture", counted)
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", counted)
     gpt, _ = request_for("class", SamplingConfig())
     decoder = gpu.GPUCodeDecoder(gpt, 3, torch.float32)
     for temperature in (1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 2.0):  # 2.0 is dropped for 4.0
