@@ -178,7 +178,7 @@ class StepGraphs:
     def _capture(self, run: Callable[[], None]) -> Graph:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         # All results are copied out of the memory of a graph, so graphs may share it.
-        other = next((other for other in self._graphs.values() if isinstance(other, torch.cuda.CUDAGraph)), None)
+        pools = [other.pool() for other in self._graphs.values() if isinstance(other, torch.cuda.CUDAGraph)]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with compiling(), self._restored():
             with torch.cuda.stream(stream):
@@ -188,7 +188,7 @@ class StepGraphs:
             torch.cuda.current_stream(self.device).wait_stream(stream)
             # thread_local: other threads, which fetch images or pin batches, may use CUDA during the capture.
             with torch.cuda.graph(
-                graph, pool=other and other.pool(), stream=stream, capture_error_mode="thread_local"
+                graph, pool=pools[0] if pools else None, stream=stream, capture_error_mode="thread_local"
             ):
                 run()
         return graph

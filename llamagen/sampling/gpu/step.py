@@ -1,11 +1,12 @@
 """A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row, or a window of several.
 
 There are five kernels per layer (six with windows in float32), one before the first layer and one after the last. All
-launches are the same in each step, so a step can be captured in a CUDA graph. Before the capture, call it once with the same number of rows: kernels
-are compiled at their first launch.
+launches are the same in each step, so a step can be captured in a CUDA graph. Before the capture, call it once with the
+same shapes: kernels are compiled at their first launch.
 
-Shapes: R rows of the cache in a call, T new tokens of a row (the window), B = R · T, D model width, F feed-forward width, H query heads, G key-value heads, E head width, N outputs
-and K inputs of a linear layer, P tokens of cache capacity, V vocabulary size.
+Shapes: R rows of the cache in a call, T new tokens of a row (the window), B = R · T, D model width, F feed-forward
+width, H query heads, G key-value heads, E head width, N outputs and K inputs of a linear layer, P tokens of cache
+capacity, V vocabulary size.
 """
 
 from collections.abc import Mapping
@@ -208,9 +209,7 @@ class GPUStep:
         gains = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         for layer, gain, layer_keys, layer_values in zip(weights.layers, gains, keys, values, strict=True):
             self._norm_linear(layer.wqkv, tiles["wqkv"], after_w2, self._qkv[:count])
-            self._attention(
-                self._qkv, weights.rope, self._attended, position, first, layer_keys, layer_values, count
-            )
+            self._attention(self._qkv, weights.rope, self._attended, position, first, layer_keys, layer_values, count)
             self._linear_residual(self._attended, layer.wo, tiles["wo"], layer.ffn_norm, count)
             self._norm_gated(layer, tiles["gate"], after_wo, count)
             self._linear_residual(self._hidden, layer.w2, tiles["w2"], gain, count)

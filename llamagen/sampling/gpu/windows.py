@@ -81,11 +81,19 @@ def read_window(
 
 
 def draw(limited: Tensor, config: SamplingConfig, steps: Tensor, noise: Noise) -> Tensor:
-    """Codes ``steps`` (B, T) of each image from limited logits (B, T, V), or (B, 1, V) for all of them; (B, T) int64."""
+    """Draw codes ``steps`` (B, T) of each image, (B, T) int64.
+
+    Args:
+        limited: (B, T, V) float32 limited logits, or (B, 1, V) for all codes of an image.
+        config: temperature.
+        steps: (B, T) int64.
+        noise: of the batch.
+    """
     if config.temperature == 0.0:
         return limited.argmax(-1).expand_as(steps)
     seeds, indices = (each[:, None].expand_as(steps).flatten() for each in (noise.seeds, noise.indices))
-    return (limited + gumbel(seeds, indices, steps.flatten(), noise.counters).unflatten(0, steps.shape)).argmax(-1)
+    gumbels = gumbel(seeds, indices, steps.flatten(), noise.counters).view(*steps.shape, -1)
+    return (limited + gumbels).argmax(-1)
 
 
 def limit(logits: Tensor, config: SamplingConfig, scales: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +210,11 @@ class WindowGraphs(StepGraphs):
         self._host: CountsOnHost | None = None
         self._first_logits: Tensor | None = None
         self._noise = Noise(self._seeds, self._indices, self._counters)
-        self._read_window, self._draw, self._settle, self._limit_and_settle = (
-            torch.compile(function, fullgraph=True, dynamic=False)
-            for function in (read_window, draw, settle, limit_and_settle)
-        )
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        self._read_window: Callable[..., tuple[Tensor, Tensor]] = compiled(read_window)
+        self._draw: Callable[..., Tensor] = compiled(draw)
+        self._settle: Callable[..., None] = compiled(settle)
+        self._limit_and_settle: Callable[..., None] = compiled(limit_and_settle)
         self._times: dict[Hashable, PassTimes] = {}
 
     def prepare(self, config: SamplingConfig) -> KVCache:
@@ -219,7 +228,8 @@ class WindowGraphs(StepGraphs):
                 self._first_logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
         cache = super().prepare(config)
         guided = config.guided_steps(length)
-        # footgun: a capture overwrites the cache, so none may be left for later. Kept codes may be more than guided ones.
+        # footgun: a capture overwrites the cache, so none may be left for the passes of a call. Where all codes are
+        # guided, kept ones may end only with the image.
         if spans:
             self._guess_graph(config, guided > 0)
         for span in spans:

@@ -5,6 +5,8 @@ The interpreter does not compute products in bfloat16 correctly, so there float1
 """
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,14 @@ from torch import Tensor
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
+from llamagen.sampling import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
+from llamagen.sampling.gpu.decoder import GPUCodeDecoder
+from llamagen.sampling.gpu.graphs import StepGraphs
 from llamagen.sampling.gpu.step import GPUStep
 from tests.sampling.gpu.test_step import TOLERANCE, rounded
+from tests.sampling.gpu.without_gpu import request_for
+from tests.sampling.plain import plain_loop
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -109,6 +116,7 @@ def test_float32_logits_do_not_depend_on_the_window(shape: str, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_tokens_beyond_the_capacity_are_not_written(dtype: torch.dtype) -> None:
     batch = Batch(small_gpt(), dtype)
+    batch.keys.nan_to_num_(), batch.values.nan_to_num_()
     expected = batch.read(3, starts=torch.full_like(batch.starts, 13))[0][:, :3]
     before = batch.keys.clone()
     found = batch.read(9, starts=torch.full_like(batch.starts, 13))[0][:, :3]
@@ -130,3 +138,22 @@ def test_positions_that_do_not_fit_are_an_error() -> None:
     batch = Batch(small_gpt(), torch.float32)
     with pytest.raises(ValueError, match=r"one for each row, not of shape \(4, 1\)"):
         batch.step(torch.zeros(4, 32, device=DEVICE), batch.starts[:, None], None, batch.keys, batch.values)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_decoder.py tests this with graphs")
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_the_loop_over_the_kernels_does_not_depend_on_the_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numpy.matmul", _matmul)
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    monkeypatch.setattr("llamagen.sampling.gpu.decoder.find_spec", lambda name: name)
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, run: SimpleNamespace(replay=run))
+    config = SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=7)
+    gpt, request = request_for(kind, config)
+    decoder = GPUCodeDecoder(gpt, 3, torch.float32)
+    expected = decoder(request).codes
+    assert torch.equal(
+        expected, plain_loop(gpt, request.condition, config, request.caption_lengths, 11, request.indices)
+    )
+    for window in (2, 8):
+        assert torch.equal(decoder(replace(request, config=replace(config, window=window))).codes, expected)
