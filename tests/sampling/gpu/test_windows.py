@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llamagen.sampling import SamplingConfig, code_counters
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
-from llamagen.sampling.gpu.windows import Noise, draw, settle
+from llamagen.sampling.gpu.window_draws import Noise, draw, settle
 from tests.sampling.gpu.without_gpu import no_gpu, request_for  # noqa: F401
 from tests.sampling.plain import SETTINGS
 from tests.small_models import codes_for, small_gpt
