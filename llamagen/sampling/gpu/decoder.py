@@ -58,6 +58,12 @@ class GPUCodeDecoder(CodeDecoder):
         with self._take() as graphs:
             return graphs.pass_times(config)
 
+    @property
+    def passes(self) -> int:
+        """Number of passes of the last call with windows."""
+        with self._take() as graphs:
+            return graphs.passes
+
     @contextmanager
     def start(self, request: SamplingRequest) -> Iterator[DecodeState]:
         """State of a new call."""

@@ -5,7 +5,6 @@ The interpreter does not compute products in bfloat16 correctly, so there float1
 """
 
 import os
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +20,8 @@ from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
 from llamagen.sampling.gpu.graphs import StepGraphs
 from llamagen.sampling.gpu.step import GPUStep
+from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.gpu.test_step import TOLERANCE, rounded
-from tests.sampling.gpu.without_gpu import request_for
 from tests.sampling.plain import plain_loop
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
@@ -143,17 +142,15 @@ def test_positions_that_do_not_fit_are_an_error() -> None:
 @torch.no_grad()
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_decoder.py tests this with graphs")
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_the_loop_over_the_kernels_does_not_depend_on_the_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numpy.matmul", _matmul)
+def test_the_loop_over_the_kernels_samples_the_codes_of_uncached_sampling(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     monkeypatch.setattr("llamagen.sampling.gpu.decoder.find_spec", lambda name: name)
     monkeypatch.setattr(StepGraphs, "_capture", lambda self, run: SimpleNamespace(replay=run))
-    config = SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=7)
-    gpt, request = request_for(kind, config)
-    decoder = GPUCodeDecoder(gpt, 3, torch.float32)
-    expected = decoder(request).codes
-    assert torch.equal(
-        expected, plain_loop(gpt, request.condition, config, request.caption_lengths, 11, request.indices)
-    )
-    for window in (2, 8):
-        assert torch.equal(decoder(replace(request, config=replace(config, window=window))).codes, expected)
+    config = SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=5, window=4)
+    gpt = small_gpt(condition=kind, n_layer=1, block_size=9)
+    condition, lengths, indices = condition_for(gpt, 2), caption_lengths_for(gpt, 2), torch.arange(2)
+    request = SamplingRequest.from_inputs(gpt, condition, config, lengths, 11, indices)
+    found = GPUCodeDecoder(gpt, 2, torch.float32)(request).codes
+    assert torch.equal(found, plain_loop(gpt, condition, config, lengths, 11, indices))
