@@ -128,8 +128,12 @@ class WindowGraphs(StepGraphs):
             with self._restored():
                 by_span = {span: self._seconds(self._window_graph(config, span, guided)) for span in spans}
             # A window without a graph takes the time of the next one, which runs instead.
-            times = [by_span[min(other for other in spans if other >= span)] for span in SPANS if span <= spans[-1]]
-            self._times[key] = PassTimes([self.batch_size], [times])
+            times = [
+                by_span[min(other for other in spans if other >= span)]
+                for span in SPANS
+                if span <= max(spans, default=0)
+            ]
+            self._times[key] = PassTimes([self.batch_size], [times or [1.0]])  # an image of one code has no passes
         return self._times[key]
 
     def run(
@@ -151,8 +155,11 @@ class WindowGraphs(StepGraphs):
             guided_steps: number of codes, from the first one, that need the unconditional branch.
             report: called with the number of codes that all images have, when it is known.
         """
-        assert self._host is not None
         length, spans, host = self.gpt.config.block_size, self._spans(config), self._host
+        if first == length:
+            report(first)
+            return
+        assert host is not None
         host.spans.clear()
         self.passes = 0
         self.counts.fill_(first)

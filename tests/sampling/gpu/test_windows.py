@@ -9,6 +9,7 @@ from torch import Tensor
 from llamagen.sampling import SamplingConfig, code_counters
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
 from llamagen.sampling.gpu.window_draws import Noise, draw, settle
+from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.gpu.without_gpu import no_gpu, request_for  # noqa: F401
 from tests.sampling.plain import SETTINGS
 from tests.small_models import codes_for, small_gpt
@@ -63,6 +64,15 @@ def test_the_window_may_change_between_calls_and_right_guesses_save_passes() -> 
         passes.append(decoder._free[0].passes)
     assert passes[0] == passes[4] >= passes[1] >= passes[3]
     assert passes[1] < 15
+
+
+@torch.no_grad()
+def test_an_image_of_one_code_needs_no_window() -> None:
+    gpt = small_gpt(block_size=1)
+    request = SamplingRequest.from_inputs(gpt, torch.arange(2), SamplingConfig(0.0, window="auto"), None, 0, None)
+    decoder = GPUCodeDecoder(gpt, 2, torch.float32)
+    expected = decoder(replace(request, config=SamplingConfig(0.0))).codes
+    assert torch.equal(decoder(request).codes, expected)
 
 
 @torch.no_grad()
