@@ -133,6 +133,8 @@ public:
         alignas(64) Configuration all{};
         all.palette = 1;
         for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = TILE;
+        // footgun: the compiler does not know that the instructions for loading read all of this memory.
+        asm volatile("" : : "r"(&all) : "memory");
         _tile_loadconfig(&all);
     }
     ~Product() { _tile_release(); }
@@ -147,8 +149,7 @@ public:
             Weights weights{(const bf16*)from, width, from + UNIT * width};
             if (!std::is_same<W, bf16>::value || width % TILE_INPUTS || outputs < UNIT)
                 weights.values = panel, weights.stride = copy(from, outputs, width);
-            // footgun: the compiler does not know that the instruction for loading a tile reads memory.
-            asm volatile("" ::: "memory");
+            asm volatile("" : : : "memory");  // the panel is written, see above
             for (int64_t b = 0; b < blocks; b += 2) {
                 const bf16* block = x.packed + b * x.block();
                 const int turns = (blocks + 1) / 2, turn = b / 2;  // each prefetches a part of the next weights
