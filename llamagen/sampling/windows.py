@@ -187,6 +187,8 @@ class WindowLoop:
     def _draw(self, conditional: Tensor, unconditional: Tensor, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``steps`` of ``images`` from rows of the logits of the last pass; all arguments have the same shape."""
         assert self._logits is not None
+        # As without windows, the unconditional branch is neither used nor checked after the last guided code.
+        unconditional = torch.where(steps < self._guided_steps, unconditional, conditional)
         request, flat = self.state.request, images.flatten()
         draws = Draws(
             conditional.flatten(),
