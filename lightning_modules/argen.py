@@ -127,8 +127,8 @@ class ARGenModule(SamplingModule):
             self.gpt.compile_blocks()
             self._compile = False
         if self.device_mesh is not None:
+            sharded_settings(self.sampling)  # a window is an error now, not at the first image after hours of training
             mesh, precision = self.device_mesh, self.trainer.precision
-            sharded_settings(self.sampling)  # before hours of training, not at the first image
             if mesh["tensor_parallel"].size() > 1:
                 raise ValueError(
                     f"tensor_parallel_size is {mesh['tensor_parallel'].size()}, but tensor parallelism is not "

@@ -27,6 +27,33 @@ def test_cached_logits_equal_uncached_ones(variant: str, chunks: tuple[int, ...]
     assert cache.length == gpt.config.condition_length + 15
 
 
+@pytest.mark.parametrize("variant", list(GPT_VARIANTS))
+def test_rows_may_have_different_lengths(variant: str) -> None:
+    gpt = small_gpt(**GPT_VARIANTS[variant])
+    condition, lengths, codes = condition_for(gpt, 4), caption_lengths_for(gpt, 4), codes_for(gpt, 4, 15)
+    first, cache = gpt.config.condition_length, KVCache.allocate(gpt.config, 4)
+    for memory in (cache.keys, cache.values):
+        memory.fill_(torch.nan)
+        memory[..., : first + 10, :] = 0.0  # what shorter rows do not attend to must be finite
+    counts, offsets, rows = torch.tensor([1, 6, 0, 3]), torch.arange(4), torch.arange(4)[:, None]
+    with torch.no_grad():
+        expected = gpt(codes, condition, caption_lengths=lengths)
+        gpt(codes[:, :6], condition, caption_lengths=lengths, cache=cache)
+        cache.set_row_lengths(first + counts, first + 6)
+        places = counts[:, None] + offsets
+        found = [gpt(codes.gather(1, places), caption_lengths=lengths, cache=cache)]
+        assert cache.length == first + 10
+        assert cache.row_lengths is not None
+        assert cache.row_lengths.tolist() == (first + counts + 4).tolist()
+        # Longer rows take their place again, and the others continue.
+        counts += torch.tensor([4, 0, 3, 1])
+        cache.set_row_lengths(first + counts, first + 6)
+        again = counts[:, None] + offsets
+        found.append(gpt(codes.gather(1, again), caption_lengths=lengths, cache=cache))
+    for logits, at in zip(found, (places, again), strict=True):
+        torch.testing.assert_close(logits, expected[rows, at + 1], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_captions_without_padding_and_labels_need_no_lengths(kind: str) -> None:
     gpt = small_gpt(condition=kind)
