@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from llamagen.models.gpt import GPT
 from llamagen.sampling import Sampler, SamplingConfig
 from llamagen.sampling.decoder import PooledCodeDecoder
 from llamagen.sampling.eager import EagerDecodeState
-from llamagen.sampling.windows import WindowLoop
+from llamagen.sampling.windows import Array, WindowLoop
 from tests.sampling.plain import SAMPLED, SETTINGS
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
@@ -48,11 +49,11 @@ class Passes:
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     found, advance = Passes(), WindowLoop.advance
 
-    def recorded(loop: WindowLoop, span: int) -> None:
+    def recorded(loop: WindowLoop, span: int) -> Array:
         found.counts.append(loop.counts.tolist())
         found.rows.append(len(loop._rows.rows))
         found.spans.append(span)
-        advance(loop, span)
+        return advance(loop, span)
 
     monkeypatch.setattr(WindowLoop, "advance", recorded)
     return found
@@ -169,8 +170,8 @@ def codes_read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The codes that later passes of the eager engine read, final or not."""
     found, read = set[int](), EagerDecodeState.read_windows
 
-    def recorded(state: EagerDecodeState, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
-        found.update(tokens.flatten().tolist())
+    def recorded(state: EagerDecodeState, tokens: Array, rows: list[int], starts: Array) -> Tensor:
+        found.update(tokens.reshape(-1).tolist())
         return read(state, tokens, rows, starts)
 
     monkeypatch.setattr(EagerDecodeState, "read_windows", recorded)
@@ -222,10 +223,11 @@ def test_the_unconditional_branch_is_not_checked_after_the_last_guided_code(monk
     given = arguments(gpt, IMAGES)
     expected = Sampler(gpt, IMAGES)(config=SamplingConfig(**GUIDED), **given)
 
-    def broken(state: EagerDecodeState, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def broken(state: EagerDecodeState, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         logits = read(state, tokens, rows, starts)
-        steps = starts[:, None] - state.condition_length + torch.arange(tokens.shape[1]) + 1
-        logits[(torch.tensor(rows) >= state.batch)[:, None] & (steps >= 9)] = torch.nan
+        steps = starts[:, None] - state.condition_length + np.arange(tokens.shape[1]) + 1
+        wrong = (np.array(rows) >= state.batch)[:, None] & (steps >= 9)
+        logits[torch.from_numpy(wrong)] = torch.nan
         return logits
 
     monkeypatch.setattr(EagerDecodeState, "read_windows", broken)

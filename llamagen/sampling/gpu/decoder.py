@@ -18,6 +18,7 @@ from llamagen.sampling.draws import Draws, next_code
 from llamagen.sampling.gpu.step import GPUStep
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
+from llamagen.sampling.windows import Array
 
 WARM_UP = 3
 MAX_GRAPHS = 32
@@ -249,7 +250,7 @@ class GPUDecodeState(DecodeState):
     def move_row(self, source: int, target: int) -> None:
         """Not available, like :meth:`decode`."""
 
-    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """Not available, like :meth:`decode`."""
         raise NotImplementedError("windows")
 

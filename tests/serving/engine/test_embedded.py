@@ -305,7 +305,7 @@ def test_the_window_is_a_choice_of_the_server(
 ) -> None:
     windows, sample = list[Any](), WindowLoop.run
 
-    def run_loop(loop: WindowLoop, window: int, report: Callable[[int], None]) -> None:
+    def run_loop(loop: WindowLoop, window: Any, report: Callable[[int], None]) -> None:
         windows.append(window)
         sample(loop, window, report)
 
