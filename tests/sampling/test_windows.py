@@ -72,8 +72,7 @@ def arguments(gpt: GPT, count: int) -> dict[str, Any]:
 
 @cache
 def sampler(kind: str, compiled: bool) -> Sampler:
-    """A sampler of batches of 3."""
-    return Sampler(model(kind), 3, compiled=compiled)
+    return Sampler(model(kind), IMAGES, compiled=compiled)
 
 
 @cache
@@ -90,7 +89,7 @@ def test_windows_give_the_codes_of_one_at_a_time(
     found = sampler(kind, compiled)(config=config, **arguments(model(kind), IMAGES))
     assert torch.equal(found, one_by_one(kind, compiled, setting))
     assert set(passes.spans) == {min(window, LENGTH - 1)}
-    assert len(passes.spans) <= 2 * (LENGTH - 1)  # of two batches: never more than without windows
+    assert len(passes.spans) <= LENGTH - 1  # never more than without windows
 
 
 @ENGINES
