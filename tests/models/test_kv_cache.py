@@ -35,23 +35,19 @@ def test_rows_may_have_different_lengths(variant: str) -> None:
     for memory in (cache.keys, cache.values):
         memory.fill_(torch.nan)
         memory[..., : first + 10, :] = 0.0  # what shorter rows do not attend to must be finite
-    counts, offsets, rows = torch.tensor([1, 6, 0, 3]), torch.arange(4), torch.arange(4)[:, None]
+    # In the second call the longest row takes its tokens again, and the others continue.
+    calls = [(torch.tensor(counts), span) for counts, span in (([1, 6, 0, 3], 4), ([5, 6, 3, 4], 3), ([6, 8, 4, 7], 1))]
     with torch.no_grad():
         expected = gpt(codes, condition, caption_lengths=lengths)
         gpt(codes[:, :6], condition, caption_lengths=lengths, cache=cache)
-        cache.set_row_lengths(first + counts, first + 6)
-        places = counts[:, None] + offsets
-        found = [gpt(codes.gather(1, places), caption_lengths=lengths, cache=cache)]
-        assert cache.length == first + 10
-        assert cache.row_lengths is not None
-        assert cache.row_lengths.tolist() == (first + counts + 4).tolist()
-        # Longer rows take their place again, and the others continue.
-        counts += torch.tensor([4, 0, 3, 1])
-        cache.set_row_lengths(first + counts, first + 6)
-        again = counts[:, None] + offsets
-        found.append(gpt(codes.gather(1, again), caption_lengths=lengths, cache=cache))
-    for logits, at in zip(found, (places, again), strict=True):
-        torch.testing.assert_close(logits, expected[rows, at + 1], atol=1e-5, rtol=0)
+        for counts, span in calls:
+            places, longest = counts[:, None] + torch.arange(span), first + int(counts.max())
+            cache.set_row_lengths(first + counts, longest)
+            found = gpt(codes.gather(1, places), caption_lengths=lengths, cache=cache)
+            torch.testing.assert_close(found, expected[torch.arange(4)[:, None], places + 1], atol=1e-5, rtol=0)
+            assert cache.length == longest + span
+            assert cache.row_lengths is not None
+            assert torch.equal(cache.row_lengths, first + counts + span)
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])

@@ -1,6 +1,8 @@
 """Windows change the number of passes and nothing else: the same codes as one code at a time, on both engines."""
 
+from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from torch import Tensor
 from llamagen.finite import NotFiniteError
 from llamagen.models.gpt import GPT
 from llamagen.sampling import Sampler, SamplingConfig
-from llamagen.sampling.decoder import PooledCodeDecoder
+from llamagen.sampling.decoder import CodeDecoder, PooledCodeDecoder
 from llamagen.sampling.eager import EagerDecodeState
+from llamagen.sampling.window_choice import PassTimes, WindowChoice
 from llamagen.sampling.windows import Array, WindowLoop
 from tests.sampling.plain import SAMPLED, SETTINGS
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
@@ -113,7 +116,7 @@ def test_windows_after_codes_of_another_image_and_for_images_of_one_code(compile
     gpt, kept = model("class"), codes_for(model("class"), IMAGES, 6)
     expected, found = (
         sampler("class", compiled)(config=SamplingConfig(**GUIDED, window=window), kept=kept, **arguments(gpt, IMAGES))
-        for window in (1, 4)
+        for window in (1, 99)
     )
     assert torch.equal(found, expected)
     tiny = Sampler(small_gpt(block_size=1), 2, compiled=compiled)
@@ -165,6 +168,27 @@ def test_passes_compute_only_rows_of_unfinished_images_and_guided_codes(compiled
     assert any(len({count for count in counts if count < LENGTH}) > 2 for counts in passes.counts)
 
 
+@pytest.fixture
+def changing_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` chooses these windows, whatever passes would take."""
+    windows = cycle((1, 1, 4, 1, 8, 2, 1, 3))
+    monkeypatch.setattr(CodeDecoder, "pass_times", lambda decoder, config: PassTimes([1], [[1.0]]))
+    monkeypatch.setattr(WindowChoice, "choose", lambda choice, images: next(windows))
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", ["class", "text", "predictable"])
+@pytest.mark.usefixtures("changing_windows")
+def test_windows_may_change_from_pass_to_pass(kind: str, compiled: bool, passes: Passes) -> None:
+    gpt = predictable() if kind == "predictable" else model(kind)
+    engine, given = Sampler(gpt, IMAGES, compiled=compiled), arguments(gpt, IMAGES)
+    expected = engine(config=SamplingConfig(**GUIDED), **given)
+    for kept in (0, 6):
+        found = engine(config=SamplingConfig(**GUIDED, window="auto"), kept=expected[:, :kept], **given)
+        assert torch.equal(found, expected), kept
+    assert {1, 4} < set(passes.spans)
+
+
 def codes_read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The codes that later passes of the eager engine read, final or not."""
     found, read = set[int](), EagerDecodeState.read_windows
@@ -186,6 +210,7 @@ def with_broken_code(code: int) -> GPT:
 
 
 @ENGINES
+@pytest.mark.usefixtures("changing_windows")
 def test_a_wrong_guess_with_logits_that_are_not_finite_breaks_no_image(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,8 +221,9 @@ def test_a_wrong_guess_with_logits_that_are_not_finite_breaks_no_image(
     wrong = sorted(read - set(expected.flatten().tolist()))
     assert len(wrong) > 3
     for code in wrong[:3]:
-        found = Sampler(with_broken_code(code), IMAGES, compiled=compiled)(config=config, **given)
-        assert torch.equal(found, expected), code
+        engine = Sampler(with_broken_code(code), IMAGES, compiled=compiled)
+        for window in (config.window, "auto"):
+            assert torch.equal(engine(config=replace(config, window=window), **given), expected), (code, window)
 
 
 @ENGINES
