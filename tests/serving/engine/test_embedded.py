@@ -277,10 +277,23 @@ def test_a_cpu_reports_finished_images_before_it_begins_the_next_batch(model: Ll
     assert order == ["take", "image", "take", "image", "take"]
 
 
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The windows of all batches."""
+    found, sample = list[Any](), WindowLoop.run
+
+    def run_loop(loop: WindowLoop, window: Any, report: Callable[[int], None]) -> None:
+        found.append(window)
+        sample(loop, window, report)
+
+    monkeypatch.setattr(WindowLoop, "run", run_loop)
+    return found
+
+
 def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_depend_on_their_batch(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, windows: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4)
+    spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4, window=3)
     engine = load_engine(spec)
     together = images(run(engine, works(engine.model, 4)))
     for work in works(engine.model, 4):
@@ -298,20 +311,11 @@ def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_
         "depend on their batch; use float32 to avoid this",
         "sampling in float32 is not compiled (ValueError: there is no compiler), so it is slower",
     ]
+    assert windows == [3] * 7  # five compiled batches, two others
 
 
-def test_the_window_is_a_choice_of_the_server(
-    pipeline: Pipeline, model: LlamaGen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    windows, sample = list[Any](), WindowLoop.run
-
-    def run_loop(loop: WindowLoop, window: Any, report: Callable[[int], None]) -> None:
-        windows.append(window)
-        sample(loop, window, report)
-
-    monkeypatch.setattr(WindowLoop, "run", run_loop)
-    engine = load_engine(WorkerSpec(str(pipeline.root / "argen"), device="cpu", batch_size=4, window=6))
-    batch = works(model, 2)
+def test_requests_do_not_know_the_window_of_the_server(model: LlamaGen, windows: list[Any]) -> None:
+    engine, batch = EmbeddedEngine(model, window=6), works(model, 2)
     found = images(run(engine, batch))
     assert windows == [6]
     assert all(np.array_equal(found[work.key], expected(model, work)) for work in batch)
