@@ -309,13 +309,6 @@ def test_a_full_tensor_is_copied_into_uneven_shards_and_sampling_with_them_needs
         assert torch.equal(automatic, one_by_one)
 
 
-def test_a_window_is_refused_before_the_training_of_a_sharded_model() -> None:
-    module = ARGenModule(GPTConfig(**GPT_NET), sampling=SamplingConfig(window=2))
-    module._device_mesh = object()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="window is 2, but the parameters are sharded over ranks"):
-        module.configure_model()
-
-
 class Bomb:
     """Runs a command when it is unpickled."""
 

@@ -40,12 +40,14 @@ class Passes:
         counts: for each pass, the number of final codes of each image before it.
         rows: for each pass, the number of rows.
         spans: for each pass, the number of tokens of a row.
+        plain: for each pass like those without windows, the number of rows that it has and of those that it needs.
     """
 
     def __init__(self) -> None:
         self.counts: list[list[int]] = []
         self.rows: list[int] = []
         self.spans: list[int] = []
+        self.plain: list[tuple[int, int]] = []
 
 
 @pytest.fixture
@@ -56,7 +58,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
         found.counts.append(loop.counts.tolist())
         found.rows.append(len(loop._rows.rows))
         found.spans.append(span)
-        return advance(loop, span)
+        is_plain = span == 1 and loop._is_aligned()
+        right = advance(loop, span)
+        if is_plain:
+            found.plain.append((loop.state.rows, len(loop._rows.rows)))  # type: ignore[attr-defined]
+        return right
 
     monkeypatch.setattr(WindowLoop, "advance", recorded)
     return found
@@ -171,22 +177,23 @@ def test_passes_compute_only_rows_of_unfinished_images_and_guided_codes(compiled
 @pytest.fixture
 def changing_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` chooses these windows, whatever passes would take."""
-    windows = cycle((1, 1, 4, 1, 8, 2, 1, 3))
+    windows = cycle((1, 4, 1, 1, 3, 1, 1, 1, 1, 8))
     monkeypatch.setattr(CodeDecoder, "pass_times", lambda decoder, config: PassTimes([1], [[1.0]]))
     monkeypatch.setattr(WindowChoice, "choose", lambda choice, images: next(windows))
 
 
 @ENGINES
-@pytest.mark.parametrize("kind", ["class", "text", "predictable"])
+@pytest.mark.parametrize(("kind", "images"), [("class", IMAGES), ("text", IMAGES), ("class", 1), ("text", 1)])
 @pytest.mark.usefixtures("changing_windows")
-def test_windows_may_change_from_pass_to_pass(kind: str, compiled: bool, passes: Passes) -> None:
-    gpt = predictable() if kind == "predictable" else model(kind)
-    engine, given = Sampler(gpt, IMAGES, compiled=compiled), arguments(gpt, IMAGES)
+def test_windows_may_change_from_pass_to_pass(kind: str, images: int, compiled: bool, passes: Passes) -> None:
+    engine, given = sampler(kind, compiled), arguments(model(kind), images)
     expected = engine(config=SamplingConfig(**GUIDED), **given)
     for kept in (0, 6):
         found = engine(config=SamplingConfig(**GUIDED, window="auto"), kept=expected[:, :kept], **given)
         assert torch.equal(found, expected), kept
     assert {1, 4} < set(passes.spans)
+    assert all(computed == needed for computed, needed in passes.plain)
+    assert images > 1 or {needed for _, needed in passes.plain} == {1, 2}
 
 
 def codes_read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
