@@ -248,12 +248,23 @@ class WindowLoop:
             return
         images = np.repeat(active, np.maximum(missing, 0))
         steps = np.concatenate([np.arange(self._guessed[image], ends[image]) for image in active])
-        if self._logits is None:
-            guesses = self.codes[images, self._guessed[images] - 1]
-        else:
-            guesses, _ = self._draw(self._last[0][images], self._last[1][images], images, steps)
-        self.codes[images, steps] = guesses
+        self.codes[images, steps] = self.first_guesses(images, steps)
         self._guessed[active] = np.maximum(self._guessed[active], ends[active])
+
+    def first_guesses(self, images: Array, steps: Array) -> Array:
+        """Guesses of codes that no pass has computed yet.
+
+        They are drawn from the distribution of the last code that was computed, with their own noise. Without one, the
+        code before them is repeated. See docs/sampling.md for what other guesses give.
+
+        Args:
+            images: (N,) image of each guess.
+            steps: (N,) index of its code; those of an image are consecutive.
+        """
+        if self._logits is None:
+            return np.asarray(self.codes[images, self._guessed[images] - 1])
+        guesses, _ = self._draw(self._last[0][images], self._last[1][images], images, steps)
+        return guesses
 
     def _draw(self, conditional: Array, unconditional: Array, images: Array, steps: Array) -> tuple[Array, Array]:
         """Codes ``steps`` of ``images`` from rows of the logits of the last pass; all arguments have the same shape."""
