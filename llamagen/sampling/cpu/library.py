@@ -15,7 +15,7 @@ from pathlib import Path
 from llamagen.files import atomic_file
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "step.cpp", "sampling.cpp")]
+SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "attention.h", "step.cpp", "sampling.cpp")]
 
 
 @cache

@@ -58,6 +58,12 @@ static inline vec load(const int8_t* from) {
     return __builtin_convertvector(bytes, vec);
 #endif
 }
+static inline void store(vec x, float* to) { memcpy(to, &x, sizeof x); }
+static inline void store(vec x, bf16* to) {
+    const uvec bits = (uvec)x;
+    const hvec half = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, hvec);
+    memcpy(to, &half, sizeof half);
+}
 static inline float sum(vec v) {
     typedef float quarter __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
