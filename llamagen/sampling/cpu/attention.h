@@ -11,13 +11,12 @@
 // The last block or word is narrower if the capacity is not a multiple, so the cache has exactly capacity · width values.
 #pragma once
 #include <cmath>
-#include <type_traits>
 
 #include "vector.h"
 
 constexpr int PAIR = 4 / sizeof(NARROW);         // values of a word
 constexpr int QUERIES = LANES == 8 ? 2 : 4;      // computed together; a power of 2. AVX2 has only 16 registers
-constexpr int BLOCKS = LANES == 8 ? 2 : 4;       // of keys, computed together for one query
+constexpr int CHAINS = LANES == 8 ? 2 : 4;       // partial sums of a score, because an addition takes several cycles
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 typedef NARROW Factor;  // elements of queries and weights of positions: rounded for the dot instruction
 #else
@@ -31,10 +30,10 @@ struct CachedHead {
 };
 // Memory of a thread.
 struct AttentionScratch {
-    float *scores, *rotated;  // (QUERIES, padded), (width)
+    float *scores, *rotated;    // (QUERIES, padded), (width)
     Factor *weights, *queries;  // (QUERIES, padded), (QUERIES, width)
-    NARROW* edge;  // (width, LANES)
-    int padded;  // capacity, rounded up to full blocks
+    NARROW *edge, *rounded;     // (width, LANES), (2, width)
+    int padded;                 // capacity, rounded up to full blocks
     int64_t bytes;
     AttentionScratch(int width, int capacity, char* base) {
         bytes = 0;
@@ -49,6 +48,7 @@ struct AttentionScratch {
         weights = (Factor*)take(QUERIES * padded * sizeof(Factor));
         queries = (Factor*)take(QUERIES * width * sizeof(Factor));
         edge = (NARROW*)take(LANES * width * sizeof(NARROW));
+        rounded = (NARROW*)take(2 * width * sizeof(NARROW));
     }
 };
 
@@ -72,6 +72,13 @@ static inline vec add_products(vec sums, uvec words, const Factor* factors) {
     return sums + (vec)(words & 0xffff0000u) * (float)factors[PAIR - 1];
 }
 
+template <typename To>
+static inline void round_all(const float* from, int count, To* to) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) store(load(from + i), to + i);
+    for (; i < count; i++) store(from[i], to + i);
+}
+
 static inline void rotate(const float* head, const float* turn, int width, float* out) {
     typedef uint64_t complex_vec __attribute__((vector_size(LANES * 4)));
     constexpr uint64_t LOW = 0xffffffffu;
@@ -89,76 +96,87 @@ static inline void rotate(const float* head, const float* turn, int width, float
     }
 }
 
-static inline void append(const CachedHead& cache, int position, const float* key, const float* value) {
-    const int block = position / LANES * LANES, word = position / PAIR * PAIR;
+// `rounded` has room for a key and a value.
+static inline void append(const CachedHead& cache, int position, const float* key, const float* value,
+                          NARROW* rounded) {
+    const int width = cache.width, block = position / LANES * LANES, word = position / PAIR * PAIR;
     const int lanes = cache.capacity - block < LANES ? cache.capacity - block : LANES;
-    const int pair = cache.capacity - word < PAIR ? cache.capacity - word : PAIR;
-    NARROW* keys = cache.keys + (int64_t)block * cache.width + (position - block) * PAIR;
-    NARROW* values = cache.values + (int64_t)word * cache.width + (position - word);
-    for (int e = 0; e < cache.width; e += PAIR)
-        for (int i = 0; i < PAIR; i++) store(key[e + i], keys + e * lanes + i);
-    for (int e = 0; e < cache.width; e++) store(value[e], values + e * pair);
+    NARROW* keys = cache.keys + (int64_t)block * width + (position - block) * PAIR;
+    NARROW* values = cache.values + (int64_t)word * width;
+    round_all(key, width, rounded);
+    round_all(value, width, rounded + width);
+    for (int e = 0; e < width; e += PAIR) memcpy(keys + e * lanes, rounded + e, 4);
+    if (PAIR == 1 || word + PAIR > cache.capacity) {
+        memcpy(values, rounded + width, width * sizeof(NARROW));
+        return;
+    }
+    const int shift = 16 * (position - word);
+    int e = 0;
+    for (; e + LANES <= width; e += LANES) {  // replaces a half of each word
+        hvec halves;
+        memcpy(&halves, rounded + width + e, sizeof halves);
+        const uvec kept = load_words(values + e * PAIR) & ~(0xffffu << shift);
+        const uvec words = kept | __builtin_convertvector(halves, uvec) << shift;
+        memcpy(values + e * PAIR, &words, sizeof words);
+    }
+    for (; e < width; e++) values[e * PAIR + position - word] = rounded[width + e];
 }
 
-// Scores of Q queries and B blocks of keys.
-template <int Q, int B>
+// Scores of Q queries and a block of keys.
+template <int Q>
 static inline void score(const Factor* queries, const NARROW* keys, const NARROW* values, int width, float* scores,
                          int padded) {
-    vec sums[Q][B];
+    vec sums[Q][CHAINS];
     for (int q = 0; q < Q; q++)
-        for (int b = 0; b < B; b++) sums[q][b] = vec{};
-    for (int e = 0; e < width; e += PAIR) {
-        uvec words[B];
-        for (int b = 0; b < B; b++) {
-            const int64_t at = (int64_t)(b * width + e) * LANES;
-            words[b] = load_words(keys + at);
-            __builtin_prefetch(keys + at + (int64_t)B * LANES * width, 0, 2);
-            __builtin_prefetch(values + at, 0, 2);  // read after the loop over all scores
-        }
-        for (int q = 0; q < Q; q++)
-            for (int b = 0; b < B; b++) sums[q][b] = add_products(sums[q][b], words[b], queries + q * width + e);
-    }
+        for (int c = 0; c < CHAINS; c++) sums[q][c] = vec{};
+    auto add = [&](int c, int e) {
+        const uvec words = load_words(keys + (int64_t)e * LANES);
+        __builtin_prefetch(keys + (int64_t)(width + e) * LANES, 0, 2);
+        __builtin_prefetch(values + (int64_t)e * LANES, 0, 2);  // read after the loop over all scores
+        for (int q = 0; q < Q; q++) sums[q][c] = add_products(sums[q][c], words, queries + q * width + e);
+    };
+    int e = 0;
+    for (; e + CHAINS * PAIR <= width; e += CHAINS * PAIR)
+        for (int c = 0; c < CHAINS; c++) add(c, e + c * PAIR);
+    for (; e < width; e += PAIR) add(0, e);
     const float scale = 1.0f / std::sqrt((float)width);
-    for (int q = 0; q < Q; q++)
-        for (int b = 0; b < B; b++) store(sums[q][b] * scale, scores + (int64_t)q * padded + b * LANES);
+    for (int q = 0; q < Q; q++) {
+        vec total = sums[q][0];
+        for (int c = 1; c < CHAINS; c++) total += sums[q][c];
+        store(total * scale, scores + (int64_t)q * padded);
+    }
 }
 
 template <int Q>
 static void all_scores(const CachedHead& cache, int from, int last, const AttentionScratch& scratch) {
-    constexpr int B = BLOCKS / Q > 1 ? BLOCKS / Q : 1;
     const int width = cache.width, full = cache.capacity / LANES * LANES;
-    const int end = last < full ? last + 1 : full;
-    int p = from / LANES * LANES;
-    auto blocks = [&](auto count, const NARROW* keys) {
-        score<Q, decltype(count)::value>(scratch.queries, keys, cache.values + (int64_t)p * width, width,
-                                         scratch.scores + p, scratch.padded);
-        p += LANES * decltype(count)::value;
-    };
-    while (p + (B - 1) * LANES < end) blocks(std::integral_constant<int, B>(), cache.keys + (int64_t)p * width);
-    while (p < end) blocks(std::integral_constant<int, 1>(), cache.keys + (int64_t)p * width);
-    if (last >= full) {  // the narrower block at the end of the cache
-        const int words = (cache.capacity - full) * PAIR;
-        memset(scratch.edge, 0, LANES * width * sizeof(NARROW));
-        for (int e = 0; e < width; e += PAIR)
-            memcpy(scratch.edge + e * LANES, cache.keys + (int64_t)full * width + e / PAIR * words,
-                   words * sizeof(NARROW));
-        blocks(std::integral_constant<int, 1>(), scratch.edge);
+    for (int p = from / LANES * LANES; p <= last; p += LANES) {
+        const NARROW* keys = cache.keys + (int64_t)p * width;
+        if (p == full) {  // the narrower block at the end of the cache
+            const int words = (cache.capacity - full) * PAIR;
+            memset(scratch.edge, 0, LANES * width * sizeof(NARROW));
+            for (int e = 0; e < width; e += PAIR)
+                memcpy(scratch.edge + e * LANES, keys + e / PAIR * words, words * sizeof(NARROW));
+            keys = scratch.edge;
+        }
+        score<Q>(scratch.queries, keys, cache.values + (int64_t)p * width, width, scratch.scores + p, scratch.padded);
     }
 }
 
 // Softmax of the scores of from … last, not yet divided by the sum of the weights. Returns the inverse of that sum.
 static inline float softmax(float* scores, int from, int last, Factor* weights) {
-    const int begin = from / LANES * LANES, end = last / LANES * LANES + LANES;
-    for (int p = begin; p < from; p++) scores[p] = -INFINITY;
-    for (int p = last + 1; p < end; p++) scores[p] = -INFINITY;
+    const int begin = from / LANES * LANES, end = last / LANES * LANES;
+    for (int p = begin; p <= end; p += end > begin ? end - begin : LANES) {  // the first and the last block
+        const ivec position = lane_numbers() + p;
+        store((position >= from) & (position <= last) ? load(scores + p) : vec{} - INFINITY, scores + p);
+    }
     vec tops = vec{} - INFINITY, totals = vec{};
-    for (int p = begin; p < end; p += LANES) {
+    for (int p = begin; p <= end; p += LANES) {
         const vec x = load(scores + p);
         tops = x > tops ? x : tops;
     }
-    float top = tops[0];
-    for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
-    for (int p = begin; p < end; p += LANES) {
+    const float top = maximum(tops);
+    for (int p = begin; p <= end; p += LANES) {
         const vec x = load(scores + p);
         store(x == -INFINITY ? vec{} : exponential(x - top), weights + p);
         totals += load(weights + p);  // after rounding, so that the weights sum to 1
@@ -174,34 +192,35 @@ static inline void mix(const CachedHead& cache, int e, int from, const int* last
     vec means[Q][N];
     for (int q = 0; q < Q; q++)
         for (int n = 0; n < N; n++) means[q][n] = vec{};
-    auto add = [&](int q, int p) {  // the word of positions p … p + PAIR - 1, of which the query may skip one
-        const Factor* weight = scratch.weights + (int64_t)q * scratch.padded + p;
-        const uint32_t mask = PAIR == 1 ? ~0u : (p >= from ? 0xffffu : 0u) | (p < last[q] ? 0xffff0000u : 0u);
+    auto weight = [&](int q, int p) { return scratch.weights + (int64_t)q * scratch.padded + p; };
+    auto add_masked = [&](int p) {  // a word of positions of which some queries skip one or all
+        uvec words[N];
         for (int n = 0; n < N; n++) {
-            const NARROW* at = cache.values + (int64_t)p * width + (e + n * LANES) * PAIR;
-            uvec words = uvec{};
+            words[n] = uvec{};
             if (p + PAIR > cache.capacity)
-                for (int i = 0; i < lanes; i++) words[i] = cache.values[(int64_t)p * width + e + n * LANES + i];
+                for (int i = 0; i < lanes; i++) words[n][i] = cache.values[(int64_t)p * width + e + n * LANES + i];
             else
-                memcpy(&words, at, lanes * 4);
-            means[q][n] = add_products(means[q][n], words & mask, weight);
+                memcpy(&words[n], cache.values + (int64_t)p * width + (e + n * LANES) * PAIR, lanes * 4);
+        }
+        for (int q = 0; q < Q; q++) {
+            uint32_t mask = 0;
+            for (int i = 0; i < PAIR; i++)
+                if (p + i >= from && p + i <= last[q]) mask |= ~0u >> (32 - 32 / PAIR) << 16 * i;
+            for (int n = 0; n < N; n++) means[q][n] = add_products(means[q][n], words[n] & mask, weight(q, p));
         }
     };
-    const int begin = (from + PAIR - 1) / PAIR * PAIR, common = (last[0] + 1) / PAIR * PAIR;
-    int p = begin;
-    if (begin > from)
-        for (int q = 0; q < Q; q++) add(q, begin - PAIR);
-    for (; lanes == LANES && p < common; p += PAIR) {
+    int p = from / PAIR * PAIR;
+    const int common = lanes == LANES ? (last[0] + 1) / PAIR * PAIR : p;  // all queries attend to positions up to here
+    if (p < from) add_masked(p), p += PAIR;
+    for (; p < common; p += PAIR) {
         uvec words[N];
         for (int n = 0; n < N; n++) words[n] = load_words(cache.values + (int64_t)p * width + (e + n * LANES) * PAIR);
         for (int q = 0; q < Q; q++)
-            for (int n = 0; n < N; n++)
-                means[q][n] = add_products(means[q][n], words[n], scratch.weights + (int64_t)q * scratch.padded + p);
+            for (int n = 0; n < N; n++) means[q][n] = add_products(means[q][n], words[n], weight(q, p));
     }
-    for (int q = 0; q < Q; q++) {
-        for (int rest = p; rest <= last[q]; rest += PAIR) add(q, rest);
+    for (; p <= last[Q - 1]; p += PAIR) add_masked(p);
+    for (int q = 0; q < Q; q++)
         for (int n = 0; n < N; n++) put(q, e + n * LANES, means[q][n] * factor[q], lanes);
-    }
 }
 
 // Attention of Q queries, in scratch.queries, to the cached positions from … last[q]; `last` does not decrease.

@@ -101,13 +101,19 @@ static inline const float* turn_of(const Model& m, const Pass& pass, int s, int 
 
 // Appends the keys and values of the new tokens of sequence s in key-value head g.
 static void append_tokens(const Model& m, const Pass& pass, const Scratch& scratch, int layer, int s, int g,
-                          float* rotated) {
-    const int E = m.head_dim, start = pass.starts ? pass.starts[s] : pass.start;
+                          const AttentionScratch& memory) {
+    const int E = m.head_dim, group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
     const CachedHead cache = cached_head(m, pass, layer, s, g);
     for (int j = 0; j < pass.span; j++) {
         const float* row = scratch.qkv + ((int64_t)s * pass.span + j) * (m.heads + 2 * m.kv_heads) * E;
-        rotate(row + (m.heads + g) * E, turn_of(m, pass, s, j, start), E, rotated);
-        append(cache, start + j, rotated, row + (m.heads + m.kv_heads + g) * E);
+        const float *key = row + (m.heads + g) * E, *value = key + m.kv_heads * E;
+        for (int e = 0; e < E; e += 16) {  // of the next head: the rows are too far apart for the processor to foresee it
+            __builtin_prefetch(key + E + e);
+            __builtin_prefetch(value + E + e);
+            for (int h = 0; h < group; h++) __builtin_prefetch(row + ((g + 1) * group + h) * E + e);
+        }
+        rotate(key, turn_of(m, pass, s, j, start), E, memory.rotated);
+        append(cache, start + j, memory.rotated, value, memory.rounded);
     }
 }
 
@@ -122,7 +128,7 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
         const int64_t row = (int64_t)s * pass.span + j;
         rotate(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, turn_of(m, pass, s, j, start), E,
                memory.rotated);
-        for (int e = 0; e < E; e++) store(memory.rotated[e], memory.queries + q * E + e);
+        round_all(memory.rotated, E, memory.queries + q * E);
         out[q] = scratch.hidden + row * m.dim + head * E;
     }
     attend<Q>(cached_head(m, pass, layer, s, g), from, last, memory, [&](int q, int e, vec mean, int count) {
@@ -183,10 +189,32 @@ static inline void share(int items, int unit, int t, int n, int* first, int* end
     if (*end > items) *end = items;
 }
 
+// The part of thread t of n of the attention of a layer.
+static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, Barrier& barrier, int layer,
+                            int t, int n) {
+    const AttentionScratch memory(m.head_dim, pass.capacity, scratch.attention + t * scratch.attention_bytes);
+    const int heads = pass.batch * m.kv_heads, queries = pass.span * (m.heads / m.kv_heads);
+    const int tiles = (queries + QUERIES - 1) / QUERIES;
+    const bool split = n > 1 && tiles > 1 && heads < 4 * n;  // too few heads: several threads share one
+    int first, end;
+    share(heads, 1, t, n, &first, &end);
+    for (int i = first; i < end; i++) {
+        const int s = i / m.kv_heads, g = i % m.kv_heads;
+        append_tokens(m, pass, scratch, layer, s, g, memory);
+        for (int query = 0; query < queries && !split; query += QUERIES)
+            attend_tile(m, pass, scratch, memory, layer, s, g, query);
+    }
+    if (!split) return;
+    barrier.wait(n);
+    share(heads * tiles, 1, t, n, &first, &end);
+    for (int i = first; i < end; i++) {
+        const int s = i / tiles / m.kv_heads, g = i / tiles % m.kv_heads;
+        attend_tile(m, pass, scratch, memory, layer, s, g, i % tiles * QUERIES);
+    }
+}
+
 static void work(const Model& m, const Pass& pass, const Scratch& scratch, Barrier& barrier, int t, int n) {
     const int D = m.dim, rows = pass.batch * pass.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    const AttentionScratch attention(m.head_dim, pass.capacity, scratch.attention + t * scratch.attention_bytes);
-    const int tiles = (pass.span * m.heads / m.kv_heads + QUERIES - 1) / QUERIES;
     float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
     auto add = [&](int r, int c, float v) { pass.x[(int64_t)r * D + c] += v; };
     int first, end;
@@ -200,19 +228,7 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, Barri
         product(scratch.normed, w.wqkv, rows, D, first, end,
                 [&](int r, int c, float v) { scratch.qkv[(int64_t)r * width + c] = v; });
         barrier.wait(n);
-        share(pass.batch * m.kv_heads, 1, t, n, &first, &end);
-        for (int i = first; i < end; i++) {
-            append_tokens(m, pass, scratch, l, i / m.kv_heads, i % m.kv_heads, attention.rotated);
-            if (tiles == 1) attend_tile(m, pass, scratch, attention, l, i / m.kv_heads, i % m.kv_heads, 0);
-        }
-        if (tiles > 1) {  // the tiles of a head may belong to several threads
-            barrier.wait(n);
-            share(pass.batch * m.kv_heads * tiles, 1, t, n, &first, &end);
-            for (int i = first; i < end; i++) {
-                const int head = i / tiles;
-                attend_tile(m, pass, scratch, attention, l, head / m.kv_heads, head % m.kv_heads, i % tiles * QUERIES);
-            }
-        }
+        attention_layer(m, pass, scratch, barrier, l, t, n);
         barrier.wait(n);
         share(D, COLUMNS, t, n, &first, &end);
         product(scratch.hidden, w.wo, rows, D, first, end, add);
