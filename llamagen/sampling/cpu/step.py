@@ -66,7 +66,7 @@ class _Pass(ctypes.Structure):
 
 class _Sampling(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("count", "vocabulary", "top_k", "threads")),
+        *((name, ctypes.c_int32) for name in ("count", "vocabulary", "padded", "top_k", "threads")),
         *((name, ctypes.c_float) for name in ("temperature", "top_p")),
         *(
             (name, ctypes.c_void_p)
@@ -210,6 +210,7 @@ class CPUStep:
             (N,) int64 codes, and (N,) bool: whether some logits of a draw are not finite.
         """
         count, threads, vocabulary = len(draws.steps), torch.get_num_threads(), logits.shape[1]
+        padded = (vocabulary + 15) // 16 * 16  # whole vectors of any width
         codes = torch.empty(count, dtype=torch.int64, device="cpu")
         broken = torch.empty(count, dtype=torch.bool, device="cpu")
         conditional, unconditional = draws.conditional.int(), draws.unconditional.int()
@@ -221,6 +222,7 @@ class CPUStep:
         arguments = _Sampling(
             count,
             vocabulary,
+            padded,
             min(config.top_k, vocabulary),
             threads,
             config.temperature,
@@ -232,7 +234,7 @@ class CPUStep:
             draws.seeds.data_ptr(),
             draws.indices.data_ptr(),
             draws.steps.data_ptr(),
-            scratch.pointer(4 * threads * 2 * vocabulary),
+            scratch.pointer(4 * threads * 2 * padded),
             codes.data_ptr(),
             broken.data_ptr(),
         )
