@@ -65,7 +65,7 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.forward.restype, library.forward.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
-    library.sample_codes.restype, library.sample_codes.argtypes = None, [ctypes.c_void_p]
+    library.sample_codes.restype, library.sample_codes.argtypes = ctypes.c_bool, [ctypes.c_void_p]
     return library
 
 

@@ -37,11 +37,11 @@ constexpr float MAX_NOISE = 23.0f;
 
 // `count` draws. Mirrored by _Sampling in step.py.
 struct Sampling {
-    int32_t count, vocabulary, padded, top_k, threads;
+    int32_t count, rows, vocabulary, padded, top_k, threads;
     float temperature, top_p;
     const float* logits;          // (rows, vocabulary)
-    const int32_t* conditional;   // (count): row of the logits
-    const int32_t* unconditional; // (count): row of the logits, the conditional one if the draw is not guided
+    const int64_t* conditional;   // (count): row of the logits
+    const int64_t* unconditional; // (count): row of the logits, the conditional one if the draw is not guided
     const float* scale;           // (count): guidance scale
     const uint64_t* seed;         // (count)
     const int64_t* index;         // (count)
@@ -157,8 +157,8 @@ static float threshold(const Sampling& call, const float* logits, float* weights
 static int64_t draw(const Sampling& call, int n, float* value) {
     const int V = call.vocabulary;
     const bool branches = call.unconditional[n] != call.conditional[n];
-    const float scale = call.scale[n], *conditional = call.logits + (int64_t)call.conditional[n] * V;
-    const float* unconditional = branches ? call.logits + (int64_t)call.unconditional[n] * V : conditional;
+    const float scale = call.scale[n], *conditional = call.logits + call.conditional[n] * V;
+    const float* unconditional = branches ? call.logits + call.unconditional[n] * V : conditional;
     const bool guide = branches && scale != 1.0f;
     vec tops = vec{} - INFINITY;
     ivec broken = ivec{};
@@ -207,12 +207,17 @@ static int64_t draw(const Sampling& call, int n, float* value) {
     return best;
 }
 
-extern "C" void sample_codes(const Sampling* call) {
-    // footgun: one team of threads for all calls. OpenMP starts threads again if the size of a team grows.
+// Returns false, and samples nothing, if a draw names a row that the logits do not have.
+extern "C" bool sample_codes(const Sampling* call) {
+    for (int n = 0; n < call->count; n++)
+        for (int64_t row : {call->conditional[n], call->unconditional[n]})
+            if (row < 0 || row >= call->rows) return false;
+    // footgun: OpenMP ends and starts threads if the size of the team changes, so it is that of the passes or 1.
 #pragma omp parallel num_threads(call->threads) if (call->count > 1)
     {
         float* value = call->scratch + (int64_t)omp_get_thread_num() * 2 * call->padded;
 #pragma omp for
         for (int n = 0; n < call->count; n++) call->codes[n] = draw(*call, n, value);
     }
+    return true;
 }
