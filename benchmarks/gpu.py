@@ -11,6 +11,9 @@ their speed. The parts:
 - ``sampling_*``: our compiled sampler next to the published loop, eager, compiled and in CUDA graphs
   (``benchmarks/plain_sampling.py``), in bfloat16 with guidance. B runs at 256 px (16 × 16 codes) and the others at 384
   px (24 × 24), the sizes at which the paper reports their best FID, so those that are used.
+- ``windows_*``: passes over windows of 1, 4, 8 and 16 codes and ``auto``, next to the published loop in CUDA graphs
+  (``benchmarks/bench_windows.py``). Those of all sizes alone: ``--only windows_B windows_L windows_XL windows_XXL
+  windows_3B``.
 - ``training_*``: steps of the autoregressive model at 256 px with MFU, eager and compiled.
 - ``tokenizer``, ``tokenizer_16_mixed``: steps at 256 px with perceptual and adversarial loss, in bfloat16 next to a
   plain step, and in float16 with Lightning's GradScaler.
@@ -106,6 +109,16 @@ def sampling(folder: Path, dry_run: bool, size: str, codes: int, seconds: float,
     return Part(f"sampling_{size}", what, (*command, *options, *limits, "--sides", *STATIC, *more), seconds, out)
 
 
+def windows(folder: Path, dry_run: bool, size: str, codes: int) -> Part:
+    """Passes over windows of one size."""
+    out = folder / f"windows_{size}.json"
+    options = ["--device", "cuda", "--sizes", size, "--codes", str(codes), "--batches", "1", "8"]
+    if dry_run:
+        options = ["--sizes", "tiny", "--codes", "16", "--batches", "1", "--backend", "eager", "--repeats", "1"]
+    command = (sys.executable, "-m", "benchmarks.bench_windows", *options, "--out", str(out))
+    return Part(f"windows_{size}", f"windows of {size}, {codes} codes", command, 110, out)
+
+
 def training(folder: Path, dry_run: bool, model: str, name: str, what: str, seconds: float, *options: str) -> Part:
     """Steps of a model in the Trainer."""
     out = folder / f"{name}.json"
@@ -132,6 +145,7 @@ def all_parts(folder: Path, dry_run: bool) -> list[Part]:
     parts = [
         tests(folder, dry_run),
         sampling(folder, dry_run, "B", 256, 110, "static_reduce_overhead"),
+        windows(folder, dry_run, "B", 256),
         argen("B", 128, 70),
         tokenizer("tokenizer", "training steps of VQ-16", "bf16"),
         tokenizer("tokenizer_16_mixed", "the same with 16-mixed", "fp16"),
@@ -140,6 +154,7 @@ def all_parts(folder: Path, dry_run: bool) -> list[Part]:
         sampling(folder, dry_run, "3B", 576, 110),
         argen("XL", 64, 80),
         argen("L", 64, 70),
+        *(windows(folder, dry_run, size, 576) for size in ("XL", "L", "XXL", "3B")),
     ]
     return [replace(part, seconds=DRY_SECONDS) for part in parts] if dry_run else parts
 

@@ -39,7 +39,8 @@ def sampling(case: dict[str, Any]) -> Iterator[str]:
         ratio = case.get("ratios", {}).get(name)
         against = f"   × {quartiles(ratio)}, {side['repeats']} turns" if ratio else ""
         head = f"{case['size']:5}batch {case['batch']:<4}{name:24}"
-        yield f"{head}{side['images_s']:10.2f} images/s{side['ms_a_step']:10.3f} ms/token{memory}{against}"
+        passes = f"{side['passes']:6} passes of {side['ms_a_pass']:.3f} ms" if "passes" in side else ""
+        yield f"{head}{side['images_s']:10.2f} images/s{side['ms_a_step']:10.3f} ms/token{passes}{memory}{against}"
     yield from (f"{name} failed: {reason[:120]}" for name, reason in case.get("failed", {}).items())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_sampling, gpu, training_rate
+from benchmarks import bench_sampling, bench_windows, gpu, training_rate
 from benchmarks.gpu_table import table
 from benchmarks.part_runner import Part, read_result, run_parts
 
@@ -99,7 +99,11 @@ def test_the_report_of_pytest_is_counted(tmp_path: Path) -> None:
 def test_every_part_is_a_command_that_its_program_understands(
     dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs = {"benchmarks.bench_sampling": bench_sampling, "benchmarks.training_rate": training_rate}
+    programs = {
+        "benchmarks.bench_sampling": bench_sampling,
+        "benchmarks.bench_windows": bench_windows,
+        "benchmarks.training_rate": training_rate,
+    }
     parts = gpu.all_parts(tmp_path, dry_run)
     assert len({part.name for part in parts}) == len(parts)
     for each in parts:
@@ -116,6 +120,7 @@ def test_the_tests_for_gpus_are_found() -> None:
     found = gpu.gpu_tests()
     assert "tests/sampling/gpu/test_decoder.py" in found
     assert "tests/sampling/gpu/test_step.py" in found
+    assert "tests/sampling/gpu/test_window_step.py" in found
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ image, of which the first K are kept, T new tokens of a pass, V vocabulary size.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.draws import Draws
 from llamagen.sampling.inputs import SamplingRequest
-from llamagen.sampling.windows import WindowLoop
+from llamagen.sampling.window_choice import PassTimes, WindowChoice, measure_passes
+from llamagen.sampling.windows import Array, WindowLoop
 
 MAX_PASS_TOKENS = 2048
 """Maximum number of kept codes, of all rows together, that a pass reads: enough to keep a CPU busy."""
@@ -96,13 +97,13 @@ class DecodeState(ABC):
         """Sample code ``step`` of each image from its logits (R, V)."""
 
     @abstractmethod
-    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """Read new codes into the cache in one pass, each row at its own place.
 
         Args:
             tokens: (R, T) int64. Each attends to the cached tokens of its row and to the new tokens before it.
             rows: the row of the cache that each row belongs to, counted as at the start of the call.
-            starts: (R,) int64 on the CPU, the number of cached tokens of each row. Those after it are overwritten.
+            starts: (R,) int64, the number of cached tokens of each row. Those after it are overwritten.
 
         Returns:
             (R, T, V), the logits after each token; valid until the next pass.
@@ -140,11 +141,18 @@ class DecodeState(ABC):
         """Read code ``step − 1`` and sample code ``step``."""
         self.sample(self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1], step)
 
+    def advance_from(self, step: int, rows: int) -> None:
+        """:meth:`advance` after passes of :meth:`read_windows`, when all images have ``step`` codes."""
+        self.cache.length = self.condition_length + step - 1
+        if rows < self.rows:
+            self.drop_unconditional()
+        self.advance(step)
+
     def decode_in_windows(
-        self, window: int | Literal["auto"], first: int, logits: Tensor | None, report: Callable[[int], None]
+        self, window: int | WindowChoice, first: int, logits: Tensor | None, report: Callable[[int], None]
     ) -> None:
         """Sample the codes from ``first`` on, several in a pass: see :class:`~llamagen.sampling.windows.WindowLoop`."""
-        WindowLoop(self, first, logits).run(8 if window == "auto" else window, report)
+        WindowLoop(self, first, logits).run(window, report)
 
     def result(self) -> DecodedCodes:
         """The codes, in memory that later calls do not overwrite."""
@@ -190,6 +198,7 @@ class CodeDecoder(ABC):
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
         self.gpt, self.batch_size, self.dtype = gpt, batch_size, dtype
         self.device = gpt.output.weight.device
+        self._pass_times = dict[bool, PassTimes]()
 
     @abstractmethod
     def prepare(self, config: SamplingConfig) -> None:
@@ -212,6 +221,7 @@ class CodeDecoder(ABC):
         if request.kept is not None and kept == length:
             return _nothing_to_sample(request.kept, on_row)
         first = max(kept, 1)
+        choice = window if window != "auto" else WindowChoice(self.pass_times(request.config), length - 1)
         # 1. Take memory that no other call uses.
         with self.start(request) as state:
             report = _RowReports(state.codes, side, on_row)
@@ -223,8 +233,8 @@ class CodeDecoder(ABC):
             else:
                 state.keep(request.kept)
             # 4. Sample the others. Only reports may wait for the device.
-            if window != 1:
-                state.decode_in_windows(window, first, None if kept else logits, report)
+            if choice != 1:
+                state.decode_in_windows(choice, first, None if kept else logits, report)
                 return state.result()
             report(first)
             for step in range(first, length):
@@ -235,6 +245,13 @@ class CodeDecoder(ABC):
                 state.advance(step)
                 report(step + 1)
             return state.result()
+
+    def pass_times(self, config: SamplingConfig) -> PassTimes:
+        """Measured times of passes, guided or not, for the choice of the window. The first call measures them."""
+        guided = config.guided_steps(self.gpt.config.block_size) > 0
+        if guided not in self._pass_times:
+            self._pass_times[guided] = measure_passes(self, config)
+        return self._pass_times[guided]
 
     def refresh(self) -> None:
         """Copy the model's weights again, if the engine keeps copies."""
@@ -281,9 +298,11 @@ class PooledCodeDecoder(CodeDecoder):
         """State of a call that uses this cache alone."""
 
     def prepare(self, config: SamplingConfig) -> None:
-        """Allocate the key-value cache."""
+        """Allocate the key-value cache, and time passes if the window is chosen by their times."""
         with self.caches.take(self.cache_rows(config)):
             pass
+        if config.window == "auto":
+            self.pass_times(config)
 
     @contextmanager
     def start(self, request: SamplingRequest) -> Iterator[DecodeState]:

@@ -55,10 +55,25 @@ def next_code(
         (B,) int64 codes, and (B,) bool: whether some logits are not finite, in a branch or after guidance. This is
         checked before top-k and top-p, which set logits to minus infinity on purpose.
     """
-    logits = logits.float()
-    broken = not_finite(logits)
-    if len(logits) > len(indices):
-        logits = guide(logits, scale)
-        broken = broken.view(2, -1).any(0) | not_finite(logits)
+    logits, broken = guided_logits(logits, len(indices), scale)
     noise = None if config.temperature == 0.0 else gumbel(seeds, indices, step, counters)
     return sample_codes(logits, config, noise), broken
+
+
+def guided_logits(logits: Tensor, count: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Guide the logits if there are two rows for each of ``count`` draws.
+
+    Args:
+        logits: (N, V) or (2 N, V), any float dtype.
+        count: N.
+        scale: guidance scale, float32, a scalar or (N, 1).
+
+    Returns:
+        (N, V) float32, and (N,) bool: whether some logits are not finite, in a branch or after guidance.
+    """
+    logits = logits.float()
+    broken = not_finite(logits)
+    if len(logits) > count:
+        logits = guide(logits, scale)
+        broken = broken.view(2, -1).any(0) | not_finite(logits)
+    return logits, broken

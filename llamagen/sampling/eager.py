@@ -11,6 +11,7 @@ from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
 from llamagen.sampling.draws import Draws, next_code
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
+from llamagen.sampling.windows import Array
 
 
 class EagerCodeDecoder(PooledCodeDecoder):
@@ -72,12 +73,13 @@ class EagerDecodeState(DecodeState):
         self.cache.keys[:, target] = self.cache.keys[:, source]
         self.cache.values[:, target] = self.cache.values[:, source]
 
-    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""
         cache = self.cache.first_rows(len(rows))
-        cache.set_row_lengths(starts.to(tokens.device), int(starts.max()))
-        lengths = None if self.request.caption_lengths is None else self.request.caption_lengths[self._image_of(rows)]
-        return cast(Tensor, self.gpt(tokens, caption_lengths=lengths, cache=cache))
+        device, lengths = self.codes.device, self.request.caption_lengths
+        cache.set_row_lengths(torch.from_numpy(starts).to(device), int(starts.max()))
+        lengths = None if lengths is None else lengths[self._image_of(rows)]
+        return cast(Tensor, self.gpt(torch.from_numpy(tokens).to(device), caption_lengths=lengths, cache=cache))
 
     def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw N codes."""

@@ -62,10 +62,25 @@ def sample_codes(logits: Tensor, config: SamplingConfig, noise: Tensor | None) -
     Returns:
         (B,) int64.
     """
-    logits = logits.float()
+    logits = limited_logits(logits.float(), config)
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
     assert noise is not None
+    return (logits + noise).argmax(dim=-1)
+
+
+def limited_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Logits to which the noise is added: divided by the temperature, without codes that top-k and top-p exclude.
+
+    Args:
+        logits: (B, V) float32.
+        config: temperature, top-k and top-p; at temperature 0 the logits do not change.
+
+    Returns:
+        (B, V) float32.
+    """
+    if config.temperature == 0.0:
+        return logits
     # With the largest logit at 0, dividing by a tiny temperature cannot overflow to plus infinity.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
-    return (filter_logits(logits, config.top_k, config.top_p) + noise).argmax(dim=-1)
+    return filter_logits(logits, config.top_k, config.top_p)

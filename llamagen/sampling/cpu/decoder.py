@@ -1,5 +1,6 @@
 """The decode loop on CPUs, with passes of compiled C++. R rows, T new tokens, V vocabulary size."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
 from llamagen.sampling.draws import Draws
 from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.windows import Array
 
 
 class CPUCodeDecoder(PooledCodeDecoder):
@@ -89,16 +91,24 @@ class CPUDecodeState(DecodeState):
     def move_row(self, source: int, target: int) -> None:
         """Nothing to do: a pass names the rows of the cache."""
 
-    def read_windows(self, tokens: Tensor, rows: list[int], starts: Tensor) -> Tensor:
+    def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        x = self.gpt.tok_embeddings(tokens).float().contiguous()
-        size = tokens.numel() * self._logits.shape[2]
+        x = self.gpt.tok_embeddings(torch.from_numpy(tokens)).float().contiguous()
+        size = tokens.size * self._logits.shape[2]
         if self._window_logits.numel() < size:
             self._window_logits = self._logits.new_empty(size)
         logits = self._window_logits[:size].view(*tokens.shape, -1)
         places = torch.tensor(rows, dtype=torch.int32, device="cpu")
         first = None if self._first is None else self._first[places]
-        self._step(x, self.cache, first, logits, self._scratch, cache_rows=places, starts=starts.int())
+        self._step(
+            x,
+            self.cache,
+            first,
+            logits,
+            self._scratch,
+            cache_rows=places,
+            starts=torch.from_numpy(starts.astype(np.int32)),
+        )
         return logits
 
     def sample(self, logits: Tensor, step: int) -> None:

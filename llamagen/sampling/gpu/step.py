@@ -1,23 +1,23 @@
-"""A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row.
+"""A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row, or a window of several.
 
-There are five kernels per layer, one before the first layer and one after the last. All launches are the same in each
-step, so a step can be captured in a CUDA graph. Before the capture, call it once with the same number of rows: kernels
-are compiled at their first launch.
+There are five kernels per layer (six with windows in float32), one before the first layer and one after the last. All
+launches are the same in each step, so a step can be captured in a CUDA graph. Before the capture, call it once with the
+same shapes: kernels are compiled at their first launch.
 
-Shapes: B rows of a call, D model width, F feed-forward width, H query heads, G key-value heads, E head width, N outputs
-and K inputs of a linear layer, P tokens of cache capacity, V vocabulary size.
+Shapes: R rows of the cache in a call, T new tokens of a row (the window), B = R · T, D model width, F feed-forward
+width, H query heads, G key-value heads, E head width, N outputs and K inputs of a linear layer, P tokens of cache
+capacity, V vocabulary size.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import e as euler
-from math import log2
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamagen.sampling.decode_weights import DecodeWeights, LayerWeights, Matrix
+from llamagen.sampling.gpu.attention_launch import AttentionLaunch, power_of_two
 
 MAX_TILE_ROWS = 128  # more rows take several tiles
 MAX_EARLY_ROWS, MAX_EARLY_BYTES = 32, 1 << 25  # limits for early starts: rows, and weight bytes per layer
@@ -77,7 +77,7 @@ def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: i
     """
     if dtype == torch.float32:
         return Tile(rows=16, outputs=32, inputs=32, parts=1, splits=1, warps=4, stages=4)
-    height = min(max(16, _power_of_two(rows)), MAX_TILE_ROWS)
+    height = min(max(16, power_of_two(rows)), MAX_TILE_ROWS)
     parts = 4 if height == 16 else 1
     if parts == 1:
         height = max(64, height)  # rows that a warp group multiplies at a time
@@ -108,34 +108,16 @@ def choose_tile(product: Product, rows: int, dtype: torch.dtype, weight_bytes: i
     return Tile(height, outputs, inputs, parts, splits, 8 if height == MAX_TILE_ROWS else 4, stages)
 
 
-def choose_attention_block(programs: int, dtype: torch.dtype, processors: int) -> tuple[int, int]:
-    """Choose the warps of an attention program and the tokens that it reads at a time.
-
-    A program mostly waits for memory. With more programs smaller ones are better, because more of them run at once.
-
-    Args:
-        programs: number of programs.
-        dtype: dtype of the cache. In float32 the choice is fixed, so that a row's result does not depend on the batch.
-        processors: number of multiprocessors of the device.
-    """
-    if dtype == torch.float32:
-        return 4, 32
-    for programs_each, block in ((2, (4, 64)), (4, (4, 32)), (8, (2, 32))):
-        if programs <= programs_each * processors:
-            return block
-    return 1, 8
-
-
 class GPUStep:
-    """Computes the logits after one new token of each row, and appends the token to the cache.
+    """Computes the logits after new tokens of each row, and writes the tokens into the cache.
 
     The residual stream and all sums are float32. Operands of products, keys and values have the dtype of the weights.
-    Results are deterministic. In float32 a row's result does not depend on the other rows or on their number. In other
-    dtypes the tiles depend on the number of rows, so sums may be rounded differently.
+    Results are deterministic. In float32 the result of a token does not depend on the other rows, on their number or on
+    T. In other dtypes the tiles depend on B and the kernel of attention on T, so sums may be rounded differently.
 
     Args:
         weights: weights on a CUDA device.
-        rows: largest number of rows of a call; workspaces are allocated here, once.
+        rows: largest B of a call; workspaces are allocated here, once.
         tiles: tiles that replace the chosen ones, by layer: ``"wqkv"``, ``"wo"``, ``"gate"``, ``"w2"`` or ``"head"``.
         early: let kernels prefetch their weights while the previous kernel still runs. The default is True for few rows
             of a small model on devices of compute capability 9.0 or higher; it slows down larger ones.
@@ -153,12 +135,11 @@ class GPUStep:
         tiles: Mapping[str, Tile] | None = None,
         early: bool | None = None,
     ) -> None:
-        from llamagen.sampling.gpu import attention, kernels  # needs Triton, which CPU builds of torch do not have
+        from llamagen.sampling.gpu import kernels  # needs Triton, which CPU builds of torch do not have
 
         if rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
         self._kernels: Any = kernels
-        self._attention: Any = attention.attend
         self._weights, self._rows = weights, rows
         self._given = dict(tiles or {})
         config = weights.config
@@ -173,6 +154,7 @@ class GPUStep:
         else:
             self._early_rows = rows if early else 0
         self._early = False
+        self._attention = AttentionLaunch(config, dtype, self._processors, self._launch)
         dim, ffn = config.dim, config.ffn_dim
         self._qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self._products = {
@@ -183,7 +165,7 @@ class GPUStep:
             "head": Product(config.vocab_size, dim),
         }
         self._chosen: dict[int, dict[str, Tile]] = {}
-        self._tiles_padded = _power_of_two(-(-dim // 16))
+        self._tiles_padded = power_of_two(-(-dim // 16))
         self._x = torch.zeros(rows, dim, device=device, dtype=torch.float32)
         self._scaled = torch.zeros(rows, dim, device=device, dtype=dtype)
         self._squares = torch.zeros(rows, self._tiles_padded, device=device, dtype=torch.float32)
@@ -195,15 +177,17 @@ class GPUStep:
         self._arrived = torch.zeros(max(tiles for _, tiles in sizes), device=device, dtype=torch.int32)
 
     def __call__(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        """Decode one token of each row.
+        """Decode new tokens.
 
         Args:
-            x: (B, D) float32, the embedded tokens; not changed.
-            position: integer scalar on the device: number of cached tokens, which is the position of the new ones.
-            first: (B,) int32, index of the first token of each row that is not padding; None without padding. The new
+            x: (B, D) float32, the embedded tokens, those of a row one after the other; not changed.
+            position: integers on the device, number of cached tokens, which is the position of the first new one: a
+                scalar for all rows, which then have one token each; or (R,).
+            first: (R,) int32, index of the first token of each row that is not padding; None without padding. A new
                 token always attends to itself.
-            keys: (layers, at least B, G, P, E), contiguous, in the dtype of the weights. Entries before ``position``
-                are read, the one at ``position`` is written.
+            keys: (layers, at least R, G, P, E), contiguous, in the dtype of the weights. Entries before ``position``
+                are read, those of the new tokens are written. Tokens beyond the capacity are not written, and their
+                logits mean nothing.
             values: like ``keys``.
 
         Returns:
@@ -219,13 +203,13 @@ class GPUStep:
         self._launch(
             kernels.prepare, (count,), 4, 1, False,
             x.contiguous(), weights.layers[0].attention_norm, self._x, self._scaled, self._squares,
-            D=config.dim, D_PADDED=_power_of_two(config.dim), TILES_PADDED=self._tiles_padded,
+            D=config.dim, D_PADDED=power_of_two(config.dim), TILES_PADDED=self._tiles_padded,
         )  # fmt: skip
         after_wo, after_w2 = (-(-config.dim // tiles[name].outputs) for name in ("wo", "w2"))
         gains = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         for layer, gain, layer_keys, layer_values in zip(weights.layers, gains, keys, values, strict=True):
             self._norm_linear(layer.wqkv, tiles["wqkv"], after_w2, self._qkv[:count])
-            self._attend(count, position, first, layer_keys, layer_values)
+            self._attention(self._qkv, weights.rope, self._attended, position, first, layer_keys, layer_values, count)
             self._linear_residual(self._attended, layer.wo, tiles["wo"], layer.ffn_norm, count)
             self._norm_gated(layer, tiles["gate"], after_wo, count)
             self._linear_residual(self._hidden, layer.w2, tiles["w2"], gain, count)
@@ -251,25 +235,28 @@ class GPUStep:
 
     def _check(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> None:
         config, rows = self._weights.config, len(x)
+        cache_rows = len(position) if position.dim() else rows
         if not 1 <= rows <= self._rows:
             raise ValueError(f"x has {rows} rows, but there are workspaces for 1 to {self._rows}")
         if x.shape != (rows, config.dim) or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 of width {config.dim}, not {x.dtype} of shape {tuple(x.shape)}")
-        if position.dim() or position.dtype not in (torch.int32, torch.int64) or position.device != x.device:
-            raise ValueError("position must be an int32 or int64 scalar on the device of x")
-        if first is not None and (first.shape != (rows,) or first.dtype != torch.int32):
-            raise ValueError(f"first must be int32 of shape ({rows},), not {first.dtype} of {tuple(first.shape)}")
+        if position.dtype not in (torch.int32, torch.int64) or position.device != x.device:
+            raise ValueError("position must be int32 or int64 on the device of x")
+        if position.dim() > 1 or not cache_rows or rows % cache_rows or not position.is_contiguous():
+            raise ValueError(f"position must be a scalar or one for each row, not of shape {tuple(position.shape)}")
+        if first is not None and (first.shape != (cache_rows,) or first.dtype != torch.int32):
+            raise ValueError(f"first must be int32 of shape ({cache_rows},), not {first.dtype} of {tuple(first.shape)}")
         for name, cache in (("keys", keys), ("values", values)):
             fits = (
                 cache.dim() == 5
                 and cache.shape[0] == config.n_layer
-                and cache.shape[1] >= rows
+                and cache.shape[1] >= cache_rows
                 and (cache.shape[2], cache.shape[4]) == (config.kv_heads, config.head_dim)
                 and cache.shape == keys.shape
             )
             if not fits or not cache.is_contiguous() or cache.dtype != self._weights.dtype:
                 raise ValueError(
-                    f"{name} must be contiguous {self._weights.dtype} ({config.n_layer}, at least {rows}, "
+                    f"{name} must be contiguous {self._weights.dtype} ({config.n_layer}, at least {cache_rows}, "
                     f"{config.kv_heads}, P, {config.head_dim}), not {cache.dtype} of {tuple(cache.shape)}"
                 )
 
@@ -333,22 +320,6 @@ class GPUStep:
             TILES_PADDED=self._tiles_padded, SPLITS=tile.splits, **self._layout(matrix, tile),
         )  # fmt: skip
 
-    def _attend(self, count: int, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> None:
-        config = self._weights.config
-        shared = config.n_head // config.kv_heads
-        heads = min(4, _power_of_two(shared))
-        width = _power_of_two(config.head_dim)
-        tiles = config.kv_heads * -(-shared // heads)
-        warps, block = choose_attention_block(count * tiles, self._weights.dtype, self._processors)
-        block = min(block, warps * 1024 // (heads * width))  # so that the sums fit into registers
-        self._launch(
-            self._attention, (count, tiles), warps, 1, True,
-            self._qkv, self._weights.rope, keys, values, self._attended, position,
-            position if first is None else first, keys.shape[2], config.head_dim**-0.5 * log2(euler),
-            H=config.n_head, G=config.kv_heads, E=config.head_dim, E_PADDED=width, HEADS=heads,
-            BLOCK=max(2, block), PADDED=first is not None,
-        )  # fmt: skip
-
 
 def _factor(matrix: Matrix) -> Tensor:
     """Scales of the outputs. Without scales kernels need some tensor as the argument, which they do not read."""
@@ -357,12 +328,7 @@ def _factor(matrix: Matrix) -> Tensor:
 
 def _width(squares: int, tile: Tile) -> int:
     """Number of sums of squares of a row that a program keeps in registers: 32 in each of 128 threads."""
-    return min(_power_of_two(squares), 4096 // tile.rows)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least ``number``."""
-    return 1 << (number - 1).bit_length()
+    return min(power_of_two(squares), 4096 // tile.rows)
 
 
 def _row_counts(rows: int) -> list[int]:

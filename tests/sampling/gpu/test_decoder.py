@@ -1,5 +1,6 @@
 """On a GPU a compiled sampler returns the codes of uncached sampling, and does not wait for the device."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,37 @@ def test_float32_codes_do_not_depend_on_the_batch_size(kind: str) -> None:
     assert torch.equal(codes[0], codes[2])
 
 
+@pytest.mark.parametrize("setting", ["greedy, guided", "sampled, guided from code 3 to 9", "sampled by top-k alone"])
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_float32_codes_do_not_depend_on_the_window(kind: str, setting: str) -> None:
+    cpu, config = small_gpt(condition=kind), SamplingConfig(**SETTINGS[setting])
+    condition, lengths, indices = condition_for(cpu, 5), caption_lengths_for(cpu, 5), torch.arange(5) * 37
+    sampler = Sampler(small_gpt(condition=kind).to("cuda"), 3, compiled=True)
+    for count in (0, 6):
+        kept = codes_for(cpu, 5, count) if count else None
+        expected = plain_loop(cpu, condition, config, lengths, 11, indices, kept)
+        for window in (1, 2, 7, 40, "auto", 2):
+            found = sampler(
+                condition,
+                replace(config, window=window),
+                caption_lengths=lengths,
+                seed=11,
+                indices=indices,
+                kept=kept,
+            )
+            assert torch.equal(found.cpu(), expected), window
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_windows_in_bfloat16(window: int) -> None:
+    gpt, labels = small_gpt().to("cuda"), torch.arange(64, device="cuda") % 7
+    with torch.autocast("cuda", torch.bfloat16):
+        sampler = Sampler(gpt, 64, compiled=True)
+    config = SamplingConfig(guidance_scale=2.0)
+    codes, expected = sampler(labels, replace(config, window=window)), sampler(labels, config)
+    assert (codes == expected)[:, :4].float().mean() > 0.7  # rounding changes few codes
+
+
 def test_settings_seeds_and_batch_sizes_may_change_between_calls() -> None:
     gpt, cpu = small_gpt().to("cuda"), small_gpt()
     sampler = Sampler(gpt, 4, compiled=True)
@@ -75,9 +107,14 @@ def test_in_place_changes_of_weights_take_effect() -> None:
     assert not torch.equal(sampler(labels), before)
 
 
-def test_decoding_needs_no_synchronization() -> None:
+@pytest.mark.parametrize("window", [1, 4])
+def test_decoding_needs_no_synchronization(window: int) -> None:
+    # With windows the host waits for an event of an earlier pass, and never for the whole device.
     sampler = Sampler(small_gpt().to("cuda"), 4, compiled=True)
-    labels, config = torch.arange(4, device="cuda"), SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9)
+    labels, config = (
+        torch.arange(4, device="cuda"),
+        SamplingConfig(guidance_scale=2.0, guidance_steps=5, top_k=9, window=window),
+    )
     expected = sampler(labels, config, seed=3)
     decoder, request = sampler.decoder, SamplingRequest.from_inputs(sampler.gpt, labels, config, None, 3, None)
     before = torch.cuda.get_sync_debug_mode()

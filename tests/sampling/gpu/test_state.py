@@ -1,57 +1,20 @@
 """The decode loop of GPUs, tested without one: direct calls replace CUDA graphs, and the C++ pass replaces Triton."""
 
 import threading
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llamagen.models.kv_cache import KVCache
 from llamagen.sampling import SamplingConfig
-from llamagen.sampling.cpu.step import CPUStep, Scratch
-from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.gpu import decoder as gpu
-from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.gpu import graphs
+from tests.sampling.gpu.without_gpu import no_gpu, request_for  # noqa: F401
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
+from tests.small_models import codes_for, small_gpt
 
-
-class StepOnCPU:
-    """The interface of ``GPUStep``."""
-
-    def __init__(self, weights: DecodeWeights, rows: int) -> None:
-        self.step, self.rows = CPUStep(weights), rows
-
-    def __call__(self, x: Tensor, position: Tensor, first: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        assert len(x) <= self.rows
-        assert keys.is_contiguous()
-        logits = torch.empty(len(x), self.step.weights.config.vocab_size)
-        self.step(x[:, None].clone(), KVCache(keys, values, int(position)), first, logits, Scratch())
-        return logits
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: gpu.StepGraphs, config: SamplingConfig, guided: bool) -> Callable[[], None]:
-        return partial(self._one_step, config, guided)
-
-    monkeypatch.setattr(gpu, "GPUStep", StepOnCPU)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
-    monkeypatch.setattr(gpu.StepGraphs, "_capture", capture)
-    monkeypatch.setattr("torch.compile", lambda function, **_: function)
-
-
-def request_for(
-    kind: str, config: SamplingConfig, seed: int = 11, kept: Tensor | None = None
-) -> tuple[Any, SamplingRequest]:
-    gpt = small_gpt(condition=kind)
-    indices = torch.arange(3) * 37
-    return gpt, SamplingRequest.from_inputs(
-        gpt, condition_for(gpt, 3), config, caption_lengths_for(gpt, 3), seed, indices, kept
-    )
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 @torch.no_grad()
@@ -90,14 +53,14 @@ def test_codes_after_kept_ones_equal_those_of_uncached_sampling(kind: str, setti
 
 @torch.no_grad()
 def test_graphs_of_settings_that_were_not_used_for_long_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "MAX_GRAPHS", 3)
-    captured, capture = list[float](), gpu.StepGraphs._capture
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
+    captured, capture = list[float](), graphs.StepGraphs._capture
 
-    def counted(self: gpu.StepGraphs, config: SamplingConfig, guided: bool) -> Callable[[], None]:
-        captured.append(config.temperature)
-        return capture(self, config, guided)
+    def counted(self: graphs.StepGraphs, run: partial[None]) -> graphs.Graph:
+        captured.append(run.args[0].temperature)
+        return capture(self, run)
 
-    monkeypatch.setattr(gpu.StepGraphs, "_capture", counted)
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", counted)
     gpt, _ = request_for("class", SamplingConfig())
     decoder = gpu.GPUCodeDecoder(gpt, 3, torch.float32)
     for temperature in (1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 2.0):  # 2.0 is dropped for 4.0

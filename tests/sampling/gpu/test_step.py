@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.decode_weights import DecodeWeights, quantize
-from llamagen.sampling.gpu.step import GPUStep, Product, Tile, choose_attention_block, choose_tile
+from llamagen.sampling.gpu.attention_launch import choose_attention_block
+from llamagen.sampling.gpu.step import GPUStep, Product, Tile, choose_tile
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 GROUPED = {"dim": 128, "n_head": 4, "n_kv_head": 2, "rope_condition": "identity"}
