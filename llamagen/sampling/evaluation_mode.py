@@ -39,8 +39,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if not _uses:
             _stance.append(torch.compiler.set_stance("force_eager"))
         if model not in _uses:
-            _uses[model] = _Use([(module, module.training) for module in model.modules()])
-            model.eval()
+            modes = [(module, module.training) for module in model.modules()]
+            is_training = any(training for _, training in modes)
+            _uses[model] = _Use(modes if is_training else [])  # setting modes takes longer than a pass of a tiny model
+            if is_training:
+                model.eval()
         use = _uses[model]
         use.calls += 1
     try:

@@ -46,7 +46,10 @@ class CPUDecodeState(DecodeState):
         self._step, self._scratch = step, Scratch()
         self._seeds, self._indices = request.seeds.contiguous(), request.indices.contiguous()
         self._scales = request.config.guidance_scales(self.length)
-        self._all_images = torch.arange(self.batch, device="cpu")
+        images = torch.arange(self.batch, device="cpu")
+        self._conditional, self._unconditional = images, images + self.batch
+        self._draw_scales = torch.empty(self.batch, dtype=torch.float32, device="cpu")  # of the code that is sampled
+        self._draw_steps = torch.empty_like(images)
         lengths = self.caption_lengths
         self._first = None if lengths is None else (gpt.config.condition_length - lengths).int()
         self._logits = torch.empty(self.rows, 1, gpt.config.vocab_size, dtype=torch.float32, device="cpu")
@@ -110,11 +113,9 @@ class CPUDecodeState(DecodeState):
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""
-        images = self._all_images
-        scales = torch.full((self.batch,), self._scales[step], dtype=torch.float32, device="cpu")
-        steps = torch.full_like(images, step)
-        unconditional = images + self.batch if len(logits) > self.batch else images
-        draws = Draws(images, unconditional, scales, self._seeds, self._indices, steps)
+        unconditional = self._unconditional if logits.shape[0] > self.batch else self._conditional
+        scales, steps = self._draw_scales.fill_(self._scales[step]), self._draw_steps.fill_(step)
+        draws = Draws(self._conditional, unconditional, scales, self._seeds, self._indices, steps)
         self.codes[:, step], broken = self.draw(logits, draws)
         self.broken |= broken
 

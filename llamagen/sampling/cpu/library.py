@@ -15,7 +15,7 @@ from pathlib import Path
 from llamagen.files import atomic_file
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "tiles.h", "step.cpp", "sampling.cpp")]
+SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "tiles.h", "attention.h", "step.cpp", "sampling.cpp")]
 
 
 @cache
@@ -71,7 +71,7 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.forward.restype, library.forward.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
-    library.sample_codes.restype, library.sample_codes.argtypes = None, [ctypes.c_void_p]
+    library.sample_codes.restype, library.sample_codes.argtypes = ctypes.c_bool, [ctypes.c_void_p]
     return library
 
 

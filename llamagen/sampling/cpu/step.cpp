@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "attention.h"
 #include "tiles.h"
 
 typedef Product<NARROW, WEIGHT> Multiply;
@@ -63,9 +64,9 @@ struct Barrier {
 
 struct Scratch {
     NARROW *normed, *hidden, *packed;
-    float *qkv, *scores, *gates;
-    char* workspaces;  // of the products, for each thread
-    int64_t workspace, packed_size, bytes;
+    float *qkv, *gates;
+    char *attention, *workspaces;  // of AttentionScratch and of the products, for each thread
+    int64_t attention_bytes, workspace, packed_size, bytes;
     Scratch(const Model& m, int64_t rows, int64_t threads, int64_t capacity, char* base) {
         uintptr_t at = ((uintptr_t)base + 63) & ~(uintptr_t)63;
         auto take = [&](int64_t size) { uintptr_t begin = at; at = (at + size + 63) & ~(uintptr_t)63; return begin; };
@@ -73,7 +74,8 @@ struct Scratch {
         normed = (NARROW*)take(rows * m.dim * sizeof(NARROW));
         hidden = (NARROW*)take(rows * widest * sizeof(NARROW));
         qkv = (float*)take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim * 4);
-        scores = (float*)take(threads * (capacity + LANES) * 4);
+        attention_bytes = AttentionScratch(m.head_dim, capacity, nullptr).bytes;
+        attention = (char*)take(threads * attention_bytes);
         gates = (float*)take(threads * rows * 2 * GATES * 4);
         packed_size = Operand<NARROW>::packed_size(rows, widest);
         packed = (NARROW*)take(3 * packed_size * sizeof(NARROW));
@@ -104,90 +106,78 @@ static void normalise(const float* x, const float* weight, int dim, float eps, N
     for (k = 0; k < dim; k++) store(x[k] * factor * weight[k], out + k);
 }
 
-static void rotate(float* head, const float* turn, int width) {
-    for (int e = 0; e < width; e += 2) {
-        const float even = head[e], odd = head[e + 1];
-        head[e] = even * turn[e] - odd * turn[e + 1];
-        head[e + 1] = odd * turn[e] + even * turn[e + 1];
-    }
+static CachedHead cached_head(const Model& m, const Pass& pass, int layer, int s, int g) {
+    const int64_t row = pass.rows ? pass.rows[s] : s;
+    const int64_t place = (((int64_t)layer * pass.cache_rows + row) * m.kv_heads + g) * pass.capacity * m.head_dim;
+    return {pass.keys + place, pass.values + place, m.head_dim, pass.capacity};
 }
 
-// Weighted mean of the values, N vectors of lanes at a time.
-template <int N>
-static inline void mix(const float* score, const NARROW* values, int width, int from, int last, float factor,
-                       NARROW* out) {
-    vec means[N];
-    for (int n = 0; n < N; n++) means[n] = vec{};
-    for (int p = from; p <= last; p++)
-        for (int n = 0; n < N; n++) means[n] += score[p] * load(values + (int64_t)p * width + n * LANES);
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < LANES; i++) store((means[n] * factor)[i], out + n * LANES + i);
+static inline const float* turn_of(const Model& m, const Pass& pass, int s, int j, int start) {
+    return m.rope + (int64_t)(pass.positions ? pass.positions[s * pass.span + j] : start + j) * m.head_dim;
 }
 
-// Attention of one query to the cached tokens from … last.
-static void attend(const float* q, const NARROW* keys, const NARROW* values, int width, int from, int last,
-                   float* score, NARROW* out) {
-    const float scale = 1.0f / std::sqrt((float)width);
-    const int line = 64 / sizeof(NARROW), soon = 8 * width;
-    for (int p = from; p <= last; p++) {
-        const NARROW *key = keys + (int64_t)p * width, *value = values + (int64_t)p * width;
-        for (int e = 0; e < width; e += line) {  // the values are read after the loop over all scores
-            __builtin_prefetch(key + soon + e, 0, 2);
-            __builtin_prefetch(value + e, 0, 2);
+// Appends the keys and values of the new tokens of sequence s in key-value head g.
+static void append_tokens(const Model& m, const Pass& pass, const Scratch& scratch, int layer, int s, int g,
+                          const AttentionScratch& memory) {
+    const int E = m.head_dim, group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
+    const CachedHead cache = cached_head(m, pass, layer, s, g);
+    for (int j = 0; j < pass.span; j++) {
+        const float* row = scratch.qkv + ((int64_t)s * pass.span + j) * (m.heads + 2 * m.kv_heads) * E;
+        const float *key = row + (m.heads + g) * E, *value = key + m.kv_heads * E;
+        for (int e = 0; e < E; e += 16) {  // of the next head: the rows are too far apart for the processor to foresee it
+            __builtin_prefetch(key + E + e);
+            __builtin_prefetch(value + E + e);
+            for (int h = 0; h < group; h++) __builtin_prefetch(row + ((g + 1) * group + h) * E + e);
         }
-        vec products = vec{};
-        int e = 0;
-        for (; e + LANES <= width; e += LANES) products += load(q + e) * load(key + e);
-        float total = sum(products);
-        for (; e < width; e++) total += q[e] * wide(key[e]);
-        score[p] = total * scale;
-    }
-    float top = -INFINITY;
-    for (int p = from; p <= last; p++) top = score[p] > top ? score[p] : top;
-    vec totals = vec{};
-    float rest = 0.0f;
-    int p = from;
-    for (; p + LANES <= last + 1; p += LANES) {
-        vec weights = exponential(load(score + p) - top);
-        memcpy(score + p, &weights, sizeof weights);
-        totals += weights;
-    }
-    for (; p <= last; p++) rest += score[p] = std::exp(score[p] - top);
-    const float factor = 1.0f / (sum(totals) + rest);
-    int e = 0;
-    for (; e + 4 * LANES <= width; e += 4 * LANES) mix<4>(score, values + e, width, from, last, factor, out + e);
-    for (; e + LANES <= width; e += LANES) mix<1>(score, values + e, width, from, last, factor, out + e);
-    for (; e < width; e++) {
-        float mean = 0.0f;
-        for (p = from; p <= last; p++) mean += score[p] * wide(values[(int64_t)p * width + e]);
-        store(mean * factor, out + e);
+        rotate(key, turn_of(m, pass, s, j, start), E, memory.rotated);
+        append(cache, start + j, memory.rotated, value, memory.rounded);
     }
 }
 
-// All query heads of key-value head g in sequence s: rotate, append to the cache, attend.
-static void attend_group(const Model& m, const Pass& pass, const Scratch& scratch, int layer, int s, int g,
-                         float* score) {
-    const int E = m.head_dim, group = m.heads / m.kv_heads, width = (m.heads + 2 * m.kv_heads) * E;
-    const int cache_row = pass.rows ? pass.rows[s] : s, start = pass.starts ? pass.starts[s] : pass.start;
-    const int64_t place = (((int64_t)layer * pass.cache_rows + cache_row) * m.kv_heads + g) * pass.capacity * E;
-    NARROW *keys = pass.keys + place, *values = pass.values + place;
-    for (int j = 0; j < pass.span; j++) {
-        float* row = scratch.qkv + (int64_t)(s * pass.span + j) * width;
-        const int64_t at = (int64_t)(start + j) * E;
-        const int position = pass.positions ? pass.positions[s * pass.span + j] : start + j;
-        const float* turn = m.rope + (int64_t)position * E;
-        float *key = row + (m.heads + g) * E, *value = key + m.kv_heads * E;
-        for (int h = 0; h < group; h++) rotate(row + (g * group + h) * E, turn, E);
-        rotate(key, turn, E);
-        for (int e = 0; e < E; e++) store(key[e], keys + at + e), store(value[e], values + at + e);
+// Attention of the queries [query, query + Q) of sequence s in key-value head g, counted token by token.
+template <int Q>
+static void attend_queries(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
+                           int layer, int s, int g, int query, const int* last, int from) {
+    const int E = m.head_dim, group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
+    NARROW* out[Q];
+    for (int q = 0; q < Q; q++) {
+        const int j = (query + q) / group, head = g * group + (query + q) % group;
+        const int64_t row = (int64_t)s * pass.span + j;
+        rotate(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, turn_of(m, pass, s, j, start), E,
+               memory.rotated);
+        round_all(memory.rotated, E, memory.queries + q * E);
+        out[q] = scratch.hidden + row * m.dim + head * E;
     }
-    const int first = pass.first ? pass.first[s] : 0;
-    for (int j = 0; j < pass.span; j++) {
-        const int64_t row = s * pass.span + j;
-        const int last = start + j, from = first < last ? first : last;  // padding attends to itself
-        for (int h = g * group; h < (g + 1) * group; h++)
-            attend(scratch.qkv + row * width + h * E, keys, values, E, from, last, score,
-                   scratch.hidden + row * m.dim + h * E);
+    attend<Q>(cached_head(m, pass, layer, s, g), from, last, memory, [&](int q, int e, vec mean, int count) {
+        if (count == LANES)
+            store(mean, out[q] + e);
+        else
+            for (int i = 0; i < count; i++) store(mean[i], out[q] + e + i);
+    });
+}
+
+// Attention of at most QUERIES queries from `query` on.
+static void attend_tile(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
+                        int layer, int s, int g, int query) {
+    const int group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
+    const int first = pass.first ? pass.first[s] : 0, all = pass.span * group;
+    for (const int end = query + QUERIES < all ? query + QUERIES : all; query < end;) {
+        int last[QUERIES], from[QUERIES], count = 0;
+        for (; count < end - query; count++) {
+            last[count] = start + (query + count) / group;
+            from[count] = first < last[count] ? first : last[count];  // padding attends to itself
+            if (from[count] != from[0]) break;
+        }
+        if (count == QUERIES) {
+            attend_queries<QUERIES>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            query += QUERIES;
+        } else if (count >= 2) {
+            attend_queries<2>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            query += 2;
+        } else {
+            attend_queries<1>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            query += 1;
+        }
     }
 }
 
@@ -220,11 +210,39 @@ static inline void share(int items, int unit, int t, int n, int* first, int* end
     if (*end > items) *end = items;
 }
 
+// The part of thread t of n of the attention of a layer.
+static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, const Operands& operands,
+                            Barrier& barrier, int layer, int t, int n) {
+    const AttentionScratch memory(m.head_dim, pass.capacity, scratch.attention + t * scratch.attention_bytes);
+    const int heads = pass.batch * m.kv_heads, queries = pass.span * (m.heads / m.kv_heads);
+    const int tiles = (queries + QUERIES - 1) / QUERIES;
+    const bool split = n > 1 && tiles > 1 && heads < 4 * n;  // too few heads: several threads share one
+    auto attend = [&](int s, int g, int query) {
+        attend_tile(m, pass, scratch, memory, layer, s, g, query);
+        const int group = m.heads / m.kv_heads, stop = query + QUERIES < queries ? query + QUERIES : queries;
+        for (int q = query; q < stop; q++)
+            operands.attended.update(s * pass.span + q / group, (g * group + q % group) * m.head_dim, m.head_dim);
+    };
+    int first, end;
+    share(heads, 1, t, n, &first, &end);
+    for (int i = first; i < end; i++) {
+        const int s = i / m.kv_heads, g = i % m.kv_heads;
+        append_tokens(m, pass, scratch, layer, s, g, memory);
+        for (int query = 0; query < queries && !split; query += QUERIES)
+            attend(s, g, query);
+    }
+    if (!split) return;
+    barrier.wait(n);
+    share(heads * tiles, 1, t, n, &first, &end);
+    for (int i = first; i < end; i++) {
+        const int s = i / tiles / m.kv_heads, g = i / tiles % m.kv_heads;
+        attend(s, g, i % tiles * QUERIES);
+    }
+}
+
 static void work(const Model& m, const Pass& pass, const Scratch& scratch, const Operands& operands, Barrier& barrier,
                  int t, int n) {
     const int D = m.dim, rows = pass.batch * pass.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    const int E = m.head_dim, group = m.heads / m.kv_heads * E;
-    float* score = scratch.scores + (int64_t)t * (pass.capacity + LANES);
     float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
     const Multiply multiply(scratch.workspaces + t * scratch.workspace);
     const Target add{pass.x, D, true};
@@ -241,12 +259,7 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, const
         share(width, Multiply::UNIT, t, n, &first, &end);
         multiply(operands.normed, w.wqkv, rows, first, end, {scratch.qkv, width, false});
         barrier.wait(n);
-        share(pass.batch * m.kv_heads, 1, t, n, &first, &end);
-        for (int i = first; i < end; i++) {
-            const int s = i / m.kv_heads, g = i % m.kv_heads;
-            attend_group(m, pass, scratch, l, s, g, score);
-            for (int j = 0; j < pass.span; j++) operands.attended.update(s * pass.span + j, g * group, group);
-        }
+        attention_layer(m, pass, scratch, operands, barrier, l, t, n);
         barrier.wait(n);
         share(D, Multiply::UNIT, t, n, &first, &end);
         multiply(operands.attended, w.wo, rows, first, end, add);

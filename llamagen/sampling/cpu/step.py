@@ -66,7 +66,7 @@ class _Pass(ctypes.Structure):
 
 class _Sampling(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("count", "vocabulary", "top_k", "threads")),
+        *((name, ctypes.c_int32) for name in ("count", "rows", "vocabulary", "padded", "top_k", "threads")),
         *((name, ctypes.c_float) for name in ("temperature", "top_p")),
         *(
             (name, ctypes.c_void_p)
@@ -179,12 +179,12 @@ class CPUStep:
             scratch.pointer(needed),
         )
         # footgun: the compiled code checks nothing; a wrong shape or dtype would read or write other memory.
-        assert rows >= batch <= len(logits)
+        assert rows >= batch <= logits.shape[0]
         assert outputs <= span
         assert (cache.length if starts is None else int(starts.max())) + span <= capacity
         assert cache_rows is None or int(cache_rows.max()) < rows
         assert positions is None or positions.shape == (batch, span)
-        assert first is None or len(first) >= batch
+        assert first is None or first.shape[0] >= batch
         assert all(given is None or given.shape == (batch,) for given in (cache_rows, starts))
         assert x.is_contiguous()
         assert logits.is_contiguous()
@@ -209,18 +209,20 @@ class CPUStep:
         Returns:
             (N,) int64 codes, and (N,) bool: whether some logits of a draw are not finite.
         """
-        count, threads, vocabulary = len(draws.steps), torch.get_num_threads(), logits.shape[1]
+        count, threads, (rows, vocabulary) = draws.steps.shape[0], torch.get_num_threads(), logits.shape
+        padded = (vocabulary + 15) // 16 * 16  # whole vectors of any processor
         codes = torch.empty(count, dtype=torch.int64, device="cpu")
         broken = torch.empty(count, dtype=torch.bool, device="cpu")
-        conditional, unconditional = draws.conditional.int(), draws.unconditional.int()
+        conditional, unconditional = draws.conditional.contiguous(), draws.unconditional.contiguous()
         _must_be(torch.float32, logits, draws.scales)
-        _must_be(torch.int64, draws.seeds, draws.indices, draws.steps)
+        _must_be(torch.int64, conditional, unconditional, draws.seeds, draws.indices, draws.steps)
         assert logits.is_contiguous()
-        assert all(field.shape == (count,) for field in draws)
-        assert not count or int(torch.maximum(conditional, unconditional).max()) < len(logits)
+        assert all(field.shape == codes.shape for field in draws)
         arguments = _Sampling(
             count,
+            rows,
             vocabulary,
+            padded,
             min(config.top_k, vocabulary),
             threads,
             config.temperature,
@@ -232,16 +234,17 @@ class CPUStep:
             draws.seeds.data_ptr(),
             draws.indices.data_ptr(),
             draws.steps.data_ptr(),
-            scratch.pointer(4 * threads * 2 * vocabulary),
+            scratch.pointer(4 * threads * 2 * padded),
             codes.data_ptr(),
             broken.data_ptr(),
         )
-        self._library.sample_codes(ctypes.byref(arguments))
+        valid = self._library.sample_codes(ctypes.byref(arguments))
+        assert valid, "a draw names a row that the logits do not have"
         return codes, broken
 
 
 def _must_be(dtype: torch.dtype, *tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.dtype is dtype, (tensor.dtype, dtype)
-        assert tensor.device.type == "cpu", tensor.device
+        assert tensor.is_cpu, tensor.device
         assert tensor.dim() > 2 or tensor.is_contiguous()

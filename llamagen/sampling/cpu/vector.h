@@ -42,12 +42,16 @@ static inline vec load(const float* from) {
     return value;
 }
 static inline vec load(const bf16* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
     hvec half;
     memcpy(&half, from, sizeof half);
     uvec bits = __builtin_convertvector(half, uvec) << 16;
     vec value;
     memcpy(&value, &bits, sizeof value);
     return value;
+#endif
 }
 static inline vec load(const int8_t* from) {
 #if defined(__AVX512F__)
@@ -56,6 +60,17 @@ static inline vec load(const int8_t* from) {
     bvec bytes;
     memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(bytes, vec);
+#endif
+}
+static inline void store(vec x, float* to) { memcpy(to, &x, sizeof x); }
+static inline void store(vec x, bf16* to) {  // rounds like the function above; some processors flush subnormals
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    const auto half = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &half, sizeof half);
+#else
+    const uvec bits = (uvec)x;
+    const hvec half = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, hvec);
+    memcpy(to, &half, sizeof half);
 #endif
 }
 static inline float sum(vec v) {
@@ -70,6 +85,20 @@ static inline float sum(vec v) {
     const quarter q = v;
 #endif
     return (q[0] + q[2]) + (q[1] + q[3]);
+}
+static inline float maximum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+static inline ivec lane_numbers() {
+    ivec numbers;
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+    return numbers;
 }
 static inline vec exponential(vec x) {  // for x ≤ 0, with a relative error of at most 2e-7
     const vec low = vec{} - 87.0f;

@@ -45,6 +45,40 @@ def test_logits_of_a_row_do_not_depend_on_the_batch_or_the_number_of_threads(
     assert torch.equal(logits([12, 3, 3], 2), together[[12, 3, 3]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads"), [(144, 3, 3), (200, 2, 1), (128, 1, 1), (64, 8, 2)], ids=["48", "100", "128", "8"]
+)
+def test_logits_of_a_token_do_not_depend_on_the_other_tokens_of_its_pass(
+    dim: int, heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    gpt = small_gpt(dim=dim, n_head=heads, n_kv_head=kv_heads, condition="text", vocab_size=100)
+    step, count = CPUStep(DecodeWeights.from_gpt(gpt, dtype)), 15
+    tokens = torch.randn(3, 6 + count, dim, generator=torch.Generator().manual_seed(1))
+    first = torch.tensor([0, 3, 5], dtype=torch.int32)
+
+    def logits(sizes: list[int], threads: int = 1, broken: bool = False) -> Tensor:
+        cache, found = KVCache.allocate(gpt.config, 3, dtype=dtype), []
+        cache.keys.fill_(torch.nan)
+        cache.values.fill_(torch.nan)
+        torch.set_num_threads(threads)
+        for part in tokens.split(sizes, dim=1):
+            x, out = part.clone(memory_format=torch.contiguous_format), torch.empty(3, part.shape[1], 100)
+            if broken and part.shape[1] > 1:
+                x[:, -1] = torch.nan
+            step(x, cache, first, out, Scratch())
+            found.append(out)
+        torch.set_num_threads(1)
+        return torch.cat(found, dim=1)
+
+    alone = logits([1] * (6 + count))
+    assert torch.isfinite(alone).all()
+    assert torch.equal(logits([6 + count]), alone)
+    assert torch.equal(logits([6, 2, 7, 5, 1], threads=3), alone)
+    # A guess that is not finite breaks no token before it.
+    assert torch.equal(logits([1] * 13 + [8], broken=True)[:, :-1], alone[:, :-1])
+
+
 @torch.no_grad()
 def rounded_to_int8(gpt: GPT) -> GPT:
     """Round the matrices of a model to int8 precision."""
@@ -123,3 +157,24 @@ def test_sampled_codes_equal_those_of_sample_codes(config: SamplingConfig, scale
     assert broken.nonzero().flatten().tolist() == ([5] if scale is None else [])
     noise = gumbel(seeds, indices, torch.tensor(2), code_counters(vocabulary))
     assert torch.equal(codes, sample_codes(guided, config, noise))
+
+
+@pytest.mark.parametrize(
+    "config", [SamplingConfig(0.8, 700), SamplingConfig(1.0, 0, 0.7), SamplingConfig(1.3, 700, 0.7)]
+)
+@pytest.mark.parametrize("levels", [1000.0, 3.0], ids=["distinct", "ties"])
+def test_codes_of_a_large_vocabulary_equal_those_of_sample_codes(config: SamplingConfig, levels: float) -> None:
+    generator, rows, vocabulary = torch.Generator().manual_seed(2), torch.arange(30), 4099
+    logits = (levels * torch.randn(30, vocabulary, generator=generator)).round() / levels
+    step, ones = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32)), torch.ones(30)
+    found, _ = step.sample_codes(logits, config, Draws(rows, rows, ones, rows, rows, rows), Scratch())
+    noise = gumbel(rows, rows, rows, code_counters(vocabulary))
+    assert torch.equal(found, sample_codes(logits, config, noise))
+
+
+def test_a_draw_from_a_row_without_logits_is_an_error() -> None:
+    step, row = CPUStep(DecodeWeights.from_gpt(small_gpt(), torch.float32)), torch.tensor([3])
+    with pytest.raises(AssertionError, match="names a row"):
+        step.sample_codes(
+            torch.zeros(3, 48), SamplingConfig(), Draws(row, row, torch.ones(1), row, row, row), Scratch()
+        )
