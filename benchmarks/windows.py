@@ -2,13 +2,14 @@
 
     python -m benchmarks.windows passes --model cifar256=runs/cifar256/argen --model cifar64=runs/cifar64/argen
     python -m benchmarks.windows guesses --model cifar256=runs/cifar256/argen --codes cifar256=runs/cifar256/codes
-    python -m benchmarks.windows times --model cifar256=runs/cifar256/argen --size B
+    python -m benchmarks.windows times --model cifar256=runs/cifar256/argen
+    python -m benchmarks.windows pass_times --size B --size L
     python -m benchmarks.windows --table docs/sampling.md
 
 ``passes`` and ``guesses`` count passes, which does not depend on the machine, and check that every code is the one that
-sampling without windows gives. ``times`` measures seconds a call, all windows in turn in each round; run it on a quiet
-machine. ``--size`` adds a model of the paper with random weights. Each command replaces its part of the record and
-leaves the others.
+sampling without windows gives. ``times`` measures seconds a call of a trained model, ``pass_times`` seconds of a pass of
+a model of the paper, whatever its weights; both take all windows in turn in each round. Run them on a quiet machine.
+Each command replaces its part of the record and leaves the others.
 """
 
 import json
@@ -31,26 +32,28 @@ from llamagen.models.gpt_config import GPTConfig
 from llamagen.parser_errors import OneLineParser
 from llamagen.pretrained.model import LlamaGen
 from llamagen.sampling import Sampler, SamplingConfig
+from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.windows import WindowLoop
 
 RECORD = Path("benchmarks/results/windows_cpu.json")
 WINDOWS = (2, 4, 8, 16, 32)
 TIMED: tuple[int | str, ...] = (1, 2, 4, 8, 16, "auto")
 GUIDANCE = (1.0, 2.0, 4.0)
-SEED = 5
+SEED, PASSES = 5, 4
 
 
 def main() -> None:
     """Measure a part, or write the tables."""
     parser = OneLineParser("python -m benchmarks.windows", "Passes and seconds an image with windows.")
-    parser.add_argument("part", nargs="?", choices=["passes", "guesses", "times"])
+    parser.add_argument("part", nargs="?", choices=["passes", "guesses", "times", "pass_times"])
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN", help="a trained model; repeatable")
     parser.add_argument("--codes", action="append", default=[], metavar="NAME=FOLDER", help="its training codes")
     parser.add_argument(
         "--size", action="append", default=[], help="a size of the paper with random weights, for times"
     )
     parser.add_argument("--images", type=int, default=16, help="images of passes and guesses (default: 16)")
-    parser.add_argument("--batch", type=int, action="append", help="batches of times (default: 1, 4, 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of times (default: 5)")
+    parser.add_argument("--batch", type=int, action="append", help="batches to time (default: 1, 4, 16)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default: 5)")
     parser.add_argument("--out", type=Path, default=RECORD)
     parser.add_argument("--table", type=Path, help="write the tables of the record into this file, and the plot")
     options = parser.parse_args()
@@ -71,10 +74,12 @@ def main() -> None:
             part[name] = compare_guesses(name, models[name], folder, options.images)
     else:
         record["machine"] = machine("cpu")
-        random = {f"{size}, random weights": random_model(size) for size in options.size}
-        for name, gpt in {**models, **random}.items():
+        if options.part == "pass_times":
+            models = {size: random_model(size) for size in options.size}
+        measure = measure_times if options.part == "times" else time_passes
+        for name, gpt in models.items():
             for batch in options.batch or (1, 4, 16):
-                part.setdefault(name, {})[str(batch)] = measure_times(name, gpt, batch, options.rounds)
+                part.setdefault(name, {})[str(batch)] = measure(name, gpt, batch, options.rounds)
     record[options.part] = part
     with atomic_file(options.out) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -146,8 +151,26 @@ def measure_times(name: str, gpt: GPT, batch: int, rounds: int) -> dict[str, Any
     }
 
 
+@torch.no_grad()
+def time_passes(name: str, gpt: GPT, batch: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a pass in bfloat16 with guidance, in the middle of an image, for each window."""
+    decoder, config = Sampler(gpt.to(torch.bfloat16), batch, compiled=True).decoder, SamplingConfig(guidance_scale=2.0)
+    request = SamplingRequest.from_inputs(gpt, _labels(gpt, batch), config, None, SEED, None)
+    times: dict[str, list[float]] = {str(window): [] for window in (1, *WINDOWS)}
+    for _ in tqdm(range(PASSES * rounds), desc=f"passes of {name}, batch {batch}", unit="round"):
+        with decoder.start(request) as state:
+            state.codes.zero_()
+            loop = WindowLoop(state, gpt.config.block_size // 2, None)
+            for window, found in times.items():
+                loop.counts[:] = gpt.config.block_size // 2
+                start = time.perf_counter()
+                loop.advance(int(window))
+                found.append(time.perf_counter() - start)
+    return {window: spread(found) for window, found in times.items()}
+
+
 def random_model(size: str) -> GPT:
-    """A model of the paper with random weights, whose codes depend on each other as little as its logits differ."""
+    """A model of the paper with random weights."""
     gpt = GPT(GPTConfig(**gpt_shape(size), block_size=256)).eval()
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     return gpt

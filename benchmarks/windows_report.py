@@ -33,6 +33,8 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
         found["window-guesses"] = _guesses(record["guesses"])
     if "times" in record:
         found["window-times"] = _times(record["times"])
+    if "pass_times" in record:
+        found["window-pass-times"] = _pass_times(record["pass_times"])
     return found
 
 
@@ -76,6 +78,16 @@ def _times(part: dict[str, Any]) -> str:
     ]
     names = [window if window == "auto" else f"window {window}" for window in windows if window != "1"]
     return _table(["model", "images", "window 1", *names], rows)
+
+
+def _pass_times(part: dict[str, Any]) -> str:
+    windows = list(next(iter(next(iter(part.values())).values())))
+    rows = [
+        [f"GPT-{size}", batch, *(f"{1e3 * times[window]['median']:.1f}" for window in windows)]
+        for size, batches in part.items()
+        for batch, times in batches.items()
+    ]
+    return _table(["ms a pass", "images", *(f"window {window}" for window in windows)], rows)
 
 
 def _ratio(spread: dict[str, float]) -> str:
