@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamagen.sampling import code_counters, decoder, gumbel
-from llamagen.sampling.windows import Array, Choice, WindowLoop
+from llamagen.sampling.windows import Array, WindowLoop, WindowPolicy
 
 PRIOR = 20.0  # weight of the frequencies of the codes alone in the distributions of neighbours
 
@@ -26,7 +26,7 @@ class RecordedLoop(WindowLoop):
 
     loops: "list[RecordedLoop]"
 
-    def run(self, window: int | Choice, report: object) -> None:
+    def run(self, window: int | WindowPolicy, report: object) -> None:
         """Sample all codes, and remember this loop."""
         self.finished: Array = np.zeros(self.state.batch, np.int64)
         self.loops.append(self)

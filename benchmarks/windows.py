@@ -7,8 +7,8 @@
     python -m benchmarks.windows --table docs/sampling.md
 
 ``passes`` and ``guesses`` count passes, which does not depend on the machine, and check that every code is the one that
-sampling without windows gives. ``times`` measures seconds a call of a trained model, ``pass_times`` seconds of a pass of
-a model of the paper, whatever its weights; both take all windows in turn in each round. Run them on a quiet machine.
+sampling without windows gives. ``times`` measures seconds a call of a trained model, ``pass_times`` seconds of a pass
+of a model of the paper, whatever its weights; both take all windows in turn in each round. Run them on a quiet machine.
 Each command replaces its part of the record and leaves the others.
 """
 
@@ -71,6 +71,8 @@ def main() -> None:
             part[name] = count_passes(name, gpt, options.images)
     elif options.part == "guesses":
         for name, folder in _pairs(options.codes).items():
+            if name not in models:
+                raise ValueError(f"--codes {name}={folder} needs --model {name}=RUN")
             part[name] = compare_guesses(name, models[name], folder, options.images)
     else:
         record["machine"] = machine("cpu")

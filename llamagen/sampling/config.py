@@ -79,11 +79,12 @@ class SamplingConfig:
             if isinstance(self.window, str):
                 raise ValueError(f"window is {self.window!r}; it must be a number of codes or auto")
             check_integer("window", self.window, 1)
+            object.__setattr__(self, "window", int(self.window))  # NumPy integers are not ``int``
         if not 0.0 < self.guidance_power < float("inf"):
             raise ValueError(f"guidance_power is {self.guidance_power}; it must be positive")
 
     def image_settings(self) -> dict[str, Any]:
-        """The fields in :data:`IMAGE_SETTINGS`: those that belong into requests, plans and records of images."""
+        """The fields in :data:`IMAGE_SETTINGS`: those that belong in requests, plans and records of images."""
         return {name: value for name, value in asdict(self).items() if name in IMAGE_SETTINGS}
 
     def guidance_scales(self, length: int) -> list[float]:

@@ -127,7 +127,7 @@ class DecodeState(ABC):
 
     @abstractmethod
     def move_row(self, source: int, target: int) -> None:
-        """Called when the rows of later passes change: row ``source`` of a pass becomes row ``target``."""
+        """Row ``source`` of a pass becomes row ``target``: copy it, if passes read the first rows of the cache."""
 
     def keep(self, kept: Tensor) -> None:
         """Start with given codes (B, K): read all but the last one, which :meth:`advance` reads."""
@@ -141,12 +141,22 @@ class DecodeState(ABC):
         """Read code ``step − 1`` and sample code ``step``."""
         self.sample(self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1], step)
 
-    def advance_from(self, step: int, rows: int) -> None:
-        """:meth:`advance` after passes of :meth:`read_windows`, when all images have ``step`` codes."""
+    def advance_from(self, step: int, rows: int) -> Tensor:
+        """:meth:`advance` after passes of :meth:`read_windows`, when all images have ``step`` codes.
+
+        Args:
+            step: number of codes.
+            rows: number of rows of the pass, the first ones.
+
+        Returns:
+            (R, V), the logits of code ``step``; valid until the next pass.
+        """
         self.cache.length = self.condition_length + step - 1
         if rows < self.rows:
             self.drop_unconditional()
-        self.advance(step)
+        logits = self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1]
+        self.sample(logits, step)
+        return logits
 
     def decode_in_windows(
         self, window: int | WindowChoice, first: int, logits: Tensor | None, report: Callable[[int], None]

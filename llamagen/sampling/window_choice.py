@@ -14,64 +14,72 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.windows import WindowLoop, WindowState
 
-SPANS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-REPEATS = 3
-MAX_SECONDS = 1.5
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+TIMED = (1, 4, 2, 8, 16, 32)  # in this order: a slow model gets only the first ones
+MAX_SECONDS = 1.0  # for each number of rows, after the first two windows
+REPEATS, SLOW = 3, 0.1  # a pass is timed three times; once if it takes longer, in seconds
 FIRST_CHANCE, FIRST_WEIGHT = 0.6, 2.0  # assumed chance that a guess is right, and the observations that outweigh it
+FADING = 0.98  # of observations, with each pass
 
 
 class PassTimes(NamedTuple):
     """Measured seconds of a pass.
 
     Attributes:
-        images: number of images of the measured passes, ascending; at least one.
-        seconds: for each of them, seconds by window for the first of :data:`SPANS`, at least for window 1.
+        rows: numbers of rows of the measured passes, ascending; at least one.
+        seconds: for each of them, seconds by window, at least for window 1.
     """
 
-    images: list[int]
-    seconds: list[list[float]]
+    rows: list[int]
+    seconds: list[dict[int, float]]
 
     @classmethod
-    def measure(cls, images: Iterable[int], longest: int, timed: Callable[[int, int], float]) -> "PassTimes":
-        """Time passes, for at most a few seconds.
+    def measure(cls, rows: Iterable[int], longest: int, timed: Callable[[int, int], float]) -> "PassTimes":
+        """Time passes: of each number of rows two windows, and further ones for about a second.
 
         Args:
-            images: numbers of images.
+            rows: numbers of rows.
             longest: largest window.
-            timed: runs a pass with a number of images and a window, and returns its seconds.
+            timed: runs a pass with a number of rows and a window, and returns its seconds.
         """
-        counts = sorted(set(images))
-        return cls(counts, [cls._by_span(count, longest, timed) for count in counts])
+        counts = sorted(set(rows))
+        return cls(counts, [cls._by_window(count, longest, timed) for count in counts])
 
     @staticmethod
-    def _by_span(images: int, longest: int, timed: Callable[[int, int], float]) -> list[float]:
-        found, start = list[float](), time.perf_counter()
-        timed(images, 1)  # allocates memory
-        for span in SPANS:
-            if found and (span > longest or time.perf_counter() - start > MAX_SECONDS):
-                break
-            found.append(min(timed(images, span) for _ in range(REPEATS)))
-            if found[-1] > 0.95 * span * found[0] and span > 1:
+    def _by_window(rows: int, longest: int, timed: Callable[[int, int], float]) -> dict[int, float]:
+        found, start = dict[int, float](), time.perf_counter()
+        first = timed(rows, 1)  # allocates memory
+        for window in TIMED:
+            if window > longest or (len(found) > 1 and time.perf_counter() - start > MAX_SECONDS):
+                continue
+            found[window] = min(timed(rows, window) for _ in range(REPEATS if first < SLOW else 1))
+            if window > 4 and found[window] > 0.95 * window * found[1]:
                 break  # not even right guesses would make it faster
         return found
 
-    def at(self, images: int, position: int) -> float:
-        """Seconds of a pass with a window of ``SPANS[position]``, interpolated linearly."""
-        upper = min(bisect_left(self.images, images), len(self.images) - 1)
-        if upper == 0 or self.images[upper] <= images:
-            return self._known(upper, position)
-        low, high = self.images[upper - 1], self.images[upper]
-        share = (images - low) / (high - low)
-        return (1 - share) * self._known(upper - 1, position) + share * self._known(upper, position)
+    def at(self, rows: int, window: int) -> float:
+        """Seconds of a pass, interpolated linearly between measured windows and between measured numbers of rows."""
+        upper = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        if upper == 0 or self.rows[upper] <= rows:
+            return self._at_window(upper, window)
+        low, high = self.rows[upper - 1], self.rows[upper]
+        share = (rows - low) / (high - low)
+        return (1 - share) * self._at_window(upper - 1, window) + share * self._at_window(upper, window)
 
-    def _known(self, row: int, position: int) -> float:
-        times = self.seconds[row]
-        if position < len(times):
-            return times[position]
-        return times[-1] * SPANS[position] / SPANS[len(times) - 1]
+    def _at_window(self, number: int, window: int) -> float:
+        """Beyond the largest measured window, the time grows with the window."""
+        times = self.seconds[number]
+        known = sorted(times)
+        upper = bisect_left(known, window)
+        if upper == len(known):
+            return times[known[-1]] * window / known[-1]
+        if known[upper] == window:
+            return times[window]
+        low, high = known[upper - 1], known[upper]
+        return times[low] + (times[high] - times[low]) * (window - low) / (high - low)
 
 
-class Decoder(Protocol):
+class TimedEngine(Protocol):
     """What :func:`measure_passes` needs of an engine."""
 
     gpt: GPT
@@ -81,38 +89,42 @@ class Decoder(Protocol):
         """State of a call."""
 
 
-def measure_passes(decoder: Decoder, config: SamplingConfig) -> PassTimes:
-    """Time passes of an engine in the middle of an image, for one image and for a whole batch.
+def measure_passes(engine: TimedEngine, config: SamplingConfig) -> PassTimes:
+    """Time passes of an engine in the middle of an image, of one image and of a whole batch.
 
     Args:
-        decoder: the engine.
+        engine: the engine.
         config: settings of sampling.
     """
-    shape, device = decoder.gpt.config, decoder.gpt.output.weight.device
-    one = torch.zeros((), dtype=torch.int64)
+    shape, device = engine.gpt.config, engine.gpt.output.weight.device
+    if shape.block_size == 1:
+        return PassTimes([1], [{1: 0.0}])  # the only code comes from the condition, without a pass
+    branches = 2 if config.guided_steps(shape.block_size) else 1
+    condition = torch.zeros((), dtype=torch.int64)
     if shape.condition == "text":
-        one = torch.zeros(shape.caption_length, shape.caption_dim)
+        condition = torch.zeros(shape.caption_length, shape.caption_dim)
 
-    def timed(images: int, span: int) -> float:
-        condition = one.to(device).expand(images, *one.shape)
-        request = SamplingRequest.from_inputs(decoder.gpt, condition, replace(config, window=1), None, 0, None)
-        with decoder.start(request) as state:
+    def timed(rows: int, window: int) -> float:
+        images = rows // branches
+        given = condition.to(device).expand(images, *condition.shape)
+        request = SamplingRequest.from_inputs(engine.gpt, given, replace(config, window=1), None, 0, None)
+        with engine.start(request) as state:
             state.codes.zero_()
             state.start_windows()  # the eager engine takes another path if the cache holds NaN
-            loop = WindowLoop(state, max(1, shape.block_size // 2), None)
+            loop = WindowLoop(state, shape.block_size // 2, None)
             start = time.perf_counter()
-            loop.advance(span)
-            loop.codes[0].sum()  # the pass is done when its codes are here
+            loop.advance(window)  # returns when the codes are on the host
             return time.perf_counter() - start
 
-    return PassTimes.measure((1, decoder.batch_size), shape.block_size // 2, timed)
+    return PassTimes.measure((branches, branches * engine.batch_size), shape.block_size // 2, timed)
 
 
 class WindowChoice:
     """Chooses the window with the most expected codes a second.
 
     The chance that guess j of a window is right, if all guesses before it are, is estimated from the passes of this
-    call. Where few were observed, it is that of the guess before it.
+    call; older ones count less. Where few were observed, it is that of the guess before it. So after some passes
+    without guesses, a window is tried again.
 
     Args:
         times: seconds of passes.
@@ -121,33 +133,35 @@ class WindowChoice:
 
     def __init__(self, times: PassTimes, longest: int) -> None:
         self._times = times
-        self._positions = [position for position, span in enumerate(SPANS) if span <= max(longest, 1)]
-        self._right = [0] * max(SPANS)
-        self._offered = [0] * max(SPANS)
+        self._windows = [window for window in WINDOWS if window <= max(longest, 1)]
+        self._right = [0.0] * max(WINDOWS)
+        self._offered = [0.0] * max(WINDOWS)
 
-    def choose(self, images: int) -> int:
-        """Window of the next pass over this many images."""
+    def choose(self, rows: int) -> int:
+        """Window of the next pass over this many rows."""
         best, highest = 1, 0.0
         expected, reached, chance, depth = 1.0, 1.0, FIRST_CHANCE, 0
-        for position in self._positions:
-            while depth < SPANS[position] - 1:
+        for window in self._windows:
+            while depth < window - 1:
                 chance = (self._right[depth] + FIRST_WEIGHT * chance) / (self._offered[depth] + FIRST_WEIGHT)
                 reached *= chance
                 expected += reached
                 depth += 1
-            rate = expected / self._times.at(images, position)
+            rate = expected / max(self._times.at(rows, window), 1e-9)
             if rate > highest:
-                best, highest = SPANS[position], rate
+                best, highest = window, rate
         return best
 
-    def observe(self, span: int, right: Iterable[int]) -> None:
+    def observe(self, window: int, right: Iterable[int]) -> None:
         """Learn from a pass.
 
         Args:
-            span: its window.
-            right: for each image, the number of its first guesses that were right, at most ``span − 1``.
+            window: its window.
+            right: for each image with ``window − 1`` guesses, how many were right before the first wrong one.
         """
+        for seen in (self._right, self._offered):
+            seen[:] = [FADING * count for count in seen]
         for count in right:
-            for depth in range(min(count + 1, span - 1)):
+            for depth in range(min(count + 1, window - 1)):
                 self._offered[depth] += 1
                 self._right[depth] += depth < count

@@ -24,13 +24,13 @@ from llamagen.sampling.inputs import SamplingRequest
 Array = NDArray[Any]
 
 
-class Choice(Protocol):
+class WindowPolicy(Protocol):
     """The choice of the window of each pass: see :class:`~llamagen.sampling.window_choice.WindowChoice`."""
 
-    def choose(self, images: int) -> int:
-        """Window of the next pass over this many images."""
+    def choose(self, rows: int) -> int:
+        """Window of the next pass over this many rows."""
 
-    def observe(self, span: int, right: Array) -> None:
+    def observe(self, window: int, right: list[int]) -> None:
         """Learn how many guesses of each image were right."""
 
 
@@ -48,8 +48,8 @@ class WindowState(Protocol):
     def start_windows(self) -> None:
         """Prepare the cache."""
 
-    def advance_from(self, step: int, rows: int) -> None:
-        """Sample code ``step`` of all images, from passes over the first ``rows`` rows."""
+    def advance_from(self, step: int, rows: int) -> Tensor:
+        """Sample code ``step`` of all images from a pass over the first ``rows`` rows; return its logits (R, V)."""
 
     def move_row(self, source: int, target: int) -> None:
         """Row ``source`` of a pass becomes row ``target``."""
@@ -116,7 +116,7 @@ class PassRows:
         self._index()
 
     def plan(self, span: int) -> "Plan":
-        """What stays the same while passes have these rows and this window."""
+        """Cached indices for passes with these rows and this window."""
         if span not in self._plans:
             offsets = np.arange(span)
             images = np.repeat(self.images[:, None], span, axis=1)
@@ -168,7 +168,7 @@ class WindowLoop:
         self._logits = logits  # of the last pass, and the rows after the last token of each image
         self._last = self._rows.conditional.copy(), self._rows.unconditional.copy()
 
-    def run(self, window: int | Choice, report: Callable[[int], None]) -> None:
+    def run(self, window: int | WindowPolicy, report: Callable[[int], None]) -> None:
         """Sample all codes.
 
         Args:
@@ -184,17 +184,18 @@ class WindowLoop:
             if fewest == length:
                 return
             self._rows.keep(self.counts < length, self.counts < self._guided_steps)
-            images = len(self._rows.images)
-            span = min(window if isinstance(window, int) else window.choose(images), length - 1)
+            wanted = window if isinstance(window, int) else window.choose(len(self._rows.rows))
+            span = min(wanted, length - fewest)
+            whole = self.counts[self._rows.images] + span <= length  # windows that are not moved to the left
             right = self.advance(span)
             if not isinstance(window, int):
-                window.observe(span, right)
+                window.observe(span, right[whole].tolist())
 
     def advance(self, span: int) -> Array:
         """One pass over ``span`` tokens of each image that is not finished.
 
         Returns:
-            For each of these images, the number of guesses that were right before the first wrong one.
+            (A,) number of guesses that were right before the first wrong one, of images whose window was not moved.
         """
         if span == 1 and self._is_aligned():
             return self._advance_all()
@@ -231,12 +232,12 @@ class WindowLoop:
     def _advance_all(self) -> Array:
         """One code of each image by the pass that sampling without windows uses, which is faster."""
         step = int(self.counts[0])
-        self.state.advance_from(step, len(self._rows.rows))
+        self._logits = self.state.advance_from(step, len(self._rows.rows))
         if self.state.codes.device.type != "cpu":
             self.codes[:, step] = self.state.codes[:, step].cpu().numpy()
         self.counts += 1
         self._guessed = np.maximum(self._guessed, self.counts)
-        self._logits = None
+        self._last = self._rows.conditional.copy(), self._rows.unconditional.copy()
         self.passes += 1
         return np.zeros(self.state.batch, np.int64)
 

@@ -33,7 +33,7 @@ constexpr int TILE_ELEMENTS = TILE * TILE_INPUTS;          // of bfloat16
 static inline int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Activations in the order of tiles: (rows / 16, inputs / 2, 16, 2), the inputs padded with zeros to a multiple of 32.
-// A product does not read the columns of a tile for rows that do not exist, so these may hold anything.
+// Columns of rows that do not exist may hold anything: their sums are never stored.
 template <> struct Operand<bf16> {
     bf16 *matrix, *packed;
     int64_t rows;

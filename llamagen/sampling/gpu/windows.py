@@ -31,7 +31,7 @@ from llamagen.sampling.gpu.window_draws import (
     settle,
     window_places,
 )
-from llamagen.sampling.window_choice import SPANS, PassTimes, WindowChoice
+from llamagen.sampling.window_choice import WINDOWS, PassTimes, WindowChoice
 from llamagen.sampling.windows import Array
 
 AUTO_SPANS = (1, 2, 4, 8, 16)
@@ -128,12 +128,13 @@ class WindowGraphs(StepGraphs):
             with self._restored():
                 by_span = {span: self._seconds(self._window_graph(config, span, guided)) for span in spans}
             # A window without a graph takes the time of the next one, which runs instead.
-            times = [
-                by_span[min(other for other in spans if other >= span)]
-                for span in SPANS
-                if span <= max(spans, default=0)
-            ]
-            self._times[key] = PassTimes([self.batch_size], [times or [1.0]])  # an image of one code has no passes
+            times = {
+                window: by_span[min(span for span in spans if span >= window)]
+                for window in WINDOWS
+                if window <= max(spans, default=0)
+            }
+            # An image of one code has no passes.
+            self._times[key] = PassTimes([2 * self.batch_size], [times or {1: 0.0}])
         return self._times[key]
 
     def run(
@@ -167,7 +168,7 @@ class WindowGraphs(StepGraphs):
         counts, fewest = np.full(self.batch_size, first), first
         report(fewest)
         while fewest < length:
-            wanted = min(window if isinstance(window, int) else window.choose(self.batch_size), spans[-1])
+            wanted = min(window if isinstance(window, int) else window.choose(2 * self.batch_size), spans[-1])
             span = min(span for span in spans if span >= wanted)
             self._window_graph(config, span, fewest < guided_steps).replay()
             host.send(span)
