@@ -3,12 +3,14 @@
     python -m benchmarks.bench_sampling --device cpu --dtypes fp32 bf16 --sizes B L --batches 1 4 16 64 --codes 256 576
     python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sizes B L XL XXL 3B --batches 1 4 16 64
     python -m benchmarks.bench_sampling --device cuda --dtypes bf16 --sides compiled static static_graphs
+    python -m benchmarks.bench_sampling --dtypes bf16 --sizes B L --batches 4 16 64 --sides compiled static_compiled
 
 For each size, dtype and batch, these run in alternation in one process: (a) the eager engine, (b) the compiled engine,
 (c) ``generate`` of a transformers Llama of the same shape, with guidance by a logits processor and both branches in one
 batch, so that it reads its weights once per step like ours, (d) the same Llama with its own ``guidance_scale``, which
 runs the branches one after the other, (e) on request, the loop of the published code with a static cache, in the four
-ways of ``benchmarks/plain_sampling.py``. All use a guidance scale of 4.0 and top-k 2000. Prints medians and quartiles.
+ways of ``benchmarks/plain_sampling.py``: the last command puts the compiled engine side by side with that loop under
+``torch.compile`` on a CPU. All use a guidance scale of 4.0 and top-k 2000. Prints medians and quartiles.
 Ratios of times are taken within each turn, and their median and quartiles recorded.
 
 The memory limit is the number of bytes that the steps must read (all weights but the embeddings, and the filled part

@@ -387,7 +387,7 @@ class FIDMonitor(pl.Callback):
         if self._kind == "generation":
             module = require(GeneratesImages, pl_module, self)
             seed = module.sample_seed if self._by_request else self.seed
-            facts["sampling"] = {**asdict(module.sampling), "seed": seed}
+            facts["sampling"] = {**module.sampling.image_settings(), "seed": seed}
             if module.needs_captions:
                 facts["captions"] = module.caption_metadata
         return facts

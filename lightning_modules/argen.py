@@ -23,6 +23,7 @@ from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import shard
 from llamagen.option_checks import option_named
 from llamagen.sampling import SamplingConfig
+from llamagen.sampling.sampler import sharded_settings
 from llamagen.text import TextEncoderConfig
 
 
@@ -120,12 +121,13 @@ class ARGenModule(SamplingModule):
         other strategy. No device ever holds all of them.
 
         Raises:
-            ValueError: if the strategy asks for tensor parallelism, or the precision does not work with sharding.
+            ValueError: if the strategy asks for tensor parallelism, or precision or window do not work with sharding.
         """
         if self._compile:
             self.gpt.compile_blocks()
             self._compile = False
         if self.device_mesh is not None:
+            sharded_settings(self.sampling)  # a window is an error now, not at the first image after hours of training
             mesh, precision = self.device_mesh, self.trainer.precision
             if mesh["tensor_parallel"].size() > 1:
                 raise ValueError(

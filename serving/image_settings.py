@@ -32,7 +32,7 @@ class ImageSettings:
         seed: seed of the request.
         index: index of the image within the request.
         keep_rows: rows of codes kept of the completed image.
-        settings: all fields of ``SamplingConfig``.
+        settings: all settings of :data:`~llamagen.sampling.config.IMAGE_SETTINGS`.
     """
 
     model: str

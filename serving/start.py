@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Literal
 
 
 @contextmanager
@@ -68,6 +69,15 @@ def address(connection: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def window_size(text: str) -> int | Literal["auto"]:
+    """Type of the option ``--window``."""
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or not 0 < len(text) < 7 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of codes; give 1, 2, … or auto")
+    return int(text)
 
 
 def port_number(text: str) -> int:

@@ -18,6 +18,7 @@ from tests.sampling_probes import KeepCodes, PullThePlug, with_probe
 
 COUNT = 32
 CLASSES = [3, 1, 4, 0, 5, 9, 2, 6]
+WINDOW = "--model.init_args.sampling.window"
 COMPILED = ["--trainer.callbacks+=CompiledSampling", "--trainer.callbacks.init_args.enabled=true"]
 
 
@@ -98,12 +99,13 @@ def test_compiled_sampling_samples_the_same_images(
     assert_same_images(tmp_path, uninterrupted)
 
 
-def test_two_processes_resume_a_killed_run_with_compiled_sampling(
+def test_two_processes_resume_a_killed_run_with_compiled_sampling_and_another_window(
     pipeline: Pipeline, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    killed(lambda: main.main([*command(pipeline, tmp_path, 7), *COMPILED, with_probe(PullThePlug, rank=0, batch=3)]))
+    plug = with_probe(PullThePlug, rank=0, batch=3)
+    killed(lambda: main.main([*command(pipeline, tmp_path, 7), *COMPILED, f"{WINDOW}=3", plug]))
     assert 0 < len(image_files(tmp_path)) < COUNT
-    succeeds(two_processes([*command(pipeline, tmp_path, 5), *COMPILED]))
+    succeeds(two_processes([*command(pipeline, tmp_path, 5), *COMPILED, f"{WINDOW}=8"]))
     assert_same_images(tmp_path, uninterrupted)
 
 
@@ -128,9 +130,10 @@ def test_one_process_resumes_a_run_of_two(pipeline: Pipeline, uninterrupted: Pat
 
 
 def test_a_run_may_be_killed_repeatedly(pipeline: Pipeline, uninterrupted: Path, tmp_path: Path) -> None:
-    for batch_size in (1, 9, 4):
+    for batch_size, window in ((1, 4), (9, 1), (4, "auto")):
         plug = with_probe(PullThePlug, rank=0, batch=1)
-        killed(lambda: main.main([*command(pipeline, tmp_path, batch_size), plug]))  # noqa: B023
+        arguments = [*command(pipeline, tmp_path, batch_size), f"{WINDOW}={window}", plug]
+        killed(lambda: main.main(arguments))  # noqa: B023
     main.main(command(pipeline, tmp_path, 2))
     assert_same_images(tmp_path, uninterrupted)
 

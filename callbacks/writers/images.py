@@ -4,7 +4,6 @@ import hashlib
 import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -99,7 +98,7 @@ class ImageWriter(pl.Callback):
             **(prompts_plan(prompts, module) if prompts is not None else {}),
             "sample_seed": module.sample_seed,
             "image_size": module.image_size,
-            **{f"sampling.{name}": value for name, value in asdict(module.sampling).items()},
+            **{f"sampling.{name}": value for name, value in module.sampling.image_settings().items()},
             "precision": str(trainer.precision),
             "int8": any(isinstance(c, CompiledSampling) and c.int8 for c in trainer.callbacks),  # type: ignore[attr-defined]
             "model": weights_checksum(module.generator),  # with sharded parameters, on all ranks

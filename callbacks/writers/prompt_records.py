@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -62,7 +61,7 @@ def write_metadata(folder: SampleFolder, data: PromptRequests, module: PredictsI
         data: the DataModule that requested the images.
         module: the module that sampled them.
     """
-    settings = {"seed": module.sample_seed, "sampling": asdict(module.sampling)}
+    settings = {"seed": module.sample_seed, "sampling": module.sampling.image_settings()}
     with atomic_file(folder.root / METADATA) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, number in enumerate(folder.labels.tolist()):
             line = {

@@ -6,7 +6,7 @@ It states what is recorded, and leaves out what is not.
 import json
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -237,9 +237,11 @@ def _tokenizer(config: VQGANConfig, count: int) -> str:
 
 def _sampling(config: SamplingConfig) -> str:
     """Settings that differ from the defaults of the class, and guidance, always."""
-    default = asdict(SamplingConfig())
+    default = SamplingConfig().image_settings()
     settings = {
-        name: value for name, value in asdict(config).items() if value != default[name] or name == "guidance_scale"
+        name: value
+        for name, value in config.image_settings().items()
+        if value != default[name] or name == "guidance_scale"
     }
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 

@@ -40,6 +40,7 @@ from llamagen.pretrained.run_facts import RunFacts, data_meta, read_run_facts, s
 from llamagen.pretrained.run_folder import Run, run_of
 from llamagen.pretrained.sample_images import sample_images
 from llamagen.pretrained.source import Source, find_source
+from llamagen.sampling import IMAGE_SETTINGS
 from llamagen.state_dicts import tensors_checksum
 
 CARD_FILE = "README.md"
@@ -199,8 +200,10 @@ def _settings(source: Source, weights: Weights, export: Export, run: Run | None)
         encoder["name"] = export.text_encoder
     if encoder.get("name") and (local := Path(str(encoder["name"])).expanduser()).is_dir():
         encoder["name"] = str(local.absolute())
+    # A window is a choice for a machine, not for a model, and earlier versions refuse what they do not know.
+    sampling = {name: value for name, value in source.sampling.items() if name in IMAGE_SETTINGS}
     settings = {
-        "sampling": dict(source.sampling) | ({"guidance_scale": 1.0} if export.unguided else {}),
+        "sampling": sampling | ({"guidance_scale": 1.0} if export.unguided else {}),
         "dtype": source.dtype,
         "classes": () if _is_text(weights) else _class_names(source, weights, run),
         "text_encoder": encoder,

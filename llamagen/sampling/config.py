@@ -1,13 +1,14 @@
 """Settings of sampling: temperature, top-k, top-p and guidance."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from math import cos, pi
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from llamagen.option_checks import check_integer
 
 Schedule = Literal["constant", "linear", "cosine", "power_cosine"]
+Window = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SamplingConfig:
     guidance_start: int = 0
     guidance_schedule: Schedule = "constant"
     guidance_power: float = 4.0
-    window: int | Literal["auto"] = 1
+    window: Window = 1
 
     def __post_init__(self) -> None:
         """Validate.
@@ -81,6 +82,10 @@ class SamplingConfig:
         if not 0.0 < self.guidance_power < float("inf"):
             raise ValueError(f"guidance_power is {self.guidance_power}; it must be positive")
 
+    def image_settings(self) -> dict[str, Any]:
+        """The fields in :data:`IMAGE_SETTINGS`: those that belong into requests, plans and records of images."""
+        return {name: value for name, value in asdict(self).items() if name in IMAGE_SETTINGS}
+
     def guidance_scales(self, length: int) -> list[float]:
         """Guidance scale at each of ``length`` codes; 1 means no guidance."""
         stop = length if self.guidance_steps is None else min(self.guidance_steps, length)
@@ -102,3 +107,7 @@ class SamplingConfig:
             return progress
         power = self.guidance_power if self.guidance_schedule == "power_cosine" else 1.0
         return (1.0 - cos(pi * progress**power)) / 2.0
+
+
+IMAGE_SETTINGS = tuple(each.name for each in fields(SamplingConfig) if each.name != "window")
+"""Names of the settings that an image depends on. ``window`` changes only the speed."""

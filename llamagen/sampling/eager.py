@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from llamagen.finite import not_finite
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
@@ -75,6 +76,18 @@ class EagerDecodeState(DecodeState):
 
     def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""
+        logits = self._read_at(tokens, rows, starts)
+        if not_finite(logits).any():
+            # footgun: masked attention to a guess whose values are not finite is NaN, since 0 · NaN is NaN. So forget
+            # the guesses, and read them one by one: then no token attends to memory of the later ones.
+            for row, start in enumerate(starts.tolist()):
+                self.cache.keys[:, row, :, start:] = 0
+                self.cache.values[:, row, :, start:] = 0
+            parts = [self._read_at(tokens[:, i : i + 1], rows, starts + i) for i in range(tokens.shape[1])]
+            logits = torch.cat(parts, dim=1)
+        return logits
+
+    def _read_at(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         cache = self.cache.first_rows(len(rows))
         device, lengths = self.codes.device, self.request.caption_lengths
         cache.set_row_lengths(torch.from_numpy(starts).to(device), int(starts.max()))

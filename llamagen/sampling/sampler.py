@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,7 @@ class Sampler:
     def prepare(self, config: SamplingConfig) -> None:
         """Allocate memory and, if compiled, compile for calls with these settings, before the first call."""
         with self._ready():
-            self.decoder.prepare(as_config(config))
+            self.decoder.prepare(self._settings(as_config(config)))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -114,7 +115,8 @@ class Sampler:
 
         Raises:
             ValueError: if a label is not one of the model's classes, a caption length is not in 1 … C, a kept code is
-                not in the vocabulary, the model has another kind of condition, or types or shapes do not fit.
+                not in the vocabulary, the model has another kind of condition, types or shapes do not fit, or windows
+                are set while parameters are sharded over ranks.
             FloatingPointError: if some logits are not finite.
             RuntimeError: if another thread is using the same compiled sampler on a GPU.
         """
@@ -136,6 +138,7 @@ class Sampler:
             (N, L) int64 codes, and a check that waits for them and raises a ``FloatingPointError`` if some logits were
             not finite.
         """
+        request = replace(request, config=self._settings(request.config))
         count, batches = len(request), list[DecodedCodes]()
         with self._ready():
             for start in range(0, count, self.batch_size):
@@ -149,6 +152,9 @@ class Sampler:
         if batches:
             codes, broken = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
         return codes, self._finite_check(broken, codes, request)
+
+    def _settings(self, config: SamplingConfig) -> SamplingConfig:
+        return sharded_settings(config) if is_sharded(self.gpt) else config
 
     def _finite_check(self, broken: Tensor, codes: Tensor, request: SamplingRequest) -> FiniteCheck:
         sharded, precision = is_sharded(self.gpt), str(compute_dtype(self.gpt)).removeprefix("torch.")
@@ -189,6 +195,22 @@ class Sampler:
         # Triton launches kernels on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), evaluation_mode(self.gpt):
             yield
+
+
+def sharded_settings(config: SamplingConfig) -> SamplingConfig:
+    """Settings of sampling while parameters are sharded over ranks: one code in each pass.
+
+    Ranks then wait for each other in every pass, and with windows some would need more passes than others.
+
+    Raises:
+        ValueError: in one line, if a window is set.
+    """
+    if config.window not in (1, "auto"):
+        raise ValueError(
+            f"window is {config.window}, but the parameters are sharded over ranks, which need the same number of "
+            "passes; set window to 1 or auto"
+        )
+    return replace(config, window=1)
 
 
 def _report_of(on_row: OnRow, start: int, images: int) -> Callable[[Tensor, int], object]:

@@ -269,6 +269,8 @@ class WindowLoop:
     def _draw(self, conditional: Array, unconditional: Array, images: Array, steps: Array) -> tuple[Array, Array]:
         """Codes ``steps`` of ``images`` from rows of the logits of the last pass; all arguments have the same shape."""
         assert self._logits is not None
+        # As without windows, the unconditional branch is neither used nor checked after the last guided code.
+        unconditional = np.where(steps < self._guided_steps, unconditional, conditional)
         flat, device = images.reshape(-1), self._logits.device
         fields = (
             conditional.reshape(-1),

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import torch
 from PIL import Image
@@ -13,11 +12,12 @@ from llamagen import LlamaGen
 from llamagen.pretrained.loading import load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import Images
+from llamagen.sampling.config import Window
 from serving.engine.engine import ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
 from serving.engine.failures import blame, report_failure
 from serving.engine.previews import GrowingImages, PreviewBudget
-from serving.engine.spec import WorkerSpec
+from serving.engine.spec import DEFAULT_WINDOW, WorkerSpec
 from serving.engine.uploads import read_image
 
 LOGGER = logging.getLogger("serving")
@@ -29,6 +29,7 @@ class EmbeddedEngine:
     Args:
         model: the model. All calls must come from one thread.
         clock: seconds, for the share of time of previews.
+        window: see ``SamplingConfig.window``. A choice of the server, which requests do not know: it changes no image.
 
     Attributes:
         decodes_later: whether a batch is decoded while the next one is sampled, as a GPU can. A CPU cannot, so there
@@ -37,15 +38,17 @@ class EmbeddedEngine:
 
     is_continuous = False
 
-    def __init__(self, model: LlamaGen, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, model: LlamaGen, clock: Callable[[], float] = time.monotonic, window: Window = DEFAULT_WINDOW
+    ) -> None:
         self.model, self.facts, self.capacity = model, ModelFacts.from_model(model), model.batch_size
-        self._clock, self.decodes_later = clock, model.device.type == "cuda"
+        self._clock, self._window, self.decodes_later = clock, window, model.device.type == "cuda"
 
     def prepare(self) -> None:
         """Compile and allocate memory, in the thread that will call :meth:`run`: the first request does not wait."""
         gpt = self.model.gpt
         if gpt is not None:
-            self.model.prepare()
+            self.model.prepare(window=self._window)
             codes = torch.zeros(self.capacity, gpt.config.block_size, dtype=torch.int64, device=self.model.device)
             self.model.preview(codes, 1)
 
@@ -145,7 +148,8 @@ class EmbeddedEngine:
             indices=[work.index for work in batch],
             progress=False,
             on_row=on_row,
-            **asdict(first.settings),
+            **first.settings.image_settings(),
+            window=self._window,
         )
 
     def _reconstruct(self, batch: Sequence[Work], inbox: Inbox, report: Callable[[Report], None]) -> None:
@@ -231,7 +235,9 @@ def load_engine(spec: WorkerSpec) -> EmbeddedEngine:
     # In other precisions than float32 only compiled steps round the logits of an image in the same way in any batch.
     # On a CPU they are also much faster, for small models too, and compiled once for all.
     must_compile = parts.gpt is not None and (parts.dtype != "float32" or parts.gpt.output.weight.device.type == "cpu")
-    engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=True if must_compile else None))
+    engine = EmbeddedEngine(
+        LlamaGen(parts, spec.batch_size, compile=True if must_compile else None), window=spec.window
+    )
     try:
         engine.prepare()
     except Exception as error:
@@ -242,6 +248,6 @@ def load_engine(spec: WorkerSpec) -> EmbeddedEngine:
         if parts.dtype != "float32":
             effect += ", and images may depend on their batch; use float32 to avoid this"
         LOGGER.warning("sampling in %s is not compiled (%s), so %s", parts.dtype, reason, effect)
-        engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=False))
+        engine = EmbeddedEngine(LlamaGen(parts, spec.batch_size, compile=False), window=spec.window)
         engine.prepare()
     return engine

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamagen.class_names import ClassNames
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 
 if TYPE_CHECKING:  # the front of a server imports no models
     from llamagen import LlamaGen
@@ -30,7 +30,7 @@ class ModelFacts:
         resolution: side of the images in pixels; None for a tokenizer.
         grid: height and width of the grid of codes of an image; None for a tokenizer.
         classes: names of the classes, by number; empty for other models.
-        sampling: default settings of sampling, all fields of :class:`~llamagen.sampling.SamplingConfig`.
+        sampling: default settings of sampling, all of :data:`~llamagen.sampling.config.IMAGE_SETTINGS`.
         parameters: number of parameters of the autoregressive model; None for a tokenizer, or if unknown.
         class_ids: another name of each class, such as the name of its folder; empty if there are none.
     """
@@ -66,7 +66,7 @@ class ModelFacts:
             resolution=model.resolution,
             grid=None if model.gpt is None else model.gpt.config.grid_size,
             classes=() if names is None else names.names,
-            sampling=asdict(model.sampling),
+            sampling=model.sampling.image_settings(),
             parameters=None if model.gpt is None else sum(each.numel() for each in model.gpt.parameters()),
             class_ids=() if names is None or names.ids is None or names.ids == names.names else names.ids,
         )
@@ -92,7 +92,8 @@ class ModelFacts:
         Raises:
             ValueError: in one line, if there is no such setting, or a value is out of range.
         """
-        names = [each.name for each in fields(SamplingConfig)]
-        if unknown := sorted(set(given) - set(names)):
-            raise ValueError(f"there is no setting {unknown[0]!r:.60} of sampling; the settings are {', '.join(names)}")
+        if unknown := sorted(set(given) - set(IMAGE_SETTINGS)):
+            raise ValueError(
+                f"there is no setting {unknown[0]!r:.60} of sampling; the settings are {', '.join(IMAGE_SETTINGS)}"
+            )
         return replace(SamplingConfig(**self.sampling), **given)

@@ -5,12 +5,16 @@ footgun: a worker process reads this before ``share_cores``, so this module must
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 ENGINES = {"embedded": "serving.engine.embedded:load_engine", "vllm": "serving.vllm.engine:load_engine"}
 """By name of an engine, a function that builds it from a :class:`WorkerSpec`."""
 BATCH = {"cpu": 4, "cuda": 16}
 """Images at a time by default: few on a CPU, so that the first ones are finished early."""
+
+
+DEFAULT_WINDOW: int | Literal["auto"] = 1
+"""Codes of an image that a pass may decide, see ``SamplingConfig.window``. It changes the speed and no image."""
 
 
 def default_batch_size(device: str) -> int:
@@ -31,6 +35,7 @@ class WorkerSpec:
         batch_size: maximum number of images that are generated at a time.
         engine: name in :data:`ENGINES`, or ``module:function`` of a function that builds an engine from this object.
         options: more options of that engine.
+        window: see ``SamplingConfig.window``; for the embedded engine.
     """
 
     source: str
@@ -41,3 +46,4 @@ class WorkerSpec:
     batch_size: int = 8
     engine: str = "embedded"
     options: Mapping[str, Any] = field(default_factory=dict)
+    window: int | Literal["auto"] = DEFAULT_WINDOW

@@ -1,6 +1,5 @@
 """The controls of a request: what to generate, and the settings of sampling."""
 
-from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
@@ -179,7 +178,7 @@ def class_title(number: int, name: str) -> str:
 
 def all_settings(facts: ModelFacts, request: GenerationRequest) -> dict[str, Any]:
     """All settings of sampling of a request, as they are stored in images."""
-    return asdict(facts.settings(request.settings))
+    return facts.settings(request.settings).image_settings()
 
 
 def _integer(value: Any) -> Any:

@@ -23,7 +23,7 @@ class GenerationRequest:
         conditions: classes or prompts.
         images_per_prompt: images of each condition.
         seed: seed of all images.
-        settings: fields of ``SamplingConfig``.
+        settings: :data:`~llamagen.sampling.config.IMAGE_SETTINGS`.
         image: file of an image to complete; None to generate whole images.
         keep_rows: rows of codes that are kept of it.
     """

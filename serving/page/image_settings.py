@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS
 from serving.engine.checks import MAX_PROMPT
 from serving.engine.facts import ModelFacts
 from serving.image_settings import FORMAT, KEY, ImageSettings, Kind
@@ -81,7 +81,7 @@ def _checked(content: dict[str, Any], name: str, facts: ModelFacts, kind: Kind) 
         other = "Complete" if kind == "generation" else "Generate"
         raise ValueError(f"the file {name} was made on another tab; choose it on the tab {other}")
     settings = content["settings"]
-    if not isinstance(settings, dict) or set(settings) != {each.name for each in fields(SamplingConfig)}:
+    if not isinstance(settings, dict) or set(settings) != set(IMAGE_SETTINGS):
         raise ValueError(f"the settings in {name} are incomplete; choose another image")
     try:
         conditions = content["conditions"]

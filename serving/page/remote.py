@@ -13,7 +13,6 @@ import re
 import socket
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import asdict
 from threading import Lock, Thread
 from typing import Any
 
@@ -261,7 +260,7 @@ class RemoteBackend:
             "response_format": "b64_json",
             "output_format": "png",
             "stream": True,
-            **asdict(request.settings),
+            **request.settings.image_settings(),
         }
         if not request.previews:
             body["partial_images"] = 0

@@ -21,7 +21,8 @@ from llamagen.command import run_command
 from llamagen.cores import usable_cores
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
-from serving.start import listen, port_number, require_extra, stage
+from serving.engine.spec import DEFAULT_WINDOW
+from serving.start import listen, port_number, require_extra, stage, window_size
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -274,6 +275,11 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         help="maximum number of images that a replica generates at a time; default 4 on CPUs, 16 on GPUs",
+    )
+    add(
+        "--window",
+        type=window_size,
+        help=f"codes of an image that a pass may decide, or auto; changes no image; default {DEFAULT_WINDOW}",
     )
     add("--replicas", type=int, help="number of replicas, default 1; with --max-replicas the least number")
     add("--max-replicas", type=int, help="greatest number of replicas; their number then follows the load")

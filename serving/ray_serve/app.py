@@ -79,6 +79,7 @@ def build(options: Options) -> Application:
         device=options.device,
         dtype=options.dtype,
         batch_size=options.batch_size,
+        window=options.window,
     )
     model = model_deployment(options).bind(spec, calls(options) * images_per_call(spec.batch_size))
     return ingress_deployment(options).bind(model, server, options.queue)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from llamagen.command import run_command
 from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
+from serving.engine.spec import DEFAULT_WINDOW
 from serving.server.starting import answered_while_starting
-from serving.start import address, listen, port_number, require_extra, stage
+from serving.start import address, listen, port_number, require_extra, stage, window_size
 
 PORT = 8000
 
@@ -80,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32, bfloat16 or mixed; by default that of the model")
     parser.add_argument(
         "--batch-size", type=_positive, help="images at a time on a device; default 4 on a CPU, else 16"
+    )
+    parser.add_argument(
+        "--window",
+        type=window_size,
+        help=f"codes of an image that a pass may decide, or auto; changes no image; default {DEFAULT_WINDOW}",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one")

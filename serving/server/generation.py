@@ -3,10 +3,10 @@
 import base64
 import binascii
 import secrets
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 from serving.engine.checks import MAX_INDEX
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Request
@@ -15,7 +15,6 @@ from serving.server.errors import ApiError
 from serving.server.fields import TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown
 from serving.server.options import ServerOptions
 
-SETTINGS = tuple(each.name for each in fields(SamplingConfig))
 NEW_SEEDS = 2**31
 """Seeds that the server chooses are smaller, so that every program can hold them."""
 
@@ -53,7 +52,7 @@ class Order:
             seed=request.seed,
             index=request.indices[position],
             keep_rows=request.keep_rows,
-            settings=asdict(request.settings),
+            settings=request.settings.image_settings(),
         )
 
 
@@ -126,7 +125,7 @@ def _condition(prompt: int | str, facts: ModelFacts) -> int | str:
 def _settings(body: GenerationBody, facts: ModelFacts) -> SamplingConfig:
     given: dict[str, Any] = {
         name: getattr(body, name)
-        for name in SETTINGS
+        for name in IMAGE_SETTINGS
         if name in body.model_fields_set and (getattr(body, name) is not None or name == "guidance_steps")
     }
     low, high = TEMPERATURES

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from serving.engine.spec import WorkerSpec, default_batch_size
+from serving.engine.spec import DEFAULT_WINDOW, WorkerSpec, default_batch_size
 
 
 def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
@@ -30,6 +30,11 @@ def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
             f"--devices {options.devices} are {len(devices)} devices, but --engine vllm takes one; give "
             "--tensor-parallel to share a model, or start a server for each device"
         )
+    if options.engine == "vllm" and options.window not in (None, 1):
+        raise ValueError(
+            f"--window {options.window} needs the embedded engine, because vLLM decides one code of an image in each "
+            "pass; leave out --window, or --engine vllm"
+        )
     return [
         WorkerSpec(
             options.model,
@@ -40,6 +45,7 @@ def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
             batch_size=options.batch_size or default_batch_size(device),
             engine=options.engine,
             options={} if parallel is None else {"tensor_parallel": parallel},
+            window=options.window or DEFAULT_WINDOW,
         )
         for device in devices
     ]

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamagen.option_checks import check_integer
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 
 KEY = "llamagen"
 """Name of the settings among the extra arguments of a request."""
-SETTINGS = ("seed", "index", *(field.name for field in fields(SamplingConfig)))
+SETTINGS = ("seed", "index", *IMAGE_SETTINGS)
 MAX_MESSAGE = 300
 """Maximum length of an error message, which may quote what a client sent."""
 
@@ -36,28 +36,28 @@ class RequestSettings:
         Args:
             extra_args: extra arguments of the request (``vllm_xargs`` over HTTP). Their entry ``llamagen`` is a mapping
                 of :data:`SETTINGS`, or the same as JSON; the defaults are those of
-                :func:`~llamagen.sampling.generate`.
+                :func:`~llamagen.sampling.generate`. A ``window``, as the settings of a model may have, has no effect:
+                vLLM decides one code of an image in each pass.
 
         Raises:
             ValueError: in one line, if a setting is unknown or invalid.
         """
         try:
             given = dict(_as_mapping((extra_args or {}).get(KEY)))
-            if unknown := [name for name in given if name not in SETTINGS]:
+            if unknown := [name for name in given if name not in (*SETTINGS, "window")]:
                 raise ValueError(f"there is no setting {unknown[0]!r}; the settings are {', '.join(SETTINGS)}")
             seed, index = given.pop("seed", 0), given.pop("index", 0)
             if isinstance(seed, bool) or not isinstance(seed, int):
                 raise ValueError(f"seed is {seed!r}; it must be an integer")
             check_integer("index", index, 0, 2**63 - 1)
-            return cls(SamplingConfig(**given), seed, int(index))
+            return cls(replace(SamplingConfig(**given), window=1), seed, int(index))
         except (ValueError, TypeError, RecursionError) as error:
             message = " ".join(f"{KEY}: {error}".split())
             raise ValueError(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …") from None
 
     def extra_args(self) -> dict[str, Any]:
         """The extra arguments of a request with these settings."""
-        sampling = {field.name: getattr(self.sampling, field.name) for field in fields(SamplingConfig)}
-        return {KEY: {"seed": self.seed, "index": self.index, **sampling}}
+        return {KEY: {"seed": self.seed, "index": self.index, **self.sampling.image_settings()}}
 
 
 def _as_mapping(given: Any) -> Mapping[str, Any]:

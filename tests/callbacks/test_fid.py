@@ -22,7 +22,7 @@ from evaluation.reference import Reference, make_reference
 from lightning_modules import ARGenModule
 from llamagen.models.gpt import GPTConfig
 from llamagen.models.vqgan import to_uint8
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 from tests.lightning_modules.runs import argen_module, evaluator, train, vqgan_module
 from tests.metrics.extractors import SIZE, Everything, Projection
 from tests.pipeline import GPT_NET, SAMPLING, Pipeline
@@ -263,6 +263,7 @@ def test_test_measures_the_images_that_predict_samples(pipeline: Pipeline, repor
     assert metrics["images"] == {"count": 30, "resolution": SIZE}
     assert metrics["reference"]["name"] == "digits"
     assert metrics["sampling"]["guidance_scale"] == SAMPLING.guidance_scale
+    assert metrics["sampling"].keys() == {*IMAGE_SETTINGS, "seed"}
 
 
 def test_a_report_has_metrics_the_papers_values_and_images(report: Path) -> None:

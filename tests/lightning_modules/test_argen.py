@@ -196,3 +196,11 @@ def test_warns_if_more_batches_are_accumulated_than_an_epoch_has(recwarn: pytest
         module.on_train_start()
     (message,) = [str(each.message) for each in recwarn if "accumulate_grad_batches" in str(each.message)]
     assert message.startswith("accumulate_grad_batches is 20, but an epoch has 6 batches")
+
+
+def test_a_window_is_refused_before_the_training_of_a_sharded_model() -> None:
+    module = argen_module()
+    module.sampling = SamplingConfig(window=2)
+    module._device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="window is 2, but the parameters are sharded over ranks"):
+        module.configure_model()

@@ -22,6 +22,7 @@ from llamagen.checkpoints.weights import averaged_weights, read_weights
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.sharding import is_sharded, shard
+from llamagen.sampling import Sampler, SamplingConfig
 from tests.lightning_modules.runs import argen_module, vqgan_module
 from tests.lightning_modules.test_argen_ranks import STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline
@@ -294,13 +295,18 @@ def _uneven(rank: int) -> list[Tensor]:
     table = gpt.cls_embedding.embedding_table.weight
     whole = torch.arange(table.numel()).view(table.shape)
     copy_full_(table.data, whole)
-    return [table.full_tensor().detach(), whole]
+    sampler, labels = Sampler(gpt.eval(), 2), torch.arange(3)
+    with pytest.raises(ValueError, match="window is 2, but the parameters are sharded over ranks, which need the same"):
+        sampler(labels, SamplingConfig(window=2))
+    codes = [sampler(labels, SamplingConfig(window=window)) for window in ("auto", 1)]
+    return [table.full_tensor().detach(), whole, *codes]
 
 
-def test_a_full_tensor_is_copied_into_uneven_shards(tmp_path: Path) -> None:
-    for found, wanted in run_on_ranks(_uneven, tmp_path):
+def test_a_full_tensor_is_copied_into_uneven_shards_and_sampling_with_them_needs_no_window(tmp_path: Path) -> None:
+    for found, wanted, automatic, one_by_one in run_on_ranks(_uneven, tmp_path):
         assert len(found) % 2
         assert torch.equal(found, wanted.float())
+        assert torch.equal(automatic, one_by_one)
 
 
 class Bomb:

@@ -27,6 +27,29 @@ def test_cached_logits_equal_uncached_ones(variant: str, chunks: tuple[int, ...]
     assert cache.length == gpt.config.condition_length + 15
 
 
+@pytest.mark.parametrize("variant", list(GPT_VARIANTS))
+def test_rows_may_have_different_lengths(variant: str) -> None:
+    gpt = small_gpt(**GPT_VARIANTS[variant])
+    condition, lengths, codes = condition_for(gpt, 4), caption_lengths_for(gpt, 4), codes_for(gpt, 4, 15)
+    first, cache = gpt.config.condition_length, KVCache.allocate(gpt.config, 4)
+    for memory in (cache.keys, cache.values):
+        memory.fill_(torch.nan)
+        memory[..., : first + 10, :] = 0.0  # what shorter rows do not attend to must be finite
+    # In the second call the longest row takes its tokens again, and the others continue.
+    calls = [(torch.tensor(counts), span) for counts, span in (([1, 6, 0, 3], 4), ([5, 6, 3, 4], 3), ([6, 8, 4, 7], 1))]
+    with torch.no_grad():
+        expected = gpt(codes, condition, caption_lengths=lengths)
+        gpt(codes[:, :6], condition, caption_lengths=lengths, cache=cache)
+        for counts, span in calls:
+            places, longest = counts[:, None] + torch.arange(span), first + int(counts.max())
+            cache.set_row_lengths(first + counts, longest)
+            found = gpt(codes.gather(1, places), caption_lengths=lengths, cache=cache)
+            torch.testing.assert_close(found, expected[torch.arange(4)[:, None], places + 1], atol=1e-5, rtol=0)
+            assert cache.length == longest + span
+            assert cache.row_lengths is not None
+            assert torch.equal(cache.row_lengths, first + counts + span)
+
+
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_captions_without_padding_and_labels_need_no_lengths(kind: str) -> None:
     gpt = small_gpt(condition=kind)

@@ -22,6 +22,7 @@ from llamagen.pretrained.export_folder import Export, export_model
 from llamagen.pretrained.exported_config import SAVED
 from llamagen.pretrained.sizes import SIZES
 from llamagen.pretrained.source import TEXT_SAMPLING
+from llamagen.sampling import IMAGE_SETTINGS
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import fill
 from tests.hub_server import HubServer
@@ -57,6 +58,18 @@ def test_an_exported_class_model_generates_the_images_of_predict(pipeline: Pipel
     assert (model.name, model.dtype) == ("digits", "float32")
     assert model.class_names is not None
     assert model.class_names.names == tuple("0123456789")
+
+
+def test_an_export_has_no_window_but_may_get_one(pipeline: Pipeline, exported: Path, tmp_path: Path) -> None:
+    assert "    window: 1\n" in (pipeline.root / "argen/fit.yaml").read_text()
+    sampling = json.loads((exported / "config.json").read_text())["sampling"]
+    assert sampling.keys() == set(IMAGE_SETTINGS)  # earlier versions refuse other options
+    shutil.copytree(exported, tmp_path / "mine")
+    change(sampling={**sampling, "window": 3})(tmp_path / "mine")
+    model = LlamaGen.from_pretrained(tmp_path / "mine")
+    assert model.sampling.window == 3
+    codes = model.generate_codes(range(4), progress=False)
+    assert torch.equal(model.generate_codes(range(4), progress=False, window=1), codes)
 
 
 def test_an_exported_text_model_generates_the_images_of_the_run(text_pipeline: TextPipeline, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Progress of sampling: a callback gets each complete row of codes, and may stop the call."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,12 +33,14 @@ class Rows:
 
 
 @ENGINES
-@pytest.mark.parametrize(("kept", "first"), [(0, 4), (3, 4), (4, 4), (11, 8), (16, 16)])
-def test_each_complete_row_is_reported_once(kept: int, first: int, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("kept", "first", "window"), [(0, 4, 1), (0, 4, 5), (3, 4, 1), (4, 4, 3), (11, 8, 1), (11, 8, 99), (16, 16, 1)]
+)
+def test_each_complete_row_is_reported_once(kept: int, first: int, window: int, compiled: bool) -> None:
     gpt, labels, rows = small_gpt(), torch.arange(3), Rows()
     sampler, given = Sampler(gpt, 2, compiled=compiled), codes_for(gpt, 3, kept)
     expected = sampler(labels, GUIDED, kept=given)
-    found = sampler(labels, GUIDED, kept=given, on_row=rows)
+    found = sampler(labels, replace(GUIDED, window=window), kept=given, on_row=rows)
     assert torch.equal(found, expected)
     assert rows.calls == [(count, start) for start in (0, 2) for count in range(first, 17, 4)]
     assert [len(codes) for codes in rows.codes[:: len(rows.codes) // 2]] == [2, 1]
@@ -72,8 +75,10 @@ def test_previews_do_not_change_the_images() -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
-def test_an_exception_of_the_callback_stops_sampling_and_frees_its_memory(error: type[Any], compiled: bool) -> None:
+@pytest.mark.parametrize(("error", "window"), [(ArithmeticError, 1), (KeyboardInterrupt, 1), (ArithmeticError, 3)])
+def test_an_exception_of_the_callback_stops_sampling_and_frees_its_memory(
+    error: type[Any], window: int, compiled: bool
+) -> None:
     gpt, labels = small_gpt(), torch.arange(5)
     sampler, seen = Sampler(gpt, 2, compiled=compiled), list[int]()
     expected = sampler(labels, GUIDED)
@@ -85,7 +90,7 @@ def test_an_exception_of_the_callback_stops_sampling_and_frees_its_memory(error:
 
     gpt.train()
     with pytest.raises(error):
-        sampler(labels, GUIDED, on_row=stop)
+        sampler(labels, replace(GUIDED, window=window), on_row=stop)
     assert gpt.training
     assert seen == [4, 8, 12, 16, 4, 8]
     assert isinstance(sampler.decoder, PooledCodeDecoder)

@@ -1,6 +1,7 @@
 """A sampler returns the codes of uncached sampling: compiled or not, in any batch, from any thread."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,21 +189,22 @@ def test_rejects_compiling_for_float16_on_a_cpu() -> None:
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_threads_that_share_a_sampler_get_the_codes_of_single_calls(kind: str, compiled: bool, training: bool) -> None:
     gpt = small_gpt(condition=kind, token_dropout=0.5, block_size=25).train(training)
-    configs = [SamplingConfig(0.9, 30, 0.95, scale, guidance_steps=9) for scale in (1.0, 2.0)]
+    configs = [SamplingConfig(0.9, 30, 0.95, scale, guidance_steps=9, window=5) for scale in (1.0, 2.0)]
     condition, lengths, indices = inputs(gpt, 5)
     sampler = Sampler(gpt, 3, compiled=compiled)
 
-    def call(seed: int) -> Tensor:
-        return sampler(condition, configs[seed % 2], caption_lengths=lengths, seed=seed, indices=indices)
+    def call(seed: int, **changes: int) -> Tensor:
+        config = replace(configs[seed % 2], **changes)
+        return sampler(condition, config, caption_lengths=lengths, seed=seed, indices=indices)
 
-    expected = [call(seed) for seed in range(8)]
+    expected = [call(seed, window=1) for seed in range(8)]
     found: dict[int, Tensor] = {}
     start = threading.Barrier(4)
 
     def run(thread: int) -> None:
         start.wait()
         for seed in range(thread, 8, 4):
-            found[seed] = call(seed)
+            found[seed] = call(seed, **({"window": 1} if thread == 0 else {}))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -34,7 +34,7 @@ CLASS_FACTS = ModelFacts(
     resolution=GRID * FACTOR,
     grid=GRID,
     classes=("zero", "one", "two", "three", "tench", "goldfish", "great white shark", "tiger shark", "hen", "cock"),
-    sampling=asdict(SamplingConfig(guidance_scale=2.0, top_k=16)),
+    sampling=SamplingConfig(guidance_scale=2.0, top_k=16).image_settings(),
 )
 TEXT_FACTS = ModelFacts(**{**asdict(CLASS_FACTS), "name": "fake-text", "kind": "text", "classes": ()})
 TOKENIZER_FACTS = ModelFacts(

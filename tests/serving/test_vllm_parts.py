@@ -55,6 +55,8 @@ def test_missing_settings_are_the_defaults(given: Any) -> None:
 def test_settings_are_read_from_what_is_written() -> None:
     settings = RequestSettings(SamplingConfig(top_k=3, guidance_steps=4, guidance_schedule="cosine"), -(2**70), 2**62)
     assert RequestSettings.from_extra_args(settings.extra_args()) == settings
+    given = {**settings.extra_args()["llamagen"], "window": "auto"}  # as settings of a model may have it
+    assert RequestSettings.from_extra_args({"llamagen": given}) == settings
     as_json = {"llamagen": json.dumps(settings.extra_args()["llamagen"])}
     assert RequestSettings.from_extra_args(as_json) == settings
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from llamagen.files import atomic_file
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "attention.h", "step.cpp", "sampling.cpp")]
+SOURCES = [FOLDER / name for name in ("vector.h", "product.h", "tiles.h", "attention.h", "step.cpp", "sampling.cpp")]
 
 
 @cache
@@ -30,7 +30,8 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
         narrow: C type of activations and cache: ``float`` or ``uint16_t``.
 
     Raises:
-        ValueError: if there is no C++ compiler, it fails, or the library cannot be loaded.
+        ValueError: if there is no C++ compiler, it fails, the library cannot be loaded, or the kernel refuses the
+            processor's matrix unit.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
@@ -62,6 +63,11 @@ def cpu_library(weight: str, narrow: str) -> ctypes.CDLL:
         raise ValueError(
             f"{path} cannot be loaded ({error}); set XDG_CACHE_HOME to a folder on a disk without noexec"
         ) from error
+    if refused := library.prepare_processor():
+        raise ValueError(
+            f"the kernel refuses this processor's matrix unit, AMX ({os.strerror(refused)}); update Linux to 5.16 or "
+            f"newer, or set CXX='{compiler} -mno-amx-tile' to sample without it"
+        )
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.forward.restype, library.forward.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]

@@ -13,7 +13,9 @@
 #include <cmath>
 
 #include "attention.h"
-#include "product.h"
+#include "tiles.h"
+
+typedef Product<NARROW, WEIGHT> Multiply;
 
 constexpr int GATES = 96;          // hidden units of the feed-forward layer computed at a time
 constexpr int PATIENCE = 1 << 12;  // polls of a barrier before a waiting thread yields its core
@@ -61,10 +63,10 @@ struct Barrier {
 };
 
 struct Scratch {
-    NARROW *normed, *hidden;
+    NARROW *normed, *hidden, *packed;
     float *qkv, *gates;
-    char* attention;  // (threads) AttentionScratch
-    int64_t attention_bytes, bytes;
+    char *attention, *workspaces;  // for each thread: an AttentionScratch, memory of the products
+    int64_t attention_bytes, workspace, packed_size, bytes;
     Scratch(const Model& m, int64_t rows, int64_t threads, int64_t capacity, char* base) {
         uintptr_t at = ((uintptr_t)base + 63) & ~(uintptr_t)63;
         auto take = [&](int64_t size) { uintptr_t begin = at; at = (at + size + 63) & ~(uintptr_t)63; return begin; };
@@ -75,7 +77,22 @@ struct Scratch {
         attention_bytes = AttentionScratch(m.head_dim, capacity, nullptr).bytes;
         attention = (char*)take(threads * attention_bytes);
         gates = (float*)take(threads * rows * 2 * GATES * 4);
+        packed_size = Operand<NARROW>::packed_size(rows, widest);
+        packed = (NARROW*)take(3 * packed_size * sizeof(NARROW));
+        workspace = Multiply::workspace(widest);
+        workspaces = (char*)take(threads * workspace);
         bytes = (int64_t)(at - (uintptr_t)base) + 64;
+    }
+};
+
+// What the products of a pass read.
+struct Operands {
+    const Operand<NARROW> normed, attended, gated;
+    Operands(const Model& m, const Scratch& s, int64_t rows)
+        : normed(s.normed, s.packed, rows, m.dim),
+          attended(s.hidden, s.packed + s.packed_size, rows, m.dim),
+          gated(s.hidden, s.packed + 2 * s.packed_size, rows, m.ffn_dim) {
+        normed.start(), attended.start(), gated.start();
     }
 };
 
@@ -120,7 +137,8 @@ static void append_tokens(const Model& m, const Pass& pass, const Scratch& scrat
 // Attention of the queries [query, query + Q) of sequence s in key-value head g, counted token by token.
 template <int Q>
 static void attend_queries(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
-                           int layer, int s, int g, int query, const int* last, int from) {
+                           const Operand<NARROW>& result, int layer, int s, int g, int query, const int* last,
+                           int from) {
     const int E = m.head_dim, group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
     NARROW* out[Q];
     for (int q = 0; q < Q; q++) {
@@ -129,7 +147,7 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
         rotate(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, turn_of(m, pass, s, j, start), E,
                memory.rotated);
         round_all(memory.rotated, E, memory.queries + q * E);
-        out[q] = scratch.hidden + row * m.dim + head * E;
+        out[q] = result.matrix + row * result.width + head * E;
     }
     attend<Q>(cached_head(m, pass, layer, s, g), from, last, memory, [&](int q, int e, vec mean, int count) {
         if (count == LANES)
@@ -137,11 +155,13 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
         else
             for (int i = 0; i < count; i++) store(mean[i], out[q] + e + i);
     });
+    for (int q = 0; q < Q; q++)
+        result.update(s * pass.span + (query + q) / group, (g * group + (query + q) % group) * E, E);
 }
 
 // Attention of at most QUERIES queries from `query` on.
 static void attend_tile(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
-                        int layer, int s, int g, int query) {
+                        const Operand<NARROW>& result, int layer, int s, int g, int query) {
     const int group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
     const int first = pass.first ? pass.first[s] : 0, all = pass.span * group;
     for (const int end = query + QUERIES < all ? query + QUERIES : all; query < end;) {
@@ -152,32 +172,36 @@ static void attend_tile(const Model& m, const Pass& pass, const Scratch& scratch
             if (from[count] != from[0]) break;
         }
         if (count == QUERIES) {
-            attend_queries<QUERIES>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<QUERIES>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += QUERIES;
         } else if (count >= 2) {
-            attend_queries<2>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<2>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += 2;
         } else {
-            attend_queries<1>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<1>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += 1;
         }
     }
 }
 
 // hidden = silu(w1 · normed) * (w3 · normed) for the units [first, end).
-static void gate(const Model& m, const Layer& w, const Scratch& scratch, int rows, int first, int end, float* gates) {
+static void gate(const Multiply& multiply, const Layer& w, const Operands& operands, int rows, int first, int end,
+                 float* gates) {
+    const Operand<NARROW>& gated = operands.gated;
     float* factors = gates + (int64_t)rows * GATES;
     for (int n = first; n < end; n += GATES) {
         const int stop = n + GATES < end ? n + GATES : end;
-        product(scratch.normed, w.w1, rows, m.dim, n, stop, [&](int r, int c, float v) { gates[r * GATES + c - n] = v; });
-        product(scratch.normed, w.w3, rows, m.dim, n, stop, [&](int r, int c, float v) { factors[r * GATES + c - n] = v; });
-        for (int r = 0; r < rows; r++)
+        multiply(operands.normed, w.w1, rows, n, stop, {gates - n, GATES, false});
+        multiply(operands.normed, w.w3, rows, n, stop, {factors - n, GATES, false});
+        for (int r = 0; r < rows; r++) {
             for (int i = 0; i < stop - n; i += LANES) {
                 const vec x = load(gates + r * GATES + i), e = exponential(x < 0.0f ? x : -x);
                 const vec y = x * (x < 0.0f ? e : vec{} + 1.0f) / (1.0f + e) * load(factors + r * GATES + i);
-                NARROW* out = scratch.hidden + (int64_t)r * m.ffn_dim + n + i;
+                NARROW* out = gated.matrix + (int64_t)r * gated.width + n + i;
                 for (int j = 0; j < LANES && i + j < stop - n; j++) store(y[j], out + j);
             }
+            gated.update(r, n, stop - n);
+        }
     }
 }
 
@@ -190,8 +214,8 @@ static inline void share(int items, int unit, int t, int n, int* first, int* end
 }
 
 // The part of thread t of n of the attention of a layer.
-static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, Barrier& barrier, int layer,
-                            int t, int n) {
+static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, const Operand<NARROW>& result,
+                            Barrier& barrier, int layer, int t, int n) {
     const AttentionScratch memory(m.head_dim, pass.capacity, scratch.attention + t * scratch.attention_bytes);
     const int heads = pass.batch * m.kv_heads, queries = pass.span * (m.heads / m.kv_heads);
     const int tiles = (queries + QUERIES - 1) / QUERIES;
@@ -202,59 +226,66 @@ static void attention_layer(const Model& m, const Pass& pass, const Scratch& scr
         const int s = i / m.kv_heads, g = i % m.kv_heads;
         append_tokens(m, pass, scratch, layer, s, g, memory);
         for (int query = 0; query < queries && !split; query += QUERIES)
-            attend_tile(m, pass, scratch, memory, layer, s, g, query);
+            attend_tile(m, pass, scratch, memory, result, layer, s, g, query);
     }
     if (!split) return;
     barrier.wait(n);
     share(heads * tiles, 1, t, n, &first, &end);
     for (int i = first; i < end; i++) {
         const int s = i / tiles / m.kv_heads, g = i / tiles % m.kv_heads;
-        attend_tile(m, pass, scratch, memory, layer, s, g, i % tiles * QUERIES);
+        attend_tile(m, pass, scratch, memory, result, layer, s, g, i % tiles * QUERIES);
     }
 }
 
-static void work(const Model& m, const Pass& pass, const Scratch& scratch, Barrier& barrier, int t, int n) {
+static void work(const Model& m, const Pass& pass, const Scratch& scratch, const Operands& operands, Barrier& barrier,
+                 int t, int n) {
     const int D = m.dim, rows = pass.batch * pass.span, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
     float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
-    auto add = [&](int r, int c, float v) { pass.x[(int64_t)r * D + c] += v; };
+    const Multiply multiply(scratch.workspaces + t * scratch.workspace);
+    const Target add{pass.x, D, true};
+    auto norm = [&](int64_t from, const float* weight, int to) {
+        normalise(pass.x + from * D, weight, D, m.eps, scratch.normed + (int64_t)to * D);
+        operands.normed.update(to, 0, D);
+    };
     int first, end;
     for (int l = 0; l < m.layers; l++) {
         const Layer& w = m.layer[l];
         share(rows, 1, t, n, &first, &end);
-        for (int r = first; r < end; r++)
-            normalise(pass.x + (int64_t)r * D, w.attention_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+        for (int r = first; r < end; r++) norm(r, w.attention_norm, r);
         barrier.wait(n);
-        share(width, COLUMNS, t, n, &first, &end);
-        product(scratch.normed, w.wqkv, rows, D, first, end,
-                [&](int r, int c, float v) { scratch.qkv[(int64_t)r * width + c] = v; });
+        share(width, Multiply::UNIT, t, n, &first, &end);
+        multiply(operands.normed, w.wqkv, rows, first, end, {scratch.qkv, width, false});
         barrier.wait(n);
-        attention_layer(m, pass, scratch, barrier, l, t, n);
+        attention_layer(m, pass, scratch, operands.attended, barrier, l, t, n);
         barrier.wait(n);
-        share(D, COLUMNS, t, n, &first, &end);
-        product(scratch.hidden, w.wo, rows, D, first, end, add);
+        share(D, Multiply::UNIT, t, n, &first, &end);
+        multiply(operands.attended, w.wo, rows, first, end, add);
         barrier.wait(n);
         share(rows, 1, t, n, &first, &end);
-        for (int r = first; r < end; r++)
-            normalise(pass.x + (int64_t)r * D, w.ffn_norm, D, m.eps, scratch.normed + (int64_t)r * D);
+        for (int r = first; r < end; r++) norm(r, w.ffn_norm, r);
         barrier.wait(n);
         share(m.ffn_dim, GATES, t, n, &first, &end);
-        gate(m, w, scratch, rows, first, end, gates);
+        gate(multiply, w, operands, rows, first, end, gates);
         barrier.wait(n);
-        share(D, COLUMNS, t, n, &first, &end);
-        product(scratch.hidden, w.w2, rows, m.ffn_dim, first, end, add);
+        share(D, Multiply::UNIT, t, n, &first, &end);
+        multiply(operands.gated, w.w2, rows, first, end, add);
         barrier.wait(n);
     }
     const int outputs = pass.batch * pass.outputs;
     share(outputs, 1, t, n, &first, &end);
     for (int r = first; r < end; r++) {
         const int64_t s = r / pass.outputs, token = pass.span - pass.outputs + r % pass.outputs;
-        normalise(pass.x + (s * pass.span + token) * D, m.norm, D, m.eps, scratch.normed + (int64_t)r * D);
+        norm(s * pass.span + token, m.norm, r);
     }
     barrier.wait(n);
-    share(m.vocabulary, COLUMNS, t, n, &first, &end);
-    product(scratch.normed, m.head, outputs, D, first, end,
-            [&](int r, int c, float v) { pass.logits[(int64_t)r * m.vocabulary + c] = v; });
+    share(m.vocabulary, Multiply::UNIT, t, n, &first, &end);
+    multiply(operands.normed, m.head, outputs, first, end, {pass.logits, m.vocabulary, false});
 }
+
+// 0, or the number of the error with which the kernel refuses the processor's matrix unit. Once a process.
+extern "C" int32_t prepare_processor() { return allow_tiles(); }
+
+extern "C" const int32_t cache_lanes = LANES;  // see attention.h
 
 extern "C" int64_t scratch_bytes(const Model* m, int64_t rows, int64_t threads, int64_t capacity) {
     return Scratch(*m, rows, threads, capacity, nullptr).bytes;
@@ -262,7 +293,8 @@ extern "C" int64_t scratch_bytes(const Model* m, int64_t rows, int64_t threads, 
 
 extern "C" void forward(const Model* m, const Pass* pass) {
     const Scratch scratch(*m, (int64_t)pass->batch * pass->span, pass->threads, pass->capacity, pass->scratch);
+    const Operands operands(*m, scratch, (int64_t)pass->batch * pass->span);
     Barrier barrier;
 #pragma omp parallel num_threads(pass->threads)
-    work(*m, *pass, scratch, barrier, omp_get_thread_num(), omp_get_num_threads());
+    work(*m, *pass, scratch, operands, barrier, omp_get_thread_num(), omp_get_num_threads());
 }

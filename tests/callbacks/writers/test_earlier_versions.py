@@ -1,16 +1,18 @@
 """Stopped ``predict`` runs of an earlier version, whose folder and plan used other names, are resumed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from callbacks.writers.sample_folder import SampleFolder
+from llamagen.sampling import IMAGE_SETTINGS
 from tests.callbacks.writers.test_codes import COUNTS, extract, samples_of, write_set
 from tests.callbacks.writers.test_images import TWO_BATCHES, sample, written_files
 from tests.lightning_modules.runs import vqgan_module
-from tests.pipeline import Pipeline
+from tests.pipeline import SAMPLING, Pipeline
 
 OLD_KEYS = {"number of images": "number of pictures", "image_size": "picture_size"}
 
@@ -34,11 +36,13 @@ def test_a_stopped_sampling_run_is_resumed(pipeline: Pipeline, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"was started with another image_size \(None then, 5 now\)"):
         sample(pipeline, tmp_path, image_size=5)
     assert times(tmp_path / "pictures", "*.png") == before
-    sample(pipeline, tmp_path)
+    sample(pipeline, tmp_path, sampling=replace(SAMPLING, window=3))  # an option that did not exist then
     assert not (tmp_path / "pictures").exists()
     assert written_files(tmp_path) == written_files(pipeline.samples)
     assert before.items() <= times(tmp_path / "images", "*.png").items()
-    assert json.loads((tmp_path / ".plan.json").read_text()).keys() >= OLD_KEYS.keys()
+    plan = json.loads((tmp_path / ".plan.json").read_text())
+    assert plan.keys() >= OLD_KEYS.keys()
+    assert {name for name in plan if name.startswith("sampling.")} == {f"sampling.{name}" for name in IMAGE_SETTINGS}
 
 
 def test_images_without_a_plan_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 import main
 from callbacks import ImageWriter
 from datamodules import PromptDataModule
-from llamagen.sampling import SamplingConfig
+from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 from tests.callbacks.writers.hashed_images import HashedImages
 from tests.datamodules.shard_files import assert_one_line
 from tests.lightning_modules.runs import evaluator
@@ -103,6 +103,7 @@ def test_each_image_has_a_record_of_its_prompt_and_settings(uninterrupted: Path)
     assert {record["seed"] for record in found} == {0}
     assert found[0]["sampling"]["guidance_scale"] == 7.5
     assert found[0]["sampling"]["top_k"] == 1000
+    assert found[0]["sampling"].keys() == set(IMAGE_SETTINGS)
     assert "柴犬" in (uninterrupted / "metadata.jsonl").read_text(encoding="utf-8")
 
 

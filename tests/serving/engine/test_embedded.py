@@ -13,7 +13,9 @@ from PIL import Image
 from llamagen import LlamaGen
 from llamagen.class_names import ClassNames
 from llamagen.finite import NotFiniteError
+from llamagen.sampling import IMAGE_SETTINGS
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
+from llamagen.sampling.windows import WindowLoop
 from serving.engine.embedded import EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
@@ -75,7 +77,7 @@ def expected(model: LlamaGen, work: Work) -> np.ndarray:
 
 def test_requests_that_share_batches_get_the_images_of_python(model: LlamaGen, start: Start) -> None:
     settings = {"top_k": 20, "guidance_scale": 3.0}
-    dispatcher = start(lambda: EmbeddedEngine(model))
+    dispatcher = start(lambda: EmbeddedEngine(model, window=3))
     heard = [Heard() for _ in range(3)]
     for seed, each in enumerate(heard):
         values = ImageRequest((3, "7", 1), (0, 1, 2), seed, model.settings(**settings), previews=seed == 1)
@@ -275,10 +277,23 @@ def test_a_cpu_reports_finished_images_before_it_begins_the_next_batch(model: Ll
     assert order == ["take", "image", "take", "image", "take"]
 
 
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The windows of all batches."""
+    found, sample = list[Any](), WindowLoop.run
+
+    def run_loop(loop: WindowLoop, window: Any, report: Callable[[int], None]) -> None:
+        found.append(window)
+        sample(loop, window, report)
+
+    monkeypatch.setattr(WindowLoop, "run", run_loop)
+    return found
+
+
 def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_depend_on_their_batch(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, windows: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4)
+    spec = WorkerSpec(str(pipeline.root / "argen"), device="cpu", dtype="bfloat16", batch_size=4, window=3)
     engine = load_engine(spec)
     together = images(run(engine, works(engine.model, 4)))
     for work in works(engine.model, 4):
@@ -296,6 +311,17 @@ def test_on_a_cpu_a_server_compiles_small_models_too_and_bfloat16_images_do_not_
         "depend on their batch; use float32 to avoid this",
         "sampling in float32 is not compiled (ValueError: there is no compiler), so it is slower",
     ]
+    assert windows == [3] * 7  # five compiled batches, two others
+
+
+def test_requests_do_not_know_the_window_of_the_server(model: LlamaGen, windows: list[Any]) -> None:
+    engine, batch = EmbeddedEngine(model, window=6), works(model, 2)
+    found = images(run(engine, batch))
+    assert windows == [6]
+    assert all(np.array_equal(found[work.key], expected(model, work)) for work in batch)
+    assert engine.facts.sampling.keys() == set(IMAGE_SETTINGS)
+    with pytest.raises(ValueError, match="there is no setting 'window' of sampling; the settings are temperature, "):
+        engine.facts.settings({"window": 6})
 
 
 def test_facts_have_the_ids_of_classes(model: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The page in a real browser: what people do on it, and that they see exactly the images of Python."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def test_a_downloaded_image_puts_its_settings_back(visitor: Visitor, model: Llam
     visitor.start()
     visitor.wait("Finished 4 images")
     assert visitor.files() == files
-    settings = ImageSettings("other", "generation", (1,), 1, 0, 0, 0, asdict(model.sampling))
+    settings = ImageSettings("other", "generation", (1,), 1, 0, 0, 0, model.sampling.image_settings())
     other = tmp_path / "other.png"
     other.write_bytes(png_file(Image.new("RGB", (8, 8)), settings, "1", "float32"))
     visitor.put_back(other)

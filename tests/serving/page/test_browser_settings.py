@@ -1,6 +1,5 @@
 """Settings of the page in a real browser: they stay as they are shown, and so do messages about them."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def test_opening_more_about_guidance_changes_no_setting(
     visitor: Visitor, model: LlamaGen, tmp_path: Path, tab: str
 ) -> None:
     path, inside = an_image(tmp_path), tmp_path / "settings.png"
-    own = {**asdict(model.sampling), "guidance_scale": 2.5}
+    own = {**model.sampling.image_settings(), "guidance_scale": 2.5}
     kind = "generation" if tab == "generate" else "completion"
     other = {**own, "guidance_schedule": "power_cosine", "guidance_power": 3.3, "temperature": 0.93, "top_p": 0.955}
     other |= {"guidance_start": 2, "guidance_steps": 9, "top_k": 12}
@@ -68,7 +67,7 @@ def test_the_preview_of_the_cut_leaves_the_status_alone(
     visitor: Visitor, gate: Gate, model: LlamaGen, tmp_path: Path
 ) -> None:
     path, inside, broken = an_image(tmp_path), tmp_path / "settings.png", tmp_path / "broken.png"
-    settings = ImageSettings("argen", "completion", (7,), 4, 3, 0, 1, asdict(model.sampling))
+    settings = ImageSettings("argen", "completion", (7,), 4, 3, 0, 1, model.sampling.image_settings())
     inside.write_bytes(png_file(PIXELS, settings, "7", "float32"))
     broken.write_bytes(b"no image")
     cut = visitor.page.locator("#complete-cut")

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def test_a_request_asks_for_image_k_of_the_seed_as_python_does() -> None:
     request = GenerationRequest((3, 7), 2, 5, {"top_k": 9}, b"file", 2).to_images(CLASS_FACTS)
     settings = CLASS_FACTS.settings({"top_k": 9})
     assert request == ImageRequest((3, 7, 3, 7), (0, 1, 2, 3), 5, settings, b"file", 2, previews=True)
-    assert asdict(settings) == {**CLASS_FACTS.sampling, "top_k": 9}
+    assert settings.image_settings() == {**CLASS_FACTS.sampling, "top_k": 9}
 
 
 def progress(*found: News, count: int = 4, kept: int = 0, clock: Callable[[], float] = lambda: 0.0) -> list[Progress]:

@@ -23,9 +23,8 @@ PIXELS = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 @pytest.fixture
 def settings(facts: ModelFacts) -> ImageSettings:
-    sampling = asdict(
-        facts.settings({"guidance_scale": 3.25, "guidance_steps": 9, "top_k": 20, "guidance_schedule": "cosine"})
-    )
+    own = {"guidance_scale": 3.25, "guidance_steps": 9, "top_k": 20, "guidance_schedule": "cosine"}
+    sampling = facts.settings(own).image_settings()
     return ImageSettings(facts.name, "generation", (3, 7), 2, 123456789, 3, 0, sampling)
 
 

@@ -53,12 +53,13 @@ def test_fewer_replicas_at_most_than_at_least_are_an_error() -> None:
 def test_the_command_writes_a_file_that_the_application_reads(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     arguments = ["c2i_B_256", "--replicas", "2", "--max-replicas", "8", "--port", "8001", "--address", "auto"]
+    arguments += ["--window", "auto"]
     command.main([*arguments, "--write-config", str(path)])
     config = yaml.safe_load(path.read_text())
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8001}
     (application,) = config["applications"]
     assert application["import_path"] == "serving.ray_serve.app:build"
-    assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8)
+    assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8, window="auto")
 
 
 def test_a_written_file_has_whole_paths_and_no_fewer_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ def specs(*arguments: str) -> list[WorkerSpec]:
 def test_each_option_of_the_model_reaches_the_workers() -> None:
     found = specs(
         *("--tokenizer", "vq", "--text-encoder", "t5", "--devices", "cuda:1,cuda:3"),
-        *("--dtype", "float32", "--batch-size", "5"),
+        *("--dtype", "float32", "--batch-size", "5", "--window", "6"),
     )
-    expected = WorkerSpec("model", "vq", "t5", "cuda:1", "float32", 5)
-    assert found == [expected, WorkerSpec("model", "vq", "t5", "cuda:3", "float32", 5)]
+    expected = WorkerSpec("model", "vq", "t5", "cuda:1", "float32", 5, window=6)
+    assert found == [expected, replace(expected, device="cuda:3")]
+    assert [spec.window for spec in specs("--window", "auto")] == ["auto"] * len(specs())
 
 
 def test_by_default_there_is_a_worker_on_each_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,7 @@ def test_by_default_there_is_a_worker_on_each_gpu_or_one_on_the_cpu(monkeypatch:
     assert specs() == [WorkerSpec("model", device="cpu", batch_size=4)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert specs() == [WorkerSpec("model", device=f"cuda:{number}", batch_size=16) for number in range(2)]
-    [vllm] = specs("--engine", "vllm", "--tensor-parallel", "2")
+    [vllm] = specs("--engine", "vllm", "--tensor-parallel", "2", "--window", "1")
     assert (vllm.device, vllm.engine, vllm.options) == ("cuda:0", "vllm", {"tensor_parallel": 2})
 
 
@@ -62,6 +64,8 @@ def test_by_default_there_is_a_worker_on_each_gpu_or_one_on_the_cpu(monkeypatch:
     ("arguments", "message"),
     [
         (["--tensor-parallel", "2"], "--tensor-parallel 2 needs --engine vllm"),
+        (["--window", "4", "--engine", "vllm"], "--window 4 needs the embedded engine"),
+        (["--window", "auto", "--engine", "vllm"], "--window auto needs the embedded engine"),
         (["--devices", "cuda:0,cuda:1", "--engine", "vllm"], "are 2 devices, but --engine vllm takes one"),
         (["--devices", "gpu"], "--devices gpu holds 'gpu', which is not a device; give names like cuda:0"),
         (["--devices", "cuda:0,cuda:0"], "names a GPU twice"),
@@ -79,6 +83,8 @@ def test_devices_that_do_not_fit_are_refused(arguments: list[str], message: str)
     [
         ["--port", "65536"],
         ["--batch-size", "0"],
+        ["--window", "0"],
+        ["--window", "wide"],
         ["--queue", "many"],
         ["--max-images", "-1"],
         ["--timeout", "0"],

@@ -50,6 +50,7 @@ WRONG_FIELDS = [
     (body(prompt="a b " * 20), "prompt", "prompt has 80 characters; give the name"),
     (body(prompt="x" * 1_000_000), "prompt", "(1000000 characters); give"),
     (body(promt="x"), "promt", "there is no field 'promt'; did you mean prompt?"),
+    (body(window=4), "window", "there is no field 'window'"),  # a choice of the server
     (body(**{"x\n\0": 1}), None, "there is no field 'x\\n\\x00'; the fields are model, "),
     (body(n=0), "n", "n is 0; give an integer from 1"),
     (body(n=17), "n", "n is 17; give an integer from 1 to 16"),
