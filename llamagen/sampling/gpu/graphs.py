@@ -22,8 +22,12 @@ from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
 
 WARM_UP = 3
-MAX_GRAPHS = 32
-"""Maximum number of graphs, so that a server whose clients vary the settings does not fill the memory."""
+MAX_GRAPHS = 88
+"""Maximum number of graphs, so that a server whose clients vary the settings does not fill the memory.
+
+Settings need up to 11 graphs if the window is ``auto``. Intermediate results share one pool of memory, so a further
+graph takes only the memory of its list of kernels.
+"""
 
 
 class Graph(Protocol):

@@ -17,7 +17,8 @@ def _add_block(query, keys, values, visible, best, weight, mixed, scale):
 
     Args:
         query: (Q, E).
-        keys, values: (N, E), finite, in the dtype of ``query``.
+        keys: (N, E), in the dtype of ``query``.
+        values: (N, E), finite, because those that a query does not see are multiplied by 0; in the same dtype.
         visible: (Q, N), whether a query attends to a key.
         best, weight: (Q,) float32, largest score and sum of the exponentials so far.
         mixed: (Q, E) float32, sum of the values so far, each times its exponential.
@@ -97,6 +98,11 @@ def attend_window(
             written = valid & (start + other < positions)[:, None]
             tl.store(keys + place * E + column, new_keys, mask=written)
             tl.store(values + place * E + column, new_values, mask=written)
+        # A wrong guess may have values that are not finite. The codes before it must not notice: its values become 0,
+        # and its key NaN, so that the tokens after it are NaN as they should be.
+        infinite = tl.max(tl.where(tl.abs(new_values.to(tl.float32)) < float("inf"), 0, 1), 1)[:, None] > 0
+        new_values = tl.where(infinite, 0.0, new_values)
+        new_keys = tl.where(infinite, float("nan"), new_keys)
         visible = other[None, :] <= token[:, None]
         best, weight, mixed = _add_block(query, new_keys, new_values, visible, best, weight, mixed, scale)
     at_out = (row.to(tl.int64) * WINDOW + token[:, None]) * (H * E) + (group * shared + head)[:, None] * E + column

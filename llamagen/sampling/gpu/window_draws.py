@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llamagen.finite import not_finite
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.draws import guided_logits
 from llamagen.sampling.logits import limited_logits
@@ -75,13 +76,26 @@ def draw(limited: Tensor, config: SamplingConfig, steps: Tensor, noise: Noise) -
     return (limited + gumbels).argmax(-1)
 
 
-def limit(logits: Tensor, config: SamplingConfig, scales: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Guide logits (N, V) or (2 N, V) by the ``scales`` (L,) of N codes ``steps``, and limit them.
+def limit(
+    logits: Tensor, config: SamplingConfig, scales: Tensor, guided_steps: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Guide logits, and limit them.
+
+    Args:
+        logits: (N, V) or (2 N, V).
+        config: temperature, top-k and top-p.
+        scales: (L,) float32, guidance scales.
+        guided_steps: scalar int64, number of codes, from the first one, that need the unconditional branch.
+        steps: N codes, int64.
 
     Returns:
         (N, V) float32, and (N,) bool: whether some logits are not finite.
     """
-    guided, broken = guided_logits(logits, steps.numel(), scales[steps.flatten(), None])
+    steps = steps.flatten()
+    guided, broken = guided_logits(logits, len(steps), scales[steps, None])
+    if len(logits) > len(steps):
+        # The unconditional branch is not used after the last guided code, so it is not checked there.
+        broken = torch.where(steps < guided_steps, broken, not_finite(guided))
     return limited_logits(guided, config), broken
 
 
@@ -90,6 +104,7 @@ def settle(
     broken: Tensor,
     config: SamplingConfig,
     span: int,
+    widest: int,
     codes: Tensor,
     counts: Tensor,
     flags: Tensor,
@@ -102,6 +117,7 @@ def settle(
         broken: (B · T,) bool, whether some logits of a token are not finite.
         config: temperature.
         span: T.
+        widest: largest window that the next pass may have. Before a pass, codes are guessed as far as it would read.
         codes: (B, L) int64, final codes and guesses; updated.
         counts: (B,) int64, number of final codes; updated.
         flags: (B,) bool, set for images with logits of final codes that are not finite.
@@ -115,26 +131,30 @@ def settle(
     old, found, new = codes.gather(1, steps), draw(limited, config, steps, noise), steps >= counts[:, None]
     last = torch.where((found != old) & new, offsets, span - 1).amin(1)
     flags.logical_or_((broken & new & (offsets <= last[:, None])).any(1))
+    guessed = torch.maximum(counts - 1 + widest, steps[:, -1] + 1)  # number of codes that are final or guessed
+    places = (counts - 1 + widest).clamp(max=length - span)[:, None] + offsets
     counts.copy_(steps[:, 0] + last + 1)
     result = codes.scatter(1, steps, torch.where(new, found, old))
-    # 2. Guess the codes that the next pass reads and that were not drawn, from the logits of the last token.
-    if span > 1:
-        places = window_places(counts, length, span)
+    # 2. Guess T further codes, from the logits of the last token: at most T codes became final.
+    if widest > 1:
         guesses = draw(limited[:, -1:], config, places, noise)
-        result = result.scatter(1, places, torch.where(places > steps[:, -1:], guesses, result.gather(1, places)))
+        guesses = torch.where(places >= guessed[:, None], guesses, result.gather(1, places))
+        result = result.scatter(1, places, guesses)
     codes.copy_(result)
 
 
 def limit_and_settle(
     logits: Tensor,
     scales: Tensor,
+    guided_steps: Tensor,
     config: SamplingConfig,
     span: int,
+    widest: int,
     codes: Tensor,
     counts: Tensor,
     flags: Tensor,
     noise: Noise,
 ) -> None:
     """:func:`limit` with the scales (L,) of all codes, then :func:`settle`."""
-    limited, broken = limit(logits, config, scales, window_places(counts, codes.shape[1], span) + 1)
-    settle(limited, broken, config, span, codes, counts, flags, noise)
+    limited, broken = limit(logits, config, scales, guided_steps, window_places(counts, codes.shape[1], span) + 1)
+    settle(limited, broken, config, span, widest, codes, counts, flags, noise)

@@ -11,6 +11,7 @@ V vocabulary size.
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,6 +32,7 @@ from llamagen.sampling.gpu.window_draws import (
     settle,
     window_places,
 )
+from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.window_choice import WINDOWS, PassTimes, WindowChoice
 from llamagen.sampling.windows import Array
 
@@ -87,6 +89,7 @@ class WindowGraphs(StepGraphs):
         super().__init__(gpt, batch_size, weights)
         self.counts = torch.ones(batch_size, dtype=torch.int64, device=self.device)
         self.passes = 0
+        self._guided_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._host: CountsOnHost | None = None
         self._first_logits: Tensor | None = None
         self._noise = Noise(self._seeds, self._indices, self._counters)
@@ -95,7 +98,7 @@ class WindowGraphs(StepGraphs):
         self._draw: Callable[..., Tensor] = compiled(draw)
         self._settle: Callable[..., None] = compiled(settle)
         self._limit_and_settle: Callable[..., None] = compiled(limit_and_settle)
-        self._times: dict[Hashable, PassTimes] = {}
+        self._times: dict[bool, PassTimes] = {}
 
     def prepare(self, config: SamplingConfig) -> KVCache:
         """Allocate memory and capture the graphs that these settings need."""
@@ -118,11 +121,16 @@ class WindowGraphs(StepGraphs):
                 self._window_graph(config, span, False)
         return cache
 
+    def begin(self, request: SamplingRequest, caption_lengths: Tensor | None) -> None:
+        """Initialise the memory of the graphs for a call."""
+        super().begin(request, caption_lengths)
+        self._guided_steps.fill_(request.config.guided_steps(self.gpt.config.block_size))
+
     def pass_times(self, config: SamplingConfig) -> PassTimes:
-        """Measured times of passes in the middle of an image. The first call with these settings measures them."""
+        """Times of passes of ``auto`` in the middle of an image. They are measured once with guidance, once without."""
         guided = config.guided_steps(self.gpt.config.block_size) > 1
-        key = (guided, *_settings(config))
-        if key not in self._times:
+        if guided not in self._times:
+            config = replace(config, window="auto")
             self.prepare(config)
             spans = self._spans(config)
             with self._restored():
@@ -134,8 +142,8 @@ class WindowGraphs(StepGraphs):
                 if window <= max(spans, default=0)
             }
             # An image of one code has no passes.
-            self._times[key] = PassTimes([2 * self.batch_size], [times or {1: 0.0}])
-        return self._times[key]
+            self._times[guided] = PassTimes([2 * self.batch_size], [times or {1: 0.0}])
+        return self._times[guided]
 
     def run(
         self,
@@ -206,11 +214,12 @@ class WindowGraphs(StepGraphs):
         assert self._first_logits is not None
         logits = self._first_logits[: 2 * self.batch_size if guided else self.batch_size]
         steps = (self.counts[:, None] + torch.arange(span - 1, device=self.device)).clamp(max=self.codes.shape[1] - 1)
-        limited, _ = limit(logits, config, self._scales, self.counts)
+        limited, _ = limit(logits, config, self._scales, self._guided_steps, self.counts)
         self.codes.scatter_(1, steps, self._draw(limited[:, None], config, steps, self._noise))
 
     def _window_graph(self, config: SamplingConfig, span: int, guided: bool) -> Graph:
-        return self._graph((span, guided, *_settings(config)), partial(self._pass, config, span, guided))
+        key = (span, self._spans(config)[-1], guided, *_settings(config))
+        return self._graph(key, partial(self._pass, config, span, guided))
 
     def _pass(self, config: SamplingConfig, span: int, guided: bool) -> None:
         """One pass over ``span`` tokens of each row."""
@@ -220,12 +229,12 @@ class WindowGraphs(StepGraphs):
         x, cached = self._read_window(self.codes, self.counts, self._embedding, span, condition_length, branches)
         first = None if self._first is None else self._first[: len(cached)]
         logits = self._gpu_step(x, cached, first, self._cache.keys, self._cache.values)
-        state = (config, span, self.codes, self.counts, self.broken, self._noise)
+        state = (config, span, self._spans(config)[-1], self.codes, self.counts, self.broken, self._noise)
         if config.top_p < 1.0:  # see :meth:`_sample`
             steps = window_places(self.counts, length, span) + 1
-            self._settle(*limit(logits, config, self._scales, steps), *state)
+            self._settle(*limit(logits, config, self._scales, self._guided_steps, steps), *state)
         else:
-            self._limit_and_settle(logits, self._scales, *state)
+            self._limit_and_settle(logits, self._scales, self._guided_steps, *state)
 
     def _state(self) -> list[Tensor]:
         return [*super()._state(), self.counts]

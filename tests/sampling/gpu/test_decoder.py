@@ -72,7 +72,7 @@ def test_windows_in_bfloat16(window: int) -> None:
         sampler = Sampler(gpt, 64, compiled=True)
     config = SamplingConfig(guidance_scale=2.0)
     codes, expected = sampler(labels, replace(config, window=window)), sampler(labels, config)
-    assert (codes == expected)[:, :4].float().mean() > 0.7  # rounding changes few codes
+    assert (codes == expected)[:, 1:4].float().mean() > 0.7  # rounding changes few codes; code 0 has no window
 
 
 def test_settings_seeds_and_batch_sizes_may_change_between_calls() -> None:

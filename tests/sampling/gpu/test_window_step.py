@@ -124,6 +124,17 @@ def test_tokens_beyond_the_capacity_are_not_written(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_a_token_that_is_not_finite_does_not_change_those_before_it(dtype: torch.dtype) -> None:
+    batch = Batch(small_gpt(), dtype)
+    expected = batch.read(5)[0]
+    batch.gpt.tok_embeddings.weight[batch.codes[0, STARTS[0] + 3]] = torch.nan
+    found = batch.read(5)[0]
+    assert torch.equal(found[0, :3], expected[0, :3])
+    assert found[0, 3:].isnan().all()
+
+
+@torch.no_grad()
 def test_a_window_may_have_more_queries_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamagen.sampling.gpu.attention_launch.MAX_QUERIES", 16)
     monkeypatch.setattr("llamagen.sampling.gpu.attention_launch.WINDOW_BLOCK", 16)

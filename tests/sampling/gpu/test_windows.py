@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llamagen.sampling import SamplingConfig, code_counters
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
-from llamagen.sampling.gpu.window_draws import Noise, draw, settle
+from llamagen.sampling.gpu.window_draws import Noise, draw, limit, settle
+from llamagen.sampling.gpu.windows import AHEAD, CountsOnHost
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.gpu.without_gpu import no_gpu, request_for  # noqa: F401
 from tests.sampling.plain import SETTINGS
@@ -56,7 +57,7 @@ def test_windows_do_not_change_the_codes(kind: str, setting: str, window: int | 
 def test_the_window_may_change_between_calls_and_right_guesses_save_passes() -> None:
     gpt, request = request_for("class", GREEDY)
     with torch.no_grad():
-        gpt.output.weight[7] *= 40  # so that all codes are 7 or not, and many guesses are right
+        gpt.output.weight[7] *= 40  # one code is far more likely than the others, so many guesses are right
     decoder, passes = GPUCodeDecoder(gpt, 3, torch.float32), list[int]()
     expected = decoder(request).codes
     for window in (2, 8, 1, 40, 2):
@@ -110,16 +111,19 @@ def test_a_window_is_chosen_among_the_graphs_by_their_times(monkeypatch: pytest.
     assert set(seen[5:]) <= {1, 2, 4}, "windows that cost more than they save are not used"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_draws_are_final_up_to_the_first_wrong_guess(temperature: float) -> None:
-    config, length, span = SamplingConfig(temperature), 9, 4
+@pytest.mark.parametrize(("temperature", "span", "widest"), [(0.0, 4, 4), (1.0, 4, 4), (1.0, 2, 5), (1.0, 1, 3)])
+def test_draws_are_final_up_to_the_first_wrong_guess(temperature: float, span: int, widest: int) -> None:
+    config, length = SamplingConfig(temperature), 9
     generator = torch.Generator().manual_seed(0)
     limited = torch.randn(20 * span, 3, generator=generator)
     counts = torch.randint(1, length + 1, (20,), generator=generator)
-    codes, broken = torch.randint(3, (20, length), generator=generator), torch.rand(80, generator=generator) < 0.3
+    codes, broken = (
+        torch.randint(3, (20, length), generator=generator),
+        torch.rand(20 * span, generator=generator) < 0.3,
+    )
     noise = Noise(torch.arange(20), torch.arange(20) * 5, code_counters(3))
     old, before, flags = codes.clone(), counts.tolist(), torch.zeros(20, dtype=torch.bool)
-    settle(limited, broken, config, span, codes, counts, flags, noise)
+    settle(limited, broken, config, span, widest, codes, counts, flags, noise)
     for image, count in enumerate(before):
         start, flag, final = min(count - 1, length - 1 - span), False, count
         rows = limited.view(20, span, 3)[image : image + 1]
@@ -131,6 +135,44 @@ def test_draws_are_final_up_to_the_first_wrong_guess(temperature: float) -> None
             if drawn[step] != old[image, step]:
                 break
         new = [drawn.get(step, code) if step >= count else code for step, code in enumerate(old[image].tolist())]
-        for place in range(start + span + 1, min(final - 1, length - 1 - span) + span):
+        # The next pass may read as far as its widest window. What this pass and those before it guessed stays.
+        for place in range(max(start + span + 1, count - 1 + widest), min(count - 1 + widest + span, length)):
             new[place] = int(draw(rows[:, -1:], config, torch.tensor([[place]]), own))
+        assert count - 1 + widest + span >= min(final - 1 + widest, length), "no code of the next pass lacks a guess"
         assert (codes[image].tolist(), int(counts[image]), bool(flags[image])) == (new, final, flag)
+
+
+def test_the_unconditional_branch_is_not_checked_after_the_last_guided_code() -> None:
+    logits = torch.zeros(8, 3)
+    logits[1], logits[4:] = torch.nan, torch.nan  # the conditional row of the second code, all unconditional rows
+    steps, scales = torch.tensor([[3, 3], [2, 4]]), torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0])
+    limited, broken = limit(logits, GREEDY, scales, torch.tensor(3), steps)
+    assert broken.tolist() == [False, True, True, False]
+    assert limited[[0, 3]].isfinite().all()
+
+
+def test_counts_arrive_in_the_order_in_which_they_were_sent() -> None:
+    counts = torch.zeros(2, dtype=torch.int64)
+    host, sent = CountsOnHost(counts), 0
+    for batch in (AHEAD + 1, 1, AHEAD + 1):  # from another slot each time
+        for number in range(sent, sent + batch):
+            counts.fill_(number)
+            host.send(10 + number)
+        received = [host.receive() for _ in range(batch)]
+        assert [(span, found.tolist()) for span, found in received] == [
+            (10 + number, [number] * 2) for number in range(sent, sent + batch)
+        ]
+        sent += batch
+
+
+@torch.no_grad()
+def test_passes_are_timed_once_with_guidance_and_once_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt, request = request_for("class", replace(GREEDY, window="auto"))
+    graphs, timed = GPUCodeDecoder(gpt, 3, torch.float32)._free[0], list[object]()
+    monkeypatch.setattr(graphs, "prepare", timed.append)
+    monkeypatch.setattr(graphs, "_window_graph", lambda *_: None)
+    monkeypatch.setattr(graphs, "_seconds", lambda graph: 1.0)
+    for temperature in (0.0, 1.0):
+        for scale in (1.0, 2.0):
+            graphs.pass_times(replace(request.config, temperature=temperature, guidance_scale=scale))
+    assert len(timed) == 2
