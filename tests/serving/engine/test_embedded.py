@@ -324,6 +324,27 @@ def test_requests_do_not_know_the_window_of_the_server(model: LlamaGen, windows:
         engine.facts.settings({"window": 6})
 
 
+def test_the_times_of_passes_are_measured_before_the_first_request(
+    pipeline: Pipeline, windows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=4)
+    calls, measure = list[str](), decoder.measure_passes
+
+    def measured(*arguments: Any) -> PassTimes:
+        calls.append(threading.current_thread().name)
+        return measure(*arguments)
+
+    monkeypatch.setattr(decoder, "measure_passes", measured)
+    engine = EmbeddedEngine(loaded)
+    engine.prepare()
+    assert len(calls) == 1
+    batch = works(loaded, 2)
+    found = images(run(engine, batch))
+    assert (len(calls), len(windows)) == (1, 1)
+    assert isinstance(windows[0], WindowChoice)
+    assert all(np.array_equal(found[work.key], expected(loaded, work)) for work in batch)
+
+
 def test_facts_have_the_ids_of_classes(model: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ModelFacts.from_model(model).class_ids == ()  # they are the names
     names = [f"class {number}" for number in range(10)]
