@@ -13,8 +13,10 @@ from PIL import Image
 from llamagen import LlamaGen
 from llamagen.class_names import ClassNames
 from llamagen.finite import NotFiniteError
-from llamagen.sampling import IMAGE_SETTINGS
+from llamagen.sampling import IMAGE_SETTINGS, decoder
+from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
+from llamagen.sampling.window_choice import PassTimes, WindowChoice
 from llamagen.sampling.windows import WindowLoop
 from serving.engine.embedded import EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
@@ -328,11 +330,11 @@ def test_the_times_of_passes_are_measured_before_the_first_request(
     pipeline: Pipeline, windows: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=4)
-    calls, measure = list[str](), decoder.measure_passes
+    calls, measure = list[SamplingConfig](), decoder.measure_passes
 
-    def measured(*arguments: Any) -> PassTimes:
-        calls.append(threading.current_thread().name)
-        return measure(*arguments)
+    def measured(engine: Any, config: SamplingConfig) -> PassTimes:
+        calls.append(config)
+        return measure(engine, config)
 
     monkeypatch.setattr(decoder, "measure_passes", measured)
     engine = EmbeddedEngine(loaded)
