@@ -13,6 +13,7 @@ from torch import Tensor
 from llamagen.finite import NotFiniteError
 from llamagen.models.gpt import GPT
 from llamagen.sampling import Sampler, SamplingConfig
+from llamagen.sampling.cpu.step import Scratch
 from llamagen.sampling.decoder import CodeDecoder, PooledCodeDecoder
 from llamagen.sampling.eager import EagerDecodeState
 from llamagen.sampling.window_choice import PassTimes, WindowChoice
@@ -97,7 +98,7 @@ def test_windows_give_the_codes_of_one_at_a_time(
     config = SamplingConfig(**SETTINGS[setting], window=window)
     found = sampler(kind, compiled)(config=config, **arguments(model(kind), IMAGES))
     assert torch.equal(found, one_by_one(kind, compiled, setting))
-    assert set(passes.spans) == {min(window, LENGTH - 1)}
+    assert max(passes.spans) == min(window, LENGTH - 1)
     assert len(passes.spans) <= LENGTH - 1  # never more than without windows
 
 
@@ -275,3 +276,26 @@ def test_what_earlier_calls_left_in_the_cache_has_no_effect(compiled: bool) -> N
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     assert torch.equal(engine(config=SamplingConfig(**GUIDED, window=4), **given), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_earlier_passes_left_in_the_scratch_memory_has_no_effect(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt = small_gpt(block_size=64).to(dtype)
+    sampler, pointer = Sampler(gpt, 2, compiled=True), Scratch.pointer
+    expected = sampler([1, 2], GUIDED)
+
+    def with_garbage(scratch: Scratch, size: int) -> int:
+        address = pointer(scratch, size)
+        scratch._bytes.fill_(255)  # NaN in both dtypes
+        return address
+
+    monkeypatch.setattr(Scratch, "pointer", with_garbage)
+    for window, kept in ((1, 40), (3, 0), (8, 5), (16, 0), (63, 0)):
+        found = sampler([1, 2], {**GUIDED, "window": window}, kept=expected[:, :kept])
+        assert torch.equal(found, expected), window
+
+
+def test_numpy_integers_are_windows() -> None:
+    assert SamplingConfig(window=np.int64(3)).window.__class__ is int  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ struct Barrier {
 struct Scratch {
     NARROW *normed, *hidden, *packed;
     float *qkv, *gates;
-    char *attention, *workspaces;  // of AttentionScratch and of the products, for each thread
+    char *attention, *workspaces;  // for each thread: an AttentionScratch, memory of the products
     int64_t attention_bytes, workspace, packed_size, bytes;
     Scratch(const Model& m, int64_t rows, int64_t threads, int64_t capacity, char* base) {
         uintptr_t at = ((uintptr_t)base + 63) & ~(uintptr_t)63;
@@ -137,7 +137,8 @@ static void append_tokens(const Model& m, const Pass& pass, const Scratch& scrat
 // Attention of the queries [query, query + Q) of sequence s in key-value head g, counted token by token.
 template <int Q>
 static void attend_queries(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
-                           int layer, int s, int g, int query, const int* last, int from) {
+                           const Operand<NARROW>& result, int layer, int s, int g, int query, const int* last,
+                           int from) {
     const int E = m.head_dim, group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
     NARROW* out[Q];
     for (int q = 0; q < Q; q++) {
@@ -146,7 +147,7 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
         rotate(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, turn_of(m, pass, s, j, start), E,
                memory.rotated);
         round_all(memory.rotated, E, memory.queries + q * E);
-        out[q] = scratch.hidden + row * m.dim + head * E;
+        out[q] = result.matrix + row * result.width + head * E;
     }
     attend<Q>(cached_head(m, pass, layer, s, g), from, last, memory, [&](int q, int e, vec mean, int count) {
         if (count == LANES)
@@ -154,11 +155,13 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
         else
             for (int i = 0; i < count; i++) store(mean[i], out[q] + e + i);
     });
+    for (int q = 0; q < Q; q++)
+        result.update(s * pass.span + (query + q) / group, (g * group + (query + q) % group) * E, E);
 }
 
 // Attention of at most QUERIES queries from `query` on.
 static void attend_tile(const Model& m, const Pass& pass, const Scratch& scratch, const AttentionScratch& memory,
-                        int layer, int s, int g, int query) {
+                        const Operand<NARROW>& result, int layer, int s, int g, int query) {
     const int group = m.heads / m.kv_heads, start = pass.starts ? pass.starts[s] : pass.start;
     const int first = pass.first ? pass.first[s] : 0, all = pass.span * group;
     for (const int end = query + QUERIES < all ? query + QUERIES : all; query < end;) {
@@ -169,13 +172,13 @@ static void attend_tile(const Model& m, const Pass& pass, const Scratch& scratch
             if (from[count] != from[0]) break;
         }
         if (count == QUERIES) {
-            attend_queries<QUERIES>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<QUERIES>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += QUERIES;
         } else if (count >= 2) {
-            attend_queries<2>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<2>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += 2;
         } else {
-            attend_queries<1>(m, pass, scratch, memory, layer, s, g, query, last, from[0]);
+            attend_queries<1>(m, pass, scratch, memory, result, layer, s, g, query, last, from[0]);
             query += 1;
         }
     }
@@ -211,32 +214,26 @@ static inline void share(int items, int unit, int t, int n, int* first, int* end
 }
 
 // The part of thread t of n of the attention of a layer.
-static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, const Operands& operands,
+static void attention_layer(const Model& m, const Pass& pass, const Scratch& scratch, const Operand<NARROW>& result,
                             Barrier& barrier, int layer, int t, int n) {
     const AttentionScratch memory(m.head_dim, pass.capacity, scratch.attention + t * scratch.attention_bytes);
     const int heads = pass.batch * m.kv_heads, queries = pass.span * (m.heads / m.kv_heads);
     const int tiles = (queries + QUERIES - 1) / QUERIES;
     const bool split = n > 1 && tiles > 1 && heads < 4 * n;  // too few heads: several threads share one
-    auto attend = [&](int s, int g, int query) {
-        attend_tile(m, pass, scratch, memory, layer, s, g, query);
-        const int group = m.heads / m.kv_heads, stop = query + QUERIES < queries ? query + QUERIES : queries;
-        for (int q = query; q < stop; q++)
-            operands.attended.update(s * pass.span + q / group, (g * group + q % group) * m.head_dim, m.head_dim);
-    };
     int first, end;
     share(heads, 1, t, n, &first, &end);
     for (int i = first; i < end; i++) {
         const int s = i / m.kv_heads, g = i % m.kv_heads;
         append_tokens(m, pass, scratch, layer, s, g, memory);
         for (int query = 0; query < queries && !split; query += QUERIES)
-            attend(s, g, query);
+            attend_tile(m, pass, scratch, memory, result, layer, s, g, query);
     }
     if (!split) return;
     barrier.wait(n);
     share(heads * tiles, 1, t, n, &first, &end);
     for (int i = first; i < end; i++) {
         const int s = i / tiles / m.kv_heads, g = i / tiles % m.kv_heads;
-        attend(s, g, i % tiles * QUERIES);
+        attend_tile(m, pass, scratch, memory, result, layer, s, g, i % tiles * QUERIES);
     }
 }
 
@@ -259,7 +256,7 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, const
         share(width, Multiply::UNIT, t, n, &first, &end);
         multiply(operands.normed, w.wqkv, rows, first, end, {scratch.qkv, width, false});
         barrier.wait(n);
-        attention_layer(m, pass, scratch, operands, barrier, l, t, n);
+        attention_layer(m, pass, scratch, operands.attended, barrier, l, t, n);
         barrier.wait(n);
         share(D, Multiply::UNIT, t, n, &first, &end);
         multiply(operands.attended, w.wo, rows, first, end, add);
@@ -287,6 +284,8 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, const
 
 // 0, or the number of the error with which the kernel refuses the processor's matrix unit. Once a process.
 extern "C" int32_t prepare_processor() { return allow_tiles(); }
+
+extern "C" const int32_t cache_lanes = LANES;  // see attention.h
 
 extern "C" int64_t scratch_bytes(const Model* m, int64_t rows, int64_t threads, int64_t capacity) {
     return Scratch(*m, rows, threads, capacity, nullptr).bytes;

@@ -150,7 +150,7 @@ class CPUStep:
         Args:
             x: (B, T, D) float32, contiguous: the embedded tokens. Overwritten.
             cache: cache of at least B rows, see :meth:`KVCache.first_rows`. Its length grows by T, unless ``starts`` is
-                given.
+                given. The layout of its memory is that of ``attention.h``, so only this class can read it.
             first: (B,) int32, index of the first token of each row that is not padding; None without padding.
             logits: (B, V) float32 for the logits after the last token, or (B, K, V) for those after the last K tokens;
                 contiguous, written to.
