@@ -31,6 +31,9 @@ PHRASES = (
 )
 """Patterns of jsonargparse's messages, and their replacements."""
 
+EXPECTED = "must be "
+"""Prefix of the messages that say what a value must be."""
+
 RENAMED_OPTIONS = {"picture_size": "image_size"}
 """Older names of options. Configuration files may use them; arguments are rejected with the current name."""
 
@@ -59,12 +62,19 @@ def one_line(message: str) -> str:
             line = re.sub(pattern, phrase, line)
         if (line := line.strip().rstrip(".:")) and line not in reasons:
             reasons.append(line)
-    reason = "; ".join(reasons) or "is not valid"
+    reason = _join(reasons) or "is not valid"
     for old, new in RENAMED_OPTIONS.items():
         reason = reason.replace(f"has no option {old}", f"has no option {old}, which is now {new}")
     if given and given not in reason:
         reason = f"{reason}, not {given}"
     return f"{'.'.join(keys)}: {reason}" if keys else reason
+
+
+def _join(reasons: list[str]) -> str:
+    """Join reasons. What each type of a union expects becomes "must be of type int or one of 'auto'"."""
+    expected = [reason.removeprefix(EXPECTED) for reason in reasons if reason.startswith(EXPECTED)]
+    others = [reason for reason in reasons if not reason.startswith(EXPECTED)]
+    return "; ".join([*([EXPECTED + " or ".join(expected)] if expected else []), *others])
 
 
 class OneLineErrors:

@@ -71,12 +71,27 @@ def address(connection: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def add_window(parser: argparse.ArgumentParser, default: int | Literal["auto"]) -> None:
+    """Add the option ``--window``, which is None if it is not given.
+
+    Args:
+        parser: that of a command that loads a model.
+        default: what None means, for the help text.
+    """
+    parser.add_argument(
+        "--window",
+        type=window_size,
+        metavar="N|auto",
+        help=f"codes of an image that a pass may decide, or auto; changes no image; default {default}",
+    )
+
+
 def window_size(text: str) -> int | Literal["auto"]:
     """Type of the option ``--window``."""
     if text == "auto":
         return "auto"
     if not text.isascii() or not text.isdecimal() or not 0 < len(text) < 7 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of codes; give 1, 2, … or auto")
+        raise argparse.ArgumentTypeError(f"{text} is not a window; give a number of codes (1, 2, …) or auto")
     return int(text)
 
 

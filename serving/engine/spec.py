@@ -13,7 +13,7 @@ BATCH = {"cpu": 4, "cuda": 16}
 """Images at a time by default: few on a CPU, so that the first ones are finished early."""
 
 
-DEFAULT_WINDOW: int | Literal["auto"] = 1
+DEFAULT_WINDOW: int | Literal["auto"] = "auto"
 """Codes of an image that a pass may decide, see ``SamplingConfig.window``. It changes the speed and no image."""
 
 
@@ -35,7 +35,7 @@ class WorkerSpec:
         batch_size: maximum number of images that are generated at a time.
         engine: name in :data:`ENGINES`, or ``module:function`` of a function that builds an engine from this object.
         options: more options of that engine.
-        window: see ``SamplingConfig.window``; for the embedded engine.
+        window: see ``SamplingConfig.window``; for the embedded engine. vLLM ignores it.
     """
 
     source: str

@@ -22,7 +22,7 @@ from llamagen.cores import usable_cores
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
 from serving.engine.spec import DEFAULT_WINDOW
-from serving.start import listen, port_number, require_extra, stage, window_size
+from serving.start import add_window, listen, port_number, require_extra, stage
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -276,11 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="maximum number of images that a replica generates at a time; default 4 on CPUs, 16 on GPUs",
     )
-    add(
-        "--window",
-        type=window_size,
-        help=f"codes of an image that a pass may decide, or auto; changes no image; default {DEFAULT_WINDOW}",
-    )
+    add_window(parser, DEFAULT_WINDOW)
     add("--replicas", type=int, help="number of replicas, default 1; with --max-replicas the least number")
     add("--max-replicas", type=int, help="greatest number of replicas; their number then follows the load")
     add("--target", type=float, help="calls in progress that a replica should have; default half of --batch-size")

@@ -1,10 +1,24 @@
 """Options of the application, of the command and of configuration files of ``serve run`` and ``serve deploy``."""
 
+import argparse
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from serving.engine.spec import DEFAULT_WINDOW
+from serving.start import window_size
+
+
+def _window(value: object) -> int | Literal["auto"]:
+    """Check a window. ``serve run`` passes numbers as text; pydantic's int would also be 1 for true and 2 for 2.0.
+
+    Raises:
+        ValueError: in one line, if it is neither an integer of at least 1 nor ``auto``.
+    """
+    try:
+        return window_size(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
 
 
 class Options(BaseModel):
@@ -38,7 +52,7 @@ class Options(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     dtype: str | None = None
     batch_size: int | None = Field(None, ge=1)
-    window: Annotated[int, Field(ge=1)] | Literal["auto"] = DEFAULT_WINDOW
+    window: Annotated[int | Literal["auto"], PlainValidator(_window)] = DEFAULT_WINDOW
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
     target: float | None = Field(None, gt=0)

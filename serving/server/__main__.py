@@ -13,7 +13,7 @@ from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
 from serving.engine.spec import DEFAULT_WINDOW
 from serving.server.starting import answered_while_starting
-from serving.start import address, listen, port_number, require_extra, stage, window_size
+from serving.start import add_window, address, listen, port_number, require_extra, stage
 
 PORT = 8000
 
@@ -82,11 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, help="images at a time on a device; default 4 on a CPU, else 16"
     )
-    parser.add_argument(
-        "--window",
-        type=window_size,
-        help=f"codes of an image that a pass may decide, or auto; changes no image; default {DEFAULT_WINDOW}",
-    )
+    add_window(parser, DEFAULT_WINDOW)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one")
     parser.add_argument("--queue", type=_positive, default=256, help="images that may wait; default 256")

@@ -45,7 +45,7 @@ def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
             batch_size=options.batch_size or default_batch_size(device),
             engine=options.engine,
             options={} if parallel is None else {"tensor_parallel": parallel},
-            window=options.window or DEFAULT_WINDOW,
+            window=1 if options.engine == "vllm" else options.window or DEFAULT_WINDOW,
         )
         for device in devices
     ]

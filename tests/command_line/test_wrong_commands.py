@@ -86,6 +86,7 @@ FIT_ARGEN = {
     f"{MODEL}.tokenizer={{argen}}": "GPT",
     f"{MODEL}.sampling.top_p=1.5": "top_p is 1.5",
     f"{MODEL}.sampling.window=0": "window is 0; it must be at least 1",
+    f"{MODEL}.sampling.window=1.5": "model.sampling.window: must be of type int or one of 'auto', not 1.5",
     f"{MODEL}.sampling.window=wide": "model.sampling.window",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",

@@ -13,8 +13,10 @@ from PIL import Image
 from llamagen import LlamaGen
 from llamagen.class_names import ClassNames
 from llamagen.finite import NotFiniteError
-from llamagen.sampling import IMAGE_SETTINGS
+from llamagen.sampling import IMAGE_SETTINGS, decoder
+from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
+from llamagen.sampling.window_choice import PassTimes, WindowChoice
 from llamagen.sampling.windows import WindowLoop
 from serving.engine.embedded import EmbeddedEngine, load_engine
 from serving.engine.engine import FailureReport, ImageReport, Report, RowsReport, Work
@@ -322,6 +324,27 @@ def test_requests_do_not_know_the_window_of_the_server(model: LlamaGen, windows:
     assert engine.facts.sampling.keys() == set(IMAGE_SETTINGS)
     with pytest.raises(ValueError, match="there is no setting 'window' of sampling; the settings are temperature, "):
         engine.facts.settings({"window": 6})
+
+
+def test_the_times_of_passes_are_measured_before_the_first_request(
+    pipeline: Pipeline, windows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LlamaGen.from_pretrained(pipeline.root / "argen", batch_size=4)
+    calls, measure = list[SamplingConfig](), decoder.measure_passes
+
+    def measured(engine: Any, config: SamplingConfig) -> PassTimes:
+        calls.append(config)
+        return measure(engine, config)
+
+    monkeypatch.setattr(decoder, "measure_passes", measured)
+    engine = EmbeddedEngine(loaded)
+    engine.prepare()
+    assert len(calls) == 1
+    batch = works(loaded, 2)
+    found = images(run(engine, batch))
+    assert (len(calls), len(windows)) == (1, 1)
+    assert isinstance(windows[0], WindowChoice)
+    assert all(np.array_equal(found[work.key], expected(loaded, work)) for work in batch)
 
 
 def test_facts_have_the_ids_of_classes(model: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:

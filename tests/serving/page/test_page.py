@@ -17,10 +17,11 @@ from serving import start
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import EmbeddedEngine
 from serving.engine.facts import ModelFacts
+from serving.engine.spec import WorkerSpec
 from serving.image_settings import ImageSettings, png_file
 from serving.image_store import ImageStore
 from serving.page import __main__ as page
-from serving.page import image_settings, markup
+from serving.page import image_settings, local, markup
 from serving.page.form import Form, all_settings, class_title
 from serving.page.generation import GenerationRequest
 from serving.page.runs import Runs, sentence
@@ -83,6 +84,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded() -> None:
         (["c2i_B_256", "--server=http://a"], "both the model c2i_B_256 and --server are given; give one of them"),
         (["c2i_B_256", "--api-key-file=a"], "--api-key-file is for --server"),
         (["--server=http://a", "--text-encoder=b"], "--text-encoder is for a MODEL; give it to the server"),
+        (["--server=http://a", "--window=auto"], "--window is for a MODEL; give it to the server"),
         (["--server=a:1", "--port=0"], "'a:1' is not the address of a server"),
         (["--server=http://a", "--port=0", "--api-key-file=none"], "the API keys in none cannot be read"),
     ],
@@ -91,6 +93,26 @@ def test_a_model_and_a_server_exclude_each_other(arguments: list[str], message: 
     with pytest.raises(ValueError, match=message) as caught:
         page.main(arguments)
     assert_one_line(caught)
+
+
+def test_the_options_of_the_model_reach_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = list[WorkerSpec]()
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(load: Callable[[], object], queue: int) -> None:
+        load()
+        raise StoppedError
+
+    monkeypatch.setattr(local, "Dispatcher", stop)
+    monkeypatch.setattr(local, "load_engine", specs.append)
+    given = ["--tokenizer=vq", "--text-encoder=t5", "--device=cpu", "--dtype=bfloat16"]
+    for more in ([], ["--window=6"], ["--window=auto"]):
+        with pytest.raises(StoppedError):
+            page.main(["c2i_B_256", "--port=0", *given, *more])
+    expected = WorkerSpec("c2i_B_256", "vq", "t5", "cpu", "bfloat16", 4, window="auto")
+    assert specs == [expected, replace(expected, window=6), expected]
 
 
 def test_a_class_model_has_all_tabs_and_its_own_settings_as_defaults(model: LlamaGen, facts: ModelFacts) -> None:

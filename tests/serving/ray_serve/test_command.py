@@ -12,6 +12,7 @@ import yaml
 pytest.importorskip("ray")
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 
 from llamagen.command import run_command
@@ -53,13 +54,30 @@ def test_fewer_replicas_at_most_than_at_least_are_an_error() -> None:
 def test_the_command_writes_a_file_that_the_application_reads(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     arguments = ["c2i_B_256", "--replicas", "2", "--max-replicas", "8", "--port", "8001", "--address", "auto"]
-    arguments += ["--window", "auto"]
+    arguments += ["--window", "6"]
     command.main([*arguments, "--write-config", str(path)])
     config = yaml.safe_load(path.read_text())
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8001}
     (application,) = config["applications"]
     assert application["import_path"] == "serving.ray_serve.app:build"
-    assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8, window="auto")
+    assert Options(**application["args"]) == Options(model="c2i_B_256", replicas=2, max_replicas=8, window=6)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(3, 3), ("3", 3), ("auto", "auto")])
+def test_a_file_may_give_a_window(given: Any, expected: Any) -> None:
+    assert options(window=given).window == expected
+    assert options().window == "auto"
+
+
+@pytest.mark.parametrize("given", [True, 2.0, 0, "wide", None, ["auto"]])
+def test_a_wrong_window_of_a_file_is_one_error_of_one_line(given: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Options(model="c2i_B_256", window=given)
+    [error] = caught.value.errors()
+    assert (error["loc"], error["msg"]) == (
+        ("window",),
+        f"Value error, {given} is not a window; give a number of codes (1, 2, …) or auto",
+    )
 
 
 def test_a_written_file_has_whole_paths_and_no_fewer_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,12 +48,14 @@ def test_each_option_of_the_model_reaches_the_workers() -> None:
     )
     expected = WorkerSpec("model", "vq", "t5", "cuda:1", "float32", 5, window=6)
     assert found == [expected, replace(expected, device="cuda:3")]
-    assert [spec.window for spec in specs("--window", "auto")] == ["auto"] * len(specs())
+    assert {spec.window for spec in specs()} == {"auto"}
+    assert {spec.window for spec in specs("--window", "auto")} == {"auto"}
+    assert {spec.window for spec in specs("--engine", "vllm")} == {1}
 
 
 def test_by_default_there_is_a_worker_on_each_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert specs() == [WorkerSpec("model", device="cpu", batch_size=4)]
+    assert specs() == [WorkerSpec("model", device="cpu", batch_size=4, window="auto")]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert specs() == [WorkerSpec("model", device=f"cuda:{number}", batch_size=16) for number in range(2)]
     [vllm] = specs("--engine", "vllm", "--tensor-parallel", "2", "--window", "1")
