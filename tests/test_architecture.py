@@ -73,7 +73,7 @@ ALLOWED_IMPORTS = {
         "llamagen.rank_zero",
     ),
     "llamagen/sampling/cpu": ("llamagen.files", "llamagen.models", "llamagen.sampling"),
-    "llamagen/sampling/gpu": ("llamagen.models", "llamagen.sampling"),
+    "llamagen/sampling/gpu": ("llamagen.finite", "llamagen.models", "llamagen.sampling"),
     "llamagen/text": ("llamagen.finite", "llamagen.models", "llamagen.rank_zero", "llamagen.state_dicts"),
     "lightning_modules": ("llamagen",),
     "datamodules": (
