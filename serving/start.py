@@ -71,18 +71,13 @@ def address(connection: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def add_window(parser: argparse.ArgumentParser, default: int | Literal["auto"]) -> None:
-    """Add the option ``--window``, which is None if it is not given.
-
-    Args:
-        parser: that of a command that loads a model.
-        default: what None means, for the help text.
-    """
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--window`` to a command that loads a model. It is None if it is not given."""
     parser.add_argument(
         "--window",
         type=window_size,
         metavar="N|auto",
-        help=f"codes of an image that a pass may decide, or auto; changes no image; default {default}",
+        help="codes of an image that a pass may decide, or auto; changes no image; default auto on CPUs, 1 on GPUs",
     )
 
 

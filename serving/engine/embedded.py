@@ -17,7 +17,7 @@ from serving.engine.engine import ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
 from serving.engine.failures import blame, report_failure
 from serving.engine.previews import GrowingImages, PreviewBudget
-from serving.engine.spec import DEFAULT_WINDOW, WorkerSpec
+from serving.engine.spec import WorkerSpec
 from serving.engine.uploads import read_image
 
 LOGGER = logging.getLogger("serving")
@@ -38,9 +38,7 @@ class EmbeddedEngine:
 
     is_continuous = False
 
-    def __init__(
-        self, model: LlamaGen, clock: Callable[[], float] = time.monotonic, window: Window = DEFAULT_WINDOW
-    ) -> None:
+    def __init__(self, model: LlamaGen, clock: Callable[[], float] = time.monotonic, window: Window = 1) -> None:
         self.model, self.facts, self.capacity = model, ModelFacts.from_model(model), model.batch_size
         self._clock, self._window, self.decodes_later = clock, window, model.device.type == "cuda"
 

@@ -11,10 +11,13 @@ ENGINES = {"embedded": "serving.engine.embedded:load_engine", "vllm": "serving.v
 """By name of an engine, a function that builds it from a :class:`WorkerSpec`."""
 BATCH = {"cpu": 4, "cuda": 16}
 """Images at a time by default: few on a CPU, so that the first ones are finished early."""
+WINDOW: Mapping[str, int | Literal["auto"]] = {"cpu": "auto", "cuda": 1}
+"""Default of ``SamplingConfig.window``. On GPUs windows have not been measured yet."""
 
 
-DEFAULT_WINDOW: int | Literal["auto"] = "auto"
-"""Codes of an image that a pass may decide, see ``SamplingConfig.window``. It changes the speed and no image."""
+def default_window(device: str) -> int | Literal["auto"]:
+    """Window on a device such as ``cpu`` or ``cuda:1``, see :data:`WINDOW`."""
+    return WINDOW["cpu" if device.startswith("cpu") else "cuda"]
 
 
 def default_batch_size(device: str) -> int:
@@ -46,4 +49,4 @@ class WorkerSpec:
     batch_size: int = 8
     engine: str = "embedded"
     options: Mapping[str, Any] = field(default_factory=dict)
-    window: int | Literal["auto"] = DEFAULT_WINDOW
+    window: int | Literal["auto"] = 1

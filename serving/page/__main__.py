@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from llamagen.command import run_command
 from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
-from serving.engine.spec import DEFAULT_WINDOW
 from serving.start import add_window, address, listen, port_number, require_extra, stage
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-encoder", help="name or folder of the T5 of a text model; by default that of the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or mixed; by default that of the model")
-    add_window(parser, DEFAULT_WINDOW)
+    add_window(parser)
     parser.add_argument("--server", metavar="URL", help="address of a server to use instead of a model of its own")
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="file with the API key of the server; by default LLAMAGEN_API_KEY"

@@ -3,7 +3,7 @@
 from llamagen.sampling.config import Window
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
-from serving.engine.spec import DEFAULT_WINDOW, WorkerSpec, default_batch_size
+from serving.engine.spec import WorkerSpec, default_batch_size, default_window
 from serving.page.generation import MAX_IMAGES
 
 MAX_WAITING = 32 * MAX_IMAGES
@@ -28,7 +28,7 @@ def local_backend(
         device: None for a GPU if there is one.
         dtype: None for the model's.
         batch_size: images that are generated at a time; None for the default of the device.
-        window: see ``SamplingConfig.window``; None for :data:`~serving.engine.spec.DEFAULT_WINDOW`.
+        window: see ``SamplingConfig.window``; None for the default of the device.
 
     Raises:
         ValueError: in one line, if the model cannot be loaded.
@@ -37,5 +37,5 @@ def local_backend(
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = batch_size or default_batch_size(place)
-    spec = WorkerSpec(source, tokenizer, text_encoder, device, dtype, count, window=window or DEFAULT_WINDOW)
+    spec = WorkerSpec(source, tokenizer, text_encoder, device, dtype, count, window=window or default_window(place))
     return Dispatcher(lambda: load_engine(spec), queue=MAX_WAITING)

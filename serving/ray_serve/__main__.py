@@ -21,7 +21,6 @@ from llamagen.command import run_command
 from llamagen.cores import usable_cores
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
-from serving.engine.spec import DEFAULT_WINDOW
 from serving.start import add_window, listen, port_number, require_extra, stage
 
 if TYPE_CHECKING:
@@ -276,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="maximum number of images that a replica generates at a time; default 4 on CPUs, 16 on GPUs",
     )
-    add_window(parser, DEFAULT_WINDOW)
+    add_window(parser)
     add("--replicas", type=int, help="number of replicas, default 1; with --max-replicas the least number")
     add("--max-replicas", type=int, help="greatest number of replicas; their number then follows the load")
     add("--target", type=float, help="calls in progress that a replica should have; default half of --batch-size")

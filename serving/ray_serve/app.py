@@ -12,7 +12,7 @@ from llamagen.command import fault_of
 from llamagen.cores import WAIT_SETTINGS
 from serving.engine.dispatcher import Dispatcher
 from serving.engine.embedded import load_engine
-from serving.engine.spec import WorkerSpec, default_batch_size
+from serving.engine.spec import WorkerSpec, default_batch_size, default_window
 from serving.ray_serve.ingress import Ingress
 from serving.ray_serve.options import Options
 from serving.ray_serve.parts import images_per_call
@@ -69,6 +69,7 @@ def build(options: Options) -> Application:
     """
     options = complete(options)
     assert options.batch_size is not None
+    assert options.window is not None
     server = ServerOptions(
         max_images=options.max_images, timeout=options.timeout, api_keys=read_keys(options.api_key_file), has_urls=False
     )
@@ -89,7 +90,8 @@ def complete(options: Options) -> Options:
     """The options with what depends on the cluster."""
     device = options.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
     count = options.batch_size or default_batch_size(device)
-    return options.model_copy(update={"device": device, "batch_size": count})
+    window = options.window or default_window(device)
+    return options.model_copy(update={"device": device, "batch_size": count, "window": window})
 
 
 def model_deployment(options: Options) -> Deployment:
@@ -140,6 +142,7 @@ def calls(options: Options) -> int:
     All others wait in the ingress for the first replica that has room. Calls may be of a single image.
     """
     assert options.batch_size is not None
+    assert options.window is not None
     return 2 * options.batch_size
 
 

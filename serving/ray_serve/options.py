@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from serving.engine.spec import DEFAULT_WINDOW
 from serving.start import window_size
 
 
@@ -31,7 +30,8 @@ class Options(BaseModel):
         device: ``cpu`` or ``cuda``; None for GPUs if the cluster has some. A replica on GPUs has one.
         dtype: ``float32``, ``bfloat16`` or ``mixed``; None for the model's.
         batch_size: maximum number of images that a replica generates at a time; None for 4 on CPUs, 16 on GPUs.
-        window: codes of an image that a pass may decide, or ``auto``; it changes no image.
+        window: codes of an image that a pass may decide, or ``auto``; it changes no image. None for ``auto`` on CPUs, 1
+            on GPUs.
         replicas: number of replicas; with ``max_replicas`` the least number.
         max_replicas: greatest number of replicas; None not to change their number with the load.
         target: calls in progress that a replica should have, on average; the number of replicas follows it. A call is
@@ -52,7 +52,7 @@ class Options(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     dtype: str | None = None
     batch_size: int | None = Field(None, ge=1)
-    window: Annotated[int | Literal["auto"], PlainValidator(_window)] = DEFAULT_WINDOW
+    window: Annotated[int | Literal["auto"], PlainValidator(_window)] | None = None
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
     target: float | None = Field(None, gt=0)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from llamagen.command import run_command
 from llamagen.cores import share_cores
 from llamagen.parser_errors import OneLineParser
-from serving.engine.spec import DEFAULT_WINDOW
 from serving.server.starting import answered_while_starting
 from serving.start import add_window, address, listen, port_number, require_extra, stage
 
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, help="images at a time on a device; default 4 on a CPU, else 16"
     )
-    add_window(parser, DEFAULT_WINDOW)
+    add_window(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=port_number, default=PORT, help=f"default {PORT}; 0 takes a free one")
     parser.add_argument("--queue", type=_positive, default=256, help="images that may wait; default 256")

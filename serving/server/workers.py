@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from serving.engine.spec import DEFAULT_WINDOW, WorkerSpec, default_batch_size
+from serving.engine.spec import WorkerSpec, default_batch_size, default_window
 
 
 def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
@@ -45,7 +45,7 @@ def worker_specs(options: argparse.Namespace) -> list[WorkerSpec]:
             batch_size=options.batch_size or default_batch_size(device),
             engine=options.engine,
             options={} if parallel is None else {"tensor_parallel": parallel},
-            window=1 if options.engine == "vllm" else options.window or DEFAULT_WINDOW,
+            window=1 if options.engine == "vllm" else options.window or default_window(device),
         )
         for device in devices
     ]
