@@ -131,8 +131,7 @@ static inline void score(const Factor* queries, const NARROW* keys, const NARROW
         for (int c = 0; c < CHAINS; c++) sums[q][c] = vec{};
     auto add = [&](int c, int e) {
         const uvec words = load_words(keys + (int64_t)e * LANES);
-        __builtin_prefetch(keys + (int64_t)(width + e) * LANES, 0, 2);
-        __builtin_prefetch(values + (int64_t)e * LANES, 0, 2);  // read after the loop over all scores
+        __builtin_prefetch(values + (int64_t)e * LANES, 0, 2);  // read later; the processor foresees keys
         for (int q = 0; q < Q; q++) sums[q][c] = add_products(sums[q][c], words, queries + q * width + e);
     };
     int e = 0;
