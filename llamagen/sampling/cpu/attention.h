@@ -205,7 +205,7 @@ static inline void mix(const CachedHead& cache, int e, int from, const int* last
             uint32_t mask = 0;
             for (int i = 0; i < PAIR; i++)
                 if (p + i >= from && p + i <= last[q]) mask |= ~0u >> (32 - 32 / PAIR) << 16 * i;
-            if (!mask) continue;  // weights after last[q] were never written, and may be NaN
+            if (!mask) continue;  // footgun: the query may have no weight here; 0 times what is in memory may be NaN
             for (int n = 0; n < N; n++) means[q][n] = add_products(means[q][n], words[n] & mask, weight(q, p));
         }
     };
