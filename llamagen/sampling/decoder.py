@@ -231,7 +231,7 @@ class CodeDecoder(ABC):
         if request.kept is not None and kept == length:
             return _nothing_to_sample(request.kept, on_row)
         first = max(kept, 1)
-        choice = window if window != "auto" else WindowChoice(self.pass_times(request.config), length - 1)
+        choice = window if window != "auto" else self._window_choice(request)
         # 1. Take memory that no other call uses.
         with self.start(request) as state:
             report = _RowReports(state.codes, side, on_row)
@@ -255,6 +255,12 @@ class CodeDecoder(ABC):
                 state.advance(step)
                 report(step + 1)
             return state.result()
+
+    def _window_choice(self, request: SamplingRequest) -> int | WindowChoice:
+        length = self.gpt.config.block_size
+        choice = WindowChoice(self.pass_times(request.config), length - 1)
+        guided = request.config.guided_steps(length) > request.kept_count
+        return choice if choice.pays(2 * len(request) if guided else len(request)) else 1
 
     def pass_times(self, config: SamplingConfig) -> PassTimes:
         """Measured times of passes, guided or not, for the choice of the window. The first call measures them."""

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -17,8 +17,10 @@ from llamagen.sampling.windows import WindowLoop, WindowState
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TIMED = (1, 4, 2, 8, 16, 32)  # in this order: a slow model gets only the first ones
 MAX_SECONDS = 1.0  # for each number of rows, after the first two windows
-REPEATS, SLOW = 3, 0.1  # a pass is timed three times; once if it takes longer, in seconds
+REPEATS, SLOW = 4, 0.1  # a pass is timed four times after a first one, and not again if that took longer, in seconds
+HOLD = 8  # passes of one code before the choice is made again, because it takes time, too
 FIRST_CHANCE, FIRST_WEIGHT = 0.6, 2.0  # assumed chance that a guess is right, and the observations that outweigh it
+MARGIN = 1.5  # times as fast that windows must be, with that chance, for a call to use them
 FADING = 0.98  # of observations, with each pass
 
 
@@ -28,10 +30,13 @@ class PassTimes(NamedTuple):
     Attributes:
         rows: numbers of rows of the measured passes, ascending; at least one.
         seconds: for each of them, seconds by window, at least for window 1.
+        plain: for each of them, seconds of a pass of sampling without windows, which needs less bookkeeping; empty if
+            they are those of window 1.
     """
 
     rows: list[int]
     seconds: list[dict[int, float]]
+    plain: Sequence[float] = ()
 
     @classmethod
     def measure(cls, rows: Iterable[int], longest: int, timed: Callable[[int, int], float]) -> "PassTimes":
@@ -40,19 +45,19 @@ class PassTimes(NamedTuple):
         Args:
             rows: numbers of rows.
             longest: largest window.
-            timed: runs a pass with a number of rows and a window, and returns its seconds.
+            timed: returns the seconds of a pass with a number of rows and a window; 0 means without windows.
         """
         counts = sorted(set(rows))
-        return cls(counts, [cls._by_window(count, longest, timed) for count in counts])
+        plain = [timed(count, 0) for count in counts]
+        return cls(counts, [cls._by_window(count, longest, timed) for count in counts], plain)
 
     @staticmethod
     def _by_window(rows: int, longest: int, timed: Callable[[int, int], float]) -> dict[int, float]:
         found, start = dict[int, float](), time.perf_counter()
-        first = timed(rows, 1)  # allocates memory
         for window in TIMED:
             if window > longest or (len(found) > 1 and time.perf_counter() - start > MAX_SECONDS):
                 continue
-            found[window] = min(timed(rows, window) for _ in range(REPEATS if first < SLOW else 1))
+            found[window] = timed(rows, window)
             if window > 4 and found[window] > 0.95 * window * found[1]:
                 break  # not even right guesses would make it faster
         return found
@@ -112,9 +117,17 @@ def measure_passes(engine: TimedEngine, config: SamplingConfig) -> PassTimes:
             state.codes.zero_()
             state.start_windows()  # the eager engine takes another path if the cache holds NaN
             loop = WindowLoop(state, shape.block_size // 2, None)
-            start = time.perf_counter()
-            loop.advance(window)  # returns when the codes are on the host
-            return time.perf_counter() - start
+            seconds = list[float]()
+            while len(seconds) <= REPEATS and (not seconds or seconds[0] < SLOW):
+                loop.counts[:] = shape.block_size // 2
+                start = time.perf_counter()
+                if window:
+                    loop.advance(window)  # returns when the codes are on the host
+                else:
+                    state.advance_from(shape.block_size // 2, rows)
+                    state.codes[0, 0].item()
+                seconds.append(time.perf_counter() - start)
+            return min(seconds)  # the first one allocates memory
 
     return PassTimes.measure((branches, branches * engine.batch_size), shape.block_size // 2, timed)
 
@@ -134,11 +147,27 @@ class WindowChoice:
     def __init__(self, times: PassTimes, longest: int) -> None:
         self._times = times
         self._windows = [window for window in WINDOWS if window <= max(longest, 1)]
+        self._held = 0
         self._right = [0.0] * max(WINDOWS)
         self._offered = [0.0] * max(WINDOWS)
 
+    def pays(self, rows: int) -> bool:
+        """Whether a call should use windows at all: if they are clearly faster with the assumed chance."""
+        plain = self._times.plain[bisect_left(self._times.rows[:-1], rows)] if self._times.plain else None
+        _, rate = self._best(rows)
+        return rate * (self._times.at(rows, 1) if plain is None else plain) >= MARGIN
+
     def choose(self, rows: int) -> int:
         """Window of the next pass over this many rows."""
+        if self._held:
+            self._held -= 1
+            return 1
+        best, _ = self._best(rows)
+        self._held = HOLD - 1 if best == 1 else 0
+        return best
+
+    def _best(self, rows: int) -> tuple[int, float]:
+        """The best window, and its expected codes a second of an image."""
         best, highest = 1, 0.0
         expected, reached, chance, depth = 1.0, 1.0, FIRST_CHANCE, 0
         for window in self._windows:
@@ -150,7 +179,7 @@ class WindowChoice:
             rate = expected / max(self._times.at(rows, window), 1e-9)
             if rate > highest:
                 best, highest = window, rate
-        return best
+        return best, highest
 
     def observe(self, window: int, right: Iterable[int]) -> None:
         """Learn from a pass.
@@ -159,8 +188,11 @@ class WindowChoice:
             window: its window.
             right: for each image with ``window − 1`` guesses, how many were right before the first wrong one.
         """
+        if self._held:
+            return
+        fading = FADING if window > 1 else FADING**HOLD
         for seen in (self._right, self._offered):
-            seen[:] = [FADING * count for count in seen]
+            seen[:] = [fading * count for count in seen]
         for count in right:
             for depth in range(min(count + 1, window - 1)):
                 self._offered[depth] += 1

@@ -189,7 +189,7 @@ class WindowLoop:
             whole = self.counts[self._rows.images] + span <= length  # windows that are not moved to the left
             right = self.advance(span)
             if not isinstance(window, int):
-                window.observe(span, right[whole].tolist())
+                window.observe(span, right[whole].tolist() if span > 1 else [])
 
     def advance(self, span: int) -> Array:
         """One pass over ``span`` tokens of each image that is not finished.
@@ -291,4 +291,5 @@ class WindowLoop:
         """Copy codes and flags to the state."""
         if self.state.codes.device.type != "cpu":
             self.state.codes.copy_(torch.from_numpy(self.codes))
-        self.state.broken |= torch.from_numpy(self._broken).to(self.state.broken.device)
+        if self._broken.any():
+            self.state.broken |= torch.from_numpy(self._broken).to(self.state.broken.device)

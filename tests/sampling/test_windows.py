@@ -180,7 +180,8 @@ def changing_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` chooses these windows, whatever passes would take."""
     windows = cycle((1, 4, 1, 1, 3, 1, 1, 1, 1, 8))
     monkeypatch.setattr(CodeDecoder, "pass_times", lambda decoder, config: PassTimes([1], [[1.0]]))
-    monkeypatch.setattr(WindowChoice, "choose", lambda choice, images: next(windows))
+    monkeypatch.setattr(WindowChoice, "pays", lambda choice, rows: True)
+    monkeypatch.setattr(WindowChoice, "choose", lambda choice, rows: next(windows))
 
 
 @ENGINES

@@ -337,6 +337,7 @@ def test_the_times_of_passes_are_measured_before_the_first_request(
         return measure(engine, config)
 
     monkeypatch.setattr(decoder, "measure_passes", measured)
+    monkeypatch.setattr(WindowChoice, "pays", lambda choice, rows: True)
     engine = EmbeddedEngine(loaded, window="auto")
     engine.prepare()
     assert len(calls) == 1
