@@ -39,7 +39,7 @@ from benchmarks.sampling_peer import Peer
 from benchmarks.sampling_plot import plot
 from benchmarks.sampling_start import first_image, images_a_second
 from benchmarks.sizes import TINY, gpt_shape, size_names
-from benchmarks.timing import machine, spread, synchronize
+from benchmarks.timing import machine, spread, synchronize, timed
 from llamagen.files import atomic_file
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.sampling import Sampler, SamplingConfig
@@ -141,14 +141,6 @@ def bytes_read(gpt: GPT, dtype: torch.dtype, batch: int, int8: bool = False) -> 
     place = 2 * config.n_layer * config.kv_heads * config.head_dim * dtype.itemsize
     positions = sum(range(config.condition_length, config.condition_length + config.block_size))
     return weights * config.block_size + 2 * batch * place * positions
-
-
-def timed(run: Callable[[], Any]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def gpu_gib(peak: bool = False) -> float:

@@ -28,7 +28,7 @@ from benchmarks.bench_sampling import CONFIG, DTYPES, build
 from benchmarks.gpu_table import sampling
 from benchmarks.plain_sampling import WAYS, StaticSampler
 from benchmarks.sizes import size_names
-from benchmarks.timing import machine, spread, synchronize
+from benchmarks.timing import machine, spread, timed
 from llamagen.files import atomic_file
 from llamagen.sampling import Sampler
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
@@ -54,15 +54,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="of torch.compile in that loop; eager for dry runs")
     parser.add_argument("--out", type=Path, help="path of the JSON file")
     return parser.parse_args()
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds until the device has finished."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

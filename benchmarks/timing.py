@@ -2,7 +2,10 @@
 
 import platform
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +14,15 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds until the device has finished."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def spread(times: list[float]) -> dict[str, float]:

@@ -139,7 +139,7 @@ class DecodeState(ABC):
 
     def advance(self, step: int) -> None:
         """Read code ``step − 1`` and sample code ``step``."""
-        self.sample(self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1], step)
+        self._decode_and_sample(step)
 
     def advance_from(self, step: int, rows: int) -> Tensor:
         """:meth:`advance` after passes of :meth:`read_windows`, when all images have ``step`` codes.
@@ -154,6 +154,9 @@ class DecodeState(ABC):
         self.cache.length = self.condition_length + step - 1
         if rows < self.rows:
             self.drop_unconditional()
+        return self._decode_and_sample(step)
+
+    def _decode_and_sample(self, step: int) -> Tensor:
         logits = self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1]
         self.sample(logits, step)
         return logits
