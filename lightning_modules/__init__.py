@@ -5,6 +5,7 @@ from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import models_on_meta_device
 from lightning_modules.captions import CaptionModule
 from lightning_modules.checkpoint_files import CheckpointFiles
+from lightning_modules.generation_order import GenerationOrder
 from lightning_modules.latest_checkpoint import resolve_checkpoint
 from lightning_modules.metrics_file import use_metrics_logger
 from lightning_modules.optimization import AdamWConfig
@@ -18,6 +19,7 @@ __all__ = [
     "AdamWConfig",
     "CaptionModule",
     "CheckpointFiles",
+    "GenerationOrder",
     "ShardedStrategy",
     "VQGANLossConfig",
     "VQGANModule",

@@ -1,6 +1,7 @@
 """Training and sampling of the autoregressive model. B batch, L codes, V vocabulary, H × W pixels."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import model_device
 from lightning_modules.code_checks import check_codes
+from lightning_modules.generation_order import (
+    VALIDATION_SEED,
+    VALIDATION_STEP,
+    GenerationOrder,
+    example_numbers,
+    generation_orders,
+)
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
@@ -54,6 +62,7 @@ class ARGenModule(SamplingModule):
         compile: compile the blocks for training and evaluation; takes about a minute at the start.
         text_encoder: encoder of prompts, and of captions without stored features, for a text-conditional model. It is
             loaded at its first use and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
+        order: train in random orders that are annealed to raster order. Sets ``net.target_aware``.
     """
 
     def __init__(
@@ -73,7 +82,10 @@ class ARGenModule(SamplingModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         text_encoder: TextEncoderConfig | None = None,
+        order: GenerationOrder | None = None,
     ) -> None:
+        if order is not None:
+            net = replace(net, target_aware=True)
         super().__init__(
             net,
             optimizer or AdamWConfig(),
@@ -83,7 +95,7 @@ class ARGenModule(SamplingModule):
             image_size,
             text_encoder,
         )
-        self.loss_config = loss or ARGenLossConfig()
+        self.loss_config, self.order = loss or ARGenLossConfig(), order
         if max_grad_norm is not None and not 0 < max_grad_norm < inf:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no limit")
         self.max_grad_norm, self.skip_bad_steps = max_grad_norm, skip_bad_steps
@@ -94,6 +106,9 @@ class ARGenModule(SamplingModule):
         self._compile = compile
         self.predictions = nn.ModuleDict(
             {stage: CodePrediction(net.block_size) for stage in ("val", "val_raw", "test")}
+        )
+        self.random_predictions = nn.ModuleDict(
+            {stage: CodePrediction(net.block_size) for stage in (("val", "val_raw", "test") if order else ())}
         )
         self.nats_by_position: dict[str, Tensor] = {}
         with option_named("init_from"):
@@ -187,6 +202,16 @@ class ARGenModule(SamplingModule):
         if stage == "predict" or hasattr(datamodule, "labels"):
             self.check_requests(getattr(datamodule, "classes", ()), prompts or ())
 
+    def on_fit_start(self) -> None:
+        """Check that the order of generation fits the length of the run.
+
+        Raises:
+            ValueError: in one line, if it does not.
+        """
+        super().on_fit_start()
+        if self.order is not None:
+            self.order.bounds(self.trainer.estimated_stepping_batches)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the tokenizer of the codes, and the names of the classes or the encoder of the captions."""
         super().on_save_checkpoint(checkpoint)
@@ -219,10 +244,30 @@ class ARGenModule(SamplingModule):
         logits: Tensor = self.gpt(codes[:, :-1], condition, caption_lengths=caption_lengths)
         return logits
 
-    def _hidden(self, batch: dict[str, Any]) -> Tensor:
-        condition = self.batch_condition(batch)
-        hidden = self.gpt.features(batch["codes"][:, :-1], condition.features, caption_lengths=condition.lengths)
+    def _hidden(self, batch: dict[str, Any], order: Tensor | None = None) -> Tensor:
+        """Inputs of the head (B · L, D) for ``batch["codes"]``, generated in raster order or in ``order`` (B, L)."""
+        condition, codes = self.batch_condition(batch), batch["codes"]
+        if order is not None:
+            codes = codes.gather(1, order)
+        hidden = self.gpt.features(
+            codes[:, :-1],
+            condition.features,
+            caption_lengths=condition.lengths,
+            positions=None if order is None else order[:, :-1],
+            targets=order,
+        )
         return hidden.flatten(0, 1)
+
+    def _training_order(self, batch: dict[str, Any]) -> Tensor | None:
+        """Orders (B, L) of a training batch; None for raster order."""
+        if self.order is None:
+            return None
+        assert self._step_seed is not None
+        probability = self.order.probability(self.global_step, self.trainer.estimated_stepping_batches)
+        self.log("train/random_order", probability)
+        codes = batch["codes"]
+        numbers = example_numbers(batch, len(codes), codes.device)
+        return generation_orders(numbers, self._step_seed, self.global_step, probability, codes.shape[1])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of ``batch["codes"]`` (B, L) int64 given the batch's condition. ``train/loss`` is in nats per code.
@@ -230,9 +275,11 @@ class ARGenModule(SamplingModule):
         Raises:
             FloatingPointError: if the loss is not finite on any rank.
         """
-        codes, config = batch["codes"], self.loss_config
+        codes, config, order = batch["codes"], self.loss_config, self._training_order(batch)
+        if order is not None:
+            codes = codes.gather(1, order)
         loss, nats = linear_cross_entropy(
-            self._hidden(batch), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
+            self._hidden(batch, order), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
         )
         if not self.skip_bad_steps:  # otherwise configure_gradient_clipping checks the gradient and skips the step
             self.check_finite({"loss": ~loss.detach().isfinite()})
@@ -253,15 +300,24 @@ class ARGenModule(SamplingModule):
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
         """Add a batch to the metrics of ``val``, ``val_raw`` (weights without EMA) or ``test``.
 
-        They are logged at the end of the epoch.
+        They are logged at the end of the epoch. A model that is trained in random orders is also evaluated in random
+        ones: in each evaluation the same, which depend on the example only.
 
         Raises:
             FloatingPointError: if the cross entropy of a code is not finite.
         """
-        codes = batch["codes"]
-        nats, rank = linear_token_nll(self._hidden(batch), self.gpt.output.weight, codes.flatten())
-        self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch)))
-        cast(CodePrediction, self.predictions[stage]).update(nats.view_as(codes), rank.view_as(codes))
+        self._evaluate(batch, cast(CodePrediction, self.predictions[stage]), None)
+        if stage in self.random_predictions:
+            codes = batch["codes"]
+            numbers = example_numbers(batch, len(codes), codes.device)
+            order = generation_orders(numbers, VALIDATION_SEED, VALIDATION_STEP, 1.0, codes.shape[1])
+            self._evaluate(batch, cast(CodePrediction, self.random_predictions[stage]), order)
+
+    def _evaluate(self, batch: dict[str, Any], prediction: CodePrediction, order: Tensor | None) -> None:
+        codes = batch["codes"] if order is None else batch["codes"].gather(1, order)
+        nats, rank = linear_token_nll(self._hidden(batch, order), self.gpt.output.weight, codes.flatten())
+        self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch, order)))
+        prediction.update(nats.view_as(codes), rank.view_as(codes))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation set over all ranks.
@@ -293,7 +349,15 @@ class ARGenModule(SamplingModule):
         self.log(f"{stage}/perplexity", result.perplexity)
         self.log(f"{stage}/top1", result.top1)
         self.log(f"{stage}/top5", result.top5)
+        if stage in self.random_predictions:
+            random_orders = cast(CodePrediction, self.random_predictions[stage])
+            nats = random_orders.compute().nats
+            random_orders.reset()
+            if self.trainer.state.fn == "fit":
+                self.check_finite({"loss in random orders": ~nats.isfinite()}, " in validation")
+            self.log(f"{stage}/loss_random_order", nats)
 
     def metric_names(self) -> list[str]:
         """Names of the metrics logged at each validation."""
-        return [f"val/{name}" for name in ("loss", "perplexity", "top1", "top5")]
+        names = ["loss", "perplexity", "top1", "top5", *(["loss_random_order"] if self.order else [])]
+        return [f"val/{name}" for name in names]

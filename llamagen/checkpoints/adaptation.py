@@ -12,8 +12,20 @@ from llamagen.models.gpt import GPT
 
 ADAPTABLE = ("block_size", "num_classes")
 TABLE = "cls_embedding.embedding_table.weight"
-# Options that change the model's function but no shape.
-FUNCTION = ("n_head", "n_kv_head", "rope_base", "rope_condition", "norm_eps", "condition")
+# Options that change the model's function: some change no shape, the others add weights.
+FUNCTION = (
+    "n_head",
+    "n_kv_head",
+    "rope_base",
+    "rope_condition",
+    "norm_eps",
+    "condition",
+    "qk_norm",
+    "adaptive_norm",
+    "target_aware",
+)
+ADDED = ("qk_norm", "adaptive_norm", "target_aware")
+"""Options that earlier versions did not have, and that are off in their files."""
 
 
 def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[str, Tensor]:
@@ -39,7 +51,9 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
     if weights.architecture not in (None, "GPT"):
         raise ValueError(f"{weights.source}: weights of a {weights.architecture}, not of a GPT; give another file")
     expected = asdict(gpt.config)
-    for name, loaded in (weights.config or {}).items():
+    given = weights.config or {}
+    absent = {name: False for name in ADDED if given and name not in given}  # written before these options existed
+    for name, loaded in {**given, **absent}.items():
         if name not in expected or loaded == expected[name] or name in adapt:
             continue
         difference = f"{weights.source}: {name} is {loaded}, but the model's is {expected[name]}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamagen.checkpoints.adaptation import FUNCTION
+from llamagen.checkpoints.adaptation import ADDED, FUNCTION
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
@@ -114,7 +114,7 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
         )
     expected = asdict(model.config)
     for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
-        loaded = entry["config"].get(name, expected[name])
+        loaded = entry["config"].get(name, False if name in ADDED else expected[name])
         if loaded != expected[name]:
             raise ValueError(
                 f"the checkpoint's {name} is {loaded}, but the model's is {expected[name]}; set {name} to {loaded}"

@@ -10,129 +10,18 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llamagen.distributed.full_tensor import init_full_
-from llamagen.models.causal_attention import causal_attention
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, sample_dropped
 from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.inputs import check_codes, check_positions
-from llamagen.models.kv_cache import KVCache, LayerCache
-from llamagen.models.rope import rope_table, rotate
+from llamagen.models.kv_cache import LAST_VECTORS, KVCache
+from llamagen.models.rope import rope_table
+from llamagen.models.transformer_block import AdaptiveNorm, RMSNorm, TransformerBlock, adaptive_vectors, modulate
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation over the model width, computed in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) → (…, D), same dtype."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, skip a residual branch for random examples and rescale the others."""
-
-    probability: Tensor
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.active = probability > 0.0
-        # footgun: as a Python float, each block's own probability would trigger a recompilation of the block. As a
-        # buffer it is an input of the graph. Like the rotary table it is recomputed after every move, never rounded.
-        self._make_probability = partial(torch.full, (), probability)
-        self.register_buffer("probability", self._make_probability(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropPath":
-        super()._apply(fn, recurse)
-        self.probability = self._make_probability(device=self.probability.device)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        if not self.training or not self.active:
-            return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
-        return x * kept / (1.0 - self.probability)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with fused projections, rotary positions and grouped key-value heads."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.attn_dropout = config.attn_dropout
-        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.resid_dropout = Dropout(config.resid_dropout)
-
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: (B, T, D).
-            rope: (T, E / 2, 2) or (B, T, E / 2, 2), cosine and sine of each token's position.
-            mask: bool, broadcastable to (B, 1, T, S), True where a query may attend; None for a causal mask.
-            cache: keys and values of this layer; the new ones are appended.
-
-        Returns:
-            (B, T, D).
-        """
-        widths = [self.n_head * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).split(widths, dim=-1))
-        q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(k.to(cache.keys.dtype), v.to(cache.values.dtype))
-            k, v = k.to(q.dtype), v.to(q.dtype)
-        causal, dropout = mask is None and q.shape[2] > 1, self.attn_dropout if self.training else 0.0
-        if causal and not dropout and self.kv_heads == self.n_head and cache is None:
-            attended = causal_attention(q, k, v)
-        else:
-            grouped = self.kv_heads != self.n_head
-            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
-        return cast(Tensor, self.resid_dropout(self.wo(attended.transpose(1, 2).flatten(2))))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.ffn_dropout = Dropout(config.ffn_dropout, place=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        return cast(Tensor, self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x))))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual connection."""
-
-    def __init__(self, config: GPTConfig, drop_path: float) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """(B, T, D) → (B, T, D); the arguments are those of :meth:`Attention.forward`."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
-        return x + cast(Tensor, self.drop_path(self.feed_forward(self.ffn_norm(x))))
 
 
 class GPT(nn.Module):
@@ -160,18 +49,26 @@ class GPT(nn.Module):
                 TransformerBlock(config, config.drop_path * layer / last) for layer in range(config.n_layer)
             )
             self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.adaptive_norm = AdaptiveNorm(config.dim, LAST_VECTORS) if config.adaptive_norm else None
+            self.target_embeddings = nn.Embedding(config.block_size, config.dim) if config.target_aware else None
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
             self.register_buffer("rope", self._make_rope(self.output.weight.device), persistent=False)
         self.to_empty(device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for the head.
+        """Initialise: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for head and adaptive norms.
 
         With a zero head the first training loss is ln(V). The same CPU seed gives the same weights whether or not the
         parameters are sharded over ranks.
         """
+        adaptive = [module.linear for module in self.modules() if isinstance(module, AdaptiveNorm)]
+        for linear in adaptive:
+            init_full_(linear.weight, nn.init.zeros_)
+            init_full_(linear.bias, nn.init.zeros_)
         for module in self.modules():
+            if module in adaptive:
+                continue
             if isinstance(module, nn.Linear | nn.Embedding):
                 init_full_(module.weight, partial(nn.init.normal_, std=0.02))
             elif isinstance(module, RMSNorm):
@@ -216,6 +113,7 @@ class GPT(nn.Module):
         drop_condition: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next code after each token.
 
@@ -237,6 +135,9 @@ class GPT(nn.Module):
                 causal in the order in which tokens are passed, so a sequence may visit the grid in any order. With a
                 cache, T new tokens attend to all cached ones and causally to each other, so a draft of several codes
                 needs one call.
+            targets: (T,) or (B, T) integers in [0, L), with a condition (T + 1,) or (B, T + 1): the position of the
+                code that each output predicts. Only for target-aware models, and required by them with ``positions``.
+                None means the next position in raster order.
 
         Returns:
             (B, T + 1, V) with a condition, else (B, T, V): the logits after each token, the first after the condition.
@@ -252,6 +153,7 @@ class GPT(nn.Module):
             drop_condition=drop_condition,
             cache=cache,
             positions=positions,
+            targets=targets,
         )
         return cast(Tensor, self.output(hidden))
 
@@ -264,6 +166,7 @@ class GPT(nn.Module):
         drop_condition: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states, the input of the head. A loss can compute logits from them in parts.
 
@@ -274,13 +177,19 @@ class GPT(nn.Module):
         """
         start = 0 if cache is None else cache.length
         self._check_shapes(tokens, condition, caption_lengths, start)
-        parts = []
+        if targets is None and positions is not None and self.target_embeddings is not None:
+            raise ValueError(
+                "a target-aware model needs targets with positions: the position that each output predicts"
+            )
+        parts: list[Tensor] = []
+        embedding = None
         if condition is not None:
             if drop_condition is None and self.training and self.config.condition_dropout > 0:
                 drop_condition = sample_dropped(len(condition), self.config.condition_dropout, condition.device)
             if self.config.condition == "class":
                 condition = check_codes(condition, self.config.num_classes + 1, "class labels")
             parts.append(self.cls_embedding(condition, drop_condition))
+            embedding = parts[0][:, 0] if self.adaptive_norm is not None else None
         if tokens is not None and tokens.shape[1] > 0:
             if cache is None:  # cached decoding passes codes that the model generated: no check at each step
                 tokens = check_codes(tokens, self.config.vocab_size)
@@ -302,18 +211,51 @@ class GPT(nn.Module):
         else:
             rope = self.rope[start:stop]
         mask = self._attention_mask(x, start, lengths, caption_lengths)
+        if self.target_embeddings is not None or targets is not None:
+            x = self._add_targets(x, targets, start if lengths is None else lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
             part = None if cache is None else cache.layer(layer)
             if self._recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, part, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, part, embedding, use_reentrant=False)
             else:
-                x = block(x, rope, mask, part)
+                x = block(x, rope, mask, part, embedding)
         if cache is not None:
             cache.advance(x.shape[1])
         if condition is not None:
             x = x[:, self.config.condition_length - 1 :]
-        return cast(Tensor, self.norm(x))
+        if self.adaptive_norm is None:
+            return cast(Tensor, self.norm(x))
+        cached = None if cache is None or cache.adaptive is None else cache.adaptive[-LAST_VECTORS:]
+        gain, shift = adaptive_vectors(self.adaptive_norm, embedding, cached).type_as(x)
+        return modulate(self.norm(x), gain, shift)
+
+    def target_embedding(self, targets: Tensor) -> Tensor | None:
+        """Embeddings of the positions that are predicted next, (…,) → (…, D); None unless the model is target-aware.
+
+        Engines add them to the embeddings of the codes before these positions, and to that of the last condition token.
+        """
+        return None if self.target_embeddings is None else cast(Tensor, self.target_embeddings(targets))
+
+    def _add_targets(self, x: Tensor, targets: Tensor | None, start: int | Tensor) -> Tensor:
+        """Add the embedding of its target to each input (B, T, D) that predicts a code.
+
+        Args:
+            x: embedded tokens.
+            targets: see :meth:`forward`.
+            start: number of cached tokens; of each row, (B,), if rows differ.
+        """
+        if self.target_embeddings is None:
+            raise ValueError("targets were passed to a model that is not target-aware; leave them out")
+        first = self.config.condition_length - 1
+        skipped = first if isinstance(start, int) and start == 0 else 0  # tokens of the condition that predict nothing
+        if targets is None:
+            places = torch.arange(skipped, x.shape[1], device=x.device)
+            targets = places + start - first if isinstance(start, int) else places + start[:, None] - first
+        else:
+            targets = check_positions(targets, x[:, skipped:, 0], self.config.block_size, "targets")
+        embedded = self.target_embeddings(targets).expand(len(x), -1, -1)
+        return torch.cat([x[:, :skipped], x[:, skipped:] + embedded], dim=1) if skipped else x + embedded
 
     def _rope_at(self, positions: Tensor, tokens: Tensor | None, with_condition: bool) -> Tensor:
         """Rows of the rotary table for the condition, if any, and for codes at the given positions.

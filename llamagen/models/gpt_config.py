@@ -36,6 +36,12 @@ class GPTConfig:
         drop_path: probability of skipping a residual branch in the last block; it rises linearly from 0 in the first.
         rope_condition: rotation of the condition positions, see :func:`~llamagen.models.rope.rope_table`.
             Published checkpoints need ``"zero"``.
+        qk_norm: normalise each query and key head by its root mean square, with a learned gain, before the rotation
+            (arXiv 2302.05442, section 2.2).
+        adaptive_norm: scale and shift each normalised input and scale each residual branch by linear functions of the
+            class embedding (adaLN-Zero, arXiv 2212.09748, section 3.2). Class-conditional models only.
+        target_aware: add a learned embedding of the position that is predicted next to each input (arXiv 2411.00776,
+            section 3.3). Models that are trained in random orders need it.
     """
 
     dim: int
@@ -59,6 +65,9 @@ class GPTConfig:
     attn_dropout: float = 0.0
     drop_path: float = 0.0
     rope_condition: Literal["zero", "identity"] = "zero"
+    qk_norm: bool = False
+    adaptive_norm: bool = False
+    target_aware: bool = False
 
     def __post_init__(self) -> None:
         """Validate.
@@ -103,6 +112,11 @@ class GPTConfig:
             raise ValueError(f"condition is {self.condition!r}; it must be 'class' or 'text'")
         if self.rope_condition not in ("zero", "identity"):
             raise ValueError(f"rope_condition is {self.rope_condition!r}; it must be 'zero' or 'identity'")
+        for name in ("qk_norm", "adaptive_norm", "target_aware"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if self.adaptive_norm and self.condition != "class":
+            raise ValueError("adaptive_norm needs a class embedding, but condition is 'text'; set it to false")
         for name in (
             "condition_dropout",
             "token_dropout",

@@ -171,13 +171,14 @@ def check_codes(codes: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
     return codes
 
 
-def check_positions(positions: Tensor, tokens: Tensor | None, block_size: int) -> Tensor:
+def check_positions(positions: Tensor, tokens: Tensor | None, block_size: int, name: str = "positions") -> Tensor:
     """Check the grid positions of tokens and convert them to int64 or int32.
 
     Args:
         positions: (T,) or (B, T) integers in [0, ``block_size``); the range is checked on CPUs only.
         tokens: (B, T), the codes at these positions.
         block_size: number of codes of an image.
+        name: name of the argument in messages.
 
     Raises:
         ValueError: if shape, type or values do not fit.
@@ -185,9 +186,9 @@ def check_positions(positions: Tensor, tokens: Tensor | None, block_size: int) -
     shape = (0, 0) if tokens is None else tuple(tokens.shape)
     if tuple(positions.shape) not in (shape, shape[1:]):
         raise ValueError(
-            f"positions must have shape ({shape[1]},) or {shape}, one for each token, not {tuple(positions.shape)}"
+            f"{name} must have shape ({shape[1]},) or {shape}, one for each token, not {tuple(positions.shape)}"
         )
-    return check_codes(positions, block_size, "positions")
+    return check_codes(positions, block_size, name)
 
 
 def _dtype(values: Tensor) -> str:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from llamagen.models.gpt_config import GPTConfig
 
+BLOCK_VECTORS, LAST_VECTORS = 6, 2
+"""Vectors that adaptive norms compute for a block (gain, shift and gate of two branches) and for the last norm."""
+
 
 class LayerCache(NamedTuple):
     """One layer of a :class:`KVCache`.
@@ -17,12 +20,14 @@ class LayerCache(NamedTuple):
         values: (B, G, P, E).
         length: number of tokens in the cache; if rows differ, in the fullest row.
         row_lengths: (B,) int64, number of tokens in each row; None if all rows have ``length``.
+        adaptive: (6, B, D), vectors of the block's adaptive norms; None without them.
     """
 
     keys: Tensor
     values: Tensor
     length: int
     row_lengths: Tensor | None = None
+    adaptive: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of T new tokens after the cached ones of each row.
@@ -58,7 +63,7 @@ class KVCache:
 
     Tokens are cached in the order in which they were passed, regardless of their positions on the grid.
 
-    N layers, B rows, G key-value heads, P tokens of capacity, E head width.
+    N layers, B rows, G key-value heads, P tokens of capacity, E head width, D model width.
 
     Attributes:
         keys: (N, B, G, P, E).
@@ -66,12 +71,15 @@ class KVCache:
         length: number of cached tokens; if rows differ, of the fullest row. Lower it to discard the last ones, such as
             wrong guesses: later calls overwrite them.
         row_lengths: (B,) int64, number of cached tokens of each row; None if all rows have ``length``.
+        adaptive: (6 N + 2, B, D), vectors of the adaptive norms of each block and of the last norm, which depend on the
+            condition only; None for models without adaptive norms.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
     row_lengths: Tensor | None = None
+    adaptive: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -84,11 +92,19 @@ class KVCache:
         """Allocate an empty cache for the condition and all codes but the last, to which nothing attends."""
         positions = config.condition_length + config.block_size - 1
         shape = (config.n_layer, batch_size, config.kv_heads, positions, config.head_dim)
-        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+        keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        adaptive = None
+        if config.adaptive_norm:
+            count = BLOCK_VECTORS * config.n_layer + LAST_VECTORS
+            adaptive = torch.empty(count, batch_size, config.dim, device=device)
+        return cls(keys, values, adaptive=adaptive)
 
     def layer(self, index: int) -> LayerCache:
         """Cache of one layer. Call :meth:`advance` after the last layer has appended to its own."""
-        return LayerCache(self.keys[index], self.values[index], self.length, self.row_lengths)
+        adaptive = None
+        if self.adaptive is not None:
+            adaptive = self.adaptive[BLOCK_VECTORS * index : BLOCK_VECTORS * (index + 1)]
+        return LayerCache(self.keys[index], self.values[index], self.length, self.row_lengths, adaptive)
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new tokens as cached."""
@@ -99,7 +115,8 @@ class KVCache:
     def first_rows(self, count: int) -> "KVCache":
         """Cache of the first ``count`` rows, which shares memory with this one but counts its own length."""
         lengths = None if self.row_lengths is None else self.row_lengths[:count]
-        return KVCache(self.keys[:, :count], self.values[:, :count], self.length, lengths)
+        adaptive = None if self.adaptive is None else self.adaptive[:, :count]
+        return KVCache(self.keys[:, :count], self.values[:, :count], self.length, lengths, adaptive)
 
     def set_row_lengths(self, lengths: Tensor, longest: int) -> None:
         """Set the number of cached tokens of each row, (B,) int64, of which ``longest`` is the largest."""

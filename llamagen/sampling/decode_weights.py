@@ -10,7 +10,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from llamagen.models.gpt import GPT, GPTConfig, RMSNorm, TransformerBlock
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.transformer_block import RMSNorm, TransformerBlock
 
 
 class Matrix(NamedTuple):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llamagen.models.gpt import GPT, DropPath, RMSNorm
+from llamagen.models.gpt import GPT
+from llamagen.models.transformer_block import DropPath, RMSNorm
 from tests.small_models import GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
 VARIANTS = list(GPT_VARIANTS)

@@ -34,6 +34,9 @@ CHANGES: dict[str, Any] = {
     "attn_dropout": 0.5,
     "drop_path": 0.5,
     "rope_condition": "identity",
+    "qk_norm": True,
+    "adaptive_norm": True,
+    "target_aware": True,
 }
 TRAINING_ONLY = [name for name in CHANGES if "drop" in name]
 

@@ -6,8 +6,9 @@ from typing import Literal
 import pytest
 import torch
 
-from llamagen.models.gpt import GPT, Attention
+from llamagen.models.gpt import GPT
 from llamagen.models.rope import rope_table, rotate
+from llamagen.models.transformer_block import Attention
 from tests.golden import fill, normal_input
 from tests.small_models import codes_for, condition_for, small_gpt
 
