@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.guidance_sweep import metrics_of, value_of
+from llamagen.files import atomic_file
 
 OVERLAYS = Path("benchmarks/recipe_data")
 BASE = ("--config", "configs/argen/base.yaml")
@@ -149,7 +150,8 @@ def train(recipe: Recipe, data: Data, work: Path, seed: int) -> None:
         return
     options = [*recipe.arguments(data), *training_paths(work, folder), f"--seed_everything={seed}", "--ckpt_path=last"]
     run(_main("fit", *options), folder.with_suffix(".log"))
-    (folder / "finished").touch()
+    with atomic_file(folder / "finished") as temporary:
+        temporary.write_text("")
 
 
 def evaluate(recipe: Recipe, data: Data, work: Path, seed: int) -> None:
