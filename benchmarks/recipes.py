@@ -29,12 +29,9 @@ from llamagen.command import run_command
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
 
-RECIPES = (
-    "paper=",
-    "RAR=--model.init_args.order={random_until: 0.5, raster_from: 0.75}",
-    "QK-norm=--model.init_args.net.qk_norm=true",
-    "RAR and QK-norm=--model.init_args.order={random_until: 0.5, raster_from: 0.75} --model.init_args.net.qk_norm=true",
-)
+ORDER = "'--model.init_args.order={random_until: 0.5, raster_from: 0.75}'"
+QK_NORM = "--model.init_args.net.qk_norm=true"
+RECIPES = ("paper=", f"RAR={ORDER}", f"QK-norm={QK_NORM}", f"RAR and QK-norm={ORDER} {QK_NORM}")
 RECORD = "recipes.json"
 
 
