@@ -199,9 +199,11 @@ def run(command: Sequence[str], log: Path) -> None:
 def results(recipe: Recipe, work: Path, seed: int) -> dict[str, Any]:
     """Validation losses over the steps, and the metrics of the samples."""
     folder = run_folder(work, recipe, seed)
-    with max(folder.glob("logs/**/metrics.csv"), key=lambda file: file.stat().st_mtime).open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/loss")]
-    curve = [[int(float(row["step"])), float(row["val/loss"])] for row in rows]
+    rows: list[dict[str, str]] = []  # a resumed run has several files
+    for path in sorted(folder.glob("logs/**/metrics.csv"), key=lambda file: file.stat().st_mtime):
+        with path.open() as file:
+            rows += [row for row in csv.DictReader(file) if row.get("val/loss")]
+    curve = [list(point) for point in sorted({int(float(row["step"])): float(row["val/loss"]) for row in rows}.items())]
     found: dict[str, Any] = {"val_loss": curve[-1][1], "curve": curve}
     if rows[-1].get("val/loss_random_order"):
         found["val_loss_random_order"] = float(rows[-1]["val/loss_random_order"])
