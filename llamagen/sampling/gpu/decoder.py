@@ -109,7 +109,7 @@ class GPUDecodeState(DecodeState):
             )
         return cast(Tensor, logits[:, -1])
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Not available: a captured step reads its own last code, at the next position in raster order.
 
         Raises:
