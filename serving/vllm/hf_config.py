@@ -43,8 +43,10 @@ def vllm_sizes(config: GPTConfig, guided: bool) -> dict[str, Any]:
         guided: whether there is an unconditional branch.
 
     Raises:
-        ValueError: in one line, if a head is too wide.
+        ValueError: in one line, if a head is too wide, or the model has adaptive norms.
     """
+    if config.adaptive_norm:
+        raise ValueError("vLLM cannot run models with adaptive norms; use another engine, or python -m serving.server")
     branches = 2 if guided else 1
     sizes: dict[str, Any] = {
         "hidden_size": branches * config.dim,
