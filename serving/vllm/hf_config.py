@@ -46,7 +46,10 @@ def vllm_sizes(config: GPTConfig, guided: bool) -> dict[str, Any]:
         ValueError: in one line, if a head is too wide, or the model has adaptive norms.
     """
     if config.adaptive_norm:
-        raise ValueError("vLLM cannot run models with adaptive norms; use another engine, or python -m serving.server")
+        raise ValueError(
+            "the model has adaptive norms, which do not run in vLLM; serve it with python -m serving.server, without "
+            "--engine vllm"
+        )
     branches = 2 if guided else 1
     sizes: dict[str, Any] = {
         "hidden_size": branches * config.dim,

@@ -223,8 +223,9 @@ def normalise_heads(
     inside = column < E
     at = qkv + row * ((H + 2 * G) * E) + head * E + column
     values = tl.load(at, mask=inside, other=0.0)
-    gain = tl.load(q_gain + column, mask=inside & (head < H), other=0.0)
-    gain += tl.load(k_gain + column, mask=inside & (head >= H), other=0.0)
+    of_query = tl.load(q_gain + column, mask=inside, other=0.0)
+    of_key = tl.load(k_gain + column, mask=inside, other=0.0)
+    gain = tl.where(head < H, of_query, of_key)
     tl.store(at, values * tl.rsqrt(tl.sum(values * values, 0) / E + eps) * gain, mask=inside)
 
 
