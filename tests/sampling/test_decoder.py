@@ -53,7 +53,7 @@ def decoded(engine: str, gpt: GPT, chunks: tuple[int, ...], order: Tensor | None
     passes: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(chunks)
     if order is not None:
         positions, targets = (part.split(list(chunks), dim=-1) for part in (order[..., :-1], order[..., 1:]))
-        passes = [(place, target if gpt.config.target_aware else None) for place, target in zip(positions, targets)]
+        passes = list(zip(positions, targets if gpt.config.target_aware else [None] * len(chunks), strict=True))
     with torch.no_grad(), ENGINES[engine](gpt, ROWS, torch.float32).start(request_for(gpt)) as state:
         parts.append(state.prefill()[:, None].clone())
         for tokens, (places, following) in zip(codes.split(list(chunks), dim=1), passes, strict=True):

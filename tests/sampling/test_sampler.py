@@ -13,7 +13,14 @@ from llamagen.models.kv_cache import KVCache
 from llamagen.sampling import Sampler, SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, RECIPE_VARIANTS, caption_lengths_for, condition_for, small_gpt
+from tests.small_models import (
+    GPT_VARIANTS,
+    HEAD_VARIANTS,
+    RECIPE_VARIANTS,
+    caption_lengths_for,
+    condition_for,
+    small_gpt,
+)
 
 VARIANTS = GPT_VARIANTS | HEAD_VARIANTS | RECIPE_VARIANTS
 

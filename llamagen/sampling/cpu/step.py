@@ -180,7 +180,10 @@ class CPUStep:
             cache_stride,
             capacity,
             threads,
-            *(None if given is None else given.data_ptr() for given in (cache_rows, starts, first, positions, cache.adaptive)),
+            *(
+                None if given is None else given.data_ptr()
+                for given in (cache_rows, starts, first, positions, cache.adaptive)
+            ),
             x.data_ptr(),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),

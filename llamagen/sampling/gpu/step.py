@@ -1,9 +1,8 @@
 """A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row, or a window of several.
 
-There are five kernels per layer (one more with windows in float32, one more with QK-norm), one before the first layer
-and one after the last. All
-launches are the same in each step, so a step can be captured in a CUDA graph. Before the capture, call it once with the
-same shapes: kernels are compiled at their first launch.
+There are five kernels per layer (one more with windows in float32, and one more with QK-norm), one before the first
+layer and one after the last. All launches are the same in each step, so a step can be captured in a CUDA graph. Before
+the capture, call it once with the same shapes: kernels are compiled at their first launch.
 
 Shapes: R rows of the cache in a call, T new tokens of a row (the window), B = R · T, D model width, F feed-forward
 width, H query heads, G key-value heads, E head width, N outputs and K inputs of a linear layer, P tokens of cache
