@@ -32,7 +32,7 @@ class Matrix(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """Weights of a block. The norms are float32 (D,)."""
+    """Weights of a block. The norms are float32 (D,); those of queries and keys (E,), or None without QK-norm."""
 
     attention_norm: Tensor
     wqkv: Matrix
@@ -41,13 +41,16 @@ class LayerWeights(NamedTuple):
     w1: Matrix
     w3: Matrix
     w2: Matrix
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DecodeWeights:
     """All weights that a decode step reads.
 
-    Weights of the right dtype are the model's own tensors. The others are copies, see :meth:`refresh`.
+    Weights of the right dtype are the model's own tensors. The others are copies, see :meth:`refresh`. Embeddings and
+    adaptive norms are not here: engines call the model for them.
 
     Attributes:
         config: shape of the model.
@@ -95,6 +98,8 @@ class DecodeWeights:
                     matrix(ffn.w1),
                     matrix(ffn.w3),
                     matrix(ffn.w2),
+                    None if attention.q_norm is None else norm(attention.q_norm),
+                    None if attention.k_norm is None else norm(attention.k_norm),
                 )
             )
         return cls(gpt.config, dtype, tuple(layers), norm(gpt.norm), matrix(gpt.output), gpt.rope)

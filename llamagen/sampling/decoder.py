@@ -76,13 +76,15 @@ class DecodeState(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Read new codes into the cache, in one pass.
 
         Args:
             tokens: (R, T) int64. Each attends to the cache and to the new tokens before it.
             positions: (T,) or (R, T) integers, the position of each token on the grid, counted in raster order; None
                 means the next T positions.
+            targets: (T,) or (R, T) integers, the position of the code after each token, which a target-aware model
+                needs with ``positions``; None means the next position in raster order.
 
         Returns:
             (R, T, V), the logits after each token; valid until the next pass.

@@ -42,9 +42,11 @@ class EagerDecodeState(DecodeState):
         )
         return cast(Tensor, logits[:, -1])
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
+        logits = self.gpt(
+            tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions, targets=targets
+        )
         return cast(Tensor, logits)
 
     def read(self, tokens: Tensor) -> None:
@@ -73,6 +75,8 @@ class EagerDecodeState(DecodeState):
         """Move a row of the cache, so that the rows of a pass come first."""
         self.cache.keys[:, target] = self.cache.keys[:, source]
         self.cache.values[:, target] = self.cache.values[:, source]
+        if self.cache.adaptive is not None:
+            self.cache.adaptive[:, target] = self.cache.adaptive[:, source]
 
     def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""
