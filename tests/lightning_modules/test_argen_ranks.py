@@ -11,8 +11,8 @@ from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
-ORDER = {"random_until": 3, "raster_from": 8}
 STEPS = 10
+RANDOM_ORDERS = ("--model.init_args.order.random_until=3", "--model.init_args.order.raster_from=8")
 
 
 def arguments(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
@@ -20,7 +20,7 @@ def arguments(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
     return [
         *("fit", *kept, f"--data.init_args.root={pipeline.codes}", f"--data.init_args.batch_size={batch_size}"),
         *(f"--model.init_args.net.{name}=0.0" for name in DROPOUTS),
-        *(f"--model.init_args.order.{name}={step}" for name, step in ORDER.items()),
+        *RANDOM_ORDERS,
         *(f"--trainer.max_steps={STEPS}", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.1"),
         *(
             "--trainer.val_check_interval=null",
