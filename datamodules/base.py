@@ -372,6 +372,11 @@ class ShardDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved position."""
         self._position = state_dict.get("train")
+        # footgun: with sharded parameters Lightning loads checkpoints last. If the length of the run is needed before
+        # (a cosine schedule, random orders annealed over it), Lightning already has the loader and asks for no other.
+        loader, trainer = self._train_loader, self.trainer
+        if self._position and loader is not None and trainer is not None and trainer.train_dataloader is loader:
+            loader.load_state_dict(self._position)
 
 
 def _splits_of(stage: str) -> tuple[str, ...]:

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import model_device
 from lightning_modules.code_checks import check_codes
-from lightning_modules.generation_order import (
-    VALIDATION_SEED,
-    VALIDATION_STEP,
-    GenerationOrder,
-    example_numbers,
-    generation_orders,
-)
+from lightning_modules.generation_order import GenerationOrder, training_orders, validation_orders
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
@@ -265,9 +259,7 @@ class ARGenModule(SamplingModule):
         assert self._step_seed is not None
         probability = self.order.probability(self.global_step, self.trainer.estimated_stepping_batches)
         self.log("train/random_order", probability)
-        codes = batch["codes"]
-        numbers = example_numbers(batch, len(codes), codes.device)
-        return generation_orders(numbers, self._step_seed, self.global_step, probability, codes.shape[1])
+        return training_orders(batch, self._step_seed, self.global_step, probability)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of ``batch["codes"]`` (B, L) int64 given the batch's condition. ``train/loss`` is in nats per code.
@@ -308,10 +300,7 @@ class ARGenModule(SamplingModule):
         """
         self._evaluate(batch, cast(CodePrediction, self.predictions[stage]), None)
         if stage in self.random_predictions:
-            codes = batch["codes"]
-            numbers = example_numbers(batch, len(codes), codes.device)
-            order = generation_orders(numbers, VALIDATION_SEED, VALIDATION_STEP, 1.0, codes.shape[1])
-            self._evaluate(batch, cast(CodePrediction, self.random_predictions[stage]), order)
+            self._evaluate(batch, cast(CodePrediction, self.random_predictions[stage]), validation_orders(batch))
 
     def _evaluate(self, batch: dict[str, Any], prediction: CodePrediction, order: Tensor | None) -> None:
         codes = batch["codes"] if order is None else batch["codes"].gather(1, order)

@@ -6,6 +6,7 @@ B examples of this rank, L codes of an image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 from llamagen.option_checks import check_integer
 from llamagen.sampling.noise import code_counters, gumbel, seed_tensor
 
-VALIDATION_SEED, VALIDATION_STEP = 0x0DE2, -1
-"""Seed and step of the orders of validation and test, so that they are the same in each."""
+_VALIDATION_SEED, _VALIDATION_STEP = 0x0DE2, -1
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class GenerationOrder:
         if isinstance(self.random_until, float) == isinstance(self.raster_from, float):
             self._check(self.random_until, self.raster_from)
 
-    def _check(self, random_until: float, raster_from: float) -> None:
+    def _check(self, random_until: float, raster_from: float, unit: str = "") -> None:
         if raster_from < random_until:
             raise ValueError(
-                f"order.raster_from is {self.raster_from}, before order.random_until, {self.random_until}; "
+                f"order.raster_from is {self.raster_from}, before order.random_until, {self.random_until}{unit}; "
                 "give a later one"
             )
 
@@ -67,14 +67,14 @@ class GenerationOrder:
         """
         if total_steps == inf and any(isinstance(each, float) for each in (self.random_until, self.raster_from)):
             raise ValueError(
-                f"order has shares of the run ({self.random_until}, {self.raster_from}), which need its length; set "
-                "max_epochs or max_steps, or give steps"
+                f"order has shares of the run ({self.random_until}, {self.raster_from}), but the run has no end; set "
+                "trainer.max_epochs or trainer.max_steps, or give steps"
             )
         start, end = (
             each * total_steps if isinstance(each, float) else float(each)
             for each in (self.random_until, self.raster_from)
         )
-        self._check(start, end)
+        self._check(start, end, f" (steps {end:g} and {start:g} of {total_steps:g})")
         return start, end
 
     def probability(self, step: int, total_steps: float) -> float:
@@ -85,7 +85,19 @@ class GenerationOrder:
         return 0.0 if step >= end else 1.0 - (step - start) / (end - start)
 
 
-def example_numbers(batch: dict[str, object], count: int, device: torch.device) -> Tensor:
+def training_orders(batch: dict[str, Any], seed: int, step: int, probability: float) -> Tensor:
+    """Orders of a training batch, see :func:`generation_orders`: (B, L) int64 for ``batch["codes"]`` (B, L)."""
+    codes: Tensor = batch["codes"]
+    numbers = example_numbers(batch, len(codes), codes.device)
+    return generation_orders(numbers, seed, step, probability, codes.shape[1])
+
+
+def validation_orders(batch: dict[str, Any]) -> Tensor:
+    """Random orders of a batch of validation or test, (B, L) int64. They depend only on the example."""
+    return training_orders(batch, _VALIDATION_SEED, _VALIDATION_STEP, 1.0)
+
+
+def example_numbers(batch: dict[str, Any], count: int, device: torch.device) -> Tensor:
     """Numbers that identify the examples of a batch on any number of ranks: (B,) int64, checksums of their keys.
 
     Args:

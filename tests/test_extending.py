@@ -118,8 +118,12 @@ def test_the_metric_is_measured_by_the_fid_monitor(mine: ModuleType, pipeline: P
     assert logged["rfeature_norm_everything"] > 0
 
 
-def test_the_generation_order_permutes_positions(mine: ModuleType) -> None:
+def test_the_generation_order_scores_and_generates_column_by_column(mine: ModuleType) -> None:
     assert mine.logits.shape == (4, 16, 32)
+    order, codes = mine.order, mine.generated
+    with torch.no_grad():
+        scores = mine.gpt(codes[:, order][:, :-1], mine.labels, positions=order[:-1], targets=order)
+    assert torch.equal(scores.argmax(dim=-1), codes[:, order])
 
 
 def test_the_engine_answers_requests_of_the_server(mine: ModuleType) -> None:

@@ -24,8 +24,12 @@ FUNCTION = (
     "adaptive_norm",
     "target_aware",
 )
-ADDED = ("qk_norm", "adaptive_norm", "target_aware")
-"""Options that earlier versions did not have, and that are off in their files."""
+ADDED = {
+    "qk_norm": "layers.0.attention.q_norm.weight",
+    "adaptive_norm": "adaptive_norm.linear.weight",
+    "target_aware": "target_embeddings.weight",
+}
+"""Options that files of earlier versions and published files do not name, each with a weight that it adds."""
 
 
 def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[str, Tensor]:
@@ -52,15 +56,16 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
         raise ValueError(f"{weights.source}: weights of a {weights.architecture}, not of a GPT; give another file")
     expected = asdict(gpt.config)
     given = weights.config or {}
-    absent = {name: False for name in ADDED if given and name not in given}  # written before these options existed
-    for name, loaded in {**given, **absent}.items():
+    recognised = {name: weight in weights.state for name, weight in ADDED.items()}
+    for name, loaded in {**recognised, **given}.items():
         if name not in expected or loaded == expected[name] or name in adapt:
             continue
         difference = f"{weights.source}: {name} is {loaded}, but the model's is {expected[name]}"
         if name in ADAPTABLE:
             raise ValueError(f"{difference}; if that is intended, set init_adapt to [{name}]")
         if name in FUNCTION:
-            raise ValueError(f"{difference}; set {name} to {loaded}")
+            order = " and leave out order, which needs it" if name == "target_aware" and not loaded else ""
+            raise ValueError(f"{difference}; set {name} to {loaded}{order}")
     state = dict(weights.state)
     table, own = state.get(TABLE), gpt.state_dict().get(TABLE)
     if table is None or own is None or len(table) == len(own) or table.shape[1:] != own.shape[1:]:

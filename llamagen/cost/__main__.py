@@ -1,8 +1,8 @@
 """Estimate the cost of training an autoregressive model: ``python -m llamagen.cost --config FILE …``.
 
 The files are those of ``main.py fit``, a base and its overlays; later ones override earlier ones. The command reads the
-model's ``net`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``, ``devices``,
-``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
+model's ``net``, ``order`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``,
+``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
 
 Memory is that of one GPU. It includes neither CUDA itself (about 2 GB) nor the overhead of PyTorch's allocator (a few
 percent) nor temporary memory of single operators in the backward pass.
@@ -19,13 +19,14 @@ from llamagen.command import run_command
 from llamagen.cost.gpt import (
     PRECISIONS,
     activations,
-    block_parameters,
+    cache_bytes_of_adaptive_norms,
     cache_bytes_per_token,
     flops_per_sequence,
     flops_per_token,
     gpu_days,
     head,
     parameters,
+    whole_block_parameters,
 )
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.parser_errors import OneLineParser
@@ -69,7 +70,7 @@ def memory(run: Run) -> dict[str, int]:
     width, compute = PRECISIONS[run.precision]
     full = width * parameters(run.net)
     size = -(-full // run.gpus) if run.sharded else full
-    block = block_parameters(run.net) + 2 * run.net.dim
+    block = whole_block_parameters(run.net)
     ends = parameters(run.net) - run.net.n_layer * block
     gathered = 2 * width * ends + (3 * compute + 4) * block
     kept = activations(run.net, run.batch_size, run.precision, run.checkpointing)
@@ -133,7 +134,7 @@ def read_run(
     entries = callbacks if isinstance(callbacks, list) else [callbacks]
     classes = [_last_name(entry) for entry in entries]
     run = Run(
-        net=_net(at("model", "init_args", "net")),
+        net=_net(at("model", "init_args", "net"), at("model", "init_args", "order") is not None),
         batch_size=at("data", "init_args", "batch_size") if batch_size is None else batch_size,
         precision=precision or str(at("trainer", "precision") or "32-true"),
         checkpointing=at("model", "init_args", "activation_checkpointing") or False,
@@ -159,7 +160,7 @@ def _last_name(entry: Any) -> str:
     return str(entry.get("class_path") if isinstance(entry, dict) else entry).split(".")[-1]
 
 
-def _net(values: Any) -> GPTConfig:
+def _net(values: Any, in_random_orders: bool) -> GPTConfig:
     if not isinstance(values, dict):
         raise ValueError("model.init_args.net is missing; pass the configuration of an autoregressive model")
     types = {field.name: field.type for field in fields(GPTConfig)}
@@ -169,6 +170,8 @@ def _net(values: Any) -> GPTConfig:
     numbers: dict[str, Any] = {
         name: float(v) if types[name] is float and isinstance(v, str) else v for name, v in values.items()
     }
+    if in_random_orders:  # as ARGenModule does
+        numbers["target_aware"] = True
     try:
         return GPTConfig(**numbers)
     except TypeError as error:
@@ -193,6 +196,7 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0 and finite")
     net, days = run.net, gpu_days(run.net, images, mfu, peak_tflops)
+    cached = cache_bytes_of_adaptive_norms(net)
     gpus = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', parameters sharded' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
@@ -201,6 +205,7 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
         ("GPU days", f"{days:,.4g} for {images:,} images at {mfu:g} of {peak_tflops:g} TFLOP/s"),
         ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
         ("KV cache per token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
+        *([("adaptive norms in the cache", f"{cached:,} bytes per sequence")] if cached else []),
         ("", ""),
         ("memory of a GPU", f"batch of {run.batch_size}, {run.precision}, {gpus}"),
     ]

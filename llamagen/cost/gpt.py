@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from llamagen.losses.linear_cross_entropy import MAX_LOGITS
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.kv_cache import BLOCK_VECTORS, LAST_VECTORS
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 """Precisions of Lightning: bytes of a parameter or residual stream entry, and bytes of an operand of a product."""
@@ -26,13 +27,27 @@ def caption_parameters(config: GPTConfig) -> int:
     return 0 if config.condition == "class" else (config.caption_dim + config.dim) * config.dim
 
 
+def adaptive_parameters(config: GPTConfig) -> int:
+    """Number of weights, without biases, of the adaptive norms of all blocks and of the last norm; 0 without them."""
+    vectors = BLOCK_VECTORS * config.n_layer + LAST_VECTORS
+    return vectors * config.dim**2 if config.adaptive_norm else 0
+
+
+def whole_block_parameters(config: GPTConfig) -> int:
+    """Number of all parameters of one block: its matrices, gains of norms, and its adaptive norms with their biases."""
+    gains = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
+    adaptive = BLOCK_VECTORS * (config.dim + 1) * config.dim if config.adaptive_norm else 0
+    return block_parameters(config) + gains + adaptive
+
+
 def parameters(config: GPTConfig) -> int:
     """Exact number of parameters of a :class:`~llamagen.models.gpt.GPT`."""
     labels = (config.num_classes + 1) * config.dim if config.condition == "class" else 0
-    norms = (2 * config.n_layer + 1) * config.dim
-    embeddings = labels + config.vocab_size * config.dim
-    matrices = config.n_layer * block_parameters(config) + head_parameters(config) + caption_parameters(config)
-    return embeddings + norms + matrices
+    targets = config.block_size * config.dim if config.target_aware else 0
+    last_norm = config.dim + (LAST_VECTORS * (config.dim + 1) * config.dim if config.adaptive_norm else 0)
+    embeddings = labels + targets + config.vocab_size * config.dim
+    blocks = config.n_layer * whole_block_parameters(config)
+    return embeddings + caption_parameters(config) + blocks + last_norm + head_parameters(config)
 
 
 def positions(config: GPTConfig) -> int:
@@ -47,8 +62,9 @@ def flops_per_sequence(config: GPTConfig) -> float:
     PaLM, arXiv 2204.02311, appendix B) measures useful work. With T tokens, L codes and C condition tokens, the sum is
 
     - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
-      weight of the head, which reads only the last of the condition tokens, and for text ``6 C`` for each weight of the
-      caption projection. Embeddings are lookups and do not count.
+      weight of the head, which reads only the last of the condition tokens, ``6`` for each weight of adaptive norms,
+      which read one vector, and for text ``6 C`` for each weight of the caption projection. Embeddings are lookups and
+      do not count.
     - ``12 n_layer dim T S`` for attention, where S is the mean number of tokens to which a token attends (the products
       of queries and keys, and of weights and values, take ``4 dim S`` in the forward pass). Attention is causal, so
       S = (T + 1) / 2; operations of a kernel on masked tokens do not count. PaLM's convention is S = T.
@@ -60,6 +76,7 @@ def flops_per_sequence(config: GPTConfig) -> float:
         length * config.n_layer * block_parameters(config)
         + config.block_size * head_parameters(config)
         + config.condition_length * caption_parameters(config)
+        + adaptive_parameters(config)
     )
     attention = 12 * config.n_layer * config.dim * length * (length + 1) / 2
     return float(6 * matrices + attention)
@@ -68,8 +85,8 @@ def flops_per_sequence(config: GPTConfig) -> float:
 def flops_per_token(config: GPTConfig) -> float:
     """:func:`flops_per_sequence` divided by the number of codes.
 
-    For class-conditional models, which have as many tokens as codes, it is ``6`` times the number of matrix weights
-    plus ``12 n_layer dim (L + 1) / 2``.
+    For class-conditional models without adaptive norms, which have as many tokens as codes, it is ``6`` times the
+    number of matrix weights plus ``12 n_layer dim (L + 1) / 2``.
     """
     return flops_per_sequence(config) / config.block_size
 
@@ -89,6 +106,11 @@ def gpu_days(config: GPTConfig, images: float, mfu: float, peak_tflops: float) -
 def cache_bytes_per_token(config: GPTConfig, precision: str) -> int:
     """Bytes of keys and values of each token of each sequence in sampling (twice as many with guidance)."""
     return 2 * config.n_layer * config.kv_heads * config.head_dim * PRECISIONS[precision][1]
+
+
+def cache_bytes_of_adaptive_norms(config: GPTConfig) -> int:
+    """Bytes of each sequence in sampling that hold the vectors of adaptive norms, in float32; 0 without them."""
+    return 4 * (BLOCK_VECTORS * config.n_layer + LAST_VECTORS) * config.dim if config.adaptive_norm else 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,13 @@ def activations(
       keys, ``c D`` for the output of attention, which is the input of wo, and ``4 H`` for its logsumexp (not with the
       kernel of :mod:`~llamagen.models.causal_attention`);
     - ``4 c F`` for w1's output, its SiLU, w3's output and their product, which is the input of w2;
-    - ``D`` for the mask of each dropout with a probability above 0.
+    - ``D`` for the mask of each dropout with a probability above 0;
+    - with QK-norm, for the H + G heads of queries and keys: ``c E`` for the normalised head, 4 for its factor, and
+      ``4 E`` for its input in float32, unless that is a part of the output of wqkv;
+    - with adaptive norms, ``r D`` for the output of each of its two norms and ``c D`` for that of each branch.
+
+    For each sequence, adaptive norms keep ``8 r + c`` vectors of width D in each block: six vectors, two gains plus 1,
+    and their input. Random orders keep ``4 E`` for the rotation and 8 for the target of each token.
 
     Attention is assumed to be fused. On GPUs it copies queries, keys and values if it has to pad heads to a multiple of
     8, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed
@@ -155,6 +183,13 @@ def activations(
     masks = mask(config.resid_dropout) + mask(config.ffn_dropout)
     block = length * (2 * norm + inputs + attention + 4 * compute * config.ffn_dim + masks)
     ends = 8 * codes + length * mask(config.token_dropout)
+    if config.qk_norm:
+        block += length * heads * ((compute + (4 if compute == 2 else 0)) * head_dim + 4)
+    if config.adaptive_norm:
+        block += length * 2 * (residual + compute) * dim + (8 * residual + compute) * dim
+        ends += codes * residual * dim + (2 * residual + compute) * dim
+    if config.target_aware:
+        ends += 8 * codes + 4 * length * head_dim
     if config.condition == "text":
         block += compute * length**2
         ends += length**2 if checkpointing else 0
@@ -167,7 +202,7 @@ def activations(
         kept, recomputed = config.n_layer * residual * length * dim + ends, block
     else:
         kept, recomputed = config.n_layer * block + ends, 0
-    matrices = config.n_layer * block_parameters(config) + caption_parameters(config)
+    matrices = config.n_layer * block_parameters(config) + caption_parameters(config) + adaptive_parameters(config)
     return Activations(batch_size * kept, batch_size * recomputed, compute * matrices if autocast else 0)
 
 

@@ -23,6 +23,7 @@ from tests.pipeline import GPT_NET, TOKENIZER_NET, Pipeline
 from tests.saved_runs import again
 
 DATA, MODEL, CALLBACK = "--data.init_args", "--model.init_args", "--trainer.callbacks"
+UNTIL = f"{MODEL}.order.random_until"
 
 
 def with_callback(name: str, *arguments: str) -> str:
@@ -89,6 +90,14 @@ FIT_ARGEN = {
     f"{MODEL}.sampling.window=1.5": "model.sampling.window: must be of type int or one of 'auto', not 1.5",
     f"{MODEL}.sampling.window=wide": "model.sampling.window",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
+    f"{UNTIL}=1.5": "order.random_until is 1.5; a share of the run is between 0.0 and 1.0",
+    f"{UNTIL}=0.9": "order.raster_from is 0.75, before order.random_until, 0.9",
+    f"{MODEL}.order.raster_from=1": "order.raster_from is 1, before order.random_until, 0.5 (steps 1 and 4 of 8)",
+    f"{UNTIL}=5 --trainer.max_steps=6": "(steps 4.5 and 5 of 6); give a later one",
+    f"{MODEL}.order.until=0.9": "model.order: has no option until",
+    f"{UNTIL}=0.5 --trainer.max_steps=-1 --trainer.max_epochs=-1": "the run has no end; set",
+    f"{UNTIL}=0.5 {MODEL}.init_from={{argen}}": "target_aware is False, but the model's is True; set",
+    f"{MODEL}.net.adaptive_norm=2": "model.net.adaptive_norm",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",
@@ -108,6 +117,7 @@ PREDICT_ARGEN = {
     "--data=PromptDataModule --data.prompts=[a] --data.column=x": "column is 'x'",
     "--data=PromptDataModule --data.prompts=[a] --data.clean_captions=twice": "must be one of 'auto', 'published'",
     "--ckpt_path=null": "predict needs a trained model",
+    f"{UNTIL}=0.5": "target_aware is False, but the model's is True; set target_aware to",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     with_callback("FeatureWriter", "dtype=int8"): "dtype",
     "--trainer.default_root_dir={samples}": "already holds samples",

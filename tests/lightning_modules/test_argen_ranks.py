@@ -1,4 +1,4 @@
-"""Two ranks, each with half of the batch, train the autoregressive model like one process with the full batch."""
+"""Two ranks with half of the batch each train the autoregressive model like one process, also in random orders."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tests.ranks import succeeds, two_processes
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
 STEPS = 10
+RANDOM_ORDERS = ("--model.init_args.order.random_until=3", "--model.init_args.order.raster_from=8")
 
 
 def arguments(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
@@ -19,6 +20,7 @@ def arguments(pipeline: Pipeline, folder: Path, batch_size: int) -> list[str]:
     return [
         *("fit", *kept, f"--data.init_args.root={pipeline.codes}", f"--data.init_args.batch_size={batch_size}"),
         *(f"--model.init_args.net.{name}=0.0" for name in DROPOUTS),
+        *RANDOM_ORDERS,
         *(f"--trainer.max_steps={STEPS}", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.1"),
         *(
             "--trainer.val_check_interval=null",

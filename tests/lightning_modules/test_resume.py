@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_modules import AdamWConfig, ARGenModule, GenerationOrder
 from lightning_modules.base import GenerativeModule
 from tests.lightning_modules.runs import argen_module, state_of, train, vqgan_module
 from tests.pipeline import Pipeline
@@ -26,6 +27,12 @@ def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
         "augmentation": ("color", "translation", "cutout"),
     }
     return vqgan_module(seed, options, lecam_weight=0.1, adaptive_weight=True, adversarial="non_saturating")
+
+
+def argen_with_everything(seed: int = 0) -> GenerativeModule:
+    """A GPT with everything that uses random numbers or adds parameters, in orders annealed from step 2 to step 9."""
+    plain = argen_module(seed, qk_norm=True, adaptive_norm=True, attn_dropout=0.1)
+    return ARGenModule(plain.gpt.config, AdamWConfig(lr=1e-3), order=GenerationOrder(2, 9))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ class UsesGlobalGenerator(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(vqgan_module, marks=pytest.mark.slow), vqgan_with_everything, argen_module]
+    "make", [pytest.param(vqgan_module, marks=pytest.mark.slow), vqgan_with_everything, argen_with_everything]
 )
 @pytest.mark.parametrize(
     ("stop", "every", "resume_from"),

@@ -21,11 +21,12 @@ from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
 from llamagen.models.gpt import GPT, GPTConfig
 from tests.lightning_modules.runs import argen_module, vqgan_module
-from tests.lightning_modules.test_argen_ranks import STEPS, arguments
+from tests.lightning_modules.test_argen_ranks import RANDOM_ORDERS, STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline
 from tests.ranks import ended, run_on_ranks, succeeds, two_processes
 
 HALF = STEPS // 2
+NET = {**GPT_NET, "target_aware": True}
 SHARDED = ("--trainer.strategy=sharded",)
 LIGHTNINGS = (
     "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
@@ -174,7 +175,7 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
 ) -> None:
     ema = "--trainer.callbacks=[{class_path: EMA}]"
     for name, path, more, ranks in (("one", half, (), 1), ("two", sharded_half, SHARDED, 2)):
-        shared = [f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path / name}", *more]
+        shared = [f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path / name}", *RANDOM_ORDERS, *more]
         validate = ["validate", *pipeline.argen_arguments(tmp_path / name), f"--data.init_args.root={pipeline.codes}"]
         options = [item for item in validate if not item.startswith(("--trainer.max_steps", "--trainer.val_check"))]
         _run_stage([*options, ema, "--trainer.limit_val_batches=1.0", *shared], ranks)
@@ -184,7 +185,7 @@ def test_sharded_ranks_validate_and_sample_with_averages_like_one(
     rows = [(tmp_path / name / "logs/version_0/metrics.csv").read_text().splitlines() for name in ("one", "two")]
     one, two = (dict(zip(lines[0].split(","), lines[1].split(","), strict=True)) for lines in rows)
     assert one.keys() == two.keys() >= {"val/loss", "val/top5"}
-    for name in ("val/loss", "val/perplexity", "val/top1", "val/top5"):
+    for name in ("val/loss", "val/perplexity", "val/top1", "val/top5", "val/loss_random_order"):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
     images = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one/images").rglob("*.png"))
     assert len(images) == 9
@@ -207,7 +208,7 @@ def test_files_with_only_weights_cannot_be_resumed(half: Path, tmp_path: Path, m
     checkpoint = everything(half)
     del checkpoint["optimizer_states"]
     torch.save(checkpoint, tmp_path / "weights.ckpt")
-    module = argen_module(5)
+    module = argen_module(5, target_aware=True)
     strategy = object.__new__(ShardedStrategy)
     monkeypatch.setattr(ShardedStrategy, "broadcast", lambda self, value: value)
     monkeypatch.setattr(ShardedStrategy, "lightning_module", module)
@@ -254,7 +255,7 @@ def _checksum(gpt: GPT) -> dict[str, Tensor]:
 
 
 def _start(weights: str, num_classes: int) -> ARGenModule:
-    config = GPTConfig(**{**GPT_NET, "num_classes": num_classes})
+    config = GPTConfig(**{**NET, "num_classes": num_classes})
     return ARGenModule(config, init_from=weights or None, init_adapt=["num_classes"] if num_classes == 12 else ())
 
 
@@ -281,7 +282,7 @@ def test_a_model_on_the_meta_device_is_initialised_without_a_strategy_too(half: 
     for name, value in GPT(GPTConfig(**GPT_NET)).state_dict().items():
         assert torch.equal(module.gpt.state_dict()[name], value)
     with models_on_meta_device(), pytest.raises(ValueError, match="they do not fit"):
-        ARGenModule(GPTConfig(**{**GPT_NET, "dim": 64}), init_from=half)
+        ARGenModule(GPTConfig(**{**NET, "dim": 64}), init_from=half)
 
 
 class Bomb:

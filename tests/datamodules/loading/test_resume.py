@@ -110,6 +110,18 @@ def test_reloaded_loader_continues_with_the_next_epoch(root: Path) -> None:
     assert second != first
 
 
+def test_position_loaded_after_the_loader_was_built_resumes_too(root: Path) -> None:
+    # With sharded parameters and a cosine schedule, Lightning builds the loader before it loads the checkpoint.
+    whole = image_data(root)
+    expected = keys(whole.train_dataloader())[2:]
+    late = image_data(root)
+    late.trainer = trainer_of()
+    late.trainer.train_dataloader = loader = late.train_dataloader()
+    late.load_state_dict({"train": {"epoch": 0, "consumed": 2}})
+    assert keys(loader) == expected
+    assert late.state_dict() == whole.state_dict()
+
+
 def test_epoch_that_ends_early_is_saved_as_finished(root: Path) -> None:
     data = image_data(root)
     data.trainer = trainer_of()
