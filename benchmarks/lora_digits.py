@@ -1,4 +1,4 @@
-"""LoRA: the quickstart's model learns two new classes, handwritten 4s and 7s that lie on their side.
+"""LoRA: the quickstart's model learns two new classes, handwritten 4s and 6s that lie on their side.
 
 The images are those digits of scikit-learn, rotated by 90°. The stages run with the usual commands: codes by the
 quickstart's tokenizer, training of adapters and class embeddings, images. A support vector machine, trained on all real
@@ -29,7 +29,7 @@ from datamodules.digits import VALIDATION_EVERY
 from llamagen.grids import save_png
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGITS = (4, 7)
+DIGITS = (4, 6)
 EPOCHS = 60
 
 

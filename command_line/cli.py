@@ -132,8 +132,8 @@ class LlamaGenCLI(LightningCLI):
             self._check_checkpoint(config, path)
         starts = config.get("model.init_args.init_from") and not config.get("model.init_args.lora")
         if config.get("ckpt_path") and self.config.subcommand != "fit" and starts:
-            # The checkpoint has all weights (unless it has LoRA adapters); those that a fine-tuned run started from need
-            # not be read, or downloaded.
+            # The checkpoint has all weights; those a fine-tuned run started from need not be read, or downloaded. With
+            # LoRA it has adapters only.
             config["model.init_args.init_from"] = None
             if config.get("model.init_args.init_adapt"):
                 config["model.init_args.init_adapt"] = []

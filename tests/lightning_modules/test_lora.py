@@ -180,7 +180,7 @@ def test_adapters_and_complete_checkpoints_are_not_mixed_up(
     pipeline: Pipeline, base: Path, tuned: tuple[ARGenModule, Any, Path]
 ) -> None:
     last = tuned[2] / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match="init_from: .* holds LoRA adapters; merge them with python -m"):
+    with pytest.raises(ValueError, match=r"init_from: .* holds LoRA adapters; merge them with python -m"):
         lora_module(last)
     with pytest.raises(ValueError, match="lora is given, but init_from is not; give the weights"):
         ARGenModule(NET, lora=LORA)

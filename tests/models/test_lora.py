@@ -50,7 +50,9 @@ def merged(gpt: GPT, options: dict[str, Any]) -> GPT:
 
 @torch.no_grad()
 def logits(gpt: GPT) -> torch.Tensor:
-    result: torch.Tensor = gpt(codes_for(gpt, 3, 15), condition_for(gpt, 3), caption_lengths=caption_lengths_for(gpt, 3))
+    result: torch.Tensor = gpt(
+        codes_for(gpt, 3, 15), condition_for(gpt, 3), caption_lengths=caption_lengths_for(gpt, 3)
+    )
     return result
 
 
