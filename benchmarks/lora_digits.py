@@ -97,9 +97,10 @@ def checksum(file: Path) -> str:
 
 
 def save_figure(images: np.ndarray, labels: np.ndarray, file: Path, columns: int = 12) -> None:
-    """Write a grid with one row for each class."""
+    """Write a grid with one row for each class, twice as large."""
     rows = [np.concatenate(list(images[labels == each][:columns]), axis=1) for each in range(len(DIGITS))]
-    save_png(Image.fromarray(np.concatenate(rows)), file)
+    grid = Image.fromarray(np.concatenate(rows))
+    save_png(grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST), file)
 
 
 def main() -> None:

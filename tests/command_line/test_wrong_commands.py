@@ -89,6 +89,8 @@ FIT_ARGEN = {
     f"{MODEL}.sampling.window=1.5": "model.sampling.window: must be of type int or one of 'auto', not 1.5",
     f"{MODEL}.sampling.window=wide": "model.sampling.window",
     f"{MODEL}.init_adapt=[num_classes]": "init_adapt",
+    f"{MODEL}.lora.rank=4": "lora is given, but init_from is not",
+    f"{MODEL}.lora.rank=0": "lora.rank is 0; it must be at least 1",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",
