@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.lora import merged_weight
 from llamagen.models.transformer_block import RMSNorm, TransformerBlock
 
 
@@ -81,7 +82,8 @@ class DecodeWeights:
         """
 
         def matrix(linear: nn.Linear) -> Matrix:
-            return quantize(linear.weight) if int8 else Matrix(linear.weight.detach().to(dtype).contiguous(), None)
+            weight = merged_weight(linear).detach()
+            return quantize(weight) if int8 else Matrix(weight.to(dtype).contiguous(), None)
 
         def norm(module: RMSNorm) -> Tensor:
             return module.weight.detach().float()
