@@ -1,5 +1,7 @@
 """The decode loop on CPUs, with passes of compiled C++. R rows, T new tokens, V vocabulary size."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,32 +60,49 @@ class CPUDecodeState(DecodeState):
     def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
-        logits = self._logits[:, 0]
+        logits, targets = self._logits[:, 0], self._order(0, 1)
+        if targets is None:
+            targets = torch.zeros(len(condition), 1, dtype=torch.int64, device="cpu")
         # Captions are projected one at a time, so that an image's logits do not depend on the batch.
         size = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
             for row in range(0, len(condition), size):
                 rows = slice(row, row + size)
-                x = self.gpt.cls_embedding(condition[rows], dropped[rows]).float().contiguous()
+                x = self.gpt.cls_embedding(condition[rows], dropped[rows])
+                target = self.gpt.target_embedding(targets[rows])
+                if target is not None:  # the last token of the condition predicts the first code
+                    x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
+                x = x.float().contiguous()
                 cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
                 self._step(x, cache, None if self._first is None else self._first[rows], logits[rows], self._scratch)
         self.cache.advance(self.gpt.config.condition_length)
         return logits
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _embed(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Embed codes (R, T), and for a target-aware model the positions that they predict, by default the next T."""
+        x = cast(Tensor, self.gpt.tok_embeddings(tokens))
+        if self.gpt.target_embeddings is not None:
+            if targets is None:
+                first = self.cache.length - self.condition_length + 1
+                targets = torch.arange(first, first + tokens.shape[1], device="cpu")
+            x = x + self.gpt.target_embeddings(targets)
+        return x.float().contiguous()
+
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        x = self._embed(tokens, targets)
         rope_rows = None if positions is None else self._rope_rows(positions, tokens)
         rows, count = tokens.shape
         logits = self._logits[:rows] if count == 1 else self._logits.new_empty(rows, count, self._logits.shape[2])
         self._step(x, self.cache, self._first, logits, self._scratch, rope_rows)
         return logits
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T)."""
-        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        x = self._embed(tokens, targets)
+        rope_rows = None if positions is None else self._rope_rows(positions, tokens)
         # A pass computes the logits after its last token anyway; nothing reads them.
-        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch)
+        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch, rope_rows)
 
     def start_windows(self) -> None:
         """Nothing to do: only cached tokens of a row are read."""

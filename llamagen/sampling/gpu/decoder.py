@@ -36,6 +36,7 @@ class GPUCodeDecoder(CodeDecoder):
     """
 
     full_batches = True
+    any_order = False
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
@@ -109,7 +110,7 @@ class GPUDecodeState(DecodeState):
             )
         return cast(Tensor, logits[:, -1])
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Not available: a captured step reads its own last code, at the next position in raster order.
 
         Raises:
@@ -142,7 +143,7 @@ class GPUDecodeState(DecodeState):
         """Not available, like :meth:`start_windows`."""
         raise NotImplementedError
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T) by a call of the model, into the cache of the graphs."""
         with self._precision():
             self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
