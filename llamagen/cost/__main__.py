@@ -1,8 +1,8 @@
 """Estimate the cost of training an autoregressive model: ``python -m llamagen.cost --config FILE …``.
 
 The files are those of ``main.py fit``, a base and its overlays; later ones override earlier ones. The command reads the
-model's ``net``, ``order``, ``lora`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``,
-``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
+model's ``net``, ``order``, ``lora`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's
+``precision``, ``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
 
 Memory is that of one GPU. It includes neither CUDA itself (about 2 GB) nor the overhead of PyTorch's allocator (a few
 percent) nor temporary memory of single operators in the backward pass.

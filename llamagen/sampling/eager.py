@@ -38,7 +38,12 @@ class EagerDecodeState(DecodeState):
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
         logits = self.gpt(
-            None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
+            None,
+            condition,
+            caption_lengths=self.caption_lengths,
+            drop_condition=dropped,
+            cache=self.cache,
+            targets=self._order(0, 1),
         )
         return cast(Tensor, logits[:, -1])
 
@@ -49,9 +54,11 @@ class EagerDecodeState(DecodeState):
         )
         return cast(Tensor, logits)
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T)."""
-        self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
+        self.gpt.features(
+            tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions, targets=targets
+        )
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""

@@ -60,7 +60,9 @@ class CPUDecodeState(DecodeState):
     def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
-        logits = self._logits[:, 0]
+        logits, targets = self._logits[:, 0], self._order(0, 1)
+        if targets is None:
+            targets = torch.zeros(len(condition), 1, dtype=torch.int64, device="cpu")
         # Captions are projected one at a time, so that an image's logits do not depend on the batch.
         size = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
@@ -71,7 +73,7 @@ class CPUDecodeState(DecodeState):
                 if self.cache.adaptive is not None:
                     adaptive = self.cache.adaptive[:, rows]
                     self._write_adaptive_vectors(adaptive, condition, dropped)
-                target = self.gpt.target_embedding(torch.zeros(1, dtype=torch.int64, device="cpu"))
+                target = self.gpt.target_embedding(targets[rows])
                 if target is not None:  # the last token of the condition predicts the first code
                     x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
                 x = x.float().contiguous()
@@ -112,11 +114,12 @@ class CPUDecodeState(DecodeState):
         self._step(x, self.cache, self._first, logits, self._scratch, rope_rows)
         return logits
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T)."""
-        x = self._embed(tokens)
+        x = self._embed(tokens, targets)
+        rope_rows = None if positions is None else self._rope_rows(positions, tokens)
         # A pass computes the logits after its last token anyway; nothing reads them.
-        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch)
+        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch, rope_rows)
 
     def start_windows(self) -> None:
         """Nothing to do: only cached tokens of a row are read."""

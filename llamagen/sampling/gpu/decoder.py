@@ -36,6 +36,7 @@ class GPUCodeDecoder(CodeDecoder):
     """
 
     full_batches = True
+    any_order = False
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
@@ -146,7 +147,7 @@ class GPUDecodeState(DecodeState):
         """Not available, like :meth:`start_windows`."""
         raise NotImplementedError
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T) by a call of the model, into the cache of the graphs."""
         with self._precision():
             self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
