@@ -70,7 +70,7 @@ def read_mask(file: bytes, image: bytes, resolution: int, grid: int) -> tuple[in
     height, width = _size_of(image)
     try:
         with Image.open(io.BytesIO(file), formats=["PNG"]) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
+            if opened.height * opened.width > MAX_PIXELS:
                 raise ValueError(f"the mask is too large; choose one of at most {MAX_PIXELS:,} pixels")
             opened.load()
             alpha = np.asarray(opened.convert("RGBA"))[..., 3] if opened.has_transparency_data else None

@@ -17,10 +17,11 @@ from serving.engine.requests import ImageRequest, Rows
 from serving.page.uploads import to_png
 from tests.serving.engine.conftest import Start
 from tests.serving.engine.scripted import Heard
+from tests.serving.engine.test_embedded import images, run
 from tests.serving.inpainting_model import inpainting_model, mask_of, noise
 
 
-def test_masks_of_equally_many_codes_share_a_batch_and_give_the_images_of_python(start: Start) -> None:
+def test_requests_with_masks_get_the_images_of_python(start: Start) -> None:
     model, heard = inpainting_model(), [Heard() for _ in range(4)]
     masks: list[tuple[int, ...]] = [(5, 6, 9), (0, 1, 15), (2,), ()]
     dispatcher = start(lambda: EmbeddedEngine(model, window=3))
@@ -37,6 +38,15 @@ def test_masks_of_equally_many_codes_share_a_batch_and_give_the_images_of_python
     groups = [Work(0, 1, settings=settings, image=b"", mask=mask).group for mask in (*masks, (7, 8, 9))]
     assert [groups.index(group) for group in groups] == [0, 0, 2, 3, 0]
     assert Work(0, 1, settings=settings, image=b"").group not in groups
+
+
+def test_images_with_different_masks_share_a_batch() -> None:
+    model, masks = inpainting_model(), [(5, 6, 9), (0, 1, 15)]
+    batch = [Work(key, 3, 7, key, model.settings(), to_png(noise(key)), mask=mask) for key, mask in enumerate(masks)]
+    found = images(run(EmbeddedEngine(model), batch))
+    arguments = [noise(0), noise(1)], [mask_of(*mask) for mask in masks], 3
+    expected = model.inpaint(*arguments, seed=7, progress=False)
+    assert [found[key].tolist() for key in (0, 1)] == [np.asarray(image).tolist() for image in expected]
 
 
 def test_a_preview_shows_the_known_part_once() -> None:
