@@ -29,11 +29,15 @@ def inputs(gpt: GPT) -> tuple[Tensor, dict[str, Any]]:
 @ENGINES
 @pytest.mark.parametrize("count", [0, 1, 6])
 @pytest.mark.parametrize("setting", ["sampled", "sampled, guided from code 3 to 9"])
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize(
+    "net",
+    [{"qk_norm": True, "adaptive_norm": True}, {"condition": "text"}],
+    ids=["class, QK-norm, adaptive norms", "text"],
+)
 def test_codes_are_those_of_an_uncached_model_in_the_same_order(
-    kind: str, setting: str, count: int, compiled: bool
+    net: dict[str, Any], setting: str, count: int, compiled: bool
 ) -> None:
-    gpt, config = target_aware(condition=kind), SamplingConfig(**SETTINGS[setting])
+    gpt, config = target_aware(**net), SamplingConfig(**SETTINGS[setting])
     (condition, options), kept = inputs(gpt), codes_for(small_gpt(), BATCH, count)
     found = Sampler(gpt, 2, compiled=compiled)(condition, config, **options, kept=kept, order=ORDERS)
     lengths, indices = options["caption_lengths"], options["indices"]
