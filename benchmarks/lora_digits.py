@@ -39,12 +39,9 @@ def write_images(root: Path) -> None:
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         if label in DIGITS:
             split = "val" if number % VALIDATION_EVERY == 0 else "train"
-            folder = root / split / f"rotated {label}"
-            folder.mkdir(parents=True, exist_ok=True)
             pixels = (np.rot90(image) * 255 / 16).round().astype(np.uint8)
-            Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(
-                folder / f"{number:06d}.png"
-            )
+            large = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+            save_png(large, root / split / f"rotated {label}" / f"{number:06d}.png")
 
 
 def commands(quickstart: Path, root: Path, per_class: int) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from callbacks import EMA
-from lightning_modules import AdamWConfig, ARGenModule
+from lightning_modules import AdamWConfig, ARGenModule, models_on_meta_device
 from llamagen.checkpoints.contents import build_model, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import read_weights
@@ -192,11 +192,13 @@ def test_adapters_and_complete_checkpoints_are_not_mixed_up(
         evaluator().validate(raw, datamodule_for(raw, pipeline), ckpt_path=last, weights_only=True)
 
 
-def test_values_do_not_depend_on_the_state_of_the_generator_after_the_model_was_built(base: Path) -> None:
+def test_a_model_that_is_allocated_later_has_the_same_values(base: Path) -> None:
     one, other = lora_module(base), lora_module(base, seed=1)
-    again = lora_module(base)
-    assert_same(again.state_dict(), one.state_dict())
+    with models_on_meta_device():
+        later = lora_module(base)
+    later.configure_model()
+    assert_same(later.state_dict(), one.state_dict())
     name = "gpt.layers.0.attention.wo.lora_A.default.weight"
     assert not torch.equal(other.state_dict()[name], one.state_dict()[name])
-    assert one.state_dict()[name].abs().max() <= 32**-0.5
+    assert 0.15 < one.state_dict()[name].abs().max() <= 32**-0.5
     assert merged_parameters(one.gpt).keys() == read_weights(base).state.keys()
