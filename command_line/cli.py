@@ -130,8 +130,10 @@ class LlamaGenCLI(LightningCLI):
             )
         if path and path not in KEYWORDS and ("://" not in str(path) or is_remote(path)):
             self._check_checkpoint(config, path)
-        if config.get("ckpt_path") and self.config.subcommand != "fit" and config.get("model.init_args.init_from"):
-            # The checkpoint has all weights; those a fine-tuned run started from need not be read, or downloaded.
+        starts = config.get("model.init_args.init_from") and not config.get("model.init_args.lora")
+        if config.get("ckpt_path") and self.config.subcommand != "fit" and starts:
+            # The checkpoint has all weights; those a fine-tuned run started from need not be read, or downloaded. With
+            # LoRA it has adapters only.
             config["model.init_args.init_from"] = None
             if config.get("model.init_args.init_adapt"):
                 config["model.init_args.init_adapt"] = []

@@ -13,15 +13,17 @@ from lightning_modules.argen_config import ARGenLossConfig
 from lightning_modules.base import model_device
 from lightning_modules.code_checks import check_codes
 from lightning_modules.generation_order import GenerationOrder, training_orders, validation_orders
+from lightning_modules.lora import adapt, keep_trained, restore_frozen
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.sampling import SamplingModule
 from llamagen.checkpoints.adaptation import adapt_to
 from llamagen.checkpoints.weights import ENTRY, classes_of, load_weights, read_weights
-from llamagen.cost.gpt import flops_per_sequence
+from llamagen.cost.lora import training_flops
 from llamagen.finite import not_finite
 from llamagen.losses import linear_cross_entropy, linear_token_nll
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.lora import LoRAConfig, reset_adapters
 from llamagen.models.sharding import shard
 from llamagen.option_checks import option_named
 from llamagen.sampling import SamplingConfig
@@ -57,6 +59,8 @@ class ARGenModule(SamplingModule):
         text_encoder: encoder of prompts, and of captions without stored features, for a text-conditional model. It is
             loaded at its first use and needs the extra ``text``. By default FLAN-T5-XL, as in the paper.
         order: train in random orders that are annealed to raster order. Sets ``net.target_aware``.
+        lora: freeze the weights of ``init_from``, and train adapters of the linear layers, and with ``init_adapt:
+            [num_classes]`` the class embeddings. Needs the extra ``lora``. Checkpoints hold only what is trained.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class ARGenModule(SamplingModule):
         compile: bool = False,
         text_encoder: TextEncoderConfig | None = None,
         order: GenerationOrder | None = None,
+        lora: LoRAConfig | None = None,
     ) -> None:
         if order is not None:
             net = replace(net, target_aware=True)
@@ -106,13 +111,17 @@ class ARGenModule(SamplingModule):
         )
         self.nats_by_position: dict[str, Tensor] = {}
         with option_named("init_from"):
-            self._initial_weights = read_weights(init_from, init_averaged) if init_from is not None else None
+            whole = lora is None  # adapters of adapters would need two base files
+            self._initial_weights = read_weights(init_from, init_averaged, whole) if init_from is not None else None
         self._init_adapt = init_adapt
         if self._initial_weights is not None and len(self._initial_weights.classes or ()) <= net.num_classes:
             self._classes = self._initial_weights.classes
         if self._text is not None and self._initial_weights is not None and self._initial_weights.captions:
             self._text.check_encoder(self._initial_weights.captions, self._initial_weights.source)
         self._load_initial_weights()  # on the meta device this only checks the shapes
+        self.lora, trains_classes = lora, "num_classes" in init_adapt
+        if lora is not None:
+            adapt(self.gpt, lora, init_from, self._initial_weights, trains_classes, self._generator_state)
         if self._initial_weights is None and init_adapt:
             raise ValueError(f"init_adapt is {list(init_adapt)}, but init_from is not given; give the initial weights")
 
@@ -155,6 +164,7 @@ class ARGenModule(SamplingModule):
                 torch.set_rng_state(self._generator_state)
                 self.gpt.reset_parameters()
             self._load_initial_weights()
+            reset_adapters(self.gpt)
         if self.device_mesh is not None:
             for buffer in self.gpt.buffers():  # not sharded; initialised at random on each rank
                 buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))
@@ -172,8 +182,8 @@ class ARGenModule(SamplingModule):
 
     @property
     def flops_per_sequence(self) -> float:
-        """Floating-point operations of a training step per image, see :mod:`llamagen.cost.gpt`."""
-        return flops_per_sequence(self.gpt.config)
+        """Floating-point operations of a training step per image, see :mod:`llamagen.cost`."""
+        return training_flops(self.gpt.config, self.lora)
 
     def setup(self, stage: str) -> None:
         """Check that codes or requests match the model, before anything is written.
@@ -209,6 +219,7 @@ class ARGenModule(SamplingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the tokenizer of the codes, and the names of the classes or the encoder of the captions."""
         super().on_save_checkpoint(checkpoint)
+        keep_trained(checkpoint, self)
         checkpoint[ENTRY]["tokenizer"] = self._tokenizer_checksum
         if self._text is not None:
             checkpoint[ENTRY]["captions"] = self._text.metadata
@@ -222,6 +233,7 @@ class ARGenModule(SamplingModule):
             ValueError: in one line with the difference, if it does not.
         """
         super().on_load_checkpoint(checkpoint)
+        restore_frozen(checkpoint, self)
         self._check_tokenizer(checkpoint[ENTRY]["tokenizer"], "the checkpoint was trained on codes")
         classes = classes_of(checkpoint[ENTRY])
         if self._names_were_used and classes != self._classes:

@@ -18,6 +18,7 @@ from llamagen.checkpoints.sharded import numbered
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.files import publish_folder, remove, remove_leftovers, temporary_name
 from llamagen.full_disk import DiskFullError, disk_full_error, full_disk_errno, size_of
+from llamagen.models.lora import adapters_of
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -103,14 +104,17 @@ class ShardedStrategy(ModelParallelStrategy):
         assert isinstance(module, GenerativeModule)
         checkpoint = read_checkpoint(path, wanted=lambda _: False)
         check_fits(checkpoint, module.generator)
-        if path.is_dir():
+        has_adapters = adapters_of(module.generator) is not None
+        if path.is_dir() and not has_adapters:
             return super().load_checkpoint(path, weights_only)
+        if path.is_dir():  # Lightning would miss the frozen weights; adapters are small enough for each rank
+            checkpoint = read_checkpoint(path, wanted=lambda _: True)
         # Not Lightning's: it assumes that the optimizer's parameters are in the order of the model's.
         if self.optimizers and "optimizer_states" not in checkpoint:
             raise ValueError(f"{path} holds only weights; start a new run from them with model.init_args.init_from")
-        weights = checkpoint.pop("state_dict")
-        for name, tensor in module.state_dict().items():
-            copy_full_(tensor, weights[name])
+        weights, own = checkpoint.pop("state_dict"), module.state_dict()
+        for name in weights if has_adapters else own:
+            copy_full_(own[name], weights[name])
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             _load_optimizer(optimizer, state)
         return checkpoint

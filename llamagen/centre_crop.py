@@ -4,6 +4,8 @@ Resizing follows Pillow but uses PyTorch's kernel for bytes, which takes a quart
 levels.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +30,34 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+def crop_parts(height: int, width: int, size: int, parts: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Where the pixels of a :func:`centre_crop` come from.
+
+    Args:
+        height: H of the image.
+        width: W of the image.
+        size: side of the crop in pixels, a multiple of ``parts``.
+        parts: number of equal parts of each side of the crop.
+
+    Returns:
+        For each part of the height, first row and end of the rows of the image that lie in it, at least in part; and
+        the same for the columns.
+    """
+    found = []
+    for side, resized in zip((height, width), _resized(height, width, size), strict=True):
+        edges = [(resized - size) // 2 + part * (size // parts) for part in range(parts + 1)]
+        found.append([(low * side // resized, -(-high * side // resized)) for low, high in pairwise(edges)])
+    return found[0], found[1]
+
+
+def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width after :func:`resize_short_side`."""
+    while min(height, width) >= 2 * short_side:
+        height, width = height // 2, width // 2
+    scale = short_side / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
 def resize_short_side(pixels: np.ndarray, short_side: int) -> np.ndarray:
     """Resize an image so that its short side has a given length.
 
@@ -42,8 +72,7 @@ def resize_short_side(pixels: np.ndarray, short_side: int) -> np.ndarray:
     while min(height, width) >= 2 * short_side:
         width, height = width // 2, height // 2
         pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
-    scale = short_side / min(height, width)
-    target = round(height * scale), round(width * scale)
+    target = _resized(height, width, short_side)
     if (
         height > 2 * width
     ):  # Pillow resizes tall images in another order of axes, which matters where levels are clipped

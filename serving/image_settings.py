@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 KEY = "llamagen"
 FORMAT = "llamagen-lightning image 1"
 
-Kind = Literal["generation", "completion"]
+Kind = Literal["generation", "completion", "inpainting"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ImageSettings:
 
     Attributes:
         model: name of the model.
-        kind: a whole image, or the completion of another one.
+        kind: a whole image, or the completion or inpainting of another one.
         conditions: numbers of classes, or prompts, of the request.
         images_per_prompt: images of each condition.
         seed: seed of the request.

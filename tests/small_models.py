@@ -27,6 +27,17 @@ GPT_VARIANTS: dict[str, dict[str, Any]] = {
     "text, grouped queries, identity rotation": {"condition": "text", "n_kv_head": 2, "rope_condition": "identity"},
 }
 
+RECIPE_VARIANTS: dict[str, dict[str, Any]] = {
+    "QK-norm": {"qk_norm": True, "n_kv_head": 2},
+    "adaptive norms": {"adaptive_norm": True},
+    "target-aware, text": {"target_aware": True, "condition": "text"},
+    "QK-norm, target-aware, text": {"qk_norm": True, "target_aware": True, "condition": "text", "n_kv_head": 1},
+    "QK-norm, adaptive norms, target-aware": {
+        "qk_norm": True, "adaptive_norm": True, "target_aware": True, "dim": 144, "n_head": 3, "n_kv_head": 1,
+    },
+}  # fmt: skip
+"""Options beyond the paper, alone and together."""
+
 HEAD_VARIANTS: dict[str, dict[str, Any]] = {
     f"heads of {size}, {kind}{' grouped' if kv else ''}": {
         "dim": 2 * size, "n_head": 2, "n_kv_head": kv, "condition": kind, "vocab_size": 50, "multiple_of": 24,

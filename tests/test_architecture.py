@@ -317,6 +317,7 @@ def test_every_package_is_installed() -> None:
 installed = cache(packages_distributions)  # takes a third of a second
 EXTRAS = {
     "benchmarks": "benchmark",
+    "llamagen/models": "lora",
     "llamagen/text": "text",
     "evaluation": "text",
     "serving/page": "serve",

@@ -34,6 +34,8 @@ EXCEPTIONS = {
     ("benchmarks/bench_evaluation.py", "path"),
     ("benchmarks/bench_evaluation.py", "archive"),
     ("benchmarks/tokenizer_step.py", "path"),
+    # Output of a running command, to which each attempt appends.
+    ("benchmarks/recipe_runs.py", "log"),
 }
 
 

@@ -3,6 +3,7 @@
 A training checkpoint of this project is a Lightning checkpoint with one more entry: ``checkpoint["llamagen"]`` holds
 the architecture (``"VQGAN"`` or ``"GPT"``), its configuration and the prefix of its weights in ``state_dict``. With EMA
 it also holds the names of the averaged parameters in the optimizer's order: the averages are in the optimizer's state.
+The checkpoint of a run with LoRA holds adapters only, see :mod:`llamagen.checkpoints.adapters`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from llamagen.checkpoints.adaptation import ADDED, FUNCTION
+from llamagen.checkpoints.adapters import LORA, check_adapters, describe_adapters
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
     ENTRY,
@@ -27,6 +29,7 @@ from llamagen.checkpoints.weights import (
 )
 from llamagen.hub.download import local_file
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.lora import adapters_of, merged_parameters, saved_entries
 from llamagen.models.quantizer import build_quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.state_dicts import differences, tensors_checksum
@@ -43,7 +46,9 @@ def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
         Architecture, configuration and prefix: primitives only, so that the checkpoint loads with ``weights_only``.
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
-    return {"architecture": architecture_of(model), "config": config, "prefix": prefix}
+    adapters = adapters_of(model)
+    lora = {} if adapters is None else {LORA: describe_adapters(adapters)}
+    return {"architecture": architecture_of(model), "config": config, "prefix": prefix, **lora}
 
 
 def architecture_of(model: GPT | VQGAN) -> str:
@@ -121,15 +126,17 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             )
     if isinstance(model, VQGAN):
         check_quantizer(entry["config"], model, "the checkpoint")
+    check_adapters(entry, adapters_of(model))
     if "state_dict" not in checkpoint:  # sharded: the weights are already in the model
         return
-    differing = differences(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict())
+    loaded, own = strip_prefix(entry["prefix"], checkpoint["state_dict"]), saved_entries(model)
+    differing = differences(loaded, own)
     if differing:
         raise ValueError(
             f"the checkpoint's {architecture} has another shape: {differing}; use the configuration that it was "
             "trained with"
         )
-    check_finite_weights(strip_prefix(entry["prefix"], checkpoint["state_dict"]), model.state_dict(), "the checkpoint")
+    check_finite_weights(loaded, own, "the checkpoint")
 
 
 def check_quantizer(config: Mapping[str, Any] | None, model: VQGAN, source: str) -> None:
@@ -216,6 +223,6 @@ def load_vqgan(path: str | Path) -> VQGAN:
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 over names and values of all parameters; equal weights give equal checksums in any file format.
 
-    If parameters are sharded over ranks, all ranks must call this.
+    Adapters are merged. If parameters are sharded over ranks, all ranks must call this.
     """
-    return tensors_checksum(dict(model.named_parameters()))
+    return tensors_checksum(merged_parameters(model))

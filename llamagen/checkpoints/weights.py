@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llamagen.checkpoints.adapters import LORA, merge_adapters
 from llamagen.checkpoints.sharded import META_FILE, is_sharded_checkpoint, not_moments, read_sharded
 from llamagen.distributed.full_tensor import copy_full_
 from llamagen.finite import is_finite
 from llamagen.hub.download import local_file
 from llamagen.hub.errors import remedy_for_damage
 from llamagen.hub.published import TEXT_FILES
+from llamagen.models.lora import base_entries
 from llamagen.models.vqgan import VQGANConfig
 from llamagen.state_dicts import differences, listed
 
@@ -59,7 +61,7 @@ class Weights(NamedTuple):
     classes: list[str] | None = None
 
 
-def read_weights(path: str | Path, averaged: bool = True) -> Weights:
+def read_weights(path: str | Path, averaged: bool = True, merge: bool = True) -> Weights:
     """Read the weights of a file in any supported format. Tensors are memory-mapped: read when they are used.
 
     Args:
@@ -69,13 +71,14 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
             :func:`~llamagen.hub.download.local_file`. Prefixes of DDP and ``torch.compile`` and a stored rotary table
             are removed.
         averaged: take averaged (EMA) weights if the file has them; False for the raw weights.
+        merge: merge LoRA adapters into their base weights, which are read, too. False accepts only complete weights.
 
     Returns:
         The weights, on the CPU, in the dtype of the file.
 
     Raises:
-        ValueError: in one line, if the file does not exist, is damaged, needs code to be read, holds no weights, or
-            could not be downloaded.
+        ValueError: in one line, if the file does not exist, is damaged, needs code to be read, holds no weights, could
+            not be downloaded, or holds adapters that cannot be or are not to be merged.
     """
     path = local_file(path)
     if not path.exists():
@@ -89,7 +92,7 @@ def read_weights(path: str | Path, averaged: bool = True) -> Weights:
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name; give a file of weights")
     exported = content[ENTRY] if "model" in content and isinstance(content.get(ENTRY), dict) else {}
     if isinstance(content.get(ENTRY), dict) and not exported:
-        return _from_own_checkpoint(path, content, averaged)
+        return _from_own_checkpoint(path, content, averaged, merge)
     layout = next((key for key in LAYOUTS if isinstance(content.get(key), dict)), None)
     with_averages = isinstance(content.get("ema"), dict) and bool(content["ema"])
     if with_averages and averaged:
@@ -148,7 +151,7 @@ def read_torch_file(path: Path, wanted: Callable[[str], bool] = not_moments) -> 
         ) from error
 
 
-def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool) -> Weights:
+def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool, merge: bool) -> Weights:
     """Weights of a training checkpoint of this project."""
     entry, state = checkpoint[ENTRY], checkpoint.get("state_dict")
     if (
@@ -161,8 +164,13 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool)
     weights = {**state, **averages} if averaged else state
     prefix = entry["prefix"]
     discriminator = strip_prefix("discriminator.", weights)
+    entries = _entries(strip_prefix(prefix, weights), path)
+    if LORA in entry:
+        if not merge:
+            raise ValueError(f"{path} holds LoRA adapters; merge them with python -m llamagen.checkpoints.export first")
+        entries = merge_adapters(path, entry[LORA], entries, read_weights)
     return Weights(
-        _entries(strip_prefix(prefix, weights), path),
+        entries,
         _entries(discriminator, path) if discriminator else None,
         entry["config"],
         entry["architecture"],
@@ -256,22 +264,22 @@ def _is_dense(value: Any) -> bool:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model, which keeps its dtype and device.
+    """Copy weights into a model, which keeps its dtype, device and adapters.
 
     Args:
         model: destination.
-        state: exactly the entries of the model's ``state_dict``.
+        state: exactly the entries of the model's ``state_dict``, without those of adapters.
         source: name of the weights for messages.
 
     Raises:
         ValueError: in one line, with all entries that differ or are not finite, before the model is changed.
     """
-    expected = model.state_dict()
+    expected = base_entries(model)
     faults = differences(state, expected)
     if faults:
         raise ValueError(f"{source}: they do not fit this {type(model).__name__}; {faults}")
     check_finite_weights(state, expected, source)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in expected.items():
         copy_full_(tensor, state[name])
 
 

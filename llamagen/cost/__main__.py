@@ -1,8 +1,8 @@
 """Estimate the cost of training an autoregressive model: ``python -m llamagen.cost --config FILE …``.
 
 The files are those of ``main.py fit``, a base and its overlays; later ones override earlier ones. The command reads the
-model's ``net``, ``order`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's ``precision``,
-``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
+model's ``net``, ``order``, ``lora`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's
+``precision``, ``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
 
 Memory is that of one GPU. It includes neither CUDA itself (about 2 GB) nor the overhead of PyTorch's allocator (a few
 percent) nor temporary memory of single operators in the backward pass.
@@ -18,17 +18,25 @@ import yaml
 from llamagen.command import run_command
 from llamagen.cost.gpt import (
     PRECISIONS,
+    Activations,
     activations,
     cache_bytes_of_adaptive_norms,
     cache_bytes_per_token,
     flops_per_sequence,
-    flops_per_token,
     gpu_days,
     head,
     parameters,
     whole_block_parameters,
 )
+from llamagen.cost.lora import (
+    adapter_activations,
+    adapter_parameters,
+    frozen_head,
+    trained_parameters,
+    training_flops,
+)
 from llamagen.models.gpt_config import GPTConfig
+from llamagen.models.lora import LoRAConfig
 from llamagen.parser_errors import OneLineParser
 
 SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
@@ -46,6 +54,8 @@ class Run:
         ema: whether an average of the parameters is kept.
         gpus: number of GPUs.
         sharded: whether the parameters are sharded over the GPUs (FSDP2).
+        lora: settings of adapters, next to frozen weights; None if all weights are trained.
+        trains_classes: whether adapters are trained together with the class embeddings.
     """
 
     net: GPTConfig
@@ -55,6 +65,15 @@ class Run:
     ema: bool = False
     gpus: int = 1
     sharded: bool = False
+    lora: LoRAConfig | None = None
+    trains_classes: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that are trained."""
+        return (
+            parameters(self.net) if self.lora is None else trained_parameters(self.net, self.lora, self.trains_classes)
+        )
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -68,15 +87,17 @@ def memory(run: Run) -> dict[str, int]:
         run: the run.
     """
     width, compute = PRECISIONS[run.precision]
-    full = width * parameters(run.net)
-    size = -(-full // run.gpus) if run.sharded else full
+    shards = run.gpus if run.sharded else 1
+    adapters = 0 if run.lora is None else adapter_parameters(run.net, run.lora)
+    weights = -(-width * (parameters(run.net) + adapters) // shards)
+    size = -(-width * run.trained // shards)
     block = whole_block_parameters(run.net)
     ends = parameters(run.net) - run.net.n_layer * block
     gathered = 2 * width * ends + (3 * compute + 4) * block
-    kept = activations(run.net, run.batch_size, run.precision, run.checkpointing)
-    loss = head(run.net, run.batch_size, run.precision)
+    kept = _activations(run, run.checkpointing)
+    loss = (head if run.lora is None else frozen_head)(run.net, run.batch_size, run.precision)
     return {
-        "weights": size,
+        "weights": weights,
         "gradients": size,
         "buckets of DDP": size if run.gpus > 1 and not run.sharded else 0,
         "moments of AdamW": 2 * size,
@@ -88,6 +109,12 @@ def memory(run: Run) -> dict[str, int]:
         "gradients of the loss": loss.kept,
         "logits, temporarily": loss.temporary,
     }
+
+
+def _activations(run: Run, checkpointing: bool) -> Activations:
+    if run.lora is not None:
+        return adapter_activations(run.net, run.lora, run.batch_size, run.precision, checkpointing)
+    return activations(run.net, run.batch_size, run.precision, checkpointing)
 
 
 def merge(base: Any, overlay: Any) -> Any:
@@ -141,6 +168,8 @@ def read_run(
         ema="EMA" in classes,
         gpus=gpus,
         sharded=_last_name(strategy) in SHARDED,
+        lora=_lora(at("model", "init_args", "lora")),
+        trains_classes="num_classes" in (at("model", "init_args", "init_adapt") or ()),
     )
     if not isinstance(run.batch_size, int) or run.batch_size < 1:
         raise ValueError(
@@ -158,6 +187,15 @@ def read_run(
 def _last_name(entry: Any) -> str:
     """Name, without its module, of the class in an entry of a configuration."""
     return str(entry.get("class_path") if isinstance(entry, dict) else entry).split(".")[-1]
+
+
+def _lora(values: Any) -> LoRAConfig | None:
+    if values is None:
+        return None
+    try:
+        return LoRAConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"model.init_args.lora is not a valid configuration ({error})") from error
 
 
 def _net(values: Any, in_random_orders: bool) -> GPTConfig:
@@ -195,13 +233,15 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
     for name, value in (("images", images), ("peak_tflops", peak_tflops)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0 and finite")
-    net, days = run.net, gpu_days(run.net, images, mfu, peak_tflops)
+    net, flops = run.net, training_flops(run.net, run.lora)
+    days = gpu_days(net, images, mfu, peak_tflops) * flops / flops_per_sequence(net)
     cached = cache_bytes_of_adaptive_norms(net)
     gpus = f"{run.gpus} GPU{'s' if run.gpus > 1 else ''}{', parameters sharded' if run.sharded else ''}"
     rows = [
         ("parameters", f"{parameters(net):,}"),
-        ("training FLOPs per token", f"{flops_per_token(net):.4g}"),
-        ("training FLOPs per sequence", f"{flops_per_sequence(net):.4g} ({net.block_size} codes)"),
+        *([("trained parameters", f"{run.trained:,}")] if run.lora is not None else []),
+        ("training FLOPs per token", f"{flops / net.block_size:.4g}"),
+        ("training FLOPs per sequence", f"{flops:.4g} ({net.block_size} codes)"),
         ("GPU days", f"{days:,.4g} for {images:,} images at {mfu:g} of {peak_tflops:g} TFLOP/s"),
         ("days on all GPUs", f"{days / run.gpus:,.4g} on {run.gpus}"),
         ("KV cache per token", f"{cache_bytes_per_token(net, run.precision):,} bytes"),
@@ -213,7 +253,7 @@ def report(run: Run, images: int, mfu: float, peak_tflops: float) -> str:
     rows += [(f"  {name}", f"{size / 1e9:8.2f} GB") for name, size in parts.items() if size]
     rows += [("  total", f"{sum(parts.values()) / 1e9:8.2f} GB")]
     for checkpointing, words in ((False, "without"), (True, "with")):
-        kept = activations(net, run.batch_size, run.precision, checkpointing)
+        kept = _activations(run, checkpointing)
         size = kept.kept + kept.recomputed
         rows.append((f"activations {words} checkpointing", f"{size / 1e9:.2f} GB"))
     return "\n".join(f"{name:34}{value}".rstrip() for name, value in rows)

@@ -4,7 +4,7 @@ Shapes: B batch, C condition tokens, L codes of an image, T tokens of this call,
 this call), D model width, H query heads, G key-value heads, E head width, V vocabulary size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
@@ -16,7 +16,7 @@ from llamagen.distributed.full_tensor import init_full_
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, sample_dropped
 from llamagen.models.dropout import Dropout
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.inputs import check_codes, check_positions
+from llamagen.models.inputs import check_codes, check_positions, check_targets
 from llamagen.models.kv_cache import LAST_VECTORS, KVCache
 from llamagen.models.rope import rope_table
 from llamagen.models.transformer_block import AdaptiveNorm, RMSNorm, TransformerBlock, adaptive_vectors, modulate
@@ -177,10 +177,7 @@ class GPT(nn.Module):
         """
         start = 0 if cache is None else cache.length
         self._check_shapes(tokens, condition, caption_lengths, start)
-        if targets is None and positions is not None and self.target_embeddings is not None:
-            raise ValueError(
-                "a target-aware model needs targets with positions: the position that each output predicts"
-            )
+        check_targets(self.config.target_aware, positions, targets)
         parts: list[Tensor] = []
         embedding = None
         if condition is not None:
@@ -211,7 +208,7 @@ class GPT(nn.Module):
         else:
             rope = self.rope[start:stop]
         mask = self._attention_mask(x, start, lengths, caption_lengths)
-        if self.target_embeddings is not None or targets is not None:
+        if self.target_embeddings is not None:
             x = self._add_targets(x, targets, start if lengths is None else lengths)
         x = self.tok_dropout(x)
         for layer, block in enumerate(self.layers):
@@ -237,6 +234,17 @@ class GPT(nn.Module):
         """
         return None if self.target_embeddings is None else cast(Tensor, self.target_embeddings(targets))
 
+    def all_adaptive_vectors(self, embedding: Tensor) -> Tensor | None:
+        """Vectors of all adaptive norms for class embeddings (B, D), as :attr:`KVCache.adaptive` holds them.
+
+        Returns:
+            (6 N + 2, B, D); None without adaptive norms.
+        """
+        if self.adaptive_norm is None:
+            return None
+        norms = [block.adaptive_norm for block in cast(Iterable[TransformerBlock], self.layers)]
+        return torch.cat([norm(embedding) for norm in (*norms, self.adaptive_norm) if norm is not None])
+
     def _add_targets(self, x: Tensor, targets: Tensor | None, start: int | Tensor) -> Tensor:
         """Add the embedding of its target to each input (B, T, D) that predicts a code.
 
@@ -245,8 +253,7 @@ class GPT(nn.Module):
             targets: see :meth:`forward`.
             start: number of cached tokens; of each row, (B,), if rows differ.
         """
-        if self.target_embeddings is None:
-            raise ValueError("targets were passed to a model that is not target-aware; leave them out")
+        assert self.target_embeddings is not None
         first = self.config.condition_length - 1
         skipped = first if isinstance(start, int) and start == 0 else 0  # tokens of the condition that predict nothing
         if targets is None:

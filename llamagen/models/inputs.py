@@ -191,6 +191,23 @@ def check_positions(positions: Tensor, tokens: Tensor | None, block_size: int, n
     return check_codes(positions, block_size, name)
 
 
+def check_targets(target_aware: bool, positions: Tensor | None, targets: Tensor | None) -> None:
+    """Check that the targets of outputs are given if and only if the model needs them.
+
+    Args:
+        target_aware: whether the model is target-aware.
+        positions: positions of the tokens, or None for the next ones.
+        targets: positions that the outputs predict, or None for the next ones.
+
+    Raises:
+        ValueError: if a target-aware model gets positions without targets, or another model gets targets.
+    """
+    if target_aware and positions is not None and targets is None:
+        raise ValueError("a target-aware model needs targets with positions: the position that each output predicts")
+    if targets is not None and not target_aware:
+        raise ValueError("targets were passed to a model that is not target-aware; leave them out")
+
+
 def _dtype(values: Tensor) -> str:
     return str(values.dtype).removeprefix("torch.")
 

@@ -9,12 +9,11 @@
 Shapes: N images of S × S pixels, h × w codes of an image, h = w, L = h · w.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -23,22 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamagen.class_names import ClassNames
-from llamagen.models.gpt import GPT
 from llamagen.models.inputs import CodeInput, grids_of_codes, to_tensor
 from llamagen.option_checks import check_integer
-from llamagen.pretrained.conditions import ClassOrPrompt, as_list, is_one, to_condition
-from llamagen.pretrained.images import ImageLike, is_single, prepare_images, to_pillow
+from llamagen.pretrained.conditions import ClassOrPrompt, as_list, to_condition
+from llamagen.pretrained.editing import ImageEditing, OnImages, OnRow
+from llamagen.pretrained.images import to_pillow
 from llamagen.pretrained.loading import Parts, load_parts
 from llamagen.pretrained.source import find_source
-from llamagen.sampling import Images, ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
+from llamagen.sampling import ImageSampler, PixelDecoder, SamplingConfig, should_compile, try_compiled
 
 Dtype = Literal["float32", "bfloat16", "mixed"]
-OnRow = Callable[[Tensor, int, int], None]
-OnImages = Callable[[list[Image.Image], int], None]
 SETTINGS = tuple(each.name for each in fields(SamplingConfig))
 
 
-class LlamaGen:
+class LlamaGen(ImageEditing):
     """A tokenizer and, unless it was loaded alone, the autoregressive model of its codes. Needs no Lightning.
 
     Build it with :meth:`from_pretrained`.
@@ -62,13 +59,13 @@ class LlamaGen:
 
     def __init__(self, parts: Parts, batch_size: int = 8, compile: bool | None = None) -> None:
         check_integer("batch_size", batch_size)
-        self.name, self.gpt, self.tokenizer = parts.name, parts.gpt, parts.tokenizer
+        super().__init__(parts.tokenizer)
+        self.name, self.gpt = parts.name, parts.gpt
         self.sampling, self.dtype, self.batch_size = parts.sampling, parts.dtype, batch_size
         self.class_names: ClassNames | None = parts.class_names
         self._text, self._compile = parts.text, compile
         self._sampler: ImageSampler | None = None
-        self._pixels: PixelDecoder | None = None
-        self._lock = Lock()  # two threads may need the sampler for the first time
+        self._any_order_sampler: ImageSampler | None = None  # for orders that the first one cannot follow
 
     @classmethod
     def from_pretrained(
@@ -109,11 +106,6 @@ class LlamaGen:
         model = "tokenizer" if self.gpt is None else f"{sum(p.numel() for p in self.gpt.parameters()):,} parameters"
         size = "" if self.resolution is None else f", {self.resolution} px"
         return f"LlamaGen({self.name}: {model}{size}, {self.dtype} on {self.device})"
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the models."""
-        return self.tokenizer.post_quant_conv.weight.device
 
     @property
     def resolution(self) -> int | None:
@@ -165,6 +157,7 @@ class LlamaGen:
         conditions: ClassOrPrompt | Sequence[ClassOrPrompt],
         *,
         kept: CodeInput | None = None,
+        order: CodeInput | None = None,
         images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
@@ -176,7 +169,10 @@ class LlamaGen:
 
         Args:
             conditions: see :meth:`generate`.
-            kept: (r, w) or (N, r, w), codes of the upper rows of each image, which are kept.
+            kept: (r, w) or (N, r, w), codes of the upper rows of each image, which are kept; with ``order`` (K,) or
+                (N, K), the first K codes in that order.
+            order: (L,) or (N, L), the raster position of each code in the order of generation, for models that were
+                trained in random orders; None for raster order.
             images_per_prompt: see :meth:`generate`.
             seed: any integer; or one for each image.
             indices: index of each image: a server that joins requests to a batch generates image k of a request with
@@ -185,101 +181,10 @@ class LlamaGen:
             on_row: see :meth:`generate`.
             settings: see :meth:`generate`.
         """
-        call = self._call(conditions, images_per_prompt, seed, progress, on_row, settings, kept)
+        call = self._call(conditions, images_per_prompt, seed, progress, on_row, settings, kept, order)
         with call as (sampler, arguments):
             codes: Tensor = sampler.sampler(**arguments, indices=indices)
             return codes.view(len(codes), *[self._require_gpt().config.grid_size] * 2)
-
-    def complete(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        keep_rows: int,
-        condition: ClassOrPrompt | Sequence[ClassOrPrompt],
-        *,
-        images_per_prompt: int = 1,
-        seed: int = 0,
-        progress: bool = True,
-        on_row: OnRow | None = None,
-        on_images: OnImages | None = None,
-        **settings: Any,
-    ) -> Any:
-        """Keep the upper rows of an image, and generate the rest.
-
-        Args:
-            image: image of any size, cropped to its centre and resized to S × S; or several.
-            keep_rows: rows of codes to keep, 0 to h; a row is as high as ``tokenizer.config.downsampling`` pixels. With
-                0 this is :meth:`generate`, with h :meth:`reconstruct`.
-            condition: class or prompt; or one for each image.
-            images_per_prompt: completions of each image, in the order of :meth:`generate`.
-            seed: see :meth:`generate`.
-            progress: see :meth:`generate`.
-            on_row: see :meth:`generate`.
-            on_images: see :meth:`generate`.
-            settings: see :meth:`generate`.
-
-        Returns:
-            The image for one image and one completion, otherwise a list of images.
-
-        Raises:
-            ValueError: in one line, if an argument is invalid.
-        """
-        gpt = self._require_gpt()
-        check_integer("keep_rows", keep_rows, 0, gpt.config.grid_size)
-        conditions = as_list(condition)
-        single = is_single(image) and images_per_prompt == 1 and is_one(condition)
-        codes, grid = self.encode(image), gpt.config.grid_size
-        if codes.shape[1:] != (grid, grid):  # of a tensor, which is not resized
-            raise ValueError(
-                f"the image has {codes.shape[1]} × {codes.shape[2]} codes, but the model's have {grid} × {grid}; give "
-                f"a tensor of {self.resolution} × {self.resolution} pixels, or a Pillow image"
-            )
-        kept = codes[:, :keep_rows]
-        if is_one(condition):
-            conditions *= len(kept)
-        call = conditions, images_per_prompt, seed, progress, on_row, settings, kept
-        images = self._images(*call, on_images=on_images)
-        return images[0] if single else images
-
-    @torch.no_grad()
-    def encode(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Encode images as codes.
-
-        Args:
-            images: Pillow images, files, arrays (H, W, 3) uint8, or tensors (N, 3, H, W) of uint8 or of floats in
-                [-1, 1]; one or a list. All but tensors are cropped to their centre and resized to S × S; by a tokenizer
-                alone only cropped, to multiples of its downsampling factor.
-
-        Returns:
-            (N, h, w) int64, on the model's device.
-
-        Raises:
-            ValueError: in one line, if an image cannot be read or has a wrong type or size.
-        """
-        batch = prepare_images(images, self.resolution, self.tokenizer.config.downsampling)
-        # One at a time, so that the codes of an image do not depend on the others.
-        return torch.cat([self.tokenizer.encode(batch[row : row + 1]).codes for row in range(len(batch))])
-
-    def decode(self, codes: CodeInput) -> list[Image.Image]:
-        """Decode codes, integers (N, h, w) or (h, w), to images.
-
-        Raises:
-            ValueError: in one line, if their type, shape or values are wrong.
-        """
-        return to_pillow(self.pixels(codes).numpy())
-
-    def pixels(self, codes: CodeInput) -> Images:
-        """Like :meth:`decode`, but do not wait for a GPU: it can sample the next batch meanwhile."""
-        grids = grids_of_codes(codes, self.tokenizer.config.codebook_size, self.device)
-        return self._pixel_decoder()(grids)
-
-    def reconstruct(self, images: ImageLike | Sequence[ImageLike]) -> Any:
-        """Encode and decode images, see :meth:`encode`.
-
-        Returns:
-            The reconstruction of one image, or a list of those of several.
-        """
-        reconstructions = self.decode(self.encode(images))
-        return reconstructions[0] if is_single(images) else reconstructions
 
     def prepare(self, **settings: Any) -> None:
         """Compile, allocate memory and load a text encoder before the first call with these settings."""
@@ -322,6 +227,7 @@ class LlamaGen:
         on_row: OnRow | None,
         settings: dict[str, Any],
         kept: Any = None,
+        order: Any = None,
     ) -> Iterator[tuple[ImageSampler, dict[str, Any]]]:
         """The sampler and its arguments for a call, in the model's precision and with a progress bar."""
         gpt, config = self._require_gpt(), self.settings(**settings)
@@ -338,13 +244,14 @@ class LlamaGen:
                     on_row(codes, count, start)
 
             yield (
-                self._image_sampler(config),
+                self._image_sampler(config, any_order=order is not None),
                 {
                     "condition": condition[rows],
                     "config": config,
                     "caption_lengths": None if lengths is None else lengths[rows],
                     "seed": seed,
-                    "kept": None if kept is None else self._kept(kept, len(each))[rows],
+                    "kept": None if kept is None else self._kept(kept, len(each), order)[rows],
+                    "order": None if order is None else _each(order, "order", len(each)).to(self.device)[rows],
                     "on_row": after_row if progress or on_row is not None else None,
                 },
             )
@@ -356,8 +263,10 @@ class LlamaGen:
             images, _ = sampler(**arguments, on_images=report)
             return to_pillow(images.numpy())
 
-    def _kept(self, kept: Any, count: int) -> Tensor:
+    def _kept(self, kept: Any, count: int, order: Any) -> Tensor:
         """Kept codes (n, K) of n conditions."""
+        if order is not None:
+            return _each(kept, "kept", count).to(self.device)
         gpt, given = self._require_gpt(), to_tensor(kept, "kept")
         grids = grids_of_codes(given[None] if given.dim() == 2 else given, gpt.config.vocab_size, self.device)
         if len(grids) not in (1, count) or (grids.shape[1] and grids.shape[2] != gpt.config.grid_size):
@@ -367,18 +276,10 @@ class LlamaGen:
             )
         return grids.flatten(1).expand(count, -1)
 
-    def _require_gpt(self) -> GPT:
-        if self.gpt is None:
-            raise ValueError(
-                f"{self.name} is a tokenizer, which encodes and decodes images; to generate, load an autoregressive "
-                "model, such as c2i_B_256"
-            )
-        return self.gpt
-
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "mixed")
 
-    def _image_sampler(self, config: SamplingConfig) -> ImageSampler:
+    def _image_sampler(self, config: SamplingConfig, any_order: bool = False) -> ImageSampler:
         """The sampler of all calls, prepared for the settings of the first one."""
         build = partial(ImageSampler, self._require_gpt(), self.tokenizer, self.batch_size)
         with self._lock:
@@ -386,13 +287,25 @@ class LlamaGen:
                 self._sampler = try_compiled(partial(build, compiled=True), config)
             if self._sampler is None:
                 self._sampler = build(compiled=bool(self._compile))
-            return self._sampler
+            if self._sampler.sampler.any_order or not any_order:
+                return self._sampler
+            if self._any_order_sampler is None:
+                self._any_order_sampler = build()
+            return self._any_order_sampler
 
     def _pixel_decoder(self) -> PixelDecoder:
-        if self.gpt is not None:
-            with self._precision():
-                return self._image_sampler(self.sampling).pixels
-        with self._lock:
-            if self._pixels is None:
-                self._pixels = PixelDecoder(self.tokenizer, self.device, torch.float32)
-            return self._pixels
+        if self.gpt is None:
+            return super()._pixel_decoder()
+        with self._precision():
+            return self._image_sampler(self.sampling).pixels
+
+
+def _each(values: Any, name: str, count: int) -> Tensor:
+    """Values (n, K) of n conditions, from (K,), (1, K) or (n, K)."""
+    given = to_tensor(values, name)
+    if given.dim() not in (1, 2) or (given.dim() == 2 and len(given) not in (1, count)):
+        raise ValueError(
+            f"{name} has the shape {tuple(given.shape)}; with an order it must have one row, or one for each of "
+            f"{count} conditions"
+        )
+    return given.expand(count, -1)

@@ -25,9 +25,13 @@ AnySampler = TypeVar("AnySampler", bound=Prepared)
 
 
 def should_compile(gpt: GPT) -> bool:
-    """Whether compiled sampling is possible and pays: not sharded, on a CPU or a GPU, from 20 million parameters."""
+    """Whether compiled sampling is possible and pays.
+
+    That is: not sharded, on a CPU or a GPU (there without adaptive norms), from 20 million parameters.
+    """
     large = sum(parameter.numel() for parameter in gpt.parameters()) >= MIN_PARAMETERS
-    return large and not is_sharded(gpt) and gpt.output.weight.device.type in ("cpu", "cuda")
+    devices = ("cpu",) if gpt.config.adaptive_norm else ("cpu", "cuda")
+    return large and not is_sharded(gpt) and gpt.output.weight.device.type in devices
 
 
 def prepared(build: Callable[[], AnySampler], config: SamplingConfig) -> AnySampler:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.lora import merged_weight
 from llamagen.models.transformer_block import RMSNorm, TransformerBlock
 
 
@@ -32,7 +33,7 @@ class Matrix(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """Weights of a block. The norms are float32 (D,)."""
+    """Weights of a block. The norms are float32 (D,); those of queries and keys (E,), or None without QK-norm."""
 
     attention_norm: Tensor
     wqkv: Matrix
@@ -41,13 +42,16 @@ class LayerWeights(NamedTuple):
     w1: Matrix
     w3: Matrix
     w2: Matrix
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DecodeWeights:
     """All weights that a decode step reads.
 
-    Weights of the right dtype are the model's own tensors. The others are copies, see :meth:`refresh`.
+    Weights of the right dtype are the model's own tensors. The others are copies, see :meth:`refresh`. Embeddings and
+    adaptive norms are not here: engines call the model for them.
 
     Attributes:
         config: shape of the model.
@@ -78,7 +82,8 @@ class DecodeWeights:
         """
 
         def matrix(linear: nn.Linear) -> Matrix:
-            return quantize(linear.weight) if int8 else Matrix(linear.weight.detach().to(dtype).contiguous(), None)
+            weight = merged_weight(linear).detach()
+            return quantize(weight) if int8 else Matrix(weight.to(dtype).contiguous(), None)
 
         def norm(module: RMSNorm) -> Tensor:
             return module.weight.detach().float()
@@ -95,6 +100,8 @@ class DecodeWeights:
                     matrix(ffn.w1),
                     matrix(ffn.w3),
                     matrix(ffn.w2),
+                    None if attention.q_norm is None else norm(attention.q_norm),
+                    None if attention.k_norm is None else norm(attention.k_norm),
                 )
             )
         return cls(gpt.config, dtype, tuple(layers), norm(gpt.norm), matrix(gpt.output), gpt.rope)

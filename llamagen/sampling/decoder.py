@@ -22,6 +22,7 @@ from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.draws import Draws
 from llamagen.sampling.inputs import SamplingRequest
+from llamagen.sampling.order import to_raster
 from llamagen.sampling.window_choice import PassTimes, WindowChoice, measure_passes
 from llamagen.sampling.windows import Array, WindowLoop
 
@@ -33,7 +34,7 @@ class DecodedCodes(NamedTuple):
     """Codes of a batch. A GPU may still be computing them.
 
     Attributes:
-        codes: (B, L) int64, in the order in which they were sampled.
+        codes: (B, L) int64, in raster order.
         broken: (B,) bool, True for images with logits that are not finite.
     """
 
@@ -51,7 +52,7 @@ class DecodeState(ABC):
 
     Attributes:
         rows: R, number of rows that the next pass computes.
-        codes: (B, L) int64; column ``step`` is valid after code ``step`` was sampled.
+        codes: (B, L) int64 in the order of generation; column ``step`` is valid after code ``step`` was sampled.
         broken: (B,) bool, True once some logits of an image are not finite.
     """
 
@@ -76,21 +77,23 @@ class DecodeState(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Read new codes into the cache, in one pass.
 
         Args:
             tokens: (R, T) int64. Each attends to the cache and to the new tokens before it.
             positions: (T,) or (R, T) integers, the position of each token on the grid, counted in raster order; None
                 means the next T positions.
+            targets: (T,) or (R, T) integers, the position of the code after each token, which a target-aware model
+                needs with ``positions``; None means the next position in raster order.
 
         Returns:
             (R, T, V), the logits after each token; valid until the next pass.
         """
 
     @abstractmethod
-    def read(self, tokens: Tensor) -> None:
-        """Read new codes (R, T) into the cache like :meth:`decode`, at the next T positions and without logits."""
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
+        """Read new codes (R, T) into the cache like :meth:`decode`, without logits."""
 
     @abstractmethod
     def sample(self, logits: Tensor, step: int) -> None:
@@ -134,8 +137,11 @@ class DecodeState(ABC):
         self.codes[:, : kept.shape[1]] = kept
         tokens = kept[:, :-1]
         if tokens.numel():
+            start = 0
             for part in self._each_row(tokens).split(max(1, MAX_PASS_TOKENS // self.rows), dim=1):
-                self.read(part)
+                end = start + part.shape[1]
+                self.read(part, self._order(start, end), self._order(start + 1, end + 1))
+                start = end
 
     def advance(self, step: int) -> None:
         """Read code ``step − 1`` and sample code ``step``."""
@@ -157,7 +163,8 @@ class DecodeState(ABC):
         return self._decode_and_sample(step)
 
     def _decode_and_sample(self, step: int) -> Tensor:
-        logits = self.decode(self._each_row(self.codes[:, step - 1 : step]))[:, -1]
+        tokens = self._each_row(self.codes[:, step - 1 : step])
+        logits = self.decode(tokens, self._order(step - 1, step), self._order(step, step + 1))[:, -1]
         self.sample(logits, step)
         return logits
 
@@ -169,7 +176,7 @@ class DecodeState(ABC):
 
     def result(self) -> DecodedCodes:
         """The codes, in memory that later calls do not overwrite."""
-        return DecodedCodes(self.codes, self.broken)
+        return DecodedCodes(to_raster(self.codes, self.request.order), self.broken)
 
     def drop_unconditional(self) -> None:
         """Continue with the conditional rows only, because no later code is guided. This halves the cost of a pass."""
@@ -187,6 +194,11 @@ class DecodeState(ABC):
     def _image_of(self, rows: list[int]) -> list[int]:
         """Image of rows of the cache."""
         return [row % self.batch for row in rows]
+
+    def _order(self, start: int, stop: int) -> Tensor | None:
+        """Raster positions (R, stop − start) of the codes from ``start`` to ``stop``; None in raster order."""
+        order = self.request.order
+        return None if order is None else self._each_row(order[:, start:stop])
 
     def _each_row(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) of the images → (R, T)."""
@@ -207,6 +219,7 @@ class CodeDecoder(ABC):
 
     weights: DecodeWeights | None = None  # of compiled steps
     full_batches = False  # whether each batch must have its full size
+    any_order = True  # whether requests may have an order
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype) -> None:
         self.gpt, self.batch_size, self.dtype = gpt, batch_size, dtype
@@ -226,18 +239,24 @@ class CodeDecoder(ABC):
 
         Args:
             request: the batch.
-            on_row: called with codes (B, L) and their number so far after the kept rows, and after each further
-                complete row of the grid. An exception of it ends the call.
+            on_row: called with codes (B, L) in raster order and their number so far after the kept rows, and after each
+                further complete row of the grid; in another order, after as many codes. An exception of it ends the
+                call.
+
+        Raises:
+            ValueError: in one line, if the engine cannot sample in the order of the request.
         """
+        if request.order is not None and not self.any_order:
+            raise ValueError("sampling on GPUs is compiled for the raster order only; leave compiled out for an order")
         length, side, kept = self.gpt.config.block_size, self.gpt.config.grid_size, request.kept_count
         guided, window = request.config.guided_steps(length), request.config.window
         if request.kept is not None and kept == length:
-            return _nothing_to_sample(request.kept, on_row)
+            return _nothing_to_sample(to_raster(request.kept, request.order), on_row)
         first = max(kept, 1)
         choice = window if window != "auto" else self._window_choice(request)
         # 1. Take memory that no other call uses.
         with self.start(request) as state:
-            report = _RowReports(state.codes, side, on_row)
+            report = _RowReports(state.codes, side, on_row, request.order)
             # 2. Prefill: read the condition, for both branches if any new code is guided.
             logits = state.prefill()
             # 3. Read the kept codes in one pass, or sample the first code.
@@ -279,10 +298,15 @@ class CodeDecoder(ABC):
 
 
 class _RowReports:
-    """Calls ``on_row`` once for each complete row of the grid, and first for all that are complete at the start."""
+    """Calls ``on_row`` once for each complete row of the grid, and first for all that are complete at the start.
 
-    def __init__(self, codes: Tensor, side: int, on_row: Callable[[Tensor, int], object] | None) -> None:
-        self._codes, self._side, self._on_row = codes, side, on_row
+    In another order it calls it after as many codes as a row has, and first with all kept codes.
+    """
+
+    def __init__(
+        self, codes: Tensor, side: int, on_row: Callable[[Tensor, int], object] | None, order: Tensor | None
+    ) -> None:
+        self._codes, self._side, self._on_row, self._order = codes, side, on_row, order
         self._rows: int | None = None
 
     def __call__(self, count: int) -> None:
@@ -293,9 +317,10 @@ class _RowReports:
         new = range(self._rows + 1, rows + 1) if self._rows is not None else [rows] if rows else []
         self._rows = rows
         for row in new:
+            final = row * self._side if self._order is None else count
             codes = torch.zeros_like(self._codes)  # a copy, which the callback may keep
-            codes[:, : row * self._side] = self._codes[:, : row * self._side]
-            self._on_row(codes, row * self._side)
+            codes[:, :final] = self._codes[:, :final]
+            self._on_row(to_raster(codes, self._order), final)
 
 
 def _nothing_to_sample(kept: Tensor, on_row: Callable[[Tensor, int], object] | None) -> DecodedCodes:

@@ -38,18 +38,27 @@ class EagerDecodeState(DecodeState):
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
         logits = self.gpt(
-            None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
+            None,
+            condition,
+            caption_lengths=self.caption_lengths,
+            drop_condition=dropped,
+            cache=self.cache,
+            targets=self._order(0, 1),
         )
         return cast(Tensor, logits[:, -1])
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        logits = self.gpt(tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions)
+        logits = self.gpt(
+            tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions, targets=targets
+        )
         return cast(Tensor, logits)
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T)."""
-        self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)
+        self.gpt.features(
+            tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions, targets=targets
+        )
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""
@@ -73,6 +82,8 @@ class EagerDecodeState(DecodeState):
         """Move a row of the cache, so that the rows of a pass come first."""
         self.cache.keys[:, target] = self.cache.keys[:, source]
         self.cache.values[:, target] = self.cache.values[:, source]
+        if self.cache.adaptive is not None:
+            self.cache.adaptive[:, target] = self.cache.adaptive[:, source]
 
     def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""

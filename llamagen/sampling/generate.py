@@ -20,6 +20,7 @@ def generate(
     seed: int | Numbers = 0,
     indices: Numbers | None = None,
     kept: Numbers | None = None,
+    order: Numbers | None = None,
     on_row: OnRow | None = None,
 ) -> Tensor:
     """Sample the codes of one image for each condition, in one batch and without compiling.
@@ -35,6 +36,7 @@ def generate(
         seed: seed of the run, or one for each image.
         indices: index of each sample within the run.
         kept: the first codes of each image, which are not sampled.
+        order: order of generation.
         on_row: called after each complete row of codes.
 
     Returns:
@@ -49,5 +51,6 @@ def generate(
         seed=seed,
         indices=indices,
         kept=kept,
+        order=order,
         on_row=on_row,
     )

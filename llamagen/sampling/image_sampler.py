@@ -66,6 +66,7 @@ class ImageSampler:
         seed: int | Numbers = 0,
         indices: Numbers | None = None,
         kept: Numbers | None = None,
+        order: Numbers | None = None,
         on_row: OnRow | None = None,
         on_images: OnImages | None = None,
     ) -> tuple[Images, Tensor]:
@@ -78,6 +79,7 @@ class ImageSampler:
             seed: see ``Sampler``.
             indices: see ``Sampler``.
             kept: see ``Sampler``.
+            order: see ``Sampler``.
             on_row: see ``Sampler``.
             on_images: called with the images of each batch when it is sampled, and the index of the first within the
                 call. footgun: on a GPU, reading them waits until they are decoded.
@@ -89,7 +91,7 @@ class ImageSampler:
             FloatingPointError: if logits or pixels are not finite; for pixels on a GPU when the images are read.
         """
         gpt = self.sampler.gpt
-        request = SamplingRequest.from_inputs(gpt, condition, config, caption_lengths, seed, indices, kept)
+        request = SamplingRequest.from_inputs(gpt, condition, config, caption_lengths, seed, indices, kept, order)
         size, images, codes = self.sampler.batch_size, list[Images](), list[Tensor]()
         for start in range(0, max(len(request), 1), size):  # on a GPU a batch is decoded while the next one is sampled
             report = None if on_row is None else _shifted(on_row, start)

@@ -13,6 +13,7 @@ from llamagen.models.gpt import GPT
 from llamagen.models.inputs import is_integer, to_tensor
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.noise import seed_tensor
+from llamagen.sampling.order import check_order, ordered_settings
 
 Condition = Tensor | np.ndarray | Sequence[Any] | int
 """Class labels (or one), or caption features."""
@@ -29,8 +30,9 @@ class SamplingRequest:
         caption_lengths: (B,) int64, number of real caption tokens; None if no caption is padded.
         seeds: (B,) int64, seed of each image, see :func:`~llamagen.sampling.noise.seed_tensor`.
         indices: (B,) int64, index of each sample within the run.
-        kept: (B, K) int64 with K from 1 to L, the first K codes of each image in raster order, which are not sampled;
-            None to sample all codes.
+        kept: (B, K) int64 with K from 1 to L, the first K codes of each image in the order of generation, which are not
+            sampled; None to sample all codes.
+        order: (B, L) int64, the raster position of each code in the order of generation; None for raster order.
     """
 
     condition: Tensor
@@ -39,6 +41,7 @@ class SamplingRequest:
     seeds: Tensor
     indices: Tensor
     kept: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def from_inputs(
@@ -50,6 +53,7 @@ class SamplingRequest:
         seed: int | Numbers,
         indices: Numbers | None,
         kept: Numbers | None = None,
+        order: Numbers | None = None,
     ) -> "SamplingRequest":
         """Convert and check the arguments of a :class:`~llamagen.sampling.sampler.Sampler`.
 
@@ -65,8 +69,11 @@ class SamplingRequest:
         if codes is not None:
             _check_kept(gpt, codes, len(condition))
             codes = codes if codes.shape[1] else None
+        orders = as_integers(order, "order", condition.device)
+        if orders is not None:
+            orders, config = check_order(gpt, orders, len(condition)), ordered_settings(config)
         seeds = as_seeds(seed, len(condition), condition.device)
-        request = cls(condition, config, caption_lengths, seeds, indices, codes)
+        request = cls(condition, config, caption_lengths, seeds, indices, codes, orders)
         request._check(gpt)
         return request
 
@@ -83,8 +90,9 @@ class SamplingRequest:
         """The request for some of the images."""
         lengths = None if self.caption_lengths is None else self.caption_lengths[rows]
         kept = None if self.kept is None else self.kept[rows]
+        order = None if self.order is None else self.order[rows]
         condition, seeds, indices = self.condition[rows], self.seeds[rows], self.indices[rows]
-        return SamplingRequest(condition, self.config, lengths, seeds, indices, kept)
+        return SamplingRequest(condition, self.config, lengths, seeds, indices, kept, order)
 
     def _check(self, gpt: GPT) -> None:
         """Check shapes and values once per call. Checks at each code would have to wait for the device."""

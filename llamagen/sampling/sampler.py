@@ -19,6 +19,7 @@ from llamagen.sampling.eager import EagerCodeDecoder
 from llamagen.sampling.evaluation_mode import evaluation_mode
 from llamagen.sampling.gpu.decoder import GPUCodeDecoder
 from llamagen.sampling.inputs import Condition, Numbers, SamplingRequest, as_config, as_int
+from llamagen.sampling.order import to_order
 
 OnRow = Callable[[Tensor, int, int], object]
 """Called with codes (B, L), the number of final codes of each image, and the number of the first image."""
@@ -68,6 +69,11 @@ class Sampler:
         self._addresses = _addresses(gpt) if compiled else None
         self._versions = _versions(gpt)
 
+    @property
+    def any_order(self) -> bool:
+        """Whether the engine can generate in other orders than raster order, if the model can."""
+        return self.decoder.any_order
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, config: SamplingConfig) -> None:
@@ -86,6 +92,7 @@ class Sampler:
         seed: int | Numbers = 0,
         indices: Numbers | None = None,
         kept: Numbers | None = None,
+        order: Numbers | None = None,
         on_row: OnRow | None = None,
     ) -> Tensor:
         """Sample the codes of one image for each condition.
@@ -101,26 +108,32 @@ class Sampler:
             seed: seed of the run, any integer; or N, one for each image.
             indices: (N,), index of each sample within the run; 0 … N − 1 by default. The random numbers of a sample
                 depend on seed and index only, not on the rest of the batch.
-            kept: (N, K) integers with K from 0 to L, the first K codes of each image in raster order. They are not
-                sampled but kept exactly, and the others are generated after them. Settings and random numbers count
-                from the first code of the image. With K = L the result is ``kept``.
+            kept: (N, K) integers with K from 0 to L, the first K codes of each image in raster order, or in ``order``.
+                They are not sampled but kept exactly, and the others are generated after them. Settings and random
+                numbers count from the first code of the image. With K = L the result is ``kept``.
+            order: (N, L) integers, or (L,) for all images: entry t is the raster position of the code that is generated
+                at step t. None is raster order. Other orders need a target-aware model, which was trained in random
+                orders, and decode one code in each pass.
             on_row: called as ``on_row(codes, count, start)`` after each complete row of the grid, and first for the
                 complete rows of ``kept``. ``codes`` (B, L) int64, a copy on the model's device, are those of images
                 ``start`` to ``start + B − 1`` of the call. The first ``count`` codes of each image, a multiple of the
-                grid's side, are final; the others are 0. If it raises an exception, sampling stops with it, and the
-                sampler can be used again. footgun: with sharded parameters all ranks must raise it at the same row.
+                grid's side, are final; the others are 0. With ``order`` these are the first ``count`` codes in that
+                order, at their places in raster order, and the first call has all of ``kept``. If it raises an
+                exception, sampling stops with it, and the sampler can be used again. footgun: with sharded parameters
+                all ranks must raise it at the same row.
 
         Returns:
             (N, L) int64 codes in raster order, L = ``block_size``; (0, L) for no conditions.
 
         Raises:
             ValueError: if a label is not one of the model's classes, a caption length is not in 1 … C, a kept code is
-                not in the vocabulary, the model has another kind of condition, types or shapes do not fit, or windows
-                are set while parameters are sharded over ranks.
+                not in the vocabulary, the model has another kind of condition, types or shapes do not fit, windows are
+                set while parameters are sharded over ranks or with ``order``, or the model or the engine generates in
+                raster order only.
             FloatingPointError: if some logits are not finite.
             RuntimeError: if another thread is using the same compiled sampler on a GPU.
         """
-        request = SamplingRequest.from_inputs(self.gpt, condition, config, caption_lengths, seed, indices, kept)
+        request = SamplingRequest.from_inputs(self.gpt, condition, config, caption_lengths, seed, indices, kept, order)
         codes, check = self.unchecked(request, on_row)
         check()
         return codes
@@ -166,9 +179,16 @@ class Sampler:
         def score(row: int) -> None:
             pair = request.rows(torch.tensor([row, row], device=codes.device))
             dropped = torch.tensor([False, True], device=codes.device)
-            sequence = codes[row, :-1].expand(2, -1)
+            sequence = to_order(codes[row].expand(2, -1), pair.order)[:, :-1]
             with evaluation_mode(self.gpt):
-                self.gpt(sequence, pair.condition, caption_lengths=pair.caption_lengths, drop_condition=dropped)
+                self.gpt(
+                    sequence,
+                    pair.condition,
+                    caption_lengths=pair.caption_lengths,
+                    drop_condition=dropped,
+                    positions=None if pair.order is None else pair.order[:, :-1],
+                    targets=pair.order,
+                )
 
         def explain(rows: list[int]) -> FloatingPointError:
             # With sharded parameters no layer can be run again: the other ranks do not take part.

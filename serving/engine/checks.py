@@ -39,7 +39,23 @@ def check_request(request: Request, facts: ModelFacts) -> Request:
     if request.image is None and request.keep_rows:
         raise ValueError(f"keep_rows is {request.keep_rows}, but there is no image; give one, or leave keep_rows out")
     check_integer("keep_rows", request.keep_rows, 0, facts.grid)
+    if request.mask is not None:
+        _check_mask(request, request.mask, facts)
     return replace(request, conditions=tuple(_condition(each, facts) for each in request.conditions))
+
+
+def _check_mask(request: ImageRequest, mask: tuple[int, ...], facts: ModelFacts) -> None:
+    if not facts.can_inpaint:
+        raise ValueError(
+            f"{facts.name} generates in raster order only here, so it cannot inpaint; keep the upper rows of the image "
+            "with keep_rows"
+        )
+    if request.image is None or request.keep_rows:
+        raise ValueError("a mask needs an image, and no keep_rows; give an image to inpaint")
+    for code in mask:
+        check_integer("mask", code, 0, (facts.grid or 0) ** 2 - 1)
+    if len(set(mask)) != len(mask):
+        raise ValueError("the mask names a code twice; name each once")
 
 
 def _condition(condition: int | str, facts: ModelFacts) -> int | str:

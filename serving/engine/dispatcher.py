@@ -331,6 +331,7 @@ def _works(request: Request) -> list[Work]:
             request.image,
             request.keep_rows,
             request.previews,
+            request.mask,
         )
         for condition, index in zip(request.conditions, request.indices, strict=True)
     ]

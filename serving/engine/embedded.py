@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import LlamaGen
+from llamagen.pretrained.inpainting import known_codes
 from llamagen.pretrained.loading import load_parts
 from llamagen.pretrained.source import find_source
 from llamagen.sampling import Images
@@ -16,7 +17,7 @@ from llamagen.sampling.config import Window
 from serving.engine.engine import ImageReport, Inbox, Report, RowsReport, Work
 from serving.engine.facts import ModelFacts
 from serving.engine.failures import blame, report_failure
-from serving.engine.previews import GrowingImages, PreviewBudget
+from serving.engine.previews import GrowingImages, MaskedImages, PreviewBudget
 from serving.engine.spec import WorkerSpec
 from serving.engine.uploads import read_image
 
@@ -116,12 +117,22 @@ class EmbeddedEngine:
         assert self.facts.grid is not None
         side, kept_rows = self.facts.grid, first.keep_rows if first.image is not None else 0
         uploads = {file: self._read(file) for file in {work.image for work in batch} if file is not None}
-        kept = None
-        if kept_rows:
-            encoded = {file: model.encode(image)[0, :kept_rows] for file, image in uploads.items()}
-            kept = torch.stack([encoded[work.image] for work in batch if work.image is not None])
+        kept, order = None, None
+        if kept_rows or first.mask is not None:
+            encoded = {file: model.encode(image)[0] for file, image in uploads.items()}
+            codes = torch.stack([encoded[work.image] for work in batch if work.image is not None])
+            if first.mask is None:
+                kept = codes[:, :kept_rows]
+            else:  # all masks of a group have equally many codes
+                (known,) = known_codes(codes, self._masks(batch))
+                kept, order = known.kept, known.order
         watched = [row for row, work in enumerate(batch) if work.previews]
-        growing = GrowingImages(model, [uploads.get(batch[row].image or b"") for row in watched], kept_rows)
+        shown = [uploads.get(batch[row].image or b"") for row in watched]
+        growing: GrowingImages | MaskedImages
+        if first.mask is None:
+            growing = GrowingImages(model, shown, kept_rows)
+        else:
+            growing = MaskedImages(shown, [batch[row].mask or () for row in watched], side)
         budget, pace = PreviewBudget(self._clock), _Pace(model.device)
 
         def on_row(codes: Tensor, count: int, start: int) -> None:
@@ -142,13 +153,22 @@ class EmbeddedEngine:
         return model.generate_codes(
             [work.condition for work in batch if work.condition is not None],
             kept=kept,
+            order=order,
             seed=[work.seed for work in batch],
             indices=[work.index for work in batch],
             progress=False,
             on_row=on_row,
             **first.settings.image_settings(),
-            window=self._window,
+            window=self._window if order is None else 1,
         )
+
+    def _masks(self, batch: Sequence[Work]) -> Tensor:
+        """Masks (B, h, w) of a batch."""
+        side = self.facts.grid or 0
+        masks = torch.zeros(len(batch), side * side, dtype=torch.bool)
+        for row, work in enumerate(batch):
+            masks[row, list(work.mask or ())] = True
+        return masks.view(-1, side, side).to(self.model.device)
 
     def _reconstruct(self, batch: Sequence[Work], inbox: Inbox, report: Callable[[Report], None]) -> None:
         """Encode and decode images, one at a time: those of a tokenizer alone have different sizes."""

@@ -23,9 +23,10 @@ class Work:
         seed: seed of its request.
         index: index of the image.
         settings: settings of sampling; None to reconstruct.
-        image: file of an image to complete or to reconstruct.
+        image: file of an image to complete, to inpaint or to reconstruct.
         keep_rows: rows of codes that are kept of it.
         previews: whether previews are wanted.
+        mask: numbers of the codes of ``image`` that are generated again; None to keep rows.
     """
 
     key: int
@@ -36,11 +37,13 @@ class Work:
     image: bytes | None = None
     keep_rows: int = 0
     previews: bool = False
+    mask: tuple[int, ...] | None = None
 
     @property
     def group(self) -> tuple[object, ...]:
         """Images of equal groups can be generated in one batch."""
-        return self.settings, self.keep_rows if self.image is not None else 0, self.condition is None
+        masked = None if self.mask is None else len(self.mask)
+        return self.settings, self.keep_rows if self.image is not None else 0, masked, self.condition is None
 
 
 @dataclass(frozen=True)

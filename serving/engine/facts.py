@@ -33,6 +33,7 @@ class ModelFacts:
         sampling: default settings of sampling, all of :data:`~llamagen.sampling.config.IMAGE_SETTINGS`.
         parameters: number of parameters of the autoregressive model; None for a tokenizer, or if unknown.
         class_ids: another name of each class, such as the name of its folder; empty if there are none.
+        can_inpaint: whether any codes of a given image can be kept, and not only its upper rows.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelFacts:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     class_ids: tuple[str, ...] = ()
+    can_inpaint: bool = False
 
     @classmethod
     def from_model(cls, model: "LlamaGen") -> "ModelFacts":
@@ -69,6 +71,7 @@ class ModelFacts:
             sampling=model.sampling.image_settings(),
             parameters=None if model.gpt is None else sum(each.numel() for each in model.gpt.parameters()),
             class_ids=() if names is None or names.ids is None or names.ids == names.names else names.ids,
+            can_inpaint=model.gpt is not None and model.gpt.config.target_aware,
         )
 
     @classmethod

@@ -98,6 +98,29 @@ class GrowingImages:
             self._shown[number] = rows
 
 
+class MaskedImages:
+    """Images of a batch that are inpainted. A preview shows, once, the known part: nothing is decoded for it.
+
+    Args:
+        images: for each of B images, the one that is inpainted, (S, S) pixels.
+        masks: for each of them, numbers of the codes that are generated again.
+        grid: rows and columns of codes.
+    """
+
+    def __init__(self, images: Sequence[Image.Image | None], masks: Sequence[tuple[int, ...]], grid: int) -> None:
+        self._images = [image.copy() for image in images if image is not None]
+        for image, mask in zip(self._images, masks, strict=True):
+            size = image.width // grid
+            for code in mask:
+                top, left = code // grid * size, code % grid * size
+                image.paste(GREY, (left, top, left + size, top + size))
+
+    def update(self, codes: Tensor, rows: int, budget: PreviewBudget) -> list[bytes]:
+        """JPEG files of the images, in which the missing part is grey, in the first call; then none."""
+        found, self._images = [_jpeg(image) for image in self._images], []
+        return found
+
+
 def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

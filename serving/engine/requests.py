@@ -34,16 +34,20 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Images to generate or to complete. Image k depends on its condition, the seed, its index and the settings only.
+    """Images to generate, to complete or to inpaint.
+
+    Image k depends on its condition, the seed, its index, the settings, and what is kept of the given image only.
 
     Attributes:
         conditions: number of the class, or prompt, of each image.
         indices: index of each image; its random numbers depend on seed and index.
         seed: seed of all images, any integer.
         settings: settings of sampling.
-        image: file (PNG, JPEG or WebP) of an image to complete; None to generate whole images.
+        image: file (PNG, JPEG or WebP) of an image to complete or to inpaint; None to generate whole images.
         keep_rows: rows of codes that are kept of ``image``.
         previews: whether :class:`Rows` carry previews.
+        mask: numbers, in raster order, of the codes of ``image`` that are generated again, while all others are kept;
+            None to keep rows.
     """
 
     conditions: tuple[int | str, ...]
@@ -53,6 +57,7 @@ class ImageRequest:
     image: bytes | None = None
     keep_rows: int = 0
     previews: bool = False
+    mask: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Number of images."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import Finished, ImageRequest, Rows
+from serving.image_settings import Kind
 from serving.page.news import News
 
 MAX_IMAGES = 16
@@ -17,15 +18,16 @@ MAX_IMAGES = 16
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Arguments of ``LlamaGen.generate``, or of ``LlamaGen.complete``.
+    """Arguments of ``LlamaGen.generate``, ``LlamaGen.complete`` or ``LlamaGen.inpaint``.
 
     Attributes:
         conditions: classes or prompts.
         images_per_prompt: images of each condition.
         seed: seed of all images.
         settings: :data:`~llamagen.sampling.config.IMAGE_SETTINGS`.
-        image: file of an image to complete; None to generate whole images.
+        image: file of an image to complete or to inpaint; None to generate whole images.
         keep_rows: rows of codes that are kept of it.
+        mask: numbers of the codes of ``image`` that are generated again; None to keep rows.
     """
 
     conditions: tuple[int | str, ...]
@@ -34,11 +36,23 @@ class GenerationRequest:
     settings: dict[str, Any] = field(default_factory=dict)
     image: bytes | None = None
     keep_rows: int = 0
+    mask: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
         """Number of images."""
         return len(self.conditions) * self.images_per_prompt
+
+    @property
+    def kind(self) -> Kind:
+        """What is made."""
+        if self.image is None:
+            return "generation"
+        return "completion" if self.mask is None else "inpainting"
+
+    def kept_rows(self, rows: int) -> int:
+        """How many of ``rows`` rows of codes are known at the start; of a mask, as many codes as these rows have."""
+        return self.keep_rows if self.mask is None else (rows * rows - len(self.mask)) // rows
 
     def condition(self, index: int) -> int | str:
         """Condition of an image."""
@@ -58,6 +72,7 @@ class GenerationRequest:
             self.image,
             self.keep_rows,
             previews=True,
+            mask=self.mask,
         )
 
 
@@ -131,7 +146,7 @@ class _Images:
     """All images of a request: how far they are."""
 
     def __init__(self, request: GenerationRequest, rows: int, clock: Callable[[], float]) -> None:
-        self._rows, self._kept, self._clock, self._start = rows, request.keep_rows, clock, clock()
+        self._rows, self._kept, self._clock, self._start = rows, request.kept_rows(rows), clock, clock()
         self._complete = [self._kept] * request.count
         self._growing, self._previews = set[int](), dict[int, bytes]()
 

@@ -26,6 +26,8 @@ RANGES = {
     "top_p": (0.01, 1.0),
 }
 """Ranges on the page, for models whose own settings are inside of them."""
+TABS = {"generation": "Generate", "completion": "Complete", "inpainting": "Inpaint"}
+"""Tab that makes images of each kind."""
 
 
 def slider_range(facts: ModelFacts, name: str) -> tuple[float, float]:
@@ -78,8 +80,9 @@ def _checked(content: dict[str, Any], name: str, facts: ModelFacts, kind: Kind) 
             "page of that model"
         )
     if content["kind"] != kind:
-        other = "Complete" if kind == "generation" else "Generate"
-        raise ValueError(f"the file {name} was made on another tab; choose it on the tab {other}")
+        other = TABS.get(content["kind"]) if isinstance(content["kind"], str) else None
+        advice = "choose an image of this tab" if other is None else f"choose it on the tab {other}"
+        raise ValueError(f"the file {name} was made on another tab; {advice}")
     settings = content["settings"]
     if not isinstance(settings, dict) or set(settings) != set(IMAGE_SETTINGS):
         raise ValueError(f"the settings in {name} are incomplete; choose another image")

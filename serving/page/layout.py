@@ -14,7 +14,7 @@ from serving.page.form import Form
 from serving.page.generation import GenerationRequest, Waiting
 from serving.page.reconstruction import AMPLIFICATION, Reconstruction
 from serving.page.runs import Runs, Update, sentence
-from serving.page.uploads import mark_cut, read_upload, to_png
+from serving.page.uploads import mark_cut, painted_codes, read_upload, to_canvas, to_png
 
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of all events. The page shows its own progress, and is not an API."""
@@ -41,6 +41,9 @@ def build_page(runs: Runs) -> gr.Blocks:
                     _generate_tab(runs)
                 with gr.Tab("Complete", id="complete"):
                     _complete_tab(runs)
+            if facts.can_inpaint:
+                with gr.Tab("Inpaint", id="inpaint"):
+                    _inpaint_tab(runs)
             with gr.Tab("Reconstruct", id="reconstruct"):
                 _reconstruct_tab(runs)
 
@@ -173,6 +176,61 @@ def _complete_tab(runs: Runs) -> None:
     gr.on([upload.change, keep.change], show_cut, [upload, keep], cut, **QUICK)
     results.start.click(complete, [upload, keep, *form.components], results.components, **HIDDEN)
     form.back.upload(put_back, form.back, [*form.components, keep, results.status], **QUICK)
+
+
+def _inpaint_tab(runs: Runs) -> None:
+    facts = runs.facts
+    form = Form(facts, "inpainting")
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="request"):
+            upload = _upload("Image to inpaint")
+            editor = gr.ImageEditor(
+                type="pil",
+                label="Paint over what to generate again",
+                sources=(),
+                transforms=(),
+                layers=False,
+                buttons=[],
+                format="png",
+                brush=gr.Brush(colors=["#dc2626"], color_mode="fixed"),
+                visible=False,
+                elem_id="inpaint-editor",
+            )
+            note = gr.HTML(elem_id="inpaint-note", elem_classes="status")
+            form.build_request()
+        with gr.Column(elem_classes="results"):
+            results = _Results(runs, "inpaint", "Inpaint")
+        with gr.Column(elem_classes="settings"):
+            form.build_settings()
+
+    def show_editor(path: str | None) -> list[Any]:
+        if path is None:
+            return [gr.ImageEditor(None, visible=False), ""]
+        try:
+            canvas = to_canvas(read_upload(path, facts))
+        except Exception as error:
+            return [gr.ImageEditor(None, visible=False), markup.error_message(sentence(error))]
+        size = facts.downsampling
+        text = f"Squares of {size} × {size} pixels of the image that you touch are generated again."
+        value = {"background": canvas, "layers": [], "composite": canvas}
+        return [gr.ImageEditor(value, visible=True), markup.message(text)]
+
+    def inpaint(request: gr.Request, path: str | None, painted: Any, *values: Any) -> Iterator[list[Any]]:
+        try:
+            image = to_png(read_upload(path, facts))
+            wanted = replace(form.request(*values), image=image, mask=painted_codes(painted, facts))
+        except Exception as error:
+            yield results.error(error)
+            return
+        yield from results.updates(_session(request), form, wanted)
+
+    def put_back(file: str) -> list[Any]:
+        note = "The settings of the image are in the form. Choose the same image and paint over the same part."
+        return _put_back(form, file, note)
+
+    upload.change(show_editor, upload, [editor, note], **QUICK)
+    results.start.click(inpaint, [upload, editor, *form.components], results.components, **HIDDEN)
+    form.back.upload(put_back, form.back, [*form.components, results.status], **QUICK)
 
 
 def _reconstruct_tab(runs: Runs) -> None:

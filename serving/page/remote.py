@@ -34,6 +34,7 @@ from serving.engine.requests import (
 )
 from serving.page.event_stream import server_events
 from serving.page.refusals import AWAY, NOT_UNDERSTOOD, is_json, refusal, transport_error
+from serving.page.uploads import mask_file
 
 LOGGER = logging.getLogger("serving")
 CONNECT, ANSWER, SILENCE, RECONSTRUCTION = 5.0, 15.0, 60.0, 600.0
@@ -265,7 +266,11 @@ class RemoteBackend:
         if not request.previews:
             body["partial_images"] = 0
         if request.image is not None:
-            body |= {"image": base64.b64encode(request.image).decode(), "keep_rows": request.keep_rows}
+            body["image"] = base64.b64encode(request.image).decode()
+            if request.mask is None:
+                body["keep_rows"] = request.keep_rows
+            else:
+                body["mask"] = base64.b64encode(mask_file(request.mask, self.facts)).decode()
         return body
 
     async def _reconstruct(self, request: ReconstructionRequest, listener: Listener) -> None:

@@ -157,7 +157,7 @@ class Runs:
         facts, title, image = self.facts, form.title(request.condition(index)), Image.fromarray(pixels)
         inside = ImageSettings(
             facts.name,
-            "generation" if request.image is None else "completion",
+            request.kind,
             request.conditions,
             request.images_per_prompt,
             request.seed,

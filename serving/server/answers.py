@@ -134,7 +134,8 @@ class Answer:
         """Codes: those kept of given images, and those of the generated ones. Words of a prompt are not counted."""
         grid, request = self.facts.grid or 0, self.order.request
         if isinstance(request, ImageRequest):
-            kept = request.keep_rows * grid * len(items)
+            known = request.keep_rows * grid if request.mask is None else grid * grid - len(request.mask)
+            kept = known * len(items)
             made = grid * grid * len(items) - kept
         else:  # images of a tokenizer have different sizes
             kept, made = sum(len(row) for item in items for row in item["codes"]), 0

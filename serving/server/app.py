@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI's images API in front of a backend. ``docs/http_api.md`` is its reference."""
 
+import asyncio
 import time
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from serving.image_store import ImageStore
 from serving.server.answers import Answer, EventStream, json_answer
 from serving.server.body import BODY, BodyBudget, BodyShare, ClientDisconnect, read_json
 from serving.server.description import describe, operation
+from serving.server.edits import FORM, read_form
 from serving.server.errors import ApiError, add_handlers, json_response
 from serving.server.fields import Format, GenerationBody, ReconstructionBody, check_fields
 from serving.server.generation import Order, generation_order, reconstruction_order
@@ -48,12 +50,23 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
             return EventStream(work.events(progress, ticket), ticket)
         return await json_answer(work, progress, ticket, request.receive)
 
+    async def generated(content: dict[str, Any], request: Request) -> Response:
+        body = check_fields(GenerationBody, content)
+        make = partial(generation_order, body, facts, options)
+        # A mask is decoded, which can take long, in a thread.
+        return await answer(make() if body.mask is None else await asyncio.to_thread(make), request)
+
     @app.post("/v1/images/generations", **operation(GenerationBody, facts, options))
     async def generate(request: Request) -> Response:
-        """Generate images of a class or a text, or complete an image."""
+        """Generate images of a class or a text, or complete or inpaint an image."""
         check_key(request.headers.get("authorization"))
-        body = check_fields(GenerationBody, await read_json(request, options))
-        return await answer(generation_order(body, facts, options), request)
+        return await generated(await read_json(request, options), request)
+
+    @app.post("/v1/images/edits", **operation(GenerationBody, facts, options, FORM))
+    async def edit(request: Request) -> Response:
+        """Generate the part of an image again that is transparent in its mask: the files and fields of a form."""
+        check_key(request.headers.get("authorization"))
+        return await generated(await read_form(request, options), request)
 
     @app.post("/v1/images/reconstructions", **operation(ReconstructionBody, facts, options))
     async def reconstruct(request: Request) -> Response:

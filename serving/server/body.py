@@ -73,13 +73,19 @@ async def read_json(request: Request, options: ServerOptions) -> dict[str, Any]:
     if kind != "application/json":
         given = f"Content-Type {kind!r:.60}" if kind else "no Content-Type"
         raise ApiError(415, f"the body has {given}; send JSON with Content-Type: application/json", "Content-Type")
-    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise ApiError(415, f"the body has the encoding {encoding!r:.60}; send it without one", "Content-Encoding")
-    body = await _read(request, options)
+    body = await read_body(request, options)
     return await asyncio.to_thread(parse_json, body) if len(body) > LARGE else parse_json(body)
 
 
-async def _read(request: Request, options: ServerOptions) -> bytes:
+async def read_body(request: Request, options: ServerOptions) -> bytes:
+    """Read the bytes of the body.
+
+    Raises:
+        ApiError: with status 408, 413, 415 or 503 and one sentence.
+        ClientDisconnect: if the client left.
+    """
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise ApiError(415, f"the body has the encoding {encoding!r:.60}; send it without one", "Content-Encoding")
     share: BodyShare = request.scope[BODY]
     too_large = ApiError(
         413, f"the body is too large; send at most {options.max_body:,} bytes", code="content_too_large"
@@ -149,4 +155,4 @@ def _invalid(message: str) -> ApiError:
     return ApiError(400, message, code="invalid_json")
 
 
-__all__ = ["BODY", "BodyBudget", "BodyShare", "ClientDisconnect", "parse_json", "read_json"]
+__all__ = ["BODY", "BodyBudget", "BodyShare", "ClientDisconnect", "parse_json", "read_body", "read_json"]

@@ -32,7 +32,7 @@ ERRORS = {
     404: "There is no such model.",
     408: "The body arrived too slowly.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not JSON, or not a form.",
     429: "The queue is full; see Retry-After.",
     500: "The server failed.",
     503: "The server is starting or shutting down; see Retry-After.",
@@ -65,13 +65,16 @@ IMAGES = {
 }
 
 
-def operation(body: type[BaseModel], facts: ModelFacts, options: ServerOptions) -> dict[str, Any]:
+def operation(
+    body: type[BaseModel], facts: ModelFacts, options: ServerOptions, content_type: str = "application/json"
+) -> dict[str, Any]:
     """Arguments of a route that reads its body itself: the description of the body and of all responses.
 
     Args:
         body: fields of the request.
         facts: the model, whose name and size are the only valid ones.
         options: limits.
+        content_type: of the request.
     """
     schema = body.model_json_schema()
     values = {"model": [facts.name, None], "size": ["auto", None]}
@@ -93,7 +96,7 @@ def operation(body: type[BaseModel], facts: ModelFacts, options: ServerOptions) 
         "content": {"application/json": {"schema": IMAGES}, "text/event-stream": {"schema": {"type": "string"}}},
     }
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        "openapi_extra": {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}},
         "responses": {200: success, **errors},
     }
 

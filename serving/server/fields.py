@@ -63,6 +63,11 @@ class GenerationBody(_Body):
     keep_rows: _Steps | None = Field(
         None, description="an integer from 0 to the number of rows of codes: upper rows of codes of image to keep"
     )
+    mask: str | None = Field(
+        None,
+        description="a PNG file in base64, or as a data URL: pixels of image that are transparent in it are generated "
+        "again, in place of keep_rows",
+    )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="a number from 0 to 100: scale of classifier-free guidance; 1 is none"
     )

@@ -10,9 +10,10 @@ from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 from serving.engine.checks import MAX_INDEX
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Request
-from serving.image_settings import ImageSettings
+from serving.engine.uploads import read_mask
+from serving.image_settings import ImageSettings, Kind
 from serving.server.errors import ApiError
-from serving.server.fields import TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown
+from serving.server.fields import TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown, what_to_give
 from serving.server.options import ServerOptions
 
 NEW_SEEDS = 2**31
@@ -46,7 +47,7 @@ class Order:
             return None
         return ImageSettings(
             model=facts.name,
-            kind="generation" if request.image is None else "completion",
+            kind=_kind(request),
             conditions=(request.conditions[position],),
             images_per_prompt=max(request.indices) + 1,
             seed=request.seed,
@@ -79,10 +80,11 @@ def generation_order(body: GenerationBody, facts: ModelFacts, options: ServerOpt
     condition = _condition(body.prompt, facts)
     settings = _settings(body, facts)
     image, keep_rows = _kept(body, facts.grid)
+    mask = None if body.mask is None or image is None else _mask(body.mask, image, facts)
     previews = bool(body.stream) and body.partial_images != 0
     seed = secrets.randbelow(NEW_SEEDS) if body.seed is None else body.seed
     indices = tuple(range(first, first + count))
-    request = ImageRequest((condition,) * count, indices, seed, settings, image, keep_rows, previews)
+    request = ImageRequest((condition,) * count, indices, seed, settings, image, keep_rows, previews, mask)
     return Order(request, *_output(body, options), body.partial_images, bool(body.stream))
 
 
@@ -142,23 +144,47 @@ def _kept(body: GenerationBody, grid: int) -> tuple[bytes | None, int]:
     if body.image is None:
         if body.keep_rows is not None:
             raise _wrong("keep_rows", "keep_rows needs an image to keep rows of; add image, or leave it out")
+        if body.mask is not None:
+            raise _wrong("mask", "mask needs an image to keep a part of; add image, or leave it out")
         return None, 0
+    if body.mask is not None:
+        if body.keep_rows is not None:
+            raise _wrong("keep_rows", "keep_rows and mask are both given; give one of them")
+        return _file(body.image), 0
     if body.keep_rows is None or body.keep_rows > grid:
         value = "missing" if body.keep_rows is None else str(body.keep_rows)
         raise _wrong("keep_rows", f"keep_rows is {value}; give an integer from 0 to {grid}, the rows of image to keep")
     return _file(body.image), body.keep_rows
 
 
-def _file(text: str) -> bytes:
+def _mask(text: str, image: bytes, facts: ModelFacts) -> tuple[int, ...]:
+    """Codes that are generated again."""
+    assert facts.resolution is not None
+    assert facts.grid is not None
+    if not facts.can_inpaint:
+        raise _wrong("mask", f"{facts.name} generates in raster order only here, so it cannot inpaint; give keep_rows")
+    try:
+        return read_mask(_file(text, "mask"), image, facts.resolution, facts.grid)
+    except ValueError as error:
+        raise _wrong("mask", str(error)) from error
+
+
+def _kind(request: ImageRequest) -> Kind:
+    if request.image is None:
+        return "generation"
+    return "completion" if request.mask is None else "inpainting"
+
+
+def _file(text: str, name: str = "image") -> bytes:
     """The file in base64, or in a data URL."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
         file = base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
-        raise _wrong("image", "image is not valid base64; give a PNG, JPEG or WebP file in base64") from None
+        raise _wrong(name, f"{name} is not valid base64; give {what_to_give(GenerationBody, name)}") from None
     if not file:
-        raise _wrong("image", "image is empty; give a PNG, JPEG or WebP file in base64")
+        raise _wrong(name, f"{name} is empty; give {what_to_give(GenerationBody, name)}")
     return file
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class VLLMEngine:
             raise ValueError(f"tensor_parallel is {tensor_parallel}, but there are {count} GPUs; give at most {count}")
         self.model = LlamaGen(parts, capacity, compile=False)
         parts.tokenizer.to(own)
-        self.facts = ModelFacts.from_model(self.model)
+        self.facts = replace(ModelFacts.from_model(self.model), can_inpaint=False)  # it generates in raster order
         compiled = should_compile(parts.gpt) if compiled is None else compiled
         parts.gpt.layers = nn.ModuleList()
         self._gpt, self._conditions = parts.gpt.to(own), parts.text or parts.class_names

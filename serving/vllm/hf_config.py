@@ -43,8 +43,13 @@ def vllm_sizes(config: GPTConfig, guided: bool) -> dict[str, Any]:
         guided: whether there is an unconditional branch.
 
     Raises:
-        ValueError: in one line, if a head is too wide.
+        ValueError: in one line, if a head is too wide, or the model has adaptive norms.
     """
+    if config.adaptive_norm:
+        raise ValueError(
+            "the model has adaptive norms, which do not run in vLLM; serve it with python -m serving.server, without "
+            "--engine vllm"
+        )
     branches = 2 if guided else 1
     sizes: dict[str, Any] = {
         "hidden_size": branches * config.dim,

@@ -53,6 +53,8 @@ class GuidedAttention(nn.Module):
             quant_config=quantization,
             prefix=f"{prefix}.wqkv",
         )
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.wo = RowParallelLinear(
             config.dim, config.dim, bias=False, quant_config=quantization, prefix=f"{prefix}.wo"
         )
@@ -71,6 +73,8 @@ class GuidedAttention(nn.Module):
         qkv, _ = self.wqkv(x)
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q, k, v = (part.unflatten(-1, (-1, self.width)) for part in qkv.split(widths, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         q, k = rotate(q, rope), rotate(k, rope)
         if self.padded != self.width:  # zeros change neither products nor sums
             q, k, v = (nn.functional.pad(part, (0, self.padded - self.width)) for part in (q, k, v))
@@ -175,6 +179,9 @@ class LlamaGenGPT(nn.Module, SupportsMRoPE):
         self.has_labels = self.config.condition == "class"
         if self.has_labels:
             self.label_embeddings = nn.Embedding(self.config.num_classes + 1, self.config.dim)
+        self.target_embeddings = None
+        if self.config.target_aware:
+            self.target_embeddings = nn.Embedding(self.config.block_size, self.config.dim)
         self.backbone = Backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "backbone"))
         self.output = ParallelLMHead(self.config.vocab_size, self.config.dim, prefix=maybe_prefix(prefix, "output"))
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -210,6 +217,8 @@ class LlamaGenGPT(nn.Module, SupportsMRoPE):
             x = self.embed_input_ids(input_ids)
             if self.has_labels:
                 x = torch.where((positions == 0)[:, None], self._embed_labels(input_ids), x)
+        if self.target_embeddings is not None:
+            x = x + self._embed_targets(positions)
         # Only warm-up has positions beyond the last code.
         hidden: Tensor = self.backbone(x, positions.clamp(max=self.backbone.positions - 1))
         return hidden
@@ -220,6 +229,13 @@ class LlamaGenGPT(nn.Module, SupportsMRoPE):
         if self.branches == 1:
             return conditional
         return torch.cat([conditional, self.label_embeddings.weight[-1].expand_as(conditional)], dim=-1)
+
+    def _embed_targets(self, positions: Tensor) -> Tensor:
+        """Embeddings of the codes that tokens at positions (T,) predict → (T, N D); 0 for those that predict none."""
+        assert self.target_embeddings is not None
+        targets = positions - (self.config.condition_length - 1)
+        embedded: Tensor = self.target_embeddings(targets.clamp(0, self.config.block_size - 1))
+        return embedded.masked_fill((targets < 0)[:, None], 0.0).repeat(1, self.branches)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """(R, N D) → (R, V + 1) guided logits; None on ranks that do not sample.

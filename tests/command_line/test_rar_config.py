@@ -1,4 +1,4 @@
-"""The recipe of RAR has the values of its paper (arXiv 2411.00776)."""
+"""``configs/argen/rar.yaml`` is the recipe of RAR's paper, and other overlays can follow it."""
 
 from lightning_modules import AdamWConfig, GenerationOrder
 from llamagen.models.gpt import GPTConfig

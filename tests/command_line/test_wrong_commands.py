@@ -98,6 +98,8 @@ FIT_ARGEN = {
     f"{UNTIL}=0.5 --trainer.max_steps=-1 --trainer.max_epochs=-1": "the run has no end; set",
     f"{UNTIL}=0.5 {MODEL}.init_from={{argen}}": "target_aware is False, but the model's is True; set",
     f"{MODEL}.net.adaptive_norm=2": "model.net.adaptive_norm",
+    f"{MODEL}.lora.rank=4": "lora is given, but init_from is not",
+    f"{MODEL}.lora.rank=0": "lora.rank is 0; it must be at least 1",
     "--ckpt_path={tokenizer}": "the checkpoint holds a VQGAN, but a GPT is expected",
     f"{CALLBACK}=[] {with_callback('SampleGrid', 'classes=99')}": "class 10",
     with_callback("ReconstructionGrid"): "ReconstructionGrid",

@@ -19,10 +19,7 @@ from lightning_modules import ARGenModule, ShardedStrategy, models_on_meta_devic
 from llamagen.checkpoints.contents import read_checkpoint, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
-from llamagen.distributed.full_tensor import copy_full_
 from llamagen.models.gpt import GPT, GPTConfig
-from llamagen.models.sharding import is_sharded, shard
-from llamagen.sampling import Sampler, SamplingConfig
 from tests.lightning_modules.runs import argen_module, vqgan_module
 from tests.lightning_modules.test_argen_ranks import NET, RANDOM_ORDERS, STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline
@@ -285,28 +282,6 @@ def test_a_model_on_the_meta_device_is_initialised_without_a_strategy_too(half: 
         assert torch.equal(module.gpt.state_dict()[name], value)
     with models_on_meta_device(), pytest.raises(ValueError, match="they do not fit"):
         ARGenModule(GPTConfig(**{**NET, "dim": 64}), init_from=half)
-
-
-def _uneven(rank: int) -> list[Tensor]:
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    gpt = GPT(GPTConfig(**GPT_NET))
-    shard(gpt, mesh)
-    assert is_sharded(gpt)
-    table = gpt.cls_embedding.embedding_table.weight
-    whole = torch.arange(table.numel()).view(table.shape)
-    copy_full_(table.data, whole)
-    sampler, labels = Sampler(gpt.eval(), 2), torch.arange(3)
-    with pytest.raises(ValueError, match="window is 2, but the parameters are sharded over ranks, which need the same"):
-        sampler(labels, SamplingConfig(window=2))
-    codes = [sampler(labels, SamplingConfig(window=window)) for window in ("auto", 1)]
-    return [table.full_tensor().detach(), whole, *codes]
-
-
-def test_a_full_tensor_is_copied_into_uneven_shards_and_sampling_with_them_needs_no_window(tmp_path: Path) -> None:
-    for found, wanted, automatic, one_by_one in run_on_ranks(_uneven, tmp_path):
-        assert len(found) % 2
-        assert torch.equal(found, wanted.float())
-        assert torch.equal(automatic, one_by_one)
 
 
 class Bomb:

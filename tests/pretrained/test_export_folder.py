@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llamagen import LlamaGen
 from llamagen.checkpoints.contents import load_vqgan
 from llamagen.checkpoints.export import main
-from llamagen.checkpoints.weights import read_weights
+from llamagen.checkpoints.weights import Weights, read_weights
 from llamagen.checkpoints.writing import write_weights
 from llamagen.hub.published import PUBLISHED
+from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from llamagen.pretrained import export_folder
 from llamagen.pretrained.export_folder import Export, export_model
 from llamagen.pretrained.exported_config import SAVED
-from llamagen.pretrained.sizes import SIZES
+from llamagen.pretrained.sizes import SIZES, infer_gpt_config
 from llamagen.pretrained.source import TEXT_SAMPLING
-from llamagen.sampling import IMAGE_SETTINGS
+from llamagen.sampling import IMAGE_SETTINGS, generate
 from tests.datamodules.shard_files import assert_one_line
 from tests.golden import fill
 from tests.hub_server import HubServer
@@ -31,6 +34,7 @@ from tests.rounding import Rounding
 from tests.small_models import assert_same, small_gpt, small_vqgan
 from tests.text_pipeline import TextPipeline
 
+OPTIONS = ["qk_norm", "adaptive_norm", "target_aware"]
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "samples.png", "tokenizer.safetensors"}
 
 
@@ -116,6 +120,32 @@ def test_a_tokenizer_with_a_custom_quantiser_is_exported(tmp_path: Path) -> None
     assert isinstance(model.tokenizer.quantize, Rounding)
     assert_same(model.tokenizer.state_dict(), vqgan.state_dict())
     assert "quantizer `tests.rounding.Rounding`" in (tmp_path / "rounding/README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [OPTIONS, []], ids=["with options", "before there were options"])
+def test_options_of_the_model_are_in_its_file_and_off_in_older_ones(options: list[str], tmp_path: Path) -> None:
+    gpt, vqgan = small_gpt(vocab_size=64, **dict.fromkeys(options, True)), small_vqgan()
+    for name, model in (("gpt", gpt), ("tokenizer", vqgan)):
+        state = dict(model.state_dict())
+        write_weights(model, Weights(state, None, None, None, name), tmp_path / f"{name}.safetensors")
+    if not options:
+        with safe_open(tmp_path / "gpt.safetensors", "pt") as file:
+            entry = json.loads(file.metadata()["llamagen"])
+        entry["config"] = {name: value for name, value in entry["config"].items() if name not in OPTIONS}
+        save_file(dict(gpt.state_dict()), tmp_path / "gpt.safetensors", {"llamagen": json.dumps(entry)})
+    arguments = {"checkpoint": tmp_path / "gpt.safetensors", "tokenizer": tmp_path / "tokenizer.safetensors"}
+    export_model(Export(**{name: str(path) for name, path in arguments.items()}, samples=0), tmp_path / "folder")
+    model = LlamaGen.from_pretrained(tmp_path / "folder", compile=True)
+    assert model.gpt is not None
+    assert model.gpt.config == gpt.config
+    assert model.generate_codes([1, 2], seed=3).flatten(1).tolist() == generate(gpt, [1, 2], seed=3).tolist()
+
+
+@pytest.mark.parametrize("options", [(), OPTIONS])
+def test_options_are_recognised_by_the_names_of_the_weights(options: list[str]) -> None:
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**SIZES["B"], **dict.fromkeys(options, True)))
+    assert infer_gpt_config(gpt.state_dict(), 256, "gpt.pt") == gpt.config
 
 
 @pytest.mark.parametrize(

@@ -43,14 +43,19 @@ def plain_loop(
     seed: int,
     indices: Tensor,
     kept: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """Codes (B, L) of a model in evaluation mode, the first of which may be given as ``kept`` (B, K)."""
+    """Codes (B, L) of a model in evaluation mode, the first of which may be given as ``kept`` (B, K).
+
+    With ``order`` (B, L) they are generated, given and returned in that order.
+    """
     batch = len(condition)
     codes = torch.empty(batch, 0, dtype=torch.int64) if kept is None else kept
     for step in range(codes.shape[1], gpt.config.block_size):
-        logits = gpt(codes, condition, caption_lengths=lengths)[:, -1]
+        places = {} if order is None else {"positions": order[:, :step], "targets": order[:, : step + 1]}
+        logits = gpt(codes, condition, caption_lengths=lengths, **places)[:, -1]
         dropped, scale = torch.ones(batch, dtype=torch.bool), config.guidance_scales(gpt.config.block_size)[step]
-        other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped)[:, -1]
+        other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped, **places)[:, -1]
         logits = scale * logits + (1 - scale) * other
         noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), code_counters(gpt.config.vocab_size))
         codes = torch.cat([codes, sample_codes(logits, config, noise)[:, None]], dim=1)

@@ -1,5 +1,6 @@
 """When sampling is compiled without being asked to, and what happens if that is not possible."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,15 @@ def test_only_large_models_on_cpus_and_gpus_are_compiled(monkeypatch: pytest.Mon
     assert not should_compile(gpt.to("meta"))
     monkeypatch.setattr(automatic, "MIN_PARAMETERS", count + 1)
     assert not should_compile(small_gpt())
+
+
+def test_on_gpus_models_with_adaptive_norms_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "MIN_PARAMETERS", 1)
+    for adaptive, kind, expected in ((False, "cuda", True), (True, "cuda", False), (True, "cpu", True)):
+        gpt = small_gpt(adaptive_norm=adaptive)
+        weight = SimpleNamespace(device=torch.device(kind))
+        monkeypatch.setitem(gpt.output.__dict__, "weight", weight)
+        assert should_compile(gpt) is expected
 
 
 def test_a_failure_to_compile_is_a_warning_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

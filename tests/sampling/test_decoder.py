@@ -13,13 +13,25 @@ from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decoder import CodeDecoder
 from llamagen.sampling.eager import EagerCodeDecoder
 from llamagen.sampling.inputs import SamplingRequest
-from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
+from tests.small_models import (
+    GPT_VARIANTS,
+    HEAD_VARIANTS,
+    RECIPE_VARIANTS,
+    caption_lengths_for,
+    codes_for,
+    condition_for,
+    small_gpt,
+)
 
 ENGINES: dict[str, Callable[[GPT, int, torch.dtype], CodeDecoder]] = {
     "eager": EagerCodeDecoder,
     "compiled": CPUCodeDecoder,
 }
-VARIANTS = GPT_VARIANTS | {name: HEAD_VARIANTS[name] for name in ("heads of 32, text grouped", "heads of 100, class")}
+VARIANTS = {
+    **GPT_VARIANTS,
+    **{name: HEAD_VARIANTS[name] for name in ("heads of 32, text grouped", "heads of 100, class")},
+    **{name: RECIPE_VARIANTS[name] for name in RECIPE_VARIANTS if "target" in name},
+}
 CHUNKS = {"one by one": (1,) * 15, "mixed": (5, 1, 9), "at once": (15,)}
 ROWS = 3
 
@@ -29,29 +41,33 @@ def request_for(gpt: GPT, config: SamplingConfig | None = None) -> SamplingReque
 
 
 def orders() -> Tensor:
-    """A different random order of the grid for each row, (ROWS, 15)."""
+    """A different random order of the grid for each row, (ROWS, 16). The first code is that of raster order."""
     generator = torch.Generator().manual_seed(1)
-    return torch.stack([torch.randperm(16, generator=generator)[:15] for _ in range(ROWS)])
+    rest = torch.stack([torch.randperm(15, generator=generator) + 1 for _ in range(ROWS)])
+    return torch.cat([torch.zeros_like(rest[:, :1]), rest], dim=1)
 
 
-def decoded(engine: str, gpt: GPT, chunks: tuple[int, ...], positions: Tensor | None) -> Tensor:
+def decoded(engine: str, gpt: GPT, chunks: tuple[int, ...], order: Tensor | None) -> Tensor:
     """Logits (ROWS, 16, V) of given codes, decoded in some passes."""
     codes, parts = codes_for(gpt, ROWS, 15), []
-    passes: list[Tensor | None] = [None] * len(chunks)
-    if positions is not None:
-        passes = list(positions.split(list(chunks), dim=-1))
+    passes: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(chunks)
+    if order is not None:
+        positions, targets = (part.split(list(chunks), dim=-1) for part in (order[..., :-1], order[..., 1:]))
+        passes = list(zip(positions, targets if gpt.config.target_aware else [None] * len(chunks), strict=True))
     with torch.no_grad(), ENGINES[engine](gpt, ROWS, torch.float32).start(request_for(gpt)) as state:
         parts.append(state.prefill()[:, None].clone())
-        for tokens, places in zip(codes.split(list(chunks), dim=1), passes, strict=True):
-            parts.append(state.decode(tokens, places).clone())
+        for tokens, (places, following) in zip(codes.split(list(chunks), dim=1), passes, strict=True):
+            parts.append(state.decode(tokens, places, following).clone())
     return torch.cat(parts, dim=1)
 
 
-def expected(gpt: GPT, positions: Tensor | None) -> Tensor:
+def expected(gpt: GPT, order: Tensor | None) -> Tensor:
     """The same logits of one full pass of the model."""
     codes, lengths = codes_for(gpt, ROWS, 15), caption_lengths_for(gpt, ROWS)
+    positions, targets = None if order is None else order[..., :-1], order if gpt.config.target_aware else None
     with torch.no_grad():
-        return gpt(codes, condition_for(gpt, ROWS), caption_lengths=lengths, positions=positions)
+        condition = condition_for(gpt, ROWS)
+        return gpt(codes, condition, caption_lengths=lengths, positions=positions, targets=targets)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=list(CHUNKS))
@@ -62,24 +78,25 @@ def test_decoding_in_any_order_equals_one_full_pass(
     engine: str, variant: str, order: str, chunks: tuple[int, ...]
 ) -> None:
     gpt = small_gpt(**VARIANTS[variant])
-    positions = {"raster": None, "one for all rows": orders()[0], "one for each row": orders()}[order]
-    found = decoded(engine, gpt, chunks, positions)
-    torch.testing.assert_close(found, expected(gpt, positions), atol=1e-5, rtol=0)
+    places = {"raster": None, "one for all rows": orders()[0], "one for each row": orders()}[order]
+    found = decoded(engine, gpt, chunks, places)
+    torch.testing.assert_close(found, expected(gpt, places), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_raster_positions_are_the_default(engine: str) -> None:
-    gpt = small_gpt(condition="text")
-    for chunks in CHUNKS.values():
-        assert torch.equal(decoded(engine, gpt, chunks, torch.arange(15)), decoded(engine, gpt, chunks, None))
+    for gpt in (small_gpt(condition="text"), small_gpt(target_aware=True)):
+        for chunks in CHUNKS.values():
+            assert torch.equal(decoded(engine, gpt, chunks, torch.arange(16)), decoded(engine, gpt, chunks, None))
 
 
 def test_codes_in_one_compiled_pass_have_the_bits_of_codes_one_by_one() -> None:
-    gpt = small_gpt(condition="text", dim=144, n_head=3)
-    for positions in (None, orders()):
-        alone = decoded("compiled", gpt, CHUNKS["one by one"], positions)
-        for chunks in CHUNKS.values():
-            assert torch.equal(decoded("compiled", gpt, chunks, positions), alone)
+    recipe = small_gpt(**RECIPE_VARIANTS["QK-norm, adaptive norms, target-aware"])
+    for gpt in (small_gpt(condition="text", dim=144, n_head=3), recipe):
+        for order in (None, orders()):
+            alone = decoded("compiled", gpt, CHUNKS["one by one"], order)
+            for chunks in CHUNKS.values():
+                assert torch.equal(decoded("compiled", gpt, chunks, order), alone)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
@@ -110,6 +127,20 @@ def test_rejects_positions_that_do_not_fit(engine: str, positions: Tensor, messa
         state.prefill()
         with pytest.raises(ValueError, match=message):
             state.decode(codes_for(gpt, ROWS, 1), positions)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_targets_are_needed_with_positions_by_target_aware_models_alone(engine: str) -> None:
+    place = torch.arange(1)
+    for gpt, targets, message in (
+        (small_gpt(target_aware=True), None, "a target-aware model needs targets with positions"),
+        (small_gpt(target_aware=True), torch.tensor([16]), "targets 16 … 16 are out of range"),
+        (small_gpt(), place, "targets were passed to a model that is not target-aware; leave them out"),
+    ):
+        with torch.no_grad(), ENGINES[engine](gpt, ROWS, torch.float32).start(request_for(gpt)) as state:
+            state.prefill()
+            with pytest.raises(ValueError, match=message):
+                state.decode(codes_for(gpt, ROWS, 1), place, targets)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))

@@ -10,7 +10,7 @@ from llamagen.models.gpt import GPT
 from llamagen.sampling import ImageSampler, Sampler, SamplingConfig, decoder, generate
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt, small_vqgan
+from tests.small_models import RECIPE_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt, small_vqgan
 
 ENGINES = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 GUIDED = ("sampled, guided", "sampled, guided from code 3 to 9", "sampled, guided for no code", "sampled, linear")
@@ -38,9 +38,10 @@ def test_codes_after_kept_ones_equal_those_of_uncached_sampling(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("kind", ["class", "text", "options"])
 def test_keeping_codes_of_a_compiled_image_gives_the_image_again_in_any_batch(kind: str, precision: str) -> None:
-    gpt = small_gpt(condition=kind, dim=144, n_head=3)
+    options = RECIPE_VARIANTS["QK-norm, adaptive norms, target-aware"]
+    gpt = small_gpt(**options) if kind == "options" else small_gpt(condition=kind, dim=144, n_head=3)
     config = SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=9)
     condition, lengths, indices = inputs(gpt)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):

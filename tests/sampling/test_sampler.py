@@ -13,9 +13,16 @@ from llamagen.models.kv_cache import KVCache
 from llamagen.sampling import Sampler, SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, condition_for, small_gpt
+from tests.small_models import (
+    GPT_VARIANTS,
+    HEAD_VARIANTS,
+    RECIPE_VARIANTS,
+    caption_lengths_for,
+    condition_for,
+    small_gpt,
+)
 
-VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
+VARIANTS = GPT_VARIANTS | HEAD_VARIANTS | RECIPE_VARIANTS
 
 
 def inputs(gpt: GPT, batch: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -25,7 +32,7 @@ def inputs(gpt: GPT, batch: int) -> tuple[Tensor, Tensor | None, Tensor]:
 CASES = [(variant, setting) for variant in GPT_VARIANTS for setting in SETTINGS]
 CASES += [
     (variant, setting)
-    for variant in HEAD_VARIANTS
+    for variant in HEAD_VARIANTS | RECIPE_VARIANTS
     for setting in ("greedy, guided", "sampled, guided", "sampled, linear")
 ]
 

@@ -19,12 +19,13 @@ from llamagen.sampling.eager import EagerDecodeState
 from llamagen.sampling.window_choice import PassTimes, WindowChoice
 from llamagen.sampling.windows import Array, WindowLoop
 from tests.sampling.plain import SAMPLED, SETTINGS
-from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
+from tests.small_models import RECIPE_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
 
 ENGINES = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 WINDOWS = (2, 3, 8, 99)
 LENGTH = 16
 IMAGES = 5
+ALL_OPTIONS = RECIPE_VARIANTS["QK-norm, adaptive norms, target-aware"]
 GUIDED = {**SAMPLED, "guidance_scale": 2.0, "guidance_steps": 9}
 # Each setting with each window; each of them on both engines, for labels and for padded captions.
 CASES = [
@@ -71,8 +72,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 @cache
 def model(kind: str) -> GPT:
-    """A model of filled weights, whose codes cannot be guessed."""
-    return small_gpt(condition=kind)
+    """A model of filled weights, whose codes cannot be guessed: of classes, of captions, or with all other options."""
+    return small_gpt(**ALL_OPTIONS) if kind == "options" else small_gpt(condition=kind)
 
 
 def arguments(gpt: GPT, count: int) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def test_windows_give_the_codes_of_one_at_a_time(
 
 
 @ENGINES
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("kind", ["class", "text", "options"])
 def test_windows_give_the_same_codes_in_any_batch_after_kept_codes_and_for_seeds_of_each_image(
     kind: str, compiled: bool
 ) -> None:
@@ -132,9 +133,9 @@ def test_windows_after_codes_of_another_image_and_for_images_of_one_code(compile
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("kind", ["class", "text", "options"])
 def test_the_cpu_engine_gives_the_same_bits_in_other_precisions(kind: str, precision: str) -> None:
-    gpt = small_gpt(condition=kind, dim=144, n_head=3)
+    gpt = model(kind) if kind == "options" else small_gpt(condition=kind, dim=144, n_head=3)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         cpu = Sampler(gpt, 4, compiled=True, int8=precision == "int8")
     given = arguments(gpt, 7)
@@ -269,13 +270,16 @@ def test_the_unconditional_branch_is_not_checked_after_the_last_guided_code(monk
 
 
 @ENGINES
-def test_what_earlier_calls_left_in_the_cache_has_no_effect(compiled: bool) -> None:
-    engine, given = Sampler(model("text"), IMAGES, compiled=compiled), arguments(model("text"), IMAGES)
+@pytest.mark.parametrize("kind", ["text", "options"])
+def test_what_earlier_calls_left_in_the_cache_has_no_effect(kind: str, compiled: bool) -> None:
+    engine, given = Sampler(model(kind), IMAGES, compiled=compiled), arguments(model(kind), IMAGES)
     expected = engine(config=SamplingConfig(**GUIDED), **given)
     assert isinstance(engine.decoder, PooledCodeDecoder)
     [cache] = engine.decoder.caches.free
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
+    if cache.adaptive is not None:
+        cache.adaptive.fill_(torch.nan)
     assert torch.equal(engine(config=SamplingConfig(**GUIDED, window=4), **given), expected)
 
 

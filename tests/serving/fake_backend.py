@@ -46,7 +46,7 @@ PREVIEW = b"\xff\xd8\xff a JPEG file"
 def fake_codes(request: Request, position: int) -> np.ndarray:
     """Codes (GRID, GRID) int64 of an image: a function of all that it depends on."""
     if isinstance(request, ImageRequest):
-        index, kept = request.indices[position], (request.image, request.keep_rows)
+        index, kept = request.indices[position], (request.image, request.keep_rows, request.mask)
         name = repr((request.conditions[position], request.seed, index, request.settings, kept))
     else:
         name = repr(request.image)

@@ -190,6 +190,8 @@ def test_exports_have_what_transformers_and_vllm_need(files: dict[str, Path]) ->
     with pytest.raises(ValueError, match=r"^heads of width 260 are too wide for vLLM"):
         padded_head(260)
     assert str(LlamaGenConfig(gpt=config.gpt, dtype="mixed").dtype) == "torch.bfloat16"
+    with pytest.raises(ValueError, match=r"^the model has adaptive norms, which do not run in vLLM; serve it with"):
+        LlamaGenConfig(gpt={**config.gpt, "adaptive_norm": True})
 
 
 def test_an_exported_folder_is_given_to_vllm_and_other_models_are_exported(

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from llamagen.models.gpt import GPT
 from llamagen.sampling import generate
 from serving.vllm.prompts import label_prompt
-from tests.small_models import HEAD_VARIANTS
+from tests.small_models import HEAD_VARIANTS, RECIPE_VARIANTS
 from tests.vllm.models import CASES, UNGUIDED_CASES, Requests, export_small
 
 
@@ -36,9 +36,16 @@ def sampled(llm: LLM, requests: Requests) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("name", HEAD_VARIANTS)
+VARIANTS = {
+    **HEAD_VARIANTS,
+    "QK-norm, target-aware, text": RECIPE_VARIANTS["QK-norm, target-aware, text"],
+    "QK-norm, target-aware, class": {"qk_norm": True, "target_aware": True, "n_kv_head": 2},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_codes_equal_generate(name: str, tmp_path: Path) -> None:
-    gpt = export_small(tmp_path / "model", **HEAD_VARIANTS[name])
+    gpt = export_small(tmp_path / "model", **VARIANTS[name])
     requests = Requests(gpt)
     with started(tmp_path / "model") as llm:
         requests.assert_equal(sampled(llm, requests))

@@ -1,11 +1,13 @@
 """The decode loop on CPUs, with passes of compiled C++. R rows, T new tokens, V vocabulary size."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from llamagen.models.gpt import GPT
-from llamagen.models.inputs import check_positions
+from llamagen.models.inputs import check_positions, check_targets
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
@@ -58,32 +60,66 @@ class CPUDecodeState(DecodeState):
     def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
-        logits = self._logits[:, 0]
+        logits, targets = self._logits[:, 0], self._order(0, 1)
+        if targets is None:
+            targets = torch.zeros(len(condition), 1, dtype=torch.int64, device="cpu")
         # Captions are projected one at a time, so that an image's logits do not depend on the batch.
         size = len(condition) if self.gpt.config.condition == "class" else 1
         with torch.autocast("cpu", enabled=False):
             for row in range(0, len(condition), size):
                 rows = slice(row, row + size)
-                x = self.gpt.cls_embedding(condition[rows], dropped[rows]).float().contiguous()
-                cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
+                x = self.gpt.cls_embedding(condition[rows], dropped[rows])
+                adaptive = None
+                if self.cache.adaptive is not None:
+                    adaptive = self.cache.adaptive[:, rows]
+                    self._write_adaptive_vectors(adaptive, condition, dropped)
+                target = self.gpt.target_embedding(targets[rows])
+                if target is not None:  # the last token of the condition predicts the first code
+                    x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
+                x = x.float().contiguous()
+                cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows], adaptive=adaptive)
                 self._step(x, cache, None if self._first is None else self._first[rows], logits[rows], self._scratch)
         self.cache.advance(self.gpt.config.condition_length)
         return logits
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _write_adaptive_vectors(self, vectors: Tensor, labels: Tensor, dropped: Tensor) -> None:
+        """Write the vectors (6 N + 2, R, D) of the adaptive norms for the labels (R,) of rows.
+
+        Each class is computed once and by itself, so that an image's logits do not depend on the batch.
+        """
+        labels = torch.where(dropped, self.gpt.config.num_classes, labels)
+        for label in labels.unique():
+            embedding = self.gpt.cls_embedding(label[None])[:, 0]
+            vectors[:, labels == label] = cast(Tensor, self.gpt.all_adaptive_vectors(embedding)).float()
+
+    def _embed(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Embed codes (R, T), and for a target-aware model the positions that they predict, by default the next T."""
+        x = cast(Tensor, self.gpt.tok_embeddings(tokens))
+        if self.gpt.target_embeddings is not None:
+            if targets is None:
+                first = self.cache.length - self.condition_length + 1
+                targets = torch.arange(first, first + tokens.shape[1], device="cpu")
+            x = x + self.gpt.target_embeddings(targets)
+        return x.float().contiguous()
+
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        check_targets(self.gpt.config.target_aware, positions, targets)
+        if targets is not None:
+            targets = check_positions(targets, tokens, self.gpt.config.block_size, "targets")
+        x = self._embed(tokens, targets)
         rope_rows = None if positions is None else self._rope_rows(positions, tokens)
         rows, count = tokens.shape
         logits = self._logits[:rows] if count == 1 else self._logits.new_empty(rows, count, self._logits.shape[2])
         self._step(x, self.cache, self._first, logits, self._scratch, rope_rows)
         return logits
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T)."""
-        x = self.gpt.tok_embeddings(tokens).float().contiguous()
+        x = self._embed(tokens, targets)
+        rope_rows = None if positions is None else self._rope_rows(positions, tokens)
         # A pass computes the logits after its last token anyway; nothing reads them.
-        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch)
+        self._step(x, self.cache, self._first, self._logits[: len(tokens), 0], self._scratch, rope_rows)
 
     def start_windows(self) -> None:
         """Nothing to do: only cached tokens of a row are read."""
@@ -93,7 +129,8 @@ class CPUDecodeState(DecodeState):
 
     def read_windows(self, tokens: Array, rows: list[int], starts: Array) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        x = self.gpt.tok_embeddings(torch.from_numpy(tokens)).float().contiguous()
+        targets = starts[:, None] - self.condition_length + 1 + np.arange(tokens.shape[1])  # (R, T)
+        x = self._embed(torch.from_numpy(tokens), torch.from_numpy(targets))
         size = tokens.size * self._logits.shape[2]
         if self._window_logits.numel() < size:
             self._window_logits = self._logits.new_empty(size)

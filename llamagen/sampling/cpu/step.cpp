@@ -25,6 +25,7 @@ struct Layer {
     Matrix wqkv, wo;
     const float* ffn_norm;
     Matrix w1, w3, w2;
+    const float *q_norm, *k_norm;  // (E), or null without QK-norm
 };
 struct Model {
     int32_t layers, dim, heads, kv_heads, head_dim, ffn_dim, vocabulary;
@@ -41,6 +42,7 @@ struct Pass {
     const int32_t* starts;     // (batch): number of cached tokens of each sequence; null means `start` for all
     const int32_t* first;      // (batch): tokens before it are padding; or null
     const int32_t* positions;  // (batch, span): row of the rotary table; null means those of the next tokens
+    const float* adaptive;     // (6 layers + 2, cache_rows, dim): see KVCache.adaptive; or null without adaptive norms
     float* x;                  // (batch, span, dim): the embedded tokens; overwritten
     NARROW *keys, *values;     // (layers, cache_rows, kv_heads, capacity, head_dim)
     float* logits;             // (batch, outputs, vocabulary), after the last `outputs` tokens
@@ -96,14 +98,42 @@ struct Operands {
     }
 };
 
-static void normalise(const float* x, const float* weight, int dim, float eps, NARROW* out) {
+// Gain, shift and gate of one branch of a block, for one sequence. Without adaptive norms all are null.
+struct Adaptive {
+    const float *gain, *shift, *gate;
+};
+
+// The vectors from `vector` on for sequence s.
+static inline Adaptive adaptive_of(const Model& m, const Pass& pass, int vector, int s) {
+    if (!pass.adaptive) return {nullptr, nullptr, nullptr};
+    const int64_t row = pass.rows ? pass.rows[s] : s, next = (int64_t)pass.cache_rows * m.dim;
+    const float* first = pass.adaptive + vector * next + row * m.dim;
+    return {first, first + next, first + 2 * next};
+}
+
+template <typename To>
+static void normalise(const float* x, const float* weight, const Adaptive& adaptive, int dim, float eps, To* out) {
     vec squares = vec{};
     int k = 0;
     for (; k + LANES <= dim; k += LANES) squares += load(x + k) * load(x + k);
     float total = sum(squares);
     for (; k < dim; k++) total += x[k] * x[k];
     const float factor = 1.0f / std::sqrt(total / dim + eps);
-    for (k = 0; k < dim; k++) store(x[k] * factor * weight[k], out + k);
+    if (adaptive.gain)
+        for (k = 0; k < dim; k++)
+            store(x[k] * factor * weight[k] * (1.0f + adaptive.gain[k]) + adaptive.shift[k], out + k);
+    else
+        for (k = 0; k < dim; k++) store(x[k] * factor * weight[k], out + k);
+}
+
+// Normalises a query or key, if there is QK-norm, and rotates it.
+static inline void turn_head(const float* head, const float* weight, float eps, const float* turn, int width,
+                             float* out) {
+    if (weight) {
+        normalise(head, weight, {nullptr, nullptr, nullptr}, width, eps, out);
+        head = out;  // `rotate` may work in place
+    }
+    rotate(head, turn, width, out);
 }
 
 static CachedHead cached_head(const Model& m, const Pass& pass, int layer, int s, int g) {
@@ -129,7 +159,7 @@ static void append_tokens(const Model& m, const Pass& pass, const Scratch& scrat
             __builtin_prefetch(value + E + e);
             for (int h = 0; h < group; h++) __builtin_prefetch(row + ((g + 1) * group + h) * E + e);
         }
-        rotate(key, turn_of(m, pass, s, j, start), E, memory.rotated);
+        turn_head(key, m.layer[layer].k_norm, m.eps, turn_of(m, pass, s, j, start), E, memory.rotated);
         append(cache, start + j, memory.rotated, value, memory.rounded);
     }
 }
@@ -144,8 +174,8 @@ static void attend_queries(const Model& m, const Pass& pass, const Scratch& scra
     for (int q = 0; q < Q; q++) {
         const int j = (query + q) / group, head = g * group + (query + q) % group;
         const int64_t row = (int64_t)s * pass.span + j;
-        rotate(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, turn_of(m, pass, s, j, start), E,
-               memory.rotated);
+        turn_head(scratch.qkv + (row * (m.heads + 2 * m.kv_heads) + head) * E, m.layer[layer].q_norm, m.eps,
+                  turn_of(m, pass, s, j, start), E, memory.rotated);
         round_all(memory.rotated, E, memory.queries + q * E);
         out[q] = result.matrix + row * result.width + head * E;
     }
@@ -243,15 +273,26 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, const
     float* gates = scratch.gates + (int64_t)t * rows * 2 * GATES;
     const Multiply multiply(scratch.workspaces + t * scratch.workspace);
     const Target add{pass.x, D, true};
-    auto norm = [&](int64_t from, const float* weight, int to) {
-        normalise(pass.x + from * D, weight, D, m.eps, scratch.normed + (int64_t)to * D);
+    auto norm = [&](int64_t from, const float* weight, int vector, int to) {
+        const Adaptive adaptive = adaptive_of(m, pass, vector, from / pass.span);
+        normalise(pass.x + from * D, weight, adaptive, D, m.eps, scratch.normed + (int64_t)to * D);
         operands.normed.update(to, 0, D);
+    };
+    // Adds a branch to the columns [first, end) of x, times its gate if there is one.
+    auto add_branch = [&](const Operand<NARROW>& branch, const Matrix& weight, int vector, int first, int end) {
+        if (!pass.adaptive) return multiply(branch, weight, rows, first, end, add);
+        float* product = scratch.qkv;  // which nothing reads any more in this layer
+        multiply(branch, weight, rows, first, end, {product, D, false});
+        for (int64_t r = 0; r < rows; r++) {
+            const float* gate = adaptive_of(m, pass, vector, r / pass.span).gate;
+            for (int k = first; k < end; k++) pass.x[r * D + k] += gate[k] * product[r * D + k];
+        }
     };
     int first, end;
     for (int l = 0; l < m.layers; l++) {
         const Layer& w = m.layer[l];
         share(rows, 1, t, n, &first, &end);
-        for (int r = first; r < end; r++) norm(r, w.attention_norm, r);
+        for (int r = first; r < end; r++) norm(r, w.attention_norm, 6 * l, r);
         barrier.wait(n);
         share(width, Multiply::UNIT, t, n, &first, &end);
         multiply(operands.normed, w.wqkv, rows, first, end, {scratch.qkv, width, false});
@@ -259,23 +300,23 @@ static void work(const Model& m, const Pass& pass, const Scratch& scratch, const
         attention_layer(m, pass, scratch, operands.attended, barrier, l, t, n);
         barrier.wait(n);
         share(D, Multiply::UNIT, t, n, &first, &end);
-        multiply(operands.attended, w.wo, rows, first, end, add);
+        add_branch(operands.attended, w.wo, 6 * l, first, end);
         barrier.wait(n);
         share(rows, 1, t, n, &first, &end);
-        for (int r = first; r < end; r++) norm(r, w.ffn_norm, r);
+        for (int r = first; r < end; r++) norm(r, w.ffn_norm, 6 * l + 3, r);
         barrier.wait(n);
         share(m.ffn_dim, GATES, t, n, &first, &end);
         gate(multiply, w, operands, rows, first, end, gates);
         barrier.wait(n);
         share(D, Multiply::UNIT, t, n, &first, &end);
-        multiply(operands.gated, w.w2, rows, first, end, add);
+        add_branch(operands.gated, w.w2, 6 * l + 3, first, end);
         barrier.wait(n);
     }
     const int outputs = pass.batch * pass.outputs;
     share(outputs, 1, t, n, &first, &end);
     for (int r = first; r < end; r++) {
         const int64_t s = r / pass.outputs, token = pass.span - pass.outputs + r % pass.outputs;
-        norm(s * pass.span + token, m.norm, r);
+        norm(s * pass.span + token, m.norm, 6 * m.layers, r);
     }
     barrier.wait(n);
     share(m.vocabulary, Multiply::UNIT, t, n, &first, &end);

@@ -34,6 +34,8 @@ class _Layer(ctypes.Structure):
         ("w1", _Matrix),
         ("w3", _Matrix),
         ("w2", _Matrix),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
     ]
 
 
@@ -59,7 +61,10 @@ class _Pass(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_void_p)
-            for name in ("rows", "starts", "first", "positions", "x", "keys", "values", "logits", "scratch")
+            for name in (
+                *("rows", "starts", "first", "positions", "adaptive"),
+                *("x", "keys", "values", "logits", "scratch"),
+            )
         ),
     ]
 
@@ -116,6 +121,8 @@ class CPUStep:
                 _Matrix.from_matrix(layer.w1),
                 _Matrix.from_matrix(layer.w3),
                 _Matrix.from_matrix(layer.w2),
+                None if layer.q_norm is None else layer.q_norm.data_ptr(),
+                None if layer.k_norm is None else layer.k_norm.data_ptr(),
             )
             for layer in weights.layers
         ]
@@ -150,7 +157,8 @@ class CPUStep:
         Args:
             x: (B, T, D) float32, contiguous: the embedded tokens. Overwritten.
             cache: cache of at least B rows, see :meth:`KVCache.first_rows`. Its length grows by T, unless ``starts`` is
-                given. The layout of its memory is that of ``attention.h``, so only this class can read it.
+                given. The layout of keys and values is that of ``attention.h``, so only this class can read them. The
+                vectors of adaptive norms must be in it, see :meth:`GPT.all_adaptive_vectors`.
             first: (B,) int32, index of the first token of each row that is not padding; None without padding.
             logits: (B, V) float32 for the logits after the last token, or (B, K, V) for those after the last K tokens;
                 contiguous, written to.
@@ -161,6 +169,7 @@ class CPUStep:
         """
         batch, span, _ = x.shape
         _, rows, _, capacity, _ = cache.keys.shape
+        cache_stride = cache.keys.stride(0) // cache.keys.stride(1)  # rows of the whole cache
         outputs, threads = 1 if logits.dim() == 2 else logits.shape[1], torch.get_num_threads()
         needed = self._library.scratch_bytes(ctypes.byref(self._model), batch * span, threads, capacity)
         arguments = _Pass(
@@ -168,10 +177,13 @@ class CPUStep:
             span,
             outputs,
             cache.length,
-            cache.keys.stride(0) // cache.keys.stride(1),
+            cache_stride,
             capacity,
             threads,
-            *(None if given is None else given.data_ptr() for given in (cache_rows, starts, first, positions)),
+            *(
+                None if given is None else given.data_ptr()
+                for given in (cache_rows, starts, first, positions, cache.adaptive)
+            ),
             x.data_ptr(),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
@@ -186,6 +198,9 @@ class CPUStep:
         assert positions is None or positions.shape == (batch, span)
         assert first is None or first.shape[0] >= batch
         assert all(given is None or given.shape == (batch,) for given in (cache_rows, starts))
+        assert (cache.adaptive is not None) == self.weights.config.adaptive_norm
+        assert cache.adaptive is None or cache.adaptive.stride() == (cache_stride * x.shape[2], x.shape[2], 1)
+        assert cache.adaptive is None or cache.adaptive.dtype is torch.float32
         assert x.is_contiguous()
         assert logits.is_contiguous()
         _must_be(torch.float32, x, logits)

@@ -32,13 +32,16 @@ class GPUCodeDecoder(CodeDecoder):
         int8: keep the weights as int8.
 
     Raises:
-        ValueError: if Triton is not installed.
+        ValueError: if Triton is not installed, or the model has adaptive norms.
     """
 
     full_batches = True
+    any_order = False
 
     def __init__(self, gpt: GPT, batch_size: int, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__(gpt, batch_size, dtype)
+        if gpt.config.adaptive_norm:
+            raise ValueError("sampling on GPUs is not compiled for adaptive norms; leave compiled out")
         if torch.version.hip or find_spec("triton") is None:
             raise ValueError(
                 "compiled sampling on a GPU needs Triton for CUDA, which is not installed; sample without compiling"
@@ -102,14 +105,16 @@ class GPUDecodeState(DecodeState):
         condition, dropped = self.conditions()
         if self.gpt.config.condition == "class":
             self.cache.advance(1)
-            return self._graphs.logits(self.gpt.cls_embedding(condition, dropped)[:, 0].float())
+            x = self.gpt.cls_embedding(condition, dropped)[:, 0]
+            target = self.gpt.target_embedding(torch.zeros(1, dtype=torch.int64, device=x.device))
+            return self._graphs.logits((x if target is None else x + target).float())
         with self._precision():
             logits = self.gpt(
                 None, condition, caption_lengths=self.caption_lengths, drop_condition=dropped, cache=self.cache
             )
         return cast(Tensor, logits[:, -1])
 
-    def decode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Not available: a captured step reads its own last code, at the next position in raster order.
 
         Raises:
@@ -142,7 +147,7 @@ class GPUDecodeState(DecodeState):
         """Not available, like :meth:`start_windows`."""
         raise NotImplementedError
 
-    def read(self, tokens: Tensor) -> None:
+    def read(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Read codes (R, T) by a call of the model, into the cache of the graphs."""
         with self._precision():
             self.gpt.features(tokens, caption_lengths=self.caption_lengths, cache=self.cache)

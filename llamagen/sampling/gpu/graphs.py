@@ -66,6 +66,7 @@ class StepGraphs:
         self._weights = weights
         self._gpu_step, self._step_rows = GPUStep(weights, 2 * batch_size), 2 * batch_size
         self._embedding = gpt.tok_embeddings.weight  # keeps the memory alive that the graphs read
+        self._target_embedding = None if gpt.target_embeddings is None else gpt.target_embeddings.weight
         self._next_code = torch.compile(next_code, fullgraph=True, dynamic=False)
         self._seeds, self._indices = torch.zeros(2, batch_size, dtype=torch.int64, device=device).unbind()
         self._counters = code_counters(gpt.config.vocab_size, device)
@@ -147,6 +148,8 @@ class StepGraphs:
     def _one_step(self, config: SamplingConfig, guided: bool) -> None:
         last = self.codes.gather(1, (self._step - 1).expand(self.batch_size, 1))[:, 0]
         x = F.embedding(torch.cat([last, last]) if guided else last, self._embedding)
+        if self._target_embedding is not None:  # each row predicts the code of this step
+            x = x + F.embedding(self._step.view(1), self._target_embedding)
         self._sample(self.logits(x.float()), config)
         self._position.add_(1)
 

@@ -204,6 +204,31 @@ def norm_linear(
     tl.store(out + at, total, mask=(rows < count)[:, None] & (outputs < N)[None, :])
 
 
+@triton.jit
+def normalise_heads(
+    qkv, q_gain, k_gain, eps,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Divide each query and key by its root mean square, and multiply it by a gain. Grid: M, H + G.
+
+    Args:
+        qkv: (M, (H + 2 G) E) float32, changed in place.
+        q_gain: (E,) float32, gain of the queries.
+        k_gain: (E,) float32, gain of the keys.
+        eps: added to the mean square.
+    """
+    wait(EARLY)
+    row, head = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, E_PADDED)
+    inside = column < E
+    at = qkv + row * ((H + 2 * G) * E) + head * E + column
+    values = tl.load(at, mask=inside, other=0.0)
+    of_query = tl.load(q_gain + column, mask=inside, other=0.0)
+    of_key = tl.load(k_gain + column, mask=inside, other=0.0)
+    gain = tl.where(head < H, of_query, of_key)
+    tl.store(at, values * tl.rsqrt(tl.sum(values * values, 0) / E + eps) * gain, mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def norm_gated(
     scaled, squares, w1, w3, factor1, factor3, out, count, eps,

@@ -1,8 +1,8 @@
 """A decode step of the GPT on a CUDA device in Triton kernels: one new token for each row, or a window of several.
 
-There are five kernels per layer (six with windows in float32), one before the first layer and one after the last. All
-launches are the same in each step, so a step can be captured in a CUDA graph. Before the capture, call it once with the
-same shapes: kernels are compiled at their first launch.
+There are five kernels per layer (one more with windows in float32, and one more with QK-norm), one before the first
+layer and one after the last. All launches are the same in each step, so a step can be captured in a CUDA graph. Before
+the capture, call it once with the same shapes: kernels are compiled at their first launch.
 
 Shapes: R rows of the cache in a call, T new tokens of a row (the window), B = R · T, D model width, F feed-forward
 width, H query heads, G key-value heads, E head width, N outputs and K inputs of a linear layer, P tokens of cache
@@ -209,6 +209,7 @@ class GPUStep:
         gains = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         for layer, gain, layer_keys, layer_values in zip(weights.layers, gains, keys, values, strict=True):
             self._norm_linear(layer.wqkv, tiles["wqkv"], after_w2, self._qkv[:count])
+            self._normalise_heads(layer, count)
             self._attention(self._qkv, weights.rope, self._attended, position, first, layer_keys, layer_values, count)
             self._linear_residual(self._attended, layer.wo, tiles["wo"], layer.ffn_norm, count)
             self._norm_gated(layer, tiles["gate"], after_wo, count)
@@ -300,6 +301,17 @@ class GPUStep:
             self._kernels.norm_linear, grid, tile.warps, tile.stages, True,
             self._scaled, self._squares, matrix.values, _factor(matrix), out, count, self._weights.config.norm_eps,
             TILES=squares, TILES_PADDED=self._tiles_padded, WIDTH=_width(squares, tile), **self._layout(matrix, tile),
+        )  # fmt: skip
+
+    def _normalise_heads(self, layer: LayerWeights, count: int) -> None:
+        """QK-norm, by a kernel of its own: so kernels of attention with and without a window read the same bits."""
+        if layer.q_norm is None:
+            return
+        config = self._weights.config
+        self._launch(
+            self._kernels.normalise_heads, (count, config.n_head + config.kv_heads), 1, 1, True,
+            self._qkv, layer.q_norm, layer.k_norm, config.norm_eps,
+            H=config.n_head, G=config.kv_heads, E=config.head_dim, E_PADDED=power_of_two(config.head_dim),
         )  # fmt: skip
 
     def _norm_gated(self, layer: LayerWeights, tile: Tile, squares: int, count: int) -> None:

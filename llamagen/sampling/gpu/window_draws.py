@@ -40,7 +40,13 @@ def window_places(counts: Tensor, length: int, span: int) -> Tensor:
 
 
 def read_window(
-    codes: Tensor, counts: Tensor, table: Tensor, span: int, condition_length: int, branches: int
+    codes: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    target_table: Tensor | None,
+    span: int,
+    condition_length: int,
+    branches: int,
 ) -> tuple[Tensor, Tensor]:
     """Inputs of a pass: the last final code of each image, and guesses of those after it.
 
@@ -48,6 +54,7 @@ def read_window(
         codes: (B, L) int64, final codes and guesses.
         counts: (B,) int64, number of final codes.
         table: (V, D) embeddings.
+        target_table: (L, D) embeddings of the positions that are predicted; None unless the model is target-aware.
         span: T.
         condition_length: tokens of the condition.
         branches: 2 if guided, else 1.
@@ -57,6 +64,8 @@ def read_window(
     """
     places = window_places(counts, codes.shape[1], span)
     x = F.embedding(codes.gather(1, places).repeat(branches, 1), table)
+    if target_table is not None:
+        x = x + F.embedding((places + 1).repeat(branches, 1), target_table)
     return x.flatten(0, 1).float(), (condition_length + places[:, 0]).repeat(branches)
 
 

@@ -226,7 +226,8 @@ class WindowGraphs(StepGraphs):
         assert self._cache is not None
         length, condition_length = self.gpt.config.block_size, self.gpt.config.condition_length
         branches = 2 if guided else 1
-        x, cached = self._read_window(self.codes, self.counts, self._embedding, span, condition_length, branches)
+        tables = self._embedding, self._target_embedding
+        x, cached = self._read_window(self.codes, self.counts, *tables, span, condition_length, branches)
         first = None if self._first is None else self._first[: len(cached)]
         logits = self._gpu_step(x, cached, first, self._cache.keys, self._cache.values)
         state = (config, span, self._spans(config)[-1], self.codes, self.counts, self.broken, self._noise)

@@ -1,5 +1,7 @@
 """The compiled pass on CPUs computes what the model computes, and samples the codes that ``sample_codes`` samples."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,27 +12,47 @@ from llamagen.sampling import SamplingConfig, code_counters, gumbel, sample_code
 from llamagen.sampling.cpu.step import CPUStep, Scratch
 from llamagen.sampling.decode_weights import DecodeWeights
 from llamagen.sampling.draws import Draws
-from tests.small_models import GPT_VARIANTS, HEAD_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt
+from tests.small_models import (
+    GPT_VARIANTS,
+    HEAD_VARIANTS,
+    RECIPE_VARIANTS,
+    caption_lengths_for,
+    codes_for,
+    condition_for,
+    small_gpt,
+)
 
-VARIANTS = GPT_VARIANTS | HEAD_VARIANTS
+# Target-aware models differ in the embedded tokens only.
+VARIANTS = GPT_VARIANTS | HEAD_VARIANTS | {name: RECIPE_VARIANTS[name] for name in RECIPE_VARIANTS if "QK" in name}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("dim", "heads"), [(144, 3), (200, 2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 144, "n_head": 3, "condition": "text"},
+        {"dim": 200, "n_head": 2, "condition": "text", "qk_norm": True},
+        {"dim": 144, "n_head": 3, "qk_norm": True, "adaptive_norm": True},
+    ],
+    ids=["48", "100, QK-norm", "adaptive norms"],
+)
 def test_logits_of_a_row_do_not_depend_on_the_batch_or_the_number_of_threads(
-    dim: int, heads: int, int8: bool, dtype: torch.dtype
+    options: dict[str, Any], int8: bool, dtype: torch.dtype
 ) -> None:
-    gpt = small_gpt(dim=dim, n_head=heads, condition="text", vocab_size=100)
+    gpt = small_gpt(vocab_size=100, **options)
     weights = DecodeWeights.from_gpt(gpt, dtype, int8)
     features, codes, first = condition_for(gpt, 13), codes_for(gpt, 13, 4), torch.arange(13).int() % 6
     with torch.no_grad():
         embedded = torch.cat([gpt.cls_embedding(one) for one in features.split(1)])
         parts = (embedded, *gpt.tok_embeddings(codes).split(1, dim=1))
+        vectors = gpt.all_adaptive_vectors(embedded[:, 0])
 
     def logits(rows: list[int], threads: int) -> Tensor:
         torch.set_num_threads(threads)
         step, cache, found = CPUStep(weights), KVCache.allocate(gpt.config, len(rows), dtype=dtype), []
+        if vectors is not None and cache.adaptive is not None:
+            cache.adaptive.copy_(vectors[:, rows])
         scratch = Scratch()
         out = torch.empty(len(rows), 100)
         for x in parts:
@@ -86,7 +108,7 @@ def test_logits_of_a_token_do_not_depend_on_the_other_tokens_of_its_pass(
 def rounded_to_int8(gpt: GPT) -> GPT:
     """Round the matrices of a model to int8 precision."""
     for name, weight in gpt.named_parameters():
-        if weight.dim() == 2 and "embed" not in name:
+        if weight.dim() == 2 and "embed" not in name and "adaptive" not in name:
             scale = weight.abs().amax(1, keepdim=True) / 127
             weight.copy_((weight / scale).round() * scale)
     return gpt
@@ -104,10 +126,15 @@ def test_logits_equal_those_of_the_model(variant: str, int8: bool, dtype: torch.
     cache.keys.fill_(torch.nan)  # old contents must not be read
     cache.values.fill_(torch.nan)
     first = None if lengths is None else (6 - lengths).int()
+    if cache.adaptive is not None:
+        cache.adaptive.copy_(gpt.all_adaptive_vectors(gpt.cls_embedding(condition)[:, 0]))
     found, out = [], torch.empty(5, gpt.config.vocab_size)
     with torch.no_grad():
         expected = reference(codes, condition, caption_lengths=lengths)
-        for x in (reference.cls_embedding(condition), *gpt.tok_embeddings(codes).split(1, dim=1)):
+        tokens = torch.cat([reference.cls_embedding(condition), gpt.tok_embeddings(codes)], dim=1)
+        if gpt.config.target_aware:
+            tokens[:, -16:] += gpt.target_embedding(torch.arange(16))
+        for x in tokens.split([tokens.shape[1] - 15] + [1] * 15, dim=1):
             step(x.clone(memory_format=torch.contiguous_format), cache, first, out, Scratch())
             found.append(out.clone())
     assert (torch.stack(found, dim=1) - expected).norm() / expected.norm() < allowed

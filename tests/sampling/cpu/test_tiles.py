@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ from tests.small_models import codes_for, condition_for, small_gpt
 
 MODEL = Path(__file__).parent / "tile_model.h"
 # Sizes that tiles of 32 inputs and 16 outputs fit exactly, and sizes that they do not fit.
-SHAPES = {"even": {"dim": 64, "vocab_size": 64}, "odd": {"dim": 40, "n_head": 2, "multiple_of": 8, "vocab_size": 50}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "even": {"dim": 64, "vocab_size": 64},
+    "odd": {"dim": 40, "n_head": 2, "multiple_of": 8, "vocab_size": 50},
+}
+SHAPES["odd, adaptive norms"] = {**SHAPES["odd"], "qk_norm": True, "adaptive_norm": True}
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
@@ -47,11 +52,14 @@ def test_logits_equal_those_of_the_model_and_rows_do_not_depend_on_each_other(sh
     with torch.no_grad():
         expected = reference(codes, labels)
         x = torch.cat([reference.cls_embedding(labels), gpt.tok_embeddings(codes)], dim=1)
+        vectors = gpt.all_adaptive_vectors(x[:, 0])
     step = CPUStep(weights)
 
     def logits(chosen: list[int], threads: int, spans: list[int]) -> Tensor:
         torch.set_num_threads(threads)
         cache, parts, scratch = KVCache.allocate(gpt.config, len(chosen), dtype=torch.bfloat16), [], Scratch()
+        if vectors is not None and cache.adaptive is not None:
+            cache.adaptive.copy_(vectors[:, chosen])
         for part in x[chosen].split(spans, dim=1):
             out = torch.full((len(chosen), part.shape[1], vocabulary), torch.nan)
             step(part.contiguous(), cache, None, out, scratch)

@@ -10,23 +10,36 @@ from torch import Tensor
 from llamagen.sampling import PixelDecoder, Sampler, SamplingConfig
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.plain import SETTINGS, plain_loop
-from tests.small_models import GPT_VARIANTS, caption_lengths_for, codes_for, condition_for, small_gpt, small_vqgan
+from tests.small_models import (
+    GPT_VARIANTS,
+    RECIPE_VARIANTS,
+    caption_lengths_for,
+    codes_for,
+    condition_for,
+    small_gpt,
+    small_vqgan,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+VARIANTS = {
+    **GPT_VARIANTS,
+    "class, QK-norm, target-aware": {"qk_norm": True, "target_aware": True},
+    "text, QK-norm, target-aware": RECIPE_VARIANTS["QK-norm, target-aware, text"],
+}
 CASES = [("class", setting) for setting in SETTINGS]
-CASES += [(variant, setting) for variant in GPT_VARIANTS for setting in ("greedy, guided", "sampled, linear")]
+CASES += [(variant, setting) for variant in VARIANTS for setting in ("greedy, guided", "sampled, linear")]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("variant", "setting"), CASES)
 def test_codes_equal_those_of_uncached_sampling(variant: str, setting: str, compiled: bool) -> None:
-    cpu, config = small_gpt(**GPT_VARIANTS[variant]), SamplingConfig(**SETTINGS[setting])
+    cpu, config = small_gpt(**VARIANTS[variant]), SamplingConfig(**SETTINGS[setting])
     condition, lengths, indices = condition_for(cpu, 5), caption_lengths_for(cpu, 5), torch.arange(5) * 37
     expected = plain_loop(cpu, condition, config, lengths, 11, indices)
-    sampler = Sampler(small_gpt(**GPT_VARIANTS[variant]).to("cuda"), 3, compiled=compiled)
+    sampler = Sampler(small_gpt(**VARIANTS[variant]).to("cuda"), 3, compiled=compiled)
     lengths = None if lengths is None else lengths.cuda()
     for _ in range(2):  # the second call reuses graphs and memory
         found = sampler(condition.cuda(), config, caption_lengths=lengths, seed=11, indices=indices.cuda())

@@ -114,6 +114,13 @@ def test_a_call_from_a_second_thread_is_an_error_and_does_not_disturb_the_first(
     assert torch.equal(decoder(request).codes, expected)
 
 
+def test_adaptive_norms_are_refused_in_one_line() -> None:
+    gpt, _ = request_for("class", SamplingConfig(), adaptive_norm=True)
+    message = "^sampling on GPUs is not compiled for adaptive norms; leave compiled out$"
+    with pytest.raises(ValueError, match=message):
+        gpu.GPUCodeDecoder(gpt, 3, torch.float32)
+
+
 def test_several_codes_at_once_and_positions_are_not_available() -> None:
     gpt, request = request_for("class", SamplingConfig())
     refusal = pytest.raises(NotImplementedError, match="one code at a time in raster order; sample without compiling")

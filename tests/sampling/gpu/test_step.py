@@ -137,6 +137,17 @@ def test_grouped_queries(condition: str, dtype: torch.dtype, int8: bool) -> None
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_size", [64, 100])
+def test_qk_norm(head_size: int, dtype: torch.dtype, early: bool) -> None:
+    if early and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("kernels that start early need compute capability 9.0")
+    assert_decodes(sized(head_size, qk_norm=True, n_kv_head=1), dtype, "cuda", 7, 15, early=early)
+
+
+@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("shape", [{"dim": 768, "n_head": 24, "n_kv_head": 12}, {"dim": 1000, "n_head": 10}], ids=str)
 def test_more_heads_than_the_device_attends_to_at_a_time(shape: dict[str, int], rows: int) -> None:

@@ -37,6 +37,7 @@ STARTS = [4, 0, 8, 3]
 SHAPES = {
     "class": {},
     "text, grouped": {"condition": "text", "n_kv_head": 2},
+    "text, grouped, QK-norm": {"condition": "text", "n_kv_head": 2, "qk_norm": True},
     "heads of 100": {"dim": 200, "n_head": 2, "n_kv_head": 1, "multiple_of": 24},
 }
 
@@ -96,7 +97,7 @@ def test_each_row_reads_several_tokens_at_its_own_place(shape: str, dtype: torch
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["class", "text, grouped"])
+@pytest.mark.parametrize("shape", ["class", "text, grouped", "text, grouped, QK-norm"])
 def test_float32_logits_do_not_depend_on_the_window(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr("numpy.matmul", _matmul)
@@ -152,15 +153,19 @@ def test_positions_that_do_not_fit_are_an_error() -> None:
 
 @torch.no_grad()
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_decoder.py tests this with graphs")
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"condition": "text"}, {"qk_norm": True, "target_aware": True}],
+    ids=["class", "text", "QK-norm, target-aware"],
+)
 def test_the_loop_over_the_kernels_samples_the_codes_of_uncached_sampling(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     monkeypatch.setattr("llamagen.sampling.gpu.decoder.find_spec", lambda name: name)
     monkeypatch.setattr(StepGraphs, "_capture", lambda self, run: SimpleNamespace(replay=run))
     config = SamplingConfig(0.9, 30, 0.95, 2.0, guidance_steps=5, window=4)
-    gpt = small_gpt(condition=kind, n_layer=1, block_size=9)
+    gpt = small_gpt(n_layer=1, block_size=9, **options)
     condition, lengths, indices = condition_for(gpt, 2), caption_lengths_for(gpt, 2), torch.arange(2)
     request = SamplingRequest.from_inputs(gpt, condition, config, lengths, 11, indices)
     found = GPUCodeDecoder(gpt, 2, torch.float32)(request).codes

@@ -12,7 +12,7 @@ from llamagen.sampling.gpu.window_draws import Noise, draw, limit, settle
 from llamagen.sampling.gpu.windows import AHEAD, CountsOnHost
 from llamagen.sampling.inputs import SamplingRequest
 from tests.sampling.gpu.without_gpu import no_gpu, request_for  # noqa: F401
-from tests.sampling.plain import SETTINGS
+from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import codes_for, small_gpt
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -51,6 +51,22 @@ def test_windows_do_not_change_the_codes(kind: str, setting: str, window: int | 
         assert torch.equal(found.codes, expected)
         assert not found.broken.any()
     assert counts_in_windows == 2 * counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 5])
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_target_aware_models_with_qk_norm_give_the_codes_of_uncached_sampling(
+    kind: str, window: int, kept: int
+) -> None:
+    config = SamplingConfig(**SETTINGS["sampled, guided from code 3 to 9"], window=window)
+    given = codes_for(small_gpt(), 3, kept) if kept else None
+    gpt, request = request_for(kind, config, kept=given, qk_norm=True, target_aware=True)
+    found = GPUCodeDecoder(gpt, 3, torch.float32)(request).codes
+    assert torch.equal(
+        found, plain_loop(gpt, request.condition, config, request.caption_lengths, 11, request.indices, given)
+    )
 
 
 @torch.no_grad()

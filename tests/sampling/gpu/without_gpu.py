@@ -60,9 +60,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def request_for(
-    kind: str, config: SamplingConfig, seed: int = 11, kept: Tensor | None = None
+    kind: str, config: SamplingConfig, seed: int = 11, kept: Tensor | None = None, **options: Any
 ) -> tuple[Any, SamplingRequest]:
-    gpt = small_gpt(condition=kind)
+    gpt = small_gpt(condition=kind, **options)
     indices = torch.arange(3) * 37
     return gpt, SamplingRequest.from_inputs(
         gpt, condition_for(gpt, 3), config, caption_lengths_for(gpt, 3), seed, indices, kept

@@ -83,6 +83,13 @@ WRONG_FIELDS = [
     (body(keep_rows=1), "keep_rows", "needs an image"),
     (body(image=PNG), "keep_rows", "keep_rows is missing; give an integer from 0 to 4"),
     (body(image=PNG, keep_rows=5), "keep_rows", "keep_rows is 5; give an integer from 0 to 4"),
+    (body(mask=PNG), "mask", "mask needs an image"),
+    (body(image=PNG, mask=PNG, keep_rows=1), "keep_rows", "keep_rows and mask are both given; give one of them"),
+    (
+        body(image=PNG, mask=PNG),
+        "mask",
+        "fake generates in raster order only here, so it cannot inpaint; give keep_rows",
+    ),
     (body(image="???", keep_rows=1), "image", "image is not valid base64"),
     (body(image="ä", keep_rows=1), "image", "image is not valid base64"),
     (body(image="data:image/png;base64,", keep_rows=1), "image", "image is empty"),
