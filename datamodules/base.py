@@ -375,7 +375,9 @@ class ShardDataModule(pl.LightningDataModule):
         # footgun: with sharded parameters Lightning loads checkpoints last. If the length of the run is needed before
         # (a cosine schedule, random orders annealed over it), Lightning already has the loader and asks for no other.
         loader, trainer = self._train_loader, self.trainer
-        if self._position and loader is not None and trainer is not None and trainer.train_dataloader is loader:
+        if loader is None or trainer is None or self._position is None:
+            return
+        if trainer.train_dataloader is self._train_loader:
             loader.load_state_dict(self._position)
 
 

@@ -7,11 +7,12 @@ import torch
 
 import main
 from tests.lightning_modules.runs import assert_moved_alike
-from tests.pipeline import Pipeline
+from tests.pipeline import GPT_NET, Pipeline
 from tests.ranks import succeeds, two_processes
 
 DROPOUTS = ("token_dropout", "resid_dropout", "ffn_dropout", "condition_dropout")
 STEPS = 10
+NET = {**GPT_NET, "target_aware": True}
 RANDOM_ORDERS = ("--model.init_args.order.random_until=3", "--model.init_args.order.raster_from=8")
 
 

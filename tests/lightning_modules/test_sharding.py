@@ -21,12 +21,11 @@ from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import averaged_weights, read_weights
 from llamagen.models.gpt import GPT, GPTConfig
 from tests.lightning_modules.runs import argen_module, vqgan_module
-from tests.lightning_modules.test_argen_ranks import RANDOM_ORDERS, STEPS, arguments
+from tests.lightning_modules.test_argen_ranks import NET, RANDOM_ORDERS, STEPS, arguments
 from tests.pipeline import GPT_NET, Pipeline
 from tests.ranks import ended, run_on_ranks, succeeds, two_processes
 
 HALF = STEPS // 2
-NET = {**GPT_NET, "target_aware": True}
 SHARDED = ("--trainer.strategy=sharded",)
 LIGHTNINGS = (
     "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
