@@ -90,8 +90,8 @@ class Recipe:
         name, separator, parts = (part.strip() for part in text.partition("="))
         if not separator or not NAME.fullmatch(name):
             raise ValueError(
-                f"recipe is {text!r}; give NAME=PARTS, such as 'QK-norm=--model.init_args.net.qk_norm=true'; a name has "
-                "letters, digits, spaces, dots and hyphens"
+                f"recipe is {text!r}; give NAME=PARTS, such as 'QK-norm=--model.init_args.net.qk_norm=true'; a name "
+                "has letters, digits, spaces, dots and hyphens"
             )
         items = shlex.split(parts)
         overlays = tuple(item for item in items if item.endswith(".yaml") and not item.startswith("-"))

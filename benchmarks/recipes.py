@@ -31,7 +31,13 @@ from llamagen.parser_errors import OneLineParser
 
 ORDER = "'--model.init_args.order={random_until: 0.5, raster_from: 0.75}'"
 QK_NORM = "--model.init_args.net.qk_norm=true"
-RECIPES = ("paper=", f"RAR={ORDER}", f"QK-norm={QK_NORM}", f"RAR and QK-norm={ORDER} {QK_NORM}")
+RECIPES = (
+    "paper=",
+    f"RAR={ORDER}",
+    f"QK-norm={QK_NORM}",
+    f"RAR and QK-norm={ORDER} {QK_NORM}",
+    "adaptive norms=--model.init_args.net.adaptive_norm=true",
+)
 RECORD = "recipes.json"
 
 
