@@ -64,7 +64,7 @@ def table(record: dict[str, Any]) -> str:
             else ["—"] * 2
         )
         lines.append(f"| {recipe} | {len(entry['seeds'])} | " + " | ".join(cells) + " |")
-    for name in shown[:2]:
+    for name in (each for each in ("val_loss", "gfid") if each in shown):
         found = verdict(record, name)
         first = next(iter(record["recipes"]))
         better = ", ".join(found) or "none"
