@@ -30,25 +30,30 @@ def values_of(entry: dict[str, Any], name: str) -> list[float]:
 
 
 def verdict(record: dict[str, Any], name: str) -> list[str]:
-    """Recipes whose worst seed beats the best seed of the first recipe, by a metric of which less is better."""
+    """Recipes with the seeds of the first one whose worst seed beats its best, by a metric of which less is better."""
     first, *others = record["recipes"].values()
     names = list(record["recipes"])[1:]
     best = min(values_of(first, name), default=None)
     if best is None or len(values_of(first, name)) < 2:
         return []
-    return [each for each, entry in zip(names, others, strict=True) if max(values_of(entry, name), default=best) < best]
+    return [
+        each
+        for each, entry in zip(names, others, strict=True)
+        if set(entry["seeds"]) == set(first["seeds"]) and max(values_of(entry, name), default=best) < best
+    ]
 
 
 def table(record: dict[str, Any]) -> str:
     """Markdown table: one row for each recipe."""
     times = record.get("seconds_a_step", {})
     shown = [name for name in COLUMNS if any(values_of(entry, name) for entry in record["recipes"].values())]
-    seeds = max(len(entry["seeds"]) for entry in record["recipes"].values())
     lines = [
-        f"Mean and range over {seeds} seeds; training steps: {_steps(record)}.",
+        f"Mean and range over the seeds, after {_steps(record):,} steps.",
         "",
-        "| recipe | " + " | ".join(COLUMNS[name] for name in shown) + " | seconds a step, median (quartiles) | ratio |",
-        "| --- |" + " --- |" * (len(shown) + 2),
+        "| recipe | seeds | "
+        + " | ".join(COLUMNS[name] for name in shown)
+        + " | seconds a step, median (quartiles) | ratio |",
+        "| --- |" + " --- |" * (len(shown) + 3),
     ]
     for recipe, entry in record["recipes"].items():
         time = times.get(recipe)
@@ -58,7 +63,7 @@ def table(record: dict[str, Any]) -> str:
             if time
             else ["—"] * 2
         )
-        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+        lines.append(f"| {recipe} | {len(entry['seeds'])} | " + " | ".join(cells) + " |")
     for name in shown[:2]:
         found = verdict(record, name)
         first = next(iter(record["recipes"]))

@@ -4,17 +4,21 @@ Every step leaves its result in the bench's folder and is skipped if that is the
 """
 
 import csv
+import json
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from benchmarks.guidance_sweep import metrics_of, value_of
 from llamagen.files import atomic_file
 
+NAME = re.compile(r"\w[\w .-]*")
 OVERLAYS = Path("benchmarks/recipe_data")
 BASE = ("--config", "configs/argen/base.yaml")
 EVALUATION = ("--config", "configs/argen/evaluate.yaml", "--config", "docs/runs/evaluation_cifar10/compiled.yaml")
@@ -67,7 +71,7 @@ class Recipe:
     """A change of the paper's recipe.
 
     Attributes:
-        name: name in the table.
+        name: name in the table, and of the folder of its runs.
         overlays: YAML files, applied before size and budget.
         options: options of ``main.py``, applied after them.
     """
@@ -81,23 +85,48 @@ class Recipe:
         """Parse ``NAME=PARTS``: overlays and options, separated by spaces.
 
         Raises:
-            ValueError: if there is no name, or an overlay does not exist.
+            ValueError: if there is no name, an overlay does not exist, or a part is not of this form.
         """
-        name, separator, parts = text.partition("=")
-        if not separator or not name.strip() or "/" in name:
+        name, separator, parts = (part.strip() for part in text.partition("="))
+        if not separator or not NAME.fullmatch(name):
             raise ValueError(
-                f"recipe is {text!r}; give NAME=PARTS, such as 'QK-norm=--model.init_args.net.qk_norm=true'"
+                f"recipe is {text!r}; give NAME=PARTS, such as 'QK-norm=--model.init_args.net.qk_norm=true'; a name "
+                "has letters, digits, spaces, dots and hyphens"
             )
         items = shlex.split(parts)
         overlays = tuple(item for item in items if item.endswith(".yaml") and not item.startswith("-"))
+        if wrong := [item for item in items if item in ("-c", "--config") or item.startswith(("-c=", "--config="))]:
+            raise ValueError(f"recipe {name}: leave {wrong[0]} out, and give only the path of the overlay")
         if missing := [each for each in overlays if not Path(each).is_file()]:
             raise ValueError(f"recipe {name}: {missing[0]} does not exist; give the path of an overlay")
-        return cls(name.strip(), overlays, tuple(item for item in items if item not in overlays))
+        return cls(name, overlays, tuple(item for item in items if item not in overlays))
 
     def arguments(self, data: Data) -> list[str]:
         """Options of ``main.py`` without paths: base, the recipe's overlays, size and budget, the recipe's options."""
         files = [*self.overlays, str(data.overlay)]
         return [*BASE, *(part for file in files for part in ("--config", file)), *self.options]
+
+    def identify(self, data: Data, work: Path) -> None:
+        """Record in the folder of its runs what the recipe is, or compare it with what it was.
+
+        Raises:
+            ValueError: if runs of this name had other options, or another content of a file.
+        """
+        files = [item for item in self.arguments(data) if item.endswith(".yaml")]
+        identity = {
+            "arguments": self.arguments(data),
+            "sha256": {file: sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()},
+        }
+        path = work / "runs" / self.name / "recipe.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        elif json.loads(path.read_text()) != identity:
+            raise ValueError(
+                f"{path.parent} holds runs of {self.name!r} with other options or files; give this recipe another "
+                "name, or remove the folder"
+            )
 
 
 def prepare(data: Data, images: Path, work: Path) -> Iterator[str]:
@@ -179,7 +208,7 @@ def evaluate(recipe: Recipe, data: Data, work: Path, seed: int) -> None:
 
 def run_folder(work: Path, recipe: Recipe, seed: int) -> Path:
     """Folder of a run."""
-    return work / "runs" / recipe.name.replace(" ", "_") / f"seed_{seed}"
+    return work / "runs" / recipe.name / f"seed_{seed}"
 
 
 def run(command: Sequence[str], log: Path) -> None:

@@ -18,7 +18,10 @@ WARM_UP, STEPS = 3, 5
 
 
 class Step:
-    """A training step on codes of a fixed batch: orders, forward, backward, clipping, AdamW."""
+    """A training step on codes of a fixed batch: orders, forward, loss, backward, clipping, AdamW, in bf16.
+
+    Without what all recipes share, such as data and EMA, and without activation checkpointing and compilation.
+    """
 
     def __init__(self, module: ARGenModule, batch_size: int) -> None:
         config = module.gpt.config
@@ -31,14 +34,16 @@ class Step:
 
     def __call__(self) -> None:
         """One step. A random order for half of the examples: the cost does not depend on how many have one."""
-        gpt, codes, order = self.module.gpt, self.codes, None
+        gpt, codes, order, terms = self.module.gpt, self.codes, None, self.module.loss_config
         if self.module.order is not None:
             order = generation_orders(torch.arange(len(codes), device=self.device), 0, 0, 0.5, codes.shape[1])
             codes = codes.gather(1, order)
         with torch.autocast(self.device.type, torch.bfloat16):
             positions = None if order is None else order[:, :-1]
             hidden = gpt.features(codes[:, :-1], self.labels, positions=positions, targets=order)
-            loss, _ = linear_cross_entropy(hidden.flatten(0, 1), gpt.output.weight, codes.flatten())
+            loss, _ = linear_cross_entropy(
+                hidden.flatten(0, 1), gpt.output.weight, codes.flatten(), terms.label_smoothing, terms.z_loss
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         self.optimizer.step()

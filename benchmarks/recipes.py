@@ -31,7 +31,13 @@ from llamagen.parser_errors import OneLineParser
 
 ORDER = "'--model.init_args.order={random_until: 0.5, raster_from: 0.75}'"
 QK_NORM = "--model.init_args.net.qk_norm=true"
-RECIPES = ("paper=", f"RAR={ORDER}", f"QK-norm={QK_NORM}", f"RAR and QK-norm={ORDER} {QK_NORM}")
+RECIPES = (
+    "paper=",
+    f"RAR={ORDER}",
+    f"QK-norm={QK_NORM}",
+    f"RAR and QK-norm={ORDER} {QK_NORM}",
+    "adaptive norms=--model.init_args.net.adaptive_norm=true",
+)
 RECORD = "recipes.json"
 
 
@@ -64,6 +70,8 @@ def main() -> None:
     recipes = [Recipe.parse(text) for text in options.recipe or RECIPES]
     record = _read(work / RECORD)
     if options.command == "run":
+        for recipe in recipes:
+            recipe.identify(data, work)
         runs = [(recipe, seed) for seed in options.seeds for recipe in recipes]
         with tqdm(runs, unit="run") as bar:
             for recipe, seed in bar:
@@ -82,7 +90,12 @@ def main() -> None:
             f"{work} has no finished run; start with `python -m benchmarks.recipes run {data.name} {work}`"
         )
     out = options.out or work / RECORD
-    record["data"] = data.name
+    done = record["recipes"]
+    named = [recipe.name for recipe in recipes if recipe.name in done]
+    record |= {
+        "data": data.name,
+        "recipes": {name: done[name] for name in [*named, *(name for name in done if name not in named)]},
+    }
     _write(record, out)
     with atomic_file(out.with_suffix(".md")) as temporary:
         temporary.write_text(table(record), encoding="utf-8")

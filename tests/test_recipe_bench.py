@@ -10,6 +10,7 @@ import yaml
 from benchmarks import recipe_runs
 from benchmarks.recipe_report import plot, table, verdict
 from benchmarks.recipe_runs import DATA, Data, Recipe, evaluate, results, run_folder, train
+from tests.command_line.test_configs import differences, parse
 
 CIFAR = DATA["cifar10"]
 
@@ -38,7 +39,14 @@ def test_overlays_come_before_the_budget_and_options_after_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "phrase"), [("mine", "NAME=PARTS"), ("=x", "NAME=PARTS"), ("a=absent.yaml", "absent.yaml does not exist")]
+    ("text", "phrase"),
+    [
+        ("mine", "NAME=PARTS"),
+        ("=x", "NAME=PARTS"),
+        ("../a=", "NAME=PARTS"),
+        ("a=absent.yaml", "absent.yaml does not exist"),
+        ("a=--config configs/argen/rar.yaml", "leave --config out"),
+    ],
 )
 def test_a_wrong_recipe_is_an_error_of_one_line(text: str, phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):
@@ -49,7 +57,45 @@ def test_a_recipe_is_better_only_if_its_worst_seed_beats_the_best_one() -> None:
     record = record_of(paper=[4.0, 4.1], clear=[3.8, 3.9], close=[3.7, 4.05])
     assert verdict(record, "val_loss") == ["clear"]
     assert "by validation loss, nats: clear." in table(record)
-    assert "| close | 3.875 (3.700 – 4.050) | — | — |" in table(record)
+    assert "| close | 2 | 3.875 (3.700 – 4.050) | — | — |" in table(record)
+
+
+def test_recipes_with_other_seeds_are_not_compared() -> None:
+    record = record_of(paper=[4.0, 4.1], fewer=[3.0])
+    assert verdict(record, "val_loss") == []
+
+
+def test_a_name_belongs_to_one_recipe(tmp_path: Path) -> None:
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("model: {init_args: {compile: false}}")
+    recipe = Recipe.parse(f"mine={overlay}")
+    recipe.identify(CIFAR, tmp_path)
+    recipe.identify(CIFAR, tmp_path)
+    with pytest.raises(ValueError, match="with other options or files; give this recipe another name"):
+        Recipe.parse(f"mine={overlay} --model.init_args.compile=true").identify(CIFAR, tmp_path)
+    overlay.write_text("model: {init_args: {compile: true}}")
+    with pytest.raises(ValueError, match="with other options or files; give this recipe another name"):
+        recipe.identify(CIFAR, tmp_path)
+
+
+def test_an_overlay_changes_neither_budget_nor_evaluation() -> None:
+    names = ("argen/base.yaml", "argen/rar.yaml", f"../{CIFAR.overlay}")
+    plain, changed = parse("fit", (names[0], names[2])), parse("fit", names)
+    net, given = ".model.init_args.net.", (".model.init_args.order", ".model.init_args.optimizer.betas")
+    allowed = {f"{net}qk_norm", f"{net}adaptive_norm", f"{net}attn_dropout", ".model.init_args.optimizer.weight_decay"}
+    allowed |= {".trainer.logger.init_args.save_dir", ".trainer.default_root_dir"}  # the bench gives another folder
+    allowed |= {".model.init_args.sampling.guidance_power"}  # without effect
+    assert [each for each in differences(plain, changed) if each not in allowed and not each.startswith(given)] == []
+
+
+def test_the_budgets_set_the_same_options() -> None:
+    def options(value: Any, where: str = "") -> set[str]:
+        if not isinstance(value, dict):
+            return {where}
+        return {path for key, each in value.items() for path in options(each, f"{where}.{key}")}
+
+    first, *others = (options(yaml.safe_load(data.overlay.read_text())) for data in DATA.values())
+    assert all(each == first for each in others)
 
 
 def test_without_a_second_seed_nothing_is_better() -> None:
