@@ -2,7 +2,7 @@
 
 The files are those of ``main.py fit``, a base and its overlays; later ones override earlier ones. The command reads the
 model's ``net``, ``order``, ``lora`` and ``activation_checkpointing``, the data's ``batch_size``, the trainer's
-``precision``, ``devices``, ``num_nodes`` and ``strategy``, and whether there is an ``EMA`` callback.
+``precision``, ``devices``, ``num_nodes``, ``strategy`` and ``max_epochs``, and whether there is an ``EMA`` callback.
 
 Memory is that of one GPU. It includes neither CUDA itself (about 2 GB) nor the overhead of PyTorch's allocator (a few
 percent) nor temporary memory of single operators in the backward pass.
@@ -39,6 +39,8 @@ from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.lora import LoRAConfig
 from llamagen.parser_errors import OneLineParser
 
+IMAGENET = 1_280_000
+"""Training images of ImageNet, rounded."""
 SHARDED = ("sharded", "ShardedStrategy", "ModelParallelStrategy")
 
 
@@ -56,6 +58,7 @@ class Run:
         sharded: whether the parameters are sharded over the GPUs (FSDP2).
         lora: settings of adapters, next to frozen weights; None if all weights are trained.
         trains_classes: whether adapters are trained together with the class embeddings.
+        epochs: number of epochs; the paper's if the files do not limit them.
     """
 
     net: GPTConfig
@@ -67,6 +70,7 @@ class Run:
     sharded: bool = False
     lora: LoRAConfig | None = None
     trains_classes: bool = False
+    epochs: int = 300
 
     @property
     def trained(self) -> int:
@@ -154,7 +158,9 @@ def read_run(
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    devices, nodes, strategy = (at("trainer", key) for key in ("devices", "num_nodes", "strategy"))
+    devices, nodes, strategy, epochs = (
+        at("trainer", key) for key in ("devices", "num_nodes", "strategy", "max_epochs")
+    )
     if gpus is None:
         gpus = devices * (nodes or 1) if isinstance(devices, int) and isinstance(nodes, int | None) else 8
     callbacks = at("trainer", "callbacks")
@@ -170,6 +176,7 @@ def read_run(
         sharded=_last_name(strategy) in SHARDED,
         lora=_lora(at("model", "init_args", "lora")),
         trains_classes="num_classes" in (at("model", "init_args", "init_adapt") or ()),
+        epochs=epochs if isinstance(epochs, int) and epochs > 0 else Run.epochs,
     )
     if not isinstance(run.batch_size, int) or run.batch_size < 1:
         raise ValueError(
@@ -272,7 +279,12 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, action="append", required=True, help="as for fit; later ones override")
     parser.add_argument("--batch_size", type=int, help="sequences on each GPU; overrides the configuration")
-    parser.add_argument("--images", type=int, default=384_000_000, help="images times epochs: 300 of ImageNet")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help=f"images times epochs, else {IMAGENET:,} (ImageNet) times max_epochs of the configuration, or times "
+        f"{Run.epochs} if it has none",
+    )
     parser.add_argument("--mfu", type=float, default=0.5, help="fraction of the peak that training reaches")
     parser.add_argument(
         "--peak_tflops",
@@ -286,7 +298,8 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         run = read_run(options.config, options.batch_size, options.precision, options.gpus)
-        text = report(run, options.images, options.mfu, options.peak_tflops)
+        images = run.epochs * IMAGENET if options.images is None else options.images
+        text = report(run, images, options.mfu, options.peak_tflops)
     except ValueError as error:
         parser.error(str(error))
     print(text)

@@ -17,6 +17,7 @@ from llamagen.pretrained.codec import ImageCodec
 from llamagen.pretrained.conditions import ClassOrPrompt, as_list, is_one
 from llamagen.pretrained.images import ImageLike, is_single
 from llamagen.pretrained.inpainting import MaskLike, is_one_mask, known_codes, masks_of_codes, matched, pixels_of_images
+from llamagen.sampling import SamplingConfig
 
 OnRow = Callable[[Tensor, int, int], None]
 OnImages = Callable[[list[Image.Image], int], None]
@@ -36,6 +37,10 @@ class ImageEditing(ImageCodec):
     @abstractmethod
     def generate_codes(self, conditions: ClassOrPrompt | Sequence[ClassOrPrompt], **options: Any) -> Tensor:
         """See :meth:`~llamagen.pretrained.model.LlamaGen.generate_codes`."""
+
+    @abstractmethod
+    def settings(self, **settings: Any) -> SamplingConfig:
+        """See :meth:`~llamagen.pretrained.model.LlamaGen.settings`."""
 
     @abstractmethod
     def _images(self, *call: Any, on_images: OnImages | None) -> list[Image.Image]:
@@ -120,6 +125,7 @@ class ImageEditing(ImageCodec):
             ValueError: in one line, if an argument is invalid, or the model was not trained in random orders.
         """
         gpt = self._require_any_order()
+        self.settings(**settings)  # before the images are encoded
         pixels = pixels_of_images(image)
         masks = masks_of_codes(mask, pixels, self.resolution or 0, gpt.config.grid_size)
         codes, options = self._whole_grids(self.encode(pixels)), {"images_per_prompt": images_per_prompt, "seed": seed}
@@ -153,6 +159,7 @@ class ImageEditing(ImageCodec):
             settings: see :meth:`generate`.
         """
         gpt, conditions = self._require_any_order(), as_list(condition)
+        self.settings(**settings)  # not options of generate_codes, such as order
         check_integer("images_per_prompt", images_per_prompt)
         given = grids_of_codes(codes, gpt.config.vocab_size, self.device)
         given, masks, conditions = matched(self._whole_grids(given), mask, conditions)

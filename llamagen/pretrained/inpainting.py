@@ -88,12 +88,14 @@ def pixels_of_images(images: ImageLike | Sequence[ImageLike]) -> list[Pixels]:
     """Images as arrays (H, W, 3) of their full size; tensors (3, H, W), which are not resized, as they are.
 
     Raises:
-        ValueError: in one line, if an image cannot be read.
+        ValueError: in one line, if there is no image, or one cannot be read.
     """
     if isinstance(images, Tensor | np.ndarray):
         each: list[Any] = list(images) if images.ndim == 4 else [images]
     else:
         each = list(images) if isinstance(images, list | tuple) else [images]
+    if not each:
+        raise ValueError("there are no images; give at least one")
     return [image if isinstance(image, Tensor) else to_pixels(image) for image in each]
 
 
@@ -121,12 +123,16 @@ def masks_of_codes(masks: Any, images: Sequence[Pixels], size: int, grid: int) -
         ValueError: in one line, if a mask cannot be read, or has another size than its image.
     """
     each: list[Any] = [masks] if is_one_mask(masks) else list(masks)
-    if len(each) not in (1, len(images)):
+    fits = len(each) in (1, len(images))
+    is_array = isinstance(masks, Tensor | np.ndarray) and masks.ndim == 3
+    if not fits and is_array and masks.shape[-1] in (1, 3, 4) and masks.shape[1:] != (grid, grid):
+        raise ValueError(f"the mask has the shape {tuple(masks.shape)}; give an array (H, W), without channels")
+    read = [_read(mask) for mask in each]
+    if not fits:
         raise ValueError(
             f"there are {len(each)} masks for {len(images)} image{'s' * (len(images) != 1)}; give one mask, or one for "
             "each image"
         )
-    read = [_read(mask) for mask in each]
     pairs = zip(read * len(images) if len(read) == 1 else read, images, strict=True)
     return torch.from_numpy(np.stack([_cells(mask, image, size, grid) for mask, image in pairs]))
 

@@ -52,12 +52,12 @@ def read_image(file: bytes, resolution: int | None, downsampling: int, name: str
     return Image.fromarray(batch[0].permute(1, 2, 0).contiguous().numpy())
 
 
-def read_mask(file: bytes, image: bytes, resolution: int, grid: int) -> tuple[int, ...]:
+def read_mask(file: bytes, size: tuple[int, int], resolution: int, grid: int) -> tuple[int, ...]:
     """Codes of an image that its mask names.
 
     Args:
         file: PNG of the size of the image. Pixels that are fully transparent are generated again.
-        image: PNG, JPEG or WebP. Only its size is read.
+        size: height and width of the image, see :func:`image_size`.
         resolution: side of the model's images in pixels.
         grid: rows and columns of codes.
 
@@ -65,9 +65,8 @@ def read_mask(file: bytes, image: bytes, resolution: int, grid: int) -> tuple[in
         Numbers, in raster order, of the codes whose cell has a transparent pixel.
 
     Raises:
-        ValueError: in one line, if a file cannot be read, the mask has no transparency, or their sizes differ.
+        ValueError: in one line, if the mask cannot be read, has no transparency, or has another size than the image.
     """
-    height, width = _size_of(image)
     try:
         with Image.open(io.BytesIO(file), formats=["PNG"]) as opened:
             if opened.height * opened.width > MAX_PIXELS:
@@ -80,13 +79,20 @@ def read_mask(file: bytes, image: bytes, resolution: int, grid: int) -> tuple[in
         raise ValueError("the mask is not a readable PNG image; choose another file") from error
     if alpha is None:
         raise ValueError("the mask has no transparency; give a PNG whose transparent pixels are generated again")
-    shape = np.broadcast_to(np.uint8(0), (height, width, 3))  # needs no memory
+    shape = np.broadcast_to(np.uint8(0), (*size, 3))  # needs no memory
     masks = masks_of_codes([alpha == 0], [shape], resolution, grid)
     return tuple(masks.flatten().nonzero()[:, 0].tolist())
 
 
-def _size_of(file: bytes) -> tuple[int, int]:
-    """Height and width of an image that is upright by its EXIF orientation."""
+def image_size(file: bytes) -> tuple[int, int]:
+    """Height and width of an image that is upright by its EXIF orientation. Reads no pixels.
+
+    Args:
+        file: PNG, JPEG or WebP.
+
+    Raises:
+        ValueError: in one line, if it cannot be read.
+    """
     try:
         with Image.open(io.BytesIO(file), formats=FORMATS) as opened:
             size, turned = opened.size, opened.getexif().get(ORIENTATION, 1) in TURNED
@@ -95,6 +101,12 @@ def _size_of(file: bytes) -> tuple[int, int]:
     except Exception as error:  # a damaged file can end Pillow's decoders and EXIF reader with an error of any type
         raise ValueError("the image is not a readable JPEG, PNG or WebP image; choose another file") from error
     return size if turned else size[::-1]
+
+
+def has_transparency(file: bytes) -> bool:
+    """Whether an image, which :func:`image_size` can read, is a PNG with transparency. Reads no pixels."""
+    with Image.open(io.BytesIO(file), formats=FORMATS) as opened:
+        return opened.format == "PNG" and opened.has_transparency_data
 
 
 class _TooLargeError(Exception):

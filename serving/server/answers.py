@@ -36,6 +36,7 @@ class Answer:
 
     def __init__(self, order: Order, facts: ModelFacts, link: Callable[[bytes, str], str]) -> None:
         self.order, self.facts, self._link = order, facts, link
+        self._kind = "image_edit" if order.is_edit else "image_generation"
         self._created = int(time.time())
 
     async def json(self, progress: Progress) -> bytes:
@@ -78,11 +79,11 @@ class Answer:
                 count = partials.get(position, 0)
                 if self._is_due(grown, count):
                     partials[position] = count + 1
-                    yield _event("image_generation.partial_image", self._partial(position, grown, count))
+                    yield _event(f"{self._kind}.partial_image", self._partial(position, grown, count))
                     spoken = time.monotonic()
             for image in news.finished:
                 item = await asyncio.to_thread(self._item, image)
-                yield _event("image_generation.completed", self._completed(image.image, item))
+                yield _event(f"{self._kind}.completed", self._completed(image.image, item))
                 spoken = time.monotonic()
             if news.ended is not None:
                 if (error := news.ended.error) is not None:

@@ -50,11 +50,12 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
             return EventStream(work.events(progress, ticket), ticket)
         return await json_answer(work, progress, ticket, request.receive)
 
-    async def generated(content: dict[str, Any], request: Request) -> Response:
+    async def generated(content: dict[str, Any], request: Request, is_edit: bool = False) -> Response:
         body = check_fields(GenerationBody, content)
-        make = partial(generation_order, body, facts, options)
+        make = partial(generation_order, body, facts, options, is_edit)
         # A mask is decoded, which can take long, in a thread.
-        return await answer(make() if body.mask is None else await asyncio.to_thread(make), request)
+        masked = is_edit or body.mask is not None
+        return await answer(await asyncio.to_thread(make) if masked else make(), request)
 
     @app.post("/v1/images/generations", **operation(GenerationBody, facts, options))
     async def generate(request: Request) -> Response:
@@ -66,7 +67,7 @@ def build_app(backend: Backend, options: ServerOptions | None = None, metrics: M
     async def edit(request: Request) -> Response:
         """Generate the part of an image again that is transparent in its mask: the files and fields of a form."""
         check_key(request.headers.get("authorization"))
-        return await generated(await read_form(request, options), request)
+        return await generated(await read_form(request, options), request, is_edit=True)
 
     @app.post("/v1/images/reconstructions", **operation(ReconstructionBody, facts, options))
     async def reconstruct(request: Request) -> Response:

@@ -26,7 +26,7 @@ MAX_TEXT = 2**14
 
 
 async def read_form(request: Request, options: ServerOptions) -> dict[str, Any]:
-    """Read a form with an image, and a mask if the image has no transparency of its own.
+    """Read a form with an image.
 
     Returns:
         The fields of :class:`~serving.server.fields.GenerationBody`, not checked.
@@ -66,9 +66,9 @@ async def read_form(request: Request, options: ServerOptions) -> dict[str, Any]:
                 content[name] = value if name in TEXTS else _value(value)
     finally:
         await form.close()
-    if "image" not in content:
+    if content.get("image") is None:
         raise ApiError(400, "the field image is missing; give a file, the image to edit", "image", "missing_field")
-    return {"mask": content["image"], **content}
+    return content
 
 
 def _value(text: str) -> Any:

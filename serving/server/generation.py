@@ -10,7 +10,7 @@ from llamagen.sampling import IMAGE_SETTINGS, SamplingConfig
 from serving.engine.checks import MAX_INDEX
 from serving.engine.facts import ModelFacts
 from serving.engine.requests import ImageRequest, ReconstructionRequest, Request
-from serving.engine.uploads import read_mask
+from serving.engine.uploads import has_transparency, image_size, read_mask
 from serving.image_settings import ImageSettings, Kind
 from serving.server.errors import ApiError
 from serving.server.fields import TEMPERATURES, Format, GenerationBody, ReconstructionBody, shown, what_to_give
@@ -31,6 +31,7 @@ class Order:
         as_url: whether images are stored and linked.
         partial_images: number of previews of each image in a stream; None for all rows.
         stream: whether rows are sent as they are finished.
+        is_edit: whether it came to ``POST /v1/images/edits``, whose events have names of their own.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Order:
     as_url: bool = False
     partial_images: int | None = None
     stream: bool = False
+    is_edit: bool = False
 
     def settings(self, facts: ModelFacts, position: int) -> ImageSettings | None:
         """What an image was generated from; None for a reconstruction."""
@@ -57,8 +59,14 @@ class Order:
         )
 
 
-def generation_order(body: GenerationBody, facts: ModelFacts, options: ServerOptions) -> Order:
-    """Check the fields of ``POST /v1/images/generations`` against the model.
+def generation_order(body: GenerationBody, facts: ModelFacts, options: ServerOptions, is_edit: bool = False) -> Order:
+    """Check the fields of ``POST /v1/images/generations`` or ``/v1/images/edits`` against the model.
+
+    Args:
+        body: the fields.
+        facts: the model.
+        options: limits.
+        is_edit: whether they are those of an edit, in which the transparency of ``image`` replaces a missing mask.
 
     Raises:
         ApiError: with status 400 or 404, and one sentence.
@@ -79,13 +87,14 @@ def generation_order(body: GenerationBody, facts: ModelFacts, options: ServerOpt
         raise _wrong("partial_images", "partial_images needs a stream; add stream true, or leave it out")
     condition = _condition(body.prompt, facts)
     settings = _settings(body, facts)
-    image, keep_rows = _kept(body, facts.grid)
-    mask = None if body.mask is None or image is None else _mask(body.mask, image, facts)
+    image, keep_rows = _kept(body, facts.grid, is_edit)
+    masked = image is not None and (is_edit or body.mask is not None)
+    mask = _mask(body.mask, image, facts) if masked else None
     previews = bool(body.stream) and body.partial_images != 0
     seed = secrets.randbelow(NEW_SEEDS) if body.seed is None else body.seed
     indices = tuple(range(first, first + count))
     request = ImageRequest((condition,) * count, indices, seed, settings, image, keep_rows, previews, mask)
-    return Order(request, *_output(body, options), body.partial_images, bool(body.stream))
+    return Order(request, *_output(body, options), body.partial_images, bool(body.stream), is_edit)
 
 
 def reconstruction_order(body: ReconstructionBody, facts: ModelFacts, options: ServerOptions) -> Order:
@@ -139,7 +148,7 @@ def _settings(body: GenerationBody, facts: ModelFacts) -> SamplingConfig:
         raise _wrong(next((name for name in given if name in str(error)), None), str(error)) from error
 
 
-def _kept(body: GenerationBody, grid: int) -> tuple[bytes | None, int]:
+def _kept(body: GenerationBody, grid: int, is_edit: bool) -> tuple[bytes | None, int]:
     """File of an image to complete, and how many rows of its codes are kept."""
     if body.image is None:
         if body.keep_rows is not None:
@@ -147,9 +156,9 @@ def _kept(body: GenerationBody, grid: int) -> tuple[bytes | None, int]:
         if body.mask is not None:
             raise _wrong("mask", "mask needs an image to keep a part of; add image, or leave it out")
         return None, 0
-    if body.mask is not None:
+    if is_edit or body.mask is not None:
         if body.keep_rows is not None:
-            raise _wrong("keep_rows", "keep_rows and mask are both given; give one of them")
+            raise _wrong("keep_rows", "keep_rows cannot be combined with a mask; leave one of them out")
         return _file(body.image), 0
     if body.keep_rows is None or body.keep_rows > grid:
         value = "missing" if body.keep_rows is None else str(body.keep_rows)
@@ -157,14 +166,21 @@ def _kept(body: GenerationBody, grid: int) -> tuple[bytes | None, int]:
     return _file(body.image), body.keep_rows
 
 
-def _mask(text: str, image: bytes, facts: ModelFacts) -> tuple[int, ...]:
-    """Codes that are generated again."""
+def _mask(text: str | None, image: bytes, facts: ModelFacts) -> tuple[int, ...]:
+    """Codes that are generated again. None stands for the image's own transparency."""
     assert facts.resolution is not None
     assert facts.grid is not None
     if not facts.can_inpaint:
         raise _wrong("mask", f"{facts.name} generates in raster order only here, so it cannot inpaint; give keep_rows")
     try:
-        return read_mask(_file(text, "mask"), image, facts.resolution, facts.grid)
+        size = image_size(image)
+    except ValueError as error:
+        raise _wrong("image", str(error)) from error
+    if text is None and not has_transparency(image):
+        message = "the field mask is missing, and image is not a PNG with transparency; give a mask, a PNG whose "
+        raise ApiError(400, f"{message}transparent pixels are generated again", "mask", "missing_field")
+    try:
+        return read_mask(image if text is None else _file(text, "mask"), size, facts.resolution, facts.grid)
     except ValueError as error:
         raise _wrong("mask", str(error)) from error
 

@@ -204,13 +204,14 @@ def test_the_recipe_of_rar_counts_the_embeddings_of_its_orders(capsys: pytest.Ca
     output = capsys.readouterr().out
     assert f"{gpt_cost.parameters(run.net):,}" in output
     assert f"{4 * (6 * 24 + 2) * 768:,} bytes per sequence" in output
+    assert "for 512,000,000 images" in output  # 400 epochs of ImageNet
     assert 255e6 < gpt_cost.parameters(replace(run.net, vocab_size=1024)) < 267e6  # the paper's B has 261 million
 
 
 def test_later_files_override_earlier_ones_and_the_command_line_overrides_both(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
-        "trainer: {precision: 32-true, callbacks: [{class_path: callbacks.LearningCurves}]}\n"
+        "trainer: {precision: 32-true, max_epochs: -1, callbacks: [{class_path: callbacks.LearningCurves}]}\n"
         "model: {init_args: {activation_checkpointing: true, net: {dim: 1536, norm_eps: 1e-6}}}\n"
         "data: {init_args: {root: '${nowhere}'}}\n"
     )

@@ -96,6 +96,8 @@ def test_the_client_of_openai_edits_images(inpainter: Running) -> None:
         client.images.edit(image=[("a.png", mask)], prompt="5", extra_body={"seed": 7})  # its own transparency
         expected = ImageRequest((5,), (0,), 7, SETTINGS, mask, mask=(5,))
         assert inpainter.backend.tickets[-1].request == expected
+        stream = client.images.edit(image=("a.png", mask), prompt="5", stream=True, partial_images=1)
+        assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
         with pytest.raises(openai.BadRequestError, match="seed is 'x'; give an integer of 64 bits"):
             client.images.edit(image=("a.png", mask), prompt="5", extra_body={"seed": "x"})
 
@@ -137,6 +139,13 @@ def test_a_wrong_mask_is_one_line(http: httpx.Client, mask: bytes, message: str)
     assert message in answer.json()["error"]["message"]
 
 
+def test_an_unreadable_image_is_not_reported_as_its_mask(http: httpx.Client) -> None:
+    body = {"prompt": 2, "image": text(b"no image"), "mask": text(transparent())}
+    error = http.post("/v1/images/generations", json=body).json()["error"]
+    assert error["param"] == "image"
+    assert error["message"].startswith("the image is not a readable JPEG, PNG or WebP image")
+
+
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 FILE = {"image": ("a.png", PNG)}
 
@@ -151,6 +160,9 @@ FILE = {"image": ("a.png", PNG)}
         ({"files": FILE, "data": {"prompt": "1", "colour": "red"}}, 400, "there is no field 'colour'"),
         ({"files": FILE, "data": {"prompt": ["1", "2"]}}, 400, "the form has the field 'prompt' twice"),
         ({"files": FILE}, 400, "the field prompt is missing"),
+        ({"files": FILE, "data": {"prompt": "1"}}, 400, "the field mask is missing, and image is not a PNG with"),
+        ({"files": FILE, "data": {"prompt": "1", "keep_rows": "1"}}, 400, "keep_rows cannot be combined with a mask"),
+        ({"data": {"prompt": "1", "image": "null"}, "files": {"mask": FILE["image"]}}, 400, "the field image is missi"),
         ({"files": [("image[]", ("a.png", PNG))] * 3}, 400, "the form is not valid: Too many files"),
         ({"files": FILE, "data": {"prompt": "1" * 20_000}}, 400, "the form is not valid: "),
         ({"content": b"--b\r\nnonsense", "headers": FORM}, 400, "the field image is missing"),

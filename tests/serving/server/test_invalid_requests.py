@@ -84,7 +84,7 @@ WRONG_FIELDS = [
     (body(image=PNG), "keep_rows", "keep_rows is missing; give an integer from 0 to 4"),
     (body(image=PNG, keep_rows=5), "keep_rows", "keep_rows is 5; give an integer from 0 to 4"),
     (body(mask=PNG), "mask", "mask needs an image"),
-    (body(image=PNG, mask=PNG, keep_rows=1), "keep_rows", "keep_rows and mask are both given; give one of them"),
+    (body(image=PNG, mask=PNG, keep_rows=1), "keep_rows", "keep_rows cannot be combined with a mask"),
     (
         body(image=PNG, mask=PNG),
         "mask",
