@@ -88,8 +88,8 @@ def generation_order(body: GenerationBody, facts: ModelFacts, options: ServerOpt
     condition = _condition(body.prompt, facts)
     settings = _settings(body, facts)
     image, keep_rows = _kept(body, facts.grid, is_edit)
-    masked = image is not None and (is_edit or body.mask is not None)
-    mask = _mask(body.mask, image, facts) if masked else None
+    is_masked = is_edit or body.mask is not None
+    mask = None if image is None or not is_masked else _mask(body.mask, image, facts)
     previews = bool(body.stream) and body.partial_images != 0
     seed = secrets.randbelow(NEW_SEEDS) if body.seed is None else body.seed
     indices = tuple(range(first, first + count))
