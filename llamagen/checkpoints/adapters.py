@@ -75,8 +75,8 @@ def check_adapters(entry: Mapping[str, Any], adapters: Adapters | None) -> None:
         assert found is not None
         raise ValueError(
             f"the checkpoint holds LoRA adapters; set model.init_args.lora to {{rank: {found['rank']}, alpha: "
-            f"{found['alpha']:g}}} and init_from to {found['base']['source']}, or give it as init_from instead of ckpt_path, "
-            "which merges them"
+            f"{found['alpha']:g}}} and init_from to {found['base']['source']}, or give it as init_from "
+            "instead of ckpt_path, which merges them"
         )
     if found is None:
         raise ValueError(
