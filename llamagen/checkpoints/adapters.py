@@ -7,8 +7,9 @@ Format: the checkpoint of a run with LoRA is a training checkpoint of this proje
   (``gpt.layers.0.attention.wqkv.lora_A.default.weight`` (R, K) and ``….lora_B.default.weight`` (N, R)), and the class
   embeddings if they are trained. The optimizer's state, with moments and averages, is of these parameters only, too.
 - ``llamagen.lora`` describes the adapters: ``rank``, ``alpha``, ``dropout``, and ``base``: ``source``, the value of
-  ``init_from``, a path, published name or ``hf://`` address; ``averaged``, whether its averaged (EMA) weights were
-  taken; and ``checksum``, the SHA-256 of these weights, see :func:`~llamagen.state_dicts.tensors_checksum`.
+  ``init_from``, a path or ``hf://`` address, also for a published name; ``averaged``, whether its averaged (EMA)
+  weights were taken; ``checksum``, the SHA-256 of these weights, see :func:`~llamagen.state_dicts.tensors_checksum`;
+  and ``file``, the absolute path without symbolic links, null on the hub.
 
 The model of such a checkpoint has the weight ``W + alpha / rank * B A`` in each adapted layer. The base weights are
 read again: from ``base.pt`` (or the suffix that they had) in the run's folder or next to the checkpoint, or else from
@@ -21,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llamagen.hub.address import file_address, is_remote
+from llamagen.hub.address import MAIN, SCHEME, file_address, is_remote
 from llamagen.models.lora import Adapters, BaseWeights, LoRAConfig, merged_entries
 from llamagen.state_dicts import tensors_checksum
 
@@ -48,7 +49,13 @@ def base_weights(source: str | Path, averaged: bool, state: Mapping[str, Tensor]
         averaged: whether averaged weights were taken.
         state: the weights.
     """
-    return BaseWeights(str(source), tensors_checksum(state), averaged)
+    checksum = tensors_checksum(state)
+    # footgun: a published name is a path where a folder has that name, so it depends on the working directory.
+    address = file_address(source) if is_remote(source) else None
+    if address is None:
+        return BaseWeights(str(source), checksum, averaged, str(Path(source).expanduser().resolve()))
+    revision = "" if address.revision == MAIN else f"@{address.revision}"
+    return BaseWeights(f"{SCHEME}{address.repository}/{address.file}{revision}", checksum, averaged)
 
 
 def check_adapters(entry: Mapping[str, Any], adapters: Adapters | None) -> None:
@@ -68,8 +75,8 @@ def check_adapters(entry: Mapping[str, Any], adapters: Adapters | None) -> None:
         assert found is not None
         raise ValueError(
             f"the checkpoint holds LoRA adapters; set model.init_args.lora to {{rank: {found['rank']}, alpha: "
-            f"{found['alpha']:g}}} and init_from to {found['base']['source']}, or merge them with python -m "
-            "llamagen.checkpoints.export"
+            f"{found['alpha']:g}}} and init_from to {found['base']['source']}, or give it as init_from "
+            "instead of ckpt_path, which merges them"
         )
     if found is None:
         raise ValueError(
@@ -111,18 +118,21 @@ def merge_adapters(
     try:
         config = LoRAConfig(entry["rank"], entry["alpha"], entry["dropout"])
         base = BaseWeights(**entry["base"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the description of its adapters is damaged; give another checkpoint") from error
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ValueError(
+            f"{path}: the description of its adapters is damaged{reason}; give another checkpoint"
+        ) from error
     state = _read_base(path, base, read)
     try:
-        return merged_entries(state, trained, config.scale)
+        return merged_entries(state, trained, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; it is damaged, give another checkpoint") from error
 
 
 def _read_base(path: Path, base: BaseWeights, read: Callable[..., Any]) -> dict[str, Tensor]:
     reasons = list[str]()
-    for place in dict.fromkeys(_places(path, base.source)):
+    for place in dict.fromkeys(_places(path, base)):
         if not is_remote(place) and not Path(place).exists():
             continue
         try:
@@ -140,14 +150,16 @@ def _read_base(path: Path, base: BaseWeights, read: Callable[..., Any]) -> dict[
     )
 
 
-def _places(path: Path, source: str) -> Iterator[str | Path]:
+def _places(path: Path, base: BaseWeights) -> Iterator[str | Path]:
     """Where the base weights may be: where they were, with the run if that has moved, or where the error asks for."""
-    yield from _places_of_a_copy(path, source)
-    if is_remote(source):
-        yield source
+    yield from _places_of_a_copy(path, base.source)
+    if base.source.startswith(SCHEME):
+        yield base.source
         return
-    given = Path(source).expanduser()
+    given = Path(base.source).expanduser()
     yield from (given, *(parent / given for parent in path.absolute().parents))
+    if base.file is not None:
+        yield Path(base.file)
 
 
 def _places_of_a_copy(path: Path, source: str) -> list[Path]:
@@ -155,8 +167,6 @@ def _places_of_a_copy(path: Path, source: str) -> list[Path]:
 
     Not the source's own name, which may be that of the checkpoint: ``last.ckpt``.
     """
-    address = file_address(source) if is_remote(source) else None
-    name = f"base{Path(source if address is None else address.file).suffix}"
-    return [path.absolute().parents[1] / name, path.absolute().with_name(name)][
-        :: 1 if path.parent.name == "checkpoints" else -1
-    ]
+    file = source.partition("@")[0] if source.startswith(SCHEME) else source
+    name, folder = f"base{Path(file).suffix}", path.absolute().parent
+    return [folder.parent / name, folder / name][:: 1 if folder.name == "checkpoints" else -1]

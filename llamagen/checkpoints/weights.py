@@ -167,7 +167,10 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool,
     entries = _entries(strip_prefix(prefix, weights), path)
     if LORA in entry:
         if not merge:
-            raise ValueError(f"{path} holds LoRA adapters; merge them with python -m llamagen.checkpoints.export first")
+            raise ValueError(
+                f"{path} holds LoRA adapters; set lora to null, which merges them, or merge them with python -m "
+                "llamagen.checkpoints.export first"
+            )
         entries = merge_adapters(path, entry[LORA], entries, read_weights)
     return Weights(
         entries,

@@ -36,7 +36,7 @@ from llamagen.cost.lora import (
     training_flops,
 )
 from llamagen.models.gpt_config import GPTConfig
-from llamagen.models.lora import LoRAConfig
+from llamagen.models.lora import LoRAConfig, check_rank
 from llamagen.parser_errors import OneLineParser
 
 IMAGENET = 1_280_000
@@ -178,6 +178,8 @@ def read_run(
         trains_classes="num_classes" in (at("model", "init_args", "init_adapt") or ()),
         epochs=epochs if isinstance(epochs, int) and epochs > 0 else Run.epochs,
     )
+    if run.lora is not None:
+        check_rank(run.net, run.lora)
     if not isinstance(run.batch_size, int) or run.batch_size < 1:
         raise ValueError(
             f"batch_size is {run.batch_size}; set data.init_args.batch_size or --batch_size, at least 1 for each GPU"
@@ -199,6 +201,8 @@ def _last_name(entry: Any) -> str:
 def _lora(values: Any) -> LoRAConfig | None:
     if values is None:
         return None
+    if not isinstance(values, dict):
+        raise ValueError(f"model.init_args.lora is {values!r}; it must be null, or hold rank, alpha and dropout")
     try:
         return LoRAConfig(**values)
     except TypeError as error:

@@ -5,15 +5,17 @@
 Shapes: N outputs and K inputs of a layer, R rank of its adapter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llamagen.distributed.full_tensor import copy_full_, init_full_
 from llamagen.models.gpt import GPT
+from llamagen.models.gpt_config import GPTConfig
 from llamagen.option_checks import check_integer, check_positive
 
 TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "fc1", "fc2")
@@ -59,11 +61,13 @@ class BaseWeights(NamedTuple):
         source: path, published name or ``hf://`` address.
         checksum: SHA-256 of the weights, see :func:`llamagen.state_dicts.tensors_checksum`.
         averaged: whether they are the averaged (EMA) weights of the file.
+        file: absolute path of a local source without symbolic links; None on the hub.
     """
 
     source: str
     checksum: str
     averaged: bool
+    file: str | None = None
 
 
 class Adapters(NamedTuple):
@@ -96,9 +100,7 @@ def add_adapters(gpt: GPT, adapters: Adapters, train_classes: bool) -> None:
     except ImportError as error:
         raise ValueError(f'lora needs peft ({error}); pip install -c constraints.txt -e ".[lora]"') from error
     config = adapters.config
-    smallest = min(min(module.weight.shape) for name, module in gpt.named_modules() if _is_target(name, module))
-    if config.rank > smallest:
-        raise ValueError(f"lora.rank is {config.rank}, but the smallest layer has a width of {smallest}; choose less")
+    check_rank(gpt.config, config)
     options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     inject_adapter_in_model(LoraConfig(**options, target_modules=list(TARGETS)), gpt)
     gpt.requires_grad_(False)
@@ -108,8 +110,19 @@ def add_adapters(gpt: GPT, adapters: Adapters, train_classes: bool) -> None:
     reset_adapters(gpt)
 
 
-def _is_target(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
+def check_rank(net: GPTConfig, lora: LoRAConfig) -> None:
+    """Check that adapters are no larger than the layers of a model.
+
+    Args:
+        net: shape of the model.
+        lora: settings of the adapters.
+
+    Raises:
+        ValueError: in one line, if the rank is larger than inputs or outputs of a layer.
+    """
+    smallest = min(net.dim, net.ffn_dim, net.dim if net.condition == "class" else net.caption_dim)
+    if lora.rank > smallest:
+        raise ValueError(f"lora.rank is {lora.rank}, but the smallest layer has a width of {smallest}; choose less")
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:
@@ -168,7 +181,7 @@ def merged_weight(linear: nn.Module) -> Tensor:
 
 
 def merge_factors(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Compute ``base + scale * up @ down``, (N, K), in the wider dtype of base and factors.
+    """Compute ``base + scale * up @ down``, (N, K), in the wider dtype of base and factors. Autocast has no effect.
 
     Args:
         base: (N, K).
@@ -176,33 +189,42 @@ def merge_factors(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tenso
         up: (N, R), B.
         scale: factor of the product.
     """
-    return base + scale * (up @ down)
+    dtype = torch.promote_types(base.dtype, up.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(base.device.type, enabled=False):
+        return (base.to(wide) + scale * (up.to(wide) @ down.to(wide))).to(dtype)
 
 
 @torch.no_grad()
-def merged_entries(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def merged_entries(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
     """Weights of a model without adapters that computes the same.
 
     Args:
         base: entries of the frozen model.
         trained: entries of :func:`saved_entries`.
-        scale: factor of the adapters.
+        config: settings of the adapters.
 
     Returns:
         Entries of ``base``, with merged weights and, if they were trained, other class embeddings; in the wider dtype
         of both.
 
     Raises:
-        ValueError: in one line, if an adapter belongs to no weight, or has another shape.
+        ValueError: in one line, if an adapter belongs to no weight, is incomplete, or has another shape or rank.
     """
     state = dict(base)
     for name, tensor in trained.items():
         if name.endswith(DOWN):
             layer = name.removesuffix(DOWN)
             weight, up = base.get(f"{layer}weight"), trained.get(layer + UP)
-            if weight is None or up is None or weight.shape != (len(up), tensor.shape[1]):
+            if weight is None or up is None or weight.ndim != 2:
                 raise ValueError(f"the adapter of {layer.removesuffix('.')} does not fit the base weights")
-            state[f"{layer}weight"] = merge_factors(weight, tensor, up, scale)
+            shapes = (config.rank, weight.shape[1]), (len(weight), config.rank)
+            if (tuple(tensor.shape), tuple(up.shape)) != shapes:
+                raise ValueError(
+                    f"the adapter of {layer.removesuffix('.')} has the shapes {tuple(tensor.shape)} and "
+                    f"{tuple(up.shape)}, but base weights and rank {config.rank} need {shapes[0]} and {shapes[1]}"
+                )
+            state[f"{layer}weight"] = merge_factors(weight, tensor, up, config.scale)
         elif not name.endswith(UP):
             state[name] = tensor
     wide = {tensor.dtype for tensor in state.values()}
@@ -210,16 +232,40 @@ def merged_entries(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], sc
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-@torch.no_grad()
-def merged_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by the names of a model without adapters, which are merged. Sharded ones stay sharded."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    if adapters_of(model) is None:
-        return parameters
-    return {
-        name.removesuffix(BASE) + "weight" if name.endswith(BASE) else name: (
-            merged_weight(model.get_submodule(name.removesuffix("." + BASE))) if name.endswith(BASE) else value
-        )
-        for name, value in parameters.items()
-        if not name.endswith((DOWN, UP))
-    }
+def merged_parameters(model: nn.Module) -> Mapping[str, Tensor]:
+    """Parameters by the names of a model without adapters.
+
+    Adapters are merged when a weight is read, one layer at a time and on the CPU, so that the values are those of
+    :func:`merged_entries`. If they are sharded over ranks, all ranks must read the same weights in the same order.
+    """
+    parameters = dict(model.named_parameters())
+    adapters = adapters_of(model)
+    return parameters if adapters is None else _MergedParameters(parameters, adapters.config.scale)
+
+
+class _MergedParameters(Mapping[str, Tensor]):
+    def __init__(self, parameters: Mapping[str, Tensor], scale: float) -> None:
+        self._parameters, self._scale = parameters, scale
+        self._names = [
+            name.removesuffix(BASE) + "weight" if name.endswith(BASE) else name
+            for name in parameters
+            if not name.endswith((DOWN, UP))
+        ]
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = name.removesuffix("weight")
+        if layer + BASE not in self._parameters:
+            return self._parameters[name]
+        base, down, up = (_on_cpu(self._parameters[layer + each]) for each in (BASE, DOWN, UP))
+        return merge_factors(base, down, up, self._scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

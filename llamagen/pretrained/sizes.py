@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llamagen.checkpoints.adaptation import ADDED
 from llamagen.models.gpt_config import GPTConfig
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -18,13 +19,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "7B": {"n_layer": 32, "n_head": 32, "dim": 4096},
 }
 """Layers, heads and width by name, as in ``configs/argen/size``."""
-
-OPTIONS = {
-    "qk_norm": "layers.0.attention.q_norm.weight",
-    "adaptive_norm": "adaptive_norm.linear.weight",
-    "target_aware": "target_embeddings.weight",
-}
-"""A weight that only models with an option have."""
 
 
 def is_gpt(state: Mapping[str, Tensor]) -> bool:
@@ -57,5 +51,5 @@ def infer_gpt_config(state: Mapping[str, Tensor], resolution: int, source: str) 
     elif (unconditional := state.get("cls_embedding.uncond_embedding")) is not None:
         length, width = unconditional.shape
         options |= {"condition": "text", "caption_length": length, "caption_dim": width}
-    options |= {name: True for name, weight in OPTIONS.items() if weight in state}
+    options |= {name: True for name, weight in ADDED.items() if weight in state}
     return GPTConfig(**size, **options)

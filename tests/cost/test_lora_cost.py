@@ -76,6 +76,11 @@ def test_the_command_reads_adapters_from_the_configuration(capsys: pytest.Captur
     overlay = tmp_path / "classes.yaml"
     overlay.write_text("model: {init_args: {init_adapt: [num_classes], lora: {rank: 4}}}")
     assert cost.read_run([*files, overlay]) == replace(run, lora=LoRAConfig(rank=4), trains_classes=True)
-    overlay.write_text("model: {init_args: {lora: {depth: 4}}}")
-    with pytest.raises(ValueError, match=r"model.init_args.lora is not a valid configuration \(.*depth"):
-        cost.read_run([*files, overlay])
+    for lora, message in (
+        ("{depth: 4}", r"model.init_args.lora is not a valid configuration \(.*depth"),
+        ("{rank: 999}", "lora.rank is 999, but the smallest layer has a width of 768; choose less"),
+        ("true", "model.init_args.lora is True; it must be null, or hold rank, alpha and dropout"),
+    ):
+        overlay.write_text(f"model: {{init_args: {{lora: {lora}}}}}")
+        with pytest.raises(ValueError, match=message):
+            cost.read_run([*files, overlay])

@@ -12,6 +12,7 @@ import torch
 
 from callbacks import EMA
 from lightning_modules import AdamWConfig, ARGenModule, models_on_meta_device
+from llamagen.checkpoints.adapters import base_weights
 from llamagen.checkpoints.contents import build_model, weights_checksum
 from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import read_weights
@@ -132,11 +133,30 @@ def test_the_base_is_found_again(
     last.parent.mkdir(parents=True)
     shutil.copy(base, copy)
     checkpoint = torch.load(tuned[2] / "checkpoints/last.ckpt", weights_only=True)
-    checkpoint["llamagen"]["lora"]["base"]["source"] = copy.name  # relative to a parent of the run
+    checkpoint["llamagen"]["lora"]["base"] |= {"source": copy.name, "file": None}  # relative to a parent of the run
     torch.save(checkpoint, last)
     place(run, copy)
     wanted = read_weights(tuned[2] / "checkpoints/last.ckpt").state
     assert_same(read_weights(last).state, wanted)
+
+
+def test_a_base_is_recorded_without_the_working_directory_and_without_links(
+    base: Path, tuned: tuple[ARGenModule, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = base_weights("t2i_XL_stage1_256", False, {})
+    assert (published.source, published.file) == ("hf://peizesun/llamagen_t2i/t2i_XL_stage1_256.pt", None)
+    last, link = tmp_path / "last.ckpt", tmp_path / "link.safetensors"
+    link.symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(tuned[2] / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["llamagen"]["lora"]["base"] = base_weights(link.name, False, read_weights(base).state)._asdict()
+    torch.save(checkpoint, last)
+    link.unlink()
+    read_weights(last)
+    checkpoint["llamagen"]["lora"]["rank"] = 0
+    torch.save(checkpoint, last)
+    with pytest.raises(ValueError, match=r"last.ckpt: the description of its adapters is damaged \(lora.rank is 0; "):
+        read_weights(last)
 
 
 def test_a_missing_or_another_base_is_an_error_of_one_line(
@@ -145,6 +165,7 @@ def test_a_missing_or_another_base_is_an_error_of_one_line(
     last = tmp_path / "last.ckpt"
     checkpoint = torch.load(tuned[2] / "checkpoints/last.ckpt", weights_only=True)
     entry = checkpoint["llamagen"]["lora"]["base"]
+    entry["file"] = None
     for source, reason in (("gone/weights.pt", ""), (str(pipeline.argen), f" ({pipeline.argen} has other weights)")):
         entry["source"], entry["averaged"] = source, False
         torch.save(checkpoint, last)
@@ -180,7 +201,7 @@ def test_adapters_and_complete_checkpoints_are_not_mixed_up(
     pipeline: Pipeline, base: Path, tuned: tuple[ARGenModule, Any, Path]
 ) -> None:
     last = tuned[2] / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match=r"init_from: .* holds LoRA adapters; merge them with python -m"):
+    with pytest.raises(ValueError, match=r"init_from: .* holds LoRA adapters; set lora to null, which merges them, or"):
         lora_module(last)
     with pytest.raises(ValueError, match="lora is given, but init_from is not; give the weights"):
         ARGenModule(NET, lora=LORA)
