@@ -5,6 +5,7 @@ from llamagen.cost.gpt import (
     Activations,
     Head,
     activations,
+    adaptive_parameters,
     block_parameters,
     caption_parameters,
     flops_per_sequence,
@@ -48,7 +49,7 @@ def training_flops(config: GPTConfig, lora: LoRAConfig | None = None) -> float:
         return flops_per_sequence(config)
     length, captions = positions(config), config.condition_length
     frozen = length * config.n_layer * block_parameters(config) + config.block_size * head_parameters(config)
-    frozen += captions * caption_parameters(config)
+    frozen += captions * caption_parameters(config) + adaptive_parameters(config)
     caption = 0 if config.condition == "class" else config.caption_dim + 3 * config.dim
     adapters = lora.rank * (length * config.n_layer * adapter_widths(config) + captions * caption)
     return flops_per_sequence(config) - 2 * frozen + 6 * adapters
