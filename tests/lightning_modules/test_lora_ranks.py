@@ -24,6 +24,7 @@ def run(pipeline: Pipeline, folder: Path, ranks: int, *more: str) -> Path:
     lora = (
         *("--model.init_args.lora={rank: 4, alpha: 8}", f"--model.init_args.init_from={pipeline.argen}"),
         *("--model.init_args.init_adapt=[num_classes]", "--model.init_args.net.num_classes=11"),
+        "--model.init_args.order=null",  # the base is a model of the raster order
     )
     arguments = command(pipeline, folder, ranks, *lora, *more)
     if ranks == 1:
