@@ -95,6 +95,7 @@ def test_every_key_except_broken_images_reaches_the_code_batches(
     assert sum(split["count"] for split in meta["splits"].values()) == len(keys) - len(broken)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_code_shards_as_one(
     pipeline: Pipeline, images: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:

@@ -307,6 +307,7 @@ def test_test_with_prompts_measures_the_images_that_predict_samples(
     assert json.loads((tmp_path / "report/metrics.json").read_text())["images"]["count"] == 2 * VAL
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_on_any_number_of_processes(tokenizer: Path, reference: Path, tmp_path: Path) -> None:
     """Includes ranks with unequal numbers of captions, and ranks that wait for each other in each step."""
     codes = write_set(tmp_path / "set", tokenizer, features=True, broken=BROKEN)

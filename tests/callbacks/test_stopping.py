@@ -120,6 +120,7 @@ def test_sigterm_sets_the_exit_code_and_leaves_no_archive(pipeline: Pipeline, tm
     assert (tmp_path / "samples/samples.npz").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_exit_code_of_the_signal(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = [*pipeline.argen_arguments(tmp_path / "run"), f"--data.init_args.root={pipeline.codes}"]
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", *sends_sigterm("on_train_batch_start", rank=1)]

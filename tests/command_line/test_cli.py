@@ -265,6 +265,7 @@ def test_two_processes_extract_the_codes_of_one(pipeline: Pipeline, tmp_path: Pa
         assert (tmp_path / "codes" / path).read_bytes() == (pipeline.codes / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_lightning_launches_two_processes_that_train_both_networks(pipeline: Pipeline, tmp_path: Path) -> None:
     arguments = ["fit", *pipeline.tokenizer_arguments(tmp_path / "tokenizer"), "--data.init_args.batch_size=50"]
     succeeds(launched(arguments))

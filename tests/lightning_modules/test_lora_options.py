@@ -20,6 +20,8 @@ from tests.lightning_modules.runs import state_of, train
 from tests.pipeline import GPT_NET, Pipeline
 from tests.text_pipeline import TextPipeline
 
+pytestmark = pytest.mark.slow
+
 NET = GPTConfig(**GPT_NET)
 LORA = LoRAConfig(rank=4, alpha=8.0)
 

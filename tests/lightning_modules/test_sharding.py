@@ -126,6 +126,7 @@ def test_two_sharded_ranks_reach_the_weights_moments_and_averages_of_one(
     assert not list(two.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_resumes_in_one_process(
     pipeline: Pipeline, one: Path, sharded_half: Path, tmp_path: Path
 ) -> None:
