@@ -1,6 +1,6 @@
 """Settings of sampling: temperature, top-k, top-p and guidance."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import cos, pi
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -86,6 +86,19 @@ class SamplingConfig:
     def image_settings(self) -> dict[str, Any]:
         """The fields in :data:`IMAGE_SETTINGS`: those that belong in requests, plans and records of images."""
         return {name: value for name, value in asdict(self).items() if name in IMAGE_SETTINGS}
+
+    def one_code_a_pass(self, refusal: str) -> "SamplingConfig":
+        """These settings with ``window`` 1, for sampling that cannot use windows; ``auto`` means 1 there.
+
+        Args:
+            refusal: why not, and what to do: the end of the message after the window.
+
+        Raises:
+            ValueError: in one line, if a window is set.
+        """
+        if self.window not in (1, "auto"):
+            raise ValueError(f"window is {self.window}, but {refusal}")
+        return replace(self, window=1)
 
     def guidance_scales(self, length: int) -> list[float]:
         """Guidance scale at each of ``length`` codes; 1 means no guidance."""

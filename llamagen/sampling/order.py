@@ -3,8 +3,6 @@
 Shapes: B images, L codes of an image.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -52,12 +50,7 @@ def ordered_settings(config: SamplingConfig) -> SamplingConfig:
     Raises:
         ValueError: in one line, if a window is set.
     """
-    if config.window not in (1, "auto"):
-        raise ValueError(
-            f"window is {config.window}, but windows follow the raster order; set window to 1 or auto to sample in "
-            "another order"
-        )
-    return replace(config, window=1)
+    return config.one_code_a_pass("windows follow the raster order; set window to 1 or auto to sample in another order")
 
 
 def to_raster(codes: Tensor, order: Tensor | None) -> Tensor:

@@ -225,12 +225,9 @@ def sharded_settings(config: SamplingConfig) -> SamplingConfig:
     Raises:
         ValueError: in one line, if a window is set.
     """
-    if config.window not in (1, "auto"):
-        raise ValueError(
-            f"window is {config.window}, but the parameters are sharded over ranks, which need the same number of "
-            "passes; set window to 1 or auto"
-        )
-    return replace(config, window=1)
+    return config.one_code_a_pass(
+        "the parameters are sharded over ranks, which need the same number of passes; set window to 1 or auto"
+    )
 
 
 def _report_of(on_row: OnRow, start: int, images: int) -> Callable[[Tensor, int], object]:
