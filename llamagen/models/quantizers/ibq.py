@@ -1,0 +1,124 @@
+"""Index backpropagation quantisation (IBQ, arXiv 2412.02692). B batch, E channels, h × w grid, K codes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llamagen.distributed.across_ranks import mean_over_ranks
+from llamagen.losses import codebook_loss, commitment_loss, negative_entropy
+from llamagen.models.quantizer import Quantized, Quantizer
+
+MAX_PROBABILITIES = 1 << 25
+"""Largest number of probabilities computed at a time: 128 MiB in float32."""
+MAX_PROBABILITIES_ON_CPU = 1 << 20
+"""The same on a CPU."""
+
+
+class IBQ(Quantizer):
+    """Chooses the code with the largest dot product; the gradient goes through the softmax over all codes.
+
+    The forward pass uses the chosen code, the backward pass the gradient of ``softmax(latent · codebookᵀ) · codebook``
+    with respect to the probabilities. So each step moves all codes, and few die. Probabilities are computed for one
+    block of latents at a time and again in the backward pass, so they are never all in memory.
+
+    Args:
+        codebook_size: number of codes K.
+        codebook_dim: channels E; 256 in the paper.
+    """
+
+    straight_through = False
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__(codebook_size, codebook_dim)
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        self._has_entropy_loss = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the codes from a normal distribution of norm about 1."""
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """``codebook``, ``commitment``, ``index``, and ``entropy`` if its weight is above 0.
+
+        ``index`` is the squared distance of latent and quantised latent, with the gradient of the probabilities.
+        """
+        names = ("codebook", "commitment", "index")
+        return (*names, "entropy") if self._has_entropy_loss else names
+
+    def set_loss_weights(self, weights: Mapping[str, float]) -> None:
+        """Compute the entropy loss only if its weight is above 0."""
+        self._has_entropy_loss = weights.get("entropy", 0.0) > 0
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """Quantise, in float32 even under autocast.
+
+        Args:
+            latent: (B, E, h, w).
+
+        Returns:
+            Quantised latent, codes, latent and losses. In training the entropy loss takes its mean over the ranks of
+            a distributed run, so all of them must take part.
+        """
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = latent.float()
+            vectors, codebook = latent.movedim(1, -1), self.embedding.weight.float()
+            limit = MAX_PROBABILITIES_ON_CPU if latent.device.type == "cpu" else MAX_PROBABILITIES
+            blocks = vectors.reshape(-1, self.dim).split(max(1, limit // self.size))
+            parts = [checkpoint(assign, block, codebook, use_reentrant=False) for block in blocks]
+            quantized, codes, entropies, totals = zip(*parts, strict=True)
+            codes = torch.cat(codes).view(vectors.shape[:-1])
+            quantized = torch.cat(quantized).view(vectors.shape).movedim(-1, 1)
+            entries = F.embedding(codes, codebook).movedim(-1, 1)
+            losses = {
+                "codebook": codebook_loss(entries, latent),
+                "commitment": commitment_loss(entries, latent),
+                "index": F.mse_loss(quantized, latent),
+            }
+            if self._has_entropy_loss:
+                # In evaluation, ranks may have different numbers of batches, so none may wait for another.
+                mean = torch.stack(totals).sum(0) / codes.numel()
+                mean = mean_over_ranks(mean) if self.training else mean
+                entropy = torch.stack(entropies).sum() / codes.numel()
+                losses["entropy"] = entropy + negative_entropy(mean)
+            return Quantized(quantized, codes, latent, losses)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Entries of codes: (B, h, w) int64 → (B, E, h, w) float32."""
+        return F.embedding(codes, self.embedding.weight).float().movedim(-1, 1)
+
+    @property
+    def learned_codes(self) -> Tensor:
+        """The entries (K, E)."""
+        return self.embedding.weight
+
+    @torch.no_grad()
+    def move_codes(self, codes: Tensor, latents: Tensor) -> None:
+        """Move codes (n,) to latents (n, E)."""
+        weight = self.embedding.weight
+        weight[codes] = latents.to(weight.dtype)
+
+
+def assign(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose a code for each vector of a block.
+
+    Args:
+        vectors: (n, E) float32.
+        codebook: (K, E) float32.
+
+    Returns:
+        (n, E) the chosen entries, with the gradient of the probabilities; (n,) int64 codes; the sum of the entropies
+        of the probabilities, a scalar, in nats; and their sum over the vectors, (K,).
+    """
+    logits = vectors @ codebook.T
+    logarithms = logits.log_softmax(-1)
+    probabilities = logarithms.exp()
+    codes = logits.argmax(-1)
+    # The gradient of one_hot + probabilities − probabilities.detach(), multiplied by the codebook.
+    soft = probabilities @ codebook.detach()
+    quantized = F.embedding(codes, codebook) + (soft - soft.detach())
+    return quantized, codes, -(probabilities * logarithms).sum(), probabilities.sum(0)
