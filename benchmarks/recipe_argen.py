@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,7 +54,7 @@ class Autoregressive(Stage):
         f"RAR and QK-norm={ORDER} {QK_NORM}",
         "adaptive norms=--model.init_args.net.adaptive_norm=true",
     )
-    columns = {
+    columns: ClassVar[dict[str, Column]] = {
         "val_loss": Column("validation loss, nats", "min"),
         "gfid": Column("gFID", "min"),
         "val_loss_random_order": Column("in random orders, nats"),

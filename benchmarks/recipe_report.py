@@ -80,6 +80,8 @@ def table(record: dict[str, Any], columns: dict[str, Column]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for name, column in shown.items():
         for group in groups(record) if column.better else ():
+            if len(group) == 1:
+                continue
             found = ", ".join(verdict(record, group, name, column.better or "")) or "none"
             lines += ["", f"Better than every seed of “{group[0]}” with every seed, by {column.title}: {found}."]
     return "\n".join(lines) + "\n"
