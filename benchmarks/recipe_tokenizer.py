@@ -26,7 +26,8 @@ def recipes_of(codes: int) -> tuple[str, ...]:
 
     def quantizer(name: str, **arguments: Any) -> str:
         spec = {"class_path": f"llamagen.models.quantizers.{name}", "init_args": arguments}
-        return f"{name} {codes}='{QUANTIZER}={json.dumps(spec)}'"
+        overlay = f"configs/vqgan/quantizer/{name.lower()}.yaml"  # with the weights of its losses
+        return f"{name} {codes}={overlay} '{QUANTIZER}={json.dumps(spec)}'"
 
     return (
         f"VQ {codes}=--model.init_args.net.codebook_size={codes}",
