@@ -114,6 +114,7 @@ ALLOWED_IMPORTS = {
         "callbacks.compiled_sampling",
         "callbacks.progress",
         "callbacks.protocols",
+        "datamodules.storage.code_dtype",
         "datamodules.storage.index",
         "datamodules.storage.shards",
         "llamagen",
