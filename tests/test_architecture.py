@@ -109,7 +109,13 @@ ALLOWED_IMPORTS = {
         "llamagen.text.cleaning",
     ),
     "evaluation": ("llamagen", "datamodules"),
-    "callbacks": ("llamagen", "evaluation", "datamodules.storage.index", "datamodules.storage.shards"),
+    "callbacks": (
+        "llamagen",
+        "evaluation",
+        "datamodules.storage.code_dtype",
+        "datamodules.storage.index",
+        "datamodules.storage.shards",
+    ),
     "callbacks/writers": (
         "callbacks.compiled_sampling",
         "callbacks.progress",

@@ -13,16 +13,13 @@ from PIL import Image
 
 from callbacks import CodeWriter
 from datamodules import CodeDataModule, ImageDataModule
-from datamodules.inspection import inspect
 from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.shards import META_FILE, PLAN_FILE, ShardWriter, read_meta
 from datamodules.storage.tar_index import index_shard
 from lightning_modules import VQGANModule
 from llamagen.checkpoints.contents import weights_checksum
-from llamagen.models.vqgan import VQGANConfig
 from tests.datamodules.shard_files import assert_one_line, encode, grey_image, write_shards
 from tests.lightning_modules.runs import evaluator, vqgan_module
-from tests.pipeline import TOKENIZER_NET
 
 COUNTS = {"train": 45, "val": 12}
 PER_SHARD = 10
@@ -363,32 +360,6 @@ def test_the_highest_codes_are_stored(tokenizer: VQGANModule, tmp_path: Path) ->
     (sample,) = index_shard(tmp_path / "shard.tar")
     stored = np.load(BytesIO(sample.read("npy")))
     assert (stored.dtype, stored.tolist()) == (np.uint16, codes[0].tolist())
-
-
-def test_codes_of_a_large_vocabulary_are_stored_and_read(tmp_path: Path) -> None:
-    quantizer = {"class_path": "tests.rounding.Rounding", "init_args": {"levels": 512}}
-    tokenizer = vqgan_module(options={"net": VQGANConfig(**TOKENIZER_NET, quantizer=quantizer)})
-    images = write_set(tmp_path / "images", samples_of("train", 8), samples_of("val", 3))
-    extract(tokenizer, images, tmp_path / "out", views="flip")
-    data = CodeDataModule(tmp_path / "out", batch_size=4, num_workers=0)
-    data.setup("fit")
-    (batch,) = data.val_dataloader()
-    pixels = ImageDataModule(images, image_size=8, num_workers=0)
-    pixels.setup("validate")
-    with torch.no_grad():
-        encoding = tokenizer.vqgan.eval().encode(next(iter(pixels.val_dataloader()))["images"])
-    assert torch.equal(batch["codes"], encoding.codes.flatten(1))
-    assert int(batch["codes"].max()) >= 2**16
-    (shard,) = (tmp_path / "out/train").glob("*.tar")
-    stored = {example.key: np.load(BytesIO(example.read("npy"))) for example in index_shard(shard)}
-    assert {(codes.dtype, codes.shape) for codes in stored.values()} == {(np.dtype(np.uint32), (2, 4, 4))}
-    for batch in data.train_dataloader():  # either view of each image
-        for key, codes in zip(batch["keys"], batch["codes"].numpy(), strict=True):
-            assert (stored.pop(key).reshape(2, -1) == codes).all(1).any()
-    assert not stored
-    assert inspect(str(tmp_path / "out"))[0].startswith(
-        f"{tmp_path / 'out'}: codes, 4 × 4 per image, vocabulary 262144 (uint32), 2 views"
-    )
 
 
 @pytest.mark.parametrize("per_shard", [0, -1])
