@@ -49,6 +49,14 @@ ALLOWED_IMPORTS = {
         "llamagen.option_checks",
         "llamagen.published_weights",
     ),
+    "llamagen/models/quantizers": (
+        "llamagen.distributed",
+        "llamagen.finite",
+        "llamagen.losses",
+        "llamagen.models.quantizer",
+        "llamagen.models.vector_quantizer",
+        "llamagen.option_checks",
+    ),
     "llamagen/pretrained": (
         "llamagen.centre_crop",
         "llamagen.checkpoints",
