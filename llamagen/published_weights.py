@@ -76,7 +76,7 @@ class PublishedWeights:
     def read(
         self,
         file: Path,
-        shapes: Mapping[str, torch.Size] | Callable[[Mapping[str, Tensor]], Mapping[str, torch.Size]],
+        shapes: Mapping[str, torch.Size] | Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
         ignored_prefix: str = "",
         ignored_suffix: str = "",
     ) -> dict[str, Tensor]:
@@ -84,7 +84,8 @@ class PublishedWeights:
 
         Args:
             file: the file, as returned by :meth:`fetch`.
-            shapes: names and shapes of the weights, or a function that returns them for the weights of the file.
+            shapes: names and shapes of the weights, or a function from the file's weights to those of a network that
+                fits them.
             ignored_prefix: entries whose names start with it are left out.
             ignored_suffix: entries whose names end with it are left out.
 
@@ -106,8 +107,9 @@ class PublishedWeights:
                 f"{file} cannot be read as {self.network} ({type(error).__name__}); get {self.address}"
             ) from error
         if callable(shapes):
-            shapes = shapes(loaded)
-        expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            expected = shapes(loaded)
+        else:
+            expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         if faults := differences(loaded, expected):
             raise ValueError(f"{file} is not {self.network}: {faults}; get {self.address}")
         return loaded

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,7 @@ from torch.nn import functional as F
 from llamagen.published_weights import PublishedWeights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEAD_DIM = 64
-"""Features of an attention head in all ViTs of DINO."""
-EPSILON = 1e-6
+HEAD_DIM = 64  # of all ViTs of DINO
 WEIGHTS = PublishedWeights(
     network="a ViT of DINO",
     name="dino_deitsmall16_pretrain.pth",
@@ -39,11 +38,11 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) → same shape
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) → same shape."""
         queries, keys, values = self.qkv(x).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, N, HEAD_DIM)
-        projected: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
-        return projected
+        return cast(Tensor, self.proj(attended.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
@@ -51,14 +50,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, EPSILON), nn.LayerNorm(width, EPSILON)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.attn = Attention(width)
         layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) → same shape
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) → same shape."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
 class DINO(nn.Module):
@@ -107,10 +107,6 @@ class DINO(nn.Module):
                 outputs.append(x[:, 1:].transpose(1, 2))
         return outputs
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of the weights."""
-        return {name: value.shape for name, value in self.named_parameters()}
-
     def position_embeddings(self, height: int, width: int) -> Tensor:
         """Position embeddings of ``height`` × ``width`` patches, interpolated from those of training: (1, N, D)."""
         if (height, width) == (self.grid, self.grid):
@@ -134,16 +130,16 @@ def read_dino(path: Path | str | None = None) -> DINO:
         ValueError: in one line, if the file is not available, damaged, or holds other weights.
     """
     file = WEIGHTS.fetch(path)
-    weights = WEIGHTS.read(file, lambda loaded: _like(loaded).shapes(), ignored_prefix="norm.")
-    dino = _like(weights)
+    weights = WEIGHTS.read(file, lambda loaded: dict(dino_for(loaded).named_parameters()), ignored_prefix="norm.")
+    dino = dino_for(weights)
     if dino.width % HEAD_DIM:
         raise ValueError(f"{file} is not {WEIGHTS.network}: it has {dino.width} features; get {WEIGHTS.address}")
     dino.load_state_dict(weights, assign=True)
     return dino.requires_grad_(False)
 
 
-def _like(weights: Mapping[str, Tensor]) -> DINO:
-    """A network for the weights of a file, like ViT-S/16 where the file lacks an entry."""
+def dino_for(weights: Mapping[str, Tensor]) -> DINO:
+    """Build the network that fits the weights of a file, as ViT-S/16 where the file lacks an entry."""
     shape, none = {}, torch.empty(0)
     if numbers := [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))]:
         shape["depth"] = max(numbers) + 1

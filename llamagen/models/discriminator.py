@@ -27,10 +27,10 @@ MIN_DINO_SIZE = 16
 class Discriminator(nn.Module):
     """Classifies images as real or fake."""
 
-    def fetch(self) -> None:  # noqa: B027
+    def fetch(self) -> None:
         """Download the files that :meth:`load` reads; called before training, in one process per machine."""
 
-    def load(self) -> None:  # noqa: B027
+    def load(self) -> None:
         """Read the weights of networks that are not trained; called before training, in each process."""
 
     @abstractmethod
@@ -196,7 +196,7 @@ class SpectralConv1d(nn.Conv1d):
         """(B, in, L) → (B, out, L)."""
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight  # footgun: in training mode, each access is a step of the power iteration
-        return self._conv_forward(x, weight, self.bias)
+        return cast(Tensor, self._conv_forward(x, weight, self.bias))
 
 
 def spectral_convolution(in_channels: int, out_channels: int, size: int = 1) -> nn.Module:
