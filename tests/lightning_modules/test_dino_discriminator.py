@@ -5,19 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 import main
 from lightning_modules import VQGANModule
 from llamagen.models.dino import WEIGHTS
-from llamagen.models.discriminator import DINODiscriminator, PatchGAN
+from llamagen.models.discriminator import DINODiscriminator
 from tests.dino import dino_state, save_dino
 from tests.lightning_modules.runs import assert_moved_alike, datamodule_for, evaluator, state_of, train, vqgan_module
 from tests.pipeline import Pipeline
 from tests.ranks import succeeds, two_processes
 
-SIZE, STEPS = 16, 4
+SIZE, STEPS = 16, 3
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_the_tokenizer_gets_the_gradient_of_the_adversarial_loss(weights: Path) 
 def test_only_fit_needs_the_weights(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     module = module_with(tmp_path / "absent.pth")
-    evaluator(limit_val_batches=1).validate(module, datamodule_for(module, pipeline, image_size=SIZE), verbose=False)
+    evaluator(limit_val_batches=1).validate(module, datamodule_for(module, pipeline, 8, SIZE), verbose=False)
     with pytest.raises(ValueError) as error:
         train(module, pipeline, tmp_path / "run", max_steps=1, image_size=SIZE)
     assert str(error.value) == (

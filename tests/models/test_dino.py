@@ -129,6 +129,7 @@ def test_vit_s_16_is_the_default_with_the_published_number_of_parameters() -> No
     assert dino.cls_token.is_meta
     assert sum(parameter.numel() for parameter in dino.parameters()) == 21_665_664 - 2 * 384  # without the last norm
     assert dino.pos_embed.shape == (1, 197, 384)
+    assert WEIGHTS.address == f"https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/{WEIGHTS.name}"
 
 
 OTHERS = {

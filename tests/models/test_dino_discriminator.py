@@ -1,4 +1,4 @@
-"""The discriminator on DINO's features trains its heads alone, and its result for an image does not depend on others."""
+"""The discriminator on DINO's features trains its heads alone, and treats each image alone."""
 
 from copy import deepcopy
 from pathlib import Path
