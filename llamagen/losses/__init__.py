@@ -11,7 +11,13 @@ from llamagen.losses.adversarial import (
 )
 from llamagen.losses.lecam import LeCAM
 from llamagen.losses.linear_cross_entropy import CrossEntropy, TokenNLL, linear_cross_entropy, linear_token_nll
-from llamagen.losses.quantization import codebook_loss, commitment_loss, entropy_loss
+from llamagen.losses.quantization import (
+    codebook_loss,
+    commitment_loss,
+    entropy_loss,
+    factorized_entropy_loss,
+    negative_entropy,
+)
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
@@ -23,10 +29,12 @@ __all__ = [
     "codebook_loss",
     "commitment_loss",
     "entropy_loss",
+    "factorized_entropy_loss",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
     "linear_cross_entropy",
     "linear_token_nll",
     "logistic_discriminator_loss",
+    "negative_entropy",
     "non_saturating_generator_loss",
 ]
