@@ -63,7 +63,7 @@ class PublishedWeights:
                 return folder / name
         try:
             with atomic_file(folder / self.name) as temporary:
-                download_url_to_file(self.address, str(temporary), hash_prefix=self.sha256 or None)
+                download_url_to_file(self.address, str(temporary), hash_prefix=self.sha256)
         except DiskFullError:
             raise
         except (OSError, RuntimeError, HTTPException) as error:
