@@ -27,16 +27,13 @@ from tests.serving.page.visitor import an_image, same
 
 NET = "--model.init_args.net"
 PACKAGE = "llamagen.models.quantizers"
-VECTOR = {
-    "class_path": "llamagen.models.vector_quantizer.VectorQuantizer",
-    "init_args": {"codebook_size": 8, "codebook_dim": 4},
-}
+VECTOR = "llamagen.models.vector_quantizer.VectorQuantizer"
 KINDS: dict[str, dict[str, Any]] = {
     "FSQ": {"levels": [4, 4, 3]},
     "LFQ": {"bits": 5},
     "IBQ": {"codebook_size": 48, "codebook_dim": 4},
     "SimVQ": {"codebook_size": 48, "codebook_dim": 4},
-    "Residual": {"depth": 2, "quantizer": VECTOR},
+    "Residual": {"level": VECTOR, "level_args": {"codebook_size": 8, "codebook_dim": 4}, "depth": 2},
 }
 SIZES = {"FSQ": 48, "LFQ": 32, "IBQ": 48, "SimVQ": 48, "Residual": 64}
 ENTROPY = ("LFQ", "IBQ", "Residual")
@@ -103,10 +100,10 @@ def test_unused_codes_are_revived_or_the_option_is_refused(kind: str) -> None:
 @pytest.mark.slow
 @each_kind
 def test_a_resumed_run_ends_in_the_same_weights(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
-    whole, resumed = module_of(kind), module_of(kind, seed=99)
+    whole = module_of(kind)
     expected = state_of(whole, train(whole, pipeline, tmp_path / "whole", max_steps=11))
     train(module_of(kind), pipeline, tmp_path / "first", max_steps=5)
-    last = tmp_path / "first/checkpoints/last.ckpt"
+    last, resumed = tmp_path / "first/checkpoints/last.ckpt", module_of(kind, seed=99)
     found = state_of(resumed, train(resumed, pipeline, tmp_path / "second", ckpt_path=last, max_steps=11))
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
