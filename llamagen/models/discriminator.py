@@ -190,7 +190,7 @@ class StyleGAN(Discriminator):
 
 
 class SpectralConv1d(nn.Conv1d):
-    """A convolution for :func:`spectral_norm`, whose power iteration stays in float32 under autocast."""
+    """A convolution for :func:`spectral_norm`, whose power iteration stays in float32 under autocast (of GPUs)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, L) → (B, out, L)."""
