@@ -8,9 +8,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MAX_LOGITS = 1 << 24
-"""Maximum number of logits in memory at a time: 64 MiB in float32."""
+"""Maximum number of logits in memory at a time: 64 MiB in float32. More if that is less than MIN_ROWS rows."""
+MIN_ROWS = 512
+"""Each block of rows reads the head and adds to its gradient: with fewer rows, that takes longer than the products."""
 CACHED_LOGITS = 1 << 20
 """Number of logits that a CPU converts to probabilities at a time: 4 MiB in float32."""
+
+
+def block_rows(vocabulary: int, max_logits: int | None = None) -> int:
+    """Number of rows whose logits are in memory at a time.
+
+    Args:
+        vocabulary: V.
+        max_logits: maximum number of logits in memory at a time; None for the larger of 2 ** 24 and those of 512 rows.
+    """
+    return max(MIN_ROWS, MAX_LOGITS // vocabulary) if max_logits is None else max(1, max_logits // vocabulary)
 
 
 class CrossEntropy(NamedTuple):
@@ -31,7 +43,7 @@ def linear_cross_entropy(
     targets: Tensor,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> CrossEntropy:
     """Compute the mean cross entropy of the logits ``hidden @ weight.T`` in blocks of rows.
 
@@ -44,12 +56,13 @@ def linear_cross_entropy(
         targets: (N,) int64.
         label_smoothing: fraction of the target probability spread over the vocabulary (arXiv 1512.00567, section 7).
         z_loss: weight of the squared log partition function, which keeps logits small (arXiv 2204.02311, section 5).
-        max_logits: maximum number of logits in memory at a time.
+        max_logits: see :func:`block_rows`.
 
     Returns:
         Loss with gradient, and mean cross entropy in nats, both scalar float32.
     """
-    loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, max_logits)
+    rows = block_rows(len(weight), max_logits)
+    loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, rows)
     return CrossEntropy(loss, nats)
 
 
@@ -66,20 +79,20 @@ class TokenNLL(NamedTuple):
 
 
 @torch.no_grad()
-def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> TokenNLL:
+def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int | None = None) -> TokenNLL:
     """Compute cross entropy and rank of each row's target in ``hidden @ weight.T``; no gradient.
 
     Args:
         hidden: (N, D).
         weight: (V, D), weight of the head.
         targets: (N,) int64.
-        max_logits: maximum number of logits in memory at a time.
+        max_logits: see :func:`block_rows`.
 
     Returns:
         Cross entropy in nats (N,) float32, and rank (N,) int64.
     """
     nats, rank = [], []
-    rows = max(1, max_logits // len(weight))
+    rows = block_rows(len(weight), max_logits)
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = F.linear(part, weight.to(part.dtype)).float()
         target_logit = logits.gather(1, target[:, None])
@@ -121,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         label_smoothing: float,
         z_loss: float,
-        max_logits: int,
+        rows: int,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -130,7 +143,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
         weight_gradient: Tensor | None = None
         loss, nats = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        rows = max(1, max_logits // len(weight))
         if dtype is torch.float16:  # footgun: the sum over more rows could overflow
             rows = min(rows, 1024)
         # On CPUs float32 work should stay in the cache; on GPUs larger kernels are faster.
