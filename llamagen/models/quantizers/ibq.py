@@ -1,6 +1,7 @@
 """Index backpropagation quantisation (IBQ, arXiv 2412.02692). B batch, E channels, h × w grid, K codes."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,9 @@ class IBQ(Quantizer):
             vectors, codebook = latent.movedim(1, -1), self.embedding.weight.float()
             limit = MAX_PROBABILITIES_ON_CPU if latent.device.type == "cpu" else MAX_PROBABILITIES
             blocks = vectors.reshape(-1, self.dim).split(max(1, limit // self.size))
-            parts = [checkpoint(assign, block, codebook, use_reentrant=False) for block in blocks]
-            quantized, codes, entropies, totals = zip(*parts, strict=True)
-            codes = torch.cat(codes).view(vectors.shape[:-1])
-            quantized = torch.cat(quantized).view(vectors.shape).movedim(-1, 1)
+            parts = [Assignment(*checkpoint(assign, block, codebook, use_reentrant=False)) for block in blocks]
+            codes = torch.cat([part.codes for part in parts]).view(vectors.shape[:-1])
+            quantized = torch.cat([part.quantized for part in parts]).view(vectors.shape).movedim(-1, 1)
             entries = F.embedding(codes, codebook).movedim(-1, 1)
             losses = {
                 "codebook": codebook_loss(entries, latent),
@@ -81,9 +81,9 @@ class IBQ(Quantizer):
             }
             if self._has_entropy_loss:
                 # In evaluation, ranks may have different numbers of batches, so none may wait for another.
-                mean = torch.stack(totals).sum(0) / codes.numel()
+                mean = torch.stack([part.probabilities for part in parts]).sum(0) / codes.numel()
                 mean = mean_over_ranks(mean) if self.training else mean
-                entropy = torch.stack(entropies).sum() / codes.numel()
+                entropy = torch.stack([part.entropy for part in parts]).sum() / codes.numel()
                 losses["entropy"] = entropy + negative_entropy(mean)
             return Quantized(quantized, codes, latent, losses)
 
@@ -103,16 +103,28 @@ class IBQ(Quantizer):
         weight[codes] = latents.to(weight.dtype)
 
 
-def assign(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Assignment(NamedTuple):
+    """Codes of a block of n vectors.
+
+    Attributes:
+        quantized: (n, E) the chosen entries, with the gradient of the probabilities.
+        codes: (n,) int64.
+        entropy: sum of the entropies of the probabilities, a scalar, in nats.
+        probabilities: (K,) their sum over the vectors.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    entropy: Tensor
+    probabilities: Tensor
+
+
+def assign(vectors: Tensor, codebook: Tensor) -> Assignment:
     """Choose a code for each vector of a block.
 
     Args:
         vectors: (n, E) float32.
         codebook: (K, E) float32.
-
-    Returns:
-        (n, E) the chosen entries, with the gradient of the probabilities; (n,) int64 codes; the sum of the entropies
-        of the probabilities, a scalar, in nats; and their sum over the vectors, (K,).
     """
     logits = vectors @ codebook.T
     logarithms = logits.log_softmax(-1)
@@ -121,4 +133,4 @@ def assign(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     # The gradient of one_hot + probabilities − probabilities.detach(), multiplied by the codebook.
     soft = probabilities @ codebook.detach()
     quantized = F.embedding(codes, codebook) + (soft - soft.detach())
-    return quantized, codes, -(probabilities * logarithms).sum(), probabilities.sum(0)
+    return Assignment(quantized, codes, -(probabilities * logarithms).sum(), probabilities.sum(0))

@@ -1,4 +1,4 @@
-"""Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1). B batch, E bits, h × w grid, K = 2 ** E codes."""
+"""Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1). B batch, E bits, h × w grid."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,9 @@ from llamagen.option_checks import check_integer
 
 
 class LFQ(Quantizer):
-    """Replaces each channel by its sign. A code is the number whose bits are the signs, the first channel lowest.
+    """Replaces each channel by its sign.
+
+    A code is the number whose bits are the signs, the first channel least significant, so there are 2 ** E codes.
 
     There is no codebook to learn. An entropy loss, which needs ``loss.entropy_weight`` above 0, makes the signs of a
     position certain and all codes equally frequent.

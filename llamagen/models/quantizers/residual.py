@@ -1,4 +1,7 @@
-"""Residual quantisation (arXiv 2203.01941, section 3.1.2). B batch, E channels, h × w grid, K codes of a level, D levels."""
+"""Residual quantisation (arXiv 2203.01941, section 3.1.2).
+
+B batch, E channels, h × w grid, K codes of a level, D levels.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +81,8 @@ class Residual(Quantizer):
     def lookup(self, codes: Tensor) -> Tensor:
         """Sums of the levels' vectors: (B, h, w) int64 → (B, E, h, w) float32."""
         levels = self._levels()
-        size, scale = levels[0].size, 1.0
+        size = levels[0].size
+        scale: Tensor | float = 1.0
         total = levels[0].lookup(codes // size ** (len(levels) - 1))
         for place, level in enumerate(levels[1:], 1):
             scale = scale * level.residual_scale
