@@ -49,6 +49,12 @@ ALLOWED_IMPORTS = {
         "llamagen.option_checks",
         "llamagen.published_weights",
     ),
+    "llamagen/models/quantizers": (
+        "llamagen.distributed",
+        "llamagen.losses",
+        "llamagen.models",
+        "llamagen.option_checks",
+    ),
     "llamagen/pretrained": (
         "llamagen.centre_crop",
         "llamagen.checkpoints",

@@ -57,7 +57,6 @@ CASES += [
     ("test", ("argen/base.yaml", "argen/size/L.yaml", "argen/evaluate.yaml")),
     ("test", ("vqgan/base.yaml", "vqgan/small.yaml", "vqgan/evaluate.yaml")),
     ("predict", ("argen/base.yaml", "argen/rar.yaml", "argen/sample.yaml")),
-    ("fit", ("published/vq_ds16_c2i.yaml", "vqgan/finetune_decoder.yaml")),
 ]
 
 # Every base × overlay of the autoregressive model.

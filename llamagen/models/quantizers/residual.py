@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.models.quantizer import Quantized, Quantizer, build_quantizer, check_quantizer_spec
-from llamagen.option_checks import check_integer
+from llamagen.option_checks import check_integer, option_named
 
 
 class Residual(Quantizer):
@@ -20,18 +20,18 @@ class Residual(Quantizer):
     K ** D codes. An autoregressive model predicts the levels in this order with ``net.code_factors``.
 
     Args:
-        quantizer: ``class_path`` and ``init_args`` of the quantiser of a level.
+        level: class path of the quantiser of a level.
+        level_args: its arguments. (Not ``class_path`` and ``init_args``: the command line would build an object.)
         depth: number of levels D, at least 2.
 
     Raises:
         ValueError: in one line, if the quantiser cannot be built.
     """
 
-    def __init__(self, quantizer: Mapping[str, Any], depth: int = 2) -> None:
+    def __init__(self, level: str, level_args: Mapping[str, Any], depth: int = 2) -> None:
         check_integer("depth of Residual", depth, 2)
-        if not isinstance(quantizer, Mapping):
-            raise ValueError(f"quantizer of Residual is {quantizer!r}; give class_path and init_args")
-        spec = check_quantizer_spec(quantizer)
+        with option_named("level of Residual"):
+            spec = check_quantizer_spec({"class_path": level, "init_args": level_args})
         levels = [build_quantizer(spec) for _ in range(depth)]
         super().__init__(levels[0].size ** depth, levels[0].dim)
         self.levels = nn.ModuleList(levels)

@@ -21,7 +21,7 @@ KINDS: dict[type[Quantizer], dict[str, Any]] = {
 def residual_of(kind: type[Quantizer], depth: int) -> Residual:
     torch.manual_seed(0)
     path = f"{kind.__module__}.{kind.__name__}"
-    return Residual({"class_path": path, "init_args": KINDS[kind]}, depth)
+    return Residual(path, KINDS[kind], depth)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,15 +71,15 @@ def test_losses_are_means_over_the_levels_and_reach_all_of_them() -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in quantizer.parameters())
     first, second = quantizer.levels
     alone = first(encoding.latent)
-    rest = second(encoding.latent - alone.quantized)
+    rest = second((encoding.latent - alone.quantized) / 0.5)
     torch.testing.assert_close(encoding.losses["index"], (alone.losses["index"] + rest.losses["index"]) / 2)
 
 
 def test_mistakes_are_errors_of_one_line() -> None:
     for arguments, phrase in (
-        (({"class_path": "llamagen.models.quantizers.LFQ", "init_args": {"bits": 4}}, 1), "depth of Residual is 1"),
-        (("LFQ", 2), "quantizer of Residual is 'LFQ'"),
-        (({"class_path": "LFQ"}, 2), "class_path is 'LFQ'"),
+        (("llamagen.models.quantizers.LFQ", {"bits": 4}, 1), "depth of Residual is 1"),
+        (("LFQ", {"bits": 4}, 2), "level of Residual: .*class_path is 'LFQ'"),
+        (("llamagen.models.quantizers.LFQ", [4], 2), "level of Residual: .*init_args is"),
     ):
         with pytest.raises(ValueError, match=phrase) as error:
             Residual(*arguments)  # type: ignore[arg-type]
