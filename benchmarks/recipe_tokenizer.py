@@ -29,8 +29,10 @@ def recipes_of(codes: int) -> tuple[str, ...]:
         overlay = f"configs/vqgan/quantizer/{name.lower()}.yaml"  # with the weights of its losses
         return f"{name} {codes}={overlay} '{QUANTIZER}={json.dumps(spec)}'"
 
+    own = f"--model.init_args.net.codebook_size={codes}"
     return (
-        f"VQ {codes}=--model.init_args.net.codebook_size={codes}",
+        f"VQ {codes}={own}",
+        f"VQ with revival {codes}={own} --model.init_args.revive_codes_every=50",
         quantizer("FSQ", levels=LEVELS[codes]),
         quantizer("LFQ", bits=codes.bit_length() - 1),
         quantizer("IBQ", codebook_size=codes, codebook_dim=8),

@@ -13,7 +13,7 @@ from llamagen.finite import not_finite
 from llamagen.losses import codebook_loss, commitment_loss, negative_entropy
 from llamagen.models.quantizer import Quantized, Quantizer
 
-TEMPERATURE = 0.1
+TEMPERATURE = 0.05
 """Divides the cosine of the angle between latent and code."""
 MAX_PROBABILITIES = 1 << 25
 """Largest number of probabilities computed at a time: 128 MiB in float32."""
@@ -24,7 +24,7 @@ MAX_PROBABILITIES_ON_CPU = 1 << 20
 class IBQ(Quantizer):
     """Chooses the nearest code on the unit sphere; the gradient goes through the softmax over all codes.
 
-    The forward pass uses the chosen code, the backward pass the gradient of ``softmax(cosines / 0.1) · codebook`` with
+    The forward pass uses the chosen code, the backward pass the gradient of ``softmax(cosines / 0.05) · codebook`` with
     respect to the probabilities. (The paper compares by dot products, which in short runs of narrow tokenizers ended
     with a single code; see docs/log.md.) So each step moves all codes, and few die. Probabilities are computed for one
     block of latents at a time and again in the backward pass, so they are never all in memory.

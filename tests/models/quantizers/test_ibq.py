@@ -14,7 +14,7 @@ def plain(latent: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     """Quantised latents, codes and losses by one-hot vectors over all codes, without blocks."""
     vectors = latent.movedim(1, -1)
     vectors, codebook = vectors / vectors.norm(dim=-1, keepdim=True), codebook / codebook.norm(dim=1, keepdim=True)
-    probabilities = (vectors @ codebook.T / 0.1).softmax(-1)
+    probabilities = (vectors @ codebook.T / 0.05).softmax(-1)
     codes = probabilities.argmax(-1)
     one_hot = F.one_hot(codes, len(codebook)).to(latent.dtype)
     quantized = (one_hot + probabilities - probabilities.detach()) @ codebook
