@@ -46,7 +46,8 @@ def plot_sizes(record: dict[str, Any], columns: dict[str, Column], path: Path) -
     colours = {kind: f"C{place}" for place, kind in enumerate(kinds)}
     shown = [name for name in columns if name in ("rfid", "psnr", "perplexity")]
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1.0])
+    rows = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.25, 1.0])
+    upper, lower = rows[:, 0]
     for axes, metric in zip(upper.subplots(1, len(shown)), shown, strict=True):
         for place, kind in enumerate(kinds):
             entries = sorted((e for name, e in recipes.items() if _kind(name) == kind), key=lambda e: codes_of(e) or 0)

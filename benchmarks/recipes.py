@@ -18,6 +18,7 @@ your own tokenizer" in docs/tokenizer_recipes.md.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from tqdm import tqdm
 
 from benchmarks import recipe_argen, recipe_tokenizer
 from benchmarks.recipe_report import table
-from benchmarks.recipe_runs import Recipe, prepare
+from benchmarks.recipe_runs import Recipe, Stage, prepare
 from benchmarks.recipe_times import measure
 from benchmarks.timing import machine
 from llamagen.command import run_command
 from llamagen.files import atomic_file
 from llamagen.parser_errors import OneLineParser
 
-STAGES = {"argen": recipe_argen.DATA, "tokenizer": recipe_tokenizer.DATA}
+STAGES: dict[str, Mapping[str, Stage]] = {"argen": recipe_argen.DATA, "tokenizer": recipe_tokenizer.DATA}
 
 
 def main() -> None:

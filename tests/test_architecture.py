@@ -51,8 +51,10 @@ ALLOWED_IMPORTS = {
     ),
     "llamagen/models/quantizers": (
         "llamagen.distributed",
+        "llamagen.finite",
         "llamagen.losses",
-        "llamagen.models",
+        "llamagen.models.quantizer",
+        "llamagen.models.vector_quantizer",
         "llamagen.option_checks",
     ),
     "llamagen/pretrained": (
@@ -115,11 +117,18 @@ ALLOWED_IMPORTS = {
         "llamagen.text.cleaning",
     ),
     "evaluation": ("llamagen", "datamodules"),
-    "callbacks": ("llamagen", "evaluation", "datamodules.storage.index", "datamodules.storage.shards"),
+    "callbacks": (
+        "llamagen",
+        "evaluation",
+        "datamodules.storage.code_dtype",
+        "datamodules.storage.index",
+        "datamodules.storage.shards",
+    ),
     "callbacks/writers": (
         "callbacks.compiled_sampling",
         "callbacks.progress",
         "callbacks.protocols",
+        "datamodules.storage.code_dtype",
         "datamodules.storage.index",
         "datamodules.storage.shards",
         "llamagen",
