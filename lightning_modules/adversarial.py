@@ -1,6 +1,6 @@
 """Adversarial losses of tokenizer and discriminator. B batch, H × W pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.vqgan_config import VQGANLossConfig
+from llamagen.checkpoints.weights import strip_prefix
 from llamagen.distributed.across_ranks import mean_over_ranks
 from llamagen.losses import ADVERSARIAL_LOSSES, adaptive_weight
 from llamagen.losses.lecam import LeCAM
 from llamagen.models.augmentation import DiscriminatorAugmentation
 from llamagen.models.discriminator import Discriminator
+from llamagen.state_dicts import differences
 
 Terms = dict[str, Tensor]
 """Unweighted loss terms by name, and values that are only logged: scalars."""
@@ -82,3 +84,32 @@ def frozen(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
+
+
+def select_adversarial_state(state: dict[str, Tensor], own: Mapping[str, Tensor], training: bool) -> None:
+    """Make the state dict of a checkpoint fit a module, where its adversarial loss may differ.
+
+    LeCAM's state may be missing or superfluous, and without training so may the discriminator.
+
+    Args:
+        state: entries of the checkpoint, changed in place.
+        own: entries of the module.
+        training: whether the run is trained further.
+
+    Raises:
+        ValueError: in one line, if the run is trained further and the checkpoint has another discriminator.
+    """
+    if training and (
+        differing := differences(strip_prefix("discriminator.", state), strip_prefix("discriminator.", own))
+    ):
+        raise ValueError(
+            f"the checkpoint has another discriminator: {differing}; use model.init_args.discriminator and "
+            "loss.adversarial_weight of its run, or start a new run with model.init_args.init_from"
+        )
+    optional = ("game.",) if training else ("game.", "discriminator.")
+    saved = {name: state.pop(name) for name in list(state) if name.startswith(optional)}
+    state |= {
+        name: saved[name] if training and name in saved else value
+        for name, value in own.items()
+        if name.startswith(optional)
+    }

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_modules.base import GenerativeModule
 from lightning_modules.optimization import AdamWConfig
 from llamagen.checkpoints.contents import load_vqgan, read_checkpoint, weights_checksum
+from llamagen.checkpoints.lineage import codes_checksum
 from llamagen.checkpoints.weights import ENTRY, classes_of
 from llamagen.class_names import ClassNames, class_names_of
 from llamagen.models.gpt import GPT
@@ -75,14 +76,16 @@ class SamplingModule(GenerativeModule):
                     f"{net.vocab_size}; set vocab_size to {vqgan.config.codebook_size} or choose another tokenizer"
                 )
             self._tokenizer = (vqgan,)
-            self._tokenizer_checksum = weights_checksum(vqgan)
+            self._tokenizer_checksum = codes_checksum(vqgan)
 
     @property
     def tokenizer_checksum(self) -> str | None:
-        """Checksum of the tokenizer's weights, None if unknown. See
+        """Checksum of the weights that decode codes, None without a tokenizer. See
         :func:`~llamagen.checkpoints.contents.weights_checksum`.
+
+        Unlike the checksum under which codes are recorded, it differs if the decoder alone has been fine-tuned.
         """
-        return self._tokenizer_checksum
+        return weights_checksum(self._tokenizer[0]) if self._tokenizer else None
 
     @property
     def can_sample(self) -> bool:

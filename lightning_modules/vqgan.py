@@ -5,28 +5,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from lightning_modules.adversarial import AdversarialGame, Terms
+from lightning_modules.adversarial import AdversarialGame, Terms, select_adversarial_state
 from lightning_modules.base import GenerativeModule
 from lightning_modules.code_checks import check_codebook_size
 from lightning_modules.code_revival import CodeRevival
+from lightning_modules.freezing import FREEZE, FrozenParts
 from lightning_modules.generator_loss import configure_quantizer_losses, generator_loss
+from lightning_modules.initial_weights import start_from
 from lightning_modules.optimization import AdamWConfig
 from lightning_modules.reconstruction_metrics import ReconstructionMetrics
 from lightning_modules.vqgan_config import VQGANLossConfig
-from llamagen.checkpoints.contents import check_quantizer
-from llamagen.checkpoints.weights import ENTRY, load_weights, read_weights, strip_prefix
+from llamagen.checkpoints.weights import ENTRY, codes_of_entry
 from llamagen.finite import check_finite
 from llamagen.metrics import CodebookStatistics, CodebookUsage
 from llamagen.models.discriminator import Discriminator, PatchGAN
 from llamagen.models.lpips import LPIPS, MIN_SIZE, fetch_vgg16, read_vgg16
-from llamagen.models.quantizer import Quantized
+from llamagen.models.quantizer import Quantized, Quantizer
 from llamagen.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from llamagen.option_checks import check_integer, option_named
-from llamagen.state_dicts import differences
+from llamagen.option_checks import check_integer
 
 
 class VQGANModule(GenerativeModule):
@@ -50,6 +49,8 @@ class VQGANModule(GenerativeModule):
         init_from: weights to start from: a published ``.pt``, a checkpoint of this project, or safetensors; a path, a
             published name such as ``vq_ds16_c2i``, or ``hf://owner/repository/file[@revision]``.
         init_averaged: take the averaged (EMA) weights of ``init_from``, if it has them.
+        freeze: parts that keep the weights of ``init_from``: ``encoder``, ``quantizer`` or both. With both, the codes
+            of all images stay the same, so that codes and autoregressive models of ``init_from`` remain valid.
         channels_last: store images and weights in channels-last memory format, which convolutions on GPUs prefer.
         compile: compile encoder, decoder and LPIPS; takes minutes at the start.
         activation_checkpointing: recompute the blocks of encoder and decoder in the backward pass: less memory, about
@@ -70,12 +71,14 @@ class VQGANModule(GenerativeModule):
         revive_codes_every: int = 0,
         init_from: str | Path | None = None,
         init_averaged: bool = True,
+        freeze: Sequence[Literal["encoder", "quantizer"]] = (),
         channels_last: bool = True,
         compile: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer or AdamWConfig(weight_decay=0.0))
         self.loss_config = loss or VQGANLossConfig()
+        self.frozen = FrozenParts(freeze, init_from, revive_codes_every, self.loss_config.entropy_weight)
         net = net or VQGANConfig()
         if net.quantizer is None:  # before memory is allocated for the codebook
             check_codebook_size("codebook_size", net.codebook_size)
@@ -102,30 +105,10 @@ class VQGANModule(GenerativeModule):
         self._handles: list[Any] = []
         self.code_counts: dict[str, Tensor] = {}
         self._broken_in_validation: Terms = {}
-        self._discriminator_mismatch: ValueError | None = None
+        self._discriminator_mismatch: ValueError | None = None  # raised in setup, and only for fit
         if init_from is not None:
-            self._start_from(init_from, init_averaged)
-
-    def _start_from(self, path: Path | str, averaged: bool) -> None:
-        with option_named("init_from"):
-            weights = read_weights(path, averaged)
-        if weights.architecture not in (None, "VQGAN"):
-            raise ValueError(
-                f"init_from {path} holds a {weights.architecture}, not a VQGAN; give a tokenizer's weights"
-            )
-        with option_named("init_from"):
-            check_quantizer(weights.config, self.vqgan, weights.source)
-            load_weights(self.vqgan, weights.state, weights.source)
-        if self.discriminator is None:
-            return
-        if weights.discriminator is None:
-            rank_zero_warn(f"{path} has no discriminator: training starts with a new one")
-        else:
-            remedy = "set model.init_args.discriminator to its class, or remove it with llamagen.checkpoints.export"
-            try:
-                load_weights(self.discriminator, weights.discriminator, f"the discriminator of {path} ({remedy})")
-            except ValueError as error:  # raised in setup, and only for fit
-                self._discriminator_mismatch = error
+            self._discriminator_mismatch = start_from(init_from, init_averaged, self.vqgan, self.discriminator)
+        self.frozen.freeze(self.vqgan)
 
     @property
     def generator(self) -> VQGAN:
@@ -158,8 +141,12 @@ class VQGANModule(GenerativeModule):
                 ``init_from`` has another discriminator, or if the precision is not suitable for training.
         """
         super().setup(stage)
-        if stage == "fit" and self._discriminator_mismatch is not None:
-            raise self._discriminator_mismatch
+        if stage == "fit":
+            if self._discriminator_mismatch is not None:
+                raise self._discriminator_mismatch
+            self.frozen.check_precision(self.trainer.precision)
+            if not self.frozen.keeps_codes:
+                self.vqgan.codes_of = None
         size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
         if size is not None:
             if size % self.vqgan.config.downsampling:
@@ -244,17 +231,39 @@ class VQGANModule(GenerativeModule):
         if self.discriminator is not None and not self._adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
+    def configure_optimizers(self) -> Any:
+        """One AdamW over both networks. After each step, and before EMA and code revival, the quantiser is told."""
+        configured = super().configure_optimizers()
+        self._handles = [configured["optimizer"].register_step_post_hook(self._after_step)]
+        return configured
+
     def on_fit_start(self) -> None:
         """Register code revival as a hook that runs after each optimizer step."""
         super().on_fit_start()
         if self.revival is not None:
-            self._handles = [self.trainer.optimizers[0].register_step_post_hook(self._revive_codes)]
+            self._handles.append(self.trainer.optimizers[0].register_step_post_hook(self._revive_codes))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put frozen parts into evaluation mode, without dropout, and announce a step to the quantiser."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.frozen.eval(self.vqgan)
+        if batch_idx % max(self.trainer.accumulate_grad_batches, 1) == 0:
+            for quantizer in self._quantizers():
+                quantizer.before_step()
 
     def teardown(self, stage: str) -> None:
         """Remove the hooks on the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _quantizers(self) -> list[Quantizer]:
+        """The quantiser, and those inside of it."""
+        return [module for module in self.vqgan.quantize.modules() if isinstance(module, Quantizer)]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for quantizer in self._quantizers():
+            quantizer.after_step()
 
     def _revive_codes(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self.revival is not None
@@ -352,6 +361,7 @@ class VQGANModule(GenerativeModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how often each code has been used in this epoch, over all ranks."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[ENTRY][FREEZE] = list(self.frozen.parts)
         checkpoint[ENTRY]["code_counts"] = [
             self.trainer.strategy.reduce(counts.clone(), reduce_op="sum") for counts in self._running_counts()
         ]
@@ -365,20 +375,10 @@ class VQGANModule(GenerativeModule):
         super().on_load_checkpoint(checkpoint)
         state, own = checkpoint["state_dict"], self.state_dict()
         fit = self.trainer.state.fn == "fit"
-        if fit and (
-            differing := differences(strip_prefix("discriminator.", state), strip_prefix("discriminator.", own))
-        ):
-            raise ValueError(
-                f"the checkpoint has another discriminator: {differing}; use model.init_args.discriminator and "
-                "loss.adversarial_weight of its run, or start a new run with model.init_args.init_from"
-            )
-        optional = ("game.",) if fit else ("game.", "discriminator.")
-        saved = {name: state.pop(name) for name in list(state) if name.startswith(optional)}
-        state |= {
-            name: saved[name] if fit and name in saved else value
-            for name, value in own.items()
-            if name.startswith(optional)
-        }
+        if fit:
+            self.frozen.check_resumed(checkpoint[ENTRY])
+        self.vqgan.codes_of = codes_of_entry(checkpoint[ENTRY])
+        select_adversarial_state(state, own, fit)
         if self.trainer.is_global_zero:
             for counts, saved in zip(self._running_counts(), checkpoint[ENTRY].get("code_counts", []), strict=False):
                 counts.copy_(saved)

@@ -12,7 +12,7 @@ from callbacks.protocols import ShardableImages, TokenizesImages, require
 from callbacks.writers.shard_dataset import ShardDatasetWriter
 from datamodules.storage.code_dtype import code_dtype
 from datamodules.storage.shards import CODES_FORMAT, ShardDataset, ShardWriter
-from llamagen.checkpoints.contents import weights_checksum
+from llamagen.checkpoints.lineage import codes_checksum
 
 
 class CodeWriter(ShardDatasetWriter):
@@ -48,7 +48,7 @@ class CodeWriter(ShardDatasetWriter):
         """Tokenizer, images and views."""
         return {
             "format": CODES_FORMAT,
-            "tokenizer": weights_checksum(module.generator),
+            "tokenizer": codes_checksum(module.generator),
             "image_size": data.image_size,
             "view_names": data.view_names,
             "images": {split: data.fingerprint(split) for split in data.predict_splits},

@@ -18,6 +18,7 @@ from llamagen.checkpoints.adaptation import ADDED, FUNCTION
 from llamagen.checkpoints.adapters import LORA, check_adapters, describe_adapters
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
+    CODES_OF,
     ENTRY,
     Weights,
     check_finite_weights,
@@ -43,12 +44,14 @@ def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
         prefix: prefix of its weights in the ``state_dict``, for example ``"gpt."``.
 
     Returns:
-        Architecture, configuration and prefix: primitives only, so that the checkpoint loads with ``weights_only``.
+        Architecture, configuration and prefix, adapters, and :attr:`VQGAN.codes_of`: primitives only, so that the
+        checkpoint loads with ``weights_only``.
     """
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     adapters = adapters_of(model)
     lora = {} if adapters is None else {LORA: describe_adapters(adapters)}
-    return {"architecture": architecture_of(model), "config": config, "prefix": prefix, **lora}
+    lineage = {CODES_OF: dict(model.codes_of)} if isinstance(model, VQGAN) and model.codes_of is not None else {}
+    return {"architecture": architecture_of(model), "config": config, "prefix": prefix, **lora, **lineage}
 
 
 def architecture_of(model: GPT | VQGAN) -> str:
@@ -183,6 +186,8 @@ def build_model(
         with torch.random.fork_rng(devices=[]):
             model.quantize = build_quantizer(model.config.quantizer).to(device, dtype)
     load_weights(model, weights.state, weights.source)
+    if isinstance(model, VQGAN):
+        model.codes_of = weights.codes_of
     return model.eval().requires_grad_(False)
 
 

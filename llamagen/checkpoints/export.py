@@ -4,7 +4,7 @@
 :func:`~llamagen.checkpoints.weights.read_weights` reads. The suffix of OUT sets the format:
 
 - ``.pt``: ``{"model": state_dict}`` with the published names, like published checkpoints. For a tokenizer with a custom
-  quantiser also architecture and configuration, under ``llamagen``.
+  quantiser or a fine-tuned decoder also architecture and configuration, under ``llamagen``.
 - ``.safetensors``: the same entries; architecture and configuration are in the metadata, as JSON under ``llamagen``.
 
 ``python -m llamagen.checkpoints.export CHECKPOINT --to FOLDER|hf://owner/repository``: CHECKPOINT is anything that

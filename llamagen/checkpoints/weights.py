@@ -26,6 +26,8 @@ from llamagen.state_dicts import differences, listed
 
 ENTRY = "llamagen"
 EMA_STATE = "ema"
+CODES_OF = "codes_of"
+"""Key of :attr:`VQGAN.codes_of` in the description of a tokenizer."""
 LAYOUTS = ("model", "module", "state_dict")
 PARALLEL, COMPILED = "module.", "_orig_mod."
 """Prefixes that DDP and torch.compile add to names."""
@@ -48,6 +50,8 @@ class Weights(NamedTuple):
             :meth:`llamagen.text.CaptionEncoder.metadata`.
         tokenizer: checksum of the tokenizer whose codes an autoregressive model was trained on, if known.
         classes: names of the classes that a class model was trained on, by number, if they are known.
+        codes_of: the tokenizer whose codes a tokenizer writes, if the file names one; see
+            :mod:`llamagen.checkpoints.lineage`.
     """
 
     state: dict[str, Tensor]
@@ -59,6 +63,7 @@ class Weights(NamedTuple):
     captions: dict[str, Any] | None = None
     tokenizer: str | None = None
     classes: list[str] | None = None
+    codes_of: dict[str, str] | None = None
 
 
 def read_weights(path: str | Path, averaged: bool = True, merge: bool = True) -> Weights:
@@ -113,6 +118,7 @@ def read_weights(path: str | Path, averaged: bool = True, merge: bool = True) ->
         source=_source(path, averaged, with_averages),
         averaged=averaged and with_averages,
         captions={"cleaned": "published"} if path.name in TEXT_FILES else None,
+        codes_of=codes_of_entry(exported),
     )
 
 
@@ -182,6 +188,7 @@ def _from_own_checkpoint(path: Path, checkpoint: dict[str, Any], averaged: bool,
         entry.get("captions"),
         entry.get("tokenizer"),
         classes_of(entry),
+        codes_of_entry(entry),
     )
 
 
@@ -211,7 +218,16 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
         captions=entry.get("captions"),
         tokenizer=entry.get("tokenizer"),
         classes=classes_of(entry),
+        codes_of=codes_of_entry(entry),
     )
+
+
+def codes_of_entry(entry: Mapping[str, Any]) -> dict[str, str] | None:
+    """``codes_of`` in the description of a tokenizer; None if it has none."""
+    found = entry.get(CODES_OF)
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("tokenizer", "encoder")):
+        return None
+    return {key: found[key] for key in ("tokenizer", "encoder")}
 
 
 def classes_of(entry: Mapping[str, Any]) -> list[str] | None:

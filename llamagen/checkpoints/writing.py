@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llamagen.checkpoints.contents import describe
-from llamagen.checkpoints.weights import ENTRY, Weights
+from llamagen.checkpoints.weights import CODES_OF, ENTRY, Weights
 from llamagen.files import atomic_file
 from llamagen.full_disk import DiskFullError
 from llamagen.models.gpt import GPT
@@ -37,7 +37,7 @@ def write_weights(model: GPT | VQGAN, weights: Weights, out: Path) -> None:
         with atomic_file(out, sum(tensor.nbytes for tensor in state.values())) as temporary:
             if out.suffix == ".pt":
                 with temporary.open("wb") as file:  # its errors name the reason; torch.save's own writer hides it
-                    torch.save({"model": state} | _entry_of_quantizer(model), file)
+                    torch.save({"model": state} | _entry_of_tokenizer(model), file)
             else:
                 save_file(state, temporary, _metadata(model, weights))
     except DiskFullError:
@@ -47,9 +47,11 @@ def write_weights(model: GPT | VQGAN, weights: Weights, out: Path) -> None:
         raise ValueError(f"{out} cannot be written ({reason}); choose another place") from error
 
 
-def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
-    """For a ``.pt`` file, the configuration of a tokenizer if it cannot be inferred from the shapes of its weights."""
-    if not isinstance(model, VQGAN) or model.config.quantizer is None:
+def _entry_of_tokenizer(model: GPT | VQGAN) -> dict[str, Any]:
+    """For a ``.pt`` file, what the shapes of a tokenizer's weights do not say: its quantiser, and whose codes it
+    writes.
+    """
+    if not isinstance(model, VQGAN) or (model.config.quantizer is None and model.codes_of is None):
         return {}
     return {ENTRY: describe(model, prefix="")}
 
@@ -57,7 +59,8 @@ def _entry_of_quantizer(model: GPT | VQGAN) -> dict[str, Any]:
 def _metadata(model: GPT | VQGAN, weights: Weights) -> dict[str, str]:
     """Metadata of a safetensors file."""
     description = describe(model, prefix="")
-    entry: dict[str, Any] = {key: description[key] for key in ("architecture", "config")}
+    keys = ("architecture", "config", CODES_OF)
+    entry: dict[str, Any] = {key: description[key] for key in keys if key in description}
     entry["averaged"] = weights.averaged
     if weights.captions is not None:
         entry["captions"] = weights.captions

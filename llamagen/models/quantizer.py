@@ -103,6 +103,19 @@ class Quantizer(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no learned codes")
 
+    def before_step(self) -> None:
+        """Called before the first training batch of each optimizer step; by default nothing.
+
+        A step has several batches if gradients are accumulated. :meth:`after_step` is not called for a step that the
+        optimizer skips, so drop here what its batches have left.
+        """
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer, on all ranks, for codes that no gradient moves; by default nothing.
+
+        Not called after skipped steps.
+        """
+
     def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
         """Find parts of an encoding that are not finite, which makes its codes meaningless.
 

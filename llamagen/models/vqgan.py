@@ -275,6 +275,8 @@ class VQGAN(nn.Module):
     Attributes:
         config: the given configuration, with ``codebook_size`` and ``codebook_dim`` of the quantiser.
         quantize: the quantiser.
+        codes_of: the tokenizer whose codes this one writes, if its decoder alone has been fine-tuned, as read from a
+            file; see :mod:`llamagen.checkpoints.lineage`, which verifies it.
 
     Raises:
         ValueError: in one line, if the configured quantiser cannot be built.
@@ -283,6 +285,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig | None = None) -> None:
         super().__init__()
         config = config or VQGANConfig()
+        self.codes_of: dict[str, str] | None = None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize: Quantizer = (

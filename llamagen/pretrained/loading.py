@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from llamagen.checkpoints.contents import build_model, load_vqgan, weights_checksum
+from llamagen.checkpoints.contents import build_model, load_vqgan
+from llamagen.checkpoints.lineage import codes_checksum
 from llamagen.checkpoints.weights import Weights, read_weights
 from llamagen.class_names import ClassNames, class_names_of
 from llamagen.models.gpt import GPT
@@ -135,7 +136,7 @@ def check_tokenizer(weights: Weights, vqgan: VQGAN, tokenizer: Path) -> None:
     Raises:
         ValueError: in one line, if it was trained on those of another one.
     """
-    if weights.tokenizer is not None and (found := weights_checksum(vqgan)) != weights.tokenizer:
+    if weights.tokenizer is not None and (found := codes_checksum(vqgan)) != weights.tokenizer:
         raise ValueError(
             f"{weights.source}: the model was trained on codes of a tokenizer with other weights (checksum "
             f"{weights.tokenizer[:12]}) than {tokenizer} ({found[:12]}); give that tokenizer"

@@ -295,3 +295,11 @@ def test_codes_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Pa
 def test_digits_in_quotes_stay_a_text_on_the_command_line() -> None:
     data = parse("predict", ("published/c2i_B_256.yaml",), '--data.init_args.classes=["10", 10, "otter"]')["data"]
     assert data["init_args"]["classes"] == ["10", 10, "otter"]
+
+
+def test_the_decoder_of_a_published_tokenizer_is_fine_tuned_alone() -> None:
+    parsed = parse("fit", ("published/vq_ds16_c2i.yaml", "vqgan/finetune_decoder.yaml"))
+    options = parsed["model"]["init_args"]
+    assert (options["init_from"], options["freeze"]) == ("vq_ds16_c2i", ["encoder", "quantizer"])
+    assert options["loss"]["adversarial_start"] == 0
+    assert options["optimizer"]["lr"] == 5e-5

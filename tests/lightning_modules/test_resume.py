@@ -1,6 +1,7 @@
 """A stopped and resumed run ends in the same state as an uninterrupted one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def vqgan_with_everything(seed: int = 0) -> GenerativeModule:
         "augmentation": ("color", "translation", "cutout"),
     }
     return vqgan_module(seed, options, lecam_weight=0.1, adaptive_weight=True, adversarial="non_saturating")
+
+
+def vqgan_with_ema_codebook(seed: int = 0) -> GenerativeModule:
+    """A tokenizer whose codebook is an average of latents."""
+    arguments = {"codebook_size": 32, "codebook_dim": 4}
+    quantizer = {"class_path": "llamagen.models.quantizers.EMAVectorQuantizer", "init_args": arguments}
+    net = replace(vqgan_module().vqgan.config, quantizer=quantizer)
+    return vqgan_module(seed, {"net": net, "revive_codes_every": 3})
 
 
 def argen_with_everything(seed: int = 0) -> GenerativeModule:
@@ -58,7 +67,13 @@ class UsesGlobalGenerator(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(vqgan_module, marks=pytest.mark.slow), vqgan_with_everything, argen_with_everything]
+    "make",
+    [
+        pytest.param(vqgan_module, marks=pytest.mark.slow),
+        vqgan_with_everything,
+        pytest.param(vqgan_with_ema_codebook, marks=pytest.mark.slow),
+        argen_with_everything,
+    ],
 )
 @pytest.mark.parametrize(
     ("stop", "every", "resume_from"),

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "loss": "here, term by term",
     "init_from": "test_vqgan_weights.py",
     "init_averaged": "test_vqgan_weights.py",
+    "freeze": "test_freeze.py",
     "compile": "test_vqgan_speed.py",
 }
 

@@ -8,8 +8,9 @@ import torch
 import yaml
 
 import main
+from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.lightning_modules.runs import assert_moved_alike
-from tests.pipeline import Pipeline
+from tests.pipeline import TOKENIZER_NET, Pipeline
 from tests.ranks import succeeds, two_processes
 
 STEPS, BATCH = 6, 32  # later a latent between two codes takes one here and the other there
@@ -23,6 +24,13 @@ CASES = {
         "--model.init_args.loss.lecam_weight=0.5",
         "--trainer.accumulate_grad_batches=2",
     ],
+    "EMA codebook": [
+        "--model.init_args.net.quantizer.class_path=llamagen.models.quantizers.EMAVectorQuantizer",
+        "--model.init_args.net.quantizer.init_args.codebook_size=32",
+        "--model.init_args.net.quantizer.init_args.codebook_dim=4",
+        "--trainer.accumulate_grad_batches=2",
+    ],
+    "frozen encoder and codebook": ["--model.init_args.freeze=[encoder,quantizer]"],
 }
 START = 2
 """Start of the discriminator: the runs cover steps before and after it."""
@@ -50,11 +58,17 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     "case", [case if "LeCAM" in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_two_ranks_train_to_the_weights_of_one_process(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
-    main.main(arguments(pipeline, tmp_path / "one", BATCH, *CASES[case]))
-    succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *CASES[case])))
+    options = CASES[case]
+    if "frozen" in case:
+        torch.manual_seed(1)
+        initial = VQGAN(VQGANConfig(**{**TOKENIZER_NET, "channels": 64}))
+        torch.save({"model": initial.state_dict()}, tmp_path / "initial.pt")
+        options = [*options, f"--model.init_args.init_from={tmp_path / 'initial.pt'}"]
+    main.main(arguments(pipeline, tmp_path / "one", BATCH, *options))
+    succeeds(two_processes(arguments(pipeline, tmp_path / "two", BATCH // 2, *options)))
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert any("discriminator" in name for name in one["state_dict"])
-    untrained = arguments(pipeline, tmp_path / "start", BATCH, *CASES[case], "--trainer.max_steps=0")
+    untrained = arguments(pipeline, tmp_path / "start", BATCH, *options, "--trainer.max_steps=0")
     start = main.main(untrained).model.state_dict()
     assert_moved_alike(start, one["state_dict"], two["state_dict"])
 
