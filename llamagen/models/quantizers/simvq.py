@@ -20,11 +20,10 @@ class SimVQ(Quantizer):
         codebook_dim: channels E.
     """
 
-    frozen_codes: Tensor
-
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__(codebook_size, codebook_dim)
-        self.register_buffer("frozen_codes", torch.empty(codebook_size, codebook_dim))
+        # A parameter and not a buffer, so that checksums of the weights cover it.
+        self.frozen_codes = nn.Parameter(torch.empty(codebook_size, codebook_dim), requires_grad=False)
         self.projection = nn.Linear(codebook_dim, codebook_dim, bias=False)
         self.reset_parameters()
 

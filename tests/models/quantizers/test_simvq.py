@@ -2,6 +2,7 @@
 
 import torch
 
+from llamagen.checkpoints.contents import weights_checksum
 from llamagen.models.quantizers import SimVQ
 
 
@@ -21,6 +22,13 @@ def test_the_codebook_is_the_product_of_frozen_codes_and_the_linear_map() -> Non
     torch.testing.assert_close(encoding.quantized.movedim(1, -1), product[nearest].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_checksum_of_the_weights_covers_the_frozen_codes() -> None:
+    quantizer = SimVQ(20, 4)
+    before = weights_checksum(quantizer)
+    quantizer.frozen_codes.data[3] += 1
+    assert weights_checksum(quantizer) != before
+
+
 def test_gradients_reach_the_map_and_pass_straight_to_the_latent_but_not_to_the_frozen_codes() -> None:
     torch.manual_seed(0)
     quantizer = SimVQ(20, 4)
@@ -33,6 +41,6 @@ def test_gradients_reach_the_map_and_pass_straight_to_the_latent_but_not_to_the_
     chosen, target = quantizer.frozen_codes[encoding.codes], latent.detach().movedim(1, -1)
     (expected,) = torch.autograd.grad((chosen @ weight.T - target).square().mean(), weight)
     torch.testing.assert_close(found, expected)
-    assert [name for name, _ in quantizer.named_parameters()] == ["projection.weight"]
+    assert [name for name, each in quantizer.named_parameters() if each.requires_grad] == ["projection.weight"]
     assert list(quantizer.state_dict()) == ["frozen_codes", "projection.weight"]
     assert tuple(encoding.losses) == quantizer.loss_names == ("codebook", "commitment")
