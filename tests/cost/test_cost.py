@@ -25,11 +25,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "argen"
 SIZES = sorted(path.stem for path in (CONFIGS / "size").iterdir())
 SMALL = GPTConfig(dim=64, n_layer=2, n_head=4, multiple_of=32, vocab_size=64, block_size=64, num_classes=10)
 WIDE = replace(SMALL, dim=256, n_layer=3, n_head=8, vocab_size=128)
-GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2)
+GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2, code_factors=(4, 16))
 TEXT = replace(SMALL, condition="text", caption_dim=48, caption_length=9)
 RECIPES = replace(SMALL, dim=128, n_kv_head=2, qk_norm=True, adaptive_norm=True, target_aware=True)
 TEXT_RECIPES = replace(TEXT, qk_norm=True, target_aware=True)
-FACTORS = replace(SMALL, dim=96, vocab_size=160, code_factors=(8, 20))
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 SHAPES = {
     "small": SMALL,
@@ -38,7 +37,6 @@ SHAPES = {
     "text": TEXT,
     "recipes": RECIPES,
     "text recipes": TEXT_RECIPES,
-    "code factors": FACTORS,
 }
 
 

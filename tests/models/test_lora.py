@@ -23,7 +23,7 @@ from tests.golden import normal_input
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "class": {"qk_norm": True, "adaptive_norm": True, "target_aware": True},
+    "class": {"qk_norm": True, "adaptive_norm": True, "target_aware": True, "code_factors": (6, 8)},
     "text": {"condition": "text", "n_kv_head": 2},
 }
 LORA = LoRAConfig(rank=4, alpha=6.0)
