@@ -12,7 +12,7 @@ from benchmarks.recipe_runs import Data, Recipe, training_paths
 from benchmarks.timing import spread, timed
 from lightning_modules import ARGenModule
 from lightning_modules.generation_order import generation_orders
-from llamagen.losses import linear_cross_entropy
+from llamagen.losses import heads_cross_entropy
 
 WARM_UP, STEPS = 3, 5
 
@@ -41,9 +41,8 @@ class Step:
         with torch.autocast(self.device.type, torch.bfloat16):
             positions = None if order is None else order[:, :-1]
             hidden = gpt.features(codes[:, :-1], self.labels, positions=positions, targets=order)
-            loss, _ = linear_cross_entropy(
-                hidden.flatten(0, 1), gpt.output.weight, codes.flatten(), terms.label_smoothing, terms.z_loss
-            )
+            heads = gpt.head_terms(hidden.flatten(0, 1), codes.flatten())
+            loss, _ = heads_cross_entropy(heads, terms.label_smoothing, terms.z_loss)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         self.optimizer.step()

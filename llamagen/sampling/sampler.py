@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamagen.finite import FiniteCheck, find_source, not_finite_error
 from llamagen.models.gpt import GPT
-from llamagen.models.sharding import is_sharded
+from llamagen.models.sharding import is_sharded, reshard
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decoder import CodeDecoder, DecodedCodes
@@ -217,6 +217,8 @@ class Sampler:
         # Triton launches kernels on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), evaluation_mode(self.gpt):
             yield
+        if self.gpt.second_factor is not None and is_sharded(self.gpt):
+            reshard(self.gpt)  # passes without the head leave embeddings and heads gathered
 
 
 def sharded_settings(config: SamplingConfig) -> SamplingConfig:
