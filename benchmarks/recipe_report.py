@@ -1,27 +1,20 @@
-"""Table and plot of benchmarks/recipes.py."""
+"""Table of benchmarks/recipes.py."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from benchmarks.recipe_runs import Column
 
-from llamagen.files import atomic_file
-
-COLUMNS = {
-    "val_loss": "validation loss, nats",
-    "gfid": "gFID",
-    "val_loss_random_order": "in random orders, nats",
-}
+CODES = "codes"
 
 
 def interval(values: list[float]) -> str:
     """Mean, and the range over the seeds."""
     if not values:
         return "—"
-    digits = 3 if max(values) < 10 else 2
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+    digits = 3 if max(values) < 10 else 2 if max(values) < 1000 else 0
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} – {max(values):,.{digits}f})"
 
 
 def values_of(entry: dict[str, Any], name: str) -> list[float]:
@@ -29,74 +22,71 @@ def values_of(entry: dict[str, Any], name: str) -> list[float]:
     return [seed[name] for seed in entry["seeds"].values() if name in seed]
 
 
-def verdict(record: dict[str, Any], name: str) -> list[str]:
-    """Recipes with the seeds of the first one whose worst seed beats its best, by a metric of which less is better."""
-    first, *others = record["recipes"].values()
-    names = list(record["recipes"])[1:]
-    best = min(values_of(first, name), default=None)
-    if best is None or len(values_of(first, name)) < 2:
+def codes_of(entry: dict[str, Any]) -> int | None:
+    """Number of codes of a recipe's tokenizers; None if it is not one of tokenizers."""
+    return next((int(seed[CODES]) for seed in entry["seeds"].values() if CODES in seed), None)
+
+
+def groups(record: dict[str, Any]) -> list[list[str]]:
+    """Names of the recipes that are compared with each other, the baseline first: those with equally many codes."""
+    found: dict[int | None, list[str]] = {}
+    for name, entry in record["recipes"].items():
+        found.setdefault(codes_of(entry), []).append(name)
+    return list(found.values())
+
+
+def verdict(record: dict[str, Any], names: list[str], metric: str, better: str) -> list[str]:
+    """Recipes with the seeds of the first one whose worst seed beats its best.
+
+    Args:
+        record: the record.
+        names: recipes that are compared, the baseline first.
+        metric: name of the metric.
+        better: ``min`` or ``max``.
+    """
+    sign = 1 if better == "min" else -1
+    values = {name: [sign * value for value in values_of(record["recipes"][name], metric)] for name in names}
+    seeds = {name: set(record["recipes"][name]["seeds"]) for name in names}
+    first, *others = names
+    if len(values[first]) < 2:
         return []
-    return [
-        each
-        for each, entry in zip(names, others, strict=True)
-        if set(entry["seeds"]) == set(first["seeds"]) and max(values_of(entry, name), default=best) < best
-    ]
+    best = min(values[first])
+    return [each for each in others if seeds[each] == seeds[first] and max(values[each], default=best) < best]
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], columns: dict[str, Column]) -> str:
     """Markdown table: one row for each recipe."""
     times = record.get("seconds_a_step", {})
-    shown = [name for name in COLUMNS if any(values_of(entry, name) for entry in record["recipes"].values())]
+    recipes = record["recipes"]
+    shown = {name: each for name, each in columns.items() if any(values_of(entry, name) for entry in recipes.values())}
+    with_codes = any(codes_of(entry) for entry in recipes.values())
+    titles = ["recipe", *[CODES] * with_codes, "seeds", *(column.title for column in shown.values())]
+    titles += ["seconds a step, median (quartiles)", "ratio"]
     lines = [
         f"Mean and range over the seeds, after {_steps(record):,} steps.",
         "",
-        "| recipe | seeds | "
-        + " | ".join(COLUMNS[name] for name in shown)
-        + " | seconds a step, median (quartiles) | ratio |",
-        "| --- |" + " --- |" * (len(shown) + 3),
+        f"| {' | '.join(titles)} |",
+        "|" + " --- |" * len(titles),
     ]
-    for recipe, entry in record["recipes"].items():
+    for recipe, entry in recipes.items():
         time = times.get(recipe)
-        cells = [interval(values_of(entry, name)) for name in shown]
+        codes = [f"{codes_of(entry) or 0:,}"] if with_codes else []
+        cells = [recipe, *codes, str(len(entry["seeds"])), *(interval(values_of(entry, name)) for name in shown)]
         cells += (
             [f"{time['median']:.3f} ({time['q1']:.3f} – {time['q3']:.3f})", f"{time['ratio']:.2f}"]
             if time
             else ["—"] * 2
         )
-        lines.append(f"| {recipe} | {len(entry['seeds'])} | " + " | ".join(cells) + " |")
-    for name in (each for each in ("val_loss", "gfid") if each in shown):
-        found = verdict(record, name)
-        first = next(iter(record["recipes"]))
-        better = ", ".join(found) or "none"
-        lines += ["", f"Better than every seed of “{first}” with every seed, by {COLUMNS[name]}: {better}."]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, column in shown.items():
+        for group in groups(record) if column.better else ():
+            if len(group) == 1:
+                continue
+            found = ", ".join(verdict(record, group, name, column.better or "")) or "none"
+            lines += ["", f"Better than every seed of “{group[0]}” with every seed, by {column.title}: {found}."]
     return "\n".join(lines) + "\n"
 
 
 def _steps(record: dict[str, Any]) -> int:
     entry = next(iter(record["recipes"].values()))
     return int(next(iter(entry["seeds"].values()))["curve"][-1][0])
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Validation loss over the steps (mean and range over the seeds), and final loss and FID of each seed."""
-    recipes = record["recipes"]
-    metrics = [name for name in ("val_loss", "gfid") if any(values_of(entry, name) for entry in recipes.values())]
-    figure = Figure(figsize=(5.5 + 3.2 * len(metrics), 4), layout="constrained")
-    curves, *panels = figure.subplots(1, 1 + len(metrics), width_ratios=[1.7] + [1.0] * len(metrics))
-    for place, (recipe, entry) in enumerate(recipes.items()):
-        runs = [dict(map(tuple, seed["curve"])) for seed in entry["seeds"].values()]
-        steps = sorted(set.intersection(*(set(run) for run in runs)))
-        losses = [[run[step] for run in runs] for step in steps]
-        curves.plot(steps, [statistics.mean(each) for each in losses], "o-", color=f"C{place}", label=recipe)
-        curves.fill_between(steps, [min(e) for e in losses], [max(e) for e in losses], color=f"C{place}", alpha=0.2)
-    curves.set(xlabel="steps", ylabel=COLUMNS["val_loss"], title="raster order, averaged weights")
-    curves.legend()
-    for axes, name in zip(panels, metrics, strict=True):
-        for place, entry in enumerate(recipes.values()):
-            values = values_of(entry, name)
-            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
-            axes.plot([place - 0.25, place + 0.25], [statistics.mean(values)] * 2, color=f"C{place}")
-        axes.set_xticks(range(len(recipes)), list(recipes), rotation=20, ha="right")
-        axes.set(title=COLUMNS[name], xlim=(-0.6, len(recipes) - 0.4))
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)

@@ -1,4 +1,4 @@
-"""Runs of benchmarks/recipes.py: preparation of the data, training, evaluation. Each is a command line of the project.
+"""What all stages of benchmarks/recipes.py share: recipes, and the steps of a bench as commands of the project.
 
 Every step leaves its result in the bench's folder and is skipped if that is there, so a stopped bench continues.
 """
@@ -9,61 +9,103 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from benchmarks.guidance_sweep import metrics_of, value_of
 from llamagen.files import atomic_file
 
 NAME = re.compile(r"\w[\w .-]*")
 OVERLAYS = Path("benchmarks/recipe_data")
-BASE = ("--config", "configs/argen/base.yaml")
-EVALUATION = ("--config", "configs/argen/evaluate.yaml", "--config", "docs/runs/evaluation_cifar10/compiled.yaml")
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images, their tokenizer and how samples are measured.
+class Column(NamedTuple):
+    """A metric in the table.
 
     Attributes:
-        name: name of the overlay in ``benchmarks/recipe_data``.
-        tokenizer: options of the tokenizer's training.
-        classifier: epochs of the classifier whose features FID uses; 0 measures no FID, because there are too few
-            images of each class to train one.
-        per_class: samples of each class for FID.
+        title: title of the column.
+        better: ``min`` or ``max``: whether less or more is better, and recipes are judged by it; None for neither.
     """
 
+    title: str
+    better: str | None = None
+
+
+class Preparation(NamedTuple):
+    """A step of ``prepare``: its name, the file or folder that it leaves, and its command."""
+
     name: str
-    tokenizer: tuple[str, ...]
-    classifier: int
-    per_class: int
+    result: Path
+    command: Sequence[str]
+
+
+class Stage(ABC):
+    """What recipes change, on one dataset: how it is trained and measured, and what the report shows.
+
+    Attributes:
+        base: options of ``main.py`` before a recipe's overlays.
+        recipes: those of the docs.
+        columns: metrics of the table by their name in :meth:`results`.
+        suffix: of the overlay, the folder of the runs and the record.
+        data: name of the images.
+    """
+
+    base: ClassVar[tuple[str, ...]]
+    recipes: ClassVar[tuple[str, ...]]
+    columns: ClassVar[dict[str, Column]]
+    suffix: ClassVar[str] = ""
+    data: str
 
     @property
     def overlay(self) -> Path:
-        """Size and budget of the autoregressive models."""
-        return OVERLAYS / f"{self.name}.yaml"
+        """Size and budget of the models."""
+        return OVERLAYS / f"{self.data}{self.suffix}.yaml"
 
+    @property
+    def record(self) -> str:
+        """Name of the record in the bench's folder."""
+        return f"recipes{self.suffix}.json"
 
-DATA = {
-    "cifar10": Data(
-        "cifar10",
-        (
-            *("--data.init_args.image_size=32", "--data.init_args.batch_size=32", "--trainer.max_steps=900"),
-            "--model.init_args.net.channel_multipliers=[1, 2, 2]",
-        ),
-        classifier=6,
-        per_class=250,
-    ),
-    "imagenet64": Data(
-        "imagenet64",
-        ("--data.init_args.batch_size=16", "--trainer.max_steps=700"),
-        classifier=0,
-        per_class=0,
-    ),
-}
+    def run_folder(self, work: Path, recipe: "Recipe", seed: int) -> Path:
+        """Folder of a run."""
+        return work / f"runs{self.suffix}" / recipe.name / f"seed_{seed}"
+
+    @abstractmethod
+    def preparations(self, images: Path, work: Path, classifier: Path | None) -> list[Preparation]:
+        """Steps of ``prepare``.
+
+        Args:
+            images: folder of class folders.
+            work: folder of the bench.
+            classifier: trained classifier of FID; None trains one.
+        """
+
+    @abstractmethod
+    def is_prepared(self, work: Path) -> bool:
+        """Whether ``prepare`` has left what the runs need."""
+
+    @abstractmethod
+    def perform(self, recipe: "Recipe", work: Path, seed: int, lpips: Path | None) -> None:
+        """Train and measure one model, as far as that is not done. ``lpips``: weights of LPIPS, if it is measured."""
+
+    @abstractmethod
+    def results(self, recipe: "Recipe", work: Path, seed: int) -> dict[str, Any]:
+        """Metrics of a run by name, and ``curve``, a list of [step, value]."""
+
+    @abstractmethod
+    def training_paths(self, work: Path, folder: Path) -> list[str]:
+        """Options of ``fit`` that name data and the folder of the run."""
+
+    @abstractmethod
+    def training_step(self, cli: Any) -> Callable[[], None]:
+        """A training step of the model of ``main.py fit``, to be timed."""
+
+    @abstractmethod
+    def plot(self, record: dict[str, Any], path: Path) -> None:
+        """Plot a record."""
 
 
 @dataclass(frozen=True)
@@ -101,23 +143,23 @@ class Recipe:
             raise ValueError(f"recipe {name}: {missing[0]} does not exist; give the path of an overlay")
         return cls(name, overlays, tuple(item for item in items if item not in overlays))
 
-    def arguments(self, data: Data) -> list[str]:
+    def arguments(self, stage: Stage) -> list[str]:
         """Options of ``main.py`` without paths: base, the recipe's overlays, size and budget, the recipe's options."""
-        files = [*self.overlays, str(data.overlay)]
-        return [*BASE, *(part for file in files for part in ("--config", file)), *self.options]
+        files = [*self.overlays, str(stage.overlay)]
+        return [*stage.base, *(part for file in files for part in ("--config", file)), *self.options]
 
-    def identify(self, data: Data, work: Path) -> None:
+    def identify(self, stage: Stage, work: Path) -> None:
         """Record in the folder of its runs what the recipe is, or compare it with what it was.
 
         Raises:
             ValueError: if runs of this name had other options, or another content of a file.
         """
-        files = [item for item in self.arguments(data) if item.endswith(".yaml")]
+        files = [item for item in self.arguments(stage) if item.endswith(".yaml")]
         identity = {
-            "arguments": self.arguments(data),
+            "arguments": self.arguments(stage),
             "sha256": {file: sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()},
         }
-        path = work / "runs" / self.name / "recipe.json"
+        path = stage.run_folder(work, self, 0).parent / "recipe.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
@@ -129,86 +171,31 @@ class Recipe:
             )
 
 
-def prepare(data: Data, images: Path, work: Path) -> Iterator[str]:
-    """Pack the images, train the tokenizer, encode the images, and train the classifier. Yields the name of each step.
+def prepare(stage: Stage, images: Path, work: Path, classifier: Path | None = None) -> Iterator[str]:
+    """Prepare the data of a stage, step by step. Yields the name of each step.
 
     Args:
-        data: which data.
+        stage: which stage and data.
         images: folder of class folders.
         work: folder of the bench.
+        classifier: trained classifier of FID; None trains one.
     """
-    packed, codes, tokenizer = work / "images", work / "codes", work / "tokenizer"
-    training = [
-        *("--config", "configs/vqgan/base.yaml", "--config", "configs/vqgan/small.yaml"),
-        *(f"--data.init_args.root={packed}", "--data.init_args.num_workers=0", "--data.init_args.random_crop=false"),
-        *("--model.init_args.loss.perceptual_weight=0", "--trainer.max_epochs=-1", *data.tokenizer),
-    ]
-    checkpoint = tokenizer / "checkpoints/last.ckpt"
-    steps = [
-        ("pack the images", packed, ["-m", "datamodules.packing", str(images), str(packed), "--val_share", "0.1"]),
-        ("train the tokenizer", checkpoint, _main("fit", *training, f"--trainer.default_root_dir={tokenizer}")),
-        (
-            "encode the images",
-            codes / "meta.json",
-            _main(
-                *("predict", *training, "--config", "configs/vqgan/extract.yaml", f"--ckpt_path={checkpoint}"),
-                f"--trainer.default_root_dir={codes}",
-            ),
-        ),
-    ]
-    if data.classifier:
-        features, classifier = work / "classifier.safetensors", "classifier"
-        given = ["--features", "Classifier", "--features.weights", str(features)]
-        size = ["--image_size", "32"]
-        command = ["classifier", str(packed), str(features), classifier, "--epochs", str(data.classifier), *size]
-        reference = ["reference", str(packed), str(work / "reference.npz"), "--split", "train", *size, *given]
-        steps += [
-            ("train the classifier", features, ["-m", "evaluation", *command]),
-            ("compute the reference", work / "reference.npz", ["-m", "evaluation", *reference]),
-        ]
-    for name, result, command in steps:
+    for name, result, command in stage.preparations(images, work, classifier):
         yield name
         if not result.exists():
             run(command, work / "logs" / f"{name.replace(' ', '_')}.log")
 
 
-def train(recipe: Recipe, data: Data, work: Path, seed: int) -> None:
-    """Train one model, or resume it. ``metrics.csv`` of the run has its losses."""
-    folder = run_folder(work, recipe, seed)
-    if (folder / "finished").exists():
-        return
-    options = [*recipe.arguments(data), *training_paths(work, folder), f"--seed_everything={seed}", "--ckpt_path=last"]
-    run(_main("fit", *options), folder.with_suffix(".log"))
-    with atomic_file(folder / "finished") as temporary:
-        temporary.write_text("")
+def pack(images: Path, packed: Path, val_share: float) -> Preparation:
+    """Pack a folder of class folders; a share of the images is held out."""
+    command = ["-m", "datamodules.packing", str(images), str(packed), "--val_share", str(val_share)]
+    return Preparation("pack the images", packed, command)
 
 
-def evaluate(recipe: Recipe, data: Data, work: Path, seed: int) -> None:
-    """Sample from one model and measure FID."""
-    folder = run_folder(work, recipe, seed)
-    if not data.classifier or (folder / "report/metrics.json").exists():
-        return
-    checkpoint = folder / "checkpoints/last.ckpt"
-    options = [
-        *(
-            *recipe.arguments(data),
-            *EVALUATION,
-            f"--model.init_args.tokenizer={work / 'tokenizer/checkpoints/last.ckpt'}",
-        ),
-        *(f"--trainer.default_root_dir={folder}", f"--ckpt_path={checkpoint}"),
-        *(f"--data.init_args.per_class={data.per_class}", "--data.init_args.batch_size=250"),
-        f"--trainer.callbacks.reference={work / 'reference.npz'}",
-        *(
-            "--trainer.callbacks.features=Classifier",
-            f"--trainer.callbacks.features.weights={work / 'classifier.safetensors'}",
-        ),
-    ]
-    run(_main("test", *options), folder.with_suffix(".log"))
-
-
-def run_folder(work: Path, recipe: Recipe, seed: int) -> Path:
-    """Folder of a run."""
-    return work / "runs" / recipe.name / f"seed_{seed}"
+def train_classifier(packed: Path, features: Path, epochs: int) -> Preparation:
+    """Train the classifier whose features FID uses."""
+    options = [str(packed), str(features), "classifier", "--epochs", str(epochs), "--image_size", "32"]
+    return Preparation("train the classifier", features, ["-m", "evaluation", "classifier", *options])
 
 
 def run(command: Sequence[str], log: Path) -> None:
@@ -225,31 +212,15 @@ def run(command: Sequence[str], log: Path) -> None:
         raise ValueError(f"{shlex.join(command[:3])} … failed: {last.strip()} (see {log})")
 
 
-def results(recipe: Recipe, work: Path, seed: int) -> dict[str, Any]:
-    """Validation losses over the steps, and the metrics of the samples."""
-    folder = run_folder(work, recipe, seed)
-    rows: list[dict[str, str]] = []  # a resumed run has several files
+def logged(folder: Path, name: str) -> list[dict[str, str]]:
+    """Rows of the log of a run, in which this metric has a value. A resumed run has several files."""
+    rows: list[dict[str, str]] = []
     for path in sorted(folder.glob("logs/**/metrics.csv"), key=lambda file: file.stat().st_mtime):
         with path.open() as file:
-            rows += [row for row in csv.DictReader(file) if row.get("val/loss")]
-    curve = [list(point) for point in sorted({int(float(row["step"])): float(row["val/loss"]) for row in rows}.items())]
-    found: dict[str, Any] = {"val_loss": curve[-1][1], "curve": curve}
-    if rows[-1].get("val/loss_random_order"):
-        found["val_loss_random_order"] = float(rows[-1]["val/loss_random_order"])
-    if (folder / "report/metrics.json").exists():
-        metrics = metrics_of(folder / "report")
-        found |= {name: value_of(metrics, name) for name in ("gfid", "precision", "recall")}
-    return found
+            rows += [row for row in csv.DictReader(file) if row.get(name)]
+    return rows
 
 
-def _main(*arguments: str) -> list[str]:
-    return ["main.py", *arguments]
-
-
-def training_paths(work: Path, folder: Path) -> list[str]:
-    """Options of ``fit`` that name the codes, the tokenizer and the folder of the run."""
-    tokenizer = work / "tokenizer/checkpoints/last.ckpt"
-    return [
-        *(f"--data.init_args.root={work / 'codes'}", f"--model.init_args.tokenizer={tokenizer}"),
-        f"--trainer.default_root_dir={folder}",
-    ]
+def curve(rows: Sequence[dict[str, str]], name: str) -> list[list[float]]:
+    """[step, value] of a metric, by step; of a step that was repeated, the later value."""
+    return [list(point) for point in sorted({int(float(row["step"])): float(row[name]) for row in rows}.items())]

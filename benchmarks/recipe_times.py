@@ -4,52 +4,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import main
-from benchmarks.recipe_runs import Data, Recipe, training_paths
+from benchmarks.recipe_runs import Recipe, Stage
 from benchmarks.timing import spread, timed
-from lightning_modules import ARGenModule
-from lightning_modules.generation_order import generation_orders
-from llamagen.losses import heads_cross_entropy
 
 WARM_UP, STEPS = 3, 5
 
 
-class Step:
-    """A training step on codes of a fixed batch: orders, forward, loss, backward, clipping, AdamW, in bf16.
-
-    Without what all recipes share, such as data and EMA, and without activation checkpointing and compilation.
-    """
-
-    def __init__(self, module: ARGenModule, batch_size: int) -> None:
-        config = module.gpt.config
-        self.module = module.train()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module.to(self.device)
-        self.codes = torch.randint(config.vocab_size, (batch_size, config.block_size), device=self.device)
-        self.labels = torch.randint(config.num_classes, (batch_size,), device=self.device)
-        self.optimizer = torch.optim.AdamW(module.gpt.parameters(), fused=True)
-
-    def __call__(self) -> None:
-        """One step. A random order for half of the examples: the cost does not depend on how many have one."""
-        gpt, codes, order, terms = self.module.gpt, self.codes, None, self.module.loss_config
-        if self.module.order is not None:
-            order = generation_orders(torch.arange(len(codes), device=self.device), 0, 0, 0.5, codes.shape[1])
-            codes = codes.gather(1, order)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            positions = None if order is None else order[:, :-1]
-            hidden = gpt.features(codes[:, :-1], self.labels, positions=positions, targets=order)
-            heads = gpt.head_terms(hidden.flatten(0, 1), codes.flatten())
-            loss, _ = heads_cross_entropy(heads, terms.label_smoothing, terms.z_loss)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def measure(recipes: Sequence[Recipe], data: Data, work: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure(recipes: Sequence[Recipe], stage: Stage, work: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Time steps: in each round a few of each recipe.
 
     Returns:
@@ -59,9 +23,9 @@ def measure(recipes: Sequence[Recipe], data: Data, work: Path, rounds: int) -> d
     steps, times = {}, {recipe.name: list[float]() for recipe in recipes}
     for recipe in recipes:
         with tempfile.TemporaryDirectory() as folder:
-            options = [*recipe.arguments(data), *training_paths(work, Path(folder)), "--trainer.max_steps=0"]
+            options = [*recipe.arguments(stage), *stage.training_paths(work, Path(folder)), "--trainer.max_steps=0"]
             cli = main.main(["fit", *options, "--trainer.logger=false", "--trainer.callbacks=[]"])
-        steps[recipe.name] = Step(cli.model, cli.datamodule.batch_size)
+        steps[recipe.name] = stage.training_step(cli)
     for step in steps.values():
         for _ in range(WARM_UP):
             step()

@@ -12,7 +12,7 @@ from filelock import FileLock
 from llamagen.hub.published import PUBLISHED
 from tests.hub.published_files import small_file
 from tests.hub_server import HubServer
-from tests.pipeline import Pipeline
+from tests.pipeline import CreatedOnce, Pipeline
 from tests.text_pipeline import TextPipeline
 
 # They need an environment of their own: `make test-vllm`.
@@ -83,7 +83,18 @@ def published_hub(hub: HubServer) -> HubServer:
     return hub
 
 
-def _create_once(folder: Path, create: Callable[[], None]) -> None:
+@pytest.fixture(scope="session")
+def created_once(shared_folder: Path) -> CreatedOnce:
+    """Creates a folder by name, once for all worker processes; tests only read it."""
+
+    def folder(name: str, create: Callable[[Path], object]) -> Path:
+        _create_once(shared_folder / name, lambda: create(shared_folder / name))
+        return shared_folder / name
+
+    return folder
+
+
+def _create_once(folder: Path, create: Callable[[], object]) -> None:
     """Create a folder in the first worker process that needs it; the others wait, or try again if that one failed."""
     done = folder.with_suffix(".done")
     with FileLock(folder.with_suffix(".lock"), timeout=120):

@@ -1,5 +1,6 @@
 """A small version of the whole pipeline: the four commands of the quickstart on digits of 8 px."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import yaml
 import main
 from llamagen.sampling import SamplingConfig
 
+CreatedOnce = Callable[[str, Callable[[Path], object]], Path]
+"""The fixture ``created_once``: a folder by name, created by the first worker process that needs it."""
 TOKENIZER_NET = {
     "channels": 32,
     "channel_multipliers": [1, 1],

@@ -15,7 +15,7 @@ from llamagen.checkpoints.export import export
 from llamagen.checkpoints.weights import read_weights
 from llamagen.models.vqgan import VQGAN, VQGANConfig
 from tests.golden import normal_input
-from tests.pipeline import TOKENIZER_NET, Pipeline
+from tests.pipeline import TOKENIZER_NET, CreatedOnce, Pipeline
 from tests.rounding import Rounding
 from tests.saved_runs import again
 
@@ -57,16 +57,18 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(pipeline, tmp_path_factory.mktemp("own_quantizer"))
+def run(pipeline: Pipeline, created_once: CreatedOnce) -> Run:
+    return Run(pipeline, created_once("own_quantizer", lambda folder: create(Run(pipeline, folder))))
+
+
+def create(run: Run) -> None:
     main.main(["fit", *run.fit_arguments()])
     assert read_checkpoint(run.tokenizer)["global_step"] == 4
     main.main(
         [*again("fit", run.root / "tokenizer", run.root / "tokenizer"), "--trainer.max_steps=6", "--ckpt_path=last"]
     )
-    extract = [*pipeline.extract_arguments(run.codes), *FROM_COMMAND_LINE]
+    extract = [*run.pipeline.extract_arguments(run.codes), *FROM_COMMAND_LINE]
     main.main([*extract, f"--ckpt_path={run.tokenizer}"])
-    return run
 
 
 def same_weights(a: VQGAN, b: VQGAN) -> bool:

@@ -12,7 +12,13 @@ from llamagen.losses.adversarial import (
 from llamagen.losses.head_terms import HeadTerm, heads_cross_entropy, heads_token_nll
 from llamagen.losses.lecam import LeCAM
 from llamagen.losses.linear_cross_entropy import CrossEntropy, TokenNLL, linear_cross_entropy, linear_token_nll
-from llamagen.losses.quantization import codebook_loss, commitment_loss, entropy_loss
+from llamagen.losses.quantization import (
+    codebook_loss,
+    commitment_loss,
+    entropy_loss,
+    factorized_entropy_loss,
+    negative_entropy,
+)
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
@@ -25,6 +31,7 @@ __all__ = [
     "codebook_loss",
     "commitment_loss",
     "entropy_loss",
+    "factorized_entropy_loss",
     "heads_cross_entropy",
     "heads_token_nll",
     "hinge_discriminator_loss",
@@ -32,5 +39,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_token_nll",
     "logistic_discriminator_loss",
+    "negative_entropy",
     "non_saturating_generator_loss",
 ]

@@ -47,6 +47,9 @@ class Quantizer(nn.Module, ABC):
         dim: channels E of the quantised latent.
     """
 
+    straight_through = True
+    """Whether the gradient of the quantised latent passes unchanged to :attr:`Quantized.latent`."""
+
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
@@ -74,6 +77,18 @@ class Quantizer(nn.Module, ABC):
 
     def set_loss_weights(self, weights: Mapping[str, float]) -> None:
         """Receive the weights of the losses before training; override it to skip an expensive loss of weight 0."""
+
+    @property
+    def residual_scale(self) -> Tensor | float:
+        """Size of what this quantiser leaves, relative to its latents; a number or (E, 1, 1).
+
+        :class:`~llamagen.models.quantizers.Residual` divides by it before the next level. 1 if codes learn their size.
+        """
+        return 1.0
+
+    def residual_input(self, residual: Tensor) -> Tensor:
+        """The input of :meth:`forward` whose latent is a scaled residual (B, E, h, w); by default the residual."""
+        return residual
 
     @property
     def learned_codes(self) -> Tensor | None:

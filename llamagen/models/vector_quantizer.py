@@ -27,6 +27,7 @@ class VectorQuantizer(Quantizer):
     """
 
     codebook_used: Tensor
+    residual_scale = 0.5  # of two unit vectors at an angle of 30 degrees
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__(codebook_size, codebook_dim)
@@ -106,15 +107,16 @@ class VectorQuantizer(Quantizer):
 
 
 @torch.no_grad()
-def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
+def nearest_codes(latent: Tensor, codebook: Tensor, normalized: bool = True) -> Tensor:
     """Find the codebook entry nearest to each vector; the first one if several are equally near.
 
-    On the unit sphere it is the one with the largest dot product. Dot products are computed for one block of vectors at
-    a time, so they are never all in memory.
+    On the unit sphere it is the one with the largest dot product; elsewhere half the squared norm of the entry is
+    subtracted. Dot products are computed for one block of vectors at a time, so they are never all in memory.
 
     Args:
-        latent: (B, E, h, w), l2-normalised, float32.
-        codebook: (K, E), l2-normalised, float32.
+        latent: (B, E, h, w) float32.
+        codebook: (K, E) float32.
+        normalized: both are l2-normalised.
 
     Returns:
         Codes (B, h, w) int64.
@@ -123,4 +125,9 @@ def nearest_codes(latent: Tensor, codebook: Tensor) -> Tensor:
     limit = MAX_SIMILARITIES_ON_CPU if latent.device.type == "cpu" else MAX_SIMILARITIES
     rows = max(1, limit // len(codebook))
     blocks = vectors.reshape(-1, vectors.shape[-1]).split(rows)
-    return torch.cat([(block @ codebook.T).argmax(dim=-1) for block in blocks]).view(vectors.shape[:-1])
+    if normalized:
+        codes = [(block @ codebook.T).argmax(dim=-1) for block in blocks]
+    else:
+        half_norms = codebook.square().sum(-1) / 2
+        codes = [torch.addmm(half_norms, block, codebook.T, beta=-1).argmax(dim=-1) for block in blocks]
+    return torch.cat(codes).view(vectors.shape[:-1])

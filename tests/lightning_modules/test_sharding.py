@@ -22,10 +22,11 @@ from llamagen.checkpoints.weights import averaged_weights, read_weights
 from llamagen.models.gpt import GPT, GPTConfig
 from tests.lightning_modules.runs import argen_module, vqgan_module
 from tests.lightning_modules.test_argen_ranks import NET, RANDOM_ORDERS, STEPS, arguments
-from tests.pipeline import GPT_NET, Pipeline
+from tests.pipeline import GPT_NET, CreatedOnce, Pipeline
 from tests.ranks import ended, run_on_ranks, succeeds, two_processes
 
 HALF = STEPS // 2
+LAST = "checkpoints/last.ckpt"
 SHARDED = ("--trainer.strategy=sharded",)
 LIGHTNINGS = (
     "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
@@ -51,7 +52,7 @@ def _run_stage(arguments: list[str], ranks: int) -> None:
 def run(pipeline: Pipeline, folder: Path, ranks: int, *more: str) -> Path:
     """Train, and return the last checkpoint."""
     _run_stage(command(pipeline, folder, ranks, *more), ranks)
-    return folder / "checkpoints/last.ckpt"
+    return folder / LAST
 
 
 @pytest.fixture
@@ -64,24 +65,26 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(pipeline: Pipeline, created_once: CreatedOnce) -> Path:
     """The checkpoint of one process, after all steps."""
-    return run(pipeline, tmp_path_factory.mktemp("one"), 1)
+    return created_once("sharding_one", lambda folder: run(pipeline, folder, 1)) / LAST
 
 
 @pytest.fixture(scope="module")
-def half(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half(pipeline: Pipeline, created_once: CreatedOnce) -> Path:
     """The checkpoint of one process, after half of the steps."""
-    return run(pipeline, tmp_path_factory.mktemp("half"), 1, f"--trainer.max_steps={HALF}")
+    return created_once("sharding_half", lambda folder: run(pipeline, folder, 1, f"--trainer.max_steps={HALF}")) / LAST
 
 
 @pytest.fixture(scope="module")
-def sharded_half(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded_half(pipeline: Pipeline, created_once: CreatedOnce) -> Path:
     """The checkpoint of two processes that the command starts, after half of the steps."""
-    folder = tmp_path_factory.mktemp("sharded_half")
-    options = command(pipeline, folder, 2, *LIGHTNINGS, f"--trainer.max_steps={HALF}")
-    succeeds(ended([sys.executable, "main.py", *options]))
-    return folder / "checkpoints/last.ckpt"
+
+    def create(folder: Path) -> None:
+        options = command(pipeline, folder, 2, *LIGHTNINGS, f"--trainer.max_steps={HALF}")
+        succeeds(ended([sys.executable, "main.py", *options]))
+
+    return created_once("sharding_sharded_half", create) / LAST
 
 
 def everything(path: Path) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Index backpropagation quantisation (IBQ, arXiv 2412.02692). B batch, E channels, h × w grid, K codes."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llamagen.distributed.across_ranks import mean_over_ranks
+from llamagen.finite import not_finite
+from llamagen.losses import codebook_loss, commitment_loss, negative_entropy
+from llamagen.models.quantizer import Quantized, Quantizer
+
+TEMPERATURE = 0.05
+"""Divides the cosine of the angle between latent and code."""
+MAX_PROBABILITIES = 1 << 25
+"""Largest number of probabilities computed at a time: 128 MiB in float32."""
+MAX_PROBABILITIES_ON_CPU = 1 << 20
+"""The same on a CPU."""
+
+
+class IBQ(Quantizer):
+    """Chooses the nearest code on the unit sphere; the gradient goes through the softmax over all codes.
+
+    The forward pass uses the chosen code, the backward pass the gradient of ``softmax(cosines / 0.05) · codebook`` with
+    respect to the probabilities. (The paper compares by dot products, which in short runs of narrow tokenizers ended
+    with a single code; see docs/log.md.) So each step moves all codes, and few die. Probabilities are computed for one
+    block of latents at a time and again in the backward pass, so they are never all in memory.
+
+    Args:
+        codebook_size: number of codes K.
+        codebook_dim: channels E; 256 in the paper.
+    """
+
+    straight_through = False
+    residual_scale = 0.5  # of two unit vectors at an angle of 30 degrees
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__(codebook_size, codebook_dim)
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        self._has_entropy_loss = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the codes from a normal distribution, so in all directions alike."""
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
+
+    def codebook(self) -> Tensor:
+        """The l2-normalised codes, (K, E) float32."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """``codebook``, ``commitment``, ``index``, and ``entropy`` if its weight is above 0.
+
+        ``index`` is the squared distance of latent and quantised latent, with the gradient of the probabilities.
+        """
+        names = ("codebook", "commitment", "index")
+        return (*names, "entropy") if self._has_entropy_loss else names
+
+    def set_loss_weights(self, weights: Mapping[str, float]) -> None:
+        """Compute the entropy loss only if its weight is above 0."""
+        self._has_entropy_loss = weights.get("entropy", 0.0) > 0
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """Quantise, in float32 even under autocast.
+
+        Args:
+            latent: (B, E, h, w).
+
+        Returns:
+            Quantised latent, codes, l2-normalised latent and losses. In training the entropy loss takes its mean over
+            the ranks of a distributed run, so all of them must take part.
+        """
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = F.normalize(latent.float(), dim=1)
+            vectors, codebook = latent.movedim(1, -1), self.codebook()
+            limit = MAX_PROBABILITIES_ON_CPU if latent.device.type == "cpu" else MAX_PROBABILITIES
+            blocks = vectors.reshape(-1, self.dim).split(max(1, limit // self.size))
+            with_entropy = self._has_entropy_loss
+            parts = [
+                Assignment(*checkpoint(assign, block, codebook, with_entropy, use_reentrant=False)) for block in blocks
+            ]
+            codes = torch.cat([part.codes for part in parts]).view(vectors.shape[:-1])
+            quantized = torch.cat([part.quantized for part in parts]).view(vectors.shape).movedim(-1, 1)
+            entries = F.embedding(codes, codebook).movedim(-1, 1)
+            losses = {
+                "codebook": codebook_loss(entries, latent),
+                "commitment": commitment_loss(entries, latent),
+                "index": F.mse_loss(quantized, latent),
+            }
+            if self._has_entropy_loss:
+                # In evaluation, ranks may have different numbers of batches, so none may wait for another.
+                mean = torch.stack([part.probabilities for part in parts]).sum(0) / codes.numel()
+                mean = mean_over_ranks(mean) if self.training else mean
+                entropy = torch.stack([part.entropy for part in parts]).sum() / codes.numel()
+                losses["entropy"] = entropy + negative_entropy(mean)
+            return Quantized(quantized, codes, latent, losses)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Normalised entries of codes: (B, h, w) int64 → (B, E, h, w) float32."""
+        return F.embedding(codes, self.codebook()).movedim(-1, 1)
+
+    @property
+    def learned_codes(self) -> Tensor:
+        """The entries (K, E), not normalised."""
+        return self.embedding.weight
+
+    @torch.no_grad()
+    def move_codes(self, codes: Tensor, latents: Tensor) -> None:
+        """Move codes (n,) to latents (n, E)."""
+        weight = self.embedding.weight
+        weight[codes] = F.normalize(latents, dim=-1).to(weight.dtype)
+
+    def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
+        """Whether a latent or its entry is not finite, each a scalar bool."""
+        return {
+            # footgun: a latent too large for float32 is normalised to 0, which is finite.
+            "the encoder's latent": ~(encoding.latent.square().sum(1) > 0.5).all(),
+            "the codebook's entry": not_finite(self.lookup(encoding.codes)).any(),
+        }
+
+
+class Assignment(NamedTuple):
+    """Codes of a block of n vectors.
+
+    Attributes:
+        quantized: (n, E) the chosen entries, with the gradient of the probabilities.
+        codes: (n,) int64.
+        entropy: sum of the entropies of the probabilities, a scalar, in nats.
+        probabilities: (K,) their sum over the vectors.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    entropy: Tensor
+    probabilities: Tensor
+
+
+def assign(vectors: Tensor, codebook: Tensor, with_entropy: bool) -> Assignment:
+    """Choose a code for each vector of a block.
+
+    Args:
+        vectors: (n, E) float32, l2-normalised.
+        codebook: (K, E) float32, l2-normalised.
+        with_entropy: also compute the last two results, which are 0 and empty otherwise.
+    """
+    logits = vectors @ codebook.T / TEMPERATURE
+    codes = logits.argmax(-1)
+    if with_entropy:
+        logarithms = logits.log_softmax(-1)
+        probabilities = logarithms.exp()
+        entropy, total = -(probabilities * logarithms).sum(), probabilities.sum(0)
+    else:
+        probabilities = logits.softmax(-1)
+        entropy, total = logits.new_zeros(()), logits.new_zeros(0)
+    # The gradient of one_hot + probabilities − probabilities.detach(), multiplied by the codebook.
+    soft = probabilities @ codebook.detach()
+    quantized = F.embedding(codes, codebook) + (soft - soft.detach())
+    return Assignment(quantized, codes, entropy, total)
