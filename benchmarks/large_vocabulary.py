@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.recipe_times import WARM_UP, Step
+from benchmarks.recipe_argen import Step
 from benchmarks.sizes import gpt_shape, size_names
 from benchmarks.timing import machine, spread, timed
 from benchmarks.training_step import memory_in_own_process, peak_since, resident
@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     FACTORS: {"vocab_size": 1 << 18, "code_factors": (512, 512)},
 }
 GPU_BATCH = 32  # of configs/argen/hardware/ddp.yaml
+WARM_UP = 2
 SAMPLING = SamplingConfig(guidance_scale=4.0)
 
 
@@ -105,7 +106,6 @@ def in_rounds(steps: dict[str, Callable[[], Any]], rounds: int, warm_up: int) ->
 @torch.inference_mode()
 def sampling_times(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a code of one image from the middle of the image on, by model and engine."""
-    warm_up = 2
     with ExitStack() as stack:
         steps = dict[str, Callable[[], Any]]()
         for name in CASES:
@@ -118,16 +118,19 @@ def sampling_times(options: argparse.Namespace) -> dict[str, list[float]]:
                 state = stack.enter_context(decoder.start(request))
                 state.prefill()
                 state.keep(request.kept)  # type: ignore[arg-type]
-                places = iter(range(first, first + warm_up + options.codes))
+                places = iter(range(first, first + WARM_UP + options.codes))
                 steps[f"{name}, {engine}"] = lambda state=state, places=places: state.advance(next(places))  # type: ignore[misc]
-        return in_rounds(steps, options.codes, warm_up)
+        return in_rounds(steps, options.codes, WARM_UP)
 
 
 def gpu_memory(net: GPTConfig) -> dict[str, float]:
     """Gigabytes of a GPU in training with bf16-mixed and EMA, and the parts that depend on the vocabulary."""
     parts = memory(Run(net, GPU_BATCH, "bf16-mixed", ema=True))
     names = ("weights", "gradients", "moments of AdamW", "EMA", "gradients of the loss", "logits, temporarily")
-    return {name: round(size / 1e9, 3) for name, size in {**{n: parts[n] for n in names}, "total": sum(parts.values())}.items()}
+    return {
+        name: round(size / 1e9, 3)
+        for name, size in {**{n: parts[n] for n in names}, "total": sum(parts.values())}.items()
+    }
 
 
 def main() -> None:
@@ -156,7 +159,7 @@ def main() -> None:
         print(name, record["models"][name], flush=True)
     record["seconds of a code"] = with_ratios(sampling_times(options), f"{PLAIN}, eager")
     steps = {name: training_step(name, options) for name in CASES}
-    record["seconds of a training step"] = with_ratios(in_rounds(steps, options.rounds, WARM_UP - 1), PLAIN)
+    record["seconds of a training step"] = with_ratios(in_rounds(steps, options.rounds, WARM_UP), PLAIN)
     for title in ("seconds of a code", "seconds of a training step"):
         print(title)
         for name, found in record[title].items():

@@ -254,7 +254,7 @@ class ARGenModule(SamplingModule):
         return logits
 
     def _terms(self, batch: dict[str, Any], order: Tensor | None) -> list[HeadTerm]:
-        """What the heads predict: B · L codes of ``batch["codes"]``, generated in raster order or in ``order`` (B, L)."""
+        """What the heads predict: the B · L codes of a batch, in raster order or in ``order`` (B, L)."""
         codes = batch["codes"] if order is None else batch["codes"].gather(1, order)
         return self.gpt.head_terms(self._hidden(batch, order), codes.flatten())
 

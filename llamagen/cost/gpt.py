@@ -164,8 +164,8 @@ def activations(
     For each sequence, adaptive norms keep ``8 r + c`` vectors of width D in each block: six vectors, two gains plus 1,
     and their input. Random orders keep ``4 E`` for the rotation and 8 for the target of each token.
 
-    With ``code_factors``, two norms and a feed-forward layer between the heads keep what those of a block keep, for each
-    code. They are never recomputed.
+    With ``code_factors``, two norms and a feed-forward layer between the heads keep what those of a block keep, for
+    each code. They are never recomputed.
 
     Attention is assumed to be fused. On GPUs it copies queries, keys and values if it has to pad heads to a multiple of
     8, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed

@@ -12,8 +12,8 @@ from llamagen.cost.gpt import (
     head,
     head_parameters,
     head_sizes,
-    second_factor_parameters,
     positions,
+    second_factor_parameters,
 )
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.lora import LoRAConfig

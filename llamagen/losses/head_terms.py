@@ -1,4 +1,4 @@
-"""Cross entropy of codes that one or more linear heads predict, one factor each. N rows, D width, V entries of a head."""
+"""Cross entropy of codes that linear heads predict, each head a factor. N rows, D width, V outputs of a head."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,4 +54,6 @@ def heads_token_nll(terms: Sequence[HeadTerm]) -> TokenNLL:
         terms: the heads, at least one.
     """
     parts = [linear_token_nll(term.hidden, term.head.weight, term.targets) for term in terms]
-    return TokenNLL(torch.stack([part.nats for part in parts]).sum(0), torch.stack([part.rank for part in parts]).amax(0))
+    return TokenNLL(
+        torch.stack([part.nats for part in parts]).sum(0), torch.stack([part.rank for part in parts]).amax(0)
+    )

@@ -51,7 +51,9 @@ class GPT(nn.Module):
             self.cls_embedding = build_conditioner(config)
             factors = config.code_factors
             self.tok_embeddings = (
-                nn.Embedding(config.vocab_size, config.dim) if factors is None else FactorizedEmbedding(factors, config.dim)
+                nn.Embedding(config.vocab_size, config.dim)
+                if factors is None
+                else FactorizedEmbedding(factors, config.dim)
             )
             self.tok_dropout = Dropout(config.token_dropout)
             last = max(config.n_layer - 1, 1)

@@ -130,8 +130,8 @@ def test_activations_equal_those_that_autograd_keeps(
     config = SHAPES[shape] if dropout else replace(SHAPES[shape], **NO_DROPOUT)
     batch_size = 16 if config.dim == 64 else 4
     estimate = gpt_cost.activations(config, batch_size, precision, checkpointing, cuda=False)
-    # For recomputed blocks autograd does not count autocast's copies of the weights, but those of the last adaptive norm
-    # and of what is between two heads.
+    # For recomputed blocks autograd does not count autocast's copies of the weights, but those of the last adaptive
+    # norm and of what is between two heads.
     last = 2 * 2 * config.dim**2 if config.adaptive_norm and precision == "bf16-mixed" else 0
     last += 2 * gpt_cost.second_factor_parameters(config) if precision == "bf16-mixed" else 0
     copies = last if checkpointing else estimate.narrow_weights

@@ -29,7 +29,9 @@ def test_qk_norm_and_adaptive_norms_train_sharded(pipeline: Pipeline, tmp_path: 
 
 def _uneven(rank: int) -> list[Tensor]:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    gpt = fill(GPT(GPTConfig(**GPT_NET, qk_norm=True, adaptive_norm=True, target_aware=True, code_factors=(4, 8)))).eval()
+    gpt = fill(
+        GPT(GPTConfig(**GPT_NET, qk_norm=True, adaptive_norm=True, target_aware=True, code_factors=(4, 8)))
+    ).eval()
     expected = Sampler(gpt, 2)(torch.arange(3))
     shard(gpt, mesh)
     assert is_sharded(gpt)

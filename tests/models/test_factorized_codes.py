@@ -38,7 +38,9 @@ def by_hand(gpt: GPT, hidden: Tensor) -> Tensor:
         inner = normalised(x, "ffn_norm")
         gate, up, down = (weights[f"feed_forward.{name}.weight"] for name in ("w1", "w3", "w2"))
         x = x + down @ (F.silu(gate @ inner) * (up @ inner))
-        rows.append(first[a] + F.log_softmax(gpt.get_parameter("second_factor.output.weight") @ normalised(x, "norm"), 0))
+        rows.append(
+            first[a] + F.log_softmax(gpt.get_parameter("second_factor.output.weight") @ normalised(x, "norm"), 0)
+        )
     return torch.stack(rows)
 
 
@@ -78,8 +80,7 @@ def test_the_loss_is_that_of_the_joint_probabilities_and_trains_every_part() -> 
     split = gpt(codes[:, :-1], condition).flatten(0, 1).unflatten(1, FACTORS)
     rows, a, b = torch.arange(codes.numel()), codes.flatten() // 8, codes.flatten() % 8
     ranks = [
-        (each > each.gather(1, right[:, None])).sum(1)
-        for each, right in ((split.logsumexp(2), a), (split[rows, a], b))
+        (each > each.gather(1, right[:, None])).sum(1) for each, right in ((split.logsumexp(2), a), (split[rows, a], b))
     ]
     assert torch.equal(rank, torch.maximum(*ranks))
     smooth = heads_cross_entropy(terms, label_smoothing=0.1, z_loss=0.5)

@@ -34,7 +34,9 @@ def test_models_with_code_factors_are_not_compiled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(automatic, "MIN_PARAMETERS", 1)
     gpt = small_gpt(code_factors=(6, 8))
     assert not should_compile(gpt)
-    with pytest.raises(ValueError, match=r"^sampling is not compiled for models with code_factors; leave compiled out$"):
+    with pytest.raises(
+        ValueError, match=r"^sampling is not compiled for models with code_factors; leave compiled out$"
+    ):
         Sampler(gpt, 2, compiled=True)
 
 
