@@ -12,7 +12,7 @@ clipping and AdamW, without data and EMA.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def with_ratios(times: dict[str, list[float]], base: str) -> dict[str, Any]:
     return found
 
 
-def in_rounds(steps: dict[str, Callable[[], Any]], rounds: int, warm_up: int) -> dict[str, list[float]]:
+def in_rounds(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int) -> dict[str, list[float]]:
     """Seconds of each step, one of each in a round, after some rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warm_up + rounds):
