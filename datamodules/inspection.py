@@ -18,6 +18,7 @@ from tqdm import tqdm
 from datamodules.loading.order import NO_EPOCH
 from datamodules.storage.bad_examples import BadExampleError, Skipped
 from datamodules.storage.class_order import ClassOrder, add_class_order
+from datamodules.storage.code_dtype import code_dtype
 from datamodules.storage.features import StoredFeatures
 from datamodules.storage.index import FEATURES, IMAGES, SHORT_FEATURES, ExampleIndex
 from datamodules.storage.remote import ShardCache, is_remote
@@ -158,8 +159,9 @@ def _inspect_codes(root: str) -> list[str]:
     data.setup("fit")
     meta = data.code_meta
     height, width = meta["grid"]
+    vocabulary = f"{meta['vocabulary']} ({code_dtype(meta['vocabulary'])})"
     lines = [
-        f"{root}: codes, {height} × {width} per image, vocabulary {meta['vocabulary']}, {meta['views']} views, "
+        f"{root}: codes, {height} × {width} per image, vocabulary {vocabulary}, {meta['views']} views, "
         f"tokenizer {meta['tokenizer'][:12]}"
     ]
     features = StoredFeatures(meta[FEATURES], root) if FEATURES in meta else None

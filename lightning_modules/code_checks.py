@@ -1,16 +1,16 @@
-"""Checks that codes can be stored, and that they match a GPT."""
+"""Checks that there are not too many codes, and that codes match a GPT."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from llamagen.models.gpt_config import GPTConfig
 
-MAX_CODES = 2**16
-"""Number of codes that a shard can store, as uint16."""
+MAX_CODES = 2**18
+"""Largest size of a codebook: that of the largest published tokenizers."""
 
 
 def check_codebook_size(name: str, size: int) -> None:
-    """Check that the codes of a quantiser can be stored, before it is trained.
+    """Check the number of codes of a quantiser, before it is trained.
 
     Args:
         name: name of the value, for the message.
@@ -20,7 +20,7 @@ def check_codebook_size(name: str, size: int) -> None:
         ValueError: in one line, if there are too many codes.
     """
     if size > MAX_CODES:
-        raise ValueError(f"{name} is {size}; codes are stored as uint16: at most {MAX_CODES:,}")
+        raise ValueError(f"{name} is {size}; at most {MAX_CODES:,} codes are supported")
 
 
 def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ class VQGANModule(GenerativeModule):
     Args:
         net: shape of the tokenizer.
         loss: terms of the loss and their weights.
-        discriminator: ``PatchGAN`` (the default) or ``StyleGAN``, with its settings.
+        discriminator: ``PatchGAN`` (the default), ``StyleGAN`` or ``DINODiscriminator``, with its settings.
         optimizer: settings of AdamW, for both networks.
         augmentation: augmentations of real and reconstructed images before the discriminator: any of ``color``,
             ``translation`` and ``cutout``. Useful for small datasets.
@@ -139,9 +139,11 @@ class VQGANModule(GenerativeModule):
         return {name: network for name, network in networks.items() if network is not None}
 
     def prepare_data(self) -> None:
-        """Download the weights of LPIPS if needed, in one process per machine."""
+        """Download the weights of LPIPS and the discriminator if needed, in one process per machine."""
         if self._needs_lpips:
             fetch_vgg16(self.lpips_weights)
+        if self.discriminator is not None and self.trainer.state.fn == "fit":
+            self.discriminator.fetch()
 
     @property
     def _needs_lpips(self) -> bool:
@@ -171,6 +173,8 @@ class VQGANModule(GenerativeModule):
                     f"image_size is {size}; LPIPS needs at least {MIN_SIZE}, or "
                     "set model.init_args.loss.perceptual_weight to 0"
                 )
+        if self.discriminator is not None and stage == "fit":
+            self.discriminator.load()
         if self._needs_lpips and not self._lpips:
             self._lpips = (LPIPS(read_vgg16(self.lpips_weights)),)
         for network in (self.vqgan, self.discriminator, *self._lpips):

@@ -1,7 +1,7 @@
 """Published weights of fixed networks: found in a cache or downloaded, verified, and read without running code."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.hub import download_url_to_file, get_dir
 
 from llamagen.files import atomic_file
 from llamagen.full_disk import DiskFullError
+from llamagen.hub.download import is_remote, local_file
 from llamagen.state_dicts import differences
 
 
@@ -23,7 +24,7 @@ class PublishedWeights:
         network: name of the network for messages.
         name: name of the file, also in the cache.
         address: URL.
-        sha256: SHA-256 of the file, or its first digits.
+        sha256: SHA-256 of the file, or its first digits; empty if it is not known.
         options: options with which a user gives the path of the file, for messages.
         alternative: another remedy if the file is not available.
         other_names: other names of the same file in the cache.
@@ -41,12 +42,15 @@ class PublishedWeights:
         """Find the file, or download it; its content is not read.
 
         Args:
-            path: the file; None for the one in torch.hub's cache folder, which is downloaded if it is missing.
+            path: the file, or ``hf://owner/repository/file[@revision]``; None for the one in torch.hub's cache folder,
+                which is downloaded if it is missing.
 
         Raises:
             ValueError: in one line, if the file does not exist or could not be downloaded.
             DiskFullError: in one line, if there is no room for the file.
         """
+        if path is not None and is_remote(path):
+            return local_file(path)
         if path is not None:
             if not Path(path).is_file():
                 raise ValueError(
@@ -70,13 +74,18 @@ class PublishedWeights:
         return folder / self.name
 
     def read(
-        self, file: Path, shapes: Mapping[str, torch.Size], ignored_prefix: str = "", ignored_suffix: str = ""
+        self,
+        file: Path,
+        shapes: Mapping[str, torch.Size] | Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        ignored_prefix: str = "",
+        ignored_suffix: str = "",
     ) -> dict[str, Tensor]:
         """Read the weights from a ``.pth`` or ``.safetensors`` file.
 
         Args:
             file: the file, as returned by :meth:`fetch`.
-            shapes: names and shapes of the weights.
+            shapes: names and shapes of the weights, or a function from the file's weights to those of a network that
+                fits them.
             ignored_prefix: entries whose names start with it are left out.
             ignored_suffix: entries whose names end with it are left out.
 
@@ -97,7 +106,10 @@ class PublishedWeights:
             raise ValueError(
                 f"{file} cannot be read as {self.network} ({type(error).__name__}); get {self.address}"
             ) from error
-        expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        if callable(shapes):
+            expected = shapes(loaded)
+        else:
+            expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         if faults := differences(loaded, expected):
             raise ValueError(f"{file} is not {self.network}: {faults}; get {self.address}")
         return loaded

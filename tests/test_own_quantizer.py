@@ -164,7 +164,7 @@ def test_mistakes_are_reported_in_one_line() -> None:
         (
             {"class_path": "tests.rounding.Rounding", "init_args": {"levels": 5, "dim": 9}},
             {},
-            ["size of Rounding is 1953125; codes are stored as uint16: at most 65,536"],
+            ["size of Rounding is 1953125; at most 262,144 codes are supported"],
         ),
     ):
         with pytest.raises(ValueError) as error:

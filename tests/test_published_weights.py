@@ -22,6 +22,7 @@ from llamagen.metrics import inception
 from llamagen.models import lpips
 from llamagen.models.lpips import LPIPS
 from llamagen.published_weights import PublishedWeights
+from tests.hub_server import HubServer
 
 State = dict[str, Tensor]
 
@@ -268,6 +269,20 @@ def test_finds_the_file_in_the_cache_under_all_its_names(mirror: Mirror, state: 
 def test_discards_a_download_with_another_checksum(mirror: Mirror) -> None:
     mirror.published.write_bytes(mirror.published.read_bytes() + b"changed on the way")
     assert "invalid hash value" in mirror.error()
+
+
+def test_downloads_a_file_whose_checksum_is_not_known(mirror: Mirror) -> None:
+    mirror.expect(sha256="")
+    assert mirror.network.weights.fetch().read_bytes() == mirror.published.read_bytes()
+
+
+def test_finds_a_file_of_the_hub(hub: HubServer) -> None:
+    hub.add("owner/name", {"weights.pth": b"content"})
+    assert lpips.VGG16.fetch("hf://owner/name/weights.pth").read_bytes() == b"content"
+    assert hub.downloads("weights.pth") == 1
+    with pytest.raises(ValueError, match=r"hf://owner/name/other.pth") as error:
+        lpips.VGG16.fetch(Path("hf://owner/name/other.pth"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("failure", [ConnectionResetError("reset by peer"), IncompleteRead(b"1234", 99)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from callbacks.protocols import ShardableImages, TokenizesImages, require
 from callbacks.writers.shard_dataset import ShardDatasetWriter
+from datamodules.storage.code_dtype import code_dtype
 from datamodules.storage.shards import CODES_FORMAT, ShardDataset, ShardWriter
 from llamagen.checkpoints.contents import weights_checksum
 
@@ -18,9 +19,9 @@ class CodeWriter(ShardDatasetWriter):
     """Write codes, labels, captions and keys as shards into the run's folder: ``train``, ``val``, and finally
     ``meta.json``.
 
-    An example is ``<key>.npy``, (A, h, w) uint16, with ``<key>.cls``, ``<key>.txt`` or both. Each shard holds the codes
-    of a fixed range of the images and is written by one rank. The same command resumes a stopped run with the
-    remaining shards, on any number of ranks.
+    An example is ``<key>.npy``, (A, h, w) in the dtype of :func:`~datamodules.storage.code_dtype.code_dtype`, with
+    ``<key>.cls``, ``<key>.txt`` or both. Each shard holds the codes of a fixed range of the images and is written by
+    one rank. The same command resumes a stopped run with the remaining shards, on any number of ranks.
 
     Args:
         samples_per_shard: images in a tar file.
@@ -31,17 +32,16 @@ class CodeWriter(ShardDatasetWriter):
 
     def __init__(self, samples_per_shard: int = 2_000) -> None:
         super().__init__(samples_per_shard)
+        self._dtype = code_dtype(0)  # that of the tokenizer's codes from `setup` on
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Plan the remaining shards.
 
         Raises:
-            ValueError: if module or data do not suit this callback, or uint16 cannot hold the codes.
+            ValueError: if module or data do not suit this callback.
         """
         if stage == "predict":
-            vocabulary = require(TokenizesImages, pl_module, self).generator.config.codebook_size
-            if vocabulary > 2**16:
-                raise ValueError(f"codes are stored as uint16, which cannot hold a codebook of {vocabulary} entries")
+            self._dtype = code_dtype(require(TokenizesImages, pl_module, self).generator.config.codebook_size)
         super().setup(trainer, pl_module, stage)
 
     def plan(self, data: ShardableImages, module: TokenizesImages) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class CodeWriter(ShardDatasetWriter):
         Raises:
             ValueError: if an image has neither a class nor a caption.
         """
-        codes = outputs.cpu().numpy().astype(np.uint16)
+        codes = outputs.cpu().numpy().astype(self._dtype)
         captions = batch.get("captions") or [""] * len(codes)
         for key, label, caption, views in zip(batch["keys"], batch["labels"].tolist(), captions, codes, strict=True):
             if label < 0 and not caption:

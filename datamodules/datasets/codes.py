@@ -13,6 +13,7 @@ from datamodules.datasets.base import ExampleDataset
 from datamodules.datasets.captions import caption_of
 from datamodules.loading.order import NO_EPOCH, Address, random_integers
 from datamodules.storage.bad_examples import BadExampleError, Skipped
+from datamodules.storage.code_dtype import code_dtype
 from datamodules.storage.features import StoredFeatures
 from datamodules.storage.index import NO_LABEL, ExampleIndex
 from datamodules.storage.shards import META_FILE
@@ -31,7 +32,8 @@ class CodeDataset(ExampleDataset):
     """Dataset of codes. In training, views and short captions are chosen at random for each example and epoch.
 
     Args:
-        examples: examples with an npy member (A, h, w) uint16.
+        examples: examples with an npy member (A, h, w) in the dtype of
+            :func:`~datamodules.storage.code_dtype.code_dtype`.
         meta: content of ``meta.json``: vocabulary, grid, number of classes, views.
         choose_view: in training, choose a random view by (seed, epoch, example); otherwise use the first.
         seed: seed of the random choices.
@@ -61,10 +63,11 @@ class CodeDataset(ExampleDataset):
         self.cleaning, self.features, self.short_share = cleaning, features, short_share
         self.vocabulary, self.num_classes = meta["vocabulary"], meta["num_classes"]
         self.shape = (meta["views"], *meta["grid"])
-        buffer = BytesIO()
-        np.save(buffer, np.empty(self.shape, np.uint16))
+        self.dtype = code_dtype(self.vocabulary)
+        codes, buffer = np.empty(self.shape, self.dtype), BytesIO()
+        np.save(buffer, codes)
         self._size = len(buffer.getvalue())
-        self._header = buffer.getvalue()[: self._size - 2 * int(np.prod(self.shape))]
+        self._header = buffer.getvalue()[: self._size - codes.nbytes]
 
     def read(self, number: int, epoch: int) -> dict[str, Any]:
         """Read codes, class and key of an example.
@@ -102,7 +105,7 @@ class CodeDataset(ExampleDataset):
         data = index.files.read(*member) if member is not None and member.size == self._size else b""
         if len(data) == self._size and data.startswith(self._header):
             length = self.shape[1] * self.shape[2]
-            codes = np.frombuffer(data, np.uint16, length, len(self._header) + 2 * length * view)
+            codes = np.frombuffer(data, self.dtype, length, len(self._header) + self.dtype.itemsize * length * view)
         else:  # written by another program, or broken
             codes = self._parse(index, position)[view].flatten()
         if (highest := codes.max()) >= self.vocabulary:
@@ -133,11 +136,12 @@ class CodeDataset(ExampleDataset):
             )
             shape, fortran_order, dtype = read_header(file)
             # footgun: a header may claim any size. It is compared with the expected one before memory is allocated.
-            if shape == self.shape and dtype == np.uint16:
+            if shape == self.shape and dtype == self.dtype:
                 return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
         except Exception as error:  # an npy file may hold anything
             raise self._broken(index, position, f"an npy file that cannot be read ({error})") from error
-        raise self._broken(index, position, f"{dtype} codes of shape {shape}, not uint16 of {self.shape}")
+        expected = f"{self.dtype} of {self.shape} for the vocabulary of {self.vocabulary}"
+        raise self._broken(index, position, f"{dtype} codes of shape {shape}, not {expected}")
 
     @staticmethod
     def _broken(index: ExampleIndex, position: int, problem: str, reason: str = "broken codes") -> BadExampleError:

@@ -30,7 +30,7 @@ def to_tensor(values: Any, name: str) -> Tensor:
     """Convert an array or (nested) lists to a tensor. A tensor is returned as it is.
 
     Args:
-        values: a tensor, an array (uint16 and big-endian too) or lists.
+        values: a tensor, an array (uint16, uint32 and big-endian too) or lists.
         name: name of the argument in messages.
 
     Raises:
@@ -68,7 +68,9 @@ def grids_of_codes(codes: CodeInput, codebook_size: int, device: torch.device) -
     """
     found = to_tensor(codes, "codes")
     if not is_integer(found.dtype):
-        raise ValueError(f"codes must be integers, not {_dtype(found)}; pass int64, or uint16 as in code shards")
+        raise ValueError(
+            f"codes must be integers, not {_dtype(found)}; pass int64, or uint16 or uint32 as in code shards"
+        )
     if found.dim() == 2:
         rows, length = found.shape
         side = isqrt(length)

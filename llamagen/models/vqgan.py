@@ -348,7 +348,7 @@ class VQGAN(nn.Module):
 
         Args:
             codes: integers in [0, K), (B, h, w), or (h, w) for one image. A tensor on any device, a numpy array or
-                nested lists, of any integer dtype: shards hold uint16.
+                nested lists, of any integer dtype: shards hold uint16 or uint32.
 
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.

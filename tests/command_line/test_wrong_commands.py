@@ -45,6 +45,7 @@ FIT_TOKENIZER = {
     f"{DATA}.remainder=throw": "data.remainder",
     f"{DATA}.folder=x": "has no option folder",
     f"{MODEL}.loss.perceptual_weight=1 {MODEL}.lpips_weights={{tmp}}/file": "LPIPS needs at least 16",
+    f"{MODEL}.discriminator=DINODiscriminator {MODEL}.discriminator.weights={{tmp}}/no": "no is not a file; get",
     f"{MODEL}.init_from={{tmp}}/file": "file",
     f"{MODEL}.init_from=nowhere.pt": "nowhere.pt",
     f"{MODEL}.optimizer.lr=0": "lr is 0",

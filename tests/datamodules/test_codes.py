@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from datamodules.codes import CodeDataModule
+from datamodules.storage.code_dtype import code_dtype
 from datamodules.storage.shards import META_FILE, ShardDataset
 from tests.datamodules.shard_files import assert_one_line, refusal_of, write_shards
 
@@ -130,6 +131,7 @@ OUTSIDE[0, -1, -1] = VOCABULARY
 BAD_PARTS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "code too high": ({"npy": array_file(OUTSIDE), "cls": b"0"}, "broken codes", f"code {VOCABULARY}, outside"),
     "int64 codes": ({"npy": array_file(GOOD.astype(np.int64)), "cls": b"0"}, "broken codes", "int64 codes"),
+    "uint32 codes": ({"npy": array_file(GOOD.astype(np.uint32)), "cls": b"0"}, "broken codes", "uint32 codes"),
     "float codes": ({"npy": array_file(GOOD.astype(np.float16)), "cls": b"0"}, "broken codes", "float16 codes"),
     "big-endian codes": ({"npy": array_file(GOOD.astype(">u2")), "cls": b"0"}, "broken codes", ">u2 codes"),
     "without views": ({"npy": array_file(GOOD[0]), "cls": b"0"}, "broken codes", "(2, 4)"),
@@ -232,6 +234,10 @@ BAD_META: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "fewer examples": (lambda meta: meta["splits"]["train"]["shards"][1].update(count=3), "says 3"),
     "no training split": (lambda meta: meta["splits"].pop("train"), CodeDataModule.hint),
     "smaller vocabulary": (lambda meta: meta.update(vocabulary=10), "vocabulary of 10"),
+    "larger vocabulary": (
+        lambda meta: meta.update(vocabulary=2**16 + 1),
+        "uint16 codes of shape (3, 2, 4), not uint32",
+    ),
     "fewer classes": (lambda meta: meta.update(num_classes=2), "2 classes"),
     "no classes": (lambda meta: meta.update(num_classes=0), "0 classes"),
     "another grid": (lambda meta: meta.update(grid=[4, 4]), "(3, 4, 4)"),
@@ -259,6 +265,10 @@ def test_setup_refuses_meta_json_that_does_not_match(tmp_path: Path) -> None:
         if "\n" in message or not all(wanted in message for wanted in phrases):
             failures[bad] = message
     assert failures == {}
+
+
+def test_uint32_is_used_only_where_it_is_needed() -> None:
+    assert [code_dtype(size) for size in (2, 2**16, 2**16 + 1, 2**18)] == [np.uint16, np.uint16, np.uint32, np.uint32]
 
 
 def test_incomplete_dataset_is_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def write_codes(root: Path, broken: bool = False) -> Path:
 
 def test_codes_are_described(tmp_path: Path) -> None:
     assert inspect(str(write_codes(tmp_path))) == [
-        f"{tmp_path}: codes, 1 × 2 per image, vocabulary 8, 2 views, tokenizer abcdefabcdef",
+        f"{tmp_path}: codes, 1 × 2 per image, vocabulary 8 (uint16), 2 views, tokenizer abcdefabcdef",
         "",
         "train: 6 samples, in 1 shards",
         "  classes: 3 of 3; samples per class: 1 (ant) to 4 (dog), median 1",
@@ -218,7 +218,7 @@ def test_caption_features_are_described(tmp_path: Path) -> None:
 
 def test_features_stored_with_codes_are_described(tmp_path: Path) -> None:
     lines = inspect(str(write_dataset(tmp_path / "set", SPLITS, encoder="t5")))
-    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000, 2 views")
+    assert lines[0].startswith(f"{tmp_path / 'set'}: codes, 2 × 2 per image, vocabulary 1000 (uint16), 2 views")
     assert lines[1] == f"caption features: {KIND}"
     assert "  features: 6 samples, 3.2 tokens on average, 5 at most\n  bad samples: none" in section(lines, "train")
 

@@ -182,9 +182,9 @@ def test_rejects_checkpoints_that_are_not_finite_when_they_are_read(pipeline: Pi
     assert files(tmp_path) == ["broken.ckpt"]
 
 
-def test_rejects_a_codebook_too_large_for_uint16() -> None:
-    said = error_of(lambda: VQGANModule(VQGANConfig(codebook_size=131_072)), ValueError)
-    assert said == "codebook_size is 131072; codes are stored as uint16: at most 65,536"
+def test_rejects_a_codebook_that_is_too_large() -> None:
+    said = error_of(lambda: VQGANModule(VQGANConfig(codebook_size=2**18 + 1)), ValueError)
+    assert said == "codebook_size is 262145; at most 262,144 codes are supported"
 
 
 def test_rejects_invalid_arguments_of_modules() -> None:

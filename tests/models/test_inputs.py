@@ -45,8 +45,8 @@ def test_decodes_codes_of_any_integer_type(vqgan: VQGAN) -> None:
     frozen = codes.numpy().astype(np.uint16)
     frozen.flags.writeable = False
     for given in (
-        *(codes.to(dtype) for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint16)),
-        *(codes.numpy().astype(dtype) for dtype in ("<u2", ">u2", np.int64)),
+        *(codes.to(dtype) for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32)),
+        *(codes.numpy().astype(dtype) for dtype in ("<u2", ">u2", np.uint32, ">u4", np.int64)),
         frozen,
         codes[0],
         codes.tolist(),
@@ -111,7 +111,8 @@ def test_rejects_invalid_images(vqgan: VQGAN) -> None:
 def test_accepts_tokens_and_labels_of_any_integer_type(gpt: GPT) -> None:
     codes, labels = torch.arange(6).view(2, 3), torch.tensor([1, 4])
     expected = gpt(codes, labels)
-    assert torch.equal(gpt(codes.to(torch.uint16), labels.to(torch.uint8)), expected)
+    for dtype in (torch.uint16, torch.uint32):
+        assert torch.equal(gpt(codes.to(dtype), labels.to(torch.uint8)), expected)
 
 
 def test_rejects_tokens_and_labels_out_of_range(gpt: GPT) -> None:

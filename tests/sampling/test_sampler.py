@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
@@ -14,6 +14,7 @@ from llamagen.sampling import Sampler, SamplingConfig
 from llamagen.sampling.decode_weights import DecodeWeights
 from tests.sampling.plain import SETTINGS, plain_loop
 from tests.small_models import (
+    CLASS_GPT,
     GPT_VARIANTS,
     HEAD_VARIANTS,
     RECIPE_VARIANTS,
@@ -60,6 +61,16 @@ def test_codes_do_not_depend_on_batch_size_or_order(kind: str, compiled: bool) -
     lengths = None if lengths is None else lengths[order]
     found = sampler(condition[order], config, caption_lengths=lengths, seed=-3, indices=indices[order])
     assert torch.equal(found, expected[order])
+
+
+def test_codes_of_a_vocabulary_of_more_than_16_bits_equal_those_of_uncached_sampling() -> None:
+    gpt = GPT(replace(CLASS_GPT, dim=8, n_layer=1, n_head=1, vocab_size=2**17, block_size=4)).eval()
+    nn.init.normal_(gpt.output.weight, generator=torch.Generator().manual_seed(0))
+    labels, config, indices = torch.arange(2), SamplingConfig(0.9, 100_000, 0.95, 2.0), torch.tensor([4, 0])
+    expected = plain_loop(gpt, labels, config, None, 11, indices)
+    assert int(expected.max()) >= 2**16
+    for compiled in (False, True):
+        assert torch.equal(Sampler(gpt, 2, compiled=compiled)(labels, config, seed=11, indices=indices), expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
