@@ -23,7 +23,7 @@ from benchmarks.recipe_runs import (
 from lightning_modules import ARGenModule
 from lightning_modules.generation_order import generation_orders
 from llamagen.files import atomic_file
-from llamagen.losses import linear_cross_entropy
+from llamagen.losses import heads_cross_entropy
 
 ORDER = "'--model.init_args.order={random_until: 0.5, raster_from: 0.75}'"
 QK_NORM = "--model.init_args.net.qk_norm=true"
@@ -172,9 +172,8 @@ class Step:
         with torch.autocast(self.device.type, torch.bfloat16):
             positions = None if order is None else order[:, :-1]
             hidden = gpt.features(codes[:, :-1], self.labels, positions=positions, targets=order)
-            loss, _ = linear_cross_entropy(
-                hidden.flatten(0, 1), gpt.output.weight, codes.flatten(), terms.label_smoothing, terms.z_loss
-            )
+            heads = gpt.head_terms(hidden.flatten(0, 1), codes.flatten())
+            loss, _ = heads_cross_entropy(heads, terms.label_smoothing, terms.z_loss)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         self.optimizer.step()

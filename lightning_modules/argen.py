@@ -20,7 +20,7 @@ from llamagen.checkpoints.adaptation import adapt_to
 from llamagen.checkpoints.weights import ENTRY, classes_of, load_weights, read_weights
 from llamagen.cost.lora import training_flops
 from llamagen.finite import not_finite
-from llamagen.losses import linear_cross_entropy, linear_token_nll
+from llamagen.losses import HeadTerm, heads_cross_entropy, heads_token_nll
 from llamagen.metrics import CodePrediction
 from llamagen.models.gpt import GPT, GPTConfig
 from llamagen.models.lora import LoRAConfig, reset_adapters
@@ -246,12 +246,20 @@ class ARGenModule(SamplingModule):
             self._text.check_checkpoint(metadata)
 
     def forward(self, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) of codes (B, L), each given the condition and the previous codes (teacher forcing)."""
+        """Logits (B, L, V) of codes (B, L), each given the condition and the previous codes (teacher forcing).
+
+        With ``net.code_factors`` they are log-probabilities and slow to compute, see :meth:`GPT.forward`.
+        """
         logits: Tensor = self.gpt(codes[:, :-1], condition, caption_lengths=caption_lengths)
         return logits
 
+    def _terms(self, batch: dict[str, Any], order: Tensor | None) -> list[HeadTerm]:
+        """What the heads predict: the B · L codes of a batch, in raster order or in ``order`` (B, L)."""
+        codes = batch["codes"] if order is None else batch["codes"].gather(1, order)
+        return self.gpt.head_terms(self._hidden(batch, order), codes.flatten())
+
     def _hidden(self, batch: dict[str, Any], order: Tensor | None = None) -> Tensor:
-        """Inputs of the head (B · L, D) for ``batch["codes"]``, generated in raster order or in ``order`` (B, L)."""
+        """Hidden states (B · L, D) for ``batch["codes"]``, generated in raster order or in ``order`` (B, L)."""
         condition, codes = self.batch_condition(batch), batch["codes"]
         if order is not None:
             codes = codes.gather(1, order)
@@ -279,15 +287,11 @@ class ARGenModule(SamplingModule):
         Raises:
             FloatingPointError: if the loss is not finite on any rank.
         """
-        codes, config, order = batch["codes"], self.loss_config, self._training_order(batch)
-        if order is not None:
-            codes = codes.gather(1, order)
-        loss, nats = linear_cross_entropy(
-            self._hidden(batch, order), self.gpt.output.weight, codes.flatten(), config.label_smoothing, config.z_loss
-        )
+        config, terms = self.loss_config, self._terms(batch, self._training_order(batch))
+        loss, nats = heads_cross_entropy(terms, config.label_smoothing, config.z_loss)
         if not self.skip_bad_steps:  # otherwise configure_gradient_clipping checks the gradient and skips the step
             self.check_finite({"loss": ~loss.detach().isfinite()})
-        self.log("train/loss", nats, prog_bar=True, batch_size=len(codes))
+        self.log("train/loss", nats, prog_bar=True, batch_size=len(batch["codes"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -315,10 +319,12 @@ class ARGenModule(SamplingModule):
             self._evaluate(batch, cast(CodePrediction, self.random_predictions[stage]), validation_orders(batch))
 
     def _evaluate(self, batch: dict[str, Any], prediction: CodePrediction, order: Tensor | None) -> None:
-        codes = batch["codes"] if order is None else batch["codes"].gather(1, order)
-        nats, rank = linear_token_nll(self._hidden(batch, order), self.gpt.output.weight, codes.flatten())
-        self.stop_unless_finite({"loss": not_finite(nats).any()}, lambda: self.gpt.output(self._hidden(batch, order)))
-        prediction.update(nats.view_as(codes), rank.view_as(codes))
+        nats, rank = heads_token_nll(self._terms(batch, order))
+        self.stop_unless_finite(
+            {"loss": not_finite(nats).any()},
+            lambda: [term.head(term.hidden) for term in self._terms(batch, order)],
+        )
+        prediction.update(nats.view_as(batch["codes"]), rank.view_as(batch["codes"]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation set over all ranks.

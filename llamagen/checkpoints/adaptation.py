@@ -1,14 +1,16 @@
 """Initialise an autoregressive model from one with another sequence length or other classes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llamagen.checkpoints.weights import Weights
-from llamagen.models.gpt import GPT
+from llamagen.models.gpt import GPT, GPTConfig
+from llamagen.models.vqgan import VQGANConfig
 
 ADAPTABLE = ("block_size", "num_classes")
 TABLE = "cls_embedding.embedding_table.weight"
@@ -23,6 +25,7 @@ FUNCTION = (
     "qk_norm",
     "adaptive_norm",
     "target_aware",
+    "code_factors",
 )
 ADDED = {
     "qk_norm": "layers.0.attention.q_norm.weight",
@@ -30,6 +33,19 @@ ADDED = {
     "target_aware": "target_embeddings.weight",
 }
 """Options that files of earlier versions and published files do not name, each with a weight that it adds."""
+OFF = {**dict.fromkeys(ADDED, False), "code_factors": None}
+"""Values of options that a file does not name."""
+
+
+def options_of(config: GPTConfig | VQGANConfig) -> dict[str, Any]:
+    """Options of a model as a file holds them: primitives, with lists instead of tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def code_factors_of(state: Mapping[str, Tensor]) -> list[int] | None:
+    """The option ``code_factors``, recognised by the weights of a model."""
+    tables = [state.get(f"tok_embeddings.{factor}.weight") for factor in ("first", "second")]
+    return [len(table) for table in tables if table is not None] or None
 
 
 def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[str, Tensor]:
@@ -54,9 +70,9 @@ def adapt_to(gpt: GPT, weights: Weights, adapt: Collection[str] = ()) -> dict[st
         raise ValueError(f"{unknown[0]} cannot be adapted; only {' and '.join(ADAPTABLE)} can")
     if weights.architecture not in (None, "GPT"):
         raise ValueError(f"{weights.source}: weights of a {weights.architecture}, not of a GPT; give another file")
-    expected = asdict(gpt.config)
-    given = weights.config or {}
-    recognised = {name: weight in weights.state for name, weight in ADDED.items()}
+    expected, given = options_of(gpt.config), weights.config or {}
+    recognised: dict[str, Any] = {name: weight in weights.state for name, weight in ADDED.items()}
+    recognised["code_factors"] = code_factors_of(weights.state)
     for name, loaded in {**recognised, **given}.items():
         if name not in expected or loaded == expected[name] or name in adapt:
             continue

@@ -7,14 +7,13 @@ The checkpoint of a run with LoRA holds adapters only, see :mod:`llamagen.checkp
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llamagen.checkpoints.adaptation import ADDED, FUNCTION
+from llamagen.checkpoints.adaptation import FUNCTION, OFF, options_of
 from llamagen.checkpoints.adapters import LORA, check_adapters, describe_adapters
 from llamagen.checkpoints.sharded import not_moments
 from llamagen.checkpoints.weights import (
@@ -47,7 +46,7 @@ def describe(model: GPT | VQGAN, prefix: str) -> dict[str, Any]:
         Architecture, configuration and prefix, adapters, and :attr:`VQGAN.codes_of`: primitives only, so that the
         checkpoint loads with ``weights_only``.
     """
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
+    config = options_of(model.config)
     adapters = adapters_of(model)
     lora = {} if adapters is None else {LORA: describe_adapters(adapters)}
     lineage = {CODES_OF: dict(model.codes_of)} if isinstance(model, VQGAN) and model.codes_of is not None else {}
@@ -120,9 +119,9 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
             f"the checkpoint holds a {entry['architecture']}, but a {architecture} is expected; choose the checkpoint "
             f"of a {architecture} run"
         )
-    expected = asdict(model.config)
+    expected = options_of(model.config)
     for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
-        loaded = entry["config"].get(name, False if name in ADDED else expected[name])
+        loaded = entry["config"].get(name, OFF.get(name, expected[name]))
         if loaded != expected[name]:
             raise ValueError(
                 f"the checkpoint's {name} is {loaded}, but the model's is {expected[name]}; set {name} to {loaded}"

@@ -11,9 +11,19 @@ PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 """Precisions of Lightning: bytes of a parameter or residual stream entry, and bytes of an operand of a product."""
 
 
+def head_sizes(config: GPTConfig) -> tuple[int, ...]:
+    """Number of outputs of each head: the vocabulary, or its two factors."""
+    return (config.vocab_size,) if config.code_factors is None else config.code_factors
+
+
 def head_parameters(config: GPTConfig) -> int:
-    """Number of weights of the head."""
-    return config.vocab_size * config.dim
+    """Number of weights of the head, or of both with ``code_factors``."""
+    return sum(head_sizes(config)) * config.dim
+
+
+def second_factor_parameters(config: GPTConfig) -> int:
+    """Number of weights in the matrices between the two heads, which are those of a feed-forward layer; else 0."""
+    return 0 if config.code_factors is None else 3 * config.dim * config.ffn_dim
 
 
 def block_parameters(config: GPTConfig) -> int:
@@ -45,9 +55,12 @@ def parameters(config: GPTConfig) -> int:
     labels = (config.num_classes + 1) * config.dim if config.condition == "class" else 0
     targets = config.block_size * config.dim if config.target_aware else 0
     last_norm = config.dim + (LAST_VECTORS * (config.dim + 1) * config.dim if config.adaptive_norm else 0)
-    embeddings = labels + targets + config.vocab_size * config.dim
+    embeddings = labels + targets + sum(head_sizes(config)) * config.dim
     blocks = config.n_layer * whole_block_parameters(config)
-    return embeddings + caption_parameters(config) + blocks + last_norm + head_parameters(config)
+    between = second_factor_parameters(config)
+    if config.code_factors is not None:  # the embedding of the first factor, and two norms
+        between += (config.code_factors[0] + 2) * config.dim
+    return embeddings + caption_parameters(config) + blocks + last_norm + between + head_parameters(config)
 
 
 def positions(config: GPTConfig) -> int:
@@ -62,9 +75,9 @@ def flops_per_sequence(config: GPTConfig) -> float:
     PaLM, arXiv 2204.02311, appendix B) measures useful work. With T tokens, L codes and C condition tokens, the sum is
 
     - ``6 T`` for each weight of the blocks' matrices (2 in the forward pass, 4 in the backward pass), ``6 L`` for each
-      weight of the head, which reads only the last of the condition tokens, ``6`` for each weight of adaptive norms,
-      which read one vector, and for text ``6 C`` for each weight of the caption projection. Embeddings are lookups and
-      do not count.
+      weight of the head, which reads only the last of the condition tokens, and with ``code_factors`` of both heads and
+      the feed-forward layer between them, ``6`` for each weight of adaptive norms, which read one vector, and for text
+      ``6 C`` for each weight of the caption projection. Embeddings are lookups and do not count.
     - ``12 n_layer dim T S`` for attention, where S is the mean number of tokens to which a token attends (the products
       of queries and keys, and of weights and values, take ``4 dim S`` in the forward pass). Attention is causal, so
       S = (T + 1) / 2; operations of a kernel on masked tokens do not count. PaLM's convention is S = T.
@@ -74,7 +87,7 @@ def flops_per_sequence(config: GPTConfig) -> float:
     length = positions(config)
     matrices = (
         length * config.n_layer * block_parameters(config)
-        + config.block_size * head_parameters(config)
+        + config.block_size * (head_parameters(config) + second_factor_parameters(config))
         + config.condition_length * caption_parameters(config)
         + adaptive_parameters(config)
     )
@@ -118,7 +131,7 @@ class Activations:
     """Bytes that a training step keeps from its forward to its backward pass.
 
     Attributes:
-        kept: bytes of the embedding, the blocks and the last norm.
+        kept: bytes of the embedding, the blocks, the last norm, and what is between two heads.
         recomputed: bytes of one block, temporarily in the backward pass; 0 without recomputation.
         narrow_weights: bytes of autocast's bfloat16 copies of the weights, which are made once per step.
     """
@@ -151,6 +164,9 @@ def activations(
     For each sequence, adaptive norms keep ``8 r + c`` vectors of width D in each block: six vectors, two gains plus 1,
     and their input. Random orders keep ``4 E`` for the rotation and 8 for the target of each token.
 
+    With ``code_factors``, two norms and a feed-forward layer between the heads keep what those of a block keep, for
+    each code. They are never recomputed.
+
     Attention is assumed to be fused. On GPUs it copies queries, keys and values if it has to pad heads to a multiple of
     8, and its dropout keeps no mask. A mask for padded captions takes c bytes for each pair of tokens. Recomputed
     blocks keep only their input, ``r D``, and share one mask with one byte per pair. Drop path keeps almost nothing.
@@ -170,7 +186,7 @@ def activations(
     def mask(probability: float) -> int:
         return dim if probability else 0
 
-    norm = (4 + residual) * dim + 4
+    norm, forward = (4 + residual) * dim + 4, 4 * compute * config.ffn_dim + mask(config.ffn_dropout)
     attention = compute * (dim + heads * head_dim)
     if cuda or compute == 4 or config.condition == "text" or config.kv_heads != config.n_head:
         attention += 4 * config.n_head  # logsumexp, which causal_attention does not keep
@@ -180,8 +196,7 @@ def activations(
     else:
         attention += compute * (heads + config.kv_heads) * head_dim
     inputs = compute * dim * (3 if autocast else 2)
-    masks = mask(config.resid_dropout) + mask(config.ffn_dropout)
-    block = length * (2 * norm + inputs + attention + 4 * compute * config.ffn_dim + masks)
+    block = length * (2 * norm + inputs + attention + forward + mask(config.resid_dropout))
     ends = 8 * codes + length * mask(config.token_dropout)
     if config.qk_norm:
         block += length * heads * ((compute + (4 if compute == 2 else 0)) * head_dim + 4)
@@ -198,11 +213,15 @@ def activations(
         ends += 8
     # The last norm keeps the tokens that predict a code. In float32 they are a view of the stream of all tokens.
     ends += 4 * (length if residual == 4 else codes) * dim + codes * (residual * dim + 4)
+    if config.code_factors is not None:
+        ends += codes * (2 * norm + compute * dim * (2 if autocast else 1) + forward)
+        ends += 2 * 8 * (codes - 1)  # the codes before each code, split into the two factors
     if checkpointing:
         kept, recomputed = config.n_layer * residual * length * dim + ends, block
     else:
         kept, recomputed = config.n_layer * block + ends, 0
     matrices = config.n_layer * block_parameters(config) + caption_parameters(config) + adaptive_parameters(config)
+    matrices += second_factor_parameters(config)
     return Activations(batch_size * kept, batch_size * recomputed, compute * matrices if autocast else 0)
 
 
@@ -210,9 +229,10 @@ class Head(NamedTuple):
     """Bytes of :func:`~llamagen.losses.linear_cross_entropy`.
 
     Attributes:
-        kept: bytes of the gradients of the head's input, in the dtype of products, and of its weights, in float32.
-        temporary: bytes of the head's input, of its weights in the dtype of products, and of one block of logits in
-            float32 and in the dtype of products.
+        kept: bytes of the gradients of the inputs of all heads, in the dtype of products, and of their weights, in
+            float32.
+        temporary: bytes of these inputs, and for the largest head, of its weights in the dtype of products, and of one
+            block of logits in float32 and in the dtype of products.
     """
 
     kept: int
@@ -229,8 +249,11 @@ def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     """
     residual, compute = PRECISIONS[precision]
     rows = batch_size * config.block_size
-    logits = min(rows, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
-    narrow = compute * head_parameters(config) if residual != compute else 0
-    at_once = rows * config.vocab_size <= MAX_LOGITS
-    kept = compute * rows * config.dim + (compute if at_once else 4) * head_parameters(config)
-    return Head(kept, residual * rows * config.dim + narrow + logits * (4 if compute == 4 else 4 + compute))
+    kept, temporary = 0, 0
+    for size in head_sizes(config):
+        logits = min(rows, max(1, MAX_LOGITS // size)) * size
+        narrow = compute * size * config.dim if residual != compute else 0
+        at_once = rows * size <= MAX_LOGITS
+        kept += compute * rows * config.dim + (compute if at_once else 4) * size * config.dim
+        temporary = max(temporary, narrow + logits * (4 if compute == 4 else 4 + compute))
+    return Head(kept, len(head_sizes(config)) * residual * rows * config.dim + temporary)

@@ -11,7 +11,9 @@ from llamagen.cost.gpt import (
     flops_per_sequence,
     head,
     head_parameters,
+    head_sizes,
     positions,
+    second_factor_parameters,
 )
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.lora import LoRAConfig
@@ -23,10 +25,15 @@ def adapter_widths(config: GPTConfig) -> int:
     return (config.dim + qkv) + 2 * config.dim + 3 * (config.dim + config.ffn_dim)
 
 
+def second_factor_widths(config: GPTConfig) -> int:
+    """Sum of inputs and outputs of the adapted layers between two heads; 0 without ``code_factors``."""
+    return 0 if config.code_factors is None else 3 * (config.dim + config.ffn_dim)
+
+
 def adapter_parameters(config: GPTConfig, lora: LoRAConfig) -> int:
-    """Exact number of parameters of the adapters: those of blocks and, for text models, of the caption projection."""
+    """Exact number of parameters of the adapters: of blocks, caption projection (text), and between two heads."""
     caption = 0 if config.condition == "class" else config.caption_dim + 3 * config.dim
-    return lora.rank * (config.n_layer * adapter_widths(config) + caption)
+    return lora.rank * (config.n_layer * adapter_widths(config) + caption + second_factor_widths(config))
 
 
 def trained_parameters(config: GPTConfig, lora: LoRAConfig, trains_classes: bool) -> int:
@@ -48,10 +55,12 @@ def training_flops(config: GPTConfig, lora: LoRAConfig | None = None) -> float:
     if lora is None:
         return flops_per_sequence(config)
     length, captions = positions(config), config.condition_length
-    frozen = length * config.n_layer * block_parameters(config) + config.block_size * head_parameters(config)
+    frozen = length * config.n_layer * block_parameters(config)
+    frozen += config.block_size * (head_parameters(config) + second_factor_parameters(config))
     frozen += captions * caption_parameters(config) + adaptive_parameters(config)
     caption = 0 if config.condition == "class" else config.caption_dim + 3 * config.dim
     adapters = lora.rank * (length * config.n_layer * adapter_widths(config) + captions * caption)
+    adapters += lora.rank * config.block_size * second_factor_widths(config)
     return flops_per_sequence(config) - 2 * frozen + 6 * adapters
 
 
@@ -87,6 +96,11 @@ def adapter_activations(
         token += 4 * config.dim + config.ffn_dim + (compute * config.dim if residual == compute else 0)
     block = batch_size * positions(config) * token
     ends = -batch_size * config.block_size * (8 + residual * config.dim)
+    if config.code_factors is not None:
+        ends += batch_size * config.block_size * (3 * compute * lora.rank - 2 * residual * config.dim)
+        ends -= batch_size * 2 * 8 * (config.block_size - 1)
+        if lora.dropout and cuda:
+            ends += batch_size * config.block_size * (2 * config.dim + config.ffn_dim)
     if config.condition == "text":
         ends += 2 * batch_size * config.caption_length * compute * lora.rank
     kept = full.kept + ends + (0 if checkpointing else config.n_layer * block)
@@ -97,4 +111,4 @@ def adapter_activations(
 def frozen_head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     """Memory of the loss, see :func:`~llamagen.cost.gpt.head`, without the gradients of the head's weights."""
     full, (_, compute) = head(config, batch_size, precision), PRECISIONS[precision]
-    return Head(compute * batch_size * config.block_size * config.dim, full.temporary)
+    return Head(len(head_sizes(config)) * compute * batch_size * config.block_size * config.dim, full.temporary)

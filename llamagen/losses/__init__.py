@@ -9,6 +9,7 @@ from llamagen.losses.adversarial import (
     logistic_discriminator_loss,
     non_saturating_generator_loss,
 )
+from llamagen.losses.head_terms import HeadTerm, heads_cross_entropy, heads_token_nll
 from llamagen.losses.lecam import LeCAM
 from llamagen.losses.linear_cross_entropy import CrossEntropy, TokenNLL, linear_cross_entropy, linear_token_nll
 from llamagen.losses.quantization import (
@@ -23,6 +24,7 @@ __all__ = [
     "ADVERSARIAL_LOSSES",
     "AdversarialLoss",
     "CrossEntropy",
+    "HeadTerm",
     "LeCAM",
     "TokenNLL",
     "adaptive_weight",
@@ -30,6 +32,8 @@ __all__ = [
     "commitment_loss",
     "entropy_loss",
     "factorized_entropy_loss",
+    "heads_cross_entropy",
+    "heads_token_nll",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
     "linear_cross_entropy",

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llamagen.distributed.full_tensor import init_full_
+from llamagen.losses.head_terms import HeadTerm
 from llamagen.models.conditioning import CaptionEmbedder, build_conditioner, sample_dropped
 from llamagen.models.dropout import Dropout
+from llamagen.models.factorized_codes import (
+    FactorizedEmbedding,
+    SecondFactor,
+    joint_log_probabilities,
+    split_codes,
+)
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.inputs import check_codes, check_positions, check_targets
 from llamagen.models.kv_cache import LAST_VECTORS, KVCache
@@ -42,7 +49,12 @@ class GPT(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):  # skips PyTorch's own initialisation; reset_parameters does ours
             self.cls_embedding = build_conditioner(config)
-            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            factors = config.code_factors
+            self.tok_embeddings = (
+                nn.Embedding(config.vocab_size, config.dim)
+                if factors is None
+                else FactorizedEmbedding(factors, config.dim)
+            )
             self.tok_dropout = Dropout(config.token_dropout)
             last = max(config.n_layer - 1, 1)
             self.layers = nn.ModuleList(
@@ -51,15 +63,16 @@ class GPT(nn.Module):
             self.norm = RMSNorm(config.dim, config.norm_eps)
             self.adaptive_norm = AdaptiveNorm(config.dim, LAST_VECTORS) if config.adaptive_norm else None
             self.target_embeddings = nn.Embedding(config.block_size, config.dim) if config.target_aware else None
-            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.output = nn.Linear(config.dim, config.vocab_size if factors is None else factors[0], bias=False)
+            self.second_factor = None if factors is None else SecondFactor(config)
             self.register_buffer("rope", self._make_rope(self.output.weight.device), persistent=False)
         self.to_empty(device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for head and adaptive norms.
+        """Initialise: normal(0, 0.02) for linear layers and embeddings, 1 for norms, 0 for heads and adaptive norms.
 
-        With a zero head the first training loss is ln(V). The same CPU seed gives the same weights whether or not the
+        With zero heads the first training loss is ln(V). The same CPU seed gives the same weights whether or not the
         parameters are sharded over ranks.
         """
         adaptive = [module.linear for module in self.modules() if isinstance(module, AdaptiveNorm)]
@@ -76,6 +89,8 @@ class GPT(nn.Module):
             elif isinstance(module, CaptionEmbedder):
                 module.reset_parameters()
         init_full_(self.output.weight, nn.init.zeros_)
+        if self.second_factor is not None:
+            init_full_(self.second_factor.output.weight, nn.init.zeros_)
 
     def _make_rope(self, device: torch.device) -> Tensor:
         config = self.config
@@ -115,7 +130,11 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next code after each token.
+        """Logits of the next code after each token; with ``code_factors``, logarithms of their probabilities.
+
+        footgun: with ``code_factors`` this evaluates the second head V1 times for each token, and holds all V values.
+        It is for scoring and tests. Training uses :meth:`features` and :meth:`head_terms`; sampling draws one factor
+        after the other.
 
         Training and scoring: ``gpt(codes[:, :-1], condition)`` returns the logits of all L codes.
         Cached decoding: ``gpt(None, condition, cache=cache)`` once, then ``gpt(last_code, cache=cache)`` for each code.
@@ -141,6 +160,7 @@ class GPT(nn.Module):
 
         Returns:
             (B, T + 1, V) with a condition, else (B, T, V): the logits after each token, the first after the condition.
+            With ``code_factors`` they are float32 and normalised: the exponentials of each row sum to 1.
 
         Raises:
             ValueError: if there is nothing to compute; if the condition is missing, repeated or of another shape; if
@@ -155,7 +175,24 @@ class GPT(nn.Module):
             positions=positions,
             targets=targets,
         )
+        if self.second_factor is not None:
+            return joint_log_probabilities(self.output, self.second_factor, hidden)
         return cast(Tensor, self.output(hidden))
+
+    def head_terms(self, hidden: Tensor, codes: Tensor) -> list[HeadTerm]:
+        """The linear heads, each with its input and its targets: one head, or two with ``code_factors``.
+
+        Args:
+            hidden: (…, D), from :meth:`features`.
+            codes: (…,) integers in [0, V), the code that each of them predicts.
+        """
+        if self.second_factor is None:
+            return [HeadTerm(hidden, self.output, codes)]
+        first, second = split_codes(codes, self.second_factor.output.out_features)
+        return [
+            HeadTerm(hidden, self.output, first),
+            HeadTerm(self.second_factor.features(hidden, first), self.second_factor.output, second),
+        ]
 
     def features(
         self,

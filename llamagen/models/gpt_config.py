@@ -1,5 +1,6 @@
 """Configuration of the autoregressive model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isqrt
 from typing import Literal
@@ -42,6 +43,8 @@ class GPTConfig:
             class embedding (adaLN-Zero, arXiv 2212.09748, section 3.2). Class-conditional models only.
         target_aware: add a learned embedding of the position that is predicted next to each input (arXiv 2411.00776,
             section 3.3). Models that are trained in random orders need it.
+        code_factors: V1 and V2, whose product is ``vocab_size``, for factorised prediction (arXiv 2409.04410): the code
+            a * V2 + b has a sum of two embeddings as input, and two heads in sequence predict a, then b given a.
     """
 
     dim: int
@@ -68,6 +71,7 @@ class GPTConfig:
     qk_norm: bool = False
     adaptive_norm: bool = False
     target_aware: bool = False
+    code_factors: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -117,6 +121,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.adaptive_norm and self.condition != "class":
             raise ValueError("adaptive_norm needs a class embedding, but condition is 'text'; set it to false")
+        if self.code_factors is not None:
+            object.__setattr__(self, "code_factors", checked_factors(self.code_factors, self.vocab_size))
         for name in (
             "condition_dropout",
             "token_dropout",
@@ -155,3 +161,29 @@ class GPTConfig:
         if self.ffn_dim_multiplier is not None:
             width = int(self.ffn_dim_multiplier * width)
         return -(-width // self.multiple_of) * self.multiple_of
+
+
+def checked_factors(factors: Sequence[int], vocab_size: int) -> tuple[int, int]:
+    """Check the two factors of the vocabulary.
+
+    Args:
+        factors: two integers; lists come from YAML and from files of weights.
+        vocab_size: number of codes.
+
+    Raises:
+        ValueError: in one line, if they are not two integers from 2 on whose product is the number of codes.
+    """
+    if (
+        isinstance(factors, list | tuple)
+        and len(factors) == 2
+        and all(isinstance(factor, int) and factor >= 2 for factor in factors)
+        and factors[0] * factors[1] == vocab_size
+    ):
+        return factors[0], factors[1]
+    first = next((factor for factor in range(isqrt(vocab_size), 1, -1) if vocab_size % factor == 0), None)
+    remedy = "leave it out" if first is None else f"for example, set it to [{first}, {vocab_size // first}]"
+    given = list(factors) if isinstance(factors, list | tuple) else factors
+    raise ValueError(
+        f"code_factors is {given!r}; it must be two integers, at least 2, whose product is vocab_size {vocab_size}; "
+        f"{remedy}"
+    )

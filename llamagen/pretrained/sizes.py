@@ -1,11 +1,12 @@
 """Sizes of the paper's autoregressive models (arXiv 2406.06525, table 1), and recognition of a size by its weights."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from llamagen.checkpoints.adaptation import ADDED
+from llamagen.checkpoints.adaptation import ADDED, code_factors_of
 from llamagen.models.gpt_config import GPTConfig
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -23,7 +24,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def is_gpt(state: Mapping[str, Tensor]) -> bool:
     """Whether weights without a description are those of an autoregressive model."""
-    return "tok_embeddings.weight" in state
+    return "tok_embeddings.weight" in state or code_factors_of(state) is not None
 
 
 def infer_gpt_config(state: Mapping[str, Tensor], resolution: int, source: str) -> GPTConfig:
@@ -37,7 +38,8 @@ def infer_gpt_config(state: Mapping[str, Tensor], resolution: int, source: str) 
     Raises:
         ValueError: in one line, if the model has none of these sizes.
     """
-    vocabulary, dim = state["tok_embeddings.weight"].shape
+    factors, dim = code_factors_of(state), state["output.weight"].shape[1]
+    vocabulary = len(state["tok_embeddings.weight"]) if factors is None else prod(factors)
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     size = next((size for size in SIZES.values() if (size["dim"], size["n_layer"]) == (dim, layers)), None)
     if size is None:
@@ -45,7 +47,7 @@ def infer_gpt_config(state: Mapping[str, Tensor], resolution: int, source: str) 
             f"{source}: a model of {layers} layers of width {dim} has none of the published sizes, and the file does "
             "not describe it; export it with python -m llamagen.checkpoints.export, as .safetensors"
         )
-    options: dict[str, Any] = {"vocab_size": vocabulary, "block_size": (resolution // 16) ** 2}
+    options: dict[str, Any] = {"vocab_size": vocabulary, "block_size": (resolution // 16) ** 2, "code_factors": factors}
     if (table := state.get("cls_embedding.embedding_table.weight")) is not None:
         options |= {"num_classes": len(table) - 1}
     elif (unconditional := state.get("cls_embedding.uncond_embedding")) is not None:

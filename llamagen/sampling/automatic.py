@@ -27,8 +27,11 @@ AnySampler = TypeVar("AnySampler", bound=Prepared)
 def should_compile(gpt: GPT) -> bool:
     """Whether compiled sampling is possible and pays.
 
-    That is: not sharded, on a CPU or a GPU (there without adaptive norms), from 20 million parameters.
+    That is: not sharded, without factorised prediction, on a CPU or a GPU (there without adaptive norms), from 20
+    million parameters.
     """
+    if gpt.config.code_factors is not None:
+        return False
     large = sum(parameter.numel() for parameter in gpt.parameters()) >= MIN_PARAMETERS
     devices = ("cpu",) if gpt.config.adaptive_norm else ("cpu", "cuda")
     return large and not is_sharded(gpt) and gpt.output.weight.device.type in devices

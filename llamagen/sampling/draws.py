@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamagen.finite import not_finite
+from llamagen.models.factorized_codes import SecondFactor, joined_codes
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.logits import guide, sample_codes
 from llamagen.sampling.noise import gumbel
@@ -58,6 +59,43 @@ def next_code(
     logits, broken = guided_logits(logits, len(indices), scale)
     noise = None if config.temperature == 0.0 else gumbel(seeds, indices, step, counters)
     return sample_codes(logits, config, noise), broken
+
+
+def next_factorized_code(
+    hidden: Tensor,
+    heads: tuple[nn.Linear, SecondFactor],
+    config: SamplingConfig,
+    scale: Tensor,
+    seeds: Tensor,
+    indices: Tensor,
+    step: Tensor,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sample the two factors of a code, the second one given the first.
+
+    Each is drawn like a code of its own, with guidance, temperature, top-k, top-p and noise. Both branches of guidance
+    get the factor that was drawn.
+
+    Args:
+        hidden: (B, D) or (2 B, D), normalised hidden states.
+        heads: predict V1 and V2 logits.
+        config: temperature, top-k and top-p.
+        scale: see :func:`next_code`, as are ``seeds``, ``indices`` and ``step``.
+        seeds: see above.
+        indices: see above.
+        step: see above.
+        counters: (V1 + V2,) int64: the first V1 are those of the first factor.
+
+    Returns:
+        See :func:`next_code`.
+    """
+    first_head, second = heads
+    sizes = [first_head.out_features, second.output.out_features]
+    first_counters, second_counters = counters.split(sizes)
+    a, a_broken = next_code(first_head(hidden), config, scale, seeds, indices, step, first_counters)
+    logits = second(hidden, a.repeat(len(hidden) // len(a)))
+    b, b_broken = next_code(logits, config, scale, seeds, indices, step, second_counters)
+    return joined_codes(a, b, sizes[1]), a_broken | b_broken
 
 
 def guided_logits(logits: Tensor, count: int, scale: Tensor) -> tuple[Tensor, Tensor]:

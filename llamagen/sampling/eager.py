@@ -1,4 +1,12 @@
-"""Sampling of codes by calls of the model, on any device. B images, R rows, T new tokens, V vocabulary size."""
+"""Sampling of codes by calls of the model, on any device.
+
+A model with ``code_factors`` has two heads in sequence, and the second one needs what was drawn from the first. So its
+passes return hidden states instead of logits, and :func:`~llamagen.sampling.draws.next_factorized_code` draws from
+them.
+
+Shapes: B images, R rows, T new tokens, V vocabulary size; with ``code_factors``, V in shapes of passes and draws is the
+width of the model.
+"""
 
 from typing import cast
 
@@ -9,7 +17,7 @@ from llamagen.finite import not_finite
 from llamagen.models.gpt import GPT
 from llamagen.models.kv_cache import KVCache
 from llamagen.sampling.decoder import DecodeState, PooledCodeDecoder
-from llamagen.sampling.draws import Draws, next_code
+from llamagen.sampling.draws import Draws, next_code, next_factorized_code
 from llamagen.sampling.inputs import SamplingRequest
 from llamagen.sampling.noise import code_counters
 from llamagen.sampling.windows import Array
@@ -29,7 +37,9 @@ class EagerDecodeState(DecodeState):
     def __init__(self, gpt: GPT, request: SamplingRequest, cache: KVCache) -> None:
         super().__init__(gpt, request, cache)
         device = self.codes.device
-        self._counters = code_counters(gpt.config.vocab_size, device)
+        factors = gpt.config.code_factors
+        self._counters = code_counters(gpt.config.vocab_size if factors is None else sum(factors), device)
+        self._pass = gpt if factors is None else gpt.features
         self._steps = torch.arange(self.length, device=device)
         scales = request.config.guidance_scales(self.length)
         self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
@@ -37,7 +47,7 @@ class EagerDecodeState(DecodeState):
     def prefill(self) -> Tensor:
         """Logits (R, V) of the first code."""
         condition, dropped = self.conditions()
-        logits = self.gpt(
+        logits = self._pass(
             None,
             condition,
             caption_lengths=self.caption_lengths,
@@ -49,7 +59,7 @@ class EagerDecodeState(DecodeState):
 
     def decode(self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """(R, T) → logits (R, T, V)."""
-        logits = self.gpt(
+        logits = self._pass(
             tokens, caption_lengths=self.caption_lengths, cache=self.cache, positions=positions, targets=targets
         )
         return cast(Tensor, logits)
@@ -62,14 +72,9 @@ class EagerDecodeState(DecodeState):
 
     def sample(self, logits: Tensor, step: int) -> None:
         """Sample code ``step`` from logits (R, V)."""
-        self.codes[:, step], broken = next_code(
-            logits,
-            self.request.config,
-            self._scales[step],
-            self.request.seeds,
-            self.request.indices,
-            self._steps[step],
-            self._counters,
+        request = self.request
+        self.codes[:, step], broken = self._next_code(
+            logits, self._scales[step], request.seeds, request.indices, self._steps[step]
         )
         self.broken |= broken
 
@@ -103,19 +108,20 @@ class EagerDecodeState(DecodeState):
         device, lengths = self.codes.device, self.request.caption_lengths
         cache.set_row_lengths(torch.from_numpy(starts).to(device), int(starts.max()))
         lengths = None if lengths is None else lengths[self._image_of(rows)]
-        return cast(Tensor, self.gpt(torch.from_numpy(tokens).to(device), caption_lengths=lengths, cache=cache))
+        return cast(Tensor, self._pass(torch.from_numpy(tokens).to(device), caption_lengths=lengths, cache=cache))
 
     def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw N codes."""
         rows = draws.conditional
         if self.guided:
             rows = torch.cat([rows, draws.unconditional])
-        return next_code(
-            logits[rows],
-            self.request.config,
-            draws.scales[:, None],
-            draws.seeds,
-            draws.indices,
-            draws.steps,
-            self._counters,
-        )
+        return self._next_code(logits[rows], draws.scales[:, None], draws.seeds, draws.indices, draws.steps)
+
+    def _next_code(
+        self, logits: Tensor, scale: Tensor, seeds: Tensor, indices: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        config, counters = self.request.config, self._counters
+        if self.gpt.second_factor is None:
+            return next_code(logits, config, scale, seeds, indices, step, counters)
+        heads = self.gpt.output, self.gpt.second_factor
+        return next_factorized_code(logits, heads, config, scale, seeds, indices, step, counters)

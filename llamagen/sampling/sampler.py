@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamagen.finite import FiniteCheck, find_source, not_finite_error
 from llamagen.models.gpt import GPT
-from llamagen.models.sharding import is_sharded
+from llamagen.models.sharding import is_sharded, reshard
 from llamagen.sampling.config import SamplingConfig
 from llamagen.sampling.cpu.decoder import CPUCodeDecoder
 from llamagen.sampling.decoder import CodeDecoder, DecodedCodes
@@ -48,8 +48,8 @@ class Sampler:
         int8: let compiled steps read the weights as int8, with a scale for each output. This copies the weights.
 
     Raises:
-        ValueError: if ``batch_size`` is below 1, or compilation is not possible on this device, in this precision or
-            with sharded parameters.
+        ValueError: if ``batch_size`` is below 1, or compilation is not possible on this device, in this precision, with
+            sharded parameters or with ``code_factors``.
     """
 
     # footgun: Lightning predicts in inference mode, whose tensors fail outside of it. Memory that is allocated in one
@@ -179,16 +179,18 @@ class Sampler:
         def score(row: int) -> None:
             pair = request.rows(torch.tensor([row, row], device=codes.device))
             dropped = torch.tensor([False, True], device=codes.device)
-            sequence = to_order(codes[row].expand(2, -1), pair.order)[:, :-1]
+            sequence = to_order(codes[row].expand(2, -1), pair.order)
             with evaluation_mode(self.gpt):
-                self.gpt(
-                    sequence,
+                hidden = self.gpt.features(
+                    sequence[:, :-1],
                     pair.condition,
                     caption_lengths=pair.caption_lengths,
                     drop_condition=dropped,
                     positions=None if pair.order is None else pair.order[:, :-1],
                     targets=pair.order,
                 )
+                for term in self.gpt.head_terms(hidden, sequence):
+                    term.head(term.hidden)
 
         def explain(rows: list[int]) -> FloatingPointError:
             # With sharded parameters no layer can be run again: the other ranks do not take part.
@@ -215,6 +217,8 @@ class Sampler:
         # Triton launches kernels on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), evaluation_mode(self.gpt):
             yield
+        if self.gpt.second_factor is not None and is_sharded(self.gpt):
+            reshard(self.gpt)  # passes without the head leave embeddings and heads gathered
 
 
 def sharded_settings(config: SamplingConfig) -> SamplingConfig:
@@ -239,6 +243,8 @@ def _build_decoder(gpt: GPT, batch_size: int, compiled: bool, int8: bool) -> Cod
     dtype, device = compute_dtype(gpt), gpt.output.weight.device.type
     if not compiled:
         return EagerCodeDecoder(gpt, batch_size, dtype)
+    if gpt.config.code_factors is not None:
+        raise ValueError("sampling is not compiled for models with code_factors; leave compiled out")
     if device == "cpu":
         return CPUCodeDecoder(gpt, batch_size, dtype, int8)
     if device == "cuda":

@@ -43,13 +43,14 @@ def vllm_sizes(config: GPTConfig, guided: bool) -> dict[str, Any]:
         guided: whether there is an unconditional branch.
 
     Raises:
-        ValueError: in one line, if a head is too wide, or the model has adaptive norms.
+        ValueError: in one line, if a head is too wide, or the model has adaptive norms or factorised prediction.
     """
-    if config.adaptive_norm:
-        raise ValueError(
-            "the model has adaptive norms, which do not run in vLLM; serve it with python -m serving.server, without "
-            "--engine vllm"
-        )
+    for given, what in ((config.adaptive_norm, "adaptive norms"), (config.code_factors, "code_factors")):
+        if given:
+            raise ValueError(
+                f"the model has {what}, which do not run in vLLM; serve it with python -m serving.server, without "
+                "--engine vllm"
+            )
     branches = 2 if guided else 1
     sizes: dict[str, Any] = {
         "hidden_size": branches * config.dim,

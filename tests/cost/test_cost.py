@@ -15,7 +15,7 @@ from lightning_modules.generation_order import generation_orders
 from lightning_modules.optimization import AdamWConfig, build_adamw
 from llamagen.cost import __main__ as cost
 from llamagen.cost import gpt as gpt_cost
-from llamagen.losses import linear_cross_entropy
+from llamagen.losses import heads_cross_entropy
 from llamagen.models.gpt import GPT, GPTConfig, KVCache
 from llamagen.models.sharding import shard
 from tests.ranks import run_on_ranks
@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "argen"
 SIZES = sorted(path.stem for path in (CONFIGS / "size").iterdir())
 SMALL = GPTConfig(dim=64, n_layer=2, n_head=4, multiple_of=32, vocab_size=64, block_size=64, num_classes=10)
 WIDE = replace(SMALL, dim=256, n_layer=3, n_head=8, vocab_size=128)
-GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2)
+GROUPED = replace(SMALL, dim=128, n_layer=4, n_kv_head=2, block_size=16, drop_path=0.2, code_factors=(4, 16))
 TEXT = replace(SMALL, condition="text", caption_dim=48, caption_length=9)
 RECIPES = replace(SMALL, dim=128, n_kv_head=2, qk_norm=True, adaptive_norm=True, target_aware=True)
 TEXT_RECIPES = replace(TEXT, qk_norm=True, target_aware=True)
@@ -58,7 +58,13 @@ def loss_of(gpt: GPT, batch_size: int, precision: str) -> Tensor:
     places = {"positions": order[:, :-1], "targets": order} if gpt.config.target_aware else {}
     with autocast:
         hidden = gpt.features(codes[:, :-1], condition, caption_lengths=caption_lengths_for(gpt, batch_size), **places)
-        return linear_cross_entropy(hidden.flatten(0, 1), gpt.output.weight, codes.flatten()).loss
+        return heads_cross_entropy(gpt.head_terms(hidden.flatten(0, 1), codes.flatten())).loss
+
+
+def logits_of(gpt: GPT, codes: Tensor, condition: Tensor, caption_lengths: Tensor | None = None) -> Tensor:
+    """Sum of the logits of all heads in a training step."""
+    hidden = gpt.features(codes[:, :-1], condition, caption_lengths=caption_lengths)
+    return torch.stack([term.head(term.hidden).sum() for term in gpt.head_terms(hidden, codes)]).sum()
 
 
 def kept_bytes(gpt: GPT, batch_size: int, precision: str) -> int:
@@ -91,7 +97,7 @@ def test_operations_of_matrix_products_equal_those_that_pytorch_counts(shape: st
     condition, codes = condition_for(gpt, 3).requires_grad_(config.condition == "text"), codes_for(gpt, 3, 64)
     counter = FlopCounterMode(display=False)
     with counter:
-        gpt(codes[:, :-1], condition).sum().backward()
+        logits_of(gpt, codes, condition).backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for name, count in counts.items() if "mm" in str(name))
     length = gpt_cost.positions(config)
@@ -124,8 +130,10 @@ def test_activations_equal_those_that_autograd_keeps(
     config = SHAPES[shape] if dropout else replace(SHAPES[shape], **NO_DROPOUT)
     batch_size = 16 if config.dim == 64 else 4
     estimate = gpt_cost.activations(config, batch_size, precision, checkpointing, cuda=False)
-    # For recomputed blocks autograd does not count autocast's copies of the weights, but of the last adaptive norm.
+    # For recomputed blocks autograd does not count autocast's copies of the weights, but those of the last adaptive
+    # norm and of what is between two heads.
     last = 2 * 2 * config.dim**2 if config.adaptive_norm and precision == "bf16-mixed" else 0
+    last += 2 * gpt_cost.second_factor_parameters(config) if precision == "bf16-mixed" else 0
     copies = last if checkpointing else estimate.narrow_weights
     expected = estimate.kept + copies + gpt_cost.head(config, batch_size, precision).kept
     measured = kept_bytes(built(config, precision, checkpointing), batch_size, precision)

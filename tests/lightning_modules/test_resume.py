@@ -40,7 +40,7 @@ def vqgan_with_ema_codebook(seed: int = 0) -> GenerativeModule:
 
 def argen_with_everything(seed: int = 0) -> GenerativeModule:
     """A GPT with everything that uses random numbers or adds parameters, in orders annealed from step 2 to step 9."""
-    plain = argen_module(seed, qk_norm=True, adaptive_norm=True, attn_dropout=0.1)
+    plain = argen_module(seed, qk_norm=True, adaptive_norm=True, attn_dropout=0.1, code_factors=(4, 8))
     return ARGenModule(plain.gpt.config, AdamWConfig(lr=1e-3), order=GenerationOrder(2, 9))
 
 

@@ -19,15 +19,19 @@ from tests.ranks import run_on_ranks
 @pytest.mark.slow
 def test_qk_norm_and_adaptive_norms_train_sharded(pipeline: Pipeline, tmp_path: Path) -> None:
     options = [f"--model.init_args.net.{name}=true" for name in ("qk_norm", "adaptive_norm")]
+    options.append("--model.init_args.net.code_factors=[4, 8]")
     one = run(pipeline, tmp_path / "one", 1, *options)
     two = run(pipeline, tmp_path / "two", 2, *SHARDED, *options)
-    assert {"gpt.layers.0.attention.q_norm.weight", "gpt.adaptive_norm.linear.weight"} < tensors(everything(two)).keys()
+    added = {"layers.0.attention.q_norm", "adaptive_norm.linear", "second_factor.output"}
+    assert {f"gpt.{name}.weight" for name in added} < tensors(everything(two)).keys()
     assert_alike(one, two)
 
 
 def _uneven(rank: int) -> list[Tensor]:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    gpt = fill(GPT(GPTConfig(**GPT_NET, qk_norm=True, adaptive_norm=True, target_aware=True))).eval()
+    gpt = fill(
+        GPT(GPTConfig(**GPT_NET, qk_norm=True, adaptive_norm=True, target_aware=True, code_factors=(4, 8)))
+    ).eval()
     expected = Sampler(gpt, 2)(torch.arange(3))
     shard(gpt, mesh)
     assert is_sharded(gpt)

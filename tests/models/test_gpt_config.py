@@ -37,6 +37,7 @@ CHANGES: dict[str, Any] = {
     "qk_norm": True,
     "adaptive_norm": True,
     "target_aware": True,
+    "code_factors": [6, 8],
 }
 TRAINING_ONLY = [name for name in CHANGES if "drop" in name]
 
@@ -99,6 +100,9 @@ def test_dropout_is_off_in_evaluation(option: str) -> None:
         ({"ffn_dropout": float("nan")}, ("ffn_dropout is nan",)),
         ({"attn_dropout": 2.0}, ("attn_dropout is 2.0",)),
         ({"drop_path": 1.0}, ("drop_path is 1.0",)),
+        ({"code_factors": [6, 9]}, ("code_factors is [6, 9]", "vocab_size 48", "set it to [6, 8]")),
+        ({"code_factors": [48, 1]}, ("code_factors is [48, 1]", "at least 2")),
+        ({"code_factors": 6, "vocab_size": 47}, ("code_factors is 6", "leave it out")),
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ from tests.golden import normal_input
 from tests.small_models import caption_lengths_for, codes_for, condition_for, small_gpt
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "class": {"qk_norm": True, "adaptive_norm": True, "target_aware": True},
+    "class": {"qk_norm": True, "adaptive_norm": True, "target_aware": True, "code_factors": (6, 8)},
     "text": {"condition": "text", "n_kv_head": 2},
 }
 LORA = LoRAConfig(rank=4, alpha=6.0)
@@ -84,11 +84,12 @@ def test_only_adapters_of_linear_layers_and_class_embeddings_train() -> None:
     layers = [f"layers.{n}.{name}" for n in (0, 1) for name in ("attention.wqkv", "attention.wo")]
     layers += [f"layers.{n}.feed_forward.{name}" for n in (0, 1) for name in ("w1", "w2", "w3")]
     captions = [f"cls_embedding.cap_proj.{name}" for name in ("fc1", "fc2")]
+    between = [f"second_factor.feed_forward.{name}" for name in ("w1", "w2", "w3")]
 
     def factors(names: list[str]) -> set[str]:
         return {f"{name}.lora_{each}.default.weight" for name in names for each in "AB"}
 
-    assert trained["class"] == factors(layers) | {"cls_embedding.embedding_table.weight"}
+    assert trained["class"] == factors(layers + between) | {"cls_embedding.embedding_table.weight"}
     assert trained["text"] == factors(layers + captions)
     for options in VARIANTS.values():
         gpt = adapted(options, False)

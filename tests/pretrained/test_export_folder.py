@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ from tests.rounding import Rounding
 from tests.small_models import assert_same, small_gpt, small_vqgan
 from tests.text_pipeline import TextPipeline
 
-OPTIONS = ["qk_norm", "adaptive_norm", "target_aware"]
+OPTIONS = {"qk_norm": True, "adaptive_norm": True, "target_aware": True}
+FACTORS = {"code_factors": (4, 16)}
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "samples.png", "tokenizer.safetensors"}
 
 
@@ -122,29 +124,29 @@ def test_a_tokenizer_with_a_custom_quantiser_is_exported(tmp_path: Path) -> None
     assert "quantizer `tests.rounding.Rounding`" in (tmp_path / "rounding/README.md").read_text()
 
 
-@pytest.mark.parametrize("options", [OPTIONS, []], ids=["with options", "before there were options"])
-def test_options_of_the_model_are_in_its_file_and_off_in_older_ones(options: list[str], tmp_path: Path) -> None:
-    gpt, vqgan = small_gpt(vocab_size=64, **dict.fromkeys(options, True)), small_vqgan()
+@pytest.mark.parametrize("options", [OPTIONS, FACTORS, {}], ids=["options", "factors", "before there were options"])
+def test_options_of_the_model_are_in_its_file_and_off_in_older_ones(options: dict[str, Any], tmp_path: Path) -> None:
+    gpt, vqgan = small_gpt(vocab_size=64, **options), small_vqgan()
     for name, model in (("gpt", gpt), ("tokenizer", vqgan)):
         state = dict(model.state_dict())
         write_weights(model, Weights(state, None, None, None, name), tmp_path / f"{name}.safetensors")
     if not options:
         with safe_open(tmp_path / "gpt.safetensors", "pt") as file:
             entry = json.loads(file.metadata()["llamagen"])
-        entry["config"] = {name: value for name, value in entry["config"].items() if name not in OPTIONS}
+        entry["config"] = {name: value for name, value in entry["config"].items() if name not in OPTIONS | FACTORS}
         save_file(dict(gpt.state_dict()), tmp_path / "gpt.safetensors", {"llamagen": json.dumps(entry)})
     arguments = {"checkpoint": tmp_path / "gpt.safetensors", "tokenizer": tmp_path / "tokenizer.safetensors"}
     export_model(Export(**{name: str(path) for name, path in arguments.items()}, samples=0), tmp_path / "folder")
-    model = LlamaGen.from_pretrained(tmp_path / "folder", compile=True)
+    model = LlamaGen.from_pretrained(tmp_path / "folder", compile=options != FACTORS)
     assert model.gpt is not None
     assert model.gpt.config == gpt.config
     assert model.generate_codes([1, 2], seed=3).flatten(1).tolist() == generate(gpt, [1, 2], seed=3).tolist()
 
 
-@pytest.mark.parametrize("options", [(), OPTIONS])
-def test_options_are_recognised_by_the_names_of_the_weights(options: list[str]) -> None:
+@pytest.mark.parametrize("options", [{}, OPTIONS | {"code_factors": (64, 256)}])
+def test_options_are_recognised_by_the_names_of_the_weights(options: dict[str, Any]) -> None:
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(**SIZES["B"], **dict.fromkeys(options, True)))
+        gpt = GPT(GPTConfig(**SIZES["B"], **options))
     assert infer_gpt_config(gpt.state_dict(), 256, "gpt.pt") == gpt.config
 
 

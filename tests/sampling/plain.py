@@ -1,5 +1,6 @@
 """Sampling without a cache: a pass over the whole sequence for each code and each branch."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,17 @@ def plain_loop(
         logits = gpt(codes, condition, caption_lengths=lengths, **places)[:, -1]
         dropped, scale = torch.ones(batch, dtype=torch.bool), config.guidance_scales(gpt.config.block_size)[step]
         other = gpt(codes, condition, caption_lengths=lengths, drop_condition=dropped, **places)[:, -1]
-        logits = scale * logits + (1 - scale) * other
-        noise = gumbel(seed_tensor(seed), indices, torch.tensor(step), code_counters(gpt.config.vocab_size))
-        codes = torch.cat([codes, sample_codes(logits, config, noise)[:, None]], dim=1)
+        factors, noise_of = gpt.config.code_factors, partial(gumbel, seed_tensor(seed), indices, torch.tensor(step))
+        counters = code_counters(gpt.config.vocab_size if factors is None else sum(factors))
+        if factors is None:
+            code = sample_codes(scale * logits + (1 - scale) * other, config, noise_of(counters))
+        else:  # one factor after the other, each with its own noise
+            joint, other = logits.unflatten(1, factors), other.unflatten(1, factors)
+            first = sample_codes(
+                scale * joint.logsumexp(2) + (1 - scale) * other.logsumexp(2), config, noise_of(counters[: factors[0]])
+            )
+            rows = torch.arange(batch), first
+            second = scale * joint[rows] + (1 - scale) * other[rows]
+            code = first * factors[1] + sample_codes(second, config, noise_of(counters[factors[0] :]))
+        codes = torch.cat([codes, code[:, None]], dim=1)
     return codes

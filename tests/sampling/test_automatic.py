@@ -30,6 +30,16 @@ def test_on_gpus_models_with_adaptive_norms_are_not_compiled(monkeypatch: pytest
         assert should_compile(gpt) is expected
 
 
+def test_models_with_code_factors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "MIN_PARAMETERS", 1)
+    gpt = small_gpt(code_factors=(6, 8))
+    assert not should_compile(gpt)
+    with pytest.raises(
+        ValueError, match=r"^sampling is not compiled for models with code_factors; leave compiled out$"
+    ):
+        Sampler(gpt, 2, compiled=True)
+
+
 def test_a_failure_to_compile_is_a_warning_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     gpt, labels = small_gpt(), torch.arange(2)
     sampler = try_compiled(lambda: Sampler(gpt, 2, compiled=True), SamplingConfig())

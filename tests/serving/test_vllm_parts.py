@@ -190,8 +190,10 @@ def test_exports_have_what_transformers_and_vllm_need(files: dict[str, Path]) ->
     with pytest.raises(ValueError, match=r"^heads of width 260 are too wide for vLLM"):
         padded_head(260)
     assert str(LlamaGenConfig(gpt=config.gpt, dtype="mixed").dtype) == "torch.bfloat16"
-    with pytest.raises(ValueError, match=r"^the model has adaptive norms, which do not run in vLLM; serve it with"):
-        LlamaGenConfig(gpt={**config.gpt, "adaptive_norm": True})
+    factors = [2, config.gpt["vocab_size"] // 2]
+    for option, value, what in (("adaptive_norm", True, "adaptive norms"), ("code_factors", factors, "code_factors")):
+        with pytest.raises(ValueError, match=rf"^the model has {what}, which do not run in vLLM; serve it with"):
+            LlamaGenConfig(gpt={**config.gpt, option: value})
 
 
 def test_an_exported_folder_is_given_to_vllm_and_other_models_are_exported(

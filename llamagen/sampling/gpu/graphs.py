@@ -65,7 +65,7 @@ class StepGraphs:
         self._graphs: dict[Hashable, Graph] = {}
         self._weights = weights
         self._gpu_step, self._step_rows = GPUStep(weights, 2 * batch_size), 2 * batch_size
-        self._embedding = gpt.tok_embeddings.weight  # keeps the memory alive that the graphs read
+        self._embedding = gpt.get_parameter("tok_embeddings.weight")  # keeps the memory alive that the graphs read
         self._target_embedding = None if gpt.target_embeddings is None else gpt.target_embeddings.weight
         self._next_code = torch.compile(next_code, fullgraph=True, dynamic=False)
         self._seeds, self._indices = torch.zeros(2, batch_size, dtype=torch.int64, device=device).unbind()
