@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llamagen.losses.linear_cross_entropy import MAX_LOGITS
+from llamagen.losses.linear_cross_entropy import block_rows
 from llamagen.models.gpt_config import GPTConfig
 from llamagen.models.kv_cache import BLOCK_VECTORS, LAST_VECTORS
 
@@ -240,7 +240,7 @@ class Head(NamedTuple):
 
 
 def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
-    """Compute the memory of the loss, which holds at most ``MAX_LOGITS`` logits at a time.
+    """Compute the memory of the loss, which holds the logits of ``block_rows`` rows at a time.
 
     Args:
         config: shape of the model.
@@ -251,9 +251,8 @@ def head(config: GPTConfig, batch_size: int, precision: str) -> Head:
     rows = batch_size * config.block_size
     kept, temporary = 0, 0
     for size in head_sizes(config):
-        logits = min(rows, max(1, MAX_LOGITS // size)) * size
+        at_a_time = min(rows, block_rows(size))
         narrow = compute * size * config.dim if residual != compute else 0
-        at_once = rows * size <= MAX_LOGITS
-        kept += compute * rows * config.dim + (compute if at_once else 4) * size * config.dim
-        temporary = max(temporary, narrow + logits * (4 if compute == 4 else 4 + compute))
+        kept += compute * rows * config.dim + (compute if at_a_time == rows else 4) * size * config.dim
+        temporary = max(temporary, narrow + at_a_time * size * (4 if compute == 4 else 4 + compute))
     return Head(kept, len(head_sizes(config)) * residual * rows * config.dim + temporary)
