@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Residual": {"level": VECTOR, "level_args": {"codebook_size": 8, "codebook_dim": 4}, "depth": 2},
 }
 SIZES = {"FSQ": 48, "LFQ": 32, "IBQ": 48, "SimVQ": 48, "EMAVectorQuantizer": 48, "Residual": 64}
-ENTROPY = ("LFQ", "IBQ", "Residual")
+ENTROPY = ("LFQ", "IBQ")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
