@@ -5,23 +5,6 @@ from typing import Any
 
 from llamagen.models.gpt_config import GPTConfig
 
-MAX_CODES = 2**18
-"""Largest size of a codebook: that of the largest published tokenizers."""
-
-
-def check_codebook_size(name: str, size: int) -> None:
-    """Check the number of codes of a quantiser, before it is trained.
-
-    Args:
-        name: name of the value, for the message.
-        size: number of codes.
-
-    Raises:
-        ValueError: in one line, if there are too many codes.
-    """
-    if size > MAX_CODES:
-        raise ValueError(f"{name} is {size}; at most {MAX_CODES:,} codes are supported")
-
 
 def check_codes(config: GPTConfig, meta: Mapping[str, Any]) -> None:
     """Check that codes match a model.

@@ -33,6 +33,8 @@ class FrozenParts:
     def __init__(
         self, parts: Sequence[str], init_from: str | Path | None, revive_codes_every: int, entropy_weight: float
     ) -> None:
+        if isinstance(parts, str):
+            raise ValueError(f"freeze is {parts!r}; give a list, [{parts}]")
         if unknown := [part for part in parts if part not in PARTS]:
             raise ValueError(f"freeze has {unknown[0]!r}; choose from {', '.join(PARTS)}")
         if parts and init_from is None:

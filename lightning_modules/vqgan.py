@@ -10,7 +10,6 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from lightning_modules.adversarial import AdversarialGame, Terms, select_adversarial_state
 from lightning_modules.base import GenerativeModule
-from lightning_modules.code_checks import check_codebook_size
 from lightning_modules.code_revival import CodeRevival
 from lightning_modules.freezing import FREEZE, FrozenParts
 from lightning_modules.generator_loss import configure_quantizer_losses, generator_loss
@@ -80,11 +79,8 @@ class VQGANModule(GenerativeModule):
         self.loss_config = loss or VQGANLossConfig()
         self.frozen = FrozenParts(freeze, init_from, revive_codes_every, self.loss_config.entropy_weight)
         net = net or VQGANConfig()
-        if net.quantizer is None:  # before memory is allocated for the codebook
-            check_codebook_size("codebook_size", net.codebook_size)
         self.vqgan = VQGAN(net)
         quantizer = self.vqgan.quantize
-        check_codebook_size(f"size of {type(quantizer).__name__}", quantizer.size)
         configure_quantizer_losses(quantizer, self.loss_config)
         self.vqgan.checkpoint_activations(activation_checkpointing)
         adversarial = self.loss_config.adversarial_weight > 0
@@ -126,6 +122,8 @@ class VQGANModule(GenerativeModule):
         if self._needs_lpips:
             fetch_vgg16(self.lpips_weights)
         if self.discriminator is not None and self.trainer.state.fn == "fit":
+            if (size := getattr(getattr(self.trainer, "datamodule", None), "image_size", None)) is not None:
+                self.discriminator.check_size(size)  # before weights are downloaded for it
             self.discriminator.fetch()
 
     @property

@@ -24,7 +24,7 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
     except (TypeError, ValueError, OverflowError):  # no number, NaN, infinity
         is_integer = False
     if not is_integer:
-        raise ValueError(f"{name} is {value}; it must be an integer of at least {minimum}")
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
     if value < minimum:
         raise ValueError(f"{name} is {value}; it must be at least {minimum}")
     if maximum is not None and value > maximum:

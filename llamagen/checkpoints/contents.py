@@ -123,9 +123,8 @@ def check_fits(checkpoint: dict[str, Any], model: GPT | VQGAN) -> None:
     for name in (*FUNCTION, "block_size") if architecture == "GPT" else ():
         loaded = entry["config"].get(name, OFF.get(name, expected[name]))
         if loaded != expected[name]:
-            raise ValueError(
-                f"the checkpoint's {name} is {loaded}, but the model's is {expected[name]}; set {name} to {loaded}"
-            )
+            own, wanted = ("null" if value is None else value for value in (expected[name], loaded))  # as in YAML
+            raise ValueError(f"the checkpoint's {name} is {wanted}, but the model's is {own}; set {name} to {wanted}")
     if isinstance(model, VQGAN):
         check_quantizer(entry["config"], model, "the checkpoint")
     check_adapters(entry, adapters_of(model))

@@ -6,7 +6,10 @@ Its checkpoint says so in ``llamagen.codes_of``: ``tokenizer``, the checksum of 
 checksum of the frozen weights. Exports keep this entry, and so does the next such run.
 """
 
+import json
 from typing import Any
+
+import torch
 
 from llamagen.checkpoints.contents import weights_checksum
 from llamagen.models.vqgan import VQGAN
@@ -34,8 +37,10 @@ def codes_of(vqgan: VQGAN) -> dict[str, str]:
 
 
 def encoder_checksum(vqgan: VQGAN) -> str:
-    """SHA-256 over everything in the state dict that determines codes: encoder, ``quant_conv`` and quantiser."""
+    """SHA-256 over everything that determines codes: encoder, ``quant_conv``, quantiser, and its configuration."""
     parts: dict[str, Any] = {"encoder": vqgan.encoder, "quant_conv": vqgan.quant_conv, "quantize": vqgan.quantize}
-    return tensors_checksum(
-        {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    )
+    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    if vqgan.config.quantizer is not None:  # levels of FSQ are in no state dict
+        description = json.dumps(vqgan.config.quantizer, sort_keys=True).encode()
+        tensors["configuration"] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    return tensors_checksum(tensors)

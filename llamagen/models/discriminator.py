@@ -259,6 +259,8 @@ class DINODiscriminator(Discriminator):
         if width % HEAD_DIM:
             raise ValueError(f"width is {width}; it must be a multiple of {HEAD_DIM}: 384 for ViT-S, 768 for ViT-B")
         check_integer("min_size", min_size)
+        if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+            raise ValueError(f"blocks is {blocks!r}; give a list, such as [2, 5, 8, 11]")
         for block in blocks:
             check_integer("an index in blocks", block, 0)
         if not blocks or len(set(blocks)) < len(blocks):

@@ -16,7 +16,23 @@ from torch import Tensor, nn
 from llamagen.finite import not_finite
 from llamagen.option_checks import check_integer
 
+MAX_CODES = 2**18
+"""Largest number of codes: that of the largest published tokenizers."""
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def check_number_of_codes(name: str, size: int) -> None:
+    """Check the number of codes before memory is allocated for them.
+
+    Args:
+        name: name of the value, for the message.
+        size: number of codes.
+
+    Raises:
+        ValueError: in one line, if there are too many.
+    """
+    if size > MAX_CODES:
+        raise ValueError(f"{name} is {size}; at most {MAX_CODES:,} codes are supported")
 
 
 class Quantized(NamedTuple):
@@ -43,8 +59,11 @@ class Quantizer(nn.Module, ABC):
     arguments, and the quantiser is built from them again.
 
     Args:
-        size: number of codes K.
+        size: number of codes K, at most :data:`MAX_CODES`.
         dim: channels E of the quantised latent.
+
+    Raises:
+        ValueError: in one line, if a number is not a positive integer, or there are too many codes.
     """
 
     straight_through = True
@@ -54,6 +73,7 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             check_integer(f"{name} of {type(self).__name__}", value)
+        check_number_of_codes(f"size of {type(self).__name__}", size)
         self.size = size
         self.dim = dim
 

@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.models.inputs import CodeInput, ImageInput, batch_of_images, grids_of_codes
 from llamagen.models.norm_silu import norm_silu
-from llamagen.models.quantizer import Quantized, Quantizer, build_quantizer, check_quantizer_spec
+from llamagen.models.quantizer import (
+    Quantized,
+    Quantizer,
+    build_quantizer,
+    check_number_of_codes,
+    check_quantizer_spec,
+)
 from llamagen.models.vector_quantizer import VectorQuantizer
 from llamagen.option_checks import check_integer
 
@@ -57,6 +63,7 @@ class VQGANConfig:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         for name in ("channels", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim"):
             check_integer(name, getattr(self, name))
+        check_number_of_codes("codebook_size", self.codebook_size)
         if not self.channel_multipliers or not all(multiplier >= 1 for multiplier in self.channel_multipliers):
             raise ValueError(f"channel_multipliers is {self.channel_multipliers}; give one number ≥ 1 for each level")
         for multiplier in self.channel_multipliers:

@@ -68,7 +68,8 @@ class FSQ(Quantizer):
             bounded = (latent + (offset / amplitude).atanh()).tanh() * amplitude - offset
             # footgun: tanh maps an infinite latent to a finite value. The product with 0 turns it into NaN.
             bounded = bounded + 0.0 * latent
-            rounded = bounded.round()
+            # The margin of more than 1,001 levels exceeds half a step.
+            rounded = bounded.round().clamp(-self._half, self.levels - 1 - self._half)
             codes = ((rounded.nan_to_num(0.0).long() + self._half) * self.places).sum(1)
             latent = bounded / self._half
             quantized = latent + (rounded / self._half - latent).detach()

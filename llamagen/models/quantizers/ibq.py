@@ -17,8 +17,8 @@ TEMPERATURE = 0.05
 """Divides the cosine of the angle between latent and code."""
 MAX_PROBABILITIES = 1 << 25
 """Largest number of probabilities computed at a time: 128 MiB in float32."""
-MAX_PROBABILITIES_ON_CPU = 1 << 20
-"""The same on a CPU."""
+MAX_PROBABILITIES_ON_CPU = 1 << 24
+"""The same on a CPU: 64 MiB. Smaller blocks would fragment the heap, because their results stay alive."""
 
 
 class IBQ(Quantizer):
@@ -79,12 +79,15 @@ class IBQ(Quantizer):
             vectors, codebook = latent.movedim(1, -1), self.codebook()
             limit = MAX_PROBABILITIES_ON_CPU if latent.device.type == "cpu" else MAX_PROBABILITIES
             blocks = vectors.reshape(-1, self.dim).split(max(1, limit // self.size))
-            with_entropy = self._has_entropy_loss
-            parts = [
-                Assignment(*checkpoint(assign, block, codebook, with_entropy, use_reentrant=False)) for block in blocks
-            ]
-            codes = torch.cat([part.codes for part in parts]).view(vectors.shape[:-1])
-            quantized = torch.cat([part.quantized for part in parts]).view(vectors.shape).movedim(-1, 1)
+            parts, codes_of_parts = [], []
+            entropy, total = latent.new_zeros(()), latent.new_zeros(())
+            for block in blocks:
+                part = Assignment(*checkpoint(assign, block, codebook, self._has_entropy_loss, use_reentrant=False))
+                parts.append(part.quantized)
+                codes_of_parts.append(part.codes)
+                entropy, total = entropy + part.entropy, total + part.probabilities
+            codes = torch.cat(codes_of_parts).view(vectors.shape[:-1])
+            quantized = torch.cat(parts).view(vectors.shape).movedim(-1, 1)
             entries = F.embedding(codes, codebook).movedim(-1, 1)
             losses = {
                 "codebook": codebook_loss(entries, latent),
@@ -93,10 +96,9 @@ class IBQ(Quantizer):
             }
             if self._has_entropy_loss:
                 # In evaluation, ranks may have different numbers of batches, so none may wait for another.
-                mean = torch.stack([part.probabilities for part in parts]).sum(0) / codes.numel()
+                mean = total / codes.numel()
                 mean = mean_over_ranks(mean) if self.training else mean
-                entropy = torch.stack([part.entropy for part in parts]).sum() / codes.numel()
-                losses["entropy"] = entropy + negative_entropy(mean)
+                losses["entropy"] = entropy / codes.numel() + negative_entropy(mean)
             return Quantized(quantized, codes, latent, losses)
 
     def lookup(self, codes: Tensor) -> Tensor:

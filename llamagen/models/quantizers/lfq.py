@@ -27,9 +27,7 @@ class LFQ(Quantizer):
     residual_scale = 0.5
 
     def __init__(self, bits: int) -> None:
-        check_integer("bits of LFQ", bits)
-        if bits > 32:
-            raise ValueError(f"bits of LFQ is {bits}; a code has at most 32")
+        check_integer("bits of LFQ", bits, maximum=18)
         super().__init__(2**bits, bits)
         self.register_buffer("powers", 2 ** torch.arange(bits)[:, None, None], persistent=False)
         self._has_entropy_loss = False

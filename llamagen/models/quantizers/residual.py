@@ -22,20 +22,20 @@ class Residual(Quantizer):
     Args:
         level: class path of the quantiser of a level.
         level_args: its arguments. (Not ``class_path`` and ``init_args``: the command line would build an object.)
-        depth: number of levels D, at least 2.
+        depth: number of levels D, 2 to 18.
 
     Raises:
         ValueError: in one line, if the quantiser cannot be built.
     """
 
     def __init__(self, level: str, level_args: Mapping[str, Any], depth: int = 2) -> None:
-        check_integer("depth of Residual", depth, 2)
+        check_integer("depth of Residual", depth, 2, 18)
         with option_named("level of Residual"):
             spec = check_quantizer_spec({"class_path": level, "init_args": level_args})
-        levels = [build_quantizer(spec) for _ in range(depth)]
-        super().__init__(levels[0].size ** depth, levels[0].dim)
-        self.levels = nn.ModuleList(levels)
-        self.straight_through = levels[0].straight_through
+            first = build_quantizer(spec)
+        super().__init__(first.size**depth, first.dim)
+        self.levels = nn.ModuleList([first, *(build_quantizer(spec) for _ in range(depth - 1))])
+        self.straight_through = first.straight_through
 
     def _levels(self) -> list[Quantizer]:
         return [level for level in self.levels if isinstance(level, Quantizer)]

@@ -44,6 +44,14 @@ def test_latents_are_bounded_and_rounded_as_in_the_paper() -> None:
     assert extreme.codes.flatten().tolist() == [0, 479]
 
 
+@pytest.mark.parametrize("levels", [[1024], [4096, 3]])
+def test_many_levels_have_no_code_more(levels: list[int]) -> None:
+    fsq = FSQ(levels)
+    encoding = fsq(torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, len(levels), 1, 1))
+    assert encoding.codes.flatten().tolist() == [0, fsq.size - 1]
+    assert torch.equal(fsq.lookup(encoding.codes), encoding.quantized)
+
+
 def test_the_gradient_passes_the_rounding_straight_through() -> None:
     torch.manual_seed(0)
     latent = torch.randn(2, 4, 3, 3, requires_grad=True)

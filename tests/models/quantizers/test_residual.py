@@ -10,7 +10,7 @@ from llamagen.models.quantizers import FSQ, IBQ, LFQ, Residual, SimVQ
 from llamagen.models.vector_quantizer import VectorQuantizer
 
 KINDS: dict[type[Quantizer], dict[str, Any]] = {
-    FSQ: {"levels": [8, 5, 4]},
+    FSQ: {"levels": [4, 4, 3]},
     LFQ: {"bits": 4},
     IBQ: {"codebook_size": 16, "codebook_dim": 4},
     SimVQ: {"codebook_size": 16, "codebook_dim": 4},
