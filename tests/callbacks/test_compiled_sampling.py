@@ -163,6 +163,7 @@ def test_predict_samples_with_the_batch_size_of_its_data(pipeline: Pipeline, cap
     assert "float32, 2 images at a time" in output
 
 
+@pytest.mark.slow
 def test_int8_samples_with_rounded_weights(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     kinds: list[torch.dtype] = []
 

@@ -160,8 +160,7 @@ def test_a_gathered_checkpoint_is_numbered_like_any_other(
     assert_alike(one, two)
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("suffix", "averaged"), [(".pt", True), (".safetensors", False)])
 def test_a_sharded_checkpoint_becomes_one_file_of_weights(
     suffix: str, averaged: bool, half: Path, sharded_half: Path, tmp_path: Path
 ) -> None:

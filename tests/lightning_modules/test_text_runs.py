@@ -83,7 +83,7 @@ def test_a_resumed_text_run_equals_the_uninterrupted_one(
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
-@pytest.mark.parametrize("how", ["ddp", "sharded"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "sharded"])
 def test_two_ranks_train_a_text_model_like_one(
     how: str, one: dict[str, torch.Tensor], text_pipeline: TextPipeline, tmp_path: Path
 ) -> None:

@@ -29,7 +29,8 @@ def trained(pipeline: Pipeline, folder: Path, steps: int = 3, loss: Any = None, 
     return start, {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("adaptive", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("adaptive", [False, True])
 def test_compilation_changes_neither_names_nor_results(
     adaptive: bool, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,7 @@ def arguments(t5: Path, source: Path, out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_files_as_one(t5: Path, source: Path, tmp_path: Path) -> None:
     main.main(arguments(t5, source, tmp_path / "one"))
     done = two_processes(arguments(t5, source, tmp_path / "two"))
