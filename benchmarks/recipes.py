@@ -12,8 +12,8 @@ a training step; run it on a quiet machine. ``prepare`` and ``run`` continue whe
 a record, a table and a plot of what is there.
 
 A recipe is NAME=PARTS. Overlays (``*.yaml``) are applied to the base configuration before the size and budget of the
-data (``benchmarks/recipe_data/*.yaml``), options of ``main.py`` after them. The recipe that was run first is the one that
-the others are compared with; for tokenizers, the first one with as many codes. See "Try your own idea" in
+data (``benchmarks/recipe_data/*.yaml``), options of ``main.py`` after them. The recipe that was run first is the one
+that the others are compared with; for tokenizers, the first one with as many codes. See "Try your own idea" in
 docs/recipes.md and "Try your own tokenizer" in docs/tokenizer_recipes.md.
 """
 
