@@ -103,6 +103,10 @@ class Stage(ABC):
     def training_step(self, cli: Any) -> Callable[[], None]:
         """A training step of the model of ``main.py fit``, to be timed."""
 
+    def group_of(self, cli: Any) -> int | None:
+        """Number of codes of the tokenizer of ``main.py fit``: only equal ones are compared. None compares all."""
+        return None
+
     @abstractmethod
     def plot(self, record: dict[str, Any], path: Path) -> None:
         """Plot a record."""

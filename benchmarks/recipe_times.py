@@ -18,20 +18,25 @@ def measure(recipes: Sequence[Recipe], stage: Stage, work: Path, rounds: int) ->
 
     Returns:
         By recipe: median and quartiles of the seconds of a step, and ``ratio``, the median over the rounds of its
-        seconds divided by those of the first recipe in the same round.
+        seconds divided by those of the first recipe in the same round; for tokenizers, of the first one with as many
+        codes.
     """
     steps, times = {}, {recipe.name: list[float]() for recipe in recipes}
+    baselines, firsts = dict[str, str](), dict[int | None, str]()
     for recipe in recipes:
         with tempfile.TemporaryDirectory() as folder:
             options = [*recipe.arguments(stage), *stage.training_paths(work, Path(folder)), "--trainer.max_steps=0"]
             cli = main.main(["fit", *options, "--trainer.logger=false", "--trainer.callbacks=[]"])
         steps[recipe.name] = stage.training_step(cli)
+        baselines[recipe.name] = firsts.setdefault(stage.group_of(cli), recipe.name)
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
     for _ in tqdm(range(rounds), desc="times"):
         for name, step in steps.items():
             times[name].append(timed(lambda step=step: [step() for _ in range(STEPS)]) / STEPS)  # type: ignore[misc]
-    first = times[recipes[0].name]
-    ratios = {name: sorted(own / base for own, base in zip(each, first, strict=True)) for name, each in times.items()}
+    ratios = {
+        name: sorted(own / base for own, base in zip(each, times[baselines[name]], strict=True))
+        for name, each in times.items()
+    }
     return {name: {**spread(each), "ratio": round(ratios[name][rounds // 2], 3)} for name, each in times.items()}

@@ -1,5 +1,6 @@
 """Recipes of the tokenizer in benchmarks/recipes.py: preparation of the images, training and evaluation."""
 
+import filecmp
 import json
 import shutil
 from collections.abc import Callable
@@ -74,15 +75,21 @@ class Tokenizer(Stage):
         """Pack the images, and train the classifier or copy it.
 
         Raises:
-            ValueError: if there are too few images to train a classifier and none is given.
+            ValueError: if there are too few images to train a classifier and none is given, or the folder has another.
         """
         packed, features = work / self.images, work / "classifier.safetensors"
-        if classifier is not None and not features.exists():
+        if classifier is not None:
             if not classifier.is_file():
                 raise ValueError(f"--classifier is {classifier}, which does not exist; give a trained classifier")
-            work.mkdir(parents=True, exist_ok=True)
-            with atomic_file(features) as temporary:
-                shutil.copyfile(classifier, temporary)
+            if features.exists() and not filecmp.cmp(classifier, features, shallow=False):
+                raise ValueError(
+                    f"--classifier is {classifier}, but {features} is another one, with which runs may be measured; "
+                    "leave --classifier out, or give another folder"
+                )
+            if not features.exists():
+                work.mkdir(parents=True, exist_ok=True)
+                with atomic_file(features) as temporary:
+                    shutil.copyfile(classifier, temporary)
         if not self.epochs and not features.exists():
             raise ValueError(
                 f"{self.data} has too few images to train a classifier; give --classifier FILE, such as "
@@ -119,6 +126,10 @@ class Tokenizer(Stage):
     def training_step(self, cli: Any) -> Callable[[], None]:
         """A step on a fixed batch."""
         return Step(cli.model, cli.datamodule, cli.trainer.precision_plugin.forward_context)
+
+    def group_of(self, cli: Any) -> int | None:
+        """Number of codes of the tokenizer."""
+        return int(cli.model.vqgan.quantize.size)
 
     def plot(self, record: dict[str, Any], path: Path) -> None:
         """Metrics against the number of codes, and PSNR over the steps."""

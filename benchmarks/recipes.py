@@ -12,9 +12,9 @@ a training step; run it on a quiet machine. ``prepare`` and ``run`` continue whe
 a record, a table and a plot of what is there.
 
 A recipe is NAME=PARTS. Overlays (``*.yaml``) are applied to the base configuration before the size and budget of the
-data (``benchmarks/recipe_data/*.yaml``), options of ``main.py`` after them. The first recipe is the one that the others
-are compared with; for tokenizers, the first one with as many codes. See "Try your own idea" in docs/recipes.md and "Try
-your own tokenizer" in docs/tokenizer_recipes.md.
+data (``benchmarks/recipe_data/*.yaml``), options of ``main.py`` after them. The recipe that was run first is the one
+that the others are compared with; for tokenizers, the first one with as many codes. See "Try your own idea" in
+docs/recipes.md and "Try your own tokenizer" in docs/tokenizer_recipes.md.
 """
 
 import json
@@ -55,6 +55,9 @@ def main() -> None:
     stage, work = STAGES[options.stage][options.data], options.folders[-1]
     if len(options.folders) != (2 if options.command == "prepare" else 1):
         raise ValueError(f"{options.command} takes {'IMAGES WORK' if options.command == 'prepare' else 'WORK'}")
+    for name, command in (("classifier", "prepare"), ("lpips", "run")):
+        if getattr(options, name) is not None and (options.command, options.stage) != (command, "tokenizer"):
+            raise ValueError(f"--{name} is only for {command} with --stage tokenizer; leave it out")
     if options.command == "prepare":
         if not options.folders[0].is_dir():
             raise ValueError(f"{options.folders[0]} is not a folder; give a folder of class folders of images")
@@ -86,12 +89,7 @@ def main() -> None:
     if not record.get("recipes"):
         raise ValueError(f"{work} has no finished run; start with `python -m benchmarks.recipes run {named} {work}`")
     out = options.out or work / stage.record
-    done = record["recipes"]
-    first = [recipe.name for recipe in recipes if recipe.name in done]
-    record |= {
-        "data": options.data,
-        "recipes": {name: done[name] for name in [*first, *(name for name in done if name not in first)]},
-    }
+    record |= {"data": options.data}
     _write(record, out)
     with atomic_file(out.with_suffix(".md")) as temporary:
         temporary.write_text(table(record, stage.columns), encoding="utf-8")

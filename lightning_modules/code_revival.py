@@ -24,7 +24,7 @@ class CodeRevival(nn.Module):
         every: optimizer steps between two revivals.
 
     Raises:
-        ValueError: in one line, if ``every`` is not a positive integer, or the codes are not learned.
+        ValueError: in one line, if ``every`` is not a positive integer, or the quantiser has no ``learned_codes``.
     """
 
     def __init__(self, quantizer: Quantizer, every: int) -> None:
@@ -32,7 +32,8 @@ class CodeRevival(nn.Module):
         check_integer("revive_codes_every", every)
         if quantizer.learned_codes is None:
             raise ValueError(
-                f"revive_codes_every is {every}, but {type(quantizer).__name__} has no learned codes; set it to 0"
+                f"revive_codes_every is {every}, but {type(quantizer).__name__} does not support code revival; "
+                "set it to 0"
             )
         self.every = every
         self.usage = CodebookUsage(quantizer.size)

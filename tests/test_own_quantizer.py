@@ -154,7 +154,7 @@ def test_mistakes_are_reported_in_one_line() -> None:
         (
             QUANTIZER,
             {"revive_codes_every": 5},
-            ["revive_codes_every is 5, but Rounding has no learned codes; set it to 0"],
+            ["revive_codes_every is 5, but Rounding does not support code revival; set it to 0"],
         ),
         (
             QUANTIZER,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import recipe_argen, recipe_tokenizer
+from benchmarks import recipe_argen, recipe_times, recipe_tokenizer, recipes
 from benchmarks.recipe_argen import DATA
 from benchmarks.recipe_report import groups, table, verdict
 from benchmarks.recipe_runs import Recipe, Stage, prepare
@@ -228,6 +228,86 @@ def test_few_images_need_a_classifier(tmp_path: Path) -> None:
     (tmp_path / "own.safetensors").write_text("weights")
     assert next(prepare(stage, tmp_path, tmp_path / "bench", tmp_path / "own.safetensors")) == "pack the images"
     assert (tmp_path / "bench/classifier.safetensors").read_text() == "weights"
+    # The same one may be given again, but not another one.
+    next(prepare(stage, tmp_path, tmp_path / "bench", tmp_path / "own.safetensors"))
+    (tmp_path / "own.safetensors").write_text("Weights")
+    with pytest.raises(ValueError, match=r"bench/classifier\.safetensors is another one"):
+        next(prepare(stage, tmp_path, tmp_path / "bench", tmp_path / "own.safetensors"))
+    assert (tmp_path / "bench/classifier.safetensors").read_text() == "weights"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        ("prepare cifar10 . W --stage argen --classifier c", "--classifier is only for prepare with --stage tokenizer"),
+        ("run cifar10 W --stage tokenizer --classifier c", "--classifier is only for prepare with --stage tokenizer"),
+        ("run cifar10 W --stage argen --lpips vgg.pth", "--lpips is only for run with --stage tokenizer"),
+        ("times cifar10 W --stage tokenizer --lpips vgg.pth", "--lpips is only for run with --stage tokenizer"),
+        ("report cifar10 W --stage tokenizer --lpips vgg.pth", "--lpips is only for run with --stage tokenizer"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: str, phrase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["recipes", *arguments.split()])
+    with pytest.raises(ValueError, match=phrase) as error:
+        recipes.main()
+    assert "\n" not in str(error.value)
+
+
+class Measured(recipe_tokenizer.Tokenizer):
+    """A stage whose runs are finished."""
+
+    def is_prepared(self, work: Path) -> bool:
+        return True
+
+    def perform(self, recipe: Recipe, work: Path, seed: int, lpips: Path | None) -> None:
+        pass
+
+    def results(self, recipe: Recipe, work: Path, seed: int) -> dict[str, Any]:
+        return {"codes": 512, "psnr": 20.0, "curve": [[10, 20.0]]}
+
+    def plot(self, record: dict[str, Any], path: Path) -> None:
+        pass
+
+
+def test_later_recipes_do_not_become_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Measured("cifar10", "images", 0.1, 10, 0)
+    monkeypatch.setitem(recipes.STAGES, "tokenizer", {"cifar10": stage})
+    for command, recipe in (("run", "one="), ("run", "two="), ("report", "two=")):
+        given = [command, "cifar10", str(tmp_path), "--stage", "tokenizer", "--seeds", "0", "--recipe", recipe]
+        monkeypatch.setattr("sys.argv", ["recipes", *given])
+        recipes.main()
+    record = json.loads((tmp_path / stage.record).read_text())
+    assert groups(record) == [["one", "two"]]
+
+
+def test_seconds_are_divided_by_those_of_the_first_recipe_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, clock = {"VQ.4": 1.0, "VQ.8": 10.0, "FSQ.8": 15.0, "FSQ.4": 2.0}, [0.0]
+
+    def step_of(name: str) -> Any:
+        return lambda: clock.append(clock[-1] + costs[name])
+
+    def timed(run: Any) -> float:
+        start = clock[-1]
+        run()
+        return clock[-1] - start
+
+    stage: Any = SimpleNamespace(
+        base=(),
+        overlay="budget.yaml",
+        training_paths=lambda work, folder: [],
+        training_step=step_of,
+        group_of=lambda name: int(name[-1]),
+    )
+    built = SimpleNamespace(main=lambda arguments: next(each for each in arguments if each in costs))
+    monkeypatch.setattr(recipe_times, "main", built)
+    monkeypatch.setattr(recipe_times, "timed", timed)
+    found = recipe_times.measure([Recipe(name, (), (name,)) for name in costs], stage, Path("work"), 3)
+    assert {name: each["ratio"] for name, each in found.items()} == {
+        "VQ.4": 1.0,
+        "VQ.8": 1.0,
+        "FSQ.8": 1.5,
+        "FSQ.4": 2.0,
+    }
 
 
 def test_the_measurement_of_a_tokenizer_equals_its_metrics() -> None:
@@ -260,6 +340,7 @@ def test_the_measurement_of_a_tokenizer_equals_its_metrics() -> None:
 def test_a_timed_step_of_a_tokenizer_trains_its_quantizer() -> None:
     net = VQGANConfig(channels=32, channel_multipliers=(1, 1), num_res_blocks=1, z_channels=32, codebook_size=4)
     module = VQGANModule(net, VQGANLossConfig(perceptual_weight=0.0, adversarial_weight=0.0))
+    assert TOKENIZERS["cifar10"].group_of(SimpleNamespace(model=module)) == 4
     before = module.vqgan.quantize.embedding.weight.clone()
     recipe_tokenizer.Step(module, SimpleNamespace(image_size=8, batch_size=2), nullcontext)()
     assert not torch.equal(before, module.vqgan.quantize.embedding.weight)

@@ -24,6 +24,7 @@ from tests.saved_runs import again
 
 DATA, MODEL, CALLBACK = "--data.init_args", "--model.init_args", "--trainer.callbacks"
 UNTIL = f"{MODEL}.order.random_until"
+FSQ_OF_2 = '{{"class_path":"llamagen.models.quantizers.FSQ","init_args":{{"levels":[2]}}}}'
 
 
 def with_callback(name: str, *arguments: str) -> str:
@@ -48,6 +49,9 @@ FIT_TOKENIZER = {
     f"{MODEL}.discriminator=DINODiscriminator {MODEL}.discriminator.weights={{tmp}}/no": "no is not a file; get",
     f"{MODEL}.init_from={{tmp}}/file": "file",
     f"{MODEL}.init_from=nowhere.pt": "nowhere.pt",
+    f"{MODEL}.freeze=[decoder]": "model.freeze",
+    f"{MODEL}.freeze=[encoder]": "freeze is [encoder], but init_from is not given; give the weights to freeze",
+    f"{MODEL}.net.quantizer={FSQ_OF_2}": "levels of FSQ is [2]; each must be",
     f"{MODEL}.optimizer.lr=0": "lr is 0",
     f"{MODEL}.augmentation=[flip]": "model.augmentation",
     "--trainer.val_check_interval=1000 --trainer.max_steps=-1 --trainer.max_epochs=1": "trainer.val_check_interval",
@@ -82,6 +86,7 @@ FIT_ARGEN = {
     f"{MODEL}.net.num_classes=4": "num_classes",
     f"{CALLBACK}=[] {MODEL}.net.num_classes=4": "the codes have 10 classes",
     f"{MODEL}.net.vocab_size=16": "vocab_size",
+    f"{MODEL}.net.code_factors=[500,512]": "code_factors is",
     f"{MODEL}.net.dim=30": "dim 30",
     f"{MODEL}.net.n_layer=many": "model.net.n_layer: must be of type int, not many",
     f"{MODEL}.tokenizer={{tmp}}/file": "file",

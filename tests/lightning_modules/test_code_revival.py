@@ -136,5 +136,7 @@ def test_rejects_a_negative_interval() -> None:
 
 
 def test_rejects_a_quantizer_without_learned_codes() -> None:
-    with pytest.raises(ValueError, match="revive_codes_every is 5, but Rounding has no learned codes; set it to 0"):
+    with pytest.raises(
+        ValueError, match="revive_codes_every is 5, but Rounding does not support code revival; set it to 0"
+    ):
         CodeRevival(Rounding(levels=3), every=5)

@@ -129,10 +129,14 @@ def test_it_is_built_from_a_checkpoint() -> None:
     assert torch.equal(again.get_parameter("embedding.weight"), found.embedding.weight)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, 5.0])
-def test_rejects_a_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(ValueError, match=f"decay of EMAVectorQuantizer is {decay}; it must be at least 0 and below 1"):
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 5.0, float("nan"), "x", True, False, None, [0.9]])
+def test_rejects_a_decay_that_is_not_a_number_of_at_least_0_and_below_1(decay: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"decay of EMAVectorQuantizer is .*; it must be a number of at least 0"
+    ) as error:
         EMAVectorQuantizer(SIZE, WIDTH, decay)
+    assert repr(decay) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def _on_rank(rank: int) -> dict[str, Tensor]:

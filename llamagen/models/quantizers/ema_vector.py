@@ -31,14 +31,16 @@ class EMAVectorQuantizer(VectorQuantizer):
         decay: weight of the old average in each step.
 
     Raises:
-        ValueError: in one line, if ``decay`` is not at least 0 and below 1.
+        ValueError: in one line, if ``decay`` is not a number of at least 0 and below 1.
     """
 
     latent_sums: Tensor
 
     def __init__(self, codebook_size: int, codebook_dim: int, decay: float = 0.99) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay of EMAVectorQuantizer is {decay}; it must be at least 0 and below 1")
+        # A configuration can hold a string or a boolean here: the types of a quantiser's arguments are not checked.
+        is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+        if not is_number or not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay of EMAVectorQuantizer is {decay!r}; it must be a number of at least 0 and below 1")
         super().__init__(codebook_size, codebook_dim)
         self.decay = decay
         self.register_buffer("latent_sums", self.embedding.weight.detach().clone())

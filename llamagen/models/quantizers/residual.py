@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamagen.finite import not_finite
 from llamagen.models.quantizer import Quantized, Quantizer, build_quantizer, check_quantizer_spec
 from llamagen.option_checks import check_integer, option_named
 
@@ -88,3 +89,10 @@ class Residual(Quantizer):
             scale = scale * level.residual_scale
             total = total + scale * level.lookup(codes // size ** (len(levels) - 1 - place) % size)
         return total
+
+    def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
+        """Those of the first level, whose latent the encoding has, and whether the sum of the levels is not finite."""
+        first, *others = self._levels()
+        codes = encoding.codes // first.size ** len(others)
+        broken = first.broken_parts(encoding._replace(codes=codes))
+        return {**broken, "the quantised latent": not_finite(encoding.quantized).any()}

@@ -1,4 +1,4 @@
-"""FSQ: codes and levels correspond one to one, and the bounded value follows the formula of the paper."""
+"""FSQ: codes and levels correspond one to one, and latents are bounded by a shifted tanh and rounded."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_the_first_channel_is_the_least_significant_digit() -> None:
     assert torch.equal(fsq.lookup(torch.tensor([[[code]]])).flatten(), expected)
 
 
-def test_latents_are_bounded_and_rounded_as_in_the_paper() -> None:
+def test_latents_are_bounded_by_a_shifted_tanh_and_rounded() -> None:
     torch.manual_seed(0)
     latent = 3 * torch.randn(2, 4, 3, 3, dtype=torch.float64)
     encoding = FSQ(LEVELS)(latent.float())
@@ -42,6 +42,7 @@ def test_latents_are_bounded_and_rounded_as_in_the_paper() -> None:
     assert torch.equal(FSQ(LEVELS).lookup(encoding.codes), encoding.quantized)
     extreme = FSQ(LEVELS)(torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, 4, 1, 1))
     assert extreme.codes.flatten().tolist() == [0, 479]
+    assert FSQ([1000])(torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1)).codes.flatten().tolist() == [0, 999]
 
 
 @pytest.mark.parametrize("levels", [[1024], [4096, 3]])
@@ -69,7 +70,7 @@ def test_an_infinite_latent_is_reported() -> None:
     assert fsq.broken_parts(encoding)["the encoder's latent"]
 
 
-@pytest.mark.parametrize("levels", [[8, 2], [], "88", [8, 4.5], 8])
+@pytest.mark.parametrize("levels", [[8, 2], [1001], [], "88", [8, 4.5], 8])
 def test_wrong_levels_are_an_error_of_one_line(levels: object) -> None:
     with pytest.raises(ValueError, match="levels of FSQ") as error:
         FSQ(levels)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamagen.models.quantizer import Quantizer
-from llamagen.models.quantizers import FSQ, IBQ, LFQ, Residual, SimVQ
+from llamagen.models.quantizers import FSQ, IBQ, LFQ, EMAVectorQuantizer, Residual, SimVQ
 from llamagen.models.vector_quantizer import VectorQuantizer
 
 KINDS: dict[type[Quantizer], dict[str, Any]] = {
@@ -15,6 +15,7 @@ KINDS: dict[type[Quantizer], dict[str, Any]] = {
     IBQ: {"codebook_size": 16, "codebook_dim": 4},
     SimVQ: {"codebook_size": 16, "codebook_dim": 4},
     VectorQuantizer: {"codebook_size": 16, "codebook_dim": 4},
+    EMAVectorQuantizer: {"codebook_size": 16, "codebook_dim": 4},
 }
 
 
@@ -73,6 +74,26 @@ def test_losses_are_means_over_the_levels_and_reach_all_of_them() -> None:
     alone = first(encoding.latent)
     rest = second((encoding.latent - alone.quantized) / 0.5)
     torch.testing.assert_close(encoding.losses["index"], (alone.losses["index"] + rest.losses["index"]) / 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latent_whose_code_is_meaningless_is_reported(kind: type[Quantizer]) -> None:
+    quantizer = residual_of(kind, 3)
+    latent = torch.randn(2, quantizer.dim, 3, 3)
+    assert not any(quantizer.broken_parts(quantizer(latent)).values())
+    on_sphere = kind in (IBQ, VectorQuantizer, EMAVectorQuantizer)  # a norm that overflows has no direction
+    for value in (torch.inf, torch.nan, *[1e30] * on_sphere):
+        broken = latent.clone()
+        broken[1, :, 2, 0] = value
+        assert quantizer.broken_parts(quantizer(broken))["the encoder's latent"], value
+
+
+@pytest.mark.parametrize(("level", "part"), [(0, "the codebook's entry"), (1, "the quantised latent")])
+def test_broken_codes_of_each_level_are_reported(level: int, part: str) -> None:
+    quantizer = residual_of(VectorQuantizer, 2)
+    with torch.no_grad():
+        quantizer.levels[level].get_parameter("embedding.weight").fill_(torch.nan)
+    assert quantizer.broken_parts(quantizer(torch.randn(2, 4, 3, 3)))[part]
 
 
 def test_mistakes_are_errors_of_one_line() -> None:
