@@ -15,8 +15,6 @@ MARGIN = 1e-3
 The paper's code has 1 − eps instead of 1 + eps, and tan instead of atanh in the shift. With 1 + eps and atanh, a latent
 of 0 lies exactly on a level for every even number of levels.
 """
-MAX_LEVELS = 1000
-"""With more, values that exceed the outermost levels by :data:`MARGIN` would be rounded to levels outside."""
 
 
 class FSQ(Quantizer):
@@ -26,12 +24,13 @@ class FSQ(Quantizer):
     are as many codes as combinations of levels. The gradient passes the rounding straight through.
 
     Args:
-        levels: number of levels of each channel, 3 to 1,000. The paper recommends at least 5 for all channels. Some of
+        levels: number of levels of each channel, at least 3. The paper recommends at least 5 for all channels. Some of
             these have 4, to reach a power of two: ``[8, 8, 8]`` for 512 codes, ``[8, 8, 8, 8]`` for 4,096,
             ``[8, 8, 8, 8, 4]`` for 16,384, ``[8, 8, 8, 8, 4, 4]`` for 65,536, ``[8, 8, 8, 8, 8, 8]`` for 262,144.
 
     Raises:
-        ValueError: in one line, if a number of levels is not an integer from 3 to 1,000.
+        ValueError: in one line, if a number of levels is not an integer of at least 3, or there are too
+            many codes.
     """
 
     levels: Tensor
@@ -41,7 +40,7 @@ class FSQ(Quantizer):
         if not isinstance(levels, Sequence) or isinstance(levels, str) or not levels:
             raise ValueError(f"levels of FSQ is {levels!r}; give a list, the number of levels of each channel")
         for each in levels:
-            check_integer("each of levels of FSQ", each, maximum=MAX_LEVELS)
+            check_integer("each of levels of FSQ", each)
             if each < 3:
                 raise ValueError(f"levels of FSQ is {list(levels)}; each must be at least 3 (LFQ has 2 per channel)")
         super().__init__(prod(levels), len(levels))
