@@ -66,7 +66,7 @@ def plot_sizes(record: dict[str, Any], columns: dict[str, Column], path: Path) -
         arrow = {"min": " (less is better)", "max": " (more is better)", None: " of the codes"}[columns[metric].better]
         axes.set(xlabel="codes", title=columns[metric].title + arrow)
         axes.grid(alpha=0.3)
-    upper.axes[0].legend()
+    upper.legend(*upper.axes[0].get_legend_handles_labels(), loc="outside right center")
     panels = lower.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
         for name, entry in recipes.items():
