@@ -51,7 +51,7 @@ def test_distinguishes_non_integers_from_small_values() -> None:
         ("3", "an integer"),
         (True, "an integer"),
     ):
-        with pytest.raises(ValueError, match=f"^n is {bad}; it .*{said}"):
+        with pytest.raises(ValueError, match=f"^n is {bad!r}; it .*{said}"):
             check_integer("n", bad)
     check_not_negative("x", 0.0)
     for number in (-1e-9, NAN, INF):
