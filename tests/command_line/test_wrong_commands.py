@@ -46,7 +46,7 @@ FIT_TOKENIZER = {
     f"{DATA}.remainder=throw": "data.remainder",
     f"{DATA}.folder=x": "has no option folder",
     f"{MODEL}.loss.perceptual_weight=1 {MODEL}.lpips_weights={{tmp}}/file": "LPIPS needs at least 16",
-    f"{DATA}.image_size=16 {MODEL}.discriminator=DINODiscriminator {MODEL}.discriminator.weights=no": "no is not a file",
+    f"{DATA}.image_size=16 {MODEL}.discriminator=DINODiscriminator {MODEL}.discriminator.weights=no": "not a file",
     f"{MODEL}.init_from={{tmp}}/file": "file",
     f"{MODEL}.init_from=nowhere.pt": "nowhere.pt",
     f"{MODEL}.freeze=[decoder]": "model.freeze",
