@@ -1,17 +1,16 @@
 """Index backpropagation quantisation (IBQ, arXiv 2412.02692). B batch, E channels, h × w grid, K codes."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llamagen.distributed.across_ranks import mean_over_ranks
-from llamagen.finite import not_finite
 from llamagen.losses import codebook_loss, commitment_loss, negative_entropy
-from llamagen.models.quantizer import Quantized, Quantizer
+from llamagen.models.quantizer import Quantized
+from llamagen.models.vector_quantizer import VectorQuantizer
 
 TEMPERATURE = 0.05
 """Divides the cosine of the angle between latent and code."""
@@ -21,7 +20,7 @@ MAX_PROBABILITIES_ON_CPU = 1 << 24
 """The same on a CPU: 64 MiB. Smaller blocks would fragment the heap, because their results stay alive."""
 
 
-class IBQ(Quantizer):
+class IBQ(VectorQuantizer):
     """Chooses the nearest code on the unit sphere; the gradient goes through the softmax over all codes.
 
     The forward pass uses the chosen code, the backward pass the gradient of ``softmax(cosines / 0.05) · codebook`` with
@@ -35,21 +34,6 @@ class IBQ(Quantizer):
     """
 
     straight_through = False
-    residual_scale = 0.5  # of two unit vectors at an angle of 30 degrees
-
-    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
-        super().__init__(codebook_size, codebook_dim)
-        self.embedding = nn.Embedding(codebook_size, codebook_dim)
-        self._has_entropy_loss = False
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the codes from a normal distribution, so in all directions alike."""
-        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
-
-    def codebook(self) -> Tensor:
-        """The l2-normalised codes, (K, E) float32."""
-        return F.normalize(self.embedding.weight.float(), dim=-1)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -59,10 +43,6 @@ class IBQ(Quantizer):
         """
         names = ("codebook", "commitment", "index")
         return (*names, "entropy") if self._has_entropy_loss else names
-
-    def set_loss_weights(self, weights: Mapping[str, float]) -> None:
-        """Compute the entropy loss only if its weight is above 0."""
-        self._has_entropy_loss = weights.get("entropy", 0.0) > 0
 
     def forward(self, latent: Tensor) -> Quantized:
         """Quantise, in float32 even under autocast.
@@ -100,29 +80,6 @@ class IBQ(Quantizer):
                 mean = mean_over_ranks(mean) if self.training else mean
                 losses["entropy"] = entropy / codes.numel() + negative_entropy(mean)
             return Quantized(quantized, codes, latent, losses)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Normalised entries of codes: (B, h, w) int64 → (B, E, h, w) float32."""
-        return F.embedding(codes, self.codebook()).movedim(-1, 1)
-
-    @property
-    def learned_codes(self) -> Tensor:
-        """The entries (K, E), not normalised."""
-        return self.embedding.weight
-
-    @torch.no_grad()
-    def move_codes(self, codes: Tensor, latents: Tensor) -> None:
-        """Move codes (n,) to latents (n, E)."""
-        weight = self.embedding.weight
-        weight[codes] = F.normalize(latents, dim=-1).to(weight.dtype)
-
-    def broken_parts(self, encoding: Quantized) -> dict[str, Tensor]:
-        """Whether a latent or its entry is not finite, each a scalar bool."""
-        return {
-            # footgun: a latent too large for float32 is normalised to 0, which is finite.
-            "the encoder's latent": ~(encoding.latent.square().sum(1) > 0.5).all(),
-            "the codebook's entry": not_finite(self.lookup(encoding.codes)).any(),
-        }
 
 
 class Assignment(NamedTuple):
