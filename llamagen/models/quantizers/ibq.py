@@ -14,10 +14,10 @@ from llamagen.models.vector_quantizer import VectorQuantizer
 
 TEMPERATURE = 0.05
 """Divides the cosine of the angle between latent and code."""
-MAX_PROBABILITIES = 1 << 25
-"""Largest number of probabilities computed at a time: 128 MiB in float32."""
-MAX_PROBABILITIES_ON_CPU = 1 << 24
-"""The same on a CPU: 64 MiB. Smaller blocks would fragment the heap, because their results stay alive."""
+BLOCK = 1 << 25
+"""Number of probabilities computed at a time, at least: 128 MiB in float32."""
+BLOCK_ON_CPU = 1 << 23
+"""The same on a CPU: 32 MiB, from which on the C library returns freed memory. Smaller blocks fragment the heap."""
 
 
 class IBQ(VectorQuantizer):
@@ -57,12 +57,12 @@ class IBQ(VectorQuantizer):
         with torch.autocast(latent.device.type, enabled=False):
             latent = F.normalize(latent.float(), dim=1)
             vectors, codebook = latent.movedim(1, -1), self.codebook()
-            limit = MAX_PROBABILITIES_ON_CPU if latent.device.type == "cpu" else MAX_PROBABILITIES
-            blocks = vectors.reshape(-1, self.dim).split(max(1, limit // self.size))
+            block = BLOCK_ON_CPU if latent.device.type == "cpu" else BLOCK
+            blocks = vectors.reshape(-1, self.dim).split(-(-block // self.size))
             parts, codes_of_parts = [], []
             entropy, total = latent.new_zeros(()), latent.new_zeros(())
-            for block in blocks:
-                part = Assignment(*checkpoint(assign, block, codebook, self._has_entropy_loss, use_reentrant=False))
+            for rows in blocks:
+                part = Assignment(*checkpoint(assign, rows, codebook, self._has_entropy_loss, use_reentrant=False))
                 parts.append(part.quantized)
                 codes_of_parts.append(part.codes)
                 entropy, total = entropy + part.entropy, total + part.probabilities

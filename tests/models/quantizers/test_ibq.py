@@ -30,7 +30,7 @@ def plain(latent: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 
 @pytest.mark.parametrize("block", [1 << 20, 7 * SIZE])
 def test_values_and_gradients_equal_those_of_the_plain_softmax(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ibq, "MAX_PROBABILITIES_ON_CPU", block)
+    monkeypatch.setattr(ibq, "BLOCK_ON_CPU", block)
     torch.manual_seed(0)
     quantizer = IBQ(SIZE, DIM)
     quantizer.set_loss_weights({"entropy": 1.0})
