@@ -122,9 +122,14 @@ class VQGANModule(GenerativeModule):
         if self._needs_lpips:
             fetch_vgg16(self.lpips_weights)
         if self.discriminator is not None and self.trainer.state.fn == "fit":
-            if (size := getattr(getattr(self.trainer, "datamodule", None), "image_size", None)) is not None:
-                self.discriminator.check_size(size)  # before weights are downloaded for it
+            if self._image_size is not None:
+                self.discriminator.check_size(self._image_size)  # before weights are downloaded for it
             self.discriminator.fetch()
+
+    @property
+    def _image_size(self) -> int | None:
+        """Side of the data's images in pixels; None without a datamodule that has one."""
+        return getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
 
     @property
     def _needs_lpips(self) -> bool:
@@ -145,7 +150,7 @@ class VQGANModule(GenerativeModule):
             self.frozen.check_precision(self.trainer.precision)
             if not self.frozen.keeps_codes:
                 self.vqgan.codes_of = None
-        size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
+        size = self._image_size
         if size is not None:
             if size % self.vqgan.config.downsampling:
                 raise ValueError(
